@@ -1,0 +1,165 @@
+"""Cross-entropy of every row of a batch, with the LM head computed only where there is a label.
+
+A vocabulary of 50k costs a small model a fifth of its forward pass, most of it at positions nobody reads. Scores, training and
+evaluation all go through this file, so they all save it.
+
+Shapes: b batch, t tokens, d hidden size, n labelled positions, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatewise.errors import GatewiseError
+
+IGNORED = -100
+Batch = Mapping[str, Any]
+LossKind = Literal["causal", "tokens", "rows"]
+
+
+def base_of(model: nn.Module) -> Any:
+    """The Transformers model under a ``PeftModel``, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def loss_kind(model: nn.Module) -> LossKind:
+    """How the model's labels line up with its logits.
+
+    "causal": the logits at position i predict label i + 1. "tokens": they predict label i (masked language models, token
+    classification). "rows": one label a row (sequence classification).
+
+    Raises:
+        GatewiseError: an encoder-decoder model.
+    """
+    base = base_of(model)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise GatewiseError(
+            f"{type(base).__name__} is an encoder-decoder model; supported are decoders (causal language models) and encoders"
+        )
+    loss_type = getattr(base, "loss_type", None)
+    if loss_type == "ForSequenceClassification":
+        return "rows"
+    return "tokens" if loss_type in ("ForMaskedLM", "ForTokenClassification") else "causal"
+
+
+@contextmanager
+def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """While open, the model's output embedding sees only the positions where ``mask`` (b, t) is true.
+
+    ``model(...).logits`` is then (1, n, V), the positions in row-major order. A model without an output embedding computes its
+    logits as ever; ``labelled_logits`` tells the two apart.
+    """
+    head = base_of(model).get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][mask.to(args[0].device)].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor) -> Tensor:
+    """(n, V) logits at the positions where ``mask`` (b, t) is true, in row-major order."""
+    with logits_at(model, mask):
+        logits = model(**inputs).logits
+    return logits[0] if logits.shape[:2] != mask.shape else logits[mask]
+
+
+def row_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy and number of labels of every row.
+
+    Their totals give the loss Transformers computes: ``sums.sum() / counts.sum()``. Differentiable; gradients and training mode
+    are the caller's.
+
+    Args:
+        batch: tensors for the model's forward and ``labels``: (b, t) with -100 where ignored, or (b,) for classification.
+
+    Returns:
+        (b,) sums in float32 (nats) and (b,) counts.
+
+    Raises:
+        GatewiseError: the batch has no labels, or none that counts.
+    """
+    if batch.get("labels") is None:
+        raise GatewiseError(f"the batch has no 'labels', only {', '.join(batch) or 'nothing'}: a loss needs labels")
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels: Tensor = batch["labels"]
+    kind = loss_kind(model)
+    if kind == "rows":
+        return _classification_losses(model, inputs, labels)
+    if kind == "causal":
+        inputs.setdefault("use_cache", False)
+        labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    mask = labels != IGNORED
+    if not bool(mask.any()):
+        raise GatewiseError("every label of the batch is -100 (ignored): there is nothing to compute a loss on")
+    logits = labelled_logits(model, inputs, mask)
+    losses = F.cross_entropy(logits.float(), labels[mask], reduction="none")
+    rows = mask.nonzero()[:, 0]
+    return losses.new_zeros(len(labels)).index_add(0, rows, losses), mask.sum(dim=1)
+
+
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean cross-entropy over all labels of the batches, without gradients."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            sums, counts = row_losses(model, batch)
+            total, count = total + float(sums.sum()), count + int(counts.sum())
+    return total / count
+
+
+def microbatches(batch: Batch, max_tokens: int) -> list[dict[str, Any]]:
+    """Splits a batch into rows of like length, right padding trimmed, each part of at most ``max_tokens`` padded tokens.
+
+    The parts' loss sums add up to those of the batch. Left-padded batches are split but not trimmed: a model with learned
+    absolute positions counts them from the first column.
+    """
+    rows = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+    attention = batch.get("attention_mask")
+    width = next((value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
+    lengths = [width] * rows
+    if isinstance(attention, Tensor) and attention.ndim == 2 and bool((attention.cummin(dim=1).values == attention).all()):
+        lengths = [max(1, int(n)) for n in attention.sum(dim=1).tolist()]
+    order = sorted(range(rows), key=lambda row: (lengths[row], row))
+    groups: list[list[int]] = []
+    for row in order:
+        # Rows come in order of length, so the newest row sets the width of its group.
+        if groups and (len(groups[-1]) + 1) * lengths[row] <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [_take(batch, group, width, max(lengths[row] for row in group)) for group in groups]
+
+
+def _take(batch: Batch, rows: list[int], width: int, length: int) -> dict[str, Any]:
+    part: dict[str, Any] = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.ndim > 0:
+            value = value[torch.as_tensor(rows, device=value.device)]
+            if value.ndim == 2 and value.shape[1] == width:
+                value = value[:, :length]
+        part[key] = value
+    return part
+
+
+def _classification_losses(model: nn.Module, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Row losses of a sequence classifier, for the three problem types Transformers knows."""
+    logits = model(**inputs).logits.float()
+    if logits.shape[-1] == 1:
+        losses = F.mse_loss(logits.squeeze(-1), labels.float().view(-1), reduction="none")
+    elif labels.ndim == 2:
+        losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
+    else:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses, torch.ones_like(losses, dtype=torch.long)

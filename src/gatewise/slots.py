@@ -1,0 +1,249 @@
+"""Live and dead rank slots on stock PEFT LoRA layers: widen, prune, grow, compact.
+
+A LoRA layer of capacity ``r_max`` has ``r_max`` slots. Slot i is row i of A (r_max, d_in) and column i of B (d_out, r_max).
+It is *dead* when both are zero. A dead slot adds nothing to the output, and because the gradient of each factor is
+multiplied by the other factor its gradient is exactly zero: it stays dead without a mask, at stock LoRA's speed.
+Which slots live is read from the weights alone, so a checkpoint needs no second source of truth.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from gatewise.errors import GatewiseError
+
+PEFT_PREFIX = "base_model.model."
+
+
+def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
+    """The adapter to work on: the one named, or the model's only active one.
+
+    Raises:
+        GatewiseError: the model is not a ``PeftModel``, or the adapter does not exist or is not LoRA.
+    """
+    if not isinstance(model, PeftModel):
+        raise GatewiseError(
+            f"expected a PeftModel with a LoRA adapter, got {type(model).__name__}: wrap the model with "
+            "peft.get_peft_model(model, LoraConfig(...)) first"
+        )
+    name = adapter or model.active_adapter
+    config = model.peft_config.get(name)
+    if config is None:
+        raise GatewiseError(f"the model has no adapter named {name!r}; it has {', '.join(map(repr, model.peft_config))}")
+    if str(config.peft_type).split(".")[-1] != "LORA":
+        raise GatewiseError(f"adapter {name!r} is of type {config.peft_type}; ranks can be placed in LORA adapters only")
+    return str(name)
+
+
+def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
+    """Every linear LoRA layer of an adapter, by its path in the base model, in module order.
+
+    Linear and GPT-2's ``Conv1D`` bases count, quantised ones too. Embedding and convolution layers have no rank rows of this
+    kind and are left as they are.
+    """
+    name = active_adapter(model, adapter)
+    return {
+        path.removeprefix(PEFT_PREFIX): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and isinstance(getattr(module.lora_A[name], "weight", None) if name in module.lora_A else None, nn.Parameter)
+        and module.lora_A[name].weight.ndim == 2
+    }
+
+
+def live_mask(layer: LoraLayer, adapter: str) -> Tensor:
+    """(r_max,) bool: which slots of a layer live. Dead means that the row of A and the column of B are both zero."""
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return (a.detach() != 0).any(dim=1) | (b.detach() != 0).any(dim=0)
+
+
+def live_slots(layer: LoraLayer, adapter: str) -> list[int]:
+    """The indices of a layer's live slots, ascending."""
+    return [int(i) for i in live_mask(layer, adapter).nonzero().flatten().tolist()]
+
+
+def ranks(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
+    """Path -> number of live ranks."""
+    name = active_adapter(model, adapter)
+    return {path: int(live_mask(layer, name).sum()) for path, layer in lora_layers(model, name).items()}
+
+
+def widen(model: nn.Module, r_max: int | Mapping[str, int] | None = None, adapter: str | None = None) -> dict[str, int]:
+    """Gives every LoRA layer ``r_max`` slots, the added ones dead. The function computed does not change.
+
+    Call it before the optimiser exists: the parameters are replaced. The scaling stays what it was (alpha / r of the
+    adapter as it was made), and the adapter's config is rewritten so that a checkpoint is a valid plain LoRA adapter.
+
+    Args:
+        r_max: slots a layer, one number or a number per path; None doubles each layer's rank.
+
+    Returns:
+        Path -> slots.
+
+    Raises:
+        GatewiseError: a layer already has more ranks than ``r_max``.
+    """
+    name = active_adapter(model, adapter)
+    capacity: dict[str, int] = {}
+    for path, layer in lora_layers(model, name).items():
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        old = a.weight.shape[0]
+        new = 2 * old if r_max is None else r_max if isinstance(r_max, int) else r_max[path]
+        if new < old:
+            raise GatewiseError(f"r_max is {new} but {path} already has rank {old}: give an r_max of at least {old}")
+        capacity[path] = new
+        if new > old:
+            wide_a = a.weight.new_zeros(new, a.weight.shape[1])
+            wide_b = b.weight.new_zeros(b.weight.shape[0], new)
+            wide_a[:old], wide_b[:, :old] = a.weight.detach(), b.weight.detach()
+            _set_factors(layer, name, wide_a, wide_b)
+    write_config(model, name)
+    return capacity
+
+
+def prune(layer: LoraLayer, adapter: str, slots: Sequence[int], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Kills slots: zeroes their row of A and column of B and clears the optimiser's moments for them."""
+    if not slots:
+        return
+    index = torch.as_tensor(list(slots), device=layer.lora_A[adapter].weight.device)
+    with torch.no_grad():
+        layer.lora_A[adapter].weight[index] = 0
+        layer.lora_B[adapter].weight[:, index] = 0
+    _clear_moments(layer, adapter, index, optimizer)
+
+
+def grow(
+    layer: LoraLayer,
+    adapter: str,
+    n: int,
+    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[int]:
+    """Brings the ``n`` lowest dead slots to life as LoRA starts a rank: a random row of A, a zero column of B.
+
+    The function is unchanged and gradient flows into B. The row is drawn as PEFT draws A (Kaiming uniform with a = sqrt(5),
+    that is uniform in +-1/sqrt(d_in)) from ``generator``, a CPU generator, so that a resumed run draws the same numbers.
+
+    Raises:
+        ValueError: the layer has fewer than ``n`` dead slots.
+    """
+    if n <= 0:
+        return []
+    dead = (~live_mask(layer, adapter)).nonzero().flatten().tolist()[:n]
+    if len(dead) < n:
+        raise ValueError(f"{n} ranks to grow but only {len(dead)} dead slots")
+    a = layer.lora_A[adapter].weight
+    bound = a.shape[1] ** -0.5
+    rows = (torch.rand(n, a.shape[1], generator=generator) * 2 - 1) * bound
+    index = torch.as_tensor(dead, device=a.device)
+    with torch.no_grad():
+        a[index] = rows.to(a)
+    _clear_moments(layer, adapter, index, optimizer)
+    return [int(i) for i in dead]
+
+
+def compact(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
+    """Rewrites every layer to its true rank, drops layers left with none, and writes the patterns into the config.
+
+    Every module keeps the scaling of training, so alpha / r is the same for all of them when it was before. A module without a
+    live rank becomes its base module again and leaves ``target_modules``; with DoRA or a LoRA bias it keeps one (zero) rank,
+    because its magnitude or bias was trained too.
+
+    Returns:
+        Path -> rank of the modules that are left.
+
+    Raises:
+        GatewiseError: no live rank is left anywhere.
+    """
+    name = active_adapter(model, adapter)
+    layers = lora_layers(model, name)
+    if not any(live_slots(layer, name) for layer in layers.values()):
+        raise GatewiseError(f"adapter {name!r} has no live rank left in any module: there is nothing to save")
+    kept: dict[str, int] = {}
+    for path, layer in layers.items():
+        slots = live_slots(layer, name)
+        if not slots and not carries_more_than_ranks(layer, name):
+            _remove_layer(model, path, name)
+            continue
+        # A module that must stay for its magnitude or bias keeps its first slot, which is zero.
+        slots = slots or [0]
+        if len(slots) < layer.lora_A[name].weight.shape[0]:
+            _set_factors(layer, name, layer.lora_A[name].weight.detach()[slots], layer.lora_B[name].weight.detach()[:, slots])
+        kept[path] = len(slots)
+    write_config(model, name)
+    return kept
+
+
+def carries_more_than_ranks(layer: LoraLayer, adapter: str) -> bool:
+    """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
+    return adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None
+
+
+def write_config(model: nn.Module, adapter: str | None = None) -> None:
+    """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha, their patterns and the targets.
+
+    ``r`` is the largest rank, so that engines that reserve room by it reserve enough, and ``lora_alpha`` keeps alpha / r, so that
+    engines that read only these two scale right. Modules that differ get a pattern keyed by their full path: PEFT (and vLLM)
+    read the keys as regular expressions that may match at the end of a longer path, hence escaped and anchored.
+    """
+    name = active_adapter(model, adapter)
+    config: Any = model.peft_config[name]
+    layers = lora_layers(model, name)
+    rank = {path: layer.lora_A[name].weight.shape[0] for path, layer in layers.items()}
+    alpha = {path: whole(layer.scaling[name] * rank[path]) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        # alpha / sqrt(r) would change with the rank; from here on the scaling is alpha / r with the same value.
+        layer.use_rslora[name] = False
+        layer.r[name], layer.lora_alpha[name] = rank[path], alpha[path]
+    largest = max(rank, key=lambda path: rank[path])
+    config.use_rslora = False
+    config.r, config.lora_alpha = rank[largest], alpha[largest]
+    config.rank_pattern = {pattern_key(path): r for path, r in rank.items() if r != config.r}
+    config.alpha_pattern = {pattern_key(path): a for path, a in alpha.items() if a != config.lora_alpha}
+
+
+def pattern_key(path: str) -> str:
+    """The ``rank_pattern`` / ``alpha_pattern`` key that matches this module path and no other."""
+    return "^" + re.escape(path)
+
+
+def whole(value: float) -> int | float:
+    """A float as an int where it is one, up to rounding: configs are read by people and by engines that expect integers."""
+    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value
+
+
+def _set_factors(layer: LoraLayer, adapter: str, a: Tensor, b: Tensor) -> None:
+    for module, weight in ((layer.lora_A[adapter], a), (layer.lora_B[adapter], b)):
+        module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
+    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = a.shape[0]
+    layer.r[adapter] = a.shape[0]
+
+
+def _clear_moments(layer: LoraLayer, adapter: str, index: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    for parameter, dim in ((layer.lora_A[adapter].weight, 0), (layer.lora_B[adapter].weight, 1)):
+        if parameter.grad is not None:
+            parameter.grad.index_fill_(dim, index, 0)
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value.index_fill_(dim, index, 0)
+
+
+def _remove_layer(model: nn.Module, path: str, adapter: str) -> None:
+    """Puts the base module back in the place of a LoRA layer without ranks, and takes it out of the config's targets."""
+    parent_path, _, child = (PEFT_PREFIX + path).rpartition(".")
+    parent = model.get_submodule(parent_path)
+    layer = getattr(parent, child)
+    layer.delete_adapter(adapter)
+    if not layer.lora_A:  # other adapters may still use this layer
+        setattr(parent, child, layer.base_layer)
+    # Names such as "q_proj" stand for many modules: once one of them is gone the targets must be spelled out.
+    targeted: list[str] = model.base_model.targeted_module_names
+    targeted.remove(path)
+    model.peft_config[adapter].target_modules = set(targeted)

@@ -1,0 +1,94 @@
+"""Tiny models with trained-looking random adapters, shared by all tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+VOCABULARY = 60
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)
+
+
+def tiny_base(family: str) -> Any:
+    """A two-layer random model: "llama", "gpt2" or "bert" (a three-class classifier)."""
+    if family == "llama":
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        )
+        return LlamaForCausalLM(config)
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config)
+
+
+def random_adapter(model: PeftModel, scale: float = 0.3) -> PeftModel:
+    """Gives B values, as training would."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    return model
+
+
+@pytest.fixture
+def adapted() -> Callable[..., PeftModel]:
+    """adapted(family, **LoraConfig) -> a tiny model with a random LoRA adapter, rank 3 on all linear layers by default."""
+
+    def make(family: str = "llama", trained: bool = True, **settings: Any) -> PeftModel:
+        task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
+        settings = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": task, **settings}
+        model = get_peft_model(tiny_base(family), LoraConfig(**settings))
+        return random_adapter(model) if trained else model
+
+    return make
+
+
+@pytest.fixture
+def batch() -> Callable[..., dict[str, torch.Tensor]]:
+    """batch(family, rows, side) -> rows of different lengths, padded right (or left), labels on the last third."""
+
+    def make(family: str = "llama", rows: int = 5, width: int = 9, side: str = "right") -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(1, VOCABULARY, (rows, width), generator=generator)
+        lengths = torch.randint(4, width + 1, (rows,), generator=generator)
+        lengths[0] = width
+        mask = (torch.arange(width) < lengths[:, None]).long()
+        ids = ids * mask
+        labels = ids.masked_fill((torch.arange(width) < lengths[:, None] - 3) | (mask == 0), -100)
+        if side == "left":
+            ids, mask, labels = ids.clone(), mask.clone(), labels.clone()
+            for row, length in enumerate(lengths.tolist()):
+                for tensor in (ids, mask, labels):
+                    tensor[row] = tensor[row].roll(width - length)
+        if family == "bert":
+            labels = torch.randint(0, 3, (rows,), generator=generator)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    return make
