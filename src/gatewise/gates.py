@@ -121,14 +121,20 @@ def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
         seen = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)}
         half = [(tensor, tensor.dtype) for tensor in seen.values()]
     device = next(model.parameters()).device
+    # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
+    wrapped = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
     with torch.random.fork_rng(), torch.autocast(device.type, enabled=False):
         try:
             model.eval()
+            if wrapped is not None:
+                model.forward = model._original_forward
             for tensor, _ in half:
                 tensor.data = tensor.data.float()
             yield
         finally:
             for tensor, dtype in half:
                 tensor.data = tensor.data.to(dtype)
+            if wrapped is not None:
+                model.forward = wrapped
             for module in training:
                 module.training = True

@@ -185,26 +185,39 @@ def carries_more_than_ranks(layer: LoraLayer, adapter: str) -> bool:
 
 
 def write_config(model: nn.Module, adapter: str | None = None) -> None:
-    """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha, their patterns and the targets.
-
-    ``r`` is the largest rank, so that engines that reserve room by it reserve enough, and ``lora_alpha`` keeps alpha / r, so that
-    engines that read only these two scale right. Modules that differ get a pattern keyed by their full path: PEFT (and vLLM)
-    read the keys as regular expressions that may match at the end of a longer path, hence escaped and anchored.
-    """
+    """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha and their patterns."""
     name = active_adapter(model, adapter)
     config: Any = model.peft_config[name]
     layers = lora_layers(model, name)
     rank = {path: layer.lora_A[name].weight.shape[0] for path, layer in layers.items()}
-    alpha = {path: whole(layer.scaling[name] * rank[path]) for path, layer in layers.items()}
     for path, layer in layers.items():
         # alpha / sqrt(r) would change with the rank; from here on the scaling is alpha / r with the same value.
         layer.use_rslora[name] = False
-        layer.r[name], layer.lora_alpha[name] = rank[path], alpha[path]
-    largest = max(rank, key=lambda path: rank[path])
+        layer.r[name], layer.lora_alpha[name] = rank[path], _whole(layer.scaling[name] * rank[path])
     config.use_rslora = False
-    config.r, config.lora_alpha = rank[largest], alpha[largest]
-    config.rank_pattern = {pattern_key(path): r for path, r in rank.items() if r != config.r}
-    config.alpha_pattern = {pattern_key(path): a for path, a in alpha.items() if a != config.lora_alpha}
+    for key, value in rank_settings(rank, {path: layer.scaling[name] for path, layer in layers.items()}).items():
+        setattr(config, key, value)
+
+
+def rank_settings(rank: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, Any]:
+    """The four ``LoraConfig`` entries that describe these ranks and scalings: r, lora_alpha, rank_pattern, alpha_pattern.
+
+    ``r`` is the largest rank, so that engines that reserve room by it reserve enough, and ``lora_alpha`` keeps alpha / r, so that
+    engines that read only these two scale right. Modules that differ get a pattern keyed by their full path: PEFT (and vLLM)
+    read the keys as regular expressions that may match at the end of a longer path, hence escaped and anchored.
+
+    Args:
+        rank: path -> rank, at least one.
+        scaling: path -> the factor alpha / r that the module's B A is multiplied by.
+    """
+    alpha = {path: _whole(scaling[path] * r) for path, r in rank.items()}
+    largest = max(rank, key=lambda path: rank[path])
+    return {
+        "r": rank[largest],
+        "lora_alpha": alpha[largest],
+        "rank_pattern": {pattern_key(path): r for path, r in rank.items() if r != rank[largest]},
+        "alpha_pattern": {pattern_key(path): a for path, a in alpha.items() if a != alpha[largest]},
+    }
 
 
 def pattern_key(path: str) -> str:
@@ -212,7 +225,7 @@ def pattern_key(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def whole(value: float) -> int | float:
+def _whole(value: float) -> int | float:
     """A float as an int where it is one, up to rounding: configs are read by people and by engines that expect integers."""
     return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value
 
@@ -240,6 +253,8 @@ def _remove_layer(model: nn.Module, path: str, adapter: str) -> None:
     parent_path, _, child = (PEFT_PREFIX + path).rpartition(".")
     parent = model.get_submodule(parent_path)
     layer = getattr(parent, child)
+    others = [name for name in layer.active_adapters if name != adapter]
+    layer.set_adapter(others)  # first, or deleting the adapter would make another one active here and nowhere else
     layer.delete_adapter(adapter)
     if not layer.lora_A:  # other adapters may still use this layer
         setattr(parent, child, layer.base_layer)

@@ -36,16 +36,12 @@ def step_tokens(device: torch.device) -> int:
 def parts_of(model: nn.Module, batch: Batches) -> list[dict[str, Any]]:
     """The batches on the model's device, cut into microbatches of like length."""
     device = next(model.parameters()).device
-    return [
-        part for one in as_batches(batch) for part in microbatches(on_device(one, device), step_tokens(device))
-    ]
+    return [part for one in as_batches(batch) for part in microbatches(on_device(one, device), step_tokens(device))]
 
 
 def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
     """Keeps the entries (r_max,) of live slots, as float32 on the CPU."""
-    return {
-        path: values[path].detach()[live_mask(layer, bank.adapter)].float().cpu() for path, layer in bank.layers.items()
-    }
+    return {path: values[path].detach()[live_mask(layer, bank.adapter)].float().cpu() for path, layer in bank.layers.items()}
 
 
 def gate_gradients(

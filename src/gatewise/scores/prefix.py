@@ -40,7 +40,7 @@ class Stack:
         events = self._trace(sites, run)
         if [index for index in events if isinstance(index, int)] != list(range(len(self.layers))):
             self.layers = []
-        self.stage = {path: 0 for path in sites}
+        self.stage = dict.fromkeys(sites, 0)
         done = 0
         for event in events if self.layers else []:
             if isinstance(event, int):
@@ -111,4 +111,3 @@ def _passing(layer: nn.Module, output: Tensor | None) -> Iterator[None]:
             del layer.forward
         else:
             layer.forward = own
-

@@ -1,0 +1,97 @@
+"""Pure functions from scores to decisions: which ranks to prune, which modules to grow (ALoRA, arXiv 2403.16187, algorithm 1).
+
+Nothing here knows a model. Modules are names; a module's scores are listed by its live ranks; the answer is positions in those
+lists, or counts. Ties are broken by the order of the modules and then of the ranks, so the same input always gives the same answer.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+ModuleScores = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round's decision.
+
+    Attributes:
+        pruned: module -> positions among its live ranks to switch off, ascending; only modules that lose some.
+        grown: module -> number of new ranks; only modules that get some.
+    """
+
+    pruned: dict[str, list[int]] = field(default_factory=dict)
+    grown: dict[str, int] = field(default_factory=dict)
+
+
+def plan_round(
+    scores: ModuleScores,
+    count: int,
+    capacity: Mapping[str, int],
+    budget: int,
+    min_rank: int = 0,
+) -> Plan:
+    """One round of ALoRA: prune the ``count`` lowest ranks of the whole model, give as many to modules that lost none.
+
+    If every module lost a rank nothing is given and the budget shrinks; it never grows past ``budget``.
+
+    Args:
+        scores: module -> score of each live rank; higher is worth more.
+        count: ranks to prune.
+        capacity: module -> most ranks it can hold.
+        budget: most live ranks over the whole model after the round.
+        min_rank: ranks a module keeps whatever their scores.
+
+    Raises:
+        ValueError: a score is not a finite number.
+    """
+    pruned = prune_lowest(scores, count, min_rank)
+    lost = sum(map(len, pruned.values()))
+    live = sum(map(len, scores.values()))
+    room = {module: capacity[module] - len(values) for module, values in scores.items() if module not in pruned}
+    means = {module: math.fsum(scores[module]) / len(scores[module]) if scores[module] else -math.inf for module in room}
+    return Plan(pruned, spread(min(lost, max(0, budget - (live - lost))), room, means))
+
+
+def prune_lowest(scores: ModuleScores, count: int, min_rank: int = 0) -> dict[str, list[int]]:
+    """Positions of the ``count`` lowest scores over all modules, by module.
+
+    A module never falls below ``min_rank``; where that protects too many, fewer than ``count`` are pruned.
+
+    Raises:
+        ValueError: a score is not a finite number, or ``count`` is negative.
+    """
+    if count < 0:
+        raise ValueError(f"cannot prune {count} ranks")
+    for module, values in scores.items():
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"a score of module {module} is not a finite number: {list(values)}")
+    order = sorted((value, at, position) for at, values in enumerate(scores.values()) for position, value in enumerate(values))
+    modules = list(scores)
+    left = {module: len(values) for module, values in scores.items()}
+    chosen: dict[str, list[int]] = {}
+    for _, at, position in order:
+        module = modules[at]
+        if count > 0 and left[module] > min_rank:
+            chosen.setdefault(module, []).append(position)
+            left[module] -= 1
+            count -= 1
+    return {module: sorted(chosen[module]) for module in modules if module in chosen}
+
+
+def spread(count: int, room: Mapping[str, int], means: Mapping[str, float]) -> dict[str, int]:
+    """Spreads ``count`` new ranks evenly over modules, the remainder to those with the highest mean score.
+
+    Eight ranks over m1 > m2 > m3 give 3, 3, 2. A module takes no more than its ``room``; what it cannot take is spread over the
+    others in the same way, and what no module can take is not given.
+    """
+    modules = list(room)
+    order = sorted((m for m in modules if room[m] > 0), key=lambda m: (-means[m], modules.index(m)))
+    given = dict.fromkeys(modules, 0)
+    while count > 0 and order:
+        turn = order[:count]
+        for module in turn:
+            given[module] += 1
+        count -= len(turn)
+        order = [module for module in order if given[module] < room[module]]
+    return {module: n for module, n in given.items() if n > 0}

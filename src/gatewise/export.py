@@ -1,0 +1,210 @@
+"""A finished (or half-finished) adapter -> plain LoRA that needs no gatewise to load."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_folder, write_json
+from gatewise.slots import PEFT_PREFIX, active_adapter, rank_settings
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_COMPANIONS = ("allocation.json", "gatewise.json")
+
+# PEFT's names of the two factors: A has the ranks along its first axis, B along its second, whatever the kind of layer.
+_FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module of an adapter on disk.
+
+    Attributes:
+        path: the module's path in the base model.
+        a: (r, d_in ...) first factor.
+        b: (d_out, r ...) second factor.
+        scaling: what B A is multiplied by.
+        keys: the names of a and b in the file.
+        extra: whether the module also has a trained magnitude (DoRA) or bias.
+    """
+
+    path: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+    keys: tuple[str, str]
+    extra: bool
+
+    def live(self) -> Tensor:
+        """(r,) bool: slots that are not zero in both factors."""
+        return (self.a != 0).flatten(1).any(dim=1) | (self.b.transpose(0, 1) != 0).flatten(1).any(dim=1)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A LoRA adapter as it lies on disk: its config, its modules and all tensors that are not factors."""
+
+    config: dict[str, Any]
+    modules: list[Factors]
+    others: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def to_lora(
+    model_or_dir: PeftModel | str | Path,
+    out: str | Path,
+    padded: bool = False,
+    adapter: str | None = None,
+) -> Path:
+    """Writes an adapter as plain LoRA at its true ranks. Works for any LoRA adapter and for checkpoints in mid-training.
+
+    Args:
+        model_or_dir: a ``PeftModel`` (left as it is), or the folder of a saved adapter; the base model is not needed.
+        out: the folder to write; it must not exist or be empty.
+        padded: fold each module's scaling into its B and pad all modules to the largest rank with ``r = lora_alpha``, for
+            engines that reject or ignore ``rank_pattern`` and ``alpha_pattern``.
+        adapter: which adapter of a ``PeftModel``; None for the active one.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        GatewiseError: not a LoRA adapter, damaged files, no rank left, or ``out`` cannot be written.
+    """
+    with _folder_of(model_or_dir, adapter) as folder:
+        file = read_adapter(folder)
+        modules = [compacted for module in file.modules if (compacted := _compact(module)) is not None]
+        if not modules:
+            raise GatewiseError(f"{model_or_dir if not isinstance(model_or_dir, PeftModel) else 'the adapter'} has no live rank")
+        if padded:
+            largest = max(len(module.a) for module in modules)
+            modules = [_pad(module, largest) for module in modules]
+        config = _config(file, modules)
+        tensors = dict(file.others)
+        for module in modules:
+            tensors |= zip(module.keys, (module.a.contiguous(), module.b.contiguous()), strict=True)
+        with whole_folder(out) as part:
+            save_file(tensors, part / WEIGHTS_NAME, metadata={"format": "pt"} | file.metadata)
+            write_json(part / CONFIG_NAME, config)
+            for name in _COMPANIONS:
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, part / name)
+    return Path(out)
+
+
+def read_adapter(folder: str | Path) -> AdapterFile:
+    """Reads a LoRA adapter from its folder, without its base model.
+
+    Raises:
+        GatewiseError: a file is missing or damaged, or the adapter is not LoRA.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors: dict[str, Tensor] = {}
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        hint = " (adapter_model.bin is a pickle and is not read; save it again with PEFT)" if (
+            folder / "adapter_model.bin"
+        ).is_file() else ""  # fmt: skip
+        raise GatewiseError(f"{folder} has no {WEIGHTS_NAME}{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise GatewiseError(f"{path} is damaged or cut off ({error}): copy or save the adapter again") from error
+    factors: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        for ending, factor in _FACTORS.items():
+            if key.endswith(ending):
+                factors.setdefault(key.removesuffix(ending).removeprefix(PEFT_PREFIX), {})[factor] = key
+    modules = []
+    for module, keys in factors.items():
+        if keys.keys() != {"A", "B"}:
+            raise GatewiseError(f"{path} has only factor {next(iter(keys))} of module {module}: save the adapter again")
+        extra = any(k.startswith((f"{PEFT_PREFIX}{module}.lora_magnitude", f"{PEFT_PREFIX}{module}.lora_B.bias")) for k in tensors)
+        a, b = tensors[keys["A"]], tensors[keys["B"]]
+        modules.append(Factors(module, a, b, scaling_of(config, module), (keys["A"], keys["B"]), extra))
+    if not modules:
+        raise GatewiseError(f"{path} has no LoRA factors: expected names ending in lora_A.weight and lora_B.weight")
+    taken = {key for module in modules for key in module.keys}
+    return AdapterFile(config, modules, {k: v for k, v in tensors.items() if k not in taken}, metadata)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The ``adapter_config.json`` of a LoRA adapter.
+
+    Raises:
+        GatewiseError: it is missing, not JSON, or of another PEFT type.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise GatewiseError(f"{folder} is not an adapter: it has no {CONFIG_NAME}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise GatewiseError(f"{path} is not valid JSON ({error}): save the adapter again") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise GatewiseError(f"{path} is of peft_type {kind!r}, expected 'LORA'")
+    return dict(config)
+
+
+def scaling_of(config: dict[str, Any], path: str) -> float:
+    """What PEFT multiplies B A of a module by, from the config: alpha / r, or alpha / sqrt(r) with rsLoRA, by its patterns."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    r = ranks.get(get_pattern_key(list(ranks), path), config["r"])
+    alpha = alphas.get(get_pattern_key(list(alphas), path), config["lora_alpha"])
+    return float(alpha / (r**0.5 if config.get("use_rslora") else r))
+
+
+@contextmanager
+def _folder_of(model_or_dir: PeftModel | str | Path, adapter: str | None) -> Iterator[Path]:
+    if not isinstance(model_or_dir, PeftModel):
+        yield Path(model_or_dir)
+        return
+    name = active_adapter(model_or_dir, adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        model_or_dir.save_pretrained(folder, selected_adapters=[name])
+        yield Path(folder) / ("" if name == "default" else name)
+
+
+def _compact(module: Factors) -> Factors | None:
+    """The module at its true rank, or None if nothing of it is left."""
+    live = module.live().nonzero().flatten()
+    if not len(live):
+        if not module.extra:
+            return None
+        live = torch.zeros(1, dtype=torch.long)  # a magnitude or bias needs its module: keep one slot, which is zero
+    return replace(module, a=module.a[live], b=module.b[:, live])
+
+
+def _pad(module: Factors, rank: int) -> Factors:
+    missing = rank - len(module.a)
+    a = torch.cat([module.a, module.a.new_zeros(missing, *module.a.shape[1:])])
+    b = (module.b.float() * module.scaling).to(module.b.dtype)
+    b = torch.cat([b, b.new_zeros(b.shape[0], missing, *b.shape[2:])], dim=1)
+    return replace(module, a=a, b=b, scaling=1.0)
+
+
+def _config(file: AdapterFile, modules: list[Factors]) -> dict[str, Any]:
+    ranks = {module.path: len(module.a) for module in modules}
+    settings = rank_settings(ranks, {module.path: module.scaling for module in modules})
+    config = file.config | settings | {"use_rslora": False, "inference_mode": True}
+    if len(modules) < len(file.modules):
+        # A name such as "q_proj" would bring back the modules that are gone.
+        config["target_modules"] = sorted(ranks)
+    return config

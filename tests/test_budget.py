@@ -1,0 +1,91 @@
+"""The budget's rules as properties over arbitrary scores, and the paper's own example."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gatewise.budget import plan_round, prune_lowest, spread
+
+finite = st.floats(-1, 1, allow_nan=False)
+module_scores = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.lists(finite, max_size=6), min_size=1, max_size=7)
+
+
+def test_the_papers_example():
+    assert spread(8, {"m1": 9, "m2": 9, "m3": 9}, {"m1": 3.0, "m2": 2.0, "m3": 1.0}) == {"m1": 3, "m2": 3, "m3": 2}
+
+
+def test_a_full_module_passes_its_share_on():
+    assert spread(8, {"m1": 1, "m2": 9, "m3": 9}, {"m1": 3.0, "m2": 2.0, "m3": 1.0}) == {"m1": 1, "m2": 4, "m3": 3}
+    assert spread(8, {"m1": 1, "m2": 2}, {"m1": 3.0, "m2": 2.0}) == {"m1": 1, "m2": 2}
+
+
+def test_ties_go_by_order():
+    assert prune_lowest({"b": [0.0, 0.0], "a": [0.0]}, 2) == {"b": [0, 1]}
+    assert spread(1, {"b": 2, "a": 2}, {"b": 0.0, "a": 0.0}) == {"b": 1}
+
+
+def test_every_module_lost_one_so_the_budget_shrinks():
+    plan = plan_round({"a": [0.1, 0.2], "b": [0.1, 0.2]}, 2, {"a": 4, "b": 4}, 4)
+    assert plan.pruned == {"a": [0], "b": [0]}
+    assert plan.grown == {}
+
+
+def test_an_empty_module_may_grow_again_but_comes_last():
+    plan = plan_round({"a": [0.1, 0.2], "b": [], "c": [0.9]}, 1, {"a": 4, "b": 4, "c": 4}, 3)
+    assert plan.grown == {"c": 1}
+    plan = plan_round({"a": [0.1, 0.2], "b": [], "c": [0.9]}, 2, {"a": 4, "b": 4, "c": 4}, 3)
+    assert plan.grown == {"b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_numbers_are_refused(bad):
+    with pytest.raises(ValueError, match="module b"):
+        plan_round({"a": [0.1], "b": [bad]}, 1, {"a": 2, "b": 2}, 2)
+
+
+@given(module_scores, st.integers(0, 30), st.integers(0, 2))
+def test_prune_takes_the_lowest(scores, count, min_rank):
+    pruned = prune_lowest(scores, count, min_rank)
+    taken = sum(map(len, pruned.values()))
+    assert taken == min(count, sum(max(0, len(values) - min_rank) for values in scores.values()))
+    for module, positions in pruned.items():
+        assert positions == sorted(set(positions))
+        assert len(scores[module]) - len(positions) >= min_rank
+    highest = max((scores[m][p] for m, ps in pruned.items() for p in ps), default=-math.inf)
+    for module, values in scores.items():
+        gone = pruned.get(module, [])
+        if len(values) - len(gone) > min_rank:
+            assert all(value >= highest for position, value in enumerate(values) if position not in gone)
+
+
+@given(module_scores, st.integers(0, 30), st.integers(0, 40), st.integers(0, 6), st.data())
+def test_a_round_keeps_its_promises(scores, count, budget, spare, data):
+    capacity = {module: len(values) + data.draw(st.integers(0, spare)) for module, values in scores.items()}
+    live = sum(map(len, scores.values()))
+    budget = max(budget, live)
+    plan = plan_round(scores, count, capacity, budget)
+    after = {m: len(v) - len(plan.pruned.get(m, [])) + plan.grown.get(m, 0) for m, v in scores.items()}
+    assert all(0 <= after[module] <= capacity[module] for module in scores)
+    assert sum(after.values()) <= live <= budget
+    assert not plan.pruned.keys() & plan.grown.keys()
+    assert plan == plan_round(dict(scores), count, dict(capacity), budget)
+
+
+@given(
+    st.integers(0, 40),
+    st.dictionaries(st.text("abc", min_size=1, max_size=2), st.integers(0, 9), min_size=1),
+    st.data(),
+)
+def test_spread_is_even_and_complete(count, room, data):
+    means = {module: data.draw(finite) for module in room}
+    given_ranks = spread(count, room, means)
+    assert sum(given_ranks.values()) == min(count, sum(room.values()))
+    open_modules = [m for m in room if given_ranks.get(m, 0) < room[m]]
+    for module in open_modules:
+        # One that could take more has at least as much as any other, less the remainder.
+        assert all(given_ranks.get(module, 0) >= given_ranks.get(other, 0) - 1 for other in room)
+        for other in open_modules:
+            if means[module] > means[other]:
+                assert given_ranks.get(module, 0) >= given_ranks.get(other, 0)
