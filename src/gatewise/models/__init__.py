@@ -1,0 +1,31 @@
+"""Base models: a hub id, a local folder, or one embedded in packages of the index, which needs no hub at all."""
+
+from typing import TYPE_CHECKING, Any
+
+from gatewise.models.cache import EmbeddedStatus, cache_dir, fetch, list_embedded, resolve
+from gatewise.models.embedded import EMBEDDED, EmbeddedModel
+
+if TYPE_CHECKING:
+    from gatewise.models.loading import load_adapter, load_model, load_tokenizer
+
+__all__ = [
+    "EMBEDDED",
+    "EmbeddedModel",
+    "EmbeddedStatus",
+    "cache_dir",
+    "fetch",
+    "list_embedded",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loading brings torch, Transformers and PEFT (seconds), which listing and looking up the cache do without.
+    if name in {"load_adapter", "load_model", "load_tokenizer"}:
+        from gatewise.models import loading
+
+        return getattr(loading, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,219 @@
+"""Rows to token ids: for training a causal model or an encoder, and for one fixed validation batch.
+
+Shapes: b batch, t tokens.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gatewise.errors import GatewiseError
+from gatewise.tasks.records import Records
+from gatewise.tasks.template import Template, default_template
+
+IGNORED = -100
+Features = dict[str, list[int]]
+
+
+def encode(
+    records: Records, tokenizer: PreTrainedTokenizerBase, template: Template | None, *, max_length: int = 512
+) -> list[Features]:
+    """Prompt and answer of every row, for a causal model.
+
+    The two are tokenised apart, so that training and evaluation see the same tokens. A prompt that is too long loses
+    its beginning. Generation and number answers end with the end-of-text token.
+
+    Returns:
+        One dict a row: ``input_ids``, and ``labels`` with -100 on the prompt.
+
+    Raises:
+        GatewiseError: the template does not fit the records, an answer does not fit in ``max_length``, or the tokenizer
+            has no end-of-text token.
+    """
+    template = template or default_template(records)
+    template.check(records)
+    if records.kind in ("label", "choice"):
+        candidates = candidate_ids(records, tokenizer, template)
+        answers = [list(row[records.gold_index(fields)]) for row, fields in zip(candidates, records.rows, strict=True)]
+        # Room for the longest candidate, not for the gold one: evaluation cuts the prompt so too.
+        room = [max(map(len, row)) for row in candidates]
+    else:
+        if tokenizer.eos_token_id is None:
+            raise GatewiseError("the tokenizer has no end-of-text token (eos_token), which generated answers have to end with")
+        texts = [template.target(records, row) for row in records.rows]
+        answers = [[*ids, int(tokenizer.eos_token_id)] for ids in token_ids(tokenizer, texts)]
+        room = [len(answer) for answer in answers]
+    prompts = prompt_ids(records, tokenizer, template, [max_length - length for length in room], max_length)
+    return [
+        {"input_ids": [*prompt, *answer], "labels": [IGNORED] * len(prompt) + answer}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512) -> list[dict[str, Any]]:
+    """Rows for a sequence classifier: a text, or premise and hypothesis as a pair, cut at ``max_length`` tokens.
+
+    Returns:
+        One dict a row: ``input_ids``, ``token_type_ids`` if the tokenizer has them, and ``labels``, the index in
+        `Records.labels`.
+
+    Raises:
+        GatewiseError: the records have no labels.
+    """
+    if records.labels is None:
+        raise GatewiseError(f"{records.source} holds {records.kind} rows: a classifier needs rows with labels")
+    fields = ("premise", "hypothesis") if "premise" in records.rows[0] else ("text",)
+    columns = [[row[field] for row in records.rows] for field in fields]
+    encoded = tokenizer(
+        *columns, truncation=True, max_length=min(max_length, tokenizer.model_max_length), return_attention_mask=False
+    )
+    return [
+        {**{key: encoded[key][index] for key in encoded}, "labels": records.gold_index(row)}
+        for index, row in enumerate(records.rows)
+    ]
+
+
+class PadCollator:
+    """Pads features to the longest of a batch, on the right.
+
+    Raises:
+        GatewiseError: the tokenizer has no padding token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.pad_token_id is None:
+            raise GatewiseError(
+                "the tokenizer has no padding token; set one, for instance tokenizer.pad_token = tokenizer.eos_token"
+            )
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.type_pad_id = int(getattr(tokenizer, "pad_token_type_id", 0))
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` (b, t) and ``labels``: (b, t) padded with -100, or (b,) class indices."""
+        rows = [feature["input_ids"] for feature in features]
+        batch = {
+            "input_ids": pad(rows, self.pad_id),
+            "attention_mask": pad([[1] * len(row) for row in rows], 0),
+        }
+        if "token_type_ids" in features[0]:
+            batch["token_type_ids"] = pad([feature["token_type_ids"] for feature in features], self.type_pad_id)
+        if "labels" in features[0]:
+            labels = [feature["labels"] for feature in features]
+            batch["labels"] = pad(labels, IGNORED) if isinstance(labels[0], Sequence) else torch.tensor(labels)
+        return batch
+
+
+def score_batch(
+    records: Records,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template | None,
+    n: int = 32,
+    seed: int = 0,
+    *,
+    classification: bool = False,
+    max_length: int = 512,
+) -> dict[str, Tensor]:
+    """A fixed batch to score ranks on: ``n`` rows (or all, if fewer) drawn without replacement and collated.
+
+    The draw depends on ``seed`` alone and leaves torch's random state as it is.
+    """
+    if n < 1:
+        raise GatewiseError(f"a score batch of {n} rows was asked for: expected at least 1")
+    drawn = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:n].tolist()
+    subset = replace(records, rows=[records.rows[index] for index in drawn])
+    features: Sequence[Mapping[str, Any]]
+    if classification:
+        features = encode_classification(subset, tokenizer, max_length=max_length)
+    else:
+        features = encode(subset, tokenizer, template, max_length=max_length)
+    return PadCollator(tokenizer)(features)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+    """Rows of unlike length -> (b, t) long tensor, filled with ``value``."""
+    longest = max(map(len, rows))
+    if left:
+        return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
+    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts without special tokens."""
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def candidate_ids(records: Records, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[tuple[tuple[int, ...], ...]]:
+    """Token ids of every candidate of every row (kinds "label" and "choice").
+
+    Raises:
+        GatewiseError: a candidate has no tokens, or the tokenizer cannot tell two labels apart.
+    """
+    if records.labels is not None:
+        written = template.candidates(records, records.rows[0])
+        ids = tuple(map(tuple, token_ids(tokenizer, written)))
+        _check_tokens(written, ids)
+        for index, one in enumerate(ids):
+            if one in ids[:index]:
+                raise GatewiseError(
+                    f"the label words {written[ids.index(one)]!r} and {written[index]!r} are the same tokens to this "
+                    "tokenizer; give the template other words for them"
+                )
+        return [ids] * len(records)
+    per_row = [template.candidates(records, row) for row in records.rows]
+    flat = [text for texts in per_row for text in texts]
+    tokens = list(map(tuple, token_ids(tokenizer, flat)))
+    _check_tokens(flat, tokens)
+    stream = iter(tokens)
+    return [tuple(next(stream) for _ in texts) for texts in per_row]
+
+
+def prompt_ids(
+    records: Records,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    room: Iterable[int],
+    max_length: int,
+) -> list[list[int]]:
+    """Token ids of every prompt, cut on the left to its ``room``; what the tokenizer puts first (such as bos) stays.
+
+    Raises:
+        GatewiseError: there is no room for one token of the prompt.
+    """
+    texts = [template.render(row) for row in records.rows]
+    prefix = _text_prefix(tokenizer)
+    prompts = []
+    for text, ids, space in zip(texts, token_ids(tokenizer, texts), room, strict=True):
+        if not prefix and not ids:
+            raise GatewiseError(f"{records.source}: the prompt {text!r} has no tokens")
+        left = space - len(prefix)
+        if left < 1:
+            raise GatewiseError(
+                f"{records.source}: the answer to {_shortened(text)!r} takes {max_length - space} tokens, which leaves "
+                f"no room for the prompt in {max_length}; raise max_length"
+            )
+        prompts.append([*prefix, *ids[-left:]])
+    return prompts
+
+
+def _text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens the tokenizer puts before a text; those it puts after one would come before the answer."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed = tokenizer("a")["input_ids"]
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return list(dressed[:start])
+    return []
+
+
+def _check_tokens(texts: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+    for text, ids in zip(texts, tokens, strict=True):
+        if not ids:
+            raise GatewiseError(f"the answer {text!r} has no tokens in this tokenizer")
+
+
+def _shortened(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[:length] + "…"

