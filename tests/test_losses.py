@@ -1,0 +1,90 @@
+"""Row losses against the losses Transformers computes, and microbatches against the whole batch."""
+
+import pytest
+import torch
+from conftest import tiny_base
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from gatewise.errors import GatewiseError
+from gatewise.losses import logits_at, mean_loss, microbatches, row_losses
+
+SMALL = BertConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_totals_are_the_models_own_loss(batch, family, side):
+    model, data = tiny_base(family).eval(), batch(family, side=side)
+    sums, counts = row_losses(model, data)
+    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+    for row in range(len(sums)):
+        one = {key: value[row : row + 1] for key, value in data.items()}
+        torch.testing.assert_close(sums[row] / counts[row], model(**one).loss)
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForTokenClassification])
+def test_labels_at_their_own_tokens(batch, kind):
+    model, data = kind(SMALL).eval(), batch()
+    data["labels"] = data["labels"].clamp(max=2)
+    sums, counts = row_losses(model, data)
+    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+
+
+@pytest.mark.parametrize(("labels", "number"), [(torch.rand(5), 1), (torch.randint(0, 2, (5, 3)).float(), 3)])
+def test_regression_and_multi_label(batch, labels, number):
+    config = BertConfig(**{**SMALL.to_dict(), "num_labels": number, "id2label": None, "label2id": None})
+    model = BertForSequenceClassification(config).eval()
+    data = {**batch("bert"), "labels": labels}
+    sums, counts = row_losses(model, data)
+    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+
+
+def test_gradients_are_the_models_own(batch):
+    model, data = tiny_base("llama").train(), batch()
+    sums, counts = row_losses(model, data)
+    (sums.sum() / counts.sum()).backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(**data).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad)
+
+
+def test_the_head_sees_only_what_is_asked_for(batch):
+    model, data = tiny_base("llama").eval(), batch()
+    mask = data["labels"] != -100
+    with logits_at(model, mask):
+        kept = model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
+    full = model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
+    torch.testing.assert_close(kept, full[mask][None])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("most", [1, 10, 25, 1000])
+def test_microbatches_add_up(batch, side, most):
+    model, data = tiny_base("gpt2").eval(), batch("gpt2", rows=7, side=side)
+    parts = microbatches(data, most)
+    assert sum(len(part["labels"]) for part in parts) == 7
+    assert all(len(part["labels"]) == 1 or part["input_ids"].numel() <= most for part in parts)
+    if side == "right":
+        assert all(part["attention_mask"].any(dim=0).all() for part in parts)
+    with torch.no_grad():
+        assert mean_loss(model, parts) == pytest.approx(float(model(**data).loss), rel=1e-5)
+
+
+def test_refusals(batch):
+    model, data = tiny_base("llama"), batch()
+    with pytest.raises(GatewiseError, match="no 'labels', only input_ids"):
+        row_losses(model, {"input_ids": data["input_ids"]})
+    with pytest.raises(GatewiseError, match="every label"):
+        row_losses(model, {**data, "labels": torch.full_like(data["labels"], -100)})
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(GatewiseError, match="encoder-decoder"):
+        row_losses(t5, data)

@@ -1,0 +1,33 @@
+"""Paths of the architectures people use, read into layer and kind."""
+
+import pytest
+
+from gatewise.sites import KIND_ORDER, kind_key, site
+
+
+@pytest.mark.parametrize(
+    ("path", "layer", "kind"),
+    [
+        ("model.layers.11.self_attn.q_proj", 11, "q"),
+        ("model.layers.0.mlp.gate_proj", 0, "gate"),
+        ("transformer.h.3.attn.c_attn", 3, "qkv"),
+        ("transformer.h.3.attn.c_proj", 3, "o"),
+        ("transformer.h.3.mlp.c_proj", 3, "down"),
+        ("bert.encoder.layer.5.attention.self.query", 5, "q"),
+        ("bert.encoder.layer.5.attention.output.dense", 5, "o"),
+        ("bert.encoder.layer.5.output.dense", 5, "down"),
+        ("bert.encoder.layer.5.intermediate.dense", 5, "up"),
+        ("bert.pooler.dense", None, "pooler"),
+        ("gpt_neox.layers.2.attention.query_key_value", 2, "qkv"),
+        ("model.language_model.layers.7.mlp.down_proj", 7, "down"),
+        ("lm_head", None, "lm_head"),
+    ],
+)
+def test_layer_and_kind(path, layer, kind):
+    found = site(path)
+    assert (found.path, found.layer, found.kind) == (path, layer, kind)
+
+
+def test_kinds_sort_in_reading_order_with_unknown_ones_last():
+    assert sorted(["zeta", "down", "q", "alpha"], key=kind_key) == ["q", "down", "alpha", "zeta"]
+    assert sorted(KIND_ORDER, key=kind_key) == list(KIND_ORDER)
