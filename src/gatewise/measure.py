@@ -1,0 +1,116 @@
+"""Measuring a saved adapter: with the prompt, labels and lengths of its run, or with those given."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gatewise.errors import GatewiseError
+from gatewise.models import load_adapter
+from gatewise.models.convert import quiet
+from gatewise.progress import RunProgress
+from gatewise.tasks import Records, Template, default_template, evaluate, load_records
+from gatewise.training import NOTE_FILE
+
+Metrics = dict[str, float | int]
+
+
+def measure_adapter(
+    adapter: str | Path,
+    data: str,
+    *,
+    base: str | None = None,
+    split: str | None = None,
+    prompt: str | None = None,
+    labels: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    console: Console | None = None,
+) -> Metrics:
+    """Metrics of an adapter on data, as ``gatewise.tasks.evaluate`` gives them.
+
+    Args:
+        adapter: its folder. ``gatewise.json`` in it says how its run wrote prompts and labels; an adapter from elsewhere has
+            none and gets the plain template for the data.
+        prompt: a prompt template instead of the run's.
+        labels: ``"no,yes"``, the labels in the order of the classes, or ``"no=bad,yes=good"``, with the words written for them.
+        limit: only the first rows.
+
+    Raises:
+        GatewiseError: adapter, base model and data cannot be read or do not fit each other.
+    """
+    adapter = Path(adapter)
+    progress = RunProgress(console or Console(stderr=True))
+    note = read_note(adapter)
+    names, words = _labels(labels) if labels else (note.get("labels"), note.get("label_words"))
+    records = load_like(data, names, split=split, limit=limit)
+    prompt = prompt or note.get("template")
+    with quiet(bars=True):
+        progress.say(f"loading {adapter}")
+        dtype = torch.bfloat16 if note.get("dtype") == "bfloat16" else torch.float32
+        model, tokenizer, _ = load_adapter(adapter, base=base, dtype=dtype)
+        template = None
+        if note.get("task", "causal") == "causal":
+            plain = default_template(records)
+            template = Template(prompt or plain.prompt, words if records.labels is not None else None)
+        with progress.counting("measuring") as count:
+            return evaluate(
+                model,
+                tokenizer,
+                records,
+                template,
+                batch_size=batch_size,
+                max_length=int(note.get("max_length", 512)),
+                progress=count,
+            )
+
+
+def load_like(data: str, labels: list[str] | None, *, split: str | None = None, limit: int | None = None) -> Records:
+    """Records with the labels of other records, in the same order, if they have labels at all."""
+    records = load_records(data, split=split, limit=limit)
+    if records.labels is None or labels is None:
+        return records
+    return load_records(data, split=split, limit=limit, labels=labels)
+
+
+def read_note(adapter: Path) -> dict[str, Any]:
+    """What the run left in ``gatewise.json``; empty for an adapter from elsewhere.
+
+    Raises:
+        GatewiseError: the file is damaged.
+    """
+    path = adapter / NOTE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GatewiseError(f"{path} cannot be read ({error}): remove it and give --template-prompt and --labels") from None
+    if not isinstance(note, dict):
+        raise GatewiseError(f"{path} is not a JSON object: remove it and give --template-prompt and --labels")
+    return note
+
+
+def metrics_line(metrics: Mapping[str, float | int]) -> str:
+    """Metrics as ``accuracy 0.912, loss 0.2871, n 200``."""
+    return ", ".join(f"{name} {format_metric(name, value)}" for name, value in metrics.items())
+
+
+def format_metric(name: str, value: float | int) -> str:
+    """A metric with as many digits as mean something."""
+    if name == "n":
+        return str(value)
+    return f"{value:.1f}" if name == "bleu" else f"{value:.4f}" if name == "loss" else f"{value:.3f}"
+
+
+def _labels(text: str) -> tuple[list[str], dict[str, str] | None]:
+    parts = [part.strip() for part in text.split(",")]
+    pairs = [part.partition("=") for part in parts]
+    names = [name.strip() for name, _, _ in pairs]
+    with_words = [bool(equals and word.strip()) for _, equals, word in pairs]
+    if not all(names) or len(names) < 2 or any(with_words) != all(with_words):
+        raise GatewiseError(f"--labels {text!r}: expected 'no,yes', or with a word for each label 'no=bad,yes=good'")
+    return names, {name.strip(): word.strip() for name, _, word in pairs} if all(with_words) else None

@@ -1,0 +1,88 @@
+"""What a run shows while it works: a Rich bar on a terminal, a line now and then elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gatewise.allocation import Round
+
+
+class RunProgress(TrainerCallback):
+    """Shows the phases of a run, and as a Trainer callback its steps, losses and rounds.
+
+    Args:
+        console: where to; the bar appears only on a terminal, so that logs stay readable.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._started = 0.0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def say(self, text: str) -> None:
+        """One line about what happens now."""
+        self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    def say_round(self, done: Round) -> None:
+        """One line about a round of rank allocation."""
+        pruned, grown = (sum(map(len, slots.values())) for slots in (done.pruned, done.grown))
+        self.say(
+            f"step {done.step}: round {done.round}, {pruned} ranks pruned, {grown} grown, {sum(done.ranks.values())} live, "
+            f"loss on the validation batch {done.loss_before:.4f} -> {done.loss_after:.4f}, {done.seconds:.1f} s"
+        )
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar over (done, total) reports, for an evaluation."""
+        with self._new_bar() as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Closes the training bar whatever ends the training."""
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._started = time.monotonic()
+        self._bar = self._new_bar()
+        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if "eval_loss" in logs:
+            self.say(f"step {state.global_step}: loss on dev {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
+            loss, rate = float(logs["loss"]), float(logs.get("learning_rate", 0.0))
+            if self._bar is not None:
+                self._bar.update(self._task, description=f"training, loss {loss:.4f}")
+            if not self.console.is_terminal:
+                seconds = time.monotonic() - self._started
+                self.say(f"step {state.global_step}/{state.max_steps}: loss {loss:.4f}, learning rate {rate:.2e}, {seconds:.0f} s")
+
+    def _new_bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )

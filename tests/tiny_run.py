@@ -1,0 +1,76 @@
+"""A tiny base model with a tokenizer, data and a recipe on disk: what a run needs, in a folder of the test's own."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def write_base(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A random two-layer model, "llama" or "bert", with its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 96, "pad_token_id": 0} | changes
+    model = LlamaForCausalLM(LlamaConfig(**sizes)) if family == "llama" else BertModel(BertConfig(**sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """Labelled texts; the last word gives the label away."""
+    draw = random.Random(seed)
+    lines = []
+    for number in range(count):
+        good = draw.random() < 0.5
+        text = f"{'very ' * draw.randrange(3)}{number} {'nice' if good else 'poor'}"
+        lines.append(json.dumps({"text": text, "label": "good" if good else "bad"}))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, method: str = "lora", family: str = "llama", **changes: Any) -> Path:
+    """A recipe of eight steps with everything it names beside it; ``changes`` replace whole sections."""
+    if not (folder / family).exists():
+        write_base(folder / family, family)
+        write_rows(folder / "train.jsonl", 26, seed=1)
+        write_rows(folder / "dev.jsonl", 10, seed=2)
+    tree: dict[str, Any] = {
+        "method": method,
+        "model": family,
+        "data": {"train": "train.jsonl", "dev": "dev.jsonl", "max_length": 64},
+        "peft": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1},
+        "training": {"max_steps": 8, "batch_size": 4, "learning_rate": 0.01, "log_every": 2, "save_every": 2},
+    }
+    if family == "bert":
+        tree["task"] = "classification"
+    if method == "alora":
+        tree["allocation"] = {"rounds": 2, "first_round": 3, "recover": 3, "validation_rows": 6}
+    if method == "adalora":
+        tree["adalora"] = {"init_r": 3, "tinit": 1, "tfinal": 2}
+    path = folder / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
+    return path
