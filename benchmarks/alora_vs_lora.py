@@ -39,7 +39,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     """Trains one adapter and measures it on the whole dev split."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import TrainingArguments, set_seed
+    from transformers import TrainerCallback, TrainingArguments, set_seed
 
     from gatewise.allocation import RankAllocation
     from gatewise.models import load_model, load_tokenizer
@@ -74,6 +74,14 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
             f"  round {one.round}: loss {one.loss_before:.4f} -> {one.loss_after:.4f}, {one.seconds:.0f} s", flush=True
         ),
     )
+
+    class Told(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in (logs or {}):
+                print(
+                    f"  step {state.global_step}: loss {float(logs['loss']):.4f}, {time.perf_counter() - began:.0f} s", flush=True
+                )
+
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -95,7 +103,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
             dev=held_out,
             collator=collator,
             note={},
-            callbacks=[allocation] if method == "alora" else [],
+            callbacks=[*([allocation] if method == "alora" else []), Told()],
             group_by_length=True,
         )
         began = time.perf_counter()
@@ -147,8 +155,8 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
             total = statistics.mean(sum(r["ranks"].values()) for r in group)
             size = statistics.mean(r["parameters"] for r in group) / 1e6
             print(
-                f"  {method:5}  accuracy {_spread(accuracy, 1)}   loss {_spread(loss, 3)}   ranks {total:.0f}   {size:.2f}M parameters"
-                f"   {statistics.mean(r['seconds'] for r in group):.0f} s of which scoring "
+                f"  {method:5}  accuracy {_spread(accuracy, 1)}   loss {_spread(loss, 3)}   ranks {total:.0f}   "
+                f"{size:.2f}M parameters   {statistics.mean(r['seconds'] for r in group):.0f} s of which scoring "
                 f"{statistics.mean(r['scoring_seconds'] for r in group):.0f} s   seeds {len(group)}"
             )
         pairs = [seed for (method, seed) in cell if method == "alora" and ("lora", seed) in cell]

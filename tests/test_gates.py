@@ -53,7 +53,9 @@ def test_gates_that_would_do_nothing_are_refused(adapted):
 
 def test_scoring_undoes_accelerates_autocast(adapted, batch):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's Trainer may have fixed another precision
     model = adapted()
     data = {key: value for key, value in batch().items() if key != "labels"}
     expected = model.eval()(**data).logits

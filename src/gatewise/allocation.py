@@ -66,8 +66,8 @@ class RankAllocation(TrainerCallback, ExportableState):
     """Lets the model decide where the ranks of its LoRA adapter go.
 
     Give it to ``Trainer(callbacks=[...])`` or ``SFTTrainer(callbacks=[...])`` with a ``PeftModel`` on plain ``LoraConfig``. It
-    widens every LoRA layer to ``r_max`` slots when the Trainer is made (the added ones dead), runs the rounds during training, and at the
-    end compacts the adapter to its true ranks. ``model.save_pretrained`` then writes an ordinary LoRA adapter with
+    widens every LoRA layer to ``r_max`` slots when the Trainer is made (the added ones dead), runs the rounds during training,
+    and at the end compacts the adapter to its true ranks. ``model.save_pretrained`` then writes an ordinary LoRA adapter with
     ``allocation.json`` beside it. Checkpoints are valid adapters too, and ``resume_from_checkpoint`` goes on in mid-rounds.
 
     Args:
@@ -171,7 +171,7 @@ class RankAllocation(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compacts the adapter to its true ranks."""
         self.finish(kwargs["model"])
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and args.output_dir:
             self.save(args.output_dir)
 
     # The same for training loops of one's own.
@@ -299,7 +299,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         scores = {path: scores[path] for path in layers}
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return scores
-        device = next(iter(layers.values())).lora_A[self._name].weight.device
+        device = slots.factors(next(iter(layers.values())), self._name)[0].device
         flat: Tensor = torch.cat(list(scores.values())).to(device)
         torch.distributed.all_reduce(flat)
         parts = (flat / torch.distributed.get_world_size()).cpu().split([len(value) for value in scores.values()])

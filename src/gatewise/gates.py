@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gatewise.errors import GatewiseError
-from gatewise.slots import active_adapter, carries_more_than_ranks, lora_layers
+from gatewise.slots import active_adapter, carries_more_than_ranks, factors, lora_layers
 
 
 class GateBank:
@@ -31,7 +31,7 @@ class GateBank:
 
     def __init__(self, model: nn.Module, adapter: str | None = None) -> None:
         self.adapter = active_adapter(model, adapter)
-        self.layers: dict[str, LoraLayer] = lora_layers(model, self.adapter)
+        self.layers: dict[str, LoraLinear] = lora_layers(model, self.adapter)
         self.per_row = not any(carries_more_than_ranks(layer, self.adapter) for layer in self.layers.values())
         self._gates: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -60,10 +60,8 @@ class GateBank:
     def fill(self, value: float, requires_grad: bool = False) -> dict[str, Tensor]:
         """Sets every gate to ``value`` and returns them: path -> (r,) float32, leaves of the graph if asked for."""
         for path, layer in self.layers.items():
-            weight = layer.lora_A[self.adapter].weight
-            self._gates[path] = torch.full(
-                (weight.shape[0],), value, dtype=torch.float32, device=weight.device, requires_grad=requires_grad
-            )
+            a, _ = factors(layer, self.adapter)
+            self._gates[path] = torch.full((len(a),), value, dtype=torch.float32, device=a.device, requires_grad=requires_grad)
         return dict(self._gates)
 
     def open(self) -> None:
@@ -85,8 +83,8 @@ class GateBank:
                     layer._disable_adapters = True
                     stack.callback(setattr, layer, "_disable_adapters", False)
                 else:
-                    weight = layer.lora_A[self.adapter].weight
-                    self._gates[path] = torch.zeros(weight.shape[0], device=weight.device)
+                    a, _ = factors(layer, self.adapter)
+                    self._gates[path] = torch.zeros(len(a), device=a.device)
                     stack.callback(self._gates.pop, path)
             yield
 
@@ -127,7 +125,7 @@ def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
         try:
             model.eval()
             if wrapped is not None:
-                model.forward = model._original_forward
+                model.forward = model.__dict__["_original_forward"]
             for tensor, _ in half:
                 tensor.data = tensor.data.float()
             yield

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
@@ -23,7 +24,7 @@ LossKind = Literal["causal", "tokens", "rows"]
 
 def base_of(model: nn.Module) -> Any:
     """The Transformers model under a ``PeftModel``, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def loss_kind(model: nn.Module) -> LossKind:

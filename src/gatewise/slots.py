@@ -8,10 +8,11 @@ Which slots live is read from the weights alone, so a checkpoint needs no second
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
-    """The adapter to work on: the one named, or the model's only active one.
+    """The adapter to work on: the one named, or the active one.
 
     Raises:
         GatewiseError: the model is not a ``PeftModel``, or the adapter does not exist or is not LoRA.
@@ -40,15 +41,15 @@ def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
     return str(name)
 
 
-def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
     """Every linear LoRA layer of an adapter, by its path in the base model, in module order.
 
     Linear and GPT-2's ``Conv1D`` bases count, quantised ones too. Embedding and convolution layers have no rank rows of this
-    kind and are left as they are.
+    kind and are left as they are. The type is nominal: layers on quantised bases have the same attributes.
     """
     name = active_adapter(model, adapter)
     return {
-        path.removeprefix(PEFT_PREFIX): module
+        path.removeprefix(PEFT_PREFIX): cast(LoraLinear, module)
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer)
         and isinstance(getattr(module.lora_A[name], "weight", None) if name in module.lora_A else None, nn.Parameter)
@@ -56,13 +57,18 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraL
     }
 
 
-def live_mask(layer: LoraLayer, adapter: str) -> Tensor:
+def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves."""
+    return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
+
+
+def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
     """(r_max,) bool: which slots of a layer live. Dead means that the row of A and the column of B are both zero."""
-    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    a, b = factors(layer, adapter)
     return (a.detach() != 0).any(dim=1) | (b.detach() != 0).any(dim=0)
 
 
-def live_slots(layer: LoraLayer, adapter: str) -> list[int]:
+def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
     """The indices of a layer's live slots, ascending."""
     return [int(i) for i in live_mask(layer, adapter).nonzero().flatten().tolist()]
 
@@ -73,7 +79,7 @@ def ranks(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
     return {path: int(live_mask(layer, name).sum()) for path, layer in lora_layers(model, name).items()}
 
 
-def widen(model: nn.Module, r_max: int | Mapping[str, int] | None = None, adapter: str | None = None) -> dict[str, int]:
+def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapter: str | None = None) -> dict[str, int]:
     """Gives every LoRA layer ``r_max`` slots, the added ones dead. The function computed does not change.
 
     Call it before the optimiser exists: the parameters are replaced. The scaling stays what it was (alpha / r of the
@@ -91,34 +97,35 @@ def widen(model: nn.Module, r_max: int | Mapping[str, int] | None = None, adapte
     name = active_adapter(model, adapter)
     capacity: dict[str, int] = {}
     for path, layer in lora_layers(model, name).items():
-        a, b = layer.lora_A[name], layer.lora_B[name]
-        old = a.weight.shape[0]
+        a, b = factors(layer, name)
+        old = a.shape[0]
         new = 2 * old if r_max is None else r_max if isinstance(r_max, int) else r_max[path]
         if new < old:
             raise GatewiseError(f"r_max is {new} but {path} already has rank {old}: give an r_max of at least {old}")
         capacity[path] = new
         if new > old:
-            wide_a = a.weight.new_zeros(new, a.weight.shape[1])
-            wide_b = b.weight.new_zeros(b.weight.shape[0], new)
-            wide_a[:old], wide_b[:, :old] = a.weight.detach(), b.weight.detach()
+            wide_a = a.new_zeros(new, a.shape[1])
+            wide_b = b.new_zeros(b.shape[0], new)
+            wide_a[:old], wide_b[:, :old] = a.detach(), b.detach()
             _set_factors(layer, name, wide_a, wide_b)
     write_config(model, name)
     return capacity
 
 
-def prune(layer: LoraLayer, adapter: str, slots: Sequence[int], optimizer: torch.optim.Optimizer | None = None) -> None:
+def prune(layer: LoraLinear, adapter: str, slots: Sequence[int], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Kills slots: zeroes their row of A and column of B and clears the optimiser's moments for them."""
     if not slots:
         return
-    index = torch.as_tensor(list(slots), device=layer.lora_A[adapter].weight.device)
+    a, b = factors(layer, adapter)
+    index = torch.as_tensor(list(slots), device=a.device)
     with torch.no_grad():
-        layer.lora_A[adapter].weight[index] = 0
-        layer.lora_B[adapter].weight[:, index] = 0
+        a[index] = 0
+        b[:, index] = 0
     _clear_moments(layer, adapter, index, optimizer)
 
 
 def grow(
-    layer: LoraLayer,
+    layer: LoraLinear,
     adapter: str,
     n: int,
     generator: torch.Generator,
@@ -137,7 +144,7 @@ def grow(
     dead = (~live_mask(layer, adapter)).nonzero().flatten().tolist()[:n]
     if len(dead) < n:
         raise ValueError(f"{n} ranks to grow but only {len(dead)} dead slots")
-    a = layer.lora_A[adapter].weight
+    a, _ = factors(layer, adapter)
     bound = a.shape[1] ** -0.5
     rows = (torch.rand(n, a.shape[1], generator=generator) * 2 - 1) * bound
     index = torch.as_tensor(dead, device=a.device)
@@ -147,7 +154,7 @@ def grow(
     return [int(i) for i in dead]
 
 
-def compact(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
+def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
     """Rewrites every layer to its true rank, drops layers left with none, and writes the patterns into the config.
 
     Every module keeps the scaling of training, so alpha / r is the same for all of them when it was before. A module without a
@@ -172,24 +179,25 @@ def compact(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
             continue
         # A module that must stay for its magnitude or bias keeps its first slot, which is zero.
         slots = slots or [0]
-        if len(slots) < layer.lora_A[name].weight.shape[0]:
-            _set_factors(layer, name, layer.lora_A[name].weight.detach()[slots], layer.lora_B[name].weight.detach()[:, slots])
+        a, b = factors(layer, name)
+        if len(slots) < len(a):
+            _set_factors(layer, name, a.detach()[slots], b.detach()[:, slots])
         kept[path] = len(slots)
     write_config(model, name)
     return kept
 
 
-def carries_more_than_ranks(layer: LoraLayer, adapter: str) -> bool:
+def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
     """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
     return adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None
 
 
-def write_config(model: nn.Module, adapter: str | None = None) -> None:
+def write_config(model: PeftModel, adapter: str | None = None) -> None:
     """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha and their patterns."""
     name = active_adapter(model, adapter)
-    config: Any = model.peft_config[name]
+    config = cast(LoraConfig, model.peft_config[name])
     layers = lora_layers(model, name)
-    rank = {path: layer.lora_A[name].weight.shape[0] for path, layer in layers.items()}
+    rank = {path: len(factors(layer, name)[0]) for path, layer in layers.items()}
     for path, layer in layers.items():
         # alpha / sqrt(r) would change with the rank; from here on the scaling is alpha / r with the same value.
         layer.use_rslora[name] = False
@@ -230,17 +238,17 @@ def _whole(value: float) -> int | float:
     return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value
 
 
-def _set_factors(layer: LoraLayer, adapter: str, a: Tensor, b: Tensor) -> None:
-    for module, weight in ((layer.lora_A[adapter], a), (layer.lora_B[adapter], b)):
+def _set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
+    down, up = cast(nn.Linear, layer.lora_A[adapter]), cast(nn.Linear, layer.lora_B[adapter])
+    for module, weight in ((down, a), (up, b)):
         module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
-    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = a.shape[0]
-    layer.r[adapter] = a.shape[0]
+    down.out_features = up.in_features = layer.r[adapter] = len(a)
 
 
-def _clear_moments(layer: LoraLayer, adapter: str, index: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+def _clear_moments(layer: LoraLinear, adapter: str, index: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
     if optimizer is None:
         return
-    for parameter, dim in ((layer.lora_A[adapter].weight, 0), (layer.lora_B[adapter].weight, 1)):
+    for dim, parameter in enumerate(factors(layer, adapter)):
         if parameter.grad is not None:
             parameter.grad.index_fill_(dim, index, 0)
         for value in optimizer.state.get(parameter, {}).values():
@@ -248,7 +256,7 @@ def _clear_moments(layer: LoraLayer, adapter: str, index: Tensor, optimizer: tor
                 value.index_fill_(dim, index, 0)
 
 
-def _remove_layer(model: nn.Module, path: str, adapter: str) -> None:
+def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
     """Puts the base module back in the place of a LoRA layer without ranks, and takes it out of the config's targets."""
     parent_path, _, child = (PEFT_PREFIX + path).rpartition(".")
     parent = model.get_submodule(parent_path)
@@ -259,6 +267,6 @@ def _remove_layer(model: nn.Module, path: str, adapter: str) -> None:
     if not layer.lora_A:  # other adapters may still use this layer
         setattr(parent, child, layer.base_layer)
     # Names such as "q_proj" stand for many modules: once one of them is gone the targets must be spelled out.
-    targeted: list[str] = model.base_model.targeted_module_names
+    targeted = cast(list[str], model.base_model.targeted_module_names)
     targeted.remove(path)
-    model.peft_config[adapter].target_modules = set(targeted)
+    cast(LoraConfig, model.peft_config[adapter]).target_modules = sorted(targeted)

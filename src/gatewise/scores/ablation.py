@@ -28,7 +28,7 @@ from gatewise.losses import mean_loss, row_losses
 from gatewise.scores.base import Batches, Scores, as_batches, on_device, parts_of, step_tokens
 from gatewise.scores.prefix import Record, Stack
 from gatewise.scores.taylor import taylor
-from gatewise.slots import live_slots
+from gatewise.slots import factors, live_slots
 
 Mode = Literal["exact", "naive", "screened"]
 Rank = tuple[str, int]
@@ -163,9 +163,9 @@ def _ablated_losses(
     copies, rows = len(members), len(part["labels"])
     own: dict[str, Tensor] = {}
     for copy, (path, slot) in enumerate(members):
-        weight = gates.layers[path].lora_A[gates.adapter].weight
+        a, _ = factors(gates.layers[path], gates.adapter)
         if path not in own:
-            own[path] = torch.full((copies, weight.shape[0]), 0.0 if off else 1.0, device=weight.device)
+            own[path] = torch.full((copies, len(a)), 0.0 if off else 1.0, device=a.device)
         own[path][copy, slot] = 1.0 if off else 0.0
     for path, gate in own.items():
         gates.assign(path, gate.repeat_interleave(rows, dim=0)[:, None, :] if gates.per_row else gate[0])

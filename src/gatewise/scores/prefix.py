@@ -5,11 +5,10 @@ model's forward run with the layers below l passing through what was kept. Embed
 loss run as the model wrote them, so nothing here knows an architecture.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 Record = list[Tensor]
@@ -28,7 +27,7 @@ class Stack:
         run: one forward of the model, used to see the order in which modules act.
     """
 
-    def __init__(self, model: nn.Module, sites: dict[str, LoraLayer], run: Callable[[], object]) -> None:
+    def __init__(self, model: nn.Module, sites: Mapping[str, nn.Module], run: Callable[[], object]) -> None:
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
         wanted = {id(layer) for layer in sites.values()}
 
@@ -48,7 +47,7 @@ class Stack:
             else:
                 self.stage[event] = done
 
-    def _trace(self, sites: dict[str, LoraLayer], run: Callable[[], object]) -> list[int | str]:
+    def _trace(self, sites: Mapping[str, nn.Module], run: Callable[[], object]) -> list[int | str]:
         """Layer indices as they finish and module paths as they first act, in the order of one forward."""
         events: list[int | str] = []
         with ExitStack() as stack:

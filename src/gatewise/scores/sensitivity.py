@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gatewise.gates import GateBank, scoring
 from gatewise.scores.base import Batches, Scores, as_batches, gate_gradients, live_only, parts_of
+from gatewise.slots import factors
 
 
 def sensitivity(
@@ -40,8 +41,7 @@ def sensitivity(
     with scoring(model, float32), GateBank(model, adapter) as gates, ExitStack() as stack:
         leaves: dict[str, Tensor] = {}
         for path, layer in gates.layers.items():
-            for name in ("lora_A", "lora_B"):
-                weight = getattr(layer, name)[gates.adapter].weight
+            for name, weight in zip(("lora_A", "lora_B"), factors(layer, gates.adapter), strict=True):
                 stack.callback(weight.requires_grad_, weight.requires_grad)
                 leaves[f"{path}:{name}"] = weight.requires_grad_(True)
         mean: dict[str, Tensor] = {}

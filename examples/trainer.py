@@ -1,0 +1,47 @@
+"""ALoRA in a Transformers script: one callback. The adapter it leaves loads in stock PEFT.
+
+python examples/trainer.py [OUTPUT_FOLDER]
+"""
+
+import sys
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+import gatewise
+from gatewise.models import load_model, load_tokenizer
+from gatewise.tasks import PadCollator, encode, load_records, score_batch
+
+output = sys.argv[1] if len(sys.argv) > 1 else "runs/example-trainer"
+tokenizer = load_tokenizer("smollm2-135m-instruct")
+base = load_model("smollm2-135m-instruct", dtype=torch.bfloat16)
+records = load_records("sample:support-train")
+
+model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+allocation = gatewise.RankAllocation(
+    score="ablation",
+    rounds=2,
+    first_round=6,  # steps, because they are integers above 1; epochs otherwise
+    recover=4,
+    validation_batch=score_batch(records, tokenizer, None, n=16),
+    on_round=lambda one: print(f"round {one.round}: validation loss {one.loss_before:.3f}, {sum(one.ranks.values())} ranks"),
+)
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        output_dir=output,
+        max_steps=16,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=4,
+    ),
+    train_dataset=encode(records, tokenizer, None),
+    data_collator=PadCollator(tokenizer),
+    callbacks=[allocation],
+)
+trainer.train()
+model.save_pretrained(f"{output}/adapter", save_embedding_layers=False)
+print(f"a plain LoRA adapter, and allocation.json beside it: {output}/adapter")

@@ -1,0 +1,49 @@
+"""Whole or not at all."""
+
+import json
+
+import pytest
+
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_file, whole_folder, write_json
+
+
+def test_a_failure_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a" / "value.json"
+    write_json(path, {"é": 1})
+    assert json.loads(path.read_text()) == {"é": 1}
+
+    def fail():
+        with whole_file(path) as part:
+            part.write_text("half")
+            raise RuntimeError
+
+    pytest.raises(RuntimeError, fail)
+    assert json.loads(path.read_text()) == {"é": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["value.json"]
+
+
+def test_a_folder_is_replaced_in_one_go(tmp_path):
+    target = tmp_path / "out"
+    with whole_folder(target) as part:
+        (part / "one").write_text("1")
+    with pytest.raises(GatewiseError, match="is not empty"), whole_folder(target):
+        pass
+
+    def interrupted():
+        with whole_folder(target, replace=True) as part:
+            (part / "two").write_text("2")
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, interrupted)
+    assert [p.name for p in target.iterdir()] == ["one"]
+    with whole_folder(target, replace=True) as part:
+        (part / "two").write_text("2")
+    assert [p.name for p in target.iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(GatewiseError, match="No space left on device; nothing was changed"), whole_file(tmp_path / "x"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
