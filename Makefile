@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/gatewise train recipes/quickstart.yaml --output runs/quickstart --overwrite
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,0 +1,94 @@
+"""RankAllocation where people use it: TRL's SFTTrainer, and two processes of data-parallel training."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+from conftest import tiny_base
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from gatewise import RankAllocation, ranks
+
+
+def test_sft_trainer_that_makes_the_adapter_itself(batch, tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(58))]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+    rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": f" w{i + 3} w{i + 4}"} for i in range(16)]
+    allocation = RankAllocation(rounds=2, first_round=2, recover=2, validation_batch=batch())
+    trainer = trl.SFTTrainer(
+        model=tiny_base("llama"),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            learning_rate=5e-2,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[allocation],
+    )
+    trainer.train()
+    assert [one.step for one in allocation.history] == [2, 4]
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "adapter")
+    assert ranks(loaded) == {path: r for path, r in allocation.history[-1].ranks.items() if r}
+
+
+def one_process(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_base("llama"), config)
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 60, (24, 8), generator=generator)]
+    # Each process scores rows of its own: without an agreement they would decide differently.
+    own = torch.stack([row["input_ids"] for row in rows[12 * rank : 12 * rank + 6]])
+    allocation = RankAllocation(
+        score="taylor", rounds=2, first_round=2, recover=2, validation_batch={"input_ids": own, "labels": own}
+    )
+    arguments = TrainingArguments(
+        output_dir=f"{folder}/run",
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=5e-2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_backend="gloo",
+        ddp_find_unused_parameters=False,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation]).train()
+    state = {name: value.double().sum().item() for name, value in model.state_dict().items() if "lora_" in name}
+    history = [{"scores": one.scores, "pruned": one.pruned, "grown": one.grown} for one in allocation.history]
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump({"state": state, "history": history}, file)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_same_decisions(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(one_process, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert len(first["history"]) == 2
+    assert first == second
