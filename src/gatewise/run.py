@@ -48,7 +48,6 @@ from gatewise.tasks import (
     encode_classification,
     evaluate,
     load_records,
-    score_batch,
 )
 from gatewise.training import (
     NOTE_FILE,
@@ -332,6 +331,9 @@ def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
         return list(encode(records, tokenizer, template, max_length=max_length))
 
     train, dev = features(train_rows), features(measured["dev"])
+    held_out: list[dict[str, Any]] = []
+    if recipe.method == "alora":
+        train, held_out = _hold_out(train, (recipe.allocation or AllocationSection()).validation_rows, recipe.seed)
     base_parameters = sum(p.numel() for p in base.parameters())
     steps = recipe.training.total_steps(len(train))
     prepared = _Prepared(
@@ -357,7 +359,7 @@ def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
         },
     )
     if recipe.method == "alora":
-        prepared.allocation = _allocation(recipe, prepared, progress)
+        prepared.allocation = _allocation(recipe, prepared, held_out, progress)
     return prepared
 
 
@@ -418,7 +420,14 @@ def _adalora_schedule(recipe: Recipe, steps: int) -> dict[str, Any]:
     return schedule
 
 
-def _allocation(recipe: Recipe, prepared: _Prepared, progress: RunProgress) -> RankAllocation:
+def _hold_out(train: list[dict[str, Any]], rows: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training rows, and at most ``rows`` (and a quarter) of them set aside to score ranks on: dev only measures."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(rows, max(1, len(train) // 4))
+    return [train[i] for i in sorted(order[count:])] or train, [train[i] for i in order[:count]]
+
+
+def _allocation(recipe: Recipe, prepared: _Prepared, held_out: list[dict[str, Any]], progress: RunProgress) -> RankAllocation:
     section = recipe.allocation or AllocationSection()
     first = section.first_round
     step = first if isinstance(first, int) and first > 1 else max(1, round(first * prepared.steps_per_epoch))
@@ -427,15 +436,7 @@ def _allocation(recipe: Recipe, prepared: _Prepared, progress: RunProgress) -> R
             f"allocation.first_round is {first}, after step {step}, but the run has {prepared.steps} steps and what a round "
             "grows must learn: lower it or train longer"
         )
-    batch = score_batch(
-        prepared.measured["dev"],
-        prepared.tokenizer,
-        prepared.template,
-        section.validation_rows,
-        recipe.seed,
-        classification=recipe.task == "classification",
-        max_length=prepared.max_length,
-    )
+    batch = PadCollator(prepared.tokenizer)(held_out)
     settings = section.model_dump(exclude={"validation_rows"})
     return RankAllocation(**settings, validation_batch=batch, seed=recipe.seed, on_round=progress.say_round)
 
