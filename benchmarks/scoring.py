@@ -54,13 +54,12 @@ def measure(data_dir: Path, results: Path, stages: list[str], per_layer: int, na
                 scores, seconds = timed(partial(score, model, validation))
                 values = {path: [float(f"{v:.9g}") for v in score.tolist()] for path, score in scores.items()}
                 append(results, {"stage": stage, "mode": mode, "seconds": round(seconds, 3), "scores": values})
-        for layer, ranks in sample(model, per_layer).items():
-            for mode, count in (("exact", per_layer), ("naive", naive_per_layer)):
-                wanted = ranks[:count]
-                if wanted and not find(results, stage, mode, layer):
-                    scores, seconds = timed(partial(ablate, model, validation, wanted, mode))
-                    line = {"stage": stage, "mode": mode, "layer": layer, "ranks": wanted, "scores": scores.tolist()}
-                    append(results, line | {"seconds": round(seconds, 3)})
+        for mode, count in (("naive", naive_per_layer), ("exact", per_layer)):
+            if not find(results, stage, mode):
+                ranks = sample(model, count)
+                scores, seconds = timed(partial(ablate, model, validation, ranks, mode))
+                line = {"stage": stage, "mode": mode, "seconds": round(seconds, 3), "ranks": ranks, "scores": scores.tolist()}
+                append(results, line)
 
 
 def train(model: PeftModel, batches: list[dict[str, Tensor]]) -> None:
@@ -78,62 +77,56 @@ def train(model: PeftModel, batches: list[dict[str, Tensor]]) -> None:
         optimizer.zero_grad()
 
 
-def sample(model: PeftModel, per_layer: int) -> dict[int, list[Rank]]:
-    """Layer -> random ranks of its modules, the same at every stage."""
+def sample(model: PeftModel, per_layer: int) -> list[Rank]:
+    """Random ranks of every layer, the same at every stage; a smaller sample is part of a larger one."""
     layers: dict[int, list[Rank]] = {}
     for path in lora_layers(model):
         layers.setdefault(site(path).layer or 0, []).extend((path, slot) for slot in range(RANK))
     generator = torch.Generator().manual_seed(1)
-    return {
-        layer: [ranks[i] for i in torch.randperm(len(ranks), generator=generator).tolist()[:per_layer]]
-        for layer, ranks in layers.items()
-    }
+    drawn = [[ranks[i] for i in torch.randperm(len(ranks), generator=generator).tolist()] for ranks in layers.values()]
+    return [rank for ranks in drawn for rank in ranks[:per_layer]]
 
 
 def report(results: Path) -> None:
     """Prints cost and agreement for each stage."""
     for stage in STAGES:
-        lines = [line for line in read(results) if line["stage"] == stage]
-        exact, naive = ({} for _ in range(2))
-        for line in lines:
-            for rank, score in zip(line.get("ranks", []), line["scores"], strict=False):
-                (exact if line["mode"] == "exact" else naive)[tuple(rank)] = score
-        seconds = {
-            mode: sum(line["seconds"] for line in lines if line["mode"] == mode)
-            for mode in ("taylor", "screened", "exact", "naive")
-        }
-        if not exact or not naive:
+        lines = {line["mode"]: line for line in read(results) if line["stage"] == stage}
+        if lines.keys() < {"taylor", "screened", "naive", "exact"}:
             continue
-        whole = {line["mode"]: line["scores"] for line in lines if line["mode"] in ("taylor", "screened")}
-        total = sum(map(len, whole["screened"].values()))
-        full = {"naive": seconds["naive"] * total / len(naive), "exact": seconds["exact"] * total / len(exact)}
-        full |= {mode: seconds[mode] for mode in ("screened", "taylor")}
+        naive, exact = (by_rank(lines[mode]) for mode in ("naive", "exact"))
+        total = sum(map(len, lines["taylor"]["scores"].values()))
+        ablated = max(16, total // 32)
+        # Forward passes over the whole batch, a backward counted as one; exact and screened rerun about half of the layers.
+        forwards = {"naive": 2 * total, "exact": total, "screened": 4 + ablated, "taylor": 4}
+        reference = lines["naive"]["seconds"] * total / len(naive)
+        print(f"{stage}: after {STAGES[stage]} steps, {total} ranks, {ROWS} examples, {lines['naive'].get('threads')} threads")
+        for mode, count in forwards.items():
+            measured = len(lines[mode].get("ranks", [])) or total
+            seconds = lines[mode]["seconds"] * total / measured
+            note = "measured whole" if measured == total else f"extrapolated from {measured} ranks"
+            print(f"  {mode:9}{seconds:8.0f} s  {seconds / reference:7.4f} of naive  ~{count:4} forwards  {note}")
         both = [rank for rank in naive if rank in exact]
         spread = max(naive.values()) - min(naive.values())
-        error = max(abs(naive[rank] - exact[rank]) for rank in both)
-        print(f"{stage}: after {STAGES[stage]} steps, {total} ranks, {ROWS} examples")
-        notes = {
-            "naive": f"extrapolated from {len(naive)} ranks" if len(naive) < total else "every rank",
-            "exact": f"extrapolated from {len(exact)} ranks" if len(exact) < total else "every rank",
-            "screened": f"{max(16, total // 32)} ranks ablated exactly, measured whole",
-            "taylor": "first order alone, measured whole",
-        }
-        for mode, cost in full.items():
-            print(f"  {mode:9} {cost:8.0f} s   {cost / full['naive']:7.4f} of naive   {forwards(mode, total):8}   {notes[mode]}")
-        print(f"  exact against naive on the same {len(both)} ranks: largest difference {error / spread:.1e} of the spread")
-        count = round(len(exact) / 8)
-        lowest = set(sorted(exact, key=exact.__getitem__)[:count])
-        for mode, scores in whole.items():
-            values = {rank: scores[rank[0]][rank[1]] for rank in exact}
-            same = len(lowest & set(sorted(values, key=values.__getitem__)[:count])) / count
-            correlation = spearmanr([exact[r] for r in exact], [values[r] for r in exact]).statistic
-            agreement = f"Spearman {correlation:.4f}, same lowest eighth {same:.1%} of {count}"
-            print(f"  {mode} against exact on {len(exact)} ranks: {agreement}")
+        error = max(abs(naive[rank] - exact[rank]) for rank in both) / spread
+        print(
+            f"  exact against naive: {agreement(naive, {r: exact[r] for r in both})}; largest difference {error:.1e} of the spread"
+        )
+        for mode in ("taylor", "screened"):
+            scores = lines[mode]["scores"]
+            print(f"  {mode} against exact: {agreement(exact, {(path, slot): scores[path][slot] for path, slot in exact})}")
 
 
-def forwards(mode: str, total: int) -> str:
-    """Forward passes of the whole batch that a round takes, a backward counted as one."""
-    return {"naive": str(2 * total), "exact": f"~{total}", "screened": f"~{4 + max(16, total // 32)}", "taylor": "4"}[mode]
+def by_rank(line: dict[str, Any]) -> dict[Rank, float]:
+    return {(path, slot): score for (path, slot), score in zip(line["ranks"], line["scores"], strict=True)}
+
+
+def agreement(reference: dict[Rank, float], other: dict[Rank, float]) -> str:
+    """Spearman, and the overlap of the eighth that each would prune, over the ranks of ``other``."""
+    ranks = list(other)
+    count = max(1, round(len(ranks) / 8))
+    lowest, same = (set(sorted(ranks, key=scores.__getitem__)[:count]) for scores in (reference, other))
+    correlation = spearmanr([reference[r] for r in ranks], [other[r] for r in ranks]).statistic
+    return f"{len(ranks)} ranks, Spearman {correlation:.4f}, {len(lowest & same)} of the lowest {count} the same"
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -145,11 +138,12 @@ def read(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
 
 
-def find(results: Path, stage: str, mode: str, layer: int | None = None) -> bool:
-    return any((line["stage"], line["mode"], line.get("layer")) == (stage, mode, layer) for line in read(results))
+def find(results: Path, stage: str, mode: str) -> bool:
+    return any((line["stage"], line["mode"]) == (stage, mode) for line in read(results))
 
 
 def append(results: Path, line: dict[str, Any]) -> None:
+    line["threads"] = torch.get_num_threads()
     print({key: value for key, value in line.items() if key not in ("scores", "ranks")}, flush=True)
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -161,7 +155,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "scoring.jsonl")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--ranks-per-layer", type=int, default=8)
+    parser.add_argument("--ranks-per-layer", type=int, default=4)
     parser.add_argument("--naive-per-layer", type=int, default=1)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
