@@ -1,21 +1,11 @@
 """The run a recipe describes: check everything, load, train, measure, and write a plain LoRA adapter.
 
-What it leaves in its output folder:
-
-    adapter/        plain LoRA: adapter_config.json, adapter_model.safetensors; allocation.json with alora; gatewise.json
-    metrics.json    metrics before and after, ranks, parameters, seconds
-    ranks.png       where the ranks went
-    recipe.yaml     the recipe with every default written out
-    checkpoints/    the last two checkpoints, from which --resume goes on
+What it leaves in its output folder: see ``gatewise.run_folder``.
 """
 
 import difflib
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,22 +13,32 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from gatewise import report
-from gatewise.adalora import STATE_FILE, AdaLoraSchedule, to_plain_lora
+from gatewise.adalora import AdaLoraSchedule, to_plain_lora
 from gatewise.allocation import RankAllocation
 from gatewise.errors import GatewiseError
-from gatewise.files import whole_file, whole_folder, write_json
 from gatewise.losses import base_of
 from gatewise.measure import Metrics, load_like, metrics_line
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
-from gatewise.recipe import AllocationSection, Recipe, TrainingSection, load_recipe
+from gatewise.recipe import AllocationSection, Recipe, TrainingSection
+from gatewise.run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    METRICS,
+    PLOT,
+    RunResult,
+    before_the_end,
+    check_output,
+    save_adapter,
+    write_metrics,
+    writing,
+)
 from gatewise.tasks import (
     PadCollator,
     Records,
@@ -49,44 +49,7 @@ from gatewise.tasks import (
     evaluate,
     load_records,
 )
-from gatewise.training import (
-    NOTE_FILE,
-    EarlyStopping,
-    RecipeTrainer,
-    checkpoint_step,
-    complete_checkpoints,
-)
-
-ADAPTER, CHECKPOINTS, METRICS, RECIPE, PLOT = "adapter", "checkpoints", "metrics.json", "recipe.yaml", "ranks.png"
-# Keys that change what is shown, not what is learned: a run may be resumed with others.
-_FREE_TO_CHANGE = ("training.log_every",)
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run came to.
-
-    Attributes:
-        output: its folder. adapter, metrics_file, plot: what is in it.
-        metrics: "dev" (and "test", where the recipe has one) -> {"before": ..., "after": ...}, as ``tasks.evaluate`` gives
-            them; "before" is the base model with the adapter at its start, which changes nothing yet.
-        ranks: module path -> rank of the adapter written.
-        parameters: "base" and "adapter", the numbers stored in each.
-        seconds: "evaluation", "training" (rounds included) and "total", of this process.
-        steps: optimiser steps taken, those before a resume included.
-        resumed_from: the step the run went on from, or None.
-    """
-
-    output: Path
-    adapter: Path
-    metrics_file: Path
-    plot: Path
-    metrics: dict[str, dict[str, Metrics]]
-    ranks: dict[str, int]
-    parameters: dict[str, int]
-    seconds: dict[str, float]
-    steps: int
-    resumed_from: int | None
+from gatewise.training import EarlyStopping, RecipeTrainer, checkpoint_step
 
 
 def train(
@@ -114,12 +77,12 @@ def train(
     started = time.monotonic()
     output = Path(output)
     progress = RunProgress(console or Console(stderr=True))
-    checkpoint = _check_output(output, recipe, resume, overwrite)
+    checkpoint = check_output(output, recipe, resume, overwrite)
     with quiet(bars=True):
         prepared = _prepare(recipe, progress)
         if checkpoint is not None and checkpoint_step(checkpoint) >= prepared.steps:
-            checkpoint = _before_the_end(output, prepared.steps)
-        with _writing(output, recipe, overwrite):
+            checkpoint = before_the_end(output, prepared.steps)
+        with writing(output, recipe, overwrite):
             trainer = _trainer(recipe, prepared, output, checkpoint, progress)
             metrics: dict[str, dict[str, Metrics]] = {name: {} for name in prepared.measured}
             seconds = {"evaluation": 0.0, "training": 0.0}
@@ -134,7 +97,7 @@ def train(
             if recipe.method == "adalora":
                 model = to_plain_lora(model)
             _measure(recipe, prepared, model, "after", metrics, seconds, progress)
-            _save_adapter(model, output / ADAPTER, prepared.note)
+            save_adapter(model, output / ADAPTER, prepared.note)
             budget = report.read_budget(output / ADAPTER)
             report.plot(budget, output / PLOT)
             seconds["total"] = time.monotonic() - started
@@ -153,125 +116,8 @@ def train(
                 steps=trainer.state.global_step,
                 resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
             )
-            write_json(result.metrics_file, _metrics_json(recipe, result, trainer.state.log_history))
+            write_metrics(recipe, result, trainer.state.log_history)
     return result
-
-
-# The output folder ------------------------------------------------------------------------------------------------------
-
-
-def _check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
-    """Whether the folder may be used; the checkpoint to go on from, if that is asked for."""
-    if resume and overwrite:
-        raise GatewiseError("--resume and --overwrite exclude each other: go on with the run, or begin it again")
-    check_writable(output)
-    if output.is_dir() and any(output.iterdir()) and not resume and not overwrite:
-        raise GatewiseError(
-            f"{output} is not empty: use --resume to go on with the run in it, --overwrite to replace that run, or give "
-            "another --output"
-        )
-    if not resume:
-        return None
-    if (output / METRICS).is_file():
-        raise GatewiseError(f"the run in {output} is finished, there is nothing to resume: use --overwrite to repeat it")
-    found = complete_checkpoints(output / CHECKPOINTS, _state_files(recipe))
-    if not found:
-        raise GatewiseError(f"{output} has no complete checkpoint to resume from: begin again with --overwrite")
-    _check_same_recipe(output / RECIPE, recipe)
-    return found[-1]
-
-
-def check_writable(output: Path) -> None:
-    """Raises GatewiseError when the folder cannot be made or written into. Leaves no trace."""
-    at = output.absolute()
-    while not at.exists() and at != at.parent:
-        at = at.parent
-    if not at.is_dir():
-        raise GatewiseError(f"cannot write to {output}: {at} is a file, not a folder; give another --output")
-    if not os.access(at, os.W_OK | os.X_OK):
-        raise GatewiseError(f"cannot write to {output}: no permission to write in {at}; give another --output")
-
-
-def _check_same_recipe(path: Path, recipe: Recipe) -> None:
-    if not path.is_file():
-        raise GatewiseError(f"{path} is missing, so the run cannot be resumed: begin again with --overwrite")
-    before, now = _flat(load_recipe(path).model_dump()), _flat(recipe.model_dump())
-    for key in sorted({*before, *now} - {*_FREE_TO_CHANGE}):
-        if before.get(key) != now.get(key):
-            raise GatewiseError(
-                f"{key} is {now.get(key)!r}, but the run in {path.parent} was started with {before.get(key)!r}: resume it "
-                "with that, or begin again with --overwrite"
-            )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _before_the_end(output: Path, steps: int) -> Path | None:
-    """The last checkpoint that has a step to go: the Trainer cannot resume behind the last step. None: from the start."""
-    found = [path for path in complete_checkpoints(output / CHECKPOINTS) if checkpoint_step(path) < steps]
-    return found[-1] if found else None
-
-
-def _state_files(recipe: Recipe) -> tuple[str, ...]:
-    return (STATE_FILE,) if recipe.method == "adalora" else ()
-
-
-@contextmanager
-def _writing(output: Path, recipe: Recipe, overwrite: bool) -> Iterator[None]:
-    """Opens the output folder, and whatever happens leaves nothing half written in it."""
-    try:
-        if overwrite:
-            _remove_run(output)
-        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        with whole_file(output / RECIPE) as part:
-            part.write_text(recipe.as_yaml(), encoding="utf-8")
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise GatewiseError(
-            f"{output} could not be written ({reason}): free some space or give another --output; complete checkpoints "
-            "are kept for --resume"
-        ) from error
-    finally:
-        _tidy(output, recipe)
-
-
-def _tidy(output: Path, recipe: Recipe) -> None:
-    """Removes checkpoints and files that were cut short, and the whole run when nothing of it is worth keeping."""
-    checkpoints = output / CHECKPOINTS
-    complete = complete_checkpoints(checkpoints, _state_files(recipe))
-    for path in checkpoints.glob("checkpoint-*"):
-        if path not in complete and not (path / "trainer_state.json").is_file():
-            shutil.rmtree(path, ignore_errors=True)
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()) and not (output / METRICS).is_file():
-        checkpoints.rmdir()
-        (output / RECIPE).unlink(missing_ok=True)
-        if not any(output.iterdir()):
-            output.rmdir()
-
-
-def _remove_run(output: Path) -> None:
-    """Removes what a run writes, and nothing else that may lie in the folder."""
-    for name in (METRICS, PLOT, RECIPE):
-        (output / name).unlink(missing_ok=True)
-    for name in (ADAPTER, CHECKPOINTS):
-        if (output / name).is_dir():
-            shutil.rmtree(output / name)
-
-
-def _save_adapter(model: PeftModel, folder: Path, note: Mapping[str, Any]) -> None:
-    with whole_folder(folder, replace=True) as part:
-        # save_embedding_layers=False keeps PEFT from asking the hub whether the vocabulary was changed.
-        model.save_pretrained(str(part), save_embedding_layers=False)
-        write_json(part / NOTE_FILE, note)
 
 
 # What a run is made of --------------------------------------------------------------------------------------------------
@@ -542,30 +388,3 @@ def _measure(
             )
         progress.say(f"{name} {when} training: {metrics_line(metrics[name][when])}")
     seconds["evaluation"] += time.monotonic() - begun
-
-
-def _metrics_json(recipe: Recipe, result: RunResult, log: Sequence[Mapping[str, Any]]) -> Any:
-    content = {
-        "format": 1,
-        "method": recipe.method,
-        "model": recipe.model,
-        "task": recipe.task,
-        "seed": recipe.seed,
-        "steps": result.steps,
-        "resumed_from": result.resumed_from,
-        "metrics": result.metrics,
-        "parameters": result.parameters,
-        "ranks": result.ranks,
-        "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
-        "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
-    }
-    return _finite(content)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,146 @@
+"""The map as text: numbers of six characters, the table for the terminal, the lines of the summary, and JSON."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from gatewise.report.budget_map import OTHER, BudgetMap, Value, totals_of
+
+
+def short_number(number: float | None, value: Value) -> str:
+    """At most six characters: a rank in full; norms 0.034, 4e-05; parameters 960, 18.4k, 2.43M. A dot for no module."""
+    if number is None:
+        return "·"
+    if not math.isfinite(number):
+        return "nan" if math.isnan(number) else "inf"
+    if number == 0 or value == "rank" or (number < 1000 and number == int(number)):
+        return str(int(number))
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + unit
+    return f"{number:#.3g}".rstrip(".") if number >= 1e-3 else f"{number:.0e}"
+
+
+def largest(cells: Iterable[Iterable[float | None]]) -> float:
+    """The largest finite number, for a scale that starts at zero."""
+    return max((c for row in cells for c in row if c is not None and math.isfinite(c)), default=0.0)
+
+
+def finite_or_zero(number: float | None) -> float:
+    return number if number is not None and math.isfinite(number) else 0.0
+
+
+# The lower steps stay as the terminal has them. White on the others has a contrast of 4.5 or more, and all are about as
+# light as each other, so they show on a dark terminal and on a light one; grey to orange suits every colour vision.
+_TABLE_SHADES = ("", "", "#ffffff on #6e6a66", "#ffffff on #87653f", "bold #ffffff on #a8560f")
+
+
+def ranks_table(budget: BudgetMap, value: Value = "rank") -> Table:
+    """The budget as a table for the terminal: layers x kinds with totals, 80 columns wide for a Llama.
+
+    Cells are shaded in five steps from the lowest to the highest number; the numbers say the same without colour.
+    A dot marks a place where the adapter has no module.
+    """
+    layers, kinds, cells = budget.matrix(value)
+    rows, columns, all_of_it = totals_of(budget, value)
+    finite = [c for row in cells for c in row if c is not None and math.isfinite(c)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+
+    def cell(number: float | None) -> Text:
+        if number is None or number == 0:
+            return Text(short_number(number, value), style="dim")
+        if high == low or not math.isfinite(number):
+            return Text(short_number(number, value))
+        step = min(int((number - low) / (high - low) * len(_TABLE_SHADES)), len(_TABLE_SHADES) - 1)
+        return Text(f" {short_number(number, value)}", style=_TABLE_SHADES[step])
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, collapse_padding=True)
+    table.add_column("layer", Text("total", style="bold"), justify="right", no_wrap=True)
+    for kind, total in zip(kinds, columns, strict=True):
+        table.add_column(Text(kind), Text(short_number(total, value), style="bold"), justify="right", no_wrap=True)
+    table.add_column("total", Text(short_number(all_of_it, value), style="bold"), justify="right", no_wrap=True)
+    for layer, row, total in zip(layers, cells, rows, strict=True):
+        table.add_row(Text(layer), *map(cell, row), Text(short_number(total, value), style="bold"))
+    return table
+
+
+def to_json(budget: BudgetMap) -> dict[str, Any]:
+    """The whole map as plain lists, numbers and text for ``json.dumps``; numbers that are not finite become None."""
+    layers, kinds, _ = budget.matrix()
+    return _plain(
+        {
+            "base_model": budget.base_model,
+            "adapter_type": budget.adapter_type,
+            "totals": {
+                "modules": len(budget.modules),
+                "rank": budget.rank,
+                "capacity": budget.capacity,
+                "parameters": budget.parameters,
+                "allocated": budget.allocated,
+                "other_parameters": budget.other_parameters,
+                "norm": budget.norm,
+            },
+            "layers": layers,
+            "kinds": kinds,
+            "matrix": {value: budget.matrix(value)[2] for value in get_args(Value)},
+            "modules": [asdict(module) for module in budget.modules],
+            "score": budget.score,
+            "rounds": [asdict(entry) for entry in budget.rounds],
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary_lines(budget: BudgetMap) -> list[str]:
+    """The map in a few lines of plain text: base model, type, totals, shares by kind, fullest and empty layers."""
+    return [f"{name}: {text}" for name, text in facts_of(budget)]
+
+
+def facts_of(budget: BudgetMap) -> list[tuple[str, str]]:
+    stack = [layer for layer in budget.layers if layer != OTHER]
+    rows = dict(zip(budget.layers, totals_of(budget, "rank")[0], strict=True))
+    held = {layer: int(rows[layer] or 0) for layer in stack}
+    fullest = [layer for layer in sorted(stack, key=lambda layer: -held[layer])[:3] if held[layer]]
+    slots = f"{budget.rank:,}" + (f" of {budget.capacity:,} slots" if budget.capacity != budget.rank else "")
+    unused = budget.allocated - budget.parameters
+    stored = f"{budget.parameters:,}" + (f" in use, {unused:,} in dead slots" if unused else "")
+    if budget.other_parameters:
+        stored += f", and {budget.other_parameters:,} outside LoRA"
+    facts = [
+        ("base model", budget.base_model or "not named"),
+        ("adapter", f"{budget.adapter_type}, {len(budget.modules):,} modules in {len(stack):,} layers"),
+        ("total rank", slots),
+        ("parameters", stored),
+    ]
+    if budget.rank:
+        shares = ((kind, total or 0) for kind, total in zip(budget.kinds, totals_of(budget, "rank")[1], strict=True))
+        facts.append(("rank by kind", ", ".join(f"{kind} {100 * total / budget.rank:.0f}%" for kind, total in shares)))
+    if fullest:
+        facts.append(("most rank", ", ".join(f"layer {layer} ({held[layer]})" for layer in fullest)))
+    facts.append(("empty layers", _ranges([int(layer) for layer in stack if held[layer] == 0]) or "none"))
+    if budget.rounds:
+        facts.append(("rounds", f"{len(budget.rounds)}" + (f", ranks scored by {budget.score}" if budget.score else "")))
+    return facts
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 7] -> "0-2, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

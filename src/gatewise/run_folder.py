@@ -1,0 +1,202 @@
+"""The folder a run writes: whether it may be used, what to resume from, what the run came to, and nothing half written.
+
+What a run leaves in it:
+
+    adapter/        plain LoRA: adapter_config.json, adapter_model.safetensors; allocation.json with alora; gatewise.json
+    metrics.json    metrics before and after, ranks, parameters, seconds
+    ranks.png       where the ranks went
+    recipe.yaml     the recipe with every default written out
+    checkpoints/    the last two checkpoints, from which --resume goes on
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from gatewise.adalora import STATE_FILE
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_file, whole_folder, write_json
+from gatewise.measure import Metrics
+from gatewise.recipe import Recipe, load_recipe
+from gatewise.training import NOTE_FILE, checkpoint_step, complete_checkpoints
+
+ADAPTER, CHECKPOINTS, METRICS, RECIPE, PLOT = "adapter", "checkpoints", "metrics.json", "recipe.yaml", "ranks.png"
+# Keys that change what is shown, not what is learned: a run may be resumed with others.
+_FREE_TO_CHANGE = ("training.log_every",)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        output: its folder. adapter, metrics_file, plot: what is in it.
+        metrics: "dev" (and "test", where the recipe has one) -> {"before": ..., "after": ...}, as ``tasks.evaluate`` gives
+            them; "before" is the base model with the adapter at its start, which changes nothing yet.
+        ranks: module path -> rank of the adapter written.
+        parameters: "base" and "adapter", the numbers stored in each.
+        seconds: "evaluation", "training" (rounds included) and "total", of this process.
+        steps: optimiser steps taken, those before a resume included.
+        resumed_from: the step the run went on from, or None.
+    """
+
+    output: Path
+    adapter: Path
+    metrics_file: Path
+    plot: Path
+    metrics: dict[str, dict[str, Metrics]]
+    ranks: dict[str, int]
+    parameters: dict[str, int]
+    seconds: dict[str, float]
+    steps: int
+    resumed_from: int | None
+
+
+def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
+    """Whether the folder may be used; the checkpoint to go on from, if that is asked for."""
+    if resume and overwrite:
+        raise GatewiseError("--resume and --overwrite exclude each other: go on with the run, or begin it again")
+    check_writable(output)
+    if output.is_dir() and any(output.iterdir()) and not resume and not overwrite:
+        raise GatewiseError(
+            f"{output} is not empty: use --resume to go on with the run in it, --overwrite to replace that run, or give "
+            "another --output"
+        )
+    if not resume:
+        return None
+    if (output / METRICS).is_file():
+        raise GatewiseError(f"the run in {output} is finished, there is nothing to resume: use --overwrite to repeat it")
+    found = complete_checkpoints(output / CHECKPOINTS, _state_files(recipe))
+    if not found:
+        raise GatewiseError(f"{output} has no complete checkpoint to resume from: begin again with --overwrite")
+    _check_same_recipe(output / RECIPE, recipe)
+    return found[-1]
+
+
+def check_writable(output: Path) -> None:
+    """Raises GatewiseError when the folder cannot be made or written into. Leaves no trace."""
+    at = output.absolute()
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    if not at.is_dir():
+        raise GatewiseError(f"cannot write to {output}: {at} is a file, not a folder; give another --output")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise GatewiseError(f"cannot write to {output}: no permission to write in {at}; give another --output")
+
+
+def _check_same_recipe(path: Path, recipe: Recipe) -> None:
+    if not path.is_file():
+        raise GatewiseError(f"{path} is missing, so the run cannot be resumed: begin again with --overwrite")
+    before, now = _flat(load_recipe(path).model_dump()), _flat(recipe.model_dump())
+    for key in sorted({*before, *now} - {*_FREE_TO_CHANGE}):
+        if before.get(key) != now.get(key):
+            raise GatewiseError(
+                f"{key} is {now.get(key)!r}, but the run in {path.parent} was started with {before.get(key)!r}: resume it "
+                "with that, or begin again with --overwrite"
+            )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def before_the_end(output: Path, steps: int) -> Path | None:
+    """The last checkpoint that has a step to go: the Trainer cannot resume behind the last step. None: from the start."""
+    found = [path for path in complete_checkpoints(output / CHECKPOINTS) if checkpoint_step(path) < steps]
+    return found[-1] if found else None
+
+
+def _state_files(recipe: Recipe) -> tuple[str, ...]:
+    return (STATE_FILE,) if recipe.method == "adalora" else ()
+
+
+@contextmanager
+def writing(output: Path, recipe: Recipe, overwrite: bool) -> Iterator[None]:
+    """Opens the output folder, and whatever happens leaves nothing half written in it."""
+    try:
+        if overwrite:
+            _remove_run(output)
+        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        with whole_file(output / RECIPE) as part:
+            part.write_text(recipe.as_yaml(), encoding="utf-8")
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise GatewiseError(
+            f"{output} could not be written ({reason}): free some space or give another --output; complete checkpoints "
+            "are kept for --resume"
+        ) from error
+    finally:
+        _tidy(output, recipe)
+
+
+def _tidy(output: Path, recipe: Recipe) -> None:
+    """Removes checkpoints and files that were cut short, and the whole run when nothing of it is worth keeping."""
+    checkpoints = output / CHECKPOINTS
+    complete = complete_checkpoints(checkpoints, _state_files(recipe))
+    for path in checkpoints.glob("checkpoint-*"):
+        if path not in complete and not (path / "trainer_state.json").is_file():
+            shutil.rmtree(path, ignore_errors=True)
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()) and not (output / METRICS).is_file():
+        checkpoints.rmdir()
+        (output / RECIPE).unlink(missing_ok=True)
+        if not any(output.iterdir()):
+            output.rmdir()
+
+
+def _remove_run(output: Path) -> None:
+    """Removes what a run writes, and nothing else that may lie in the folder."""
+    for name in (METRICS, PLOT, RECIPE):
+        (output / name).unlink(missing_ok=True)
+    for name in (ADAPTER, CHECKPOINTS):
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+
+
+def save_adapter(model: PeftModel, folder: Path, note: Mapping[str, Any]) -> None:
+    with whole_folder(folder, replace=True) as part:
+        # save_embedding_layers=False keeps PEFT from asking the hub whether the vocabulary was changed.
+        model.save_pretrained(str(part), save_embedding_layers=False)
+        write_json(part / NOTE_FILE, note)
+
+
+def write_metrics(recipe: Recipe, result: RunResult, log: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what the run came to into ``metrics.json``."""
+    content = {
+        "format": 1,
+        "method": recipe.method,
+        "model": recipe.model,
+        "task": recipe.task,
+        "seed": recipe.seed,
+        "steps": result.steps,
+        "resumed_from": result.resumed_from,
+        "metrics": result.metrics,
+        "parameters": result.parameters,
+        "ranks": result.ranks,
+        "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
+        "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
+    }
+    write_json(result.metrics_file, _finite(content))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
