@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_base
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from tiny_models import tiny_base
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from gatewise.adalora import AdaLoraSchedule, orthogonality, to_plain_lora

@@ -109,7 +109,7 @@ def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest
 @pytest.fixture
 def conftest_base():
     """conftest_base(family) -> the base model that ``run`` trained on."""
-    from conftest import tiny_base
+    from tiny_models import tiny_base
 
     def make(family):
         torch.manual_seed(0)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_base
 
 from gatewise import slots
 from gatewise.errors import GatewiseError

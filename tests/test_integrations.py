@@ -6,8 +6,8 @@ import socket
 
 import pytest
 import torch
-from conftest import tiny_base
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import tiny_base
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_base
+from tiny_models import tiny_base
 from transformers import (
     BertConfig,
     BertForMaskedLM,

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_base
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import tiny_base
 
 from gatewise import slots
 from gatewise.errors import GatewiseError
