@@ -1,5 +1,6 @@
 """RankAllocation in real Trainers on tiny models: what it decides, what it leaves behind, and that it can be interrupted."""
 
+import copy
 import json
 import logging
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -54,7 +56,13 @@ def run(adapted, examples, tmp_path):
             "seed": 3,
             **(training or {}),
         }
-        trainer = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=data, callbacks=[callback, *callbacks])
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**arguments),
+            train_dataset=data,
+            eval_dataset=data[:8],
+            callbacks=[callback, *callbacks],
+        )
         trainer.train(resume_from_checkpoint=resume)
         return model, callback, trainer
 
@@ -194,7 +202,9 @@ def test_every_checkpoint_is_a_plain_adapter(run, examples, tmp_path, conftest_b
         assert (folder / "allocation.json").is_file()
 
 
-def test_best_checkpoint_is_the_one_compacted(run, examples, adapted):
+@pytest.mark.parametrize(("worst", "rounds"), [(True, 0), (False, 3)])
+def test_best_checkpoint_is_the_one_compacted_and_described(run, worst, rounds):
+    """Loss falls, so that the "best" of the highest loss is step 2, before any round, and of the lowest one step 10."""
     training = {
         "eval_strategy": "steps",
         "eval_steps": 2,
@@ -202,26 +212,14 @@ def test_best_checkpoint_is_the_one_compacted(run, examples, adapted):
         "save_steps": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
+        "greater_is_better": worst,
     }
-
-    class WithEval(TrainerCallback):
-        pass
-
-    torch.manual_seed(0)
-    import unittest.mock as mock
-
-    original = Trainer.__init__
-
-    def init(self, *args, **kwargs):
-        original(self, *args, eval_dataset=examples()[:8], **kwargs)
-
-    with mock.patch.object(Trainer, "__init__", init):
-        model, allocation, trainer = run(training=training)
-    best = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
-    past = [one for one in allocation.history if one.step <= best]
-    expected = past[-1].ranks if past else None
-    if expected:
-        assert slots.ranks(model) == {path: r for path, r in expected.items() if r}
+    model, allocation, trainer = run(training=training)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2" if worst else "checkpoint-10")
+    assert len(allocation.history) == len(allocation.to_json()["rounds"]) == rounds
+    expected = allocation.history[-1].ranks if rounds else dict.fromkeys(slots.ranks(model), 3)
+    assert slots.ranks(model) == {path: r for path, r in expected.items() if r}
+    assert sum(expected.values()) == allocation.budget or rounds
 
 
 def test_history_says_why(run):
@@ -258,6 +256,8 @@ def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
         ({"prune_fraction": 1.5}, "prune_fraction is 1.5"),
         ({"recover": 0}, "recover 0"),
         ({"r_max": 2}, "r_max is 2 but .* already has rank 3"),
+        ({"score": "ablation", "score_options": {"mod": "exact"}}, "has 'mod'.* did you mean 'mode'"),
+        ({"score": "ablation", "score_options": {"mode": "exakt"}}, "mode 'exakt'; expected one of exact"),
     ],
 )
 def test_bad_settings_are_refused(run, settings, message):
@@ -278,8 +278,14 @@ def test_what_it_cannot_work_with_is_refused(adapted, examples, tmp_path, run):
     trainer.add_callback(RankAllocation())
     with pytest.raises(GatewiseError, match="callbacks="):
         trainer.train()
-    trainer = Trainer(model=adapted(), args=arguments, train_dataset=examples(), callbacks=[RankAllocation()])
-    with pytest.raises(GatewiseError, match="validation_batch"):
+    for nothing in (None, [], {"input_ids": torch.ones(1, 3)}):
+        allocation = RankAllocation(validation_batch=nothing)
+        trainer = Trainer(model=adapted(), args=arguments, train_dataset=examples(), callbacks=[allocation])
+        with pytest.raises(GatewiseError, match="validation_batch"):
+            trainer.train()
+    allocation = RankAllocation(validation_batch={"labels": torch.ones(1)})
+    trainer = Trainer(model_init=lambda: adapted(), args=arguments, train_dataset=examples(), callbacks=[allocation])
+    with pytest.raises(GatewiseError, match="not model_init"):
         trainer.train()
     _, _, trainer = run()
     with pytest.raises(GatewiseError, match="has finished"):
@@ -324,3 +330,35 @@ def test_several_adapters_only_the_active_one_changes(adapted, examples, batch, 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if ".default." in name)
     model.save_pretrained(tmp_path / "adapter", selected_adapters=["second"])
     assert (tmp_path / "adapter" / "second" / "allocation.json").is_file()
+
+
+def test_the_last_rank_of_the_model_is_left(run, caplog):
+    """Two modules lose ranks in every round, so nothing grows: the budget shrinks, with a warning, but not to nothing."""
+    with caplog.at_level(logging.WARNING, logger="gatewise"):
+        model, allocation, _ = run(
+            peft={"target_modules": ["q_proj"]},
+            allocation={"rounds": 8, "first_round": 2, "recover": 1.0 / 6, "prune_fraction": 0.5},
+        )
+    assert sum(slots.ranks(model).values()) >= 1
+    assert sum(allocation.history[-1].ranks.values()) < allocation.budget
+    assert "gave back" in caplog.text
+
+
+def test_a_deep_copy_saves_its_own_weights(run, tmp_path):
+    model, _, _ = run()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in slots.lora_layers(copied).values():
+            layer.lora_B["default"].weight.fill_(7)
+    copied.save_pretrained(tmp_path / "copy")
+    saved = load_file(tmp_path / "copy" / "adapter_model.safetensors")
+    assert all((value == 7).all() for name, value in saved.items() if "lora_B" in name)
+    assert (tmp_path / "copy" / "allocation.json").is_file()
+
+
+def test_a_score_that_is_not_a_number_is_one_sentence(run):
+    def broken(model, batch, adapter=None):
+        return {path: torch.full((r,), torch.nan) for path, r in slots.ranks(model, adapter).items()}
+
+    with pytest.raises(GatewiseError, match=r"'broken' at step 3: a score of module .* the round was not carried out"):
+        run(allocation={"score": broken})

@@ -10,6 +10,7 @@ from tiny_models import tiny_base
 
 from gatewise import slots
 from gatewise.errors import GatewiseError
+from gatewise.export import to_lora
 
 
 def output(model, batch):
@@ -164,3 +165,68 @@ def test_refusals(adapted):
         slots.prune(layer, "default", [0, 1, 2])
     with pytest.raises(GatewiseError, match="no live rank left"):
         slots.compact(model)
+
+
+def test_two_adapters_each_lose_a_module(adapted, batch, tmp_path):
+    """Each ends with the modules that are its own, also when both lose the same one."""
+    model = adapted(target_modules=["q_proj", "down_proj"])
+    model.add_adapter("mine", LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    lost = "model.layers.0.self_attn.q_proj"
+    for name, rest in (("mine", ("q_proj", "v_proj")), ("default", ("q_proj", "down_proj"))):
+        model.set_adapter(name)
+        layers = slots.lora_layers(model)
+        slots.prune(layers[lost], name, range(len(slots.live_slots(layers[lost], name))))
+        expected = output(model, batch())
+        slots.compact(model)
+        torch.testing.assert_close(output(model, batch()), expected)
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+        torch.manual_seed(0)
+        loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / ("" if name == "default" else name))
+        torch.testing.assert_close(output(loaded, batch()), expected)
+        assert {path.rsplit(".", 1)[1] for path in slots.ranks(loaded)} == set(rest)
+        assert lost not in slots.ranks(loaded)
+
+
+def test_an_embedding_layer_beside_widened_ones(batch, tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_base("llama"), config)
+    expected = output(model, batch())
+    slots.widen(model, 5)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path)
+    torch.testing.assert_close(output(loaded, batch()), expected)
+
+
+def test_stacked_experts_are_refused(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_local_experts": 2}
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=20, num_key_value_heads=1, **sizes))
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    assert all(path.endswith("q_proj") for path in slots.lora_layers(model))
+    with pytest.raises(GatewiseError, match="stacked experts"):
+        slots.widen(model)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(GatewiseError, match="stacked experts"):
+        to_lora(tmp_path / "saved", tmp_path / "out")
+
+
+def test_moments_in_eight_bits_are_cleared_to_the_code_of_zero(adapted):
+    """The state bitsandbytes keeps: codes of a table, of the parameter's shape."""
+    layer = slots.lora_layers(adapted())["model.layers.0.mlp.up_proj"]
+    parameters = slots.factors(layer, "default")
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    table = torch.linspace(-1, 1, 256)
+    for parameter in parameters:
+        codes = torch.full(parameter.shape, 200, dtype=torch.uint8)
+        optimizer.state[parameter] = {"state1": codes, "qmap1": table, "state2": codes.clone(), "qmap2": table.abs()}
+    slots.prune(layer, "default", [1], optimizer)
+    for dim, parameter in enumerate(parameters):
+        state = optimizer.state[parameter]
+        for number in "12":
+            codes = state[f"state{number}"].select(dim, 1)
+            assert (state[f"qmap{number}"][codes.long()].abs() < 0.01).all()
+            assert (state[f"state{number}"].select(dim, 0) == 200).all()

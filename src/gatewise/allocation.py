@@ -4,6 +4,8 @@ ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187, algorithm 1) on stock PEFT LoRA
 live rank on a validation batch, prune the lowest over the whole model, grow the modules that lost none, and train on.
 """
 
+import difflib
+import inspect
 import logging
 import math
 import time
@@ -26,7 +28,8 @@ from gatewise.files import write_json
 from gatewise.gates import scoring
 from gatewise.losses import mean_loss
 from gatewise.scores import SCORES, Scores
-from gatewise.scores.base import Batches, parts_of
+from gatewise.scores.ablation import MODES
+from gatewise.scores.base import Batches, as_batches, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +117,8 @@ class RankAllocation(TrainerCallback, ExportableState):
             raise GatewiseError(f"rounds is {rounds} and min_rank {min_rank}; expected numbers of at least 0")
         if first_round <= 0 or recover <= 0:
             raise GatewiseError(f"first_round is {first_round} and recover {recover}; expected epochs or steps above 0")
+        if isinstance(score, str):
+            _check_options(score, score_options or {})
         self.score_name = score if isinstance(score, str) else getattr(score, "__name__", "custom")
         self._score: Score = SCORES[score] if isinstance(score, str) else score
         self.rounds = rounds
@@ -155,11 +160,21 @@ class RankAllocation(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Plans the rounds and, when training resumes, takes up the history of the checkpoint."""
         if not self._capacity:
-            raise GatewiseError("RankAllocation must be there when the Trainer is made: pass it in Trainer(callbacks=[...])")
+            raise GatewiseError(
+                "RankAllocation must be there when the Trainer is made: pass it in Trainer(callbacks=[...]), and leave "
+                "restore_callback_states_from_checkpoint off, it takes up its history by itself"
+            )
         if self._compacted:
             raise GatewiseError("this RankAllocation has finished and compacted its adapter: make a new Trainer and a new callback")
-        if self.validation_batch is None and self.rounds:
-            raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with labels to score the ranks on")
+        batches = [] if self.validation_batch is None else as_batches(self.validation_batch)
+        if self.rounds and (not batches or any("labels" not in batch for batch in batches)):
+            raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
+        layers = slots.lora_layers(kwargs["model"], self._adapter)
+        if {path: len(slots.factors(layer, self._name)[0]) for path, layer in layers.items()} != self._capacity:
+            raise GatewiseError(
+                "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
+                "every run): give the Trainer a model, not model_init"
+            )
         self._restore(state)
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
 
@@ -170,6 +185,10 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compacts the adapter to its true ranks."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            # The weights are those of the best checkpoint again: rounds after it have not happened to them.
+            best = int(state.best_model_checkpoint.rsplit("-", 1)[-1])
+            self.history = [one for one in self.history if one.step <= best]
         self.finish(kwargs["model"])
         if state.is_world_process_zero and args.output_dir:
             self.save(args.output_dir)
@@ -256,7 +275,10 @@ class RankAllocation(TrainerCallback, ExportableState):
             )
         scores = {path: value.tolist() for path, value in self._agreed(self._scores(model, count), layers).items()}
         magnitude = any(slots.carries_more_than_ranks(layer, self._name) for layer in layers.values())
-        plan = plan_round(scores, count, self._capacity, self.budget, max(self.min_rank, int(magnitude)))
+        try:
+            plan = plan_round(scores, count, self._capacity, self.budget, max(self.min_rank, int(magnitude)))
+        except ValueError as error:
+            raise GatewiseError(f"score {self.score_name!r} at step {step}: {error}; the round was not carried out") from error
         pruned = {path: [live[path][position] for position in positions] for path, positions in plan.pruned.items()}
         for path, dead in pruned.items():
             slots.prune(layers[path], self._name, dead, optimizer)
@@ -276,6 +298,11 @@ class RankAllocation(TrainerCallback, ExportableState):
             seconds=round(time.perf_counter() - began, 3),
         )
         self.history.append(done)
+        if sum(map(len, grown.values())) < sum(map(len, pruned.values())):
+            logger.warning(
+                "round %d gave back %d of %d ranks: too few modules lost none; a smaller prune_fraction or a larger r_max helps",
+                done.round, sum(map(len, grown.values())), sum(map(len, pruned.values())),
+            )  # fmt: skip
         logger.info(
             "round %d at step %d: %d ranks pruned, %d grown, %d live; loss %.4f -> %.4f; %.1f s",
             done.round, step, sum(map(len, pruned.values())), sum(map(len, grown.values())), sum(done.ranks.values()),
@@ -319,11 +346,24 @@ class RankAllocation(TrainerCallback, ExportableState):
         """From now on ``model.save_pretrained`` also writes ``allocation.json``, beside the adapter it describes."""
         original = model.save_pretrained
 
-        def save_pretrained(_: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-            result = original(save_directory, *args, **kwargs)
+        def save_pretrained(it: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+            # Through the function, not the bound method: a deep copy of the model must save itself.
+            result = getattr(original, "__func__", type(it).save_pretrained)(it, save_directory, *args, **kwargs)
             if kwargs.get("is_main_process", True):
                 # PEFT puts an adapter that is not called "default" into a folder of its own.
                 self.save(Path(save_directory) / ("" if self._name == "default" else self._name))
             return result
 
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+
+
+def _check_options(score: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that the score does not have, before training rather than at the first round."""
+    known = [name for name in inspect.signature(SCORES[score]).parameters if name not in ("model", "batch", "adapter")]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise GatewiseError(f"score_options has {name!r}, but score {score!r} takes {', '.join(known)}{hint}")
+    if score == "ablation" and options.get("mode", MODES[0]) not in MODES:
+        raise GatewiseError(f"score_options has mode {options['mode']!r}; expected one of {', '.join(MODES)}")

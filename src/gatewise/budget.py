@@ -33,7 +33,7 @@ def plan_round(
 ) -> Plan:
     """One round of ALoRA: prune the ``count`` lowest ranks of the whole model, give as many to modules that lost none.
 
-    If every module lost a rank nothing is given and the budget shrinks; it never grows past ``budget``.
+    If every module lost a rank nothing is given and the budget shrinks; it never grows past ``budget``. One rank is always left.
 
     Args:
         scores: module -> score of each live rank; higher is worth more.
@@ -45,9 +45,10 @@ def plan_round(
     Raises:
         ValueError: a score is not a finite number.
     """
-    pruned = prune_lowest(scores, count, min_rank)
-    lost = sum(map(len, pruned.values()))
     live = sum(map(len, scores.values()))
+    # Without any rank left nothing has a gradient and nothing could grow again.
+    pruned = prune_lowest(scores, min(count, max(0, live - 1)), min_rank)
+    lost = sum(map(len, pruned.values()))
     room = {module: capacity[module] - len(values) for module, values in scores.items() if module not in pruned}
     means = {module: math.fsum(scores[module]) / len(scores[module]) if scores[module] else -math.inf for module in room}
     return Plan(pruned, spread(min(lost, max(0, budget - (live - lost))), room, means))

@@ -86,6 +86,11 @@ def to_lora(
     """
     with _folder_of(model_or_dir, adapter) as folder:
         file = read_adapter(folder)
+        if file.config.get("target_parameters"):
+            raise GatewiseError(
+                "the adapter adapts stacked experts (target_parameters), whose factors hold many experts at once: "
+                "it can be loaded as it is, but not exported at other ranks"
+            )
         modules = [compacted for module in file.modules if (compacted := _compact(module)) is not None]
         if not modules:
             raise GatewiseError(f"{model_or_dir if not isinstance(model_or_dir, PeftModel) else 'the adapter'} has no live rank")
@@ -166,8 +171,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def scaling_of(config: dict[str, Any], path: str) -> float:
     """What PEFT multiplies B A of a module by, from the config: alpha / r, or alpha / sqrt(r) with rsLoRA, by its patterns."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    r = ranks.get(get_pattern_key(list(ranks), path), config["r"])
-    alpha = alphas.get(get_pattern_key(list(alphas), path), config["lora_alpha"])
+    r = ranks.get(get_pattern_key(list(ranks), path), config.get("r", 8))  # PEFT's own defaults
+    alpha = alphas.get(get_pattern_key(list(alphas), path), config.get("lora_alpha", 8))
     return float(alpha / (r**0.5 if config.get("use_rslora") else r))
 
 

@@ -4,7 +4,7 @@ With A (r, d_in), B (d_out, r) and gates alpha (r,), the adapted module computes
 of ALoRA (arXiv 2403.16187), put between the two factors without touching PEFT's forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gatewise.errors import GatewiseError
+from gatewise.losses import base_of
 from gatewise.slots import active_adapter, carries_more_than_ranks, factors, lora_layers
 
 
@@ -32,7 +33,9 @@ class GateBank:
     def __init__(self, model: nn.Module, adapter: str | None = None) -> None:
         self.adapter = active_adapter(model, adapter)
         self.layers: dict[str, LoraLinear] = lora_layers(model, self.adapter)
-        self.per_row = not any(carries_more_than_ranks(layer, self.adapter) for layer in self.layers.values())
+        # Only without a magnitude or a bias is a module without ranks its base module.
+        self.plain = not any(carries_more_than_ranks(layer, self.adapter) for layer in self.layers.values())
+        self._head = id(base_of(model).get_output_embeddings())
         self._gates: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         for path, layer in self.layers.items():
@@ -64,6 +67,27 @@ class GateBank:
             self._gates[path] = torch.full((len(a),), value, dtype=torch.float32, device=a.device, requires_grad=requires_grad)
         return dict(self._gates)
 
+    def per_row(self, rows: int, run: Callable[[], object]) -> bool:
+        """Whether every gate may be (b, 1, r): each module sees one row of hidden states for each row of the batch.
+
+        Not so with DoRA, in an LM head that sees labelled positions only, and where a model flattens batch and tokens (OPT, some
+        mixtures of experts).
+
+        Args:
+            rows: rows of the batch that ``run`` puts through the model.
+        """
+        seen: list[bool] = []
+        with ExitStack() as stack:
+            for layer in self.layers.values():
+                module = layer.lora_B[self.adapter]
+
+                def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                    seen.append(args[0].ndim in (2, 3) and len(args[0]) == rows)
+
+                stack.callback(module.register_forward_pre_hook(look).remove)
+            run()
+        return self.plain and self._head not in map(id, self.layers.values()) and all(seen)
+
     def open(self) -> None:
         """Opens every gate: the adapted model as it is."""
         self._gates.clear()
@@ -72,13 +96,14 @@ class GateBank:
     def only(self, paths: set[str]) -> Iterator[None]:
         """While open, the LoRA of every module outside ``paths`` is off, without the cost of its two products.
 
-        Where switching the adapter off would also take away a magnitude (DoRA) or a bias, gates of zero are used instead.
+        Where switching the adapter off would also take away a magnitude (DoRA), a bias or another active adapter, gates of zero
+        are used instead.
         """
         with ExitStack() as stack:
             for path, layer in self.layers.items():
                 if path in paths:
                     continue
-                if self.per_row:
+                if self.plain and len(layer.active_adapters) == 1:
                     # The public enable_adapters(False) also changes requires_grad of the parameters.
                     layer._disable_adapters = True
                     stack.callback(setattr, layer, "_disable_adapters", False)
@@ -116,8 +141,10 @@ def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     half: list[tuple[Tensor, torch.dtype]] = []
     if float32:
-        seen = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)}
-        half = [(tensor, tensor.dtype) for tensor in seen.values()]
+        # Packed weights of quantised layers may call themselves bfloat16, and their scales are tuned to that: left alone.
+        packed = {id(p) for p in model.parameters() if type(p) is not nn.Parameter or hasattr(p, "quant_state")}
+        tensors = {id(t): t for t in (*model.parameters(), *(() if packed else model.buffers())) if id(t) not in packed}
+        half = [(t, t.dtype) for t in tensors.values() if t.dtype in (torch.bfloat16, torch.float16)]
     device = next(model.parameters()).device
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     wrapped = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None

@@ -12,6 +12,7 @@ What a run leaves in it:
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,8 +89,11 @@ def check_writable(output: Path) -> None:
         at = at.parent
     if not at.is_dir():
         raise GatewiseError(f"cannot write to {output}: {at} is a file, not a folder; give another --output")
-    if not os.access(at, os.W_OK | os.X_OK):
-        raise GatewiseError(f"cannot write to {output}: no permission to write in {at}; give another --output")
+    try:
+        # Trying is the only sure test: root may write anywhere, and some file systems take no folders from anybody.
+        os.rmdir(tempfile.mkdtemp(prefix=".gatewise-", dir=at))
+    except OSError as error:
+        raise GatewiseError(f"cannot write to {output}: {error.strerror or error} in {at}; give another --output") from error
 
 
 def _check_same_recipe(path: Path, recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
@@ -44,14 +45,16 @@ def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
     """Every linear LoRA layer of an adapter, by its path in the base model, in module order.
 
-    Linear and GPT-2's ``Conv1D`` bases count, quantised ones too. Embedding and convolution layers have no rank rows of this
-    kind and are left as they are. The type is nominal: layers on quantised bases have the same attributes.
+    Linear and GPT-2's ``Conv1D`` bases count, quantised ones too. Embedding and convolution layers and the stacked experts of
+    mixtures (``target_parameters``) have no rank rows of this kind and are left as they are. The type is nominal: layers on
+    quantised bases have the same attributes.
     """
     name = active_adapter(model, adapter)
     return {
         path.removeprefix(PEFT_PREFIX): cast(LoraLinear, module)
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer)
+        and not isinstance(module, ParamWrapper)
         and isinstance(getattr(module.lora_A[name], "weight", None) if name in module.lora_A else None, nn.Parameter)
         and module.lora_A[name].weight.ndim == 2
     }
@@ -92,9 +95,15 @@ def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapte
         Path -> slots.
 
     Raises:
-        GatewiseError: a layer already has more ranks than ``r_max``.
+        GatewiseError: a layer already has more ranks than ``r_max``, or the adapter has stacked experts, whose rank follows
+            from the config that widening rewrites.
     """
     name = active_adapter(model, adapter)
+    if any(isinstance(module, ParamWrapper) and name in module.lora_A for module in model.modules()):
+        raise GatewiseError(
+            f"adapter {name!r} adapts the stacked experts of a mixture (target_parameters), whose ranks cannot be moved: "
+            "name the linear modules in target_modules instead of 'all-linear'"
+        )
     capacity: dict[str, int] = {}
     for path, layer in lora_layers(model, name).items():
         a, b = factors(layer, name)
@@ -198,12 +207,17 @@ def write_config(model: PeftModel, adapter: str | None = None) -> None:
     config = cast(LoraConfig, model.peft_config[name])
     layers = lora_layers(model, name)
     rank = {path: len(factors(layer, name)[0]) for path, layer in layers.items()}
+    scaling = {path: layer.scaling[name] for path, layer in layers.items()}
+    for path, module in _targeted(model, name).items():
+        if path not in rank:  # embeddings and convolutions keep what they have, but read it from the same config
+            rank[path], scaling[path] = module.r[name], module.scaling[name]
+            module.use_rslora[name] = False
     for path, layer in layers.items():
         # alpha / sqrt(r) would change with the rank; from here on the scaling is alpha / r with the same value.
         layer.use_rslora[name] = False
         layer.r[name], layer.lora_alpha[name] = rank[path], _whole(layer.scaling[name] * rank[path])
     config.use_rslora = False
-    for key, value in rank_settings(rank, {path: layer.scaling[name] for path, layer in layers.items()}).items():
+    for key, value in rank_settings(rank, scaling).items():
         setattr(config, key, value)
 
 
@@ -251,9 +265,12 @@ def _clear_moments(layer: LoraLinear, adapter: str, index: Tensor, optimizer: to
     for dim, parameter in enumerate(factors(layer, adapter)):
         if parameter.grad is not None:
             parameter.grad.index_fill_(dim, index, 0)
-        for value in optimizer.state.get(parameter, {}).values():
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.index_fill_(dim, index, 0)
+                # 8-bit optimisers keep codes of a table ("state1" of "qmap1"), in which code 0 is not the number 0.
+                table = state.get(key.replace("state", "qmap")) if value.dtype == torch.uint8 else None
+                value.index_fill_(dim, index, 0 if table is None else int(table.abs().argmin()))
 
 
 def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
@@ -267,6 +284,16 @@ def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
     if not layer.lora_A:  # other adapters may still use this layer
         setattr(parent, child, layer.base_layer)
     # Names such as "q_proj" stand for many modules: once one of them is gone the targets must be spelled out.
-    targeted = cast(list[str], model.base_model.targeted_module_names)
-    targeted.remove(path)
-    cast(LoraConfig, model.peft_config[adapter]).target_modules = sorted(targeted)
+    cast(LoraConfig, model.peft_config[adapter]).target_modules = sorted(_targeted(model, adapter))
+    everyone = cast(list[str], model.base_model.targeted_module_names)  # of all adapters together
+    if not layer.lora_A and path in everyone:
+        everyone.remove(path)
+
+
+def _targeted(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """Every layer of an adapter, of whatever kind, by path."""
+    return {
+        path.removeprefix(PEFT_PREFIX): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+    }

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
 
 from gatewise.errors import GatewiseError
 from gatewise.scores import ablation, taylor
@@ -11,7 +13,7 @@ from gatewise.slots import live_slots, lora_layers, prune, widen
 def brute_force(model, batch):
     """CE(M without r) - CE(only r), by zeroing columns of B on the real weights and asking the model for its own loss."""
     model.eval()
-    layers = lora_layers(model)
+    layers = lora_layers(model, "default")
     saved = {path: layer.lora_B["default"].weight.detach().clone() for path, layer in layers.items()}
 
     def loss(kept):
@@ -48,6 +50,33 @@ def test_agrees_with_brute_force(adapted, batch, family, settings, mode):
     expected = brute_force(model, data)
     got = ablation(model, data, mode=mode)
     assert got.keys() == expected.keys()
+    for path in expected:
+        torch.testing.assert_close(got[path].double(), expected[path].double(), rtol=0, atol=1e-4 * spread(expected))
+
+
+def test_lora_on_the_head_that_sees_labelled_positions_only(adapted, batch):
+    model, data = adapted(target_modules=["q_proj", "lm_head"]), batch()
+    for one in (data, {key: value[:1] for key, value in data.items()}):
+        expected, got = brute_force(model, one), ablation(model, one)
+        for path in expected:
+            torch.testing.assert_close(got[path].double(), expected[path].double(), rtol=0, atol=1e-4 * spread(expected))
+
+
+def test_a_model_that_flattens_batch_and_tokens(batch):
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+    base = OPTForCausalLM(OPTConfig(vocab_size=60, max_position_embeddings=64, **sizes))
+    config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model, data = get_peft_model(base, config), batch()
+    expected, got = brute_force(model, data), ablation(model, data)
+    for path in expected:
+        torch.testing.assert_close(got[path].double(), expected[path].double(), rtol=0, atol=1e-4 * spread(expected))
+
+
+def test_a_second_active_adapter_stays_on(adapted, batch):
+    model, data = adapted(), batch()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    expected, got = brute_force(model, data), ablation(model, data, adapter="default")
     for path in expected:
         torch.testing.assert_close(got[path].double(), expected[path].double(), rtol=0, atol=1e-4 * spread(expected))
 

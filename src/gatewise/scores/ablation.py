@@ -17,7 +17,7 @@ Shapes: b batch, t tokens, r ranks of a module, c copies of the batch, each with
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from gatewise.scores.taylor import taylor
 from gatewise.slots import factors, live_slots
 
 Mode = Literal["exact", "naive", "screened"]
+MODES: tuple[str, ...] = get_args(Mode)
 Rank = tuple[str, int]
 """A module path and one of its slots."""
 Progress = Callable[[int, int], None]
@@ -64,7 +65,7 @@ def ablation(
     Raises:
         GatewiseError: unknown mode, or a batch without labels.
     """
-    if mode not in ("exact", "naive", "screened"):
+    if mode not in MODES:
         raise GatewiseError(f"ablation mode {mode!r} is not known; expected 'exact', 'naive' or 'screened'")
     bank = GateBank(model, adapter)
     ranks: list[Rank] = [(path, slot) for path, layer in bank.layers.items() for slot in live_slots(layer, bank.adapter)]
@@ -110,14 +111,15 @@ def _exact(model: nn.Module, gates: GateBank, batch: Batches, ranks: list[Rank],
     parts = parts_of(model, batch)
     most = step_tokens(next(model.parameters()).device)
     stack = Stack(model, gates.layers, lambda: row_losses(model, parts[0]))
+    # Where gates cannot differ from row to row, all rows share them and a forward takes one ablation.
+    per_row = gates.per_row(len(parts[0]["labels"]), lambda: row_losses(model, parts[0]))
     scores = torch.zeros(len(ranks), dtype=torch.float64)
     labels = 0
     for number, part in enumerate(parts):
         on, count = _recorded(model, gates, stack, part, off=False)
         off, _ = _recorded(model, gates, stack, part, off=True)
         labels += count
-        # With DoRA the gates of a forward are the same for all its rows, so a forward takes one ablation.
-        copies = max(1, most // _padded_tokens(part)) if gates.per_row else 1
+        copies = max(1, most // _padded_tokens(part)) if per_row else 1
         done = 0
         for stage, chunk in _chunks(ranks, stack.stage, copies):
             members = [ranks[i] for i in chunk]
@@ -168,7 +170,7 @@ def _ablated_losses(
             own[path] = torch.full((copies, len(a)), 0.0 if off else 1.0, device=a.device)
         own[path][copy, slot] = 1.0 if off else 0.0
     for path, gate in own.items():
-        gates.assign(path, gate.repeat_interleave(rows, dim=0)[:, None, :] if gates.per_row else gate[0])
+        gates.assign(path, gate[0] if copies == 1 else gate.repeat_interleave(rows, dim=0)[:, None, :])
     repeated = {
         key: value.repeat(copies, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
         for key, value in part.items()
