@@ -95,7 +95,7 @@ def report(results: Path) -> None:
             continue
         naive, exact = (by_rank(lines[mode]) for mode in ("naive", "exact"))
         total = sum(map(len, lines["taylor"]["scores"].values()))
-        ablated = max(16, total // 32)
+        ablated = max(16, total // 64)
         # Forward passes over the whole batch, a backward counted as one; exact and screened rerun about half of the layers.
         forwards = {"naive": 2 * total, "exact": total, "screened": 4 + ablated, "taylor": 4}
         reference = lines["naive"]["seconds"] * total / len(naive)

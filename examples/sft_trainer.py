@@ -33,6 +33,8 @@ trainer = SFTTrainer(
         report_to="none",
         save_strategy="no",
         logging_steps=4,
+        bf16=torch.cuda.is_available(),  # TRL's default, which a CPU refuses
+        use_cpu=not torch.cuda.is_available(),
     ),
     train_dataset=data.select(range(8, len(data))),
     processing_class=tokenizer,

@@ -55,7 +55,7 @@ def ablation(
         mode: "exact" and "naive" give the same numbers; "screened" gives first-order numbers, shifted to agree with the exact
             ones of the ranks near the cut, which it ablates.
         prune: where "screened" puts the cut: the number of ranks to be pruned; None for an eighth of the live ranks.
-        max_exact: at most this many ranks are ablated by "screened"; None for a 32nd of the live ranks, at least 16.
+        max_exact: at most this many ranks are ablated by "screened"; None for a 64th of the live ranks, at least 16.
         float32: score in float32 even if the weights are in half precision.
         progress: called with (ranks done, ranks to do) while ranks are ablated.
 
@@ -203,7 +203,7 @@ def _screened(
     screen = taylor(model, batch, adapter=adapter, float32=float32)
     scores = torch.cat(list(screen.values())).double()
     cut = len(ranks) // 8 if prune is None else prune
-    limit = max(16, len(ranks) // 32) if max_exact is None else max_exact
+    limit = max(16, len(ranks) // 64) if max_exact is None else max_exact
     if 0 < cut < len(ranks) and limit > 0:
         ordered = scores.sort().values
         middle = (ordered[cut - 1] + ordered[cut]) / 2
