@@ -114,6 +114,21 @@ def report(results: Path) -> None:
         for mode in ("taylor", "screened"):
             scores = lines[mode]["scores"]
             print(f"  {mode} against exact: {agreement(exact, {(path, slot): scores[path][slot] for path, slot in exact})}")
+            share = likely_overlap(scores, exact)
+            print(f"    over all {total} ranks, were errors everywhere as on the sample: {share:.1%} of the pruned the same")
+
+
+def likely_overlap(scores: dict[str, list[float]], exact: dict[Rank, float], draws: int = 200) -> float:
+    """Share of the eighth pruned by ``scores`` that the exact scores would prune too, were errors everywhere as on the sample."""
+    everything = torch.tensor([value for values in scores.values() for value in values], dtype=torch.float64)
+    errors = torch.tensor([score - scores[path][slot] for (path, slot), score in exact.items()], dtype=torch.float64)
+    count, generator = len(everything) // 8, torch.Generator().manual_seed(0)
+    chosen = set(everything.argsort()[:count].tolist())
+    shares = []
+    for _ in range(draws):
+        drawn = errors[torch.randint(len(errors), (len(everything),), generator=generator)]
+        shares.append(len(chosen & set((everything + drawn).argsort()[:count].tolist())) / count)
+    return sum(shares) / draws
 
 
 def by_rank(line: dict[str, Any]) -> dict[Rank, float]:
