@@ -72,9 +72,8 @@ def main() -> None:
                 pairs.append({name: round(seconds[name], 4) for name in ("stock", "allocation")})
     ratios = sorted(one["allocation"] / one["stock"] for one in pairs)
     median, low, high = statistics.median(ratios), ratios[len(ratios) // 4], ratios[-len(ratios) // 4]
-    print(
-        f"RankAllocation / stock LoRA of the same width: {median:.3f} (quartiles {low:.3f} to {high:.3f}, {len(ratios)} paired steps)"
-    )
+    spread = f"quartiles {low:.3f} to {high:.3f}, {len(ratios)} paired steps"
+    print(f"RankAllocation / stock LoRA of the same width: {median:.3f} ({spread})")
     result = {"model": MODEL, "ratio_median": median, "quartiles": [low, high], "pairs": pairs}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
