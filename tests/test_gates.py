@@ -64,3 +64,16 @@ def test_scoring_undoes_accelerates_autocast(adapted, batch):
     with scoring(prepared):
         torch.testing.assert_close(prepared(**data).logits, expected)
     assert not torch.equal(prepared(**data).logits, expected)
+
+
+def test_scoring_leaves_packed_weights_alone(adapted):
+    """As bitsandbytes keeps 4-bit weights with bfloat16 storage: the dtype says how bytes are packed, not what they are."""
+    model = adapted().to(torch.bfloat16)
+    packed = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16), requires_grad=False)
+    packed.quant_state = object()
+    model.register_parameter("packed", packed)
+    model.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16))
+    with scoring(model):
+        assert model.packed.dtype == model.scale.dtype == torch.bfloat16
+        assert model.get_base_model().lm_head.weight.dtype == torch.float32
+    assert all(value.dtype == torch.bfloat16 for value in model.parameters())

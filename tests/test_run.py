@@ -303,3 +303,15 @@ def test_the_untrained_adapter_is_the_base_model(tmp_path: Path, monkeypatch: py
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()(input_ids=ids).logits
     torch.testing.assert_close(seen[0], base)
     assert not torch.allclose(seen[1], base, atol=1e-3)
+
+
+def test_a_place_that_takes_no_folders_is_found_before_any_work(tmp_path):
+    import pathlib
+
+    from gatewise.run_folder import check_writable
+
+    check_writable(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+    if pathlib.Path("/proc/self").exists():  # where even root cannot write
+        with pytest.raises(GatewiseError, match=r"cannot write to /proc/x: .*; give another --output"):
+            check_writable(pathlib.Path("/proc/x"))
