@@ -22,12 +22,12 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import set_seed
 
+from gatewise.lora import lora_layers
 from gatewise.losses import row_losses
 from gatewise.models import load_model, load_tokenizer
 from gatewise.scores import ablation, taylor
 from gatewise.scores.ablation import Rank, ablate
 from gatewise.sites import site
-from gatewise.slots import lora_layers
 from gatewise.tasks import PadCollator, Template, encode, load_records
 
 HERE = Path(__file__).parent

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gatewise.files import whole_file
-from gatewise.slots import PEFT_PREFIX, compact
+from gatewise.lora import PEFT_PREFIX
+from gatewise.slots import compact
 
 STATE_FILE = "adalora_state.safetensors"
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")

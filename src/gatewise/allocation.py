@@ -251,15 +251,14 @@ class RankAllocation(TrainerCallback, ExportableState):
         return [one.step for one in self.history] + [step for step in steps if step > state.global_step]
 
     def _in_steps(self, name: str, value: float, args: TrainingArguments, dataloader: Any) -> int:
-        if isinstance(value, int) and value > 1:
-            return value
         try:
-            batches = len(dataloader)
+            # Steps need no length: data may come as a stream.
+            steps_per_epoch = 0 if is_steps(value) else math.ceil(len(dataloader) / args.gradient_accumulation_steps)
         except TypeError as error:
             raise GatewiseError(
                 f"{name}={value} means epochs, but the training data has no length: give steps, an int above 1"
             ) from error
-        return max(1, round(value * math.ceil(batches / args.gradient_accumulation_steps)))
+        return in_steps(value, steps_per_epoch)
 
     def _run_round(self, model: PeftModel, optimizer: torch.optim.Optimizer | None, step: int) -> None:
         began = time.perf_counter()
@@ -355,6 +354,16 @@ class RankAllocation(TrainerCallback, ExportableState):
             return result
 
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+
+
+def is_steps(value: float) -> bool:
+    """Whether a span of training is given in steps: an int above 1. Otherwise it is in epochs."""
+    return isinstance(value, int) and value > 1
+
+
+def in_steps(value: float, steps_per_epoch: int) -> int:
+    """A span of training, in epochs or steps, as a number of optimiser steps."""
+    return int(value) if is_steps(value) else max(1, round(value * steps_per_epoch))
 
 
 def _check_options(score: str, options: Mapping[str, Any]) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_folder, write_json
-from gatewise.slots import PEFT_PREFIX, active_adapter, rank_settings
+from gatewise.lora import PEFT_PREFIX, active_adapter
+from gatewise.slots import rank_settings
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gatewise.errors import GatewiseError
+from gatewise.lora import active_adapter, carries_more_than_ranks, factors, lora_layers
 from gatewise.losses import base_of
-from gatewise.slots import active_adapter, carries_more_than_ranks, factors, lora_layers
 
 
 class GateBank:
@@ -67,26 +67,26 @@ class GateBank:
             self._gates[path] = torch.full((len(a),), value, dtype=torch.float32, device=a.device, requires_grad=requires_grad)
         return dict(self._gates)
 
-    def per_row(self, rows: int, run: Callable[[], object]) -> bool:
-        """Whether every gate may be (b, 1, r): each module sees one row of hidden states for each row of the batch.
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[int], bool]]:
+        """Looks on while a forward runs; the answer, given the rows of its batch, says whether gates may be (b, 1, r).
 
-        Not so with DoRA, in an LM head that sees labelled positions only, and where a model flattens batch and tokens (OPT, some
-        mixtures of experts).
-
-        Args:
-            rows: rows of the batch that ``run`` puts through the model.
+        They may where each module sees one row of hidden states for each row of the batch. Not so with DoRA, in an LM head that
+        sees labelled positions only, and where a model flattens batch and tokens (OPT, some mixtures of experts).
         """
-        seen: list[bool] = []
+        seen: list[torch.Size] = []
+
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].shape)
+
+        def answer(rows: int) -> bool:
+            apart = all(len(shape) in (2, 3) and shape[0] == rows for shape in seen)
+            return self.plain and self._head not in map(id, self.layers.values()) and apart
+
         with ExitStack() as stack:
             for layer in self.layers.values():
-                module = layer.lora_B[self.adapter]
-
-                def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                    seen.append(args[0].ndim in (2, 3) and len(args[0]) == rows)
-
-                stack.callback(module.register_forward_pre_hook(look).remove)
-            run()
-        return self.plain and self._head not in map(id, self.layers.values()) and all(seen)
+                stack.callback(layer.lora_B[self.adapter].register_forward_pre_hook(look).remove)
+            yield answer
 
     def open(self) -> None:
         """Opens every gate: the adapted model as it is."""

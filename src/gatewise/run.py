@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gatewise import report
 from gatewise.adalora import AdaLoraSchedule, to_plain_lora
-from gatewise.allocation import RankAllocation
+from gatewise.allocation import RankAllocation, in_steps
 from gatewise.errors import GatewiseError
 from gatewise.losses import base_of
 from gatewise.measure import Metrics, load_like, metrics_line
@@ -276,7 +276,7 @@ def _hold_out(train: list[dict[str, Any]], rows: int, seed: int) -> tuple[list[d
 def _allocation(recipe: Recipe, prepared: _Prepared, held_out: list[dict[str, Any]], progress: RunProgress) -> RankAllocation:
     section = recipe.allocation or AllocationSection()
     first = section.first_round
-    step = first if isinstance(first, int) and first > 1 else max(1, round(first * prepared.steps_per_epoch))
+    step = in_steps(first, prepared.steps_per_epoch)
     if step >= prepared.steps:
         raise GatewiseError(
             f"allocation.first_round is {first}, after step {step}, but the run has {prepared.steps} steps and what a round "

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
 from gatewise.gates import GateBank, scoring
+from gatewise.lora import factors
 from gatewise.losses import mean_loss, row_losses
 from gatewise.scores.base import Batches, Scores, as_batches, on_device, parts_of, step_tokens
 from gatewise.scores.prefix import Record, Stack
 from gatewise.scores.taylor import taylor
-from gatewise.slots import factors, live_slots
+from gatewise.slots import live_slots
 
 Mode = Literal["exact", "naive", "screened"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -110,9 +111,10 @@ def _exact(model: nn.Module, gates: GateBank, batch: Batches, ranks: list[Rank],
     """The same numbers by prefix reuse and batched ablation."""
     parts = parts_of(model, batch)
     most = step_tokens(next(model.parameters()).device)
-    stack = Stack(model, gates.layers, lambda: row_losses(model, parts[0]))
+    with gates.watching() as rows_apart:
+        stack = Stack(model, gates.layers, lambda: row_losses(model, parts[0]))
     # Where gates cannot differ from row to row, all rows share them and a forward takes one ablation.
-    per_row = gates.per_row(len(parts[0]["labels"]), lambda: row_losses(model, parts[0]))
+    per_row = rows_apart(len(parts[0]["labels"]))
     scores = torch.zeros(len(ranks), dtype=torch.float64)
     labels = 0
     for number, part in enumerate(parts):

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from torch import Tensor, nn
 
 from gatewise.gates import GateBank, scoring
+from gatewise.lora import factors
 from gatewise.scores.base import Batches, Scores, as_batches, gate_gradients, live_only, parts_of
-from gatewise.slots import factors
 
 
 def sensitivity(

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
+from gatewise.losses import IGNORED
 from gatewise.tasks.records import Records
 from gatewise.tasks.template import Template, default_template
 
-IGNORED = -100
 Features = dict[str, list[int]]
 
 
