@@ -4,10 +4,16 @@ from collections.abc import Callable
 
 from gatewise.scores.ablation import ablation
 from gatewise.scores.base import Scores
+from gatewise.scores.path_integral import Convergence, path_integral
 from gatewise.scores.sensitivity import sensitivity
 from gatewise.scores.taylor import taylor
 
-SCORES: dict[str, Callable[..., Scores]] = {"ablation": ablation, "taylor": taylor, "sensitivity": sensitivity}
+SCORES: dict[str, Callable[..., Scores]] = {
+    "ablation": ablation,
+    "taylor": taylor,
+    "path_integral": path_integral,
+    "sensitivity": sensitivity,
+}
 """The scores ``RankAllocation`` and recipes know by name."""
 
-__all__ = ["SCORES", "Scores", "ablation", "sensitivity", "taylor"]
+__all__ = ["SCORES", "Convergence", "Scores", "ablation", "path_integral", "sensitivity", "taylor"]
