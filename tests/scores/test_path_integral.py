@@ -65,7 +65,7 @@ def test_complete(adapted, batch, family, settings):
         gates.fill(1.0)
         on = loss_of(model, data).item()
     errors = []
-    for points in (1, 24):
+    for points in (1, 48):
         scores, convergence = path_integral(model, data, points, return_convergence=True)
         assert convergence.reduction == pytest.approx(off - on, abs=1e-5)
         assert convergence.total == pytest.approx(sum(float(value.sum()) for value in scores.values()), abs=1e-5)
