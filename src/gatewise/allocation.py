@@ -1,7 +1,8 @@
 """RankAllocation: the Trainer callback that moves ranks between the LoRA modules of a model while it trains.
 
 ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187, algorithm 1) on stock PEFT LoRA: train, then up to ``rounds`` times score every
-live rank on a validation batch, prune the lowest over the whole model, grow the modules that lost none, and train on.
+live rank on a validation batch, prune the lowest over the whole model, grow the modules that lost none, and train on. PI-LoRA
+(Li et al., arXiv 2510.04655, reconstructed) is the same with path-integral scores and, if wanted, the pruning of whole modules.
 """
 
 import difflib
@@ -10,10 +11,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -22,47 +23,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from gatewise import slots
-from gatewise.budget import plan_round
+from gatewise.budget import cubic_budget, plan_round
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 from gatewise.gates import scoring
 from gatewise.losses import mean_loss
+from gatewise.rounds import Round, smoothed, spared
 from gatewise.scores import SCORES, Scores
 from gatewise.scores.ablation import MODES
 from gatewise.scores.base import Batches, as_batches, parts_of
+from gatewise.scores.path_integral import quadrature
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "allocation.json"
 Score = Callable[..., Scores]
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round saw and did.
-
-    Attributes:
-        round: 1 for the first.
-        step: the optimiser step after which it ran.
-        scores: path -> score of each rank that was live, in the order of ``slots``.
-        slots: path -> the slots that were live.
-        pruned: path -> slots switched off.
-        grown: path -> slots brought to life.
-        ranks: path -> live ranks after the round.
-        loss_before, loss_after: cross-entropy (nats) on the validation batch before and right after pruning.
-        seconds: what the round cost.
-    """
-
-    round: int
-    step: int
-    scores: dict[str, list[float]]
-    slots: dict[str, list[int]]
-    pruned: dict[str, list[int]]
-    grown: dict[str, list[int]]
-    ranks: dict[str, int]
-    loss_before: float
-    loss_after: float
-    seconds: float
+Schedule = Literal["constant-budget", "cubic"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
 class RankAllocation(TrainerCallback, ExportableState):
@@ -74,8 +51,8 @@ class RankAllocation(TrainerCallback, ExportableState):
     ``allocation.json`` beside it. Checkpoints are valid adapters too, and ``resume_from_checkpoint`` goes on in mid-rounds.
 
     Args:
-        score: "ablation" (AB-LoRA), "taylor", "sensitivity", or a function (model, batch, adapter=...) -> path -> one number a
-            live rank, higher for ranks worth keeping.
+        score: "ablation" (AB-LoRA), "taylor", "path_integral" (PI-LoRA), "sensitivity", or a function (model, batch,
+            adapter=...) -> path -> one number a live rank, higher for ranks worth keeping.
         rounds: most rounds to run (the paper's N_A). Those that would fall on or after the last step are left out: what they
             grow could not learn any more.
         prune_fraction: share of the budget pruned in a round (n_A).
@@ -88,10 +65,20 @@ class RankAllocation(TrainerCallback, ExportableState):
         seed: of the values new ranks start from.
         adapter: which adapter; None for the active one.
         on_round: called with each finished ``Round``.
+        schedule: "constant-budget" is ALoRA's: what is pruned is given to other modules. "cubic" starts from an adapter with more
+            ranks than wanted and only prunes, down to ``target_rank`` on AdaLoRA's cubic curve; ``prune_fraction`` is not used.
+        target_rank: with "cubic", the mean rank of a module at the end.
+        smoothing: of the scores over rounds: each round decides by smoothing * (what the last one decided by) + (1 - smoothing) *
+            (its own scores). 0 for none. A rank that was not there in the last round starts with its own score.
+        module_pruning: modules whose scores add up to zero or less lose all their ranks, as far as they fit into the round's
+            number, get none back and leave the adapter; all others keep at least one. For scores that are signed and complete.
+        grace_rounds: for so many rounds a new rank is not pruned. It starts with B at zero, so that in a short round it has no
+            time to earn a score; 0, the paper's rule, prunes it like any other.
 
     Attributes:
         history: the rounds so far.
         budget: the number of live ranks at the start, which is never exceeded.
+        target: the number of live ranks at the end: ``budget``, or with "cubic" what ``target_rank`` makes of it.
     """
 
     def __init__(
@@ -108,6 +95,11 @@ class RankAllocation(TrainerCallback, ExportableState):
         seed: int = 0,
         adapter: str | None = None,
         on_round: Callable[[Round], None] | None = None,
+        schedule: Schedule = "constant-budget",
+        target_rank: float | None = None,
+        smoothing: float = 0.0,
+        module_pruning: bool = False,
+        grace_rounds: int = 0,
     ) -> None:
         if isinstance(score, str) and score not in SCORES:
             raise GatewiseError(f"score {score!r} is not known; expected one of {', '.join(SCORES)}, or a function")
@@ -119,6 +111,13 @@ class RankAllocation(TrainerCallback, ExportableState):
             raise GatewiseError(f"first_round is {first_round} and recover {recover}; expected epochs or steps above 0")
         if isinstance(score, str):
             _check_options(score, score_options or {})
+        _check_schedule(schedule, target_rank, r_max)
+        if not 0 <= smoothing < 1:
+            raise GatewiseError(f"smoothing is {smoothing}; expected a number from 0 (none) to below 1, such as 0.5")
+        if grace_rounds < 0:
+            raise GatewiseError(f"grace_rounds is {grace_rounds}; expected a number of rounds, at least 0")
+        if module_pruning and min_rank:
+            raise GatewiseError(f"min_rank is {min_rank}, but module_pruning takes all ranks of a module: leave one of them out")
         self.score_name = score if isinstance(score, str) else getattr(score, "__name__", "custom")
         self._score: Score = SCORES[score] if isinstance(score, str) else score
         self.rounds = rounds
@@ -131,8 +130,14 @@ class RankAllocation(TrainerCallback, ExportableState):
         self.min_rank = min_rank
         self.seed = seed
         self.on_round = on_round
+        self.schedule = schedule
+        self.target_rank = target_rank
+        self.smoothing = smoothing
+        self.module_pruning = module_pruning
+        self.grace_rounds = grace_rounds
         self.history: list[Round] = []
         self.budget = 0
+        self.target = 0
         self._adapter = adapter
         self._capacity: dict[str, int] = {}
         self._steps: list[int] = []
@@ -153,8 +158,18 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._adapter = slots.active_adapter(model, self._adapter)
         if not slots.lora_layers(model, self._adapter):
             raise GatewiseError(f"adapter {self._adapter!r} has no linear LoRA layer to place ranks in")
-        self.budget = sum(slots.ranks(model, self._adapter).values())
-        self._capacity = slots.widen(model, self.r_max, self._adapter)
+        start = slots.ranks(model, self._adapter)
+        self.budget = self.target = sum(start.values())
+        if self.target_rank is not None:
+            self.target = round(self.target_rank * len(start))
+            if not 0 < self.target < self.budget:
+                raise GatewiseError(
+                    f"target_rank is {self.target_rank} a module, {self.target} ranks in all, but the adapter starts with "
+                    f"{self.budget}: schedule 'cubic' comes down, so start with a larger r or give a smaller target_rank"
+                )
+        # A budget that only comes down needs no room to grow.
+        room = self.r_max if self.schedule == "constant-budget" else start
+        self._capacity = slots.widen(model, room, self._adapter)
         self._write_beside(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -189,6 +204,12 @@ class RankAllocation(TrainerCallback, ExportableState):
             # The weights are those of the best checkpoint again: rounds after it have not happened to them.
             best = int(state.best_model_checkpoint.rsplit("-", 1)[-1])
             self.history = [one for one in self.history if one.step <= best]
+        if self.schedule == "cubic" and sum(slots.ranks(kwargs["model"], self._adapter).values()) > self.target:
+            logger.warning(
+                "training ended (or its best checkpoint lies) before the budget was down to its target of %d ranks: the rest is "
+                "pruned now, and nothing recovers from it; run the rounds earlier", self.target,
+            )  # fmt: skip
+            self._run_round(kwargs["model"], None, state.global_step, last=True)
         self.finish(kwargs["model"])
         if state.is_world_process_zero and args.output_dir:
             self.save(args.output_dir)
@@ -218,7 +239,12 @@ class RankAllocation(TrainerCallback, ExportableState):
             "format": 1,
             "score": self.score_name,
             "budget": self.budget,
+            "target": self.target,
+            "schedule": self.schedule,
             "prune_fraction": self.prune_fraction,
+            "smoothing": self.smoothing,
+            "module_pruning": self.module_pruning,
+            "grace_rounds": self.grace_rounds,
             "seed": self.seed,
             "r_max": self._capacity,
             "rounds": [asdict(one) for one in self.history],
@@ -260,22 +286,40 @@ class RankAllocation(TrainerCallback, ExportableState):
             ) from error
         return in_steps(value, steps_per_epoch)
 
-    def _run_round(self, model: PeftModel, optimizer: torch.optim.Optimizer | None, step: int) -> None:
+    def _run_round(self, model: PeftModel, optimizer: torch.optim.Optimizer | None, step: int, last: bool = False) -> None:
         began = time.perf_counter()
         assert self.validation_batch is not None
         layers = slots.lora_layers(model, self._adapter)
         live = {path: slots.live_slots(layer, self._name) for path, layer in layers.items()}
-        count = max(1, round(self.prune_fraction * self.budget))
+        budget = self.budget
+        if self.schedule == "cubic":
+            rounds_done = len(self._steps) if last else len(self.history) + 1
+            budget = cubic_budget(self.budget, self.target, rounds_done, len(self._steps))
+            count = max(0, sum(map(len, live.values())) - budget)
+        else:
+            count = max(1, round(self.prune_fraction * self.budget))
         loss_before = self._loss(model)
         if not math.isfinite(loss_before):
             raise GatewiseError(
                 f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
                 "lower the learning rate and resume from the last checkpoint"
             )
-        scores = {path: value.tolist() for path, value in self._agreed(self._scores(model, count), layers).items()}
+        # Rounded as they are stored, so that a resumed run smooths the same numbers.
+        scores = {
+            path: [float(f"{number:.9g}") for number in value.tolist()]
+            for path, value in self._agreed(self._scores(model, count), layers).items()
+        }
         magnitude = any(slots.carries_more_than_ranks(layer, self._name) for layer in layers.values())
         try:
-            plan = plan_round(scores, count, self._capacity, self.budget, max(self.min_rank, int(magnitude)))
+            plan = plan_round(
+                smoothed(self.history, live, scores, self.smoothing),
+                count,
+                self._capacity,
+                budget,
+                max(self.min_rank, int(magnitude)),
+                spared(self.history, live, self.grace_rounds),
+                self.module_pruning,
+            )
         except ValueError as error:
             raise GatewiseError(f"score {self.score_name!r} at step {step}: {error}; the round was not carried out") from error
         pruned = {path: [live[path][position] for position in positions] for path, positions in plan.pruned.items()}
@@ -287,7 +331,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         done = Round(
             round=len(self.history) + 1,
             step=step,
-            scores={path: [float(f"{value:.9g}") for value in values] for path, values in scores.items()},
+            scores=scores,
             slots=live,
             pruned=pruned,
             grown=grown,
@@ -297,7 +341,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             seconds=round(time.perf_counter() - began, 3),
         )
         self.history.append(done)
-        if sum(map(len, grown.values())) < sum(map(len, pruned.values())):
+        if self.schedule == "constant-budget" and sum(map(len, grown.values())) < sum(map(len, pruned.values())):
             logger.warning(
                 "round %d gave back %d of %d ranks: too few modules lost none; a smaller prune_fraction or a larger r_max helps",
                 done.round, sum(map(len, grown.values())), sum(map(len, pruned.values())),
@@ -376,3 +420,18 @@ def _check_options(score: str, options: Mapping[str, Any]) -> None:
             raise GatewiseError(f"score_options has {name!r}, but score {score!r} takes {', '.join(known)}{hint}")
     if score == "ablation" and options.get("mode", MODES[0]) not in MODES:
         raise GatewiseError(f"score_options has mode {options['mode']!r}; expected one of {', '.join(MODES)}")
+    if score == "path_integral":
+        quadrature(options.get("points", 8), options.get("rule", "gauss-legendre"))
+        if options.get("return_convergence"):
+            raise GatewiseError("score_options has return_convergence, which a round has no use for: leave it out")
+
+
+def _check_schedule(schedule: str, target_rank: float | None, r_max: int | None) -> None:
+    if schedule not in SCHEDULES:
+        raise GatewiseError(f"schedule {schedule!r} is not known; expected one of {', '.join(SCHEDULES)}")
+    if schedule == "cubic" and target_rank is None:
+        raise GatewiseError("schedule 'cubic' needs target_rank: the mean rank of a module at the end")
+    if schedule == "cubic" and r_max is not None:
+        raise GatewiseError(f"r_max is {r_max}, but schedule 'cubic' grows no ranks: leave it out")
+    if schedule != "cubic" and target_rank is not None:
+        raise GatewiseError(f"target_rank is {target_rank}, but schedule {schedule!r} keeps the budget: give schedule='cubic'")

@@ -5,7 +5,7 @@ lists, or counts. Ties are broken by the order of the modules and then of the ra
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 ModuleScores = Mapping[str, Sequence[float]]
@@ -30,10 +30,15 @@ def plan_round(
     capacity: Mapping[str, int],
     budget: int,
     min_rank: int = 0,
+    spared: Mapping[str, Collection[int]] | None = None,
+    module_pruning: bool = False,
 ) -> Plan:
     """One round of ALoRA: prune the ``count`` lowest ranks of the whole model, give as many to modules that lost none.
 
     If every module lost a rank nothing is given and the budget shrinks; it never grows past ``budget``. One rank is always left.
+
+    With ``module_pruning`` (PI-LoRA, arXiv 2510.04655, reconstructed) whole modules go first: those whose scores add up to zero or
+    less, the lowest sum first, as far as they fit into ``count``. They get nothing back, and every other module keeps a rank.
 
     Args:
         scores: module -> score of each live rank; higher is worth more.
@@ -41,43 +46,85 @@ def plan_round(
         capacity: module -> most ranks it can hold.
         budget: most live ranks over the whole model after the round.
         min_rank: ranks a module keeps whatever their scores.
+        spared: module -> positions of ranks that are not pruned this time.
 
     Raises:
         ValueError: a score is not a finite number.
     """
     live = sum(map(len, scores.values()))
     # Without any rank left nothing has a gradient and nothing could grow again.
-    pruned = prune_lowest(scores, min(count, max(0, live - 1)), min_rank)
+    count = min(count, max(0, live - 1))
+    spared = spared or {}
+    gone = _worthless(scores, count, min_rank, spared) if module_pruning else {}
+    rest = {module: values for module, values in scores.items() if module not in gone}
+    floor = max(min_rank, 1) if module_pruning else min_rank
+    some = prune_lowest(rest, count - sum(map(len, gone.values())), floor, spared)
+    pruned = {module: gone.get(module) or some[module] for module in scores if module in gone or module in some}
     lost = sum(map(len, pruned.values()))
-    room = {module: capacity[module] - len(values) for module, values in scores.items() if module not in pruned}
+    takers = [module for module, values in scores.items() if module not in pruned and (values or not module_pruning)]
+    room = {module: capacity[module] - len(scores[module]) for module in takers}
     means = {module: math.fsum(scores[module]) / len(scores[module]) if scores[module] else -math.inf for module in room}
     return Plan(pruned, spread(min(lost, max(0, budget - (live - lost))), room, means))
 
 
-def prune_lowest(scores: ModuleScores, count: int, min_rank: int = 0) -> dict[str, list[int]]:
+def cubic_budget(start: int, target: int, done: int, rounds: int) -> int:
+    """The budget after ``done`` of ``rounds`` rounds: from ``start`` down to ``target``, fast at first (AdaLoRA's cubic schedule).
+
+    target + (start - target) (1 - done / rounds)^3, the target itself from the last round on.
+    """
+    left = max(0.0, 1 - done / rounds) if rounds else 0.0
+    return target + round((start - target) * left**3)
+
+
+def prune_lowest(
+    scores: ModuleScores,
+    count: int,
+    min_rank: int = 0,
+    spared: Mapping[str, Collection[int]] | None = None,
+) -> dict[str, list[int]]:
     """Positions of the ``count`` lowest scores over all modules, by module.
 
-    A module never falls below ``min_rank``; where that protects too many, fewer than ``count`` are pruned.
+    A module never falls below ``min_rank``, and ranks that are ``spared`` stay; where that protects too many, fewer than
+    ``count`` are pruned.
 
     Raises:
         ValueError: a score is not a finite number, or ``count`` is negative.
     """
     if count < 0:
         raise ValueError(f"cannot prune {count} ranks")
-    for module, values in scores.items():
-        if not all(map(math.isfinite, values)):
-            raise ValueError(f"a score of module {module} is not a finite number: {list(values)}")
+    _check_finite(scores)
+    spared = spared or {}
     order = sorted((value, at, position) for at, values in enumerate(scores.values()) for position, value in enumerate(values))
     modules = list(scores)
     left = {module: len(values) for module, values in scores.items()}
     chosen: dict[str, list[int]] = {}
     for _, at, position in order:
         module = modules[at]
-        if count > 0 and left[module] > min_rank:
+        if count > 0 and left[module] > min_rank and position not in spared.get(module, ()):
             chosen.setdefault(module, []).append(position)
             left[module] -= 1
             count -= 1
     return {module: sorted(chosen[module]) for module in modules if module in chosen}
+
+
+def _worthless(scores: ModuleScores, count: int, min_rank: int, spared: Mapping[str, Collection[int]]) -> dict[str, list[int]]:
+    """All positions (but ``min_rank``) of the modules whose total is not above zero, the lowest totals first, at most ``count``."""
+    _check_finite(scores)
+    totals = {module: math.fsum(values) for module, values in scores.items() if len(values) > min_rank}
+    chosen: dict[str, list[int]] = {}
+    for module in sorted((m for m in totals if totals[m] <= 0 and not spared.get(m)), key=lambda m: totals[m]):
+        size = len(scores[module]) - min_rank
+        if size <= count:
+            lowest = sorted(range(len(scores[module])), key=lambda position: scores[module][position])[:size]
+            chosen[module] = sorted(lowest)
+            count -= size
+    return chosen
+
+
+def _check_finite(scores: ModuleScores) -> None:
+    for module, values in scores.items():
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"a score of module {module} is not a finite number: {list(values)}")
 
 
 def spread(count: int, room: Mapping[str, int], means: Mapping[str, float]) -> dict[str, int]:
