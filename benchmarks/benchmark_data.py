@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gatewise.tasks import Records, Template, load_records
+import torch
+
+from gatewise.losses import labelled_logits
+from gatewise.tasks import PadCollator, Records, Template, load_records
 
 TEMPLATES = {
     "sst2": "Review: {text}\nSentiment:",
@@ -29,6 +32,23 @@ def shuffled(records: Records, seed: int, limit: int | None = None) -> Records:
     rows = list(records.rows)
     random.Random(seed).shuffle(rows)
     return replace(records, rows=rows[:limit])
+
+
+def teacher_forced(model: Any, features: list[dict[str, list[int]]], collate: PadCollator) -> dict[str, float]:
+    """Share of the answers' tokens that are the most likely next one after the right ones before, and their mean loss (nats)."""
+    right, loss, count = 0, 0.0, 0
+    rows = sorted(features, key=lambda row: len(row["input_ids"]))
+    model.eval()
+    for start in range(0, len(rows), 16):
+        batch = collate(rows[start : start + 16])
+        labels = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
+        with torch.no_grad():
+            logits = labelled_logits(model, batch, labels != -100).float()
+        gold = labels[labels != -100]
+        right += int((logits.argmax(-1) == gold).sum())
+        loss += float(torch.nn.functional.cross_entropy(logits, gold, reduction="sum"))
+        count += len(gold)
+    return {"token_accuracy": right / count, "loss": loss / count, "n": count}
 
 
 def _trees(path: Path) -> Records:

@@ -15,7 +15,6 @@ different tasks or seeds at once.
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -314,9 +313,7 @@ def wanted(seed: int, stage: str) -> Iterator[dict[str, Any]]:
             yield {"what": "exact", "score": "", "rows": "few", "cut": 0}
 
 
-def describe(
-    model: Any, state: State, kept: dict[str, Tensor], few: dict[str, Tensor], many: dict[str, Tensor]
-) -> dict[str, Any]:
+def describe(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, Tensor], many: dict[str, Tensor]) -> dict[str, Any]:
     """Losses with all ranks and with none, how complete the integral is, and how the scores agree with each other."""
     rows, count = state.settings["few"], len(few["pi"])
     labels = float(kept["labels"][:rows].sum())
