@@ -49,7 +49,7 @@ def assert_refused(result: Any, *said: str) -> None:
 # Commands that work ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "alora", "adalora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "alora", "pi-lora", "adalora", "dora"])
 def test_train_ends_with_a_summary(method: str, gatewise: Gatewise, tmp_path: Path) -> None:
     result = gatewise("train", write_recipe(tmp_path, method), "--set", "training.max_steps=6")
     assert result.exit_code == 0, result.output
@@ -57,7 +57,7 @@ def test_train_ends_with_a_summary(method: str, gatewise: Gatewise, tmp_path: Pa
     for text in ("dev accuracy", "before", "after", "parameters", "layer", "gate", f"{out}/adapter", f"{out}/ranks.png"):
         assert text in result.stdout
     assert "step 6/6: loss" in result.stderr
-    assert ("round 1" in result.stderr) == (method == "alora")
+    assert ("round 1" in result.stderr) == (method in ("alora", "pi-lora"))
     assert (tmp_path / out / "adapter" / "adapter_model.safetensors").is_file()
 
 

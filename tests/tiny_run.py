@@ -7,8 +7,18 @@ from typing import Any
 
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from tiny_models import random_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -67,10 +77,21 @@ def write_recipe(folder: Path, method: str = "lora", family: str = "llama", **ch
     }
     if family == "bert":
         tree["task"] = "classification"
-    if method == "alora":
+    if method in ("alora", "pi-lora"):
         tree["allocation"] = {"rounds": 2, "first_round": 3, "recover": 3, "validation_rows": 6}
     if method == "adalora":
         tree["adalora"] = {"init_r": 3, "tinit": 1, "tfinal": 2}
     path = folder / f"{method}.yaml"
     path.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
     return path
+
+
+def write_adapter(folder: Path, base: Path, **settings: Any) -> Path:
+    """A LoRA adapter for a base that `write_base` wrote, as PEFT saves it, with B drawn as if it were trained."""
+    bert = "Bert" in (base / "config.json").read_text(encoding="utf-8")
+    auto: Any = AutoModelForSequenceClassification if bert else AutoModelForCausalLM
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "SEQ_CLS" if bert else "CAUSAL_LM"} | settings
+    torch.manual_seed(1)
+    model = get_peft_model(auto.from_pretrained(base), LoraConfig(**settings))
+    random_adapter(model).save_pretrained(str(folder), save_embedding_layers=False)
+    return folder

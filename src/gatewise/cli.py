@@ -7,7 +7,6 @@ shows its traceback. Torch and Transformers are imported inside the commands, so
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from gatewise.cli_inspect import inspect
+from gatewise.cli_options import BaseOption, JsonOption, LabelsOption, SplitOption, TemplateOption
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -45,16 +46,6 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models")
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-
-
-class Value(StrEnum):
-    """What `inspect` shows of each module."""
-
-    rank = "rank"
-    norm = "norm"
-    parameters = "parameters"
 
 
 def main() -> None:
@@ -101,7 +92,7 @@ def train(
       gatewise train my.yaml --set training.learning_rate=1e-4 --output runs/slower
       gatewise train my.yaml --output runs/slower --resume
     """
-    from gatewise.recipe import load_recipe
+    from gatewise.recipe_file import load_recipe
 
     checked = load_recipe(recipe, set_ or ())
     folder = output or Path("runs") / recipe.stem
@@ -119,10 +110,10 @@ def train(
 def eval_(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
     data: Annotated[str, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")] = None,
-    template_prompt: Annotated[str | None, typer.Option(help="Prompt with the row's fields in braces, if not the run's.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Labels in order, 'no,yes', or with their words, 'no=bad,yes=good'.")] = None,
+    base: BaseOption = None,
+    split: SplitOption = None,
+    template_prompt: TemplateOption = None,
+    labels: LabelsOption = None,
     limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 16,
     as_json: JsonOption = False,
@@ -161,32 +152,7 @@ def eval_(
     Console().print(table)
 
 
-@app.command()
-def inspect(
-    adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter.", show_default=False)],
-    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or .html file.")] = None,
-    value: Annotated[Value, typer.Option(help="What to show of each module.")] = Value.rank,
-    as_json: JsonOption = False,
-) -> None:
-    """Show where the budget of a LoRA adapter went, layer by module. The base model is not needed.
-
-    \b
-    Example:
-      gatewise inspect runs/quickstart/adapter --plot ranks.html
-    """
-    from gatewise import report
-
-    budget = report.read_budget(adapter)
-    written = report.plot(budget, plot, value.value) if plot else None
-    if as_json:
-        typer.echo(json.dumps(report.to_json(budget), indent=2, ensure_ascii=False))
-        return
-    console = Console()
-    console.print(report.ranks_table(budget, value.value))
-    for line in report.summary_lines(budget):
-        console.print(line, markup=False, highlight=False)
-    if written:
-        typer.echo(f"drawn: {written}")
+app.command()(inspect)
 
 
 @app.command()

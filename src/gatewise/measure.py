@@ -1,12 +1,15 @@
 """Measuring a saved adapter: with the prompt, labels and lengths of its run, or with those given."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.models import load_adapter
@@ -42,30 +45,68 @@ def measure_adapter(
     Raises:
         GatewiseError: adapter, base model and data cannot be read or do not fit each other.
     """
-    adapter = Path(adapter)
     progress = RunProgress(console or Console(stderr=True))
+    with quiet(bars=True):
+        loaded = load_with_data(adapter, data, base=base, split=split, prompt=prompt, labels=labels, limit=limit, say=progress.say)
+        with progress.counting("measuring") as count:
+            return evaluate(
+                loaded.model,
+                loaded.tokenizer,
+                loaded.records,
+                loaded.template,
+                batch_size=batch_size,
+                max_length=loaded.max_length,
+                progress=count,
+            )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter on its base model, and data read as the adapter's own run read its data.
+
+    Attributes:
+        base: the base model's name.
+        template: None for a classifier, which reads the text itself.
+        max_length: most tokens of a sequence in that run.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    base: str
+    records: Records
+    template: Template | None
+    max_length: int
+
+
+def load_with_data(
+    adapter: str | Path,
+    data: str,
+    *,
+    base: str | None = None,
+    split: str | None = None,
+    prompt: str | None = None,
+    labels: str | None = None,
+    limit: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Loaded:
+    """Loads an adapter and the data it is to be run on. Arguments and errors are those of ``measure_adapter``.
+
+    Args:
+        say: told in a line what happens now.
+    """
+    adapter = Path(adapter)
     note = read_note(adapter)
     names, words = _labels(labels) if labels else (note.get("labels"), note.get("label_words"))
     records = load_like(data, names, split=split, limit=limit)
-    prompt = prompt or note.get("template")
-    with quiet(bars=True):
-        progress.say(f"loading {adapter}")
-        dtype = torch.bfloat16 if note.get("dtype") == "bfloat16" else torch.float32
-        model, tokenizer, _ = load_adapter(adapter, base=base, dtype=dtype)
-        template = None
-        if note.get("task", "causal") == "causal":
-            plain = default_template(records)
-            template = Template(prompt or plain.prompt, words if records.labels is not None else None)
-        with progress.counting("measuring") as count:
-            return evaluate(
-                model,
-                tokenizer,
-                records,
-                template,
-                batch_size=batch_size,
-                max_length=int(note.get("max_length", 512)),
-                progress=count,
-            )
+    if say:
+        say(f"loading {adapter}")
+    dtype = torch.bfloat16 if note.get("dtype") == "bfloat16" else torch.float32
+    model, tokenizer, base_name = load_adapter(adapter, base=base, dtype=dtype)
+    template = None
+    if note.get("task", "causal") == "causal":
+        plain = default_template(records)
+        template = Template(prompt or note.get("template") or plain.prompt, words if records.labels is not None else None)
+    return Loaded(model, tokenizer, base_name, records, template, int(note.get("max_length", 512)))
 
 
 def load_like(data: str, labels: list[str] | None, *, split: str | None = None, limit: int | None = None) -> Records:

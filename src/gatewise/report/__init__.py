@@ -1,23 +1,34 @@
 """Where an adapter's budget went: true ranks, parameters and norms by layer and kind, as table, plot, page or JSON.
 
-Reads any LoRA adapter folder without its base model.
+Reads any LoRA adapter folder without its base model. What the modules are worth (``gatewise.importance``) is shown the same way.
 """
 
-from gatewise.report.budget_map import OTHER, BudgetMap, ModuleBudget, RoundSummary, Value
-from gatewise.report.plotting import plot
+from gatewise.report.budget_map import BudgetMap, ModuleBudget, RoundSummary, Value
+from gatewise.report.grid import OTHER
+from gatewise.report.importance_map import Importance, ModuleImportance
+from gatewise.report.importance_text import importance_json, importance_lines, top_table
+from gatewise.report.plotting import check_suffix, plot, plot_importance
 from gatewise.report.reading import rank_map, read_budget
-from gatewise.report.table import ranks_table, summary_lines, to_json
+from gatewise.report.table import grid_table, ranks_table, summary_lines, to_json
 
 __all__ = [
     "OTHER",
     "BudgetMap",
+    "Importance",
     "ModuleBudget",
+    "ModuleImportance",
     "RoundSummary",
     "Value",
+    "check_suffix",
+    "grid_table",
+    "importance_json",
+    "importance_lines",
     "plot",
+    "plot_importance",
     "rank_map",
     "ranks_table",
     "read_budget",
     "summary_lines",
     "to_json",
+    "top_table",
 ]

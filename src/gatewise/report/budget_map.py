@@ -1,19 +1,16 @@
 """The map of an adapter's budget: one entry a module, and the sums over layers, kinds and all of it."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
-from gatewise.sites import kind_key
+from gatewise.report.grid import Grid, grid_of, kind_labels, layer_labels, short_number
 
 Value = Literal["rank", "norm", "parameters"]
-
-OTHER = "other"
-"""The row label of modules outside the stack of layers, such as a pooler."""
-
-# A hole in the stack is shown as an empty row; beyond this index a layer number is no longer believed to count layers.
-_MOST_LAYERS = 1024
+_TITLES: dict[Value, str] = {"rank": "rank", "norm": "Frobenius norm of the update", "parameters": "parameters"}
 
 
 @dataclass(frozen=True)
@@ -110,56 +107,43 @@ class BudgetMap:
     @property
     def layers(self) -> list[str]:
         """Row labels: every layer index from 0 to the last one that has a module, then "other" if it is needed."""
-        indices = {module.layer for module in self.modules if module.layer is not None}
-        if indices and max(indices) < _MOST_LAYERS:
-            indices = set(range(max(indices) + 1))
-        labels = [str(index) for index in sorted(indices)]
-        return [*labels, OTHER] if any(module.layer is None for module in self.modules) else labels
+        return layer_labels(self.modules)
 
     @property
     def kinds(self) -> list[str]:
         """Column labels, in the order of ``gatewise.sites.KIND_ORDER``."""
-        return sorted({module.kind for module in self.modules}, key=kind_key)
+        return kind_labels(self.modules)
 
-    def matrix(self, value: Value = "rank") -> tuple[list[str], list[str], list[list[float | None]]]:
-        """The budget as layers x kinds.
+    def grid(self, value: Value = "rank") -> Grid:
+        """The budget as layers x kinds, with totals at the margins.
 
         Modules at the same place (the experts of a mixture, encoder and decoder) are added up; norms add as squares.
-
-        Returns:
-            Row labels, column labels and the rows; None where the adapter has no module.
 
         Raises:
             ValueError: ``value`` is not one of "rank", "norm" and "parameters".
         """
         if value not in get_args(Value):
             raise ValueError(f"value is {value!r}, expected one of {', '.join(get_args(Value))}")
-        layers, kinds, places = self.layers, self.kinds, places_of(self)
-        cells = [[total_of(places.get((layer, kind), ()), value) for kind in kinds] for layer in layers]
-        return layers, kinds, cells
+        write = partial(short_number, whole=value == "rank")
+        return grid_of(
+            self.modules,
+            partial(_total, value=value),
+            name=value,
+            title=_TITLES[value],
+            write=write,
+            tick=(lambda number: f"{number:.3g}") if value == "norm" else (lambda number: re.sub(r"\.0+", "", write(number))),
+            whole=value != "norm",
+        )
+
+    def matrix(self, value: Value = "rank") -> tuple[list[str], list[str], list[list[float | None]]]:
+        """Row labels, column labels and the rows of ``grid``; None where the adapter has no module."""
+        grid = self.grid(value)
+        return list(grid.layers), list(grid.kinds), [list(row) for row in grid.cells]
 
 
-def places_of(budget: BudgetMap) -> dict[tuple[str, str], list[ModuleBudget]]:
-    places: dict[tuple[str, str], list[ModuleBudget]] = {}
-    for module in budget.modules:
-        places.setdefault((_row(module), module.kind), []).append(module)
-    return places
-
-
-def _row(module: ModuleBudget) -> str:
-    return OTHER if module.layer is None else str(module.layer)
-
-
-def total_of(modules: Sequence[ModuleBudget], value: Value) -> float | None:
+def _total(modules: Sequence[ModuleBudget], value: Value) -> float | None:
     if not modules:
         return None
     if value == "norm":
         return math.sqrt(sum(module.norm**2 for module in modules))
     return sum(getattr(module, value) for module in modules)
-
-
-def totals_of(budget: BudgetMap, value: Value) -> tuple[list[float | None], list[float | None], float]:
-    """Totals per row, per column and over all."""
-    rows = [total_of([m for m in budget.modules if _row(m) == layer], value) for layer in budget.layers]
-    columns = [total_of([m for m in budget.modules if m.kind == kind], value) for kind in budget.kinds]
-    return rows, columns, float(getattr(budget, value))

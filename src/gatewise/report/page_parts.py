@@ -1,10 +1,12 @@
 """What the HTML page is made of: its style sheet, its script, and the frame that both go into."""
 
+from collections.abc import Mapping
+
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b2733;--faint:#5c6b7a;--line:#dde3e9;--cold:#eef4fa;--hot:#0b4a85;
---on-cold:#000;--on-hot:#fff;--turn:.74;--accent:#0b63b0}
+--minus:#7a3500;--minus-cold:#fbf2ea;--on-cold:#000;--on-hot:#fff;--turn:.74;--accent:#0b63b0}
 @media (prefers-color-scheme:dark){:root{--paper:#12181f;--ink:#e4eaf0;--faint:#98a6b5;--line:#2b3642;--cold:#1b2733;
---hot:#9bd0ff;--on-cold:#fff;--on-hot:#000;--turn:.46;--accent:#7cbcf5}}
+--hot:#9bd0ff;--minus:#ffbf8f;--minus-cold:#2b211a;--on-cold:#fff;--on-hot:#000;--turn:.46;--accent:#7cbcf5}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.45 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:62rem;margin:0 auto;padding:1.75rem 1.25rem 4rem}
@@ -32,10 +34,6 @@ caption{text-align:left;color:var(--faint);font-size:.85rem;padding-bottom:.4rem
 .heat td:focus{outline:2px solid var(--ink);outline-offset:1px}
 .cell{background:color-mix(in srgb,var(--hot) calc(var(--h)*100%),var(--cold));
 color:color-mix(in srgb,var(--on-hot) clamp(0%,calc((var(--h) - var(--turn))*100000%),100%),var(--on-cold))}
-[data-value=rank] .cell{--h:var(--rank)}[data-value=norm] .cell{--h:var(--norm)}
-[data-value=parameters] .cell{--h:var(--parameters)}
-[data-value=rank] :is(span.norm,span.parameters),[data-value=norm] :is(span.rank,span.parameters),
-[data-value=parameters] :is(span.rank,span.norm){display:none}
 .list{border-collapse:collapse;border-spacing:0;font-size:.85rem}
 .list th,.list td{text-align:right;padding:.25rem .6rem;
 border-bottom:1px solid var(--line)}.list thead th{color:var(--faint);font-weight:500;vertical-align:bottom}
@@ -46,6 +44,22 @@ color:var(--paper);font-size:.8rem;white-space:pre-line;overflow-wrap:anywhere;p
 @media (max-width:40rem){.heat td,.heat th{font-size:.7rem}.heat th:first-child{width:2.8rem;
 padding-right:.3rem}}
 """
+
+
+def value_style(signed: Mapping[str, bool]) -> str:
+    """The rules that show the numbers of the chosen value and hide the others; value -> whether it has signs."""
+    rules = []
+    for name, has_signs in signed.items():
+        chosen = f"[data-value={name}]"
+        rules.append(f"{chosen} .cell{{--h:var(--{name})}}")
+        if others := ",".join(f"span.{other}" for other in signed if other != name):
+            rules.append(f"{chosen} :is({others}){{display:none}}")
+        if has_signs:
+            rules.append(f"{chosen} .minus-{name}{{--hot:var(--minus);--cold:var(--minus-cold)}}")
+            sides = "linear-gradient(90deg,var(--minus),var(--minus-cold) 50%,var(--cold) 50%,var(--hot))"
+            rules.append(f"{chosen} .scale i{{background:{sides}}}")
+    return "\n".join(rules) + "\n"
+
 
 SCRIPT = """
 const main = document.querySelector("main"), heat = document.querySelector(".heat");
@@ -107,19 +121,18 @@ PAGE = """<!doctype html>
 <dl>{facts}</dl>
 <div class="bar">
 <fieldset hidden><legend>Show</legend>{choices}</fieldset>
-<div class="scale" aria-hidden="true">0<i></i>{most}</div>
+<div class="scale" aria-hidden="true">{least}<i></i>{most}</div>
 </div>
 <table class="heat">
 <caption>Layer by kind of module; a dot marks a place without a module.
-Totals of norms are roots of summed squares.</caption>
+{caption}</caption>
 {heat}
 </table>
-{rounds}
+{sections}
 <details>
 <summary>All modules</summary>
 <div class="wide"><table class="list">
-<thead><tr><th scope="col">module</th><th scope="col">rank</th><th scope="col">slots</th><th scope="col">parameters</th>
-<th scope="col">allocated</th><th scope="col">norm</th><th scope="col">scaling</th></tr></thead>
+<thead><tr><th scope="col">module</th>{columns}</tr></thead>
 <tbody>{modules}</tbody>
 </table></div>
 </details>

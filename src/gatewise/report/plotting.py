@@ -1,12 +1,15 @@
-"""The map drawn into a file, an image or a page by the file's name."""
+"""A map drawn into a file, an image or a page by the file's name."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.report.budget_map import BudgetMap, Value
+from gatewise.report.budget_page import page_of
 from gatewise.report.image import image_of
-from gatewise.report.page import page_of
+from gatewise.report.importance_map import Importance
+from gatewise.report.importance_page import importance_page
 
 
 def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str | None = None) -> Path:
@@ -25,13 +28,57 @@ def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str |
         GatewiseError: another suffix, or a path that cannot be written.
         ValueError: ``value`` is not one of "rank", "norm" and "parameters".
     """
-    out = Path(out)
-    suffix = out.suffix.lower()
+    grid = budget.grid(value)  # refuses an unknown value before anything is drawn
+    title = title or "Where the budget went"
+    notes = (
+        f"{grid.title} by layer and kind · {budget.base_model or budget.adapter_type}",
+        f"total rank {budget.rank:,} · {budget.parameters:,} parameters",
+    )
+    return _write(out, lambda: page_of(budget, value, title), lambda suffix: image_of(grid, title, notes, suffix))
+
+
+def plot_importance(
+    importance: Importance, out: str | Path, suggested: Mapping[str, int] | None = None, title: str | None = None
+) -> Path:
+    """Draws what every layer and module is worth into a file, whole or not at all.
+
+    Scores below zero are orange and the others blue.
+
+    Args:
+        out: as for ``plot``; the page also shows the ranks.
+        suggested: path -> rank of every module, which the page shows too.
+        title: the heading; by default says what is shown.
+
+    Returns:
+        The path written.
+
+    Raises:
+        GatewiseError: another suffix, or a path that cannot be written.
+    """
+    grid = importance.score_grid()
+    title = title or "What each module is worth"
+    notes = (
+        f"{grid.title} by layer and kind · {importance.base_model or 'base model not named'}",
+        f"{importance.rows:,} rows{f' of {importance.data}' if importance.data else ''} · total rank {importance.rank:,}",
+    )
+    return _write(out, lambda: importance_page(importance, title, suggested), lambda suffix: image_of(grid, title, notes, suffix))
+
+
+def check_suffix(out: str | Path) -> str:
+    """The suffix of a plot's file in lower case, without the dot.
+
+    Raises:
+        GatewiseError: nothing can be drawn into a file of that name.
+    """
+    suffix = Path(out).suffix.lower()
     if suffix not in (".png", ".svg", ".html"):
         raise GatewiseError(f"cannot plot to {out}: expected a name that ends in .png, .svg or .html")
-    budget.matrix(value)  # refuses an unknown value before anything is drawn
-    title = title or "Where the budget went"
-    content = page_of(budget, value, title).encode() if suffix == ".html" else image_of(budget, value, title, suffix[1:])
+    return suffix[1:]
+
+
+def _write(out: str | Path, page: Callable[[], str], image: Callable[[str], bytes]) -> Path:
+    suffix = check_suffix(out)
+    content = page().encode() if suffix == "html" else image(suffix)
     with whole_file(out) as part:
         part.write_bytes(content)
-    return out
+    return Path(out)

@@ -1,7 +1,7 @@
-"""The map as text: numbers of six characters, the table for the terminal, the lines of the summary, and JSON."""
+"""The map as text: the table for the terminal, the lines of the summary, and JSON."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -9,70 +9,54 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gatewise.report.budget_map import OTHER, BudgetMap, Value, totals_of
-
-
-def short_number(number: float | None, value: Value) -> str:
-    """At most six characters: a rank in full; norms 0.034, 4e-05; parameters 960, 18.4k, 2.43M. A dot for no module."""
-    if number is None:
-        return "·"
-    if not math.isfinite(number):
-        return "nan" if math.isnan(number) else "inf"
-    if number == 0 or value == "rank" or (number < 1000 and number == int(number)):
-        return str(int(number))
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:
-            return f"{number / size:#.3g}".rstrip(".") + unit
-    return f"{number:#.3g}".rstrip(".") if number >= 1e-3 else f"{number:.0e}"
-
-
-def largest(cells: Iterable[Iterable[float | None]]) -> float:
-    """The largest finite number, for a scale that starts at zero."""
-    return max((c for row in cells for c in row if c is not None and math.isfinite(c)), default=0.0)
-
-
-def finite_or_zero(number: float | None) -> float:
-    return number if number is not None and math.isfinite(number) else 0.0
-
+from gatewise.report.budget_map import BudgetMap, Value
+from gatewise.report.grid import OTHER, Grid
 
 # The lower steps stay as the terminal has them. White on the others has a contrast of 4.5 or more, and all are about as
 # light as each other, so they show on a dark terminal and on a light one; grey to orange suits every colour vision.
 _TABLE_SHADES = ("", "", "#ffffff on #6e6a66", "#ffffff on #87653f", "bold #ffffff on #a8560f")
+# As light and as far apart, for the numbers of a signed grid that are above zero; below it they are orange as above.
+_BLUE_SHADES = ("", "", "#ffffff on #666a6e", "#ffffff on #3f6587", "bold #ffffff on #0f56a8")
 
 
 def ranks_table(budget: BudgetMap, value: Value = "rank") -> Table:
-    """The budget as a table for the terminal: layers x kinds with totals, 80 columns wide for a Llama.
+    """The budget as a table for the terminal: layers x kinds with totals, 80 columns wide for a Llama."""
+    return grid_table(budget.grid(value))
 
-    Cells are shaded in five steps from the lowest to the highest number; the numbers say the same without colour.
-    A dot marks a place where the adapter has no module.
+
+def grid_table(grid: Grid) -> Table:
+    """A grid as a table for the terminal.
+
+    Cells are shaded in five steps from the lowest to the highest number, or, where they have signs, from zero to the largest
+    number on either side; the numbers say the same without colour. A dot marks a place without a module.
     """
-    layers, kinds, cells = budget.matrix(value)
-    rows, columns, all_of_it = totals_of(budget, value)
-    finite = [c for row in cells for c in row if c is not None and math.isfinite(c)]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    finite = [c for row in grid.cells for c in row if c is not None and math.isfinite(c)]
+    low, high = (0.0, grid.most) if grid.signed else (min(finite, default=0.0), max(finite, default=0.0))
 
     def cell(number: float | None) -> Text:
         if number is None or number == 0:
-            return Text(short_number(number, value), style="dim")
+            return Text(grid.write(number), style="dim")
         if high == low or not math.isfinite(number):
-            return Text(short_number(number, value))
-        step = min(int((number - low) / (high - low) * len(_TABLE_SHADES)), len(_TABLE_SHADES) - 1)
-        return Text(f" {short_number(number, value)}", style=_TABLE_SHADES[step])
+            return Text(grid.write(number))
+        size = abs(number) if grid.signed else number
+        shades = _BLUE_SHADES if grid.signed and number > 0 else _TABLE_SHADES
+        step = min(int((size - low) / (high - low) * len(shades)), len(shades) - 1)
+        return Text(f" {grid.write(number)}", style=shades[step])
 
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, collapse_padding=True)
     table.add_column("layer", Text("total", style="bold"), justify="right", no_wrap=True)
-    for kind, total in zip(kinds, columns, strict=True):
-        table.add_column(Text(kind), Text(short_number(total, value), style="bold"), justify="right", no_wrap=True)
-    table.add_column("total", Text(short_number(all_of_it, value), style="bold"), justify="right", no_wrap=True)
-    for layer, row, total in zip(layers, cells, rows, strict=True):
-        table.add_row(Text(layer), *map(cell, row), Text(short_number(total, value), style="bold"))
+    for kind, total in zip(grid.kinds, grid.columns, strict=True):
+        table.add_column(Text(kind), Text(grid.write(total), style="bold"), justify="right", no_wrap=True)
+    table.add_column("total", Text(grid.write(grid.total), style="bold"), justify="right", no_wrap=True)
+    for layer, row, total in zip(grid.layers, grid.cells, grid.rows, strict=True):
+        table.add_row(Text(layer), *map(cell, row), Text(grid.write(total), style="bold"))
     return table
 
 
 def to_json(budget: BudgetMap) -> dict[str, Any]:
     """The whole map as plain lists, numbers and text for ``json.dumps``; numbers that are not finite become None."""
     layers, kinds, _ = budget.matrix()
-    return _plain(
+    return plain(
         {
             "base_model": budget.base_model,
             "adapter_type": budget.adapter_type,
@@ -95,11 +79,12 @@ def to_json(budget: BudgetMap) -> dict[str, Any]:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value of plain lists, numbers and text; numbers that are not finite become None."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -109,8 +94,9 @@ def summary_lines(budget: BudgetMap) -> list[str]:
 
 
 def facts_of(budget: BudgetMap) -> list[tuple[str, str]]:
+    grid = budget.grid()
     stack = [layer for layer in budget.layers if layer != OTHER]
-    rows = dict(zip(budget.layers, totals_of(budget, "rank")[0], strict=True))
+    rows = dict(zip(budget.layers, grid.rows, strict=True))
     held = {layer: int(rows[layer] or 0) for layer in stack}
     fullest = [layer for layer in sorted(stack, key=lambda layer: -held[layer])[:3] if held[layer]]
     slots = f"{budget.rank:,}" + (f" of {budget.capacity:,} slots" if budget.capacity != budget.rank else "")
@@ -125,7 +111,7 @@ def facts_of(budget: BudgetMap) -> list[tuple[str, str]]:
         ("parameters", stored),
     ]
     if budget.rank:
-        shares = ((kind, total or 0) for kind, total in zip(budget.kinds, totals_of(budget, "rank")[1], strict=True))
+        shares = ((kind, total or 0) for kind, total in zip(budget.kinds, grid.columns, strict=True))
         facts.append(("rank by kind", ", ".join(f"{kind} {100 * total / budget.rank:.0f}%" for kind, total in shares)))
     if fullest:
         facts.append(("most rank", ", ".join(f"layer {layer} ({held[layer]})" for layer in fullest)))

@@ -80,13 +80,13 @@ def evaluate(
         )
     template = template or default_template(records)
     template.check(records)
-    max_length = min(max_length, _positions(model))
+    max_length = min(max_length, most_positions(model))
     with _measuring(model):
         if records.kind in ("label", "choice"):
             return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress)
-        room = min(max_length, _positions(model) - max_new_tokens)
+        room = min(max_length, most_positions(model) - max_new_tokens)
         if max_new_tokens < 1 or room < 1:
-            raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {_positions(model) - 1} for this model")
+            raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {most_positions(model) - 1} for this model")
         prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
         written = _generate(model, tokenizer, prompts, batch_size, max_new_tokens, progress)
     return number_metrics(records, written) if records.kind == "number" else generation_metrics(records, written)
@@ -262,12 +262,7 @@ def _evaluate_classifier(
     progress: Progress | None,
 ) -> Metrics:
     features = encode_classification(records, tokenizer, max_length=max_length)
-    classes = base_of(model).config.num_labels
-    if classes != len(records.labels or ()):
-        raise GatewiseError(
-            f"the model has {classes} classes, but {records.source} has the {len(records.labels or ())} labels "
-            f"{', '.join(records.labels or ())}; give the labels the model was trained with"
-        )
+    check_classes(model, records)
     features.sort(key=lambda feature: -len(feature["input_ids"]))
     device = _device(model)
     collate = PadCollator(tokenizer)
@@ -281,6 +276,16 @@ def _evaluate_classifier(
         if progress:
             progress(min(start + batch_size, len(features)), len(features))
     return {"accuracy": hits / len(features), "loss": total / len(features), "n": len(features)}
+
+
+def check_classes(model: nn.Module, records: Records) -> None:
+    """Raises GatewiseError when a classifier has another number of classes than the records have labels."""
+    classes = base_of(model).config.num_labels
+    if classes != len(records.labels or ()):
+        raise GatewiseError(
+            f"the model has {classes} classes, but {records.source} has the {len(records.labels or ())} labels "
+            f"{', '.join(records.labels or ())}; give the labels the model was trained with"
+        )
 
 
 # ---- writing ----
@@ -356,7 +361,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _positions(model: nn.Module) -> int:
+def most_positions(model: nn.Module) -> int:
     """The longest sequence the model's positions allow."""
     config = base_of(model).config
     return int(getattr(config, "max_position_embeddings", None) or 2**31)

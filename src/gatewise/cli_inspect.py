@@ -1,0 +1,134 @@
+"""The ``inspect`` command: where an adapter's budget went and, with ``--scores``, what its modules are worth."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gatewise.cli_options import BaseOption, JsonOption, LabelsOption, SplitOption, TemplateOption
+from gatewise.errors import GatewiseError
+
+
+class Value(StrEnum):
+    """What `inspect` shows of each module."""
+
+    rank = "rank"
+    norm = "norm"
+    parameters = "parameters"
+
+
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter.", show_default=False)],
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or .html file.")] = None,
+    value: Annotated[Value | None, typer.Option(help="What to show of each module. [default: rank]")] = None,
+    scores: Annotated[bool, typer.Option("--scores", help="Score the ranks on --data and show what each module is worth.")] = False,
+    data: Annotated[str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.")] = None,
+    score: Annotated[
+        str | None, typer.Option(help="path_integral, taylor, ablation or sensitivity. [default: path_integral]")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the data to score on, drawn at random. [default: 32]")] = None,
+    base: BaseOption = None,
+    split: SplitOption = None,
+    template_prompt: TemplateOption = None,
+    labels: LabelsOption = None,
+    suggest: Annotated[
+        int | None, typer.Option(metavar="BUDGET", help="Suggest a LoraConfig with this many ranks in all, placed by the scores.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the suggestion to this JSON file, not to stdout.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show where the budget of a LoRA adapter went, layer by module; the base model is not needed.
+
+    With --scores, load it and score its ranks on rows of data: what each layer and module is worth, and which could go.
+
+    \b
+    Examples:
+      gatewise inspect runs/quickstart/adapter --plot ranks.html
+      gatewise inspect runs/quickstart/adapter --scores --data sample:support-dev --suggest 1680 --out pattern.json
+    """
+    if not scores:
+        needs_scores = {
+            "data": data,
+            "score": score,
+            "rows": rows,
+            "base": base,
+            "split": split,
+            "template-prompt": template_prompt,
+            "labels": labels,
+            "suggest": suggest,
+            "out": out,
+        }
+        for name, given in needs_scores.items():
+            if given is not None:
+                raise GatewiseError(f"--{name} was given without --scores, where it means nothing: add --scores or leave it out")
+        _show_budget(adapter, plot, value or Value.rank, as_json)
+        return
+    if data is None:
+        raise GatewiseError("--scores was given without --data: name the rows to score on, such as --data sample:support-dev")
+    if value is not None:
+        raise GatewiseError(f"--value {value} was given with --scores, which shows scores: leave one of the two out")
+    if out is not None and suggest is None:
+        raise GatewiseError("--out was given without --suggest: add --suggest BUDGET, the number of ranks to place")
+    settings = {"score": score, "rows": rows, "base": base, "split": split, "prompt": template_prompt, "labels": labels}
+    chosen = {name: given for name, given in settings.items() if given is not None}
+    _show_scores(adapter, data, chosen, plot, suggest, out, as_json)
+
+
+def _show_budget(adapter: Path, plot: Path | None, value: Value, as_json: bool) -> None:
+    from gatewise import report
+
+    budget = report.read_budget(adapter)
+    written = report.plot(budget, plot, value.value) if plot else None
+    if as_json:
+        typer.echo(json.dumps(report.to_json(budget), indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(report.ranks_table(budget, value.value))
+    for line in report.summary_lines(budget):
+        console.print(line, markup=False, highlight=False)
+    if written:
+        typer.echo(f"drawn: {written}")
+
+
+def _show_scores(
+    adapter: Path, data: str, settings: dict[str, Any], plot: Path | None, budget: int | None, out: Path | None, as_json: bool
+) -> None:
+    from gatewise import report
+    from gatewise.files import write_json
+    from gatewise.importance import score_adapter
+    from gatewise.suggestion import check_budget, lora_settings, suggested_ranks
+
+    # Scoring takes a while: what can be refused before it is.
+    if plot:
+        report.check_suffix(plot)
+    if budget is not None:
+        check_budget(budget)
+    importance = score_adapter(adapter, data, **settings)
+    ranks = None if budget is None else suggested_ranks(importance, budget)
+    suggestion = None if ranks is None else lora_settings(importance, ranks)
+    if out:
+        write_json(out, suggestion)
+    if plot:
+        report.plot_importance(importance, plot, ranks)
+    if as_json:
+        told = report.importance_json(importance) | ({} if suggestion is None else {"suggestion": suggestion})
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    grid = importance.score_grid()
+    console.print(f"{grid.title}, the sum over the ranks of a module", markup=False, highlight=False)
+    console.print(report.grid_table(grid))
+    console.print(report.top_table(importance))
+    for line in report.importance_lines(importance):
+        console.print(line, markup=False, highlight=False)
+    if plot:
+        typer.echo(f"drawn: {plot}")
+    if ranks is not None:
+        kept = [rank for rank in ranks.values() if rank]
+        where = f"{len(kept):,} of {len(ranks):,} modules, ranks from {min(kept)} to {max(kept)}"
+        typer.echo(f"suggestion: {sum(kept):,} ranks in {where}" + (f", written: {out}" if out else ""))
+        if not out:
+            typer.echo(json.dumps(suggestion, indent=2, ensure_ascii=False))
