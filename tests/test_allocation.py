@@ -1,6 +1,7 @@
 """RankAllocation in real Trainers on tiny models: what it decides, what it leaves behind, and that it can be interrupted."""
 
 import copy
+import itertools
 import json
 import logging
 
@@ -90,7 +91,7 @@ def logits(model, rows):
         ("bert", {}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     ],
 )
-@pytest.mark.parametrize("score", ["ablation", "sensitivity"])
+@pytest.mark.parametrize("score", ["ablation", "path_integral", "sensitivity"])
 def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest_base, family, peft, training, score):
     model, allocation, _ = run(family, peft=peft, allocation={"score": score}, training=training)
     assert [one.step for one in allocation.history] == [3, 5, 7]
@@ -242,6 +243,71 @@ def test_a_score_of_ones_own(run):
     assert len(allocation.history) == 3
 
 
+def test_cubic_budget_ends_at_its_target(run, caplog):
+    """42 ranks down to 28 in three rounds, nothing grown, and stock LoRA's width until the first."""
+    settings = {"score": "path_integral", "schedule": "cubic", "target_rank": 2}
+    model, allocation, _ = run(allocation=settings)
+    assert (allocation.budget, allocation.target) == (42, 28)
+    assert set(allocation.to_json()["r_max"].values()) == {3}
+    assert [sum(one.ranks.values()) for one in allocation.history] == [28 + round(14 * (2 / 3) ** 3), 28 + round(14 / 27), 28]
+    assert not any(one.grown for one in allocation.history)
+    assert sum(slots.ranks(model).values()) == 28
+    assert "given back" not in caplog.text
+    # Rounds that do not fit are left out, and the target is reached all the same.
+    model, allocation, _ = run(allocation=settings | {"rounds": 9})
+    assert [one.step for one in allocation.history] == [3, 5, 7, 9]
+    assert sum(slots.ranks(model).values()) == 28
+
+
+def test_cubic_budget_is_met_when_training_ends_early(run, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    with caplog.at_level(logging.WARNING, logger="gatewise"):
+        model, allocation, _ = run(allocation={"schedule": "cubic", "target_rank": 2}, callbacks=[Stop()])
+    assert [one.step for one in allocation.history] == [3, 5, 6]
+    assert sum(slots.ranks(model).values()) == 28
+    assert "before the budget was down to its target of 28 ranks" in caplog.text
+
+
+def test_module_pruning_takes_whole_modules_for_good(run):
+    """A score that hates one module and likes every other: the first round empties it, and it never comes back."""
+    hated = "model.layers.1.mlp.down_proj"
+
+    def score(model, batch, adapter=None):
+        layers = slots.lora_layers(model, adapter)
+        return {p: torch.full((len(slots.live_slots(la, adapter)),), -1.0 if p == hated else 1.0) for p, la in layers.items()}
+
+    model, allocation, _ = run(allocation={"score": score, "module_pruning": True, "prune_fraction": 4 / 42})
+    first = allocation.history[0]
+    assert first.pruned[hated] == [0, 1, 2]
+    assert sum(map(len, first.pruned.values())) == 4
+    assert all(one.ranks[hated] == 0 and hated not in one.grown for one in allocation.history)
+    assert hated not in slots.ranks(model)
+    assert all(rank > 0 for rank in slots.ranks(model).values())
+    assert model.get_base_model().get_submodule(hated).__class__ is torch.nn.Linear
+
+
+def test_grace_lets_new_ranks_live(run):
+    """A score that values a rank by its B prunes what has just grown; a grace period keeps it for that long."""
+
+    def by_size(model, batch, adapter=None):
+        layers = slots.lora_layers(model, adapter)
+        return {p: slots.factors(la, adapter)[1].detach().norm(dim=0)[slots.live_slots(la, adapter)] for p, la in layers.items()}
+
+    def killed_young(history):
+        pairs = itertools.pairwise(history)
+        return sum(len(set(old.grown.get(p, [])) & set(dead)) for old, new in pairs for p, dead in new.pruned.items())
+
+    settings = {"score": by_size, "recover": 2, "rounds": 3, "r_max": 6}
+    _, churning, _ = run(allocation=settings)
+    assert killed_young(churning.history) > 0
+    _, calm, _ = run(allocation=settings | {"grace_rounds": 1})
+    assert sum(map(len, calm.history[0].grown.values())) > 0
+    assert killed_young(calm.history) == 0
+
+
 def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
     with caplog.at_level(logging.WARNING, logger="gatewise"):
         _, allocation, _ = run(allocation={"first_round": 1.0, "recover": 0.5, "rounds": 5})
@@ -255,6 +321,17 @@ def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
         ({"score": "luck"}, "score 'luck' is not known; expected one of ablation"),
         ({"prune_fraction": 1.5}, "prune_fraction is 1.5"),
         ({"recover": 0}, "recover 0"),
+        ({"schedule": "square"}, "schedule 'square' is not known; expected one of constant-budget, cubic"),
+        ({"schedule": "cubic"}, "needs target_rank"),
+        ({"schedule": "cubic", "target_rank": 3}, "target_rank is 3 a module, 42 ranks in all, but the adapter starts with 42"),
+        ({"schedule": "cubic", "target_rank": 2, "r_max": 4}, "r_max is 4, but schedule 'cubic' grows no ranks"),
+        ({"target_rank": 2}, "target_rank is 2, but schedule 'constant-budget' keeps the budget"),
+        ({"smoothing": 1.0}, "smoothing is 1.0"),
+        ({"grace_rounds": -1}, "grace_rounds is -1"),
+        ({"module_pruning": True, "min_rank": 1}, "min_rank is 1, but module_pruning takes all"),
+        ({"score": "path_integral", "score_options": {"points": 0}}, "points is 0; expected a whole number"),
+        ({"score": "path_integral", "score_options": {"rule": "simpson"}}, "rule 'simpson' is not known"),
+        ({"score": "path_integral", "score_options": {"return_convergence": True}}, "leave it out"),
         ({"r_max": 2}, "r_max is 2 but .* already has rank 3"),
         ({"score": "ablation", "score_options": {"mod": "exact"}}, "has 'mod'.* did you mean 'mode'"),
         ({"score": "ablation", "score_options": {"mode": "exakt"}}, "mode 'exakt'; expected one of exact"),

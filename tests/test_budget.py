@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gatewise.budget import plan_round, prune_lowest, spread
+from gatewise.budget import cubic_budget, plan_round, prune_lowest, spread
 
 finite = st.floats(-1, 1, allow_nan=False)
 module_scores = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.lists(finite, max_size=6), min_size=1, max_size=7)
@@ -71,6 +71,47 @@ def test_a_round_keeps_its_promises(scores, count, budget, spare, data):
     assert sum(after.values()) <= live <= budget
     assert not plan.pruned.keys() & plan.grown.keys()
     assert plan == plan_round(dict(scores), count, dict(capacity), budget)
+
+
+def test_spared_ranks_stay():
+    assert prune_lowest({"a": [0.1, 0.2], "b": [0.3]}, 2, spared={"a": {0}}) == {"a": [1], "b": [0]}
+    plan = plan_round({"a": [0.1, 0.2], "b": [0.3]}, 1, {"a": 4, "b": 4}, 3, spared={"a": {0, 1}})
+    assert plan.pruned == {"b": [0]}
+
+
+def test_module_pruning():
+    scores = {"good": [0.1, 0.5], "bad": [0.9, -1.0], "worse": [-2.0, -1.0, 1.0], "empty": [], "zero": [0.0]}
+    capacity = dict.fromkeys(scores, 4)
+    # "worse" goes first and whole, "bad" fits no more, "zero" does. What was lost goes to the modules that lost none and are there.
+    plan = plan_round(scores, 4, capacity, 8, module_pruning=True)
+    assert plan.pruned == {"worse": [0, 1, 2], "zero": [0]}
+    assert plan.grown == {"good": 2, "bad": 2}
+    # None fits, so single ranks go, and a module's last one stays for now.
+    assert plan_round({"bad": [0.9, -1.0], "fair": [0.1]}, 1, capacity | {"fair": 1}, 8, module_pruning=True).pruned == {"bad": [1]}
+    # All three that are worth nothing or less; "good" keeps one of its ranks whatever the number.
+    plan = plan_round(scores, 7, capacity, 8, module_pruning=True)
+    assert plan.pruned == {"good": [0], "bad": [0, 1], "worse": [0, 1, 2], "zero": [0]}
+    # A module with a rank that is too new to judge is not worthless yet.
+    plan = plan_round(scores, 3, capacity, 8, module_pruning=True, spared={"worse": {2}})
+    assert plan.pruned == {"bad": [0, 1], "zero": [0]}
+    # Without it the same call takes single ranks.
+    assert plan_round(scores, 3, capacity, 8).pruned == {"bad": [1], "worse": [0, 1]}
+
+
+@given(module_scores, st.integers(0, 30))
+def test_module_pruning_keeps_a_rank_of_what_is_worth_something(scores, count):
+    plan = plan_round(scores, count, {m: len(v) + 3 for m, v in scores.items()}, 99, module_pruning=True)
+    for module, values in scores.items():
+        left = len(values) - len(plan.pruned.get(module, []))
+        if math.fsum(values) > 0:
+            assert left >= 1
+        assert values or module not in plan.grown
+    live = sum(map(len, scores.values()))
+    assert sum(map(len, plan.pruned.values())) <= min(count, max(0, live - 1))
+
+
+def test_cubic_budget():
+    assert [cubic_budget(100, 36, done, 4) for done in range(6)] == [100, 63, 44, 37, 36, 36]
 
 
 @given(

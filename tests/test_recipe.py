@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from gatewise.errors import GatewiseError
-from gatewise.recipe import Recipe, load_recipe
+from gatewise.recipe import Recipe
+from gatewise.recipe_file import load_recipe
 
 MINIMAL = "method: alora\nmodel: smollm2-135m-instruct\ndata: {train: rows.jsonl, dev: 'sample:support-dev'}\n"
 
@@ -98,7 +99,7 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
     ("more", "overrides", "expected"),
     [
         ("adalora: {beta1: 0.9}", (), "adalora is for method adalora, but the method is alora"),
-        ("allocation: {rounds: 2}", ("method=lora",), "allocation is for method alora, but the method is lora"),
+        ("allocation: {rounds: 2}", ("method=lora",), "allocation is for methods alora and pi-lora, but the method is lora"),
         ("training: {max_steps: 5, epochs: 1}", (), "training.epochs cannot be given together with training.max_steps"),
         ("training: {load_best: true}", (), "training.load_best needs training.eval_every"),
         ("training: {early_stopping_patience: 2}", (), "training.early_stopping_patience needs training.eval_every"),
@@ -110,6 +111,9 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
         ("task: classification\ntemplate: {prompt: x}", (), "template is for task causal"),
         ("task: classification\ndtype: bfloat16", (), "dtype is bfloat16, expected float32"),
         ("allocation: {r_max: 4}", (), "allocation.r_max is 4, expected at least peft.r (8)"),
+        ("allocation: {init_r: 12}", (), "allocation.init_r is for schedule cubic, but the schedule is constant-budget"),
+        ("allocation: {schedule: cubic, init_r: 8}", (), "allocation.init_r is 8, expected more than peft.r (8)"),
+        ("allocation: {schedule: cubic, r_max: 16}", (), "allocation.r_max is for schedule constant-budget"),
         ("adalora: {init_r: 8}", ("method=adalora",), "adalora.init_r is 8, expected more than peft.r (8)"),
         ("peft: {use_rslora: true}", ("method=adalora",), "peft.use_rslora is true, but AdaLoRA"),
         ("peft: {init_lora_weights: gaussian}", ("method=adalora",), "peft.init_lora_weights is for the other methods"),
@@ -122,7 +126,7 @@ def test_keys_that_contradict_each_other(file: Path, more: str, overrides: tuple
 def test_every_fault_has_a_line_and_what_is_missing_is_said(file: Path) -> None:
     lines = refusal(file, instead="method: allora\nmodel: 3\npeft: {r: x}\n").splitlines()
     assert lines == [
-        "my.yaml: method: expected lora, alora, adalora or dora, got the text 'allora'; did you mean alora?",
+        "my.yaml: method: expected lora, alora, pi-lora, adalora or dora, got the text 'allora'; did you mean alora?",
         "my.yaml: model: expected text, got 3",
         "my.yaml: data is missing: expected a section with train and dev",
         "my.yaml: peft.r: expected an integer, got the text 'x'",

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from gatewise import run
 from gatewise.errors import GatewiseError
-from gatewise.recipe import load_recipe
+from gatewise.lora import lora_layers
+from gatewise.recipe_file import load_recipe
 from gatewise.report import rank_map
 from gatewise.training import RecipeTrainer, checkpoint_step, complete_checkpoints
 
@@ -50,7 +51,7 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize("method", ["lora", "alora", "adalora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "alora", "pi-lora", "adalora", "dora"])
 def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,12 +70,25 @@ def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(
     assert (resumed.resumed_from, resumed.steps) == (5, 8)
     assert resumed.metrics == whole.metrics
     assert_same_adapter(whole.adapter, resumed.adapter)
-    if method == "alora":
+    if method in ("alora", "pi-lora"):
         first, second = (json.loads((r.adapter / "allocation.json").read_text()) for r in (whole, resumed))
         for one in (*first["rounds"], *second["rounds"]):
             del one["seconds"]
         assert first == second
         assert [one["step"] for one in first["rounds"]] == [3, 6]
+
+
+def test_a_cubic_budget_comes_down_to_loras(tmp_path: Path) -> None:
+    """Twice the ranks at the start, those of plain LoRA and LoRA's scale at the end."""
+    section = {"schedule": "cubic", "init_r": 4, "rounds": 3, "first_round": 2, "recover": 2, "validation_rows": 6}
+    result = train(write_recipe(tmp_path, "pi-lora", allocation=section), tmp_path / "out")
+    record = json.loads((result.adapter / "allocation.json").read_text())
+    assert (record["score"], record["schedule"], record["budget"], record["target"]) == ("path_integral", "cubic", 56, 28)
+    # 28 + 28 (1 - i/3)^3
+    assert [sum(one["ranks"].values()) for one in record["rounds"]] == [36, 29, 28]
+    assert sum(result.ranks.values()) == 28
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), str(result.adapter))
+    assert {layer.scaling["default"] for layer in lora_layers(model, "default").values()} == {2.0}
 
 
 @pytest.mark.parametrize("method", ["lora", "alora", "adalora"])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from gatewise import slots
-from gatewise.budget import cubic_budget, plan_round
+from gatewise.budget import SCHEDULES, Schedule, cubic_budget, plan_round
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 from gatewise.gates import scoring
@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "allocation.json"
 Score = Callable[..., Scores]
-Schedule = Literal["constant-budget", "cubic"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
 class RankAllocation(TrainerCallback, ExportableState):

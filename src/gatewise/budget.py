@@ -7,8 +7,12 @@ lists, or counts. Ties are broken by the order of the modules and then of the ra
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 ModuleScores = Mapping[str, Sequence[float]]
+Schedule = Literal["constant-budget", "cubic"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+"""How the budget goes over the rounds: ALoRA's, which gives away what it takes, and AdaLoRA's, which only comes down."""
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,21 @@
 """The YAML recipe: what to train, on what, and how. Every key is checked before anything is loaded.
 
-A recipe is one YAML file, read with a safe loader. An unknown key, a wrong type or a combination that makes no sense
-is refused with the key's path, what was expected and, for a key that is not known, the nearest one that is.
-``gatewise.run`` carries it out.
+``gatewise.recipe_file`` reads one, ``gatewise.run`` carries it out.
 """
 
-import difflib
 import math
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gatewise.errors import GatewiseError
+from gatewise.budget import Schedule
 
-Method = Literal["lora", "alora", "adalora", "dora"]
-DATA_SUFFIXES = (".jsonl", ".json", ".csv")
-PATH_KEYS = (("data", "train"), ("data", "dev"), ("data", "test"))
+Method = Literal["lora", "alora", "pi-lora", "adalora", "dora"]
+ALLOCATING = ("alora", "pi-lora")
+"""The methods with an ``allocation`` section."""
 
 
 def _labels_as_text(value: Any) -> Any:
@@ -37,7 +32,7 @@ def _label(value: Any) -> Any:
 def _modules(value: Any) -> Any:
     if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
         return value
-    raise PydanticCustomError("expected", "expected 'all-linear' or a list of module names, got {given}", {"given": _given(value)})
+    raise PydanticCustomError("expected", "expected 'all-linear' or a list of module names, got {given}", {"given": given(value)})
 
 
 def _span(value: Any) -> Any:
@@ -47,14 +42,14 @@ def _span(value: Any) -> Any:
     raise PydanticCustomError(
         "expected",
         "expected a number above 0 (1.0 or 0.25: epochs; an integer above 1: steps), got {given}",
-        {"given": _given(value)},
+        {"given": given(value)},
     )
 
 
 def _initialisation(value: Any) -> Any:
     if value is True or value == "gaussian":
         return value
-    raise PydanticCustomError("expected", "expected true or 'gaussian', got {given}", {"given": _given(value)})
+    raise PydanticCustomError("expected", "expected true or 'gaussian', got {given}", {"given": given(value)})
 
 
 Labels = Annotated[list[str], BeforeValidator(_labels_as_text), Field(min_length=2)]
@@ -109,14 +104,23 @@ class PeftSection(Section):
 
 
 class AllocationSection(Section):
-    """The rounds of ALoRA, see ``gatewise.RankAllocation``. Only with method alora."""
+    """The rounds of ALoRA and PI-LoRA, see ``gatewise.RankAllocation``. Only with method alora or pi-lora.
 
-    score: Literal["ablation", "taylor", "sensitivity"] = "ablation"
+    With pi-lora, ``score`` left out is path_integral and ``module_pruning`` left out is true. With ``schedule: cubic`` every
+    module starts with ``init_r`` ranks (left out: one and a half times ``peft.r``) and ``peft.r`` is the mean rank at the end.
+    """
+
+    score: Literal["ablation", "taylor", "path_integral", "sensitivity"] = "ablation"
+    schedule: Schedule = "constant-budget"
     rounds: Count = 8
     prune_fraction: Fraction = 0.125
     first_round: Span = 1.0
     recover: Span = 0.25
     r_max: Count | None = None
+    init_r: Count | None = None
+    smoothing: Share = 0.0
+    module_pruning: bool = False
+    grace_rounds: Annotated[int, Field(ge=0)] = 0
     validation_rows: Count = 32
     score_options: dict[str, Any] = Field(default_factory=dict)
 
@@ -173,7 +177,7 @@ class TrainingSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe. Paths in it are absolute once it was read by ``load_recipe``."""
+    """A whole recipe. Paths in it are absolute once it was read by ``gatewise.recipe_file.load_recipe``."""
 
     method: Method
     model: str
@@ -187,6 +191,14 @@ class Recipe(Section):
     adalora: AdaloraSection | None = None
     training: TrainingSection = TrainingSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("method") == "pi-lora" and isinstance(tree.get("allocation", {}), dict | None):
+            own = {"score": "path_integral", "module_pruning": True}
+            return {**tree, "allocation": {**own, **(tree.get("allocation") or {})}}
+        return tree
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
         for path, problem in _contradictions(self):
@@ -198,37 +210,14 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads and checks a recipe.
-
-    Args:
-        path: the YAML file. Relative data files, and a model given as a folder, are taken from the file's own folder.
-        overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys. Their relative paths are taken from the
-            working folder, where the one who types them is.
-
-    Raises:
-        GatewiseError: the file cannot be read, or a key is unknown, of a wrong type or at odds with another.
-    """
-    path = Path(path)
-    tree = _read_yaml(path)
-    _anchor_paths(tree, path.parent)
-    given: list[tuple[tuple[str, ...], str]] = []
-    for text in overrides:
-        keys, part = _override(text)
-        _anchor_paths(part, Path())
-        _merge(tree, part, keys, text)
-        given.append((keys, text))
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise GatewiseError("\n".join(_problems(error, path, given))) from None
-
-
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Keys that are each fine and cannot be meant together."""
     training, method = recipe.training, recipe.method
-    if recipe.allocation is not None and method != "alora":
-        yield "allocation", f"is for method alora, but the method is {method}: remove the section, or set method: alora"
+    if recipe.allocation is not None and method not in ALLOCATING:
+        yield (
+            "allocation",
+            f"is for methods alora and pi-lora, but the method is {method}: remove the section, or set method: alora",
+        )
     if recipe.adalora is not None and method != "adalora":
         yield (
             "adalora",
@@ -262,6 +251,15 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "allocation.r_max",
             f"is {allocation.r_max}, expected at least peft.r ({recipe.peft.r}), the rank every module starts with",
         )
+    if allocation is not None and allocation.schedule == "cubic" and allocation.r_max is not None:
+        yield "allocation.r_max", "is for schedule constant-budget: a cubic budget starts with init_r and only comes down"
+    if allocation is not None and allocation.schedule != "cubic" and allocation.init_r is not None:
+        yield "allocation.init_r", f"is for schedule cubic, but the schedule is {allocation.schedule}: remove the key"
+    if allocation is not None and allocation.init_r is not None and allocation.init_r <= recipe.peft.r:
+        yield (
+            "allocation.init_r",
+            f"is {allocation.init_r}, expected more than peft.r ({recipe.peft.r}), the mean rank to come down to",
+        )
     if adalora is not None and adalora.init_r is not None and adalora.init_r <= recipe.peft.r:
         yield (
             "adalora.init_r",
@@ -273,192 +271,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "peft.init_lora_weights", "is for the other methods: AdaLoRA has its own start, so remove the key"
 
 
-# Reading YAML ---------------------------------------------------------------------------------------------------------
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-4 is a number, only true and false are booleans, a key given twice is a fault."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float | bool) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
-            seen.add(key if isinstance(key, str | int | float | bool) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
-# PyYAML follows YAML 1.1, where "1e-4" is text and "no" (a label, say) is a boolean.
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d[\d_]*\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise GatewiseError(f"the recipe {path} does not exist: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise GatewiseError(f"the recipe {path} cannot be read: {reason}") from None
-    try:
-        tree = _parse(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise GatewiseError(f"{where}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise GatewiseError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise GatewiseError(f"{path}: expected keys such as 'method: alora' and 'model: ...', got {_given(tree)}")
-    return tree
-
-
-def _override(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """``"a.b=c"`` as its keys and the nested mapping it stands for."""
-    name, equals, value = text.partition("=")
-    keys = tuple(name.strip().split("."))
-    if not equals or not all(keys):
-        raise GatewiseError(f"--set {text}: expected KEY=VALUE with a dotted key, such as --set training.learning_rate=1e-4")
-    try:
-        tree: Any = _parse(value)
-    except yaml.YAMLError:
-        raise GatewiseError(f"--set {text}: the value is not valid YAML: quote it, as in --set 'template.prompt=\"...\"'") from None
-    for key in reversed(keys):
-        tree = {key: tree}
-    return keys, tree
-
-
-def _merge(tree: dict[str, Any], part: dict[str, Any], keys: tuple[str, ...], text: str) -> None:
-    """Puts the one value of an override into the tree, making the sections on the way."""
-    for depth, key in enumerate(keys[:-1]):
-        part = part[key]
-        if tree.get(key) is None:
-            tree[key] = {}
-        tree = tree[key]
-        if not isinstance(tree, dict):
-            raise GatewiseError(
-                f"--set {text}: {'.'.join(keys[: depth + 1])} is a single value ({_given(tree)}), so it has no keys"
-            )
-    tree[keys[-1]] = part[keys[-1]]
-
-
-def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
-    """Makes the relative paths of a tree absolute. What is no path (a sample, a data set's or a model's name) stays."""
-    data = tree.get("data")
-    for section, key in PATH_KEYS:
-        value = data.get(key) if section == "data" and isinstance(data, dict) else None
-        if isinstance(value, str) and value.lower().endswith(DATA_SUFFIXES):
-            data[key] = str((folder / Path(value).expanduser()).resolve())  # type: ignore[index]
-    model = tree.get("model")
-    if isinstance(model, str) and model and (model.startswith((".", "~", "/")) or (folder / model).is_dir()):
-        tree["model"] = str((folder / Path(model).expanduser()).resolve())
-
-
-# Refusals -------------------------------------------------------------------------------------------------------------
-
-_EXPECTED = {
-    "int_type": "expected an integer",
-    "int_from_float": "expected an integer",
-    "float_type": "expected a number",
-    "finite_number": "expected a finite number",
-    "bool_type": "expected true or false",
-    "string_type": "expected text",
-    "list_type": "expected a list",
-    "dict_type": "expected keys with values",
-    "model_type": "expected a section with keys of its own",
-    "model_attributes_type": "expected a section with keys of its own",
-    "greater_than": "expected a number above {gt}",
-    "greater_than_equal": "expected a number of at least {ge}",
-    "less_than": "expected a number below {lt}",
-    "less_than_equal": "expected a number of at most {le}",
-    "too_short": "expected at least {min_length}",
-}
-
-
-def _problems(error: ValidationError, path: Path, overrides: Sequence[tuple[tuple[str, ...], str]]) -> list[str]:
-    """One sentence for every fault, those of the file in the order of the schema."""
-    lines = []
-    for fault in error.errors(include_url=False):
-        context = fault.get("ctx", {})
-        keys = tuple(str(key) for key in fault["loc"] if key != "[key]")
-        if fault["type"] == "combination":
-            keys, text = tuple(context["path"].split(".")), f"{context['path']} {context['problem']}"
-        elif fault["type"] == "extra_forbidden":
-            text = _unknown_key(keys, fault["input"])
-        elif fault["type"] == "missing":
-            text = f"{'.'.join(keys)} is missing: {_missing(keys)}"
-        elif fault["type"] == "literal_error":
-            choices = [str(choice).strip("'\" ") for choice in re.findall(r"'([^']*)'", context["expected"])]
-            got = f"{_given(fault['input'])}{_near(fault['input'], choices)}"
-            text = f"{'.'.join(keys)}: expected {_either(choices)}, got {got}"
-        elif fault["type"] in _EXPECTED:
-            text = f"{'.'.join(keys)}: {_EXPECTED[fault['type']].format(**context)}, got {_given(fault['input'])}"
-        else:
-            text = f"{'.'.join(keys)}: {fault['msg']}"
-        source = next((f"--set {given}" for at, given in overrides if at == keys[: len(at)]), str(path))
-        lines.append(f"{source}: {text}")
-    return lines
-
-
-def _unknown_key(keys: tuple[str, ...], value: Any) -> str:
-    parent, key = ".".join(keys[:-1]), keys[-1]
-    everything = list(_known_keys(Recipe))
-    siblings = [known.rpartition(".")[2] for known in everything if known.rpartition(".")[0] == parent]
-    known = f"; known here: {', '.join(siblings)}"
-    near = [".".join((*keys[:-1], word)) for word in difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)]
-    # A key in the wrong section is as common as a misspelt one.
-    near = near or [path for path in everything if path.rpartition(".")[2] == key]
-    if near:
-        known = ""
-    else:
-        near = [".".join((*keys[:-1], word)) for word in difflib.get_close_matches(key, siblings, n=1, cutoff=0.3)]
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{'.'.join(keys)} is not a known key (given {_given(value)}){known}{hint}"
-
-
-def _known_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                yield from _known_keys(kind, f"{prefix}{name}.")
-
-
-def _missing(keys: tuple[str, ...]) -> str:
-    return {
-        ("method",): "expected lora, alora, adalora or dora",
-        ("model",): "expected an embedded model such as smollm2-135m-instruct, a folder or a hub name",
-        ("data",): "expected a section with train and dev",
-        ("data", "train"): "expected a .jsonl, .json or .csv file, sample:NAME or a data set's name",
-        ("data", "dev"): "expected a .jsonl, .json or .csv file, sample:NAME or a data set's name, to measure on",
-        ("template", "prompt"): "expected text with the row's fields in braces, such as 'Review: {text}'",
-    }.get(keys, "expected a value")
-
-
-def _near(value: Any, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _either(choices: Sequence[str]) -> str:
-    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
-
-
-def _given(value: Any) -> str:
+def given(value: Any) -> str:
     """A value as the user would recognise it."""
     if value is None:
         return "nothing"

@@ -26,7 +26,7 @@ from gatewise.measure import Metrics, load_like, metrics_line
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
-from gatewise.recipe import AllocationSection, Recipe, TrainingSection
+from gatewise.recipe import ALLOCATING, AllocationSection, Recipe, TrainingSection
 from gatewise.run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -178,7 +178,7 @@ def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
 
     train, dev = features(train_rows), features(measured["dev"])
     held_out: list[dict[str, Any]] = []
-    if recipe.method == "alora":
+    if recipe.method in ALLOCATING:
         train, held_out = _hold_out(train, (recipe.allocation or AllocationSection()).validation_rows, recipe.seed)
     base_parameters = sum(p.numel() for p in base.parameters())
     steps = recipe.training.total_steps(len(train))
@@ -204,7 +204,7 @@ def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
             "max_length": max_length,
         },
     )
-    if recipe.method == "alora":
+    if recipe.method in ALLOCATING:
         prepared.allocation = _allocation(recipe, prepared, held_out, progress)
     return prepared
 
@@ -223,15 +223,24 @@ def _adapted(recipe: Recipe, base: PreTrainedModel, steps: int) -> PeftModel:
         "task_type": "SEQ_CLS" if recipe.task == "classification" else "CAUSAL_LM",
     }
     config: LoraConfig
+    r = peft.r
+    if recipe.allocation is not None and recipe.allocation.schedule == "cubic":
+        # More ranks at the start, the scale of those wanted at the end.
+        r = _initial_rank(recipe.allocation, peft.r)
+        common["lora_alpha"] = peft.lora_alpha * ((r / peft.r) ** 0.5 if peft.use_rslora else r / peft.r)
     if recipe.method == "adalora":
         config = AdaLoraConfig(target_r=peft.r, **_adalora_schedule(recipe, steps), **common)
     else:
-        config = LoraConfig(r=peft.r, use_rslora=peft.use_rslora, use_dora=recipe.method == "dora", **common)
+        config = LoraConfig(r=r, use_rslora=peft.use_rslora, use_dora=recipe.method == "dora", **common)
     set_seed(recipe.seed)
     try:
         return get_peft_model(base, config)
     except ValueError as error:
         raise GatewiseError(f"PEFT cannot put this adapter on {recipe.model}: {' '.join(str(error).split())}") from error
+
+
+def _initial_rank(section: AllocationSection, r: int) -> int:
+    return section.init_r or max(r + 1, round(1.5 * r))
 
 
 def _check_modules(key: str, names: Any, base: PreTrainedModel, model: str) -> None:
@@ -283,7 +292,9 @@ def _allocation(recipe: Recipe, prepared: _Prepared, held_out: list[dict[str, An
             "grows must learn: lower it or train longer"
         )
     batch = PadCollator(prepared.tokenizer)(held_out)
-    settings = section.model_dump(exclude={"validation_rows"})
+    settings = section.model_dump(exclude={"validation_rows", "init_r"})
+    if section.schedule == "cubic":
+        settings["target_rank"] = recipe.peft.r
     return RankAllocation(**settings, validation_batch=batch, seed=recipe.seed, on_round=progress.say_round)
 
 

@@ -26,7 +26,8 @@ from gatewise.adalora import STATE_FILE
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file, whole_folder, write_json
 from gatewise.measure import Metrics
-from gatewise.recipe import Recipe, load_recipe
+from gatewise.recipe import Recipe
+from gatewise.recipe_file import load_recipe
 from gatewise.training import NOTE_FILE, checkpoint_step, complete_checkpoints
 
 ADAPTER, CHECKPOINTS, METRICS, RECIPE, PLOT = "adapter", "checkpoints", "metrics.json", "recipe.yaml", "ranks.png"
