@@ -9,8 +9,8 @@ Everything measured is appended to a JSON-lines file as it comes; what is there 
 different tasks or seeds at once.
 
     python benchmarks/scores.py --data-dir DATA --tasks sst2 trec --seeds 0 1 2
-    python benchmarks/scores.py --report --plot docs/deletion_curves.png
-    python benchmarks/scores.py --cost --data-dir DATA                   # seconds of each score, with nothing else running
+    python benchmarks/scores.py --data-dir DATA --cost            # seconds of each score: with nothing else running
+    python benchmarks/scores_report.py                            # the tables
 """
 
 import argparse
@@ -33,6 +33,7 @@ TASKS: dict[str, dict[str, int]] = {
     # 300 passages in all, so the larger scoring batch is 96 of them.
     "text2mdt": {"early": 20, "late": 80, "batch": 8, "few": 32, "many": 96, "measured": 32},
 }
+STAGES = ("early", "late")
 CUTS = (0.10, 0.25, 0.50, 0.75)
 RECOVERY = {"steps": 8, "cut": 0.75, "learning_rate": 5e-4}
 EXACT_RANKS = 40
@@ -45,6 +46,10 @@ MEASURED = {
 }  # fmt: skip
 MEASURED_MANY = {"ab": True, "pi": True, "abs pi": True, "pi per example": False, "pi second moment": True, "fisher": False}
 RECOVERED = ("ab", "pi", "pi second moment", "sensitivity", "random")
+
+
+Line = dict[str, Any]
+"""One measurement."""
 
 
 class State:
@@ -128,7 +133,7 @@ def _train(state: State) -> None:
 
     class Keep(TrainerCallback):
         def on_step_end(self, args: Any, trainer_state: Any, control: Any, **kwargs: Any) -> None:
-            for stage in ("early", "late"):
+            for stage in STAGES:
                 if trainer_state.global_step == settings[stage]:
                     weights = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
                     save_file(weights, str(state.folder / f"{stage}.safetensors"))
@@ -356,11 +361,11 @@ def spearman(first: Tensor, second: Tensor) -> float:
     return round(float(torch.corrcoef(order)[0, 1]), 5)
 
 
-def key(line: dict[str, Any]) -> tuple[Any, ...]:
+def key(line: Line) -> tuple[Any, ...]:
     return tuple(line[name] for name in ("task", "seed", "stage", "what", "score", "rows", "cut"))
 
 
-def read(results: Path) -> list[dict[str, Any]]:
+def read(results: Path) -> list[Line]:
     """The lines so far; a last one cut off by an interruption is left out."""
     lines = []
     for line in results.read_text(encoding="utf-8").splitlines() if results.is_file() else []:
@@ -371,6 +376,42 @@ def read(results: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def cost(state: State, out: Path) -> None:
+    """Seconds of every score for one batch, and the same in forward passes of that batch (without gradients)."""
+    from gatewise.gates import scoring
+    from gatewise.lora import lora_layers
+    from gatewise.losses import mean_loss
+    from gatewise.scores import SCORES
+    from gatewise.scores.ablation import ablate
+    from gatewise.scores.base import parts_of
+
+    model, batch = state.model(), state.collate(state.scored[: state.settings["few"]])
+
+    def forward() -> None:
+        with scoring(model):
+            mean_loss(model, parts_of(model, batch))
+
+    ranks = [(path, slot) for path, layer in lora_layers(model).items() for slot in range(layer.r["default"])]
+    sample = ranks[:: len(ranks) // 20]
+    runs: dict[str, Any] = {"forward": forward, "taylor": lambda: SCORES["taylor"](model, batch)}
+    runs |= {f"path_integral, {n} points": lambda n=n: SCORES["path_integral"](model, batch, n) for n in RULES.values()}
+    runs["sensitivity"] = lambda: SCORES["sensitivity"](model, batch)
+    runs["ablation, screened"] = lambda: SCORES["ablation"](model, batch, "screened")
+    runs["ablation, exact *"] = lambda: ablate(model, batch, sample)
+    seconds: dict[str, float] = {}
+    for name, run in runs.items():
+        taken = []
+        for _ in range(1 if "ablation" in name else 3):
+            began = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - began)
+        seconds[name] = min(taken) * (len(ranks) / len(sample) if name.endswith("*") else 1)
+        print(f"  {name:28} {seconds[name]:8.1f} s {seconds[name] / seconds['forward']:8.1f} forwards", flush=True)
+    settings = {"rows": len(batch["labels"]), "ranks": len(ranks), "threads": torch.get_num_threads(),
+                "extrapolated": f"* from {len(sample)} ranks"}  # fmt: skip
+    out.write_text(json.dumps({"seconds": seconds, **settings}, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Measures what is missing, or reports what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -379,12 +420,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs") / "scores", help="adapters and gradients are kept here")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--cost", action="store_true")
     options = parser.parse_args()
     if options.data_dir is None:
         parser.error("--data-dir is needed: the folder with sst2/train.jsonl, text2mdt/en_train.json and so on")
+    if options.cost:
+        cost(State("sst2", 0, "late", options.data_dir, options.work), HERE / "results" / "scores_cost.json")
+        return
     for seed in options.seeds:
         for task in options.tasks:
-            for stage in ("late", "early"):
+            for stage in reversed(STAGES):
                 measure(task, seed, stage, options.data_dir, options.work, options.results)
 
 
