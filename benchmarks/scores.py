@@ -37,15 +37,20 @@ STAGES = ("early", "late")
 CUTS = (0.10, 0.25, 0.50, 0.75)
 RECOVERY = {"steps": 8, "cut": 0.75, "learning_rate": 5e-4}
 EXACT_RANKS = 40
+UPPER = (0.605662, 0.894338)  # the two Gauss-Legendre nodes of [1/2, 1]
 RULES = {"pi2": 2, "pi4": 4, "pi8": 8, "pi16": 16}
 
-# Every score: a function of the examples' path gradients -> (R,). Seeds above 0 measure only those marked.
+# What is deleted by; seed 0 measures all of it and the other seeds what is marked. path_scores says what the names mean.
 MEASURED = {
-    "ab": True, "loo": True, "std": False, "pi": True, "abs pi": True, "abs ab": False, "pi per example": True,
-    "pi second moment": True, "fisher": True, "sensitivity": True, "magnitude": False, "random": True,
+    "ab": True, "loo": False, "std": True, "abs ab": False, "pi": True, "abs pi": False, "pi per example": False,
+    "pi second moment": True, "fisher": True, "moment": True, "moment at 0.79": False, "sensitivity": True, "magnitude": True,
+    "random": True,
 }  # fmt: skip
-MEASURED_MANY = {"ab": True, "pi": True, "abs pi": True, "pi per example": False, "pi second moment": True, "fisher": False}
-RECOVERED = ("ab", "pi", "pi second moment", "sensitivity", "random")
+MEASURED_MANY = {
+    "ab": True, "pi": True, "abs pi": False, "pi per example": False, "pi second moment": False, "fisher": False,
+    "moment at 0.79": True,
+}  # fmt: skip
+RECOVERED = ("ab", "pi", "moment", "sensitivity", "random")
 
 
 Line = dict[str, Any]
@@ -95,6 +100,7 @@ class State:
         wanted += [("many", node, self.settings["many"]) for node in quadrature(2)[0]]
         for points in RULES.values() if self.seed == 0 else (4,):
             wanted += [("few", node, self.settings["few"]) for node in quadrature(points)[0]]
+        wanted += [("few", node, self.settings["few"]) for node in UPPER]
         for size, node, rows in wanted:
             name = f"{size} {node:.6f}"
             if name in kept or f"many {node:.6f}" in kept:
@@ -201,7 +207,12 @@ def example_gradients(model: Any, batch: dict[str, Tensor], node: float, labels:
 
 
 def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Tensor]:
-    """Every score made from the examples' gradients: name -> (R,), higher for ranks worth keeping."""
+    """Every score made from the examples' gradients: name -> (R,), higher for ranks worth keeping.
+
+    ab: AB-LoRA to first order, loo and alone its two terms, std the two standardised and added; pi: the path integral; abs: the
+    magnitude of a sum over examples; per example: the sum of the examples' magnitudes; second moment: the root mean square over
+    examples; fisher: the second moment of the gradient with all ranks on; moment: of the integral over the upper half of the path.
+    """
     from gatewise.scores.path_integral import quadrature
 
     labels = kept["labels"][:rows].sum()
@@ -209,7 +220,9 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
     # (rows, R): what each rank takes off the loss of each example.
     each = -sum(w * _at(kept, c)[:rows] for c, w in zip(*quadrature(points), strict=True))
     loo, alone = -on.sum(0) / labels, -off.sum(0) / labels
-    return {
+    upper = [_at(kept, node) for node in UPPER]
+    of_few = {"moment": sum(upper).square().mean(0)} if rows == len(upper[0]) else {}  # type: ignore[union-attr]
+    return of_few | {
         "ab": loo + alone,
         "loo": loo,
         "std": loo / loo.std() + alone / alone.std(),
@@ -219,6 +232,7 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
         "pi per example": each.abs().sum(0) / labels,
         "pi second moment": each.square().mean(0).sqrt(),
         "fisher": on.square().mean(0),
+        "moment at 0.79": _at(kept, 0.788675)[:rows].square().mean(0),
     }
 
 

@@ -1,0 +1,100 @@
+"""How strongly single examples react to a rank while others are being switched off: gatewise's own score.
+
+Signed scores let examples cancel: a rank that helps one half of them and harms the other half scores zero and is pruned, and few
+examples say little of the sign. And the path integral (``path_integral``) is ruled by its lower end, where the base model first
+learns what an answer looks like and which pruning never visits. So here each example keeps its own integral, over the upper part
+of the path only, and they are put together without signs:
+
+    PM(r) = sqrt( mean over examples e of ( mean over c in [start, 1] of dCE_e/dalpha_r (alpha = c everywhere) )^2 )
+
+With start = 1 it is the root of the gates' empirical Fisher information, the second-order measure of Optimal Brain Damage. Not
+from the four papers; ``docs/scores.md`` has the deletion curves that led to it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.errors import GatewiseError
+from gatewise.gates import GateBank, scoring
+from gatewise.losses import row_losses
+from gatewise.scores.base import Batches, Scores, live_only, parts_of
+from gatewise.scores.path_integral import quadrature
+
+
+def path_moment(
+    model: nn.Module,
+    batch: Batches,
+    start: float = 0.5,
+    points: int = 2,
+    *,
+    adapter: str | None = None,
+    float32: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Second moment over examples of each live rank's path gradient.
+
+    Cost: ``points`` forward and backward passes over the batch, whatever the number of ranks.
+
+    Args:
+        batch: one batch (b, t) with labels, or several.
+        start: where on the path the integral begins; it ends at 1, all ranks on.
+        points: Gauss-Legendre nodes in [start, 1].
+        float32: score in float32 even if the weights are in half precision.
+        progress: called with (microbatches done, microbatches to do).
+
+    Returns:
+        Path -> (live ranks,) scores in nats of an example, never negative.
+
+    Raises:
+        GatewiseError: ``start`` outside [0, 1], too few points, or a batch without labels.
+    """
+    if not 0 <= start <= 1:
+        raise GatewiseError(f"start is {start}; expected a point of the path, from 0 (no rank) to 1 (all ranks on)")
+    nodes, weights = quadrature(points)
+    with scoring(model, float32), GateBank(model, adapter) as gates:
+        parts = list(_parts(model, gates, batch))
+        squares: dict[str, Tensor] = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
+        examples = 0
+        for done, (part, apart) in enumerate(parts, start=1):
+            rows = len(part["labels"])
+            mean: dict[str, Tensor] = {}
+            for node, weight in zip(nodes, weights, strict=True):
+                for path, gradient in _row_gradients(model, gates, part, start + (1 - start) * node, apart).items():
+                    mean[path] = mean[path] + weight * gradient if path in mean else weight * gradient
+            for path, value in mean.items():
+                squares[path] += value.square().sum(dim=0)
+            examples += rows
+            if progress:
+                progress(done, len(parts))
+        return live_only(gates, {path: (total / examples).sqrt() for path, total in squares.items()})
+
+
+def _parts(model: nn.Module, gates: GateBank, batch: Batches) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Microbatches, and whether each row of them can have gates of its own; where it cannot they are single rows."""
+    parts = parts_of(model, batch)
+    with gates.watching() as rows_apart, torch.no_grad():
+        row_losses(model, parts[0])
+    apart = rows_apart(len(parts[0]["labels"]))
+    for part in parts:
+        if apart:
+            yield part, True
+            continue
+        for row in range(len(part["labels"])):
+            yield {k: v[row : row + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in part.items()}, False
+
+
+def _row_gradients(model: nn.Module, gates: GateBank, part: dict[str, Any], node: float, apart: bool) -> dict[str, Tensor]:
+    """Path -> (b, r_max) gradient of every row's summed loss in the module's gates, all gates at ``node``."""
+    leaves = gates.fill(node, requires_grad=not apart)
+    if apart:
+        rows = len(part["labels"])
+        leaves = {path: gate.expand(rows, 1, -1).clone().requires_grad_() for path, gate in leaves.items()}
+        for path, leaf in leaves.items():
+            gates.assign(path, leaf)
+    sums, _ = row_losses(model, part)
+    gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True)
+    found = zip(leaves.items(), gradients, strict=True)
+    return {p: (torch.zeros_like(leaf) if g is None else g).reshape(-1, leaf.shape[-1]) for (p, leaf), g in found}
