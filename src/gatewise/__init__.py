@@ -7,13 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gatewise import budget, export, models, scores, tasks
+    from gatewise import budget, export, importance, models, scores, suggestion, tasks
     from gatewise.allocation import RankAllocation, Round
     from gatewise.errors import GatewiseError
     from gatewise.slots import ranks
 
 __version__ = "0.1.0"
-__all__ = ["GatewiseError", "RankAllocation", "Round", "budget", "export", "models", "ranks", "scores", "tasks"]
+__all__ = [
+    "GatewiseError",
+    "RankAllocation",
+    "Round",
+    "budget",
+    "export",
+    "importance",
+    "models",
+    "ranks",
+    "scores",
+    "suggestion",
+    "tasks",
+]
 
 _HOME = {
     "GatewiseError": "gatewise.errors",
