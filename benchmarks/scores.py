@@ -9,7 +9,6 @@ Everything measured is appended to a JSON-lines file as it comes; what is there 
 different tasks or seeds at once.
 
     python benchmarks/scores.py --data-dir DATA --tasks sst2 trec --seeds 0 1 2
-    python benchmarks/scores.py --data-dir DATA --cost            # seconds of each score: with nothing else running
     python benchmarks/scores_report.py                            # the tables
 """
 
@@ -76,6 +75,13 @@ class State:
         self.measured = encode(shuffled(dev, seed, self.settings["measured"]), tokenizer, template)
         self.folder = work / f"{task}-{seed}"
 
+    @property
+    def rules(self) -> dict[str, int]:
+        """The quadratures computed here: all of them for seed 0, but the finest not on the long rows of text2mdt."""
+        if self.seed:
+            return {"pi4": 4}
+        return {name: points for name, points in RULES.items() if self.task != "text2mdt" or points < 16}
+
     def model(self) -> Any:
         """The base model with the adapter of this stage, trained first where it is not yet on disk."""
         from peft import PeftModel
@@ -96,14 +102,13 @@ class State:
 
         file = self.folder / f"{self.stage}-gradients.safetensors"
         kept = load_file(str(file)) if file.is_file() else {}
-        wanted: list[tuple[str, float, int]] = [("many", 0.0, self.settings["many"]), ("many", 1.0, self.settings["many"])]
-        wanted += [("many", node, self.settings["many"]) for node in quadrature(2)[0]]
-        for points in RULES.values() if self.seed == 0 else (4,):
-            wanted += [("few", node, self.settings["few"]) for node in quadrature(points)[0]]
-        wanted += [("few", node, self.settings["few"]) for node in UPPER]
+        large = [0.0, 1.0, *quadrature(2)[0]] if with_many(self.task, self.seed) else []
+        wanted = [("many", node, self.settings["many"]) for node in large]
+        small = [0.0, 1.0, *UPPER, *(node for points in self.rules.values() for node in quadrature(points)[0])]
+        wanted += [("few", node, self.settings["few"]) for node in small]
         for size, node, rows in wanted:
             name = f"{size} {node:.6f}"
-            if name in kept or f"many {node:.6f}" in kept:
+            if name in kept or (size == "few" and f"many {node:.6f}" in kept):
                 continue
             began = time.perf_counter()
             kept[name], kept[f"{name} loss"], kept["labels"] = example_gradients(
@@ -216,13 +221,15 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
     from gatewise.scores.path_integral import quadrature
 
     labels = kept["labels"][:rows].sum()
-    on, off = kept["many 1.000000"][:rows], kept["many 0.000000"][:rows]
+    on, off = _at(kept, 1.0)[:rows], _at(kept, 0.0)[:rows]
     # (rows, R): what each rank takes off the loss of each example.
     each = -sum(w * _at(kept, c)[:rows] for c, w in zip(*quadrature(points), strict=True))
     loo, alone = -on.sum(0) / labels, -off.sum(0) / labels
     upper = [_at(kept, node) for node in UPPER]
-    of_few = {"moment": sum(upper).square().mean(0)} if rows == len(upper[0]) else {}  # type: ignore[union-attr]
-    return of_few | {
+    more = {"moment": sum(upper).square().mean(0)} if rows == len(upper[0]) else {}  # type: ignore[union-attr]
+    if "many 0.788675" in kept:
+        more["moment at 0.79"] = kept["many 0.788675"][:rows].square().mean(0)
+    return more | {
         "ab": loo + alone,
         "loo": loo,
         "std": loo / loo.std() + alone / alone.std(),
@@ -232,12 +239,12 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
         "pi per example": each.abs().sum(0) / labels,
         "pi second moment": each.square().mean(0).sqrt(),
         "fisher": on.square().mean(0),
-        "moment at 0.79": _at(kept, 0.788675)[:rows].square().mean(0),
     }
 
 
-def _at(kept: dict[str, Tensor], node: float) -> Tensor:
-    return kept.get(f"many {node:.6f}", kept.get(f"few {node:.6f}"))
+def _at(kept: dict[str, Tensor], node: float, what: str = "") -> Tensor:
+    name = f"{node:.6f}{what}"
+    return kept[f"many {name}"] if f"many {name}" in kept else kept[f"few {name}"]
 
 
 def weight_scores(model: Any, state: State) -> dict[str, Tensor]:
@@ -294,14 +301,14 @@ def measure(task: str, seed: int, stage: str, data_dir: Path, work: Path, result
     """Everything that is still missing of one state."""
     done = {key(line) for line in read(results)}
     place = {"task": task, "seed": seed, "stage": stage}
-    todo = [one for one in wanted(seed, stage) if key({**place, **one}) not in done]
+    todo = [one for one in wanted(task, seed, stage) if key({**place, **one}) not in done]
     if not todo:
         return
     state = State(task, seed, stage, data_dir, work)
     model = state.model()
     kept = state.gradients(model)
     few = path_scores(kept, state.settings["few"], 4) | weight_scores(model, state)
-    many = path_scores(kept, state.settings["many"], 2)
+    many = path_scores(kept, state.settings["many"], 2) if with_many(task, seed) else {}
     for one in todo:
         scores = (many if one["rows"] == "many" else few).get(one["score"], torch.zeros(0))
         if one["what"] == "state":
@@ -317,12 +324,17 @@ def measure(task: str, seed: int, stage: str, data_dir: Path, work: Path, result
     print(f"  {task} {seed} {stage}: measured", flush=True)
 
 
-def wanted(seed: int, stage: str) -> Iterator[dict[str, Any]]:
+def with_many(task: str, seed: int) -> bool:
+    """Whether the larger scoring batch is scored too: not for the other seeds of text2mdt, whose rows are long."""
+    return task != "text2mdt" or seed == 0
+
+
+def wanted(task: str, seed: int, stage: str) -> Iterator[dict[str, Any]]:
     """What is measured of a state, the plain facts first."""
     yield {"what": "state", "score": "", "rows": "", "cut": 0}
-    for rows, names in (("few", MEASURED), ("many", MEASURED_MANY)):
+    for rows, names in (("few", MEASURED), ("many", MEASURED_MANY if with_many(task, seed) else {})):
         for score, always in names.items():
-            if seed == 0 or always:
+            if always or (seed == 0 and task != "text2mdt"):
                 for cut in CUTS:
                     yield {"what": "deleted", "score": score, "rows": rows, "cut": cut}
     if stage == "late":
@@ -336,9 +348,9 @@ def describe(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, T
     """Losses with all ranks and with none, how complete the integral is, and how the scores agree with each other."""
     rows, count = state.settings["few"], len(few["pi"])
     labels = float(kept["labels"][:rows].sum())
-    reduction = float((kept["many 0.000000 loss"][:rows] - kept["many 1.000000 loss"][:rows]).sum()) / labels
-    rules = {name: path_scores(kept, rows, n)["pi"] for name, n in RULES.items() if state.seed == 0 or name in ("pi2", "pi4")}
-    best = rules.get("pi16", rules["pi4"])
+    reduction = float((_at(kept, 0.0, " loss")[:rows] - _at(kept, 1.0, " loss")[:rows]).sum()) / labels
+    rules = {name: path_scores(kept, rows, points)["pi"] for name, points in state.rules.items()}
+    best = rules[max(rules, key=lambda name: RULES[name])]
     return {
         "loss_on": measured_loss(model, state),
         "loss_off": measured_loss(model, state, torch.ones(count, dtype=torch.bool)),
@@ -347,7 +359,7 @@ def describe(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, T
         "reduction": reduction,
         "completeness_error": {name: float(value.sum()) - reduction for name, value in rules.items()},
         "spearman_to_finest": {name: spearman(value, best) for name, value in rules.items()},
-        "spearman_few_to_many": {name: spearman(few[name], many[name]) for name in MEASURED_MANY},
+        "spearman_few_to_many": {name: spearman(few[name], many[name]) for name in MEASURED_MANY if many},
         "spearman_to_ab": {name: spearman(value, few["ab"]) for name, value in few.items()},
     }
 
@@ -361,7 +373,7 @@ def exact_agreement(model: Any, state: State, kept: dict[str, Tensor], few: dict
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(1))[:EXACT_RANKS]
     began = time.perf_counter()
     exact = ablate(model, state.collate(state.scored[: state.settings["few"]]), [ranks[i] for i in drawn.tolist()])
-    few = few | {name: path_scores(kept, state.settings["few"], n)["pi"] for name, n in RULES.items()}
+    few = few | {name: path_scores(kept, state.settings["few"], n)["pi"] for name, n in state.rules.items()}
     return {
         "ranks": len(drawn),
         "seconds": round(time.perf_counter() - began, 1),
@@ -390,42 +402,6 @@ def read(results: Path) -> list[Line]:
     return lines
 
 
-def cost(state: State, out: Path) -> None:
-    """Seconds of every score for one batch, and the same in forward passes of that batch (without gradients)."""
-    from gatewise.gates import scoring
-    from gatewise.lora import lora_layers
-    from gatewise.losses import mean_loss
-    from gatewise.scores import SCORES
-    from gatewise.scores.ablation import ablate
-    from gatewise.scores.base import parts_of
-
-    model, batch = state.model(), state.collate(state.scored[: state.settings["few"]])
-
-    def forward() -> None:
-        with scoring(model):
-            mean_loss(model, parts_of(model, batch))
-
-    ranks = [(path, slot) for path, layer in lora_layers(model).items() for slot in range(layer.r["default"])]
-    sample = ranks[:: len(ranks) // 20]
-    runs: dict[str, Any] = {"forward": forward, "taylor": lambda: SCORES["taylor"](model, batch)}
-    runs |= {f"path_integral, {n} points": lambda n=n: SCORES["path_integral"](model, batch, n) for n in RULES.values()}
-    runs["sensitivity"] = lambda: SCORES["sensitivity"](model, batch)
-    runs["ablation, screened"] = lambda: SCORES["ablation"](model, batch, "screened")
-    runs["ablation, exact *"] = lambda: ablate(model, batch, sample)
-    seconds: dict[str, float] = {}
-    for name, run in runs.items():
-        taken = []
-        for _ in range(1 if "ablation" in name else 3):
-            began = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - began)
-        seconds[name] = min(taken) * (len(ranks) / len(sample) if name.endswith("*") else 1)
-        print(f"  {name:28} {seconds[name]:8.1f} s {seconds[name] / seconds['forward']:8.1f} forwards", flush=True)
-    settings = {"rows": len(batch["labels"]), "ranks": len(ranks), "threads": torch.get_num_threads(),
-                "extrapolated": f"* from {len(sample)} ranks"}  # fmt: skip
-    out.write_text(json.dumps({"seconds": seconds, **settings}, indent=1) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     """Measures what is missing, or reports what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -434,13 +410,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs") / "scores", help="adapters and gradients are kept here")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--cost", action="store_true")
     options = parser.parse_args()
     if options.data_dir is None:
         parser.error("--data-dir is needed: the folder with sst2/train.jsonl, text2mdt/en_train.json and so on")
-    if options.cost:
-        cost(State("sst2", 0, "late", options.data_dir, options.work), HERE / "results" / "scores_cost.json")
-        return
     for seed in options.seeds:
         for task in options.tasks:
             for stage in reversed(STAGES):

@@ -109,6 +109,8 @@ def agreement(states: dict[Place, Line], lines: list[Line]) -> None:
             if key == "completeness_error":
                 facts = {n: [abs(states[p][key][n] / states[p]["reduction"]) for p in places if n in states[p][key]] for n in names}
             means = "  ".join(f"{name} {statistics.mean(values):.4f}" for name, values in facts.items())
+            if not means:
+                continue
             print(f"  {key.replace('_', ' ') + (' / reduction' if key == 'completeness_error' else '')}: {means}")
         for line in lines:
             if line["what"] == "exact" and place_of(line) in places:
