@@ -1,7 +1,7 @@
 """Seconds of every importance score for one batch, and the same in forward passes of that batch.
 
-An adapter of ``benchmarks/scores.py`` (sst2, seed 0, late; trained first if it is not there) and its 32 scoring examples. Run it with
-nothing else running.
+An adapter of ``benchmarks/scores.py`` (sst2, seed 0, late; trained first if it is not there) and its 32 scoring examples. Run it
+with nothing else running.
 
     python benchmarks/scores_cost.py --data-dir DATA
 """
