@@ -42,14 +42,14 @@ RULES = {"pi2": 2, "pi4": 4, "pi8": 8, "pi16": 16}
 # What is deleted by; seed 0 measures all of it and the other seeds what is marked. path_scores says what the names mean.
 MEASURED = {
     "ab": True, "loo": False, "std": True, "abs ab": False, "pi": True, "abs pi": False, "pi per example": False,
-    "pi second moment": True, "fisher": True, "moment": True, "moment at 0.79": False, "sensitivity": True, "magnitude": True,
-    "random": True,
+    "pi second moment": True, "fisher": True, "moment": True, "moments": True, "moment at 0.79": False, "moments at 0.79": False,
+    "sensitivity": True, "magnitude": True, "random": True,
 }  # fmt: skip
 MEASURED_MANY = {
     "ab": True, "pi": True, "abs pi": False, "pi per example": False, "pi second moment": False, "fisher": False,
-    "moment at 0.79": True,
+    "moment at 0.79": False, "moments at 0.79": True,
 }  # fmt: skip
-RECOVERED = ("ab", "pi", "moment", "sensitivity", "random")
+RECOVERED = ("ab", "pi", "moments", "sensitivity", "random")
 
 
 Line = dict[str, Any]
@@ -216,7 +216,7 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
 
     ab: AB-LoRA to first order, loo and alone its two terms, std the two standardised and added; pi: the path integral; abs: the
     magnitude of a sum over examples; per example: the sum of the examples' magnitudes; second moment: the root mean square over
-    examples; fisher: the second moment of the gradient with all ranks on; moment: of the integral over the upper half of the path.
+    examples; fisher: the second moment of the gradient with all ranks on; moment: of the integral over the upper half of the path; moments: gatewise's path_moments, the mean of that and its moment.
     """
     from gatewise.scores.path_integral import quadrature
 
@@ -226,9 +226,13 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
     each = -sum(w * _at(kept, c)[:rows] for c, w in zip(*quadrature(points), strict=True))
     loo, alone = -on.sum(0) / labels, -off.sum(0) / labels
     upper = [_at(kept, node) for node in UPPER]
-    more = {"moment": sum(upper).square().mean(0)} if rows == len(upper[0]) else {}  # type: ignore[union-attr]
+    ends = {"": -sum(upper)} if rows == len(upper[0]) else {}
     if "many 0.788675" in kept:
-        more["moment at 0.79"] = kept["many 0.788675"][:rows].square().mean(0)
+        ends[" at 0.79"] = -kept["many 0.788675"][:rows]
+    more: dict[str, Tensor] = {}
+    for name, own in ends.items():
+        mean, size = own.mean(0), own.square().mean(0).sqrt()
+        more |= {f"moment{name}": size, f"moments{name}": mean / mean.std() + size / size.std()}
     return more | {
         "ab": loo + alone,
         "loo": loo,

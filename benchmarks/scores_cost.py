@@ -35,7 +35,7 @@ def cost(state: State, out: Path) -> None:
     sample = ranks[:: len(ranks) // 20]
     runs: dict[str, Any] = {"forward": forward, "taylor": lambda: SCORES["taylor"](model, batch)}
     runs |= {f"path_integral, {n} points": lambda n=n: SCORES["path_integral"](model, batch, n) for n in RULES.values()}
-    runs["path_moment"] = lambda: SCORES["path_moment"](model, batch)
+    runs["path_moments"] = lambda: SCORES["path_moments"](model, batch)
     runs["sensitivity"] = lambda: SCORES["sensitivity"](model, batch)
     runs["ablation, screened"] = lambda: SCORES["ablation"](model, batch, "screened")
     runs["ablation, exact *"] = lambda: ablate(model, batch, sample)

@@ -27,7 +27,7 @@ def inspect(
     scores: Annotated[bool, typer.Option("--scores", help="Score the ranks on --data and show what each module is worth.")] = False,
     data: Annotated[str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.")] = None,
     score: Annotated[
-        str | None, typer.Option(help="path_integral, path_moment, taylor, ablation or sensitivity. [default: path_integral]")
+        str | None, typer.Option(help="path_integral, path_moments, taylor, ablation or sensitivity. [default: path_integral]")
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of the data to score on, drawn at random. [default: 32]")] = None,
     base: BaseOption = None,

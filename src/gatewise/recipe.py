@@ -110,7 +110,7 @@ class AllocationSection(Section):
     module starts with ``init_r`` ranks (left out: one and a half times ``peft.r``) and ``peft.r`` is the mean rank at the end.
     """
 
-    score: Literal["ablation", "taylor", "path_integral", "path_moment", "sensitivity"] = "ablation"
+    score: Literal["ablation", "taylor", "path_integral", "path_moments", "sensitivity"] = "ablation"
     schedule: Schedule = "constant-budget"
     rounds: Count = 8
     prune_fraction: Fraction = 0.125

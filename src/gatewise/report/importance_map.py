@@ -10,7 +10,7 @@ from gatewise.report.grid import Grid, grid_of, kind_labels, layer_labels, place
 # What a score says of a rank, and its unit. A score that is not listed has neither.
 _MEANINGS: dict[str, tuple[str, str]] = {
     "path_integral": ("its share of the loss that the adapter takes away", "nats"),
-    "path_moment": ("how strongly an example reacts to it while others are being switched off, never below zero", "nats"),
+    "path_moments": ("what it does for an example on average, plus how strongly single ones react to it, each in its spread", ""),
     "ablation": ("the loss without it less the loss with all, plus what it takes away alone", "nats"),
     "taylor": ("the loss without it less the loss with all, plus what it takes away alone, to first order", "nats"),
     "sensitivity": ("AdaLoRA's |weight x gradient|, never below zero", ""),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from gatewise.scores.ablation import ablation
 from gatewise.scores.base import Scores
 from gatewise.scores.path_integral import Convergence, path_integral
-from gatewise.scores.path_moment import path_moment
+from gatewise.scores.path_moments import path_moments
 from gatewise.scores.sensitivity import sensitivity
 from gatewise.scores.taylor import taylor
 
@@ -13,9 +13,9 @@ SCORES: dict[str, Callable[..., Scores]] = {
     "ablation": ablation,
     "taylor": taylor,
     "path_integral": path_integral,
-    "path_moment": path_moment,
+    "path_moments": path_moments,
     "sensitivity": sensitivity,
 }
 """The scores ``RankAllocation`` and recipes know by name."""
 
-__all__ = ["SCORES", "Convergence", "Scores", "ablation", "path_integral", "path_moment", "sensitivity", "taylor"]
+__all__ = ["SCORES", "Convergence", "Scores", "ablation", "path_integral", "path_moments", "sensitivity", "taylor"]

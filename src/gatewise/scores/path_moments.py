@@ -1,14 +1,19 @@
-"""How strongly single examples react to a rank while others are being switched off: gatewise's own score.
+"""The first two moments over examples of a rank's path gradient: gatewise's own score.
 
-Signed scores let examples cancel: a rank that helps one half of them and harms the other half scores zero and is pruned, and few
-examples say little of the sign. And the path integral (``path_integral``) is ruled by its lower end, where the base model first
-learns what an answer looks like and which pruning never visits. So here each example keeps its own integral, over the upper part
-of the path only, and they are put together without signs:
+Three things weaken the other scores when they choose ranks to prune. The path integral (``path_integral``) and AB-LoRA are ruled by
+the lower end of the path, where the base model first learns what an answer looks like and which pruning never visits. Sums over
+examples let them cancel: a rank that helps one half of them and harms the other scores zero. And magnitudes alone, AdaLoRA's
+sensitivity among them, keep ranks that only do harm. So each example e keeps its own integral over the upper part of the path,
 
-    PM(r) = sqrt( mean over examples e of ( mean over c in [start, 1] of dCE_e/dalpha_r (alpha = c everywhere) )^2 )
+    a_e(r) = - mean over c in [start, 1] of dCE_e/dalpha_r (alpha = c everywhere),
 
-With start = 1 it is the root of the gates' empirical Fisher information, the second-order measure of Optimal Brain Damage. Not
-from the four papers; ``docs/scores.md`` has the deletion curves that led to it.
+and a rank is worth what it does for the examples on average and how strongly single ones react to it, both in units of their
+spread over all ranks:
+
+    PM(r) = mean_e a_e(r) / std_r(mean_e a_e) + rms_e a_e(r) / std_r(rms_e a_e)
+
+The second term alone with start = 1 is the root of the gates' empirical Fisher information, the measure of Optimal Brain Damage.
+Not from the four papers; ``docs/scores.md`` has the deletion curves that led to it.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +29,7 @@ from gatewise.scores.base import Batches, Scores, live_only, parts_of
 from gatewise.scores.path_integral import quadrature
 
 
-def path_moment(
+def path_moments(
     model: nn.Module,
     batch: Batches,
     start: float = 0.5,
@@ -34,19 +39,19 @@ def path_moment(
     float32: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Second moment over examples of each live rank's path gradient.
+    """Mean and root mean square over examples of every live rank's path gradient, each standardised, and added.
 
     Cost: ``points`` forward and backward passes over the batch, whatever the number of ranks.
 
     Args:
-        batch: one batch (b, t) with labels, or several.
+        batch: one batch (b, t) with labels, or several. An example is a row; its loss is the sum over its labels.
         start: where on the path the integral begins; it ends at 1, all ranks on.
         points: Gauss-Legendre nodes in [start, 1].
         float32: score in float32 even if the weights are in half precision.
         progress: called with (microbatches done, microbatches to do).
 
     Returns:
-        Path -> (live ranks,) scores in nats of an example, never negative.
+        Path -> (live ranks,) scores without a unit. 0 for a rank that does nothing, below 0 for one that mostly does harm.
 
     Raises:
         GatewiseError: ``start`` outside [0, 1], too few points, or a batch without labels.
@@ -56,20 +61,26 @@ def path_moment(
     nodes, weights = quadrature(points)
     with scoring(model, float32), GateBank(model, adapter) as gates:
         parts = list(_parts(model, gates, batch))
-        squares: dict[str, Tensor] = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
-        examples = 0
+        first: dict[str, Tensor] = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
+        second = {path: torch.zeros_like(gate) for path, gate in first.items()}
         for done, (part, apart) in enumerate(parts, start=1):
-            rows = len(part["labels"])
-            mean: dict[str, Tensor] = {}
+            own: dict[str, Tensor] = {}
             for node, weight in zip(nodes, weights, strict=True):
                 for path, gradient in _row_gradients(model, gates, part, start + (1 - start) * node, apart).items():
-                    mean[path] = mean[path] + weight * gradient if path in mean else weight * gradient
-            for path, value in mean.items():
-                squares[path] += value.square().sum(dim=0)
-            examples += rows
+                    own[path] = own[path] - weight * gradient if path in own else -weight * gradient
+            for path, value in own.items():
+                first[path] += value.sum(dim=0)
+                second[path] += value.square().sum(dim=0)
             if progress:
                 progress(done, len(parts))
-        return live_only(gates, {path: (total / examples).sqrt() for path, total in squares.items()})
+        mean, size = live_only(gates, first), live_only(gates, {path: total.sqrt() for path, total in second.items()})
+    return {path: mean[path] / _spread(mean) + size[path] / _spread(size) for path in mean}
+
+
+def _spread(scores: Scores) -> float:
+    """Standard deviation over all live ranks; 1 where they are all the same and there is nothing to weigh."""
+    flat = torch.cat(list(scores.values())).double()
+    return float(flat.std(correction=0)) or 1.0
 
 
 def _parts(model: nn.Module, gates: GateBank, batch: Batches) -> Iterator[tuple[dict[str, Any], bool]]:
