@@ -216,7 +216,8 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
 
     ab: AB-LoRA to first order, loo and alone its two terms, std the two standardised and added; pi: the path integral; abs: the
     magnitude of a sum over examples; per example: the sum of the examples' magnitudes; second moment: the root mean square over
-    examples; fisher: the second moment of the gradient with all ranks on; moment: of the integral over the upper half of the path; moments: gatewise's path_moments, the mean of that and its moment.
+    examples; fisher: the second moment of the gradient with all ranks on; moment: of the integral over the upper half of the
+    path, or of the gradient at 0.79; moments: gatewise's path_moments, the mean of that and its moment.
     """
     from gatewise.scores.path_integral import quadrature
 
