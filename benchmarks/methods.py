@@ -48,6 +48,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "alora": {"score": "ablation"},
     "pi-lora": {**PI_LORA, "grace_rounds": 1},
     "pi-lora-cubic": {**PI_LORA, "schedule": "cubic"},
+    "moments": {"score": "path_moments", "grace_rounds": 1},
     "adalora": None,
 }
 INITIAL_RANK = 12  # of the methods whose budget comes down: one and a half times r

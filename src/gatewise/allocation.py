@@ -49,8 +49,9 @@ class RankAllocation(TrainerCallback, ExportableState):
     ``allocation.json`` beside it. Checkpoints are valid adapters too, and ``resume_from_checkpoint`` goes on in mid-rounds.
 
     Args:
-        score: "ablation" (AB-LoRA), "taylor", "path_integral" (PI-LoRA), "sensitivity", or a function (model, batch,
-            adapter=...) -> path -> one number a live rank, higher for ranks worth keeping.
+        score: "path_moments" (gatewise's own, see docs/scores.md), "ablation" (AB-LoRA, the score of ALoRA), "taylor" (the same to
+            first order), "path_integral" (PI-LoRA), "sensitivity" (AdaLoRA), or a function (model, batch, adapter=...) -> path ->
+            one number a live rank, higher for ranks worth keeping.
         rounds: most rounds to run (the paper's N_A). Those that would fall on or after the last step are left out: what they
             grow could not learn any more.
         prune_fraction: share of the budget pruned in a round (n_A).
@@ -81,7 +82,7 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        score: str | Score = "ablation",
+        score: str | Score = "path_moments",
         rounds: int = 8,
         prune_fraction: float = 1 / 8,
         first_round: float = 1.0,
