@@ -42,8 +42,8 @@ RULES = {"pi2": 2, "pi4": 4, "pi8": 8, "pi16": 16}
 # What is deleted by; seed 0 measures all of it and the other seeds what is marked. path_scores says what the names mean.
 MEASURED = {
     "ab": True, "loo": False, "std": True, "abs ab": False, "pi": True, "abs pi": False, "pi per example": False,
-    "pi second moment": True, "fisher": True, "moment": True, "moments": True, "moment at 0.79": False, "moments at 0.79": False,
-    "sensitivity": True, "magnitude": True, "random": True,
+    "pi second moment": True, "fisher": True, "moment": True, "moments": True, "pi moments": True, "moment at 0.79": False,
+    "moments at 0.79": False, "sensitivity": True, "magnitude": True, "random": True,
 }  # fmt: skip
 MEASURED_MANY = {
     "ab": True, "pi": True, "abs pi": False, "pi per example": False, "pi second moment": False, "fisher": False,
@@ -217,7 +217,8 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
     ab: AB-LoRA to first order, loo and alone its two terms, std the two standardised and added; pi: the path integral; abs: the
     magnitude of a sum over examples; per example: the sum of the examples' magnitudes; second moment: the root mean square over
     examples; fisher: the second moment of the gradient with all ranks on; moment: of the integral over the upper half of the
-    path, or of the gradient at 0.79; moments: gatewise's path_moments, the mean of that and its moment.
+    path, or of the gradient at 0.79; moments: gatewise's path_moments, the mean of that and its moment; pi moments: the same from
+    the whole path.
     """
     from gatewise.scores.path_integral import quadrature
 
@@ -227,13 +228,15 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
     each = -sum(w * _at(kept, c)[:rows] for c, w in zip(*quadrature(points), strict=True))
     loo, alone = -on.sum(0) / labels, -off.sum(0) / labels
     upper = [_at(kept, node) for node in UPPER]
-    ends = {"": -sum(upper)} if rows == len(upper[0]) else {}
+    paths = {"pi moment{}": each}
+    if rows == len(upper[0]):
+        paths["moment{}"] = -sum(upper)
     if "many 0.788675" in kept:
-        ends[" at 0.79"] = -kept["many 0.788675"][:rows]
+        paths["moment{} at 0.79"] = -kept["many 0.788675"][:rows]
     more: dict[str, Tensor] = {}
-    for name, own in ends.items():
+    for name, own in paths.items():
         mean, size = own.mean(0), own.square().mean(0).sqrt()
-        more |= {f"moment{name}": size, f"moments{name}": mean / mean.std() + size / size.std()}
+        more |= {name.format(""): size, name.format("s"): mean / mean.std() + size / size.std()}
     return more | {
         "ab": loo + alone,
         "loo": loo,
