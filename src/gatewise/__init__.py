@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gatewise import budget, export, importance, models, scores, suggestion, tasks
     from gatewise.allocation import RankAllocation, Round
+    from gatewise.bilevel import BilevelTrainer
     from gatewise.errors import GatewiseError
     from gatewise.slots import ranks
 
 __version__ = "0.1.0"
 __all__ = [
+    "BilevelTrainer",
     "GatewiseError",
     "RankAllocation",
     "Round",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "BilevelTrainer": "gatewise.bilevel",
     "GatewiseError": "gatewise.errors",
     "RankAllocation": "gatewise.allocation",
     "Round": "gatewise.allocation",
