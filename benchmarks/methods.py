@@ -1,7 +1,7 @@
 """LoRA, ALoRA, PI-LoRA and AdaLoRA at the same final budget, with SmolLM2-135M.
 
-Every run of a task and seed has the same rows in the same order, the same starting weights, steps, learning rate, number of ranks
-at the end and scale of a rank; only the method differs. sst2 and trec are measured by accuracy, text2mdt (English guideline
+Every run of a task and seed has the same rows in the same order, the same starting weights, steps, learning rate (but for
+adalora-4x), number of ranks at the end and scale of a rank; only the method differs. sst2 and trec are measured by accuracy, text2mdt (English guideline
 passages and their decision trees as lines of text) by the accuracy of each next token, all by the loss too, on the whole dev
 split. Results are appended to a JSON-lines file as they come; a run that is already there is not repeated, so the campaign can be
 stopped and started at will, and several processes may share it.
@@ -50,7 +50,10 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "pi-lora-cubic": {**PI_LORA, "schedule": "cubic"},
     "moments": {"score": "path_moments", "grace_rounds": 1},
     "adalora": None,
+    "adalora-4x": None,
 }
+# AdaLoRA's three factors start with zero singular values and learn more slowly than LoRA's two, so it also gets a rate of its own.
+RATE = {"adalora-4x": 4}
 INITIAL_RANK = 12  # of the methods whose budget comes down: one and a half times r
 METRIC = {"sst2": "accuracy", "trec": "accuracy", "text2mdt": "token_accuracy"}
 
@@ -68,6 +71,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     from gatewise.training import RecipeTrainer
 
     s = {**SETTINGS, **OF_TASK.get(task, {})}
+    s["learning_rate"] *= RATE.get(method, 1)
     train, dev, template = load_task(task, data_dir)
     tokenizer = load_tokenizer(s["model"])
     features = encode(train, tokenizer, template)
@@ -108,13 +112,13 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
             dev=held_out,
             collator=collator,
             note={},
-            callbacks=[*([allocation] if allocation else []), *([AdaLoraSchedule()] if method == "adalora" else []), Told()],
+            callbacks=[*([allocation] if allocation else []), *([AdaLoraSchedule()] if is_adalora(method) else []), Told()],
             group_by_length=True,
         )
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
-    if method == "adalora":
+    if is_adalora(method):
         model = to_plain_lora(model)
     assert isinstance(model, PeftModel)
     if dev.kind == "generation":
@@ -144,14 +148,19 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     }  # fmt: skip
 
 
+def is_adalora(method: str) -> bool:
+    """Whether the method is PEFT's AdaLoRA, at any learning rate."""
+    return method.startswith("adalora")
+
+
 def adapted(base: Any, method: str, s: dict[str, Any]) -> Any:
     """The base model with the method's adapter at its start. alpha / r is that of LoRA whatever the initial rank."""
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
     common: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    r = INITIAL_RANK if method in ("pi-lora-cubic", "adalora") else s["r"]
+    r = INITIAL_RANK if method == "pi-lora-cubic" or is_adalora(method) else s["r"]
     alpha = s["lora_alpha"] * r // s["r"]
-    if method == "adalora":
+    if is_adalora(method):
         # PEFT scales AdaLoRA by lora_alpha / init_r. The budget comes down over the steps in which the others have their rounds.
         config: LoraConfig = AdaLoraConfig(
             init_r=r, target_r=s["r"], lora_alpha=alpha, total_step=s["steps"], tinit=s["steps"] // 10,
