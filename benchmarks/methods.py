@@ -1,10 +1,10 @@
 """LoRA, ALoRA, PI-LoRA and AdaLoRA at the same final budget, with SmolLM2-135M.
 
 Every run of a task and seed has the same rows in the same order, the same starting weights, steps, learning rate (but for
-adalora-4x), number of ranks at the end and scale of a rank; only the method differs. sst2 and trec are measured by accuracy, text2mdt (English guideline
-passages and their decision trees as lines of text) by the accuracy of each next token, all by the loss too, on the whole dev
-split. Results are appended to a JSON-lines file as they come; a run that is already there is not repeated, so the campaign can be
-stopped and started at will, and several processes may share it.
+adalora-4x), number of ranks at the end and scale of a rank; only the method differs. sst2 and trec are measured by accuracy,
+text2mdt (English guideline passages and their decision trees as lines of text) by the accuracy of each next token, all by the loss
+too, on the whole dev split. Results are appended to a JSON-lines file as they come; a run that is already there is not repeated, so
+the campaign can be stopped and started at will, and several processes may share it.
 
     python benchmarks/methods.py --data-dir DATA                  # DATA/sst2/train.jsonl, DATA/text2mdt/en_train.json, ...
     python benchmarks/methods.py --report                         # the tables from the results file; --plot FILE for the map
