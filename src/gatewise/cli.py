@@ -19,6 +19,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from gatewise.cli_inspect import inspect
+from gatewise.cli_mdt import mdt_app
 from gatewise.cli_options import BaseOption, JsonOption, LabelsOption, SplitOption, TemplateOption
 from gatewise.errors import GatewiseError
 
@@ -46,6 +47,7 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models")
+app.add_typer(mdt_app, name="mdt")
 
 
 def main() -> None:

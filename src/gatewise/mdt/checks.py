@@ -1,0 +1,235 @@
+"""The rules of a decision tree, on plain lists and dictionaries, with messages that name the node.
+
+A tree is a complete pre-order of binary nodes: role ``C`` (condition) has exactly two children and at least one triple, role ``D``
+(decision) has no child and may be empty. ``logical_rel`` is "null" for at most one triple and "and" or "or" for more. A triple is
+three texts, the middle one a relation of :mod:`gatewise.mdt.relations`, and comes once in a node.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gatewise.mdt.relations import expected_relations, is_relation, nearest
+
+TripleParts = tuple[str, str, str]
+NodeParts = tuple[str, list[TripleParts], str]
+
+MAX_DEPTH = 100  # nested JSON and FHIR nest as deep as the tree, and Python's JSON gives up at about 1000
+_NODE_KEYS = ("role", "triples", "logical_rel")
+
+
+class TreeError(ValueError):
+    """What is wrong with a tree, and at which node (counted from 1) or way from the root."""
+
+    def __init__(self, message: str, node: int | None = None, way: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.node, self.way = message, node, way
+
+    def at(self, where: str) -> str:
+        """The whole sentence: where, node and what is wrong."""
+        node = self.way or (None if self.node is None else f"node {self.node}")
+        place = ", ".join(filter(None, (where, node)))
+        return f"{place}: {self.message}" if place else self.message
+
+    def __str__(self) -> str:
+        return self.at("")
+
+
+def triple_parts(value: Any) -> TripleParts:
+    """The three texts of a triple, without the spaces around them.
+
+    Raises:
+        TreeError: it is not three texts that say something, or the relation is unknown.
+    """
+    if not isinstance(value, list | tuple):
+        raise TreeError(f"a triple is {shown(value)}, expected a list of subject, relation and object")
+    if len(value) != 3:
+        raise TreeError(f"a triple has {len(value)} parts, {shown(value)}, expected three: subject, relation, object")
+    for part, name in zip(value, ("subject", "relation", "object"), strict=True):
+        if not isinstance(part, str):
+            raise TreeError(f"the {name} of a triple is {shown(part)}, expected text")
+        if not part.strip():
+            raise TreeError(f"the {name} of the triple {shown(value)} is empty, expected text")
+        if not part.isascii() and any("\ud800" <= character <= "\udfff" for character in part):
+            raise TreeError(f"the {name} of a triple has half of a surrogate pair, which is no character")
+    subject, relation, object_ = (part.strip() for part in value)
+    if not is_relation(relation):
+        raise TreeError(f"the relation is {shown(relation)}, expected {expected_relations()}")
+    return subject, relation, object_
+
+
+def check_node(role: str, triples: Sequence[TripleParts], logical_rel: str) -> None:
+    """Whether role, triples and logical_rel of one node fit together.
+
+    Raises:
+        TreeError: an empty condition, a triple that comes twice, or a logical_rel that does not fit the number of triples.
+    """
+    count = len(triples)
+    if role == "C" and not count:
+        raise TreeError("a condition (role C) without triples, expected at least one (only a decision, role D, may be empty)")
+    if len(set(triples)) < count:
+        twice = next(triple for i, triple in enumerate(triples) if triple in triples[:i])
+        raise TreeError(f"the triple {shown(list(twice))} comes twice, expected each triple once in a node")
+    if count <= 1 and logical_rel != "null":
+        raise TreeError(f'logical_rel is "{logical_rel}" with {_triples(count)}, expected "null" (it joins two or more)')
+    if count > 1 and logical_rel == "null":
+        raise TreeError(f'logical_rel is "null" with {_triples(count)}, expected "and" or "or"')
+
+
+def check_preorder(roles: Sequence[str]) -> None:
+    """Whether roles in pre-order are exactly one binary tree, not too deep.
+
+    Raises:
+        TreeError: too few nodes, too many, or more than ``MAX_DEPTH`` levels.
+    """
+    if not roles:
+        raise TreeError("the tree has no nodes, expected at least one (an empty leaf, role D, means no recommendation)")
+    waiting = [1]  # the depths at which children are still to come
+    for number, role in enumerate(roles, start=1):
+        if not waiting:
+            over = len(roles) - number + 1
+            raise TreeError(
+                f"the tree is complete with node {number - 1}, but {over} more {'nodes follow' if over > 1 else 'node follows'}:"
+                " expected two children for each condition (role C) and none for a decision (role D)",
+                number,
+            )
+        depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise TreeError(f"the tree is deeper than {MAX_DEPTH} levels, expected a tree that people can read", number)
+        if role == "C":
+            waiting += [depth + 1, depth + 1]
+    if waiting:
+        missing = len(waiting)
+        raise TreeError(
+            f"the tree ends after {len(roles)} nodes with {missing} {'children' if missing > 1 else 'child'} missing: expected"
+            " two children for each condition (role C)",
+            len(roles),
+        )
+
+
+def children_of(roles: Sequence[str]) -> tuple[tuple[int, int] | None, ...]:
+    """For each node of a complete pre-order the positions of its (true, false) children; None for a leaf."""
+    children: list[tuple[int, int] | None] = [None] * len(roles)
+    done: list[int] = []  # roots of the subtrees behind, the nearest last
+    for i in range(len(roles) - 1, -1, -1):
+        if roles[i] == "C":
+            children[i] = (done.pop(), done.pop())
+        done.append(i)
+    return tuple(children)
+
+
+def preorder_parts(nodes: Any) -> list[NodeParts]:
+    """The checked parts of a tree in the published format.
+
+    Raises:
+        TreeError: names the node.
+    """
+    if not isinstance(nodes, list | tuple):
+        raise TreeError(f"the tree is {shown(nodes)}, expected a list of nodes in pre-order")
+    checked = []
+    for number, node in enumerate(nodes, start=1):
+        try:
+            checked.append(_node_parts(node))
+        except TreeError as fault:
+            raise TreeError(fault.message, number) from None
+    check_preorder([role for role, _, _ in checked])
+    return checked
+
+
+def _node_parts(node: Any) -> NodeParts:
+    if not isinstance(node, dict):
+        raise TreeError(f"the node is {shown(node)}, expected an object with role, triples and logical_rel")
+    for key in _NODE_KEYS:
+        if key not in node:
+            raise TreeError(f'the key "{key}" is missing, expected role, triples and logical_rel')
+    role, triples, logical_rel = (node[key] for key in _NODE_KEYS)
+    if role not in ("C", "D"):
+        raise TreeError(f'role is {shown(role)}, expected "C" (condition) or "D" (decision)')
+    if logical_rel not in ("and", "or", "null"):
+        raise TreeError(f'logical_rel is {shown(logical_rel)}, expected "and", "or" or "null"')
+    if not isinstance(triples, list | tuple):
+        raise TreeError(f"triples is {shown(triples)}, expected a list of triples")
+    parts = [triple_parts(triple) for triple in triples]
+    check_node(role, parts, logical_rel)
+    return role, parts, logical_rel
+
+
+def repaired_parts(nodes: Any) -> tuple[Any, list[str]]:
+    """The nodes with what has one plain meaning put right, and a note for each. What is wrong otherwise stays, to be refused."""
+    if not isinstance(nodes, list | tuple):
+        return nodes, []
+    mended: list[Any] = []
+    notes: list[str] = []
+    for number, node in enumerate(nodes, start=1):
+        if not isinstance(node, dict) or not isinstance(node.get("triples"), list | tuple):
+            mended.append(node)
+            continue
+        triples: list[Any] = []
+        for triple in node["triples"]:
+            plain = _plain_relation(triple)
+            if plain in triples:
+                notes.append(f"node {number}: the triple {shown(plain)} came twice and counts once")
+            else:
+                triples.append(plain)
+        joined = node.get("logical_rel")
+        if len(triples) <= 1 and joined in ("and", "or", None):
+            notes.append(f'node {number}: logical_rel "{joined}" with {_triples(len(triples))} is read as "null"')
+            joined = "null"
+        elif len(triples) > 1 and joined in ("null", None):
+            notes.append(f'node {number}: logical_rel "null" with {_triples(len(triples))} is read as "and"')
+            joined = "and"
+        mended.append({**node, "triples": triples, "logical_rel": joined})
+    return mended, notes
+
+
+def _plain_relation(triple: Any) -> Any:
+    if not isinstance(triple, list | tuple) or len(triple) != 3 or not all(isinstance(part, str) for part in triple):
+        return triple
+    subject, relation, object_ = (part.strip() for part in triple)
+    same = nearest(relation)
+    # Only case and spaces: a relation that is spelt otherwise may be another relation.
+    plain = same if same and same.casefold() == " ".join(relation.casefold().split()) else relation
+    return [subject, plain, object_]
+
+
+def flattened(root: Any) -> list[Any]:
+    """Nested JSON as a pre-order list, without the keys "true" and "false".
+
+    Raises:
+        TreeError: names the way from the root to the node.
+    """
+    nodes: list[Any] = []
+    to_do: list[tuple[Any, str, int]] = [(root, "root", 1)]
+    while to_do:
+        node, way, depth = to_do.pop()
+        if not isinstance(node, dict):
+            raise TreeError(f"the node is {shown(node)}, expected an object with role, triples and logical_rel", way=way)
+        if depth > MAX_DEPTH:
+            raise TreeError(f"the tree is deeper than {MAX_DEPTH} levels, expected a tree that people can read")
+        given = [side for side in ("true", "false") if node.get(side) is not None]
+        if node.get("role") == "C" and len(given) < 2:
+            has = f'only "{given[0]}"' if given else "none"
+            raise TreeError(f'a condition (role C) needs children under "true" and "false", found {has}', way=way)
+        if node.get("role") == "D" and given:
+            raise TreeError(f'a decision (role D) has a child under "{given[0]}", expected none', way=way)
+        own = {key: value for key, value in node.items() if key not in ("true", "false")}
+        try:
+            _node_parts(own)
+        except TreeError as fault:
+            raise TreeError(fault.message, way=way) from None
+        nodes.append(own)
+        to_do += [(node[side], f"{way}.{side}", depth + 1) for side in reversed(given)]
+    return nodes
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, on one line."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        text = type(value).__name__
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _triples(count: int) -> str:
+    return "one triple" if count == 1 else f"{count or 'no'} triples"

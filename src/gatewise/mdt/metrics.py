@@ -1,0 +1,232 @@
+"""How well predicted trees match gold ones: the metrics of Text2MDT (Zhu et al., arXiv 2401.02034) and of CHIP-2022 Text2DT.
+
+All are micro-averaged over the records; texts are stripped and lower-cased. With |·| for the size of a set, P predicted and G gold,
+F1 = 2 |P ∩ G| / (|P| + |G|), over
+
+- triplet: the triples of a tree;
+- node: its nodes with at least one triple, a node being (role, logical_rel, set of triples);
+- path: its root-to-leaf paths, a path being all its nodes with the turn taken at each.
+
+Tree accuracy is the share of gold trees whose nodes are, in pre-order, those of the prediction. ``tree_acc_nonempty`` divides by
+the number of predictions that are not empty, as a published script does. Tree edit ratio: both trees are walked from the root in
+parallel; the distance of two nodes is [roles differ] + [logical_rel differs] + |symmetric difference of their triples|; where one
+tree has no node, it counts as an empty one, and between two nodes without triples there is no distance. TER is the sum of all
+distances ÷ the sum over both trees of (triples + 2 · nodes), for nodes with at least one triple. It is in [0, 1], lower is better.
+
+A prediction that is no tree (wrong types, an incomplete pre-order, a condition without triples) counts as an empty one: nothing
+found, all gold triples, nodes and paths missed. Everything runs in time linear in the size of the trees.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt import checks
+from gatewise.mdt.tree import DecisionTree
+
+_Node = tuple[str, str, frozenset[tuple[str, str, str]]]
+_Children = tuple[tuple[int, int] | None, ...]
+
+
+@dataclass(frozen=True)
+class TreeMetrics:
+    """All metrics over a set of records; see the module for the formulas.
+
+    Attributes:
+        n: gold trees.
+        malformed: predictions that are no tree.
+        empty: predictions that are missing or have no nodes (they count as malformed, too).
+    """
+
+    triplet_precision: float
+    triplet_recall: float
+    triplet_f1: float
+    node_precision: float
+    node_recall: float
+    node_f1: float
+    path_precision: float
+    path_recall: float
+    path_f1: float
+    tree_acc: float
+    tree_acc_nonempty: float
+    ter: float
+    n: int
+    malformed: int
+    empty: int
+
+    def to_json(self) -> dict[str, float]:
+        """The metrics by name."""
+        return asdict(self)
+
+
+def evaluate(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool = False, source: str = "gold") -> TreeMetrics:
+    """The metrics of predictions, each at the place of its gold tree.
+
+    Args:
+        gold: a :class:`DecisionTree`, a list of nodes in pre-order or a record with one under "tree", for each text.
+        predicted: the same, or anything at all: what is no tree counts as wrong.
+        repair: on both sides, read logical_rel "and" or "or" over at most one triple as "null", "null" over several as "and", and
+            count a triple given twice once. The published data have such nodes.
+        source: what messages call the gold trees, such as a file's name.
+
+    Raises:
+        GatewiseError: the numbers of trees differ, there is none, or a gold tree is none: names the record, counted from 1.
+    """
+    if len(gold) != len(predicted):
+        raise GatewiseError(f"{len(gold)} gold trees and {len(predicted)} predictions, expected one prediction for each gold tree")
+    if not gold:
+        raise GatewiseError("there are no gold trees, expected at least one")
+    triples, nodes, paths = _Overlap(), _Overlap(), _Overlap()
+    right = malformed = empty = distance = weight = 0
+    for number, (gold_item, item) in enumerate(zip(gold, predicted, strict=True), start=1):
+        try:
+            wanted, wanted_children = _plain(gold_item, repair)
+        except checks.TreeError as fault:
+            raise GatewiseError(fault.at(f"{source}, record {number}")) from None
+        found: list[_Node] = []
+        found_children: _Children = ()
+        try:
+            found, found_children = _plain(item, repair)
+        except checks.TreeError:
+            malformed += 1
+            empty += _is_empty(item)
+        right += found == wanted
+        triples.add({triple for node in found for triple in node[2]}, {triple for node in wanted for triple in node[2]})
+        nodes.add(Counter(node for node in found if node[2]), Counter(node for node in wanted if node[2]))
+        known: dict[Any, int] = {}
+        paths.add(_paths(found, found_children, known), _paths(wanted, wanted_children, known))
+        distance += _distance(found, found_children, wanted, wanted_children)
+        weight += sum(len(node[2]) + 2 for node in (*found, *wanted) if node[2])
+    return TreeMetrics(
+        *triples.scores(),
+        *nodes.scores(),
+        *paths.scores(),
+        tree_acc=right / len(gold),
+        tree_acc_nonempty=_share(right, len(gold) - empty),
+        ter=_share(distance, weight),
+        n=len(gold),
+        malformed=malformed,
+        empty=empty,
+    )
+
+
+def tree_edit_ratio(one: Any, other: Any) -> float:
+    """TER of two trees, each a :class:`DecisionTree` or a list of nodes in pre-order.
+
+    Raises:
+        GatewiseError: one of the two is no tree.
+    """
+    try:
+        (a, a_children), (b, b_children) = _plain(one, False), _plain(other, False)
+    except checks.TreeError as fault:
+        raise GatewiseError(str(fault)) from None
+    return _share(_distance(a, a_children, b, b_children), sum(len(node[2]) + 2 for node in (*a, *b) if node[2]))
+
+
+class _Overlap:
+    """Counts what was found, what was wanted and what is in both, over all records."""
+
+    def __init__(self) -> None:
+        self.found = self.wanted = self.both = 0
+
+    def add(self, found: set[Any] | Counter[Any], wanted: set[Any] | Counter[Any]) -> None:
+        self.found += _size(found)
+        self.wanted += _size(wanted)
+        self.both += _size(found & wanted)  # type: ignore[operator]
+
+    def scores(self) -> tuple[float, float, float]:
+        """Precision, recall and F1; 1 where there was nothing to find and nothing was found."""
+        if not self.found and not self.wanted:
+            return 1.0, 1.0, 1.0
+        return (
+            _share(self.both, self.found),
+            _share(self.both, self.wanted),
+            2 * self.both / (self.found + self.wanted),
+        )
+
+
+def _size(things: set[Any] | Counter[Any]) -> int:
+    return things.total() if isinstance(things, Counter) else len(things)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _is_empty(item: Any) -> bool:
+    return not (item.get("tree") if isinstance(item, dict) else item)
+
+
+def _plain(item: Any, repair: bool) -> tuple[list[_Node], _Children]:
+    """Nodes and children of anything that is a tree; only what metrics rest on is checked, so that published data pass."""
+    if isinstance(item, DecisionTree):
+        item = item.to_preorder()
+    if isinstance(item, dict):
+        item = item.get("tree")
+    if not isinstance(item, list | tuple):
+        raise checks.TreeError(f"the tree is {checks.shown(item)}, expected a list of nodes in pre-order")
+    nodes = [_plain_node(node, number, repair) for number, node in enumerate(item, start=1)]
+    roles = [node[0] for node in nodes]
+    checks.check_preorder(roles)
+    return nodes, checks.children_of(roles)
+
+
+def _plain_node(node: Any, number: int, repair: bool) -> _Node:
+    try:
+        role, given, joined = node["role"], node["triples"], node["logical_rel"]
+        if not (isinstance(role, str) and isinstance(joined, str) and isinstance(given, list | tuple)):
+            raise checks.TreeError("expected role and logical_rel as text and triples as a list", number)
+        role, joined = role.strip().upper(), joined.strip().lower()
+        if any(isinstance(triple, str) for triple in given):
+            raise checks.TreeError("expected triples as lists of three texts", number)
+        triples = frozenset((s.strip().lower(), r.strip().lower(), o.strip().lower()) for s, r, o in given)
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, checks.TreeError):
+            raise
+        raise checks.TreeError("expected an object with role, logical_rel and triples of three texts", number) from None
+    if role not in ("C", "D"):
+        raise checks.TreeError(f'role is {checks.shown(role)}, expected "C" or "D"', number)
+    if role == "C" and not triples:
+        raise checks.TreeError("a condition (role C) without triples, expected at least one", number)
+    if repair:
+        joined = "null" if len(triples) <= 1 else "and" if joined == "null" else joined
+    return role, joined, triples
+
+
+def _paths(nodes: list[_Node], children: _Children, known: dict[Any, int]) -> set[int]:
+    """A number for each path. Equal paths of two trees that share ``known`` have equal numbers, and no path is ever spelt out."""
+    leaves: set[int] = set()
+    to_do: list[tuple[int, int]] = [(0, -1)] if nodes else []
+    while to_do:
+        i, before = to_do.pop()
+        at = known.setdefault((before, nodes[i]), len(known))
+        both = children[i]
+        if both is None:
+            leaves.add(at)
+            continue
+        for child, turn in zip(both, "LR", strict=True):
+            to_do.append((child, known.setdefault((at, turn), len(known))))
+    return leaves
+
+
+def _distance(a: list[_Node], a_children: _Children, b: list[_Node], b_children: _Children) -> int:
+    total = 0
+    to_do: list[tuple[int | None, int | None]] = [(0 if a else None, 0 if b else None)]
+    while to_do:
+        i, j = to_do.pop()
+        total += _node_distance(_EMPTY if i is None else a[i], _EMPTY if j is None else b[j])
+        a_both = (None, None) if i is None else a_children[i] or (None, None)
+        b_both = (None, None) if j is None else b_children[j] or (None, None)
+        to_do += [pair for pair in zip(a_both, b_both, strict=True) if pair != (None, None)]
+    return total
+
+
+_EMPTY: _Node = ("", "", frozenset())
+
+
+def _node_distance(one: _Node, other: _Node) -> int:
+    if not one[2] and not other[2]:
+        return 0
+    return (one[0] != other[0]) + (one[1] != other[1]) + len(one[2] ^ other[2])

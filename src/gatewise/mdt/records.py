@@ -1,0 +1,235 @@
+"""Files of texts with their trees: a JSON list in the published format, JSONL, or an outline that people edit.
+
+| suffix       | content                                                                                |
+|--------------|----------------------------------------------------------------------------------------|
+| ``.json``    | a list of ``{"text": "population@passage", "tree": [nodes in pre-order]}``, or one of them |
+| ``.jsonl``   | one of them a line                                                                     |
+| ``.txt``     | outlines, see :mod:`gatewise.mdt.outline`, each after a line ``text: …``, parted by ``---`` |
+
+A tree may also be nested (an object instead of a list). Other keys of a record are kept, and written back.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_file
+from gatewise.mdt import checks
+from gatewise.mdt.outline import escaped, split
+from gatewise.mdt.tree import DecisionTree
+
+SUFFIXES = (".json", ".jsonl", ".txt")
+_OWN_KEYS = ("text", "tree")
+
+
+@dataclass(frozen=True)
+class TreeRecord:
+    """A text and its tree.
+
+    Attributes:
+        text: "population@passage"; without an "@" all of it is the passage.
+        number: place in the file, from 1.
+        more: other keys of the record.
+    """
+
+    text: str
+    tree: DecisionTree
+    number: int = 1
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def population(self) -> str:
+        """Whom the passage is about: what stands before the first "@"; empty without one."""
+        before, at, _ = self.text.partition("@")
+        return before.strip() if at else ""
+
+    @property
+    def passage(self) -> str:
+        """The text after the population."""
+        before, at, after = self.text.partition("@")
+        return (after if at else before).strip()
+
+    def to_json(self) -> dict[str, Any]:
+        """The record in the published format, with its other keys after it."""
+        return {"text": self.text, "tree": self.tree.to_preorder(), **self.more}
+
+
+@dataclass(frozen=True)
+class TreeFile:
+    """What a file holds.
+
+    Attributes:
+        records: those that could be read, in their order.
+        faults: number of a record -> what is wrong with it, a whole sentence.
+        notes: what was put right, a whole sentence each (only where repair was asked for).
+        count: records in the file, read or not.
+    """
+
+    source: str
+    records: tuple[TreeRecord, ...]
+    faults: dict[int, str]
+    notes: tuple[str, ...]
+    count: int
+
+
+def read_trees(path: str | Path, *, repair: bool = False) -> TreeFile:
+    """Reads texts with trees; a record with a fault does not stop the others.
+
+    Args:
+        repair: put right what has one plain meaning, see :meth:`DecisionTree.repaired`.
+
+    Raises:
+        GatewiseError: the file cannot be read at all, or has no records.
+    """
+    name = str(path)
+    records: list[TreeRecord] = []
+    faults: dict[int, str] = {}
+    notes: list[str] = []
+    items = read_items(path)
+    for number, item in enumerate(items, start=1):
+        where = f"{name}, record {number}"
+        try:
+            record, made = _record(item, number, where, repair)
+        except GatewiseError as error:
+            faults[number] = str(error)
+        else:
+            records.append(record)
+            notes += made
+    return TreeFile(name, tuple(records), faults, tuple(notes), len(items))
+
+
+def read_items(path: str | Path) -> list[Any]:
+    """The records of a file, unchecked. In a JSONL file, a line that is no JSON comes as a :class:`Broken`.
+
+    Raises:
+        GatewiseError: the file cannot be read, is no JSON, or has no records.
+    """
+    place, name = Path(path), str(path)
+    if place.is_dir():
+        raise GatewiseError(f"{name} is a folder: expected a file that ends in {', '.join(SUFFIXES)}")
+    suffix = place.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise GatewiseError(f"{name}: the name ends in {place.suffix!r}, expected {', '.join(SUFFIXES)}")
+    try:
+        text = place.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise GatewiseError(f"{name}: there is no such file") from None
+    except OSError as error:
+        raise GatewiseError(f"{name} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise GatewiseError(f"{name}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+    if suffix == ".txt":
+        items: list[Any] = list(_outlines(text))
+    elif suffix == ".jsonl":
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+        items = [_line(line, f"{name}, line {number}") for number, line in lines]
+    else:
+        whole = _parsed(text, name)
+        items = [whole] if isinstance(whole, dict) else whole
+        if not isinstance(items, list):
+            raise GatewiseError(f'{name}: expected a list of records {{"text", "tree"}}, found {checks.shown(whole)}')
+    if not items:
+        raise GatewiseError(f"{name} has no records")
+    return items
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A line that could not be read, and why."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class _Outline:
+    text: str
+    outline: str
+
+
+def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
+    """Writes records in the format that the suffix names, whole or not at all.
+
+    Raises:
+        GatewiseError: the place cannot be written, or the suffix is unknown.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise GatewiseError(f"{path}: the name ends in {Path(path).suffix!r}, expected {', '.join(SUFFIXES)}")
+    items = list(records)
+    if suffix == ".txt":
+        content = outlines_of(items)
+    elif suffix == ".jsonl":
+        content = "".join(json.dumps(record.to_json(), ensure_ascii=False) + "\n" for record in items)
+    else:
+        content = json.dumps([record.to_json() for record in items], indent=2, ensure_ascii=False) + "\n"
+    with whole_file(path) as part:
+        part.write_text(content, encoding="utf-8", newline="\n")
+
+
+def outlines_of(records: Sequence[TreeRecord]) -> str:
+    """Records as outlines, each after its text."""
+    return "---\n".join(f"text: {escaped(record.text)}\n{record.tree.to_outline()}" for record in records)
+
+
+def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecord, list[str]]:
+    if isinstance(item, Broken):
+        raise GatewiseError(item.message)
+    if isinstance(item, _Outline):
+        return TreeRecord(item.text, DecisionTree.from_outline(item.outline, where), number), []
+    if not isinstance(item, dict):
+        raise GatewiseError(f'{where}: found {checks.shown(item)}, expected an object with "text" and "tree"')
+    for key in _OWN_KEYS:
+        if key not in item:
+            raise GatewiseError(f'{where}: the key "{key}" is missing, expected "text" and "tree"')
+    text, nodes = item["text"], item["tree"]
+    if not isinstance(text, str) or not text.strip():
+        raise GatewiseError(f"{where}: text is {checks.shown(text)}, expected the passage, such as 'adults with asthma@If …'")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise GatewiseError(f"{where}: text has half of a surrogate pair, which is no character")
+    notes: list[str] = []
+    if isinstance(nodes, dict):
+        tree = DecisionTree.from_nested(nodes, where)
+    elif repair:
+        tree, notes = DecisionTree.repaired(nodes, where)
+    else:
+        tree = DecisionTree.from_preorder(nodes, where)
+    more = {key: value for key, value in item.items() if key not in _OWN_KEYS}
+    return TreeRecord(text, tree, number, more), notes
+
+
+def _outlines(text: str) -> Iterable[_Outline]:
+    block: list[str] = []
+    for line in [*text.split("\n"), "---"]:
+        if line.strip() != "---":
+            block.append(line)
+            continue
+        if any(part.strip() for part in block):
+            yield _outline(block)
+        block = [""] * (len(block) + 1)  # keeps the line numbers of the file
+
+
+def _outline(block: list[str]) -> _Outline:
+    for i, line in enumerate(block):
+        word, colon, rest = line.partition(":")
+        if colon and word.strip().lower() == "text":
+            return _Outline(" | ".join(split(rest)), "\n".join(["" if j == i else other for j, other in enumerate(block)]))
+    return _Outline("", "\n".join(block))
+
+
+def _line(line: str, where: str) -> Any:
+    try:
+        return _parsed(line, where)
+    except GatewiseError as error:
+        return Broken(str(error))
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GatewiseError(f"{where}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise GatewiseError(f"{where}: not valid JSON: {error}") from None

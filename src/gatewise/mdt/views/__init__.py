@@ -1,0 +1,79 @@
+"""Trees as people look at them and hand them on: text, JSON, Mermaid, SVG, HTML, FHIR. Each asks for review by a clinician."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_file
+from gatewise.mdt.records import TreeRecord, outlines_of
+from gatewise.mdt.spans import Span, locate_tree
+from gatewise.mdt.views.fhir import bundle_of, plan_of
+from gatewise.mdt.views.mermaid import mermaid_of
+from gatewise.mdt.views.page import page_of
+from gatewise.mdt.views.svg import svg_of
+from gatewise.mdt.views.words import words_for
+
+__all__ = ["FORMATS", "bundle_of", "mermaid_of", "page_of", "plan_of", "render", "svg_of", "write_view"]
+
+# format -> suffix of a file in it
+FORMATS = {"text": ".txt", "json": ".json", "mermaid": ".mmd", "svg": ".svg", "html": ".html", "fhir": ".json"}
+NOTICE = "Needs review by a clinician. Not medical advice."
+
+
+def render(records: Sequence[TreeRecord], format: str) -> str:
+    """Records in a format, as one text that ends in a line break.
+
+    Args:
+        format: a key of ``FORMATS``. "svg" takes one record, the others any number: "json" and "text" can be read back by
+            :func:`gatewise.mdt.read_trees`, "fhir" makes a Bundle of several.
+
+    Raises:
+        GatewiseError: there is no record, the format is unknown or cannot hold several, or fhir.resources is missing.
+    """
+    if format not in FORMATS:
+        raise GatewiseError(f"the format is {format!r}: expected one of {', '.join(FORMATS)}")
+    if not records:
+        raise GatewiseError("there is no tree to show: give at least one record")
+    if format == "svg" and len(records) > 1:
+        raise GatewiseError(f"an SVG shows one tree, but {len(records)} were given: name one of them")
+    makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
+        "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{outlines_of(records)}",
+        "json": lambda records: _json([_as_json(record) for record in records]),
+        "mermaid": lambda records: "\n".join(mermaid_of(record.tree) for record in records),
+        "svg": lambda records: svg_of(records[0].tree, records[0].text),
+        "html": page_of,
+        "fhir": lambda records: _json(bundle_of(records)),
+    }
+    return makers[format](records)
+
+
+def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> Path:
+    """Writes what :func:`render` gives, whole or not at all.
+
+    Raises:
+        GatewiseError: as :func:`render`, or the place cannot be written.
+    """
+    content = render(records, format)
+    with whole_file(path) as part:
+        part.write_text(content, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def _as_json(record: TreeRecord) -> dict[str, Any]:
+    """The published format with what a program may want beside it: the nested tree and the phrases' places in the text."""
+    spans = [
+        [{"subject": _pair(found.subject), "object": _pair(found.object)} for found in row]
+        for row in locate_tree(record.text, record.tree)
+    ]
+    made = {"notice": NOTICE, **record.to_json(), "nested": record.tree.to_nested(), "spans": spans}
+    return {"text": made.pop("text"), "tree": made.pop("tree"), **made}
+
+
+def _pair(span: Span | None) -> list[int] | None:
+    return None if span is None else list(span)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,178 @@
+"""A decision tree as a FHIR R5 ``PlanDefinition`` (https://hl7.org/fhir/R5/plandefinition.html), checked by fhir.resources.
+
+A condition becomes an action with two actions inside, of which exactly one applies: one under the condition, the other under its
+negation. A decision becomes an action with one action a triple, all or one or more of which are to be taken. Conditions are plain
+words (``text/plain``), so that nothing runs before a person has coded them. The status is ``draft``, the source text goes along
+as documentation, each action names its phrases in it.
+"""
+
+import base64
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.spans import locate
+from gatewise.mdt.tree import Node, Triple, joined_words
+
+NOTICE = "Needs review by a clinician before any use. Drafted from the text by software; not medical advice."
+_TYPE = "http://terminology.hl7.org/CodeSystem/plan-definition-type"
+# FHIR texts may hold tabs and line breaks, but no other control characters.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+
+
+def plan_of(record: TreeRecord) -> dict[str, Any]:
+    """The ``PlanDefinition`` of a record, as JSON that fhir.resources has validated.
+
+    Raises:
+        GatewiseError: fhir.resources is not installed (the extra ``mdt``), or it refuses the resource.
+    """
+    tree, text = record.tree, _clean(record.text)
+    about = _clean(record.population) or (tree.triples[0].subject if tree.triples else "")
+    plan: dict[str, Any] = {
+        "resourceType": "PlanDefinition",
+        "language": tree.language,
+        "name": f"DecisionTree{record.number}",
+        "title": _clean(about) or "Decision tree",
+        "type": {"coding": [{"system": _TYPE, "code": "clinical-protocol", "display": "Clinical Protocol"}]},
+        "status": "draft",
+        "experimental": True,
+        "description": NOTICE,
+        "purpose": "To show the decisions that the source text describes, for review.",
+        "usage": NOTICE,
+        "action": [_root_action(record)],
+    }
+    if about:
+        plan["subjectCodeableConcept"] = {"text": _clean(about)}
+    if text.strip():
+        data = base64.b64encode(text.encode()).decode()
+        plan["relatedArtifact"] = [
+            {
+                "type": "documentation",
+                "label": "source",
+                "display": "Source text",
+                "citation": text,
+                "document": {"contentType": "text/plain; charset=utf-8", "data": data},
+            }
+        ]
+    return _validated("PlanDefinition", plan)
+
+
+def bundle_of(records: Sequence[TreeRecord]) -> dict[str, Any]:
+    """The ``PlanDefinition`` of one record, or a ``Bundle`` with those of several.
+
+    Raises:
+        GatewiseError: as :func:`plan_of`.
+    """
+    plans = [plan_of(record) for record in records]
+    if len(plans) == 1:
+        return plans[0]
+    return _validated("Bundle", {"resourceType": "Bundle", "type": "collection", "entry": [{"resource": plan} for plan in plans]})
+
+
+def check_available() -> None:
+    """Refuses early where the FHIR library is missing.
+
+    Raises:
+        GatewiseError: fhir.resources is not installed.
+    """
+    try:
+        import fhir.resources
+    except ImportError as error:
+        raise GatewiseError("the format fhir needs fhir.resources, which is not installed: pip install 'gatewise[mdt]'") from error
+    if not hasattr(fhir.resources, "get_fhir_model_class"):
+        raise GatewiseError("the installed fhir.resources is too old for FHIR R5: pip install 'gatewise[mdt]'")
+
+
+def _validated(kind: str, resource: dict[str, Any]) -> dict[str, Any]:
+    check_available()
+    import fhir.resources
+    from pydantic import ValidationError
+
+    try:
+        # From version 7 on, the models at the top of the package are those of R5.
+        fhir.resources.get_fhir_model_class(kind).model_validate(resource)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise GatewiseError(f"the tree makes no valid FHIR {kind}: {place}: {first['msg']}") from error
+    return resource
+
+
+def _root_action(record: TreeRecord) -> dict[str, Any]:
+    """The actions of all nodes, each inside the one of its parent. Children are made first, so that no depth is too deep."""
+    tree = record.tree
+    made: list[dict[str, Any]] = [{} for _ in tree.nodes]
+    for i in range(len(tree.nodes) - 1, -1, -1):
+        node, both = tree.nodes[i], tree.children[i]
+        made[i] = _decision(node, i, record) if both is None else _condition(node, i, record, [made[child] for child in both])
+    return made[0]
+
+
+def _condition(node: Node, i: int, record: TreeRecord, children: list[dict[str, Any]]) -> dict[str, Any]:
+    words = _clean(joined_words(node))
+    sides = []
+    for side, child, expression in (("true", children[0], words), ("false", children[1], f"not ({words})")):
+        sides.append(
+            {
+                "linkId": f"node-{i + 1}-{side}",
+                "title": f"If {expression}" if side == "true" else "Otherwise",
+                "condition": [
+                    {
+                        "kind": "applicability",
+                        "expression": {"description": expression, "language": "text/plain", "expression": expression},
+                    }
+                ],
+                "action": [child],
+            }
+        )
+    return {
+        "linkId": f"node-{i + 1}",
+        "title": f"Condition: {words}",
+        "groupingBehavior": "logical-group",
+        "selectionBehavior": "exactly-one",
+        **_documentation(node.triples, record),
+        "action": sides,
+    }
+
+
+def _decision(node: Node, i: int, record: TreeRecord) -> dict[str, Any]:
+    link = f"node-{i + 1}"
+    if node.is_empty:
+        return {"linkId": link, "title": "No recommendation", "description": "The source text recommends nothing for this case."}
+    actions = [
+        {"linkId": f"{link}-{number}", "title": _clean(_order(triple)), **_documentation([triple], record)}
+        for number, triple in enumerate(node.triples, start=1)
+    ]
+    return {
+        "linkId": link,
+        "title": f"Decision: {_clean(joined_words(node))}",
+        "groupingBehavior": "logical-group",
+        "selectionBehavior": "one-or-more" if node.logical_rel == "or" else "all",
+        "action": actions,
+    }
+
+
+def _order(triple: Triple) -> str:
+    if triple.relation in ("prohibited drugs", "禁用药物"):
+        return f"DO NOT USE: {triple.object} ({triple.relation}; {triple.subject})"
+    return f"{triple.object} ({triple.relation}; {triple.subject})"
+
+
+def _documentation(triples: Sequence[Triple], record: TreeRecord) -> dict[str, Any]:
+    """The phrases of the source text on which triples rest."""
+    phrases: dict[str, None] = {}
+    for triple in triples:
+        spans = locate(record.text, triple)
+        for name, part, span in (("subject", triple.subject, spans.subject), ("object", triple.object, spans.object)):
+            if span is not None:
+                quoted = record.text[span.start : span.end]
+                phrases[f"source text, characters {span.start + 1} to {span.end}: {_clean(quoted)}"] = None
+            elif record.text.strip():
+                phrases[f"{name} not in the source text: {_clean(part)}"] = None
+    return {"documentation": [{"type": "documentation", "display": phrase} for phrase in phrases]} if phrases else {}
+
+
+def _clean(text: str) -> str:
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,0 +1,103 @@
+"""What the views say besides the tree itself, in English and Chinese."""
+
+from dataclasses import dataclass
+
+from gatewise.mdt.relations import Language
+from gatewise.mdt.tree import Node
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of one language.
+
+    Attributes:
+        heads: (role, logical_rel) -> the head of a node.
+        joins: logical_rel -> the word between two triples.
+    """
+
+    language: Language
+    title: str
+    about: str
+    population: str
+    passage: str
+    tree: str
+    yes: str
+    no: str
+    nothing: str
+    absent: str
+    notice: str
+    condition: str
+    decision: str
+    as_outline: str
+    hint: str
+    records: str
+    comma: str
+    heads: dict[tuple[str, str], str]
+    joins: dict[str, str]
+
+    def head(self, node: Node) -> str:
+        """What stands over the triples of a node."""
+        return self.heads[node.role, node.logical_rel]
+
+
+_ENGLISH = Words(
+    language="en",
+    title="Decision tree",
+    about="Boxes that name no subject are about",
+    population="Population",
+    passage="Passage",
+    tree="Tree",
+    yes="yes",
+    no="no",
+    nothing="No recommendation",
+    absent="not in the text",
+    notice="Needs review by a clinician. Not medical advice.",
+    condition="condition",
+    decision="decision",
+    as_outline="The tree as text",
+    hint="Point at a box, or go to it with the Tab key, to see its phrases in the text; or the other way round.",
+    records="Records",
+    comma=", ",
+    heads={
+        ("C", "null"): "If",
+        ("C", "and"): "If all of these",
+        ("C", "or"): "If any of these",
+        ("D", "null"): "Then",
+        ("D", "and"): "Then all of these",
+        ("D", "or"): "Then any of these",
+    },
+    joins={"and": "and", "or": "or"},
+)
+_CHINESE = Words(
+    language="zh",
+    title="诊疗决策树",
+    about="未写明主体的内容均针对",
+    population="适用人群",
+    passage="原文",
+    tree="决策树",
+    yes="是",
+    no="否",
+    nothing="无推荐",
+    absent="原文中未找到",
+    notice="须经临床医生审核，不构成医疗建议。 Needs review by a clinician.",
+    condition="条件",
+    decision="决策",
+    as_outline="文本形式的决策树",
+    hint="指向一个方框，或用 Tab 键选中它，即可在原文中看到对应词语；反之亦然。",
+    records="记录",
+    comma="，",
+    heads={
+        ("C", "null"): "如果",
+        ("C", "and"): "如果同时满足",
+        ("C", "or"): "如果满足任一",
+        ("D", "null"): "则",
+        ("D", "and"): "则全部采用",
+        ("D", "or"): "则任选其一",
+    },
+    joins={"and": "且", "or": "或"},
+)
+
+
+def words_for(language: Language) -> Words:
+    """The words of a language."""
+    return _CHINESE if language == "zh" else _ENGLISH

@@ -1,0 +1,89 @@
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mdt_trees import POPULATION, gout, properties, trees, triple
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt import DecisionTree, Triple
+
+FLARE = (POPULATION, "clinical manifestation", "acute flare")
+KIDNEY = (POPULATION, "basic condition", "normal kidney function")
+QUIET = (POPULATION, "clinical manifestation", "Without a flare")
+
+
+def test_the_way_taken_is_explained() -> None:
+    decision = DecisionTree.from_preorder(gout()).decide({FLARE: True, KIDNEY: False, QUIET: True})
+    assert decision.leaf == 3
+    assert [(step.node, step.holds) for step in decision.steps] == [(0, False), (2, True)]
+    first, second, leaf, notice = decision.explanation.splitlines()
+    assert "node 1" in first
+    assert "is false (acute flare: yes, normal kidney function: no)" in first
+    assert "node 3" in second
+    assert "is true" in second
+    assert leaf == "node 4: adults with gout | therapeutic schedule | check uric acid"
+    assert "review by a clinician" in notice
+
+
+def test_facts_may_be_written_otherwise() -> None:
+    facts: dict[Any, bool] = {
+        ("Adults  with GOUT", "临床表现", "acute flare "): True,
+        Triple(subject=POPULATION, relation="basic condition", object="Normal kidney function"): True,
+        ("nobody", "no relation", "x"): False,
+    }
+    assert DecisionTree.from_preorder(gout()).decide(facts).leaf == 1
+    assert DecisionTree.from_preorder(gout()).decide(lambda fact: False).leaf == 4
+    assert "no recommendation" in DecisionTree.from_preorder(gout()).decide(lambda fact: False).explanation
+
+
+def test_what_is_not_known_stops_the_walk_only_where_it_matters() -> None:
+    tree = DecisionTree.from_preorder(gout())
+    assert tree.decide({KIDNEY: False, QUIET: False}).leaf == 4
+    assert "acute flare: not known" in tree.decide({KIDNEY: False, QUIET: False}).explanation
+    with pytest.raises(GatewiseError, match=r"node 1: it is not known .* acute flare"):
+        tree.decide({KIDNEY: True})
+    with pytest.raises(GatewiseError, match="'maybe', expected true or false"):
+        tree.decide({FLARE: "maybe"})  # type: ignore[dict-item]
+    with pytest.raises(GatewiseError, match="expected a triple"):
+        tree.decide({"acute flare": True})
+
+
+@properties
+@given(trees, st.randoms(use_true_random=False))
+def test_the_decision_is_that_of_the_one_path_whose_conditions_hold(tree: DecisionTree, random: Any) -> None:
+    facts = {fact.key: random.random() < 0.5 for fact in tree.triples}
+    decision = tree.decide(lambda fact: facts[fact.key])
+    join = {"and": all, "or": any, "null": all}
+    holding = [
+        path
+        for path in tree.paths()
+        if all(join[node.logical_rel](facts[fact.key] for fact in node.triples) == turn for node, turn in path.turns)
+    ]
+    assert len(holding) == 1
+    assert holding[0].leaf == decision.node
+    assert [(node, turn) for node, turn in holding[0].turns] == [(step.condition, step.holds) for step in decision.steps]
+
+
+@pytest.mark.parametrize("joined", ["and", "or"])
+def test_three_valued_logic_agrees_with_every_way_to_fill_the_gaps(joined: str) -> None:
+    names = ["a", "b", "c"]
+    nodes = [
+        {"role": "C", "triples": [triple(name) for name in names], "logical_rel": joined},
+        {"role": "D", "triples": [triple("yes", "drug therapy")], "logical_rel": "null"},
+        {"role": "D", "triples": [], "logical_rel": "null"},
+    ]
+    tree = DecisionTree.from_preorder(nodes)
+    for known in product([True, False, None], repeat=3):
+        filled = [
+            (all if joined == "and" else any)(values)
+            for values in product([True, False], repeat=3)
+            if all(one is None or one == other for one, other in zip(known, values, strict=True))
+        ]
+        facts = {tuple(triple(name)): value for name, value in zip(names, known, strict=True) if value is not None}
+        if len(set(filled)) == 1:
+            assert tree.decide(facts).leaf == (1 if filled[0] else 2)
+        else:
+            with pytest.raises(GatewiseError, match="not known"):
+                tree.decide(facts)
