@@ -6,11 +6,15 @@ The public API. Names are imported when first used, so that ``import gatewise`` 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gatewise.peft_types import register_with_peft
+
 if TYPE_CHECKING:
-    from gatewise import budget, export, importance, models, scores, suggestion, tasks
+    from gatewise import budget, export, importance, models, prompts, scores, suggestion, tasks
     from gatewise.allocation import RankAllocation, Round
     from gatewise.bilevel import BilevelTrainer
     from gatewise.errors import GatewiseError
+    from gatewise.prompts import SelectivePromptConfig
+    from gatewise.routed import RoutedLoraConfig
     from gatewise.slots import ranks
 
 __version__ = "0.1.0"
@@ -19,10 +23,13 @@ __all__ = [
     "GatewiseError",
     "RankAllocation",
     "Round",
+    "RoutedLoraConfig",
+    "SelectivePromptConfig",
     "budget",
     "export",
     "importance",
     "models",
+    "prompts",
     "ranks",
     "scores",
     "suggestion",
@@ -34,8 +41,13 @@ _HOME = {
     "GatewiseError": "gatewise.errors",
     "RankAllocation": "gatewise.allocation",
     "Round": "gatewise.allocation",
+    "RoutedLoraConfig": "gatewise.routed",
+    "SelectivePromptConfig": "gatewise.prompts",
     "ranks": "gatewise.slots",
 }
+
+# With this, PEFT can load adapters of our types, whichever of the two is imported first.
+register_with_peft()
 
 
 def __getattr__(name: str) -> Any:

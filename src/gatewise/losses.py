@@ -7,12 +7,11 @@ Shapes: b batch, t tokens, d hidden size, n labelled positions, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
@@ -24,6 +23,9 @@ LossKind = Literal["causal", "tokens", "rows"]
 
 def base_of(model: nn.Module) -> Any:
     """The Transformers model under a ``PeftModel``, or the model itself."""
+    # Not at the top: gatewise.routed imports this file, which has to be complete when PEFT is (see _HOMES in peft_types.py).
+    from peft import PeftModel
+
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -69,9 +71,30 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor) -> Tensor:
-    """(n, V) logits at the positions where ``mask`` (b, t) is true, in row-major order."""
-    with logits_at(model, mask):
+def before_first(mask: Tensor) -> Tensor:
+    """(b, t): the positions before the first one of their row where ``mask`` is true; all of a row where none is."""
+    return mask.cumsum(dim=1) == 0
+
+
+def prompts_at(model: nn.Module, prompt: Tensor) -> AbstractContextManager[None]:
+    """While open, a model whose adapter is routed by its prompt finds it where ``prompt`` (b, t) is true; others take no notice.
+
+    Such a model reads labels to tell prompt from answer, and nothing here gives it labels.
+    """
+    tell = getattr(model, "prompt_positions", None)
+    return nullcontext() if tell is None else tell(prompt)
+
+
+def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor, prompt: Tensor | None = None) -> Tensor:
+    """(n, V) logits at the positions where ``mask`` (b, t) is true, in row-major order.
+
+    Args:
+        prompt: (b, t), where the prompts lie, for ``prompts_at``. None: in a causal model they end where reading begins, for the
+            logits at a prompt's last token are those of the answer's first one; in other models the whole text is the prompt.
+    """
+    if prompt is None:
+        prompt = before_first(F.pad(mask, (1, 0))[:, :-1]) if loss_kind(model) == "causal" else torch.ones_like(mask)
+    with logits_at(model, mask), prompts_at(model, prompt):
         logits = model(**inputs).logits
     return logits[0] if logits.shape[:2] != mask.shape else logits[mask]
 
@@ -98,13 +121,14 @@ def row_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     kind = loss_kind(model)
     if kind == "rows":
         return _classification_losses(model, inputs, labels)
+    prompt = before_first(labels != IGNORED) if kind == "causal" else torch.ones_like(labels, dtype=torch.bool)
     if kind == "causal":
         inputs.setdefault("use_cache", False)
         labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     mask = labels != IGNORED
     if not bool(mask.any()):
         raise GatewiseError("every label of the batch is -100 (ignored): there is nothing to compute a loss on")
-    logits = labelled_logits(model, inputs, mask)
+    logits = labelled_logits(model, inputs, mask, prompt)
     losses = F.cross_entropy(logits.float(), labels[mask], reduction="none")
     rows = mask.nonzero()[:, 0]
     return losses.new_zeros(len(labels)).index_add(0, rows, losses), mask.sum(dim=1)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gatewise import RoutedLoraConfig
 from gatewise.errors import GatewiseError
-from gatewise.tasks import Records, Template, evaluate
+from gatewise.losses import row_losses
+from gatewise.tasks import PadCollator, Records, Template, encode, evaluate
 from gatewise.tasks.evaluate import _generate, _shared_contexts, generation_metrics, number_metrics
 
 WORDS = ["lamp", "good", "late parcel", "the bill is wrong", "灯", "nobody knows where it is and nobody knows why", "x"]
@@ -34,7 +36,7 @@ def _choices() -> Records:
 
 @torch.no_grad()
 def _slow_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerFast, records: Records, template: Template) -> dict[str, float]:
-    """One row and one candidate at a time: full logits, log softmax, sum."""
+    """One row and one candidate at a time: full logits, log softmax, sum. The labels are those of training, -100 on the prompt."""
     model.eval()
     hits = norm_hits = tokens = 0
     loss = 0.0
@@ -43,7 +45,8 @@ def _slow_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerFast, records:
         scores, lengths = [], []
         for text in template.candidates(records, row):
             answer = tokenizer(text)["input_ids"]
-            logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(dim=-1)
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            logits = model(torch.tensor([prompt + answer]), labels=labels).logits[0].log_softmax(dim=-1)
             scores.append(sum(float(logits[len(prompt) + k - 1, token]) for k, token in enumerate(answer)))
             lengths.append(len(answer))
         gold = records.gold_index(row)
@@ -294,3 +297,53 @@ def test_an_adapter_is_measured_in_every_kind(llama: LlamaForCausalLM, tokenizer
         metrics = evaluate(model, tokenizer, Records(kind, [row], None, "rows"), max_new_tokens=3)  # type: ignore[arg-type]
         assert set(metrics) == names
         assert all(math.isfinite(value) for value in metrics.values())
+
+
+# ---- adapters that are routed by their prompt: what is measured is what was trained ----
+
+
+@pytest.fixture
+def routed(llama: LlamaForCausalLM) -> PeftModel:
+    """One whose decision from a prompt is another one with the answer in sight."""
+    model = get_peft_model(llama, RoutedLoraConfig(r=2, top_k=1, init_lora_weights=False, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_router" in name and name.endswith(("weight", "pool")):
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_candidates_of_a_routed_adapter_are_scored_as_trained(
+    routed: PeftModel, tokenizer: PreTrainedTokenizerFast, case: str, batch_size: int
+) -> None:
+    records, template = CASES[case]
+    metrics = evaluate(routed, tokenizer, records, template, batch_size=batch_size)
+    assert metrics == pytest.approx(_slow_metrics(routed, tokenizer, records, template), abs=1e-5)
+    data = PadCollator(tokenizer)(encode(records, tokenizer, template))
+    counts = (data["labels"] != -100).sum(dim=1)
+    with torch.no_grad():
+        assert metrics["loss"] == pytest.approx(float(routed(**data).loss), abs=1e-4)
+        gates = routed.routing().gates
+        sums, _ = row_losses(routed, data)
+        assert metrics["loss"] == pytest.approx(float(sums.sum() / counts.sum()), abs=1e-4)
+        torch.testing.assert_close(routed.routing().gates, gates)
+        with routed.prompt_positions(data["attention_mask"]):
+            routed(**data)
+    assert bool((counts == 1).all()) or not torch.equal(routed.routing().gates > 0, gates > 0)
+
+
+@pytest.mark.parametrize("kind", ["generation", "number"])
+def test_a_routed_adapter_writes_as_trained(routed: PeftModel, tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    names = ("source", "target") if kind == "generation" else ("question", "answer")
+    rows = [dict(zip(names, (word, f"{word} {i}"), strict=True)) for i, word in enumerate(WORDS)]
+    records = Records(kind, rows, None, "rows")  # type: ignore[arg-type]
+    features = encode(records, tokenizer, None)
+    with torch.no_grad():
+        routed(**PadCollator(tokenizer)(features))
+    trained, written = routed.routing().gates, []
+    routed.get_base_model().lm_head.register_forward_hook(lambda *_: written.append(1))
+    evaluate(routed, tokenizer, records, max_new_tokens=4)
+    assert len(written) > 1  # steps after the one that read the prompts
+    longest_first = sorted(range(len(rows)), key=lambda row: -features[row]["labels"].count(-100))
+    torch.testing.assert_close(routed.routing().gates, trained[longest_first])

@@ -1,0 +1,35 @@
+"""SPT (Zhu and Tan, EMNLP 2023, arXiv 2310.20127) as a PEFT method: soft prompts enter at the layers that deserve them.
+
+config.py what a user sets; generator.py the maths; layer.py what adapters have at one layer and block.py that layer with prompts
+in it; cache.py prompts in a key-value cache; reading.py which tokens generators read; passes.py one forward; families.py the
+supported architectures; model.py puts them together. darts.py is SPT-DARTS, which chooses the layers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gatewise.peft_types import add_peft_method
+from gatewise.prompts.config import SelectivePromptConfig
+from gatewise.prompts.model import SelectivePromptModel
+
+if TYPE_CHECKING:
+    from gatewise.prompts.darts import SearchMixin, SearchResult, SearchTrainer, retrain, search
+
+__all__ = [
+    "SearchMixin",
+    "SearchResult",
+    "SearchTrainer",
+    "SelectivePromptConfig",
+    "SelectivePromptModel",
+    "retrain",
+    "search",
+]
+
+add_peft_method("SELECTIVE_PROMPT", SelectivePromptConfig, SelectivePromptModel, prefix=SelectivePromptModel.prefix)
+
+
+def __getattr__(name: str) -> Any:
+    # Not at the top: it needs Transformers' Trainer, which may be importing PEFT just now (see _HOMES in peft_types.py).
+    if name not in __all__:
+        raise AttributeError(f"module 'gatewise.prompts' has no attribute {name!r}")
+    return getattr(import_module("gatewise.prompts.darts"), name)

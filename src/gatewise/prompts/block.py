@@ -1,0 +1,117 @@
+"""One Transformer layer that prompts pass through: it puts them in front of the text, runs as ever, and takes them off again.
+
+A layer is not given hooks; its class is exchanged for a subclass of it, as PyTorch's FSDP2 does. For gradient checkpointing runs
+``forward`` a second time in the backward pass, without hooks and when no pass is open any more. All that ``forward`` needs comes to
+it as arguments, tensors with a gradient as positional ones, and the prompt it leaves is part of what it returns: so both kinds of
+checkpointing give a plain run's gradients.
+
+Shapes: b batch, t tokens, l prompt tokens, d hidden size.
+"""
+
+import inspect
+from collections.abc import Hashable
+from functools import cache
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.errors import GatewiseError
+from gatewise.prompts.cache import prompts_arriving
+from gatewise.prompts.layer import PromptLayer, mixed
+from gatewise.prompts.passes import PassTracker, PromptPass
+
+
+class Place:
+    """Where a layer stands, and the names of its ``forward``'s arguments."""
+
+    def __init__(self, block: nn.Module, index: int, path: str, tracker: PassTracker) -> None:
+        self.index, self.path, self._tracker = index, path, tracker
+        self.names = list(inspect.signature(type(block).forward).parameters)[1:]
+
+    def enter(self) -> PromptPass | None:
+        """The pass that the layer runs in, None below the first layer with prompts, where the base model is untouched."""
+        running = self._tracker.current
+        if running is not None:
+            return running if self.index >= running.first else None
+        if not self._tracker.running:
+            raise GatewiseError(
+                f"layer {self.path} was run outside the forward of its model, so there is no text to generate prompts from: call "
+                "the model"
+            )
+        return None
+
+
+class PromptedBlock(nn.Module):
+    """What a layer's class is given in front of its own ``__call__`` and ``forward``."""
+
+    place: Place
+    selective_prompt: PromptLayer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        running = self.place.enter()
+        if running is None:
+            return super().__call__(*args, **kwargs)
+        given = {**dict(zip(self.place.names, args, strict=False)), **kwargs}
+        hidden, gate = given.pop(self.place.names[0]), running.gates.get(self.place.index)
+        given["attention_mask"] = running.mask(given.get("attention_mask"))
+        if running.text is not None and given.get("position_embeddings") is not None:
+            given["position_embeddings"] = running.positions(given["position_embeddings"])
+        # Hooks on the layer see the pair, whose first part is what they would see without prompts.
+        text, running.propagated = super().__call__(hidden, running.propagated, gate, prompt_pass=running, **given)
+        return text
+
+    def forward(self, *args: Any, prompt_pass: PromptPass | None = None, **kwargs: Any) -> Any:
+        """The layer's own; in a pass: from (h (b, t, d), p^propagated (b, l, d), a (1,)) to (h, p), with no p if it continues.
+
+        Mask and position embeddings are those of prompt and text.
+        """
+        if prompt_pass is None:
+            return super().forward(*args, **kwargs)
+        hidden, propagated, gate = args
+        if prompt_pass.text is None:
+            return super().forward(hidden, **kwargs), None
+        prompt = self._prompt(hidden, propagated, gate, prompt_pass)
+        length = prompt.shape[1]
+        filled = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
+        with prompts_arriving(filled, prompt_pass.owner, prompt_pass.adapter, length):
+            both = super().forward(torch.cat([prompt, hidden], dim=1), **kwargs)
+        return both[:, length:], both[:, :length]
+
+    def _prompt(self, hidden: Tensor, propagated: Tensor | None, gate: Tensor | None, running: PromptPass) -> Tensor:
+        if self.place.index not in running.gates:
+            assert propagated is not None
+            return propagated
+        assert running.pooling is not None
+        new = self.selective_prompt.new_prompt(running.adapter, hidden, running.pooling.to(hidden.device))
+        return mixed(propagated, new, gate, running.config.tau).to(hidden.dtype)
+
+
+def install(block: Any, place: Place) -> None:
+    """Makes a layer one that prompts pass through."""
+    block.place = place
+    _set_class(block, _prompted_class(cast(Hashable, type(block))))
+
+
+def uninstall(block: Any) -> None:
+    """Undoes ``install``, and takes the generators off."""
+    del block.place
+    if hasattr(block, "selective_prompt"):
+        del block.selective_prompt
+    _set_class(block, type(block).__mro__[2])
+
+
+@cache
+def _prompted_class(own: Hashable) -> type:
+    assert isinstance(own, type)
+    # Under the same name: wrapping policies and device maps know layers by the name of their class.
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (PromptedBlock, own), names)
+
+
+def _set_class(block: Any, kind: type) -> None:
+    block.__class__ = kind
+    # Accelerate's device hooks keep the layer's forward as it was when they were put on.
+    if isinstance(block.__dict__.get("_old_forward"), MethodType):
+        block._old_forward = MethodType(cast(Any, kind).forward, block)

@@ -1,0 +1,102 @@
+"""Prompts in a key-value cache: kept beside the text's own keys and values, so that the cache is as long as the text.
+
+Everything in Transformers that counts cached tokens (positions, masks, sliding windows, cropping, beams) then goes on as it would
+without prompts. Attention gets the prompt's keys and values in front of those the cache gives.
+
+Shapes: b batch, h heads, l prompt tokens, t tokens, c head size.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache as cached
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+@dataclass
+class CachedPrompts:
+    """The prompts of the text that filled a cache: whose they are, and keys and values (b, h, l, c) by layer."""
+
+    owner: int
+    adapter: str
+    tokens: int
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    arriving: bool = False
+
+    @property
+    def batch(self) -> int:
+        return next((len(keys) for keys, _ in self.states.values()), 0)
+
+    def change(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Applies to keys and values what was done to the rows of the cache."""
+        self.states = {layer: (rows(keys), rows(values)) for layer, (keys, values) in self.states.items()}
+
+
+class PromptedCache(Cache):
+    """What a cache's class is given in front of its own methods."""
+
+    gatewise_prompts: CachedPrompts
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stores what follows the prompt, and returns prompt and text."""
+        held = self.gatewise_prompts
+        if held.arriving:
+            front, text = slice(None, held.tokens), slice(held.tokens, None)
+            # Copies, or the views would keep the text's keys and values alive a second time.
+            held.states[layer_idx] = key_states[:, :, front].clone(), value_states[:, :, front].clone()
+            key_states, value_states = key_states[:, :, text], value_states[:, :, text]
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx not in held.states:
+            return keys, values
+        prompt_keys, prompt_values = held.states[layer_idx]
+        return torch.cat([prompt_keys, keys], dim=2), torch.cat([prompt_values, values], dim=2)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self.gatewise_prompts.change(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.gatewise_prompts.change(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.gatewise_prompts.change(lambda states: states[indices, ...])
+
+    def reset(self) -> None:
+        super().reset()
+        self.gatewise_prompts.states.clear()
+
+
+@contextmanager
+def prompts_arriving(cache: Any, owner: int, adapter: str, tokens: int) -> Iterator[None]:
+    """While open, keys and values given to the cache (None: there is none) begin with those of ``tokens`` prompt tokens."""
+    if cache is None:
+        yield
+        return
+    if not isinstance(cache, PromptedCache):
+        cache.__class__ = _prompted_class(cast(Hashable, type(cache)))
+        cache.gatewise_prompts = CachedPrompts(owner, adapter, tokens)
+    held = cache.gatewise_prompts
+    held.owner, held.adapter, held.tokens, held.arriving = owner, adapter, tokens, True
+    try:
+        yield
+    finally:
+        held.arriving = False
+
+
+def prompts_of(cache: Any) -> CachedPrompts | None:
+    """The prompts in a cache, None if there are none."""
+    held = cache.gatewise_prompts if isinstance(cache, PromptedCache) else None
+    return held if held is not None and held.states else None
+
+
+@cached
+def _prompted_class(own: Hashable) -> type:
+    assert isinstance(own, type)
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (PromptedCache, own), names)

@@ -1,0 +1,279 @@
+"""SPT-DARTS: which layers deserve a prompt, and the training of those. SPT, arXiv 2310.20127.
+
+Bi-level and first order (``gatewise.bilevel``): generators and task head w move on one half of the training data, gate logits α on
+the other. Its two additions over DARTS, each a switch, are reconstructed:
+
+    re-parameterised gates   â_i = a_i · Σ_j a_j / detach(Σ_j a_j)
+    consistency              L(w) = CE(f_1) + λ · ½ (KL(f_1 ‖ f_2) + KL(f_2 ‖ f_1))
+
+where f_1 and f_2 are two passes of a batch with different random subsets of the gates dropped, so that the searched network behaves
+like the discrete one that it will become. Gates move on passes without drops.
+
+Shapes: b batch, t tokens, n layers, s steps, c classes or vocabulary.
+"""
+
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gatewise.bilevel import BilevelMixin, split_in_half
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_file
+from gatewise.losses import IGNORED, LossKind, loss_kind
+from gatewise.prompts.config import SelectivePromptConfig
+from gatewise.prompts.model import SelectivePromptModel
+
+GATES_FILE = "gates.safetensors"
+GATE_LOGITS = r"\.spt_gate_logit\."
+"""The α among a model's parameters, for ``upper_parameters``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        gates: a (s + 1, n) before the first step and after each lower step.
+        layers: the chosen layers, in order.
+        config: the discrete model's configuration, for ``retrain`` or ``get_peft_model``.
+    """
+
+    gates: Tensor
+    layers: list[int]
+    config: SelectivePromptConfig
+
+
+class SearchMixin(BilevelMixin):
+    """Adds SPT-DARTS to the ``Trainer`` that follows it. Its model is a ``PeftModel`` with an active hyper-network.
+
+    A resumed run equals one never stopped, bit by bit on the CPU, the trajectory of the gates included.
+
+    Args:
+        reparameterise: re-parameterised gates in upper steps.
+        consistency: λ; 0 turns the second pass and all drops off.
+        drop: the probability that a gate is dropped in a pass of a lower step.
+        Others: those of ``BilevelMixin`` (``upper_parameters`` are the gates) and the Trainer.
+
+    Raises:
+        GatewiseError: no hyper-network, or a value out of range.
+    """
+
+    def __init__(self, *args: Any, reparameterise: bool = True, consistency: float = 1.0, drop: float = 0.5, **kwargs: Any) -> None:
+        if not 0 <= consistency < float("inf"):
+            raise GatewiseError(f"consistency is {consistency!r}: expected a weight of at least 0; 0 turns it off")
+        if not 0 < drop < 1:
+            raise GatewiseError(f"drop is {drop!r}: expected a probability between 0 and 1")
+        self.reparameterise, self.consistency, self.drop = reparameterise, consistency, drop
+        self.trajectory: list[Tensor] = []
+        self._dropped: Tensor | None = None
+        super().__init__(*args, upper_parameters=GATE_LOGITS, **kwargs)
+        hyper_network(self.model)
+        self.add_callback(_Trajectory(self))
+
+    @property
+    def gates(self) -> Tensor:
+        """a (s + 1, n) so far."""
+        return torch.stack(self.trajectory)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The Trainer's, with gates dropped."""
+        self._dropped = self._draw() if self.consistency else None
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._dropped = None
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with the gates as they are in this step."""
+        tuner = hyper_network(self.model)
+        dropping = nullcontext() if self._dropped is None else tuner.gates_dropped(self._dropped)
+        with tuner.gates_reparameterised(self.reparameterise), dropping:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def extra_lower_loss(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
+        """λ times the distance between the outputs and those of a second pass with other gates dropped."""
+        if not self.consistency:
+            return None
+        tuner = hyper_network(self.model)
+        with tuner.gates_dropped(self._draw()):
+            other = model(**inputs)
+        return self.consistency * distance(outputs["logits"], other["logits"], inputs["labels"], loss_kind(tuner.model))
+
+    def _draw(self) -> Tensor:
+        # From the CPU's generator, whose state checkpoints hold.
+        return torch.rand(len(hyper_network(self.model).gates())) < self.drop
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            with whole_file(Path(output_dir) / GATES_FILE) as part:
+                save_file({"gates": self.gates}, part)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            path = Path(checkpoint) / GATES_FILE
+            try:
+                self.trajectory = list(load_file(path)["gates"].unbind())
+            except (OSError, SafetensorError, KeyError) as error:
+                raise GatewiseError(f"{path} cannot be read ({error}): resume from a checkpoint that a search wrote") from error
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+class SearchTrainer(SearchMixin, Trainer):
+    """``transformers.Trainer`` with SPT-DARTS: see ``SearchMixin``."""
+
+
+class _Trajectory(TrainerCallback):
+    """Notes the gates; it comes after the upper steps, which are the first callback."""
+
+    def __init__(self, trainer: SearchMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.trainer.trajectory = [hyper_network(self.trainer.model).gates()]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.trajectory.append(hyper_network(self.trainer.model).gates())
+
+
+def search(
+    model: PeftModel,
+    train_dataset: Any,
+    args: TrainingArguments,
+    *,
+    keep: int,
+    trainer_class: Any = SearchTrainer,
+    resume_from_checkpoint: str | bool | None = None,
+    **settings: Any,
+) -> SearchResult:
+    """Trains a hyper-network by SPT-DARTS and keeps the layers with the largest gates.
+
+    Args:
+        model: with an active ``SelectivePromptConfig(prompt_layers=None)``; it is left as the search trained it.
+        train_dataset: rows for the Trainer's collator. A random half (by ``args.seed``) trains the weights, the other the gates.
+        keep: K, how many layers to keep.
+        trainer_class: a ``SearchMixin`` on any Trainer.
+        resume_from_checkpoint: as in ``Trainer.train``.
+        settings: for the trainer: ``reparameterise``, ``consistency``, ``drop``, ``data_collator`` and so on. Unless told otherwise
+            upper steps are Adam's with 1e-2 and betas (0.5, 0.999) (reconstructed: DARTS's but for a learning rate that moves gates
+            within a few hundred steps).
+
+    Raises:
+        GatewiseError: no hyper-network, or K out of range; and what ``BilevelMixin`` refuses.
+    """
+    tuner = hyper_network(model)
+    chosen_layers(tuner.gates(), keep)
+    weights, upper = split_in_half(train_dataset, args.seed)
+    settings = {"upper_learning_rate": 1e-2, "upper_optim": "adam", "upper_betas": (0.5, 0.999), **settings}
+    trainer = trainer_class(model=model, args=args, train_dataset=weights, upper_dataset=upper, **settings)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    layers = chosen_layers(trainer.gates[-1], keep)
+    config: Any = tuner.peft_config[tuner.active_adapters[0]]
+    return SearchResult(trainer.gates, layers, discrete_config(config, layers))
+
+
+def retrain(
+    model: Any,
+    config: SelectivePromptConfig,
+    train_dataset: Any,
+    args: TrainingArguments,
+    *,
+    trainer_class: Any = Trainer,
+    resume_from_checkpoint: str | bool | None = None,
+    **settings: Any,
+) -> PeftModel:
+    """Trains a discrete model from scratch on all of the data.
+
+    Args:
+        model: the base model; or the ``PeftModel`` of a search, whose adapters and trained heads are taken off first.
+        config: such as ``SearchResult.config``.
+        settings: for the Trainer.
+
+    Raises:
+        GatewiseError: the configuration is that of a hyper-network.
+    """
+    if config.prompt_layers is None:
+        raise GatewiseError(
+            "the configuration has prompt_layers=None, which is the hyper-network: give it the layers that were chosen"
+        )
+    adapted = get_peft_model(_without_adapters(model), dataclasses.replace(config))
+    assert isinstance(adapted, PeftModel)
+    trainer = trainer_class(model=adapted, args=args, train_dataset=train_dataset, **settings)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    return adapted
+
+
+def chosen_layers(gates: Tensor, keep: int) -> list[int]:
+    """The ``keep`` layers with the largest a (n,), in order; of equal ones the lower.
+
+    Raises:
+        GatewiseError: ``keep`` is not a number of layers.
+    """
+    if type(keep) is not int or not 1 <= keep <= len(gates):
+        raise GatewiseError(f"keep is {keep!r}: expected a whole number from 1 to {len(gates)}, the model's layers")
+    return sorted(gates.sort(descending=True, stable=True).indices[:keep].tolist())
+
+
+def discrete_config(config: SelectivePromptConfig, layers: list[int]) -> SelectivePromptConfig:
+    """The configuration of the discrete model with prompts at ``layers``, from that of its hyper-network."""
+    saved = None if config.modules_to_save is None else list(dict.fromkeys(config.modules_to_save))
+    return dataclasses.replace(config, prompt_layers=list(layers), modules_to_save=saved, inference_mode=False)
+
+
+def distance(one: Tensor, other: Tensor, labels: Tensor, kind: LossKind) -> Tensor:
+    """How far two outputs lie apart, the mean over rows or labelled positions: ½ (KL(p ‖ q) + KL(q ‖ p)), a scalar.
+
+    For a regression or several labels a row it is the mean squared difference of the outputs.
+
+    Args:
+        one, other: logits (b, c) or (b, t, c).
+        labels: (b,), (b, c) or (b, t) with -100 where ignored.
+        kind: as ``gatewise.losses.loss_kind`` gives it.
+    """
+    if kind == "rows":
+        if one.shape[-1] == 1 or labels.ndim > 1:
+            return F.mse_loss(one.float(), other.float())
+    else:
+        if kind == "causal":
+            one, other, labels = one[:, :-1], other[:, :-1], labels[:, 1:]
+        kept = (labels != IGNORED).to(one.device)
+        one, other = one[kept], other[kept]
+    p, q = one.float().log_softmax(dim=-1), other.float().log_softmax(dim=-1)
+    return ((p.exp() - q.exp()) * (p - q)).sum(dim=-1).mean() / 2
+
+
+def hyper_network(model: Any) -> SelectivePromptModel:
+    """The tuner of a ``PeftModel`` whose active adapter is a hyper-network.
+
+    Raises:
+        GatewiseError: it is not one.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    if not isinstance(tuner, SelectivePromptModel) or not tuner.active_adapters or not tuner.gate_parameters():
+        raise GatewiseError(
+            "a search needs a PeftModel with a hyper-network: get_peft_model(model, SelectivePromptConfig(prompt_layers=None))"
+        )
+    return tuner
+
+
+def _without_adapters(model: Any) -> Any:
+    """The base model with the heads it had before they were trained."""
+    if not isinstance(model, PeftModel):
+        return model
+    inner = model.get_base_model()
+    heads = {name: module.original_module for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    base: Any = model.base_model.unload()  # type: ignore[operator]
+    for name, head in heads.items():
+        base.set_submodule(name, head)
+    return base

@@ -1,0 +1,85 @@
+"""The architectures that selective prompts are built and tested for, and where they keep what the prompts need."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gatewise.errors import GatewiseError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths in the Transformer under a model's head: its list of layers, and its rotary embedding if it has one.
+
+    Without a rotary embedding positions are learned and added below the first layer, so real tokens keep theirs by themselves.
+    """
+
+    layers: str
+    rotary: str | None = None
+    causal: bool = False
+
+
+_ROTARY_DECODER = Family("layers", "rotary_emb", causal=True)
+FAMILIES = {
+    "llama": _ROTARY_DECODER,
+    "gemma3_text": _ROTARY_DECODER,
+    "qwen2": _ROTARY_DECODER,
+    "qwen3": _ROTARY_DECODER,
+    "gpt2": Family("h", causal=True),
+    "bert": Family("encoder.layer"),
+    "roberta": Family("encoder.layer"),
+}
+"""By ``config.model_type``."""
+
+# Settings of a configuration that change what attends to what, where prompts have no place in the result.
+_REFUSED = {
+    "add_cross_attention": (True, "cross-attention reads a second text"),
+    "use_bidirectional_attention": (True, "its decoder attends in both directions"),
+    "is_causal": (False, "its decoder attends in both directions"),
+}
+
+
+class Transformer:
+    """The stack of layers of a model.
+
+    Attributes:
+        model: the Transformer under the head.
+        path, layers: path of the list of layers in the whole model, and its modules.
+        rotary: the module that makes rotary position embeddings, if there is one.
+        around: all Transformers models that hold the layers, the outermost first.
+
+    Raises:
+        GatewiseError: an architecture that is not supported.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise GatewiseError(f"selective prompts go into Transformers models, not into a {type(model).__name__}")
+        config: Any = model.config
+        if config.model_type not in FAMILIES:
+            raise GatewiseError(
+                f"selective prompts are not built for {config.model_type} models: supported are {', '.join(FAMILIES)}"
+            )
+        self.family = FAMILIES[config.model_type]
+        for name, (value, why) in _REFUSED.items():
+            if getattr(config, name, None) is value:
+                raise GatewiseError(
+                    f"this {config.model_type} model has {name}={value} ({why}), which selective prompts do not support"
+                )
+        if not self.family.causal and getattr(config, "is_decoder", False):
+            raise GatewiseError(
+                f"this {config.model_type} model is configured as a decoder (is_decoder=True): selective prompts support it "
+                "as an encoder"
+            )
+        self.model: nn.Module = model.base_model
+        layers = self.model.get_submodule(self.family.layers)
+        self.path = next(name for name, module in model.named_modules() if module is layers)
+        self.layers: list[nn.Module] = list(layers.children())
+        self.rotary = None if self.family.rotary is None else self.model.get_submodule(self.family.rotary)
+        self.around = [
+            module
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and any(m is layers for m in module.modules())
+        ]

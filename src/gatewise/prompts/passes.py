@@ -1,0 +1,252 @@
+"""One forward of the base model with prompts in it: what its layers need to know, and when it begins and ends.
+
+A pass that finds tokens in the key-value cache continues a text: its prompts are in the cache, and no generator runs. Any other
+pass begins a text.
+
+Shapes: b batch, t tokens, l prompt tokens, c head size.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.errors import GatewiseError
+from gatewise.prompts.cache import PromptedCache, prompts_of
+from gatewise.prompts.config import SelectivePromptConfig
+from gatewise.prompts.families import Transformer
+from gatewise.prompts.generator import pooling_weights
+from gatewise.prompts.reading import Call, Text, inputs_of, read_text
+
+Gates = Mapping[int, Tensor | None]
+"""a_i (1,) by the number of the layer, None for one."""
+_Made = TypeVar("_Made")
+_owners = count()
+
+
+@dataclass(eq=False)
+class PromptPass:
+    """A pass in which prompts of one adapter are at work. What layers share is made once.
+
+    Attributes:
+        owner: whose prompts go into caches.
+        gates: of the layers with a new prompt, in order; the first of them is the first layer with prompts at all.
+        text: None if the pass continues one.
+        propagated: the prompt (b, l, d) that the layer below left, set from layer to layer.
+        tokens: t.
+    """
+
+    owner: int
+    adapter: str
+    config: SelectivePromptConfig
+    causal: bool
+    gates: Gates
+    text: Text | None
+    tokens: int
+    propagated: Tensor | None = None
+    pooling: Tensor | None = None
+    rotary: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    _masks: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.first = next(iter(self.gates))
+        if self.text is not None:
+            self.pooling = pooling_weights(self.text.prompt, self.config.num_prompt_tokens)
+
+    def mask(self, given: Tensor | None) -> Tensor | None:
+        """The mask that goes with the prompt in front, from that of the text alone."""
+        if given is None:
+            # Plain attention, causal or not, stays what it is with more tokens in front; while decoding there is one new token.
+            return None
+        return _once(self._masks, given, self._with_prompt)
+
+    def positions(self, given: Any) -> Any:
+        """Rotary embeddings of prompt and text, for those of the text that a layer is given."""
+        return self.rotary[id(given[0])][1]
+
+    def _with_prompt(self, given: Tensor) -> Tensor:
+        length = self.config.num_prompt_tokens
+        seen, unseen = (True, False) if given.dtype == torch.bool else (0.0, torch.finfo(given.dtype).min)
+        front = given.new_full((*given.shape[:-1], length), seen)
+        rows = torch.cat([front, given], dim=-1)
+        if self.text is None:
+            return rows
+        # What the prompt tokens see: themselves, in a causal model those before; and in an encoder the text.
+        square = given.new_full((length, length), unseen)
+        square = square.masked_fill(torch.ones_like(square, dtype=torch.bool).tril(), seen) if self.causal else square.fill_(seen)
+        text = given.new_full((len(given), 1, 1, given.shape[-1]), unseen)
+        if not self.causal:
+            text = text.masked_fill(self.text.present[:, None, None, :].to(given.device), seen)
+        own = torch.cat([square.expand(*given.shape[:2], -1, -1), text.expand(*given.shape[:2], length, -1)], dim=-1)
+        return torch.cat([own, rows], dim=-2)
+
+
+def _once(made: dict[int, tuple[Any, Any]], given: Any, make: Callable[[Any], _Made]) -> _Made:
+    """make(given), once for each; the given one is kept, so that no other can come to have its id."""
+    if id(given) not in made:
+        made[id(given)] = given, make(given)
+    return made[id(given)][1]
+
+
+class PassTracker:
+    """Watches the base model's forwards through hooks. ``current`` is the pass that runs, None when prompts are not at work.
+
+    Args:
+        transformer: where the layers are.
+        causal: whether labels tell prompt from answer.
+        active: (name, configuration, gates) of the adapter in use, None while there is none; its gates keep their graph.
+    """
+
+    def __init__(
+        self, transformer: Transformer, causal: bool, active: Callable[[], tuple[str, SelectivePromptConfig, Gates] | None]
+    ) -> None:
+        self.current: PromptPass | None = None
+        self.running = False
+        self._transformer, self._causal, self._active = transformer, causal, active
+        self._owner = next(_owners)
+        self._watched: Sequence[nn.Module] = transformer.around
+        self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in self._watched]
+        self._opened_by: int | None = None
+        self._call = Call()
+        self._told: Tensor | None = None
+        self._handles = [
+            handle
+            for module in self._watched
+            for handle in (
+                module.register_forward_pre_hook(self._begin, with_kwargs=True),
+                module.register_forward_hook(self._end, always_call=True),
+            )
+        ]
+        if transformer.rotary is not None:
+            self._handles.append(transformer.rotary.register_forward_hook(self._add_positions, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def call(self, call: Call) -> Iterator[None]:
+        """While open, forwards belong to this call of PEFT's ``forward`` or ``generate``."""
+        before, self._call = self._call, call
+        try:
+            yield
+        finally:
+            self._call = before
+
+    @contextmanager
+    def told(self, prompt: Tensor) -> Iterator[None]:
+        """While open, texts have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
+        before, self._told = self._told, prompt
+        try:
+            yield
+        finally:
+            self._told = before
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place = next((index for index, one in enumerate(self._watched) if one is module), None)
+        if place is None:
+            raise GatewiseError(
+                "selective prompts do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
+            )
+        # An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last one was interrupted.
+        if self._opened_by is not None and self._opened_by < place:
+            return
+        self._opened_by, self.current, self.running = place, None, True
+        self.current = self._pass({**dict(zip(self._names[place], args, strict=False)), **kwargs}, module)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._opened_by is None or self._watched[self._opened_by] is not module:
+            return None
+        done = self.current
+        self._opened_by, self.current, self.running = None, None, False
+        return None if done is None or output is None else _without_prompts(output, done)
+
+    def _pass(self, arguments: Mapping[str, Any], module: Any) -> PromptPass | None:
+        cache = arguments.get("cache") if arguments.get("cache") is not None else arguments.get("past_key_values")
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            raise GatewiseError(
+                f"past_key_values is a {type(cache).__name__}: expected a Cache of Transformers, such as DynamicCache()"
+            )
+        continues = cache is not None and int(cache.get_seq_length()) > 0
+        active = self._active()
+        if active is None:
+            if continues and prompts_of(cache) is not None:
+                raise GatewiseError(
+                    "the key-value cache was filled with prompts of an adapter that is not in use now: start with an empty cache"
+                )
+            return None
+        adapter, config, gates = active
+        if module.config._attn_implementation not in ("sdpa", "eager"):
+            raise GatewiseError(
+                f"attn_implementation is {module.config._attn_implementation!r}, whose masks selective prompts do not make: load "
+                "the model with attn_implementation='sdpa' or 'eager'"
+            )
+        inputs = inputs_of(arguments)
+        batch, tokens = inputs.shape[:2]
+        text = None
+        if continues:
+            self._check_continued(cache, adapter, batch)
+        else:
+            if isinstance(cache, PromptedCache):
+                cache.gatewise_prompts.states.clear()
+            if cache is not None and self._call.width is not None and tokens < self._call.width:
+                raise GatewiseError(
+                    f"the prompt of {self._call.width} tokens was cut into chunks of {tokens}, but generators have to read all of "
+                    "it first: leave prefill_chunk_size out"
+                )
+            training = module.training and torch.is_grad_enabled()
+            text = read_text(arguments, self._call, self._told, self._causal, training)
+        return PromptPass(self._owner, adapter, config, self._transformer.family.causal, gates, text, tokens)
+
+    def _check_continued(self, cache: Any, adapter: str, batch: int) -> None:
+        held = prompts_of(cache)
+        if held is None or held.owner != self._owner:
+            raise GatewiseError(
+                "the key-value cache holds tokens of a text that this model's selective prompts did not read: run the text "
+                "through this model first, with its adapter active and an empty cache"
+            )
+        if held.adapter != adapter:
+            raise GatewiseError(
+                f"the key-value cache was filled with adapter {held.adapter!r}, but {adapter!r} is in use now: start with an empty "
+                "cache after changing adapters"
+            )
+        if held.batch != batch:
+            raise GatewiseError(
+                f"the key-value cache belongs to {held.batch} texts, but the batch has {batch} rows: give the rows that filled it, "
+                "or start with an empty cache"
+            )
+
+    def _add_positions(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Makes rotary embeddings for the prompt too, at the l positions before the first token of each row.
+
+        Those may be negative. Attention sees differences of positions only, so that is the same as prompts from 0 on and a text
+        that is moved up, but the text and what is in the cache stay where they are.
+        """
+        running = self.current
+        if running is None or running.text is None:
+            return
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        present = running.text.present
+        positions = bound.arguments["position_ids"].expand(*present.shape)
+        first = positions.gather(1, present.int().argmax(dim=1, keepdim=True).to(positions.device))
+        before = torch.arange(-running.config.num_prompt_tokens, 0, device=positions.device)
+        bound.arguments["position_ids"] = torch.cat([first + before, positions], dim=1)
+        running.rotary[id(output[0])] = output, module.forward(*bound.args, **bound.kwargs)
+
+
+def _without_prompts(output: Any, done: PromptPass) -> Any:
+    """Takes the prompt's rows and columns out of the attentions among the outputs; the rest of a row adds up to less than one."""
+    attentions = output.get("attentions") if isinstance(output, dict) else None
+    if not attentions:
+        return None
+    length = done.config.num_prompt_tokens
+    output["attentions"] = tuple(
+        weights if layer < done.first else weights[..., -done.tokens :, length:] for layer, weights in enumerate(attentions)
+    )
+    return output

@@ -1,0 +1,111 @@
+"""Which tokens of a call the generators read: the prompt, never an answer, never padding.
+
+Shapes: b batch, t tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatewise.errors import GatewiseError
+from gatewise.losses import IGNORED, before_first
+
+
+@dataclass(frozen=True)
+class Call:
+    """What PEFT's ``forward`` or ``generate`` was given: the prompts' width, and which of their columns are no padding."""
+
+    width: int | None = None
+    attention_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A batch: ``present`` (b, t) is true at its tokens, ``prompt`` (b, t) at those of them that generators read."""
+
+    present: Tensor
+    prompt: Tensor
+
+
+def inputs_of(arguments: Mapping[str, Any]) -> Tensor:
+    """The ids (b, t) or embeddings (b, t, d) of a call.
+
+    Raises:
+        GatewiseError: there are none, or several texts a row.
+    """
+    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    inputs, dimensions = (ids, 2) if ids is not None else (embeddings, 3)
+    if not isinstance(inputs, Tensor) or inputs.ndim != dimensions:
+        raise GatewiseError(
+            "selective prompts read one text a row: the model was called without input_ids of shape (b, t) or inputs_embeds of "
+            "shape (b, t, d)"
+        )
+    return inputs
+
+
+def read_text(arguments: Mapping[str, Any], call: Call, told: Tensor | None, causal: bool, training: bool) -> Text:
+    """Where the tokens lie, and the prompts.
+
+    In a causal model the prompt is what was told or, else, what stands before the first label that is not -100 or, else, what
+    ``generate`` was given or, else, everything. A row without a prompt (plain language modelling, all labels) has its first token
+    for one, which no position predicts. Elsewhere the text is the prompt.
+
+    Raises:
+        GatewiseError: shapes that do not fit, packed rows, or a causal model that is trained without a word on its prompts.
+    """
+    inputs = inputs_of(arguments)
+    batch, tokens = inputs.shape[:2]
+    present = _present(arguments, call, inputs)
+    prompt, labels = present, arguments.get("labels")
+    if told is not None:
+        prompt = present & _fitted(told, batch, tokens).to(present.device)
+    elif causal and isinstance(labels, Tensor) and labels.shape == (batch, tokens):
+        prompt = present & before_first(labels != IGNORED).to(present.device)
+    elif causal and training:
+        raise GatewiseError(
+            "a decoder with selective prompts was trained without labels in its call, so that prompts would be generated from the "
+            "answers: pass labels with -100 before the answer, or run the forward under model.prompt_positions(mask)"
+        )
+    elif causal and call.width is not None:
+        prompt = present & (torch.arange(tokens, device=present.device) < call.width)
+    first = present & (present.cumsum(dim=1) == 1)
+    return Text(present, torch.where(prompt.any(dim=1, keepdim=True), prompt, first))
+
+
+def _present(arguments: Mapping[str, Any], call: Call, inputs: Tensor) -> Tensor:
+    batch, tokens = inputs.shape[:2]
+    mask: Any = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        if call.width is None:
+            raise GatewiseError("attention_mask is not of shape (b, t): selective prompts need to know which tokens are padding")
+        # Inside `generate` with a static cache the model gets the mask of its attention instead of the one that was given.
+        given = call.attention_mask
+        mask = _seen_by_the_last_token(mask, tokens) if given is None else given.repeat_interleave(batch // len(given), dim=0)
+    if mask is None:
+        positions = arguments.get("position_ids")
+        if isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any()):
+            raise GatewiseError(
+                "a row holds several packed samples, but a prompt stands in front of one: train without packing and padding_free"
+            )
+        return torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
+    return mask[:, -tokens:].to(inputs.device).bool()
+
+
+def _fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
+    if prompt.ndim != 2 or len(prompt) != batch or prompt.shape[1] > tokens:
+        raise GatewiseError(f"prompt positions of shape {tuple(prompt.shape)} were given for a batch of shape ({batch}, {tokens})")
+    return F.pad(prompt.bool(), (0, tokens - prompt.shape[1]), value=False)
+
+
+def _seen_by_the_last_token(mask: Any, tokens: int) -> Tensor | None:
+    """The tokens (b, t) of a prompt that its last one attends to: with padding on the left, all that are no padding."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor):
+        return None
+    row = mask[:, 0, -1, :tokens]
+    return row if row.dtype == torch.bool else row == 0

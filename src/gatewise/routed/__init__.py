@@ -1,0 +1,28 @@
+"""MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035) as a PEFT method: the prompt picks a layer's LoRA modules once.
+
+config.py what a user sets; router.py the maths; layer.py one LoRA module and block.py one Transformer layer; stack.py finds them;
+request.py which prompt a forward belongs to; balance.py the extra loss; model.py puts them together; statistics.py what was routed
+where, log.py the same in a Trainer's logs.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from gatewise.peft_types import add_peft_method
+from gatewise.routed.config import RoutedLoraConfig
+from gatewise.routed.model import RoutedLoraModel
+from gatewise.routed.statistics import Routing, RoutingStatistics
+
+if TYPE_CHECKING:
+    from gatewise.routed.log import RoutingLog
+
+__all__ = ["RoutedLoraConfig", "RoutedLoraModel", "Routing", "RoutingLog", "RoutingStatistics"]
+
+add_peft_method("ROUTED_LORA", RoutedLoraConfig, RoutedLoraModel, prefix=RoutedLoraModel.prefix)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RoutingLog":
+        raise AttributeError(f"module 'gatewise.routed' has no attribute {name!r}")
+    from gatewise.routed.log import RoutingLog
+
+    return RoutingLog

@@ -1,0 +1,283 @@
+"""``RoutedLoraModel``: PEFT's ``LoraModel`` whose adapters route every prompt to some of their modules. MiLoRA, arXiv 2410.18035.
+
+Shapes: b batch, t tokens, l layers, m experts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NoReturn
+
+import torch
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gatewise.errors import GatewiseError
+from gatewise.losses import LossKind, loss_kind
+from gatewise.routed.balance import with_balance
+from gatewise.routed.block import BlockDecision, BlockRouting, install, uninstall
+from gatewise.routed.config import RoutedLoraConfig
+from gatewise.routed.layer import NO_MERGE, RoutedLinear
+from gatewise.routed.request import BASE, Call, Pass, Request, RequestTracker, by_row
+from gatewise.routed.router import Router, balance
+from gatewise.routed.stack import Stack
+from gatewise.routed.statistics import Routing, RoutingStatistics, routing_of, statistics_of
+
+
+class RoutedLoraModel(LoraModel):
+    """The tuner behind ``RoutedLoraConfig``. Its methods can be called on the ``PeftModel``.
+
+    A prompt is what the model is called with: without padding, and in a causal model without the answer, that is, before the first
+    label that is not -100, or all that ``generate`` was given. A row with labels from its start on (plain language modelling) is
+    its own prompt. The decision holds for the whole row, and for every token that is added with its key-value cache, in
+    ``generate`` and in loops of one's own. A cache that already holds tokens brings the decision of the prompt that filled it;
+    start with an empty one to route anew. Loops without a cache start a request with every call: run them under
+    ``prompt_positions``. One thread at a time can call the model.
+
+    In training the load-balancing loss joins the loss that the model returns by itself; loops that compute a loss of their own add
+    ``balance_loss()``.
+    """
+
+    tuner_layer_cls: type[LoraLayer] = RoutedLinear
+    uses_shared_state = True  # PEFT then refuses to put the layers into a model without this tuner, which routes them
+    _blocks: list[BlockRouting]
+    _stack: Stack
+    _tracker: RequestTracker
+    _enabled: bool
+    _kind: LossKind
+    _routers_to_add: dict[str, int]
+
+    # ---- putting adapters on, and taking them off ----
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise GatewiseError(f"routed adapters go on Transformers models, not on a {type(model).__name__}")
+        kind = loss_kind(model)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise GatewiseError(
+                "the base model carries an adapter already: add routed adapters to a routed PeftModel with add_adapter or "
+                "load_adapter, or call unload() on the other one first"
+            )
+        if kind == "causal" and model.get_output_embeddings() is None:
+            kind = "rows"  # a backbone without a head writes no answers
+        self._enabled, self._kind = True, kind
+        self._stack = Stack(model)
+
+    def _install(self, model: nn.Module) -> None:
+        first = self._stack.layers[0]
+        around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(inner is first for inner in m.modules())]
+        self._tracker = RequestTracker(around, self._kind, self._routed_adapters, self._finish)
+        self._blocks = [
+            BlockRouting(index, f"{self._stack.path}.{index}", self._tracker) for index in range(len(self._stack.layers))
+        ]
+        for layer, block in zip(self._stack.layers, self._blocks, strict=True):
+            install(layer, block)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, RoutedLoraConfig)
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            config.target_modules = set(self._stack.linear_modules(model))  # type: ignore[assignment]
+        experts = self._stack.experts(model, config)
+        for index, paths in experts.items():
+            if config.top_k > len(paths):
+                raise GatewiseError(
+                    f"top_k is {config.top_k}, but layer {self._stack.path}.{index} has {len(paths)} experts: give at most that"
+                )
+        self._routers_to_add = {paths[0]: len(paths) for paths in experts.values()}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not hasattr(self, "_tracker"):
+            self._install(model)
+        self._refresh()
+
+    def _create_and_replace(  # type: ignore[override]
+        self, lora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **kwargs: Any
+    ) -> None:
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        experts = self._routers_to_add.get(current_key)
+        if experts is not None:
+            layer = getattr(parent, target_name)
+            width = self.model.config.get_text_config().hidden_size
+            router = Router(width, experts, lora_config.pooler, lora_config.activation, lora_config.normalize_states)
+            router.requires_grad_(adapter_name in self.active_adapters and not lora_config.inference_mode)
+            layer.lora_router[adapter_name] = router
+            layer._move_adapter_to_device_of_base_layer(adapter_name)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> RoutedLinear:
+        return RoutedLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter with its routers. If it was the active one, another is active afterwards, the same in every layer."""
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        self._tracker.forget(adapter_name)
+        left = [name for name in self.active_adapters if name in self.peft_config] or list(self.peft_config)[:1]
+        if was_active and left:  # each layer chose for itself, among the adapters that it has
+            self.set_adapter(left if len(left) > 1 else left[0])
+        self._refresh()
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters, hooks or routed layers."""
+        model = super().unload()
+        self._tracker.remove()
+        for layer in self._stack.layers:
+            uninstall(layer)
+        return model
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._enabled = enabled
+
+    def _refresh(self) -> None:
+        for layer, block in zip(self._stack.layers, self._blocks, strict=True):
+            block.refresh(layer, self.peft_config)
+
+    # ---- what cannot be done ----
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: which modules are added depends on the prompt.
+
+        Raises:
+            GatewiseError: always.
+        """
+        raise GatewiseError(NO_MERGE)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, as ``merge_adapter`` is."""
+        raise GatewiseError(NO_MERGE)
+
+    def unmerge_adapter(self) -> None:
+        """Nothing is ever merged."""
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the sum of two adapters would need one router that decides as both of theirs do."""
+        raise GatewiseError(
+            "routed adapters cannot be added up, because each has routers of its own: make them active together with "
+            "base_model.set_adapter([...]), or train one adapter on both tasks"
+        )
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise GatewiseError(
+            "a routed adapter cannot be converted to plain LoRA: leave path_initial_model_for_weight_conversion out"
+        )
+
+    # ---- requests ----
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Opened by PEFT around ``forward`` and ``generate``: keeps what they were given that the base model does not get."""
+        names = kwargs.get("adapter_names")
+        with ExitStack() as stack:
+            if names is not None:
+                self._check_names(names)
+                for module in self.modules():
+                    if isinstance(module, AuxiliaryTrainingWrapper):
+                        stack.callback(module.register_forward_pre_hook(_names_for(names), with_kwargs=True).remove)
+            given = next(
+                (
+                    x
+                    for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1])
+                    if x is not None
+                ),
+                None,
+            )
+            mask = kwargs.get("attention_mask")
+            width = given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else None
+            stack.enter_context(self._tracker.call(Call(names, width, mask if isinstance(mask, Tensor) else None)))
+            yield
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        if self.training:
+            raise GatewiseError(
+                "adapter_names was given in training mode, where one adapter serves the whole batch: call model.eval()"
+            )
+        unknown = sorted({name for name in names if name != BASE and name not in self.peft_config})
+        if unknown:
+            raise GatewiseError(
+                f"adapter_names has {', '.join(map(repr, unknown))}; the model has {', '.join(map(repr, self.peft_config))}, and "
+                f"{BASE!r} stands for the base model"
+            )
+
+    def prompt_positions(self, prompt: Tensor) -> AbstractContextManager[None]:
+        """While open, prompts lie where ``prompt`` (b, t) is true: for calls without labels that hold answers too.
+
+        It goes before labels; padding is never part of a prompt. Columns beyond those of ``prompt`` belong to no prompt.
+        """
+        return self._tracker.told(prompt)
+
+    def _routed_adapters(self) -> list[str]:
+        return self.active_adapters if self._enabled else []
+
+    # ---- what was decided ----
+
+    def routing(self) -> Routing:
+        """The decision of the last call: gates (b, l, m), and the names of layers and modules. Rows are those that ran, beams too.
+
+        Raises:
+            GatewiseError: no prompt has been routed yet.
+        """
+        return routing_of(*self._last())
+
+    def routing_statistics(self) -> RoutingStatistics:
+        """Share of every expert, balance loss and entropy of the last call's decision.
+
+        Raises:
+            GatewiseError: no prompt has been routed yet.
+        """
+        return statistics_of(*self._last())
+
+    def balance_loss(self) -> Tensor:
+        """balance_weight · mean over layers of L_lb for the last call's prompts, with its graph: a scalar, for a batch's mean loss.
+
+        Zero unless the last call was in training mode. It is part of the loss already where the model was given labels and returned
+        one. Several active adapters add up.
+        """
+        request = self._tracker.last
+        total = torch.zeros((), device=next(self.model.parameters()).device)
+        if request is None or not request.training:
+            return total
+        for adapter in request.groups:
+            made = [one for layer in request.decided.values() for one in layer.decisions if one.adapter == adapter]
+            losses = [balance(one.probabilities).to(total.device) for one in made]
+            if losses:
+                total = total + self._balance_weight(adapter) * torch.stack(losses).mean()
+        return total
+
+    def activation_parameters(self, adapter: str | None = None) -> dict[str, nn.Parameter]:
+        """The rationals' coefficients of an adapter (None: the active one) by name; the paper trains them on a validation set."""
+        name = adapter or self.active_adapters[0]
+        ends = (f".lora_router.{name}.numerator", f".lora_router.{name}.denominator")
+        return {path: parameter for path, parameter in self.named_parameters() if path.endswith(ends)}
+
+    def _balance_weight(self, adapter: str) -> float:
+        config = self.peft_config[adapter]
+        assert isinstance(config, RoutedLoraConfig)
+        return config.balance_weight
+
+    def _last(self) -> tuple[Request, dict[str, BlockDecision]]:
+        request = self._tracker.last
+        if request is None or not request.decided:
+            raise GatewiseError("no prompt has been routed yet: call the model, with a routed adapter active, and ask again")
+        return request, {self._blocks[index].path: made for index, made in sorted(request.decided.items())}
+
+    def _finish(self, done: Pass, arguments: Mapping[str, Any], output: Any) -> Any:
+        if not done.request.training or not done.request.groups:
+            return None
+        if not any(map(self._balance_weight, done.request.groups)):
+            return None
+        return with_balance(output, self.balance_loss(), arguments, self._kind)
+
+
+def _names_for(names: Sequence[str]) -> Any:
+    """A hook that gives modules saved with the adapters the name of each row's, as PEFT does for its own layers."""
+
+    def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": by_row(names, len(args[0]))}
+
+    return give

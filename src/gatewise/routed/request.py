@@ -1,0 +1,358 @@
+"""Which prompt a forward belongs to: a new one, whose layers are to be routed, or one whose routing is already decided.
+
+The routing is decided once, when the prompt is first encoded, and holds for every token after it (MiLoRA, arXiv 2410.18035). A
+request is one batch of prompts with its decisions; a pass is one forward of the base model. A pass belongs to the request that
+filled its key-value cache. So the cache carries the request with it: through beams, through copies, and apart from other caches. A
+pass without cached tokens starts a request.
+
+Shapes: b batch, t tokens, n rows of one adapter, m experts of a layer.
+"""
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.errors import GatewiseError
+from gatewise.losses import IGNORED, LossKind, before_first
+
+BASE = "__base__"
+"""PEFT's name for rows of a mixed batch that no adapter serves."""
+
+Groups = dict[str, list[int] | None]
+"""The adapters of a batch, each with its rows; None for all of them."""
+
+_ON_CACHE = "_gatewise_request"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one adapter's router decided in one layer.
+
+    Attributes:
+        rows: (n,), the rows of the batch that the adapter serves; None for all of them.
+        experts: (m), paths within the layer of the modules that it decided on.
+        probabilities, gates: (n, m).
+    """
+
+    adapter: str
+    rows: Tensor | None
+    experts: tuple[str, ...]
+    probabilities: Tensor
+    gates: Tensor
+
+
+@dataclass(eq=False)
+class Request:
+    """A batch of prompts: where they lie (b, t), whose adapters serve them, and what each layer has decided.
+
+    Attributes:
+        decided: by the index of the layer, whatever its block made of the decisions.
+    """
+
+    owner: "RequestTracker"
+    prompt: Tensor
+    groups: Groups
+    training: bool
+    decided: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        return len(self.prompt)
+
+    def __deepcopy__(self, memo: object) -> "Request":
+        # A copied cache goes on with the decisions of the prompt that filled it.
+        return self
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward of the base model. ``continues``: the decisions are there already. ``seen``: the layers that have run."""
+
+    request: Request
+    continues: bool
+    seen: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What PEFT's ``forward`` or ``generate`` was given: adapters by row, and the prompts' width and padding."""
+
+    adapter_names: Sequence[str] | None = None
+    width: int | None = None
+    attention_mask: Tensor | None = None
+
+
+class RequestTracker:
+    """Watches the base model's forwards through hooks. ``current`` is the pass that runs, ``last`` the newest request.
+
+    Args:
+        watched: the Transformers models around the stack of layers, the outermost first; whichever is called opens the pass.
+        kind: how the model's labels line up with its logits; only a causal model's labels tell prompt from answer.
+        active: names of the adapters in use, none while they are disabled.
+        finish: called with (pass, arguments of the forward, output) when a pass ends; what it returns replaces the output.
+    """
+
+    def __init__(
+        self,
+        watched: Sequence[nn.Module],
+        kind: LossKind,
+        active: Callable[[], Sequence[str]],
+        finish: Callable[[Pass, Mapping[str, Any], Any], Any],
+    ) -> None:
+        self.current: Pass | None = None
+        self.last: Request | None = None
+        self._watched, self._kind, self._active, self._finish = list(watched), kind, active, finish
+        self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in watched]
+        self._opened_by: int | None = None
+        self._arguments: dict[str, Any] = {}
+        self._call = Call()
+        self._thread: int | None = None
+        self._told: Tensor | None = None
+        self._warned = False
+        self._handles = [
+            handle
+            for module in watched
+            for handle in (
+                module.register_forward_pre_hook(self._begin, with_kwargs=True),
+                module.register_forward_hook(self._end, always_call=True),
+            )
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def forget(self, adapter: str) -> None:
+        """There is no last request any more if this adapter served it."""
+        if self.last is not None and adapter in self.last.groups:
+            self.last = None
+
+    @contextmanager
+    def call(self, call: Call) -> Iterator[None]:
+        """While open, forwards belong to this call of PEFT's ``forward`` or ``generate``.
+
+        Raises:
+            GatewiseError: such a call is open in another thread, whose gates the modules hold.
+        """
+        self._check_thread()
+        before, self._call, self._thread = (self._call, self._thread), call, threading.get_ident()
+        try:
+            yield
+        finally:
+            self._call, self._thread = before
+            # A forward that was stopped from the keyboard has not come to its end.
+            self._close()
+
+    @contextmanager
+    def told(self, prompt: Tensor) -> Iterator[None]:
+        """While open, new requests have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
+        before, self._told = self._told, prompt
+        try:
+            yield
+        finally:
+            self._told = before
+
+    def _check_thread(self) -> None:
+        if self._is_taken():
+            raise GatewiseError(
+                "another thread is running this model, and a routed model serves one call at a time: put a lock around the calls, "
+                "or the requests into one batch"
+            )
+
+    def _is_taken(self) -> bool:
+        return self._thread is not None and self._thread != threading.get_ident()
+
+    def _close(self) -> None:
+        self._opened_by, self.current, self._arguments = None, None, {}
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place = next((index for index, one in enumerate(self._watched) if one is module), None)
+        if place is None:
+            raise GatewiseError(
+                "routed adapters do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
+            )
+        self._check_thread()
+        # An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last one was interrupted.
+        if self._opened_by is not None and self._opened_by < place:
+            return
+        self._opened_by, self.current = place, None
+        self._arguments = {**dict(zip(self._names[place], args, strict=False)), **kwargs}
+        self.current = self._pass(self._arguments, module.training)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._opened_by is None or self._watched[self._opened_by] is not module or self._is_taken():
+            return None
+        done, arguments = self.current, self._arguments
+        self._close()
+        if done is None or output is None:  # the forward failed
+            return None
+        if done.request.groups:
+            outputs = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+            for value in (_cache_of(arguments), *outputs):
+                if hasattr(value, "get_seq_length"):
+                    setattr(value, _ON_CACHE, done.request)
+        return self._finish(done, arguments, output)
+
+    def _pass(self, arguments: Mapping[str, Any], training: bool) -> Pass:
+        inputs = arguments.get("input_ids")
+        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+        if not isinstance(inputs, Tensor) or inputs.ndim < 2:
+            raise GatewiseError(
+                "routed adapters read prompts of text: the model was called without input_ids or inputs_embeds (b, t)"
+            )
+        batch, tokens = inputs.shape[:2]
+        groups = self._groups(batch)
+        cache = _cache_of(arguments)
+        if groups and _cached_tokens(cache):
+            request = self._routed_before(cache, batch, groups)
+            self.last = request
+            return Pass(request, continues=True)
+        if not groups:
+            prompt = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
+        elif cache is not None and self._call.width is not None and tokens < self._call.width:
+            raise GatewiseError(
+                f"the prompt of {self._call.width} tokens was cut into chunks of {tokens}, but routing has to read all of it "
+                "first: leave prefill_chunk_size out"
+            )
+        else:
+            prompt = self._prompt(arguments, inputs, training)
+        request = Request(self, prompt, groups, training)
+        if groups:
+            self.last = request
+        return Pass(request, continues=False)
+
+    def _groups(self, batch: int) -> Groups:
+        active, names = self._active(), self._call.adapter_names
+        if names is None or not active:
+            return dict.fromkeys(active)
+        groups: Groups = {}
+        for row, name in enumerate(by_row(names, batch)):
+            if name != BASE:
+                rows = groups.setdefault(name, [])
+                assert rows is not None
+                rows.append(row)
+        return groups
+
+    def _routed_before(self, cache: Any, batch: int, groups: Groups) -> Request:
+        request: Request | None = getattr(cache, _ON_CACHE, None)
+        if request is None or request.owner is not self:
+            raise GatewiseError(
+                "the key-value cache holds tokens of a prompt that no routed adapter read: run the prompt through this model "
+                "first, with its adapter active and an empty cache"
+            )
+        if request.batch != batch:
+            raise GatewiseError(
+                f"the key-value cache belongs to {request.batch} prompts, but the batch has {batch} rows: give the rows whose "
+                "prompts filled it, or start with an empty cache"
+            )
+        if request.groups != groups:
+            raise GatewiseError(
+                f"the key-value cache was filled with adapter {_named(request.groups)}, but {_named(groups)} is in use now: "
+                "start with an empty cache after changing adapters"
+            )
+        return request
+
+    def _prompt(self, arguments: Mapping[str, Any], inputs: Tensor, training: bool) -> Tensor:
+        """Where the prompts lie (b, t): told, or before the first label, or what ``generate`` was given; never padding.
+
+        Positions after an answer has begun are left out even where they have no label (the next turn of a chat): the decision must
+        not see what it is used to predict. A row without any prompt (plain language modelling) is its own.
+        """
+        batch, tokens = inputs.shape[:2]
+        present = self._present(arguments, inputs)
+        labels = arguments.get("labels")
+        if self._told is not None:
+            prompt = present & _fitted(self._told, batch, tokens).to(present.device)
+        elif self._kind == "causal" and isinstance(labels, Tensor) and labels.shape == (batch, tokens):
+            prompt = present & before_first(labels != IGNORED).to(present.device)
+        else:
+            prompt = present
+            if self._call.width is not None:
+                prompt = present & (torch.arange(tokens, device=present.device) < self._call.width)
+            if training and torch.is_grad_enabled() and self._kind == "causal" and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "a routed adapter is trained without labels in the model's call, so whole rows are taken for prompts, answers "
+                    "included: pass labels, or run the forward under model.prompt_positions(mask)",
+                    stacklevel=2,
+                )
+        prompt = torch.where(prompt.any(dim=1, keepdim=True), prompt, present)
+        return prompt | ~prompt.any(dim=1, keepdim=True)
+
+    def _present(self, arguments: Mapping[str, Any], inputs: Tensor) -> Tensor:
+        """Where a row has tokens (b, t)."""
+        batch, tokens = inputs.shape[:2]
+        mask: Any = arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            if self._call.width is None:
+                raise GatewiseError("attention_mask is not of shape (b, t): routing needs to know which tokens are padding")
+            # Inside `generate` with a static cache the model gets the mask of its attention instead of the one that was given.
+            given = self._call.attention_mask
+            mask = _seen_by_the_last_token(mask, tokens) if given is None else given.repeat_interleave(batch // len(given), dim=0)
+        if mask is None:
+            _refuse_packed(arguments)
+            return torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
+        return mask[:, -tokens:].to(inputs.device).bool()
+
+
+def by_row(names: Sequence[str], rows: int) -> list[str]:
+    """One name a row, where ``generate`` has made several rows (beams, samples) of each prompt.
+
+    Raises:
+        GatewiseError: there are not as many names as rows.
+    """
+    if not names or rows % len(names):
+        raise GatewiseError(f"adapter_names has {len(names)} names for a batch of {rows} rows: give one name a row")
+    return [name for name in names for _ in range(rows // len(names))]
+
+
+def _fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
+    if prompt.ndim != 2 or len(prompt) != batch or prompt.shape[1] > tokens:
+        raise GatewiseError(f"prompt positions of shape {tuple(prompt.shape)} were given for a batch of shape ({batch}, {tokens})")
+    return torch.nn.functional.pad(prompt.bool(), (0, tokens - prompt.shape[1]), value=False)
+
+
+def _seen_by_the_last_token(mask: Any, tokens: int) -> Tensor | None:
+    """The tokens (b, t) of a prompt that its last one attends to: with padding on the left, all that are no padding."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor):
+        return None
+    row = mask[:, 0, -1, :tokens]
+    return row if row.dtype == torch.bool else row == 0
+
+
+def _refuse_packed(arguments: Mapping[str, Any]) -> None:
+    positions = arguments.get("position_ids")
+    starts_over = isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any())
+    if starts_over or arguments.get("cu_seq_lens_q") is not None:
+        raise GatewiseError(
+            "a row holds several packed samples, but a row is routed as one: train without packing and padding_free batches"
+        )
+
+
+def _cache_of(arguments: Mapping[str, Any]) -> Any:
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
+def _cached_tokens(cache: Any) -> int:
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        raise GatewiseError(
+            f"past_key_values is a {type(cache).__name__}: expected a Cache of Transformers, such as DynamicCache()"
+        )
+    return int(cache.get_seq_length())
+
+
+def _named(groups: Groups) -> str:
+    return " and ".join(map(repr, groups)) or "none"

@@ -1,0 +1,84 @@
+"""What was routed where: the decision of the last call, and its statistics.
+
+Shapes: b batch, l layers that have experts, m experts of the layer that has most.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gatewise.routed.block import BlockDecision
+from gatewise.routed.request import Request
+from gatewise.routed.router import balance
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision of one call.
+
+    Attributes:
+        gates: (b, l, m), float32 and without a graph; zero where a row does not keep an expert, or a layer has none.
+        layers: paths of the layers in the base model, in order.
+        modules: for each layer, the paths of its experts within it, in order.
+    """
+
+    gates: Tensor
+    layers: tuple[str, ...]
+    modules: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """Of one batch.
+
+    Attributes:
+        share: layer path -> module path -> the share of prompts that keep the module, 0 to 1; they sum to k in a layer.
+        balance_loss: L_lb, the mean over layers; without its weight. 1 is even, m a single expert for everything.
+        entropy: of the probabilities in nats, the mean over prompts and layers; log m is even.
+    """
+
+    share: dict[str, dict[str, float]]
+    balance_loss: float
+    entropy: float
+
+    def as_logs(self, per_layer: bool = True) -> dict[str, float]:
+        """Numbers by name, for loggers: ``routing/balance_loss``, ``routing/entropy``, ``routing/share/LAYER.MODULE``."""
+        logs = {"routing/balance_loss": self.balance_loss, "routing/entropy": self.entropy}
+        if per_layer:
+            logs |= {f"routing/share/{layer}.{name}": value for layer, row in self.share.items() for name, value in row.items()}
+        return logs
+
+
+def routing_of(request: Request, made: Mapping[str, BlockDecision]) -> Routing:
+    """A request's decisions, by path of the layer, as one tensor."""
+    modules = {path: _experts(decision) for path, decision in made.items() if decision.decisions}
+    gates = torch.zeros(request.batch, len(modules), max(map(len, modules.values()), default=0))
+    for index, (path, names) in enumerate(modules.items()):
+        for one in made[path].decisions:
+            rows = torch.arange(request.batch) if one.rows is None else one.rows.cpu()
+            at = torch.tensor([names.index(name) for name in one.experts])
+            gates[rows[:, None], index, at] = one.gates.detach().float().cpu()
+    return Routing(gates, tuple(modules), tuple(modules.values()))
+
+
+def _experts(made: BlockDecision) -> tuple[str, ...]:
+    """The modules that any of the decisions is about, in the layer's order."""
+    return tuple(name for name in made.parts if any(name in one.experts for one in made.decisions))
+
+
+def statistics_of(request: Request, made: Mapping[str, BlockDecision]) -> RoutingStatistics:
+    """The statistics of a request's decisions, by path of the layer."""
+    routing = routing_of(request, made)
+    shares = (routing.gates > 0).float().mean(dim=0).tolist()
+    probabilities = [one.probabilities.detach().float() for decision in made.values() for one in decision.decisions]
+    entropies = [torch.special.entr(p).sum(dim=-1).cpu() for p in probabilities]
+    return RoutingStatistics(
+        share={
+            layer: dict(zip(names, row, strict=False))
+            for layer, names, row in zip(routing.layers, routing.modules, shares, strict=True)
+        },
+        balance_loss=float(torch.stack([balance(p).cpu() for p in probabilities]).mean()),
+        entropy=float(torch.cat(entropies).mean()),
+    )

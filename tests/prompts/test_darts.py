@@ -1,0 +1,206 @@
+"""SPT-DARTS: who moves on which data, its two additions, and what a search returns."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from prompted_models import prompt_config, prompted_base
+from torch.nn.functional import kl_div
+from transformers import TrainingArguments
+
+from gatewise import GatewiseError, prompts
+from gatewise.bilevel import split_in_half
+from gatewise.prompts.darts import SearchTrainer, chosen_layers, discrete_config, distance
+
+
+@pytest.fixture
+def data():
+    """Texts of one length; the class is in the first token, and the answer of a decoder repeats the text."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 60, (24, 6), generator=generator)
+
+    def make(family: str) -> list[dict[str, Any]]:
+        if family == "bert":
+            return [{"input_ids": row, "labels": row[0] % 3} for row in ids]
+        return [{"input_ids": row, "labels": torch.where(torch.arange(6) < 3, -100, row)} for row in ids]
+
+    return make
+
+
+def hyper(family: str = "bert", **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(prompted_base(family), prompt_config(family, **settings))
+
+
+def arguments(path: Any, **more: Any) -> TrainingArguments:
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
+    return TrainingArguments(path, **{**settings, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 2, **more})
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("additions", [True, False])
+def test_a_search(tmp_path, data, family, additions):
+    model = hyper(family)
+    settings = {} if additions else {"reparameterise": False, "consistency": 0}
+    result = prompts.search(model, data(family), arguments(tmp_path), keep=2, **settings)
+    assert result.gates.shape == (5, 3)
+    assert result.gates[0].tolist() == [0.5, 0.5, 0.5]
+    assert all(not torch.equal(one, other) for one, other in zip(result.gates, result.gates[1:], strict=False))
+    torch.testing.assert_close(result.gates[-1], model.gates())
+    assert result.layers == sorted(result.gates[-1].topk(2).indices.tolist())
+    assert result.config.prompt_layers == result.layers
+    assert result.config.bottleneck == 4
+
+
+def test_weights_and_gates_move_on_their_own_halves(tmp_path, data):
+    model, rows = hyper(), data("bert")
+    first, second = split_in_half(rows, 3)
+    seen: dict[str, list[Any]] = {"lower": [], "upper": []}
+    moved: dict[str, set[str]] = {"lower": set(), "upper": set()}
+
+    class Watched(SearchTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen["lower" if self._in_lower_step else "upper"] += inputs["input_ids"].tolist()
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            self.before = snapshot(model)
+            return super().training_step(*args, **kwargs)
+
+        def upper_step(self) -> None:
+            middle = snapshot(model)
+            moved["lower"] |= {name for name, value in middle.items() if not torch.equal(value, self.before[name])}
+            super().upper_step()
+            moved["upper"] |= {name for name, value in snapshot(model).items() if not torch.equal(value, middle[name])}
+
+    prompts.search(model, rows, arguments(tmp_path, seed=3), keep=1, trainer_class=Watched)
+    assert all(any(row == one["input_ids"].tolist() for one in first) for row in seen["lower"])
+    assert all(any(row == one["input_ids"].tolist() for one in second) for row in seen["upper"])
+    assert moved["upper"] == {f"base_model.{name}" for name in model.gate_parameters()}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert moved["lower"] == trainable - moved["upper"]
+
+
+def snapshot(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_resumed_search_is_one_never_stopped(tmp_path, data):
+    whole = prompts.search(hyper(), data("bert"), arguments(tmp_path / "a", max_steps=5), keep=1)
+    kept = arguments(tmp_path / "b", max_steps=5, save_strategy="steps", save_steps=3)
+
+    class Stopped(SearchTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        prompts.search(hyper(), data("bert"), kept, keep=1, trainer_class=Stopped)
+    torch.manual_seed(99)
+    resumed = prompts.search(hyper(), data("bert"), kept, keep=1, resume_from_checkpoint=True)
+    assert torch.equal(resumed.gates, whole.gates)
+    assert resumed.layers == whole.layers
+    (tmp_path / "b/checkpoint-3/gates.safetensors").unlink()
+    with pytest.raises(GatewiseError, match=r"gates.safetensors cannot be read .*: resume from a checkpoint that a search wrote"):
+        prompts.search(hyper(), data("bert"), kept, keep=1, resume_from_checkpoint=str(tmp_path / "b/checkpoint-3"))
+
+
+def test_the_consistency_loss(tmp_path, data):
+    """A lower step's loss is that of a pass with gates dropped, and the distance to another one."""
+    rows = data("bert")[:4]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    model = hyper().train()
+    trainer = SearchTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        upper_dataset=rows,
+        upper_learning_rate=1e-2,
+        consistency=0.3,
+        drop=0.4,
+    )
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    torch.manual_seed(4)
+    got = trainer.training_step(model, dict(batch))
+    torch.manual_seed(4)
+    first, second = torch.rand(3) < 0.4, torch.rand(3) < 0.4
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        with model.gates_dropped(first):
+            one = model(**batch)
+        with model.gates_dropped(second):
+            other = model(**batch)
+    wanted = one.loss + 0.3 * distance(one.logits, other.logits, batch["labels"], "rows")
+    torch.testing.assert_close(got, wanted)
+    plain = trainer.compute_upper_loss(model, dict(batch))
+    torch.testing.assert_close(plain, model(**batch).loss)
+
+
+@pytest.mark.parametrize("kind", ["rows", "tokens", "causal"])
+def test_distances(kind):
+    shape = (4, 5) if kind == "rows" else (4, 6, 5)
+    one, other = torch.randn(shape), torch.randn(shape)
+    labels = torch.randint(0, 5, shape[:-1])
+    if kind != "rows":
+        labels[:, :3] = -100
+        labels[0, :] = -100
+        where = (labels[:, 1:] if kind == "causal" else labels) != -100
+        p, q = (x[:, :-1][where] if kind == "causal" else x[where] for x in (one, other))
+    else:
+        p, q = one, other
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    wanted = (kl_div(q, p, log_target=True, reduction="batchmean") + kl_div(p, q, log_target=True, reduction="batchmean")) / 2
+    torch.testing.assert_close(distance(one, other, labels, kind), wanted)
+
+
+def test_distance_of_numbers():
+    one, other = torch.randn(4, 1), torch.randn(4, 1)
+    torch.testing.assert_close(distance(one, other, torch.randn(4), "rows"), ((one - other) ** 2).mean())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_retraining_is_from_scratch(tmp_path, data, family):
+    """After a search it gives what it gives on a model that was never searched, its head included."""
+    searched = hyper(family)
+    result = prompts.search(searched, data(family), arguments(tmp_path / "s"), keep=1)
+    models = []
+    for model in (searched, prompted_base_again(family)):
+        torch.manual_seed(8)
+        models.append(prompts.retrain(model, result.config, data(family), arguments(tmp_path / "r")))
+    one, other = (dict(model.named_parameters()) for model in models)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert models[0].gates().sum() == 1
+    assert not models[0].gate_parameters()
+
+
+def prompted_base_again(family: str) -> Any:
+    torch.manual_seed(0)
+    return prompted_base(family)
+
+
+def test_choosing_layers():
+    assert chosen_layers(torch.tensor([0.1, 0.7, 0.3, 0.7]), 1) == [1]
+    assert chosen_layers(torch.tensor([0.1, 0.7, 0.3, 0.7]), 3) == [1, 2, 3]
+    with pytest.raises(GatewiseError, match="keep is 5: expected a whole number from 1 to 4"):
+        chosen_layers(torch.zeros(4), 5)
+    config = prompt_config(modules_to_save=["score", "score"], inference_mode=True)
+    discrete = discrete_config(config, [2, 3])
+    assert (discrete.prompt_layers, discrete.modules_to_save, discrete.inference_mode) == ([2, 3], ["score"], False)
+
+
+def test_refusals(tmp_path, data):
+    rows = data("llama")
+    with pytest.raises(GatewiseError, match="a search needs a PeftModel with a hyper-network"):
+        prompts.search(hyper("llama", prompt_layers=[1]), rows, arguments(tmp_path), keep=1)
+    with pytest.raises(GatewiseError, match="keep is 4: expected a whole number from 1 to 3"):
+        prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=4)
+    with pytest.raises(GatewiseError, match="drop is 1"):
+        prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, drop=1)
+    with pytest.raises(GatewiseError, match="consistency is -1"):
+        prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, consistency=-1)
+    with pytest.raises(GatewiseError, match="give it the layers that were chosen"):
+        prompts.retrain(prompted_base("llama"), prompt_config("llama"), rows, arguments(tmp_path))

@@ -1,0 +1,210 @@
+"""What PEFT does with adapters: saving, loading, several of them, taking them off; and what is refused."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from prompted_models import FAMILIES, open_gates, prompt_config, prompted, prompted_base, task_of
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+from gatewise import GatewiseError, SelectivePromptConfig
+
+
+@pytest.fixture
+def batch(texts) -> dict[str, Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded(tmp_path, batch, family, layers):
+    torch.manual_seed(1)
+    model = prompted(family, prompt_layers=layers, phm=2, tau=0.5)
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "SELECTIVE_PROMPT"
+    assert saved["prompt_layers"] == layers
+    assert "target_modules" not in saved
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert sum("spt_gate_logit" in name for name in names) == (3 if layers is None else 0)
+    assert sum("spt_generator.down_a" in name for name in names) == (3 if layers is None else 1)
+    assert any(part in name for name in names for part in ("classifier", "score")) == (task_of(family) == "SEQ_CLS")
+    for quick in (False, True):
+        torch.manual_seed(1)
+        loaded = PeftModel.from_pretrained(prompted_base(family), tmp_path, low_cpu_mem_usage=quick)
+        torch.testing.assert_close(logits(loaded, batch), expected)
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    torch.manual_seed(1)
+    loaded = PeftModel.from_pretrained(prompted_base(family), tmp_path, is_trainable=True, adapter_name="mine")
+    torch.testing.assert_close(logits(loaded, batch), expected)
+    trainable = [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(".mine" in name for name in trainable)
+
+
+def test_peft_knows_the_configuration(tmp_path):
+    prompted("llama").save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is SelectivePromptConfig
+    assert (loaded.num_prompt_tokens, loaded.bottleneck, loaded.prompt_layers, loaded.inference_mode) == (3, 4, None, True)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_several_adapters(tmp_path, batch, family):
+    model = prompted(family)
+    first = logits(model, batch)
+    model.add_adapter("late", prompt_config(family, prompt_layers=[2], num_prompt_tokens=5))
+    torch.testing.assert_close(logits(model, batch), first)
+    model.set_adapter("late")
+    late = logits(model, batch)
+    assert not torch.allclose(late, first, atol=1e-4)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad and "spt_gen" in name} == {"late"}
+    assert model.gates().tolist() == [0.0, 0.0, 1.0]
+    model.save_pretrained(tmp_path, selected_adapters=["late"])
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model, batch), first)
+    with model.disable_adapter():
+        plain = logits(model, batch)
+    assert not torch.allclose(plain, first, atol=1e-4)
+    saved = load_file(tmp_path / "late/adapter_model.safetensors")
+    assert sorted(get_peft_model_state_dict(model, adapter_name="late")) == sorted(saved)
+
+    model.delete_adapter("default")
+    assert model.active_adapters == ["late"]
+    torch.testing.assert_close(logits(model, batch), late)
+    assert not any(".default" in name for name in model.state_dict())
+    model.load_adapter(tmp_path / "late", adapter_name="again")
+    model.set_adapter("again")
+    torch.testing.assert_close(logits(model, batch), late)
+    model.delete_adapter("late")
+    torch.testing.assert_close(logits(model, batch), late)
+
+
+def test_unload_gives_the_base_model_back(batch):
+    base = prompted_base("llama")
+    plain, kinds, names = logits(base, batch), [type(layer) for layer in base.model.layers], list(base.state_dict())
+    model = get_peft_model(base, prompt_config())
+    assert not torch.allclose(logits(model, batch), plain, atol=1e-4)
+    assert [type(layer).__name__ for layer in base.model.layers] == [kind.__name__ for kind in kinds]
+    unloaded = model.unload()
+    assert unloaded is base
+    assert torch.equal(logits(base, batch), plain)
+    assert [type(layer) for layer in base.model.layers] == kinds
+    assert list(base.state_dict()) == names
+    again = open_gates(get_peft_model(base, prompt_config()))
+    assert not torch.allclose(logits(again, batch), plain, atol=1e-4)
+
+
+def test_a_head_without_weights_of_its_own_is_unloaded_too(batch):
+    model = prompted("roberta")
+    model.base_model.model.classifier.modules_to_save["default"].dense.weight.data.mul_(2)
+    trained = model.base_model.model.classifier.modules_to_save["default"]
+    assert model.unload().classifier is trained
+
+
+def test_gates_are_read_and_dropped(batch):
+    model = prompted("llama")
+    logits_ = torch.cat(list(model.gate_parameters().values()))
+    torch.testing.assert_close(model.gates(), logits_.detach().sigmoid())
+    fresh = get_peft_model(prompted_base("llama"), prompt_config())
+    assert fresh.gates().tolist() == [0.5, 0.5, 0.5]
+    with model.gates_dropped([False, True, True]):
+        dropped = logits(model, batch)
+    for parameter in list(model.gate_parameters().values())[1:]:
+        parameter.data.fill_(-1e9)
+    torch.testing.assert_close(dropped, logits(model, batch))
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_prompt_tokens": 0}, "num_prompt_tokens is 0: expected a whole number of at least 1"),
+        ({"bottleneck": 2.5}, "bottleneck is 2.5: expected a whole number"),
+        ({"tau": 0}, "tau is 0: expected a number above 0 and at most 1"),
+        ({"tau": 1.5}, "tau is 1.5"),
+        ({"phm": 3, "bottleneck": 4}, "phm is 3, which does not divide bottleneck 4"),
+        ({"phm": True}, "phm is True: expected a whole number"),
+        ({"activation": "swish"}, "activation is 'swish': expected one of gelu, relu, tanh, identity"),
+        ({"prompt_layers": []}, r"prompt_layers is \[\]: expected a list of different layer numbers from 0"),
+        ({"prompt_layers": [1, 1]}, r"prompt_layers is \[1, 1\]"),
+        ({"prompt_layers": [-1]}, r"prompt_layers is \[-1\]"),
+        ({"prompt_layers": "all"}, "prompt_layers is 'all'"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(GatewiseError, match=message):
+        SelectivePromptConfig(**settings)
+
+
+def test_layers_are_put_in_order():
+    assert SelectivePromptConfig(prompt_layers=[7, 3]).prompt_layers == [3, 7]
+
+
+def test_settings_that_do_not_fit_the_model():
+    base = prompted_base("llama")
+    with pytest.raises(GatewiseError, match="names layer 3, but the model has 3 layers: expected numbers from 0 to 2"):
+        get_peft_model(base, prompt_config(prompt_layers=[1, 3]))
+    with pytest.raises(GatewiseError, match="phm is 3, which does not divide the model's hidden size 16"):
+        get_peft_model(base, prompt_config(phm=3, bottleneck=6))
+    get_peft_model(base, prompt_config(prompt_layers=[1, 2]))  # and the base is none the worse
+
+
+def test_other_architectures():
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    with pytest.raises(
+        GatewiseError, match="not built for mistral models: supported are llama, gemma3_text, qwen2, qwen3, gpt2, bert"
+    ):
+        get_peft_model(MistralForCausalLM(MistralConfig(**tiny, num_key_value_heads=2)), prompt_config())
+    with pytest.raises(GatewiseError, match="not into a Linear"):
+        get_peft_model(nn.Linear(2, 2), prompt_config(task_type=None))
+    with pytest.raises(GatewiseError, match="is_decoder=True"):
+        get_peft_model(BertLMHeadModel(BertConfig(**tiny, is_decoder=True)), prompt_config())
+    crossing = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9, add_cross_attention=True))
+    with pytest.raises(GatewiseError, match="add_cross_attention=True"):
+        get_peft_model(crossing, prompt_config())
+    lora = get_peft_model(prompted_base("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(GatewiseError, match="carries an adapter already"):
+        get_peft_model(lora.base_model.model, prompt_config())
+
+
+def test_what_a_model_with_prompts_does_not_do(batch):
+    model = prompted("llama")
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(GatewiseError, match="cannot be merged, because they are tokens"):
+            call()
+    model.add_adapter("other", prompt_config())
+    with pytest.raises(GatewiseError, match="activate one at a time"):
+        model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(GatewiseError, match="adapter_names was given"):
+        model(**batch, adapter_names=["default"] * 4)
+    with pytest.raises(GatewiseError, match="outside the forward of its model"):
+        model.base_model.model.model.layers[0](torch.zeros(1, 2, 16))
+    with pytest.raises(GatewiseError, match="attention_mask is not of shape"):
+        model(input_ids=batch["input_ids"], attention_mask=torch.ones(4, 1, 9, 9))
+    with pytest.raises(GatewiseError, match="packed samples"):
+        model(input_ids=batch["input_ids"][:1], position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+    with model.prompt_positions(torch.ones(3, 9)), pytest.raises(GatewiseError, match=r"shape \(3, 9\) .* batch of shape \(4, 9\)"):
+        model(**batch)
+    with pytest.raises(GatewiseError, match="one text a row"):
+        model(input_ids=batch["input_ids"][None], attention_mask=batch["attention_mask"])
+    with pytest.raises(GatewiseError, match="trained without labels"):
+        model.train()(**batch)
+    model.base_model.model.config._attn_implementation = "flex_attention"
+    with pytest.raises(GatewiseError, match="attn_implementation is 'flex_attention'"):
+        model.eval()(**batch)

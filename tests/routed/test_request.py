@@ -1,0 +1,164 @@
+"""Which positions a decision is made from, in calls of every kind; and that training, scoring and generation agree on them."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from routed_models import routed_base, routed_config
+from transformers import BertConfig, BertForTokenClassification, BertModel
+
+from gatewise.errors import GatewiseError
+from gatewise.losses import before_first, labelled_logits, row_losses
+from gatewise.tasks.evaluate import candidate_log_likelihoods
+
+
+def prompt_of(model, **call):
+    """Where the model found its prompts."""
+    with torch.no_grad():
+        model(**call)
+    return model.base_model._tracker.last.prompt.int().tolist()
+
+
+IDS = torch.arange(1, 13).view(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "mask", "expected"),
+    [
+        pytest.param([-100, -100, 3, 4, 5, 6], [1] * 6, [1, 1, 0, 0, 0, 0], id="answer"),
+        pytest.param([-100, -100, 3, 4, -100, -100], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], id="padded right"),
+        pytest.param([-100, -100, -100, -100, 5, 6], [0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0], id="padded left"),
+        pytest.param([-100, 2, 3, -100, -100, 6], [1] * 6, [1, 0, 0, 0, 0, 0], id="second turn of a chat"),
+        pytest.param([-100, -100, 3, -100, -100, -100], [1] * 6, [1, 1, 0, 0, 0, 0], id="unlabelled end"),
+        pytest.param([1, 2, 3, 4, 5, 6], [1] * 6, [1] * 6, id="language modelling"),
+        pytest.param([1, 2, 3, 4, -100, -100], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], id="language modelling, padded right"),
+        pytest.param([-100, -100, 3, 4, 5, 6], [0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], id="language modelling, padded left"),
+        pytest.param([-100] * 6, [1] * 6, [1] * 6, id="no label"),
+        pytest.param([-100] * 6, [0] * 6, [1] * 6, id="nothing but padding"),
+    ],
+)
+def test_prompts_by_labels(routed, labels, mask, expected):
+    model = routed("llama")
+    call = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, mask]), "labels": torch.tensor([[-100] * 5 + [6], labels])}
+    assert prompt_of(model, **call) == [[1] * 5 + [0], expected]
+
+
+def test_prompts_without_labels_are_whole_rows(routed):
+    model, mask = routed("llama"), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    assert prompt_of(model, input_ids=IDS, attention_mask=mask) == mask.tolist()
+    assert prompt_of(model, input_ids=IDS) == [[1] * 6] * 2
+    assert prompt_of(model, inputs_embeds=torch.randn(2, 6, 16), attention_mask=mask) == mask.tolist()
+
+
+def test_positional_arguments_are_seen(routed):
+    model, mask = routed("llama"), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        model.get_base_model()(IDS, mask)
+    assert model.base_model._tracker.last.prompt.int().tolist() == mask.tolist()
+
+
+def test_prompts_that_are_told(routed):
+    model, mask = routed("llama"), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    told = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    labels = torch.full_like(IDS, -100)
+    with model.prompt_positions(told):
+        assert prompt_of(model, input_ids=IDS, attention_mask=mask, labels=labels) == [[1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert prompt_of(model, input_ids=IDS, attention_mask=mask) == mask.tolist()
+    for wrong in (torch.ones(3, 4), torch.ones(2, 7), torch.ones(4)):
+        with pytest.raises(GatewiseError, match=r"were given for a batch of shape \(2, 6\)"), model.prompt_positions(wrong):
+            model(input_ids=IDS)
+
+
+def test_encoders_read_the_whole_text(batch):
+    data = batch("bert")
+    mask = data["attention_mask"].tolist()
+    model = get_peft_model(routed_base("bert"), routed_config("bert")).eval()
+    assert prompt_of(model, **data) == mask
+    small = BertConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=3
+    )
+    tagger = get_peft_model(BertForTokenClassification(small), routed_config(task_type="TOKEN_CLS")).eval()
+    labels = batch()["labels"].clamp(max=2)
+    assert prompt_of(tagger, input_ids=data["input_ids"], attention_mask=data["attention_mask"], labels=labels) == mask
+    backbone = get_peft_model(BertModel(small), routed_config(task_type="FEATURE_EXTRACTION")).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone(input_ids=data["input_ids"], attention_mask=data["attention_mask"])
+    assert backbone.base_model._tracker.last.prompt.int().tolist() == mask
+
+
+def test_packed_rows_are_refused(routed):
+    model = routed("llama")
+    for call in ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, {"cu_seq_lens_q": torch.tensor([0, 3, 6])}):
+        with pytest.raises(GatewiseError, match="several packed samples"):
+            model(input_ids=IDS[:1], **call)
+
+
+def test_masks_of_attention_are_refused_outside_generate(routed):
+    with pytest.raises(GatewiseError, match=r"not of shape \(b, t\)"):
+        routed("llama")(input_ids=IDS, attention_mask=torch.ones(2, 1, 6, 6).bool())
+
+
+def test_training_without_labels_says_so_once(routed):
+    model, other = routed("llama").train(), routed("llama").train()
+    with pytest.warns(UserWarning, match="trained without labels"):
+        model(input_ids=IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=IDS)
+        with other.prompt_positions(torch.ones(2, 6)):
+            other(input_ids=IDS)
+        with torch.no_grad():
+            other(input_ids=IDS)
+        other.eval()(input_ids=IDS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_row_losses_are_the_models_own(routed, batch, family, side):
+    model, data = routed(family), batch(family, side=side)
+    with torch.no_grad():
+        sums, counts = row_losses(model, data)
+        torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+
+
+def test_rows_of_plain_language_modelling_too(routed, batch):
+    model, data = routed("llama"), batch()
+    data["labels"] = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        sums, counts = row_losses(model, data)
+        torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+
+
+def test_scoring_candidates_reads_the_prompt_alone(routed):
+    """``gatewise eval`` scores answers after a prompt without labels; the numbers are those of training."""
+    model, tokenizer = routed("llama"), SimpleNamespace(pad_token_id=0, pad_token_type_id=0)
+    prompts = [[5, 9, 2, 7], [3, 8], [11, 4, 6]]
+    candidates = [((1, 2, 3), (4, 5), (1, 9)), ((7,), (8, 9, 1)), ((2, 2), (6,))]
+    with torch.no_grad():
+        got = candidate_log_likelihoods(model, tokenizer, prompts, candidates, batch_size=4)
+        for prompt, answers, scores in zip(prompts, candidates, got, strict=True):
+            for answer, score in zip(answers, scores, strict=True):
+                ids = torch.tensor([[*prompt, *answer]])
+                labels = ids.clone()
+                labels[:, : len(prompt)] = -100
+                assert score == pytest.approx(-float(model(input_ids=ids, labels=labels).loss) * len(answer), rel=1e-4)
+
+
+def test_labelled_logits_take_the_prompt_they_are_given(routed, batch):
+    model, data = routed("llama"), batch()
+    inputs = {name: data[name] for name in ("input_ids", "attention_mask")}
+    read = torch.zeros(5, 9, dtype=torch.bool)
+    read[:, 2:4] = True
+    with torch.no_grad():
+        labelled_logits(model, inputs, read)
+        assert model.base_model._tracker.last.prompt.sum(dim=1).tolist() == [3] * 5
+        labelled_logits(model, inputs, read, prompt=torch.arange(9).expand(5, 9) < 1)
+        assert model.base_model._tracker.last.prompt.sum(dim=1).tolist() == [1] * 5
+
+
+def test_before_first():
+    mask = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    assert before_first(mask).int().tolist() == [[1, 1, 0, 0, 0], [0] * 5, [1] * 5]

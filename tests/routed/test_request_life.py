@@ -1,0 +1,217 @@
+"""What stays of a request and for how long: nothing of it reaches the next one, another model, or another thread."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from peft import get_peft_model
+from routed_models import routed_base, routed_config, trained_routers
+from tiny_models import random_adapter
+
+from gatewise.errors import GatewiseError
+from gatewise.routed.layer import RoutedLinear
+
+WRITE = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def tracker_of(model):
+    return model.base_model._tracker
+
+
+def prompts_of(batch):
+    return {name: value for name, value in batch(side="left").items() if name != "labels"}
+
+
+def check_at_rest(model):
+    """Between calls the model holds its last request only."""
+    tracker = tracker_of(model)
+    assert (tracker.current, tracker._opened_by, tracker._arguments, tracker._told, tracker._thread) == (None, None, {}, None, None)
+    assert tracker._call.attention_mask is None
+    assert all(module.shares is None for module in model.modules() if isinstance(module, RoutedLinear))
+
+
+def watched_states(model):
+    """Weak references to what enters the second layer, one for every time it is run."""
+    seen = []
+    layer = model.base_model.model.model.layers[1]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+    return seen
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+def test_a_training_step_keeps_no_hidden_states(routed, batch, weight, reentrant):
+    """The last decision may keep its graph, for ``balance_loss``, but not what the backward pass is done with."""
+    model = routed("llama", balance_weight=weight).train()
+    seen = watched_states(model)
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model(**batch()).loss.backward()
+    gc.collect()
+    assert seen
+    assert not any(state() is not None for state in seen)
+    check_at_rest(model)
+
+
+def test_a_new_request_lets_the_last_one_go(routed, batch):
+    """Before its layers run: in training, that is the last batch's whole graph, whether or not anyone ran backwards through it."""
+    model = routed("llama", balance_weight=0.5).train()
+    model(**batch())
+    last, alive = weakref.ref(tracker_of(model).last), []
+    model.base_model.model.model.layers[0].register_forward_pre_hook(lambda *_: alive.append(last() is not None))
+    gc.disable()  # by counting references alone, for the collector may come late
+    try:
+        model(**batch())
+    finally:
+        gc.enable()
+    assert alive == [False]
+
+
+def test_generation_lets_its_cache_go(routed, batch):
+    model = routed("llama")
+    caches = []
+    model.get_base_model().register_forward_hook(lambda *args: caches.append(weakref.ref(args[-1].past_key_values)))
+    model.generate(**prompts_of(batch), **WRITE)
+    gc.collect()
+    assert len(caches) == 5
+    assert not any(cache() is not None for cache in caches)
+    last = tracker_of(model).last
+    assert not any(one.gates.requires_grad for made in last.decided.values() for one in made.decisions)
+    check_at_rest(model)
+
+
+def test_evaluation_with_gradients_keeps_no_graph(routed, batch):
+    """Saliency and the like: the pass has its gradients, the decision that is kept has none."""
+    model = routed("llama")
+    seen = watched_states(model)
+    model(**batch()).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_router" in name)
+    gc.collect()
+    assert not any(state() is not None for state in seen)
+    assert not tracker_of(model).last.decided[0].decisions[0].probabilities.requires_grad
+
+
+def test_training_leaves_nothing_for_generation(routed, batch):
+    """Not in the middle of an accumulated step either."""
+    model, prompts = routed("llama"), prompts_of(batch)
+    expected = model.generate(**prompts, **WRITE).tolist()
+    gates = model.routing().gates
+    loss = model.train()(**batch(rows=3)).loss
+    assert model.eval().generate(**prompts, **WRITE).tolist() == expected
+    torch.testing.assert_close(model.routing().gates, gates)
+    assert float(model.balance_loss()) == 0.0
+    loss.backward()  # its graph is still its own
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_two_models_do_not_see_each_other(batch):
+    """Trained and asked in turn, a step of one inside the loop of the other."""
+
+    def make(seed):
+        torch.manual_seed(seed)
+        return trained_routers(random_adapter(get_peft_model(routed_base("llama"), routed_config(balance_weight=0.5))))
+
+    def step(model, data):
+        loss = model.train()(**data).loss
+        loss.backward()
+        return float(loss.detach()), [float(p.grad.double().sum()) for p in model.parameters() if p.requires_grad]
+
+    prompts, first, second = prompts_of(batch), batch(), batch(rows=3)
+    alone = [step(make(0), first), step(make(1), second)]
+    written = [make(seed).eval().generate(**prompts, **WRITE).tolist() for seed in (0, 1)]
+    one, two = make(0), make(1)
+    losses = [model.train()(**data).loss for model, data in ((one, first), (two, second))]
+    for model, loss, (expected, gradients) in zip((one, two), losses, alone, strict=True):
+        loss.backward()
+        assert float(loss.detach()) == expected
+        assert [float(p.grad.double().sum()) for p in model.parameters() if p.requires_grad] == pytest.approx(gradients, rel=1e-5)
+    others = []
+    one.eval().get_base_model().register_forward_hook(lambda *_: others.append(two.eval().generate(**prompts, **WRITE).tolist()))
+    assert one.generate(**prompts, **WRITE).tolist() == written[0]
+    assert others == [written[1]] * 5
+
+
+# ---- adapters that come and go between two calls ----
+
+
+def test_the_last_decision_keeps_its_names(batch):
+    """An adapter that is added makes experts of other modules; the decision before it is not about them."""
+    settings = {"target_modules": ["v_proj", "down_proj"], "top_k": 1}
+    model = trained_routers(random_adapter(get_peft_model(routed_base("llama"), routed_config(**settings)))).eval()
+    prompts = prompts_of(batch)
+    with torch.no_grad():
+        out = model(**prompts, use_cache=True)
+        step = {
+            "input_ids": out.logits[:, -1:].argmax(-1),
+            "attention_mask": torch.nn.functional.pad(prompts["attention_mask"], (0, 1), value=1),
+        }
+        model.add_adapter("second", routed_config())
+        assert model.routing().modules == (("self_attn.v_proj", "mlp.down_proj"),) * 2
+        going_on = model(**step, past_key_values=out.past_key_values).logits
+        again = model(**prompts, use_cache=True).past_key_values
+        torch.testing.assert_close(model(**step, past_key_values=again).logits, going_on)
+
+
+def test_a_deleted_adapters_decision_is_forgotten(routed, batch):
+    model = routed("llama")
+    model.add_adapter("second", routed_config(top_k=1))
+    model.train()(**batch())
+    model.delete_adapter("second")
+    assert model.routing().gates.shape == (5, 2, 7)
+    model.add_adapter("second", routed_config(top_k=1))
+    model.delete_adapter("default")
+    assert float(model.balance_loss()) == 0.0
+    with pytest.raises(GatewiseError, match="no prompt has been routed yet"):
+        model.routing()
+
+
+# ---- calls that meet ----
+
+
+def test_a_second_thread_is_refused(routed, batch):
+    """Its gates would be the first one's. The first goes on as if nothing had been."""
+    model, prompts = routed("llama"), prompts_of(batch)
+    expected, refused = model.generate(**prompts, **WRITE).tolist(), []
+
+    def elsewhere(call):
+        try:
+            call()
+        except GatewiseError as error:
+            refused.append(str(error))
+
+    def in_between(*_):
+        for call in (lambda: model.generate(**prompts, **WRITE), lambda: model.get_base_model()(**prompts)):
+            thread = threading.Thread(target=elsewhere, args=(call,))
+            thread.start()
+            thread.join()
+
+    handle = model.base_model.model.model.layers[0].self_attn.register_forward_hook(in_between)
+    assert model.generate(**prompts, **WRITE).tolist() == expected
+    assert len(refused) == 10
+    assert all("another thread is running this model" in one for one in refused)
+    handle.remove()
+    from_a_thread = []
+    thread = threading.Thread(target=lambda: from_a_thread.append(model.generate(**prompts, **WRITE).tolist()))
+    thread.start()
+    thread.join()
+    assert from_a_thread == [expected]
+
+
+def test_a_call_stopped_from_the_keyboard(routed, batch):
+    model, prompts = routed("llama"), prompts_of(batch)
+    expected = model.generate(**prompts, **WRITE).tolist()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.base_model.model.model.layers[1].self_attn.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**prompts, **WRITE)
+    handle.remove()
+    check_at_rest(model)
+    with torch.no_grad():
+        model.get_base_model().model(**prompts)
+    assert model.generate(**prompts, **WRITE).tolist() == expected

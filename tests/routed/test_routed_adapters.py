@@ -1,0 +1,322 @@
+"""What PEFT asks of a tuner: saving, loading, several adapters, switching, disabling, deleting, unloading; and what is refused."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from routed_models import routed_base, routed_config, trained_routers
+from safetensors.torch import load_file
+from tiny_models import random_adapter
+from transformers import Trainer, TrainingArguments
+
+from gatewise.errors import GatewiseError
+from gatewise.models import load_adapter
+from gatewise.routed.layer import RoutedLinear
+
+FAMILIES = ["llama", "gpt2", "bert"]
+
+
+def logits_of(model, data):
+    with torch.no_grad():
+        return model(**data).logits
+
+
+def same_base(model):
+    """A base model with the weights of the one under ``model``."""
+    family = {"LlamaForCausalLM": "llama", "GPT2LMHeadModel": "gpt2"}.get(type(model.get_base_model()).__name__, "bert")
+    base = routed_base(family)
+    weights = {
+        key.replace(".base_layer", "").replace(".original_module", ""): value
+        for key, value in model.get_base_model().state_dict().items()
+        if "lora_" not in key and "modules_to_save" not in key
+    }
+    base.load_state_dict(weights)
+    return base.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pooler", ["attention", "last"])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_save_and_load(routed, batch, tmp_path, family, pooler, low_memory):
+    model, data = routed(family, top_k=2, pooler=pooler, activation="rational" if pooler == "attention" else "relu"), batch(family)
+    expected = logits_of(model, data)
+    gates = model.routing().gates
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        loaded = PeftModel.from_pretrained(same_base(model), tmp_path, low_cpu_mem_usage=low_memory)
+    torch.testing.assert_close(logits_of(loaded, data), expected)
+    torch.testing.assert_close(loaded.routing().gates, gates)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not any(p.is_meta for p in loaded.parameters())
+
+
+def test_what_is_saved(routed, tmp_path):
+    routed("llama").save_pretrained(tmp_path)
+    names = {key.split(".layers.1.")[1] for key in load_file(tmp_path / "adapter_model.safetensors") if ".layers.1." in key}
+    modules = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    routers = {f"self_attn.q_proj.lora_router.{name}" for name in ("weight", "pool", "numerator", "denominator")}
+    assert names == routers | {f"{m}.lora_{f}.weight" for m in (*modules, "mlp.down_proj") for f in "AB"}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["top_k"] == 3
+
+
+def test_training_goes_on_after_loading(routed, batch, tmp_path):
+    model = routed("llama")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(same_base(model), tmp_path, is_trainable=True).train()
+    loaded(**batch()).loss.backward()
+    trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in loaded.named_parameters() if ".lora_" in name}
+    assert all(p.grad is not None for p in loaded.parameters() if p.requires_grad)
+
+
+def test_a_resumed_run_is_one_never_stopped(batch, tmp_path):
+    """Routers, and what the optimiser knows of them, come back from a Trainer's checkpoint."""
+    rows = [dict(zip(batch(rows=8), one, strict=True)) for one in zip(*batch(rows=8).values(), strict=True)]
+
+    def run(folder, resume=False):
+        torch.manual_seed(0)
+        model = trained_routers(random_adapter(get_peft_model(routed_base("llama"), routed_config(balance_weight=0.5))))
+        args = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        Trainer(model=model, args=args, train_dataset=rows).train(
+            resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None
+        )
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole = run(tmp_path)
+    for name, value in run(tmp_path, resume=True).items():
+        torch.testing.assert_close(value, whole[name], rtol=0, atol=0, msg=name)
+
+
+def test_half_precision_bases_keep_the_router_in_float32(routed, tmp_path):
+    model = routed("llama")
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for low_memory in (False, True):
+        base = same_base(model).to(torch.bfloat16)
+        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_memory, autocast_adapter_dtype=False)
+        got = get_peft_model_state_dict(loaded)
+        for name, value in saved.items():
+            if "lora_router" in name:
+                torch.testing.assert_close(got[name], value, rtol=0, atol=0)
+
+
+def test_gatewise_loads_it_too(routed, batch, tmp_path, monkeypatch):
+    model, data = routed("llama"), batch()
+    expected = logits_of(model, data)
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr("gatewise.models.loading.load_model", lambda *_, **__: same_base(model))
+    monkeypatch.setattr("gatewise.models.loading.load_tokenizer", lambda *_: None)
+    loaded, _, _ = load_adapter(tmp_path / "adapter", base="anything")
+    torch.testing.assert_close(logits_of(loaded, data), expected)
+
+
+# ---- several adapters ----
+
+
+SECOND = {"r": 5, "top_k": 1, "pooler": "max", "activation": "gelu", "target_modules": ["k_proj", "up_proj", "down_proj"]}
+
+
+@pytest.fixture
+def two(routed):
+    model = routed("llama")
+    model.add_adapter("second", routed_config(**SECOND))
+    for name, parameter in model.named_parameters():
+        if ".second." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+def test_several_adapters_are_each_their_own(two, batch, tmp_path):
+    data = batch()
+    first = logits_of(two, data)
+    two.set_adapter("second")
+    second = logits_of(two, data)
+    assert two.routing().modules[0] == ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+    assert not torch.allclose(first, second)
+    two.set_adapter("default")
+    torch.testing.assert_close(logits_of(two, data), first)
+    two.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(same_base(two), tmp_path / "second", adapter_name="renamed")
+    torch.testing.assert_close(logits_of(loaded, data), second)
+    loaded.load_adapter(tmp_path, "first")
+    torch.testing.assert_close(logits_of(loaded, data), second)
+    loaded.set_adapter("first")
+    torch.testing.assert_close(logits_of(loaded, data), first)
+
+
+def test_only_the_active_adapter_is_trained(two):
+    def trained():
+        return {name.split(".")[-2] for name, p in two.named_parameters() if p.requires_grad}
+
+    assert trained() == {"default"}
+    two.set_adapter("second")
+    assert trained() == {"second"}
+    routers = [p for name, p in two.named_parameters() if ".lora_router.second." in name]
+    assert len(routers) == 2
+    assert all(p.requires_grad for p in routers)
+
+
+def test_disable(two, batch):
+    data, bare = batch(), same_base(two)
+    for name in ("default", "second"):
+        two.set_adapter(name)
+        before = logits_of(two, data)
+        with two.disable_adapter():
+            torch.testing.assert_close(logits_of(two, data), logits_of(bare, data))
+            torch.testing.assert_close(logits_of(two.base_model, data), logits_of(bare, data))
+        torch.testing.assert_close(logits_of(two, data), before)
+
+
+def test_disabled_calls_do_not_count_as_requests(two, batch):
+    """As in DPO, where the reference model is the one without its adapter."""
+    data = batch()
+    two.train()(**data)
+    gates, term = two.routing().gates, float(two.balance_loss().detach())
+    with two.disable_adapter():
+        two(**{name: value[:2] for name, value in data.items()})
+    assert float(two.balance_loss().detach()) == term > 0
+    torch.testing.assert_close(two.routing().gates, gates)
+
+
+@pytest.mark.parametrize("active", ["default", "second"])
+@pytest.mark.parametrize("deleted", ["default", "second"])
+def test_delete(two, batch, active, deleted):
+    data, left = batch(), {"default": "second", "second": "default"}[deleted]
+    two.set_adapter(left)
+    expected = logits_of(two, data)
+    two.set_adapter(active)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        two.delete_adapter(deleted)
+    assert two.active_adapters == [left]
+    assert not any(f".{deleted}." in name for name, _ in two.named_parameters())
+    torch.testing.assert_close(logits_of(two, data), expected)
+    assert {name for name, p in two.named_parameters() if p.requires_grad} == {
+        name for name, _ in two.named_parameters() if f".{left}." in name
+    }
+
+
+def test_delete_the_last(routed, batch):
+    model, data = routed("llama"), batch()
+    bare = same_base(model)
+    model.base_model.delete_adapter("default")
+    torch.testing.assert_close(logits_of(model.base_model, data), logits_of(bare, data))
+
+
+def test_a_deleted_name_can_be_used_again(two, batch, tmp_path):
+    data = batch()
+    two.set_adapter("second")
+    expected = logits_of(two, data)
+    two.save_pretrained(tmp_path, selected_adapters=["second"])
+    two.set_adapter("default")
+    two.delete_adapter("second")
+    two.load_adapter(tmp_path / "second", "second")
+    two.set_adapter("second")
+    torch.testing.assert_close(logits_of(two, data), expected)
+
+
+def test_a_frozen_adapter_stays_frozen_when_another_is_deleted(two, tmp_path):
+    two.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(same_base(two), tmp_path)
+    loaded.load_adapter(tmp_path / "second", "second")
+    loaded.delete_adapter("second")
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unload_gives_the_base_model_back(routed, batch, family):
+    model, data = routed(family), batch(family)
+    bare = same_base(model)
+    plain = model.unload()
+    torch.testing.assert_close(logits_of(plain, data), logits_of(bare, data))
+    # A classifier's head stays in the wrapper that PEFT put around it.
+    types = [{type(m) for name, m in one.named_modules() if not name.startswith("classifier")} for one in (plain, bare)]
+    assert types[0] == types[1]
+    assert RoutedLinear not in types[0]
+    again = trained_routers(random_adapter(get_peft_model(plain, routed_config(family)))).eval()
+    assert not torch.allclose(logits_of(again, data), logits_of(bare, data))
+
+
+def test_unload_takes_the_hooks_off(routed):
+    plain = routed("llama").unload()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in plain.modules())
+
+
+def test_status(two):
+    status = two.get_model_status()
+    assert status.enabled is True
+    assert status.active_adapters == ["default"]
+    assert status.merged_adapters == []
+    assert set(status.available_adapters) == {"default", "second"}
+
+
+def test_modules_saved_with_the_adapter_follow_the_names(batch):
+    """A classifier's head is trained with each adapter; in a batch of several every row has its own."""
+    model = get_peft_model(routed_base("bert"), routed_config("bert"))
+    model.add_adapter("second", routed_config("bert", top_k=1))
+    for name, parameter in model.named_parameters():
+        if ".default." in name or ".second." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval()
+    data = {name: value for name, value in batch("bert").items() if name != "labels"}
+    names = ["second", "default", "second", "default", "default"]
+    together = logits_of(model, {**data, "adapter_names": names})
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        rows = [row for row, one in enumerate(names) if one == name]
+        torch.testing.assert_close(logits_of(model, data)[rows], together[rows], rtol=1e-4, atol=1e-5)
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merging_is_refused(routed, batch, safe):
+    model, data = routed("llama"), batch()
+    before = logits_of(model, data)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(GatewiseError, match="cannot be merged, because every prompt chooses other modules: use it unmerged"):
+            merge(safe_merge=safe)
+    with pytest.raises(GatewiseError, match="cannot be merged"):
+        model.base_model.model.model.layers[0].self_attn.q_proj.merge(safe)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits_of(model, data), before)
+
+
+def test_what_else_is_refused(routed, tmp_path):
+    model = routed("llama")
+    with pytest.raises(GatewiseError, match="cannot be added up"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(GatewiseError, match="cannot be converted to plain LoRA"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert not model.supports_lora_conversion()
+    with pytest.raises(ValueError, match="shared state"):
+        inject_adapter_in_model(routed_config(), routed_base("llama"))
+
+
+def test_a_failed_add_leaves_the_others(routed, batch):
+    model, data = routed("llama"), batch()
+    before = logits_of(model, data)
+    with pytest.raises(GatewiseError, match="top_k is 9"):
+        model.add_adapter("other", routed_config(top_k=9))
+    assert list(model.peft_config) == ["default"]
+    torch.testing.assert_close(logits_of(model, data), before)
+
+
+def test_calls_without_text(routed):
+    with pytest.raises(GatewiseError, match="without input_ids or inputs_embeds"):
+        routed("llama").get_base_model()(attention_mask=torch.ones(1, 3))

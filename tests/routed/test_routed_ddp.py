@@ -1,0 +1,53 @@
+"""Two processes of data-parallel training: every expert has a gradient in both, though their prompts choose different ones."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+from peft import get_peft_model
+from routed_models import routed_base, routed_config, trained_routers
+from tiny_models import random_adapter
+from transformers import Trainer, TrainingArguments
+
+
+def one_process(rank, port, folder, checkpointing):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = trained_routers(random_adapter(get_peft_model(routed_base("llama"), routed_config(top_k=1, balance_weight=0.5))))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 60, (24, 8), generator=generator)
+    rows = [{"input_ids": one, "labels": one.clone().index_fill_(0, torch.arange(5), -100)} for one in ids]
+    arguments = TrainingArguments(
+        output_dir=f"{folder}/run",
+        max_steps=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=checkpointing,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_backend="gloo",
+        ddp_find_unused_parameters=False,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    state = {name: p.double().sum().item() for name, p in model.named_parameters() if p.requires_grad}
+    gates = model.routing().gates.tolist()
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump({"state": state, "gates": gates}, file)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_processes_train_one_adapter(tmp_path, checkpointing):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(one_process, args=(port, str(tmp_path), checkpointing), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["state"] == second["state"]
+    assert first["gates"] != second["gates"]

@@ -1,0 +1,167 @@
+"""The router's maths against the formulas, written out in plain Python, and against finite differences."""
+
+import math
+
+import pytest
+import routed_reference as reference
+import torch
+from scipy.special import erf
+
+from gatewise.routed.router import GELU_DENOMINATOR, GELU_NUMERATOR, Router, balance, gates_of, rational
+
+POOLERS = ["attention", "mean", "max", "last"]
+ACTIVATIONS = ["rational", "gelu", "relu", "identity"]
+
+
+def random_router(pooler="attention", activation="rational", normalize=True, experts=5, hidden=8):
+    router = Router(hidden, experts, pooler, activation, normalize).double()
+    for name, parameter in router.named_parameters():
+        if name in ("weight", "pool"):
+            torch.nn.init.normal_(parameter)
+    return router
+
+
+def random_prompts(rows=4, width=6, hidden=8):
+    prompt = torch.rand(rows, width) < 0.6
+    prompt[:, 2] = True
+    return torch.randn(rows, width, hidden, dtype=torch.float64), prompt
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_probabilities_by_hand(pooler, activation, normalize):
+    router, (hidden, prompt) = random_router(pooler, activation, normalize), random_prompts()
+    got = router(hidden, prompt)
+    for row in range(len(hidden)):
+        expected = reference.probabilities(hidden[row][prompt[row]].tolist(), router, pooler, activation, normalize)
+        torch.testing.assert_close(got[row].tolist(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_what_lies_outside_the_prompt_changes_nothing(pooler, normalize):
+    router, (hidden, prompt) = random_router(pooler, normalize=normalize), random_prompts()
+    other = hidden.masked_fill(~prompt.unsqueeze(-1), torch.inf)
+    torch.testing.assert_close(router(other, prompt), router(hidden, prompt), rtol=0, atol=0)
+    router(other.requires_grad_(), prompt)[:, 0].sum().backward()
+    assert torch.isfinite(other.grad).all()
+    assert (other.grad[~prompt] == 0).all()
+    assert float(other.grad[prompt].abs().max()) > 0
+    assert torch.isfinite(router.weight.grad).all()
+
+
+@pytest.mark.parametrize("pooler", ["attention", "mean", "last"])
+def test_a_token_with_huge_numbers_does_not_drown_the_prompt(pooler):
+    """The first token of many models, whatever the prompt is."""
+    hidden, prompt = torch.randn(4, 6, 16), torch.ones(4, 6, dtype=torch.bool)
+    hidden[:, 0] = 0.0
+    hidden[:, 0, 3] = 22_000.0
+    p = {normalize: Router(16, 7, pooler, "rational", normalize)(hidden, prompt).detach() for normalize in (True, False)}
+    assert float(p[True].amax()) < 0.5
+    if pooler != "last":
+        assert float(p[False].amax(dim=-1).amin()) > 0.99
+
+
+def test_rational_starts_as_gelu():
+    x = torch.linspace(-5, 5, 4001, dtype=torch.float64)
+    router = Router(4, 2, "mean", "rational")
+    got = rational(x, router.numerator.double(), router.denominator.double()).detach()
+    gelu = 0.5 * x * (1 + torch.from_numpy(erf(x.numpy() / math.sqrt(2))))
+    assert float((got - gelu).abs().max()) < 2.5e-3
+    far = torch.cat([torch.linspace(5, 1000, 4000), -torch.linspace(5, 1000, 4000)]).double()
+    tails = rational(far, router.numerator.double(), router.denominator.double()).detach() / far
+    assert float(tails.abs().max()) < 1.1
+
+
+def test_rational_is_of_order_six_and_five():
+    assert (len(GELU_NUMERATOR), len(GELU_DENOMINATOR)) == (7, 5)
+    a, b = torch.randn(7, dtype=torch.float64).tolist(), torch.randn(5, dtype=torch.float64).tolist()
+    scaled = [value * 5**j for j, value in enumerate(a)], [value * 5**i for i, value in enumerate(b, start=1)]
+    x = torch.linspace(-4, 4, 41, dtype=torch.float64)
+    got = rational(x, torch.tensor(scaled[0], dtype=torch.float64), torch.tensor(scaled[1], dtype=torch.float64))
+    expected = [reference.activate(value, "rational", a, b) for value in x.tolist()]
+    torch.testing.assert_close(got.tolist(), expected)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_gates_by_hand(k, normalize):
+    p = torch.randn(6, 5, dtype=torch.float64).softmax(dim=-1)
+    got = gates_of(p, k, normalize)
+    for row in range(6):
+        torch.testing.assert_close(got[row].tolist(), reference.gates(p[row].tolist(), k, normalize))
+
+
+def test_gates_of_the_whole_layer_are_the_probabilities():
+    p = torch.randn(6, 5).softmax(dim=-1)
+    torch.testing.assert_close(gates_of(p, 5, normalize=True), p)
+    torch.testing.assert_close(gates_of(p, 5, normalize=False), p)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_gradients_match_finite_differences(pooler, states, k, normalize):
+    router, (hidden, prompt) = random_router(pooler, normalize=states), random_prompts()
+    weights = torch.randn(len(hidden), 5, dtype=torch.float64)
+    with torch.no_grad():  # the sum of the kept probabilities, which the gradient takes for a constant
+        p = router(hidden, prompt)
+        kept = (gates_of(p, k, normalize=False) > 0).double()
+        constant = (p * kept).sum(dim=-1, keepdim=True) if normalize else 1.0
+
+    def value():
+        return float((router(hidden, prompt) * kept / constant * weights).sum())
+
+    (gates_of(router(hidden, prompt), k, normalize) * weights).sum().backward()
+    for name, parameter in router.named_parameters():
+        numeric = torch.zeros_like(parameter)
+        for index in range(parameter.numel()):
+            with torch.no_grad():
+                flat = parameter.view(-1)
+                before = float(flat[index])
+                flat[index] = before + 1e-6
+                above = value()
+                flat[index] = before - 1e-6
+                below = value()
+                flat[index] = before
+            numeric.view(-1)[index] = (above - below) / 2e-6
+        assert float(parameter.grad.abs().max()) > 1e-6, name
+        torch.testing.assert_close(parameter.grad, numeric, rtol=1e-5, atol=1e-8)
+
+
+def test_balance_by_hand_and_at_its_ends():
+    p = torch.randn(7, 5, dtype=torch.float64).softmax(dim=-1)
+    torch.testing.assert_close(float(balance(p)), reference.balance(p.tolist()))
+    one = torch.tensor([[1.0, 0, 0, 0]] * 3)
+    even = torch.eye(4)
+    assert float(balance(one)) == 4.0
+    assert float(balance(even)) == 1.0
+
+
+def test_balance_gradient_is_that_of_the_mean_probability():
+    p = torch.randn(7, 5, dtype=torch.float64).softmax(dim=-1).requires_grad_()
+    balance(p).backward()
+    shares = [sum(int(row.argmax()) == i for row in p) / 7 for i in range(5)]
+    torch.testing.assert_close(p.grad, (5 / 7 * torch.tensor(shares, dtype=torch.float64)).expand(7, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_states_are_read_in_float32(dtype):
+    router = random_router().float()
+    hidden, prompt = random_prompts()
+    half = hidden.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = router(half, prompt)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, router(half.float(), prompt), rtol=0, atol=0)
+
+
+def test_new_routers_find_the_experts_nearly_alike_and_pool_the_mean():
+    hidden, prompt = random_prompts()
+    attention, mean = Router(8, 7, "attention", "rational"), Router(8, 7, "mean", "rational")
+    p = attention(hidden.float(), prompt)
+    assert float((p.detach() - 1 / 7).abs().max()) < 0.15
+    mean.load_state_dict(attention.state_dict(), strict=False)
+    torch.testing.assert_close(mean(hidden.float(), prompt), p)

@@ -1,0 +1,127 @@
+"""What ``routing()`` and ``routing_statistics()`` say, and that a Trainer's logs get it."""
+
+import math
+
+import pytest
+import routed_reference as reference
+import torch
+from peft import get_peft_model
+from routed_models import routed_base, routed_config, trained_routers
+from tiny_models import random_adapter
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gatewise.errors import GatewiseError
+from gatewise.routed import RoutingLog
+
+
+def test_routing_names_layers_and_modules(routed, batch):
+    model = routed("bert", top_k=2)
+    with torch.no_grad():
+        model(**batch("bert"))
+    routing = model.routing()
+    assert routing.gates.shape == (5, 2, 6)
+    assert routing.gates.dtype == torch.float32
+    assert routing.layers == ("bert.encoder.layer.0", "bert.encoder.layer.1")
+    assert routing.modules == (tuple(reference.EXPERTS["bert"]),) * 2
+    assert ((routing.gates > 0).sum(dim=-1) == 2).all()
+
+
+def test_layers_with_fewer_experts_are_padded(batch):
+    config = routed_config(target_modules=r".*layers\.0\..*(q_proj|v_proj|up_proj)|.*layers\.1\..*(k_proj|down_proj)", top_k=2)
+    model = trained_routers(random_adapter(get_peft_model(routed_base("llama"), config))).eval()
+    with torch.no_grad():
+        model(**batch())
+    routing = model.routing()
+    assert routing.gates.shape == (5, 2, 3)
+    assert routing.modules == (("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"), ("self_attn.k_proj", "mlp.down_proj"))
+    assert (routing.gates[:, 1, 2] == 0).all()
+    assert (routing.gates[:, 1, :2] > 0).all()
+    assert [list(row) for row in model.routing_statistics().share.values()] == [list(names) for names in routing.modules]
+
+
+def test_statistics_by_hand(routed, batch):
+    model, data = routed("llama", top_k=2), batch()
+    with torch.no_grad():
+        model(**data)
+    statistics = model.routing_statistics()
+    rows = []
+    for row, mask in enumerate(data["attention_mask"].bool()):
+        mask = mask & ((data["labels"][row] != -100).cumsum(0) == 0)
+        rows.append(reference.merged(model, "llama", data["input_ids"][row][mask][None])[1:])
+    for layer in range(2):
+        kept = [sum(gates[layer][i] > 0 for gates, _ in rows) / 5 for i in range(7)]
+        assert list(statistics.share[f"model.layers.{layer}"].values()) == pytest.approx(kept)
+    per_layer = [[p[layer] for _, p in rows] for layer in range(2)]
+    assert statistics.balance_loss == pytest.approx(sum(map(reference.balance, per_layer)) / 2, rel=1e-4)
+    entropy = [-sum(x * math.log(x) for x in p) for layer in per_layer for p in layer]
+    assert statistics.entropy == pytest.approx(sum(entropy) / 10, rel=1e-4)
+    logs = statistics.as_logs()
+    assert logs["routing/share/model.layers.1.mlp.up_proj"] == statistics.share["model.layers.1"]["mlp.up_proj"]
+    assert len(logs) == 2 + 14
+    assert set(statistics.as_logs(per_layer=False)) == {"routing/balance_loss", "routing/entropy"}
+
+
+def test_before_the_first_call(routed):
+    model = routed("llama")
+    for ask in (model.routing, model.routing_statistics):
+        with pytest.raises(GatewiseError, match="no prompt has been routed yet"):
+            ask()
+    assert float(model.balance_loss()) == 0.0
+
+
+def test_activation_parameters(routed):
+    model = routed("llama")
+    names = set(model.activation_parameters())
+    assert {name.split(".")[-1] for name in names} == {"numerator", "denominator"}
+    assert len(names) == 4
+    assert routed("llama", activation="gelu").activation_parameters() == {}
+
+
+class Logger(TrainerCallback):
+    """Stands for TensorBoard and the like: keeps what it is given, when it is given it."""
+
+    def __init__(self):
+        self.entries = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.entries.append(dict(logs))
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_a_trainers_logs(batch, tmp_path, attached, per_layer):
+    data = batch(rows=8)
+    rows = [{name: value[row] for name, value in data.items()} for row in range(8)]
+    model = trained_routers(random_adapter(get_peft_model(routed_base("llama"), routed_config())))
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(model.routing_statistics().balance_loss) if model.training else None)
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    logger = Logger()
+    callbacks = [logger] if attached else [logger, RoutingLog(per_layer)]
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:2], callbacks=callbacks)
+    if attached:
+        RoutingLog.attach(trainer, per_layer)
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(history) == 2
+    for index, entry in enumerate(history):
+        batches = seen[4 * index : 4 * index + 4]
+        assert entry["routing/balance_loss"] == pytest.approx(sum(batches) / 4)
+        assert ("routing/share/model.layers.0.self_attn.q_proj" in entry) == per_layer
+    logged = [entry for entry in logger.entries if "routing/entropy" in entry]
+    assert len(logged) == (2 if attached else 0)  # a logger before the callback has been given its numbers already
+    others = [entry for entry in trainer.state.log_history if "loss" not in entry]
+    assert others
+    assert not any("routing/balance_loss" in entry for entry in others)
