@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gatewise.allocation import RankAllocation, Round
     from gatewise.bilevel import BilevelTrainer
     from gatewise.errors import GatewiseError
+    from gatewise.fast import fast_lora
     from gatewise.prompts import SelectivePromptConfig
     from gatewise.routed import RoutedLoraConfig
     from gatewise.slots import ranks
@@ -27,6 +28,7 @@ __all__ = [
     "SelectivePromptConfig",
     "budget",
     "export",
+    "fast_lora",
     "importance",
     "models",
     "prompts",
@@ -43,6 +45,7 @@ _HOME = {
     "Round": "gatewise.allocation",
     "RoutedLoraConfig": "gatewise.routed",
     "SelectivePromptConfig": "gatewise.prompts",
+    "fast_lora": "gatewise.fast",
     "ranks": "gatewise.slots",
 }
 

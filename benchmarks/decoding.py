@@ -1,0 +1,244 @@
+"""How fast do adapters decode that stay unmerged? Tokens/s relative to the bare base model, SmolLM2-135M in bfloat16.
+
+PEFT's LoRA, DoRA and mixed batch, the same LoRA under ``gatewise.fast_lora``, and MiLoRA at k = 1, 2, 3, 7; one row and eight; one
+adapter for all rows and a different one for each; one beam and three. Prompts are 64 tokens of the sample data, 64 new tokens are
+forced. All adapters are on the seven linear modules of every layer, with random weights as large as trained ones'.
+
+The bare base runs before and after every two methods, whose order changes with every repeat, and a method's figure is the ratio to
+the mean of the two runs around it, so that the machine's drift falls on both. Lines are written as they come, and a run that was
+stopped goes on where it was. Run it with nothing else running.
+
+    python benchmarks/decoding.py [--repeats 7] [--threads 2] [--device cpu]
+    python benchmarks/decoding.py --report
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import StoppingCriteria
+
+from gatewise import RoutedLoraConfig, fast_lora
+from gatewise.models import load_model, load_tokenizer
+from gatewise.tasks import load_records
+
+MODEL = "smollm2-135m-instruct"
+RESULTS = Path(__file__).parent / "results" / "decoding.jsonl"
+EIGHT = 8
+KEPT = (1, 2, 3, 7)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is generated: rows, different adapters among them, beams."""
+
+    batch: int
+    adapters: int
+    beams: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.adapters} adapter{'s' * (self.adapters > 1)}, beam {self.beams}"
+
+
+SETTINGS = [Setting(batch, adapters, beams) for batch, adapters in ((1, 1), (8, 1), (8, EIGHT)) for beams in (1, 3)]
+METHODS = ("PEFT LoRA", "PEFT DoRA", "fast LoRA", *(f"MiLoRA k={k}" for k in KEPT))
+
+
+class FirstToken(StoppingCriteria):
+    """Stops nothing; ``at`` is when the prompt had been read and the first token chosen."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **_: Any) -> torch.BoolTensor:
+        if self.at is None:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize()
+            self.at = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+
+
+class Bench:
+    """The models, and runs of them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+
+    @cache  # noqa: B019 - one Bench a process
+    def model(self, method: str) -> Any:
+        """The model of a method; all k of MiLoRA are adapters of one."""
+        torch.manual_seed(0)
+        base = load_model(MODEL, dtype=torch.bfloat16).to(self.options.device).eval()
+        common = {"r": self.options.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        if method == "base":
+            return base
+        if method == "PEFT DoRA":
+            return ready(get_peft_model(base, LoraConfig(use_dora=True, lora_alpha=16, **common), adapter_name="a0"))
+        if method == "LoRA":
+            configs = {f"a{number}": LoraConfig(lora_alpha=16, **common) for number in range(EIGHT)}
+        else:
+            configs = {f"k{k}a{number}": RoutedLoraConfig(top_k=k, **common) for k in KEPT for number in range(EIGHT)}
+        first, *others = configs.items()
+        model = get_peft_model(base, first[1], adapter_name=first[0])
+        for name, config in others:
+            model.add_adapter(name, config)
+        return ready(model)
+
+    @cache  # noqa: B019
+    def prompts(self) -> torch.Tensor:
+        """(8, prompt) of the sample data, each from another place."""
+        rows = load_records("sample:support-train").rows
+        text = "\n".join(" ".join(str(value) for value in row.values()) for row in rows)
+        ids = load_tokenizer(MODEL)(text, return_tensors="pt").input_ids[0]
+        width = self.options.prompt
+        return torch.stack([ids[begin : begin + width] for begin in range(0, EIGHT * width, width)]).to(self.options.device)
+
+    def run(self, method: str, setting: Setting, tokens: int) -> tuple[float, float]:
+        """Seconds until the first new token, and of the others."""
+        kind = "MiLoRA" if method.startswith("MiLoRA") else "LoRA" if method in ("PEFT LoRA", "fast LoRA") else method
+        model, more = self.model(kind), {}
+        if method != "base":
+            prefix = f"k{method.split('=')[1]}a" if kind == "MiLoRA" else "a"
+            if setting.adapters > 1:
+                more["adapter_names"] = [f"{prefix}{row % setting.adapters}" for row in range(setting.batch)]
+            model.set_adapter(f"{prefix}0")
+        ids, first = self.prompts()[: setting.batch], FirstToken()
+        fixed = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "num_beams": setting.beams}
+        with fast_lora(model) if method == "fast LoRA" else nullcontext():
+            began = time.perf_counter()
+            made = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[first], pad_token_id=0, **fixed, **more
+            )
+            if made.is_cuda:
+                torch.cuda.synchronize()
+            ended = time.perf_counter()
+        assert made.shape[1] == ids.shape[1] + tokens
+        assert first.at is not None
+        return first.at - began, ended - first.at
+
+    def measure(self, setting: Setting, methods: list[str]) -> Iterator[dict[str, Any]]:
+        """Runs base, two methods, base, two methods, ... base."""
+        tokens = self.options.tokens
+        for method in ("base", *methods):
+            self.run(method, setting, 2)  # weights into memory, kernels chosen
+        before = self.run("base", setting, tokens)
+        for begin in range(0, len(methods), 2):
+            seconds = {method: self.run(method, setting, tokens) for method in methods[begin : begin + 2]}
+            after = self.run("base", setting, tokens)
+            for method, (first, rest) in seconds.items():
+                yield {"method": method, "first": first, "rest": rest, "base_first": [before[0], after[0]]} | {
+                    "base_rest": [before[1], after[1]]
+                }
+            before = after
+
+
+def ready(model: PeftModel) -> PeftModel:
+    """B random and small, in evaluation mode, without gradients."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    return model.eval().requires_grad_(False)
+
+
+def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells measurements apart."""
+    return tuple(line[name] for name in ("run", "batch", "adapters", "beams", "method", "repeat"))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines written so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measures what is not there yet."""
+    torch.set_num_threads(options.threads)
+    bench = Bench(options)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} cores"
+    run = f"{device}, prompt {options.prompt}, {options.tokens} new tokens, rank {options.rank}"
+    versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
+    done = {key_of(line) for line in read(options.out)}
+    for repeat in range(options.repeats):
+        for setting in SETTINGS:
+            line = {"run": run, **vars(setting), "repeat": repeat}
+            methods = [
+                method
+                for method in METHODS
+                if key_of(line | {"method": method}) not in done and (method, setting.adapters) != ("PEFT DoRA", EIGHT)
+            ]
+            random.Random(repeat).shuffle(methods)
+            if not methods or (options.only and str(setting) not in options.only):
+                continue
+            for one in bench.measure(setting, methods):
+                with options.out.open("a") as out:
+                    out.write(json.dumps(line | one | {"versions": versions}) + "\n")
+                print(f"{repeat} {setting}: {one['method']} {ratio(one, ('first', 'rest')):.3f}", flush=True)
+
+
+def ratio(line: dict[str, Any], parts: tuple[str, ...]) -> float:
+    """Tokens/s relative to the base runs around."""
+    base = sum(statistics.mean(line[f"base_{part}"]) for part in parts)
+    return base / sum(line[part] for part in parts)
+
+
+def report(lines: list[dict[str, Any]]) -> None:
+    """Medians and quartiles over repeats: the whole generation, and its steps alone, after the prompt."""
+    print("Tokens/s relative to the base alone: median over repeats (quartiles); then without reading the prompt")
+    for run in dict.fromkeys(line["run"] for line in lines):
+        print(f"\n{run}")
+        for setting in SETTINGS:
+            here = [line for line in lines if line["run"] == run and all(line[k] == v for k, v in vars(setting).items())]
+            if not here:
+                continue
+            new = int(run.split(" new tokens")[0].rsplit(", ", 1)[1]) * setting.batch
+            speed = new / statistics.median(
+                statistics.mean(line["base_first"]) + statistics.mean(line["base_rest"]) for line in here
+            )
+            print(f"  {setting}: base {speed:.0f} tokens/s")
+            for method in METHODS:
+                mine = [line for line in here if line["method"] == method]
+                if mine:
+                    name = "PEFT mixed batch" if (method, setting.adapters) == ("PEFT LoRA", EIGHT) else method
+                    whole, steps = spread(mine, ("first", "rest")), spread(mine, ("rest",))
+                    print(f"    {name:<18} {whole}   {steps}   {len(mine)} repeats")
+
+
+def spread(lines: list[dict[str, Any]], parts: tuple[str, ...]) -> str:
+    """Median and quartiles of the ratios."""
+    ratios: list[float] = sorted(ratio(line, parts) for line in lines)
+    quartile: Callable[[float], float] = lambda share: ratios[round(share * (len(ratios) - 1))]  # noqa: E731
+    return f"{statistics.median(ratios):.3f} ({quartile(0.25):.3f} to {quartile(0.75):.3f})"
+
+
+def main() -> None:
+    """Measures, or reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", nargs="*", help='settings, such as "batch 8, 8 adapters, beam 1"')
+    parser.add_argument("--report", action="store_true", help="print the results, measure nothing")
+    options = parser.parse_args()
+    if not options.report:
+        measure(options)
+    report(read(options.out))
+
+
+if __name__ == "__main__":
+    main()
