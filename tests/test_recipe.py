@@ -126,7 +126,7 @@ def test_keys_that_contradict_each_other(file: Path, more: str, overrides: tuple
 def test_every_fault_has_a_line_and_what_is_missing_is_said(file: Path) -> None:
     lines = refusal(file, instead="method: allora\nmodel: 3\npeft: {r: x}\n").splitlines()
     assert lines == [
-        "my.yaml: method: expected lora, alora, pi-lora, adalora or dora, got the text 'allora'; did you mean alora?",
+        "my.yaml: method: expected lora, alora, pi-lora, milora, adalora or dora, got the text 'allora'; did you mean alora?",
         "my.yaml: model: expected text, got 3",
         "my.yaml: data is missing: expected a section with train and dev",
         "my.yaml: peft.r: expected an integer, got the text 'x'",

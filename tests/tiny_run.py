@@ -81,6 +81,8 @@ def write_recipe(folder: Path, method: str = "lora", family: str = "llama", **ch
         tree["allocation"] = {"rounds": 2, "first_round": 3, "recover": 3, "validation_rows": 6}
     if method == "adalora":
         tree["adalora"] = {"init_r": 3, "tinit": 1, "tfinal": 2}
+    if method == "milora":
+        tree["routing"] = {"top_k": 2, "validation_rows": 6, "activation_every": 2, "activation_learning_rate": 0.01}
     path = folder / f"{method}.yaml"
     path.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
     return path

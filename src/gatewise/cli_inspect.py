@@ -25,11 +25,17 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or .html file.")] = None,
     value: Annotated[Value | None, typer.Option(help="What to show of each module. [default: rank]")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Score the ranks on --data and show what each module is worth.")] = False,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Route the prompts of --data and show which modules they choose (method milora).")
+    ] = False,
     data: Annotated[str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.")] = None,
     score: Annotated[
         str | None, typer.Option(help="path_integral, path_moments, taylor, ablation or sensitivity. [default: path_integral]")
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="Rows of the data to score on, drawn at random. [default: 32]")] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Rows of the data: to score on, drawn at random [default: 32]; to route, the first [default: all]."),
+    ] = None,
     base: BaseOption = None,
     split: SplitOption = None,
     template_prompt: TemplateOption = None,
@@ -42,13 +48,24 @@ def inspect(
 ) -> None:
     """Show where the budget of a LoRA adapter went, layer by module; the base model is not needed.
 
-    With --scores, load it and score its ranks on rows of data: what each layer and module is worth, and which could go.
+    With --scores, load it and score its ranks on rows of data: what each layer and module is worth, and which could go. With
+    --routing, load a routed adapter and show which modules the prompts of the data choose.
 
     \b
     Examples:
       gatewise inspect runs/quickstart/adapter --plot ranks.html
       gatewise inspect runs/quickstart/adapter --scores --data sample:support-dev --suggest 1680 --out pattern.json
+      gatewise inspect runs/milora-support/adapter --routing --data sample:support-dev --plot routing.png
     """
+    if routing:
+        for name, unfit in {"scores": scores or None, "score": score, "suggest": suggest, "out": out, "value": value}.items():
+            if unfit is not None:
+                raise GatewiseError(f"--{name} was given with --routing, where it means nothing: leave one of the two out")
+        if data is None:
+            raise GatewiseError("--routing was given without --data: name the prompts to route, such as --data sample:support-dev")
+        source = {"rows": rows, "base": base, "split": split, "prompt": template_prompt, "labels": labels}
+        _show_routing(adapter, data, source, plot, as_json)
+        return
     if not scores:
         needs_scores = {
             "data": data,
@@ -132,3 +149,25 @@ def _show_scores(
         typer.echo(f"suggestion: {sum(kept):,} ranks in {where}" + (f", written: {out}" if out else ""))
         if not out:
             typer.echo(json.dumps(suggestion, indent=2, ensure_ascii=False))
+
+
+def _show_routing(adapter: Path, data: str, settings: dict[str, Any], plot: Path | None, as_json: bool) -> None:
+    from gatewise import report
+    from gatewise.routing_use import route_data
+
+    if plot and report.check_suffix(plot) == "html":
+        raise GatewiseError(f"cannot plot to {plot}: routing is drawn into a name that ends in .png or .svg")
+    routing = route_data(adapter, data, **settings)
+    if plot:
+        report.plot_routing(routing, plot)
+    if as_json:
+        typer.echo(json.dumps(report.routing_json(routing), indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    grid = routing.grid()
+    console.print(f"{grid.title}; means at the margins", markup=False, highlight=False)
+    console.print(report.grid_table(grid))
+    for line in report.routing_lines(routing):
+        console.print(line, markup=False, highlight=False)
+    if plot:
+        typer.echo(f"drawn: {plot}")

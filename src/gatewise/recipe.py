@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from gatewise.budget import Schedule
 
-Method = Literal["lora", "alora", "pi-lora", "adalora", "dora"]
+Method = Literal["lora", "alora", "pi-lora", "milora", "adalora", "dora"]
 ALLOCATING = ("alora", "pi-lora")
 """The methods with an ``allocation`` section."""
 
@@ -125,6 +125,30 @@ class AllocationSection(Section):
     score_options: dict[str, Any] = Field(default_factory=dict)
 
 
+class RoutingSection(Section):
+    """The routers of MiLoRA, see ``gatewise.RoutedLoraConfig``. Only with method milora.
+
+    The coefficients of the rational activation learn on ``validation_rows`` rows set aside of the training data, one step of rate
+    ``activation_learning_rate`` after every ``activation_every`` steps of the rest (``gatewise.BilevelTrainer``); with 0 rows they
+    learn with the rest.
+    """
+
+    top_k: Count = 3
+    pooler: Literal["attention", "mean", "max", "last"] = "attention"
+    activation: Literal["rational", "gelu", "relu", "identity"] = "rational"
+    balance_weight: NotNegative = 1e-2
+    normalize_gates: bool = True
+    normalize_states: bool = True
+    validation_rows: Annotated[int, Field(ge=0)] = 64
+    activation_learning_rate: Positive = 1e-6
+    activation_every: Count = 4
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether the activation learns on rows of its own."""
+        return self.activation == "rational" and self.validation_rows > 0
+
+
 class AdaloraSection(Section):
     """AdaLoRA's schedule, see ``peft.AdaLoraConfig``; ``total_step`` is the run's. Only with method adalora.
 
@@ -189,6 +213,7 @@ class Recipe(Section):
     peft: PeftSection = PeftSection()
     allocation: AllocationSection | None = None
     adalora: AdaloraSection | None = None
+    routing: RoutingSection | None = None
     training: TrainingSection = TrainingSection()
 
     @model_validator(mode="before")
@@ -222,6 +247,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield (
             "adalora",
             f"is for method adalora, but the method is {method}: remove the section, or set method: adalora",
+        )
+    if recipe.routing is not None and method != "milora":
+        yield (
+            "routing",
+            f"is for method milora, but the method is {method}: remove the section, or set method: milora",
         )
     if training.max_steps is not None and training.epochs is not None:
         yield "training.epochs", "cannot be given together with training.max_steps: keep the one that ends the run"

@@ -1,21 +1,19 @@
-"""The run a recipe describes: check everything, load, train, measure, and write a plain LoRA adapter.
+"""The run a recipe describes: check everything, load, train, measure, and write the adapter.
 
 What it leaves in its output folder: see ``gatewise.run_folder``.
 """
 
-import difflib
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from gatewise import report
 from gatewise.adalora import AdaLoraSchedule, to_plain_lora
@@ -26,12 +24,16 @@ from gatewise.measure import Metrics, load_like, metrics_line
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
-from gatewise.recipe import ALLOCATING, AllocationSection, Recipe, TrainingSection
+from gatewise.recipe import ALLOCATING, AllocationSection, Recipe, RoutingSection, TrainingSection
+from gatewise.routed import RoutingLog
+from gatewise.routing_use import routing_of_rows
+from gatewise.run_adapter import adapted
 from gatewise.run_folder import (
     ADAPTER,
     CHECKPOINTS,
     METRICS,
     PLOT,
+    ROUTING,
     RunResult,
     before_the_end,
     check_output,
@@ -49,7 +51,7 @@ from gatewise.tasks import (
     evaluate,
     load_records,
 )
-from gatewise.training import EarlyStopping, RecipeTrainer, checkpoint_step
+from gatewise.training import EarlyStopping, RecipeTrainer, TwoLevelRecipeTrainer, checkpoint_step
 
 
 def train(
@@ -100,6 +102,12 @@ def train(
             save_adapter(model, output / ADAPTER, prepared.note)
             budget = report.read_budget(output / ADAPTER)
             report.plot(budget, output / PLOT)
+            routing = None
+            if recipe.method == "milora":
+                routing = routing_of_rows(
+                    model, prepared.tokenizer, prepared.dev, recipe.training.eval_batch_size, base_model=recipe.model, data="dev"
+                )
+                report.plot_routing(routing, output / ROUTING)
             seconds["total"] = time.monotonic() - started
             result = RunResult(
                 output=output,
@@ -115,6 +123,7 @@ def train(
                 seconds=seconds,
                 steps=trainer.state.global_step,
                 resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
+                routing=routing,
             )
             write_metrics(recipe, result, trainer.state.log_history)
     return result
@@ -138,6 +147,7 @@ class _Prepared:
     steps_per_epoch: int
     max_length: int
     note: dict[str, Any]
+    held_out: list[dict[str, Any]]
     allocation: RankAllocation | None = field(default=None)
 
 
@@ -178,15 +188,15 @@ def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
 
     train, dev = features(train_rows), features(measured["dev"])
     held_out: list[dict[str, Any]] = []
-    if recipe.method in ALLOCATING:
-        train, held_out = _hold_out(train, (recipe.allocation or AllocationSection()).validation_rows, recipe.seed)
+    if set_aside := _set_aside(recipe):
+        train, held_out = _hold_out(train, set_aside, recipe.seed)
     base_parameters = sum(p.numel() for p in base.parameters())
     steps = recipe.training.total_steps(len(train))
     prepared = _Prepared(
         measured=measured,
         template=template,
         tokenizer=tokenizer,
-        model=_adapted(recipe, base, steps),
+        model=adapted(recipe, base, steps),
         base_parameters=base_parameters,
         train=train,
         dev=dev,
@@ -203,76 +213,19 @@ def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
             "label_words": template.labels if template else None,
             "max_length": max_length,
         },
+        held_out=held_out,
     )
     if recipe.method in ALLOCATING:
-        prepared.allocation = _allocation(recipe, prepared, held_out, progress)
+        prepared.allocation = _allocation(recipe, prepared, progress)
     return prepared
 
 
-def _adapted(recipe: Recipe, base: PreTrainedModel, steps: int) -> PeftModel:
-    """The base model with a fresh adapter that changes nothing yet."""
-    peft = recipe.peft
-    _check_modules("peft.target_modules", peft.target_modules, base, recipe.model)
-    _check_modules("peft.exclude_modules", peft.exclude_modules, base, recipe.model)
-    common: dict[str, Any] = {
-        "lora_alpha": peft.lora_alpha,
-        "target_modules": peft.target_modules,
-        "exclude_modules": peft.exclude_modules,
-        "lora_dropout": peft.lora_dropout,
-        "init_lora_weights": peft.init_lora_weights,
-        "task_type": "SEQ_CLS" if recipe.task == "classification" else "CAUSAL_LM",
-    }
-    config: LoraConfig
-    r = peft.r
-    if recipe.allocation is not None and recipe.allocation.schedule == "cubic":
-        # More ranks at the start, the scale of those wanted at the end.
-        r = _initial_rank(recipe.allocation, peft.r)
-        common["lora_alpha"] = peft.lora_alpha * ((r / peft.r) ** 0.5 if peft.use_rslora else r / peft.r)
-    if recipe.method == "adalora":
-        config = AdaLoraConfig(target_r=peft.r, **_adalora_schedule(recipe, steps), **common)
-    else:
-        config = LoraConfig(r=r, use_rslora=peft.use_rslora, use_dora=recipe.method == "dora", **common)
-    set_seed(recipe.seed)
-    try:
-        return get_peft_model(base, config)
-    except ValueError as error:
-        raise GatewiseError(f"PEFT cannot put this adapter on {recipe.model}: {' '.join(str(error).split())}") from error
-
-
-def _initial_rank(section: AllocationSection, r: int) -> int:
-    return section.init_r or max(r + 1, round(1.5 * r))
-
-
-def _check_modules(key: str, names: Any, base: PreTrainedModel, model: str) -> None:
-    """PEFT passes over a name that fits no module as long as another one does."""
-    if names is None or (isinstance(names, str) and names == "all-linear"):
-        return
-    linear = {path for path, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    for name in [names] if isinstance(names, str) else names:
-        if not any(path == name or path.endswith(f".{name}") for path in linear):
-            endings = sorted({path.rpartition(".")[2] for path in linear})
-            near = difflib.get_close_matches(name, endings, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise GatewiseError(
-                f"{key}: {name!r} is no linear module of {model}, expected 'all-linear' or of {', '.join(endings)}{hint}"
-            )
-
-
-def _adalora_schedule(recipe: Recipe, steps: int) -> dict[str, Any]:
-    given = recipe.adalora.model_dump(exclude_none=True) if recipe.adalora else {}
-    schedule = {
-        "init_r": max(recipe.peft.r + 1, round(1.5 * recipe.peft.r)),
-        "tinit": steps // 10,
-        "tfinal": round(0.3 * steps),
-        **given,
-        "total_step": steps,
-    }
-    if schedule["tinit"] >= steps - schedule["tfinal"]:
-        raise GatewiseError(
-            f"adalora: tinit ({schedule['tinit']}) and tfinal ({schedule['tfinal']}) leave no step of the run's {steps} in "
-            "which ranks can be taken away: lower them or train longer"
-        )
-    return schedule
+def _set_aside(recipe: Recipe) -> int:
+    """Training rows that a method wants for itself: to score ranks on, or for the upper of its two levels."""
+    if recipe.method in ALLOCATING:
+        return (recipe.allocation or AllocationSection()).validation_rows
+    routing = recipe.routing or RoutingSection()
+    return routing.validation_rows if recipe.method == "milora" and routing.two_levels else 0
 
 
 def _hold_out(train: list[dict[str, Any]], rows: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -282,7 +235,7 @@ def _hold_out(train: list[dict[str, Any]], rows: int, seed: int) -> tuple[list[d
     return [train[i] for i in sorted(order[count:])] or train, [train[i] for i in order[:count]]
 
 
-def _allocation(recipe: Recipe, prepared: _Prepared, held_out: list[dict[str, Any]], progress: RunProgress) -> RankAllocation:
+def _allocation(recipe: Recipe, prepared: _Prepared, progress: RunProgress) -> RankAllocation:
     section = recipe.allocation or AllocationSection()
     first = section.first_round
     step = in_steps(first, prepared.steps_per_epoch)
@@ -291,7 +244,7 @@ def _allocation(recipe: Recipe, prepared: _Prepared, held_out: list[dict[str, An
             f"allocation.first_round is {first}, after step {step}, but the run has {prepared.steps} steps and what a round "
             "grows must learn: lower it or train longer"
         )
-    batch = PadCollator(prepared.tokenizer)(held_out)
+    batch = PadCollator(prepared.tokenizer)(prepared.held_out)
     settings = section.model_dump(exclude={"validation_rows", "init_r"})
     if section.schedule == "cubic":
         settings["target_rank"] = recipe.peft.r
@@ -309,7 +262,18 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
         callbacks.append(EarlyStopping(training.early_stopping_patience))
     if training.gradient_checkpointing:
         _recompute_activations(prepared.model)
-    return RecipeTrainer(
+    trainer: Any = RecipeTrainer
+    if recipe.method == "milora":
+        routing = recipe.routing or RoutingSection()
+        if routing.two_levels:
+            trainer = partial(
+                TwoLevelRecipeTrainer,
+                upper_dataset=prepared.held_out,
+                upper_parameters=r"\.lora_router\.[^.]+\.(numerator|denominator)$",
+                upper_learning_rate=routing.activation_learning_rate,
+                upper_every=min(routing.activation_every, prepared.steps),
+            )
+    made: RecipeTrainer = trainer(
         model=prepared.model,
         args=_arguments(training, recipe.seed, prepared.steps, output / CHECKPOINTS),
         train=prepared.train,
@@ -319,6 +283,9 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
         callbacks=[*callbacks, progress],
         group_by_length=training.group_by_length,
     )
+    if recipe.method == "milora":
+        RoutingLog.attach(made, per_layer=False)
+    return made
 
 
 def _arguments(training: TrainingSection, seed: int, steps: int, checkpoints: Path) -> TrainingArguments:

@@ -2,9 +2,11 @@
 
 What a run leaves in it:
 
-    adapter/        plain LoRA: adapter_config.json, adapter_model.safetensors; allocation.json with alora; gatewise.json
+    adapter/        plain LoRA (with milora: routed LoRA): adapter_config.json, adapter_model.safetensors; allocation.json with
+                    alora and pi-lora; gatewise.json
     metrics.json    metrics before and after, ranks, parameters, seconds
     ranks.png       where the ranks went
+    routing.png     with milora, which modules the prompts of dev chose
     recipe.yaml     the recipe with every default written out
     checkpoints/    the last two checkpoints, from which --resume goes on
 """
@@ -28,9 +30,17 @@ from gatewise.files import whole_file, whole_folder, write_json
 from gatewise.measure import Metrics
 from gatewise.recipe import Recipe
 from gatewise.recipe_file import load_recipe
+from gatewise.report import RoutingMap, routing_json
 from gatewise.training import NOTE_FILE, checkpoint_step, complete_checkpoints
 
-ADAPTER, CHECKPOINTS, METRICS, RECIPE, PLOT = "adapter", "checkpoints", "metrics.json", "recipe.yaml", "ranks.png"
+ADAPTER, CHECKPOINTS, METRICS, RECIPE, PLOT, ROUTING = (
+    "adapter",
+    "checkpoints",
+    "metrics.json",
+    "recipe.yaml",
+    "ranks.png",
+    "routing.png",
+)
 # Keys that change what is shown, not what is learned: a run may be resumed with others.
 _FREE_TO_CHANGE = ("training.log_every",)
 
@@ -48,6 +58,7 @@ class RunResult:
         seconds: "evaluation", "training" (rounds included) and "total", of this process.
         steps: optimiser steps taken, those before a resume included.
         resumed_from: the step the run went on from, or None.
+        routing: with milora, which modules the prompts of dev chose.
     """
 
     output: Path
@@ -60,6 +71,7 @@ class RunResult:
     seconds: dict[str, float]
     steps: int
     resumed_from: int | None
+    routing: RoutingMap | None = None
 
 
 def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:
@@ -165,7 +177,7 @@ def _tidy(output: Path, recipe: Recipe) -> None:
 
 def _remove_run(output: Path) -> None:
     """Removes what a run writes, and nothing else that may lie in the folder."""
-    for name in (METRICS, PLOT, RECIPE):
+    for name in (METRICS, PLOT, RECIPE, ROUTING):
         (output / name).unlink(missing_ok=True)
     for name in (ADAPTER, CHECKPOINTS):
         if (output / name).is_dir():
@@ -192,6 +204,7 @@ def write_metrics(recipe: Recipe, result: RunResult, log: Sequence[Mapping[str, 
         "metrics": result.metrics,
         "parameters": result.parameters,
         "ranks": result.ranks,
+        **({} if result.routing is None else {"routing": routing_json(result.routing)}),
         "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
         "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
     }

@@ -19,9 +19,11 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gatewise.adalora import orthogonality
+from gatewise.bilevel import BilevelMixin
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 from gatewise.losses import mean_loss, row_losses
+from gatewise.routed import RoutedLoraModel
 from gatewise.tasks import PadCollator
 
 NOTE_FILE = "gatewise.json"
@@ -78,12 +80,20 @@ class RecipeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean cross-entropy over the labels of an optimiser step, or of the batch when their number is not given."""
+        """Mean cross-entropy over the labels of an optimiser step, or of the batch when their number is not given.
+
+        What a method adds to the loss in training comes on top: MiLoRA's load balance, AdaLoRA's orthogonality.
+        """
         sums, counts = row_losses(model, inputs)
         loss = sums.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             self._stop_diverged(f"the loss is {float(loss)} at step {self.state.global_step + 1}")
-        if isinstance(getattr(model, "base_model", None), AdaLoraModel):
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, RoutedLoraModel):
+            # The model adds it to a loss of its own, and here it computes none. The shares of a step's batches add up to one.
+            share = 1.0 if num_items_in_batch is None else counts.sum() / num_items_in_batch
+            loss = loss + share * tuner.balance_loss()
+        if isinstance(tuner, AdaLoraModel):
             weight = model.peft_config[model.active_adapter].orth_reg_weight  # type: ignore[union-attr,index]
             loss = loss + weight * orthogonality(model) / self.args.gradient_accumulation_steps  # type: ignore[arg-type]
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -142,6 +152,10 @@ class RecipeTrainer(Trainer):
     @property
     def _folder(self) -> Path:
         return Path(self.args.output_dir or "")
+
+
+class TwoLevelRecipeTrainer(BilevelMixin, RecipeTrainer):
+    """A ``RecipeTrainer`` with an upper level: takes the arguments of both."""
 
 
 class RowOrder(Sampler[int]):

@@ -7,8 +7,9 @@ from gatewise.report.budget_map import BudgetMap, ModuleBudget, RoundSummary, Va
 from gatewise.report.grid import OTHER
 from gatewise.report.importance_map import Importance, ModuleImportance
 from gatewise.report.importance_text import importance_json, importance_lines, top_table
-from gatewise.report.plotting import check_suffix, plot, plot_importance
+from gatewise.report.plotting import check_suffix, plot, plot_importance, plot_routing
 from gatewise.report.reading import rank_map, read_budget
+from gatewise.report.routing_map import ModuleUse, RoutingMap, routing_json, routing_lines
 from gatewise.report.table import grid_table, ranks_table, summary_lines, to_json
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "Importance",
     "ModuleBudget",
     "ModuleImportance",
+    "ModuleUse",
     "RoundSummary",
+    "RoutingMap",
     "Value",
     "check_suffix",
     "grid_table",
@@ -25,9 +28,12 @@ __all__ = [
     "importance_lines",
     "plot",
     "plot_importance",
+    "plot_routing",
     "rank_map",
     "ranks_table",
     "read_budget",
+    "routing_json",
+    "routing_lines",
     "summary_lines",
     "to_json",
     "top_table",

@@ -10,6 +10,7 @@ from gatewise.report.budget_page import page_of
 from gatewise.report.image import image_of
 from gatewise.report.importance_map import Importance
 from gatewise.report.importance_page import importance_page
+from gatewise.report.routing_map import RoutingMap
 
 
 def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str | None = None) -> Path:
@@ -62,6 +63,28 @@ def plot_importance(
         f"{importance.rows:,} rows{f' of {importance.data}' if importance.data else ''} · total rank {importance.rank:,}",
     )
     return _write(out, lambda: importance_page(importance, title, suggested), lambda suffix: image_of(grid, title, notes, suffix))
+
+
+def plot_routing(routing: RoutingMap, out: str | Path, title: str | None = None) -> Path:
+    """Draws which modules the prompts chose into a file, whole or not at all.
+
+    Args:
+        out: a name that ends in ``.png`` or ``.svg``. Missing folders are made.
+
+    Returns:
+        The path written.
+
+    Raises:
+        GatewiseError: another suffix, or a path that cannot be written.
+    """
+    if check_suffix(out) == "html":
+        raise GatewiseError(f"cannot plot to {out}: routing is drawn into a name that ends in .png or .svg")
+    grid = routing.grid()
+    notes = (
+        f"{grid.title}, by layer and kind · {routing.base_model or 'base model not named'}",
+        f"{routing.prompts:,} prompts{f' of {routing.data}' if routing.data else ''} · {routing.top_k} modules a layer",
+    )
+    return _write(out, str, lambda suffix: image_of(grid, title or "Which modules the prompts chose", notes, suffix))
 
 
 def check_suffix(out: str | Path) -> str:

@@ -30,7 +30,7 @@ _CONFIG, _WEIGHTS, _PICKLE, _ALLOCATION = (
     "adapter_model.bin",
     "allocation.json",
 )
-_TYPES = {"LORA": "LoRA", "ADALORA": "AdaLoRA"}
+_TYPES = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "ROUTED_LORA": "routed LoRA"}
 
 
 def rank_map(source: "str | Path | PeftModel", adapter: str | None = None) -> dict[str, int]:
@@ -132,7 +132,7 @@ class _Scalings:
         self.known: dict[str, float] = {}
         kind = str(config.get("peft_type"))
         if kind not in _TYPES:
-            raise GatewiseError(f"{where}: peft_type is {kind}, expected a LoRA adapter (LORA or ADALORA)")
+            raise GatewiseError(f"{where}: peft_type is {kind}, expected a LoRA adapter ({', '.join(_TYPES)})")
         self.adaptive = kind == "ADALORA"
         self.stabilised = bool(config.get("use_rslora")) and not self.adaptive
         self.adapter_type = "DoRA" if config.get("use_dora") else "rsLoRA" if self.stabilised else _TYPES[kind]
@@ -181,7 +181,7 @@ def _first_match(patterns: Sequence[tuple[re.Pattern[str], float]], path: str, d
     return next((value for pattern, value in patterns if pattern.match(path)), default)
 
 
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<part>[A-Za-z_]+?)(?:\.(?P<leaf>weight|bias))?$")
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?!router\b)(?P<part>[A-Za-z_]+?)(?:\.(?P<leaf>weight|bias))?$")
 _FACTORS = {"A": "A", "B": "B", "embedding_A": "A", "embedding_B": "B", "E": "diagonal", "diag": "diagonal"}
 
 
