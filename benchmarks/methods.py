@@ -226,7 +226,7 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
             size = statistics.mean(r["parameters"] for r in group) / 1e6
             took, scoring = (statistics.mean(r[key] for r in group) for key in ("seconds", "scoring_seconds"))
             print(
-                f"  {method:13}  {metric} {_spread(right, 1)}   loss {_spread(loss, 3)}   ranks {total:.0f} in {modules:.0f} "
+                f"  {method:13}  {metric} {spread(right, 1)}   loss {spread(loss, 3)}   ranks {total:.0f} in {modules:.0f} "
                 f"modules   {size:.2f}M parameters   {took:.0f} s of which scoring {scoring:.0f} s   seeds {len(group)}"
             )
         for method in METHODS:
@@ -234,7 +234,7 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
             if pairs:
                 gains = [100 * (cell[method, seed][metric] - cell["lora", seed][metric]) for seed in pairs]
                 lower = [cell[method, seed]["loss"] - cell["lora", seed]["loss"] for seed in pairs]
-                print(f"  {method} - lora, paired: {metric} {_spread(gains, 1, True)}, loss {_spread(lower, 3, True)}")
+                print(f"  {method} - lora, paired: {metric} {spread(gains, 1, True)}, loss {spread(lower, 3, True)}")
         everywhere = next(run["ranks"] for run in cell.values() if run["method"] == "lora")
         for method in METHODS:
             moved = [run["ranks"] for (m, _), run in cell.items() if m == method != "lora"]
@@ -249,7 +249,7 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
         _plot(runs, plot)
 
 
-def _spread(values: list[float], digits: int, sign: bool = False) -> str:
+def spread(values: list[float], digits: int, sign: bool = False) -> str:
     mark = "+" if sign else ""
     deviation = f" (sd {statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):{mark}.{digits}f}{deviation}"

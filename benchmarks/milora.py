@@ -1,0 +1,236 @@
+"""Does MiLoRA learn? LoRA, DoRA and MiLoRA with one or three modules a layer, one task at a time and two at once, SmolLM2-135M.
+
+Multiple choice: arc_easy, openbookqa, and both mixed (twice the steps). All methods have the same rows in the same order, rank,
+learning rate, steps and, but for ``milora-k3-scaled``, lora_alpha. MiLoRA's gates add up to one in a layer, so that a module
+kept with two others has about a third of LoRA's scale; ``-scaled`` has three times the alpha. The coefficients of its rational
+activation learn on 64 rows set aside, which no method trains on. Accuracy and loss are those of the whole dev split of each
+task, and the routing is that of its prompts. Results are appended to a JSON-lines file as they come; a run that is already
+there is not repeated, so the campaign can be stopped and started at will, and several processes may share it.
+
+    python benchmarks/milora.py --data-dir DATA                  # DATA/arc_easy/train.jsonl, DATA/openbookqa/dev.jsonl, ...
+    python benchmarks/milora.py --report                         # the tables from the results file; --plot FILE for the routing
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from methods import read, spread
+
+HERE = Path(__file__).parent
+SETTINGS: dict[str, Any] = {
+    "model": "smollm2-135m-instruct",
+    "dtype": "bfloat16",
+    "r": 8,
+    "lora_alpha": 16,
+    "steps": 120,  # a task
+    "batch_size": 16,
+    "learning_rate": 5e-4,
+    "warmup_steps": 8,
+    "validation_rows": 64,
+    "activation_learning_rate": 1e-6,
+    "activation_every": 4,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "milora-k1": {"top_k": 1},
+    "milora-k3": {"top_k": 3},
+    "milora-k3-scaled": {"top_k": 3, "lora_alpha": 48},
+}
+SINGLE = ("arc_easy", "openbookqa")
+TASKS = {**{task: (task,) for task in SINGLE}, "both": SINGLE}
+
+
+def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
+    """Trains one adapter and measures it on the dev split of every task that it was trained on."""
+    import torch
+    from transformers import TrainingArguments, set_seed
+
+    from gatewise.models import load_model, load_tokenizer
+    from gatewise.routing_use import routing_of_rows
+    from gatewise.tasks import PadCollator, default_template, encode, evaluate, load_records
+    from gatewise.training import RecipeTrainer, TwoLevelRecipeTrainer
+
+    s, draw = SETTINGS, random.Random(seed)
+    tokenizer = load_tokenizer(s["model"])
+    rows: list[Any] = []
+    for name in TASKS[task]:
+        records = load_records(data_dir / name / "train.jsonl")
+        features = list(encode(records, tokenizer, default_template(records)))
+        draw.shuffle(features)
+        rows += features[: s["steps"] * s["batch_size"] + s["validation_rows"]]
+    draw.shuffle(rows)
+    held_out, rows = rows[: s["validation_rows"]], rows[s["validation_rows"] :]
+    set_seed(seed)
+    model = adapted(load_model(s["model"], dtype=getattr(torch, s["dtype"])), method)
+    routed = method.startswith("milora")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=s["steps"] * len(TASKS[task]),
+            per_device_train_batch_size=s["batch_size"],
+            learning_rate=s["learning_rate"],
+            warmup_steps=s["warmup_steps"],
+            lr_scheduler_type="linear",
+            seed=seed,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        common: dict[str, Any] = {
+            "model": model, "args": arguments, "train": rows, "dev": held_out, "collator": PadCollator(tokenizer), "note": {},
+            "callbacks": [], "group_by_length": True,
+        }  # fmt: skip
+        if routed:
+            trainer: RecipeTrainer = TwoLevelRecipeTrainer(
+                upper_dataset=held_out,
+                upper_parameters=r"\.lora_router\.[^.]+\.(numerator|denominator)$",
+                upper_learning_rate=s["activation_learning_rate"],
+                upper_every=s["activation_every"],
+                **common,
+            )
+        else:
+            trainer = RecipeTrainer(**common)
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    measured, routing = {}, {}
+    for name in TASKS[task]:
+        dev = load_records(data_dir / name / "dev.jsonl")
+        metrics = evaluate(model, tokenizer, dev, default_template(dev), batch_size=64)
+        measured[name] = {key: round(value, 4) for key, value in metrics.items()}
+        if routed:
+            chosen = routing_of_rows(model, tokenizer, list(encode(dev, tokenizer, default_template(dev))), 64)
+            routing[name] = {
+                "share": {one.path: round(one.share, 4) for one in chosen.modules},
+                "distinct": round(chosen.distinct, 2),
+                "agreement": round(chosen.agreement, 4),
+            }
+    return {
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "metrics": measured,
+        "routing": routing,
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
+        "seconds": round(seconds, 1),
+        "settings": s | METHODS[method],
+    }
+
+
+def adapted(base: Any, method: str) -> Any:
+    """The base model with the method's adapter at its start."""
+    from peft import LoraConfig, get_peft_model
+
+    from gatewise import RoutedLoraConfig
+
+    own = {"r": SETTINGS["r"], "lora_alpha": SETTINGS["lora_alpha"], **METHODS[method]}
+    kind = RoutedLoraConfig if method.startswith("milora") else LoraConfig
+    return get_peft_model(base, kind(target_modules="all-linear", task_type="CAUSAL_LM", **own))
+
+
+def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
+    """Prints mean and spread by task and method, the paired differences to LoRA, and how much the routing looks at the prompt."""
+    for task in TASKS:
+        cell = {(r["method"], r["seed"]): r for r in runs if r["task"] == task}
+        for name in TASKS[task] if cell else ():
+            print(f"{name} (dev, {next(iter(cell.values()))['metrics'][name]['n']} rows), trained on {' and '.join(TASKS[task])}")
+            for method in METHODS:
+                group = [run for (m, _), run in cell.items() if m == method]
+                if not group:
+                    continue
+                right, norm = ([100 * r["metrics"][name][key] for r in group] for key in ("accuracy", "accuracy_norm"))
+                loss = [r["metrics"][name]["loss"] for r in group]
+                line = (
+                    f"  {method:17} accuracy {spread(right, 1)}   by length {spread(norm, 1)}   loss {spread(loss, 3)}   "
+                    f"{statistics.mean(r['parameters'] for r in group) / 1e6:.2f}M parameters   "
+                    f"{statistics.mean(r['seconds'] for r in group):.0f} s"
+                )
+                pairs = [seed for (m, seed) in cell if m == method != "lora" and ("lora", seed) in cell]
+                if pairs:
+                    gains, lower = (
+                        [factor * (cell[method, p]["metrics"][name][key] - cell["lora", p]["metrics"][name][key]) for p in pairs]
+                        for key, factor in (("accuracy", 100), ("loss", 1))
+                    )
+                    line += f"   - lora, paired: {spread(gains, 1, True)}, loss {spread(lower, 3, True)}"
+                print(f"{line}   seeds {len(group)}")
+                routing = [r["routing"][name] for r in group if r["routing"]]
+                if routing:
+                    print(
+                        f"    routing: {statistics.mean(r['distinct'] for r in routing):.1f} different choices a layer, agreement "
+                        f"of two prompts {statistics.mean(r['agreement'] for r in routing):.2f}"
+                    )
+    if plot:
+        _plot([run for run in runs if run["task"] == "both" and run["routing"]], plot)
+
+
+def _plot(runs: list[dict[str, Any]], out: Path) -> None:
+    """Share of prompts that keep a module, mean over seeds: layer by kind, a panel a method and task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from gatewise.sites import kind_key, site
+
+    methods = [method for method in METHODS if any(run["method"] == method for run in runs)]
+    columns = [*SINGLE, "difference"]
+    size = (3.1 * len(columns), 5.6 * len(methods))
+    figure, axes = plt.subplots(len(methods), len(columns), figsize=size, squeeze=False, layout="constrained")
+    for row, method in zip(axes, methods, strict=True):
+        group = [run["routing"] for run in runs if run["method"] == method]
+        paths = [site(path) for path in group[0][SINGLE[0]]["share"]]
+        kinds = sorted({p.kind for p in paths}, key=kind_key)
+        grids = []
+        for name in SINGLE:
+            grid = np.zeros((1 + max(p.layer or 0 for p in paths), len(kinds)))
+            for p in paths:
+                grid[p.layer or 0, kinds.index(p.kind)] = statistics.mean(one[name]["share"][p.path] for one in group)
+            grids.append(grid)
+        for axis, name, grid in zip(row, columns, [*grids, grids[0] - grids[1]], strict=True):
+            signed = name == "difference"
+            image = axis.imshow(grid, aspect="auto", cmap="PuOr" if signed else "Blues", vmin=-1 if signed else 0, vmax=1)
+            axis.set(title=f"{method}, {name if not signed else f'{SINGLE[0]} - {SINGLE[1]}'}", ylabel="layer")
+            axis.set_xticks(range(len(kinds)), kinds)
+            figure.colorbar(image, ax=axis, shrink=0.6)
+    figure.savefig(out, dpi=90)
+
+
+def main() -> None:
+    """Runs what is missing from the campaign, or reports it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "milora.jsonl")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    if not options.report:
+        if options.data_dir is None:
+            parser.error("--data-dir is needed: the folder with arc_easy/train.jsonl, arc_easy/dev.jsonl and so on")
+        done = {(run["task"], run["method"], run["seed"]) for run in read(options.results)}
+        for seed in options.seeds:
+            for task in options.tasks:
+                for method in options.methods:
+                    if (task, method, seed) in done:
+                        continue
+                    print(f"{task} {method} seed {seed}", flush=True)
+                    run = one_run(task, method, seed, options.data_dir)
+                    with options.results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(run) + "\n")
+                    print(f"  {run['metrics']}, {run['seconds']} s", flush=True)
+    report(read(options.results), options.plot)
+
+
+if __name__ == "__main__":
+    main()
