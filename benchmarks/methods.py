@@ -265,7 +265,7 @@ def _plot(runs: list[dict[str, Any]], out: Path) -> None:
 
     from gatewise.sites import kind_key, site
 
-    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    tasks = list(dict.fromkeys(run["task"] for run in runs if run["method"] == "pi-lora"))
     methods = [m for m in METHODS if m != "lora" and any(run["method"] == m for run in runs)]
     size = (3.2 * len(methods), 6.5 * len(tasks))
     figure, axes = plt.subplots(len(tasks), len(methods), figsize=size, squeeze=False, layout="constrained")
@@ -281,7 +281,7 @@ def _plot(runs: list[dict[str, Any]], out: Path) -> None:
         for p in paths:
             grid[p.layer or 0, kinds.index(p.kind)] = statistics.mean(one.get(p.path, 0) for one in group)
         image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=16)
-        axis.set(title=f"{task}, {method}", xlabel=f"mean over {len(group)} seeds", ylabel="layer")
+        axis.set(title=f"{task}, {method}", xlabel=f"mean over {len(group)} seed{'s' * (len(group) > 1)}", ylabel="layer")
         axis.set_xticks(range(len(kinds)), kinds)
     figure.colorbar(image, ax=axes.ravel().tolist(), label="rank (LoRA: 8 everywhere)")
     figure.savefig(out, dpi=90)

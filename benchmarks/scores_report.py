@@ -133,6 +133,7 @@ def draw(states: dict[Place, Line], losses: dict[Place, dict[Score, dict[float, 
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     panels = list(groups(states))
     figure, axes = plt.subplots(len(STAGES), len(TASKS), figsize=(4.4 * len(TASKS), 7), layout="constrained")
@@ -154,6 +155,9 @@ def draw(states: dict[Place, Line], losses: dict[Place, dict[Score, dict[float, 
                 means = [statistics.mean(losses[p][score][cut] for p in held) for cut in CUTS]
                 axis.plot([0, *[100 * cut for cut in CUTS]], [base, *means], marker="o", ms=3, **style)
         axis.set(title=f"{task}, {stage}", xlabel="% of ranks off", ylabel=f"dev loss, mean of {len(places)} seeds", yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
