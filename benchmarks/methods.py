@@ -10,8 +10,6 @@ the campaign can be stopped and started at will, and several processes may share
     python benchmarks/methods.py --report                         # the tables from the results file; --plot FILE for the map
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_data import load_task, teacher_forced
+from campaign import campaign, spread
 
-HERE = Path(__file__).parent
 SETTINGS: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
     "dtype": "bfloat16",
@@ -197,17 +195,6 @@ def allocation_of(method: str, s: dict[str, Any], batch: Any, seed: int) -> Any:
     )
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    """The finished runs; a last line cut off by an interruption is left out."""
-    runs = []
-    for line in results.read_text(encoding="utf-8").splitlines() if results.is_file() else []:
-        try:
-            runs.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return runs
-
-
 def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
     """Prints mean and spread by task and method, the paired differences to LoRA, and where the ranks went."""
     from gatewise.sites import kind_key, site
@@ -249,12 +236,6 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
         _plot(runs, plot)
 
 
-def spread(values: list[float], digits: int, sign: bool = False) -> str:
-    mark = "+" if sign else ""
-    deviation = f" (sd {statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{mark}.{digits}f}{deviation}"
-
-
 def _plot(runs: list[dict[str, Any]], out: Path) -> None:
     """Mean rank over seeds, layer by kind, one panel a task and method."""
     import matplotlib
@@ -287,33 +268,10 @@ def _plot(runs: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out, dpi=90)
 
 
-def main() -> None:
-    """Runs what is missing from the campaign, or reports it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "methods.jsonl")
-    parser.add_argument("--tasks", nargs="+", default=["trec", "text2mdt"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
-    if not options.report:
-        if options.data_dir is None:
-            parser.error("--data-dir is needed: the folder with sst2/train.jsonl, sst2/dev.jsonl and so on")
-        done = {(run["task"], run["method"], run["seed"]) for run in read(options.results)}
-        for seed in options.seeds:
-            for task in options.tasks:
-                for method in options.methods:
-                    if (task, method, seed) in done:
-                        continue
-                    print(f"{task} {method} seed {seed}", flush=True)
-                    run = one_run(task, method, seed, options.data_dir)
-                    with options.results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(run) + "\n")
-                    print(f"  {METRIC[task]} {run[METRIC[task]]}, loss {run['loss']}, {run['seconds']} s", flush=True)
-    report(read(options.results), options.plot)
+def _told(run: dict[str, Any]) -> str:
+    metric = METRIC[run["task"]]
+    return f"{metric} {run[metric]}, loss {run['loss']}, {run['seconds']} s"
 
 
 if __name__ == "__main__":
-    main()
+    campaign(__doc__, "methods.jsonl", ["trec", "text2mdt"], METHODS, one_run, _told, report)

@@ -11,8 +11,6 @@ there is not repeated, so the campaign can be stopped and started at will, and s
     python benchmarks/milora.py --report                         # the tables from the results file; --plot FILE for the routing
 """
 
-import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -20,9 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from methods import read, spread
+from campaign import campaign, spread
 
-HERE = Path(__file__).parent
 SETTINGS: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
     "dtype": "bfloat16",
@@ -204,33 +201,5 @@ def _plot(runs: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out, dpi=90)
 
 
-def main() -> None:
-    """Runs what is missing from the campaign, or reports it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "milora.jsonl")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
-    if not options.report:
-        if options.data_dir is None:
-            parser.error("--data-dir is needed: the folder with arc_easy/train.jsonl, arc_easy/dev.jsonl and so on")
-        done = {(run["task"], run["method"], run["seed"]) for run in read(options.results)}
-        for seed in options.seeds:
-            for task in options.tasks:
-                for method in options.methods:
-                    if (task, method, seed) in done:
-                        continue
-                    print(f"{task} {method} seed {seed}", flush=True)
-                    run = one_run(task, method, seed, options.data_dir)
-                    with options.results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(run) + "\n")
-                    print(f"  {run['metrics']}, {run['seconds']} s", flush=True)
-    report(read(options.results), options.plot)
-
-
 if __name__ == "__main__":
-    main()
+    campaign(__doc__, "milora.jsonl", TASKS, METHODS, one_run, lambda run: f"{run['metrics']}, {run['seconds']} s", report)

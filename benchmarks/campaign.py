@@ -1,0 +1,75 @@
+"""What the comparisons of methods share: a command line, and a JSON-lines file of runs that can be stopped and started at will."""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Run = dict[str, Any]
+"""One finished run; it names its "task", "method" and "seed"."""
+
+
+def campaign(
+    about: str,
+    file: str,
+    tasks: Iterable[str],
+    methods: Iterable[str],
+    one_run: Callable[[str, str, int, Path], Run],
+    tell: Callable[[Run], str],
+    report: Callable[[list[Run], Path | None], None],
+) -> None:
+    """The command line of a benchmark: makes the runs that are missing, then reports all.
+
+    Args:
+        about: the help.
+        file: the results file's name.
+        tasks: those run unless told otherwise.
+        one_run: (task, method, seed, data folder) -> its result.
+        tell: a finished run in a line.
+        report: prints the tables, and draws a plot if it is given a path.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="the folder with a folder for each task")
+    parser.add_argument("--results", type=Path, default=RESULTS / file)
+    parser.add_argument("--tasks", nargs="+", default=list(tasks))
+    parser.add_argument("--methods", nargs="+", default=list(methods))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--report", action="store_true", help="print the results, run nothing")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    if not options.report:
+        if options.data_dir is None:
+            parser.error("--data-dir is needed: the folder with a folder for each task")
+        done = {(run["task"], run["method"], run["seed"]) for run in read(options.results)}
+        for seed in options.seeds:
+            for task in options.tasks:
+                for method in options.methods:
+                    if (task, method, seed) in done:
+                        continue
+                    print(f"{task} {method} seed {seed}", flush=True)
+                    run = one_run(task, method, seed, options.data_dir)
+                    with options.results.open("a", encoding="utf-8") as out:
+                        out.write(json.dumps(run) + "\n")
+                    print(f"  {tell(run)}", flush=True)
+    report(read(options.results), options.plot)
+
+
+def read(results: Path) -> list[Run]:
+    """The finished runs; a last line cut off by an interruption is left out."""
+    runs = []
+    for line in results.read_text(encoding="utf-8").splitlines() if results.is_file() else []:
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return runs
+
+
+def spread(values: list[float], digits: int, sign: bool = False) -> str:
+    """Mean and, of several, standard deviation."""
+    mark = "+" if sign else ""
+    deviation = f" (sd {statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{mark}.{digits}f}{deviation}"
