@@ -3,6 +3,18 @@
 products.py the tensors of a request and their products, for any adapter that is A and B; lora.py plain PEFT LoRA: ``fast_lora``.
 """
 
-from gatewise.fast.lora import FastLora, fast_lora
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatewise.fast.lora import FastLora, fast_lora
 
 __all__ = ["FastLora", "fast_lora"]
+
+
+def __getattr__(name: str) -> Any:
+    # lora.py imports PEFT, which may be waiting for gatewise.routed, which needs products.py (see gatewise/peft_types.py).
+    if name not in __all__:
+        raise AttributeError(f"module 'gatewise.fast' has no attribute {name!r}")
+    from gatewise.fast import lora
+
+    return getattr(lora, name)

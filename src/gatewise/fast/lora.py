@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
-from gatewise.fast.products import Gathered, Part, Request
+from gatewise.fast.products import Gathered, Part, Request, is_plain
 
 BASE = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter serves."""
@@ -240,31 +240,13 @@ def _parts(layer: Any, batch: _Batch, x: Tensor) -> list[Part] | None:
     made = []
     for name in layer.active_adapters if batch.names is None else batch.rows:
         if name in layer.lora_A:
-            if name in layer.lora_variant or not _is_plain(layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name], x):
+            if name in layer.lora_variant or not is_plain(layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name], x):
                 return None
             rows = batch.rows.get(name)
             everywhere = batch.names is not None and rows is not None and len(rows) == len(batch.names)
             first, second = layer.lora_A[name].weight, layer.lora_B[name].weight
             made.append(Part(first, second, layer.scaling[name], None if everywhere else rows))
     return made
-
-
-def _is_plain(dropout: nn.Module, first: nn.Module, second: nn.Module, x: Tensor) -> bool:
-    """Whether three modules do nothing but multiply by two matrices, here and without anybody watching."""
-    if any(one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__ for one in (dropout, first, second)):
-        return False
-    if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
-        return False
-    if type(x) is not Tensor:
-        return False
-    return all(
-        type(one) is nn.Linear
-        and one.bias is None
-        and type(one.weight) is nn.Parameter
-        and one.weight.is_floating_point()
-        and one.weight.device == x.device
-        for one in (first, second)
-    )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from math import inf, prod
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 _SPARE = 16
@@ -55,12 +55,46 @@ class Layout:
         columns: (b, w), those that a row has, filled up with R, which stands for a column of zeros.
         foreign: R - w, the foreign columns of the row that has the most.
         complete: every row has every column.
+        _rows, _parts: which row and which part each gate is of, in the order of the parts.
+        _part_of_column: (R,).
     """
 
     own: Tensor
     columns: Tensor
     foreign: int
     complete: bool
+    _rows: Tensor
+    _parts: Tensor
+    _part_of_column: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], batch: int, device: torch.device) -> "Layout":
+        """The layout of parts for ``batch`` rows."""
+        ranks = [len(part.first) for part in parts]
+        rows = [range(batch) if part.rows is None else part.rows for part in parts]
+        part_of_row = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(one) for one in rows]))
+        part_of_column = torch.arange(len(parts)).repeat_interleave(torch.tensor(ranks))
+        all_rows, end = torch.tensor([row for one in rows for row in one]), sum(ranks)
+        own = torch.zeros(batch, len(parts)).index_put((all_rows, part_of_row), torch.ones(()))[:, part_of_column]
+        widths = own.sum(dim=1)
+        width = int(widths.max())
+        columns = torch.arange(end).expand(batch, -1).masked_fill(own == 0, end).sort(dim=1).values[:, :width]
+        complete = width == int(widths.min()) == end
+        tensors = (one.to(device) for one in (own, columns, all_rows, part_of_row, part_of_column))
+        own, columns, all_rows, part_of_row, part_of_column = tensors
+        return cls(own, columns, end - width, complete, all_rows, part_of_row, part_of_column)
+
+    def gated(self, parts: Sequence[Part]) -> Tensor:
+        """``own`` with the parts' gates in place of ones."""
+        device = self.own.device
+        counts = [len(self.own) if part.rows is None else len(part.rows) for part in parts]
+        gates = [
+            torch.ones(count, device=device) if part.gate is None else part.gate.to(device)
+            for part, count in zip(parts, counts, strict=True)
+        ]
+        values = gates[0] if len(gates) == 1 else torch.cat(gates)
+        table = values.new_zeros(len(self.own), len(parts)).index_put_((self._rows, self._parts), values)
+        return table[:, self._part_of_column]
 
 
 class Request:
@@ -89,15 +123,15 @@ class Request:
         first, second = _joined(parts)
         alpha, *others = {part.scaling for part in parts}
         if others:  # a single scaling goes into the second product as it is
-            second, alpha = second * _by_column(parts, second.device), 1.0
+            second, alpha = second * _by_column(parts, second), 1.0
         weight: Tensor | None = None
         layout: Layout | None = None
         if any(part.rows is not None or part.gate is not None for part in parts):
             layout = self._layout(parts, first.device)
             weight = layout.own
             if any(part.gate is not None for part in parts):
-                weight = _gates(parts, layout.own)
-                if bool((weight == weight[:1]).all()):  # one row, or one gate for all
+                weight = layout.gated(parts)
+                if len(weight) == 1 or bool((weight == weight[:1]).all()):  # one row, or one gate for all
                     second, weight = second * weight[0], None
         factors = first.to(result.dtype), second.to(result.dtype)
         made = Gathered(*factors, alpha, None if weight is None else weight.to(result.dtype), layout, in_place)
@@ -111,7 +145,7 @@ class Request:
         """The same for all modules with the same adapters and ranks."""
         key = (device, *((None if part.rows is None else tuple(part.rows), len(part.first)) for part in parts))
         if key not in self._layouts:
-            self._layouts[key] = _layout(parts, cast(int, self.batch), device)
+            self._layouts[key] = Layout.of(parts, cast(int, self.batch), device)
         return self._layouts[key]
 
 
@@ -192,13 +226,15 @@ class Gathered:
 class SharedInput:
     """Modules that are given one tensor: whichever runs first in a pass computes A x for all of them.
 
+    Holds their factors and not the modules, which hold it: in a cycle, all would outlive their request.
+
     Args:
         member: the first of them.
         x: what they were given in the request's first pass, in which they are still being found.
     """
 
     def __init__(self, member: Gathered, x: Tensor) -> None:
-        self._members = [member]
+        self._firsts, self._weights = [member.first], [member.weight]
         self._finding = weakref.ref(x)
         self._first: Tensor | None = None
         self._weight: Tensor | None = None
@@ -210,8 +246,9 @@ class SharedInput:
         """Adds one of the modules, unless the product has been prepared already without it."""
         if self._first is not None:
             return False
-        member.place = len(self._members)
-        self._members.append(member)
+        member.place = len(self._firsts)
+        self._firsts.append(member.first)
+        self._weights.append(member.weight)
         return True
 
     def ranks(self, member: Gathered, x: Tensor) -> Tensor:
@@ -220,23 +257,41 @@ class SharedInput:
             return member.ranks(x)
         if self._first is None:
             self._stack()
+        member.first = self._firsts[member.place]  # not kept twice
         # The same tensor is the same input only while nobody has written into it, which inference tensors cannot tell.
         version = x._version
         if self._x is not x or self._version != version:
             ranks = _ranks(x, cast(Tensor, self._first), self._weight)
-            self._ranks = ranks.split([len(one.first) for one in self._members], dim=1)
+            self._ranks = ranks.split([len(one) for one in self._firsts], dim=1)
             self._x, self._version = x, version
         mine = self._ranks[member.place]
-        if member is self._members[-1]:
+        if member.place == len(self._firsts) - 1:
             self._x, self._ranks = None, ()
         return mine
 
     def _stack(self) -> None:
-        self._first = torch.cat([one.first for one in self._members])
-        if self._members[0].weight is not None:
-            self._weight = torch.cat([cast(Tensor, one.weight) for one in self._members], dim=1)
-        for one, first in zip(self._members, self._first.split([len(one.first) for one in self._members]), strict=True):
-            one.first = first  # not kept twice
+        self._first = torch.cat(self._firsts)
+        if self._weights[0] is not None:
+            self._weight = torch.cat(cast(list[Tensor], self._weights), dim=1)
+        self._firsts, self._weights = list(self._first.split([len(one) for one in self._firsts])), []
+
+
+def is_plain(dropout: nn.Module, first: nn.Module, second: nn.Module, x: Tensor) -> bool:
+    """Whether three modules do nothing but multiply by two matrices, here and without anybody watching."""
+    if any(one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__ for one in (dropout, first, second)):
+        return False
+    if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
+        return False
+    if type(x) is not Tensor:
+        return False
+    return all(
+        type(one) is nn.Linear
+        and one.bias is None
+        and type(one.weight) is nn.Parameter
+        and one.weight.is_floating_point()
+        and one.weight.device == x.device
+        for one in (first, second)
+    )
 
 
 def _nothing() -> None:
@@ -260,30 +315,7 @@ def _joined(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     return torch.cat([part.first for part in parts]), torch.cat([part.second for part in parts], dim=1)
 
 
-def _by_column(parts: Sequence[Part], device: torch.device) -> Tensor:
+def _by_column(parts: Sequence[Part], second: Tensor) -> Tensor:
     """The scaling of every column (R,)."""
-    return torch.tensor([part.scaling for part in parts for _ in range(len(part.first))], device=device)
-
-
-def _gates(parts: Sequence[Part], own: Tensor) -> Tensor:
-    """``own`` (b, R) with gates in place of ones."""
-    weight, end = own.clone(), 0
-    for part in parts:
-        begin, end = end, end + len(part.first)
-        if part.gate is not None:
-            rows = slice(None) if part.rows is None else torch.tensor(part.rows, device=own.device)
-            weight[rows, begin:end] = part.gate.to(own)[:, None]
-    return weight
-
-
-def _layout(parts: Sequence[Part], batch: int, device: torch.device) -> Layout:
-    having: list[list[int]] = [[] for _ in range(batch)]
-    end = 0
-    for part in parts:
-        begin, end = end, end + len(part.first)
-        for row in range(batch) if part.rows is None else part.rows:
-            having[row].extend(range(begin, end))
-    width = max(map(len, having))
-    columns = torch.tensor([own + [end] * (width - len(own)) for own in having])
-    own = torch.zeros(batch, end + 1).scatter_(1, columns, 1.0)[:, :end]
-    return Layout(own.to(device), columns.to(device), end - width, complete=width == min(map(len, having)) == end)
+    dtype = torch.promote_types(second.dtype, torch.float32)
+    return torch.tensor([part.scaling for part in parts for _ in range(len(part.first))], dtype=dtype, device=second.device)

@@ -32,8 +32,7 @@ class BlockDecision:
 
     Attributes:
         decisions: by adapter.
-        parts: by path within the layer, what that adds in each module that was an expert of any adapter then, in order. Made once
-            a request: whatever can be prepared for its new tokens belongs here.
+        parts: by path within the layer, what that adds in each module that was an expert of any adapter then, in order.
     """
 
     decisions: tuple[Decision, ...]
@@ -58,9 +57,16 @@ class BlockRouting:
         self.modules = {name: module for name, module in block.named_modules() if isinstance(module, RoutedLinear)}
         self._routers = {}
         for layer in self.modules.values():
+            layer.running = self._tracker.running
             for adapter, router in layer.lora_router.items():
                 experts = tuple(name for name, module in self.modules.items() if adapter in module.lora_A)
                 self._routers[adapter] = (cast(Router, router), experts, configs[adapter])
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that the layer's modules run is known in the pass that is open, so that the layer has nothing to do."""
+        running = self._tracker.current
+        return running is not None and running.is_settled
 
     def enter(self, block: nn.Module, hidden: Tensor) -> Pass:
         """The pass that the layer runs in; called outside of what gradient checkpointing runs twice."""
@@ -86,12 +92,12 @@ class BlockRouting:
             return request.decided[self.index]
         made = self._decide(hidden, request)
         if self.index not in request.decided:
-            request.decided[self.index] = made if request.training else _without_graph(made)
+            request.decided[self.index] = made if request.training or running.is_inference else _without_graph(made)
         return made
 
     @contextmanager
     def open(self, decision: BlockDecision, batch: int, tokens: int) -> Iterator[None]:
-        """While open, the layer's modules add what was decided."""
+        """While open, the layer's modules add what was decided, with gradients."""
         try:
             for name, module in self.modules.items():
                 module.shares = Shares(decision.parts.get(name, ()), batch, tokens)
@@ -136,15 +142,28 @@ class RoutedBlock(nn.Module):
     routing: BlockRouting
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.routing.is_settled:
+            return super().__call__(*args, **kwargs)
         running = self.routing.enter(self, _hidden_of(args, kwargs))
         return super().__call__(*args, routed_pass=running, **kwargs)
 
     def forward(self, *args: Any, routed_pass: Pass | None = None, **kwargs: Any) -> Any:
+        if routed_pass is None and self.routing.is_settled:
+            return super().forward(*args, **kwargs)
         hidden = _hidden_of(args, kwargs)
         running = routed_pass or self.routing.enter(self, hidden)
         decision = self.routing.decide(hidden, running)
+        if running.is_inference:
+            running.prepared.add(self.routing.modules, decision.parts)
+            return super().forward(*args, **kwargs)
         with self.routing.open(decision, *hidden.shape[:2]):
             return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        own = type(self).__mro__[2]
+        if type(self) is not _routed_class(cast(Hashable, own)):  # exchanged once more by somebody else
+            return super().__reduce_ex__(protocol)
+        return _new, (own,), self.__dict__  # pickle finds classes by name, and would find the layer's own
 
 
 def install(block: Any, routing: BlockRouting) -> None:
@@ -165,6 +184,12 @@ def _routed_class(own: Hashable) -> type:
     # Under the same name: FSDP's wrapping policies and device maps know layers by the name of their class.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (RoutedBlock, own), names)
+
+
+def _new(own: type) -> nn.Module:
+    kind: Any = _routed_class(cast(Hashable, own))
+    block: nn.Module = kind.__new__(kind)
+    return block
 
 
 def _set_class(block: Any, kind: type) -> None:

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
+from gatewise.routed.inference import Running
 
 NO_MERGE = (
     "a routed adapter cannot be merged, because every prompt chooses other modules: use it unmerged, or train a plain LoraConfig "
@@ -43,8 +44,9 @@ class Shares:
 class RoutedLinear(nn.Module, LoraLayer):
     """PEFT's A and B around any linear base module: ``nn.Linear``, GPT-2's ``Conv1D``, quantised layers. Only base(x) is called.
 
-    ``shares`` are there for as long as the module's block runs. ``lora_router`` holds the routers of the adapters whose first
-    expert in the block this is: there PEFT saves, loads, moves, freezes and deletes them with A and B.
+    In inference, ``running`` tells what it runs (inference.py); it is one object for the whole model. Else ``shares`` do, which are
+    there for as long as the module's block runs. ``lora_router`` holds the routers of the adapters whose first expert in the block
+    this is: there PEFT saves, loads, moves, freezes and deletes them with A and B.
     """
 
     adapter_layer_names: tuple[str, ...] = (*LoraLayer.adapter_layer_names, "lora_router")
@@ -55,6 +57,7 @@ class RoutedLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.lora_router = nn.ModuleDict()
+        self.running = Running()
         self.shares: Shares | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -65,17 +68,25 @@ class RoutedLinear(nn.Module, LoraLayer):
         Raises:
             GatewiseError: the module was run outside its model, or does not see every token of every row.
         """
-        kwargs.pop("adapter_names", None)
+        if kwargs:
+            kwargs.pop("adapter_names", None)
+        run = self.running.runs.get(self)
+        if run is not None:
+            return run(x, *args, **kwargs)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if self.running.alone or self.disable_adapters:
             return result
         if self.shares is None:
             if not any(name in self.lora_A for name in self.active_adapters):
                 return result
             raise GatewiseError("a routed module was run by itself, without gates: run the whole model, which reads the prompt")
+        return self.with_shares(x, result, self.shares.parts, self.shares.batch, self.shares.tokens)
+
+    def with_shares(self, x: Tensor, result: Tensor, parts: Sequence[Share], batch: int, tokens: int) -> Tensor:
+        """``result`` (b, ..., d_out) with the delta of every part added, one after the other, with its graph."""
         dtype = result.dtype
-        for share in self.shares.parts:
-            rows, gate = _spread(share, self.shares, x)
+        for share in parts:
+            rows, gate = self._spread(share, x, batch, tokens)
             delta = self.delta(x if rows is None else x[rows], share.adapter, gate)
             result = result.to(torch.result_type(result, delta))  # rounded once, at the end
             result = result + delta if rows is None else result.index_add(0, rows, delta.to(result.dtype))
@@ -96,6 +107,29 @@ class RoutedLinear(nn.Module, LoraLayer):
         scale = (self.scaling[adapter] * gate).to(ranks.device).view(-1, *[1] * (ranks.ndim - 1))
         return second((ranks * scale).to(ranks.dtype))
 
+    def check_flattened(self, x: Tensor, batch: int, tokens: int) -> None:
+        """Nothing, if x (b · t, d_in) holds every token of every row, as where the model flattens the two (OPT).
+
+        Raises:
+            GatewiseError: it does not.
+        """
+        if x.ndim != 2 or len(x) != batch * tokens:
+            raise GatewiseError(
+                f"a routed module was given {tuple(x.shape)} for {batch} rows of {tokens} tokens: modules that see a choice of "
+                "tokens, such as the experts of a mixture, cannot be routed; leave them out with exclude_modules"
+            )
+
+    def _spread(self, share: Share, x: Tensor, batch: int, tokens: int) -> tuple[Tensor | None, Tensor]:
+        """Places along the first dimension of x, and a gate for each: rows, or their tokens where the model flattens the two."""
+        if len(x) == batch:
+            return share.rows, share.gate
+        self.check_flattened(x, batch, tokens)
+        gate = share.gate.repeat_interleave(tokens)
+        if share.rows is None:
+            return None, gate
+        columns = torch.arange(tokens, device=share.rows.device)
+        return (share.rows[:, None] * tokens + columns).flatten(), gate
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: see ``RoutedLoraModel.merge_adapter``."""
         raise GatewiseError(NO_MERGE)
@@ -114,19 +148,3 @@ class RoutedLinear(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "routed." + super().__repr__()
-
-
-def _spread(share: Share, shares: Shares, x: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Places along the first dimension of x, and a gate for each: rows, or their tokens where the model flattens the two (OPT)."""
-    if len(x) == shares.batch:
-        return share.rows, share.gate
-    if x.ndim != 2 or len(x) != shares.batch * shares.tokens:
-        raise GatewiseError(
-            f"a routed module was given {tuple(x.shape)} for {shares.batch} rows of {shares.tokens} tokens: modules that see a "
-            "choice of tokens, such as the experts of a mixture, cannot be routed; leave them out with exclude_modules"
-        )
-    gate = share.gate.repeat_interleave(shares.tokens)
-    if share.rows is None:
-        return None, gate
-    columns = torch.arange(shares.tokens, device=share.rows.device)
-    return (share.rows[:, None] * shares.tokens + columns).flatten(), gate

@@ -37,6 +37,12 @@ class RoutedLoraModel(LoraModel):
     start with an empty one to route anew. Loops without a cache start a request with every call: run them under
     ``prompt_positions``. One thread at a time can call the model.
 
+    In evaluation mode and without gradients, a module that no row keeps is its base module, and one that is kept adds two products
+    for all adapters of the batch, which are gathered once a request, in the precision of the base module's output. A request that
+    goes on keeps its decision; A, B and scaling are read anew when ``generate`` or ``forward`` is called after they have changed
+    (by a training step, by loading, in place; what is written in place through ``.data`` may be missed until the next
+    prompt). Deleting an adapter ends its requests.
+
     In training the load-balancing loss joins the loss that the model returns by itself; loops that compute a loss of their own add
     ``balance_loss()``.
     """
@@ -134,6 +140,7 @@ class RoutedLoraModel(LoraModel):
         self._enabled = enabled
 
     def _refresh(self) -> None:
+        self._tracker.adapters_changed()
         for layer, block in zip(self._stack.layers, self._blocks, strict=True):
             block.refresh(layer, self.peft_config)
 

@@ -2,8 +2,8 @@
 
 The routing is decided once, when the prompt is first encoded, and holds for every token after it (MiLoRA, arXiv 2410.18035). A
 request is one batch of prompts with its decisions; a pass is one forward of the base model. A pass belongs to the request that
-filled its key-value cache. So the cache carries the request with it: through beams, through copies, and apart from other caches. A
-pass without cached tokens starts a request.
+filled its key-value cache. So the cache carries the request with it, and what was prepared for it: through beams, through copies,
+and apart from other caches. A pass without cached tokens starts a request.
 
 Shapes: b batch, t tokens, n rows of one adapter, m experts of a layer.
 """
@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from gatewise.errors import GatewiseError
 from gatewise.losses import IGNORED, LossKind, before_first
+from gatewise.routed.inference import Prepared, Running
 
 BASE = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter serves."""
@@ -53,6 +55,7 @@ class Request:
     """A batch of prompts: where they lie (b, t), whose adapters serve them, and what each layer has decided.
 
     Attributes:
+        era: how often adapters had come, gone or been trained by then.
         decided: by the index of the layer, whatever its block made of the decisions.
     """
 
@@ -60,6 +63,7 @@ class Request:
     prompt: Tensor
     groups: Groups
     training: bool
+    era: int = 0
     decided: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -73,11 +77,25 @@ class Request:
 
 @dataclass(eq=False)
 class Pass:
-    """One forward of the base model. ``continues``: the decisions are there already. ``seen``: the layers that have run."""
+    """One forward of the base model.
 
-    request: Request
+    Attributes:
+        prepared: its request's modules.
+        continues: the decisions are there already.
+        is_inference: in evaluation mode and without gradients.
+        is_settled: and all that any module runs is known.
+        seen: the layers that have run.
+    """
+
+    prepared: Prepared
     continues: bool
+    is_inference: bool
+    is_settled: bool = False
     seen: set[int] = field(default_factory=set)
+
+    @property
+    def request(self) -> Request:
+        return self.prepared.request
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,8 @@ class Call:
 
 class RequestTracker:
     """Watches the base model's forwards through hooks. ``current`` is the pass that runs, ``last`` the newest request.
+
+    ``running`` tells the modules what they run in it.
 
     Args:
         watched: the Transformers models around the stack of layers, the outermost first; whichever is called opens the pass.
@@ -108,12 +128,15 @@ class RequestTracker:
     ) -> None:
         self.current: Pass | None = None
         self.last: Request | None = None
+        self.running = Running()
         self._watched, self._kind, self._active, self._finish = list(watched), kind, active, finish
         self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in watched]
         self._opened_by: int | None = None
         self._arguments: dict[str, Any] = {}
         self._call = Call()
         self._thread: int | None = None
+        self._checked: Prepared | None = None
+        self._era, self._deleted = 0, dict[str, int]()
         self._told: Tensor | None = None
         self._warned = False
         self._handles = [
@@ -130,8 +153,13 @@ class RequestTracker:
         for handle in self._handles:
             handle.remove()
 
+    def adapters_changed(self) -> None:
+        """Requests that go on read their weights anew."""
+        self._era += 1
+
     def forget(self, adapter: str) -> None:
-        """There is no last request any more if this adapter served it."""
+        """An adapter is deleted: requests that it serves cannot go on, and there is no last one any more if it served that."""
+        self._deleted[adapter] = self._era
         if self.last is not None and adapter in self.last.groups:
             self.last = None
 
@@ -143,11 +171,12 @@ class RequestTracker:
             GatewiseError: such a call is open in another thread, whose gates the modules hold.
         """
         self._check_thread()
-        before, self._call, self._thread = (self._call, self._thread), call, threading.get_ident()
+        before = self._call, self._thread, self._checked
+        self._call, self._thread, self._checked = call, threading.get_ident(), None
         try:
             yield
         finally:
-            self._call, self._thread = before
+            self._call, self._thread, self._checked = before
             # A forward that was stopped from the keyboard has not come to its end.
             self._close()
 
@@ -172,6 +201,7 @@ class RequestTracker:
 
     def _close(self) -> None:
         self._opened_by, self.current, self._arguments = None, None, {}
+        self.running.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         place = next((index for index, one in enumerate(self._watched) if one is module), None)
@@ -183,7 +213,8 @@ class RequestTracker:
         # An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last one was interrupted.
         if self._opened_by is not None and self._opened_by < place:
             return
-        self._opened_by, self.current = place, None
+        self._close()
+        self._opened_by = place
         self._arguments = {**dict(zip(self._names[place], args, strict=False)), **kwargs}
         self.current = self._pass(self._arguments, module.training)
 
@@ -194,11 +225,12 @@ class RequestTracker:
         self._close()
         if done is None or output is None:  # the forward failed
             return None
+        done.prepared.complete |= done.is_inference
         if done.request.groups:
             outputs = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
             for value in (_cache_of(arguments), *outputs):
                 if hasattr(value, "get_seq_length"):
-                    setattr(value, _ON_CACHE, done.request)
+                    setattr(value, _ON_CACHE, done.prepared)
         return self._finish(done, arguments, output)
 
     def _pass(self, arguments: Mapping[str, Any], training: bool) -> Pass:
@@ -211,23 +243,30 @@ class RequestTracker:
         batch, tokens = inputs.shape[:2]
         groups = self._groups(batch)
         cache = _cache_of(arguments)
-        if groups and _cached_tokens(cache):
-            request = self._routed_before(cache, batch, groups)
-            self.last = request
-            return Pass(request, continues=True)
-        if not groups:
-            prompt = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
-        elif cache is not None and self._call.width is not None and tokens < self._call.width:
-            raise GatewiseError(
-                f"the prompt of {self._call.width} tokens was cut into chunks of {tokens}, but routing has to read all of it "
-                "first: leave prefill_chunk_size out"
-            )
+        continues = bool(groups and _cached_tokens(cache))
+        if continues:
+            prepared = self._prepared_before(cache, batch, groups)
         else:
-            prompt = self._prompt(arguments, inputs, training)
-        request = Request(self, prompt, groups, training)
+            prompt = self._prompt_of(arguments, inputs, groups, training)
+            prepared = Prepared(Request(self, prompt, groups, training, self._era), self._era)
         if groups:
-            self.last = request
-        return Pass(request, continues=False)
+            self.last = prepared.request
+        is_trained = training or torch.is_grad_enabled()
+        running = Pass(prepared, continues, is_inference=not (is_trained or is_compiling()))
+        if running.is_inference:
+            if continues:
+                self._refresh(prepared)
+            running.is_settled = prepared.complete or not groups
+            self.running.runs, self.running.alone, self.running.tokens = prepared.runs, not groups, tokens
+        elif is_trained:
+            self._era += 1  # weights may be trained next, by optimisers that leave no trace on them
+        return running
+
+    def _refresh(self, prepared: Prepared) -> None:
+        """At the first of its passes in a call: looking at all weights takes as long as some of their products."""
+        if self._thread is None or self._checked is not prepared:
+            prepared.refresh(self._era)
+            self._checked = prepared if self._thread is not None else None
 
     def _groups(self, batch: int) -> Groups:
         active, names = self._active(), self._call.adapter_names
@@ -241,13 +280,14 @@ class RequestTracker:
                 rows.append(row)
         return groups
 
-    def _routed_before(self, cache: Any, batch: int, groups: Groups) -> Request:
-        request: Request | None = getattr(cache, _ON_CACHE, None)
-        if request is None or request.owner is not self:
+    def _prepared_before(self, cache: Any, batch: int, groups: Groups) -> Prepared:
+        prepared: Prepared | None = getattr(cache, _ON_CACHE, None)
+        if prepared is None or prepared.request.owner is not self:
             raise GatewiseError(
                 "the key-value cache holds tokens of a prompt that no routed adapter read: run the prompt through this model "
                 "first, with its adapter active and an empty cache"
             )
+        request = prepared.request
         if request.batch != batch:
             raise GatewiseError(
                 f"the key-value cache belongs to {request.batch} prompts, but the batch has {batch} rows: give the rows whose "
@@ -258,7 +298,25 @@ class RequestTracker:
                 f"the key-value cache was filled with adapter {_named(request.groups)}, but {_named(groups)} is in use now: "
                 "start with an empty cache after changing adapters"
             )
-        return request
+        gone = [name for name in groups if self._deleted.get(name, -1) >= request.era]
+        if gone:
+            raise GatewiseError(
+                f"the key-value cache was filled with adapter {' and '.join(map(repr, gone))}, which has been deleted since, "
+                "whatever has its name now: start with an empty cache"
+            )
+        return prepared
+
+    def _prompt_of(self, arguments: Mapping[str, Any], inputs: Tensor, groups: Groups, training: bool) -> Tensor:
+        """Where the prompts of a new request lie (b, t)."""
+        if not groups:
+            return inputs[:, :0]  # nobody reads any
+        tokens = inputs.shape[1]
+        if _cache_of(arguments) is not None and self._call.width is not None and tokens < self._call.width:
+            raise GatewiseError(
+                f"the prompt of {self._call.width} tokens was cut into chunks of {tokens}, but routing has to read all of it "
+                "first: leave prefill_chunk_size out"
+            )
+        return self._prompt(arguments, inputs, training)
 
     def _prompt(self, arguments: Mapping[str, Any], inputs: Tensor, training: bool) -> Tensor:
         """Where the prompts lie (b, t): told, or before the first label, or what ``generate`` was given; never padding.

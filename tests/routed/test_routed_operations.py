@@ -1,0 +1,120 @@
+"""How many tensor operations a step takes beyond the base model's: none for a module that no row keeps, at most three for others.
+
+One product with A, which q, k and v share, and gate and up; one with the gates, where rows differ in them; one with B, which adds
+to the base module's output. However many adapters the batch has.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from routed_models import routed_base, routed_config, trained_routers
+from tiny_models import random_adapter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gatewise.routed.inference
+
+LAYERS = 2
+# They make no new numbers, only another view of the old ones.
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "split", "split_with_sizes", "slice", "detach", "alias", "unsqueeze", "expand"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def adapters(number: int, k: int, **settings: Any) -> PeftModel:
+    """Adapters "0", "1", ..., in bfloat16 with A and B in float32."""
+    model = get_peft_model(routed_base("llama").to(torch.bfloat16), routed_config(top_k=k, **settings), adapter_name="0")
+    for name in range(1, number):
+        model.add_adapter(str(name), routed_config(top_k=k, **settings))
+    return trained_routers(random_adapter(model)).eval()
+
+
+def of_a_step(model: PeftModel, rows: int, names: list[str] | None = None) -> Counter[str]:
+    """What one more step of a generation takes beyond the base model alone: longer minus shorter, ours minus the base's."""
+    ids = torch.randint(1, 60, (rows, 8), generator=torch.Generator().manual_seed(3))
+
+    def step(model: Any, more: dict[str, Any]) -> Counter[str]:
+        counts = []
+        for steps in (6, 5):
+            fixed = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+            with Operations() as operations:
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **fixed, **more)
+            counts.append(operations.counts)
+        counts[0].subtract(counts[1])
+        return counts[0]
+
+    ours = step(model, {} if names is None else {"adapter_names": names})
+    ours.subtract(step(routed_base("llama").to(torch.bfloat16).eval(), {}))
+    assert all(count >= 0 for count in ours.values())
+    return +ours
+
+
+def kept(model: PeftModel) -> int:
+    """How many modules any row keeps."""
+    return int((model.routing().gates > 0).any(dim=0).sum())
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_one_row_takes_two_products_a_kept_module(k: int) -> None:
+    model = adapters(1, k)
+    counts = of_a_step(model, rows=1)
+    assert kept(model) == k * LAYERS
+    assert set(counts) == {"mm", "addmm_"}
+    assert counts["addmm_"] == kept(model)
+    assert counts["mm"] <= kept(model)
+    if k == 7:
+        assert counts["mm"] == 4 * LAYERS
+
+
+@pytest.mark.parametrize("number", [1, 2, 8])
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_many_rows_take_three_at_most_however_many_adapters_they_have(k: int, number: int) -> None:
+    model = adapters(number, k)
+    counts = of_a_step(model, 8, None if number == 1 else [str(row % number) for row in range(8)])
+    assert set(counts) == {"mm", "mul_", "addmm_"}
+    assert counts["addmm_"] == kept(model)
+    assert counts["mm"] == counts["mul_"] <= min(kept(model), 4 * LAYERS)
+
+
+def test_a_batch_for_the_base_model_takes_nothing() -> None:
+    model = adapters(2, 3)
+    assert of_a_step(model, 4, ["__base__"] * 4) == {}
+    with model.disable_adapter():
+        assert of_a_step(model, 4) == {}
+
+
+def test_the_slow_way_takes_more_with_every_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved, and that the counting counts."""
+    monkeypatch.setattr(gatewise.routed.inference, "is_plain", lambda *_: False)
+    few, many = (of_a_step(adapters(number, 7), 4, [str(row % number) for row in range(4)]) for number in (2, 4))
+    assert (few["mm"], many["mm"]) == (2 * 2 * 7 * LAYERS, 4 * 2 * 7 * LAYERS)
+
+
+def test_a_module_that_no_row_keeps_runs_its_base_module_and_nothing_else() -> None:
+    model = adapters(1, 1)
+    of_a_step(model, rows=1)
+    ids, ran = torch.ones(1, 3, dtype=torch.long), []
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        prepared = cache._gatewise_request
+        bare = [module for module, run in prepared.runs.items() if run is module.base_layer]
+        assert len(bare) == 6 * LAYERS
+        for module in bare:
+            module.with_shares = lambda *_: ran.append(1)
+            module.delta = lambda *_: ran.append(1)
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    assert not ran
