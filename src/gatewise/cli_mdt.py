@@ -1,7 +1,8 @@
-"""The ``mdt`` commands: showing and measuring medical decision trees."""
+"""The ``mdt`` commands: extracting, showing and measuring medical decision trees, and preparing rows to train on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,11 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gatewise.cli_options import JsonOption
+from gatewise.cli_options import BaseOption, JsonOption
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
     from gatewise.mdt import TreeFile, TreeRecord
+    from gatewise.mdt.extraction import Extractor
 
 mdt_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -23,6 +25,43 @@ RepairOption = Annotated[
     bool,
     typer.Option("--repair", help="Put right what has one plain meaning, such as 'and' over a single triple."),
 ]
+
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "--output", "-o", help="The file to write, not stdout; for the SVG of several records a new folder."),
+]
+LevelOption = Annotated[
+    int | None, typer.Option(help="Chain of thought: 0 tree, 1 triples first, 2 triples and nodes first.", min=0, max=2)
+]
+PipelineOption = Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")]
+FreeOption = Annotated[bool, typer.Option("--free", help="Let the model write what it likes, and read it as well as it goes.")]
+VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written in one output.", min=1)]
+BatchOption = Annotated[int, typer.Option(help="Passages in one forward pass.", min=1)]
+
+
+class LanguageName(StrEnum):
+    """The languages that are known."""
+
+    en = "en"
+    zh = "zh"
+
+
+class StageName(StrEnum):
+    """A step of the pipeline."""
+
+    triples = "triples"
+    nodes = "nodes"
+    tree = "tree"
+
+
+class StageOrAll(StrEnum):
+    """A step of the pipeline, or all of them."""
+
+    triples = "triples"
+    nodes = "nodes"
+    tree = "tree"
+    all = "all"
 
 
 class Format(StrEnum):
@@ -51,9 +90,7 @@ def show(
     file: Annotated[str, typer.Argument(help="A .json, .jsonl or .txt file of trees, or sample:guidelines.", show_default=False)],
     record: Annotated[int | None, typer.Option(help="Only this record, counted from 1.", min=1)] = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of it.")] = Format.text,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The file to write, not stdout; for the SVG of several records a new folder.")
-    ] = None,
+    out: OutOption = None,
     repair: RepairOption = False,
 ) -> None:
     """Show trees as text, JSON, Mermaid, SVG, one HTML page, or FHIR R5.
@@ -91,20 +128,182 @@ def show(
 
 
 @mdt_app.command()
+def extract(
+    files: Annotated[list[str], typer.Argument(help="Texts: .txt, .md, .pdf or .docx files; - is stdin.", show_default=False)],
+    adapter: Annotated[Path, typer.Option(help="The adapter's folder.", show_default=False)],
+    format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = Format.text,
+    out: OutOption = None,
+    base: BaseOption = None,
+    language: Annotated[LanguageName | None, typer.Option(help="The texts' language. [default: found out]")] = None,
+    population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
+    passage_characters: Annotated[
+        int | None, typer.Option(help="Most characters of a passage. [default: 800 in English, 300 in Chinese]", min=50)
+    ] = None,
+    level: LevelOption = None,
+    pipeline: PipelineOption = False,
+    verbatim: VerbatimOption = False,
+    free: FreeOption = False,
+    max_new_tokens: TokensOption = 512,
+    batch_size: BatchOption = 8,
+) -> None:
+    """Extract decision trees from text with a trained adapter. Every tree needs review by a clinician.
+
+    Long documents are cut into passages under their headings, which say whom they are about. What cannot be read or gives no tree
+    does not stop the rest; what failed is said at the end, and the exit code is then 2.
+
+    \b
+    Examples:
+      gatewise mdt extract guideline.pdf --adapter runs/mdt-pi-lora/adapter --format html --out trees.html
+      echo "adults with gout@For a flare, give colchicine." | gatewise mdt extract - --adapter runs/mdt-pi-lora/adapter
+    """
+    from gatewise.mdt.batch import Batch, extract_pieces, read_pieces
+    from gatewise.mdt.views import fhir
+
+    if format == Format.fhir:
+        fhir.check_available()
+    batch = Batch()
+    named: Any = language.value if language else None
+    pieces = read_pieces(files, batch, language=named, population=population, most_characters=passage_characters)
+    if pieces:
+        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim}
+        with _loaded(adapter, base, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
+            extract_pieces(pieces, extractor, batch, count)
+    records, faults = batch.records, list(batch.faults)
+    if format == Format.fhir and records:
+        without_plan: dict[int, str] = {}
+        try:
+            records = _with_plans(records, without_plan)
+        except GatewiseError as error:
+            records, without_plan = [], {1: str(error)}
+        faults += without_plan.values()
+    written = _give(records, format, out) if records else None
+    for note in batch.notes:
+        typer.echo(f"note: {note}", err=True)
+    if written:
+        typer.echo(f"written: {written}")
+    for sentence in faults:
+        typer.echo(f"failed: {sentence}", err=True)
+    if batch.failed:
+        which = "the text" if len(files) == 1 else f"{len(batch.failed)} of the {len(files)} texts"
+        raise GatewiseError(f"{which} gave no tree: {', '.join(batch.failed)}")
+    if faults:
+        raise GatewiseError(f"{len(faults)} {'passage' if len(faults) == 1 else 'passages'} failed, named above")
+
+
+@mdt_app.command()
+def prepare(
+    data: Annotated[str, typer.Argument(help="A .json, .jsonl or .txt file of trees, or sample:guidelines.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "--output", "-o", help="The .jsonl file of rows to write.", show_default=False)],
+    level: LevelOption = None,
+    stage: Annotated[StageOrAll | None, typer.Option(help="Rows for a step of the pipeline, or for all three.")] = None,
+    dev: Annotated[Path | None, typer.Option(help="Write the rows of every fifth record here instead.", show_default=False)] = None,
+    repair: RepairOption = False,
+) -> None:
+    """Write the rows that `gatewise train` takes: prompts and what is to be written, end to end or for a step of the pipeline.
+
+    The recipe's template is "{source}", see recipes/mdt-pi-lora.yaml.
+
+    \b
+    Examples:
+      gatewise mdt prepare sample:guidelines --out runs/mdt-data/train.jsonl --dev runs/mdt-data/dev.jsonl
+      gatewise mdt prepare trees.json --stage all --out steps.jsonl
+    """
+    from gatewise.files import whole_file
+    from gatewise.mdt.prompts import training_rows
+
+    if level is not None and stage is not None:
+        raise GatewiseError("--level and --stage were both given: the steps of the pipeline have no levels, leave one out")
+    for path in filter(None, (out, dev)):
+        if path.suffix.lower() != ".jsonl":
+            raise GatewiseError(f"{path}: the name ends in {path.suffix!r}, expected .jsonl")
+    if out == dev:
+        raise GatewiseError(f"--out and --dev are both {out}: expected two files")
+    read = _read(data, repair)
+    chosen = _chosen(read, None)
+    sides: dict[Path | None, list[Any]] = {
+        dev: [one for one in chosen if one.number % 5 == 0],
+        out: [one for one in chosen if dev is None or one.number % 5],
+    }
+    for target, records in sides.items():
+        if target is None:
+            continue
+        rows = training_rows(records, level=level or 0, stage=stage.value if stage else None)  # type: ignore[arg-type]
+        if not rows:
+            raise GatewiseError(
+                f"{data} gives no rows for {target}: expected {'five or more records' if dev else 'trees with triples'}"
+            )
+        with whole_file(target) as part:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            part.write_text("".join(lines), encoding="utf-8", newline="\n")
+        typer.echo(f"written: {target}, {len(rows)} rows")
+    if read.faults:
+        for number in sorted(read.faults):
+            typer.echo(f"failed: {read.faults[number]}", err=True)
+        raise GatewiseError(f"{len(read.faults)} of the {read.count} records of {data} could not be read and were left out")
+
+
+@mdt_app.command()
 def evaluate(
-    gold: Annotated[Path, typer.Option(help="The right trees: a .json or .jsonl file.", show_default=False)],
-    pred: Annotated[Path, typer.Option(help="The predicted trees, in the same order.", show_default=False)],
+    gold: Annotated[str, typer.Option(help="The right trees: a .json or .jsonl file, or sample:guidelines.", show_default=False)],
+    pred: Annotated[Path | None, typer.Option(help="The predicted trees, in the same order.", show_default=False)] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
+    base: BaseOption = None,
+    stage: Annotated[StageName | None, typer.Option(help="With --adapter: this step alone, from gold input.")] = None,
+    level: LevelOption = None,
+    pipeline: PipelineOption = False,
+    verbatim: VerbatimOption = False,
+    free: FreeOption = False,
+    max_new_tokens: TokensOption = 512,
+    batch_size: BatchOption = 8,
+    limit: Annotated[int | None, typer.Option(help="With --adapter: only the first records.", min=1)] = None,
     as_json: JsonOption = False,
     repair: RepairOption = False,
 ) -> None:
-    """Measure predicted trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio.
+    """Measure trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio.
 
-    Predictions that are no trees count as wrong.
+    The trees are those of a file, or are extracted with an adapter; then a step of the pipeline can be measured alone. Predictions
+    that are no trees count as wrong.
 
     \b
-    Example:
+    Examples:
       gatewise mdt evaluate --gold dev.json --pred predicted.json
+      gatewise mdt evaluate --gold dev.json --adapter runs/mdt-steps/adapter --stage nodes
     """
+    if (pred is None) == (adapter is None):
+        raise GatewiseError("give --pred, a file of predicted trees, or --adapter, to extract them now, and not both")
+    if adapter is not None:
+        from gatewise.mdt.steps import measure as measure_adapter
+
+        read = _read(gold, repair)
+        if read.faults:
+            raise GatewiseError(next(iter(read.faults.values())))
+        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim}
+        with _loaded(adapter, base, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
+            values = measure_adapter(extractor, read.records[:limit], stage.value if stage else None, count)
+    else:
+        assert pred is not None
+        values = _measure_file(Path(gold), pred, repair)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("metric", "precision", "recall", "F1"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name in ("triplet", "node", "path"):
+        if f"{name}_f1" in values:
+            table.add_row(name, *(f"{values[f'{name}_{kind}']:.4f}" for kind in ("precision", "recall", "f1")))
+    console = Console()
+    console.print(table)
+    if "ter" in values:
+        nonempty = f"{values['tree_acc_nonempty']:.4f} of the predictions that are not empty"
+        console.print(f"tree accuracy: {values['tree_acc']:.4f} ({nonempty})")
+        console.print(f"tree edit ratio: {values['ter']:.4f} (lower is better; 1 - TER is {1 - values['ter']:.4f})")
+        console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
+    else:
+        console.print(f"records: {values['n']}, of which nothing could be read for {values['failed']}")
+
+
+def _measure_file(gold: Path, pred: Path, repair: bool) -> dict[str, float]:
     from gatewise.mdt.metrics import evaluate as measure
     from gatewise.mdt.records import Broken, read_items
 
@@ -119,20 +318,31 @@ def evaluate(
             f"{gold} has {len(wanted)} trees and {pred} has {len(found)}: expected one prediction for each, in the same order"
         )
     metrics = measure(wanted, found, repair=repair, source=str(gold))
-    if as_json:
-        typer.echo(json.dumps(metrics.to_json()))
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("metric", "precision", "recall", "F1"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
-    values = metrics.to_json()
-    for name in ("triplet", "node", "path"):
-        table.add_row(name, *(f"{values[f'{name}_{kind}']:.4f}" for kind in ("precision", "recall", "f1")))
-    console = Console()
-    console.print(table)
-    console.print(f"tree accuracy: {metrics.tree_acc:.4f} ({metrics.tree_acc_nonempty:.4f} of the predictions that are not empty)")
-    console.print(f"tree edit ratio: {metrics.ter:.4f} (lower is better; 1 - TER is {1 - metrics.ter:.4f})")
-    console.print(f"trees: {metrics.n}, of whose predictions {metrics.malformed} are no trees ({metrics.empty} empty)")
+    return metrics.to_json()
+
+
+@contextmanager
+def _loaded(adapter: Path, base: str | None, **settings: Any) -> "Iterator[tuple[Extractor, Callable[[str, int, int], None]]]":
+    """The extractor, and what shows its progress on stderr."""
+    from gatewise.mdt.extraction import Extractor
+    from gatewise.models.convert import quiet
+    from gatewise.progress import RunProgress
+
+    progress = RunProgress(Console(stderr=True))
+    with quiet(bars=True):
+        progress.say(f"loading {adapter}")
+        extractor = Extractor.load(adapter, base=base, **settings)
+        said: set[str] = set()
+
+        with progress.counting("writing") as count:
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in said and not progress.console.is_terminal:
+                    progress.say(f"writing {what} for {total} {'passage' if total == 1 else 'passages'}")
+                said.add(what)
+                count(done, total)
+
+            yield extractor, show
 
 
 def _read(file: str, repair: bool) -> "TreeFile":

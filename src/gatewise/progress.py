@@ -24,6 +24,7 @@ class RunProgress(TrainerCallback):
         self._started = 0.0
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._what = "training"
 
     def say(self, text: str) -> None:
         """One line about what happens now."""
@@ -45,8 +46,9 @@ class RunProgress(TrainerCallback):
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     @contextmanager
-    def training(self) -> Iterator[None]:
-        """Closes the training bar whatever ends the training."""
+    def training(self, what: str = "training") -> Iterator[None]:
+        """Names the training bar, and closes it whatever ends the training."""
+        self._what = what
         try:
             yield
         finally:
@@ -57,7 +59,7 @@ class RunProgress(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._started = time.monotonic()
         self._bar = self._new_bar()
-        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
+        self._task = self._bar.add_task(self._what, total=state.max_steps, completed=state.global_step)
         self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -71,7 +73,7 @@ class RunProgress(TrainerCallback):
         elif "loss" in logs:
             loss, rate = float(logs["loss"]), float(logs.get("learning_rate", 0.0))
             if self._bar is not None:
-                self._bar.update(self._task, description=f"training, loss {loss:.4f}")
+                self._bar.update(self._task, description=f"{self._what}, loss {loss:.4f}")
             if not self.console.is_terminal:
                 seconds = time.monotonic() - self._started
                 self.say(f"step {state.global_step}/{state.max_steps}: loss {loss:.4f}, learning rate {rate:.2e}, {seconds:.0f} s")

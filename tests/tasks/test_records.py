@@ -268,8 +268,9 @@ def test_no_final_number(text: str) -> None:
 
 
 def test_samples_are_listed() -> None:
-    assert sample_names() == ["reminder-dev", "reminder-train", "support-dev", "support-train"]
-    with pytest.raises(GatewiseError, match=r"no sample 'supprt'; the samples are reminder-dev, .* and support-train"):
+    trees = ["guideline-trees-dev", "guideline-trees-train"]
+    assert sample_names() == [*trees, "reminder-dev", "reminder-train", "support-dev", "support-train"]
+    with pytest.raises(GatewiseError, match=r"no sample 'supprt'; the samples are guideline-trees-dev, .* and support-train"):
         load_records("sample:supprt")
 
 

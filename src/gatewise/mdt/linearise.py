@@ -37,7 +37,20 @@ from gatewise.mdt.spans import in_text_order, locate
 from gatewise.mdt.tree import DecisionTree, Node, Triple
 
 Level = Literal[0, 1, 2]
-__all__ = ["Level", "Parsed", "letters", "linearise", "parse", "parse_lenient"]
+LEVELS: tuple[Level, ...] = (0, 1, 2)
+__all__ = [
+    "LEVELS",
+    "Level",
+    "Parsed",
+    "escaped",
+    "letters",
+    "linearise",
+    "node_lines",
+    "parse",
+    "parse_lenient",
+    "triple_lines",
+    "triples_in_order",
+]
 
 _LETTERS = "ABEFGHIJKLMNOPQRSTUVWXYZ"
 _ESCAPES = str.maketrans({"\\": "\\\\", "|": "\\|", ";": "\\;", "\n": "\\n", "\r": "\\r"})
@@ -54,7 +67,7 @@ def linearise(tree: DecisionTree, level: int = 0, *, text: str | None = None, by
     Raises:
         GatewiseError: the level is none of the three.
     """
-    if level not in (0, 1, 2):
+    if level not in LEVELS:
         raise GatewiseError(f"the level is {level!r}: expected 0 (tree), 1 (triples, tree) or 2 (triples, nodes, tree)")
     if text is not None:
         tree = in_text_order(text, tree)
@@ -72,6 +85,24 @@ def linearise(tree: DecisionTree, level: int = 0, *, text: str | None = None, by
         lines += ["nodes:", *(f"{name}. {written.node(node)}" for node, name in names.items())]
     short_names = names if by_number else {}
     return "\n".join([*lines, "tree:", *(short_names.get(node) or written.node(node) for node in tree.nodes)])
+
+
+def triple_lines(triples: Sequence[Triple]) -> list[str]:
+    """The triples as numbered lines, as level 1 begins."""
+    written = _Written()
+    return [f"{number}. {written.triple(triple)}" for number, triple in enumerate(triples, start=1)]
+
+
+def node_lines(nodes: Sequence[Node], triples: Sequence[Triple] = ()) -> list[str]:
+    """The nodes as named lines, as level 2 has them: with the numbers of their triples in a list, or written out without one."""
+    written = _Written()
+    written.numbers = {triple: number for number, triple in enumerate(triples, start=1)}
+    return [f"{letters(i)}. {written.node(node)}" for i, node in enumerate(nodes)]
+
+
+def triples_in_order(text: str, tree: DecisionTree) -> list[Triple]:
+    """The triples of a tree, each once, in the order of their objects in the text."""
+    return _ordered(in_text_order(text, tree).triples, text)
 
 
 def letters(number: int) -> str:
@@ -108,9 +139,9 @@ class _Written:
         self.numbers: dict[Triple, int] = {}
 
     def triple(self, triple: Triple) -> str:
-        subject = "~" if triple.subject == self.main else _escaped(triple.subject)
+        subject = "~" if triple.subject == self.main else escaped(triple.subject)
         self.main = self.main or triple.subject
-        return f"{subject} | {short(triple.relation)} | {_escaped(triple.object)}"
+        return f"{subject} | {short(triple.relation)} | {escaped(triple.object)}"
 
     def node(self, node: Node) -> str:
         if node.is_empty:
@@ -120,6 +151,7 @@ class _Written:
         return f"{node.role}{joined}: {'; '.join(items)}"
 
 
-def _escaped(part: str) -> str:
+def escaped(part: str) -> str:
+    """A subject or object as it is written between the marks."""
     made = part.translate(_ESCAPES)
     return "\\~" if made == "~" else made

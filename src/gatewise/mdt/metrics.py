@@ -125,6 +125,14 @@ def tree_edit_ratio(one: Any, other: Any) -> float:
     return _share(_distance(a, a_children, b, b_children), sum(len(node[2]) + 2 for node in (*a, *b) if node[2]))
 
 
+def set_scores(gold: Sequence[set[Any]], predicted: Sequence[set[Any]]) -> tuple[float, float, float]:
+    """Precision, recall and F1 of sets, micro-averaged: one pair of sets a record."""
+    overlap = _Overlap()
+    for wanted, found in zip(gold, predicted, strict=True):
+        overlap.add(found, wanted)
+    return overlap.scores()
+
+
 class _Overlap:
     """Counts what was found, what was wanted and what is in both, over all records."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from gatewise.errors import GatewiseError
 from gatewise.mdt import checks
 from gatewise.mdt.relations import from_short, nearest
-from gatewise.mdt.tree import DecisionTree, Triple
+from gatewise.mdt.tree import DecisionTree, LogicalRel, Node, Role, Triple
 
 _SECTIONS = ("triples", "nodes", "tree")
 _NUMBERED = re.compile(r"(\d{1,6})\.\s*(.*)", re.DOTALL)
@@ -27,11 +27,13 @@ class Parsed:
         tree: the tree; None when there is none to be had, and the last note says why.
         notes: what was wrong, and what was done about it, each with its line; none for a clean output.
         triples: all triples read, in a tree or not, each once.
+        nodes: the nodes that were given a name, in their order (level 2 and the pipeline), as far as they are sound.
     """
 
     tree: DecisionTree | None
     notes: tuple[str, ...] = ()
     triples: tuple[Triple, ...] = ()
+    nodes: tuple[Node, ...] = ()
 
 
 def parse(output: str, where: str = "") -> DecisionTree:
@@ -57,19 +59,19 @@ def parse_lenient(output: Any) -> Parsed:
         return Parsed(None, (f"the output is {checks.shown(output)}, expected text",))
     reader = _Reader(output, lenient=True)
     reader.read()
-    triples = tuple(reader.seen)
+    triples, nodes = tuple(reader.seen), tuple(reader.named_nodes())
     try:
         tree = DecisionTree.from_preorder(reader.completed())
     except GatewiseError as error:
-        return Parsed(None, (*reader.notes, f"no tree: {error}"), triples)
-    return Parsed(tree, tuple(reader.notes), triples)
+        return Parsed(None, (*reader.notes, f"no tree: {error}"), triples, nodes)
+    return Parsed(tree, tuple(reader.notes), triples, nodes)
 
 
 @dataclass
 class _Line:
     number: int
-    role: str
-    logical_rel: str
+    role: Role
+    logical_rel: LogicalRel
     triples: list[Triple] = field(default_factory=list)
 
 
@@ -137,7 +139,9 @@ class _Reader:
             if line or not self.lenient:
                 self.fault(number, f'found {checks.shown(line)}, expected a node such as "C: subject | relation | object"')
             return None
-        node = _Line(number, match[1].upper(), (match[2] or "null").lower())
+        joined = (match[2] or "null").lower()
+        role: Role = "C" if match[1].upper() == "C" else "D"
+        node = _Line(number, role, "and" if joined == "and" else "or" if joined == "or" else "null")
         if match[3] is None:
             return node
         for item in _split(match[3], ";"):
@@ -187,6 +191,23 @@ class _Reader:
         triples = [list(triple) for triple in line.triples]
         return {"role": line.role, "triples": triples, "logical_rel": line.logical_rel}
 
+    def named_nodes(self) -> Iterator[Node]:
+        """The nodes of the part "nodes" that can stand in a tree."""
+        for line in self.named.values():
+            self.mend(line)
+            if line.triples:
+                yield Node(role=line.role, triples=tuple(line.triples), logical_rel=line.logical_rel)
+
+    def mend(self, line: _Line) -> None:
+        """Makes the join fit the number of triples."""
+        joined = line.logical_rel
+        if len(line.triples) <= 1:
+            line.logical_rel = "null"
+        elif joined == "null":
+            line.logical_rel = "and"
+        if line.logical_rel != joined:
+            self.fault(line.number, f'"{joined}" does not fit the number of triples and is read as "{line.logical_rel}"')
+
     def completed(self) -> list[dict[str, Any]]:
         """The nodes in the published format, with what is missing or over put right where that can be done."""
         lines = list(self.tree)
@@ -199,13 +220,7 @@ class _Reader:
                 self.fault(line.number, "the tree is complete above; this node and what follows is left out")
                 break
             waiting += 1 if line.role == "C" else -1
-            joined = line.logical_rel
-            if len(line.triples) <= 1:
-                line.logical_rel = "null"
-            elif joined == "null":
-                line.logical_rel = "and"
-            if line.logical_rel != joined:
-                self.fault(line.number, f'"{joined}" does not fit the number of triples and is read as "{line.logical_rel}"')
+            self.mend(line)
             triples = [list(triple) for triple in line.triples]
             nodes.append({"role": line.role, "triples": triples, "logical_rel": line.logical_rel})
         if waiting and nodes:

@@ -75,6 +75,11 @@ def locate_tree(text: str, tree: DecisionTree) -> list[list[TripleSpans]]:
     return located
 
 
+def absent_triples(text: str, tree: DecisionTree) -> tuple[Triple, ...]:
+    """The triples of a tree whose subject or object does not stand in the text, each once."""
+    return tuple(triple for triple in tree.triples if not (find(text, triple.subject) and find(text, triple.object)))
+
+
 def in_text_order(text: str, tree: DecisionTree) -> DecisionTree:
     """The same tree with the triples of each node in the order of their objects in the text; what is not there comes last.
 

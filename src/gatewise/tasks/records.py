@@ -129,11 +129,7 @@ def load_records(
 
 def sample_names() -> list[str]:
     """The names that ``sample:NAME`` knows."""
-    folder = resources.files("gatewise") / "samples"
-    if not folder.is_dir():
-        return []
-    files = (file.name for file in folder.iterdir())
-    return sorted(name.removesuffix(".jsonl").replace("_", "-") for name in files if name.endswith(".jsonl"))
+    return sorted(_samples())
 
 
 def final_number(text: str) -> Decimal | None:
@@ -164,10 +160,18 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _sample_lines(name: str) -> Iterable[bytes]:
-    wanted = name.removeprefix(SAMPLE_PREFIX)
-    if wanted not in sample_names():
-        raise GatewiseError(f"there is no sample {wanted!r}; the samples are {_listing(sample_names())}")
-    return (resources.files("gatewise") / "samples" / f"{wanted.replace('-', '_')}.jsonl").read_bytes().splitlines()
+    wanted, known = name.removeprefix(SAMPLE_PREFIX), _samples()
+    if wanted not in known:
+        raise GatewiseError(f"there is no sample {wanted!r}; the samples are {_listing(sorted(known))}")
+    return known[wanted].read_bytes().splitlines()
+
+
+def _samples() -> dict[str, Any]:
+    """Name -> file of every sample; the rows for decision trees lie with the trees that they were made of."""
+    package = resources.files("gatewise")
+    folders = [folder for folder in (package / "samples", package / "mdt" / "samples") if folder.is_dir()]
+    files = [file for folder in folders for file in folder.iterdir() if file.name.endswith(".jsonl")]
+    return {file.name.removesuffix(".jsonl").replace("_", "-"): file for file in files}
 
 
 def _read_file(path: Path, name: str) -> Iterator[tuple[str, Row]]:

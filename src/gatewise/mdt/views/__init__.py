@@ -7,8 +7,9 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
+from gatewise.mdt.outline import escaped
 from gatewise.mdt.records import TreeRecord, outlines_of
-from gatewise.mdt.spans import Span, locate_tree
+from gatewise.mdt.spans import Span, absent_triples, locate_tree
 from gatewise.mdt.views.fhir import bundle_of, plan_of
 from gatewise.mdt.views.mermaid import mermaid_of
 from gatewise.mdt.views.page import page_of
@@ -39,9 +40,9 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
     if format == "svg" and len(records) > 1:
         raise GatewiseError(f"an SVG shows one tree, but {len(records)} were given: name one of them")
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
-        "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{outlines_of(records)}",
+        "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_absent(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),
-        "mermaid": lambda records: "\n".join(mermaid_of(record.tree) for record in records),
+        "mermaid": lambda records: "\n".join(mermaid_of(record.tree, record.text) for record in records),
         "svg": lambda records: svg_of(records[0].tree, records[0].text),
         "html": page_of,
         "fhir": lambda records: _json(bundle_of(records)),
@@ -59,6 +60,16 @@ def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> 
     with whole_file(path) as part:
         part.write_text(content, encoding="utf-8", newline="\n")
     return Path(path)
+
+
+def _with_absent(records: Sequence[TreeRecord]) -> str:
+    """Outlines, each followed by what does not stand in its text, in lines that do not count."""
+    made = []
+    for record in records:
+        missing = absent_triples(record.text, record.tree) if record.text.strip() else ()
+        word = words_for(record.tree.language).absent
+        made.append(outlines_of([record]) + "".join(f"# {word}: {' | '.join(map(escaped, triple))}\n" for triple in missing))
+    return "---\n".join(made)
 
 
 def _as_json(record: TreeRecord) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import re
 
-from gatewise.mdt.tree import DecisionTree, Node
+from gatewise.mdt.spans import absent_triples
+from gatewise.mdt.tree import DecisionTree, Node, Triple
 from gatewise.mdt.views.svg import kind_of, label_of, main_subject
 from gatewise.mdt.views.words import Words, words_for
 
@@ -18,15 +19,20 @@ _STYLES = {
 }
 
 
-def mermaid_of(tree: DecisionTree) -> str:
-    """The chart's source: a node a line, then the edges, then the looks. The notice is a box of its own."""
+def mermaid_of(tree: DecisionTree, text: str = "") -> str:
+    """The chart's source: a node a line, then the edges, then the looks. The notice is a box of its own.
+
+    Args:
+        text: the passage; if given, what does not stand in it is marked.
+    """
+    absent = frozenset(absent_triples(text, tree)) if text.strip() else frozenset()
     words, main = words_for(tree.language), main_subject(tree)
     lines = ["flowchart TD"]
     about = f"{_escaped(main)}<br/>" if main else ""
     lines.append(f'  notice["{about}{_escaped(words.notice)}"]:::notice')
     for i, node in enumerate(tree.nodes):
         opened, closed = ('("', '")') if node.is_condition else ('["', '"]')
-        lines.append(f"  n{i + 1}{opened}{_label(node, main, words)}{closed}:::{kind_of(node)}")
+        lines.append(f"  n{i + 1}{opened}{_label(node, main, words, absent)}{closed}:::{kind_of(node)}")
     for i, both in enumerate(tree.children):
         if both is not None:
             lines += [f"  n{i + 1} -->|{words.yes}| n{both[0] + 1}", f"  n{i + 1} -.->|{words.no}| n{both[1] + 1}"]
@@ -34,11 +40,14 @@ def mermaid_of(tree: DecisionTree) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _label(node: Node, main: str, words: Words) -> str:
+def _label(node: Node, main: str, words: Words, absent: frozenset[Triple]) -> str:
     if node.is_empty:
         return _escaped(words.nothing)
     join = f"<br/><i>{words.joins.get(node.logical_rel, '')}</i><br/>"
-    triples = join.join(f"{_escaped(label_of(triple, main))}: <b>{_escaped(triple.object)}</b>" for triple in node.triples)
+    triples = join.join(
+        f"{_escaped(label_of(triple, main))}: <b>{_escaped(triple.object)}</b>" + f"<br/>({words.absent})" * (triple in absent)
+        for triple in node.triples
+    )
     return f"{words.head(node)}<br/>{triples}"
 
 

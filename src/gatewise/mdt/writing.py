@@ -1,0 +1,146 @@
+"""What a causal model writes after a prompt, with or without a constraint."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+
+from gatewise.errors import GatewiseError
+from gatewise.losses import base_of
+from gatewise.mdt.constraint import TreeConstraint
+from gatewise.mdt.course import Course
+from gatewise.tasks.encode import pad, prompt_ids
+from gatewise.tasks.evaluate import most_positions
+from gatewise.tasks.records import Records
+from gatewise.tasks.template import Template
+
+Progress = Callable[[int, int], None]
+_LEAST_ROOM = 16
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote.
+
+    Attributes:
+        ended: it came to its end by itself; otherwise the tokens ran out, and a piece that was not whole is left out.
+        hurried: the constraint brought it to a close because tokens were running out.
+    """
+
+    text: str
+    ended: bool = True
+    hurried: bool = False
+
+
+def write(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    courses: Sequence[Course] | None = None,
+    *,
+    template: Template,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[Written | GatewiseError]:
+    """What the model writes after each prompt, greedily.
+
+    Args:
+        courses: what may be written after each prompt; None leaves it free.
+        template: how a prompt, as the row's ``source``, was written in training.
+        progress: called with (done, total) after every batch.
+
+    Returns:
+        For each prompt what was written, or why it could not be: a prompt that is too long does not stop the others.
+
+    Raises:
+        GatewiseError: the template does not show ``{source}``, or the constraint cannot be had.
+    """
+    if not prompts:
+        return []
+    rows = Records("generation", [{"source": text, "target": "D"} for text in prompts], None, "the prompts")
+    if "{source}" not in template.prompt:
+        raise GatewiseError(
+            f"the adapter's prompt is {template.prompt!r}, without {{source}}: expected one that was trained on rows from"
+            " `gatewise mdt prepare`"
+        )
+    ids = prompt_ids(rows, tokenizer, template, [2**40] * len(prompts), 2**40)
+    positions = most_positions(model)
+    written: list[Written | GatewiseError] = []
+    for row in ids:
+        room = positions - len(row)
+        fault = f"the passage takes {len(row)} tokens of the {positions} that the model can read and write: give a shorter one"
+        written.append(Written("") if room >= _LEAST_ROOM else GatewiseError(fault))
+    order = sorted((i for i, one in enumerate(written) if isinstance(one, Written)), key=lambda i: -len(ids[i]))
+    with _as_it_was(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            room = min(max_new_tokens, positions - len(ids[batch[0]]))
+            texts = _batch(model, tokenizer, [ids[i] for i in batch], [courses[i] for i in batch] if courses else None, room)
+            for i, one in zip(batch, texts, strict=True):
+                written[i] = one
+            if progress:
+                progress(start + len(batch), len(order))
+    return written
+
+
+def _batch(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], courses: list[Course] | None, most: int
+) -> list[Written]:
+    device = next(model.parameters()).device
+    ends = _ends(model, tokenizer)
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    ids = pad(prompts, int(fill), left=True).to(device)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device)
+    config = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=int(fill),
+        # Values left open are filled in from the model's own defaults, which may sample or punish repetition.
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+    )
+    constraint = None
+    if courses is not None:
+        constraint = TreeConstraint(tokenizer, courses, ends=ends, prompt_tokens=ids.shape[1], max_new_tokens=most)
+    processors = LogitsProcessorList([constraint] if constraint else [])
+    found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+    if constraint is not None:
+        constraint.read(found)
+        return [Written(row.course.written, row.course.finished, row.hurried) for row in constraint.rows]
+    made = []
+    for tokens in found[:, ids.shape[1] :].tolist():
+        end = next((i for i, token in enumerate(tokens) if token in ends), None)
+        made.append(Written(str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip(), end is not None))
+    return made
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """End-of-text tokens: the tokenizer's, and those the model's own generation settings name."""
+    named = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
+    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        raise GatewiseError("the tokenizer has no end-of-text token (eos_token), with which a tree has to end")
+    return sorted(map(int, ids))
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """No gradients, dropout off; every module's training mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
