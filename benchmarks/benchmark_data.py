@@ -13,6 +13,9 @@ from gatewise.tasks import PadCollator, Records, Template, load_records
 
 TEMPLATES = {
     "sst2": "Review: {text}\nSentiment:",
+    "mr": "Review: {text}\nSentiment:",
+    "subj": "Sentence: {text}\nThis is:",
+    "rte": "Text: {premise}\nClaim: {hypothesis}\nDoes the claim follow?",
     "trec": "Question: {text}\nType of answer:",
     "text2mdt": "Guideline: {source}\nDecision tree:\n",
 }

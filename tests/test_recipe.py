@@ -70,6 +70,30 @@ def test_written_out_it_reads_back_as_the_same_recipe(file: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("spt", "search: {keep: 2, epochs: 1}\nprompts: {tau: 0.5}"),
+        ("spt", "prompts: {prompt_layers: [5, 2]}"),
+        ("spt", "prompts: {prompt_layers: last, keep: 3}"),
+        ("spt", ""),
+        ("prompt-tuning", "prompts: {init: random}"),
+        ("prefix-tuning", "prompts: {num_prompt_tokens: 4}\npeft:"),
+    ],
+)
+def test_recipes_of_prompts_read_back(file: Path, tmp_path: Path, method: str, more: str) -> None:
+    file.write_text(MINIMAL.replace("alora", method) + more, encoding="utf-8")
+    recipe = load_recipe(file)
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.as_yaml(), encoding="utf-8")
+    assert load_recipe(again) == recipe
+    assert yaml.safe_load(recipe.as_yaml())["peft"] is None
+    assert recipe.searched == (method == "spt" and "prompt_layers" not in more)
+    if "[5, 2]" in more:
+        assert recipe.prompts is not None
+        assert recipe.prompts.prompt_layers == [2, 5]
+
+
+@pytest.mark.parametrize(
     ("more", "expected"),
     [
         ("peft: {lora_alfa: 3}", "my.yaml: peft.lora_alfa is not a known key (given 3); did you mean peft.lora_alpha?"),
@@ -88,6 +112,12 @@ def test_written_out_it_reads_back_as_the_same_recipe(file: Path, tmp_path: Path
         ("peft: {target_modules: []}", "peft.target_modules: expected 'all-linear' or a list of module names"),
         ("peft: {init_lora_weights: pissa}", "expected true or 'gaussian', got the text 'pissa'"),
         ("allocation: {first_round: -1}", "allocation.first_round: expected a number above 0 (1.0 or 0.25: epochs;"),
+        ("prompts: {prompt_layers: [3, 3]}", "expected a list of different layer numbers from 0, such as [3, 7], or first, last"),
+        ("prompts: {prompt_layers: frist}", "or first, last, spread or random, got the text 'frist'"),
+        ("prompts: {prompt_layers: []}", "spread or random, got an empty list"),
+        ("prompts: {tau: 0}", "prompts.tau: expected a number above 0.0, got 0"),
+        ("search: {drop: 1}", "search.drop: expected a number below 1.0, got 1"),
+        ("prompts: {num_virtual_tokens: 8}", "prompts.num_virtual_tokens is not a known key (given 8)"),
         ("data2: {}", "data2 is not a known key (given an empty section); did you mean data?"),
     ],
 )
@@ -116,6 +146,31 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
         ("allocation: {schedule: cubic, r_max: 16}", (), "allocation.r_max is for schedule constant-budget"),
         ("adalora: {init_r: 8}", ("method=adalora",), "adalora.init_r is 8, expected more than peft.r (8)"),
         ("peft: {use_rslora: true}", ("method=adalora",), "peft.use_rslora is true, but AdaLoRA"),
+        ("prompts: {tau: 0.5}", (), "prompts is for methods spt, prompt-tuning and prefix-tuning, but the method is alora"),
+        ("search: {keep: 2}", ("method=lora",), "search is for method spt, but the method is lora"),
+        ("peft: {r: 8}", ("method=spt",), "peft is for the methods that train LoRA, but the method is spt: remove the section"),
+        ("peft: {r: 8}", ("method=prefix-tuning",), "peft is for the methods that train LoRA, but the method is prefix-tuning"),
+        ("prompts: {tau: 1.0}", ("method=prompt-tuning",), "prompts.tau is for method spt, but the method is prompt-tuning"),
+        (
+            "prompts: {init: random}",
+            ("method=prefix-tuning",),
+            "prompts.init is for method prompt-tuning, but the method is prefix",
+        ),
+        ("prompts: {phm: 3}", ("method=spt",), "prompts.phm is 3, expected a divisor of prompts.bottleneck (64)"),
+        ("prompts: {prompt_layers: spread}", ("method=spt",), "prompts.keep is missing: with prompt_layers: spread say how many"),
+        (
+            "prompts: {keep: 2}",
+            ("method=spt",),
+            "prompts.keep is for prompt_layers: first, last, spread, random; remove the key, sea",
+        ),
+        ("prompts: {prompt_layers: [1], keep: 1}", ("method=spt",), "remove the key, the list says which layers take a prompt"),
+        ("prompts: {prompt_layers: [1]}\nsearch: {keep: 1}", ("method=spt",), "search goes without prompts.prompt_layers"),
+        ("search: {max_steps: 3, epochs: 1}", ("method=spt",), "search.epochs cannot be given together with search.max_steps"),
+        (
+            "training: {gradient_checkpointing: true}",
+            ("method=prefix-tuning",),
+            "training.gradient_checkpointing is true, but prefix",
+        ),
         ("peft: {init_lora_weights: gaussian}", ("method=adalora",), "peft.init_lora_weights is for the other methods"),
     ],
 )
@@ -126,7 +181,8 @@ def test_keys_that_contradict_each_other(file: Path, more: str, overrides: tuple
 def test_every_fault_has_a_line_and_what_is_missing_is_said(file: Path) -> None:
     lines = refusal(file, instead="method: allora\nmodel: 3\npeft: {r: x}\n").splitlines()
     assert lines == [
-        "my.yaml: method: expected lora, alora, pi-lora, milora, adalora or dora, got the text 'allora'; did you mean alora?",
+        "my.yaml: method: expected lora, alora, pi-lora, milora, adalora, dora, spt, prompt-tuning or prefix-tuning, got the text "
+        "'allora'; did you mean alora?",
         "my.yaml: model: expected text, got 3",
         "my.yaml: data is missing: expected a section with train and dev",
         "my.yaml: peft.r: expected an integer, got the text 'x'",

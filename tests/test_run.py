@@ -51,7 +51,7 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize("method", ["lora", "alora", "pi-lora", "milora", "adalora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "alora", "pi-lora", "milora", "adalora", "dora", "prompt-tuning", "prefix-tuning"])
 def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

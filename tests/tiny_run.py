@@ -83,6 +83,12 @@ def write_recipe(folder: Path, method: str = "lora", family: str = "llama", **ch
         tree["adalora"] = {"init_r": 3, "tinit": 1, "tfinal": 2}
     if method == "milora":
         tree["routing"] = {"top_k": 2, "validation_rows": 6, "activation_every": 2, "activation_learning_rate": 0.01}
+    if method in ("spt", "prompt-tuning", "prefix-tuning"):
+        del tree["peft"]
+        tree["prompts"] = {"num_prompt_tokens": 3}
+    if method == "spt":
+        tree["prompts"] = {"num_prompt_tokens": 3, "bottleneck": 4}
+        tree["search"] = {"keep": 1, "max_steps": 6}
     path = folder / f"{method}.yaml"
     path.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
     return path

@@ -86,7 +86,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
 ) -> None:
-    """Train an adapter as a recipe says, and write it as plain LoRA.
+    """Train an adapter as a recipe says: written as plain LoRA or, where the method has others, as prompts or routed LoRA.
 
     \b
     Examples:
@@ -104,7 +104,10 @@ def train(
     with _told_how_to_resume(folder):
         result = run.train(checked, folder, resume=resume, overwrite=overwrite, console=Console(stderr=True))
     console = Console()
-    console.print(report.ranks_table(report.read_budget(result.adapter)))
+    if result.prompts is not None:
+        console.print(report.prompts_table(result.prompts))
+    elif result.ranks:
+        console.print(report.ranks_table(report.read_budget(result.adapter)))
     console.print(_summary(result))
 
 
@@ -270,11 +273,11 @@ def _told_how_to_resume(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from gatewise.training import checkpoint_step, complete_checkpoints
+        from gatewise.run_folder import what_is_kept
 
-        kept = complete_checkpoints(folder / "checkpoints")
+        kept = what_is_kept(folder)
         how = (
-            f"step {checkpoint_step(kept[-1])} is kept: give the same command with --resume to go on from there"
+            f"{kept} is kept: give the same command with --resume to go on from there"
             if kept
             else "no checkpoint was written yet: give the same command to begin again"
         )
@@ -296,15 +299,17 @@ def _summary(result: "RunResult") -> Table:
     table.add_section()
     share = result.parameters["adapter"] / result.parameters["base"]
     took = result.seconds
+    searching = f"{took['search']:.0f} searching, " if "search" in took else ""
     facts = {
         "rows": ", ".join(f"{both['after']['n']} {name}" for name, both in result.metrics.items()),
         "parameters": f"{result.parameters['adapter']:,} in the adapter, {share:.2%} of the base model",
         "steps": f"{result.steps}" + (f", resumed after {result.resumed_from}" if result.resumed_from else ""),
-        "seconds": f"{took['training']:.0f} training, {took['evaluation']:.0f} measuring, {took['total']:.0f} in all",
+        "seconds": f"{searching}{took['training']:.0f} training, {took['evaluation']:.0f} measuring, {took['total']:.0f} in all",
         "adapter": str(result.adapter),
         "metrics": str(result.metrics_file),
-        "ranks": str(result.plot),
     }
+    if result.plot is not None:
+        facts["ranks" if result.prompts is None else "layers"] = str(result.plot)
     grid = Table.grid(padding=(0, 2))
     for name, text in facts.items():
         grid.add_row(Text(name, style="dim"), Text(text, overflow="fold"))

@@ -21,7 +21,7 @@ class Value(StrEnum):
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter.", show_default=False)],
+    adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter, or one of method spt.", show_default=False)],
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or .html file.")] = None,
     value: Annotated[Value | None, typer.Option(help="What to show of each module. [default: rank]")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Score the ranks on --data and show what each module is worth.")] = False,
@@ -46,7 +46,8 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="Write the suggestion to this JSON file, not to stdout.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where the budget of a LoRA adapter went, layer by module; the base model is not needed.
+    """Show where the budget of a LoRA adapter went, layer by module, or which layers of an SPT adapter take a prompt; the base
+    model is not needed.
 
     With --scores, load it and score its ranks on rows of data: what each layer and module is worth, and which could go. With
     --routing, load a routed adapter and show which modules the prompts of the data choose.
@@ -81,7 +82,7 @@ def inspect(
         for name, given in needs_scores.items():
             if given is not None:
                 raise GatewiseError(f"--{name} was given without --scores, where it means nothing: add --scores or leave it out")
-        _show_budget(adapter, plot, value or Value.rank, as_json)
+        _show_budget(adapter, plot, value, as_json)
         return
     if data is None:
         raise GatewiseError("--scores was given without --data: name the rows to score on, such as --data sample:support-dev")
@@ -94,10 +95,14 @@ def inspect(
     _show_scores(adapter, data, chosen, plot, suggest, out, as_json)
 
 
-def _show_budget(adapter: Path, plot: Path | None, value: Value, as_json: bool) -> None:
+def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
     from gatewise import report
 
+    if report.adapter_type(adapter) == "SELECTIVE_PROMPT":
+        _show_prompts(adapter, plot, value, as_json)
+        return
     budget = report.read_budget(adapter)
+    value = value or Value.rank
     written = report.plot(budget, plot, value.value) if plot else None
     if as_json:
         typer.echo(json.dumps(report.to_json(budget), indent=2, ensure_ascii=False))
@@ -108,6 +113,25 @@ def _show_budget(adapter: Path, plot: Path | None, value: Value, as_json: bool) 
         console.print(line, markup=False, highlight=False)
     if written:
         typer.echo(f"drawn: {written}")
+
+
+def _show_prompts(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
+    from gatewise import report
+
+    if value is not None:
+        raise GatewiseError(f"--value {value} was given for an adapter with prompts, which has no ranks: leave it out")
+    prompts = report.read_prompts(adapter)
+    if plot:
+        report.plot_prompts(prompts, plot)
+    if as_json:
+        typer.echo(json.dumps(report.prompts_json(prompts), indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(report.prompts_table(prompts))
+    for line in report.prompts_lines(prompts):
+        console.print(line, markup=False, highlight=False)
+    if plot:
+        typer.echo(f"drawn: {plot}")
 
 
 def _show_scores(

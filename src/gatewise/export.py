@@ -164,6 +164,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise GatewiseError(f"{path} is not valid JSON ({error}): save the adapter again") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind in ("SELECTIVE_PROMPT", "PROMPT_TUNING", "PREFIX_TUNING"):
+        raise GatewiseError(
+            f"{path} is of peft_type {kind!r}, whose prompts change no weights, so that no LoRA is like it: use it as it is"
+        )
     if kind != "LORA":
         raise GatewiseError(f"{path} is of peft_type {kind!r}, expected 'LORA'")
     return dict(config)

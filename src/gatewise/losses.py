@@ -8,6 +8,7 @@ Shapes: b batch, t tokens, d hidden size, n labelled positions, V vocabulary.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
+from gatewise.soft_prompts import class_logits
 
 IGNORED = -100
 Batch = Mapping[str, Any]
@@ -53,8 +55,9 @@ def loss_kind(model: nn.Module) -> LossKind:
 def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
     """While open, the model's output embedding sees only the positions where ``mask`` (b, t) is true.
 
-    ``model(...).logits`` is then (1, n, V), the positions in row-major order. A model without an output embedding computes its
-    logits as ever; ``labelled_logits`` tells the two apart.
+    ``model(...).logits`` is then (1, n, V), the positions in row-major order. Positions that PEFT's prompt tuning puts in front of
+    the text are none of the mask's. A model without an output embedding computes its logits as ever; ``labelled_logits`` tells the
+    two apart.
     """
     head = base_of(model).get_output_embeddings()
     if head is None:
@@ -62,7 +65,8 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
         return
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][mask.to(args[0].device)].unsqueeze(0), *args[1:])
+        text = args[0][:, -mask.shape[1] :]
+        return (text[mask.to(text.device)].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(keep)
     try:
@@ -96,7 +100,33 @@ def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor, prompt: Tenso
         prompt = before_first(F.pad(mask, (1, 0))[:, :-1]) if loss_kind(model) == "causal" else torch.ones_like(mask)
     with logits_at(model, mask), prompts_at(model, prompt):
         logits = model(**inputs).logits
-    return logits[0] if logits.shape[:2] != mask.shape else logits[mask]
+    return logits[0] if logits.shape[:2] == (1, int(mask.sum())) else logits[:, -mask.shape[1] :][mask]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a loss is made of: the logits of a batch where they are read.
+
+    Attributes:
+        logits: (n, V) at the labelled positions in row-major order, or (b, c) of a classifier.
+        labels: (n,), or (b,) or (b, c) of a classifier.
+        rows: (n,) the row of each labelled position; None for a classifier.
+        batch: b.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    rows: Tensor | None
+    batch: int
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """As ``row_losses``."""
+        logits = self.logits.float()
+        if self.rows is None:
+            losses = _class_losses(logits, self.labels)
+            return losses, torch.ones_like(losses, dtype=torch.long)
+        losses = F.cross_entropy(logits, self.labels, reduction="none")
+        return losses.new_zeros(self.batch).index_add(0, self.rows, losses), self.rows.bincount(minlength=self.batch)
 
 
 def row_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -114,13 +144,18 @@ def row_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Raises:
         GatewiseError: the batch has no labels, or none that counts.
     """
+    return scored(model, batch).losses()
+
+
+def scored(model: nn.Module, batch: Batch) -> Scored:
+    """Logits and labels of a batch where the loss reads them. Arguments and errors are those of ``row_losses``."""
     if batch.get("labels") is None:
         raise GatewiseError(f"the batch has no 'labels', only {', '.join(batch) or 'nothing'}: a loss needs labels")
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels: Tensor = batch["labels"]
     kind = loss_kind(model)
     if kind == "rows":
-        return _classification_losses(model, inputs, labels)
+        return Scored(class_logits(model, inputs), labels, None, len(labels))
     prompt = before_first(labels != IGNORED) if kind == "causal" else torch.ones_like(labels, dtype=torch.bool)
     if kind == "causal":
         inputs.setdefault("use_cache", False)
@@ -129,9 +164,7 @@ def row_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if not bool(mask.any()):
         raise GatewiseError("every label of the batch is -100 (ignored): there is nothing to compute a loss on")
     logits = labelled_logits(model, inputs, mask, prompt)
-    losses = F.cross_entropy(logits.float(), labels[mask], reduction="none")
-    rows = mask.nonzero()[:, 0]
-    return losses.new_zeros(len(labels)).index_add(0, rows, losses), mask.sum(dim=1)
+    return Scored(logits, labels[mask], mask.nonzero()[:, 0], len(labels))
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -178,13 +211,10 @@ def _take(batch: Batch, rows: list[int], width: int, length: int) -> dict[str, A
     return part
 
 
-def _classification_losses(model: nn.Module, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Row losses of a sequence classifier, for the three problem types Transformers knows."""
-    logits = model(**inputs).logits.float()
+def _class_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(b,) losses of a sequence classifier, for the three problem types Transformers knows."""
     if logits.shape[-1] == 1:
-        losses = F.mse_loss(logits.squeeze(-1), labels.float().view(-1), reduction="none")
-    elif labels.ndim == 2:
-        losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
-    else:
-        losses = F.cross_entropy(logits, labels, reduction="none")
-    return losses, torch.ones_like(losses, dtype=torch.long)
+        return F.mse_loss(logits.squeeze(-1), labels.float().view(-1), reduction="none")
+    if labels.ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
+    return F.cross_entropy(logits, labels, reduction="none")

@@ -13,9 +13,13 @@ from pydantic_core import PydanticCustomError
 
 from gatewise.budget import Schedule
 
-Method = Literal["lora", "alora", "pi-lora", "milora", "adalora", "dora"]
+Method = Literal["lora", "alora", "pi-lora", "milora", "adalora", "dora", "spt", "prompt-tuning", "prefix-tuning"]
 ALLOCATING = ("alora", "pi-lora")
 """The methods with an ``allocation`` section."""
+PROMPTING = ("spt", "prompt-tuning", "prefix-tuning")
+"""The methods with a ``prompts`` section and no ``peft`` section: they tune prompts and leave the weights alone."""
+FIXED_CHOICES = ("first", "last", "spread", "random")
+"""What ``prompts.prompt_layers`` may be beside a list of layers, see ``gatewise.run_adapter.fixed_layers``."""
 
 
 def _labels_as_text(value: Any) -> Any:
@@ -50,6 +54,19 @@ def _initialisation(value: Any) -> Any:
     if value is True or value == "gaussian":
         return value
     raise PydanticCustomError("expected", "expected true or 'gaussian', got {given}", {"given": given(value)})
+
+
+def _prompt_layers(value: Any) -> Any:
+    numbers = isinstance(value, list) and bool(value) and all(type(layer) is int and layer >= 0 for layer in value)
+    if value is None or (isinstance(value, str) and value in FIXED_CHOICES):
+        return value
+    if numbers and len(set(value)) == len(value):
+        return sorted(value)
+    raise PydanticCustomError(
+        "expected",
+        "expected a list of different layer numbers from 0, such as [3, 7], or first, last, spread or random, got {given}",
+        {"given": given(value)},
+    )
 
 
 Labels = Annotated[list[str], BeforeValidator(_labels_as_text), Field(min_length=2)]
@@ -165,6 +182,48 @@ class AdaloraSection(Section):
     orth_reg_weight: NotNegative = 0.5
 
 
+class PromptsSection(Section):
+    """The prompts of SPT, see ``gatewise.SelectivePromptConfig``, of prompt tuning, or of prefix tuning.
+
+    ``prompt_layers`` left out is searched; it is a list of layers from 0, or with ``keep`` a fixed choice of so many layers. Prompt
+    tuning has only ``num_prompt_tokens`` and ``init`` (token embeddings drawn from the vocabulary, or random numbers), prefix
+    tuning only ``num_prompt_tokens``; the rest is SPT's.
+    """
+
+    num_prompt_tokens: Count = 10
+    bottleneck: Count = 64
+    prompt_layers: Annotated[Any, BeforeValidator(_prompt_layers)] = None
+    keep: Count | None = None
+    tau: Annotated[float, Field(gt=0, le=1)] = 1.0
+    phm: Count | None = None
+    activation: Literal["gelu", "relu", "tanh", "identity"] = "gelu"
+    normalize_states: bool = True
+    init: Literal["vocabulary", "random"] = "vocabulary"
+
+    def keys_of(self, method: str) -> set[str]:
+        """The keys that mean something for a method."""
+        if method == "spt":
+            return set(type(self).model_fields) - {"init"}
+        return {"num_prompt_tokens", "init"} if method == "prompt-tuning" else {"num_prompt_tokens"}
+
+
+class SearchSection(Section):
+    """SPT-DARTS, the search for the layers that take a new prompt. Only with method spt and without ``prompts.prompt_layers``.
+
+    ``max_steps`` or ``epochs`` (of the half of the training data that the weights learn on), or as many steps as the training that
+    follows. ``keep`` is K, how many layers are kept; ``consistency`` the weight λ of the distance between two passes, 0 for one
+    pass without drops; ``drop`` the probability that a pass leaves a gate out.
+    """
+
+    keep: Count = 4
+    max_steps: Count | None = None
+    epochs: Positive | None = None
+    gate_learning_rate: Positive = 1e-2
+    reparameterise: bool = True
+    consistency: NotNegative = 1.0
+    drop: Fraction = 0.5
+
+
 class TrainingSection(Section):
     """The training run. ``max_steps`` or ``epochs``; all other counts are in optimiser steps."""
 
@@ -214,11 +273,20 @@ class Recipe(Section):
     allocation: AllocationSection | None = None
     adalora: AdaloraSection | None = None
     routing: RoutingSection | None = None
+    prompts: PromptsSection | None = None
+    search: SearchSection | None = None
     training: TrainingSection = TrainingSection()
+
+    @property
+    def searched(self) -> bool:
+        """Whether the layers with a prompt are to be searched before they are trained."""
+        return self.method == "spt" and (self.prompts or PromptsSection()).prompt_layers is None
 
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("method") in PROMPTING and tree.get("peft", 0) is None:
+            return {key: value for key, value in tree.items() if key != "peft"}
         if isinstance(tree, dict) and tree.get("method") == "pi-lora" and isinstance(tree.get("allocation", {}), dict | None):
             own = {"score": "path_integral", "module_pruning": True}
             return {**tree, "allocation": {**own, **(tree.get("allocation") or {})}}
@@ -232,7 +300,12 @@ class Recipe(Section):
 
     def as_yaml(self) -> str:
         """The recipe with every default written out, as YAML that ``load_recipe`` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        tree = self.model_dump(mode="json")
+        if self.method in PROMPTING:
+            tree["peft"] = None
+        if self.prompts is not None:
+            tree["prompts"] = {key: value for key, value in tree["prompts"].items() if key in self.prompts.keys_of(self.method)}
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -253,6 +326,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "routing",
             f"is for method milora, but the method is {method}: remove the section, or set method: milora",
         )
+    yield from _contradictions_of_prompts(recipe)
     if training.max_steps is not None and training.epochs is not None:
         yield "training.epochs", "cannot be given together with training.max_steps: keep the one that ends the run"
     if training.early_stopping_patience is not None and training.eval_every is None:
@@ -299,6 +373,44 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "peft.use_rslora", "is true, but AdaLoRA scales by lora_alpha / init_r: remove the key"
     if method == "adalora" and recipe.peft.init_lora_weights is not True:
         yield "peft.init_lora_weights", "is for the other methods: AdaLoRA has its own start, so remove the key"
+
+
+def _contradictions_of_prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    method, prompts, search = recipe.method, recipe.prompts, recipe.search
+    if prompts is not None and method not in PROMPTING:
+        yield (
+            "prompts",
+            f"is for methods spt, prompt-tuning and prefix-tuning, but the method is {method}: remove it, or set method: spt",
+        )
+        return
+    if method in PROMPTING and "peft" in recipe.model_fields_set:
+        yield (
+            "peft",
+            f"is for the methods that train LoRA, but the method is {method}: remove the section, prompts has its settings",
+        )
+    if search is not None and method != "spt":
+        yield "search", f"is for method spt, but the method is {method}: remove the section, or set method: spt"
+    if method == "prefix-tuning" and recipe.training.gradient_checkpointing:
+        yield (
+            "training.gradient_checkpointing",
+            "is true, but prefix tuning keeps its prompts in the key-value cache, which recomputing would fill twice: remove it",
+        )
+    prompts = prompts or PromptsSection()
+    for key in sorted(prompts.model_fields_set - prompts.keys_of(method)) if method in PROMPTING else ():
+        owner = "prompt-tuning" if key == "init" else "spt"
+        yield f"prompts.{key}", f"is for method {owner}, but the method is {method}: remove the key"
+    if prompts.phm is not None and prompts.bottleneck % prompts.phm:
+        yield "prompts.phm", f"is {prompts.phm}, expected a divisor of prompts.bottleneck ({prompts.bottleneck})"
+    layers = prompts.prompt_layers
+    if isinstance(layers, str) and prompts.keep is None:
+        yield "prompts.keep", f"is missing: with prompt_layers: {layers} say how many layers take a prompt, such as keep: 4"
+    if prompts.keep is not None and not isinstance(layers, str):
+        hint = "search.keep says how many layers a search keeps" if layers is None else "the list says which layers take a prompt"
+        yield "prompts.keep", f"is for prompt_layers: {', '.join(FIXED_CHOICES)}; remove the key, {hint}"
+    if search is not None and layers is not None:
+        yield "search", "goes without prompts.prompt_layers, which says already which layers take a prompt: remove one of the two"
+    if search is not None and search.max_steps is not None and search.epochs is not None:
+        yield "search.epochs", "cannot be given together with search.max_steps: keep the one that ends the search"
 
 
 def given(value: Any) -> str:

@@ -3,8 +3,9 @@
 What it leaves in its output folder: see ``gatewise.run_folder``.
 """
 
-import math
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,24 +14,26 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from gatewise import report
 from gatewise.adalora import AdaLoraSchedule, to_plain_lora
 from gatewise.allocation import RankAllocation, in_steps
 from gatewise.errors import GatewiseError
-from gatewise.losses import base_of
 from gatewise.measure import Metrics, load_like, metrics_line
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
-from gatewise.recipe import ALLOCATING, AllocationSection, Recipe, RoutingSection, TrainingSection
+from gatewise.prompts.selection import SEARCH_FILE, Selection, read_selection
+from gatewise.recipe import ALLOCATING, PROMPTING, AllocationSection, PromptsSection, Recipe, RoutingSection
 from gatewise.routed import RoutingLog
 from gatewise.routing_use import routing_of_rows
 from gatewise.run_adapter import adapted
+from gatewise.run_arguments import recompute_activations, training_arguments
 from gatewise.run_folder import (
     ADAPTER,
     CHECKPOINTS,
+    LAYERS,
     METRICS,
     PLOT,
     ROUTING,
@@ -38,9 +41,12 @@ from gatewise.run_folder import (
     before_the_end,
     check_output,
     save_adapter,
+    stored_numbers,
     write_metrics,
     writing,
 )
+from gatewise.run_search import search_layers
+from gatewise.soft_prompts import without_prompts
 from gatewise.tasks import (
     PadCollator,
     Records,
@@ -80,15 +86,23 @@ def train(
     output = Path(output)
     progress = RunProgress(console or Console(stderr=True))
     checkpoint = check_output(output, recipe, resume, overwrite)
+    found = recipe.searched and resume and (output / SEARCH_FILE).is_file()
+    selection = read_selection(output / SEARCH_FILE) if found else None
     with quiet(bars=True):
-        prepared = _prepare(recipe, progress)
+        prepared = _prepare(recipe, progress, selection)
         if checkpoint is not None and checkpoint_step(checkpoint) >= prepared.steps:
-            checkpoint = before_the_end(output, prepared.steps)
+            checkpoint = before_the_end(output / CHECKPOINTS, prepared.steps)
         with writing(output, recipe, overwrite):
+            if recipe.searched and selection is None:
+                selection = _search(recipe, prepared, output, progress)
             trainer = _trainer(recipe, prepared, output, checkpoint, progress)
             metrics: dict[str, dict[str, Metrics]] = {name: {} for name in prepared.measured}
             seconds = {"evaluation": 0.0, "training": 0.0}
-            _measure(recipe, prepared, trainer.model, "before", metrics, seconds, progress)
+            if selection is not None:
+                seconds["search"] = selection.seconds
+            # Prompts change the function from the start, and "before" means the base model.
+            with without_prompts(prepared.model) if recipe.method in PROMPTING else nullcontext(trainer.model) as start:
+                _measure(recipe, prepared, start, "before", metrics, seconds, progress)
             set_seed(recipe.seed)
             begun = time.monotonic()
             with progress.training():
@@ -99,34 +113,55 @@ def train(
             if recipe.method == "adalora":
                 model = to_plain_lora(model)
             _measure(recipe, prepared, model, "after", metrics, seconds, progress)
-            save_adapter(model, output / ADAPTER, prepared.note)
-            budget = report.read_budget(output / ADAPTER)
-            report.plot(budget, output / PLOT)
-            routing = None
-            if recipe.method == "milora":
-                routing = routing_of_rows(
-                    model, prepared.tokenizer, prepared.dev, recipe.training.eval_batch_size, base_model=recipe.model, data="dev"
-                )
-                report.plot_routing(routing, output / ROUTING)
+            save_adapter(model, output / ADAPTER, prepared.note, selection)
+            shown = _show(recipe, prepared, model, output)
             seconds["total"] = time.monotonic() - started
             result = RunResult(
                 output=output,
                 adapter=output / ADAPTER,
                 metrics_file=output / METRICS,
-                plot=output / PLOT,
                 metrics=metrics,
-                ranks=budget.ranks,
-                parameters={
-                    "base": prepared.base_parameters,
-                    "adapter": budget.parameters + budget.other_parameters,
-                },
                 seconds=seconds,
                 steps=trainer.state.global_step,
                 resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
-                routing=routing,
+                selection=selection,
+                **shown,
             )
             write_metrics(recipe, result, trainer.state.log_history)
     return result
+
+
+def _search(recipe: Recipe, prepared: "_Prepared", output: Path, progress: RunProgress) -> Selection:
+    """Searches, and has a fresh base model with prompts at the chosen layers take the searched one's place."""
+    collator = PadCollator(prepared.tokenizer)
+    selection = search_layers(recipe, prepared.model, prepared.train, collator, prepared.note, output, progress)
+    # Nothing of the search but its choice: head and activations of the base are as they were too.
+    prepared.model = adapted(recipe, prepared.fresh_base(), prepared.steps, selection.layers)
+    return selection
+
+
+def _show(recipe: Recipe, prepared: "_Prepared", model: PeftModel, output: Path) -> dict[str, Any]:
+    """Draws where ranks or prompts are, and returns what ``RunResult`` says of it."""
+    adapter = output / ADAPTER
+    if recipe.method in PROMPTING:
+        shown: dict[str, Any] = {"parameters": {"base": prepared.base_parameters, "adapter": stored_numbers(adapter)}}
+        if recipe.method == "spt":
+            shown["prompts"] = report.read_prompts(adapter)
+            shown["plot"] = report.plot_prompts(shown["prompts"], output / LAYERS)
+        return shown
+    budget = report.read_budget(adapter)
+    shown = {
+        "plot": report.plot(budget, output / PLOT),
+        "ranks": budget.ranks,
+        "parameters": {"base": prepared.base_parameters, "adapter": budget.parameters + budget.other_parameters},
+    }
+    if recipe.method == "milora":
+        routing = routing_of_rows(
+            model, prepared.tokenizer, prepared.dev, recipe.training.eval_batch_size, base_model=recipe.model, data="dev"
+        )
+        report.plot_routing(routing, output / ROUTING)
+        shown["routing"] = routing
+    return shown
 
 
 # What a run is made of --------------------------------------------------------------------------------------------------
@@ -148,10 +183,11 @@ class _Prepared:
     max_length: int
     note: dict[str, Any]
     held_out: list[dict[str, Any]]
+    fresh_base: Callable[[], PreTrainedModel]
     allocation: RankAllocation | None = field(default=None)
 
 
-def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
+def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None) -> _Prepared:
     data, classification = recipe.data, recipe.task == "classification"
     train_rows = load_records(data.train, split=data.train_split, limit=data.limit_train, labels=data.labels)
     measured = {"dev": load_like(data.dev, train_rows.labels, split=data.dev_split, limit=data.limit_dev)}
@@ -172,14 +208,18 @@ def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
     progress.say(f"loading {recipe.model}")
     resolve(recipe.model, progress=progress.say)
     tokenizer = load_tokenizer(recipe.model)
-    base = load_model(
-        recipe.model,
-        task=recipe.task,
-        num_labels=len(train_rows.labels or ()) if classification else None,
-        dtype=getattr(torch, recipe.dtype),
-    )
-    # Learned positions end where the table ends.
-    max_length = min(data.max_length, getattr(base.config.get_text_config(), "max_position_embeddings", None) or data.max_length)
+    num_labels = len(train_rows.labels or ()) if classification else None
+    fresh_base = partial(_base, recipe, num_labels)
+    base = fresh_base()
+    # Learned positions end where the table ends, and PEFT's prompts take some of them.
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if recipe.method in ("prompt-tuning", "prefix-tuning"):
+        positions -= (recipe.prompts or PromptsSection()).num_prompt_tokens
+    max_length = min(data.max_length, positions)
+    if max_length < 1:
+        raise GatewiseError(
+            f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
+        )
 
     def features(records: Records) -> list[dict[str, Any]]:
         if classification:
@@ -196,7 +236,7 @@ def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
         measured=measured,
         template=template,
         tokenizer=tokenizer,
-        model=adapted(recipe, base, steps),
+        model=adapted(recipe, base, steps, selection.layers if selection else None),
         base_parameters=base_parameters,
         train=train,
         dev=dev,
@@ -214,10 +254,19 @@ def _prepare(recipe: Recipe, progress: RunProgress) -> _Prepared:
             "max_length": max_length,
         },
         held_out=held_out,
+        fresh_base=fresh_base,
     )
+    if recipe.method == "spt":
+        prepared.note["num_layers"] = int(base.config.get_text_config().num_hidden_layers)
     if recipe.method in ALLOCATING:
         prepared.allocation = _allocation(recipe, prepared, progress)
     return prepared
+
+
+def _base(recipe: Recipe, num_labels: int | None) -> PreTrainedModel:
+    """The base model as it is loaded, the head that a classifier is given drawn from the recipe's seed."""
+    set_seed(recipe.seed)
+    return load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=getattr(torch, recipe.dtype))
 
 
 def _set_aside(recipe: Recipe) -> int:
@@ -261,7 +310,7 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
     if training.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(training.early_stopping_patience))
     if training.gradient_checkpointing:
-        _recompute_activations(prepared.model)
+        recompute_activations(prepared.model)
     trainer: Any = RecipeTrainer
     if recipe.method == "milora":
         routing = recipe.routing or RoutingSection()
@@ -275,7 +324,7 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
             )
     made: RecipeTrainer = trainer(
         model=prepared.model,
-        args=_arguments(training, recipe.seed, prepared.steps, output / CHECKPOINTS),
+        args=training_arguments(training, recipe.seed, prepared.steps, output / CHECKPOINTS),
         train=prepared.train,
         dev=prepared.dev,
         collator=PadCollator(prepared.tokenizer),
@@ -286,58 +335,6 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
     if recipe.method == "milora":
         RoutingLog.attach(made, per_layer=False)
     return made
-
-
-def _arguments(training: TrainingSection, seed: int, steps: int, checkpoints: Path) -> TrainingArguments:
-    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=steps,
-            per_device_train_batch_size=training.batch_size,
-            per_device_eval_batch_size=training.eval_batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation,
-            learning_rate=training.learning_rate,
-            warmup_steps=math.ceil(training.warmup_ratio * steps),
-            lr_scheduler_type=training.scheduler,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            bf16=training.bf16,
-            use_cpu=training.bf16 and not accelerated,  # else bf16 is refused where there is only a CPU
-            logging_steps=training.log_every,
-            # The first NaN stops the run; the Trainer would hide it in the log.
-            logging_nan_inf_filter=False,
-            eval_strategy="no" if training.eval_every is None else "steps",
-            eval_steps=training.eval_every,
-            save_strategy="steps",
-            save_steps=training.checkpoint_steps(steps),
-            save_total_limit=2,
-            load_best_model_at_end=training.load_best,
-            metric_for_best_model="eval_loss" if training.eval_every else None,
-            greater_is_better=False,
-            seed=seed,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            dataloader_pin_memory=False,
-        )
-    except ValueError as error:
-        raise GatewiseError(f"training: these settings do not work here: {' '.join(str(error).split())}") from error
-    if arguments.world_size > 1:
-        raise GatewiseError(
-            "gatewise train runs in one process: for several, put gatewise.RankAllocation into your own Trainer script"
-        )
-    return arguments
-
-
-def _recompute_activations(model: PeftModel) -> None:
-    base = base_of(model)
-    # The name changes with Transformers 6; inputs need a gradient or nothing before the first adapter would be recomputed.
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable()
-    base.enable_input_require_grads()
-    base.config.use_cache = False
 
 
 # Measuring --------------------------------------------------------------------------------------------------------------

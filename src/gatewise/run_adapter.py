@@ -1,27 +1,86 @@
 """The fresh adapter that a recipe describes, on its base model."""
 
 import difflib
+import random
+from collections.abc import Sequence
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from gatewise.errors import GatewiseError
-from gatewise.recipe import AllocationSection, Recipe, RoutingSection
+from gatewise.prompts import SelectivePromptConfig
+from gatewise.recipe import PROMPTING, AllocationSection, PromptsSection, Recipe, RoutingSection, SearchSection
 from gatewise.routed import RoutedLoraConfig
 
 
-def adapted(recipe: Recipe, base: PreTrainedModel, steps: int) -> PeftModel:
-    """The base model with a fresh adapter that changes nothing yet.
+def adapted(recipe: Recipe, base: PreTrainedModel, steps: int, prompt_layers: Sequence[int] | None = None) -> PeftModel:
+    """The base model with a fresh adapter. One of LoRA's kind changes nothing yet; prompts do from the start.
 
     Args:
         steps: of the whole run, for schedules.
+        prompt_layers: what a search chose; None, where the recipe leaves the layers to a search, for the network to be searched.
 
     Raises:
-        GatewiseError: modules that the base model lacks, or settings that do not go with it.
+        GatewiseError: modules or layers that the base model lacks, or settings that do not go with it.
     """
+    config = _prompts(recipe, base, prompt_layers) if recipe.method in PROMPTING else _lora(recipe, base, steps)
+    set_seed(recipe.seed)
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        raise GatewiseError(f"PEFT cannot put this adapter on {recipe.model}: {' '.join(str(error).split())}") from error
+
+
+def fixed_layers(choice: str, keep: int, layers: int, seed: int = 0) -> list[int]:
+    """The baselines of a search: ``keep`` of ``layers`` layers, in order.
+
+    "first", "last"; "spread": every layers/keep-th, that is ⌊i · layers / keep⌋; "random": a set drawn from ``seed`` alone.
+    """
+    if choice == "random":
+        return sorted(random.Random(f"prompt layers/{seed}").sample(range(layers), keep))
+    if choice == "spread":
+        return [i * layers // keep for i in range(keep)]
+    return list(range(keep)) if choice == "first" else list(range(layers - keep, layers))
+
+
+def _prompts(recipe: Recipe, base: PreTrainedModel, chosen: Sequence[int] | None) -> PeftConfig:
+    section = recipe.prompts or PromptsSection()
+    task_type = _task_type(recipe)
+    if recipe.method == "prefix-tuning":
+        return PrefixTuningConfig(num_virtual_tokens=section.num_prompt_tokens, task_type=task_type)
+    if recipe.method == "prompt-tuning":
+        if recipe.task == "classification" and hasattr(base, "score"):
+            raise GatewiseError(
+                f"{recipe.model} is a decoder, which classifies by the last token that is no padding, and does not see it "
+                "with prompt tuning: take task causal, or method prefix-tuning or spt"
+            )
+        init = "SAMPLE_VOCAB" if section.init == "vocabulary" else "RANDOM"
+        return PromptTuningConfig(num_virtual_tokens=section.num_prompt_tokens, prompt_tuning_init=init, task_type=task_type)
+    layers = section.prompt_layers
+    count = int(base.config.get_text_config().num_hidden_layers)
+    key, keep = ("prompts.keep", section.keep)
+    if recipe.searched:
+        key, keep, layers = "search.keep", (recipe.search or SearchSection()).keep, chosen
+    if keep is not None and keep > count:
+        raise GatewiseError(f"{key} is {keep}, expected at most {count}, the layers of {recipe.model}")
+    if isinstance(layers, str):
+        assert keep is not None
+        layers = fixed_layers(layers, keep, count, recipe.seed)
+    return SelectivePromptConfig(
+        prompt_layers=None if layers is None else list(layers),
+        task_type=task_type,
+        **section.model_dump(include=section.keys_of("spt") - {"prompt_layers", "keep"}),
+    )
+
+
+def _task_type(recipe: Recipe) -> str:
+    return "SEQ_CLS" if recipe.task == "classification" else "CAUSAL_LM"
+
+
+def _lora(recipe: Recipe, base: PreTrainedModel, steps: int) -> LoraConfig:
     peft = recipe.peft
     _check_modules("peft.target_modules", peft.target_modules, base, recipe.model)
     _check_modules("peft.exclude_modules", peft.exclude_modules, base, recipe.model)
@@ -31,27 +90,20 @@ def adapted(recipe: Recipe, base: PreTrainedModel, steps: int) -> PeftModel:
         "exclude_modules": peft.exclude_modules,
         "lora_dropout": peft.lora_dropout,
         "init_lora_weights": peft.init_lora_weights,
-        "task_type": "SEQ_CLS" if recipe.task == "classification" else "CAUSAL_LM",
+        "task_type": _task_type(recipe),
     }
-    config: LoraConfig
     r = peft.r
     if recipe.allocation is not None and recipe.allocation.schedule == "cubic":
         # More ranks at the start, the scale of those wanted at the end.
         r = _initial_rank(recipe.allocation, peft.r)
         common["lora_alpha"] = peft.lora_alpha * ((r / peft.r) ** 0.5 if peft.use_rslora else r / peft.r)
     if recipe.method == "adalora":
-        config = AdaLoraConfig(target_r=peft.r, **_adalora_schedule(recipe, steps), **common)
-    elif recipe.method == "milora":
+        return AdaLoraConfig(target_r=peft.r, **_adalora_schedule(recipe, steps), **common)
+    if recipe.method == "milora":
         section = recipe.routing or RoutingSection()
         settings = section.model_dump(exclude={"validation_rows", "activation_learning_rate", "activation_every"})
-        config = RoutedLoraConfig(r=r, use_rslora=peft.use_rslora, **settings, **common)
-    else:
-        config = LoraConfig(r=r, use_rslora=peft.use_rslora, use_dora=recipe.method == "dora", **common)
-    set_seed(recipe.seed)
-    try:
-        return get_peft_model(base, config)
-    except ValueError as error:
-        raise GatewiseError(f"PEFT cannot put this adapter on {recipe.model}: {' '.join(str(error).split())}") from error
+        return RoutedLoraConfig(r=r, use_rslora=peft.use_rslora, **settings, **common)
+    return LoraConfig(r=r, use_rslora=peft.use_rslora, use_dora=recipe.method == "dora", **common)
 
 
 def _initial_rank(section: AllocationSection, r: int) -> int:

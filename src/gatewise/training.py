@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import AdaLoraModel, PeftModel
+from peft import AdaLoraModel, PeftModel, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,8 +24,10 @@ from gatewise.adalora import orthogonality
 from gatewise.bilevel import BilevelMixin
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
-from gatewise.losses import mean_loss, row_losses
+from gatewise.losses import mean_loss, scored
+from gatewise.prompts.darts import SearchMixin
 from gatewise.routed import RoutedLoraModel
+from gatewise.soft_prompts import soft_prompt
 from gatewise.tasks import PadCollator
 
 NOTE_FILE = "gatewise.json"
@@ -82,9 +86,11 @@ class RecipeTrainer(Trainer):
     ) -> Any:
         """Mean cross-entropy over the labels of an optimiser step, or of the batch when their number is not given.
 
-        What a method adds to the loss in training comes on top: MiLoRA's load balance, AdaLoRA's orthogonality.
+        What a method adds to the loss in training comes on top: MiLoRA's load balance, AdaLoRA's orthogonality. Outputs are the
+        loss and the logits of ``gatewise.losses.scored``: those that the loss reads.
         """
-        sums, counts = row_losses(model, inputs)
+        made = scored(model, inputs)
+        sums, counts = made.losses()
         loss = sums.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             self._stop_diverged(f"the loss is {float(loss)} at step {self.state.global_step + 1}")
@@ -96,7 +102,7 @@ class RecipeTrainer(Trainer):
         if isinstance(tuner, AdaLoraModel):
             weight = model.peft_config[model.active_adapter].orth_reg_weight  # type: ignore[union-attr,index]
             loss = loss + weight * orthogonality(model) / self.args.gradient_accumulation_steps  # type: ignore[arg-type]
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return (loss, {"loss": loss, "logits": made.logits}) if return_outputs else loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -146,6 +152,15 @@ class RecipeTrainer(Trainer):
         model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
         write_json(Path(folder) / NOTE_FILE, self.note)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The Trainer's, and PEFT's own soft prompts, which PEFT refuses to load into an adapter in training."""
+        whole = cast(Any, model or self.model)
+        if soft_prompt(whole) is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        tensors = load_file(Path(resume_from_checkpoint) / SAFETENSORS_WEIGHTS_NAME)
+        set_peft_model_state_dict(whole, tensors, adapter_name=str(whole.active_adapter))
+
     def _stop_diverged(self, what: str) -> None:
         stop_diverged(self._folder, self.state.global_step, what)
 
@@ -156,6 +171,14 @@ class RecipeTrainer(Trainer):
 
 class TwoLevelRecipeTrainer(BilevelMixin, RecipeTrainer):
     """A ``RecipeTrainer`` with an upper level: takes the arguments of both."""
+
+
+class SearchRecipeTrainer(SearchMixin, RecipeTrainer):
+    """A ``RecipeTrainer`` that searches prompt layers: takes the arguments of both."""
+
+    def compared_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Those that the loss reads, as ``compute_loss`` gives them."""
+        return scored(model, inputs).logits
 
 
 class RowOrder(Sampler[int]):

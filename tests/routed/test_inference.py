@@ -170,8 +170,21 @@ def test_weights_are_gathered_once_a_request(three, batch, monkeypatch):
         assert len(gathered) == kept > 0
 
 
+def test_weights_are_looked_at_once_a_call(three, batch, monkeypatch):
+    looked, real = [], gatewise.routed.inference.Prepared.refresh
+    monkeypatch.setattr(gatewise.routed.inference.Prepared, "refresh", lambda *args: looked.append(1) or real(*args))
+    model, data = three(), batch(side="left")
+    model.generate(input_ids=data["input_ids"], attention_mask=data["attention_mask"], **WRITE)
+    assert len(looked) == 1
+    decode(model, data, steps=4)
+    assert len(looked) == 1 + 4
+
+
 def in_place(model):
-    nn.init.normal_(layer_of(model).lora_B["default"].weight, std=0.5)
+    """In every module: where one adapter alone keeps one, its weights may be used as they lie, without a copy."""
+    for name, parameter in model.named_parameters():
+        if ".lora_B.default." in name:
+            nn.init.normal_(parameter, std=0.5)
 
 
 def through_data(model):

@@ -46,11 +46,13 @@ class SearchResult:
         gates: a (s + 1, n) before the first step and after each lower step.
         layers: the chosen layers, in order.
         config: the discrete model's configuration, for ``retrain`` or ``get_peft_model``.
+        log: what the Trainer logged, steps before a resume included.
     """
 
     gates: Tensor
     layers: list[int]
     config: SelectivePromptConfig
+    log: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
 class SearchMixin(BilevelMixin):
@@ -106,8 +108,13 @@ class SearchMixin(BilevelMixin):
             return None
         tuner = hyper_network(self.model)
         with tuner.gates_dropped(self._draw()):
-            other = model(**inputs)
-        return self.consistency * distance(outputs["logits"], other["logits"], inputs["labels"], loss_kind(tuner.model))
+            other = self.compared_logits(model, inputs)
+        return self.consistency * distance(outputs["logits"], other, inputs["labels"], loss_kind(tuner.model))
+
+    def compared_logits(self, model: nn.Module, inputs: Any) -> Tensor:
+        """The logits of another pass, as ``compute_loss`` puts them into its outputs: for Trainers with their own loss."""
+        logits: Tensor = model(**inputs)["logits"]
+        return logits
 
     def _draw(self) -> Tensor:
         # From the CPU's generator, whose state checkpoints hold.
@@ -180,7 +187,7 @@ def search(
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     layers = chosen_layers(trainer.gates[-1], keep)
     config: Any = tuner.peft_config[tuner.active_adapters[0]]
-    return SearchResult(trainer.gates, layers, discrete_config(config, layers))
+    return SearchResult(trainer.gates, layers, discrete_config(config, layers), trainer.state.log_history)
 
 
 def retrain(
@@ -237,14 +244,14 @@ def distance(one: Tensor, other: Tensor, labels: Tensor, kind: LossKind) -> Tens
     For a regression or several labels a row it is the mean squared difference of the outputs.
 
     Args:
-        one, other: logits (b, c) or (b, t, c).
+        one, other: logits (b, c) or (b, t, c), or (k, c) where only the labelled positions were computed.
         labels: (b,), (b, c) or (b, t) with -100 where ignored.
         kind: as ``gatewise.losses.loss_kind`` gives it.
     """
     if kind == "rows":
         if one.shape[-1] == 1 or labels.ndim > 1:
             return F.mse_loss(one.float(), other.float())
-    else:
+    elif one.ndim == 3:
         if kind == "causal":
             one, other, labels = one[:, :-1], other[:, :-1], labels[:, 1:]
         kept = (labels != IGNORED).to(one.device)

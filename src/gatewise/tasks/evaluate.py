@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.losses import base_of, labelled_logits, loss_kind
+from gatewise.soft_prompts import class_logits, prompt_length, written_after
 from gatewise.tasks.encode import PadCollator, candidate_ids, encode_classification, pad, prompt_ids
 from gatewise.tasks.records import Records, final_number
 from gatewise.tasks.template import Template, default_template, references
@@ -73,7 +74,8 @@ def evaluate(
     kind = loss_kind(model)
     if kind == "rows":
         with _measuring(model):
-            return _evaluate_classifier(model, tokenizer, records, batch_size, max_length, progress)
+            room = min(max_length, most_positions(model))
+            return _evaluate_classifier(model, tokenizer, records, batch_size, room, progress)
     if kind != "causal" or base_of(model).get_output_embeddings() is None:
         raise GatewiseError(
             f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model or a sequence classifier"
@@ -270,7 +272,7 @@ def _evaluate_classifier(
     for start in range(0, len(features), batch_size):
         batch = {key: value.to(device) for key, value in collate(features[start : start + batch_size]).items()}
         labels = batch.pop("labels")
-        logits = model(**batch).logits.float()
+        logits = class_logits(model, batch).float()
         hits += int((logits.argmax(dim=-1) == labels).sum())
         total += float(F.cross_entropy(logits, labels, reduction="sum"))
         if progress:
@@ -322,7 +324,7 @@ def _generate(
         rows = order[start : start + batch_size]
         ids = pad([prompts[row] for row in rows], pad_id, left=True).to(_device(model))
         mask = pad([[1] * len(prompts[row]) for row in rows], 0, left=True).to(_device(model))
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :].tolist()
+        written = written_after(model, ids, mask, config).tolist()
         for row, tokens in zip(rows, written, strict=True):
             end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
             texts[row] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
@@ -362,6 +364,6 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def most_positions(model: nn.Module) -> int:
-    """The longest sequence the model's positions allow."""
+    """The longest text that the model's positions allow, beside a soft prompt that takes some of them."""
     config = base_of(model).config
-    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+    return int(getattr(config, "max_position_embeddings", None) or 2**31) - prompt_length(model)

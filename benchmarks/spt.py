@@ -1,0 +1,417 @@
+"""SPT against guessed layers, PEFT's soft prompts and LoRA: does the search find better layers than chance, and the same again?
+
+    spt           SPT-DARTS, weights on one half of the rows and gates on the other; then the chosen layers, from scratch on all
+    spt-plain     the same without its two additions: gates not re-parameterised, no consistency
+    first, last, spread, random-0 ... random-4    the same number of layers, guessed; a random set is the same for all seeds
+    prompt-tuning, prefix-tuning    through PEFT, as many prompt tokens
+    lora          on all linear layers, at the rank whose parameters come closest to SPT's
+
+Each on minilm-l6 (a classifier with a fresh head) and smollm2-135m-instruct (writing the label), on all training rows or on 100,
+measured on the whole dev split. The learning rates were set beforehand and not tuned on these tasks; runs of one model, task, size
+and seed have the same rows, order and steps, and the same head at the start. Results are appended to a JSON-lines file as they come; a
+run that is there is not repeated, so the campaign can be stopped and started at will, and several processes may share it.
+
+    python benchmarks/spt.py --data-dir DATA                      # DATA/sst2/train.jsonl, DATA/sst2/dev.jsonl, ...
+    python benchmarks/spt.py --data-dir DATA --models smollm2-135m-instruct
+    python benchmarks/spt.py --report                             # the tables from the results file
+"""
+
+import argparse
+import fcntl
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from benchmark_data import load_task, shuffled
+
+HERE = Path(__file__).parent
+COMMON: dict[str, Any] = {
+    "num_prompt_tokens": 10,
+    "bottleneck": 64,
+    "batch_size": 16,
+    "warmup_ratio": 0.06,
+    "gate_learning_rate": 1e-2,
+    "consistency": 1.0,
+    "drop": 0.5,
+    "few": 100,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "minilm-l6": {
+        "task": "classification",
+        "layers": 6,
+        "keep": 2,
+        "steps": {"full": 400, "few": 200},
+        "learning_rate": {"spt": 2e-3, "prompt-tuning": 1e-2, "prefix-tuning": 1e-2, "lora": 2e-3},
+    },
+    "smollm2-135m-instruct": {
+        "task": "causal",
+        "layers": 30,
+        "keep": 6,
+        "steps": {"full": 120, "few": 80},
+        "learning_rate": {"spt": 2e-3, "prompt-tuning": 3e-2, "prefix-tuning": 1e-2, "lora": 5e-4},
+    },
+}
+SEARCHED = ("spt", "spt-plain")
+RANDOM = tuple(f"random-{number}" for number in range(5))
+FIXED = ("first", "last", "spread", *RANDOM)
+METHODS = (*SEARCHED, *FIXED, "prompt-tuning", "prefix-tuning", "lora")
+TASKS = ("sst2", "mr", "subj", "trec", "rte")
+SIZES = ("full", "few")
+KEY = ("model", "task", "size", "method", "seed")
+
+
+def one_run(key: dict[str, Any], data_dir: Path, steps: int | None = None) -> dict[str, Any]:
+    """Searches where the method does, trains one adapter and measures it on the whole dev split."""
+    import torch
+    from transformers import set_seed
+
+    from gatewise.models import load_model, load_tokenizer
+    from gatewise.tasks import PadCollator, encode, encode_classification, evaluate
+
+    method, seed = key["method"], key["seed"]
+    s = {**COMMON, **MODELS[key["model"]]}
+    s["steps"] = steps or s["steps"][key["size"]]
+    s["learning_rate"] = s["learning_rate"].get(method, s["learning_rate"]["spt"])
+    train, dev, template = load_task(key["task"], data_dir)
+    if key["size"] == "few":
+        train = shuffled(train, seed, s["few"])
+    tokenizer = load_tokenizer(key["model"])
+    classification = s["task"] == "classification"
+    collator = PadCollator(tokenizer)
+    # The longest prompt takes positions too, and all methods read the same tokens.
+    length = 256
+    rows: list[Any] = list(
+        encode_classification(train, tokenizer, max_length=length)
+        if classification
+        else encode(train, tokenizer, template, max_length=length)
+    )
+
+    def fresh() -> Any:
+        set_seed(seed)
+        return load_model(
+            key["model"],
+            task=s["task"],
+            num_labels=len(train.labels or ()) if classification else None,
+            dtype=torch.float32 if classification else torch.bfloat16,
+        )
+
+    found: dict[str, Any] = {"layers": None}
+    if method in SEARCHED:
+        found = searched(fresh(), rows, collator, seed, s, additions=method == "spt")
+    elif method in FIXED:
+        found = {"layers": guessed(method, s)}
+    set_seed(seed)
+    model: Any = adapted(fresh(), method, s, found["layers"])
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = recipe_trainer(model, rows, collator, arguments(folder, seed, s))
+        set_seed(seed)
+        trainer.train()
+    seconds = time.perf_counter() - began
+    metrics = evaluate(model, tokenizer, dev, None if classification else template, batch_size=64, max_length=length)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trained.items() if "modules_to_save" in name)
+    return {
+        **key,
+        "accuracy": round(metrics["accuracy"], 4),
+        "loss": round(metrics["loss"], 4),
+        "n": metrics["n"],
+        "parameters": sum(trained.values()) - head,
+        "head_parameters": head,
+        "search_seconds": 0.0,
+        "seconds": round(seconds, 1),
+        **found,
+        "settings": s,
+    }
+
+
+def searched(base: Any, rows: list[Any], collator: Any, seed: int, s: dict[str, Any], additions: bool) -> dict[str, Any]:
+    """The layers that SPT-DARTS chooses, with or without its two additions, and what it took."""
+    from transformers import set_seed
+
+    from gatewise.prompts import search
+    from gatewise.training import SearchRecipeTrainer
+
+    model = adapted(base, "spt", s, None)
+
+    def trainer(model: Any, args: Any, train_dataset: Any, **more: Any) -> Any:
+        return recipe_trainer(model, train_dataset, collator, args, SearchRecipeTrainer, **more)
+
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        set_seed(seed)
+        found = search(
+            model,
+            rows,
+            arguments(folder, seed, s),
+            keep=s["keep"],
+            trainer_class=trainer,
+            upper_learning_rate=s["gate_learning_rate"],
+            reparameterise=additions,
+            consistency=s["consistency"] if additions else 0.0,
+            drop=s["drop"],
+        )
+    gates = [round(gate, 4) for gate in found.gates[-1].tolist()]
+    return {"layers": found.layers, "gates": gates, "search_seconds": round(time.perf_counter() - began, 1)}
+
+
+def guessed(method: str, s: dict[str, Any]) -> list[int]:
+    """The layers of a fixed choice."""
+    from gatewise.run_adapter import fixed_layers
+
+    choice, _, number = method.partition("-")
+    if choice != "random":
+        return fixed_layers(choice, s["keep"], s["layers"])
+    sets: list[list[int]] = []  # of few layers, two seeds soon draw the same
+    seed = 0
+    while len(sets) <= int(number):
+        drawn = fixed_layers("random", s["keep"], s["layers"], seed)
+        sets += [] if drawn in sets else [drawn]
+        seed += 1
+    return sets[-1]
+
+
+def adapted(base: Any, method: str, s: dict[str, Any], layers: list[int] | None) -> Any:
+    """The base model with the method's adapter at its start; without layers SPT's is the network to be searched."""
+    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    from gatewise import SelectivePromptConfig
+
+    task = "SEQ_CLS" if s["task"] == "classification" else "CAUSAL_LM"
+    config: Any
+    if method == "lora":
+        config = LoraConfig(r=equal_rank(base, s), lora_alpha=16, target_modules="all-linear", task_type=task)
+    elif method == "prompt-tuning":
+        config = PromptTuningConfig(num_virtual_tokens=s["num_prompt_tokens"], prompt_tuning_init="SAMPLE_VOCAB", task_type=task)
+    elif method == "prefix-tuning":
+        config = PrefixTuningConfig(num_virtual_tokens=s["num_prompt_tokens"], task_type=task)
+    else:
+        config = SelectivePromptConfig(
+            num_prompt_tokens=s["num_prompt_tokens"], bottleneck=s["bottleneck"], prompt_layers=layers, task_type=task
+        )
+    return get_peft_model(base, config)
+
+
+def equal_rank(base: Any, s: dict[str, Any]) -> int:
+    """LoRA's rank, on all linear layers but the head, whose parameters come closest to those of SPT's generators."""
+    from torch import nn
+
+    wanted = 2 * s["keep"] * s["bottleneck"] * base.config.hidden_size
+    heads = ("classifier", "score", "lm_head")
+    linear = [m for name, m in base.named_modules() if isinstance(m, nn.Linear) and name.rpartition(".")[2] not in heads]
+    return max(1, round(wanted / sum(m.in_features + m.out_features for m in linear)))
+
+
+def recipe_trainer(model: Any, rows: list[Any], collator: Any, args: Any, kind: Any = None, **more: Any) -> Any:
+    """A Trainer with the loss of gatewise's own runs."""
+    from gatewise.training import RecipeTrainer
+
+    made = kind or RecipeTrainer
+    return made(model=model, args=args, train=rows, dev=[], collator=collator, note={}, callbacks=[], group_by_length=True, **more)
+
+
+def arguments(folder: str, seed: int, s: dict[str, Any]) -> Any:
+    """The same for search and training."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=s["steps"],
+        per_device_train_batch_size=s["batch_size"],
+        learning_rate=s["learning_rate"],
+        warmup_steps=round(s["warmup_ratio"] * s["steps"]),
+        lr_scheduler_type="linear",
+        seed=seed,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        label_names=["labels"],
+    )
+
+
+# The campaign ---------------------------------------------------------------------------------------------------------
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The finished runs; a last line cut off by an interruption is left out."""
+    runs = []
+    for line in results.read_text(encoding="utf-8").splitlines() if results.is_file() else []:
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return runs
+
+
+@contextmanager
+def claimed(key: dict[str, Any], results: Path) -> Iterator[bool]:
+    """Whether this process may do the run: the lock of one that does it already is let go of by the system when that ends."""
+    folder = Path(tempfile.gettempdir()) / f"{results.stem}-claims"
+    folder.mkdir(exist_ok=True)
+    with (folder / "-".join(str(key[name]) for name in KEY)).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def campaign(keys: Iterable[dict[str, Any]], data_dir: Path, results: Path, steps: int | None) -> None:
+    """Does the runs that nobody has done or is doing."""
+    from gatewise.models.convert import quiet
+
+    results.parent.mkdir(parents=True, exist_ok=True)
+    for key in keys:
+        with claimed(key, results) as free:
+            # Asked once the run is claimed: another process may have ended it just now.
+            if not free or any(all(run[name] == key[name] for name in KEY) for run in read(results)):
+                continue
+            print(" ".join(str(key[name]) for name in KEY), flush=True)
+            with quiet(bars=True):
+                run = one_run(key, data_dir, steps)
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(run) + "\n")
+            where = f", layers {run['layers']}" if run["layers"] else ""
+            took = run["search_seconds"] + run["seconds"]
+            print(f"  accuracy {run['accuracy']}, loss {run['loss']}{where}, {took:.0f} s", flush=True)
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def report(runs: list[dict[str, Any]]) -> None:
+    """First whether the search beats chance and agrees with itself, then every method's numbers."""
+    for model in dict.fromkeys(run["model"] for run in runs):
+        for size in SIZES:
+            group = [run for run in runs if (run["model"], run["size"]) == (model, size)]
+            if group:
+                s = group[0]["settings"]
+                print(f"\n{model}, {'all rows' if size == 'full' else '100 rows'}: {s['keep']} of {s['layers']} layers")
+                _against_chance(group)
+                _agreement(group)
+                _methods(group)
+
+
+def _against_chance(runs: list[dict[str, Any]]) -> None:
+    """SPT less the mean and less the best of the random sets: accuracy in points, paired by task and seed."""
+    print("  Does the search beat random sets of layers? (accuracy in points, and loss)")
+    for method in SEARCHED:
+        mean_gains: list[float] = []
+        best_gains: list[float] = []
+        lower: list[float] = []
+        for task, cells in _by_task(runs):
+            seeds = [seed for m, seed in cells if m == method and any((r, seed) in cells for r in RANDOM)]
+            if not seeds:
+                continue
+            drawn = {r: [cells[r, seed] for seed in seeds if (r, seed) in cells] for r in RANDOM}
+            # Which set is best is known only afterwards, by the mean over seeds: what the search is up against at most.
+            best = max((r for r in drawn if drawn[r]), key=lambda r: statistics.mean(run["accuracy"] for run in drawn[r]))
+            means, bests = [], []
+            for seed in seeds:
+                guesses = [cells[r, seed] for r in RANDOM if (r, seed) in cells]
+                own = cells[method, seed]
+                means.append(100 * (own["accuracy"] - statistics.mean(run["accuracy"] for run in guesses)))
+                lower.append(own["loss"] - statistics.mean(run["loss"] for run in guesses))
+                if (best, seed) in cells:
+                    bests.append(100 * (own["accuracy"] - cells[best, seed]["accuracy"]))
+            mean_gains += means
+            best_gains += bests
+            sets = sum(bool(group) for group in drawn.values())
+            at = f"layers {drawn[best][0]['layers']}"
+            print(f"    {method:9} {task:5} - mean of {sets} sets {_spread(means, True)}   - best ({at}) {_spread(bests, True)}")
+        if mean_gains:
+            wins = sum(gain > 0 for gain in mean_gains) + sum(gain == 0 for gain in mean_gains) / 2
+            print(
+                f"    {method:9} all   - mean {_spread(mean_gains, True)}   - best {_spread(best_gains, True)}   loss - mean "
+                f"{statistics.mean(lower):+.4f}   better than the mean in {wins:g} of {len(mean_gains)} runs"
+            )
+
+
+def _agreement(runs: list[dict[str, Any]]) -> None:
+    """How many layers two searches of a task share, by pairs of seeds; and two tasks of a seed."""
+    print("  Do searches agree? (share of chosen layers in common; chance is keep / layers)")
+    s = runs[0]["settings"]
+    for method in SEARCHED:
+        chosen = {(run["task"], run["seed"]): set(run["layers"]) for run in runs if run["method"] == method}
+        seeds = [len(chosen[a] & chosen[b]) / s["keep"] for a, b in combinations(chosen, 2) if a[0] == b[0]]
+        tasks = [len(chosen[a] & chosen[b]) / s["keep"] for a, b in combinations(chosen, 2) if a[0] != b[0] and a[1] == b[1]]
+        for name, pairs in (("seeds of a task", seeds), ("tasks of a seed", tasks)):
+            if pairs:
+                shared = f"{statistics.mean(pairs):.2f} over {len(pairs)} pairs"
+                print(f"    {method:9} {name}: {shared}, chance {s['keep'] / s['layers']:.2f}")
+        for task in dict.fromkeys(task for task, _ in chosen):
+            print(f"      {task:5} " + "   ".join(f"{sorted(c)}" for (t, _), c in sorted(chosen.items()) if t == task))
+
+
+def _methods(runs: list[dict[str, Any]]) -> None:
+    print("  Every method: accuracy, mean and spread over seeds (and random sets); loss; parameters beside the head; seconds")
+    for task, cells in _by_task(runs):
+        count = next(iter(cells.values()))["n"]
+        print(f"    {task} (dev, {count} rows)")
+        for name in (*SEARCHED, "first", "last", "spread", "random", "prompt-tuning", "prefix-tuning", "lora"):
+            group = [run for (method, _), run in cells.items() if method == name or (name == "random" and method in RANDOM)]
+            if not group:
+                continue
+            keys = ("seconds", "search_seconds", "loss", "parameters")
+            took, searching, loss, size = (statistics.mean(run[key] for run in group) for key in keys)
+            accuracy = _spread([100 * run["accuracy"] for run in group])
+            search = f" after {searching:.0f} s of search" if searching else ""
+            print(
+                f"      {name:13} accuracy {accuracy:16}  loss {loss:.3f}   {size:9,.0f} parameters   {took:.0f} s{search}   "
+                f"runs {len(group)}"
+            )
+
+
+def _by_task(runs: list[dict[str, Any]]) -> Iterator[tuple[str, dict[tuple[str, int], dict[str, Any]]]]:
+    for task in dict.fromkeys(run["task"] for run in runs):
+        yield task, {(run["method"], run["seed"]): run for run in runs if run["task"] == task}
+
+
+def _spread(values: list[float], sign: bool = False) -> str:
+    if not values:
+        return "not run"
+    deviation = f" (sd {statistics.stdev(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{'+' if sign else ''}.1f}{deviation}"
+
+
+def main() -> None:
+    """Runs what is missing from the campaign, or reports it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "spt.jsonl")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="of search and training, for a trial: give it --results of its own")
+    parser.add_argument("--report", action="store_true")
+    options = parser.parse_args()
+    if not options.report:
+        if options.data_dir is None:
+            parser.error("--data-dir is needed: the folder with sst2/train.jsonl, sst2/dev.jsonl and so on")
+        chosen = (options.models, options.seeds, options.sizes, options.tasks, options.methods)
+        keys = [
+            {"model": model, "task": task, "size": size, "method": method, "seed": seed}
+            for model in chosen[0]
+            for seed in chosen[1]
+            for size in chosen[2]
+            for task in chosen[3]
+            for method in chosen[4]
+        ]
+        campaign(keys, options.data_dir, options.results, options.steps)
+    report(read(options.results))
+
+
+if __name__ == "__main__":
+    main()

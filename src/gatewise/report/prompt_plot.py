@@ -1,0 +1,121 @@
+"""SPT's gates over the steps of a search, and the layers that take a prompt, in PNG or SVG."""
+
+import io
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_file
+from gatewise.report.prompt_map import PromptMap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _FAINT, _REST = "#1b2733", "#5c6b7a", "#c3cfda"
+# From light to dark by depth, so that neighbours can be told apart in every kind of colour vision and in grey print.
+_FROM, _TO = "#86b3d6", "#0b3f73"
+
+
+def plot_gates(gates: Sequence[Sequence[float]], chosen: Sequence[int], out: str | Path, base_model: str | None = None) -> Path:
+    """Draws the gates of a search over its steps; chosen layers are coloured and named at their ends.
+
+    Args:
+        gates: (s + 1, n), step by layer.
+        chosen: layers, in order.
+        out: a name that ends in ``.png`` or ``.svg``, written whole or not at all.
+
+    Raises:
+        GatewiseError: another suffix, or a path that cannot be written.
+    """
+
+    def draw(figure: "Figure") -> None:
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.ticker import MaxNLocator
+
+        axes = _axes(figure, "The gates of the search", base_model, "step", "gate")
+        ramp = LinearSegmentedColormap.from_list("depth", [_FROM, _TO])
+        steps = range(len(gates))
+        for layer in range(len(gates[0])):
+            if layer not in chosen:
+                axes.plot(steps, [row[layer] for row in gates], color=_REST, linewidth=0.9)
+        ends = _apart([gates[-1][layer] for layer in chosen])
+        for place, layer in enumerate(chosen):
+            colour = ramp(place / max(1, len(chosen) - 1))
+            axes.plot(steps, [row[layer] for row in gates], color=colour, linewidth=1.8)
+            small: dict[str, Any] = {"size": 8, "color": _INK, "va": "center"}
+            at = (len(gates) - 1, ends[place])
+            axes.annotate(f"layer {layer}", at, (5, 0), textcoords="offset points", annotation_clip=False, **small)
+        axes.set_xlim(0, max(1, len(gates) - 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        rest = len(gates[0]) - len(chosen)
+        axes.text(0, -0.17, f"grey: the {rest} layers not chosen", transform=axes.transAxes, size=8, color=_FAINT)
+
+    return _write(draw, out, (7.2, 4.2))
+
+
+def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
+    """Draws a bar a layer: as long as its gate after a search, dark where the layer takes a new prompt.
+
+    Args and errors as for ``plot_gates``.
+    """
+
+    def draw(figure: "Figure") -> None:
+        known = prompts.gates is not None
+        axes = _axes(figure, "Where the prompts enter", prompts.base_model, "gate" if known else "", "layer")
+        for layer in range(prompts.layers):
+            new = layer in prompts.chosen
+            size = prompts.gates[layer] if prompts.gates is not None and layer < len(prompts.gates) else float(new)
+            axes.barh(layer, size, height=0.8, color=_TO if new else _REST)
+            words = {"new": "new prompt", "carried": "carried on", "none": ""}[prompts.role(layer)]
+            axes.annotate(words, (size, layer), (4, 0), textcoords="offset points", va="center", size=7.5, color=_INK)
+        axes.set_ylim(prompts.layers - 0.4, -0.6)
+        axes.set_xlim(0, 1.35 * max([1.0] if prompts.gates is None else [*prompts.gates, 1e-6]))
+        axes.set_yticks(range(prompts.layers))
+        if not known:
+            axes.set_xticks([])
+
+    return _write(draw, out, (5.4, 1.4 + 0.24 * prompts.layers))
+
+
+def _axes(figure: "Figure", title: str, base_model: str | None, x: str, y: str) -> "Axes":
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", size=12, color=_INK, weight="bold", pad=20)
+    axes.text(0, 1.02, base_model or "base model not named", transform=axes.transAxes, size=8, color=_FAINT, parse_math=False)
+    axes.set_xlabel(x, size=8.5, color=_FAINT)
+    axes.set_ylabel(y, size=8.5, color=_FAINT)
+    axes.tick_params(length=0, labelsize=8, labelcolor=_INK)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(_REST)
+    return axes
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Where to write at the ends of lines: no two closer than a line of text, the order kept."""
+    span = (max(heights) - min(heights)) or 0.1
+    room, places = 0.055 * span, list(heights)
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    for below, above in pairwise(order):
+        places[above] = max(places[above], places[below] + room)
+    return places
+
+
+def _write(draw: Any, out: str | Path, size: tuple[float, float]) -> Path:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    suffix = Path(out).suffix.lower()[1:]
+    if suffix not in ("png", "svg"):
+        raise GatewiseError(f"cannot plot to {out}: prompts are drawn into a name that ends in .png or .svg")
+    with matplotlib.rc_context({"svg.hashsalt": "gatewise", "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=size, facecolor="white", layout="constrained")
+        draw(figure)
+        file = io.BytesIO()
+        # No date, so that the same numbers always give the same bytes.
+        figure.savefig(file, format=suffix, dpi=160, metadata={"Date": None} if suffix == "svg" else None)
+    with whole_file(out) as part:
+        part.write_bytes(file.getvalue())
+    return Path(out)

@@ -1,0 +1,105 @@
+"""PEFT's own soft prompts, prompt tuning and prefix tuning: the positions they take, and what PEFT's own code does not do right.
+
+Prompt tuning (Lester et al., EMNLP 2021, arXiv 2104.08691) puts l trained embeddings in front of the text. Prefix tuning (Li and
+Liang, ACL 2021, arXiv 2101.00190) puts l trained keys and values in front of those of every layer; without its MLP, as here,
+it is P-tuning v2 (Liu et al., ACL 2022, arXiv 2110.07602).
+
+Shapes: b batch, l prompt tokens, t tokens, c classes.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def soft_prompt(model: nn.Module) -> Any | None:
+    """The configuration of the active adapter if it is one of PEFT's soft prompts, else None."""
+    # Not at the top, for the reason that gatewise.losses has.
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel) or getattr(model, "_adapters_disabled", False):
+        return None
+    config = model.peft_config.get(model.active_adapters[0]) if model.active_adapters else None
+    return config if config is not None and config.is_prompt_learning else None
+
+
+def prompt_length(model: nn.Module) -> int:
+    """l: how many positions of the model PEFT's soft prompts take from the text; 0 for all other adapters."""
+    config = soft_prompt(model)
+    return 0 if config is None else int(config.num_virtual_tokens)
+
+
+@contextmanager
+def without_prompts(model: Any) -> Iterator[Any]:
+    """The model to call for what the base model computes, while open. For PEFT's soft prompts and for SPT."""
+    if soft_prompt(model) is not None:
+        yield model.get_base_model()  # PEFT's own way does not know models that cannot generate
+        return
+    with model.disable_adapter():
+        yield model
+
+
+def class_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """(b, c) logits of a sequence classifier.
+
+    They are ``model(**inputs).logits`` but for prefix tuning. PEFT 0.21 hands its prefix over only to models with an argument
+    ``past_key_values``, which Transformers 5 has renamed, and leaves encoders a mask that knows nothing of the prefix.
+    """
+    config = soft_prompt(model)
+    if config is None or config.peft_type != "PREFIX_TUNING":
+        return model(**inputs).logits
+    base, given = model.get_base_model(), dict(inputs)
+    rows = len(given["input_ids"])
+    text = given.pop("attention_mask", None)
+    text = torch.ones_like(given["input_ids"]) if text is None else text
+    seen = torch.cat([text.new_ones(rows, config.num_virtual_tokens), text], dim=1)
+    own = _cache_argument(base)
+    if own is None:  # an encoder, whose classifier passes on what it does not know
+        blocked = torch.finfo(base.dtype).min
+        mask = torch.zeros(seen.shape, dtype=base.dtype, device=seen.device).masked_fill(seen == 0, blocked)
+        given["attention_mask"] = mask[:, None, None, :].expand(-1, -1, text.shape[1], -1)
+    else:
+        given["attention_mask"] = seen
+    given[own or _cache_argument(base.base_model) or "past_key_values"] = model.get_prompt(rows)
+    return base(**given).logits
+
+
+def written_after(model: Any, ids: Tensor, mask: Tensor, settings: Any) -> Tensor:
+    """Token ids (b, n) that a model generates after texts padded on the left.
+
+    They are those of ``model.generate`` but for soft prompts. PEFT 0.21 looks for the cache under the name it had before
+    Transformers 5, takes it for empty and puts the prompt in anew before every token; and it leaves the padding between prompt and
+    text, as if they stood that far apart.
+
+    Args:
+        ids, mask: (b, t) and which of them are no padding.
+        settings: a ``GenerationConfig``.
+    """
+    config = soft_prompt(model)
+    if config is None:
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
+    base, (rows, tokens) = model.get_base_model(), ids.shape
+    length = config.num_virtual_tokens
+    prompt = model.get_prompt(rows)
+    if config.peft_type == "PREFIX_TUNING":
+        given = {
+            "input_ids": torch.cat([ids.new_zeros(rows, length), ids], dim=1),  # the zeros stand for what is cached
+            "attention_mask": torch.cat([mask.new_ones(rows, length), mask], dim=1),
+            _cache_argument(base) or "past_key_values": prompt,
+        }
+        return base.generate(**given, generation_config=settings)[:, length + tokens :]
+    text = base.get_input_embeddings()(ids)
+    start = (tokens - mask.sum(dim=1)).tolist()
+    embedded = [torch.cat([text[i, :n], prompt[i].to(text.dtype), text[i, n:]]) for i, n in enumerate(start)]
+    place = torch.arange(length + tokens, device=mask.device)
+    present = (place >= torch.tensor(start, device=mask.device)[:, None]).long()
+    return base.generate(inputs_embeds=torch.stack(embedded), attention_mask=present, generation_config=settings)
+
+
+def _cache_argument(model: nn.Module) -> str | None:
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
