@@ -6,10 +6,11 @@
     prompt-tuning, prefix-tuning    through PEFT, as many prompt tokens
     lora          on all linear layers, at the rank whose parameters come closest to SPT's
 
-Each on minilm-l6 (a classifier with a fresh head) and smollm2-135m-instruct (writing the label), on all training rows or on 100,
-measured on the whole dev split. The learning rates were set beforehand and not tuned on these tasks; runs of one model, task, size
-and seed have the same rows, order and steps, and the same head at the start. Results are appended to a JSON-lines file as they come; a
-run that is there is not repeated, so the campaign can be stopped and started at will, and several processes may share it.
+Each on minilm-l6 (a classifier with a fresh head) and smollm2-135m-instruct (writing the label), on all training rows or on
+100, measured on the whole dev split. The learning rates were set beforehand and not tuned on these tasks; runs of one model,
+task, size and seed have the same rows, order and steps, and the same head at the start. Results are appended to a JSON-lines
+file as they come; a run that is there is not repeated, so the campaign can be stopped and started at will, and several
+processes may share it.
 
     python benchmarks/spt.py --data-dir DATA                      # DATA/sst2/train.jsonl, DATA/sst2/dev.jsonl, ...
     python benchmarks/spt.py --data-dir DATA --models smollm2-135m-instruct
