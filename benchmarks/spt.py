@@ -281,10 +281,15 @@ def campaign(keys: Iterable[dict[str, Any]], data_dir: Path, results: Path, step
             with quiet(bars=True):
                 run = one_run(key, data_dir, steps)
             with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(run) + "\n")
+                file.write("\n" * _cut_off(results) + json.dumps(run) + "\n")
             where = f", layers {run['layers']}" if run["layers"] else ""
             took = run["search_seconds"] + run["seconds"]
             print(f"  accuracy {run['accuracy']}, loss {run['loss']}{where}, {took:.0f} s", flush=True)
+
+
+def _cut_off(results: Path) -> bool:
+    """Whether the last line has no end: an interruption cut it off, and what is appended to it would be lost with it."""
+    return not results.read_bytes().endswith(b"\n") and results.stat().st_size > 0
 
 
 # The report -----------------------------------------------------------------------------------------------------------

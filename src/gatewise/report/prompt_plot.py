@@ -41,7 +41,8 @@ def plot_gates(gates: Sequence[Sequence[float]], chosen: Sequence[int], out: str
         for layer in range(len(gates[0])):
             if layer not in chosen:
                 axes.plot(steps, [row[layer] for row in gates], color=_REST, linewidth=0.9)
-        ends = _apart([gates[-1][layer] for layer in chosen])
+        every = [gate for row in gates for gate in row]
+        ends = _apart([gates[-1][layer] for layer in chosen], 0.04 * (max(every) - min(every)))
         for place, layer in enumerate(chosen):
             colour = ramp(place / max(1, len(chosen) - 1))
             axes.plot(steps, [row[layer] for row in gates], color=colour, linewidth=1.8)
@@ -93,10 +94,9 @@ def _axes(figure: "Figure", title: str, base_model: str | None, x: str, y: str) 
     return axes
 
 
-def _apart(heights: Sequence[float]) -> list[float]:
-    """Where to write at the ends of lines: no two closer than a line of text, the order kept."""
-    span = (max(heights) - min(heights)) or 0.1
-    room, places = 0.055 * span, list(heights)
+def _apart(heights: Sequence[float], room: float) -> list[float]:
+    """Where to write at the ends of lines: no two closer than ``room``, the order kept."""
+    places = list(heights)
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     for below, above in pairwise(order):
         places[above] = max(places[above], places[below] + room)

@@ -71,7 +71,7 @@ class Request:
         return len(self.prompt)
 
     def __deepcopy__(self, memo: object) -> "Request":
-        # A copied cache goes on with the decisions of the prompt that filled it.
+        # A copied model has this as its last one too: decisions may have a graph, which cannot be copied.
         return self
 
 
