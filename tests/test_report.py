@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,6 +36,12 @@ from gatewise.sites import site
 
 LLAMA_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LLAMA_MODULES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def test_an_adapter_is_read_without_peft() -> None:
+    """`gatewise inspect` needs no model, and PEFT with Transformers takes longer to import than a folder to read."""
+    asked = "import sys, gatewise.report; print({'peft', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def llama() -> LlamaForCausalLM:

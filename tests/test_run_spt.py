@@ -21,10 +21,10 @@ from gatewise.export import to_lora
 from gatewise.measure import measure_adapter
 from gatewise.models import load_adapter, load_model
 from gatewise.prompts import SelectivePromptConfig
-from gatewise.prompts.selection import read_selection
 from gatewise.recipe_file import load_recipe
 from gatewise.run_adapter import fixed_layers
 from gatewise.run_search import search_steps
+from gatewise.selection import read_selection
 from gatewise.soft_prompts import without_prompts
 from gatewise.tasks import PadCollator
 from gatewise.training import SearchRecipeTrainer, checkpoint_step, complete_checkpoints

@@ -24,7 +24,6 @@ from gatewise.measure import Metrics, load_like, metrics_line
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
-from gatewise.prompts.selection import SEARCH_FILE, Selection, read_selection
 from gatewise.recipe import ALLOCATING, PROMPTING, AllocationSection, PromptsSection, Recipe, RoutingSection
 from gatewise.routed import RoutingLog
 from gatewise.routing_use import routing_of_rows
@@ -46,6 +45,7 @@ from gatewise.run_folder import (
     writing,
 )
 from gatewise.run_search import search_layers
+from gatewise.selection import SEARCH_FILE, Selection, read_selection
 from gatewise.soft_prompts import without_prompts
 from gatewise.tasks import (
     PadCollator,

@@ -31,10 +31,10 @@ from gatewise.adalora import STATE_FILE
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.measure import Metrics
-from gatewise.prompts.selection import SEARCH_FILE, Selection
 from gatewise.recipe import Recipe
 from gatewise.recipe_file import load_recipe
 from gatewise.report import PromptMap, RoutingMap, routing_json
+from gatewise.selection import SEARCH_FILE, Selection
 from gatewise.training import NOTE_FILE, checkpoint_step, complete_checkpoints
 
 ADAPTER, CHECKPOINTS, METRICS, RECIPE, PLOT, ROUTING = (

@@ -14,10 +14,10 @@ from gatewise import report
 from gatewise.files import finite
 from gatewise.progress import RunProgress
 from gatewise.prompts.darts import search
-from gatewise.prompts.selection import SEARCH_FILE, Selection
 from gatewise.recipe import PromptsSection, Recipe, SearchSection
 from gatewise.run_arguments import recompute_activations, training_arguments
 from gatewise.run_folder import GATES, SEARCH_CHECKPOINTS, before_the_end
+from gatewise.selection import SEARCH_FILE, Selection
 from gatewise.tasks import PadCollator
 from gatewise.training import SearchRecipeTrainer, checkpoint_step
 

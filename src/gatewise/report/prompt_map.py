@@ -13,7 +13,7 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from gatewise.errors import GatewiseError
-from gatewise.prompts.selection import SEARCH_FILE, read_selection
+from gatewise.selection import SEARCH_FILE, read_selection
 
 _KEY = re.compile(r"\.(\d+)\.selective_prompt\.(spt_generator|spt_gate_logit)\b")
 
@@ -49,11 +49,16 @@ class PromptMap:
 
 def adapter_type(folder: str | Path) -> str | None:
     """The ``peft_type`` of an adapter's folder; None where it cannot be told."""
+    config = _config(Path(folder))
+    return str(config.get("peft_type")) if config is not None else None
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
     try:
-        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return str(config.get("peft_type")) if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else None
 
 
 def read_prompts(folder: str | Path) -> PromptMap:
@@ -63,10 +68,10 @@ def read_prompts(folder: str | Path) -> PromptMap:
         GatewiseError: not such an adapter, or a file that is missing or damaged.
     """
     folder = Path(folder)
-    kind = adapter_type(folder)
-    if kind != "SELECTIVE_PROMPT":
+    config = _config(folder)
+    kind = None if config is None else config.get("peft_type")
+    if config is None or kind != "SELECTIVE_PROMPT":
         raise GatewiseError(f"{folder} holds an adapter of peft_type {kind}, expected SELECTIVE_PROMPT (method spt)")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     weights = folder / "adapter_model.safetensors"
     parameters: dict[int, int] = {}
     logits: dict[int, float] = {}
