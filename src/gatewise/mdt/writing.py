@@ -1,19 +1,16 @@
 """What a causal model writes after a prompt, with or without a constraint."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
-from gatewise.losses import base_of
 from gatewise.mdt.constraint import TreeConstraint
 from gatewise.mdt.course import Course
 from gatewise.tasks.encode import pad, prompt_ids
-from gatewise.tasks.evaluate import most_positions
+from gatewise.tasks.evaluate import end_ids, greedy, measuring, most_positions
 from gatewise.tasks.records import Records
 from gatewise.tasks.template import Template
 
@@ -75,7 +72,7 @@ def write(
         fault = f"the passage takes {len(row)} tokens of the {positions} that the model can read and write: give a shorter one"
         written.append(Written("") if room >= _LEAST_ROOM else GatewiseError(fault))
     order = sorted((i for i, one in enumerate(written) if isinstance(one, Written)), key=lambda i: -len(ids[i]))
-    with _as_it_was(model):
+    with measuring(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             room = min(max_new_tokens, positions - len(ids[batch[0]]))
@@ -91,27 +88,16 @@ def _batch(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], courses: list[Course] | None, most: int
 ) -> list[Written]:
     device = next(model.parameters()).device
-    ends = _ends(model, tokenizer)
-    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    ids = pad(prompts, int(fill), left=True).to(device)
+    ends = end_ids(model, tokenizer)
+    if not ends:
+        raise GatewiseError("the tokenizer has no end-of-text token (eos_token), with which a tree has to end")
+    fill = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends))
+    ids = pad(prompts, fill, left=True).to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device)
-    config = GenerationConfig(
-        max_new_tokens=most,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=ends,
-        pad_token_id=int(fill),
-        # Values left open are filled in from the model's own defaults, which may sample or punish repetition.
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-    )
+    config = greedy(most, ends, fill)
     constraint = None
     if courses is not None:
-        constraint = TreeConstraint(tokenizer, courses, ends=ends, prompt_tokens=ids.shape[1], max_new_tokens=most)
+        constraint = TreeConstraint(tokenizer, courses, ends=sorted(ends), prompt_tokens=ids.shape[1], max_new_tokens=most)
     processors = LogitsProcessorList([constraint] if constraint else [])
     found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
     if constraint is not None:
@@ -122,25 +108,3 @@ def _batch(
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
         made.append(Written(str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip(), end is not None))
     return made
-
-
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End-of-text tokens: the tokenizer's, and those the model's own generation settings name."""
-    named = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
-    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
-    if not ids:
-        raise GatewiseError("the tokenizer has no end-of-text token (eos_token), with which a tree has to end")
-    return sorted(map(int, ids))
-
-
-@contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """No gradients, dropout off; every module's training mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

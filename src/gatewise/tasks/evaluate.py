@@ -73,7 +73,7 @@ def evaluate(
         raise GatewiseError(f"batch_size is {batch_size}: expected at least 1")
     kind = loss_kind(model)
     if kind == "rows":
-        with _measuring(model):
+        with measuring(model):
             room = min(max_length, most_positions(model))
             return _evaluate_classifier(model, tokenizer, records, batch_size, room, progress)
     if kind != "causal" or base_of(model).get_output_embeddings() is None:
@@ -83,7 +83,7 @@ def evaluate(
     template = template or default_template(records)
     template.check(records)
     max_length = min(max_length, most_positions(model))
-    with _measuring(model):
+    with measuring(model):
         if records.kind in ("label", "choice"):
             return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress)
         room = min(max_length, most_positions(model) - max_new_tokens)
@@ -303,21 +303,8 @@ def _generate(
 ) -> list[str]:
     """What the model writes after each prompt, greedily, up to the end-of-text token."""
     pad_id = PadCollator(tokenizer).pad_id
-    ends = _end_ids(model, tokenizer)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad_id,
-        # Values left open are filled in from the model's own defaults, which may sample or punish repetition.
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-    )
+    ends = end_ids(model, tokenizer)
+    config = greedy(max_new_tokens, ends, pad_id)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -333,7 +320,25 @@ def _generate(
     return texts
 
 
-def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def greedy(max_new_tokens: int, ends: set[int], pad_id: int) -> GenerationConfig:
+    """Settings to generate the most probable next token up to an end-of-text token."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad_id,
+        # Values left open are filled in from the model's own defaults, which may sample or punish repetition.
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+    )
+
+
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """End-of-text tokens: the tokenizer's, and those the model's own generation settings name."""
     named = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
     ids = set(named) if isinstance(named, list) else {named}
@@ -344,7 +349,7 @@ def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module) -> Iterator[None]:
     """No gradients, dropout off; every module's training mode and the random states are put back."""
     modes = [(module, module.training) for module in model.modules()]
     device = _device(model)
