@@ -1,6 +1,8 @@
 """What PEFT does with adapters: saving, loading, several of them, taking them off; and what is refused."""
 
+import copy
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from gatewise import GatewiseError, SelectivePromptConfig
+from gatewise.prompts.cache import PromptedCache
 
 
 @pytest.fixture
@@ -208,3 +211,17 @@ def test_what_a_model_with_prompts_does_not_do(batch):
     model.base_model.model.config._attn_implementation = "flex_attention"
     with pytest.raises(GatewiseError, match="attn_implementation is 'flex_attention'"):
         model.eval()(**batch)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_models_and_caches_are_copied_and_pickled(batch, family):
+    model = prompted(family, prompt_layers=[1])
+    expected = logits(model, batch)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(logits(twin, batch), expected)
+    if family == "llama":
+        with torch.no_grad():
+            cache = model(**batch, use_cache=True).past_key_values
+        for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            assert isinstance(copied, PromptedCache)
+            assert copied.gatewise_prompts.states.keys() == cache.gatewise_prompts.states.keys()

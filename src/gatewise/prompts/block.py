@@ -9,15 +9,13 @@ Shapes: b batch, t tokens, l prompt tokens, d hidden size.
 """
 
 import inspect
-from collections.abc import Hashable
-from functools import cache
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
+from gatewise.fronts import Front, put_front, take_front
 from gatewise.prompts.cache import prompts_arriving
 from gatewise.prompts.layer import PromptLayer, mixed
 from gatewise.prompts.passes import PassTracker, PromptPass
@@ -43,7 +41,7 @@ class Place:
         return None
 
 
-class PromptedBlock(nn.Module):
+class PromptedBlock(Front, nn.Module):
     """What a layer's class is given in front of its own ``__call__`` and ``forward``."""
 
     place: Place
@@ -91,7 +89,7 @@ class PromptedBlock(nn.Module):
 def install(block: Any, place: Place) -> None:
     """Makes a layer one that prompts pass through."""
     block.place = place
-    _set_class(block, _prompted_class(cast(Hashable, type(block))))
+    put_front(block, PromptedBlock)
 
 
 def uninstall(block: Any) -> None:
@@ -99,19 +97,4 @@ def uninstall(block: Any) -> None:
     del block.place
     if hasattr(block, "selective_prompt"):
         del block.selective_prompt
-    _set_class(block, type(block).__mro__[2])
-
-
-@cache
-def _prompted_class(own: Hashable) -> type:
-    assert isinstance(own, type)
-    # Under the same name: wrapping policies and device maps know layers by the name of their class.
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (PromptedBlock, own), names)
-
-
-def _set_class(block: Any, kind: type) -> None:
-    block.__class__ = kind
-    # Accelerate's device hooks keep the layer's forward as it was when they were put on.
-    if isinstance(block.__dict__.get("_old_forward"), MethodType):
-        block._old_forward = MethodType(cast(Any, kind).forward, block)
+    take_front(block)

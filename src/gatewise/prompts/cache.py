@@ -6,15 +6,16 @@ without prompts. Attention gets the prompt's keys and values in front of those t
 Shapes: b batch, h heads, l prompt tokens, t tokens, c head size.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache as cached
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
+
+from gatewise.fronts import Front, put_front
 
 
 @dataclass
@@ -36,7 +37,7 @@ class CachedPrompts:
         self.states = {layer: (rows(keys), rows(values)) for layer, (keys, values) in self.states.items()}
 
 
-class PromptedCache(Cache):
+class PromptedCache(Front, Cache):
     """What a cache's class is given in front of its own methods."""
 
     gatewise_prompts: CachedPrompts
@@ -79,7 +80,7 @@ def prompts_arriving(cache: Any, owner: int, adapter: str, tokens: int) -> Itera
         yield
         return
     if not isinstance(cache, PromptedCache):
-        cache.__class__ = _prompted_class(cast(Hashable, type(cache)))
+        put_front(cache, PromptedCache)
         cache.gatewise_prompts = CachedPrompts(owner, adapter, tokens)
     held = cache.gatewise_prompts
     held.owner, held.adapter, held.tokens, held.arriving = owner, adapter, tokens, True
@@ -93,10 +94,3 @@ def prompts_of(cache: Any) -> CachedPrompts | None:
     """The prompts in a cache, None if there are none."""
     held = cache.gatewise_prompts if isinstance(cache, PromptedCache) else None
     return held if held is not None and held.states else None
-
-
-@cached
-def _prompted_class(own: Hashable) -> type:
-    assert isinstance(own, type)
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (PromptedCache, own), names)

@@ -8,11 +8,9 @@ decides anew from what it is given, with a graph of its own. Both kinds of check
 Shapes: b batch, t tokens, d hidden size, n rows of one adapter, m experts.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gatewise.errors import GatewiseError
+from gatewise.fronts import Front, put_front, take_front
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.routed.layer import RoutedLinear, Share, Shares
 from gatewise.routed.request import Decision, Pass, Request, RequestTracker
@@ -136,7 +135,7 @@ class BlockRouting:
         return parts
 
 
-class RoutedBlock(nn.Module):
+class RoutedBlock(Front, nn.Module):
     """What a layer's class is given in front of its own ``__call__`` and ``forward``."""
 
     routing: BlockRouting
@@ -159,44 +158,17 @@ class RoutedBlock(nn.Module):
         with self.routing.open(decision, *hidden.shape[:2]):
             return super().forward(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        own = type(self).__mro__[2]
-        if type(self) is not _routed_class(cast(Hashable, own)):  # exchanged once more by somebody else
-            return super().__reduce_ex__(protocol)
-        return _new, (own,), self.__dict__  # pickle finds classes by name, and would find the layer's own
-
 
 def install(block: Any, routing: BlockRouting) -> None:
     """Makes a layer a routed one."""
     block.routing = routing
-    _set_class(block, _routed_class(cast(Hashable, type(block))))
+    put_front(block, RoutedBlock)
 
 
 def uninstall(block: Any) -> None:
     """Undoes ``install``."""
     del block.routing
-    _set_class(block, type(block).__mro__[2])
-
-
-@cache
-def _routed_class(own: Hashable) -> type:
-    assert isinstance(own, type)
-    # Under the same name: FSDP's wrapping policies and device maps know layers by the name of their class.
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (RoutedBlock, own), names)
-
-
-def _new(own: type) -> nn.Module:
-    kind: Any = _routed_class(cast(Hashable, own))
-    block: nn.Module = kind.__new__(kind)
-    return block
-
-
-def _set_class(block: Any, kind: type) -> None:
-    block.__class__ = kind
-    # Accelerate's device hooks keep the layer's forward as it was when they were put on.
-    if isinstance(block.__dict__.get("_old_forward"), MethodType):
-        block._old_forward = MethodType(cast(Any, kind).forward, block)
+    take_front(block)
 
 
 def _hidden_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
