@@ -7,7 +7,7 @@ Shapes: b batch, t tokens, l prompt tokens, c head size.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gatewise.calls import CallTracker, cache_of, cached_tokens
 from gatewise.errors import GatewiseError
 from gatewise.prompts.cache import PromptedCache, prompts_of
 from gatewise.prompts.config import SelectivePromptConfig
@@ -93,7 +94,7 @@ def _once(made: dict[int, tuple[Any, Any]], given: Any, make: Callable[[Any], _M
     return made[id(given)][1]
 
 
-class PassTracker:
+class PassTracker(CallTracker):
     """Watches the base model's forwards through hooks. ``current`` is the pass that runs, None when prompts are not at work.
 
     Args:
@@ -109,26 +110,10 @@ class PassTracker:
         self.running = False
         self._transformer, self._causal, self._active = transformer, causal, active
         self._owner = next(_owners)
-        self._watched: Sequence[nn.Module] = transformer.around
-        self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in self._watched]
-        self._opened_by: int | None = None
         self._call = Call()
-        self._told: Tensor | None = None
-        self._handles = [
-            handle
-            for module in self._watched
-            for handle in (
-                module.register_forward_pre_hook(self._begin, with_kwargs=True),
-                module.register_forward_hook(self._end, always_call=True),
-            )
-        ]
+        super().__init__(transformer.around, "selective prompts")
         if transformer.rotary is not None:
             self._handles.append(transformer.rotary.register_forward_hook(self._add_positions, with_kwargs=True))
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:
@@ -139,41 +124,23 @@ class PassTracker:
         finally:
             self._call = before
 
-    @contextmanager
-    def told(self, prompt: Tensor) -> Iterator[None]:
-        """While open, texts have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
-        before, self._told = self._told, prompt
-        try:
-            yield
-        finally:
-            self._told = before
-
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place = next((index for index, one in enumerate(self._watched) if one is module), None)
-        if place is None:
-            raise GatewiseError(
-                "selective prompts do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
-            )
-        # An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last one was interrupted.
-        if self._opened_by is not None and self._opened_by < place:
+        place = self._place(module)
+        if self._is_inside(place):
             return
         self._opened_by, self.current, self.running = place, None, True
-        self.current = self._pass({**dict(zip(self._names[place], args, strict=False)), **kwargs}, module)
+        self.current = self._pass(self._given(place, args, kwargs), module)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._opened_by is None or self._watched[self._opened_by] is not module:
+        if not self._is_open_by(module):
             return None
         done = self.current
         self._opened_by, self.current, self.running = None, None, False
         return None if done is None or output is None else _without_prompts(output, done)
 
     def _pass(self, arguments: Mapping[str, Any], module: Any) -> PromptPass | None:
-        cache = arguments.get("cache") if arguments.get("cache") is not None else arguments.get("past_key_values")
-        if cache is not None and not hasattr(cache, "get_seq_length"):
-            raise GatewiseError(
-                f"past_key_values is a {type(cache).__name__}: expected a Cache of Transformers, such as DynamicCache()"
-            )
-        continues = cache is not None and int(cache.get_seq_length()) > 0
+        cache = cache_of(arguments)
+        continues = cached_tokens(cache) > 0
         active = self._active()
         if active is None:
             if continues and prompts_of(cache) is not None:

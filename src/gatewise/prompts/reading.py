@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from gatewise.calls import fitted, seen_by_the_last_token
 from gatewise.errors import GatewiseError
 from gatewise.losses import IGNORED, before_first
 
@@ -62,7 +62,7 @@ def read_text(arguments: Mapping[str, Any], call: Call, told: Tensor | None, cau
     present = _present(arguments, call, inputs)
     prompt, labels = present, arguments.get("labels")
     if told is not None:
-        prompt = present & _fitted(told, batch, tokens).to(present.device)
+        prompt = present & fitted(told, batch, tokens).to(present.device)
     elif causal and isinstance(labels, Tensor) and labels.shape == (batch, tokens):
         prompt = present & before_first(labels != IGNORED).to(present.device)
     elif causal and training:
@@ -84,7 +84,7 @@ def _present(arguments: Mapping[str, Any], call: Call, inputs: Tensor) -> Tensor
             raise GatewiseError("attention_mask is not of shape (b, t): selective prompts need to know which tokens are padding")
         # Inside `generate` with a static cache the model gets the mask of its attention instead of the one that was given.
         given = call.attention_mask
-        mask = _seen_by_the_last_token(mask, tokens) if given is None else given.repeat_interleave(batch // len(given), dim=0)
+        mask = seen_by_the_last_token(mask, tokens) if given is None else given.repeat_interleave(batch // len(given), dim=0)
     if mask is None:
         positions = arguments.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any()):
@@ -93,19 +93,3 @@ def _present(arguments: Mapping[str, Any], call: Call, inputs: Tensor) -> Tensor
             )
         return torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
     return mask[:, -tokens:].to(inputs.device).bool()
-
-
-def _fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
-    if prompt.ndim != 2 or len(prompt) != batch or prompt.shape[1] > tokens:
-        raise GatewiseError(f"prompt positions of shape {tuple(prompt.shape)} were given for a batch of shape ({batch}, {tokens})")
-    return F.pad(prompt.bool(), (0, tokens - prompt.shape[1]), value=False)
-
-
-def _seen_by_the_last_token(mask: Any, tokens: int) -> Tensor | None:
-    """The tokens (b, t) of a prompt that its last one attends to: with padding on the left, all that are no padding."""
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if not isinstance(mask, Tensor):
-        return None
-    row = mask[:, 0, -1, :tokens]
-    return row if row.dtype == torch.bool else row == 0

@@ -8,7 +8,6 @@ and apart from other caches. A pass without cached tokens starts a request.
 Shapes: b batch, t tokens, n rows of one adapter, m experts of a layer.
 """
 
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from gatewise.calls import CallTracker, cache_of, cached_tokens, fitted, seen_by_the_last_token
 from gatewise.errors import GatewiseError
 from gatewise.losses import IGNORED, LossKind, before_first
 from gatewise.routed.inference import Prepared, Running
@@ -107,7 +107,7 @@ class Call:
     attention_mask: Tensor | None = None
 
 
-class RequestTracker:
+class RequestTracker(CallTracker):
     """Watches the base model's forwards through hooks. ``current`` is the pass that runs, ``last`` the newest request.
 
     ``running`` tells the modules what they run in it.
@@ -129,29 +129,14 @@ class RequestTracker:
         self.current: Pass | None = None
         self.last: Request | None = None
         self.running = Running()
-        self._watched, self._kind, self._active, self._finish = list(watched), kind, active, finish
-        self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in watched]
-        self._opened_by: int | None = None
+        self._kind, self._active, self._finish = kind, active, finish
         self._arguments: dict[str, Any] = {}
         self._call = Call()
         self._thread: int | None = None
         self._checked: Prepared | None = None
         self._era, self._deleted = 0, dict[str, int]()
-        self._told: Tensor | None = None
         self._warned = False
-        self._handles = [
-            handle
-            for module in watched
-            for handle in (
-                module.register_forward_pre_hook(self._begin, with_kwargs=True),
-                module.register_forward_hook(self._end, always_call=True),
-            )
-        ]
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        super().__init__(watched, "routed adapters")
 
     def adapters_changed(self) -> None:
         """Requests that go on read their weights anew."""
@@ -180,15 +165,6 @@ class RequestTracker:
             # A forward that was stopped from the keyboard has not come to its end.
             self._close()
 
-    @contextmanager
-    def told(self, prompt: Tensor) -> Iterator[None]:
-        """While open, new requests have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
-        before, self._told = self._told, prompt
-        try:
-            yield
-        finally:
-            self._told = before
-
     def _check_thread(self) -> None:
         if self._is_taken():
             raise GatewiseError(
@@ -204,22 +180,17 @@ class RequestTracker:
         self.running.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place = next((index for index, one in enumerate(self._watched) if one is module), None)
-        if place is None:
-            raise GatewiseError(
-                "routed adapters do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
-            )
+        place = self._place(module)
         self._check_thread()
-        # An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last one was interrupted.
-        if self._opened_by is not None and self._opened_by < place:
+        if self._is_inside(place):
             return
         self._close()
         self._opened_by = place
-        self._arguments = {**dict(zip(self._names[place], args, strict=False)), **kwargs}
+        self._arguments = self._given(place, args, kwargs)
         self.current = self._pass(self._arguments, module.training)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._opened_by is None or self._watched[self._opened_by] is not module or self._is_taken():
+        if not self._is_open_by(module) or self._is_taken():
             return None
         done, arguments = self.current, self._arguments
         self._close()
@@ -228,7 +199,7 @@ class RequestTracker:
         done.prepared.complete |= done.is_inference
         if done.request.groups:
             outputs = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-            for value in (_cache_of(arguments), *outputs):
+            for value in (cache_of(arguments), *outputs):
                 if hasattr(value, "get_seq_length"):
                     setattr(value, _ON_CACHE, done.prepared)
         return self._finish(done, arguments, output)
@@ -242,8 +213,8 @@ class RequestTracker:
             )
         batch, tokens = inputs.shape[:2]
         groups = self._groups(batch)
-        cache = _cache_of(arguments)
-        continues = bool(groups and _cached_tokens(cache))
+        cache = cache_of(arguments)
+        continues = bool(groups and cached_tokens(cache))
         if continues:
             prepared = self._prepared_before(cache, batch, groups)
         else:
@@ -311,7 +282,7 @@ class RequestTracker:
         if not groups:
             return inputs[:, :0]  # nobody reads any
         tokens = inputs.shape[1]
-        if _cache_of(arguments) is not None and self._call.width is not None and tokens < self._call.width:
+        if cache_of(arguments) is not None and self._call.width is not None and tokens < self._call.width:
             raise GatewiseError(
                 f"the prompt of {self._call.width} tokens was cut into chunks of {tokens}, but routing has to read all of it "
                 "first: leave prefill_chunk_size out"
@@ -328,7 +299,7 @@ class RequestTracker:
         present = self._present(arguments, inputs)
         labels = arguments.get("labels")
         if self._told is not None:
-            prompt = present & _fitted(self._told, batch, tokens).to(present.device)
+            prompt = present & fitted(self._told, batch, tokens).to(present.device)
         elif self._kind == "causal" and isinstance(labels, Tensor) and labels.shape == (batch, tokens):
             prompt = present & before_first(labels != IGNORED).to(present.device)
         else:
@@ -354,7 +325,7 @@ class RequestTracker:
                 raise GatewiseError("attention_mask is not of shape (b, t): routing needs to know which tokens are padding")
             # Inside `generate` with a static cache the model gets the mask of its attention instead of the one that was given.
             given = self._call.attention_mask
-            mask = _seen_by_the_last_token(mask, tokens) if given is None else given.repeat_interleave(batch // len(given), dim=0)
+            mask = seen_by_the_last_token(mask, tokens) if given is None else given.repeat_interleave(batch // len(given), dim=0)
         if mask is None:
             _refuse_packed(arguments)
             return torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
@@ -372,22 +343,6 @@ def by_row(names: Sequence[str], rows: int) -> list[str]:
     return [name for name in names for _ in range(rows // len(names))]
 
 
-def _fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
-    if prompt.ndim != 2 or len(prompt) != batch or prompt.shape[1] > tokens:
-        raise GatewiseError(f"prompt positions of shape {tuple(prompt.shape)} were given for a batch of shape ({batch}, {tokens})")
-    return torch.nn.functional.pad(prompt.bool(), (0, tokens - prompt.shape[1]), value=False)
-
-
-def _seen_by_the_last_token(mask: Any, tokens: int) -> Tensor | None:
-    """The tokens (b, t) of a prompt that its last one attends to: with padding on the left, all that are no padding."""
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if not isinstance(mask, Tensor):
-        return None
-    row = mask[:, 0, -1, :tokens]
-    return row if row.dtype == torch.bool else row == 0
-
-
 def _refuse_packed(arguments: Mapping[str, Any]) -> None:
     positions = arguments.get("position_ids")
     starts_over = isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any())
@@ -395,21 +350,6 @@ def _refuse_packed(arguments: Mapping[str, Any]) -> None:
         raise GatewiseError(
             "a row holds several packed samples, but a row is routed as one: train without packing and padding_free batches"
         )
-
-
-def _cache_of(arguments: Mapping[str, Any]) -> Any:
-    cache = arguments.get("cache")
-    return arguments.get("past_key_values") if cache is None else cache
-
-
-def _cached_tokens(cache: Any) -> int:
-    if cache is None:
-        return 0
-    if not hasattr(cache, "get_seq_length"):
-        raise GatewiseError(
-            f"past_key_values is a {type(cache).__name__}: expected a Cache of Transformers, such as DynamicCache()"
-        )
-    return int(cache.get_seq_length())
 
 
 def _named(groups: Groups) -> str:

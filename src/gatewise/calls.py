@@ -1,0 +1,127 @@
+"""What a Transformers model is called with, seen through hooks: for adapters that read the text of a call before its layers run.
+
+Shapes: b batch, t tokens.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatewise.errors import GatewiseError
+
+
+class CallTracker:
+    """Watches the forwards of a model and of the models inside it; what a subclass does when one begins and ends is its own.
+
+    Args:
+        watched: the Transformers models around the stack of layers, the outermost first; whichever is called opens the pass.
+        what: the adapters' kind, in messages.
+    """
+
+    def __init__(self, watched: Sequence[nn.Module], what: str) -> None:
+        self._watched, self._what = list(watched), what
+        self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in watched]
+        self._opened_by: int | None = None
+        self._told: Tensor | None = None
+        self._handles = [
+            handle
+            for module in watched
+            for handle in (
+                module.register_forward_pre_hook(self._begin, with_kwargs=True),
+                module.register_forward_hook(self._end, always_call=True),
+            )
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def told(self, prompt: Tensor) -> Iterator[None]:
+        """While open, texts have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
+        before, self._told = self._told, prompt
+        try:
+            yield
+        finally:
+            self._told = before
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        raise NotImplementedError
+
+    def _place(self, module: nn.Module) -> int:
+        """Which of the watched models one is.
+
+        Raises:
+            GatewiseError: none, but a copy of one.
+        """
+        place = next((index for index, one in enumerate(self._watched) if one is module), None)
+        if place is None:
+            raise GatewiseError(
+                f"{self._what} do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
+            )
+        return place
+
+    def _is_inside(self, place: int) -> bool:
+        """Whether a forward that begins is part of the one that runs.
+
+        An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last one was interrupted.
+        """
+        return self._opened_by is not None and self._opened_by < place
+
+    def _is_open_by(self, module: nn.Module) -> bool:
+        return self._opened_by is not None and self._watched[self._opened_by] is module
+
+    def _given(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward by name."""
+        return {**dict(zip(self._names[place], args, strict=False)), **kwargs}
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The key-value cache among a forward's arguments, under the name of this or of older versions of Transformers."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
+def cached_tokens(cache: Any) -> int:
+    """How many tokens a cache holds, 0 for None.
+
+    Raises:
+        GatewiseError: it is not a Cache of Transformers.
+    """
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        raise GatewiseError(
+            f"past_key_values is a {type(cache).__name__}: expected a Cache of Transformers, such as DynamicCache()"
+        )
+    return int(cache.get_seq_length())
+
+
+def fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
+    """Prompt positions (b, up to t) as (b, t), false where columns are missing.
+
+    Raises:
+        GatewiseError: they are of another batch, or of longer rows.
+    """
+    if prompt.ndim != 2 or len(prompt) != batch or prompt.shape[1] > tokens:
+        raise GatewiseError(f"prompt positions of shape {tuple(prompt.shape)} were given for a batch of shape ({batch}, {tokens})")
+    return F.pad(prompt.bool(), (0, tokens - prompt.shape[1]), value=False)
+
+
+def seen_by_the_last_token(mask: Any, tokens: int) -> Tensor | None:
+    """The tokens (b, t) of a prompt that its last one attends to: with padding on the left, all that are no padding."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor):
+        return None
+    row = mask[:, 0, -1, :tokens]
+    return row if row.dtype == torch.bool else row == 0
