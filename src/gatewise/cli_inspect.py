@@ -179,8 +179,8 @@ def _show_routing(adapter: Path, data: str, settings: dict[str, Any], plot: Path
     from gatewise import report
     from gatewise.routing_use import route_data
 
-    if plot and report.check_suffix(plot) == "html":
-        raise GatewiseError(f"cannot plot to {plot}: routing is drawn into a name that ends in .png or .svg")
+    if plot:
+        report.check_image_suffix(plot, "routing is")
     routing = route_data(adapter, data, **settings)
     if plot:
         report.plot_routing(routing, plot)

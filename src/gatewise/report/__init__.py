@@ -7,7 +7,7 @@ from gatewise.report.budget_map import BudgetMap, ModuleBudget, RoundSummary, Va
 from gatewise.report.grid import OTHER
 from gatewise.report.importance_map import Importance, ModuleImportance
 from gatewise.report.importance_text import importance_json, importance_lines, top_table
-from gatewise.report.plotting import check_suffix, plot, plot_importance, plot_routing
+from gatewise.report.plotting import check_image_suffix, check_suffix, plot, plot_importance, plot_routing
 from gatewise.report.prompt_map import PromptMap, adapter_type, prompts_json, prompts_lines, prompts_table, read_prompts
 from gatewise.report.prompt_plot import plot_gates, plot_prompts
 from gatewise.report.reading import rank_map, read_budget
@@ -26,6 +26,7 @@ __all__ = [
     "RoutingMap",
     "Value",
     "adapter_type",
+    "check_image_suffix",
     "check_suffix",
     "grid_table",
     "importance_json",

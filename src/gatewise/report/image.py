@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gatewise.report.grid import Grid, finite_or_zero
@@ -20,13 +20,17 @@ _SIGNED_RAMP, _BELOW_BAR = ("#6b2d00", "#dfa67c", "#f6f5f4", "#86b3d6", "#0b3f73
 
 def image_of(grid: Grid, title: str, notes: Sequence[str], kind_of_file: str) -> bytes:
     """The heatmap as a file's bytes; the notes are two lines under the title."""
+    return file_of(lambda: _draw(grid, title, notes), kind_of_file)
+
+
+def file_of(draw: Callable[[], "Figure"], kind_of_file: str) -> bytes:
+    """A figure, drawn in the font of all plots, as a file's bytes ("png" or "svg"): the same figure always gives the same."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "gatewise", "font.family": "DejaVu Sans"}):
-        figure = _draw(grid, title, notes)
         file = io.BytesIO()
-        # No date, so that the same map always gives the same bytes.
-        figure.savefig(file, format=kind_of_file, dpi=160, metadata={"Date": None} if kind_of_file == "svg" else None)
+        # No date among the bytes.
+        draw().savefig(file, format=kind_of_file, dpi=160, metadata={"Date": None} if kind_of_file == "svg" else None)
     return file.getvalue()
 
 

@@ -77,14 +77,12 @@ def plot_routing(routing: RoutingMap, out: str | Path, title: str | None = None)
     Raises:
         GatewiseError: another suffix, or a path that cannot be written.
     """
-    if check_suffix(out) == "html":
-        raise GatewiseError(f"cannot plot to {out}: routing is drawn into a name that ends in .png or .svg")
-    grid = routing.grid()
+    suffix, grid = check_image_suffix(out, "routing is"), routing.grid()
     notes = (
         f"{grid.title}, by layer and kind · {routing.base_model or 'base model not named'}",
         f"{routing.prompts:,} prompts{f' of {routing.data}' if routing.data else ''} · {routing.top_k} modules a layer",
     )
-    return _write(out, str, lambda suffix: image_of(grid, title or "Which modules the prompts chose", notes, suffix))
+    return write_bytes(out, image_of(grid, title or "Which modules the prompts chose", notes, suffix))
 
 
 def check_suffix(out: str | Path) -> str:
@@ -99,9 +97,25 @@ def check_suffix(out: str | Path) -> str:
     return suffix[1:]
 
 
-def _write(out: str | Path, page: Callable[[], str], image: Callable[[str], bytes]) -> Path:
-    suffix = check_suffix(out)
-    content = page().encode() if suffix == "html" else image(suffix)
+def check_image_suffix(out: str | Path, what: str) -> str:
+    """The same for what is drawn as an image and not as a page.
+
+    Args:
+        what: begins the sentence, such as "routing is".
+    """
+    suffix = Path(out).suffix.lower()
+    if suffix not in (".png", ".svg"):
+        raise GatewiseError(f"cannot plot to {out}: {what} drawn into a name that ends in .png or .svg")
+    return suffix[1:]
+
+
+def write_bytes(out: str | Path, content: bytes) -> Path:
+    """Writes a plot's file, whole or not at all."""
     with whole_file(out) as part:
         part.write_bytes(content)
     return Path(out)
+
+
+def _write(out: str | Path, page: Callable[[], str], image: Callable[[str], bytes]) -> Path:
+    suffix = check_suffix(out)
+    return write_bytes(out, page().encode() if suffix == "html" else image(suffix))

@@ -1,13 +1,12 @@
 """SPT's gates over the steps of a search, and the layers that take a prompt, in PNG or SVG."""
 
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatewise.errors import GatewiseError
-from gatewise.files import whole_file
+from gatewise.report.image import file_of
+from gatewise.report.plotting import check_image_suffix, write_bytes
 from gatewise.report.prompt_map import PromptMap
 
 if TYPE_CHECKING:
@@ -103,19 +102,14 @@ def _apart(heights: Sequence[float], room: float) -> list[float]:
     return places
 
 
-def _write(draw: Any, out: str | Path, size: tuple[float, float]) -> Path:
-    import matplotlib
-    from matplotlib.figure import Figure
+def _write(draw: Callable[["Figure"], None], out: str | Path, size: tuple[float, float]) -> Path:
+    suffix = check_image_suffix(out, "prompts are")
 
-    suffix = Path(out).suffix.lower()[1:]
-    if suffix not in ("png", "svg"):
-        raise GatewiseError(f"cannot plot to {out}: prompts are drawn into a name that ends in .png or .svg")
-    with matplotlib.rc_context({"svg.hashsalt": "gatewise", "font.family": "DejaVu Sans"}):
+    def drawn() -> "Figure":
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=size, facecolor="white", layout="constrained")
         draw(figure)
-        file = io.BytesIO()
-        # No date, so that the same numbers always give the same bytes.
-        figure.savefig(file, format=suffix, dpi=160, metadata={"Date": None} if suffix == "svg" else None)
-    with whole_file(out) as part:
-        part.write_bytes(file.getvalue())
-    return Path(out)
+        return figure
+
+    return write_bytes(out, file_of(drawn, suffix))
