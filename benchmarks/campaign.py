@@ -51,8 +51,7 @@ def campaign(
                         continue
                     print(f"{task} {method} seed {seed}", flush=True)
                     run = one_run(task, method, seed, options.data_dir)
-                    with options.results.open("a", encoding="utf-8") as out:
-                        out.write(json.dumps(run) + "\n")
+                    append(run, options.results)
                     print(f"  {tell(run)}", flush=True)
     report(read(options.results), options.plot)
 
@@ -66,6 +65,15 @@ def read(results: Path) -> list[Run]:
         except json.JSONDecodeError:
             continue
     return runs
+
+
+def append(run: Run, results: Path) -> None:
+    """Adds a finished run; after a line that an interruption cut off, on a line of its own."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    held = results.read_bytes() if results.is_file() else b""
+    cut_off = bool(held) and not held.endswith(b"\n")
+    with results.open("a", encoding="utf-8") as out:
+        out.write("\n" * cut_off + json.dumps(run) + "\n")
 
 
 def spread(values: list[float], digits: int, sign: bool = False) -> str:

@@ -50,6 +50,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     from transformers import TrainingArguments, set_seed
 
     from gatewise.models import load_model, load_tokenizer
+    from gatewise.routed import ACTIVATION_PARAMETERS
     from gatewise.routing_use import routing_of_rows
     from gatewise.tasks import PadCollator, default_template, encode, evaluate, load_records
     from gatewise.training import RecipeTrainer, TwoLevelRecipeTrainer
@@ -88,7 +89,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
         if routed:
             trainer: RecipeTrainer = TwoLevelRecipeTrainer(
                 upper_dataset=held_out,
-                upper_parameters=r"\.lora_router\.[^.]+\.(numerator|denominator)$",
+                upper_parameters=ACTIVATION_PARAMETERS,
                 upper_learning_rate=s["activation_learning_rate"],
                 upper_every=s["activation_every"],
                 **common,

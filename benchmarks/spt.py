@@ -19,7 +19,6 @@ processes may share it.
 
 import argparse
 import fcntl
-import json
 import statistics
 import tempfile
 import time
@@ -30,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_data import load_task, shuffled
+from campaign import RESULTS, append, read, spread
 
-HERE = Path(__file__).parent
 COMMON: dict[str, Any] = {
     "num_prompt_tokens": 10,
     "bottleneck": 64,
@@ -242,17 +241,6 @@ def arguments(folder: str, seed: int, s: dict[str, Any]) -> Any:
 # The campaign ---------------------------------------------------------------------------------------------------------
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    """The finished runs; a last line cut off by an interruption is left out."""
-    runs = []
-    for line in results.read_text(encoding="utf-8").splitlines() if results.is_file() else []:
-        try:
-            runs.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return runs
-
-
 @contextmanager
 def claimed(key: dict[str, Any], results: Path) -> Iterator[bool]:
     """Whether this process may do the run: the lock of one that does it already is let go of by the system when that ends."""
@@ -271,7 +259,6 @@ def campaign(keys: Iterable[dict[str, Any]], data_dir: Path, results: Path, step
     """Does the runs that nobody has done or is doing."""
     from gatewise.models.convert import quiet
 
-    results.parent.mkdir(parents=True, exist_ok=True)
     for key in keys:
         with claimed(key, results) as free:
             # Asked once the run is claimed: another process may have ended it just now.
@@ -280,16 +267,10 @@ def campaign(keys: Iterable[dict[str, Any]], data_dir: Path, results: Path, step
             print(" ".join(str(key[name]) for name in KEY), flush=True)
             with quiet(bars=True):
                 run = one_run(key, data_dir, steps)
-            with results.open("a", encoding="utf-8") as file:
-                file.write("\n" * _cut_off(results) + json.dumps(run) + "\n")
+            append(run, results)
             where = f", layers {run['layers']}" if run["layers"] else ""
             took = run["search_seconds"] + run["seconds"]
             print(f"  accuracy {run['accuracy']}, loss {run['loss']}{where}, {took:.0f} s", flush=True)
-
-
-def _cut_off(results: Path) -> bool:
-    """Whether the last line has no end: an interruption cut it off, and what is appended to it would be lost with it."""
-    return not results.read_bytes().endswith(b"\n") and results.stat().st_size > 0
 
 
 # The report -----------------------------------------------------------------------------------------------------------
@@ -384,17 +365,14 @@ def _by_task(runs: list[dict[str, Any]]) -> Iterator[tuple[str, dict[tuple[str, 
 
 
 def _spread(values: list[float], sign: bool = False) -> str:
-    if not values:
-        return "not run"
-    deviation = f" (sd {statistics.stdev(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{'+' if sign else ''}.1f}{deviation}"
+    return spread(values, 1, sign) if values else "not run"
 
 
 def main() -> None:
     """Runs what is missing from the campaign, or reports it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "spt.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "spt.jsonl")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)

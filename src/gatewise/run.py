@@ -25,7 +25,7 @@ from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
 from gatewise.recipe import ALLOCATING, PROMPTING, AllocationSection, PromptsSection, Recipe, RoutingSection
-from gatewise.routed import RoutingLog
+from gatewise.routed import ACTIVATION_PARAMETERS, RoutingLog
 from gatewise.routing_use import routing_of_rows
 from gatewise.run_adapter import adapted
 from gatewise.run_arguments import recompute_activations, training_arguments
@@ -318,7 +318,7 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
             trainer = partial(
                 TwoLevelRecipeTrainer,
                 upper_dataset=prepared.held_out,
-                upper_parameters=r"\.lora_router\.[^.]+\.(numerator|denominator)$",
+                upper_parameters=ACTIVATION_PARAMETERS,
                 upper_learning_rate=routing.activation_learning_rate,
                 upper_every=min(routing.activation_every, prepared.steps),
             )

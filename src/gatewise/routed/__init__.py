@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from gatewise.peft_types import add_peft_method
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.routed.model import RoutedLoraModel
+from gatewise.routed.router import ACTIVATION_PARAMETERS
 from gatewise.routed.statistics import Routing, RoutingStatistics
 
 if TYPE_CHECKING:
     from gatewise.routed.log import RoutingLog
 
-__all__ = ["RoutedLoraConfig", "RoutedLoraModel", "Routing", "RoutingLog", "RoutingStatistics"]
+__all__ = ["ACTIVATION_PARAMETERS", "RoutedLoraConfig", "RoutedLoraModel", "Routing", "RoutingLog", "RoutingStatistics"]
 
 add_peft_method("ROUTED_LORA", RoutedLoraConfig, RoutedLoraModel, prefix=RoutedLoraModel.prefix)
 

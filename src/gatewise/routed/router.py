@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from gatewise.routed.config import Activation, Pooler
 
+ACTIVATION_PARAMETERS = r"\.lora_router\.[^.]+\.(numerator|denominator)$"
+"""The rationals' coefficients among a model's parameters, for ``upper_parameters``."""
+
 RATIONAL_UNIT = 5.0
 """The rational's coefficients are those of the powers of x / 5, so that a step of the optimiser moves the function about alike by
 each of them; of the powers of x, a_6 would be 1e-5, and no step size would suit both it and a_0. The functions are the same."""
