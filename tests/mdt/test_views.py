@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,32 @@ def test_every_format_asks_for_a_clinicians_review(name: str) -> None:
         content = render([record], name)
         assert re.search("review by a clinician", content, re.IGNORECASE)
         assert content.endswith("\n")
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
+    if name == "fhir":
+        pytest.importorskip("fhir.resources")
+    warnings = ["the output was brought to a close before its end", HOSTILE]
+    content = render([replace(RECORD, more={"warnings": warnings})], name)
+    # Mermaid needs its own entities for brackets, none of which are in the sentence; drawings wrap it at spaces.
+    plain = " ".join(shown(content)) if name == "svg" else content
+    assert "the output was brought to a close before its end" in plain
+    if name in ("html", "svg", "mermaid"):
+        assert "<script>alert" not in content
+    if name == "html":
+        page = Page(content)
+        assert "may be incomplete" in page.text
+        assert HOSTILE.split(" ")[0] in page.text
+        assert (page.count("script"), page.open) == (1, [])
+    for nothing in ([], ["", " "], "text", None, [3], {"a": 1}):
+        assert render([replace(RECORD, more={"warnings": nothing})], name).count("incomplete") == 0
+
+
+def test_text_with_warnings_is_read_back(tmp_path: Path) -> None:
+    record = replace(RECORD, more={"warnings": ["one\n---\ntext: x", "two"]})
+    path = write_view([record, record], "text", tmp_path / "trees.txt")
+    assert [(one.text, one.tree) for one in read_trees(path).records] == [(TEXT, TREE)] * 2
 
 
 @pytest.mark.parametrize("name", ["text", "json"])

@@ -52,6 +52,12 @@ class TreeRecord:
         before, at, after = self.text.partition("@")
         return (after if at else before).strip()
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an extraction said of its tree: what was put right, left out or cut short."""
+        said = self.more.get("warnings")
+        return tuple(one for one in said if isinstance(one, str) and one.strip()) if isinstance(said, list | tuple) else ()
+
     def to_json(self) -> dict[str, Any]:
         """The record in the published format, with its other keys after it."""
         return {"text": self.text, "tree": self.tree.to_preorder(), **self.more}

@@ -40,10 +40,10 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
     if format == "svg" and len(records) > 1:
         raise GatewiseError(f"an SVG shows one tree, but {len(records)} were given: name one of them")
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
-        "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_absent(records)}",
+        "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),
-        "mermaid": lambda records: "\n".join(mermaid_of(record.tree, record.text) for record in records),
-        "svg": lambda records: svg_of(records[0].tree, records[0].text),
+        "mermaid": lambda records: "\n".join(mermaid_of(record.tree, record.text, record.warnings) for record in records),
+        "svg": lambda records: svg_of(records[0].tree, records[0].text, warnings=records[0].warnings),
         "html": page_of,
         "fhir": lambda records: _json(bundle_of(records)),
     }
@@ -62,13 +62,15 @@ def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> 
     return Path(path)
 
 
-def _with_absent(records: Sequence[TreeRecord]) -> str:
-    """Outlines, each followed by what does not stand in its text, in lines that do not count."""
+def _with_comments(records: Sequence[TreeRecord]) -> str:
+    """Outlines, each followed by its warnings and by what does not stand in its text, in lines that do not count."""
     made = []
     for record in records:
         missing = absent_triples(record.text, record.tree) if record.text.strip() else ()
-        word = words_for(record.tree.language).absent
-        made.append(outlines_of([record]) + "".join(f"# {word}: {' | '.join(map(escaped, triple))}\n" for triple in missing))
+        words = words_for(record.tree.language)
+        comments = [f"{words.warnings}: {escaped(warning)}" for warning in record.warnings]
+        comments += [f"{words.absent}: {' | '.join(map(escaped, triple))}" for triple in missing]
+        made.append(outlines_of([record]) + "".join(f"# {comment}\n" for comment in comments))
     return "---\n".join(made)
 
 

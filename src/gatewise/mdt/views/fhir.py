@@ -38,7 +38,7 @@ def plan_of(record: TreeRecord) -> dict[str, Any]:
         "type": {"coding": [{"system": _TYPE, "code": "clinical-protocol", "display": "Clinical Protocol"}]},
         "status": "draft",
         "experimental": True,
-        "description": NOTICE,
+        "description": _clean("\n\n".join([NOTICE, *(f"Warning of the extraction: {one}" for one in record.warnings)])),
         "purpose": "To show the decisions that the source text describes, for review.",
         "usage": NOTICE,
         "action": [_root_action(record)],

@@ -1,6 +1,7 @@
 """A decision tree as a Mermaid flow chart, for Markdown pages and wikis that draw it."""
 
 import re
+from collections.abc import Sequence
 
 from gatewise.mdt.spans import absent_triples
 from gatewise.mdt.tree import DecisionTree, Node, Triple
@@ -19,17 +20,20 @@ _STYLES = {
 }
 
 
-def mermaid_of(tree: DecisionTree, text: str = "") -> str:
+def mermaid_of(tree: DecisionTree, text: str = "", warnings: Sequence[str] = ()) -> str:
     """The chart's source: a node a line, then the edges, then the looks. The notice is a box of its own.
 
     Args:
         text: the passage; if given, what does not stand in it is marked.
+        warnings: of the extraction, to stand in the box of the notice.
     """
     absent = frozenset(absent_triples(text, tree)) if text.strip() else frozenset()
     words, main = words_for(tree.language), main_subject(tree)
     lines = ["flowchart TD"]
     about = f"{_escaped(main)}<br/>" if main else ""
-    lines.append(f'  notice["{about}{_escaped(words.notice)}"]:::notice')
+    warned = f"<br/>{_escaped(words.warnings)}" if warnings else ""
+    warned += "".join(f"<br/>! {_escaped(warning)}" for warning in warnings)
+    lines.append(f'  notice["{about}{_escaped(words.notice)}{warned}"]:::notice')
     for i, node in enumerate(tree.nodes):
         opened, closed = ('("', '")') if node.is_condition else ('["', '"]')
         lines.append(f"  n{i + 1}{opened}{_label(node, main, words, absent)}{closed}:::{kind_of(node)}")

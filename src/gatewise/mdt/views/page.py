@@ -8,7 +8,7 @@ from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.spans import locate_tree
 from gatewise.mdt.views.page_parts import ARTICLE, PAGE, SCRIPT, STYLE
 from gatewise.mdt.views.svg import main_subject, svg_of
-from gatewise.mdt.views.words import words_for
+from gatewise.mdt.views.words import Words, words_for
 
 
 def page_of(records: Sequence[TreeRecord]) -> str:
@@ -47,11 +47,20 @@ def _article(record: TreeRecord, i: int, named: bool) -> str:
         heading=f"<h2>{record.number}. {html.escape(_name(record))}</h2>\n" if named else "",
         text=text,
         note=f'<p class="note">{html.escape(note)}</p>' if isinstance(note, str) else "",
+        warnings=_warnings(record, words),
         tree=words.tree,
         svg=svg_of(record.tree, record.text, focusable=True, prefix=f"{prefix}-"),
         as_outline=words.as_outline,
         outline=html.escape(record.tree.to_outline()),
     )
+
+
+def _warnings(record: TreeRecord, words: Words) -> str:
+    """The warnings of the extraction over the tree, so that one that was cut short cannot pass for a whole one."""
+    if not record.warnings:
+        return ""
+    items = "".join(f"<li>{html.escape(warning)}</li>" for warning in record.warnings)
+    return f'<section class="warnings"><h3>{html.escape(words.warnings)}</h3><ul>{items}</ul></section>\n'
 
 
 def _name(record: TreeRecord) -> str:

@@ -17,6 +17,8 @@ h1{font-size:1.35rem;line-height:1.25;margin:0 0 .75rem;overflow-wrap:anywhere}
 h2{font-size:1.1rem;margin:0 0 .75rem;overflow-wrap:anywhere}
 h3{font-size:.8rem;font-weight:600;color:var(--faint);margin:0 0 .2rem}
 .notice{margin:0 0 .5rem;padding:.5rem .8rem;border-radius:.4rem;background:var(--warn-back);color:var(--warn);font-weight:600}
+.warnings{margin:0 0 1rem;padding:.6rem .9rem;border:1px solid var(--warn);border-left-width:5px;border-radius:.4rem;
+color:var(--warn)}.warnings h3{color:inherit;font-size:.9rem}.warnings ul{margin:0;padding-left:1.2rem;overflow-wrap:anywhere}
 .hint,.note{color:var(--faint);font-size:.9rem;margin:0 0 1rem}
 nav{margin-bottom:1rem}summary{cursor:pointer;color:var(--accent)}a{color:var(--accent)}
 article{background:var(--paper);border:1px solid var(--line);border-radius:.6rem;padding:1.25rem;margin-bottom:1.5rem}
@@ -75,7 +77,7 @@ for (const article of document.querySelectorAll("article")) {
 """
 
 ARTICLE = """<article id="{prefix}">
-{heading}{note}<div class="both">
+{heading}{note}{warnings}<div class="both">
 <section class="text">{text}</section>
 <section class="tree" aria-label="{tree}">{svg}</section>
 </div>

@@ -5,6 +5,7 @@ Colours are attributes, so that every viewer shows them; a page that holds the d
 
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gatewise.mdt.relations import relation_in
@@ -46,11 +47,12 @@ _STYLES = {
 }
 
 
-def svg_of(tree: DecisionTree, text: str = "", *, focusable: bool = False, prefix: str = "") -> str:
+def svg_of(tree: DecisionTree, text: str = "", *, warnings: Sequence[str] = (), focusable: bool = False, prefix: str = "") -> str:
     """The drawing of a tree.
 
     Args:
         text: the passage, to mark triples that are not in it; without one nothing is marked.
+        warnings: of the extraction, to stand under the drawing.
         focusable: the drawing is for a page, which has the title and answers to the Tab key: it stops at each box.
         prefix: begins every id, for a page with several drawings.
     """
@@ -66,7 +68,7 @@ def svg_of(tree: DecisionTree, text: str = "", *, focusable: bool = False, prefi
     top = MARGIN + (len(title) * TITLE * LINE + 14 if title else 0)
     places = [Place(p.x + (width - across) / 2, p.y + top, p.width, p.height) for p in places]
     bottom = max(place.y + place.height for place in places)
-    legend, height = _legend(words, main, bottom + 30, width)
+    legend, height = _legend(words, main, warnings, bottom + 30, width)
     # On a page the drawing shrinks to the room there is, as far as it stays readable.
     shrink = f' style="min-width:{0.72 * width:.0f}px"' if focusable else ""
     parts = [
@@ -185,8 +187,8 @@ def _edges(parent: Place, yes: Place, no: Place, words: Words) -> str:
     return "".join(parts)
 
 
-def _legend(words: Words, main: str, y: float, width: float) -> tuple[list[str], float]:
-    """The legend and the notice under the drawing, and the height of the whole."""
+def _legend(words: Words, main: str, warnings: Sequence[str], y: float, width: float) -> tuple[list[str], float]:
+    """The legend, the warnings and the notice under the drawing, and the height of the whole."""
     parts = ['<g class="legend">']
     x = float(MARGIN)
     for kind, word in (("condition", words.condition), ("decision", words.decision), ("nothing", words.nothing)):
@@ -210,7 +212,11 @@ def _legend(words: Words, main: str, y: float, width: float) -> tuple[list[str],
     for line in about:
         y += SMALL * 1.5
         parts.append(_text(line, MARGIN, y, SMALL, False, FAINT, "faint"))
-    for line in wrap(words.notice, width - 2 * MARGIN, BODY, bold=True):
+    for line in [
+        *(wrap(words.warnings, width - 2 * MARGIN, BODY, bold=True) if warnings else ()),
+        *(line for warning in warnings for line in wrap(f"! {warning}", width - 2 * MARGIN, BODY, bold=True)),
+        *wrap(words.notice, width - 2 * MARGIN, BODY, bold=True),
+    ]:
         y += BODY * 1.6
         parts.append(_text(line, MARGIN, y, BODY, True, WARN, "warn"))
     return parts, y + MARGIN

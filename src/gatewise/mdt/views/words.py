@@ -26,6 +26,7 @@ class Words:
     nothing: str
     absent: str
     notice: str
+    warnings: str
     condition: str
     decision: str
     as_outline: str
@@ -52,6 +53,7 @@ _ENGLISH = Words(
     nothing="No recommendation",
     absent="not in the text",
     notice="Needs review by a clinician. Not medical advice.",
+    warnings="Warnings of the extraction: the tree may be incomplete",
     condition="condition",
     decision="decision",
     as_outline="The tree as text",
@@ -80,6 +82,7 @@ _CHINESE = Words(
     nothing="无推荐",
     absent="原文中未找到",
     notice="须经临床医生审核，不构成医疗建议。 Needs review by a clinician.",
+    warnings="提取过程有警告，决策树可能不完整",
     condition="条件",
     decision="决策",
     as_outline="文本形式的决策树",
