@@ -7,46 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny_models import tiny_base
+from tiny_prompts import by_hand, soft_prompted
 from tiny_run import byte_tokenizer, write_base
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from gatewise.losses import labelled_logits, row_losses
 from gatewise.soft_prompts import prompt_length
 from gatewise.tasks import default_template, evaluate, load_records
 from gatewise.tasks.evaluate import candidate_log_likelihoods, most_positions
 
-TOKENS = 3
-
 
 def soft(family: str, kind: str, base: Any = None) -> Any:
-    """A tiny model with a random soft prompt of three tokens."""
+    """A tiny model with a random soft prompt."""
     torch.manual_seed(3)
     base = base or (decoder_classifier() if family == "llama-classifier" else tiny_base(family))
-    task = "SEQ_CLS" if family in ("bert", "llama-classifier") else "CAUSAL_LM"
-    config = (PromptTuningConfig if kind == "prompt" else PrefixTuningConfig)(num_virtual_tokens=TOKENS, task_type=task)
-    return get_peft_model(base, config).eval()
+    return soft_prompted(base, kind, "SEQ_CLS" if family in ("bert", "llama-classifier") else "CAUSAL_LM")
 
 
 def decoder_classifier() -> Any:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 3}
     return LlamaForSequenceClassification(LlamaConfig(vocab_size=60, pad_token_id=0, **sizes))
-
-
-def by_hand(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of one text (t,) without padding: (t, V) of a decoder, (c,) of a classifier."""
-    base, config = model.get_base_model(), model.active_peft_config
-    weight = model.prompt_encoder["default"].embedding.weight
-    if isinstance(config, PromptTuningConfig):
-        embedded = torch.cat([weight, base.get_input_embeddings()(ids)])[None]
-        logits = base(inputs_embeds=embedded).logits[0]
-        return logits[TOKENS:] if logits.ndim == 2 else logits
-    cache = DynamicCache(config=base.config)
-    for layer, both in enumerate(weight.view(TOKENS, config.num_layers, 2, config.num_attention_heads, -1).unbind(1)):
-        keys, values = (part.transpose(0, 1)[None] for part in both.unbind(1))
-        cache.update(keys, values, layer)
-    return base(input_ids=ids[None], past_key_values=cache).logits[0]
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])

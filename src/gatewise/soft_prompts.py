@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
 def soft_prompt(model: nn.Module) -> Any | None:
@@ -68,7 +69,9 @@ def class_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return base(**given).logits
 
 
-def written_after(model: Any, ids: Tensor, mask: Tensor, settings: Any) -> Tensor:
+def written_after(
+    model: Any, ids: Tensor, mask: Tensor, settings: GenerationConfig, processor: LogitsProcessor | None = None
+) -> Tensor:
     """Token ids (b, n) that a model generates after texts padded on the left.
 
     They are those of ``model.generate`` but for soft prompts. PEFT 0.21 looks for the cache under the name it had before
@@ -77,27 +80,54 @@ def written_after(model: Any, ids: Tensor, mask: Tensor, settings: Any) -> Tenso
 
     Args:
         ids, mask: (b, t) and which of them are no padding.
-        settings: a ``GenerationConfig``.
+        processor: changes the scores of each next token. Of all adapters alike it is shown ``ids`` and what was written after
+            them, and nothing of a soft prompt.
     """
     config = soft_prompt(model)
     if config is None:
-        return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
+        listed = _listed(processor)
+        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=listed)
+        return written[:, ids.shape[1] :]
     base, (rows, tokens) = model.get_base_model(), ids.shape
     length = config.num_virtual_tokens
+    is_prefix = config.peft_type == "PREFIX_TUNING"
+    # Generation from embeddings has no ids of what they stand for.
+    shown = _listed(None if processor is None else _ShownText(processor, ids, length + tokens if is_prefix else 0))
     prompt = model.get_prompt(rows)
-    if config.peft_type == "PREFIX_TUNING":
+    if is_prefix:
         given = {
             "input_ids": torch.cat([ids.new_zeros(rows, length), ids], dim=1),  # the zeros stand for what is cached
             "attention_mask": torch.cat([mask.new_ones(rows, length), mask], dim=1),
             _cache_argument(base) or "past_key_values": prompt,
         }
-        return base.generate(**given, generation_config=settings)[:, length + tokens :]
+        return base.generate(**given, generation_config=settings, logits_processor=shown)[:, length + tokens :]
     text = base.get_input_embeddings()(ids)
     start = (tokens - mask.sum(dim=1)).tolist()
     embedded = [torch.cat([text[i, :n], prompt[i].to(text.dtype), text[i, n:]]) for i, n in enumerate(start)]
     place = torch.arange(length + tokens, device=mask.device)
     present = (place >= torch.tensor(start, device=mask.device)[:, None]).long()
-    return base.generate(inputs_embeds=torch.stack(embedded), attention_mask=present, generation_config=settings)
+    given = {"inputs_embeds": torch.stack(embedded), "attention_mask": present}
+    return base.generate(**given, generation_config=settings, logits_processor=shown)
+
+
+class _ShownText(LogitsProcessor):
+    """Shows a processor the text and what was written after it, whatever stands for the text in ``generate``.
+
+    Args:
+        ids: (b, t) of the text.
+        before: ids that ``generate`` has in front of what was written.
+    """
+
+    def __init__(self, processor: LogitsProcessor, ids: Tensor, before: int) -> None:
+        self.processor, self.ids, self.before = processor, ids, before
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The processor's scores (b, V)."""
+        return self.processor(torch.cat([self.ids, input_ids[:, self.before :]], dim=1), scores)
+
+
+def _listed(processor: LogitsProcessor | None) -> LogitsProcessorList:
+    return LogitsProcessorList([] if processor is None else [processor])
 
 
 def _cache_argument(model: nn.Module) -> str | None:

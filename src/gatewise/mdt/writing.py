@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.constraint import TreeConstraint
 from gatewise.mdt.course import Course
+from gatewise.soft_prompts import written_after
 from gatewise.tasks.encode import pad, prompt_ids
 from gatewise.tasks.evaluate import end_ids, greedy, measuring, most_positions
 from gatewise.tasks.records import Records
@@ -98,13 +100,12 @@ def _batch(
     constraint = None
     if courses is not None:
         constraint = TreeConstraint(tokenizer, courses, ends=sorted(ends), prompt_tokens=ids.shape[1], max_new_tokens=most)
-    processors = LogitsProcessorList([constraint] if constraint else [])
-    found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+    found = written_after(model, ids, mask, config, constraint)
     if constraint is not None:
-        constraint.read(found)
+        constraint.read(torch.cat([ids, found], dim=1))
         return [Written(row.course.written, row.course.finished, row.hurried) for row in constraint.rows]
     made = []
-    for tokens in found[:, ids.shape[1] :].tolist():
+    for tokens in found.tolist():
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
         made.append(Written(str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip(), end is not None))
     return made
