@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gatewise.cli_options import BaseOption, JsonOption
+from gatewise.cli_review import review
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -301,6 +302,9 @@ def evaluate(
         console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
     else:
         console.print(f"records: {values['n']}, of which nothing could be read for {values['failed']}")
+
+
+mdt_app.command()(review)
 
 
 def _measure_file(gold: Path, pred: Path, repair: bool) -> dict[str, float]:

@@ -57,22 +57,34 @@ def read_document(path: str | Path) -> Document:
             reader (extra ``mdt``) is not installed.
     """
     if str(path) == STDIN:
-        name, content, suffix = "stdin", sys.stdin.buffer.read(), ".md"
-    else:
-        name, suffix = str(path), Path(path).suffix.lower()
-        if Path(path).is_dir():
-            raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
-        if suffix not in _READERS:
-            raise GatewiseError(f"{name}: the name ends in {Path(path).suffix!r}, expected {_suffixes()}")
-        try:
-            content = Path(path).read_bytes()
-        except FileNotFoundError:
-            raise GatewiseError(f"{name}: there is no such file") from None
-        except OSError as error:
-            raise GatewiseError(f"{name} cannot be read: {error.strerror or error}") from error
+        return document_of(sys.stdin.buffer.read(), "stdin", ".md")
+    name, suffix = str(path), Path(path).suffix
+    if Path(path).is_dir():
+        raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
+    _check_suffix(suffix, name)
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise GatewiseError(f"{name}: there is no such file") from None
+    except OSError as error:
+        raise GatewiseError(f"{name} cannot be read: {error.strerror or error}") from error
+    return document_of(content, name, suffix)
+
+
+def document_of(content: bytes, name: str, suffix: str) -> Document:
+    """Reads the content of a file.
+
+    Args:
+        name: what messages call it.
+        suffix: what kind of file it is, such as ".pdf"; case does not matter.
+
+    Raises:
+        GatewiseError: as :func:`read_document`.
+    """
+    _check_suffix(suffix, name)
     if not content.strip():
         raise GatewiseError(f"{name} is empty, expected a text in English or Chinese")
-    blocks = tuple(block for block in _READERS[suffix](content, name) if block.text)
+    blocks = tuple(block for block in _READERS[suffix.lower()](content, name) if block.text)
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
         raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
     return Document(name, blocks)
@@ -256,6 +268,11 @@ def _decoded(content: bytes, name: str) -> str:
     if "\x00" in text:
         raise GatewiseError(f"{name}: not text (it has zero bytes), expected {_suffixes()}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_suffix(suffix: str, name: str) -> None:
+    if suffix.lower() not in _READERS:
+        raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {_suffixes()}")
 
 
 def _line(text: str) -> str:

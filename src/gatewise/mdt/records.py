@@ -90,11 +90,26 @@ def read_trees(path: str | Path, *, repair: bool = False) -> TreeFile:
     Raises:
         GatewiseError: the file cannot be read at all, or has no records.
     """
-    name = str(path)
+    return _checked(read_items(path), str(path), repair)
+
+
+def trees_of(content: bytes, name: str, suffix: str, *, repair: bool = False) -> TreeFile:
+    """Like :func:`read_trees`, from the content of a file.
+
+    Args:
+        name: what messages call it.
+        suffix: what kind of file it is, one of ``SUFFIXES``; case does not matter.
+
+    Raises:
+        GatewiseError: the content cannot be read at all, or has no records.
+    """
+    return _checked(_items(content, name, suffix), name, repair)
+
+
+def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
     records: list[TreeRecord] = []
     faults: dict[int, str] = {}
     notes: list[str] = []
-    items = read_items(path)
     for number, item in enumerate(items, start=1):
         where = f"{name}, record {number}"
         try:
@@ -116,15 +131,21 @@ def read_items(path: str | Path) -> list[Any]:
     place, name = Path(path), str(path)
     if place.is_dir():
         raise GatewiseError(f"{name} is a folder: expected a file that ends in {', '.join(SUFFIXES)}")
-    suffix = place.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise GatewiseError(f"{name}: the name ends in {place.suffix!r}, expected {', '.join(SUFFIXES)}")
+    _check_suffix(place.suffix, name)
     try:
-        text = place.read_bytes().decode("utf-8-sig")
+        content = place.read_bytes()
     except FileNotFoundError:
         raise GatewiseError(f"{name}: there is no such file") from None
     except OSError as error:
         raise GatewiseError(f"{name} cannot be read: {error.strerror or error}") from error
+    return _items(content, name, place.suffix)
+
+
+def _items(content: bytes, name: str, suffix: str) -> list[Any]:
+    _check_suffix(suffix, name)
+    suffix = suffix.lower()
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise GatewiseError(f"{name}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     if suffix == ".txt":
@@ -162,8 +183,7 @@ def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
         GatewiseError: the place cannot be written, or the suffix is unknown.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise GatewiseError(f"{path}: the name ends in {Path(path).suffix!r}, expected {', '.join(SUFFIXES)}")
+    _check_suffix(suffix, str(path))
     items = list(records)
     if suffix == ".txt":
         content = outlines_of(items)
@@ -173,6 +193,11 @@ def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
         content = json.dumps([record.to_json() for record in items], indent=2, ensure_ascii=False) + "\n"
     with whole_file(path) as part:
         part.write_text(content, encoding="utf-8", newline="\n")
+
+
+def _check_suffix(suffix: str, name: str) -> None:
+    if suffix.lower() not in SUFFIXES:
+        raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {', '.join(SUFFIXES)}")
 
 
 def outlines_of(records: Sequence[TreeRecord]) -> str:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.spans import locate_tree
+from gatewise.mdt.tree import DecisionTree
 from gatewise.mdt.views.page_parts import ARTICLE, PAGE, SCRIPT, STYLE
 from gatewise.mdt.views.svg import main_subject, svg_of
 from gatewise.mdt.views.words import Words, words_for
@@ -68,10 +69,22 @@ def _name(record: TreeRecord) -> str:
 
 
 def _marked(record: TreeRecord, language: str) -> list[tuple[int, str]]:
-    """The text in pieces, (start, HTML): plain ones, and those that a node rests on, with the triples that do ("node.triple")."""
-    text = record.text
+    """The text in pieces, (start, HTML): plain ones, and those that a node rests on."""
+    made = []
+    for start, piece, names in pieces_of(record.text, record.tree):
+        shown = html.escape(piece)
+        if names:
+            nodes = ", ".join(dict.fromkeys(str(int(name.split(".")[0]) + 1) for name in names))
+            label = f"节点 {nodes}" if language == "zh" else f"node {nodes}"
+            shown = f'<mark tabindex="0" data-of="{" ".join(names)}" title="{label}">{shown}</mark>'
+        made.append((start, shown))
+    return made
+
+
+def pieces_of(text: str, tree: DecisionTree) -> list[tuple[int, str, list[str]]]:
+    """The text in pieces, (start, piece, names of the triples that rest on it as "node.triple"), without the population's "@"."""
     rests: list[tuple[int, int, str]] = []
-    for i, row in enumerate(locate_tree(text, record.tree)):
+    for i, row in enumerate(locate_tree(text, tree)):
         for j, spans in enumerate(row):
             rests += [(span.start, span.end, f"{i}.{j}") for span in spans if span is not None]
     mark = text.find("@")
@@ -82,10 +95,5 @@ def _marked(record: TreeRecord, language: str) -> list[tuple[int, str]]:
         if start == mark:
             continue
         names = dict.fromkeys(name for begin, stop, name in rests if begin <= start and end <= stop)
-        shown = html.escape(text[start:end])
-        if names and text[start:end].strip():
-            nodes = ", ".join(dict.fromkeys(str(int(name.split(".")[0]) + 1) for name in names))
-            label = f"节点 {nodes}" if language == "zh" else f"node {nodes}"
-            shown = f'<mark tabindex="0" data-of="{" ".join(names)}" title="{label}">{shown}</mark>'
-        pieces.append((start, shown))
+        pieces.append((start, text[start:end], list(names) if text[start:end].strip() else []))
     return pieces

@@ -41,12 +41,13 @@ path.yes{stroke:var(--yes)}path.no{stroke:var(--no)}path.trunk{stroke:var(--fain
 @media print{body{background:#fff}article{break-inside:avoid}.hint{display:none}}
 """
 
-SCRIPT = """
-for (const article of document.querySelectorAll("article")) {
-  const marks = [...article.querySelectorAll("mark")];
-  const parts = [...article.querySelectorAll(".node,.triple")];
+# Phrases and boxes mark each other; in a file of its own on the page of reviews.
+MARKING = """
+function marking(article) {
   const names = mark => mark.dataset.of.split(" ");
   function light(target) {
+    const marks = article.querySelectorAll("mark");
+    const parts = article.querySelectorAll(".node,.triple");
     const mark = target && target.closest("mark");
     const part = target && (target.closest(".triple") || target.closest(".node"));
     for (const one of marks) {
@@ -64,7 +65,7 @@ for (const article of document.querySelectorAll("article")) {
   }
   const back = () => light(article.contains(document.activeElement) ? document.activeElement : null);
   article.addEventListener("pointerover", event => {
-    const target = event.target.closest("mark,.node");
+    const target = event.target.closest("mark,.node,.triple");
     if (target) light(event.target); else back();
   });
   article.addEventListener("pointerleave", back);
@@ -74,6 +75,10 @@ for (const article of document.querySelectorAll("article")) {
     if (event.key === "Escape") document.activeElement.blur();
   });
 }
+"""
+
+SCRIPT = f"""{MARKING}
+for (const article of document.querySelectorAll("article")) marking(article);
 """
 
 ARTICLE = """<article id="{prefix}">

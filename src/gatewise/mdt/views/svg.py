@@ -47,13 +47,22 @@ _STYLES = {
 }
 
 
-def svg_of(tree: DecisionTree, text: str = "", *, warnings: Sequence[str] = (), focusable: bool = False, prefix: str = "") -> str:
+def svg_of(
+    tree: DecisionTree,
+    text: str = "",
+    *,
+    warnings: Sequence[str] = (),
+    focusable: bool = False,
+    styled: bool = True,
+    prefix: str = "",
+) -> str:
     """The drawing of a tree.
 
     Args:
         text: the passage, to mark triples that are not in it; without one nothing is marked.
         warnings: of the extraction, to stand under the drawing.
         focusable: the drawing is for a page, which has the title and answers to the Tab key: it stops at each box.
+        styled: False for a page that allows no style attributes, and has the rules itself.
         prefix: begins every id, for a page with several drawings.
     """
     words = words_for(tree.language)
@@ -70,7 +79,7 @@ def svg_of(tree: DecisionTree, text: str = "", *, warnings: Sequence[str] = (), 
     bottom = max(place.y + place.height for place in places)
     legend, height = _legend(words, main, warnings, bottom + 30, width)
     # On a page the drawing shrinks to the room there is, as far as it stays readable.
-    shrink = f' style="min-width:{0.72 * width:.0f}px"' if focusable else ""
+    shrink = f' style="min-width:{0.72 * width:.0f}px"' if focusable and styled else ""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
         f' font-family="{FONT}" role="{"group" if focusable else "img"}"'
@@ -104,7 +113,7 @@ def label_of(triple: Triple, main: str) -> str:
 
 
 def _box_lines(node: Node, main: str, words: Words, spans: list[TripleSpans] | None) -> list[_Line]:
-    if node.is_empty:
+    if node.is_empty and not node.is_condition:  # an empty condition is one that somebody is still writing
         return [_Line(line, "nothing") for line in wrap(words.nothing, BOX - 2 * PAD, BODY)]
     lines = [_Line(words.head(node), "head")]
     for i, triple in enumerate(node.triples):

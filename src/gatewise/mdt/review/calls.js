@@ -1,0 +1,79 @@
+// Talks to the server: every call carries the token that stood behind the "#" of the address.
+
+const KEY = "gatewise-review-token";
+
+function findToken() {
+  const found = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (found) {
+    sessionStorage.setItem(KEY, found);
+    // Not left in the address, where it would be seen, and copied with it.
+    history.replaceState(null, "", location.pathname);
+  }
+  return found || sessionStorage.getItem(KEY) || "";
+}
+
+const token = findToken();
+
+export class Failed extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function call(path, options) {
+  let answer, content;
+  try {
+    answer = await fetch(path, options);
+    content = await answer.json();
+  } catch {
+    throw new Failed("The review has ended, or cannot be reached. Start it again; everything is kept.", 0);
+  }
+  if (!answer.ok) throw new Failed(content.error || `The server answered ${answer.status}.`, answer.status);
+  return content;
+}
+
+const headers = { "X-Gatewise-Token": token };
+
+export function get(path) {
+  return call(path, { headers });
+}
+
+export function post(path, body) {
+  return call(path, {
+    method: "POST",
+    headers: { ...headers, "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  });
+}
+
+// One change after another: each needs the count of changes that the one before it gave back.
+let last = Promise.resolve();
+
+export function inOrder(work) {
+  const next = last.then(work, work);
+  last = next.catch(() => {});
+  return next;
+}
+
+export function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name === "text") made.textContent = value;
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
+  }
+  made.append(...children.filter(Boolean));
+  return made;
+}
+
+export async function base64(file) {
+  const address = await new Promise((done, failed) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result);
+    reader.onerror = () => failed(new Failed("The file could not be read.", 0));
+    reader.readAsDataURL(file);
+  });
+  return address.slice(address.indexOf(",") + 1);
+}

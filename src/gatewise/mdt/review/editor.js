@@ -1,0 +1,127 @@
+// The editor of one node. It asks for steps and shows what comes back; what a sound tree is, the server knows.
+
+import { element } from "./calls.js";
+
+// step(name, arguments, node to show after it) asks the server; phrase() is what is selected in the text.
+export function showEditor(place, passage, at, { step, phrase }) {
+  const node = passage.nodes && passage.nodes[at];
+  place.hidden = !node;
+  if (!node) {
+    place.replaceChildren();
+    return;
+  }
+  const held = heldInput(place);
+  const condition = node.role === "C";
+  const parts = [
+    element("h2", { text: `Node ${at + 1}` }, element("small", { text: ` ${whereIs(passage, at)}` })),
+    kinds(node, at, step),
+    node.triples.length > 1 ? joins(node, at, step) : null,
+    ...node.triples.map((triple, i) => card(passage, at, i, triple, step, phrase)),
+    element("button", {
+      type: "button", id: "add-triple", text: "Add triple",
+      onclick: () => step("add_triple", { parts: [passage.about, "", ""] }, at, `object-${node.triples.length}`),
+    }),
+    structure(passage, at, condition, step),
+  ];
+  place.replaceChildren(...parts.filter(Boolean));
+  giveBack(place, held);
+}
+
+function whereIs(passage, at) {
+  const parent = passage.nodes.findIndex(node => node.children && node.children.includes(at));
+  if (parent < 0) return "the root";
+  return `if ${passage.nodes[parent].children[0] === at ? "yes" : "no"} to node ${parent + 1}`;
+}
+
+function choice(name, value, label, checked, onchange) {
+  return element("label", {}, element("input", { type: "radio", name, id: `${name}-${value}`, value, checked, onchange }), label);
+}
+
+function kinds(node, at, step) {
+  const condition = node.role === "C";
+  return element("fieldset", { class: "row" },
+    element("legend", { text: "Kind" }),
+    choice("kind", "C", "Condition", condition, () => step("to_condition", {}, at)),
+    choice("kind", "D", "Decision", !condition, () => step("to_decision", {}, at)));
+}
+
+function joins(node, at, step) {
+  const words = node.role === "C" ? ["all of these (and)", "any of these (or)"] : ["do all (and)", "do any (or)"];
+  return element("fieldset", { class: "row" },
+    element("legend", { text: "Triples joined by" }),
+    choice("join", "and", words[0], node.join === "and", () => step("join", { join: "and" }, at)),
+    choice("join", "or", words[1], node.join === "or", () => step("join", { join: "or" }, at)));
+}
+
+function card(passage, at, i, triple, step, phrase) {
+  const send = (which, value) => {
+    const parts = [...triple.parts];
+    parts[which] = value;
+    if (value !== triple.parts[which]) step("set_triple", { triple: i, parts }, at);
+  };
+  const known = passage.relations.includes(triple.parts[1]) ? passage.relations : [...passage.relations, triple.parts[1]];
+  const relation = element("select", { id: `relation-${i}`, onchange: event => send(1, event.target.value) },
+    ...known.map(name => element("option", { value: name, text: name, selected: name === triple.parts[1] })));
+  return element("fieldset", { class: "triple card", "data-triple": `${at}.${i}` },
+    element("legend", { text: `Triple ${i + 1}` }),
+    part(`subject-${i}`, "Subject", triple.parts[0], triple.absent[0], value => send(0, value), phrase),
+    element("div", { class: "part" }, element("label", { for: `relation-${i}`, text: "Relation" }), relation),
+    part(`object-${i}`, "Object", triple.parts[2], triple.absent[1], value => send(2, value), phrase),
+    element("button", {
+      type: "button", class: "quiet delete", id: `remove-${i}`, "aria-label": `Delete triple ${i + 1}`, text: "Delete triple",
+      onclick: () => step("remove_triple", { triple: i }, at, "add-triple"),
+    }));
+}
+
+function part(id, label, value, absent, send, phrase) {
+  const input = element("textarea", {
+    id, rows: 1, spellcheck: "false", "aria-describedby": absent ? `${id}-absent` : null, "aria-invalid": !value && "true",
+    onchange: event => send(event.target.value.trim()),
+    onkeydown: event => {
+      if (event.key !== "Enter" || event.isComposing) return;
+      event.preventDefault();
+      send(event.target.value.trim());
+    },
+  });
+  input.value = value;
+  input.dataset.given = value;
+  const take = element("button", {
+    type: "button", class: "take", id: `take-${id}`, text: "From text", disabled: !phrase(),
+    title: "Take the words selected in the text", "aria-label": `${label}: take the words selected in the text`,
+    onmousedown: event => event.preventDefault(), // keeps the selection
+    onclick: () => phrase() && send(phrase()),
+  });
+  return element("div", { class: absent ? "part absent" : "part" },
+    element("label", { for: id, text: label }), input, take,
+    absent && element("p", { class: "warn", id: `${id}-absent`, text: "! not in the text" }));
+}
+
+function structure(passage, at, condition, step) {
+  const button = (id, text, name, more, node = at) =>
+    element("button", { type: "button", class: "quiet", id, text, onclick: () => step(name, more, node) });
+  const empty = passage.nodes[at].role === "D" && !passage.nodes[at].triples.length;
+  return element("details", { class: "structure", open: true },
+    element("summary", { text: "Change the tree here" }),
+    condition && button("swap", "Swap the yes and no branches", "swap", {}),
+    condition && button("keep-yes", "Drop this condition, keep its yes branch", "keep_branch", { side: "true" }),
+    condition && button("keep-no", "Drop this condition, keep its no branch", "keep_branch", { side: "false" }),
+    button("above-yes", "Put a condition above, this on its yes side", "put_above", { side: "true" }),
+    button("above-no", "Put a condition above, this on its no side", "put_above", { side: "false" }),
+    !empty && button("delete", condition ? "Delete this node and all below it" : "Empty this leaf", "delete", {}));
+}
+
+// What somebody is typing while an answer comes in stays as it is, with the cursor in its place.
+function heldInput(place) {
+  const active = document.activeElement;
+  if (!active || !place.contains(active) || !active.id) return null;
+  const typed = active.dataset.given !== undefined && active.value !== active.dataset.given;
+  return { id: active.id, value: typed ? active.value : null, at: active.selectionStart };
+}
+
+function giveBack(place, held) {
+  const input = held && place.querySelector(`#${CSS.escape(held.id)}`);
+  if (!input) return;
+  if (held.value !== null) input.value = held.value;
+  input.focus({ preventScroll: true });
+  if (input.setSelectionRange && held.at !== null && held.at !== undefined) input.setSelectionRange(held.at, held.at);
+}

@@ -1,0 +1,158 @@
+"""Extraction beside the review: a thread that takes passages one after another, tells how far it is, and can be stopped."""
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from threading import Condition, Thread
+from typing import TYPE_CHECKING, Any
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt.relations import Language
+from gatewise.mdt.review.passage import Passage, Version
+from gatewise.mdt.review.session import Session
+
+if TYPE_CHECKING:
+    from gatewise.mdt.extraction import Extraction, Extractor
+
+# Called with every token that was written.
+Tick = Callable[[], None]
+# The text, its language where it is known for sure, and what to call with every token.
+Extract = Callable[[str, Language | None, Tick], "Extraction"]
+NOTHING_FOUND = "no decision was found in this passage"
+
+
+class CancelledError(Exception):
+    """The user does not want the tree any more."""
+
+
+def model_extract(extractor: "Extractor") -> Extract:
+    """Extraction with a model, one passage at a time, in a form that can be watched and stopped between two tokens."""
+
+    def extract(text: str, language: Language | None, tick: Tick) -> "Extraction":
+        # A model reads its embeddings once for every token it writes; `generate` has no place to stop it from another thread.
+        watched = [model.get_input_embeddings() for model in {extractor.model, *extractor.steps.values()}]
+        handles = [module.register_forward_pre_hook(lambda *_: tick()) for module in watched]
+        try:
+            (found,) = extractor([text], language=language)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if isinstance(found, GatewiseError):
+            raise found
+        return found
+
+    return extract
+
+
+class Extracting:
+    """Extracts passages of a session in a thread of its own.
+
+    Args:
+        language: of all texts; None finds it out.
+        most: tokens that are written for a passage at most, for showing how far it is.
+    """
+
+    def __init__(self, session: Session, extract: Extract, *, language: Language | None = None, most: int = 0) -> None:
+        self.session, self.extract, self.language, self.most = session, extract, language, most
+        self._news = Condition()
+        self._queue: list[int] = []
+        self._now: int | None = None
+        self._done = self._tokens = 0
+        self._started = 0.0
+        self._cancelled = self._ended = False
+        self._thread = Thread(target=self._run, name="extracting", daemon=True)
+        self._thread.start()
+
+    def ask(self, passages: list[Passage]) -> None:
+        """Puts passages into the queue; those that are in it stay where they are."""
+        with self._news:
+            if not self._queue and self._now is None:
+                self._done = 0
+            for passage in passages:
+                if not passage.waiting:
+                    passage.waiting, passage.error = True, ""
+                    self._queue.append(passage.number)
+            self._news.notify_all()
+
+    def cancel(self) -> None:
+        """Empties the queue and stops what is written now. Trees that are done stay."""
+        with self._news:
+            for number in self._queue:
+                self._stop_waiting(number)
+            self._queue.clear()
+            self._cancelled = self._now is not None
+
+    def end(self, wait: float = 5) -> None:
+        """Stops for good, with at most so many seconds of waiting for the model."""
+        self.cancel()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+        self._thread.join(wait)
+
+    def progress(self) -> dict[str, Any] | None:
+        """How far it is; None when there is nothing to do."""
+        with self._news:
+            if self._now is None and not self._queue:
+                return None
+            at = (0 if self._now is None else 1) + self._done
+            return {
+                "passage": self._now,
+                "at": at,
+                "of": self._done + len(self._queue) + (self._now is not None),
+                "tokens": self._tokens,
+                "most": self.most,
+                "seconds": round(time.monotonic() - self._started) if self._now is not None else 0,
+                "cancelling": self._cancelled,
+            }
+
+    # ---- in the thread ----
+
+    def _run(self) -> None:
+        while (number := self._next()) is not None:
+            try:
+                self._one(self.session.passage(number))
+            except GatewiseError:  # the passage was removed while it waited
+                pass
+            finally:
+                with self._news:
+                    self._stop_waiting(number)
+                    self._now = None
+                    self._done += 1
+                    self._cancelled = False
+
+    def _next(self) -> int | None:
+        with self._news:
+            while not self._queue and not self._ended:
+                self._news.wait()
+            if self._ended:
+                return None
+            self._now = self._queue.pop(0)
+            self._tokens, self._started, self._cancelled = 0, time.monotonic(), False
+            return self._now
+
+    def _one(self, passage: Passage) -> None:
+        try:
+            found = self.extract(passage.text, self.language, self._tick)
+        except CancelledError:
+            return
+        except GatewiseError as error:
+            passage.error = str(error)
+        except Exception as error:  # whatever a model does, the review goes on, and says what happened
+            traceback.print_exc(file=sys.stderr)
+            passage.error = f"the extraction failed ({type(error).__name__}: {error}): see the terminal, and write the tree by hand"
+        else:
+            warnings = found.warnings if found.tree.triples else (*found.warnings, NOTHING_FOUND)
+            self.session.put(passage.number, Version(found.tree.to_preorder(), "drafted", tuple(warnings)))
+
+    def _tick(self) -> None:
+        with self._news:
+            if self._cancelled:
+                raise CancelledError
+            self._tokens += 1
+
+    def _stop_waiting(self, number: int) -> None:
+        for passage in self.session.passages:
+            if passage.number == number:
+                passage.waiting = False

@@ -1,0 +1,413 @@
+// The page of a review: the list of passages, the text, the tree, and what the buttons and keys do.
+
+import { Failed, base64, element, get, inOrder, post } from "./calls.js";
+import { showEditor } from "./editor.js";
+
+const at = id => document.getElementById(id);
+const STATES = { empty: "no tree", drafted: "to review", corrected: "corrected", approved: "approved" };
+const AGAIN = 1000; // milliseconds between looks at a running extraction
+
+let session = null; // what /api/session gave
+let passage = null; // what /api/passage gave
+let node = 0; // position of the node in the editor
+let phrase = ""; // words selected in the text
+let fit = false; // show the whole tree, however small
+let timer = 0;
+
+// ---- asking ----
+
+function say(text, bad = false) {
+  at("said").textContent = text;
+  at("said").classList.toggle("bad", bad);
+  clearTimeout(say.timer);
+  say.timer = setTimeout(() => { at("said").textContent = ""; }, bad ? 12000 : 5000);
+}
+
+async function failed(error) {
+  if (!(error instanceof Failed)) throw error;
+  say(error.message, true);
+  if (error.status === 409) await show(passage.number);
+}
+
+// A change of the present passage, after the ones asked for before it.
+function change(path, body = {}, then = () => {}) {
+  const number = passage.number;
+  return inOrder(async () => {
+    const known = passage && passage.number === number ? passage.changes : (await get(`/api/passage?number=${number}`)).changes;
+    const answer = await post(path, { number, changes: known, ...body });
+    session = answer.session;
+    if (passage && passage.number === number) passage = answer.passage;
+    then();
+    showAll();
+  }).catch(failed);
+}
+
+function step(name, more, show, focus) {
+  return change("/api/edit", { step: name, arguments: { node, ...more } }, () => { node = show; }).then(() => {
+    if (focus && at(focus)) at(focus).focus();
+  });
+}
+
+async function show(number) {
+  const answer = await get(`/api/passage?number=${number}`);
+  if (!passage || passage.number !== number) {
+    node = 0;
+    phrase = "";
+  }
+  passage = answer;
+  sessionStorage.setItem("gatewise-review-passage", number);
+  showAll();
+}
+
+function open(number) {
+  return inOrder(() => show(number)).catch(failed);
+}
+
+async function refresh() {
+  session = await get("/api/session");
+  const line = passage && session.passages.find(one => one.number === passage.number);
+  if (passage && !line) passage = null;
+  if (!passage && session.passages.length) {
+    const before = Number(sessionStorage.getItem("gatewise-review-passage"));
+    await show((session.passages.find(one => one.number === before) || session.passages[0]).number);
+  } else if (line && (line.changes !== passage.changes || line.error !== passage.error || line.waiting !== passage.waiting)) {
+    await show(passage.number);
+  } else {
+    showAll();
+  }
+}
+
+async function watch() {
+  clearTimeout(timer);
+  try {
+    await inOrder(refresh);
+  } catch (error) {
+    await failed(error);
+    at("trouble").hidden = false;
+    at("trouble").textContent = error.message;
+    return;
+  }
+  if (session.progress) timer = setTimeout(watch, AGAIN);
+}
+
+// ---- showing ----
+
+function showAll() {
+  showHead();
+  showList();
+  showText();
+  showTree();
+  showEditor(at("editor"), passage || {}, node, { step, phrase: () => phrase });
+}
+
+function showHead() {
+  const { progress } = session;
+  at("progress").hidden = !progress;
+  if (progress) {
+    const written = progress.most ? `, ${progress.tokens} of at most ${progress.most} tokens` : "";
+    const what = progress.cancelling ? "Stopping" : `Writing the tree of passage ${progress.passage}${written}, ${progress.seconds} s`;
+    const rest = progress.of > 1 ? ` (${progress.at} of ${progress.of})` : "";
+    at("progress-text").textContent = progress.passage ? what + rest : "Waiting for the model";
+    at("progress-bar").max = progress.of;
+    at("progress-bar").value = Math.max(0, progress.at - 1) + (progress.most ? Math.min(1, progress.tokens / progress.most) : 0);
+  }
+  at("trouble").hidden = !session.trouble;
+  at("trouble").textContent = session.trouble && `Your edits are not kept on disk: ${session.trouble}`;
+  at("notes").hidden = !session.notes.length;
+  at("notes").replaceChildren(...session.notes.map(note => element("p", { text: note })));
+  const open = session.passages.filter(one => one.state === "empty" && !one.waiting);
+  at("extract-all").disabled = !session.extracts || !open.length;
+  at("extract-all").title = session.extracts ? "All passages without a tree" : session.reason;
+  at("save").textContent = session.unsaved ? `Save (${session.unsaved})` : "Save";
+  at("save").title = `Ctrl+S: writes ${session.out}`;
+  at("export").disabled = !session.passages.some(one => one.sound);
+}
+
+function stateOf(line) {
+  if (line.waiting) return session.progress && session.progress.passage === line.number ? ["writing…", "waiting"] : ["waiting", "waiting"];
+  if (line.error) return ["failed", "failed"];
+  if (line.state !== "empty" && !line.sound) return ["unfinished", "failed"];
+  return [STATES[line.state], line.state];
+}
+
+function chip(line) {
+  const [word, kind] = stateOf(line);
+  return element("span", { class: `chip ${kind}`, text: word });
+}
+
+function showList() {
+  const done = session.passages.filter(one => one.state === "approved").length;
+  at("counts").textContent = session.passages.length ? `${done} of ${session.passages.length} approved` : "";
+  const focused = document.activeElement && document.activeElement.id;
+  at("passages").replaceChildren(...session.passages.map(line => element("li", {},
+    element("button", {
+      type: "button", id: `open-${line.number}`, "aria-current": passage && passage.number === line.number && "true",
+      onclick: () => open(line.number),
+    },
+    element("span", { class: "number", text: line.number }),
+    element("span", { class: "about" }, line.title && element("b", { text: line.title }), element("span", { text: line.begins })),
+    element("span", { class: "marks" }, chip(line), line.unsaved && element("span", { class: "dot", title: "not saved", text: "●" }))))));
+  if (focused && focused.startsWith("open-") && at(focused)) at(focused).focus({ preventScroll: true });
+}
+
+function showText() {
+  at("text").hidden = !passage;
+  if (!passage) return;
+  const marked = pieces => pieces.map(([text, names]) => names.length
+    ? element("mark", { tabindex: 0, "data-of": names.join(" "), class: names.some(name => nodeOf(name) === node) ? "picked" : null,
+      title: `node ${[...new Set(names.map(name => nodeOf(name) + 1))].join(", ")}`, text })
+    : text);
+  at("population-head").hidden = at("population").hidden = !passage.population.length;
+  at("population").lang = at("passage").lang = passage.language;
+  at("population").replaceChildren(...marked(passage.population));
+  at("passage").replaceChildren(...marked(passage.passage));
+  at("place").textContent = passage.place;
+  showPhrase();
+}
+
+function nodeOf(name) {
+  return Number(name.split(".")[0]);
+}
+
+function showPhrase() {
+  at("phrase").textContent = phrase ? `Selected: “${phrase}”` : "Select words in the text to use them as a subject or an object.";
+  at("phrase-add").hidden = !phrase || !passage || !passage.nodes;
+  for (const button of document.querySelectorAll(".take")) button.disabled = !phrase;
+}
+
+function showTree() {
+  at("nothing").hidden = Boolean(passage);
+  at("tree-side").hidden = !passage;
+  if (!passage) return;
+  if (passage.nodes && node >= passage.nodes.length) node = 0;
+  const place = session.passages.findIndex(one => one.number === passage.number);
+  at("title").textContent = `Passage ${passage.number}`;
+  at("previous").disabled = place <= 0;
+  at("next").disabled = place < 0 || place === session.passages.length - 1;
+  const [word, kind] = stateOf(passage);
+  at("state").textContent = word;
+  at("state").className = `chip ${kind}`;
+  at("undo").disabled = !passage.undo;
+  at("redo").disabled = !passage.redo;
+  at("extract").disabled = !session.extracts || passage.waiting;
+  at("extract").textContent = passage.nodes ? "Extract again" : "Extract";
+  at("extract").title = session.extracts ? "" : session.reason;
+  at("remove").hidden = !passage.removable;
+  const approved = passage.state === "approved";
+  at("approve").disabled = !passage.sound;
+  at("approve").textContent = approved ? "Approved ✓" : "Approve";
+  at("approve").setAttribute("aria-pressed", String(approved));
+  showValidity();
+  at("warnings").hidden = !passage.warnings.length;
+  at("warnings").replaceChildren(element("h3", { text: "Warnings of the extraction: the tree may be incomplete" }),
+    element("ul", {}, ...passage.warnings.map(warning => element("li", { text: warning }))));
+  if (passage.nodes) draw(); else noTree();
+}
+
+function showValidity() {
+  const place = at("validity");
+  place.className = "";
+  if (!passage.nodes) {
+    place.replaceChildren();
+    return;
+  }
+  const { fault } = passage;
+  const absent = passage.nodes.flatMap((one, i) => one.triples.some(triple => triple.absent.includes(true)) ? [i] : []);
+  const go = i => element("button", { type: "button", class: "link", text: `node ${i + 1}`, onclick: () => select(i, true) });
+  if (fault) {
+    place.className = "bad";
+    place.replaceChildren("Not a valid tree yet: ", fault.node === null ? "" : go(fault.node), fault.node === null ? "" : ": ", fault.message);
+  } else if (absent.length) {
+    place.className = "warn";
+    place.replaceChildren("A valid tree, but some phrases are not in the text: ", ...absent.flatMap((i, k) => [k ? ", " : "", go(i)]));
+  } else {
+    place.className = "good";
+    place.replaceChildren("A valid tree; every phrase is in the text.");
+  }
+}
+
+function draw() {
+  const old = at("tree").querySelector(".node:focus");
+  const scrolled = [at("tree").scrollLeft, at("tree").scrollTop];
+  const drawing = document.importNode(new DOMParser().parseFromString(passage.drawing, "image/svg+xml").documentElement, true);
+  // Shrinks to the room there is, as far as it stays readable.
+  drawing.style.minWidth = fit ? "0" : `${Math.round(0.72 * drawing.width.baseVal.value)}px`;
+  at("tree").classList.toggle("fit", fit);
+  at("fit").setAttribute("aria-pressed", String(fit));
+  at("tree").replaceChildren(drawing);
+  [at("tree").scrollLeft, at("tree").scrollTop] = scrolled;
+  for (const box of drawing.querySelectorAll(".node")) {
+    const position = Number(box.dataset.node);
+    box.classList.toggle("selected", position === node);
+    box.setAttribute("aria-pressed", String(position === node));
+    if (passage.fault && passage.fault.node === position) box.classList.add("wrong");
+  }
+  if (old) focusNode();
+}
+
+function noTree() {
+  const why = passage.error || (passage.waiting ? "The tree is being written." : "This passage has no tree yet.");
+  at("tree").replaceChildren(element("div", { class: passage.error ? "welcome bad" : "welcome" },
+    element("p", { text: why }),
+    !session.extracts && element("p", { class: "hint", text: session.reason }),
+    element("button", { type: "button", id: "begin", text: "Begin with an empty tree", onclick: () => change("/api/begin") })));
+}
+
+function focusNode() {
+  const box = at("tree").querySelector(`[data-node="${node}"]`);
+  if (box) box.focus({ preventScroll: true });
+}
+
+function select(position, focus = false) {
+  node = position;
+  showText();
+  showTree();
+  showEditor(at("editor"), passage, node, { step, phrase: () => phrase });
+  if (focus) focusNode();
+  const box = at("tree").querySelector(`[data-node="${node}"]`);
+  if (box) box.scrollIntoView({ block: "nearest", inline: "nearest" });
+  at("editor").scrollTop = 0;
+}
+
+// ---- buttons ----
+
+function onClick(id, work) {
+  at(id).addEventListener("click", () => work());
+}
+
+function go(by) {
+  const place = session.passages.findIndex(one => one.number === passage.number) + by;
+  if (session.passages[place]) open(session.passages[place].number);
+}
+
+async function act(path, body, then) {
+  try {
+    const answer = await inOrder(() => post(path, body));
+    session = answer.session;
+    await then(answer);
+    await watch();
+  } catch (error) {
+    await failed(error);
+  }
+}
+
+const save = () => act("/api/save", {}, ({ saved }) => {
+  const left = saved.unfinished.length ? `; not yet in it, because unfinished: passage ${saved.unfinished.join(", ")}` : "";
+  say(saved.records ? `Saved: ${saved.path}, ${saved.records} ${saved.records === 1 ? "tree" : "trees"}${left}`
+    : `Nothing is corrected or approved yet, so ${saved.path} has no trees${left}`);
+});
+
+onClick("previous", () => go(-1));
+onClick("next", () => go(1));
+onClick("undo", () => change("/api/undo"));
+onClick("redo", () => change("/api/redo"));
+onClick("approve", () => change("/api/approve", { approved: passage.state !== "approved" }));
+onClick("save", save);
+onClick("fit", () => {
+  fit = !fit;
+  showTree();
+});
+onClick("extract", () => act("/api/extract", { numbers: [passage.number] }, () => {}));
+onClick("extract-all", () => act("/api/extract",
+  { numbers: session.passages.filter(one => one.state === "empty").map(one => one.number) }, () => {}));
+onClick("cancel", () => act("/api/cancel", {}, () => say("Cancelled; trees that are done stay.")));
+onClick("remove", () => {
+  if (confirm(`Take passage ${passage.number} out of the review?`)) act("/api/remove", { number: passage.number }, () => {});
+});
+onClick("phrase-add", () => step("add_triple", { parts: [passage.about, "", phrase] }, node,
+  `object-${passage.nodes[node].triples.length}`));
+at("phrase-add").addEventListener("mousedown", event => event.preventDefault());
+
+onClick("add", () => {
+  at("add-error").textContent = "";
+  at("add-dialog").showModal();
+});
+onClick("add-go", async () => {
+  const population = at("add-population").value;
+  const file = at("add-file").files[0];
+  try {
+    const answer = file
+      ? await post("/api/load", { name: file.name, content: await base64(file), population })
+      : await post("/api/paste", { text: at("add-text").value, population });
+    at("add-dialog").close();
+    for (const field of ["add-text", "add-file", "add-population"]) at(field).value = "";
+    session = answer.session;
+    const left = (answer.faults || []).map(fault => ` ${fault}.`).join("");
+    say(`${answer.added.length} ${answer.added.length === 1 ? "passage" : "passages"} added.${left}`, Boolean(left));
+    await open(answer.added[0]);
+  } catch (error) {
+    if (!(error instanceof Failed)) throw error;
+    at("add-error").textContent = error.message;
+  }
+});
+onClick("export", () => {
+  at("export-error").textContent = "";
+  at("export-which").querySelector("[value=this]").disabled = !passage || !passage.sound;
+  at("export-format").replaceChildren(...session.formats.map(name => element("option", { value: name, text: name })));
+  at("export-dialog").showModal();
+});
+onClick("export-go", async () => {
+  const which = at("export-which").value;
+  try {
+    const body = { format: at("export-format").value, which: which === "this" ? passage.number : which };
+    const { file } = await post("/api/export", body);
+    const address = URL.createObjectURL(new Blob([file.content], { type: "text/plain;charset=utf-8" }));
+    element("a", { href: address, download: file.name }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 10000);
+    at("export-dialog").close();
+  } catch (error) {
+    if (!(error instanceof Failed)) throw error;
+    at("export-error").textContent = error.message;
+  }
+});
+for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close());
+for (const form of document.querySelectorAll("form")) form.addEventListener("submit", event => event.preventDefault());
+
+// ---- tree, text and keys ----
+
+at("work").addEventListener("click", event => {
+  const box = event.target.closest("#tree .node");
+  const mark = event.target.closest("mark");
+  if (box) select(Number(box.dataset.node), true);
+  else if (mark && getSelection().isCollapsed) select(nodeOf(mark.dataset.of.split(" ")[0]));
+});
+
+at("tree").addEventListener("keydown", event => {
+  const box = event.target.closest(".node");
+  if (!box) return;
+  const here = Number(box.dataset.node);
+  const children = passage.nodes[here].children;
+  const above = passage.nodes.findIndex(one => one.children && one.children.includes(here));
+  const way = { ArrowUp: above, ArrowLeft: children ? children[0] : -1, ArrowRight: children ? children[1] : -1,
+    ArrowDown: children ? children[0] : -1, Enter: here, " ": here }[event.key];
+  if (way === undefined) return;
+  event.preventDefault();
+  if (way >= 0) select(way, true);
+});
+
+document.addEventListener("selectionchange", () => {
+  const chosen = getSelection();
+  if (!chosen.rangeCount || chosen.isCollapsed) return;
+  const home = chosen.getRangeAt(0).commonAncestorContainer;
+  const block = (home.nodeType === Node.TEXT_NODE ? home.parentElement : home).closest("#passage,#population");
+  if (!block || !chosen.toString().trim()) return;
+  phrase = chosen.toString().trim().replace(/\s+/g, " ");
+  showPhrase();
+});
+
+document.addEventListener("keydown", event => {
+  if (!(event.ctrlKey || event.metaKey) || event.altKey || document.querySelector("dialog[open]")) return;
+  const key = event.key.toLowerCase();
+  if (key === "s") {
+    event.preventDefault();
+    if (document.activeElement) document.activeElement.blur(); // what is being typed belongs to what is saved
+    save();
+  } else if (passage && !event.target.closest("textarea,input:not([type=radio])") && (key === "z" || key === "y")) {
+    event.preventDefault();
+    change(key === "y" || event.shiftKey ? "/api/redo" : "/api/undo");
+  }
+});
+
+window.addEventListener("focus", () => { if (session) watch(); });
+marking(at("work"));
+watch();

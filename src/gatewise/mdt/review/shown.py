@@ -1,0 +1,84 @@
+"""What the page shows of a review, as JSON."""
+
+from typing import Any
+
+from gatewise.mdt.relations import RELATIONS
+from gatewise.mdt.review.edits import drawable, empty_tree
+from gatewise.mdt.review.passage import Passage
+from gatewise.mdt.review.session import Session
+from gatewise.mdt.spans import locate_tree
+from gatewise.mdt.tree import DecisionTree
+from gatewise.mdt.views import FORMATS
+from gatewise.mdt.views.page import pieces_of
+from gatewise.mdt.views.svg import main_subject, svg_of
+from gatewise.mdt.views.words import words_for
+
+
+def overview(session: Session) -> dict[str, Any]:
+    """The passages and how far each is; without their trees, as it is asked for often."""
+    return {
+        "passages": [_line(passage) for passage in session.passages],
+        "unsaved": session.unsaved,
+        "out": str(session.files.out),
+        "notes": session.notes,
+        "trouble": session.trouble,
+        "formats": list(FORMATS),
+    }
+
+
+def _line(passage: Passage) -> dict[str, Any]:
+    population, at, rest = passage.text.partition("@")
+    return {
+        "number": passage.number,
+        "title": (population if at else "").strip(),
+        "begins": " ".join((rest if at else passage.text).split())[:120],
+        "state": passage.now.state,
+        "sound": passage.is_sound,
+        "waiting": passage.waiting,
+        "error": passage.error,
+        "warned": bool(passage.now.warnings),
+        "unsaved": passage.is_unsaved,
+        "changes": passage.changes,
+    }
+
+
+def whole(passage: Passage) -> dict[str, Any]:
+    """A passage with its text in pieces, its tree, its drawing, and what is wrong with it."""
+    tree = drawable(passage.now.nodes or empty_tree())
+    words = words_for(passage.language)
+    has_tree = passage.now.nodes is not None
+    mark = passage.text.find("@")
+    pieces = [(start, piece, names if has_tree else []) for start, piece, names in pieces_of(passage.text, tree)]
+    fault = passage.fault
+    return {
+        **_line(passage),
+        "language": passage.language,
+        "population": [[piece, names] for start, piece, names in pieces if start < mark],
+        "passage": [[piece, names] for start, piece, names in pieces if start > mark],
+        "about": main_subject(tree) or (passage.text[:mark].strip() if mark > 0 else ""),
+        "place": ", ".join(str(part) for part in (passage.more.get("source"), passage.more.get("place")) if part),
+        "nodes": _nodes(passage, tree) if has_tree else None,
+        "drawing": svg_of(tree, passage.text, focusable=True, styled=False) if has_tree else "",
+        "fault": None if fault is None else {"node": fault.node, "message": fault.message},
+        "warnings": list(passage.now.warnings),
+        "undo": len(passage.past),
+        "redo": len(passage.future),
+        "relations": [chinese if words.language == "zh" else english for english, chinese in RELATIONS.items()],
+        "removable": passage.saved is None,
+    }
+
+
+def _nodes(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
+    """The nodes, for each triple whether subject and object stand in the text, and the children's positions."""
+    found = locate_tree(passage.text, tree)
+    made = []
+    for node, rows, both in zip(passage.now.nodes or (), found, tree.children, strict=True):
+        triples = [
+            {
+                "parts": parts,
+                "absent": [bool(part) and span is None for part, span in zip((parts[0], parts[2]), spans, strict=True)],
+            }
+            for parts, spans in zip(node["triples"], rows, strict=True)
+        ]
+        made.append({"role": node["role"], "join": node["logical_rel"], "triples": triples, "children": both})
+    return made
