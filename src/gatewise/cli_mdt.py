@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from gatewise.cli_options import BaseOption, JsonOption
-from gatewise.cli_review import review
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -257,6 +256,7 @@ def evaluate(
     max_new_tokens: TokensOption = 512,
     batch_size: BatchOption = 8,
     limit: Annotated[int | None, typer.Option(help="With --adapter: only the first records.", min=1)] = None,
+    errors: Annotated[bool, typer.Option("--errors", help="Show what is wrong with the trees, too, by kind.")] = False,
     as_json: JsonOption = False,
     repair: RepairOption = False,
 ) -> None:
@@ -267,7 +267,7 @@ def evaluate(
 
     \b
     Examples:
-      gatewise mdt evaluate --gold dev.json --pred predicted.json
+      gatewise mdt evaluate --gold dev.json --pred predicted.json --errors
       gatewise mdt evaluate --gold dev.json --adapter runs/mdt-steps/adapter --stage nodes
     """
     if (pred is None) == (adapter is None):
@@ -280,10 +280,11 @@ def evaluate(
             raise GatewiseError(next(iter(read.faults.values())))
         settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim}
         with _loaded(adapter, base, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
-            values = measure_adapter(extractor, read.records[:limit], stage.value if stage else None, count)
+            records = read.records[:limit]
+            values = measure_adapter(extractor, records, stage.value if stage else None, count, errors=errors)
     else:
         assert pred is not None
-        values = _measure_file(Path(gold), pred, repair)
+        values = _measure_file(Path(gold), pred, repair, errors)
     if as_json:
         typer.echo(json.dumps(values))
         return
@@ -302,13 +303,23 @@ def evaluate(
         console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
     else:
         console.print(f"records: {values['n']}, of which nothing could be read for {values['failed']}")
+    if errors:
+        _show_errors(console, values["errors"])
 
 
-mdt_app.command()(review)
+def _show_errors(console: Console, counts: dict[str, dict[str, int]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="alone: trees that would be right without this kind")
+    for column in ("what is wrong", "times", "trees", "alone"):
+        table.add_column(column, justify="left" if column == "what is wrong" else "right")
+    for kind, one in sorted(counts.items(), key=lambda item: -item[1]["count"]):
+        if one["count"]:
+            table.add_row(kind, *(str(one[name]) for name in ("count", "trees", "alone")))
+    console.print(table if table.row_count else "nothing is wrong")
 
 
-def _measure_file(gold: Path, pred: Path, repair: bool) -> dict[str, float]:
+def _measure_file(gold: Path, pred: Path, repair: bool, errors: bool) -> dict[str, Any]:
     from gatewise.mdt.metrics import evaluate as measure
+    from gatewise.mdt.mistakes import count_mistakes
     from gatewise.mdt.records import Broken, read_items
 
     wanted, found = read_items(gold), read_items(pred)
@@ -321,8 +332,8 @@ def _measure_file(gold: Path, pred: Path, repair: bool) -> dict[str, float]:
         raise GatewiseError(
             f"{gold} has {len(wanted)} trees and {pred} has {len(found)}: expected one prediction for each, in the same order"
         )
-    metrics = measure(wanted, found, repair=repair, source=str(gold))
-    return metrics.to_json()
+    metrics: dict[str, Any] = measure(wanted, found, repair=repair, source=str(gold)).to_json()
+    return {**metrics, "errors": count_mistakes(wanted, found, repair=repair)} if errors else metrics
 
 
 @contextmanager

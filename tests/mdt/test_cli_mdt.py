@@ -106,6 +106,21 @@ def test_evaluate_prints_a_table_or_json(gatewise: Gatewise, tmp_path: Path) -> 
     assert values["n"] == 2
 
 
+def test_evaluate_shows_errors_by_kind(gatewise: Gatewise, tmp_path: Path) -> None:
+    wrong = gout()
+    wrong[0]["triples"][0][2] = "flare"
+    (tmp_path / "pred.json").write_text(json.dumps([{"text": TEXT, "tree": wrong}, {"text": TEXT, "tree": []}]))
+    said = gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json", "--errors").stdout
+    rows = [line.split() for line in said.splitlines()]
+    assert ["wrong", "span", "1", "1", "1"] in rows
+    assert ["malformed", "1", "1", "1"] in rows
+    assert "grouping" not in said
+    values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json", "--errors", "--json").stdout)
+    assert values["errors"]["wrong span"] == {"count": 1, "trees": 1, "alone": 1}
+    assert "nothing is wrong" in gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--errors").stdout
+    assert "errors" not in json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--json").stdout)
+
+
 def test_evaluate_takes_any_prediction_but_only_trees_as_gold(gatewise: Gatewise, tmp_path: Path) -> None:
     lines = "\n".join(["nonsense", json.dumps({"text": TEXT, "tree": "nonsense"})])
     (tmp_path / "pred.jsonl").write_text(lines)

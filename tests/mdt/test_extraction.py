@@ -174,6 +174,11 @@ def test_each_step_is_measured_alone_from_gold_input() -> None:
     worse = replace(extractor, model=halved)
     assert measure(worse, records, "triples")["triplet_recall"] == pytest.approx(1 / 7)
     assert measure(worse, records, "nodes")["node_recall"] == pytest.approx(1 / 4)
+    assert measure(extractor, records[:1], errors=True)["errors"]["missed triple"]["count"] == 0
+    short = replace(extractor, model=dictated(STEPS | {"Tree:": "A\nD\nD"})[0])
+    assert measure(short, records, "tree", errors=True)["errors"]["missed triple"] == {"count": 5, "trees": 1, "alone": 1}
+    with pytest.raises(GatewiseError, match="stage nodes, which makes no trees"):
+        measure(extractor, records, "nodes", errors=True)
     with pytest.raises(GatewiseError, match="no gold trees"):
         measure(extractor, [])
     with pytest.raises(GatewiseError, match="stage is 'leaf'"):

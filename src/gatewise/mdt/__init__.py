@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gatewise.mdt.decide import Decision, Step, decide
 from gatewise.mdt.linearise import linearise
 from gatewise.mdt.metrics import TreeMetrics, evaluate, tree_edit_ratio
+from gatewise.mdt.mistakes import Mistake, count_mistakes, mistakes
 from gatewise.mdt.parse import Parsed, parse, parse_lenient
 from gatewise.mdt.prompts import training_rows
 from gatewise.mdt.records import TreeFile, TreeRecord, read_trees, write_trees
@@ -35,6 +36,7 @@ __all__ = [
     "DecisionTree",
     "Extraction",
     "Extractor",
+    "Mistake",
     "Node",
     "Parsed",
     "Path",
@@ -45,6 +47,7 @@ __all__ = [
     "TreeRecord",
     "Triple",
     "TripleSpans",
+    "count_mistakes",
     "decide",
     "evaluate",
     "extract",
@@ -54,6 +57,7 @@ __all__ = [
     "locate",
     "locate_tree",
     "measure",
+    "mistakes",
     "parse",
     "parse_lenient",
     "read_trees",

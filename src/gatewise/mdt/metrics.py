@@ -26,7 +26,9 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt import checks
 from gatewise.mdt.tree import DecisionTree
 
-_Node = tuple[str, str, frozenset[tuple[str, str, str]]]
+PlainTriple = tuple[str, str, str]
+PlainNode = tuple[str, str, frozenset[PlainTriple]]
+"""What is compared of a node: role, logical_rel and triples."""
 _Children = tuple[tuple[int, int] | None, ...]
 
 
@@ -82,13 +84,13 @@ def evaluate(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool = Fa
     right = malformed = empty = distance = weight = 0
     for number, (gold_item, item) in enumerate(zip(gold, predicted, strict=True), start=1):
         try:
-            wanted, wanted_children = _plain(gold_item, repair)
+            wanted, wanted_children = plain_tree(gold_item, repair)
         except checks.TreeError as fault:
             raise GatewiseError(fault.at(f"{source}, record {number}")) from None
-        found: list[_Node] = []
+        found: list[PlainNode] = []
         found_children: _Children = ()
         try:
-            found, found_children = _plain(item, repair)
+            found, found_children = plain_tree(item, repair)
         except checks.TreeError:
             malformed += 1
             empty += _is_empty(item)
@@ -119,7 +121,7 @@ def tree_edit_ratio(one: Any, other: Any) -> float:
         GatewiseError: one of the two is no tree.
     """
     try:
-        (a, a_children), (b, b_children) = _plain(one, False), _plain(other, False)
+        (a, a_children), (b, b_children) = plain_tree(one, False), plain_tree(other, False)
     except checks.TreeError as fault:
         raise GatewiseError(str(fault)) from None
     return _share(_distance(a, a_children, b, b_children), sum(len(node[2]) + 2 for node in (*a, *b) if node[2]))
@@ -167,7 +169,7 @@ def _is_empty(item: Any) -> bool:
     return not (item.get("tree") if isinstance(item, dict) else item)
 
 
-def _plain(item: Any, repair: bool) -> tuple[list[_Node], _Children]:
+def plain_tree(item: Any, repair: bool) -> tuple[list[PlainNode], _Children]:
     """Nodes and children of anything that is a tree; only what metrics rest on is checked, so that published data pass."""
     if isinstance(item, DecisionTree):
         item = item.to_preorder()
@@ -181,7 +183,7 @@ def _plain(item: Any, repair: bool) -> tuple[list[_Node], _Children]:
     return nodes, checks.children_of(roles)
 
 
-def _plain_node(node: Any, number: int, repair: bool) -> _Node:
+def _plain_node(node: Any, number: int, repair: bool) -> PlainNode:
     try:
         role, given, joined = node["role"], node["triples"], node["logical_rel"]
         if not (isinstance(role, str) and isinstance(joined, str) and isinstance(given, list | tuple)):
@@ -203,7 +205,7 @@ def _plain_node(node: Any, number: int, repair: bool) -> _Node:
     return role, joined, triples
 
 
-def _paths(nodes: list[_Node], children: _Children, known: dict[Any, int]) -> set[int]:
+def _paths(nodes: list[PlainNode], children: _Children, known: dict[Any, int]) -> set[int]:
     """A number for each path. Equal paths of two trees that share ``known`` have equal numbers, and no path is ever spelt out."""
     leaves: set[int] = set()
     to_do: list[tuple[int, int]] = [(0, -1)] if nodes else []
@@ -219,7 +221,7 @@ def _paths(nodes: list[_Node], children: _Children, known: dict[Any, int]) -> se
     return leaves
 
 
-def _distance(a: list[_Node], a_children: _Children, b: list[_Node], b_children: _Children) -> int:
+def _distance(a: list[PlainNode], a_children: _Children, b: list[PlainNode], b_children: _Children) -> int:
     total = 0
     to_do: list[tuple[int | None, int | None]] = [(0 if a else None, 0 if b else None)]
     while to_do:
@@ -231,10 +233,10 @@ def _distance(a: list[_Node], a_children: _Children, b: list[_Node], b_children:
     return total
 
 
-_EMPTY: _Node = ("", "", frozenset())
+_EMPTY: PlainNode = ("", "", frozenset())
 
 
-def _node_distance(one: _Node, other: _Node) -> int:
+def _node_distance(one: PlainNode, other: PlainNode) -> int:
     if not one[2] and not other[2]:
         return 0
     return (one[0] != other[0]) + (one[1] != other[1]) + len(one[2] ^ other[2])

@@ -14,34 +14,45 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt.extraction import Asked, Extraction, Extractor, Progress
 from gatewise.mdt.linearise import triples_in_order
 from gatewise.mdt.metrics import evaluate, set_scores
+from gatewise.mdt.mistakes import count_mistakes
 from gatewise.mdt.prompts import STAGES, Stage, nodes_in_order
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.tree import Node, Triple
 
 
 def measure(
-    extractor: Extractor, records: Sequence[TreeRecord], stage: Stage | None = None, progress: Progress | None = None
-) -> dict[str, float]:
+    extractor: Extractor,
+    records: Sequence[TreeRecord],
+    stage: Stage | None = None,
+    progress: Progress | None = None,
+    *,
+    errors: bool = False,
+) -> dict[str, Any]:
     """The metrics of a step on gold records, or of the whole way from text to tree. What fails counts as nothing found.
 
     Args:
         stage: a step of the pipeline; None for the whole way, end to end or through the pipeline as the extractor says.
+        errors: count mistakes by kind, too, see :mod:`gatewise.mdt.mistakes`; not with the first two steps, which make no trees.
 
     Returns:
-        Metrics by name, with ``n``, the number of records, and ``failed``, for how many of them nothing could be read.
+        Metrics by name, with ``n``, the number of records, and ``failed``, for how many of them nothing could be read; with
+        ``errors``, also what :func:`gatewise.mdt.count_mistakes` counts.
 
     Raises:
-        GatewiseError: there are no records, or none with a triple; the stage is unknown.
+        GatewiseError: there are no records, or none with a triple; the stage is unknown, or makes no trees whose errors could be
+            counted.
     """
     if stage is not None and stage not in STAGES:
         raise GatewiseError(f"the stage is {stage!r}: expected one of {', '.join(STAGES)}")
+    if errors and stage in ("triples", "nodes"):
+        raise GatewiseError(f"errors by kind were asked for of stage {stage}, which makes no trees: leave one of the two out")
     if not records:
         raise GatewiseError("there are no gold trees, expected at least one")
     if stage is None:
         found = extractor(
             [record.text for record in records], language=[record.tree.language for record in records], progress=progress
         )
-        return _of_trees(records, found)
+        return _of_trees(records, found, errors)
     # The first two steps have nothing to do for a tree without a triple, and the third has nothing to put together.
     used = [record for record in records if record.tree.triples]
     if not used:
@@ -56,7 +67,7 @@ def measure(
         for record in used
     ]
     if stage == "tree":
-        return _of_trees(used, extractor.trees(asked, progress))
+        return _of_trees(used, extractor.trees(asked, progress), errors)
     step = extractor.triples if stage == "triples" else extractor.nodes
     results = step(asked, progress)
     sound = [one if isinstance(one, Asked) else Asked("", "en") for one in results]
@@ -70,10 +81,11 @@ def measure(
     return {**made, "n": len(used), "failed": sum(isinstance(one, GatewiseError) for one in results)}
 
 
-def _of_trees(records: Sequence[TreeRecord], found: Sequence[Extraction | GatewiseError]) -> dict[str, float]:
+def _of_trees(records: Sequence[TreeRecord], found: Sequence[Extraction | GatewiseError], errors: bool) -> dict[str, Any]:
     trees: list[Any] = [one.tree if isinstance(one, Extraction) else [] for one in found]
-    metrics = evaluate([record.tree for record in records], trees).to_json()
-    return {**metrics, "failed": sum(isinstance(one, GatewiseError) for one in found)}
+    gold = [record.tree for record in records]
+    metrics: dict[str, Any] = {**evaluate(gold, trees).to_json(), "failed": sum(isinstance(one, GatewiseError) for one in found)}
+    return {**metrics, "errors": count_mistakes(gold, trees)} if errors else metrics
 
 
 def _plain(triple: Triple) -> tuple[str, ...]:
