@@ -42,6 +42,14 @@ function change(path, body = {}, then = () => {}) {
   }).catch(failed);
 }
 
+function undo() {
+  if (passage && passage.undo) change("/api/undo");
+}
+
+function redo() {
+  if (passage && passage.redo) change("/api/redo");
+}
+
 function step(name, more, show, focus) {
   return change("/api/edit", { step: name, arguments: { node, ...more } }, () => { node = show; }).then(() => {
     if (focus && at(focus)) at(focus).focus();
@@ -299,8 +307,8 @@ const save = () => act("/api/save", {}, ({ saved }) => {
 
 onClick("previous", () => go(-1));
 onClick("next", () => go(1));
-onClick("undo", () => change("/api/undo"));
-onClick("redo", () => change("/api/redo"));
+onClick("undo", undo);
+onClick("redo", redo);
 onClick("approve", () => change("/api/approve", { approved: passage.state !== "approved" }));
 onClick("save", save);
 onClick("fit", () => {
@@ -404,7 +412,7 @@ document.addEventListener("keydown", event => {
     save();
   } else if (passage && !event.target.closest("textarea,input:not([type=radio])") && (key === "z" || key === "y")) {
     event.preventDefault();
-    change(key === "y" || event.shiftKey ? "/api/redo" : "/api/undo");
+    if (key === "y" || event.shiftKey) redo(); else undo();
   }
 });
 

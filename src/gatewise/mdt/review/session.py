@@ -103,7 +103,7 @@ class Session:
             GatewiseError: there is none.
         """
         with self._lock:
-            if isinstance(number, bool) or number not in self._passages:
+            if isinstance(number, bool) or not isinstance(number, int) or number not in self._passages:
                 raise GatewiseError(f"there is no passage {number!r} in this review: load the page again")
             return self._passages[number]
 

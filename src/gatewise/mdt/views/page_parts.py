@@ -45,6 +45,8 @@ path.yes{stroke:var(--yes)}path.no{stroke:var(--no)}path.trunk{stroke:var(--fain
 MARKING = """
 function marking(article) {
   const names = mark => mark.dataset.of.split(" ");
+  const twins = (one, triple) =>
+    one.dataset.triple ? one.dataset.triple === triple : one.dataset.node === triple.split(".")[0];
   function light(target) {
     const marks = article.querySelectorAll("mark");
     const parts = article.querySelectorAll(".node,.triple");
@@ -58,6 +60,8 @@ function marking(article) {
     }
     for (const one of parts) {
       let on = one === part || (part && one.contains(part));
+      // On the page of reviews a triple stands in the drawing and in the editor.
+      if (part && part.dataset.triple) on ||= twins(one, part.dataset.triple);
       if (mark && one.dataset.triple) on = names(mark).includes(one.dataset.triple);
       else if (mark) on = names(mark).some(name => name.split(".")[0] === one.dataset.node);
       one.classList.toggle("on", Boolean(on));

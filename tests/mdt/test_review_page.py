@@ -1,0 +1,392 @@
+"""The page of a review in a real browser: load, extract, correct, save, reload.
+
+It needs a Chromium that is installed on this machine (or named in GATEWISE_CHROMIUM) and Playwright to drive it; no browser is
+downloaded. GATEWISE_SCREENSHOTS names a folder for pictures of the page, of which `docs/` has two.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt import DecisionTree, read_trees, sample
+from gatewise.mdt.review import Extracting, ReviewServer, Session
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'gatewise[dev]'")
+pytestmark = pytest.mark.browser
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+# Nothing of the browser's own goes out to the network.
+QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-gpu"]
+HOSTILE = "women@For <script>document.title='broken'</script> & <b>pain</b>, give \"ibuprofen\"."
+ASTHMA = next(record for record in sample() if record.population == "Adults asthma" or "asthma" in record.population)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    found = os.environ.get("GATEWISE_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.skip("there is no Chromium here (Debian: apt install chromium), or name one in GATEWISE_CHROMIUM")
+    root = hasattr(os, "geteuid") and os.geteuid() == 0  # for whom Chromium has no sandbox
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=[*QUIET, *(["--no-sandbox"] if root else [])])
+        yield browser
+        browser.close()
+
+
+def tree_of(text: str) -> Any:
+    """What the model of these tests writes: the right tree of a sample with one wrong phrase, or an empty one."""
+    record = next((record for record in sample() if record.text == text), None)
+    if record is None:
+        return SimpleNamespace(tree=DecisionTree.from_preorder([{"role": "D", "triples": [], "logical_rel": "null"}]), warnings=())
+    nodes = record.tree.to_preorder()
+    nodes[1]["triples"][0][2] = "paracetamol"
+    return SimpleNamespace(tree=DecisionTree.from_preorder(nodes), warnings=("the output was brought to a close before its end",))
+
+
+class Review:
+    """A running review and a page that shows it. A page that logs an error fails the test."""
+
+    def __init__(self, session: Session, chromium: Any, slow: float = 0) -> None:
+        self.session = session
+        self.slow = slow
+        self.extracting = Extracting(session, self.extract, most=100)
+        self.server = ReviewServer(session, self.extracting)
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+        self.context = chromium.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True, reduced_motion="reduce")
+        self.context.set_default_timeout(20_000)
+        self.errors: list[str] = []
+        self.asked: list[str] = []
+        self.page = self.opened(self.server.url)
+
+    def opened(self, url: str) -> Any:
+        page = self.context.new_page()
+        page.on("console", self.logged)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.goto(url)
+        return page
+
+    def logged(self, message: Any) -> None:
+        # The browser logs every answer that refuses something.
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            self.errors.append(message.text)
+
+    def extract(self, text: str, language: Any, tick: Callable[[], None]) -> Any:
+        for _ in range(60):
+            tick()
+            time.sleep(self.slow)
+        if "unreadable" in text:
+            raise GatewiseError("the passage takes 9,000 tokens of the 2,048 that the model can read")
+        return tree_of(text)
+
+    def end(self) -> None:
+        self.context.close()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+        self.extracting.end()
+        self.session.close()
+
+    def shot(self, name: str, **more: Any) -> None:
+        if folder := os.environ.get("GATEWISE_SCREENSHOTS"):
+            self.page.screenshot(path=Path(folder) / f"{name}.png", **more)
+
+    # ---- what is on the page ----
+
+    def node(self, number: int) -> Any:
+        return self.page.locator(f"#tree .node[data-node='{number - 1}']")
+
+    def state(self) -> str:
+        return str(self.page.inner_text("#state"))
+
+    def wait_state(self, word: str) -> None:
+        sync_api.expect(self.page.locator("#state")).to_have_text(word)
+
+    def validity(self, text: str) -> None:
+        sync_api.expect(self.page.locator("#validity")).to_contain_text(text)
+
+
+@pytest.fixture
+def review(tmp_path: Path, chromium: Any) -> Iterator[Callable[..., Review]]:
+    """review(file, slow) -> a running review of a file with its page open; its corrections go to out.jsonl."""
+    running: list[Review] = []
+
+    def start(file: Any = None, slow: float = 0) -> Review:
+        running.append(Review(Session.open(None if file is None else str(file), tmp_path / "out.jsonl"), chromium, slow))
+        return running[-1]
+
+    yield start
+    for one in running:
+        if one.thread.is_alive():
+            one.end()
+        assert one.errors == []
+        # Nothing comes from anywhere else, and the token is in no address.
+        assert all(url.startswith((f"http://127.0.0.1:{one.server.server_port}/", "blob:", "data:")) for url in one.asked)
+        assert not any("token=" in url.partition("#")[0] for url in one.asked)
+
+
+def add(review: Review, text: str) -> None:
+    review.page.click("#add")
+    review.page.fill("#add-text", text)
+    review.page.click("#add-go")
+    review.page.wait_for_selector("#add-dialog", state="hidden")
+
+
+def select_in_text(page: Any, words: str) -> None:
+    """Selects words of the passage as a mouse would."""
+    page.evaluate(
+        """words => {
+          const walk = document.createTreeWalker(document.getElementById("passage"), NodeFilter.SHOW_TEXT);
+          const nodes = []; let text = "";
+          while (walk.nextNode()) { nodes.push([walk.currentNode, text.length]); text += walk.currentNode.data; }
+          const place = at => { const [node, start] = nodes.filter(([, begin]) => begin <= at).at(-1); return [node, at - start]; };
+          const from = text.indexOf(words), range = document.createRange();
+          range.setStart(...place(from)); range.setEnd(...place(from + words.length));
+          getSelection().removeAllRanges(); getSelection().addRange(range);
+        }""",
+        words,
+    )
+
+
+def test_load_extract_correct_save_reload(review: Callable[..., Review], tmp_path: Path) -> None:
+    first = sample()[0]
+    here = review(slow=0.02)
+    page = here.page
+    assert page.is_visible("text=Nothing to review yet")
+    assert page.is_visible("text=Needs review by a clinician")
+    assert "token" not in page.url
+    add(here, first.text)
+    page.click("#extract")
+    page.wait_for_selector("#progress:not([hidden])")
+    here.wait_state("to review")
+    assert page.locator("#tree .node").count() == len(first.tree.nodes)
+    assert page.is_visible("text=the output was brought to a close before its end")
+    here.validity("some phrases are not in the text")
+    here.shot("extracted")
+
+    # The wrong phrase, set by selecting the right one in the text.
+    page.click("#validity button")
+    assert page.input_value("#object-0") == "paracetamol"
+    assert page.is_visible("#editor >> text=not in the text")
+    right = first.tree.nodes[1].triples[0].object
+    select_in_text(page, right)
+    page.click("#take-object-0")
+    here.validity("every phrase is in the text")
+    assert page.input_value("#object-0") == right
+    here.wait_state("corrected")
+    assert page.inner_text("#save") == "Save (1)"
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#save")
+    sync_api.expect(page.locator("#save")).to_have_text("Save")
+    (record,) = read_trees(tmp_path / "out.jsonl").records
+    assert (record.text, record.tree, record.more["review"]) == (first.text, first.tree, "approved")
+
+    # The page is loaded again, then the whole review is started again.
+    page.reload()
+    here.wait_state("approved")
+    assert page.locator("#tree .node").count() == len(first.tree.nodes)
+    here.end()
+    again = review()
+    again.wait_state("approved")
+    assert again.page.inner_text("#save") == "Save"
+    assert again.page.is_disabled("#redo")
+
+
+def test_every_step_on_the_tree(review: Callable[..., Review]) -> None:
+    here = review()
+    page = here.page
+    add(here, "men with fever@If the fever lasts for three days, give paracetamol. Otherwise rest.")
+    page.click("#begin")
+    here.validity("A valid tree")
+    page.click("#kind-C")
+    here.validity("Not a valid tree yet: node 1: a condition (role C) without triples")
+    assert page.is_disabled("#approve")
+    assert here.state() == "unfinished"
+    select_in_text(page, "the fever lasts for three days")
+    page.click("#phrase-add")
+    sync_api.expect(page.locator("#object-0")).to_be_focused()
+    here.validity("every phrase is in the text")
+    assert page.input_value("#subject-0") == "men with fever"
+
+    # With the keys: to the yes leaf, a triple, its fields one after another.
+    here.node(1).focus()
+    page.keyboard.press("ArrowLeft")
+    sync_api.expect(here.node(2)).to_be_focused()
+    page.click("#add-triple")
+    sync_api.expect(page.locator("#object-0")).to_be_focused()
+    page.keyboard.type("paracetamol")
+    page.keyboard.press("Shift+Tab")  # leaving a field keeps what is in it
+    here.validity("every phrase is in the text")
+    page.select_option("#relation-0", "drug therapy")
+    sync_api.expect(here.node(2)).to_contain_text("drug therapy")
+    page.click("#add-triple")
+    page.fill("#object-1", "rest")
+    page.keyboard.press("Enter")
+    page.check("#join-or")
+    sync_api.expect(here.node(2)).to_contain_text("Then any of these")
+    page.click("#remove-1")
+    sync_api.expect(here.node(2)).not_to_contain_text("rest")
+
+    here.node(1).click()
+    page.click("#swap")
+    sync_api.expect(here.node(3)).to_contain_text("paracetamol")
+    page.click("#undo")
+    sync_api.expect(here.node(2)).to_contain_text("paracetamol")
+    here.node(1).focus()
+    page.keyboard.press("Control+Shift+z")
+    sync_api.expect(here.node(3)).to_contain_text("paracetamol")
+    page.keyboard.press("Control+z")
+    sync_api.expect(here.node(2)).to_contain_text("paracetamol")
+    here.node(3).click()
+    page.click("#above-yes")
+    sync_api.expect(page.locator("#tree .node")).to_have_count(5)
+    page.click("#keep-yes")
+    sync_api.expect(page.locator("#tree .node")).to_have_count(3)
+    here.node(1).click()
+    page.click("#delete")
+    sync_api.expect(page.locator("#tree .node")).to_have_count(1)
+    for _ in range(200):
+        if page.locator("#begin").count():
+            break
+        page.evaluate("document.getElementById('undo').click()")
+        page.wait_for_timeout(20)
+    sync_api.expect(page.locator("#begin")).to_be_visible()
+
+
+def test_text_and_tree_mark_each_other(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    here.node(2).hover()
+    lit = page.locator("mark.on").all_inner_texts()
+    assert {triple.object for triple in sample()[0].tree.nodes[1].triples} <= {text.strip() for text in lit}
+    page.locator("#passage mark").first.hover()
+    assert page.locator("#tree .node.on").count() == 1
+    page.locator("#passage mark").nth(1).click()
+    selected = page.locator("#tree .node.selected").get_attribute("data-node")
+    assert page.inner_text("#editor h2").startswith(f"Node {int(selected) + 1}")
+    page.locator("#object-0").focus()
+    assert page.locator("#tree .triple.on").count() == 1
+
+
+def test_texts_stay_texts_and_passages_are_told_apart(review: Callable[..., Review]) -> None:
+    here = review()
+    page = here.page
+    add(here, f"{HOSTILE}\n\n高血压患者@若血压仍高，加用氨氯地平。\n\nmen@This is unreadable.")
+    sync_api.expect(page.locator("#passages li")).to_have_count(3)
+    page.click("#extract-all")
+    page.wait_for_selector("#passages .chip.failed")
+    sync_api.expect(page.locator("#passages .chip.drafted")).to_have_count(2)
+    page.click("#open-1")
+    assert page.inner_text("#passage") == HOSTILE.partition("@")[2]
+    assert page.locator("#passage script, #passage b").count() == 0
+    page.click("#add-triple")
+    page.fill("#object-0", "<script>document.title='broken'</script>")
+    page.keyboard.press("Enter")
+    here.validity("every phrase is in the text")
+    assert page.title() == "Review of decision trees"
+    page.click("#open-2")
+    sync_api.expect(page.locator("#population")).to_have_text("高血压患者")
+    page.click("#add-triple")
+    page.select_option("#relation-0", "治疗药物")
+    select_in_text(page, "氨氯地平")
+    page.click("#take-object-0")
+    here.validity("every phrase is in the text")
+    sync_api.expect(here.node(1)).to_contain_text("则")
+    page.click("#next")
+    sync_api.expect(page.locator("#tree")).to_contain_text("9,000 tokens")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#remove")
+    sync_api.expect(page.locator("#passages li")).to_have_count(2)
+
+
+def test_files_come_in_and_exports_go_out(review: Callable[..., Review], tmp_path: Path) -> None:
+    here = review()
+    page = here.page
+    (tmp_path / "guide.md").write_text("# Adults with gout\n\nGive colchicine for a flare.\n")
+    (tmp_path / "trees.json").write_text(json.dumps([sample()[1].to_json()]))
+    for name in ("guide.md", "trees.json"):
+        page.click("#add")
+        page.set_input_files("#add-file", tmp_path / name)
+        page.click("#add-go")
+        page.wait_for_selector("#add-dialog", state="hidden")
+    page.click("#add")
+    page.click("#add-go")  # with nothing in it
+    sync_api.expect(page.locator("#add-error")).to_contain_text("is empty")
+    page.keyboard.press("Escape")
+    assert page.inner_text("#title") == "Passage 2"
+    page.click("#export")
+    page.select_option("#export-format", "html")
+    with page.expect_download() as download:
+        page.click("#export-go")
+    content = Path(download.value.path()).read_text(encoding="utf-8")
+    assert download.value.suggested_filename == "out-2.html"
+    assert sample()[1].population in content
+    page.click("#export")
+    page.select_option("#export-which", "approved")
+    page.click("#export-go")
+    sync_api.expect(page.locator("#export-error")).to_contain_text("no tree was approved yet")
+
+
+def test_a_long_extraction_can_be_watched_and_cancelled(review: Callable[..., Review]) -> None:
+    here = review(slow=0.03)
+    page = here.page
+    add(here, "\n\n".join(record.text for record in sample()[:4]))
+    page.click("#extract-all")
+    sync_api.expect(page.locator("#passages .chip.drafted")).to_have_count(1)
+    sync_api.expect(page.locator("#progress-text")).to_contain_text("of at most 100 tokens")
+    page.click("#open-1")  # what is done can be looked at meanwhile
+    here.wait_state("to review")
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#cancel")
+    sync_api.expect(page.locator("#progress")).to_be_hidden()
+    assert page.locator("#passages .chip.empty").count() >= 1
+
+
+def test_two_windows_and_an_address_without_the_token(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    other = here.opened(here.server.url)
+    other.wait_for_selector("#tree svg")
+    other.click("#swap")
+    sync_api.expect(other.locator("#state")).to_have_text("corrected")
+    here.page.click("#swap")  # on the older tree: refused, and the present one shown
+    sync_api.expect(here.page.locator("#said")).to_contain_text("has changed since")
+    here.wait_state("corrected")
+    stranger = here.context.new_page()
+    stranger.goto(here.server.url.partition("#")[0])
+    sync_api.expect(stranger.locator("#trouble")).to_contain_text("open the address that the terminal shows")
+    assert stranger.locator("#passages li").count() == 0
+
+
+def test_on_a_small_screen(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    here.page.set_viewport_size({"width": 390, "height": 844})
+    here.page.wait_for_selector("#tree svg")
+    assert here.page.evaluate("document.documentElement.scrollWidth") <= 390
+    here.node(2).click()
+    here.page.locator("#object-0").scroll_into_view_if_needed()
+    assert here.page.is_visible("#object-0")
+    here.shot("small", full_page=True)
+
+
+def test_controls_have_names(review: Callable[..., Review]) -> None:
+    """What a screen reader would say of every control."""
+    here = review("sample:guidelines")
+    here.page.wait_for_selector("#tree svg")
+    nameless = here.page.evaluate(
+        """() => [...document.querySelectorAll("button,input,select,textarea,[role=button],dialog,section,nav")].filter(one =>
+          !(one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.textContent.trim()
+            || (one.labels && [...one.labels].some(label => label.textContent.trim())))).map(one => one.outerHTML)"""
+    )
+    assert nameless == []

@@ -1,0 +1,315 @@
+"""The server of a review over real HTTP: whom it answers, what it refuses, and that nothing ends it."""
+
+import base64
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mdt_trees import TEXT, gout
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt import DecisionTree
+from gatewise.mdt.review import Extracting, ReviewServer, Session
+from gatewise.mdt.review.server import MOST_BYTES
+
+HOSTILE = "<script>alert(1)</script>\"'&\u2028 \U0001f600"
+
+
+class Caller:
+    """Asks a server as its page does, unless told otherwise."""
+
+    def __init__(self, server: ReviewServer) -> None:
+        self.server = server
+
+    def __call__(self, path: str, body: Any = None, *, method: str = "", raw: bytes | None = None, **headers: str | None) -> Any:
+        """(status, parsed answer); a header of None is left out, underscores in names are hyphens."""
+        status, content, _ = self.whole(path, body, method=method, raw=raw, **headers)
+        return status, json.loads(content)
+
+    def whole(self, path: str, body: Any = None, *, method: str = "", raw: bytes | None = None, **headers: str | None) -> Any:
+        sent: dict[str, str | None] = {"X-Gatewise-Token": self.server.token, "Content-Type": "application/json"}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+        content = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection = HTTPConnection("127.0.0.1", self.server.server_port, timeout=30)
+        try:
+            connection.putrequest(
+                method or ("GET" if content is None else "POST"), path, skip_host="Host" in sent, skip_accept_encoding=True
+            )
+            if content is not None and "Content-Length" not in sent:
+                sent["Content-Length"] = str(len(content))
+            for name, value in sent.items():
+                if value is not None:
+                    connection.putheader(name, value)
+            connection.endheaders(content)
+            answer = connection.getresponse()
+            return answer.status, answer.read(), answer.headers
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Iterator[Caller]:
+    """A running review of one tree and of a passage without one, with a model that always writes the same tree."""
+    (tmp_path / "trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
+    session = Session.open(str(tmp_path / "trees.json"))
+    session.paste("men@Give colchicine to them.")
+    found = SimpleNamespace(tree=DecisionTree.from_preorder(gout()), warnings=("hurried",))
+    extracting = Extracting(session, lambda text, language, tick: found)
+    with ReviewServer(session, extracting) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield Caller(server)
+        server.shutdown()
+        thread.join()
+    extracting.end()
+    session.close()
+
+
+# Whom it answers ------------------------------------------------------------------------------------------------------
+
+
+def test_it_listens_on_this_machine_only(call: Caller) -> None:
+    assert call.server.server_address[0] == "127.0.0.1"
+    assert call.server.url == f"http://127.0.0.1:{call.server.server_port}/#token={call.server.token}"
+    assert len(call.server.token) >= 32
+
+
+@pytest.mark.parametrize("path", ["/api/session", "/api/passage?number=1"])
+def test_nothing_is_told_without_the_token(call: Caller, path: str) -> None:
+    assert call(path)[0] == 200
+    for token in (None, "", "x", call.server.token[:-1], "Ünïcode"):
+        status, answer = call(path, X_Gatewise_Token=None if token is None else token.encode("utf-8").decode("latin-1"))
+        assert (status, "no token" in answer["error"]) == (401, True)
+    assert call(f"{path}{'&' if '?' in path else '?'}token={call.server.token}", X_Gatewise_Token=None)[0] == 401
+
+
+@pytest.mark.parametrize(
+    "path", ["edit", "undo", "approve", "paste", "save", "export", "extract", "cancel", "remove", "load", "begin"]
+)
+def test_nothing_is_changed_without_the_token(call: Caller, path: str) -> None:
+    before = call("/api/session")[1]
+    assert call(f"/api/{path}", {"number": 1, "changes": 0}, X_Gatewise_Token="wrong")[0] == 401
+    assert call("/api/session")[1] == before
+
+
+def test_other_names_and_other_sites_are_refused(call: Caller) -> None:
+    port = call.server.server_port
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1",
+        f"127.0.0.1:{port + 1}",
+        f"127.0.0.1.evil.example:{port}",
+        "",
+    ):
+        for path in ("/", "/api/session"):
+            assert call(path, Host=host)[0] == 403
+        assert call("/api/save", {}, Host=host)[0] == 403
+    assert call("/api/session", Host=f"localhost:{port}")[0] == 200
+    for origin in ("http://evil.example", "null", f"https://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"):
+        assert call("/api/save", {}, Origin=origin)[0] == 403
+    assert call("/api/save", {}, Origin=f"http://127.0.0.1:{port}")[0] == 200
+    # No answer of it may be read by other sites.
+    status, _, headers = call.whole("/api/session", method="OPTIONS", Origin="http://evil.example")
+    assert status >= 400
+    assert "Access-Control-Allow-Origin" not in headers
+
+
+def test_what_a_form_of_another_page_could_send_is_refused(call: Caller) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None, "application/jsonx"):
+        assert call("/api/save", {}, Content_Type=kind)[0] == 415
+    assert call("/api/save", {}, Content_Type="application/json; charset=utf-8")[0] == 200
+    assert call("/api/save")[0] == 404  # not by GET
+
+
+def test_every_answer_is_locked_up(call: Caller) -> None:
+    for path in ("/", "/page.js", "/page.css", "/views.css", "/marking.js", "/api/session", "/none"):
+        _, content, headers = call.whole(path)
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
+        assert headers["Cache-Control"] == "no-store"
+        assert call.server.token not in content.decode()
+        assert b"http://" not in content.replace(b"http://www.w3.org/", b"")
+        assert b"https://" not in content
+
+
+# What it refuses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/none",
+        "/../pyproject.toml",
+        "/../../../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/..%2fsession.py",
+        "/session.py",
+        "/page.html",
+        "//etc/passwd",
+        "/page.js/../session.py",
+        "/api/../session.py",
+        "/api/none",
+        "/\\..\\session.py",
+        "/%00",
+    ],
+)
+def test_only_its_own_pages_are_served(call: Caller, path: str) -> None:
+    assert call(path)[0] == 404
+    assert call(path, {})[0] == 404
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"number": NaN'])
+def test_bodies_that_are_no_json_object_are_refused(call: Caller, raw: bytes) -> None:
+    assert call("/api/undo", raw=raw)[0] == 400
+    assert call("/api/session")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("edit", {}, "arguments"),
+        ("edit", {"number": "x", "changes": 0, "step": "swap", "arguments": {}}, "number is 'x'"),
+        ("edit", {"number": True, "changes": 0, "step": "swap", "arguments": {}}, "expected a number"),
+        ("edit", {"number": 1e400, "changes": 0, "step": "swap", "arguments": {}}, "expected a number"),
+        ("edit", {"number": 1, "changes": 0, "step": ["swap"], "arguments": {}}, "expected text"),
+        ("edit", {"number": 1, "changes": 0, "step": "swap", "arguments": {"node": -1}}, "no node -1"),
+        ("edit", {"number": 2, "changes": 0, "step": "swap", "arguments": {"node": 0}}, "no tree yet"),
+        ("undo", {"number": 99, "changes": 0}, "no passage 99"),
+        ("undo", {"number": 1, "changes": 0}, "nothing to undo"),
+        ("approve", {"number": 2, "changes": 0, "approved": True}, "no tree yet"),
+        ("begin", {"number": 1, "changes": 0}, "a tree already"),
+        ("paste", {"text": ""}, "is empty"),
+        ("paste", {"text": ["x"]}, "expected text"),
+        ("paste", {"text": "\ud800 and some words"}, "surrogate"),
+        ("load", {"name": "a.pdf", "content": "###"}, "did not arrive whole"),
+        ("load", {"name": "a.pdf", "content": base64.b64encode(b"no pdf").decode()}, "a.pdf cannot be read as PDF"),
+        ("load", {"name": "../../etc/passwd", "content": "eA=="}, "expected a text"),
+        ("load", {"name": "", "content": "eA=="}, "expected a text"),
+        ("extract", {"numbers": [1, "x"]}, "no passage 'x'"),
+        ("extract", {"numbers": [[1]]}, "no passage"),
+        ("extract", {}, "missing"),
+        ("export", {"format": "exe", "which": "all"}, "'exe': expected one of text"),
+        ("export", {"format": "json", "which": {"a": 1}}, 'expected the number of a passage, "all"'),
+        ("export", {"format": "json", "which": 2}, "passage 2 has no sound tree"),
+    ],
+)
+def test_bad_requests_get_one_sentence(call: Caller, path: str, body: dict[str, Any], said: str) -> None:
+    before = call("/api/session")[1]
+    status, answer = call(f"/api/{path}", body)
+    assert status == 400
+    assert said in answer["error"]
+    assert call("/api/session")[1] == before
+
+
+def test_large_bodies_and_odd_lengths_are_refused_unread(call: Caller) -> None:
+    status, answer = call("/api/paste", raw=b"{}", Content_Length=str(MOST_BYTES + 1))
+    assert (status, "at most 30 MB" in answer["error"]) == (413, True)
+    for length in ("-1", "x", "1e3", "", None, "²"):
+        encoded = None if length is None else length.encode("utf-8").decode("latin-1")
+        assert call("/api/paste", raw=b"{}", Content_Length=encoded)[0] == 411
+    assert call("/api/paste", raw=b"2\r\n{}\r\n0\r\n\r\n", Content_Length=None, Transfer_Encoding="chunked")[0] == 411
+    assert call("/api/session")[0] == 200
+
+
+def test_nonsense_on_the_wire_does_not_end_it(call: Caller) -> None:
+    for sent in (b"", b"\x00\xff" * 50, b"GET", b"POST /api/save HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x"):
+        with socket.create_connection(("127.0.0.1", call.server.server_port), timeout=10) as connection:
+            connection.sendall(sent)
+    assert call("/api/session")[0] == 200
+
+
+def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(self: Session) -> None:
+        raise RuntimeError("oh")
+
+    monkeypatch.setattr(Session, "save", fail)
+    status, answer = call("/api/save", {})
+    assert (status, "a fault in gatewise (RuntimeError)" in answer["error"]) == (500, True)
+    assert "RuntimeError: oh" in capsys.readouterr().err
+    assert call("/api/session")[0] == 200
+
+
+def test_a_busy_port_is_one_sentence(call: Caller, tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match=f"port {call.server.server_port} cannot be had"):
+        ReviewServer(call.server.session, port=call.server.server_port)
+
+
+# What it does ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_review(call: Caller) -> None:
+    seen = call("/api/passage?number=1")[1]
+    assert [piece for piece, _ in seen["population"]] == ["adults with gout"]
+    assert "".join(piece for piece, _ in seen["passage"]) == TEXT.partition("@")[2]
+    assert seen["nodes"][0]["children"] == [1, 2]
+    assert (seen["fault"], seen["warnings"], seen["undo"]) == (None, [], 0)
+    edit = {"number": 1, "changes": 0, "step": "set_triple"}
+    arguments = {"node": 3, "triple": 0, "parts": ["adults with gout", "therapeutic schedule", HOSTILE]}
+    status, answer = call("/api/edit", {**edit, "arguments": arguments})
+    assert status == 200
+    assert answer["passage"]["nodes"][3]["triples"][0]["absent"] == [False, True]
+    assert "<script" not in answer["passage"]["drawing"]
+    assert answer["session"]["unsaved"] == 1
+    assert call("/api/edit", {**edit, "arguments": arguments})[0] == 409  # a page that shows the older tree
+    answer = call("/api/edit", {"number": 1, "changes": 1, "step": "to_condition", "arguments": {"node": 4}})[1]
+    assert answer["passage"]["fault"]["node"] == 4
+    assert "without triples" in answer["passage"]["fault"]["message"]
+    answer = call("/api/undo", {"number": 1, "changes": 2})[1]
+    assert (answer["passage"]["fault"], answer["passage"]["redo"]) == (None, 1)
+    assert call("/api/approve", {"number": 1, "changes": 3, "approved": True})[1]["passage"]["state"] == "approved"
+    saved = call("/api/save", {})[1]
+    assert saved["saved"]["records"] == 1
+    (record,) = (json.loads(line) for line in Path(saved["saved"]["path"]).read_text(encoding="utf-8").split("\n") if line)
+    assert (record["review"], record["tree"][3]["triples"][0][2]) == ("approved", HOSTILE)
+    file = call("/api/export", {"format": "html", "which": 1})[1]["file"]
+    assert file["name"].endswith(".html")
+    assert "<script>alert" not in file["content"]
+
+
+def test_extraction_through_the_server(call: Caller) -> None:
+    status, answer = call("/api/extract", {"numbers": [2]})
+    assert (status, answer["session"]["extracts"]) == (200, True)
+    for _ in range(500):
+        answer = call("/api/session")[1]
+        if answer["progress"] is None:
+            break
+    assert [line["state"] for line in answer["passages"]] == ["drafted", "drafted"]
+    assert call("/api/passage?number=2")[1]["warnings"] == ["hurried"]
+    assert call("/api/cancel", {})[0] == 200
+
+
+def test_without_a_model_the_reason_is_given(tmp_path: Path) -> None:
+    session = Session.open(None, tmp_path / "x.jsonl")
+    with ReviewServer(session, reason="no model was given") as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        call = Caller(server)
+        assert (call("/api/session")[1]["extracts"], call("/api/session")[1]["reason"]) == (False, "no model was given")
+        assert call("/api/extract", {"numbers": []}) == (400, {"error": "no model was given"})
+        server.shutdown()
+        thread.join()
+    session.close()
+
+
+def test_files_come_in_by_their_content_alone(call: Caller, tmp_path: Path) -> None:
+    trees = json.dumps([{"text": "boys@Rest.", "tree": gout()}, {"text": "x"}]).encode()
+    answer = call("/api/load", {"name": "../more.json", "content": base64.b64encode(trees).decode()})[1]
+    assert (answer["added"], "record 2" in answer["faults"][0]) == ([3], True)
+    text = base64.b64encode("# 成人\n\n若血压高，用氨氯地平。".encode()).decode()
+    answer = call("/api/load", {"name": "文.md", "content": text, "population": "老年人"})[1]
+    seen = call(f"/api/passage?number={answer['added'][0]}")[1]
+    assert (seen["language"], seen["population"][0][0], seen["relations"][1]) == ("zh", "老年人", "治疗药物")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [
+        "trees.json",
+        "trees.json.review.draft.json",
+    ]
