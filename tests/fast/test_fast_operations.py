@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from mixed_models import BASE, prompts
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import random_adapter, tiny_base
@@ -30,10 +31,10 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def adapters(number: int, **settings: Any) -> PeftModel:
+def adapters(number: int, dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
     """Adapters "0", "1", ... on all seven linear modules of the layers."""
     settings = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
-    model = get_peft_model(tiny_base("llama"), LoraConfig(**settings), adapter_name="0")
+    model = get_peft_model(tiny_base("llama").to(dtype), LoraConfig(**settings), adapter_name="0")
     for name in range(1, number):
         model.add_adapter(str(name), LoraConfig(**settings))
     return random_adapter(model).eval()
@@ -63,11 +64,18 @@ def of_a_step(model: PeftModel, names: list[str] | None, rows: int = 4) -> Count
     return +ours
 
 
-def test_one_adapter_takes_two_products_a_module_with_shared_first_ones() -> None:
+def test_one_adapter_takes_two_products_a_module() -> None:
     model = adapters(1)
     with fast_lora(model):
         for names in (None, ["0"] * 4):
-            assert of_a_step(model, names) == {"mm": 4 * LAYERS, "addmm_": 7 * LAYERS}
+            assert of_a_step(model, names) == {"mm": 7 * LAYERS, "addmm_": 7 * LAYERS}
+
+
+def test_half_precision_takes_casts_and_a_sum_as_well() -> None:
+    model = adapters(1, torch.bfloat16)
+    with fast_lora(model):
+        for names in (None, ["0"] * 4):
+            assert of_a_step(model, names) == {"mm": 14 * LAYERS, "_to_copy": 14 * LAYERS, "add_": 7 * LAYERS}
 
 
 @pytest.mark.parametrize("number", [2, 3, 4])
@@ -75,14 +83,14 @@ def test_several_adapters_take_as_many_however_many_they_are(number: int) -> Non
     model = adapters(number)
     names = [str(row % number) for row in range(4)]
     with fast_lora(model):
-        assert of_a_step(model, names) == {"mm": 4 * LAYERS, "mul_": 4 * LAYERS, "addmm_": 7 * LAYERS}
+        assert of_a_step(model, names) == {"mm": 7 * LAYERS, "mul_": 7 * LAYERS, "addmm_": 7 * LAYERS}
 
 
 def test_very_many_adapters_take_two_batched_products() -> None:
     model = adapters(20, target_modules=["q_proj", "down_proj"])
     with fast_lora(model):
         counts = of_a_step(model, [str(row) for row in range(20)], rows=20)
-    assert set(counts) == {"bmm", "baddbmm"}
+    assert set(counts) == {"bmm", "baddbmm_"}
     assert set(counts.values()) == {2 * LAYERS}
 
 

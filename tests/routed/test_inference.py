@@ -409,3 +409,33 @@ def test_a_layer_whose_class_was_exchanged_once_more(three, batch):
         layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {})
     for got, one in zip(decode(model, data), expected, strict=True):
         torch.testing.assert_close(got, one)
+
+
+# ---- ways past the modules ----
+
+
+def test_steps_go_past_routed_modules_nobody_watches(three, batch):
+    model, data, seen = three(top_k=7), batch(), []
+    inputs = {"input_ids": data["input_ids"], "attention_mask": data["attention_mask"]}
+    expected = model.generate(**inputs, **WRITE)
+    watched = layer_of(model)
+    handle = watched.register_forward_hook(lambda *_: seen.append("layer"))
+    below = watched.base_layer.register_forward_hook(lambda *_: seen.append("base"))
+    assert torch.equal(model.generate(**inputs, **WRITE), expected)
+    assert seen == ["base", "layer"] * WRITE["max_new_tokens"]
+    handle.remove()
+    below.remove()
+    assert torch.equal(model.generate(**inputs, **WRITE), expected)
+    assert len(seen) == 2 * WRITE["max_new_tokens"]
+    left = [name for parent in model.modules() for name in parent._modules if name in parent.__dict__]
+    assert not left
+
+
+def test_hooks_that_come_between_two_calls_of_a_request_are_called(three, batch):
+    model, seen, step = three(top_k=7), [], {"input_ids": torch.full((5, 1), 3)}
+    with torch.no_grad():
+        cache = model(input_ids=batch()["input_ids"], use_cache=True).past_key_values
+        model(**step, past_key_values=cache)
+        layer_of(model).register_forward_hook(lambda *_: seen.append(1))
+        model(**step, past_key_values=cache)
+    assert seen == [1]

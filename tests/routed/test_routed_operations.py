@@ -1,7 +1,7 @@
-"""How many tensor operations a step takes beyond the base model's: none for a module that no row keeps, at most three for others.
+"""How many tensor operations a step takes beyond the base model's: none for a module that no row keeps, at most six for others.
 
-One product with A, which q, k and v share, and gate and up; one with the gates, where rows differ in them; one with B, which adds
-to the base module's output. However many adapters the batch has.
+A product with A, one with the gates where rows differ in them, one with B, and the sum; in half precision on a CPU also a cast
+before and one after them. However many adapters the batch has.
 """
 
 from collections import Counter
@@ -72,22 +72,22 @@ def kept(model: PeftModel) -> int:
 def test_one_row_takes_two_products_a_kept_module(k: int) -> None:
     model = adapters(1, k)
     counts = of_a_step(model, rows=1)
-    assert kept(model) == k * LAYERS
-    assert set(counts) == {"mm", "addmm_"}
-    assert counts["addmm_"] == kept(model)
-    assert counts["mm"] <= kept(model)
-    if k == 7:
-        assert counts["mm"] == 4 * LAYERS
+    each = kept(model)
+    assert each == k * LAYERS
+    assert counts == {"_to_copy": 2 * each, "mm": 2 * each, "add_": each}
 
 
 @pytest.mark.parametrize("number", [1, 2, 8])
 @pytest.mark.parametrize("k", [1, 3, 7])
-def test_many_rows_take_three_at_most_however_many_adapters_they_have(k: int, number: int) -> None:
+def test_many_rows_take_two_as_well_however_many_adapters_they_have(k: int, number: int) -> None:
     model = adapters(number, k)
     counts = of_a_step(model, 8, None if number == 1 else [str(row % number) for row in range(8)])
-    assert set(counts) == {"mm", "mul_", "addmm_"}
-    assert counts["addmm_"] == kept(model)
-    assert counts["mm"] == counts["mul_"] <= min(kept(model), 4 * LAYERS)
+    each = kept(model)
+    assert set(counts) <= {"_to_copy", "mm", "bmm", "mul_", "add_"}
+    assert counts["_to_copy"] == counts["mm"] + counts["bmm"] == 2 * each
+    assert counts["add_"] == each
+    assert counts["mul_"] == counts["mm"] / 2  # gates are in the second factor where rows have copies of their own
+    assert bool(counts["bmm"]) is (number == 8 and k > 1)
 
 
 def test_a_batch_for_the_base_model_takes_nothing() -> None:
@@ -111,7 +111,7 @@ def test_a_module_that_no_row_keeps_runs_its_base_module_and_nothing_else() -> N
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
         prepared = cache._gatewise_request
-        bare = [module for module, run in prepared.runs.items() if run is module.base_layer]
+        bare = [module for module, run in prepared.runs.items() if run == module.base_layer.forward]
         assert len(bare) == 6 * LAYERS
         for module in bare:
             module.with_shares = lambda *_: ran.append(1)

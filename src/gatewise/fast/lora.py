@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -19,6 +19,8 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
+from gatewise.fast.direct import Detours, Places, direct, places
+from gatewise.fast.head import side_by_side
 from gatewise.fast.products import Gathered, Part, Request, is_plain
 
 BASE = "__base__"
@@ -115,6 +117,8 @@ class _Calls:
         self._layers: list[LoraLayer] = []
         self._known: list[str] = []
         self._running: dict[LoraLayer, Forward] = {}
+        self._places: Places = {}
+        self._detours = Detours({}, {})
         self._turn = RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,7 +150,7 @@ class _Calls:
             outer = self._running
             self._uninstall()
             try:
-                with theirs:
+                with theirs, side_by_side(self._tuner.model):
                     if not self._tuner.training and kwargs.get("alora_offsets") is None:
                         self._install(kwargs.get("adapter_names") is not None)
                     yield
@@ -159,6 +163,7 @@ class _Calls:
         # Looking through all modules takes a millisecond; a layer that was missed is PEFT's, which is right for active adapters.
         if mixed or adapters != self._known:
             self._layers = [one for one in self._tuner.modules() if _is_linear(one)]  # type: ignore[misc]
+            self._places = places(self._tuner, _is_linear)
             self._known = adapters
         batches: dict[int, _Batch] = {}
         forwards: dict[LoraLayer, Forward] = {}
@@ -173,11 +178,14 @@ class _Calls:
         self._put(forwards)
 
     def _put(self, forwards: dict[LoraLayer, Forward]) -> None:
-        for layer, forward in forwards.items():
-            layer.__dict__["forward"] = forward
         self._running = forwards
+        self._detours = Detours(self._places, cast(dict[nn.Module, Forward], forwards))
+        self._detours.open()
+        for layer, forward in forwards.items():
+            layer.__dict__["forward"] = forward  # for whoever comes another way
 
     def _uninstall(self) -> None:
+        self._detours.close()
         for layer in self._running:
             layer.__dict__.pop("forward", None)
         self._running = {}
@@ -197,24 +205,27 @@ class _Batch:
 
 def _forward(layer: Any, batch: _Batch) -> Forward:
     """The forward that a layer has during one call."""
-    base: nn.Module = layer.base_layer
+    module: nn.Module = layer.base_layer
+    base = direct(module)
     theirs = type(layer).forward
     active = layer.active_adapter if isinstance(layer.active_adapter, str) else list(layer.active_adapter)
     names, rows = batch.names, None if batch.names is None else len(batch.names)
     parts: list[Part] | None = []
     gathered: Gathered | None = None
     known = False
+    step: Forward | None = None
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        nonlocal parts, gathered, known
+        changed = layer._active_adapter != active or layer._disable_adapters or bool(layer.merged_adapters) or layer.training
+        return read(x, *args, changed=changed, **kwargs) if step is None or changed else step(x, *args, **kwargs)
+
+    def read(x: Tensor, *args: Any, changed: bool, **kwargs: Any) -> Tensor:
+        nonlocal parts, gathered, known, step
         if not known:
             known, parts = True, _parts(layer, batch, x)
         if (
             parts is None
-            or layer.active_adapter != active
-            or layer.disable_adapters
-            or layer.merged_adapters
-            or layer.training
+            or changed
             or (rows is not None and len(x) != rows)
             or args
             or kwargs
@@ -229,7 +240,8 @@ def _forward(layer: Any, batch: _Batch) -> Forward:
             return result
         if gathered is None or gathered.dtype != result.dtype:
             # A hook may have kept what the base module made.
-            gathered = batch.request.gather(parts, x, result, in_place=not base._forward_hooks)
+            gathered = batch.request.gather(parts, result, in_place=not module._forward_hooks)
+            step = gathered.step(base, partial(read, changed=False), x.shape)
         return gathered.add(x, result)
 
     return forward

@@ -6,14 +6,16 @@ No loop over adapters runs in a step. There are two ways to the same sum, which 
 
 - *joined*: the A of all adapters stand one below the other, the B side by side. One product with each; between them, whatever a
   row's foreign adapters made is multiplied by zero. Every weight is read once, whatever the number of rows, and foreign products
-  cost arithmetic only, of which decoding has plenty to spare. Modules that read one tensor (q, k, v) share their first product.
+  cost arithmetic only, of which decoding has some to spare.
 - *by row*: every row has copies of its own A and B, in two batched products. Nothing is computed in vain, which is what counts
-  where a pass has many tokens (the prompt).
+  where rows have few adapters in common, and where a pass has many tokens (the prompt).
+
+Modules that read one tensor (q, k, v) could have one first product. On CPUs that was slower than three: what it saves in products
+goes into cutting the result up.
 
 Shapes: b batch, t tokens, r rank, R sum of the ranks of all adapters in a module, w the most columns that one row has.
 """
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, prod
@@ -23,8 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from gatewise.fast.direct import Run
+
 _SPARE = 16
-"""So many products with foreign weights cost about as much as reading a weight of one's own from memory."""
+"""So many products with foreign weights are taken to cost as much as reading a weight of one's own from memory."""
+_SPARE_ON_CPU = 3
+"""As measured with 8 rows on 2 cores: 32 columns joined take as long as 8 columns by row."""
+
+# Faster than .to(dtype), which reads its arguments first.
+_TO = {torch.bfloat16: Tensor.bfloat16, torch.float16: Tensor.half}
 
 
 @dataclass(frozen=True)
@@ -107,16 +116,11 @@ class Request:
     def __init__(self, batch: int | None = None) -> None:
         self.batch = batch
         self._layouts: dict[tuple[object, ...], Layout] = {}
-        self._newest: Gathered | None = None
-        self._read: Callable[[], Tensor | None] = _nothing
 
-    def gather(self, parts: Sequence[Part], x: Tensor, result: Tensor, in_place: bool = False) -> "Gathered":
-        """The parts of a module (at least one) as they stand now, in the precision of its base module's output.
-
-        The first pass of a request gathers module by module, and modules that are given the same tensor share it from then on.
+    def gather(self, parts: Sequence[Part], result: Tensor, in_place: bool = False) -> "Gathered":
+        """The parts of a module (at least one) as they stand now, for outputs like its base module's.
 
         Args:
-            x: (b, ..., d_in), what the module was given.
             result: (b, ..., d_out), what its base module made of it.
             in_place: sums may be written into the ``result`` of every step, because nobody else holds it.
         """
@@ -133,13 +137,7 @@ class Request:
                 weight = layout.gated(parts)
                 if len(weight) == 1 or bool((weight == weight[:1]).all()):  # one row, or one gate for all
                     second, weight = second * weight[0], None
-        factors = first.to(result.dtype), second.to(result.dtype)
-        made = Gathered(*factors, alpha, None if weight is None else weight.to(result.dtype), layout, in_place)
-        before = self._newest if self._read() is x else None
-        if before is not None:
-            before.share_with(made, x)
-        self._newest, self._read = made, weakref.ref(x)
-        return made
+        return Gathered(first, second, alpha, weight, layout, result, in_place)
 
     def _layout(self, parts: Sequence[Part], device: torch.device) -> Layout:
         """The same for all modules with the same adapters and ranks."""
@@ -152,49 +150,105 @@ class Request:
 class Gathered:
     """The adapters of one module for one request.
 
+    Its products are joined or by row, whichever costs less in passes of one token a row, which is what steps are. Where they are
+    joined, a longer pass (the prompt) may still go by row, with copies that are not kept.
+
     Args:
         first: A (R, d_in) of all of them.
         second: B (d_out, R).
         alpha: a factor of the sum.
         weight: (b, R), gates in the columns that a row has and zeros in the others. None: every row has all columns as they are.
         layout: there if ``weight`` is.
+        result: what the base module made.
+        in_place: sums may be written into it.
 
     Attributes:
-        place: its number among the modules that share its input.
+        dtype: of the base module's output.
+        first: A, joined (R, d_in) or by row (b, w, d_in), in the precision of the products.
+        weight: (b, 1, R), where there is one and the products are joined.
     """
 
     def __init__(
-        self, first: Tensor, second: Tensor, alpha: float, weight: Tensor | None, layout: Layout | None, in_place: bool
+        self,
+        first: Tensor,
+        second: Tensor,
+        alpha: float,
+        weight: Tensor | None,
+        layout: Layout | None,
+        result: Tensor,
+        in_place: bool,
     ) -> None:
-        self.first, self.second, self.dtype, self.weight = first, second, first.dtype, weight
-        self._transposed, self._alpha, self._layout, self._in_place = second.t(), alpha, layout, in_place
-        self._rows: tuple[Tensor, Tensor] | None = None
-        self._shared: SharedInput | None = None
-        self.place = 0
-        self._longest = inf
-        if weight is not None:
-            self._longest = self._longest_joined(cast(Layout, layout))
+        self.dtype, inner = result.dtype, _inner(result)
+        # The sum is an operation of its own then, which takes no factor.
+        self._back = _TO[self.dtype] if inner != self.dtype else None
+        if self._back is not None:
+            second, alpha = second * alpha, 1.0
+        self.first, self._second = first.to(inner), second.to(inner).t().contiguous()
+        self.weight = None if weight is None else weight.to(inner)[:, None]
+        self._alpha, self._layout, self._in_place = alpha, layout, in_place
+        self._longest = inf if layout is None or weight is None else self._longest_joined(layout)
+        if self._longest < 1:
+            self.first, self._second = self._by_row()
+            self.weight = None
 
     def add(self, x: Tensor, result: Tensor) -> Tensor:
-        """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added, rounded once where they are joined."""
-        if self.weight is not None and _tokens(x) > self._longest:
-            return self._add_by_row(x, result)
-        ranks = self.ranks(x) if self._shared is None else self._shared.ranks(self, x)
-        if self._in_place and result.is_contiguous():
-            result.view(-1, result.shape[-1]).addmm_(ranks, self._transposed, alpha=self._alpha)
-            return result
-        return torch.addmm(result.flatten(0, -2), ranks, self._transposed, alpha=self._alpha).view(result.shape)
+        """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added."""
+        second = self._second
+        if self._longest is not inf and _tokens(x) > self._longest >= 1:
+            first, second = self._by_row()
+            ranks = _ranks(x, first, None)
+        else:
+            ranks = _ranks(x, self.first, self.weight)
+        if self._back is None:
+            return self._add_product(ranks, second, result)
+        delta = self._back(torch.matmul(ranks, second))
+        if delta.ndim != result.ndim:
+            delta = delta.view(result.shape)
+        return result.add_(delta) if self._in_place and result.is_contiguous() else result + delta
 
-    def ranks(self, x: Tensor) -> Tensor:
-        """A x of every token, weighted: (b · t, R)."""
-        return _ranks(x, self.first, self.weight)
+    def step(self, base: Run, otherwise: Run, shape: torch.Size) -> Run:
+        """What the module runs for one more token a row: base(x) and these products, with one look at whether that is right.
 
-    def share_with(self, other: "Gathered", x: Tensor) -> None:
-        """This module and the other were both given x: in later passes they have one first product."""
-        if (self.weight is None) is (other.weight is None) and self.dtype == other.dtype:
-            self._shared = self._shared or SharedInput(self, x)
-            if self._shared.join(other):
-                other._shared = self._shared
+        Where the sum is part of the second product, that is not written out, and ``otherwise`` is returned.
+
+        Args:
+            base: the base module.
+            otherwise: what the module runs in other passes.
+            shape: (b, t, d_in), of what it was given in one.
+        """
+        back, dtype, first, second, weight = self._back, self.dtype, self.first, self._second, self.weight
+        if back is None or not self._in_place or len(shape) != 3:
+            return otherwise
+        product: Callable[[Tensor, Tensor], Tensor] = linear
+        if first.ndim == 3:
+            product, first = torch.bmm, first.mT
+        one_token = torch.Size((shape[0], 1, shape[2]))
+        # Local names: what a step touches has left the processor's cache since the step before, name by name.
+        matmul, is_grad_enabled, float32 = torch.matmul, torch.is_grad_enabled, Tensor.float
+
+        def run(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+            if x.shape != one_token or is_grad_enabled() or args or kwargs:
+                return otherwise(x, *args, **kwargs)
+            result = base(x)
+            if result.dtype is not dtype:
+                return otherwise(x)
+            ranks = product(float32(x), first)
+            if weight is not None:
+                ranks.mul_(weight)
+            return result.add_(back(matmul(ranks, second)))
+
+        return run
+
+    def _add_product(self, ranks: Tensor, second: Tensor, result: Tensor) -> Tensor:
+        """The product with B and the sum in one operation."""
+        into = self._in_place and result.is_contiguous()
+        if second.ndim == 3:
+            wide = result.reshape(len(result), -1, result.shape[-1])
+            total = (wide.baddbmm_ if into else wide.baddbmm)(ranks, second, alpha=self._alpha)
+        else:
+            flat = result.view(-1, result.shape[-1]) if into else result.flatten(0, -2)
+            total = (flat.addmm_ if into else flat.addmm)(ranks.reshape(len(flat), -1), second, alpha=self._alpha)
+        return result if into else total.view(result.shape)
 
     def _longest_joined(self, layout: Layout) -> float:
         """How many tokens a row may have to be cheaper joined than by row, if zero times something foreign is zero at all.
@@ -202,78 +256,18 @@ class Gathered:
         It is not where the foreign product overflows, or where somebody's adapter is broken, who must not break the others' rows.
         """
         if not layout.complete:
-            total = self.first.sum(dtype=torch.float32) + self.second.sum(dtype=torch.float32)
-            if self.dtype == torch.float16 or not total.isfinite():
+            total = self.first.sum(dtype=torch.float32) + self._second.sum(dtype=torch.float32)
+            if self.first.dtype == torch.float16 or not total.isfinite():
                 return 0
-        return _SPARE * layout.columns.shape[1] / layout.foreign if layout.foreign else inf
-
-    def _add_by_row(self, x: Tensor, result: Tensor) -> Tensor:
-        rows = self._rows or self._by_row()
-        if _tokens(x) == 1:  # this is how steps run; a prompt is read once
-            self._rows = rows
-        flat = result.reshape(len(result), -1, result.shape[-1])
-        ranks = torch.bmm(x.to(self.dtype).reshape(len(x), -1, x.shape[-1]), rows[0])
-        return torch.baddbmm(flat, ranks, rows[1], alpha=self._alpha).view(result.shape)
+        spare = _SPARE_ON_CPU if self.first.device.type == "cpu" else _SPARE
+        return spare * layout.columns.shape[1] / layout.foreign if layout.foreign else inf
 
     def _by_row(self) -> tuple[Tensor, Tensor]:
-        """(b, d_in, w) and (b, w, d_out): copies of every row's own columns, with its gates in the second."""
+        """(b, w, d_in) and (b, w, d_out): copies of every row's own columns, with its gates in the second."""
         columns, weight = cast(Layout, self._layout).columns, cast(Tensor, self.weight)
-        gates = pad(weight, (0, 1)).gather(1, columns)
-        first = pad(self.first, (0, 0, 0, 1))[columns].transpose(1, 2)
-        return first, pad(self._transposed, (0, 0, 0, 1))[columns] * gates[..., None]
-
-
-class SharedInput:
-    """Modules that are given one tensor: whichever runs first in a pass computes A x for all of them.
-
-    Holds their factors and not the modules, which hold it: in a cycle, all would outlive their request.
-
-    Args:
-        member: the first of them.
-        x: what they were given in the request's first pass, in which they are still being found.
-    """
-
-    def __init__(self, member: Gathered, x: Tensor) -> None:
-        self._firsts, self._weights = [member.first], [member.weight]
-        self._finding = weakref.ref(x)
-        self._first: Tensor | None = None
-        self._weight: Tensor | None = None
-        self._x: Tensor | None = None
-        self._version = 0
-        self._ranks: tuple[Tensor, ...] = ()
-
-    def join(self, member: Gathered) -> bool:
-        """Adds one of the modules, unless the product has been prepared already without it."""
-        if self._first is not None:
-            return False
-        member.place = len(self._firsts)
-        self._firsts.append(member.first)
-        self._weights.append(member.weight)
-        return True
-
-    def ranks(self, member: Gathered, x: Tensor) -> Tensor:
-        """A x of this module: (b · t, R), maybe a slice of a wider tensor."""
-        if x.is_inference() or self._finding() is x:
-            return member.ranks(x)
-        if self._first is None:
-            self._stack()
-        member.first = self._firsts[member.place]  # not kept twice
-        # The same tensor is the same input only while nobody has written into it, which inference tensors cannot tell.
-        version = x._version
-        if self._x is not x or self._version != version:
-            ranks = _ranks(x, cast(Tensor, self._first), self._weight)
-            self._ranks = ranks.split([len(one) for one in self._firsts], dim=1)
-            self._x, self._version = x, version
-        mine = self._ranks[member.place]
-        if member.place == len(self._firsts) - 1:
-            self._x, self._ranks = None, ()
-        return mine
-
-    def _stack(self) -> None:
-        self._first = torch.cat(self._firsts)
-        if self._weights[0] is not None:
-            self._weight = torch.cat(cast(list[Tensor], self._weights), dim=1)
-        self._firsts, self._weights = list(self._first.split([len(one) for one in self._firsts])), []
+        gates = pad(weight[:, 0], (0, 1)).gather(1, columns)
+        first, second = (pad(one, (0, 0, 0, 1))[columns] for one in (self.first, self._second))
+        return first, second * gates[..., None]
 
 
 def is_plain(dropout: nn.Module, first: nn.Module, second: nn.Module, x: Tensor) -> bool:
@@ -294,8 +288,14 @@ def is_plain(dropout: nn.Module, first: nn.Module, second: nn.Module, x: Tensor)
     )
 
 
-def _nothing() -> None:
-    return None
+def _inner(result: Tensor) -> torch.dtype:
+    """The precision of the products beside a base module's output.
+
+    It is the output's, but for half precision on CPUs: their libraries take five times as long to begin a small product in
+    bfloat16 as one in float32. Autocast has decided already.
+    """
+    is_half = result.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if is_half and result.device.type == "cpu" and not torch.is_autocast_enabled("cpu") else result.dtype
 
 
 def _tokens(x: Tensor) -> int:
@@ -303,10 +303,16 @@ def _tokens(x: Tensor) -> int:
 
 
 def _ranks(x: Tensor, first: Tensor, weight: Tensor | None) -> Tensor:
-    ranks = linear(x if x.dtype == first.dtype else x.to(first.dtype), first)
+    """A x, weighted: (b, ..., R) joined, (b, t, w) by row."""
+    dtype = first.dtype
+    if x.dtype is not dtype:
+        x = x.float() if dtype is torch.float32 else x.to(dtype)
+    if first.ndim == 3:
+        return torch.bmm(x if x.ndim == 3 else x.reshape(len(x), -1, x.shape[-1]), first.mT)
+    ranks = linear(x, first)
     if weight is not None:
-        ranks.mul_(weight.view(len(weight), *[1] * (x.ndim - 2), -1))
-    return ranks.view(-1, len(first))
+        ranks.mul_(weight if x.ndim == 3 else weight.view(len(weight), *[1] * (x.ndim - 2), -1))
+    return ranks
 
 
 def _joined(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:

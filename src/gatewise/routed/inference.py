@@ -7,20 +7,19 @@ module from then on. For one that is kept, the A and B of all adapters that keep
 Shapes: b batch, n rows of one adapter, t tokens, d_in and d_out sizes of a linear module.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from gatewise.fast import products
+from gatewise.fast.direct import Detours, Run, direct
 from gatewise.fast.products import Gathered, Part, is_plain
 
 if TYPE_CHECKING:
     from gatewise.routed.layer import RoutedLinear, Share
     from gatewise.routed.request import Request
-
-Run = Callable[..., Tensor]
 
 
 class Running:
@@ -51,6 +50,7 @@ class Prepared:
     Attributes:
         runs: by module. Layers are added when they first run.
         complete: all layers have been.
+        detours: ways past the modules, made when they are first gone.
     """
 
     def __init__(self, request: "Request", era: int) -> None:
@@ -69,15 +69,22 @@ class Prepared:
         """One layer's modules, by path, and what was decided for them."""
         for name, module in modules.items():
             shares = parts.get(name)
-            self.runs[module] = Kept(module, shares, self.request, self._products) if shares else module.base_layer
+            self.runs[module] = (
+                Kept(module, shares, self.request, self._products) if shares else direct(cast(nn.Module, module.base_layer))
+            )
 
     def refresh(self, era: int) -> None:
         """Weights are read anew if they have changed, by the same decision."""
         if era != self._era or any(isinstance(run, Kept) and run.is_stale() for run in self.runs.values()):
             self._begin(era)
 
+    def steps(self) -> dict[nn.Module, Run]:
+        """What each module runs for one more token a row, once all have run."""
+        return {module: run.step() if isinstance(run, Kept) else run for module, run in self.runs.items()}
+
     def _begin(self, era: int) -> None:
         self.runs: dict[nn.Module, Run] = {}
+        self.detours: Detours | None = None
         self.complete, self._era, self._products = False, era, products.Request(self.request.batch)
 
 
@@ -91,16 +98,26 @@ class Kept:
     def __init__(self, layer: "RoutedLinear", shares: "tuple[Share, ...]", request: "Request", gathering: products.Request) -> None:
         self._layer, self._shares, self._gathering = layer, shares, gathering
         self._batch, self._groups = request.batch, request.groups
-        self._base: nn.Module = layer.base_layer
+        self._base = direct(cast(nn.Module, layer.base_layer))
         self._gathered: Gathered | None = None
         self._dtype: torch.dtype | None = None
         self._read: list[tuple[dict[str, nn.Parameter | None], Tensor, object]] = []
         self._scalings: list[tuple[str, float]] = []
+        self._shape = torch.Size()
 
     def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """base(x) and what was decided: (b, ..., d_out) from (b, ..., d_in), or both with b · t in front."""
         result: Tensor = self._base(x, *args, **kwargs)
-        layer = self._layer
+        gathered, layer = self._gathered, self._layer
+        # One look at everything that is as it was in the step before, for this runs once a module and step.
+        if (
+            gathered is not None
+            and x.shape[0] == self._batch
+            and result.dtype is self._dtype
+            and not torch.is_grad_enabled()
+            and not layer._disable_adapters
+        ):
+            return gathered.add(x, result)
         if layer.disable_adapters:
             return result
         batch = self._batch
@@ -115,6 +132,10 @@ class Kept:
             return layer.with_shares(x, result, self._shares, batch, layer.running.tokens)
         total = self._gathered.add(rows, ours)
         return total.flatten(0, 1) if flattened else total
+
+    def step(self) -> Run:
+        """What it comes to for one more token a row."""
+        return self if self._gathered is None else self._gathered.step(self._base, self, self._shape)
 
     def is_stale(self) -> bool:
         """Whether weights or scaling are no longer those that were gathered."""
@@ -136,8 +157,9 @@ class Kept:
             parts.append(Part(first.weight, second.weight, scaling, None if everywhere else rows, share.gate))
             self._read += [(one._parameters, one.weight, _version(one.weight)) for one in (first, second)]
             self._scalings.append((share.adapter, scaling))
+        self._shape = x.shape
         # A hook may have kept what the base module made.
-        self._gathered = self._gathering.gather(parts, x, result, in_place=not self._base._forward_hooks)
+        self._gathered = self._gathering.gather(parts, result, in_place=not cast(nn.Module, layer.base_layer)._forward_hooks)
 
 
 def _version(weight: Tensor) -> object:

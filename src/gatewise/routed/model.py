@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gatewise.errors import GatewiseError
+from gatewise.fast.direct import places
+from gatewise.fast.head import side_by_side
 from gatewise.losses import LossKind, loss_kind
 from gatewise.routed.balance import with_balance
 from gatewise.routed.block import BlockDecision, BlockRouting, install, uninstall
@@ -140,7 +142,7 @@ class RoutedLoraModel(LoraModel):
         self._enabled = enabled
 
     def _refresh(self) -> None:
-        self._tracker.adapters_changed()
+        self._tracker.adapters_changed(places(self.model, lambda module: isinstance(module, RoutedLinear)))
         for layer, block in zip(self._stack.layers, self._blocks, strict=True):
             block.refresh(layer, self.peft_config)
 
@@ -197,6 +199,7 @@ class RoutedLoraModel(LoraModel):
             mask = kwargs.get("attention_mask")
             width = given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else None
             stack.enter_context(self._tracker.call(Call(names, width, mask if isinstance(mask, Tensor) else None)))
+            stack.enter_context(side_by_side(self.model))
             yield
 
     def _check_names(self, names: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 
 from gatewise.calls import CallTracker, cache_of, cached_tokens, fitted, seen_by_the_last_token
 from gatewise.errors import GatewiseError
+from gatewise.fast.direct import Detours, Places
 from gatewise.losses import IGNORED, LossKind, before_first
 from gatewise.routed.inference import Prepared, Running
 
@@ -135,12 +136,15 @@ class RequestTracker(CallTracker):
         self._thread: int | None = None
         self._checked: Prepared | None = None
         self._era, self._deleted = 0, dict[str, int]()
+        self._places: Places = {}
+        self._open: Detours | None = None
         self._warned = False
         super().__init__(watched, "routed adapters")
 
-    def adapters_changed(self) -> None:
-        """Requests that go on read their weights anew."""
+    def adapters_changed(self, places: Places) -> None:
+        """Requests that go on read their weights anew, and modules are in new places."""
         self._era += 1
+        self._places = places
 
     def forget(self, adapter: str) -> None:
         """An adapter is deleted: requests that it serves cannot go on, and there is no last one any more if it served that."""
@@ -178,6 +182,9 @@ class RequestTracker(CallTracker):
     def _close(self) -> None:
         self._opened_by, self.current, self._arguments = None, None, {}
         self.running.clear()
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         place = self._place(module)
@@ -229,6 +236,9 @@ class RequestTracker(CallTracker):
                 self._refresh(prepared)
             running.is_settled = prepared.complete or not groups
             self.running.runs, self.running.alone, self.running.tokens = prepared.runs, not groups, tokens
+            if running.is_settled and groups:
+                self._open = prepared.detours = prepared.detours or Detours(self._places, prepared.steps())
+                self._open.open()
         elif is_trained:
             self._era += 1  # weights may be trained next, by optimisers that leave no trace on them
         return running
@@ -237,6 +247,7 @@ class RequestTracker(CallTracker):
         """At the first of its passes in a call: looking at all weights takes as long as some of their products."""
         if self._thread is None or self._checked is not prepared:
             prepared.refresh(self._era)
+            prepared.detours = None  # hooks may have come or gone
             self._checked = prepared if self._thread is not None else None
 
     def _groups(self, batch: int) -> Groups:
