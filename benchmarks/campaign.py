@@ -1,9 +1,13 @@
 """What the comparisons of methods share: a command line, and a JSON-lines file of runs that can be stopped and started at will."""
 
 import argparse
+import fcntl
 import json
 import statistics
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +47,31 @@ def campaign(
     if not options.report:
         if options.data_dir is None:
             parser.error("--data-dir is needed: the folder with a folder for each task")
-        done = {(run["task"], run["method"], run["seed"]) for run in read(options.results)}
-        for seed in options.seeds:
-            for task in options.tasks:
-                for method in options.methods:
-                    if (task, method, seed) in done:
-                        continue
-                    print(f"{task} {method} seed {seed}", flush=True)
-                    run = one_run(task, method, seed, options.data_dir)
-                    append(run, options.results)
-                    print(f"  {tell(run)}", flush=True)
+        for seed, task, method in product(options.seeds, options.tasks, options.methods):
+            key = (task, method, seed)
+            with claimed(key, options.results) as free:
+                # Asked once the run is claimed: another process may have ended it just now.
+                if not free or any((run["task"], run["method"], run["seed"]) == key for run in read(options.results)):
+                    continue
+                print(f"{task} {method} seed {seed}", flush=True)
+                run = one_run(task, method, seed, options.data_dir)
+                append(run, options.results)
+                print(f"  {tell(run)}", flush=True)
     report(read(options.results), options.plot)
+
+
+@contextmanager
+def claimed(key: Sequence[Any], results: Path) -> Iterator[bool]:
+    """Whether this process may do the run: the lock of one that does it already is let go of by the system when that ends."""
+    folder = Path(tempfile.gettempdir()) / f"{results.stem}-claims"
+    folder.mkdir(exist_ok=True)
+    with (folder / "-".join(map(str, key))).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def read(results: Path) -> list[Run]:

@@ -18,18 +18,16 @@ processes may share it.
 """
 
 import argparse
-import fcntl
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from benchmark_data import load_task, shuffled
-from campaign import RESULTS, append, read, spread
+from campaign import RESULTS, append, claimed, read, spread
 
 COMMON: dict[str, Any] = {
     "num_prompt_tokens": 10,
@@ -241,26 +239,12 @@ def arguments(folder: str, seed: int, s: dict[str, Any]) -> Any:
 # The campaign ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def claimed(key: dict[str, Any], results: Path) -> Iterator[bool]:
-    """Whether this process may do the run: the lock of one that does it already is let go of by the system when that ends."""
-    folder = Path(tempfile.gettempdir()) / f"{results.stem}-claims"
-    folder.mkdir(exist_ok=True)
-    with (folder / "-".join(str(key[name]) for name in KEY)).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def campaign(keys: Iterable[dict[str, Any]], data_dir: Path, results: Path, steps: int | None) -> None:
     """Does the runs that nobody has done or is doing."""
     from gatewise.models.convert import quiet
 
     for key in keys:
-        with claimed(key, results) as free:
+        with claimed([key[name] for name in KEY], results) as free:
             # Asked once the run is claimed: another process may have ended it just now.
             if not free or any(all(run[name] == key[name] for name in KEY) for run in read(results)):
                 continue
