@@ -2,7 +2,9 @@
 
 PEFT's LoRA, DoRA and mixed batch, the same LoRA under ``gatewise.fast_lora``, and MiLoRA at k = 1, 2, 3, 7; one row and eight; one
 adapter for all rows and a different one for each; one beam and three. Prompts are 64 tokens of the sample data, 64 new tokens are
-forced. All adapters are on the seven linear modules of every layer, with random weights as large as trained ones'.
+forced. All adapters are on the seven linear modules of every layer, with random weights as large as trained ones'. Their routers
+are random too, so that eight adapters agree on nothing and nearly every module is kept by one of them, the worst case; "alike" is
+the best one, where all choose the same modules.
 
 The bare base runs before and after every two methods, whose order changes with every repeat, and a method's figure is the ratio to
 the mean of the two runs around it, so that the machine's drift falls on both. Lines are written as they come, and a run that was
@@ -53,7 +55,8 @@ class Setting:
 
 
 SETTINGS = [Setting(batch, adapters, beams) for batch, adapters in ((1, 1), (8, 1), (8, EIGHT)) for beams in (1, 3)]
-METHODS = ("PEFT LoRA", "PEFT DoRA", "fast LoRA", *(f"MiLoRA k={k}" for k in KEPT))
+ALIKE = "MiLoRA k=3 alike"
+METHODS = ("PEFT LoRA", "PEFT DoRA", "fast LoRA", *(f"MiLoRA k={k}" for k in KEPT), ALIKE)
 
 
 class FirstToken(StoppingCriteria):
@@ -85,11 +88,12 @@ class Bench:
         if method == "base":
             return base
         if method == "PEFT DoRA":
-            return ready(get_peft_model(base, LoraConfig(use_dora=True, lora_alpha=16, **common), adapter_name="a0"))
+            return ready(get_peft_model(base, LoraConfig(use_dora=True, lora_alpha=16, **common), adapter_name="-0"))
         if method == "LoRA":
-            configs = {f"a{number}": LoraConfig(lora_alpha=16, **common) for number in range(EIGHT)}
+            configs = {f"-{number}": LoraConfig(lora_alpha=16, **common) for number in range(EIGHT)}
         else:
-            configs = {f"k{k}a{number}": RoutedLoraConfig(top_k=k, **common) for k in KEPT for number in range(EIGHT)}
+            configs = {f"{k}-{number}": RoutedLoraConfig(top_k=k, **common) for k in KEPT for number in range(EIGHT)}
+            configs |= {f"alike-{number}": RoutedLoraConfig(top_k=3, **common) for number in range(EIGHT)}
         first, *others = configs.items()
         model = get_peft_model(base, first[1], adapter_name=first[0])
         for name, config in others:
@@ -105,15 +109,15 @@ class Bench:
         width = self.options.prompt
         return torch.stack([ids[begin : begin + width] for begin in range(0, EIGHT * width, width)]).to(self.options.device)
 
-    def run(self, method: str, setting: Setting, tokens: int) -> tuple[float, float]:
-        """Seconds until the first new token, and of the others."""
+    def run(self, method: str, setting: Setting, tokens: int) -> tuple[float, float, int | None]:
+        """Seconds until the first new token, and of the others; and how many modules any row kept, where rows choose."""
         kind = "MiLoRA" if method.startswith("MiLoRA") else "LoRA" if method in ("PEFT LoRA", "fast LoRA") else method
         model, more = self.model(kind), {}
         if method != "base":
-            prefix = f"k{method.split('=')[1]}a" if kind == "MiLoRA" else "a"
+            prefix = "" if kind != "MiLoRA" else "alike" if method == ALIKE else method.split("=")[1]
             if setting.adapters > 1:
-                more["adapter_names"] = [f"{prefix}{row % setting.adapters}" for row in range(setting.batch)]
-            model.set_adapter(f"{prefix}0")
+                more["adapter_names"] = [f"{prefix}-{row % setting.adapters}" for row in range(setting.batch)]
+            model.set_adapter(f"{prefix}-0")
         ids, first = self.prompts()[: setting.batch], FirstToken()
         fixed = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "num_beams": setting.beams}
         with fast_lora(model) if method == "fast LoRA" else nullcontext():
@@ -126,7 +130,8 @@ class Bench:
             ended = time.perf_counter()
         assert made.shape[1] == ids.shape[1] + tokens
         assert first.at is not None
-        return first.at - began, ended - first.at
+        kept = int((model.routing().gates > 0).any(dim=0).sum()) if kind == "MiLoRA" else None
+        return first.at - began, ended - first.at, kept
 
     def measure(self, setting: Setting, methods: list[str]) -> Iterator[dict[str, Any]]:
         """Runs base, two methods, base, two methods, ... base."""
@@ -137,18 +142,21 @@ class Bench:
         for begin in range(0, len(methods), 2):
             seconds = {method: self.run(method, setting, tokens) for method in methods[begin : begin + 2]}
             after = self.run("base", setting, tokens)
-            for method, (first, rest) in seconds.items():
-                yield {"method": method, "first": first, "rest": rest, "base_first": [before[0], after[0]]} | {
-                    "base_rest": [before[1], after[1]]
+            for method, (first, rest, kept) in seconds.items():
+                yield {
+                    **{"method": method, "kept": kept, "first": first, "rest": rest},
+                    **{"base_first": [before[0], after[0]], "base_rest": [before[1], after[1]]},
                 }
             before = after
 
 
 def ready(model: PeftModel) -> PeftModel:
-    """B random and small, in evaluation mode, without gradients."""
+    """B random and small, in evaluation mode, without gradients; routers that are alike cannot tell prompts apart."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
+        elif "lora_router.alike" in name and name.endswith("weight"):
+            torch.nn.init.zeros_(parameter)
     return model.eval().requires_grad_(False)
 
 
@@ -176,7 +184,8 @@ def measure(options: argparse.Namespace) -> None:
             methods = [
                 method
                 for method in METHODS
-                if key_of(line | {"method": method}) not in done and (method, setting.adapters) != ("PEFT DoRA", EIGHT)
+                if key_of(line | {"method": method}) not in done
+                and (setting.adapters == EIGHT if method == ALIKE else method != "PEFT DoRA" or setting.adapters == 1)
             ]
             random.Random(repeat).shuffle(methods)
             if not methods or (options.only and str(setting) not in options.only):
@@ -212,7 +221,8 @@ def report(lines: list[dict[str, Any]]) -> None:
                 if mine:
                     name = "PEFT mixed batch" if (method, setting.adapters) == ("PEFT LoRA", EIGHT) else method
                     whole, steps = spread(mine, ("first", "rest")), spread(mine, ("rest",))
-                    print(f"    {name:<18} {whole}   {steps}   {len(mine)} repeats")
+                    kept = f", {mine[0]['kept']} modules in use" if mine[0]["kept"] else ""
+                    print(f"    {name:<18} {whole}   {steps}   {len(mine)} repeats{kept}")
 
 
 def spread(lines: list[dict[str, Any]], parts: tuple[str, ...]) -> str:
