@@ -30,7 +30,7 @@ from campaign import append, campaign, read, spread
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "mdt"
-# What every recipe has in common; "language" what depends on the model.
+# Changes of the recipes: of all, of a language's, of a method's.
 SETTINGS: dict[str, Any] = {
     "dtype": "bfloat16",
     "peft.r": 16,
@@ -42,6 +42,7 @@ SETTINGS: dict[str, Any] = {
 }
 LANGUAGES: dict[str, dict[str, Any]] = {"en": {"model": "smollm2-135m-instruct"}, "zh": {"model": "gemma3-270m"}}
 ROUNDS: dict[str, Any] = {"allocation.rounds": 3, "allocation.first_round": 2.0, "allocation.recover": 0.5}
+# Each named for its recipe; a variant has more after it, such as "lora-long": {"training.epochs": 16}.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     # Exact ablation of all 3360 ranks would take longer than the training.
@@ -107,7 +108,8 @@ def train_once(
     rows = {split: folder / "rows" / f"{split}.jsonl" for split in files}
     own = {"seed": seed, "data.train": str(rows["train"]), "data.dev": str(rows["dev"]), "data.limit_dev": 2, **settings}
     changes = [f"{key}={json.dumps(value)}" for key, value in own.items()]
-    recipe = load_recipe(ROOT / "recipes" / f"mdt-{method}.yaml", changes)
+    base = next(name for name in ("pi-lora", "alora", "lora") if method == name or method.startswith(f"{name}-"))
+    recipe = load_recipe(ROOT / "recipes" / f"mdt-{base}.yaml", changes)
     output, ended = folder / "run", folder / "trained.json"
     if ended.is_file():
         if load_recipe(output / "recipe.yaml") != recipe:
@@ -251,7 +253,7 @@ def _trained_line(method: str, group: list[dict[str, Any]]) -> str:
     size, minutes = (statistics.mean(run[key] for run in group) for key in ("parameters", "training_seconds"))
     loss, tokens = (spread([run[key] for run in group], 4) for key in ("loss", "token_accuracy"))
     return (
-        f"  {method:8} loss {loss}   token accuracy {tokens}   {size / 1e6:.2f}M parameters   {minutes / 60:.0f} core minutes of"
+        f"  {method:12} loss {loss}   token accuracy {tokens}   {size / 1e6:.2f}M parameters   {minutes / 60:.0f} core minutes of"
         f" training   seeds {len(group)}"
     )
 
@@ -261,7 +263,7 @@ def _decoding_line(decoding: str, group: list[dict[str, Any]]) -> str:
     shown = "   ".join(f"{name} {spread([one[name] for one in metrics], 3)}" for name in SHOWN)
     malformed = spread([one["malformed"] / one["n"] for one in metrics], 2)
     minutes = statistics.mean(one["seconds"] for one in group) / 60
-    return f"    {decoding:12} {shown}   malformed {malformed}   {minutes:.1f} core minutes"
+    return f"    {decoding:11} {shown}   malformed {malformed}   {minutes:.1f} core minutes"
 
 
 def _plot(best: list[tuple[str, dict[str, dict[str, float]]]], out: Path) -> None:
