@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gatewise.cli_options import BaseOption, JsonOption
+from gatewise.cli_review import review
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -305,6 +306,9 @@ def evaluate(
         console.print(f"records: {values['n']}, of which nothing could be read for {values['failed']}")
     if errors:
         _show_errors(console, values["errors"])
+
+
+mdt_app.command()(review)
 
 
 def _show_errors(console: Console, counts: dict[str, dict[str, int]]) -> None:
