@@ -4,6 +4,7 @@ It needs a Chromium that is installed on this machine (or named in GATEWISE_CHRO
 downloaded. GATEWISE_SCREENSHOTS names a folder for pictures of the page, of which `docs/` has two.
 """
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, read_trees, sample
@@ -99,7 +101,8 @@ class Review:
 
     def shot(self, name: str, **more: Any) -> None:
         if folder := os.environ.get("GATEWISE_SCREENSHOTS"):
-            self.page.screenshot(path=Path(folder) / f"{name}.png", **more)
+            picture = Image.open(io.BytesIO(self.page.screenshot(**more)))
+            picture.quantize(128, dither=Image.Dither.NONE).save(Path(folder) / f"{name}.png", optimize=True)
 
     # ---- what is on the page ----
 
@@ -172,14 +175,14 @@ def test_load_extract_correct_save_reload(review: Callable[..., Review], tmp_pat
     assert page.locator("#tree .node").count() == len(first.tree.nodes)
     assert page.is_visible("text=the output was brought to a close before its end")
     here.validity("some phrases are not in the text")
-    here.shot("extracted")
-
     # The wrong phrase, set by selecting the right one in the text.
     page.click("#validity button")
     assert page.input_value("#object-0") == "paracetamol"
     assert page.is_visible("#editor >> text=not in the text")
     right = first.tree.nodes[1].triples[0].object
     select_in_text(page, right)
+    page.evaluate("document.getElementById('said').textContent = ''")
+    here.shot("review")
     page.click("#take-object-0")
     here.validity("every phrase is in the text")
     assert page.input_value("#object-0") == right
@@ -377,7 +380,7 @@ def test_on_a_small_screen(review: Callable[..., Review]) -> None:
     here.node(2).click()
     here.page.locator("#object-0").scroll_into_view_if_needed()
     assert here.page.is_visible("#object-0")
-    here.shot("small", full_page=True)
+    here.shot("review_small", full_page=True)
 
 
 def test_controls_have_names(review: Callable[..., Review]) -> None:

@@ -92,7 +92,7 @@ function part(id, label, value, absent, send, phrase) {
     onclick: () => phrase() && send(phrase()),
   });
   return element("div", { class: absent ? "part absent" : "part" },
-    element("label", { for: id, text: label }), input, take,
+    element("label", { for: id, text: label }), take, input,
     absent && element("p", { class: "warn", id: `${id}-absent`, text: "! not in the text" }));
 }
 
