@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 16,
     "steps": 80,  # a task
-    "batch_size": 16,
+    "batch_size": 8,
     "learning_rate": 5e-4,
     "warmup_steps": 8,
     "validation_rows": 64,
