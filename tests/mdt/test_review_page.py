@@ -383,6 +383,25 @@ def test_on_a_small_screen(review: Callable[..., Review]) -> None:
     here.shot("review_small", full_page=True)
 
 
+def test_the_page_speaks_chinese(review: Callable[..., Review]) -> None:
+    here = review(slow=0.01)
+    page = here.page
+    page.select_option("#language", "zh")
+    sync_api.expect(page.locator("#save")).to_have_text("保存")
+    add(here, "高血压患者@若血压仍高，加用氨氯地平。")
+    sync_api.expect(page.locator("#title")).to_have_text("第 1 段")
+    page.click("#extract")
+    here.wait_state("待审核")
+    page.click("#kind-C")
+    here.validity("还不是有效的决策树")
+    left = page.evaluate(
+        """() => [...document.querySelectorAll("button,label,legend,h1,h2,h3,summary")].filter(one => one.offsetParent)
+          .map(one => one.innerText).filter(text => /[a-z]{3}/.test(text))"""
+    )
+    assert left == []
+    here.shot("review_chinese")
+
+
 def test_controls_have_names(review: Callable[..., Review]) -> None:
     """What a screen reader would say of every control."""
     here = review("sample:guidelines")

@@ -2,10 +2,12 @@
 
 import base64
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +128,19 @@ def test_what_a_form_of_another_page_could_send_is_refused(call: Caller) -> None
         assert call("/api/save", {}, Content_Type=kind)[0] == 415
     assert call("/api/save", {}, Content_Type="application/json; charset=utf-8")[0] == 200
     assert call("/api/save")[0] == 404  # not by GET
+
+
+def test_all_words_of_the_page_are_there_in_chinese() -> None:
+    folder = resources.files("gatewise.mdt.review")
+    scripts = "".join((folder / name).read_text(encoding="utf-8") for name in ("page.js", "editor.js", "calls.js"))
+    known = set(re.findall(r'^  "(.+?)":', (folder / "words.js").read_text(encoding="utf-8"), re.MULTILINE))
+    asked = set(re.findall(r'\btr\("([^"]+)"', scripts))
+    page = re.sub(r"<(script|style).*?</\1>", "", (folder / "page.html").read_text(encoding="utf-8"), flags=re.DOTALL)
+    texts = {text.strip() for text in re.findall(r">([^<>]+)<", page)} | set(re.findall(r'(?:aria-label|title)="([^"]+)"', page))
+    standing = {text for text in texts if re.search(r"[A-Za-z]{3}", text) and not text.startswith("Ctrl+")} - {"English"}
+    assert asked - known == set()
+    assert standing - known == set()
+    assert known - asked - standing == set()  # and none is left over
 
 
 def test_every_answer_is_locked_up(call: Caller) -> None:

@@ -1,5 +1,7 @@
 // Talks to the server: every call carries the token that stood behind the "#" of the address.
 
+import { tr } from "./words.js";
+
 const KEY = "gatewise-review-token";
 
 function findToken() {
@@ -27,7 +29,7 @@ async function call(path, options) {
     answer = await fetch(path, options);
     content = await answer.json();
   } catch {
-    throw new Failed("The review has ended, or cannot be reached. Start it again; everything is kept.", 0);
+    throw new Failed(tr("The review has ended, or cannot be reached. Start it again; everything is kept."), 0);
   }
   if (!answer.ok) throw new Failed(content.error || `The server answered ${answer.status}.`, answer.status);
   return content;
@@ -72,7 +74,7 @@ export async function base64(file) {
   const address = await new Promise((done, failed) => {
     const reader = new FileReader();
     reader.onload = () => done(reader.result);
-    reader.onerror = () => failed(new Failed("The file could not be read.", 0));
+    reader.onerror = () => failed(new Failed(tr("The file could not be read."), 0));
     reader.readAsDataURL(file);
   });
   return address.slice(address.indexOf(",") + 1);

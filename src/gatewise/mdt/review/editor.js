@@ -1,6 +1,7 @@
 // The editor of one node. It asks for steps and shows what comes back; what a sound tree is, the server knows.
 
 import { element } from "./calls.js";
+import { tr } from "./words.js";
 
 // step(name, arguments, node to show after it) asks the server; phrase() is what is selected in the text.
 export function showEditor(place, passage, at, { step, phrase }) {
@@ -13,12 +14,12 @@ export function showEditor(place, passage, at, { step, phrase }) {
   const held = heldInput(place);
   const condition = node.role === "C";
   const parts = [
-    element("h2", { text: `Node ${at + 1}` }, element("small", { text: ` ${whereIs(passage, at)}` })),
+    element("h2", { text: tr("Node {number}", { number: at + 1 }) }, element("small", { text: ` ${whereIs(passage, at)}` })),
     kinds(node, at, step),
     node.triples.length > 1 ? joins(node, at, step) : null,
     ...node.triples.map((triple, i) => card(passage, at, i, triple, step, phrase)),
     element("button", {
-      type: "button", id: "add-triple", text: "Add triple",
+      type: "button", id: "add-triple", text: tr("Add triple"),
       onclick: () => step("add_triple", { parts: [passage.about, "", ""] }, at, `object-${node.triples.length}`),
     }),
     structure(passage, at, condition, step),
@@ -29,8 +30,9 @@ export function showEditor(place, passage, at, { step, phrase }) {
 
 function whereIs(passage, at) {
   const parent = passage.nodes.findIndex(node => node.children && node.children.includes(at));
-  if (parent < 0) return "the root";
-  return `if ${passage.nodes[parent].children[0] === at ? "yes" : "no"} to node ${parent + 1}`;
+  if (parent < 0) return tr("the root");
+  const yes = passage.nodes[parent].children[0] === at;
+  return yes ? tr("if yes to node {number}", { number: parent + 1 }) : tr("if no to node {number}", { number: parent + 1 });
 }
 
 function choice(name, value, label, checked, onchange) {
@@ -40,15 +42,15 @@ function choice(name, value, label, checked, onchange) {
 function kinds(node, at, step) {
   const condition = node.role === "C";
   return element("fieldset", { class: "row" },
-    element("legend", { text: "Kind" }),
-    choice("kind", "C", "Condition", condition, () => step("to_condition", {}, at)),
-    choice("kind", "D", "Decision", !condition, () => step("to_decision", {}, at)));
+    element("legend", { text: tr("Kind") }),
+    choice("kind", "C", tr("Condition"), condition, () => step("to_condition", {}, at)),
+    choice("kind", "D", tr("Decision"), !condition, () => step("to_decision", {}, at)));
 }
 
 function joins(node, at, step) {
-  const words = node.role === "C" ? ["all of these (and)", "any of these (or)"] : ["do all (and)", "do any (or)"];
+  const words = node.role === "C" ? [tr("all of these (and)"), tr("any of these (or)")] : [tr("do all (and)"), tr("do any (or)")];
   return element("fieldset", { class: "row" },
-    element("legend", { text: "Triples joined by" }),
+    element("legend", { text: tr("Triples joined by") }),
     choice("join", "and", words[0], node.join === "and", () => step("join", { join: "and" }, at)),
     choice("join", "or", words[1], node.join === "or", () => step("join", { join: "or" }, at)));
 }
@@ -63,12 +65,13 @@ function card(passage, at, i, triple, step, phrase) {
   const relation = element("select", { id: `relation-${i}`, onchange: event => send(1, event.target.value) },
     ...known.map(name => element("option", { value: name, text: name, selected: name === triple.parts[1] })));
   return element("fieldset", { class: "triple card", "data-triple": `${at}.${i}` },
-    element("legend", { text: `Triple ${i + 1}` }),
-    part(`subject-${i}`, "Subject", triple.parts[0], triple.absent[0], value => send(0, value), phrase),
-    element("div", { class: "part" }, element("label", { for: `relation-${i}`, text: "Relation" }), relation),
-    part(`object-${i}`, "Object", triple.parts[2], triple.absent[1], value => send(2, value), phrase),
+    element("legend", { text: tr("Triple {number}", { number: i + 1 }) }),
+    part(`subject-${i}`, tr("Subject"), triple.parts[0], triple.absent[0], value => send(0, value), phrase),
+    element("div", { class: "part" }, element("label", { for: `relation-${i}`, text: tr("Relation") }), relation),
+    part(`object-${i}`, tr("Object"), triple.parts[2], triple.absent[1], value => send(2, value), phrase),
     element("button", {
-      type: "button", class: "quiet delete", id: `remove-${i}`, "aria-label": `Delete triple ${i + 1}`, text: "Delete triple",
+      type: "button", class: "quiet delete", id: `remove-${i}`, text: tr("Delete triple"),
+      "aria-label": tr("Delete triple {number}", { number: i + 1 }),
       onclick: () => step("remove_triple", { triple: i }, at, "add-triple"),
     }));
 }
@@ -86,14 +89,15 @@ function part(id, label, value, absent, send, phrase) {
   input.value = value;
   input.dataset.given = value;
   const take = element("button", {
-    type: "button", class: "take", id: `take-${id}`, text: "From text", disabled: !phrase(),
-    title: "Take the words selected in the text", "aria-label": `${label}: take the words selected in the text`,
+    type: "button", class: "take", id: `take-${id}`, text: tr("From text"), disabled: !phrase(),
+    title: tr("Take the words selected in the text"),
+    "aria-label": tr("{part}: take the words selected in the text", { part: label }),
     onmousedown: event => event.preventDefault(), // keeps the selection
     onclick: () => phrase() && send(phrase()),
   });
   return element("div", { class: absent ? "part absent" : "part" },
     element("label", { for: id, text: label }), take, input,
-    absent && element("p", { class: "warn", id: `${id}-absent`, text: "! not in the text" }));
+    absent && element("p", { class: "warn", id: `${id}-absent`, text: tr("! not in the text") }));
 }
 
 function structure(passage, at, condition, step) {
@@ -101,13 +105,13 @@ function structure(passage, at, condition, step) {
     element("button", { type: "button", class: "quiet", id, text, onclick: () => step(name, more, node) });
   const empty = passage.nodes[at].role === "D" && !passage.nodes[at].triples.length;
   return element("details", { class: "structure", open: true },
-    element("summary", { text: "Change the tree here" }),
-    condition && button("swap", "Swap the yes and no branches", "swap", {}),
-    condition && button("keep-yes", "Drop this condition, keep its yes branch", "keep_branch", { side: "true" }),
-    condition && button("keep-no", "Drop this condition, keep its no branch", "keep_branch", { side: "false" }),
-    button("above-yes", "Put a condition above, this on its yes side", "put_above", { side: "true" }),
-    button("above-no", "Put a condition above, this on its no side", "put_above", { side: "false" }),
-    !empty && button("delete", condition ? "Delete this node and all below it" : "Empty this leaf", "delete", {}));
+    element("summary", { text: tr("Change the tree here") }),
+    condition && button("swap", tr("Swap the yes and no branches"), "swap", {}),
+    condition && button("keep-yes", tr("Drop this condition, keep its yes branch"), "keep_branch", { side: "true" }),
+    condition && button("keep-no", tr("Drop this condition, keep its no branch"), "keep_branch", { side: "false" }),
+    button("above-yes", tr("Put a condition above, this on its yes side"), "put_above", { side: "true" }),
+    button("above-no", tr("Put a condition above, this on its no side"), "put_above", { side: "false" }),
+    !empty && button("delete", condition ? tr("Delete this node and all below it") : tr("Empty this leaf"), "delete", {}));
 }
 
 // What somebody is typing while an answer comes in stays as it is, with the cursor in its place.

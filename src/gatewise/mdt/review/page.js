@@ -2,9 +2,10 @@
 
 import { Failed, base64, element, get, inOrder, post } from "./calls.js";
 import { showEditor } from "./editor.js";
+import { choose, language, tr, translatePage } from "./words.js";
 
 const at = id => document.getElementById(id);
-const STATES = { empty: "no tree", drafted: "to review", corrected: "corrected", approved: "approved" };
+const STATES = { empty: tr("no tree"), drafted: tr("to review"), corrected: tr("corrected"), approved: tr("approved") };
 const AGAIN = 1000; // milliseconds between looks at a running extraction
 
 let session = null; // what /api/session gave
@@ -112,29 +113,33 @@ function showHead() {
   const { progress } = session;
   at("progress").hidden = !progress;
   if (progress) {
-    const written = progress.most ? `, ${progress.tokens} of at most ${progress.most} tokens` : "";
-    const what = progress.cancelling ? "Stopping" : `Writing the tree of passage ${progress.passage}${written}, ${progress.seconds} s`;
-    const rest = progress.of > 1 ? ` (${progress.at} of ${progress.of})` : "";
-    at("progress-text").textContent = progress.passage ? what + rest : "Waiting for the model";
+    const values = { ...progress, number: progress.passage };
+    const writing = progress.most
+      ? tr("Writing the tree of passage {number}, {tokens} of at most {most} tokens, {seconds} s", values)
+      : tr("Writing the tree of passage {number}, {seconds} s", values);
+    const rest = progress.of > 1 ? ` (${tr("{at} of {of}", values)})` : "";
+    const what = progress.cancelling ? tr("Stopping") : writing + rest;
+    at("progress-text").textContent = progress.passage ? what : tr("Waiting for the model");
     at("progress-bar").max = progress.of;
     at("progress-bar").value = Math.max(0, progress.at - 1) + (progress.most ? Math.min(1, progress.tokens / progress.most) : 0);
   }
   at("trouble").hidden = !session.trouble;
-  at("trouble").textContent = session.trouble && `Your edits are not kept on disk: ${session.trouble}`;
+  at("trouble").textContent = session.trouble && tr("Your edits are not kept on disk: {why}", { why: session.trouble });
   at("notes").hidden = !session.notes.length;
   at("notes").replaceChildren(...session.notes.map(note => element("p", { text: note })));
   const open = session.passages.filter(one => one.state === "empty" && !one.waiting);
   at("extract-all").disabled = !session.extracts || !open.length;
-  at("extract-all").title = session.extracts ? "All passages without a tree" : session.reason;
-  at("save").textContent = session.unsaved ? `Save (${session.unsaved})` : "Save";
-  at("save").title = `Ctrl+S: writes ${session.out}`;
+  at("extract-all").title = session.extracts ? tr("All passages without a tree") : session.reason;
+  at("save").textContent = session.unsaved ? tr("Save ({count})", { count: session.unsaved }) : tr("Save");
+  at("save").title = tr("Ctrl+S: writes {path}", { path: session.out });
   at("export").disabled = !session.passages.some(one => one.sound);
 }
 
 function stateOf(line) {
-  if (line.waiting) return session.progress && session.progress.passage === line.number ? ["writing…", "waiting"] : ["waiting", "waiting"];
-  if (line.error) return ["failed", "failed"];
-  if (line.state !== "empty" && !line.sound) return ["unfinished", "failed"];
+  const now = session.progress && session.progress.passage === line.number;
+  if (line.waiting) return [now ? tr("writing…") : tr("waiting"), "waiting"];
+  if (line.error) return [tr("failed"), "failed"];
+  if (line.state !== "empty" && !line.sound) return [tr("unfinished"), "failed"];
   return [STATES[line.state], line.state];
 }
 
@@ -145,7 +150,8 @@ function chip(line) {
 
 function showList() {
   const done = session.passages.filter(one => one.state === "approved").length;
-  at("counts").textContent = session.passages.length ? `${done} of ${session.passages.length} approved` : "";
+  const count = session.passages.length;
+  at("counts").textContent = count ? tr("{done} of {count} approved", { done, count }) : "";
   const focused = document.activeElement && document.activeElement.id;
   at("passages").replaceChildren(...session.passages.map(line => element("li", {},
     element("button", {
@@ -154,7 +160,8 @@ function showList() {
     },
     element("span", { class: "number", text: line.number }),
     element("span", { class: "about" }, line.title && element("b", { text: line.title }), element("span", { text: line.begins })),
-    element("span", { class: "marks" }, chip(line), line.unsaved && element("span", { class: "dot", title: "not saved", text: "●" }))))));
+    element("span", { class: "marks" }, chip(line),
+      line.unsaved && element("span", { class: "dot", title: tr("not saved"), text: "●" }))))));
   if (focused && focused.startsWith("open-") && at(focused)) at(focused).focus({ preventScroll: true });
 }
 
@@ -163,7 +170,7 @@ function showText() {
   if (!passage) return;
   const marked = pieces => pieces.map(([text, names]) => names.length
     ? element("mark", { tabindex: 0, "data-of": names.join(" "), class: names.some(name => nodeOf(name) === node) ? "picked" : null,
-      title: `node ${[...new Set(names.map(name => nodeOf(name) + 1))].join(", ")}`, text })
+      title: tr("node {numbers}", { numbers: [...new Set(names.map(name => nodeOf(name) + 1))].join(", ") }), text })
     : text);
   at("population-head").hidden = at("population").hidden = !passage.population.length;
   at("population").lang = at("passage").lang = passage.language;
@@ -178,7 +185,8 @@ function nodeOf(name) {
 }
 
 function showPhrase() {
-  at("phrase").textContent = phrase ? `Selected: “${phrase}”` : "Select words in the text to use them as a subject or an object.";
+  at("phrase").textContent = phrase ? tr("Selected: “{phrase}”", { phrase })
+    : tr("Select words in the text to use them as a subject or an object.");
   at("phrase-add").hidden = !phrase || !passage || !passage.nodes;
   for (const button of document.querySelectorAll(".take")) button.disabled = !phrase;
 }
@@ -189,7 +197,7 @@ function showTree() {
   if (!passage) return;
   if (passage.nodes && node >= passage.nodes.length) node = 0;
   const place = session.passages.findIndex(one => one.number === passage.number);
-  at("title").textContent = `Passage ${passage.number}`;
+  at("title").textContent = tr("Passage {number}", { number: passage.number });
   at("previous").disabled = place <= 0;
   at("next").disabled = place < 0 || place === session.passages.length - 1;
   const [word, kind] = stateOf(passage);
@@ -198,16 +206,16 @@ function showTree() {
   at("undo").disabled = !passage.undo;
   at("redo").disabled = !passage.redo;
   at("extract").disabled = !session.extracts || passage.waiting;
-  at("extract").textContent = passage.nodes ? "Extract again" : "Extract";
+  at("extract").textContent = passage.nodes ? tr("Extract again") : tr("Extract");
   at("extract").title = session.extracts ? "" : session.reason;
   at("remove").hidden = !passage.removable;
   const approved = passage.state === "approved";
   at("approve").disabled = !passage.sound;
-  at("approve").textContent = approved ? "Approved ✓" : "Approve";
+  at("approve").textContent = approved ? tr("Approved ✓") : tr("Approve");
   at("approve").setAttribute("aria-pressed", String(approved));
   showValidity();
   at("warnings").hidden = !passage.warnings.length;
-  at("warnings").replaceChildren(element("h3", { text: "Warnings of the extraction: the tree may be incomplete" }),
+  at("warnings").replaceChildren(element("h3", { text: tr("Warnings of the extraction: the tree may be incomplete") }),
     element("ul", {}, ...passage.warnings.map(warning => element("li", { text: warning }))));
   if (passage.nodes) draw(); else noTree();
 }
@@ -221,16 +229,19 @@ function showValidity() {
   }
   const { fault } = passage;
   const absent = passage.nodes.flatMap((one, i) => one.triples.some(triple => triple.absent.includes(true)) ? [i] : []);
-  const go = i => element("button", { type: "button", class: "link", text: `node ${i + 1}`, onclick: () => select(i, true) });
+  const go = i => element("button", {
+    type: "button", class: "link", text: tr("node {numbers}", { numbers: i + 1 }), onclick: () => select(i, true),
+  });
   if (fault) {
     place.className = "bad";
-    place.replaceChildren("Not a valid tree yet: ", fault.node === null ? "" : go(fault.node), fault.node === null ? "" : ": ", fault.message);
+    place.replaceChildren(tr("Not a valid tree yet: "), ...(fault.node === null ? [] : [go(fault.node), ": "]), fault.message);
   } else if (absent.length) {
     place.className = "warn";
-    place.replaceChildren("A valid tree, but some phrases are not in the text: ", ...absent.flatMap((i, k) => [k ? ", " : "", go(i)]));
+    const places = absent.flatMap((i, k) => [k ? ", " : "", go(i)]);
+    place.replaceChildren(tr("A valid tree, but some phrases are not in the text: "), ...places);
   } else {
     place.className = "good";
-    place.replaceChildren("A valid tree; every phrase is in the text.");
+    place.replaceChildren(tr("A valid tree; every phrase is in the text."));
   }
 }
 
@@ -254,11 +265,11 @@ function draw() {
 }
 
 function noTree() {
-  const why = passage.error || (passage.waiting ? "The tree is being written." : "This passage has no tree yet.");
+  const why = passage.error || (passage.waiting ? tr("The tree is being written.") : tr("This passage has no tree yet."));
   at("tree").replaceChildren(element("div", { class: passage.error ? "welcome bad" : "welcome" },
     element("p", { text: why }),
     !session.extracts && element("p", { class: "hint", text: session.reason }),
-    element("button", { type: "button", id: "begin", text: "Begin with an empty tree", onclick: () => change("/api/begin") })));
+    element("button", { type: "button", id: "begin", text: tr("Begin with an empty tree"), onclick: () => change("/api/begin") })));
 }
 
 function focusNode() {
@@ -300,9 +311,10 @@ async function act(path, body, then) {
 }
 
 const save = () => act("/api/save", {}, ({ saved }) => {
-  const left = saved.unfinished.length ? `; not yet in it, because unfinished: passage ${saved.unfinished.join(", ")}` : "";
-  say(saved.records ? `Saved: ${saved.path}, ${saved.records} ${saved.records === 1 ? "tree" : "trees"}${left}`
-    : `Nothing is corrected or approved yet, so ${saved.path} has no trees${left}`);
+  const values = { path: saved.path, count: saved.records, numbers: saved.unfinished.join(", ") };
+  const what = saved.records ? tr("Saved: {path}, trees: {count}", values)
+    : tr("Nothing is corrected or approved yet, so {path} has no trees", values);
+  say(what + (saved.unfinished.length ? tr("; not yet in it, because unfinished: passage {numbers}", values) : ""));
 });
 
 onClick("previous", () => go(-1));
@@ -318,9 +330,10 @@ onClick("fit", () => {
 onClick("extract", () => act("/api/extract", { numbers: [passage.number] }, () => {}));
 onClick("extract-all", () => act("/api/extract",
   { numbers: session.passages.filter(one => one.state === "empty").map(one => one.number) }, () => {}));
-onClick("cancel", () => act("/api/cancel", {}, () => say("Cancelled; trees that are done stay.")));
+onClick("cancel", () => act("/api/cancel", {}, () => say(tr("Cancelled; trees that are done stay."))));
 onClick("remove", () => {
-  if (confirm(`Take passage ${passage.number} out of the review?`)) act("/api/remove", { number: passage.number }, () => {});
+  const { number } = passage;
+  if (confirm(tr("Take passage {number} out of the review?", { number }))) act("/api/remove", { number }, () => {});
 });
 onClick("phrase-add", () => step("add_triple", { parts: [passage.about, "", phrase] }, node,
   `object-${passage.nodes[node].triples.length}`));
@@ -341,7 +354,7 @@ onClick("add-go", async () => {
     for (const field of ["add-text", "add-file", "add-population"]) at(field).value = "";
     session = answer.session;
     const left = (answer.faults || []).map(fault => ` ${fault}.`).join("");
-    say(`${answer.added.length} ${answer.added.length === 1 ? "passage" : "passages"} added.${left}`, Boolean(left));
+    say(tr("Passages added: {count}.", { count: answer.added.length }) + left, Boolean(left));
     await open(answer.added[0]);
   } catch (error) {
     if (!(error instanceof Failed)) throw error;
@@ -417,5 +430,8 @@ document.addEventListener("keydown", event => {
 });
 
 window.addEventListener("focus", () => { if (session) watch(); });
+translatePage();
+at("language").value = language;
+at("language").addEventListener("change", event => choose(event.target.value));
 marking(at("work"));
 watch();

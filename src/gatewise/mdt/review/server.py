@@ -29,7 +29,14 @@ HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Gatewise-Token"
 MOST_BYTES = 40 * 2**20  # of a request: a document of 30 MB as Base64
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-_PAGES = {"/": "page.html", "/page.js": "page.js", "/editor.js": "editor.js", "/calls.js": "calls.js", "/page.css": "page.css"}
+_PAGES = {
+    "/": "page.html",
+    "/page.js": "page.js",
+    "/editor.js": "editor.js",
+    "/calls.js": "calls.js",
+    "/words.js": "words.js",
+    "/page.css": "page.css",
+}
 _PARTS = {"/marking.js": MARKING, "/views.css": STYLE}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:;"
