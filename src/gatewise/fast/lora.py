@@ -7,7 +7,7 @@ weights that have changed since are read anew. Whatever is not plain LoRA keeps 
 Shapes: b batch, d hidden size, r rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -114,7 +114,6 @@ class _Calls:
     def __init__(self, tuner: LoraModel) -> None:
         self._tuner = tuner
         self._holders = 0
-        self._layers: list[LoraLayer] = []
         self._known: list[str] = []
         self._running: dict[LoraLayer, Forward] = {}
         self._places: Places = {}
@@ -162,12 +161,11 @@ class _Calls:
         adapters = list(self._tuner.peft_config)
         # Looking through all modules takes a millisecond; a layer that was missed is PEFT's, which is right for active adapters.
         if mixed or adapters != self._known:
-            self._layers = [one for one in self._tuner.modules() if _is_linear(one)]  # type: ignore[misc]
             self._places = places(self._tuner, _is_linear)
             self._known = adapters
         batches: dict[int, _Batch] = {}
         forwards: dict[LoraLayer, Forward] = {}
-        for layer in self._layers:
+        for layer in cast(Iterable[LoraLayer], self._places):
             if "forward" in layer.__dict__:
                 continue
             names = _take_names(layer) if mixed else None
