@@ -394,6 +394,7 @@ def test_the_page_speaks_chinese(review: Callable[..., Review]) -> None:
     here.wait_state("待审核")
     page.click("#kind-C")
     here.validity("还不是有效的决策树")
+    sync_api.expect(here.node(2)).to_have_text("无推荐")
     left = page.evaluate(
         """() => [...document.querySelectorAll("button,label,legend,h1,h2,h3,summary")].filter(one => one.offsetParent)
           .map(one => one.innerText).filter(text => /[a-z]{3}/.test(text))"""

@@ -144,7 +144,18 @@ def test_all_words_of_the_page_are_there_in_chinese() -> None:
 
 
 def test_every_answer_is_locked_up(call: Caller) -> None:
-    for path in ("/", "/page.js", "/page.css", "/views.css", "/marking.js", "/api/session", "/none"):
+    for path in (
+        "/",
+        "/page.js",
+        "/editor.js",
+        "/calls.js",
+        "/words.js",
+        "/page.css",
+        "/views.css",
+        "/marking.js",
+        "/api/session",
+        "/none",
+    ):
         _, content, headers = call.whole(path)
         policy = headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy

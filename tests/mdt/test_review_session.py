@@ -299,6 +299,9 @@ def test_what_cannot_be_reviewed_is_refused(
     for _ in range(2):  # the files are free again
         with pytest.raises(GatewiseError, match=said):
             Session.open(file)
+    Path("folder.jsonl").mkdir()
+    with pytest.raises(GatewiseError, match=r"folder\.jsonl cannot be read"):
+        Session.open(None, Path("folder.jsonl"))
     with pytest.raises(GatewiseError, match="for the file of corrections"):
         Session.open(None, Path("out.json"))
 

@@ -91,7 +91,7 @@ class ReviewFiles:
         if not self.out.exists():
             return []
         self._digest = _digest(self.out)
-        if not self.out.read_bytes().strip():
+        if self.out.stat().st_size == 0:
             return []
         read = read_trees(self.out)
         if read.faults:
@@ -170,4 +170,7 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise GatewiseError(f"{path} cannot be read: {error.strerror or error}; name another file with --out") from error

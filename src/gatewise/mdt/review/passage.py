@@ -55,6 +55,7 @@ class Passage:
     changes: int = 0
     waiting: bool = False
     error: str = ""
+    _checked: tuple[Version, Fault | None] | None = field(default=None, repr=False, compare=False)
 
     def set(self, version: Version) -> None:
         """A new version; the one before it can be had back."""
@@ -119,7 +120,9 @@ class Passage:
     @property
     def fault(self) -> Fault | None:
         """What keeps the nodes from being a tree; None for a sound one, and where there are none yet."""
-        return None if self.now.nodes is None else fault_of(self.now.nodes)
+        if self._checked is None or self._checked[0] is not self.now:  # asked for more often than it changes
+            self._checked = self.now, None if self.now.nodes is None else fault_of(self.now.nodes)
+        return self._checked[1]
 
     @property
     def is_sound(self) -> bool:

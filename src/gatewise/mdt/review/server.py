@@ -197,8 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, kind, content = 409, *_json({"error": str(error)})
         except GatewiseError as error:
             status, kind, content = 400, *_json({"error": str(error)})
-        except (OSError, EOFError):
-            raise
+        except (ConnectionError, TimeoutError):
+            raise  # the browser is gone
         except Exception as error:  # a fault of ours must not look like one of the user's, nor end the review
             traceback.print_exc(file=sys.stderr)
             status, kind, content = 500, *_json({"error": f"a fault in gatewise ({type(error).__name__}): see the terminal"})

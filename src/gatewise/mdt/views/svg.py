@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gatewise.mdt.relations import relation_in
+from gatewise.mdt.relations import Language, relation_in
 from gatewise.mdt.spans import TripleSpans, locate_tree
 from gatewise.mdt.tree import DecisionTree, Node, Triple
 from gatewise.mdt.views.layout import Place, place_boxes, width_of, wrap
@@ -54,6 +54,7 @@ def svg_of(
     warnings: Sequence[str] = (),
     focusable: bool = False,
     styled: bool = True,
+    language: Language | None = None,
     prefix: str = "",
 ) -> str:
     """The drawing of a tree.
@@ -63,9 +64,10 @@ def svg_of(
         warnings: of the extraction, to stand under the drawing.
         focusable: the drawing is for a page, which has the title and answers to the Tab key: it stops at each box.
         styled: False for a page that allows no style attributes, and has the rules itself.
+        language: of the drawing's own words; None takes the tree's, which one without triples does not tell.
         prefix: begins every id, for a page with several drawings.
     """
-    words = words_for(tree.language)
+    words = words_for(language or tree.language)
     main = main_subject(tree)
     spans = locate_tree(text, tree) if text.strip() else None
     boxes = [_box_lines(node, main, words, spans[i] if spans else None) for i, node in enumerate(tree.nodes)]
