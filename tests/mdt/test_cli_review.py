@@ -84,7 +84,9 @@ def test_a_busy_port_is_refused(gatewise: Gatewise) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="interrupts are sent in another way there")
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     (tmp_path / "trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
-    command = [sys.executable, "-m", "gatewise.cli", "mdt", "review", "trees.json", "--no-browser"]
+    # Tests that run in the background inherit that interrupts are ignored.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from gatewise.cli import main; main()"
+    command = [sys.executable, "-c", heard, "mdt", "review", "trees.json", "--no-browser"]
     with subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -93,19 +95,22 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     ) as process:
-        assert process.stdout is not None
-        address = process.stdout.readline()
-        found = re.fullmatch(r"review: http://(\S+)/#token=(\S+)\n", address)
-        assert found, address
-        connection = HTTPConnection(found[1], timeout=30)
-        approve = json.dumps({"number": 1, "changes": 0, "approved": True})
-        headers = {"X-Gatewise-Token": found[2], "Content-Type": "application/json"}
-        connection.request("POST", "/api/approve", approve, headers)
-        assert connection.getresponse().read()  # and the connection stays open
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-        connection.close()
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline()
+            found = re.fullmatch(r"review: http://(\S+)/#token=(\S+)\n", address)
+            assert found, address
+            connection = HTTPConnection(found[1], timeout=60)
+            approve = json.dumps({"number": 1, "changes": 0, "approved": True})
+            headers = {"X-Gatewise-Token": found[2], "Content-Type": "application/json"}
+            connection.request("POST", "/api/approve", approve, headers)
+            assert connection.getresponse().read()  # and the connection stays open
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=120)
+            connection.close()
+        finally:
+            process.kill()  # whatever went wrong, nothing waits for it for ever
     assert process.returncode == 0, said
     assert "Traceback" not in said
     assert "1 passage is not in trees.json.review.jsonl as they stand; the draft keeps them" in said
