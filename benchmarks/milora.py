@@ -1,11 +1,11 @@
 """Does MiLoRA learn? LoRA, DoRA and MiLoRA with one or three modules a layer, one task at a time and two at once, SmolLM2-135M.
 
-Multiple choice: arc_easy, openbookqa, and both mixed (twice the steps). ``untrained`` is the base model. All methods have the same rows in the same order, rank,
-learning rate, steps and, but for ``milora-k3-scaled``, lora_alpha. MiLoRA's gates add up to one in a layer, so that a module
-kept with two others has about a third of LoRA's scale; ``-scaled`` has three times the alpha. The coefficients of its rational
-activation learn on 64 rows set aside, which no method trains on. Accuracy and loss are those of the whole dev split of each
-task, and the routing is that of its prompts. Results are appended to a JSON-lines file as they come; a run that is already
-there is not repeated, so the campaign can be stopped and started at will, and several processes may share it.
+Multiple choice: arc_easy, openbookqa, and both mixed (twice the steps). ``untrained`` is the base model. All methods have the same
+rows in the same order, rank, learning rate, steps and, but for ``milora-k3-scaled``, lora_alpha. MiLoRA's gates add up to one in a
+layer, so that a module kept with two others has about a third of LoRA's scale; ``-scaled`` has three times the alpha. The
+coefficients of its rational activation learn on 64 rows set aside, which no method trains on. Accuracy and loss are those of the
+whole dev split of each task, and the routing is that of its prompts. Results are appended to a JSON-lines file as they come; a run
+that is already there is not repeated, so the campaign can be stopped and started at will, and several processes may share it.
 
     python benchmarks/milora.py --data-dir DATA                  # DATA/arc_easy/train.jsonl, DATA/openbookqa/dev.jsonl, ...
     python benchmarks/milora.py --report                         # the tables from the results file; --plot FILE for the routing
