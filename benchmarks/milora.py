@@ -11,6 +11,7 @@ that is already there is not repeated, so the campaign can be stopped and starte
     python benchmarks/milora.py --report                         # the tables from the results file; --plot FILE for the routing
 """
 
+import itertools
 import random
 import statistics
 import tempfile
@@ -167,8 +168,25 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
                         f"    routing: {statistics.mean(r['distinct'] for r in routing):.1f} different choices a layer, agreement "
                         f"of two prompts {statistics.mean(r['agreement'] for r in routing):.2f}"
                     )
+    _print_overlap(runs)
     if plot:
         _plot([run for run in runs if run["task"] == "both" and run["routing"]], plot)
+
+
+def _print_overlap(runs: list[dict[str, Any]]) -> None:
+    """How many of the modules that most prompts keep two adapters share, by what they have in common."""
+    for method in METHODS:
+        kept = {
+            (run["task"], run["seed"]): {path for path, share in one["share"].items() if share > 0.5}
+            for run in runs
+            if run["method"] == method and run["task"] in SINGLE
+            for one in run["routing"].values()
+        }
+        pairs = list(itertools.combinations(kept, 2))
+        for name, alike in (("same seed, other task", lambda a, b: a[1] == b[1]), ("other seed", lambda a, b: a[1] != b[1])):
+            shared = [len(kept[a] & kept[b]) / max(1, len(kept[a])) for a, b in pairs if alike(a, b)]
+            if shared:
+                print(f"{method}: adapters of {name} keep {100 * statistics.mean(shared):.0f}% of their modules in common")
 
 
 def _plot(runs: list[dict[str, Any]], out: Path) -> None:
