@@ -1,8 +1,8 @@
 """How much do MiLoRA's routers see of a prompt before they are trained? SmolLM2-135M, prompts of arc_easy and openbookqa.
 
 Two spreads of the experts' log-probabilities, means over layers: from expert to expert (of the mean over prompts), and from prompt
-to prompt (of one expert). If the first is much the larger, all prompts choose alike whatever they say. And how many of their choices
-two prompts share, which benchmarks/milora.py reports of trained routers.
+to prompt (of one expert). If the first is much the larger, all prompts choose alike whatever they say. And how many of their
+choices two prompts share, which benchmarks/milora.py reports of trained routers.
 
     python benchmarks/new_routers.py --data-dir DATA [--rows 60]     # a minute; writes benchmarks/results/new_routers.json
 """
