@@ -15,7 +15,6 @@ stopped goes on where it was. Run it with nothing else running.
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from campaign import RESULTS, append, read
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import StoppingCriteria
 
@@ -37,7 +37,6 @@ from gatewise.models import load_model, load_tokenizer
 from gatewise.tasks import load_records
 
 MODEL = "smollm2-135m-instruct"
-RESULTS = Path(__file__).parent / "results" / "decoding.jsonl"
 EIGHT = 8
 KEPT = (1, 2, 3, 7)
 
@@ -165,11 +164,6 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(line[name] for name in ("run", "batch", "adapters", "beams", "method", "repeat"))
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines written so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def measure(options: argparse.Namespace) -> None:
     """Measures what is not there yet."""
     torch.set_num_threads(options.threads)
@@ -191,8 +185,7 @@ def measure(options: argparse.Namespace) -> None:
             if not methods or (options.only and str(setting) not in options.only):
                 continue
             for one in bench.measure(setting, methods):
-                with options.out.open("a") as out:
-                    out.write(json.dumps(line | one | {"versions": versions}) + "\n")
+                append(line | one | {"versions": versions}, options.out)
                 print(f"{repeat} {setting}: {one['method']} {ratio(one, ('first', 'rest')):.3f}", flush=True)
 
 
@@ -235,7 +228,7 @@ def spread(lines: list[dict[str, Any]], parts: tuple[str, ...]) -> str:
 def main() -> None:
     """Measures, or reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "decoding.jsonl")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=64)

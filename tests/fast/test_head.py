@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from counted import Operations
 from mixed_models import BASE, mixed_model, prompts
-from test_fast_operations import Operations
 from torch import Tensor, nn
 
 from gatewise import fast_lora

@@ -9,30 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from counted import Operations
 from peft import PeftModel, get_peft_model
 from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gatewise.routed.inference
 
 LAYERS = 2
-# They make no new numbers, only another view of the old ones.
-VIEWS = {"view", "_unsafe_view", "t", "transpose", "split", "split_with_sizes", "slice", "detach", "alias", "unsqueeze", "expand"}
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in VIEWS:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def adapters(number: int, k: int, **settings: Any) -> PeftModel:

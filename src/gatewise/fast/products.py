@@ -189,12 +189,12 @@ class Gathered:
         self._longest = inf if layout is None or weight is None else self._longest_joined(layout)
         if self._longest < 1:
             self.first, self._second = self._by_row()
-            self.weight = None
+            self.weight, self._longest = None, inf
 
     def add(self, x: Tensor, result: Tensor) -> Tensor:
         """``result`` (b, ..., d_out) with the adapters' part for x (b, ..., d_in) added."""
         second = self._second
-        if self._longest is not inf and _tokens(x) > self._longest >= 1:
+        if _tokens(x) > self._longest:
             first, second = self._by_row()
             ranks = _ranks(x, first, None)
         else:
@@ -304,9 +304,7 @@ def _tokens(x: Tensor) -> int:
 
 def _ranks(x: Tensor, first: Tensor, weight: Tensor | None) -> Tensor:
     """A x, weighted: (b, ..., R) joined, (b, t, w) by row."""
-    dtype = first.dtype
-    if x.dtype is not dtype:
-        x = x.float() if dtype is torch.float32 else x.to(dtype)
+    x = x.to(first.dtype)
     if first.ndim == 3:
         return torch.bmm(x if x.ndim == 3 else x.reshape(len(x), -1, x.shape[-1]), first.mT)
     ranks = linear(x, first)

@@ -108,16 +108,7 @@ class Kept:
     def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """base(x) and what was decided: (b, ..., d_out) from (b, ..., d_in), or both with b · t in front."""
         result: Tensor = self._base(x, *args, **kwargs)
-        gathered, layer = self._gathered, self._layer
-        # One look at everything that is as it was in the step before, for this runs once a module and step.
-        if (
-            gathered is not None
-            and x.shape[0] == self._batch
-            and result.dtype is self._dtype
-            and not torch.is_grad_enabled()
-            and not layer._disable_adapters
-        ):
-            return gathered.add(x, result)
+        layer = self._layer
         if layer.disable_adapters:
             return result
         batch = self._batch

@@ -15,7 +15,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
-from gatewise.fast.direct import is_watched
 from gatewise.routed.inference import Running
 
 NO_MERGE = (
@@ -62,13 +61,6 @@ class RoutedLinear(nn.Module, LoraLayer):
         self.shares: Shares | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As every module's, but straight to what it runs in inference if nobody watches: once a token, this counts."""
-        run = self.running.runs.get(self)
-        if run is None or len(args) != 1 or kwargs or "forward" in self.__dict__ or is_watched(self):
-            return super().__call__(*args, **kwargs)
-        return run(args[0])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base module's output with the delta of every share added to its rows. One without shares costs nothing more.

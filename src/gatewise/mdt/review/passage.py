@@ -162,7 +162,7 @@ class Passage:
             GatewiseError: it is not sound.
         """
         version = version or self.now
-        more = {key: value for key, value in self.more.items() if key not in _OF_THE_TREE}
+        more = others(self.more)
         if version.warnings and version.state not in REVIEWED:
             more["warnings"] = list(version.warnings)
         if version.state in REVIEWED:
