@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gatewise.errors import GatewiseError
-from gatewise.files import whole_file, whole_folder, write_json
+from gatewise.files import content_of, whole_file, whole_folder, write_json
 
 
 def test_a_failure_keeps_the_old_file(tmp_path):
@@ -47,3 +47,12 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     with pytest.raises(GatewiseError, match="No space left on device; nothing was changed"), whole_file(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_says_what_is_wrong(tmp_path):
+    (tmp_path / "there").write_bytes(b"\xff")
+    assert content_of(tmp_path / "there") == b"\xff"
+    with pytest.raises(GatewiseError, match=r"nowhere: there is no such file"):
+        content_of(tmp_path / "nowhere")
+    with pytest.raises(GatewiseError, match=r"cannot be read: Is a directory"):
+        content_of(str(tmp_path))

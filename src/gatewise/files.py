@@ -1,4 +1,7 @@
-"""Files are written whole or not at all: into a temporary sibling, then renamed over the name that was asked for."""
+"""Files are written whole or not at all: into a temporary sibling, then renamed over the name that was asked for.
+
+``content_of`` reads one that a user named.
+"""
 
 import json
 import math
@@ -49,6 +52,20 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         if target.exists():
             os.replace(target, folder / "old")
         os.replace(part, target)
+
+
+def content_of(path: str | Path) -> bytes:
+    """The bytes of a file that a user named.
+
+    Raises:
+        GatewiseError: there is no such file, or it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise GatewiseError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise GatewiseError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:

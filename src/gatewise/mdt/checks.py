@@ -8,6 +8,7 @@ three texts, the middle one a relation of :mod:`gatewise.mdt.relations`, and com
 from collections.abc import Sequence
 from typing import Any
 
+from gatewise.characters import HALF_A_PAIR, has_half_a_pair
 from gatewise.mdt.relations import expected_relations, is_relation, nearest
 
 TripleParts = tuple[str, str, str]
@@ -49,8 +50,8 @@ def triple_parts(value: Any) -> TripleParts:
             raise TreeError(f"the {name} of a triple is {shown(part)}, expected text")
         if not part.strip():
             raise TreeError(f"the {name} of the triple {shown(value)} is empty, expected text")
-        if not part.isascii() and any("\ud800" <= character <= "\udfff" for character in part):
-            raise TreeError(f"the {name} of a triple has half of a surrogate pair, which is no character")
+        if has_half_a_pair(part):
+            raise TreeError(f"the {name} of a triple {HALF_A_PAIR}")
     subject, relation, object_ = (part.strip() for part in value)
     if not is_relation(relation):
         raise TreeError(f"the relation is {shown(relation)}, expected {expected_relations()}")

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from gatewise.characters import HALF_A_PAIR, has_half_a_pair
 from gatewise.errors import GatewiseError
 from gatewise.mdt.constraint import check_available
 from gatewise.mdt.course import Course
@@ -321,5 +322,5 @@ def _check_text(text: str) -> None:
         raise GatewiseError("the text is empty, expected a passage of a guideline in English or Chinese")
     if not parted(text)[1]:
         raise GatewiseError(f'the text {text[:60]!r} has a population before the "@" and no passage after it')
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise GatewiseError("the text has half of a surrogate pair, which is no character")
+    if has_half_a_pair(text):
+        raise GatewiseError(f"the text {HALF_A_PAIR}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gatewise.errors import GatewiseError
+from gatewise.files import content_of
 
 STDIN = "-"
 _SCANNED = 20  # fewer letters than these on a page are a page number or a stamp
@@ -62,13 +63,7 @@ def read_document(path: str | Path) -> Document:
     if Path(path).is_dir():
         raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
     _check_suffix(suffix, name)
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise GatewiseError(f"{name}: there is no such file") from None
-    except OSError as error:
-        raise GatewiseError(f"{name} cannot be read: {error.strerror or error}") from error
-    return document_of(content, name, suffix)
+    return document_of(content_of(path), name, suffix)
 
 
 def document_of(content: bytes, name: str, suffix: str) -> Document:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gatewise.characters import HALF_A_PAIR, has_half_a_pair
 from gatewise.errors import GatewiseError
-from gatewise.files import whole_file
+from gatewise.files import content_of, whole_file
 from gatewise.mdt import checks
 from gatewise.mdt.outline import escaped, split
 from gatewise.mdt.tree import DecisionTree
@@ -132,13 +133,7 @@ def read_items(path: str | Path) -> list[Any]:
     if place.is_dir():
         raise GatewiseError(f"{name} is a folder: expected a file that ends in {', '.join(SUFFIXES)}")
     _check_suffix(place.suffix, name)
-    try:
-        content = place.read_bytes()
-    except FileNotFoundError:
-        raise GatewiseError(f"{name}: there is no such file") from None
-    except OSError as error:
-        raise GatewiseError(f"{name} cannot be read: {error.strerror or error}") from error
-    return _items(content, name, place.suffix)
+    return _items(content_of(place), name, place.suffix)
 
 
 def _items(content: bytes, name: str, suffix: str) -> list[Any]:
@@ -218,8 +213,8 @@ def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecor
     text, nodes = item["text"], item["tree"]
     if not isinstance(text, str) or not text.strip():
         raise GatewiseError(f"{where}: text is {checks.shown(text)}, expected the passage, such as 'adults with asthma@If …'")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise GatewiseError(f"{where}: text has half of a surrogate pair, which is no character")
+    if has_half_a_pair(text):
+        raise GatewiseError(f"{where}: text {HALF_A_PAIR}")
     notes: list[str] = []
     if isinstance(nodes, dict):
         tree = DecisionTree.from_nested(nodes, where)

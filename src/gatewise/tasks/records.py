@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from gatewise.characters import HALF_A_PAIR, has_half_a_pair
 from gatewise.errors import GatewiseError
 
 Kind = Literal["label", "choice", "generation", "number"]
@@ -371,8 +372,8 @@ def _check_text(value: Any, what: str, where: str, hint: str = "") -> None:
         raise GatewiseError(f"{where}: {what} must be a string, found {_type_name(value)}{hint}")
     if not value.strip():
         raise GatewiseError(f"{where}: {what} is empty")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise GatewiseError(f"{where}: {what} has half of a surrogate pair, which is no character")
+    if has_half_a_pair(value):
+        raise GatewiseError(f"{where}: {what} {HALF_A_PAIR}")
 
 
 def _check_texts(value: Any, field: str, where: str, *, at_least: int) -> None:

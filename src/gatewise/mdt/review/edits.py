@@ -7,6 +7,7 @@ empty phrase or no triple; :func:`fault_of` says so, by the rules of :mod:`gatew
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gatewise.characters import HALF_A_PAIR, has_half_a_pair
 from gatewise.errors import GatewiseError
 from gatewise.mdt import checks
 from gatewise.mdt.relations import Language, is_relation, relation_in
@@ -235,8 +236,8 @@ def _parts(value: Any) -> list[str]:
         raise GatewiseError(f"the relation is {checks.shown(value[1])}, expected one of the known ones")
     if any(len(part) > _MOST_CHARACTERS for part in value):
         raise GatewiseError(f"a phrase is longer than {_MOST_CHARACTERS} characters, expected a few words of the text")
-    if any("\ud800" <= character <= "\udfff" for part in value for character in part):
-        raise GatewiseError("a phrase has half of a surrogate pair, which is no character")
+    if any(has_half_a_pair(part) for part in value):
+        raise GatewiseError(f"a phrase {HALF_A_PAIR}")
     return [part.strip() for part in value]
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gatewise.characters import HALF_A_PAIR, has_half_a_pair
 from gatewise.errors import GatewiseError
+from gatewise.files import content_of
 from gatewise.mdt.passages import split_passages
 from gatewise.mdt.reading import document_of
 from gatewise.mdt.records import SUFFIXES, TreeRecord, trees_of
@@ -41,13 +43,7 @@ def read_source(file: str, *, population: str | None = None, repair: bool = Fals
     path = Path(file)
     if path.is_dir():
         raise GatewiseError(f"{file} is a folder: expected a file of trees, or a text")
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise GatewiseError(f"{file}: there is no such file") from None
-    except OSError as error:
-        raise GatewiseError(f"{file} cannot be read: {error.strerror or error}") from error
-    return source_of(content, file, population=population, repair=repair)
+    return source_of(content_of(path), file, population=population, repair=repair)
 
 
 def source_of(content: bytes, name: str, *, population: str | None = None, repair: bool = False) -> Source:
@@ -75,8 +71,8 @@ def pasted(text: str, population: str | None = None) -> list[Passage]:
     Raises:
         GatewiseError: there is no passage in it.
     """
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise GatewiseError("the text has half of a surrogate pair, which is no character")
+    if has_half_a_pair(text):
+        raise GatewiseError(f"the text {HALF_A_PAIR}")
     return _passages_of(text.encode(), "pasted text", ".txt", population)
 
 
