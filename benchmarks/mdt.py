@@ -43,9 +43,11 @@ SETTINGS: dict[str, Any] = {
 }
 LANGUAGES: dict[str, dict[str, Any]] = {"en": {"model": "smollm2-135m-instruct"}, "zh": {"model": "gemma3-270m"}}
 ROUNDS: dict[str, Any] = {"allocation.rounds": 3, "allocation.first_round": 2.0, "allocation.recover": 0.5}
-# Each named for its recipe; a variant has more after it, such as "lora-long": {"training.epochs": 16}.
+# Each named for its recipe, a variant with more after it. "copies" is no setting of recipes: so many copies of every training
+# record, with phrases swapped, join it.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
+    "lora-swapped": {"copies": 3, "training.epochs": 2},
     # Exact ablation of all 3360 ranks would take longer than the training.
     "alora": {**ROUNDS, "allocation.score_options": {"mode": "screened", "max_exact": 0}},
     "pi-lora": {**ROUNDS, "allocation.score_options": {"points": 4}},
@@ -71,9 +73,8 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     folder = RUNS / f"{task}-{method}-{seed}"
     files = {split: data_dir / "text2mdt" / f"{language}_{split}.json" for split in ("train", "dev")}
     with quiet(bars=True):
-        recipe, trained = train_once(
-            folder, files, method, {**LANGUAGES[language], **SETTINGS, **METHODS[method]}, int(level), seed
-        )
+        settings = {**LANGUAGES[language], **SETTINGS, **METHODS[method]}
+        recipe, trained = train_once(folder, files, method, settings, int(level), seed)
         published = read_items(files["dev"])
         texts = [item["text"] for item in published]
         extractor, forced = None, folder / "forced.json"
@@ -102,11 +103,13 @@ def train_once(
     """The recipe, and what its training came to; one that was stopped is gone on with, one that ended is not repeated."""
     from gatewise.files import write_json
     from gatewise.mdt import read_trees, training_rows
+    from gatewise.mdt.swapping import swapped_copies
     from gatewise.recipe_file import load_recipe
     from gatewise.run import train
     from gatewise.run_folder import what_is_kept
 
     rows = {split: folder / "rows" / f"{split}.jsonl" for split in files}
+    copies = settings.pop("copies", 0)
     own = {"seed": seed, "data.train": str(rows["train"]), "data.dev": str(rows["dev"]), "data.limit_dev": 2, **settings}
     changes = [f"{key}={json.dumps(value)}" for key, value in own.items()]
     base = next(name for name in ("pi-lora", "alora", "lora") if method == name or method.startswith(f"{name}-"))
@@ -118,7 +121,10 @@ def train_once(
         return recipe, json.loads(ended.read_text())
     for split, file in files.items():
         rows[split].parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(row, ensure_ascii=False) for row in training_rows(read_trees(file, repair=True).records, level=level))
+        records = list(read_trees(file, repair=True).records)
+        if split == "train":
+            records += swapped_copies(records, copies, seed=seed)
+        lines = (json.dumps(row, ensure_ascii=False) for row in training_rows(records, level=level))
         rows[split].write_text("\n".join(lines) + "\n", encoding="utf-8")
     kept = what_is_kept(output) is not None and not (output / "metrics.json").is_file()
     began = time.process_time()
