@@ -7,27 +7,26 @@
     lora          on all linear layers, at the rank whose parameters come closest to SPT's
 
 Each on minilm-l6 (a classifier with a fresh head) and smollm2-135m-instruct (writing the label), on all training rows or on
-100, measured on the whole dev split. The learning rates were set beforehand and not tuned on these tasks; runs of one model,
-task, size and seed have the same rows, order and steps, and the same head at the start. Results are appended to a JSON-lines
-file as they come; a run that is there is not repeated, so the campaign can be stopped and started at will, and several
+100 ("few"), measured on the whole dev split. The learning rates were set beforehand and not tuned on these tasks; runs of one
+model, data set, size and seed have the same rows, order and steps, and the same head at the start. Results are appended to a
+JSON-lines file as they come; a run that is there is not repeated, so the campaign can be stopped and started at will, and several
 processes may share it.
 
     python benchmarks/spt.py --data-dir DATA                      # DATA/sst2/train.jsonl, DATA/sst2/dev.jsonl, ...
-    python benchmarks/spt.py --data-dir DATA --models smollm2-135m-instruct
+    python benchmarks/spt.py --data-dir DATA --tasks smollm2-135m-instruct/trec/few
     python benchmarks/spt.py --report                             # the tables from the results file
 """
 
-import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from itertools import combinations
+from collections.abc import Iterator
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 from benchmark_data import load_task, shuffled
-from campaign import RESULTS, append, claimed, read, spread
+from campaign import campaign, spread
 
 COMMON: dict[str, Any] = {
     "num_prompt_tokens": 10,
@@ -59,12 +58,12 @@ SEARCHED = ("spt", "spt-plain")
 RANDOM = tuple(f"random-{number}" for number in range(5))
 FIXED = ("first", "last", "spread", *RANDOM)
 METHODS = (*SEARCHED, *FIXED, "prompt-tuning", "prefix-tuning", "lora")
-TASKS = ("sst2", "mr", "subj", "trec", "rte")
+DATA = ("sst2", "mr", "subj", "trec", "rte")
 SIZES = ("full", "few")
-KEY = ("model", "task", "size", "method", "seed")
+TASKS = ["/".join(parts) for parts in product(MODELS, DATA, SIZES)]
 
 
-def one_run(key: dict[str, Any], data_dir: Path, steps: int | None = None) -> dict[str, Any]:
+def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
     """Searches where the method does, trains one adapter and measures it on the whole dev split."""
     import torch
     from transformers import set_seed
@@ -72,14 +71,14 @@ def one_run(key: dict[str, Any], data_dir: Path, steps: int | None = None) -> di
     from gatewise.models import load_model, load_tokenizer
     from gatewise.tasks import PadCollator, encode, encode_classification, evaluate
 
-    method, seed = key["method"], key["seed"]
-    s = {**COMMON, **MODELS[key["model"]]}
-    s["steps"] = steps or s["steps"][key["size"]]
+    name, data, size = task.split("/")
+    s = {**COMMON, **MODELS[name]}
+    s["steps"] = s["steps"][size]
     s["learning_rate"] = s["learning_rate"].get(method, s["learning_rate"]["spt"])
-    train, dev, template = load_task(key["task"], data_dir)
-    if key["size"] == "few":
+    train, dev, template = load_task(data, data_dir)
+    if size == "few":
         train = shuffled(train, seed, s["few"])
-    tokenizer = load_tokenizer(key["model"])
+    tokenizer = load_tokenizer(name)
     classification = s["task"] == "classification"
     collator = PadCollator(tokenizer)
     # The longest prompt takes positions too, and all methods read the same tokens.
@@ -93,10 +92,10 @@ def one_run(key: dict[str, Any], data_dir: Path, steps: int | None = None) -> di
     def fresh() -> Any:
         set_seed(seed)
         return load_model(
-            key["model"],
+            name,
             task=s["task"],
             num_labels=len(train.labels or ()) if classification else None,
-            dtype=torch.float32 if classification else torch.bfloat16,
+            dtype=torch.float32,  # on CPUs without AMX faster than bfloat16
         )
 
     found: dict[str, Any] = {"layers": None}
@@ -116,7 +115,9 @@ def one_run(key: dict[str, Any], data_dir: Path, steps: int | None = None) -> di
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     head = sum(count for name, count in trained.items() if "modules_to_save" in name)
     return {
-        **key,
+        "task": task,
+        "method": method,
+        "seed": seed,
         "accuracy": round(metrics["accuracy"], 4),
         "loss": round(metrics["loss"], 4),
         "n": metrics["n"],
@@ -236,41 +237,19 @@ def arguments(folder: str, seed: int, s: dict[str, Any]) -> Any:
     )
 
 
-# The campaign ---------------------------------------------------------------------------------------------------------
-
-
-def campaign(keys: Iterable[dict[str, Any]], data_dir: Path, results: Path, steps: int | None) -> None:
-    """Does the runs that nobody has done or is doing."""
-    from gatewise.models.convert import quiet
-
-    for key in keys:
-        with claimed([key[name] for name in KEY], results) as free:
-            # Asked once the run is claimed: another process may have ended it just now.
-            if not free or any(all(run[name] == key[name] for name in KEY) for run in read(results)):
-                continue
-            print(" ".join(str(key[name]) for name in KEY), flush=True)
-            with quiet(bars=True):
-                run = one_run(key, data_dir, steps)
-            append(run, results)
-            where = f", layers {run['layers']}" if run["layers"] else ""
-            took = run["search_seconds"] + run["seconds"]
-            print(f"  accuracy {run['accuracy']}, loss {run['loss']}{where}, {took:.0f} s", flush=True)
-
-
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def report(runs: list[dict[str, Any]]) -> None:
+def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
     """First whether the search beats chance and agrees with itself, then every method's numbers."""
-    for model in dict.fromkeys(run["model"] for run in runs):
-        for size in SIZES:
-            group = [run for run in runs if (run["model"], run["size"]) == (model, size)]
-            if group:
-                s = group[0]["settings"]
-                print(f"\n{model}, {'all rows' if size == 'full' else '100 rows'}: {s['keep']} of {s['layers']} layers")
-                _against_chance(group)
-                _agreement(group)
-                _methods(group)
+    for model, size in product(MODELS, SIZES):
+        group = [run for run in runs if run["task"].startswith(f"{model}/") and run["task"].endswith(f"/{size}")]
+        if group:
+            s = group[0]["settings"]
+            print(f"\n{model}, {'all rows' if size == 'full' else '100 rows'}: {s['keep']} of {s['layers']} layers")
+            _against_chance(group)
+            _agreement(group)
+            _methods(group)
 
 
 def _against_chance(runs: list[dict[str, Any]]) -> None:
@@ -299,7 +278,9 @@ def _against_chance(runs: list[dict[str, Any]]) -> None:
             best_gains += bests
             sets = sum(bool(group) for group in drawn.values())
             at = f"layers {drawn[best][0]['layers']}"
-            print(f"    {method:9} {task:5} - mean of {sets} sets {_spread(means, True)}   - best ({at}) {_spread(bests, True)}")
+            print(
+                f"    {method:9} {task.split('/')[1]:5} - mean of {sets} sets {_spread(means, True)}   - best ({at}) {_spread(bests, True)}"
+            )
         if mean_gains:
             wins = sum(gain > 0 for gain in mean_gains) + sum(gain == 0 for gain in mean_gains) / 2
             print(
@@ -321,14 +302,16 @@ def _agreement(runs: list[dict[str, Any]]) -> None:
                 shared = f"{statistics.mean(pairs):.2f} over {len(pairs)} pairs"
                 print(f"    {method:9} {name}: {shared}, chance {s['keep'] / s['layers']:.2f}")
         for task in dict.fromkeys(task for task, _ in chosen):
-            print(f"      {task:5} " + "   ".join(f"{sorted(c)}" for (t, _), c in sorted(chosen.items()) if t == task))
+            print(
+                f"      {task.split('/')[1]:5} " + "   ".join(f"{sorted(c)}" for (t, _), c in sorted(chosen.items()) if t == task)
+            )
 
 
 def _methods(runs: list[dict[str, Any]]) -> None:
     print("  Every method: accuracy, mean and spread over seeds (and random sets); loss; parameters beside the head; seconds")
     for task, cells in _by_task(runs):
         count = next(iter(cells.values()))["n"]
-        print(f"    {task} (dev, {count} rows)")
+        print(f"    {task.split('/')[1]} (dev, {count} rows)")
         for name in (*SEARCHED, "first", "last", "spread", "random", "prompt-tuning", "prefix-tuning", "lora"):
             group = [run for (method, _), run in cells.items() if method == name or (name == "random" and method in RANDOM)]
             if not group:
@@ -352,34 +335,10 @@ def _spread(values: list[float], sign: bool = False) -> str:
     return spread(values, 1, sign) if values else "not run"
 
 
-def main() -> None:
-    """Runs what is missing from the campaign, or reports it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--results", type=Path, default=RESULTS / "spt.jsonl")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="of search and training, for a trial: give it --results of its own")
-    parser.add_argument("--report", action="store_true")
-    options = parser.parse_args()
-    if not options.report:
-        if options.data_dir is None:
-            parser.error("--data-dir is needed: the folder with sst2/train.jsonl, sst2/dev.jsonl and so on")
-        chosen = (options.models, options.seeds, options.sizes, options.tasks, options.methods)
-        keys = [
-            {"model": model, "task": task, "size": size, "method": method, "seed": seed}
-            for model in chosen[0]
-            for seed in chosen[1]
-            for size in chosen[2]
-            for task in chosen[3]
-            for method in chosen[4]
-        ]
-        campaign(keys, options.data_dir, options.results, options.steps)
-    report(read(options.results))
+def _told(run: dict[str, Any]) -> str:
+    where = f", layers {run['layers']}" if run["layers"] else ""
+    return f"accuracy {run['accuracy']}, loss {run['loss']}{where}, {run['search_seconds'] + run['seconds']:.0f} s"
 
 
 if __name__ == "__main__":
-    main()
+    campaign(__doc__, "spt.jsonl", TASKS, METHODS, one_run, _told, report)
