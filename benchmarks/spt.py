@@ -243,7 +243,11 @@ def arguments(folder: str, seed: int, s: dict[str, Any]) -> Any:
 def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
     """First whether the search beats chance and agrees with itself, then every method's numbers."""
     for model, size in product(MODELS, SIZES):
-        group = [run for run in runs if run["task"].startswith(f"{model}/") and run["task"].endswith(f"/{size}")]
+        group = [
+            {**run, "task": run["task"].split("/")[1]}
+            for run in runs
+            if run["task"].startswith(f"{model}/") and run["task"].endswith(f"/{size}")
+        ]
         if group:
             s = group[0]["settings"]
             print(f"\n{model}, {'all rows' if size == 'full' else '100 rows'}: {s['keep']} of {s['layers']} layers")
@@ -278,9 +282,7 @@ def _against_chance(runs: list[dict[str, Any]]) -> None:
             best_gains += bests
             sets = sum(bool(group) for group in drawn.values())
             at = f"layers {drawn[best][0]['layers']}"
-            print(
-                f"    {method:9} {task.split('/')[1]:5} - mean of {sets} sets {_spread(means, True)}   - best ({at}) {_spread(bests, True)}"
-            )
+            print(f"    {method:9} {task:5} - mean of {sets} sets {_spread(means, True)}   - best ({at}) {_spread(bests, True)}")
         if mean_gains:
             wins = sum(gain > 0 for gain in mean_gains) + sum(gain == 0 for gain in mean_gains) / 2
             print(
@@ -302,16 +304,14 @@ def _agreement(runs: list[dict[str, Any]]) -> None:
                 shared = f"{statistics.mean(pairs):.2f} over {len(pairs)} pairs"
                 print(f"    {method:9} {name}: {shared}, chance {s['keep'] / s['layers']:.2f}")
         for task in dict.fromkeys(task for task, _ in chosen):
-            print(
-                f"      {task.split('/')[1]:5} " + "   ".join(f"{sorted(c)}" for (t, _), c in sorted(chosen.items()) if t == task)
-            )
+            print(f"      {task:5} " + "   ".join(f"{sorted(c)}" for (t, _), c in sorted(chosen.items()) if t == task))
 
 
 def _methods(runs: list[dict[str, Any]]) -> None:
     print("  Every method: accuracy, mean and spread over seeds (and random sets); loss; parameters beside the head; seconds")
     for task, cells in _by_task(runs):
         count = next(iter(cells.values()))["n"]
-        print(f"    {task.split('/')[1]} (dev, {count} rows)")
+        print(f"    {task} (dev, {count} rows)")
         for name in (*SEARCHED, "first", "last", "spread", "random", "prompt-tuning", "prefix-tuning", "lora"):
             group = [run for (method, _), run in cells.items() if method == name or (name == "random" and method in RANDOM)]
             if not group:
