@@ -9,6 +9,7 @@ al., arXiv 2401.02034). The pipeline asks for triples, nodes and tree in turn, e
 parser are the same. What is extracted needs review by a clinician.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gatewise.characters import HALF_A_PAIR, has_half_a_pair
 from gatewise.errors import GatewiseError
+from gatewise.mdt.consensus import most_alike
 from gatewise.mdt.constraint import check_available
 from gatewise.mdt.course import Course
 from gatewise.mdt.language import detect_language
@@ -46,6 +48,8 @@ class Extraction:
         absent: the triples whose subject or object does not stand in the text.
         warnings: what was put right or left out in the model's output, a sentence each.
         written: what the model wrote, as it wrote it; in the pipeline one text a step.
+        agreement: of several candidates how alike the others are to the one that was kept, in [0, 1], 1 for all the same; None
+            where there was but one.
     """
 
     text: str
@@ -54,6 +58,7 @@ class Extraction:
     absent: tuple[Triple, ...] = ()
     warnings: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    agreement: float | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -67,7 +72,9 @@ class Extraction:
 
     def record(self, number: int = 1, more: Mapping[str, Any] | None = None) -> TreeRecord:
         """As a record for files and views, with what has to be known of it beside the tree."""
-        said = {"absent": [list(triple) for triple in self.absent], "warnings": list(self.warnings)}
+        said: dict[str, Any] = {"absent": [list(triple) for triple in self.absent], "warnings": list(self.warnings)}
+        if self.agreement is not None:
+            said["agreement"] = round(self.agreement, 3)
         return TreeRecord(self.text, self.tree, number, {**(more or {}), **said})
 
 
@@ -81,6 +88,9 @@ class Extractor:
         pipeline: ask for triples, nodes and tree in turn.
         constrained: allow only tokens with which the output becomes a valid tree (needs the extra ``mdt``).
         verbatim: with ``constrained``, allow only subjects and objects that are whole words of the text.
+        candidates: how many trees are written for a text, the first of the most probable tokens and the others drawn; kept is the
+            one most like the others (:mod:`gatewise.mdt.consensus`).
+        temperature, seed: of the draws.
         max_new_tokens: the most that is written in one output.
         steps: models for steps of the pipeline, where they differ from ``model``; of the same tokenizer.
 
@@ -95,6 +105,9 @@ class Extractor:
     pipeline: bool = False
     constrained: bool = True
     verbatim: bool = False
+    candidates: int = 1
+    temperature: float = 0.7
+    seed: int = 0
     max_new_tokens: int = 512
     batch_size: int = 8
     steps: Mapping[Stage, Any] = field(default_factory=dict)
@@ -106,9 +119,15 @@ class Extractor:
             raise GatewiseError("a level was given with the pipeline, which has no levels: leave one of the two out")
         if self.verbatim and not self.constrained:
             raise GatewiseError("verbatim phrases were asked for without constraint: leave one of the two out")
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            least = f"max_new_tokens is {self.max_new_tokens} and batch_size {self.batch_size}"
-            raise GatewiseError(f"{least}: expected at least 1 of each")
+        for name in ("max_new_tokens", "batch_size", "candidates"):
+            if (number := getattr(self, name)) < 1:
+                raise GatewiseError(f"{name} is {number}: expected at least 1")
+        if self.candidates == 2:
+            raise GatewiseError("candidates is 2, of which neither is more like the others: expected 1, or at least 3")
+        if self.candidates > 1 and self.pipeline:
+            raise GatewiseError("several candidates were asked for with the pipeline, which writes one: leave one of the two out")
+        if not 0 < self.temperature < math.inf:
+            raise GatewiseError(f"temperature is {self.temperature}: expected a number above 0, such as 0.7")
         if self.constrained:
             check_available()
 
@@ -174,7 +193,22 @@ class Extractor:
 
     def _whole(self, asked: "Sequence[Asked]", progress: Progress | None) -> list[Extraction | GatewiseError]:
         outputs = self._write(asked, None, progress)
-        return [self._tree(one, output, _text(output)) for one, output in zip(asked, outputs, strict=True)]
+        first = [self._tree(one, output, _text(output)) for one, output in zip(asked, outputs, strict=True)]
+        more = self.candidates - 1
+        if not more:
+            return first
+        repeated = [one for one in asked for _ in range(more)]
+        drawn = [self._tree(one, out, _text(out)) for one, out in zip(repeated, self._draw(repeated, progress), strict=True)]
+        return [_kept([one, *drawn[i * more : (i + 1) * more]]) for i, one in enumerate(first)]
+
+    def _draw(self, asked: "Sequence[Asked]", progress: Progress | None) -> list[Written | GatewiseError]:
+        """Like ``_write``, each token drawn; leaves the caller's random numbers as they were."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+            torch.manual_seed(self.seed)
+            return self._write(asked, None, progress, self.temperature)
 
     def triples(self, asked: "Sequence[Asked]", progress: Progress | None = None) -> "list[Asked | GatewiseError]":
         """The first step of the pipeline for each text: its triples. A text's fault is given back in its place."""
@@ -198,7 +232,9 @@ class Extractor:
         heads = ["\n".join(["nodes:", *node_lines(one.nodes), "tree:\n"]) for one in asked]
         return [self._tree(one, output, head + _text(output)) for one, output, head in zip(asked, outputs, heads, strict=True)]
 
-    def _write(self, asked: "Sequence[Asked]", stage: Stage | None, progress: Progress | None) -> list[Written | GatewiseError]:
+    def _write(
+        self, asked: "Sequence[Asked]", stage: Stage | None, progress: Progress | None, temperature: float | None = None
+    ) -> list[Written | GatewiseError]:
         prompts = [prompt(one.text, one.language, stage, triples=one.triples, nodes=one.nodes) for one in asked]
         courses = [self._course(one, stage) for one in asked] if self.constrained else None
         what = {None: "trees", "triples": "triples", "nodes": "nodes", "tree": "trees"}[stage]
@@ -210,6 +246,7 @@ class Extractor:
             template=self.template,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
+            temperature=temperature,
             progress=(lambda done, total: progress(what, done, total)) if progress else None,
         )
 
@@ -272,6 +309,15 @@ def extract(
     if isinstance(found, GatewiseError):
         raise found
     return found
+
+
+def _kept(candidates: Sequence[Extraction | GatewiseError]) -> Extraction | GatewiseError:
+    """The candidate that is most like the others; what is no tree is like none."""
+    trees = [one for one in candidates if isinstance(one, Extraction)]
+    if len(trees) < 2:
+        return trees[0] if trees else candidates[0]
+    best, agreement = most_alike([one.tree for one in trees])
+    return replace(trees[best], agreement=agreement * (len(trees) - 1) / (len(candidates) - 1))
 
 
 def _each(

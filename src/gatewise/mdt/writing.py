@@ -43,13 +43,15 @@ def write(
     template: Template,
     max_new_tokens: int,
     batch_size: int = 8,
+    temperature: float | None = None,
     progress: Progress | None = None,
 ) -> list[Written | GatewiseError]:
-    """What the model writes after each prompt, greedily.
+    """What the model writes after each prompt.
 
     Args:
         courses: what may be written after each prompt; None leaves it free.
         template: how a prompt, as the row's ``source``, was written in training.
+        temperature: draw each token at it; None takes the most probable one.
         progress: called with (done, total) after every batch.
 
     Returns:
@@ -78,7 +80,8 @@ def write(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             room = min(max_new_tokens, positions - len(ids[batch[0]]))
-            texts = _batch(model, tokenizer, [ids[i] for i in batch], [courses[i] for i in batch] if courses else None, room)
+            chosen = [courses[i] for i in batch] if courses else None
+            texts = _batch(model, tokenizer, [ids[i] for i in batch], chosen, room, temperature)
             for i, one in zip(batch, texts, strict=True):
                 written[i] = one
             if progress:
@@ -87,7 +90,12 @@ def write(
 
 
 def _batch(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], courses: list[Course] | None, most: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    courses: list[Course] | None,
+    most: int,
+    temperature: float | None,
 ) -> list[Written]:
     device = next(model.parameters()).device
     ends = end_ids(model, tokenizer)
@@ -97,6 +105,8 @@ def _batch(
     ids = pad(prompts, fill, left=True).to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device)
     config = greedy(most, ends, fill)
+    if temperature is not None:
+        config.update(do_sample=True, temperature=temperature, top_k=0)
     constraint = None
     if courses is not None:
         constraint = TreeConstraint(tokenizer, courses, ends=sorted(ends), prompt_tokens=ids.shape[1], max_new_tokens=most)
