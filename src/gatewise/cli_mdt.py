@@ -37,6 +37,7 @@ LevelOption = Annotated[
 PipelineOption = Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")]
 FreeOption = Annotated[bool, typer.Option("--free", help="Let the model write what it likes, and read it as well as it goes.")]
 VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
+CandidatesOption = Annotated[int, typer.Option(help="Write so many trees, and keep the one most like the others.", min=1)]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written in one output.", min=1)]
 BatchOption = Annotated[int, typer.Option(help="Passages in one forward pass.", min=1)]
 
@@ -144,6 +145,7 @@ def extract(
     pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
     free: FreeOption = False,
+    candidates: CandidatesOption = 1,
     max_new_tokens: TokensOption = 512,
     batch_size: BatchOption = 8,
 ) -> None:
@@ -166,7 +168,7 @@ def extract(
     named: Any = language.value if language else None
     pieces = read_pieces(files, batch, language=named, population=population, most_characters=passage_characters)
     if pieces:
-        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim}
+        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
         with _loaded(adapter, base, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
             extract_pieces(pieces, extractor, batch, count)
     records, faults = batch.records, list(batch.faults)
@@ -254,6 +256,7 @@ def evaluate(
     pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
     free: FreeOption = False,
+    candidates: CandidatesOption = 1,
     max_new_tokens: TokensOption = 512,
     batch_size: BatchOption = 8,
     limit: Annotated[int | None, typer.Option(help="With --adapter: only the first records.", min=1)] = None,
@@ -279,7 +282,7 @@ def evaluate(
         read = _read(gold, repair)
         if read.faults:
             raise GatewiseError(next(iter(read.faults.values())))
-        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim}
+        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
         with _loaded(adapter, base, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
             records = read.records[:limit]
             values = measure_adapter(extractor, records, stage.value if stage else None, count, errors=errors)

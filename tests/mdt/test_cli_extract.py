@@ -98,7 +98,19 @@ def test_extract_through_the_pipeline(gatewise: Gatewise) -> None:
         assert f"writing {what} for 1 passage" in result.stderr
 
 
+def test_several_candidates_say_how_alike_they_are(gatewise: Gatewise) -> None:
+    result = gatewise("extract", "good.txt", "--candidates", "3", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert 0 <= json.loads(result.stdout)[0]["agreement"] <= 1
+    alone = gatewise("extract", "good.txt", "--format", "json")
+    assert "agreement" not in json.loads(alone.stdout)[0]
+    result = gatewise("evaluate", "--gold", "gold.json", "--candidates", "3", "--json")
+    assert result.exit_code == 0, result.output
+
+
 def test_settings_that_contradict_each_other(gatewise: Gatewise) -> None:
+    assert_refused(gatewise("extract", "good.txt", "--candidates", "2"), "candidates is 2", "at least 3")
+    assert_refused(gatewise("evaluate", "--gold", "gold.json", "--stage", "nodes", "--candidates", "3"), "leave one of the two out")
     assert_refused(gatewise("extract", "good.txt", "--pipeline", "--level", "1"), "leave one of the two out")
     assert_refused(gatewise("extract", "good.txt", "--free"), "leave one of the two out")
     assert_refused(gatewise("evaluate", "--gold", "gold.json", "--pred", "gold.json"), "not both")

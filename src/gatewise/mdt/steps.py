@@ -39,13 +39,15 @@ def measure(
         ``errors``, also what :func:`gatewise.mdt.count_mistakes` counts.
 
     Raises:
-        GatewiseError: there are no records, or none with a triple; the stage is unknown, or makes no trees whose errors could be
-            counted.
+        GatewiseError: there are no records, or none with a triple; the stage is unknown, makes no trees whose errors could be
+            counted, or was given with several candidates.
     """
     if stage is not None and stage not in STAGES:
         raise GatewiseError(f"the stage is {stage!r}: expected one of {', '.join(STAGES)}")
     if errors and stage in ("triples", "nodes"):
         raise GatewiseError(f"errors by kind were asked for of stage {stage}, which makes no trees: leave one of the two out")
+    if stage is not None and extractor.candidates > 1:
+        raise GatewiseError(f"several candidates were asked for of stage {stage}, which writes one: leave one of the two out")
     if not records:
         raise GatewiseError("there are no gold trees, expected at least one")
     if stage is None:
