@@ -1,8 +1,9 @@
 """Is the tree that is most like other drawn ones better than the most probable one? And does their agreement say how good it is?
 
 For the adapter of a run of mdt.py, so many trees are drawn for every dev passage, constrained, at a temperature. Each number of
-candidates is then measured as ``gatewise mdt extract --candidates N`` would choose: the greedy tree and the first N - 1 drawn, one draw
-for all numbers, so that they can be compared. What was drawn is kept in the folder of the run, and a draw that is stopped goes on there.
+candidates is then measured as ``gatewise mdt extract --candidates N`` would choose: the greedy tree and the first N - 1 drawn, one
+draw for all numbers, so that they can be compared. What was drawn is kept in the folder of the run, where one that is stopped goes
+on.
 
     OMP_NUM_THREADS=1 python benchmarks/mdt_candidates.py --data-dir DATA --run en-cot0-lora-0 [--temperature 0.7] [--draws 8]
     python benchmarks/mdt_candidates.py --report
