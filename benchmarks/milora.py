@@ -1,8 +1,9 @@
 """Does MiLoRA learn? LoRA, DoRA and MiLoRA with one or three modules a layer, one task at a time and two at once, SmolLM2-135M.
 
 Multiple choice: arc_easy, openbookqa, and both mixed (twice the steps). ``untrained`` is the base model. All methods have the same
-rows in the same order, rank, learning rate, steps and, but for ``milora-k3-scaled``, lora_alpha. MiLoRA's gates add up to one in a
-layer, so that a module kept with two others has about a third of LoRA's scale; ``-scaled`` has three times the alpha. The
+rows in the same order, rank, learning rate, steps and, but for the last two, lora_alpha. MiLoRA's gates add up to one in a
+layer, so that a module kept with two others has about a third of LoRA's scale; ``-scaled`` has three times the alpha. The first
+three route by the pooled states as they are, as the paper does; ``-centred``, scaled too, by what is a prompt's own. The
 coefficients of its rational activation learn on 64 rows set aside, which no method trains on. Accuracy and loss are those of the
 whole dev split of each task, and the routing is that of its prompts. Results are appended to a JSON-lines file as they come; a run
 that is already there is not repeated, so the campaign can be stopped and started at will, and several processes may share it.
@@ -38,9 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "untrained": {},
     "lora": {},
     "dora": {"use_dora": True},
-    "milora-k1": {"top_k": 1},
-    "milora-k3": {"top_k": 3},
-    "milora-k3-scaled": {"top_k": 3, "lora_alpha": 48},
+    "milora-k1": {"top_k": 1, "center_states": False},
+    "milora-k3": {"top_k": 3, "center_states": False},
+    "milora-k3-scaled": {"top_k": 3, "center_states": False, "lora_alpha": 48},
+    "milora-k3-centred": {"top_k": 3, "lora_alpha": 48},
 }
 SINGLE = ("arc_easy", "openbookqa")
 TASKS = {**{task: (task,) for task in SINGLE}, "both": SINGLE}

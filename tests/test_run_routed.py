@@ -37,8 +37,10 @@ def test_the_adapter_is_routed_lora_that_peft_loads(tmp_path: Path) -> None:
     result = train(write_recipe(tmp_path, "milora"), tmp_path / "out", "peft.lora_dropout=0.0")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), str(result.adapter))
     assert isinstance(model.base_model, RoutedLoraModel)
-    stored = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    assert result.parameters == {"base": model.get_base_model().num_parameters() - stored, "adapter": stored}
+    learnt = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    kept = sum(value.numel() for name, value in model.named_buffers() if "lora_router" in name)
+    assert kept == 2 * (16 + 2)
+    assert result.parameters == {"base": model.get_base_model().num_parameters() - learnt, "adapter": learnt + kept}
     assert set(result.ranks.values()) == {2}
     assert result.metrics["dev"]["after"]["loss"] < result.metrics["dev"]["before"]["loss"]
     # What the run says of dev is what the saved adapter does with it.

@@ -156,6 +156,7 @@ class RoutingSection(Section):
     balance_weight: NotNegative = 1e-2
     normalize_gates: bool = True
     normalize_states: bool = True
+    center_states: bool = True
     validation_rows: Annotated[int, Field(ge=0)] = 64
     activation_learning_rate: Positive = 1e-6
     activation_every: Count = 4

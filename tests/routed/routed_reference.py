@@ -70,12 +70,16 @@ def divided_by_rms(token: list[float]) -> list[float]:
 def probabilities(
     hidden: list[list[float]], router: nn.Module, pooler: str, activation: str, normalize: bool = True
 ) -> list[float]:
-    """softmax(g(pool(H)) W_r)."""
+    """softmax(g((pool(H) - c) / s) W_r), c and s of the prompts that were observed, if any were."""
     hidden = [divided_by_rms(token) for token in hidden] if normalize else hidden
     numbers = {name: parameter.detach().double().tolist() for name, parameter in router.named_parameters()}
     a = [value / 5**j for j, value in enumerate(numbers.get("numerator", []))]
     b = [value / 5**i for i, value in enumerate(numbers.get("denominator", []), start=1)]
-    h = [activate(x, activation, a, b) for x in pool(hidden, pooler, numbers.get("pool"))]
+    pooled = pool(hidden, pooler, numbers.get("pool"))
+    if router.center_states and float(router.observed):
+        s = math.sqrt(float(router.squares) / (float(router.observed) * len(pooled)))
+        pooled = [(x - c) / s for x, c in zip(pooled, router.center.double().tolist(), strict=True)]
+    h = [activate(x, activation, a, b) for x in pooled]
     logits = [sum(w * x for w, x in zip(row, h, strict=True)) for row in numbers["weight"]]
     return [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
 

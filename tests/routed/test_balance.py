@@ -66,7 +66,7 @@ def test_it_has_a_gradient_for_the_routers_and_what_lies_below(routed, batch):
     model.balance_loss().backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
     assert sum("lora_router" in name for name in reached) == 8
-    assert any("layers.0.self_attn.q_proj.lora_B" in name for name in reached)
+    assert any("layers.0." in name and "lora_B" in name for name in reached)
     assert not any("layers.1." in name and "lora_router" not in name for name in reached)
 
 

@@ -17,6 +17,7 @@ def test_defaults():
     config = RoutedLoraConfig()
     assert (config.r, config.lora_alpha, config.top_k, config.pooler, config.activation) == (32, 32, 3, "attention", "rational")
     assert (config.balance_weight, config.normalize_gates, config.normalize_states) == (1e-2, True, True)
+    assert config.center_states
     assert config.target_modules == "all-linear"
     assert RoutedLoraConfig(r=4).lora_alpha == 4
     assert RoutedLoraConfig(r=4, lora_alpha=8).lora_alpha == 8
@@ -29,6 +30,7 @@ def test_round_trip(tmp_path):
         **given,
         normalize_gates=False,
         normalize_states=False,
+        center_states=False,
         lora_dropout=0.1,
         target_modules=["q_proj", "v_proj"],
         task_type="CAUSAL_LM",

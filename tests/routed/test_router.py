@@ -13,8 +13,8 @@ POOLERS = ["attention", "mean", "max", "last"]
 ACTIVATIONS = ["rational", "gelu", "relu", "identity"]
 
 
-def random_router(pooler="attention", activation="rational", normalize=True, experts=5, hidden=8):
-    router = Router(hidden, experts, pooler, activation, normalize).double()
+def random_router(pooler="attention", activation="rational", normalize=True, experts=5, hidden=8, center=False):
+    router = Router(hidden, experts, pooler, activation, normalize, center).double()
     for name, parameter in router.named_parameters():
         if name in ("weight", "pool"):
             torch.nn.init.normal_(parameter)
@@ -36,6 +36,67 @@ def test_probabilities_by_hand(pooler, activation, normalize):
     for row in range(len(hidden)):
         expected = reference.probabilities(hidden[row][prompt[row]].tolist(), router, pooler, activation, normalize)
         torch.testing.assert_close(got[row].tolist(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[5], [1, 4], [2, 1, 7, 3]])
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_observing_by_hand(pooler, sizes):
+    """The mean of all prompts seen, and how far they are from it, in whatever batches they came."""
+    router = random_router(pooler, center=True)
+    batches = [random_prompts(rows) for rows in sizes]
+    before = router(*batches[0])
+    uncentred = random_router(pooler)
+    uncentred.load_state_dict(
+        {name: value for name, value in router.state_dict().items() if name in dict(router.named_parameters())}
+    )
+    torch.testing.assert_close(before, uncentred(*batches[0]), rtol=0, atol=0)
+    for hidden, prompt in batches:
+        router.observe(hidden, prompt)
+    numbers = router.pool.tolist() if pooler == "attention" else None
+    pooled = [
+        reference.pool([reference.divided_by_rms(token) for token in row[kept].tolist()], pooler, numbers)
+        for hidden, prompt in batches
+        for row, kept in zip(hidden, prompt, strict=True)
+    ]
+    center = [sum(h[d] for h in pooled) / len(pooled) for d in range(8)]
+    torch.testing.assert_close(router.center.tolist(), center)
+    squares = sum((x - c) ** 2 for h in pooled for x, c in zip(h, center, strict=True))
+    torch.testing.assert_close(float(router.squares), squares)
+    hidden, prompt = batches[-1]
+    expected = reference.probabilities(hidden[0][prompt[0]].tolist(), router, pooler, "rational")
+    torch.testing.assert_close(router(hidden, prompt)[0].tolist(), expected)
+
+
+def test_one_prompt_alone_or_many_that_are_the_same_are_not_centred():
+    router, (hidden, prompt) = random_router(center=True).float(), random_prompts(1)
+    hidden = hidden.float()
+    before = router(hidden, prompt)
+    for rows in (1, 2, 7):
+        router.observe(hidden.expand(rows, -1, -1), prompt.expand(rows, -1))
+        torch.testing.assert_close(router(hidden, prompt), before)
+
+
+def test_prompts_are_observed_until_there_are_enough():
+    router, (hidden, prompt) = random_router(center=True), random_prompts(10)
+    for step in range(7):
+        assert router.observes == (10 * step < 64)
+        router.observe(hidden, prompt)
+    assert not router.observes
+    assert not random_router().observes
+
+
+def test_a_centred_router_tells_prompts_apart_that_have_much_in_common():
+    """As the pooled states of real prompts have: without centring, all of them choose alike."""
+    common = 3 * torch.randn(16)
+    hidden, prompt = common + 0.2 * torch.randn(64, 5, 16), torch.ones(64, 5, dtype=torch.bool)
+    chosen = {}
+    for center in (True, False):
+        router = Router(16, 7, "mean", "rational", center_states=center)
+        if center:
+            router.observe(hidden, prompt)
+        chosen[center] = router(hidden, prompt).argmax(dim=-1).unique().numel()
+    assert chosen[True] >= 5
+    assert chosen[False] <= 2
 
 
 @pytest.mark.parametrize("normalize", [True, False])

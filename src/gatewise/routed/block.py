@@ -116,6 +116,9 @@ class BlockRouting:
             router, experts, config = self._routers[adapter]
             rows = None if places is None else torch.tensor(places, device=hidden.device)
             own, prompt = (hidden, request.prompt) if rows is None else (hidden[rows], request.prompt[places])
+            # Once a prompt: when a layer runs again (gradient checkpointing), it has to decide as before.
+            if request.training and self.index not in request.decided and router.observes:
+                router.observe(own, prompt)
             if again_in_backward:  # or its float32 copy of H would be kept, which checkpointing is there to avoid
                 probabilities = checkpoint(router, own, prompt, use_reentrant=False, preserve_rng_state=False)
             else:

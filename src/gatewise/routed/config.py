@@ -48,6 +48,9 @@ class RoutedLoraConfig(LoraConfig):
             say). False leaves the probability as it is; the adapter then starts near top_k / experts of its scale.
         normalize_states: divide each token's hidden state by its root mean square before pooling, so that the huge numbers that
             the first token has in many models do not drown the prompt (reconstructed). False pools them as they are.
+        center_states: take from the pooled vector what the first 64 prompts of the training have in common, and give the rest unit
+            size, so that routers see what is a prompt's own (ours, not the paper's). It is saved with the adapter. False routes by
+            the pooled vector as it is: all prompts then choose nearly alike, which keeps fewer modules in a mixed batch.
 
     Raises:
         GatewiseError: a value out of range, or a LoRA variant that experts cannot be.
@@ -64,6 +67,7 @@ class RoutedLoraConfig(LoraConfig):
     balance_weight: float = field(default=1e-2, metadata={"help": "Weight of the load-balancing loss."})
     normalize_gates: bool = field(default=True, metadata={"help": "Divide gates by the constant sum of the kept probabilities."})
     normalize_states: bool = field(default=True, metadata={"help": "Divide hidden states by their root mean square first."})
+    center_states: bool = field(default=True, metadata={"help": "Take off what all prompts have in common."})
 
     def __post_init__(self) -> None:
         if self.lora_alpha is None:

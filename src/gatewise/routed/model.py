@@ -110,7 +110,14 @@ class RoutedLoraModel(LoraModel):
         if experts is not None:
             layer = getattr(parent, target_name)
             width = self.model.config.get_text_config().hidden_size
-            router = Router(width, experts, lora_config.pooler, lora_config.activation, lora_config.normalize_states)
+            router = Router(
+                width,
+                experts,
+                lora_config.pooler,
+                lora_config.activation,
+                lora_config.normalize_states,
+                lora_config.center_states,
+            )
             router.requires_grad_(adapter_name in self.active_adapters and not lora_config.inference_mode)
             layer.lora_router[adapter_name] = router
             layer._move_adapter_to_device_of_base_layer(adapter_name)

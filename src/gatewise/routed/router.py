@@ -12,6 +12,14 @@ SmolLM2-135M-Instruct hardly see a short prompt: in layers 12 to 28 the first to
 whatever follows, where the others have a root mean square of 6 to 27. The pooled vector is then that number, and one expert begins
 with a probability of 0.999 (median of 20 seeds, two prompts of a dozen tokens) instead of 0.2.
 
+What all prompts have in common is then taken from the pooled vector, unless told not to, and the rest divided by its size (ours,
+not the paper's):
+
+    h <- (h - c) / s      c the mean of h over the first 64 prompts that are trained on, s the root mean square of h - c then
+
+Without that, the pooled vectors of all prompts are nearly the same one: all prompts choose alike whatever they say, by the random
+W_r, and every step of the optimiser moves them together (docs/milora.md).
+
 Shapes: b batch, t tokens, d hidden size, m experts of the layer, k kept.
 """
 
@@ -36,6 +44,10 @@ GELU_NUMERATOR = (-2.40481574e-03, 4.99849287e-01, 4.44277016e-01, 1.41218348e-0
 GELU_DENOMINATOR = (6.04044611e-02, 2.32398785e-01, 1.40684711e-02, 4.52507245e-04, 3.17898493e-05)
 
 
+OBSERVED_PROMPTS = 64
+"""So many prompts, the first that are trained on, tell what prompts have in common; then it stays."""
+
+
 class Router(nn.Module):
     """One adapter's router for one layer. Computes in float32 (float64 in a float64 model), whatever the base model's precision.
 
@@ -45,11 +57,21 @@ class Router(nn.Module):
     Args:
         hidden_size: d.
         experts: m.
-        pooler, activation, normalize_states: as in ``RoutedLoraConfig``.
+        pooler, activation, normalize_states, center_states: as in ``RoutedLoraConfig``.
     """
 
+    center: Tensor
+    squares: Tensor
+    observed: Tensor
+
     def __init__(
-        self, hidden_size: int, experts: int, pooler: Pooler, activation: Activation, normalize_states: bool = True
+        self,
+        hidden_size: int,
+        experts: int,
+        pooler: Pooler,
+        activation: Activation,
+        normalize_states: bool = True,
+        center_states: bool = True,
     ) -> None:
         super().__init__()
         self.pooler, self.activation, self.normalize_states = pooler, activation, normalize_states
@@ -63,12 +85,37 @@ class Router(nn.Module):
             denominator = [value * RATIONAL_UNIT**power for power, value in enumerate(GELU_DENOMINATOR, start=1)]
             self.numerator = nn.Parameter(torch.tensor(numerator, dtype=torch.float32))
             self.denominator = nn.Parameter(torch.tensor(denominator, dtype=torch.float32))
+        self.center_states = center_states
+        if center_states:
+            self.register_buffer("center", torch.zeros(hidden_size, dtype=torch.float32))
+            self.register_buffer("squares", torch.zeros((), dtype=torch.float32))
+            self.register_buffer("observed", torch.zeros((), dtype=torch.float32))
+
+    @property
+    def observes(self) -> bool:
+        """Whether ``observe`` still changes anything."""
+        return self.center_states and float(self.observed) < OBSERVED_PROMPTS
+
+    @torch.no_grad()
+    def observe(self, hidden: Tensor, prompt: Tensor) -> None:
+        """Takes note of what the prompts of a batch have in common; of the same arguments as ``forward``."""
+        dtype = torch.promote_types(self.center.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            pooled = self._pooled(hidden.to(dtype), prompt.to(hidden.device))
+        count, mean = len(pooled), pooled.mean(dim=0)
+        # Chan, Golub and LeVeque's rule for the mean and the sum of squares of two sets together.
+        away, total = mean - self.center, self.observed + count
+        self.squares += ((pooled - mean) ** 2).sum() + (away**2).sum() * self.observed * count / total
+        self.center += away * (count / total)
+        self.observed += count
 
     def forward(self, hidden: Tensor, prompt: Tensor) -> Tensor:
         """Probabilities p (b, m) of the experts, from H (b, t, d) and the positions of the prompt (b, t), at least one a row."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = self._pooled(hidden.to(dtype), prompt.to(hidden.device))
+            if self.center_states:
+                pooled = self._centred(pooled)
             return (self._activated(pooled) @ self.weight.to(dtype).T).softmax(dim=-1)
 
     def _pooled(self, hidden: Tensor, prompt: Tensor) -> Tensor:
@@ -87,6 +134,13 @@ class Router(nn.Module):
             return hidden.sum(dim=1) / prompt.sum(dim=1, keepdim=True)
         scores = (hidden @ self.pool.to(hidden.dtype)).masked_fill(~prompt, -torch.inf)
         return (scores.softmax(dim=1).unsqueeze(1) @ hidden).squeeze(1)
+
+    def _centred(self, pooled: Tensor) -> Tensor:
+        """Before any prompt was observed, or where all were the same, the vector as it is."""
+        center = self.center.to(pooled.dtype)
+        square = self.squares.to(pooled.dtype) / (self.observed * len(center)).clamp(min=1)
+        least = 1e-6 * center.square().mean() + torch.finfo(torch.float32).tiny  # less than that is rounding
+        return torch.where(square > least, (pooled - center) * torch.rsqrt(torch.maximum(square, least)), pooled)
 
     def _activated(self, x: Tensor) -> Tensor:
         if self.activation == "rational":
