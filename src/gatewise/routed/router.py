@@ -85,7 +85,7 @@ class Router(nn.Module):
             denominator = [value * RATIONAL_UNIT**power for power, value in enumerate(GELU_DENOMINATOR, start=1)]
             self.numerator = nn.Parameter(torch.tensor(numerator, dtype=torch.float32))
             self.denominator = nn.Parameter(torch.tensor(denominator, dtype=torch.float32))
-        self.center_states = center_states
+        self.center_states, self._settled = center_states, False
         if center_states:
             self.register_buffer("center", torch.zeros(hidden_size, dtype=torch.float32))
             self.register_buffer("squares", torch.zeros((), dtype=torch.float32))
@@ -94,7 +94,9 @@ class Router(nn.Module):
     @property
     def observes(self) -> bool:
         """Whether ``observe`` still changes anything."""
-        return self.center_states and float(self.observed) < OBSERVED_PROMPTS
+        # Remembered, because on a GPU every look at a number waits for all that is under way.
+        self._settled = self._settled or not self.center_states or float(self.observed) >= OBSERVED_PROMPTS
+        return not self._settled
 
     @torch.no_grad()
     def observe(self, hidden: Tensor, prompt: Tensor) -> None:
