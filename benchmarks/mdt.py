@@ -2,7 +2,8 @@
 
 A task is a language and a chain-of-thought level: en-cot0, en-cot1, en-cot2 with SmolLM2-135M, zh-cot0, zh-cot1, zh-cot2 with
 Gemma 3 270M (fetch it first: `gatewise models fetch gemma3-270m`). A run is what `gatewise train recipes/mdt-METHOD.yaml` does with
-other data, model and budget; the dev passages are then read by the adapter it wrote, three times:
+other data, model and budget, on every passage and three copies of it with swapped phrases (gatewise.mdt.swapping). The dev
+passages are then read by the adapter it wrote, three times:
 
     free           what the model likes to write, read as well as it goes
     constrained    only what can still become a valid tree
@@ -36,18 +37,18 @@ SETTINGS: dict[str, Any] = {
     "peft.r": 16,
     "peft.lora_alpha": 32,
     "peft.lora_dropout": 0.0,  # drawing its zeros takes a fifth of the time on a CPU
-    "training.epochs": 8,
+    "copies": 3,  # no setting of recipes: so many copies of every training record, with phrases swapped, join it
+    "training.epochs": 2,
     "training.batch_size": 8,
     "training.learning_rate": 1e-3,
     "training.save_every": 25,
 }
 LANGUAGES: dict[str, dict[str, Any]] = {"en": {"model": "smollm2-135m-instruct"}, "zh": {"model": "gemma3-270m"}}
-ROUNDS: dict[str, Any] = {"allocation.rounds": 3, "allocation.first_round": 2.0, "allocation.recover": 0.5}
-# Each named for its recipe, a variant with more after it. "copies" is no setting of recipes: so many copies of every training
-# record, with phrases swapped, join it.
+ROUNDS: dict[str, Any] = {"allocation.rounds": 3, "allocation.first_round": 0.5, "allocation.recover": 0.125}
+# Each named for its recipe, a variant with more after it.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "lora-swapped": {"copies": 3, "training.epochs": 2},
+    "lora-plain": {"copies": 0, "training.epochs": 8},  # in as many steps, the records alone
     # Exact ablation of all 3360 ranks would take longer than the training.
     "alora": {**ROUNDS, "allocation.score_options": {"mode": "screened", "max_exact": 0}},
     "pi-lora": {**ROUNDS, "allocation.score_options": {"points": 4}},
@@ -134,6 +135,7 @@ def train_once(
     made = {
         "parameters": result.parameters["adapter"],
         "ranks": result.ranks,
+        "copies": copies,
         "steps": result.steps,
         "resumed_from": result.resumed_from,
         "training_seconds": round((time.process_time() - began) / share, 1),
