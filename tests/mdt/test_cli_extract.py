@@ -30,7 +30,7 @@ def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Path) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     Path("good.txt").write_text(TEXT)
-    Path("long.md").write_text("# Adults with gout\n\nGive colchicine.\n\n# Children with gout\n\nGive naproxen to them.\n")
+    Path("long.md").write_text("# Adults with gout\n\nGive colchicine at once.\n\n# Children with gout\n\nGive naproxen to them.\n")
     Path("scan.pdf").write_bytes(pdf(""))
     Path("gold.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
     few = ["--max-new-tokens", "150", "--verbatim"]

@@ -170,7 +170,7 @@ def test_each_step_is_measured_alone_from_gold_input() -> None:
     assert measure(extractor, records, "tree")["tree_acc"] == 1.0
     assert measure(extractor, records[:1])["path_f1"] == 1.0
 
-    halved, _ = dictated(STEPS | {"Triples:": STEPS["Triples:"].splitlines()[0], "Nodes:": "A. C and: 1; 2\nB. D: 3"})
+    halved, _ = dictated(STEPS | {"Triples:": STEPS["Triples:"].splitlines()[0], "Nodes:": "A. C: 1; 2 | and\nB. D: 3"})
     worse = replace(extractor, model=halved)
     assert measure(worse, records, "triples")["triplet_recall"] == pytest.approx(1 / 7)
     assert measure(worse, records, "nodes")["node_recall"] == pytest.approx(1 / 4)

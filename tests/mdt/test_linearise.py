@@ -11,8 +11,8 @@ from gatewise.mdt.linearise import letters
 
 LEVELS = [(level, by_number) for level in (0, 1, 2) for by_number in (True, False)]
 LEVEL_0 = """\
-C and: adults with gout | sign | acute flare; ~ | basic | normal kidney function
-D or: ~ | drug | colchicine; colchicine | dose | 0.5 mg twice daily; ~ | drug | naproxen
+C: adults with gout | sign | acute flare; ~ | basic | normal kidney function | and
+D: ~ | drug | colchicine; colchicine | dose | 0.5 mg twice daily; ~ | drug | naproxen | or
 C: ~ | sign | Without a flare
 D: ~ | plan | check uric acid
 D"""
@@ -26,8 +26,8 @@ triples:
 6. ~ | sign | Without a flare
 7. ~ | plan | check uric acid
 nodes:
-A. C and: 1; 2
-B. D or: 3; 4; 5
+A. C: 1; 2 | and
+B. D: 3; 4; 5 | or
 E. C: 6
 F. D: 7
 tree:
@@ -44,7 +44,7 @@ def test_the_lines_are_as_documented() -> None:
     assert linearise(tree, 2) == LEVEL_2
     level_1 = linearise(tree, 1).splitlines()
     assert level_1[:8] == LEVEL_2.splitlines()[:8]
-    assert level_1[8:] == ["tree:", "C and: 1; 2", "D or: 3; 4; 5", "C: 6", "D: 7", "D"]
+    assert level_1[8:] == ["tree:", "C: 1; 2 | and", "D: 3; 4; 5 | or", "C: 6", "D: 7", "D"]
     with pytest.raises(GatewiseError, match="level is 3"):
         linearise(tree, 3)
 
@@ -94,7 +94,9 @@ STRICT_FAULTS = [
     (LEVEL_0.replace(" | colchicine;", ";"), ["line 2", "subject | relation | object"]),
     (LEVEL_0.replace("adults with gout", "~"), ["line 1", '"~"']),
     (LEVEL_0.replace("C: ~", "If: ~"), ["line 3", "'If: ~"]),
-    (LEVEL_0.replace("C and", "C"), ["line 1", '"null" with 2 triples']),
+    (LEVEL_0.replace(" | and", ""), ["line 1", '"null" with 2 triples']),
+    (LEVEL_0.replace("flare\nD: ~", "flare | or\nD: ~"), ["line 3", '"or" with one triple']),
+    (LEVEL_0.replace(" | or", " | xor"), ["line 2", "subject | relation | object"]),
     (LEVEL_0[: LEVEL_0.rindex("\n")], ["missing"]),
     (LEVEL_0 + "\nD", ["node 6", "1 more node follows"]),
     (LEVEL_2.replace("E. C: 6", "E. C: 9"), ["line 12", "triple 9", "1 to 7"]),
@@ -114,13 +116,13 @@ def test_strict_reading_names_the_line(output: str, said: list[str]) -> None:
 
 def test_lenient_reading_mends_and_says_so() -> None:
     tree = DecisionTree.from_preorder(gout())
-    slips = LEVEL_0.replace("| basic |", "| Basic Conditon |").replace("C and", "c AND")
+    slips = LEVEL_0.replace("| basic |", "| Basic Conditon |").replace("C: ad", "c: ad").replace("| and", "| AND")
     parsed = parse_lenient(f"Here is the tree:\n```\n{slips}\n```")
     assert parsed.tree == tree
     assert len(parsed.notes) == 3
     assert "line 1" in parsed.notes[0]
 
-    parsed = parse_lenient(LEVEL_0.replace("D or: ~", "D: ~").replace("C: ~", "C or: ~"))
+    parsed = parse_lenient(LEVEL_0.replace(" | or", "").replace("flare\nD: ~", "flare | or\nD: ~"))
     assert parsed.tree is not None
     assert [one.logical_rel for one in parsed.tree.nodes] == ["and", "and", "null", "null", "null"]
     assert len(parsed.notes) == 2

@@ -32,7 +32,8 @@ PART: SPAN & /[^ ~](.*[^ ])?|~.*[^ ]/ & /.{1,%d}/
 """
 _HEADINGS: dict[str, str] = {"triples:\n": "triples", "nodes:\n": "nodes", "tree:\n": "tree"}
 _NUMBERED = re.compile(r"\d+\. (.*?)\n?", re.DOTALL)
-_LINE = re.compile(r"(?:([A-Z]+)\. )?([CD])(?: (and|or))?(?:: (.*))?", re.DOTALL)
+_LINE = re.compile(r"(?:([A-Z]+)\. )?([CD])(?:: (.*))?", re.DOTALL)
+_JOIN = re.compile(r" \| (?:and|or)$")
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,10 @@ class Course:
         by_number = self.section in ("nodes", "tree")
         yield f'"{role}: " ITEM {end}'
         if not hurry and (not by_number or self.count > 1):
-            yield f'("{role} and: " | "{role} or: ") ITEM ";"'
+            yield f'"{role}: " ITEM ";"'
 
     def _more_items(self, node: _Open, hurry: bool) -> Iterator[str]:
-        yield f'" " ITEM {node.end}'
+        yield f'" " ITEM (" | and" | " | or") {node.end}'
         most = min(self.limits.triples_in_node, self._different if self.section == "start" else self.count)
         if not hurry and len(node.taken) + 1 < most:
             yield '" " ITEM ";"'
@@ -262,7 +263,7 @@ class Course:
         match = _LINE.fullmatch(text)
         if match is None:
             raise ValueError(f"the piece {line!r} is none that the grammar allows")
-        name, role, joined, items = match.groups()
+        name, role, items = match.groups()
         end = '"\\n"'
         if self.section == "nodes":
             end = '"\\n"?' if self.stage is not None and len(self.names) < self.limits.nodes - 1 else "" if self.stage else end
@@ -271,9 +272,6 @@ class Course:
         self._open = _Open(role, name, end)
         if items is None:
             self._close(line)
-        elif joined is None:
-            self._item(items, self._open.taken)
-            self._close(line)
         else:
             self._items(items + "\n" * line.endswith("\n"))
 
@@ -281,7 +279,9 @@ class Course:
         """One more triple of the open node; without ";" after it, the last."""
         assert self._open is not None
         goes_on = items.endswith(";") and (len(items) - 1 - len(items[:-1].rstrip("\\"))) % 2 == 0
-        self._item(items.removesuffix("\n") if not goes_on else items[:-1], self._open.taken)
+        item = items.removesuffix("\n") if not goes_on else items[:-1]
+        # After a single triple there is no join, and what looks like one is its object.
+        self._item(_JOIN.sub("", item) if self._open.taken and not goes_on else item, self._open.taken)
         if not goes_on:
             self._close(items)
 

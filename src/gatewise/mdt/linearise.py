@@ -1,10 +1,14 @@
 r"""A tree as the lines of text that a causal model writes, and the way back.
 
-One line a node, in pre-order: role, how the triples are joined, the triples.
+One line a node, in pre-order: role, the triples and, of several, how they are joined.
 
     C: adults with gout | sign | acute flare
-    D or: ~ | drug | colchicine; ~ | drug | naproxen
+    D: ~ | drug | colchicine; ~ | drug | naproxen | or
     D
+
+A model decides whether there is one more triple when it comes to its place, and how they are joined when it has written them. (With
+"D or:" at the head it has to know both before it has read on, and then writes the commonest, no join: on Text2MDT every first
+condition of an otherwise better model had a single triple, where two thirds of the gold ones have several.)
 
 ``~`` stands for the subject of the first triple written, which most triples share; relations are one word each
 (:data:`gatewise.mdt.relations.SHORT`; in Chinese their names). ``\`` takes the meaning of ``|``, ``;``, ``~`` and ``\`` away;
@@ -147,8 +151,8 @@ class _Written:
         if node.is_empty:
             return node.role
         items = [str(self.numbers[triple]) if self.numbers else self.triple(triple) for triple in node.triples]
-        joined = "" if node.logical_rel == "null" else f" {node.logical_rel}"
-        return f"{node.role}{joined}: {'; '.join(items)}"
+        joined = "" if node.logical_rel == "null" else f" | {node.logical_rel}"
+        return f"{node.role}: {'; '.join(items)}{joined}"
 
 
 def escaped(part: str) -> str:

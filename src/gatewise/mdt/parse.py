@@ -13,8 +13,9 @@ from gatewise.mdt.tree import DecisionTree, LogicalRel, Node, Role, Triple
 _SECTIONS = ("triples", "nodes", "tree")
 _NUMBERED = re.compile(r"(\d{1,6})\.\s*(.*)", re.DOTALL)
 _NAMED = re.compile(r"([A-Z]{1,6})\.\s*(.*)", re.DOTALL)
-_NODE = re.compile(r"([CD])(?: (and|or))?(?::(.*))?", re.DOTALL)
-_LOOSE_NODE = re.compile(r"[-*\s]*([CD])\b[\s,]*(and|or|null)?\s*(?::(.*))?", re.DOTALL | re.IGNORECASE)
+_NODE = re.compile(r"([CD])(?::(.*))?", re.DOTALL)
+_LOOSE_NODE = re.compile(r"[-*\s]*([CD])\b\s*(?::(.*))?", re.DOTALL | re.IGNORECASE)
+_JOINS: tuple[LogicalRel, ...] = ("and", "or")
 _UNESCAPED = {"n": "\n", "r": "\r"}
 _MOST_NOTES = 50
 
@@ -139,18 +140,28 @@ class _Reader:
             if line or not self.lenient:
                 self.fault(number, f'found {checks.shown(line)}, expected a node such as "C: subject | relation | object"')
             return None
-        joined = (match[2] or "null").lower()
         role: Role = "C" if match[1].upper() == "C" else "D"
-        node = _Line(number, role, "and" if joined == "and" else "or" if joined == "or" else "null")
-        if match[3] is None:
+        node = _Line(number, role, "null")
+        if match[2] is None:
             return node
-        for item in _split(match[3], ";"):
+        *items, last = _split(match[2], ";")
+        last, node.logical_rel = self._join(last)
+        for item in (*items, last):
             triple = self._item(number, item)
             if triple is not None and triple in node.triples:
                 self.fault(number, f"the triple {checks.shown(list(triple))} comes twice, expected each triple once in a node")
             elif triple is not None:
                 node.triples.append(triple)
         return node
+
+    def _join(self, item: str) -> tuple[str, LogicalRel]:
+        """The last item of a node without the join after it, which is one part more than a triple or its number has."""
+        *parts, end = _split(item, "|")
+        word = end.strip().lower() if self.lenient else end.strip()
+        for join in _JOINS if len(parts) in (1, 3) else ():
+            if word == join:
+                return "|".join(parts), join
+        return item, "null"
 
     def _item(self, number: int, item: str) -> Triple | None:
         """A triple, or the number of one."""
