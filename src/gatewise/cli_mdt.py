@@ -200,6 +200,10 @@ def prepare(
     level: LevelOption = None,
     stage: Annotated[StageOrAll | None, typer.Option(help="Rows for a step of the pipeline, or for all three.")] = None,
     dev: Annotated[Path | None, typer.Option(help="Write the rows of every fifth record here instead.", show_default=False)] = None,
+    swapped: Annotated[
+        int,
+        typer.Option(help="So many copies of each record to train on, with phrases of other records in place of its own.", min=0),
+    ] = 0,
     repair: RepairOption = False,
 ) -> None:
     """Write the rows that `gatewise train` takes: prompts and what is to be written, end to end or for a step of the pipeline.
@@ -209,10 +213,12 @@ def prepare(
     \b
     Examples:
       gatewise mdt prepare sample:guidelines --out runs/mdt-data/train.jsonl --dev runs/mdt-data/dev.jsonl
+      gatewise mdt prepare trees.json --swapped 3 --out train.jsonl
       gatewise mdt prepare trees.json --stage all --out steps.jsonl
     """
     from gatewise.files import whole_file
     from gatewise.mdt.prompts import training_rows
+    from gatewise.mdt.swapping import swapped_copies
 
     if level is not None and stage is not None:
         raise GatewiseError("--level and --stage were both given: the steps of the pipeline have no levels, leave one out")
@@ -230,6 +236,8 @@ def prepare(
     for target, records in sides.items():
         if target is None:
             continue
+        if target == out:
+            records = [*records, *swapped_copies(records, swapped)]
         rows = training_rows(records, level=level or 0, stage=stage.value if stage else None)  # type: ignore[arg-type]
         if not rows:
             raise GatewiseError(

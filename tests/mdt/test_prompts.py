@@ -101,6 +101,20 @@ def test_the_sample_rows_are_those_of_the_sample_trees() -> None:
         assert load_records(f"sample:guideline-trees-{side}").rows == training_rows(records)
 
 
+def test_prepare_swaps_phrases_in_what_is_trained_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, more in (("plain", []), ("swapped", ["--swapped", "2"])):
+        words = ["mdt", "prepare", "sample:guidelines", "--out", f"{folder}/train.jsonl", "--dev", f"{folder}/dev.jsonl", *more]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+    plain, swapped = load_records("plain/train.jsonl"), load_records("swapped/train.jsonl")
+    assert swapped.rows[: len(plain)] == plain.rows
+    assert len(swapped) == 3 * len(plain)
+    assert load_records("swapped/dev.jsonl").rows == load_records("plain/dev.jsonl").rows
+    sources = {row["source"] for row in plain.rows}
+    assert sum(row["source"] not in sources for row in swapped.rows) > 1.8 * len(plain)
+
+
 def test_prepare_refuses_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for words, said in [

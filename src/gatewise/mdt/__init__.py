@@ -22,6 +22,7 @@ from gatewise.mdt.records import TreeFile, TreeRecord, read_trees, write_trees
 from gatewise.mdt.relations import RELATIONS, relation_in
 from gatewise.mdt.samples import sample
 from gatewise.mdt.spans import Span, TripleSpans, in_text_order, locate, locate_tree
+from gatewise.mdt.swapping import swapped_copies
 from gatewise.mdt.tree import DecisionTree, Node, Path, Triple
 from gatewise.mdt.views import render, write_view
 
@@ -64,6 +65,7 @@ __all__ = [
     "relation_in",
     "render",
     "sample",
+    "swapped_copies",
     "training_rows",
     "tree_edit_ratio",
     "write_trees",
