@@ -65,7 +65,7 @@ def claimed(key: Sequence[Any], results: Path) -> Iterator[bool]:
     """Whether this process may do the run: the lock of one that does it already is let go of by the system when that ends."""
     folder = Path(tempfile.gettempdir()) / f"{results.stem}-claims"
     folder.mkdir(exist_ok=True)
-    with (folder / "-".join(map(str, key))).open("w") as file:
+    with (folder / "-".join(map(str, key)).replace("/", "-")).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
