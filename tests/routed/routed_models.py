@@ -31,7 +31,7 @@ def trained_routers(model: PeftModel, scale: float = 1.0) -> PeftModel:
                     torch.nn.init.normal_(parameter, std=scale)
     for name, buffer in model.named_buffers():
         if ".lora_router." in name:
-            values = {"center": 0.3 * torch.randn_like(buffer), "squares": torch.tensor(900.0), "observed": torch.tensor(70.0)}
+            values = {"center": 0.3 * torch.randn_like(buffer), "spread": torch.tensor(0.8), "observed": torch.tensor(70.0)}
             buffer.copy_(values[name.rpartition(".")[2]])
     return model
 

@@ -77,7 +77,7 @@ def probabilities(
     b = [value / 5**i for i, value in enumerate(numbers.get("denominator", []), start=1)]
     pooled = pool(hidden, pooler, numbers.get("pool"))
     if router.center_states and float(router.observed):
-        s = math.sqrt(float(router.squares) / (float(router.observed) * len(pooled)))
+        s = math.sqrt(float(router.spread))
         pooled = [(x - c) / s for x, c in zip(pooled, router.center.double().tolist(), strict=True)]
     h = [activate(x, activation, a, b) for x in pooled]
     logits = [sum(w * x for w, x in zip(row, h, strict=True)) for row in numbers["weight"]]

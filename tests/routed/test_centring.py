@@ -19,7 +19,7 @@ def new(family: str = "llama", **settings: Any) -> PeftModel:
     model = trained_routers(random_adapter(get_peft_model(routed_base(family), routed_config(family, **settings))))
     for router in routers(model):
         if router.center_states:
-            for buffer in (router.center, router.squares, router.observed):
+            for buffer in (router.center, router.spread, router.observed):
                 buffer.zero_()
     return model
 
@@ -48,16 +48,18 @@ def test_prompts_are_observed_in_training_alone_until_there_are_enough(batch, fa
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weight", [0.5, 0.0])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_observes_each_prompt_once(batch, family, reentrant, weight):
-    """The second run of a layer decides as the first did, while prompts are still observed."""
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_checkpointing_observes_each_prompt_once(batch, family, forwards, reentrant, weight):
+    """The second run of a layer decides as the first did, while prompts are still observed, those of another batch too."""
     plain, data = new(family, balance_weight=weight).train(), batch(family)
     again = copy.deepcopy(plain)
     again.enable_input_require_grads()
     again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    batches = [data, {name: value.flip(0)[:3] for name, value in batch(family, side="left").items()}][:forwards]
     for _ in range(2):
         for model in (plain, again):
             model.zero_grad()
-            model(**data).loss.backward()
+            sum(model(**one).loss for one in batches).backward()
         assert observed(again) == observed(plain)
         for (name, p), q in zip(plain.named_parameters(), again.parameters(), strict=True):
             if p.requires_grad:
@@ -94,7 +96,7 @@ def test_what_was_observed_is_saved(batch, tmp_path):
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     for one, other in zip(routers(model), routers(loaded), strict=True):
         assert float(other.observed) == len(data["input_ids"])
-        assert float(other.squares) > 0
+        assert float(other.spread) > 0
         torch.testing.assert_close(other.center, one.center, rtol=0, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**data).logits, model(**data).logits)

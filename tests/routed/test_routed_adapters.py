@@ -60,7 +60,7 @@ def test_what_is_saved(routed, tmp_path):
     names = {key.split(".layers.1.")[1] for key in load_file(tmp_path / "adapter_model.safetensors") if ".layers.1." in key}
     modules = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
     routers = {f"self_attn.q_proj.lora_router.{name}" for name in ("weight", "pool", "numerator", "denominator")}
-    routers |= {f"self_attn.q_proj.lora_router.{name}" for name in ("center", "squares", "observed")}
+    routers |= {f"self_attn.q_proj.lora_router.{name}" for name in ("center", "spread", "observed")}
     assert names == routers | {f"{m}.lora_{f}.weight" for m in (*modules, "mlp.down_proj") for f in "AB"}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["top_k"] == 3
 

@@ -1,5 +1,6 @@
 """The router's maths against the formulas, written out in plain Python, and against finite differences."""
 
+import copy
 import math
 
 import pytest
@@ -61,7 +62,7 @@ def test_observing_by_hand(pooler, sizes):
     center = [sum(h[d] for h in pooled) / len(pooled) for d in range(8)]
     torch.testing.assert_close(router.center.tolist(), center)
     squares = sum((x - c) ** 2 for h in pooled for x, c in zip(h, center, strict=True))
-    torch.testing.assert_close(float(router.squares), squares)
+    torch.testing.assert_close(float(router.spread), squares / (8 * len(pooled)))
     hidden, prompt = batches[-1]
     expected = reference.probabilities(hidden[0][prompt[0]].tolist(), router, pooler, "rational")
     torch.testing.assert_close(router(hidden, prompt)[0].tolist(), expected)
@@ -74,6 +75,26 @@ def test_one_prompt_alone_or_many_that_are_the_same_are_not_centred():
     for rows in (1, 2, 7):
         router.observe(hidden.expand(rows, -1, -1), prompt.expand(rows, -1))
         torch.testing.assert_close(router(hidden, prompt), before)
+
+
+def test_a_prompt_of_infinite_states_is_not_observed():
+    router, (hidden, prompt) = random_router(center=True), random_prompts()
+    other = copy.deepcopy(router)
+    router.observe(hidden[1:], prompt[1:])
+    hidden[0, 2, 3] = torch.inf
+    other.observe(hidden, prompt)
+    torch.testing.assert_close(other.state_dict(), router.state_dict())
+    other.observe(hidden[:1], prompt[:1])
+    torch.testing.assert_close(other.state_dict(), router.state_dict())
+
+
+def test_a_router_that_is_loaded_observes_again():
+    router, (hidden, prompt) = random_router(center=True), random_prompts(70)
+    new = copy.deepcopy(router.state_dict())
+    router.observe(hidden, prompt)
+    assert not router.observes
+    router.load_state_dict(new)
+    assert router.observes
 
 
 def test_prompts_are_observed_until_there_are_enough():

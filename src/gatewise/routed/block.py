@@ -116,16 +116,25 @@ class BlockRouting:
             router, experts, config = self._routers[adapter]
             rows = None if places is None else torch.tensor(places, device=hidden.device)
             own, prompt = (hidden, request.prompt) if rows is None else (hidden[rows], request.prompt[places])
-            # Once a prompt: when a layer runs again (gradient checkpointing), it has to decide as before.
-            if request.training and self.index not in request.decided and router.observes:
-                router.observe(own, prompt)
+            centring = self._centring(router, adapter, request, own, prompt)
             if again_in_backward:  # or its float32 copy of H would be kept, which checkpointing is there to avoid
-                probabilities = checkpoint(router, own, prompt, use_reentrant=False, preserve_rng_state=False)
+                probabilities = checkpoint(router, own, prompt, centring, use_reentrant=False, preserve_rng_state=False)
             else:
-                probabilities = router(own, prompt)
+                probabilities = router(own, prompt, centring)
             gates = gates_of(probabilities, config.top_k, config.normalize_gates)
             decisions.append(Decision(adapter, rows, experts, probabilities, gates))
         return BlockDecision(tuple(decisions), self._parts(decisions, request.training))
+
+    def _centring(self, router: Router, adapter: str, request: Request, hidden: Tensor, prompt: Tensor) -> Any:
+        """What the router takes off for this request. In training its prompts are observed first, each once."""
+        if not request.training:
+            return router.centring()
+        key = (self.index, adapter)
+        if key not in request.centrings:
+            if router.observes:
+                router.observe(hidden, prompt)
+            request.centrings[key] = router.centring()
+        return request.centrings[key]
 
     def _parts(self, decisions: Sequence[Decision], training: bool) -> dict[str, tuple[Share, ...]]:
         """The shares of every module. In training all experts stay in the graph, as data-parallel training demands."""

@@ -48,7 +48,7 @@ class RoutedLoraConfig(LoraConfig):
             say). False leaves the probability as it is; the adapter then starts near top_k / experts of its scale.
         normalize_states: divide each token's hidden state by its root mean square before pooling, so that the huge numbers that
             the first token has in many models do not drown the prompt (reconstructed). False pools them as they are.
-        center_states: take from the pooled vector what the first 64 prompts of the training have in common, and give the rest unit
+        center_states: take from the pooled vector what the first 64 prompts in training have in common, and give the rest unit
             size, so that routers see what is a prompt's own (ours, not the paper's). It is saved with the adapter. False routes by
             the pooled vector as it is: all prompts then choose nearly alike, which keeps fewer modules in a mixed batch.
 

@@ -58,6 +58,8 @@ class Request:
     Attributes:
         era: how often adapters had come, gone or been trained by then.
         decided: by the index of the layer, whatever its block made of the decisions.
+        centrings: by layer and adapter, what a router took off in training: a layer that is run again decides as before, whatever
+            prompts were observed since.
     """
 
     owner: "RequestTracker"
@@ -66,6 +68,7 @@ class Request:
     training: bool
     era: int = 0
     decided: dict[int, Any] = field(default_factory=dict)
+    centrings: dict[tuple[int, str], Any] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:

@@ -24,6 +24,7 @@ Shapes: b batch, t tokens, d hidden size, m experts of the layer, k kept.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ GELU_DENOMINATOR = (6.04044611e-02, 2.32398785e-01, 1.40684711e-02, 4.52507245e-
 
 
 OBSERVED_PROMPTS = 64
-"""So many prompts, the first that are trained on, tell what prompts have in common; then it stays."""
+"""So many prompts, the first that the router reads in training mode, tell what prompts have in common; then it stays."""
 
 
 class Router(nn.Module):
@@ -61,7 +62,7 @@ class Router(nn.Module):
     """
 
     center: Tensor
-    squares: Tensor
+    spread: Tensor
     observed: Tensor
 
     def __init__(
@@ -88,7 +89,7 @@ class Router(nn.Module):
         self.center_states, self._settled = center_states, False
         if center_states:
             self.register_buffer("center", torch.zeros(hidden_size, dtype=torch.float32))
-            self.register_buffer("squares", torch.zeros((), dtype=torch.float32))
+            self.register_buffer("spread", torch.zeros((), dtype=torch.float32))
             self.register_buffer("observed", torch.zeros((), dtype=torch.float32))
 
     @property
@@ -100,24 +101,46 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def observe(self, hidden: Tensor, prompt: Tensor) -> None:
-        """Takes note of what the prompts of a batch have in common; of the same arguments as ``forward``."""
+        """Takes note of what the prompts of a batch have in common, those with infinite states left out.
+
+        The buffers are replaced, not written into, so that what ``centring`` gave before stays as it was.
+        """
         dtype = torch.promote_types(self.center.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = self._pooled(hidden.to(dtype), prompt.to(hidden.device))
-        count, mean = len(pooled), pooled.mean(dim=0)
-        # Chan, Golub and LeVeque's rule for the mean and the sum of squares of two sets together.
-        away, total = mean - self.center, self.observed + count
-        self.squares += ((pooled - mean) ** 2).sum() + (away**2).sum() * self.observed * count / total
-        self.center += away * (count / total)
-        self.observed += count
+        pooled = pooled[torch.isfinite(pooled).all(dim=-1)]
+        if not len(pooled):
+            return
+        mean, before = pooled.mean(dim=0), self.observed.to(dtype)
+        total = before + len(pooled)
+        share = len(pooled) / total
+        # Chan, Golub and LeVeque's rule for mean and variance of two sets together.
+        away = mean - self.center.to(dtype)
+        spread = self.spread.to(dtype) * (1 - share) + (pooled - mean).square().mean() * share
+        spread = spread + away.square().mean() * share * (1 - share)
+        made = {"center": self.center.to(dtype) + away * share, "spread": spread, "observed": total}
+        for name, value in made.items():
+            setattr(self, name, value.to(getattr(self, name).dtype))
 
-    def forward(self, hidden: Tensor, prompt: Tensor) -> Tensor:
-        """Probabilities p (b, m) of the experts, from H (b, t, d) and the positions of the prompt (b, t), at least one a row."""
+    def centring(self) -> tuple[Tensor, Tensor] | None:
+        """(c, s²) as they are now, for ``forward``; None where nothing is taken off."""
+        return (self.center, self.spread) if self.center_states else None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._settled = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, hidden: Tensor, prompt: Tensor, centring: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Probabilities p (b, m) of the experts, from H (b, t, d) and the positions of the prompt (b, t), at least one a row.
+
+        Args:
+            centring: what ``centring`` gave earlier, for a layer that runs once more; by default what it gives now.
+        """
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = self._pooled(hidden.to(dtype), prompt.to(hidden.device))
-            if self.center_states:
-                pooled = self._centred(pooled)
+            if (known := centring or self.centring()) is not None:
+                pooled = _centred(pooled, *known)
             return (self._activated(pooled) @ self.weight.to(dtype).T).softmax(dim=-1)
 
     def _pooled(self, hidden: Tensor, prompt: Tensor) -> Tensor:
@@ -137,19 +160,19 @@ class Router(nn.Module):
         scores = (hidden @ self.pool.to(hidden.dtype)).masked_fill(~prompt, -torch.inf)
         return (scores.softmax(dim=1).unsqueeze(1) @ hidden).squeeze(1)
 
-    def _centred(self, pooled: Tensor) -> Tensor:
-        """Before any prompt was observed, or where all were the same, the vector as it is."""
-        center = self.center.to(pooled.dtype)
-        square = self.squares.to(pooled.dtype) / (self.observed * len(center)).clamp(min=1)
-        least = 1e-6 * center.square().mean() + torch.finfo(torch.float32).tiny  # less than that is rounding
-        return torch.where(square > least, (pooled - center) * torch.rsqrt(torch.maximum(square, least)), pooled)
-
     def _activated(self, x: Tensor) -> Tensor:
         if self.activation == "rational":
             return rational(x, self.numerator.to(x.dtype), self.denominator.to(x.dtype))
         if self.activation == "gelu":
             return F.gelu(x)
         return F.relu(x) if self.activation == "relu" else x
+
+
+def _centred(pooled: Tensor, center: Tensor, spread: Tensor) -> Tensor:
+    """(h - c) / s; before any prompt was observed, or where all were the same, h as it is."""
+    center, spread = center.to(pooled.dtype), spread.to(pooled.dtype)
+    least = 1e-6 * center.square().mean() + torch.finfo(torch.float32).tiny  # less than that is rounding
+    return torch.where(spread > least, (pooled - center) * torch.rsqrt(torch.maximum(spread, least)), pooled)
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
