@@ -117,9 +117,10 @@ def train_once(
     recipe = load_recipe(ROOT / "recipes" / f"mdt-{base}.yaml", changes)
     output, ended = folder / "run", folder / "trained.json"
     if ended.is_file():
-        if load_recipe(output / "recipe.yaml") != recipe:
+        done = json.loads(ended.read_text())
+        if load_recipe(output / "recipe.yaml") != recipe or done["copies"] != copies:
             raise SystemExit(f"the run in {folder} had another recipe: remove the folder to make it anew")
-        return recipe, json.loads(ended.read_text())
+        return recipe, done
     for split, file in files.items():
         rows[split].parent.mkdir(parents=True, exist_ok=True)
         records = list(read_trees(file, repair=True).records)

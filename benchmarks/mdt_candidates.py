@@ -79,8 +79,8 @@ def measured(run: str, data_dir: Path, temperature: float, draws: int) -> dict[s
         kept, agreements = [], []
         for first, others in zip(greedy, drawn, strict=True):
             trees = [DecisionTree.from_preorder(tree) for tree in [first, *others[: number - 1]] if tree]
-            best, agreement = most_alike(trees) if len(trees) > 1 else (0, 1.0)
-            kept.append(trees[best].to_preorder())
+            best, agreement = most_alike(trees, number) if trees and number > 1 else (0, 0.0)
+            kept.append(trees[best].to_preorder() if trees else [])
             agreements.append(agreement)
         metrics = evaluate(published, kept, repair=True).to_json()
         right = [evaluate([gold], [tree], repair=True).tree_acc for gold, tree in zip(published, kept, strict=True)]

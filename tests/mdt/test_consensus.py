@@ -25,18 +25,18 @@ SHORT = DecisionTree.from_preorder([node("C", triple("acute flare")), node("D", 
 @given(st.lists(trees, min_size=2, max_size=5))
 def test_the_kept_tree_has_the_least_mean_distance(drawn: list[DecisionTree]) -> None:
     means = [statistics.mean(tree_edit_ratio(one, other) for j, other in enumerate(drawn) if j != i) for i, one in enumerate(drawn)]
-    best, agreement = most_alike(drawn)
+    best, agreement = most_alike(drawn, len(drawn))
     assert means[best] == pytest.approx(min(means))
     assert agreement == pytest.approx(1 - means[best])
     assert 0 <= agreement <= 1
 
 
 def test_the_first_of_equals_is_kept() -> None:
-    assert most_alike([GOUT, GOUT, GOUT]) == (0, 1.0)
-    assert most_alike([NOTHING, GOUT]) == (0, 0.0)
-    assert most_alike([NOTHING, GOUT, SHORT, GOUT])[0] == 1
-    with pytest.raises(ValueError, match="two trees or more"):
-        most_alike([GOUT])
+    assert most_alike([GOUT, GOUT, GOUT], 3) == (0, 1.0)
+    assert most_alike([NOTHING, GOUT], 2) == (0, 0.0)
+    assert most_alike([NOTHING, GOUT, SHORT, GOUT], 4)[0] == 1
+    assert most_alike([GOUT, GOUT], 3) == (0, 0.5)
+    assert most_alike([GOUT], 3) == (0, 0.0)
 
 
 def written_in_turn(monkeypatch: pytest.MonkeyPatch, first: DecisionTree | str, *drawn: DecisionTree | str) -> list[Any]:
@@ -71,7 +71,8 @@ def test_what_is_no_tree_is_like_none(monkeypatch: pytest.MonkeyPatch) -> None:
     written_in_turn(monkeypatch, "no", GOUT, GOUT)
     assert extract(model, tokenizer, TEXT, **settings).agreement == 0.5
     written_in_turn(monkeypatch, "no", "nothing", GOUT)
-    assert extract(model, tokenizer, TEXT, **settings).tree == GOUT
+    found = extract(model, tokenizer, TEXT, **settings)
+    assert (found.tree, found.agreement) == (GOUT, 0.0)
     written_in_turn(monkeypatch, "no", "nothing", "never")
     with pytest.raises(GatewiseError, match="is no tree"):
         extract(model, tokenizer, TEXT, **settings)

@@ -128,6 +128,25 @@ def test_lenient_reading_mends_and_says_so() -> None:
     assert len(parsed.notes) == 2
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "C or: a | sign | b; ~ | sign | x",
+        "C: a | sign | b; ~ | sign | x | or;",
+        "C: a | sign | b | or; ~ | sign | x | or",
+        "c, OR : a | sign | b; ~ | sign | x; ",
+    ],
+)
+def test_lenient_reading_finds_the_join_where_a_model_puts_it(line: str) -> None:
+    parsed = parse_lenient(f"{line}\nD: ~ | drug | c | null\nD")
+    assert parsed.tree is not None
+    assert parsed.notes == ()
+    assert [one.logical_rel for one in parsed.tree.nodes] == ["or", "null", "null"]
+    assert [triple.object for triple in parsed.tree.triples] == ["b", "x", "c"]
+    with pytest.raises(GatewiseError):
+        parse(f"{line}\nD\nD")
+
+
 def test_lenient_reading_of_what_is_cut_off() -> None:
     parsed = parse_lenient(LEVEL_0[: LEVEL_0.index("check uric acid")])
     assert parsed.tree is not None

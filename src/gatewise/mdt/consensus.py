@@ -11,14 +11,13 @@ from gatewise.mdt.metrics import tree_edit_ratio
 from gatewise.mdt.tree import DecisionTree
 
 
-def most_alike(trees: Sequence[DecisionTree]) -> tuple[int, float]:
+def most_alike(trees: Sequence[DecisionTree], candidates: int) -> tuple[int, float]:
     """Which tree has the least mean TER to the others, the first of equal ones; and its agreement, 1 less that mean, in [0, 1].
 
-    Raises:
-        ValueError: there are fewer than two trees.
+    Args:
+        trees: at least one.
+        candidates: how many were written, at least two; those that are no tree are like none.
     """
-    if len(trees) < 2:
-        raise ValueError(f"expected two trees or more, got {len(trees)}")
     # Most draws of a sure model are the same few trees, of which each pair is measured once.
     distinct = list(dict.fromkeys(trees))
     number = {tree: i for i, tree in enumerate(distinct)}
@@ -28,4 +27,4 @@ def most_alike(trees: Sequence[DecisionTree]) -> tuple[int, float]:
             distance[i][j] = distance[j][i] = tree_edit_ratio(distinct[i], distinct[j])
     sums = [sum(distance[number[one]][number[other]] for other in trees) for one in trees]
     best = min(range(len(trees)), key=lambda i: sums[i])
-    return best, 1 - sums[best] / (len(trees) - 1)
+    return best, (len(trees) - 1 - sums[best]) / (candidates - 1)

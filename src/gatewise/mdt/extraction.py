@@ -205,8 +205,8 @@ class Extractor:
         """Like ``_write``, each token drawn; leaves the caller's random numbers as they were."""
         import torch
 
-        device = next(self.model.parameters()).device
-        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        # All devices of the kind that this machine has: on an accelerator tokens are drawn there.
+        with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return self._write(asked, None, progress, self.temperature)
 
@@ -314,10 +314,10 @@ def extract(
 def _kept(candidates: Sequence[Extraction | GatewiseError]) -> Extraction | GatewiseError:
     """The candidate that is most like the others; what is no tree is like none."""
     trees = [one for one in candidates if isinstance(one, Extraction)]
-    if len(trees) < 2:
-        return trees[0] if trees else candidates[0]
-    best, agreement = most_alike([one.tree for one in trees])
-    return replace(trees[best], agreement=agreement * (len(trees) - 1) / (len(candidates) - 1))
+    if not trees:
+        return candidates[0]
+    best, agreement = most_alike([one.tree for one in trees], len(candidates))
+    return replace(trees[best], agreement=agreement)
 
 
 def _each(

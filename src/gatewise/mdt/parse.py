@@ -13,9 +13,8 @@ from gatewise.mdt.tree import DecisionTree, LogicalRel, Node, Role, Triple
 _SECTIONS = ("triples", "nodes", "tree")
 _NUMBERED = re.compile(r"(\d{1,6})\.\s*(.*)", re.DOTALL)
 _NAMED = re.compile(r"([A-Z]{1,6})\.\s*(.*)", re.DOTALL)
-_NODE = re.compile(r"([CD])(?::(.*))?", re.DOTALL)
-_LOOSE_NODE = re.compile(r"[-*\s]*([CD])\b\s*(?::(.*))?", re.DOTALL | re.IGNORECASE)
-_JOINS: tuple[LogicalRel, ...] = ("and", "or")
+_NODE = re.compile(r"([CD])()(?::(.*))?", re.DOTALL)
+_LOOSE_NODE = re.compile(r"[-*\s]*([CD])\b[\s,]*(and\b|or\b|null\b|)\s*(?::(.*))?", re.DOTALL | re.IGNORECASE)
 _UNESCAPED = {"n": "\n", "r": "\r"}
 _MOST_NOTES = 50
 
@@ -141,27 +140,29 @@ class _Reader:
                 self.fault(number, f'found {checks.shown(line)}, expected a node such as "C: subject | relation | object"')
             return None
         role: Role = "C" if match[1].upper() == "C" else "D"
-        node = _Line(number, role, "null")
-        if match[2] is None:
-            return node
-        *items, last = _split(match[2], ";")
-        last, node.logical_rel = self._join(last)
-        for item in (*items, last):
+        node, joined = _Line(number, role, "null"), match[2].lower()
+        items = [] if match[3] is None else list(_split(match[3], ";"))
+        if self.lenient and len(items) > 1 and not items[-1].strip():
+            items.pop()
+        for place, item in enumerate(items, start=1):
+            if self.lenient or place == len(items):
+                item, after = self._join(item)
+                joined = after or joined
             triple = self._item(number, item)
             if triple is not None and triple in node.triples:
                 self.fault(number, f"the triple {checks.shown(list(triple))} comes twice, expected each triple once in a node")
             elif triple is not None:
                 node.triples.append(triple)
+        node.logical_rel = "and" if joined == "and" else "or" if joined == "or" else "null"
         return node
 
-    def _join(self, item: str) -> tuple[str, LogicalRel]:
-        """The last item of a node without the join after it, which is one part more than a triple or its number has."""
+    def _join(self, item: str) -> tuple[str, str]:
+        """An item without the join after it, which is one part more than a triple or its number has; and the join, or nothing."""
         *parts, end = _split(item, "|")
         word = end.strip().lower() if self.lenient else end.strip()
-        for join in _JOINS if len(parts) in (1, 3) else ():
-            if word == join:
-                return "|".join(parts), join
-        return item, "null"
+        if len(parts) in (1, 3) and word in (("and", "or", "null") if self.lenient else ("and", "or")):
+            return "|".join(parts), word
+        return item, ""
 
     def _item(self, number: int, item: str) -> Triple | None:
         """A triple, or the number of one."""

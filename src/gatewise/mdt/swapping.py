@@ -22,8 +22,9 @@ _TRIES = 5
 def swapped_copies(records: Iterable[TreeRecord], copies: int, *, seed: int = 0, chance: float = 0.5) -> list[TreeRecord]:
     """Copies of records with phrases of each other: an object may be exchanged for one of the same relation, a population for one.
 
-    A phrase is left as it is where it does not stand in the text word for word, or overlaps with another one of the tree. A copy
-    has no triple whose phrases are not in its text but those that the record has; a record whose tries all fail is copied as it is.
+    A phrase is left as it is where it does not stand in the text word for word, overlaps with another one of the tree, or is of two
+    kinds. A copy has no triple whose phrases are not in its text but those that the record has; a record whose tries all fail is
+    copied as it is.
 
     Args:
         copies: of each record.
@@ -43,17 +44,21 @@ def _pools(records: Sequence[TreeRecord]) -> _Pools:
     pools: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for record in records:
         for phrase, (kind, spans) in _phrases(record).items():
-            pools[record.tree.language, kind][record.text[spans[0].start : spans[0].end] or phrase] = None
+            # As the prompt shows it, which has no line breaks.
+            pools[record.tree.language, kind][" ".join(record.text[spans[0].start : spans[0].end].split()) or phrase] = None
     return {key: list(phrases) for key, phrases in pools.items()}
 
 
 def _phrases(record: TreeRecord) -> dict[str, tuple[str, list[Span]]]:
     """The phrases of a tree that can be exchanged: what kind each is, and all its places in the text."""
     text = record.text
-    kinds = {triple.object: triple.relation for triple in record.tree.triples}
-    kinds |= {triple.subject: "population" for triple in record.tree.triples if triple.subject == record.population}
-    found = {phrase: (kind, find(text, phrase)) for phrase, kind in kinds.items()}
-    others = {triple.subject for triple in record.tree.triples} - set(kinds)
+    uses: dict[str, set[str]] = defaultdict(set)
+    for triple in record.tree.triples:
+        uses[triple.object].add(triple.relation)
+        if triple.subject == record.population:
+            uses[triple.subject].add("population")
+    found = {phrase: (kinds.pop(), find(text, phrase)) for phrase, kinds in uses.items() if len(kinds) == 1}
+    others = {part for triple in record.tree.triples for part in (triple.subject, triple.object)} - set(found)
     places = [(phrase, span) for phrase, (_, spans) in found.items() for span in spans]
     places += [(phrase, span) for phrase in others for span in find(text, phrase)]
     crossed = {
@@ -109,7 +114,11 @@ def _exchanged(record: TreeRecord, chosen: dict[str, str], phrases: dict[str, tu
         return None
     if len(absent_triples(text, tree)) != len(absent_triples(record.text, record.tree)):
         return None
-    # A new phrase may hold an old one: then it would no longer be clear which of the two is meant.
-    if any(len(find(text, chosen.get(phrase, phrase))) != len(spans) for phrase, (_, spans) in phrases.items()):
-        return None
+    # A new phrase may hold another one: then it would no longer be clear which of the two is meant.
+    for phrase in {part for triple in record.tree.triples for part in (triple.subject, triple.object)}:
+        places = find(text, chosen.get(phrase, phrase))
+        if len(places) != len(find(record.text, phrase)):
+            return None
+        if phrase in chosen and not all(_stands_alone(text, place) for place in places):
+            return None
     return replace(record, text=text, tree=tree)
