@@ -218,7 +218,8 @@ def _plot(runs: list[dict[str, Any]], out: Path) -> None:
         for axis, name, grid in zip(row, columns, [*grids, grids[0] - grids[1]], strict=True):
             signed = name == "difference"
             image = axis.imshow(grid, aspect="auto", cmap="PuOr" if signed else "Blues", vmin=-1 if signed else 0, vmax=1)
-            axis.set(title=f"{method}, {name if not signed else f'{SINGLE[0]} - {SINGLE[1]}'}", ylabel="layer")
+            axis.set_title(f"{method}, {name if not signed else f'{SINGLE[0]} - {SINGLE[1]}'}", fontsize=8)
+            axis.set(ylabel="layer")
             axis.set_xticks(range(len(kinds)), kinds)
             figure.colorbar(image, ax=axis, shrink=0.6)
     figure.savefig(out, dpi=90)
