@@ -15,7 +15,7 @@ with a probability of 0.999 (median of 20 seeds, two prompts of a dozen tokens) 
 What all prompts have in common is then taken from the pooled vector, unless told not to, and the rest divided by its size (ours,
 not the paper's):
 
-    h <- (h - c) / s      c the mean of h over the first 64 prompts that are trained on, s the root mean square of h - c then
+    h <- (h - c) / s      c the mean of h over the first 64 prompts in training, s the root mean square of h - c then
 
 Without that, the pooled vectors of all prompts are nearly the same one: all prompts choose alike whatever they say, by the random
 W_r, and every step of the optimiser moves them together (docs/milora.md).
