@@ -103,14 +103,13 @@ def train_once(
 ) -> tuple[Any, dict[str, Any]]:
     """The recipe, and what its training came to; one that was stopped is gone on with, one that ended is not repeated."""
     from gatewise.files import write_json
-    from gatewise.mdt import read_trees, training_rows
-    from gatewise.mdt.swapping import swapped_copies
+    from gatewise.mdt import read_trees, swapped_copies, training_rows
     from gatewise.recipe_file import load_recipe
     from gatewise.run import train
     from gatewise.run_folder import what_is_kept
 
     rows = {split: folder / "rows" / f"{split}.jsonl" for split in files}
-    copies = settings.pop("copies", 0)
+    copies = settings.pop("copies")
     own = {"seed": seed, "data.train": str(rows["train"]), "data.dev": str(rows["dev"]), "data.limit_dev": 2, **settings}
     changes = [f"{key}={json.dumps(value)}" for key, value in own.items()]
     base = next(name for name in ("pi-lora", "alora", "lora") if method == name or method.startswith(f"{name}-"))

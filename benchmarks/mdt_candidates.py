@@ -10,13 +10,12 @@ on.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from campaign import RESULTS, append, read
-from mdt import DECODING_BATCH, MAX_NEW_TOKENS, RUNS
+from mdt import DECODING_BATCH, MAX_NEW_TOKENS, RUNS, loaded
 
 RESULTS_FILE = RESULTS / "mdt_candidates.jsonl"
 NUMBERS = (1, 3, 5, 9)
@@ -25,7 +24,6 @@ NUMBERS = (1, 3, 5, 9)
 def draw(folder: Path, texts: list[str], language: Any, level: Any, temperature: float, draws: int) -> list[list[Any]]:
     """For each text its drawn trees, in pre-order, or None for what is no tree."""
     import torch
-    from mdt import loaded
 
     from gatewise.mdt import parse_lenient
     from gatewise.mdt.course import Course
@@ -130,7 +128,7 @@ def main() -> None:
         if options.data_dir is None or options.run is None:
             parser.error("--data-dir and --run are needed")
         made = measured(options.run, options.data_dir, options.temperature, options.draws)
-        append(json.loads(json.dumps(made)), RESULTS_FILE)
+        append(made, RESULTS_FILE)
     report(read(RESULTS_FILE))
 
 

@@ -229,15 +229,14 @@ def prepare(
         raise GatewiseError(f"--out and --dev are both {out}: expected two files")
     read = _read(data, repair)
     chosen = _chosen(read, None)
+    train = [one for one in chosen if dev is None or one.number % 5]
     sides: dict[Path | None, list[Any]] = {
         dev: [one for one in chosen if one.number % 5 == 0],
-        out: [one for one in chosen if dev is None or one.number % 5],
+        out: [*train, *swapped_copies(train, swapped)],
     }
     for target, records in sides.items():
         if target is None:
             continue
-        if target == out:
-            records = [*records, *swapped_copies(records, swapped)]
         rows = training_rows(records, level=level or 0, stage=stage.value if stage else None)  # type: ignore[arg-type]
         if not rows:
             raise GatewiseError(

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.records import TreeRecord
-from gatewise.mdt.spans import Span, absent_triples, find
+from gatewise.mdt.spans import Span, find
 from gatewise.mdt.tree import DecisionTree
 
 _Pools = dict[tuple[str, str], list[str]]
@@ -43,9 +43,9 @@ def _pools(records: Sequence[TreeRecord]) -> _Pools:
     """(language, relation or "population") -> the phrases to draw from, as they stand in their texts."""
     pools: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for record in records:
-        for phrase, (kind, spans) in _phrases(record).items():
+        for kind, spans in _phrases(record).values():
             # As the prompt shows it, which has no line breaks.
-            pools[record.tree.language, kind][" ".join(record.text[spans[0].start : spans[0].end].split()) or phrase] = None
+            pools[record.tree.language, kind][" ".join(record.text[spans[0].start : spans[0].end].split())] = None
     return {key: list(phrases) for key, phrases in pools.items()}
 
 
@@ -112,9 +112,7 @@ def _exchanged(record: TreeRecord, chosen: dict[str, str], phrases: dict[str, tu
         tree = DecisionTree.from_preorder(nodes)
     except GatewiseError:  # two triples have become one
         return None
-    if len(absent_triples(text, tree)) != len(absent_triples(record.text, record.tree)):
-        return None
-    # A new phrase may hold another one: then it would no longer be clear which of the two is meant.
+    # A new phrase may hold another one: then it would no longer be clear which of the two is meant. Nor may one be lost.
     for phrase in {part for triple in record.tree.triples for part in (triple.subject, triple.object)}:
         places = find(text, chosen.get(phrase, phrase))
         if len(places) != len(find(record.text, phrase)):

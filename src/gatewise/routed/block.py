@@ -126,9 +126,9 @@ class BlockRouting:
         return BlockDecision(tuple(decisions), self._parts(decisions, request.training))
 
     def _centring(self, router: Router, adapter: str, request: Request, hidden: Tensor, prompt: Tensor) -> Any:
-        """What the router takes off for this request. In training its prompts are observed first, each once."""
+        """What the router takes off in training, its prompts observed first, each once; else None, for what it takes off now."""
         if not request.training:
-            return router.centring()
+            return None
         key = (self.index, adapter)
         if key not in request.centrings:
             if router.observes:
