@@ -162,7 +162,7 @@ def test_told_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert (told.exit_code, f"interrupted: {kept} is kept: give the same command with --resume" in told.stderr) == (130, True)
     told = CliRunner().invoke(app, ["train", recipe, "-o", str(tmp_path / "out"), "--resume"])
     assert told.exit_code == 0, told.output
-    assert "layers.png" in told.stdout
+    assert "layers.png" in "".join(told.stdout.split())  # a long path is wrapped
     assert "searching" in told.stdout
 
 
@@ -209,6 +209,16 @@ def test_a_step_of_the_search_is_the_formulas(family: str, tmp_path: Path) -> No
     torch.testing.assert_close(got, one.loss + 0.3 * kl)
     upper = trainer.compute_upper_loss(model, dict(batch))
     torch.testing.assert_close(upper, model(**batch).loss)
+
+
+def test_layers_chosen_by_loss(tmp_path: Path) -> None:
+    section = {"keep": 1, "max_steps": 4, "choose": "loss", "gate_learning_rate": 0.05}
+    result = train(write_recipe(tmp_path, "spt", search=section), tmp_path / "out")
+    search = written(tmp_path / "out")
+    assert search["layers"] == [min(range(2), key=lambda layer: search["losses"][layer])]
+    selection = read_selection(result.adapter / "search.json")
+    assert selection.losses == search["losses"]
+    assert selection.layers == load_adapter(result.adapter)[0].peft_config["default"].prompt_layers
 
 
 def test_settings_reach_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,11 +212,13 @@ class SearchSection(Section):
     """SPT-DARTS, the search for the layers that take a new prompt. Only with method spt and without ``prompts.prompt_layers``.
 
     ``max_steps`` or ``epochs`` (of the half of the training data that the weights learn on), or as many steps as the training that
-    follows. ``keep`` is K, how many layers are kept; ``consistency`` the weight λ of the distance between two passes, 0 for one
-    pass without drops; ``drop`` the probability that a pass leaves a gate out.
+    follows. ``keep`` is K, how many layers are kept, and ``choose`` says which: those with the largest gates, or those with the
+    lowest mean loss when only K gates are open (``gatewise.prompts.subsets``). ``consistency`` is the weight λ of the distance
+    between two passes, 0 for one pass without drops; ``drop`` the probability that a pass leaves a gate out.
     """
 
     keep: Count = 4
+    choose: Literal["gates", "loss"] = "gates"
     max_steps: Count | None = None
     epochs: Positive | None = None
     gate_learning_rate: Positive = 1e-2

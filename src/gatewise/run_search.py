@@ -58,6 +58,7 @@ def search_layers(
             rows,
             training_arguments(alone, recipe.seed, steps, output / SEARCH_CHECKPOINTS),
             keep=section.keep,
+            choose=section.choose,
             trainer_class=partial(_trainer, collator=collator, note=note, progress=progress, group=training.group_by_length),
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
             upper_learning_rate=section.gate_learning_rate,
@@ -68,6 +69,7 @@ def search_layers(
     selection = Selection(
         layers=found.layers,
         gates=found.gates[-1].tolist(),
+        losses=None if found.losses is None else found.losses.tolist(),
         steps=steps,
         seconds=round(time.monotonic() - begun, 2),
         resumed_from=None if checkpoint is None else checkpoint_step(checkpoint),
@@ -79,8 +81,7 @@ def search_layers(
     )
     report.plot_gates(found.gates.tolist(), found.layers, output / GATES, recipe.model)
     selection.write(output / SEARCH_FILE)
-    gates = ", ".join(f"{layer} ({selection.gates[layer]:.3f})" for layer in selection.layers)
-    progress.say(f"the search chose layers {gates}; the other gates are at most {_runner_up(selection):.3f}")
+    progress.say(_told(selection))
     return selection
 
 
@@ -115,5 +116,11 @@ def _trainer(
     )
 
 
-def _runner_up(selection: Selection) -> float:
-    return max((gate for layer, gate in enumerate(selection.gates) if layer not in selection.layers), default=0.0)
+def _told(selection: Selection) -> str:
+    numbers = selection.gates if selection.losses is None else selection.losses
+    chosen = ", ".join(f"{layer} ({numbers[layer]:.3f})" for layer in selection.layers)
+    others = [number for layer, number in enumerate(numbers) if layer not in selection.layers]
+    if not others:
+        return f"the search chose all layers: {chosen}"
+    rest = f"gates are at most {max(others):.3f}" if selection.losses is None else f"mean losses are at least {min(others):.3f}"
+    return f"the search chose layers {chosen}; the other {rest}"

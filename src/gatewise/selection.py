@@ -19,6 +19,7 @@ class Selection:
     Attributes:
         layers: the chosen ones, in order.
         gates: a of every layer at the end of the search.
+        losses: the mean loss with each layer among the open ones, where layers were chosen by it.
         steps: optimiser steps of the search.
         seconds: what it took, in the process that ended it.
         resumed_from: the step that process went on from, or None.
@@ -30,6 +31,7 @@ class Selection:
     gates: list[float]
     steps: int
     seconds: float
+    losses: list[float] | None = None
     resumed_from: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     log: Sequence[Mapping[str, Any]] = ()
@@ -48,11 +50,13 @@ def read_selection(path: Path) -> Selection:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         layers, gates = [int(layer) for layer in told["layers"]], [float(gate) for gate in told["gates"]]
+        losses = None if told.get("losses") is None else [float(loss) for loss in told["losses"]]
         if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < len(gates):
             raise ValueError(f"layers {layers} of {len(gates)}")
         return Selection(
             layers=layers,
             gates=gates,
+            losses=losses,
             steps=int(told["steps"]),
             seconds=float(told["seconds"]),
             resumed_from=None if told["resumed_from"] is None else int(told["resumed_from"]),

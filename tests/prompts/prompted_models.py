@@ -24,6 +24,7 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    TrainingArguments,
 )
 
 from gatewise import SelectivePromptConfig
@@ -122,3 +123,15 @@ def open_gates(model: PeftModel) -> PeftModel:
 def prompted(family: str = "llama", attention: str = "sdpa", **settings: Any) -> PeftModel:
     """A tiny model in evaluation mode with selective prompts."""
     return open_gates(get_peft_model(prompted_base(family, attention), prompt_config(family, **settings))).eval()
+
+
+def hyper(family: str = "bert", **settings: Any) -> Any:
+    """A network to be searched, the same each time."""
+    torch.manual_seed(0)
+    return get_peft_model(prompted_base(family), prompt_config(family, **settings))
+
+
+def arguments(path: Any, **more: Any) -> TrainingArguments:
+    """Of a search of four steps."""
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
+    return TrainingArguments(path, **{**settings, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 2, **more})

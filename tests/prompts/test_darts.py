@@ -4,38 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
-from prompted_models import prompt_config, prompted_base
+from prompted_models import arguments, hyper, prompt_config, prompted_base
 from torch.nn.functional import kl_div
-from transformers import TrainingArguments
 
 from gatewise import GatewiseError, prompts
 from gatewise.bilevel import split_in_half
 from gatewise.prompts.darts import SearchTrainer, chosen_layers, discrete_config, distance
-
-
-@pytest.fixture
-def data():
-    """Texts of one length; the class is in the first token, and the answer of a decoder repeats the text."""
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(3, 60, (24, 6), generator=generator)
-
-    def make(family: str) -> list[dict[str, Any]]:
-        if family == "bert":
-            return [{"input_ids": row, "labels": row[0] % 3} for row in ids]
-        return [{"input_ids": row, "labels": torch.where(torch.arange(6) < 3, -100, row)} for row in ids]
-
-    return make
-
-
-def hyper(family: str = "bert", **settings: Any) -> Any:
-    torch.manual_seed(0)
-    return get_peft_model(prompted_base(family), prompt_config(family, **settings))
-
-
-def arguments(path: Any, **more: Any) -> TrainingArguments:
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
-    return TrainingArguments(path, **{**settings, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 2, **more})
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

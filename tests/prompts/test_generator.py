@@ -68,7 +68,7 @@ def test_gradients_of_gates_are_finite_differences(texts, family, reparameterise
 
     def loss_at(values: torch.Tensor) -> torch.Tensor:
         gates = values.sigmoid()
-        gates = gates * gates.sum() / total if reparameterised else gates
+        gates = gates * total / gates.sum() if reparameterised else gates
         gates = torch.where(torch.tensor(dropped_gates), 0.0, gates)
         with torch.no_grad():
             wanted = reference.logits(base, model, texts[0], gates=gates)

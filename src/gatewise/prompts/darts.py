@@ -3,19 +3,22 @@
 Bi-level and first order (``gatewise.bilevel``): generators and task head w move on one half of the training data, gate logits α on
 the other. Its two additions over DARTS, each a switch, are reconstructed:
 
-    re-parameterised gates   â_i = a_i · Σ_j a_j / detach(Σ_j a_j)
+    re-parameterised gates   â_i = a_i · detach(Σ_j a_j) / Σ_j a_j
     consistency              L(w) = CE(f_1) + λ · ½ (KL(f_1 ‖ f_2) + KL(f_2 ‖ f_1))
 
 where f_1 and f_2 are two passes of a batch with different random subsets of the gates dropped, so that the searched network behaves
-like the discrete one that it will become. Gates move on passes without drops.
+like the discrete one that it will become. Gates move on passes without drops. Which layers are kept is then read off the gates, as
+SPT does, or off the losses of subsets of them (``gatewise.prompts.subsets``).
 
 Shapes: b batch, t tokens, n layers, s steps, c classes or vocabulary.
 """
 
 import dataclasses
+import math
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +35,12 @@ from gatewise.files import whole_file
 from gatewise.losses import IGNORED, LossKind, loss_kind
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.model import SelectivePromptModel
+from gatewise.prompts.subsets import ROWS_READ, balanced_subsets, mean_with
 
 GATES_FILE = "gates.safetensors"
 GATE_LOGITS = r"\.spt_gate_logit\."
 """The α among a model's parameters, for ``upper_parameters``."""
+Choice = Literal["gates", "loss"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,7 @@ class SearchResult:
     Attributes:
         gates: a (s + 1, n) before the first step and after each lower step.
         layers: the chosen layers, in order.
+        losses: (n,) what they were chosen by, where that was not the gates: the mean loss with each of them.
         config: the discrete model's configuration, for ``retrain`` or ``get_peft_model``.
         log: what the Trainer logged, steps before a resume included.
     """
@@ -53,6 +59,7 @@ class SearchResult:
     layers: list[int]
     config: SelectivePromptConfig
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    losses: Tensor | None = None
 
 
 class SearchMixin(BilevelMixin):
@@ -116,6 +123,31 @@ class SearchMixin(BilevelMixin):
         logits: Tensor = model(**inputs)["logits"]
         return logits
 
+    def subset_losses(self, subsets: Tensor) -> Tensor:
+        """The losses (m,) on the first rows of the upper stream, with only the gates open that subsets (m, n) name; no dropout.
+
+        Each is the mean of the batches' mean losses, and over processes.
+        """
+        rows = min(len(self.upper_dataset), max(self._upper_rows, ROWS_READ // len(subsets)))
+        count = math.ceil(rows / (self._upper_rows * self.args.world_size))
+        loader = self._upper_dataloader(0)
+        batches = [self._prepare_inputs(batch) for batch in islice(loader, count)]
+        model, means = self.model_wrapped, []
+        before = model.training
+        model.eval()
+        try:
+            for kept in subsets:
+                self._dropped = ~kept
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    # Copies, because label smoothing takes the labels out.
+                    losses = [self.compute_upper_loss(model, {**batch}).mean().float() for batch in batches]
+                means.append(torch.stack(losses).mean())
+        finally:
+            self._dropped = None
+            model.train(before)
+        reduced: Any = self.accelerator.reduce(torch.stack(means), reduction="mean")
+        return reduced.cpu()
+
     def _draw(self) -> Tensor:
         # From the CPU's generator, whose state checkpoints hold.
         return torch.rand(len(hyper_network(self.model).gates())) < self.drop
@@ -160,16 +192,19 @@ def search(
     args: TrainingArguments,
     *,
     keep: int,
+    choose: Choice = "gates",
     trainer_class: Any = SearchTrainer,
     resume_from_checkpoint: str | bool | None = None,
     **settings: Any,
 ) -> SearchResult:
-    """Trains a hyper-network by SPT-DARTS and keeps the layers with the largest gates.
+    """Trains a hyper-network by SPT-DARTS and keeps the layers that came out best.
 
     Args:
         model: with an active ``SelectivePromptConfig(prompt_layers=None)``; it is left as the search trained it.
         train_dataset: rows for the Trainer's collator. A random half (by ``args.seed``) trains the weights, the other the gates.
         keep: K, how many layers to keep.
+        choose: "gates", those with the largest gates, or "loss", those with the lowest mean loss among subsets of K layers
+            (``gatewise.prompts.subsets``), which needs ``consistency``.
         trainer_class: a ``SearchMixin`` on any Trainer.
         resume_from_checkpoint: as in ``Trainer.train``.
         settings: for the trainer: ``reparameterise``, ``consistency``, ``drop``, ``data_collator`` and so on. Unless told otherwise
@@ -177,17 +212,23 @@ def search(
             within a few hundred steps).
 
     Raises:
-        GatewiseError: no hyper-network, or K out of range; and what ``BilevelMixin`` refuses.
+        GatewiseError: no hyper-network, K out of range, or an unknown choice; and what ``BilevelMixin`` refuses.
     """
     tuner = hyper_network(model)
     chosen_layers(tuner.gates(), keep)
+    if choose not in get_args(Choice):
+        raise GatewiseError(f"choose is {choose!r}: expected one of {', '.join(map(repr, get_args(Choice)))}")
     weights, upper = split_in_half(train_dataset, args.seed)
     settings = {"upper_learning_rate": 1e-2, "upper_optim": "adam", "upper_betas": (0.5, 0.999), **settings}
     trainer = trainer_class(model=model, args=args, train_dataset=weights, upper_dataset=upper, **settings)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    layers = chosen_layers(trainer.gates[-1], keep)
+    losses = None
+    if choose == "loss":
+        subsets = balanced_subsets(len(tuner.gates()), keep, args.seed)
+        losses = mean_with(subsets, trainer.subset_losses(subsets))
+    layers = chosen_layers(trainer.gates[-1] if losses is None else -losses, keep)
     config: Any = tuner.peft_config[tuner.active_adapters[0]]
-    return SearchResult(trainer.gates, layers, discrete_config(config, layers), trainer.state.log_history)
+    return SearchResult(trainer.gates, layers, discrete_config(config, layers), trainer.state.log_history, losses)
 
 
 def retrain(
@@ -222,7 +263,7 @@ def retrain(
 
 
 def chosen_layers(gates: Tensor, keep: int) -> list[int]:
-    """The ``keep`` layers with the largest a (n,), in order; of equal ones the lower.
+    """The ``keep`` layers with the largest a (n,), or other scores, in order; of equal ones the lower.
 
     Raises:
         GatewiseError: ``keep`` is not a number of layers.

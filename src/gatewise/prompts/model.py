@@ -211,9 +211,10 @@ class SelectivePromptModel(BaseTuner):
 
     @contextmanager
     def gates_reparameterised(self, enabled: bool = True) -> Iterator[None]:
-        """While open, gates are â_i = a_i · Σ_j a_j / detach(Σ_j a_j): the same values, but their gradients compete.
+        """While open, gates are â_i = a_i · detach(Σ_j a_j) / Σ_j a_j: the same values, but their gradients compete.
 
-        dâ_i / dα_k = a_k' (δ_ik + a_i / Σ_j a_j). Reconstructed, as one of the two additions of SPT-DARTS.
+        dâ_i / dα_k = a_k' (δ_ik − a_i / Σ_j a_j), so a gate that helps as much as the gates do on average stays where it is.
+        Reconstructed, as one of the two additions of SPT-DARTS.
         """
         before, self._reparameterised = self._reparameterised, enabled
         try:
@@ -230,7 +231,7 @@ class SelectivePromptModel(BaseTuner):
         gates = gates.to(torch.promote_types(gates.dtype, torch.float32)).sigmoid()
         if self._reparameterised:
             total = gates.sum()
-            gates = gates * (total / total.detach())
+            gates = gates * (total.detach() / total)
         if self._dropped is not None:
             gates = gates.masked_fill(self._dropped.to(device), 0.0)
         return dict(enumerate(gates.split(1)))
