@@ -21,7 +21,7 @@ def campaign(
     file: str,
     tasks: Iterable[str],
     methods: Iterable[str],
-    one_run: Callable[[str, str, int, Path], Run],
+    one_run: Callable[[str, str, int, Path], Run | None],
     tell: Callable[[Run], str],
     report: Callable[[list[Run], Path | None], None],
 ) -> None:
@@ -31,7 +31,7 @@ def campaign(
         about: the help.
         file: the results file's name.
         tasks: those run unless told otherwise.
-        one_run: (task, method, seed, data folder) -> its result.
+        one_run: (task, method, seed, data folder) -> its result, or None where a task has no such method.
         tell: a finished run in a line.
         report: prints the tables, and draws a plot if it is given a path.
     """
@@ -55,6 +55,8 @@ def campaign(
                     continue
                 print(f"{task} {method} seed {seed}", flush=True)
                 run = one_run(task, method, seed, options.data_dir)
+                if run is None:
+                    continue
                 append(run, options.results)
                 print(f"  {tell(run)}", flush=True)
     report(read(options.results), options.plot)

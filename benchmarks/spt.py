@@ -1,8 +1,10 @@
 """SPT against guessed layers, PEFT's soft prompts and LoRA: does the search find better layers than chance, and the same again?
 
     spt           SPT-DARTS, weights on one half of the rows and gates on the other; then the chosen layers, from scratch on all
-    spt-plain     the same without its two additions: gates not re-parameterised, no consistency
-    first, last, spread, random-0 ... random-4    the same number of layers, guessed; a random set is the same for all seeds
+    spt-loss      the same search, but the layers chosen by the losses of subsets of them (gatewise.prompts.subsets)
+    spt-plain     spt without its two additions: gates not re-parameterised, no consistency
+    first, last, spread, random-0, random-1 ...    the same number of layers, guessed; the random sets of a seed are all layers in
+                  random order, cut into pieces, so that each layer is in one of them
     prompt-tuning, prefix-tuning    through PEFT, as many prompt tokens
     lora          on all linear layers, at the rank whose parameters come closest to SPT's
 
@@ -10,13 +12,15 @@ Each on minilm-l6 (a classifier with a fresh head) and smollm2-135m-instruct (wr
 100 ("few"), measured on the whole dev split. The learning rates were set beforehand and not tuned on these tasks; runs of one
 model, data set, size and seed have the same rows, order and steps, and the same head at the start. Results are appended to a
 JSON-lines file as they come; a run that is there is not repeated, so the campaign can be stopped and started at will, and several
-processes may share it.
+processes may share it. The search that spt and spt-loss have in common is kept in runs/spt.
 
     python benchmarks/spt.py --data-dir DATA                      # DATA/sst2/train.jsonl, DATA/sst2/dev.jsonl, ...
     python benchmarks/spt.py --data-dir DATA --tasks smollm2-135m-instruct/trec/few
-    python benchmarks/spt.py --report                             # the tables from the results file
+    python benchmarks/spt.py --report                             # the tables from the results file; --plot FILE for the choices
 """
 
+import json
+import random
 import statistics
 import tempfile
 import time
@@ -28,6 +32,7 @@ from typing import Any
 from benchmark_data import load_task, shuffled
 from campaign import campaign, spread
 
+RUNS = Path(__file__).parents[1] / "runs" / "spt"
 COMMON: dict[str, Any] = {
     "num_prompt_tokens": 10,
     "bottleneck": 64,
@@ -54,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "learning_rate": {"spt": 2e-3, "prompt-tuning": 3e-2, "prefix-tuning": 1e-2, "lora": 5e-4},
     },
 }
-SEARCHED = ("spt", "spt-plain")
+SEARCHED = ("spt", "spt-loss", "spt-plain")
 RANDOM = tuple(f"random-{number}" for number in range(5))
 FIXED = ("first", "last", "spread", *RANDOM)
 METHODS = (*SEARCHED, *FIXED, "prompt-tuning", "prefix-tuning", "lora")
@@ -63,16 +68,19 @@ SIZES = ("full", "few")
 TASKS = ["/".join(parts) for parts in product(MODELS, DATA, SIZES)]
 
 
-def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
-    """Searches where the method does, trains one adapter and measures it on the whole dev split."""
+def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any] | None:
+    """Searches where the method does, trains one adapter and measures it on the whole dev split; None without such a method."""
     import torch
     from transformers import set_seed
 
+    from gatewise.files import write_json
     from gatewise.models import load_model, load_tokenizer
     from gatewise.tasks import PadCollator, encode, encode_classification, evaluate
 
     name, data, size = task.split("/")
     s = {**COMMON, **MODELS[name]}
+    if method in RANDOM[s["layers"] // s["keep"] :]:
+        return None
     s["steps"] = s["steps"][size]
     s["learning_rate"] = s["learning_rate"].get(method, s["learning_rate"]["spt"])
     train, dev, template = load_task(data, data_dir)
@@ -100,9 +108,14 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
 
     found: dict[str, Any] = {"layers": None}
     if method in SEARCHED:
-        found = searched(fresh(), rows, collator, seed, s, additions=method == "spt")
+        additions = method != "spt-plain"
+        kept = RUNS / f"{task.replace('/', '-')}-{seed}{'' if additions else '-plain'}.json"
+        if not kept.is_file():
+            write_json(kept, searched(fresh(), rows, collator, seed, s, additions))
+        found = json.loads(kept.read_text())
+        found["layers"] = found["by_loss" if method == "spt-loss" else "by_gates"]
     elif method in FIXED:
-        found = {"layers": guessed(method, s)}
+        found = {"layers": guessed(method, seed, s)}
     set_seed(seed)
     model: Any = adapted(fresh(), method, s, found["layers"])
     began = time.perf_counter()
@@ -131,10 +144,11 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
 
 
 def searched(base: Any, rows: list[Any], collator: Any, seed: int, s: dict[str, Any], additions: bool) -> dict[str, Any]:
-    """The layers that SPT-DARTS chooses, with or without its two additions, and what it took."""
+    """The layers that SPT-DARTS chooses by gates and, with its two additions, by loss; what it saw, and what it took."""
     from transformers import set_seed
 
     from gatewise.prompts import search
+    from gatewise.prompts.darts import chosen_layers
     from gatewise.training import SearchRecipeTrainer
 
     model = adapted(base, "spt", s, None)
@@ -150,30 +164,33 @@ def searched(base: Any, rows: list[Any], collator: Any, seed: int, s: dict[str, 
             rows,
             arguments(folder, seed, s),
             keep=s["keep"],
+            choose="loss" if additions else "gates",
             trainer_class=trainer,
             upper_learning_rate=s["gate_learning_rate"],
             reparameterise=additions,
             consistency=s["consistency"] if additions else 0.0,
             drop=s["drop"],
         )
-    gates = [round(gate, 4) for gate in found.gates[-1].tolist()]
-    return {"layers": found.layers, "gates": gates, "search_seconds": round(time.perf_counter() - began, 1)}
+    tenth = max(1, s["steps"] // 10)
+    return {
+        "by_gates": chosen_layers(found.gates[-1], s["keep"]),
+        "by_loss": None if found.losses is None else found.layers,
+        "gates": [round(gate, 4) for gate in found.gates[-1].tolist()],
+        "trajectory": [[round(gate, 4) for gate in gates] for gates in found.gates[::tenth].tolist()],
+        "losses": None if found.losses is None else [round(loss, 4) for loss in found.losses.tolist()],
+        "search_seconds": round(time.perf_counter() - began, 1),
+    }
 
 
-def guessed(method: str, s: dict[str, Any]) -> list[int]:
+def guessed(method: str, seed: int, s: dict[str, Any]) -> list[int]:
     """The layers of a fixed choice."""
     from gatewise.run_adapter import fixed_layers
 
     choice, _, number = method.partition("-")
     if choice != "random":
         return fixed_layers(choice, s["keep"], s["layers"])
-    sets: list[list[int]] = []  # of few layers, two seeds soon draw the same
-    seed = 0
-    while len(sets) <= int(number):
-        drawn = fixed_layers("random", s["keep"], s["layers"], seed)
-        sets += [] if drawn in sets else [drawn]
-        seed += 1
-    return sets[-1]
+    order = random.Random(seed).sample(range(s["layers"]), s["layers"])
+    return sorted(order[int(number) * s["keep"] :][: s["keep"]])
 
 
 def adapted(base: Any, method: str, s: dict[str, Any], layers: list[int] | None) -> Any:
@@ -254,35 +271,31 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
             _against_chance(group)
             _agreement(group)
             _methods(group)
+    if plot and runs:
+        _plot(runs, plot)
 
 
 def _against_chance(runs: list[dict[str, Any]]) -> None:
-    """SPT less the mean and less the best of the random sets: accuracy in points, paired by task and seed."""
+    """SPT less the mean and less the best of the random sets of a seed: accuracy in points, paired by task and seed."""
     print("  Does the search beat random sets of layers? (accuracy in points, and loss)")
     for method in SEARCHED:
         mean_gains: list[float] = []
         best_gains: list[float] = []
         lower: list[float] = []
         for task, cells in _by_task(runs):
-            seeds = [seed for m, seed in cells if m == method and any((r, seed) in cells for r in RANDOM)]
-            if not seeds:
-                continue
-            drawn = {r: [cells[r, seed] for seed in seeds if (r, seed) in cells] for r in RANDOM}
-            # Which set is best is known only afterwards, by the mean over seeds: what the search is up against at most.
-            best = max((r for r in drawn if drawn[r]), key=lambda r: statistics.mean(run["accuracy"] for run in drawn[r]))
             means, bests = [], []
-            for seed in seeds:
+            for seed in [seed for m, seed in cells if m == method]:
                 guesses = [cells[r, seed] for r in RANDOM if (r, seed) in cells]
-                own = cells[method, seed]
-                means.append(100 * (own["accuracy"] - statistics.mean(run["accuracy"] for run in guesses)))
-                lower.append(own["loss"] - statistics.mean(run["loss"] for run in guesses))
-                if (best, seed) in cells:
-                    bests.append(100 * (own["accuracy"] - cells[best, seed]["accuracy"]))
+                if guesses:
+                    own, drawn = cells[method, seed], [run["accuracy"] for run in guesses]
+                    means.append(100 * (own["accuracy"] - statistics.mean(drawn)))
+                    # Which set is best is known only afterwards: what the search is up against at most.
+                    bests.append(100 * (own["accuracy"] - max(drawn)))
+                    lower.append(own["loss"] - statistics.mean(run["loss"] for run in guesses))
             mean_gains += means
             best_gains += bests
-            sets = sum(bool(group) for group in drawn.values())
-            at = f"layers {drawn[best][0]['layers']}"
-            print(f"    {method:9} {task:5} - mean of {sets} sets {_spread(means, True)}   - best ({at}) {_spread(bests, True)}")
+            if means:
+                print(f"    {method:9} {task:5} - mean {_spread(means, True)}   - best {_spread(bests, True)}")
         if mean_gains:
             wins = sum(gain > 0 for gain in mean_gains) + sum(gain == 0 for gain in mean_gains) / 2
             print(
@@ -324,6 +337,31 @@ def _methods(runs: list[dict[str, Any]]) -> None:
                 f"      {name:13} accuracy {accuracy:16}  loss {loss:.3f}   {size:9,.0f} parameters   {took:.0f} s{search}   "
                 f"runs {len(group)}"
             )
+
+
+def _plot(runs: list[dict[str, Any]], out: Path) -> None:
+    """Which layers each search chose: a panel a model and size, a line a search."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: (TASKS.index(run["task"]), METHODS.index(run["method"]), run["seed"])):
+        if run["method"] in SEARCHED:
+            model, _, size = run["task"].split("/")
+            panels.setdefault(f"{model}, {'all rows' if size == 'full' else '100 rows'}", []).append(run)
+    heights = [len(group) for group in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), figsize=(7, 1 + 0.19 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, (title, group) in zip(axes.flat, panels.items(), strict=True):
+        layers = group[0]["settings"]["layers"]
+        axis.imshow([[layer in run["layers"] for layer in range(layers)] for run in group], cmap="Blues", vmax=1.4, aspect="auto")
+        axis.set_yticks(range(len(group)), [f"{r['task'].split('/')[1]} {r['method']} {r['seed']}" for r in group], size=7)
+        axis.set_xticks(range(layers), range(layers), size=7)
+        axis.set_title(title, size=9)
+    figure.savefig(out, dpi=90)
 
 
 def _by_task(runs: list[dict[str, Any]]) -> Iterator[tuple[str, dict[tuple[str, int], dict[str, Any]]]]:
