@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gatewise.cli_options import BaseOption, JsonOption
+from gatewise.cli_options import BaseOption, CandidatesOption, JsonOption, TokensOption
 from gatewise.cli_review import review
 from gatewise.errors import GatewiseError
 
@@ -37,8 +37,6 @@ LevelOption = Annotated[
 PipelineOption = Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")]
 FreeOption = Annotated[bool, typer.Option("--free", help="Let the model write what it likes, and read it as well as it goes.")]
 VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
-CandidatesOption = Annotated[int, typer.Option(help="Write so many trees, and keep the one most like the others.", min=1)]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written in one output.", min=1)]
 BatchOption = Annotated[int, typer.Option(help="Passages in one forward pass.", min=1)]
 
 

@@ -9,3 +9,5 @@ BaseOption = Annotated[str | None, typer.Option(help="The base model, if not the
 SplitOption = Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")]
 TemplateOption = Annotated[str | None, typer.Option(help="Prompt with the row's fields in braces, if not the run's.")]
 LabelsOption = Annotated[str | None, typer.Option(help="Labels in order, 'no,yes', or with their words, 'no=bad,yes=good'.")]
+CandidatesOption = Annotated[int, typer.Option(help="Write so many trees, and keep the one most like the others.", min=1)]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written in one output.", min=1)]

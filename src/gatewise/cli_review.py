@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gatewise.cli_options import BaseOption
+from gatewise.cli_options import BaseOption, CandidatesOption, TokensOption
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def review(
     population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
     pipeline: Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")] = False,
     verbatim: Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="The most that is written in one output.", min=1)] = 512,
+    candidates: CandidatesOption = 1,
+    max_new_tokens: TokensOption = 512,
     port: Annotated[
         int, typer.Option(help="Port on this machine. [default: a free one]", min=0, max=65535, show_default=False)
     ] = 0,
@@ -60,9 +61,11 @@ def review(
         for note in session.notes:
             typer.echo(f"note: {note}", err=True)
         if adapter is not None:
-            extract = _loaded(adapter, base, max_new_tokens=max_new_tokens, pipeline=pipeline, verbatim=verbatim)
+            settings = {"max_new_tokens": max_new_tokens, "pipeline": pipeline, "verbatim": verbatim, "candidates": candidates}
             named: Any = language
-            extracting = Extracting(session, extract, language=named, most=max_new_tokens)
+            # The first candidate is written alone, the others together.
+            most = max_new_tokens * (1 if candidates == 1 else 2)
+            extracting = Extracting(session, _loaded(adapter, base, **settings), language=named, most=most)
         with ReviewServer(session, extracting, port=port, reason="" if adapter else NO_ADAPTER) as server:
             typer.echo(f"review: {server.url}")
             typer.echo(f"corrections go to {session.files.out}; end with Ctrl-C", err=True)
@@ -99,4 +102,4 @@ def _loaded(adapter: Path, base: str | None, **settings: Any) -> "Extract":
         raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
     with quiet(bars=True):
         RunProgress(Console(stderr=True)).say(f"loading {adapter}")
-        return model_extract(Extractor.load(adapter, base=base, **settings))
+        return model_extract(Extractor.load(adapter, base=base, batch_size=settings["candidates"], **settings))

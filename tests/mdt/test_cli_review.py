@@ -146,3 +146,18 @@ def test_a_model_is_watched_and_stopped(tmp_path: Path) -> None:
     assert extractor.model.training == training
     assert extract(TEXT, None, lambda: None) == found  # as before, and nothing watches any more
     assert ticks == 2
+
+
+def test_several_candidates_are_watched_to_their_end(tmp_path: Path) -> None:
+    """A tick a token of the first, and one for a token of all others at once; the agreement is a warning where it is small."""
+    pytest.importorskip("llguidance")
+    from gatewise.mdt.extraction import Extractor
+
+    settings = {"verbatim": True, "max_new_tokens": 150, "candidates": 4, "batch_size": 4, "temperature": 9.0}
+    extractor = Extractor.load(random_adapter_folder(tmp_path), **settings)
+    ticks: list[int] = []
+    found = model_extract(extractor)(TEXT, None, lambda: ticks.append(1))
+    assert 10 < len(ticks) <= 302
+    assert found.agreement is not None
+    assert found.agreement < 0.75
+    assert "the 4 trees that were written for this text differ much" in found.warnings[-1]

@@ -62,7 +62,18 @@ def test_the_extraction_is_that_of_the_kept_candidate(monkeypatch: pytest.Monkey
     assert found.written == (linearise(GOUT),)
     wanted = 1 - (tree_edit_ratio(GOUT, NOTHING) + tree_edit_ratio(GOUT, SHORT)) / 3
     assert found.agreement == pytest.approx(wanted)
+    assert wanted < 0.75
+    assert found.warnings == (f"the 4 trees that were written for this text differ much: they agree by {wanted:.2f} of 1",)
     assert found.record().to_json()["agreement"] == round(wanted, 3)
+
+
+def test_trees_that_agree_are_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = dictated({})
+    written_in_turn(monkeypatch, GOUT, GOUT, SHORT, GOUT, GOUT, GOUT)
+    found = extract(model, tokenizer, TEXT, candidates=6, constrained=False)
+    assert found.agreement is not None
+    assert 0.75 < found.agreement < 1
+    assert found.warnings == ()
 
 
 def test_what_is_no_tree_is_like_none(monkeypatch: pytest.MonkeyPatch) -> None:

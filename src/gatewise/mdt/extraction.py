@@ -36,6 +36,8 @@ from gatewise.tasks.template import Template
 Progress = Callable[[str, int, int], None]
 _Found = TypeVar("_Found")
 PLAIN = Template("{source}")
+DOUBTFUL = 0.75
+"""Below this agreement an extraction warns of itself: of such trees hardly one was right (``benchmarks/mdt_candidates.py``)."""
 _NOTHING = DecisionTree.from_preorder([{"role": "D", "triples": [], "logical_rel": "null"}])
 
 
@@ -317,7 +319,12 @@ def _kept(candidates: Sequence[Extraction | GatewiseError]) -> Extraction | Gate
     if not trees:
         return candidates[0]
     best, agreement = most_alike([one.tree for one in trees], len(candidates))
-    return replace(trees[best], agreement=agreement)
+    doubts = []
+    if agreement < DOUBTFUL:
+        doubts.append(
+            f"the {len(candidates)} trees that were written for this text differ much: they agree by {agreement:.2f} of 1"
+        )
+    return replace(trees[best], agreement=agreement, warnings=(*trees[best].warnings, *doubts))
 
 
 def _each(
