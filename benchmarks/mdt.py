@@ -48,7 +48,9 @@ ROUNDS: dict[str, Any] = {"allocation.rounds": 3, "allocation.first_round": 0.5,
 # Each named for its recipe, a variant with more after it.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "lora-plain": {"copies": 0, "training.epochs": 8},  # in as many steps, the records alone
+    # In as many steps: the records alone, and more copies, so that nothing comes twice.
+    "lora-plain": {"copies": 0, "training.epochs": 8},
+    "lora-once": {"copies": 7, "training.epochs": 1},
     # Exact ablation of all 3360 ranks would take longer than the training.
     "alora": {**ROUNDS, "allocation.score_options": {"mode": "screened", "max_exact": 0}},
     "pi-lora": {**ROUNDS, "allocation.score_options": {"points": 4}},
