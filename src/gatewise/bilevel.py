@@ -12,7 +12,7 @@ How the steps interleave is reconstructed: one upper step follows every ``upper_
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -216,7 +216,9 @@ class BilevelMixin(_AnyTrainer):
         level, model = self._upper, self.model_wrapped
         parameters = list(level.parameters.values())
         if self._upper_batches is None:
-            self._upper_batches = iter(self._upper_dataloader(level.rows_seen))
+            seed, turn = self._upper_seed, (self.args.process_index, self.args.world_size)
+            order = CyclicRows(len(self.upper_dataset), self._upper_rows, seed, level.rows_seen, *turn)
+            self._upper_batches = iter(self._upper_dataloader(order))
         model.train()
         inputs = self._prepare_inputs(next(self._upper_batches))
         level.rows_seen += self._upper_rows * self.args.world_size
@@ -287,22 +289,25 @@ class BilevelMixin(_AnyTrainer):
         """Rows of an upper batch in one process."""
         return (self.upper_batch_size or self.args.per_device_train_batch_size) * max(1, self.args.n_gpu)
 
-    def _upper_dataloader(self, rows_seen: int) -> DataLoader[Any]:
-        """Endless batches for this process. Not prepared by Accelerate, which reckons with one open training loader."""
+    @property
+    def _upper_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _upper_dataloader(self, batches: Iterable[list[int]]) -> DataLoader[Any]:
+        """These batches of row numbers. Not prepared by Accelerate, which reckons with one open training loader."""
         args, dataset, collate = self.args, self.upper_dataset, self.data_collator
-        seed = args.seed if args.data_seed is None else args.data_seed
         if hasattr(dataset, "column_names"):
             dataset = self._remove_unused_columns(dataset, description="upper")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="upper")
         return DataLoader(
             dataset,
-            batch_sampler=CyclicRows(len(dataset), self._upper_rows, seed, rows_seen, args.process_index, args.world_size),
+            batch_sampler=batches,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             # A loader draws a number whenever it is opened, as a resumed run does once more: not from the dropout's generator.
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator().manual_seed(self._upper_seed),
         )
 
     # Logs and checkpoints.

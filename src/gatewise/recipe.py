@@ -393,6 +393,8 @@ def _contradictions_of_prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if search is not None and method != "spt":
         yield "search", f"is for method spt, but the method is {method}: remove the section, or set method: spt"
+    if search is not None and search.choose == "loss" and not search.consistency:
+        yield "search.choose", "is loss, which needs subsets of gates that were trained: set search.consistency above 0"
     if method == "prefix-tuning" and recipe.training.gradient_checkpointing:
         yield (
             "training.gradient_checkpointing",

@@ -245,8 +245,13 @@ def write_metrics(recipe: Recipe, result: RunResult, log: Sequence[Mapping[str, 
         "ranks": result.ranks,
         **({} if result.routing is None else {"routing": routing_json(result.routing)}),
         **({} if result.prompts is None else {"prompt_layers": list(result.prompts.chosen)}),
-        **({} if result.selection is None else {"gates": result.selection.gates, "search_steps": result.selection.steps}),
+        **({} if result.selection is None else _searched(result.selection)),
         "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
         "log": [entry for entry in log if "loss" in entry or "eval_loss" in entry],
     }
     write_json(result.metrics_file, finite(content))
+
+
+def _searched(selection: Selection) -> dict[str, Any]:
+    by_loss = {} if selection.losses is None else {"losses_by_layer": selection.losses}
+    return {"gates": selection.gates, **by_loss, "search_steps": selection.steps}

@@ -160,4 +160,4 @@ def test_several_candidates_are_watched_to_their_end(tmp_path: Path) -> None:
     assert 10 < len(ticks) <= 302
     assert found.agreement is not None
     assert found.agreement < 0.75
-    assert "the 4 trees that were written for this text differ much" in found.warnings[-1]
+    assert "the 4 outputs that were written for this text differ much" in found.warnings[-1]

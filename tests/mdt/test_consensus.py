@@ -63,7 +63,7 @@ def test_the_extraction_is_that_of_the_kept_candidate(monkeypatch: pytest.Monkey
     wanted = 1 - (tree_edit_ratio(GOUT, NOTHING) + tree_edit_ratio(GOUT, SHORT)) / 3
     assert found.agreement == pytest.approx(wanted)
     assert wanted < 0.75
-    assert found.warnings == (f"the 4 trees that were written for this text differ much: they agree by {wanted:.2f} of 1",)
+    assert found.warnings == (f"the 4 outputs that were written for this text differ much: they agree by {wanted:.2f} of 1",)
     assert found.record().to_json()["agreement"] == round(wanted, 3)
 
 
@@ -80,7 +80,10 @@ def test_what_is_no_tree_is_like_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = dictated({})
     settings: dict[str, Any] = {"candidates": 3, "constrained": False}
     written_in_turn(monkeypatch, "no", GOUT, GOUT)
-    assert extract(model, tokenizer, TEXT, **settings).agreement == 0.5
+    found = extract(model, tokenizer, TEXT, **settings)
+    differ = "the 3 outputs that were written for this text differ much: they agree by 0.50 of 1"
+    assert found.agreement == 0.5
+    assert found.warnings == ("1 of the 3 outputs that were written for this text are no tree", differ)
     written_in_turn(monkeypatch, "no", "nothing", GOUT)
     found = extract(model, tokenizer, TEXT, **settings)
     assert (found.tree, found.agreement) == (GOUT, 0.0)

@@ -178,3 +178,15 @@ def test_refusals(tmp_path, data):
         prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, consistency=-1)
     with pytest.raises(GatewiseError, match="give it the layers that were chosen"):
         prompts.retrain(prompted_base("llama"), prompt_config("llama"), rows, arguments(tmp_path))
+
+
+def test_labels_that_do_not_reach_a_causal_model(tmp_path, data):
+    """They say where the prompt ends: a generator that reads on would be shown the answer."""
+    smooth = arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(GatewiseError, match="label_smoothing_factor and compute_loss_func keep the labels from the model"):
+        prompts.search(hyper("llama"), data("llama"), smooth, keep=1)
+    with pytest.raises(GatewiseError, match="tell prompt generators where the prompt ends"):
+        prompts.retrain(prompted_base("llama"), prompt_config("llama", prompt_layers=[1]), data("llama"), smooth)
+    with pytest.raises(GatewiseError, match="leave both out"):
+        prompts.search(hyper("llama"), data("llama"), arguments(tmp_path), keep=1, compute_loss_func=lambda *given, **more: 0)
+    assert prompts.search(hyper(), data("bert"), smooth, keep=1).layers

@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 _Found = TypeVar("_Found")
 PLAIN = Template("{source}")
 DOUBTFUL = 0.75
-"""Below this agreement an extraction warns of itself: of such trees hardly one was right (``benchmarks/mdt_candidates.py``)."""
+"""Below this agreement an extraction warns of itself (``benchmarks/mdt_candidates.py``)."""
 _NOTHING = DecisionTree.from_preorder([{"role": "D", "triples": [], "logical_rel": "null"}])
 
 
@@ -48,7 +48,7 @@ class Extraction:
     Attributes:
         text: as it was given, "population@passage".
         absent: the triples whose subject or object does not stand in the text.
-        warnings: what was put right or left out in the model's output, a sentence each.
+        warnings: what was put right or left out in the model's output, and that candidates differ much, a sentence each.
         written: what the model wrote, as it wrote it; in the pipeline one text a step.
         agreement: of several candidates how alike the others are to the one that was kept, in [0, 1], 1 for all the same; None
             where there was but one.
@@ -320,9 +320,13 @@ def _kept(candidates: Sequence[Extraction | GatewiseError]) -> Extraction | Gate
         return candidates[0]
     best, agreement = most_alike([one.tree for one in trees], len(candidates))
     doubts = []
+    if len(trees) < len(candidates):
+        doubts.append(
+            f"{len(candidates) - len(trees)} of the {len(candidates)} outputs that were written for this text are no tree"
+        )
     if agreement < DOUBTFUL:
         doubts.append(
-            f"the {len(candidates)} trees that were written for this text differ much: they agree by {agreement:.2f} of 1"
+            f"the {len(candidates)} outputs that were written for this text differ much: they agree by {agreement:.2f} of 1"
         )
     return replace(trees[best], agreement=agreement, warnings=(*trees[best].warnings, *doubts))
 

@@ -14,11 +14,9 @@ Shapes: b batch, t tokens, n layers, s steps, c classes or vocabulary.
 """
 
 import dataclasses
-import math
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +72,7 @@ class SearchMixin(BilevelMixin):
         Others: those of ``BilevelMixin`` (``upper_parameters`` are the gates) and the Trainer.
 
     Raises:
-        GatewiseError: no hyper-network, or a value out of range.
+        GatewiseError: no hyper-network, a value out of range, or a causal model and a Trainer that takes the labels away.
     """
 
     def __init__(self, *args: Any, reparameterise: bool = True, consistency: float = 1.0, drop: float = 0.5, **kwargs: Any) -> None:
@@ -87,6 +85,7 @@ class SearchMixin(BilevelMixin):
         self._dropped: Tensor | None = None
         super().__init__(*args, upper_parameters=GATE_LOGITS, **kwargs)
         hyper_network(self.model)
+        _refuse_taken_labels(self)
         self.add_callback(_Trajectory(self))
 
     @property
@@ -124,29 +123,37 @@ class SearchMixin(BilevelMixin):
         return logits
 
     def subset_losses(self, subsets: Tensor) -> Tensor:
-        """The losses (m,) on the first rows of the upper stream, with only the gates open that subsets (m, n) name; no dropout.
+        """The losses (m,) with only the gates open that subsets (m, n) name, without dropout.
 
-        Each is the mean of the batches' mean losses, and over processes.
+        On rows of the upper data set, the same for all, each once: as many as ``ROWS_READ`` allows. A loss is the mean of its
+        batches' mean losses, weighted by their rows.
         """
-        rows = min(len(self.upper_dataset), max(self._upper_rows, ROWS_READ // len(subsets)))
-        count = math.ceil(rows / (self._upper_rows * self.args.world_size))
-        loader = self._upper_dataloader(0)
-        batches = [self._prepare_inputs(batch) for batch in islice(loader, count)]
-        model, means = self.model_wrapped, []
+        size, count = self._upper_rows, min(len(self.upper_dataset), max(1, ROWS_READ // len(subsets)))
+        rows = torch.randperm(len(self.upper_dataset), generator=torch.Generator().manual_seed(self._upper_seed))[:count].tolist()
+        own = rows[self.args.process_index :: self.args.world_size]
+        numbers = [own[start : start + size] for start in range(0, len(own), size)]
+        batches = [self._prepare_inputs(batch) for batch in self._upper_dataloader(numbers)]
+        # Not the wrapped one, whose copies in other processes may have a batch less.
+        model: Any = self.model
         before = model.training
         model.eval()
+        sums = torch.zeros(len(subsets) + 1, device=self.accelerator.device)
+        sums[-1] = len(own)
         try:
-            for kept in subsets:
+            for number, kept in enumerate(subsets):
                 self._dropped = ~kept
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    # Copies, because label smoothing takes the labels out.
-                    losses = [self.compute_upper_loss(model, {**batch}).mean().float() for batch in batches]
-                means.append(torch.stack(losses).mean())
+                for rows_of, batch in zip(numbers, batches, strict=True):
+                    with torch.no_grad(), self.compute_loss_context_manager():
+                        # A copy, because the Trainer may take something out.
+                        sums[number] += len(rows_of) * self.compute_upper_loss(model, {**batch}).mean().float()
         finally:
             self._dropped = None
             model.train(before)
-        reduced: Any = self.accelerator.reduce(torch.stack(means), reduction="mean")
-        return reduced.cpu()
+        reduced: Any = self.accelerator.reduce(sums, reduction="sum")
+        losses: Tensor = (reduced[:-1] / reduced[-1]).cpu()
+        if not bool(losses.isfinite().all()):
+            raise GatewiseError("a subset's loss is not finite after the search: lower the learning rate, or choose by gates")
+        return losses
 
     def _draw(self) -> Tensor:
         # From the CPU's generator, whose state checkpoints hold.
@@ -204,7 +211,7 @@ def search(
         train_dataset: rows for the Trainer's collator. A random half (by ``args.seed``) trains the weights, the other the gates.
         keep: K, how many layers to keep.
         choose: "gates", those with the largest gates, or "loss", those with the lowest mean loss among subsets of K layers
-            (``gatewise.prompts.subsets``), which needs ``consistency``.
+            (``gatewise.prompts.subsets``), which needs ``consistency``, and ``drop`` best near 1 − K / n.
         trainer_class: a ``SearchMixin`` on any Trainer.
         resume_from_checkpoint: as in ``Trainer.train``.
         settings: for the trainer: ``reparameterise``, ``consistency``, ``drop``, ``data_collator`` and so on. Unless told otherwise
@@ -212,7 +219,8 @@ def search(
             within a few hundred steps).
 
     Raises:
-        GatewiseError: no hyper-network, K out of range, or an unknown choice; and what ``BilevelMixin`` refuses.
+        GatewiseError: no hyper-network, K out of range, an unknown choice or one by loss without consistency; and what
+            ``SearchMixin`` and ``BilevelMixin`` refuse.
     """
     tuner = hyper_network(model)
     chosen_layers(tuner.gates(), keep)
@@ -221,9 +229,13 @@ def search(
     weights, upper = split_in_half(train_dataset, args.seed)
     settings = {"upper_learning_rate": 1e-2, "upper_optim": "adam", "upper_betas": (0.5, 0.999), **settings}
     trainer = trainer_class(model=model, args=args, train_dataset=weights, upper_dataset=upper, **settings)
+    if choose == "loss" and not trainer.consistency:
+        raise GatewiseError(
+            "choose is 'loss' and consistency is 0, so that no subset of gates was ever trained: turn consistency on"
+        )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     losses = None
-    if choose == "loss":
+    if choose == "loss" and keep < len(tuner.gates()):
         subsets = balanced_subsets(len(tuner.gates()), keep, args.seed)
         losses = mean_with(subsets, trainer.subset_losses(subsets))
     layers = chosen_layers(trainer.gates[-1] if losses is None else -losses, keep)
@@ -249,7 +261,7 @@ def retrain(
         settings: for the Trainer.
 
     Raises:
-        GatewiseError: the configuration is that of a hyper-network.
+        GatewiseError: the configuration is that of a hyper-network; or a causal model and a Trainer that takes the labels away.
     """
     if config.prompt_layers is None:
         raise GatewiseError(
@@ -258,6 +270,7 @@ def retrain(
     adapted = get_peft_model(_without_adapters(model), dataclasses.replace(config))
     assert isinstance(adapted, PeftModel)
     trainer = trainer_class(model=adapted, args=args, train_dataset=train_dataset, **settings)
+    _refuse_taken_labels(trainer)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return adapted
 
@@ -325,3 +338,13 @@ def _without_adapters(model: Any) -> Any:
     for name, head in heads.items():
         base.set_submodule(name, head)
     return base
+
+
+def _refuse_taken_labels(trainer: Trainer) -> None:
+    """The labels of a causal model tell its generators where the prompt ends; without them they would read the answers."""
+    taken = trainer.label_smoother is not None or trainer.compute_loss_func is not None
+    if taken and loss_kind(cast(nn.Module, trainer.model)) == "causal":
+        raise GatewiseError(
+            "label_smoothing_factor and compute_loss_func keep the labels from the model, which tell prompt generators where the "
+            "prompt ends: leave both out"
+        )

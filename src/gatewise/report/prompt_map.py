@@ -26,6 +26,7 @@ class PromptMap:
         layers: how many layers the model has; up to the last one with a prompt where that is not known.
         chosen: the layers with a new prompt, in order; all of a hyper-network.
         gates: a of every layer, at the end of the search or, in a hyper-network, as it stands; None without a search.
+        losses: the mean loss with each layer among the open ones, where a search chose by that.
         hyper_network: still being searched, so that the layers are not yet chosen.
         parameters: layer -> numbers in its generator and gate.
         other_parameters: numbers outside, such as a classifier's head.
@@ -41,6 +42,7 @@ class PromptMap:
     other_parameters: int
     num_prompt_tokens: int
     base_model: str | None = None
+    losses: tuple[float, ...] | None = None
 
     def role(self, layer: int) -> str:
         """What a layer does with prompts: "new", "carried" on from below, or "none" where there are none yet."""
@@ -91,11 +93,12 @@ def read_prompts(folder: str | Path) -> PromptMap:
         raise GatewiseError(f"{weights} cannot be read, it may be missing or cut off: save the adapter again ({error})") from error
     if not parameters:
         raise GatewiseError(f"{weights} holds no prompt generators: save the adapter again")
-    gates = None
+    gates = losses = None
     if logits:
         gates = tuple(1 / (1 + math.exp(-logits[layer])) for layer in sorted(logits))
     elif (folder / SEARCH_FILE).is_file():
-        gates = tuple(read_selection(folder / SEARCH_FILE).gates)
+        selection = read_selection(folder / SEARCH_FILE)
+        gates, losses = tuple(selection.gates), None if selection.losses is None else tuple(selection.losses)
     chosen = tuple(sorted(parameters))
     return PromptMap(
         layers=max(chosen[-1] + 1, len(gates or ()), _layers_noted(folder)),
@@ -106,6 +109,7 @@ def read_prompts(folder: str | Path) -> PromptMap:
         other_parameters=other,
         num_prompt_tokens=int(config.get("num_prompt_tokens", 0)),
         base_model=config.get("base_model_name_or_path") or None,
+        losses=losses,
     )
 
 
@@ -121,14 +125,15 @@ def prompts_table(prompts: PromptMap) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     table.add_column("layer", Text("total", style="bold"), justify="right")
     table.add_column("prompt", Text(f"{len(prompts.chosen)} new", style="bold"))
-    if prompts.gates is not None:
-        table.add_column("gate", justify="right")
+    columns = [(name, numbers) for name, numbers in (("gate", prompts.gates), ("loss", prompts.losses)) if numbers is not None]
+    for name, _ in columns:
+        table.add_column(name, justify="right")
     table.add_column("parameters", Text(f"{sum(prompts.parameters.values()):,}", style="bold"), justify="right")
     for layer in range(prompts.layers):
         new = layer in prompts.chosen
-        gate = () if prompts.gates is None else (f"{prompts.gates[layer]:.3f}" if layer < len(prompts.gates) else "·",)
+        cells = [f"{numbers[layer]:.3f}" if layer < len(numbers) else "·" for _, numbers in columns]
         count = f"{prompts.parameters[layer]:,}" if new else "·"
-        table.add_row(str(layer), prompts.role(layer), *gate, count, style="bold" if new and not prompts.hyper_network else "dim")
+        table.add_row(str(layer), prompts.role(layer), *cells, count, style="bold" if new and not prompts.hyper_network else "dim")
     return table
 
 
@@ -138,6 +143,8 @@ def prompts_lines(prompts: PromptMap) -> list[str]:
     if prompts.other_parameters:
         stored += f", and {prompts.other_parameters:,} outside the generators"
     how = "fixed by the recipe" if prompts.gates is None else "chosen by the search"
+    if prompts.losses is not None:
+        how += ", by the losses with only some layers' gates open"
     if prompts.hyper_network:
         how = "the hyper-network of a search, which has not chosen yet"
     return [
@@ -150,4 +157,4 @@ def prompts_lines(prompts: PromptMap) -> list[str]:
 
 def prompts_json(prompts: PromptMap) -> dict[str, Any]:
     """The whole map as plain lists, numbers and text for ``json.dumps``."""
-    return {**asdict(prompts), "chosen": list(prompts.chosen), "gates": None if prompts.gates is None else list(prompts.gates)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(prompts).items()}
