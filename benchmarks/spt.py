@@ -110,9 +110,10 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     if method in SEARCHED:
         additions = method != "spt-plain"
         kept = RUNS / f"{task.replace('/', '-')}-{seed}{'' if additions else '-plain'}.json"
-        if not kept.is_file() or json.loads(kept.read_text())["settings"] != s:
-            write_json(kept, {**searched(fresh(), rows, collator, seed, s, additions), "settings": s})
-        found = json.loads(kept.read_text())
+        found = json.loads(kept.read_text()) if kept.is_file() else {}
+        if found.get("settings") != s:
+            found = {**searched(fresh(), rows, collator, seed, s, additions), "settings": s}
+            write_json(kept, found)
         found["layers"] = found["by_loss" if method == "spt-loss" else "by_gates"]
         # What choosing by loss takes on top of a search.
         found["search_seconds"] += found.pop("subset_seconds") if method == "spt-loss" else 0

@@ -12,7 +12,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gatewise.cli_options import BaseOption, CandidatesOption, JsonOption, TokensOption
+from gatewise.cli_options import (
+    BaseOption,
+    CandidatesOption,
+    JsonOption,
+    PipelineOption,
+    RepairOption,
+    TokensOption,
+    VerbatimOption,
+)
 from gatewise.cli_review import review
 from gatewise.errors import GatewiseError
 
@@ -22,11 +30,6 @@ if TYPE_CHECKING:
 
 mdt_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-RepairOption = Annotated[
-    bool,
-    typer.Option("--repair", help="Put right what has one plain meaning, such as 'and' over a single triple."),
-]
-
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", "--output", "-o", help="The file to write, not stdout; for the SVG of several records a new folder."),
@@ -34,9 +37,7 @@ OutOption = Annotated[
 LevelOption = Annotated[
     int | None, typer.Option(help="Chain of thought: 0 tree, 1 triples first, 2 triples and nodes first.", min=0, max=2)
 ]
-PipelineOption = Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")]
 FreeOption = Annotated[bool, typer.Option("--free", help="Let the model write what it likes, and read it as well as it goes.")]
-VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
 BatchOption = Annotated[int, typer.Option(help="Passages in one forward pass.", min=1)]
 
 

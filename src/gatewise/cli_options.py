@@ -11,3 +11,9 @@ TemplateOption = Annotated[str | None, typer.Option(help="Prompt with the row's 
 LabelsOption = Annotated[str | None, typer.Option(help="Labels in order, 'no,yes', or with their words, 'no=bad,yes=good'.")]
 CandidatesOption = Annotated[int, typer.Option(help="Write so many trees, and keep the one most like the others.", min=1)]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written in one output.", min=1)]
+PipelineOption = Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")]
+VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
+RepairOption = Annotated[
+    bool,
+    typer.Option("--repair", help="Put right what has one plain meaning, such as 'and' over a single triple."),
+]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gatewise.cli_options import BaseOption, CandidatesOption, TokensOption
+from gatewise.cli_options import BaseOption, CandidatesOption, PipelineOption, RepairOption, TokensOption, VerbatimOption
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -28,17 +28,15 @@ def review(
     base: BaseOption = None,
     language: Annotated[str | None, typer.Option(help="The texts' language, en or zh. [default: found out]")] = None,
     population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
-    pipeline: Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")] = False,
-    verbatim: Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")] = False,
+    pipeline: PipelineOption = False,
+    verbatim: VerbatimOption = False,
     candidates: CandidatesOption = 1,
     max_new_tokens: TokensOption = 512,
     port: Annotated[
         int, typer.Option(help="Port on this machine. [default: a free one]", min=0, max=65535, show_default=False)
     ] = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, or only print its address.")] = True,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Put right what has one plain meaning, such as 'and' over a single triple.")
-    ] = False,
+    repair: RepairOption = False,
 ) -> None:
     """Review trees in the browser: read each against its text, correct it, approve it, save.
 
