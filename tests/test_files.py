@@ -1,6 +1,8 @@
 """Whole or not at all."""
 
 import json
+import os
+from threading import Thread
 
 import pytest
 
@@ -56,3 +58,42 @@ def test_reading_says_what_is_wrong(tmp_path):
         content_of(tmp_path / "nowhere")
     with pytest.raises(GatewiseError, match=r"cannot be read: Is a directory"):
         content_of(str(tmp_path))
+
+
+def test_a_link_is_followed_and_stays(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "there" / "value.json")
+    write_json(tmp_path / "link.json", 1)
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "there" / "value.json").read_text() == "1\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_what_is_no_file_is_written_into(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    write_json(pipe, 1)
+    reader.join(10)
+    assert read == [b"1\n"]
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250])
+def test_a_name_can_be_too_long_for_the_system_but_not_for_us(tmp_path, name):
+    if len(name) > 255:
+        with pytest.raises(GatewiseError, match="cannot write"):
+            write_json(tmp_path / name, 1)
+        with pytest.raises(GatewiseError, match="cannot write"), whole_folder(tmp_path / name):
+            pass
+        assert not list(tmp_path.iterdir())
+    else:
+        write_json(tmp_path / name, 1)
+        assert content_of(tmp_path / name) == b"1\n"
+
+
+def test_a_name_with_a_nul_is_no_bug_of_ours():
+    with pytest.raises(GatewiseError, match="cannot be read"):
+        content_of("a\0b")

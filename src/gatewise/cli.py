@@ -5,9 +5,11 @@ shows its traceback. Torch and Transformers are imported inside the commands, so
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +54,9 @@ app.add_typer(mdt_app, name="mdt")
 
 def main() -> None:
     """The entry point of the ``gatewise`` command."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Where stdout is no UTF-8, as a pipe on Windows, a Chinese text is better shown in codes than ended by a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -22,6 +22,7 @@ from gatewise.cli_options import (
     VerbatimOption,
 )
 from gatewise.cli_review import review
+from gatewise.cli_trees import Format, check_place, check_target, give, with_plans
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ mdt_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", "--output", "-o", help="The file to write, not stdout; for the SVG of several records a new folder."),
+    typer.Option(
+        "--out", "--output", "-o", help="The file to write, not stdout; for SVG or Mermaid of several records a new folder."
+    ),
 ]
 LevelOption = Annotated[
     int | None, typer.Option(help="Chain of thought: 0 tree, 1 triples first, 2 triples and nodes first.", min=0, max=2)
@@ -63,17 +66,6 @@ class StageOrAll(StrEnum):
     nodes = "nodes"
     tree = "tree"
     all = "all"
-
-
-class Format(StrEnum):
-    """What `show` makes of a tree."""
-
-    text = "text"
-    json = "json"
-    mermaid = "mermaid"
-    svg = "svg"
-    html = "html"
-    fhir = "fhir"
 
 
 @mdt_app.callback()
@@ -108,14 +100,17 @@ def show(
 
     if format == Format.fhir:
         fhir.check_available()
+    check_target(out, [file])
     read = _read(file, repair)
     faults = dict(read.faults)
     chosen = _chosen(read, record)
     if record is not None:
         faults = {}
     if format == Format.fhir:
-        chosen = _with_plans(chosen, faults)
-    written = _give(chosen, format, out)
+        chosen = with_plans(chosen, faults)
+        if not chosen:
+            raise GatewiseError(next(iter(faults.values())))
+    written = give(chosen, format, out, several=len(chosen) > 1)
     for note in read.notes if record is None else [note for note in read.notes if f", record {record}: " in note]:
         typer.echo(f"repaired: {note}", err=True)
     if written:
@@ -151,7 +146,7 @@ def extract(
     """Extract decision trees from text with a trained adapter. Every tree needs review by a clinician.
 
     Long documents are cut into passages under their headings, which say whom they are about. What cannot be read or gives no tree
-    does not stop the rest; what failed is said at the end, and the exit code is then 2.
+    does not stop the rest; what failed is said at the end, and the exit code is then 2. Ctrl-C gives what was found by then.
 
     \b
     Examples:
@@ -163,28 +158,35 @@ def extract(
 
     if format == Format.fhir:
         fhir.check_available()
+    check_target(out, files)
     batch = Batch()
     named: Any = language.value if language else None
     pieces = read_pieces(files, batch, language=named, population=population, most_characters=passage_characters)
+    several = len(pieces) > 1
+    stopped: BaseException | None = None
     if pieces:
+        check_place(format, out, several)
         settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
-        with _loaded(adapter, base, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
-            extract_pieces(pieces, extractor, batch, count)
-    records, faults = batch.records, list(batch.faults)
-    if format == Format.fhir and records:
-        without_plan: dict[int, str] = {}
         try:
-            records = _with_plans(records, without_plan)
-        except GatewiseError as error:
-            records, without_plan = [], {1: str(error)}
-        faults += without_plan.values()
-    written = _give(records, format, out) if records else None
+            with _loaded(adapter, base, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
+                extract_pieces(pieces, extractor, batch, count)
+        except (KeyboardInterrupt, GatewiseError) as error:
+            stopped = error
+            typer.echo(f"stopped after {batch.read} of {len(pieces)} passages", err=True)
+    faults = list(batch.faults)
+    written = None
+    try:
+        written = _give_found(batch.records, format, out, several, faults)
+    except GatewiseError as error:
+        stopped = stopped or error
     for note in batch.notes:
         typer.echo(f"note: {note}", err=True)
     if written:
         typer.echo(f"written: {written}")
     for sentence in faults:
         typer.echo(f"failed: {sentence}", err=True)
+    if stopped:
+        raise stopped
     if batch.failed:
         which = "the text" if len(files) == 1 else f"{len(batch.failed)} of the {len(files)} texts"
         raise GatewiseError(f"{which} gave no tree: {', '.join(batch.failed)}")
@@ -216,7 +218,6 @@ def prepare(
       gatewise mdt prepare trees.json --stage all --out steps.jsonl
     """
     from gatewise.files import whole_file
-    from gatewise.mdt.prompts import training_rows
     from gatewise.mdt.swapping import swapped_copies
 
     if level is not None and stage is not None:
@@ -224,9 +225,11 @@ def prepare(
     for path in filter(None, (out, dev)):
         if path.suffix.lower() != ".jsonl":
             raise GatewiseError(f"{path}: the name ends in {path.suffix!r}, expected .jsonl")
+        check_target(path, [data])
     if out == dev:
         raise GatewiseError(f"--out and --dev are both {out}: expected two files")
     read = _read(data, repair)
+    faults = dict(read.faults)
     chosen = _chosen(read, None)
     train = [one for one in chosen if dev is None or one.number % 5]
     sides: dict[Path | None, list[Any]] = {
@@ -236,7 +239,7 @@ def prepare(
     for target, records in sides.items():
         if target is None:
             continue
-        rows = training_rows(records, level=level or 0, stage=stage.value if stage else None)  # type: ignore[arg-type]
+        rows = _rows(records, faults, level=level or 0, stage=stage.value if stage else None)
         if not rows:
             raise GatewiseError(
                 f"{data} gives no rows for {target}: expected {'five or more records' if dev else 'trees with triples'}"
@@ -245,10 +248,10 @@ def prepare(
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             part.write_text("".join(lines), encoding="utf-8", newline="\n")
         typer.echo(f"written: {target}, {len(rows)} rows")
-    if read.faults:
-        for number in sorted(read.faults):
-            typer.echo(f"failed: {read.faults[number]}", err=True)
-        raise GatewiseError(f"{len(read.faults)} of the {read.count} records of {data} could not be read and were left out")
+    if faults:
+        for number in sorted(faults):
+            typer.echo(f"failed: {faults[number]}", err=True)
+        raise GatewiseError(f"{len(faults)} of the {read.count} records of {data} give no rows and were left out")
 
 
 @mdt_app.command()
@@ -294,7 +297,7 @@ def evaluate(
             values = measure_adapter(extractor, records, stage.value if stage else None, count, errors=errors)
     else:
         assert pred is not None
-        values = _measure_file(Path(gold), pred, repair, errors)
+        values = _measure_file(gold, pred, repair, errors)
     if as_json:
         typer.echo(json.dumps(values))
         return
@@ -330,12 +333,13 @@ def _show_errors(console: Console, counts: dict[str, dict[str, int]]) -> None:
     console.print(table if table.row_count else "nothing is wrong")
 
 
-def _measure_file(gold: Path, pred: Path, repair: bool, errors: bool) -> dict[str, Any]:
+def _measure_file(gold: str, pred: Path, repair: bool, errors: bool) -> dict[str, Any]:
     from gatewise.mdt.metrics import evaluate as measure
     from gatewise.mdt.mistakes import count_mistakes
     from gatewise.mdt.records import Broken, read_items
 
-    wanted, found = read_items(gold), read_items(pred)
+    wanted = list(_read(gold, repair).records) if gold.startswith("sample:") else read_items(gold)
+    found = read_items(pred)
     for number, item in enumerate(wanted, start=1):
         if isinstance(item, Broken):
             raise GatewiseError(item.message)
@@ -345,7 +349,7 @@ def _measure_file(gold: Path, pred: Path, repair: bool, errors: bool) -> dict[st
         raise GatewiseError(
             f"{gold} has {len(wanted)} trees and {pred} has {len(found)}: expected one prediction for each, in the same order"
         )
-    metrics: dict[str, Any] = measure(wanted, found, repair=repair, source=str(gold)).to_json()
+    metrics: dict[str, Any] = measure(wanted, found, repair=repair, source=gold).to_json()
     return {**metrics, "errors": count_mistakes(wanted, found, repair=repair)} if errors else metrics
 
 
@@ -385,6 +389,19 @@ def _read(file: str, repair: bool) -> "TreeFile":
     return read_trees(file, repair=repair)
 
 
+def _rows(records: "Sequence[TreeRecord]", faults: dict[int, str], **how: Any) -> list[dict[str, Any]]:
+    """Training rows of the records that give some; what is wrong with the others goes to the faults, by their numbers."""
+    from gatewise.mdt.prompts import training_rows
+
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        try:
+            rows += training_rows([record], **how)
+        except GatewiseError as error:
+            faults[record.number] = str(error)
+    return rows
+
+
 def _chosen(read: "TreeFile", record: int | None) -> "list[TreeRecord]":
     if record is None:
         if not read.records:
@@ -397,44 +414,26 @@ def _chosen(read: "TreeFile", record: int | None) -> "list[TreeRecord]":
     return [one for one in read.records if one.number == record]
 
 
-def _with_plans(records: "list[TreeRecord]", faults: dict[int, str]) -> "list[TreeRecord]":
-    """The records that FHIR can hold; the others go to the faults, unless there is none left."""
-    from gatewise.mdt.views import plan_of
+def _give_found(records: "Sequence[TreeRecord]", format: Format, out: Path | None, several: bool, faults: list[str]) -> Path | None:
+    """Gives what an extraction found; what cannot be given so is printed, so that the work is not lost."""
+    from gatewise.mdt.views import render
 
-    kept = []
+    without_plan: dict[int, str] = {}
+    given = with_plans(records, without_plan) if format == Format.fhir else records
+    faults += without_plan.values()
     for one in records:
-        try:
-            plan_of(one)
-            kept.append(one)
-        except GatewiseError as error:
-            if len(records) == 1:
-                raise
-            faults[one.number] = f"record {one.number}: {error}"
-    if not kept:
-        raise GatewiseError(next(iter(faults.values())))
-    return kept
+        if one.number in without_plan:
+            typer.echo(render([one], "text"), err=True, nl=False)
+    try:
+        return give(given, format, out, several) if given else None
+    except GatewiseError as error:
+        typer.echo(render(given, "json"), nl=False)
+        raise GatewiseError(f"{error} (the trees are on stdout, as JSON)") from None
 
 
-def _give(records: "Sequence[TreeRecord]", format: Format, out: Path | None) -> Path | None:
-    """Prints, or writes and says where."""
-    from gatewise.files import whole_folder
-    from gatewise.mdt.views import FORMATS, render, write_view
-
-    if format == Format.svg and len(records) > 1:
-        if out is None:
-            raise GatewiseError(f"an SVG shows one tree of these {len(records)}: name one with --record, or a folder with --out")
-        with whole_folder(out) as folder:
-            for one in records:
-                (folder / f"record-{one.number:04}{FORMATS[format]}").write_text(render([one], format), encoding="utf-8")
-        return out
-    if out is not None:
-        return write_view(records, format, out)
-    typer.echo(render(records, format), nl=False)
-    return None
-
-
-def _check_same_text(gold: Any, pred: Any, number: int, gold_file: Path, pred_file: Path) -> None:
+def _check_same_text(gold: Any, pred: Any, number: int, gold_file: str, pred_file: Path) -> None:
     """Predictions in another order would all count as wrong, which says nothing about them."""
-    texts = [item["text"].strip() for item in (gold, pred) if isinstance(item, dict) and isinstance(item.get("text"), str)]
+    given = [item.get("text") if isinstance(item, dict) else getattr(item, "text", None) for item in (gold, pred)]
+    texts = [text.strip() for text in given if isinstance(text, str) and text.strip()]
     if len(texts) == 2 and texts[0] != texts[1]:
         raise GatewiseError(f"record {number} of {pred_file} has another text than record {number} of {gold_file}: keep the order")

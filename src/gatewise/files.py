@@ -1,5 +1,7 @@
 """Files are written whole or not at all: into a temporary sibling, then renamed over the name that was asked for.
 
+A link is followed first, and what is no file, such as /dev/stdout or a pipe, is written into.
+
 ``content_of`` reads one that a user named.
 """
 
@@ -15,6 +17,8 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 
+_PREFIX = 40  # of a name that is as long as names can be, no longer one could be made
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -23,11 +27,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises:
         GatewiseError: the place cannot be written.
     """
-    target = Path(path)
-    with _sibling(target) as folder:
+    target, special = Path(os.path.realpath(path)), _is_special(path)
+    with _temporary(path, Path(tempfile.gettempdir()) if special else target.parent) as folder:
         part = folder / target.name
         yield part
-        os.replace(part, target)
+        if special:
+            with open(path, "wb") as stream:
+                stream.write(part.read_bytes())
+        else:
+            os.replace(part, target)
 
 
 @contextmanager
@@ -40,18 +48,40 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         GatewiseError: the place cannot be written, or is taken.
     """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise GatewiseError(f"{target} is a file, expected a folder to write into: give another path")
-    if not replace and target.is_dir() and any(target.iterdir()):
-        raise GatewiseError(f"{target} is not empty: give a new folder, or remove it first")
-    with _sibling(target) as folder:
+    check_new_folder(path, replace)
+    target = Path(os.path.realpath(path))
+    with _temporary(path, target.parent) as folder:
         part = folder / target.name
         part.mkdir()
         yield part
-        if target.exists():
+        if os.path.exists(target):
             os.replace(target, folder / "old")
         os.replace(part, target)
+
+
+def check_new_file(path: str | Path) -> None:
+    """Refuses a path that :func:`whole_file` could not write, as far as can be told before. The folder above it is made.
+
+    Raises:
+        GatewiseError: the path is a folder's, or nothing can be written there.
+    """
+    if os.path.isdir(path):
+        raise GatewiseError(f"{path} is a folder, expected a file to write: give another path")
+    if not _is_special(path):
+        _try(path)
+
+
+def check_new_folder(path: str | Path, replace: bool = False) -> None:
+    """Refuses a folder that :func:`whole_folder` could not write, as far as can be told before.
+
+    Raises:
+        GatewiseError: the path is a file's, or that of a folder with something in it.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise GatewiseError(f"{path} is a file, expected a folder to write into: give another path")
+    if not replace and os.path.isdir(path) and os.listdir(path):
+        raise GatewiseError(f"{path} is not empty: give a new folder, or remove it first")
+    _try(path)
 
 
 def content_of(path: str | Path) -> bytes:
@@ -64,8 +94,8 @@ def content_of(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise GatewiseError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise GatewiseError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise GatewiseError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -83,17 +113,28 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _try(path: str | Path) -> None:
+    """Makes a file of the name beside the place that it is meant for: the system may refuse the name, too."""
+    target = Path(os.path.realpath(path))
+    with _temporary(path, target.parent) as folder:
+        (folder / target.name).touch()
+
+
+def _is_special(path: str | Path) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 @contextmanager
-def _sibling(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target``, on the same file system, removed at the end."""
+def _temporary(path: str | Path, parent: Path) -> Iterator[Path]:
+    """A temporary folder for what becomes ``path``, mostly beside it and so on the same file system; removed at the end."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{Path(path).name[:_PREFIX]}.", dir=parent))
     except OSError as error:
-        raise GatewiseError(f"cannot write {target}: {error.strerror or error}; give a path that can be written") from error
+        raise GatewiseError(f"cannot write {path}: {error.strerror or error}; give a path that can be written") from error
     try:
         yield folder
     except OSError as error:
-        raise GatewiseError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from error
+        raise GatewiseError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -161,3 +161,70 @@ def test_extract_files_from_python(tmp_path: Path, adapter: Path) -> None:
     assert [record.text for record in batch.records] == [TEXT]
     assert (batch.faults, batch.failed) == ([], [])
     assert seen == [("trees", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["long.md", "-f", "svg"], "an SVG shows one tree"),
+        (["long.md", "-f", "mermaid", "-o", "full"], "full is not empty"),
+        (["good.txt", "-o", "full"], "full is a folder"),
+        (["good.txt", "-o", "good.txt/x"], "cannot write good.txt/x"),
+        (["good.txt", "-o", "x" * 300], "cannot write"),
+        (["long.md", "good.txt", "-o", "./good.txt"], "is what is read"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(gatewise: Gatewise, words: list[str], said: str) -> None:
+    Path("full").mkdir()
+    Path("full/x").write_text("")
+    result = gatewise("extract", *words)
+    assert_refused(result, said)
+    assert "loading" not in result.stderr
+    assert Path("good.txt").read_text() == TEXT
+
+
+def test_trees_that_cannot_be_written_after_all_are_printed(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise GatewiseError("cannot write out.txt: No space left on device; nothing was changed")
+
+    monkeypatch.setattr("gatewise.mdt.views.write_view", full)
+    result = gatewise("extract", "good.txt", "-o", "out.txt")
+    assert_refused(result, "No space left on device", "on stdout, as JSON")
+    assert json.loads(result.stdout)[0]["text"] == TEXT
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), GatewiseError("out of memory")])
+def test_what_was_found_before_a_stop_is_given(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, stop: BaseException) -> None:
+    whole, calls = Extractor.__call__, 0
+
+    def stopping(self: Extractor, texts: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise stop
+        return whole(self, texts, **more)
+
+    monkeypatch.setattr(Extractor, "__call__", stopping)
+    result = gatewise("extract", "good.txt", *["long.md"] * 4, "--batch-size", "1", "-f", "json")
+    assert result.exit_code == (130 if isinstance(stop, KeyboardInterrupt) else 2), result.output
+    assert "stopped after 4 of 9 passages" in result.stderr
+    assert len(json.loads(result.stdout)) == 4
+    assert "gave no tree" not in result.stderr
+
+
+def test_portions_give_what_one_would(gatewise: Gatewise) -> None:
+    many = ["good.txt", *["long.md"] * 3]
+    found = [json.loads(gatewise("extract", *many, "--batch-size", size, "-f", "json").stdout) for size in (1, 8)]
+    assert [one["tree"] for one in found[0]] == [one["tree"] for one in found[1]]
+    assert len(found[0]) == 7
+
+
+def test_a_file_whose_name_is_no_text(gatewise: Gatewise) -> None:
+    name = b"\xd6\xb8\xc4\xcf.txt".decode("utf-8", "surrogateescape")
+    try:
+        Path(name).write_text(TEXT)
+    except OSError:
+        pytest.skip("the file system takes no such names")
+    result = gatewise("extract", name, "-f", "json", "-o", "out.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["source"].endswith(".txt")

@@ -1,6 +1,8 @@
 """``gatewise mdt``: what it prints where, its exit codes, and one sentence for everything a user can put right."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -131,3 +133,97 @@ def test_evaluate_takes_any_prediction_but_only_trees_as_gold(gatewise: Gatewise
     assert_refused(gatewise("evaluate", "--gold", "good.json", "--pred", "one.json"), "has 2 trees", "has 1")
     (tmp_path / "other.json").write_text(json.dumps([{"text": "something else", "tree": gout()}]))
     assert_refused(gatewise("evaluate", "--gold", "one.json", "--pred", "other.json"), "record 1 of other.json has another text")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_read_is_not_written_over(gatewise: Gatewise, tmp_path: Path, link: bool) -> None:
+    before = (tmp_path / "one.json").read_bytes()
+    out = tmp_path / "again.json" if link else Path("one.json")
+    if link:
+        out.symlink_to(tmp_path / "one.json")
+    assert_refused(gatewise("show", "one.json", "--format", "html", "--out", out), "is what is read")
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": TEXT, "tree": gout()}))
+    assert_refused(gatewise("prepare", "one.jsonl", "--out", "./one.jsonl"), "is what is read")
+    assert_refused(gatewise("prepare", "one.jsonl", "--out", "x.jsonl", "--dev", "one.jsonl"), "is what is read")
+    assert (tmp_path / "one.json").read_bytes() == before
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_show_of_several_as_mermaid_fills_a_folder(gatewise: Gatewise, tmp_path: Path) -> None:
+    assert gatewise("show", "good.json", "-f", "mermaid", "--out", "charts").exit_code == 0
+    charts = sorted(tmp_path.glob("charts/*.mmd"))
+    assert len(charts) == 2
+    assert all(chart.read_text().count("flowchart TD") == 1 for chart in charts)
+    assert_refused(gatewise("show", "good.json", "-f", "mermaid"), "shows one tree", "--record")
+
+
+@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html"])
+def test_half_a_character_in_other_keys_hurts_no_format(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
+    record = {"text": TEXT, "tree": gout(), "note": "\ud800", "warnings": ["a\udc80b"], "\ud801": [{"x": "\udfff"}]}
+    (tmp_path / "half.json").write_text(json.dumps(record))
+    result = gatewise("show", "half.json", "-f", format, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert "a\ufffdb" in (tmp_path / "out").read_text(encoding="utf-8")
+
+
+def test_an_argument_that_is_no_possible_name(gatewise: Gatewise) -> None:
+    assert_refused(gatewise("show", "x" * 300 + ".json"), "cannot be read")
+    assert_refused(gatewise("show", "one.json", "-o", "x" * 300), "cannot write")
+    assert_refused(gatewise("show", "good.json", "-f", "svg", "-o", "x" * 300), "cannot write")
+
+
+def test_one_tree_too_deep_for_fhir_does_not_stop_the_others(gatewise: Gatewise, tmp_path: Path) -> None:
+    pytest.importorskip("fhir.resources")
+    deep = [node("C", ["a", "basic condition", str(i)]) for i in range(90)] + [node("D")] * 91
+    (tmp_path / "deep.json").write_text(json.dumps([{"text": TEXT, "tree": deep}, {"text": TEXT, "tree": gout()}]))
+    result = gatewise("show", "deep.json", "-f", "fhir")
+    assert_refused(result, "1 of the 2 records")
+    assert "failed: record 1: the tree is too deep" in result.stderr
+    assert json.loads(result.stdout)["resourceType"] == "PlanDefinition"
+
+
+@pytest.mark.parametrize("name", ["pred.txt", "nested.json"])
+def test_evaluate_reads_predictions_as_show_does(gatewise: Gatewise, tmp_path: Path, name: str) -> None:
+    assert gatewise("show", "good.json", "--out", "pred.txt").exit_code == 0
+    nested = json.loads(gatewise("show", "one.json", "-f", "json").stdout)[0]["nested"]
+    (tmp_path / "nested.json").write_text(json.dumps([{"text": TEXT, "tree": nested}] * 2))
+    for words in (("--gold", "good.json", "--pred", name), ("--gold", name, "--pred", "good.json")):
+        result = gatewise("evaluate", *words, "--errors", "--json")
+        assert result.exit_code == 0, result.output
+        values = json.loads(result.stdout)
+        assert (values["tree_acc"], values["malformed"]) == (1, 0)
+        assert not any(one["count"] for one in values["errors"].values())
+
+
+def test_an_outline_that_is_no_tree_is_a_fault_of_its_record(gatewise: Gatewise, tmp_path: Path) -> None:
+    assert gatewise("show", "good.json", "--out", "pred.txt").exit_code == 0
+    written = (tmp_path / "pred.txt").read_text()
+    (tmp_path / "pred.txt").write_text(written.replace("if all:", "if perhaps:", 1))
+    values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.txt", "--json").stdout)
+    assert (values["malformed"], values["tree_acc"]) == (1, 0.5)
+    assert_refused(gatewise("evaluate", "--gold", "pred.txt", "--pred", "good.json"), "pred.txt, record 1, line")
+
+
+def test_evaluate_against_the_sample(gatewise: Gatewise) -> None:
+    assert gatewise("show", "sample:guidelines", "-f", "json", "--out", "sample.json").exit_code == 0
+    result = gatewise("evaluate", "--gold", "sample:guidelines", "--pred", "sample.json", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["tree_acc"] == 1
+
+
+def test_prepare_goes_on_where_a_record_gives_no_rows(gatewise: Gatewise, tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text(json.dumps([{"text": "1 2 3", "tree": [node("D")]}, {"text": TEXT, "tree": gout()}]))
+    result = gatewise("prepare", "odd.json", "--out", "rows.jsonl")
+    assert_refused(result, "1 of the 2 records of odd.json give no rows")
+    assert "failed: record 1" in result.stderr
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_stdout_that_is_no_utf8_shows_codes(tmp_path: Path) -> None:
+    nodes = [node("D", ["痛风患者", "治疗药物", "秋水仙碱"])]
+    (tmp_path / "zh.json").write_text(json.dumps({"text": "痛风患者@首选秋水仙碱", "tree": nodes}))
+    command = [sys.executable, "-c", "from gatewise.cli import main; main()", "mdt", "show", "zh.json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"\\u79cb\\u6c34\\u4ed9\\u78b1" in result.stdout

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mdt_trees import POPULATION, gout, properties, trees, triple
+from mdt_trees import POPULATION, gout, node, properties, trees, triple
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, Triple
@@ -87,3 +87,11 @@ def test_three_valued_logic_agrees_with_every_way_to_fill_the_gaps(joined: str) 
         else:
             with pytest.raises(GatewiseError, match="not known"):
                 tree.decide(facts)
+
+
+def test_facts_that_contradict_each_other_are_refused() -> None:
+    tree = DecisionTree.from_preorder([node("C", triple("x")), node("D", triple("y", "drug therapy")), node("D")])
+    facts = {("adults with gout", "clinical manifestation", "x"): True, ("Adults  with gout", "临床表现", "X"): False}
+    with pytest.raises(GatewiseError, match="as true and as false"):
+        tree.decide(facts)
+    assert tree.decide(dict.fromkeys(facts, True)).leaf == 1

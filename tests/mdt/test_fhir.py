@@ -91,3 +91,10 @@ def test_without_the_library_one_sentence_says_what_to_install(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "fhir.resources", None)
     with pytest.raises(GatewiseError, match=r"pip install 'gatewise\[mdt\]'"):
         plan_of(RECORD)
+
+
+def test_a_tree_too_deep_for_the_library_is_refused_in_a_sentence() -> None:
+    depth = 90
+    nodes = [node("C", triple(f"sign {i}")) for i in range(depth)] + [node("D")] * (depth + 1)
+    with pytest.raises(GatewiseError, match="too deep for a FHIR PlanDefinition"):
+        plan_of(TreeRecord("", DecisionTree.from_preorder(nodes)))

@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mdt_trees import JUNK, gout, node, preorders, properties, published, triple
+from mdt_trees import JUNK, TEXT, gout, node, preorders, properties, published, triple
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt import DecisionTree, evaluate, read_trees, sample, tree_edit_ratio
+from gatewise.mdt import DecisionTree, TreeRecord, evaluate, read_trees, sample, tree_edit_ratio
 
 F1S = ("triplet_f1", "node_f1", "path_f1")
 
@@ -166,3 +166,24 @@ def test_published_trees_against_themselves_are_perfect() -> None:
     for file in published():
         trees = [record.tree for record in read_trees(file, repair=True).records]
         assert evaluate(trees, trees).tree_acc == 1
+
+
+def test_trees_are_read_in_every_form_that_files_have() -> None:
+    tree = DecisionTree.from_preorder(gout())
+    forms = [tree, gout(), tree.to_nested(), {"text": TEXT, "tree": gout()}, {"tree": tree.to_nested()}, TreeRecord(TEXT, tree)]
+    metrics = evaluate([gout()] * len(forms), forms)
+    assert (metrics.tree_acc, metrics.ter, metrics.malformed) == (1, 0, 0)
+
+
+def test_objects_are_no_triples_whatever_they_hold() -> None:
+    # Iterating over a dictionary gives its keys, which are the same in all.
+    nodes = [node("D", {"subject": "a", "relation": "drug therapy", "object": "b"})]  # type: ignore[arg-type]
+    assert evaluate([[node("D", triple("x"))]], [nodes]).malformed == 1
+    with pytest.raises(GatewiseError, match=r"record 1, node 1: .*lists of three texts"):
+        evaluate([nodes], [nodes])
+
+
+def test_what_joins_nothing_is_not_compared() -> None:
+    leaf, joined = [node("D")], [node("D", joined="or")]
+    metrics = evaluate([leaf, joined], [joined, leaf])
+    assert (metrics.tree_acc, metrics.path_f1, metrics.ter) == (1, 1, 0)

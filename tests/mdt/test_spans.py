@@ -110,3 +110,27 @@ def test_published_phrases_are_nearly_all_found() -> None:
         ]
         # In the Chinese all are verbatim; in the English some were put into other words by the annotators.
         assert sum(span is not None for span in spans) / len(spans) >= (1 if file.name.startswith("zh") else 0.97)
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase", "found"),
+    [
+        ("give 2.5 mg daily", "5 mg", False),
+        ("give 2.5 mg daily", "2", False),
+        ("give 2.5 mg daily", "2.5 mg", True),
+        ("give 0.5-1 mg", "1 mg", True),
+        ("give 1,500 mg", "500 mg", False),
+        ("give 1,500 mg", "1", False),
+        ("give 1,500 mg", "1,500 mg", True),
+        ("give 50 mg", "5", False),
+        ("stages 1,2 and 3", "2", True),
+        ("give 2·5 mg", "5 mg", False),
+        ("ｇｉｖｅ ２．５ ｍｇ", "5 mg", False),
+        ("ｇｉｖｅ ２．５ ｍｇ", "2.5 mg", True),
+        ("每次 2.5 mg 口服", "5mg", False),
+        ("每次 2.5 mg 口服", "2.5mg", True),
+        ("Take 5. 10 days later stop", "5", True),
+    ],
+)
+def test_a_number_is_found_whole_or_not_at_all(text: str, phrase: str, found: bool) -> None:
+    assert bool(find(text, phrase)) == found

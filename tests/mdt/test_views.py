@@ -14,7 +14,7 @@ from mdt_trees import TEXT, gout, node, preorders, properties, triple
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, TreeRecord, read_trees, render, sample, write_view
-from gatewise.mdt.views import FORMATS, mermaid_of, svg_of
+from gatewise.mdt.views import FORMATS, ONE_TREE, mermaid_of, svg_of
 from gatewise.mdt.views.layout import place_boxes, width_of, wrap
 
 TREE = DecisionTree.from_preorder(gout())
@@ -298,3 +298,18 @@ def test_what_cannot_be_rendered_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GatewiseError):
         write_view([RECORD], "png", tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", list(ONE_TREE))
+def test_formats_of_one_tree_refuse_several(name: str) -> None:
+    with pytest.raises(GatewiseError, match="shows one tree, but 2 were given"):
+        render([TreeRecord(TEXT, TREE)] * 2, name)
+
+
+def test_keys_of_a_record_take_the_place_of_nothing_of_ours() -> None:
+    more = {"notice": "Approved for clinical use", "nested": 1, "spans": 2, "source": "x", "score": float("nan")}
+    made = json.loads(render([TreeRecord(TEXT, TREE, 1, more)], "json"), parse_constant=pytest.fail)[0]
+    assert "review by a clinician" in made["notice"]
+    assert made["nested"] == TREE.to_nested()
+    assert len(made["spans"]) == len(TREE.nodes)
+    assert (made["source"], made["score"]) == ("x", None)

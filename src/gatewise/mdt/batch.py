@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from gatewise.characters import writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.extraction import Extraction, Extractor, Progress
 from gatewise.mdt.language import detect_language
@@ -11,6 +13,8 @@ from gatewise.mdt.passages import Passage, split_passages
 from gatewise.mdt.reading import STDIN, read_document
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import Language
+
+_BATCHES_AT_ONCE = 4  # enough to sort passages by length, few enough not to lose much to an interrupt
 
 
 @dataclass
@@ -22,12 +26,14 @@ class Batch:
         faults: what failed, a sentence with its place each.
         notes: what was put right or left out, a sentence with its place each.
         failed: the documents that gave no tree at all.
+        read: passages that are done.
     """
 
     records: list[TreeRecord] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    read: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def read_pieces(
     """The passages of documents; those that cannot be read go to the faults. Arguments are those of :func:`extract_files`."""
     pieces: list[Piece] = []
     for file in files:
-        name = "stdin" if str(file) == STDIN else str(file)
+        name = "stdin" if str(file) == STDIN else writable(str(file))
         try:
             document = read_document(file)
             whole = language or detect_language(" ".join(block.text for block in document.blocks), name)
@@ -95,26 +101,35 @@ def extract_files(
 
 
 def extract_pieces(pieces: Sequence[Piece], extractor: Extractor, into: Batch, progress: Progress | None = None) -> Batch:
-    """The trees of passages, added to what a batch has."""
-    texts = [piece.passage.text for piece in pieces]
-    found = extractor(texts, language=[piece.language for piece in pieces], progress=progress)
+    """The trees of passages, added to what a batch has portion by portion: what an interrupt leaves can be used."""
     with_trees: set[str] = set()
-    for piece, one in zip(pieces, found, strict=True):
-        if isinstance(one, GatewiseError):
-            into.faults.append(f"{piece.where}: {one}")
-            continue
-        into.notes += [f"{piece.where}: {warning}" for warning in one.warnings]
-        if one.is_empty:
-            into.notes.append(f"{piece.where}: no decision was found in {_quoted(piece.passage.passage)}")
-            continue
-        with_trees.add(piece.name)
-        into.records.append(_record(one, piece, len(into.records) + 1))
+    at_once = _BATCHES_AT_ONCE * extractor.batch_size
+    for start in range(0, len(pieces), at_once):
+        portion = pieces[start : start + at_once]
+        texts, languages = [piece.passage.text for piece in portion], [piece.language for piece in portion]
+        told = partial(_tell, progress, start, len(pieces)) if progress else None
+        for piece, one in zip(portion, extractor(texts, language=languages, progress=told), strict=True):
+            into.read += 1
+            if isinstance(one, GatewiseError):
+                into.faults.append(f"{piece.where}: {one}")
+                continue
+            into.notes += [f"{piece.where}: {warning}" for warning in one.warnings]
+            if one.is_empty:
+                into.notes.append(f"{piece.where}: no decision was found in {_quoted(piece.passage.passage)}")
+                continue
+            with_trees.add(piece.name)
+            into.records.append(_record(one, piece, len(into.records) + 1))
     for name in dict.fromkeys(piece.name for piece in pieces):
         if name not in with_trees:
             into.failed.append(name)
             count = sum(piece.name == name for piece in pieces)
             into.faults.append(f"{name}: no decision was found in its {'only passage' if count == 1 else f'{count} passages'}")
     return into
+
+
+def _tell(progress: Progress, before: int, total: int, what: str, done: int, _: int) -> None:
+    """The progress of a portion as that of all passages."""
+    progress(what, before + done, total)
 
 
 def _record(found: Extraction, piece: Piece, number: int) -> TreeRecord:

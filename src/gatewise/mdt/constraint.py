@@ -84,11 +84,13 @@ class _Row:
 
     Attributes:
         hurried: the course was cut short, because tokens were running out.
+        fault: why nothing more can be written; the row then ends at once, so that the others of its batch go on.
     """
 
     def __init__(self, course: Course, ends: tuple[int, ...]) -> None:
         self.course, self.ends = course, ends
         self.hurried = False
+        self.fault: GatewiseError | None = None
         self.matcher: Any = None
         self.known: Any = None
         self.tokens: list[int] = []
@@ -99,18 +101,18 @@ class _Row:
         Args:
             left: tokens that may still be written.
         """
-        if self.course.finished:
-            mask[list(self.ends)] = True
-            return
-        if self.matcher is None:
-            from llguidance import LLMatcher
+        if not self.course.finished:
+            if self.matcher is None:
+                from llguidance import LLMatcher
 
-            self.known = known
-            self.hurried = self.hurried or left <= _TOKENS_A_LINE * self.course.lines_to_close + _TOKENS_A_PIECE
-            self.matcher = LLMatcher(known, LLMatcher.grammar_from_lark(self.course.grammar(self.hurried)), log_level=0)
-        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
-        self._check()
-        mask[:] = np.unpackbits(bits, bitorder="little")[: len(mask)]
+                self.known = known
+                self.hurried = self.hurried or left <= _TOKENS_A_LINE * self.course.lines_to_close + _TOKENS_A_PIECE
+                self.matcher = LLMatcher(known, LLMatcher.grammar_from_lark(self.course.grammar(self.hurried)), log_level=0)
+            bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+            if self._is_sound():
+                mask[:] = np.unpackbits(bits, bitorder="little")[: len(mask)]
+                return
+        mask[list(self.ends)] = True
 
     def take(self, token: int) -> None:
         """Takes note of the token that was chosen; what comes after the end is padding."""
@@ -121,19 +123,23 @@ class _Row:
             self.course.finished = True
             return
         self.matcher.consume_token(token)
-        self._check()
         self.tokens.append(token)
-        if self.matcher.is_stopped():
+        if self._is_sound() and self.matcher.is_stopped():
             self._piece()
 
     def _piece(self) -> None:
         self.course.take(self.known.decode_bytes(self.tokens).decode())
         self.matcher, self.tokens = None, []
 
-    def _check(self) -> None:
+    def _is_sound(self) -> bool:
+        """Whether the matcher can go on; if not, the row is at its end."""
         if self.matcher.is_error():
             reason = (str(self.matcher.get_error()).strip().splitlines() or ["no reason given"])[0]
-            raise GatewiseError(f"what the model may write cannot be worked out ({reason[:200]}): write without constraint")
+            self.fault = GatewiseError(
+                f"what the model may write cannot be worked out ({reason[:200]}): write without constraint, or not verbatim"
+            )
+            self.course.finished = True
+        return self.fault is None
 
 
 @lru_cache(maxsize=4)

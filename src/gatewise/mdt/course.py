@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from gatewise.mdt.linearise import Level, escaped, letters
 from gatewise.mdt.prompts import Stage, parted
 from gatewise.mdt.relations import RELATIONS, SHORT, Language
+from gatewise.mdt.spans import NUMBER
 from gatewise.mdt.tree import Node
 
 _HAN = r"[\u3400-\u9fff\uf900-\ufaff]"
 # What is taken whole or not at all: a word, a number, a Chinese character, a sign. Annotators choose phrases, not pieces of words.
-_CHUNKS = re.compile(rf"{_HAN}|(?:(?!{_HAN})[^\W\d_])+|\d+|\s+|.", re.DOTALL)
+_CHUNKS = re.compile(rf"{_HAN}|(?:(?!{_HAN})[^\W\d_])+|{NUMBER}|\s+|.", re.DOTALL)
 # Neither blank, nor a mark of the format, nor "~" alone, which stands for a subject.
 _FREE = r"""
 PART: FIRST (INNER{0,%d} LAST)? | "\\~"

@@ -64,7 +64,7 @@ def decide(tree: DecisionTree, facts: Facts) -> Decision:
             not matter) to bool, or a function from a triple to bool, or to None where it does not know.
 
     Raises:
-        GatewiseError: a fact on which the way hangs is not known, or a fact is no bool.
+        GatewiseError: a fact on which the way hangs is not known, a fact is no bool, or two facts contradict each other.
     """
     known = facts if callable(facts) else _look_up(facts)
     steps: list[Step] = []
@@ -90,7 +90,10 @@ def _joined(values: list[bool | None], logical_rel: str) -> bool | None:
 
 
 def _look_up(facts: Mapping[Any, bool]) -> Callable[[Triple], bool | None]:
-    plain = {_key(triple): value for triple, value in facts.items()}
+    plain: dict[tuple[str, str, str], bool] = {}
+    for triple, value in facts.items():
+        if plain.setdefault(_key(triple), value) is not value:
+            raise GatewiseError(f"the fact {triple} is given as true and as false, perhaps in other words: give it once")
     return lambda triple: plain.get(triple.key)
 
 

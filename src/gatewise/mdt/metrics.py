@@ -10,7 +10,8 @@ F1 = 2 |P ∩ G| / (|P| + |G|), over
 Tree accuracy is the share of gold trees whose nodes are, in pre-order, those of the prediction. ``tree_acc_nonempty`` divides by
 the number of predictions that are not empty, as a published script does. Tree edit ratio: both trees are walked from the root in
 parallel; the distance of two nodes is [roles differ] + [logical_rel differs] + |symmetric difference of their triples|; where one
-tree has no node, it counts as an empty one, and between two nodes without triples there is no distance. TER is the sum of all
+tree has no node, it counts as an empty one, and between two nodes without triples there is no distance. What joins no triples at
+all says nothing, and is not compared. TER is the sum of all
 distances ÷ the sum over both trees of (triples + 2 · nodes), for nodes with at least one triple. It is in [0, 1], lower is better.
 
 A prediction that is no tree (wrong types, an incomplete pre-order, a condition without triples) counts as an empty one: nothing
@@ -24,6 +25,7 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import checks
+from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.tree import DecisionTree
 
 PlainTriple = tuple[str, str, str]
@@ -67,7 +69,8 @@ def evaluate(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool = Fa
     """The metrics of predictions, each at the place of its gold tree.
 
     Args:
-        gold: a :class:`DecisionTree`, a list of nodes in pre-order or a record with one under "tree", for each text.
+        gold: for each text a :class:`DecisionTree`, a list of nodes in pre-order, the root of a nested tree, or a record with one
+            of them under "tree".
         predicted: the same, or anything at all: what is no tree counts as wrong.
         repair: on both sides, read logical_rel "and" or "or" over at most one triple as "null", "null" over several as "and", and
             count a triple given twice once. The published data have such nodes.
@@ -166,15 +169,23 @@ def _share(part: float, whole: float) -> float:
 
 
 def _is_empty(item: Any) -> bool:
-    return not (item.get("tree") if isinstance(item, dict) else item)
+    return not (item.get("tree") if _is_record(item) else item)
+
+
+def _is_record(item: Any) -> bool:
+    return isinstance(item, dict) and "role" not in item
 
 
 def plain_tree(item: Any, repair: bool) -> tuple[list[PlainNode], _Children]:
     """Nodes and children of anything that is a tree; only what metrics rest on is checked, so that published data pass."""
+    if isinstance(item, TreeRecord):
+        item = item.tree
     if isinstance(item, DecisionTree):
         item = item.to_preorder()
-    if isinstance(item, dict):
+    if _is_record(item):
         item = item.get("tree")
+    if isinstance(item, dict):
+        item = checks.flattened(item)
     if not isinstance(item, list | tuple):
         raise checks.TreeError(f"the tree is {checks.shown(item)}, expected a list of nodes in pre-order")
     nodes = [_plain_node(node, number, repair) for number, node in enumerate(item, start=1)]
@@ -189,7 +200,7 @@ def _plain_node(node: Any, number: int, repair: bool) -> PlainNode:
         if not (isinstance(role, str) and isinstance(joined, str) and isinstance(given, list | tuple)):
             raise checks.TreeError("expected role and logical_rel as text and triples as a list", number)
         role, joined = role.strip().upper(), joined.strip().lower()
-        if any(isinstance(triple, str) for triple in given):
+        if not all(isinstance(triple, list | tuple) for triple in given):  # texts and objects have parts, too
             raise checks.TreeError("expected triples as lists of three texts", number)
         triples = frozenset((s.strip().lower(), r.strip().lower(), o.strip().lower()) for s, r, o in given)
     except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
@@ -200,8 +211,10 @@ def _plain_node(node: Any, number: int, repair: bool) -> PlainNode:
         raise checks.TreeError(f'role is {checks.shown(role)}, expected "C" or "D"', number)
     if role == "C" and not triples:
         raise checks.TreeError("a condition (role C) without triples, expected at least one", number)
-    if repair:
-        joined = "null" if len(triples) <= 1 else "and" if joined == "null" else joined
+    if not triples:
+        joined = "null"  # in an empty leaf there is nothing to join
+    elif repair:
+        joined = "null" if len(triples) == 1 else "and" if joined == "null" else joined
     return role, joined, triples
 
 

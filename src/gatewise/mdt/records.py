@@ -6,18 +6,20 @@
 | ``.jsonl``   | one of them a line                                                                     |
 | ``.txt``     | outlines, see :mod:`gatewise.mdt.outline`, each after a line ``text: …``, parted by ``---`` |
 
-A tree may also be nested (an object instead of a list). Other keys of a record are kept, and written back.
+A tree may also be nested (an object instead of a list). Other keys of a record are kept, and written back, as far as a file can
+hold them: NaN comes back as null, and half of a surrogate pair as the replacement character.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gatewise.characters import HALF_A_PAIR, has_half_a_pair
+from gatewise.characters import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
-from gatewise.files import content_of, whole_file
+from gatewise.files import content_of, finite, whole_file
 from gatewise.mdt import checks
 from gatewise.mdt.outline import escaped, split
 from gatewise.mdt.tree import DecisionTree
@@ -124,13 +126,15 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
 
 
 def read_items(path: str | Path) -> list[Any]:
-    """The records of a file, unchecked. In a JSONL file, a line that is no JSON comes as a :class:`Broken`.
+    """The records of a file, unchecked: as JSON has them, those of a ``.txt`` as :class:`TreeRecord`.
+
+    A line of a JSONL file that is no JSON, and an outline that is no tree, come as a :class:`Broken`.
 
     Raises:
         GatewiseError: the file cannot be read, is no JSON, or has no records.
     """
     place, name = Path(path), str(path)
-    if place.is_dir():
+    if os.path.isdir(place):  # unlike a Path's own it takes any name
         raise GatewiseError(f"{name} is a folder: expected a file that ends in {', '.join(SUFFIXES)}")
     _check_suffix(place.suffix, name)
     return _items(content_of(place), name, place.suffix)
@@ -144,7 +148,7 @@ def _items(content: bytes, name: str, suffix: str) -> list[Any]:
     except UnicodeDecodeError as error:
         raise GatewiseError(f"{name}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     if suffix == ".txt":
-        items: list[Any] = list(_outlines(text))
+        items: list[Any] = list(_outlines(text, name))
     elif suffix == ".jsonl":
         lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
         items = [_line(line, f"{name}, line {number}") for number, line in lines]
@@ -160,15 +164,9 @@ def _items(content: bytes, name: str, suffix: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Broken:
-    """A line that could not be read, and why."""
+    """A line or an outline that could not be read, and why."""
 
     message: str
-
-
-@dataclass(frozen=True)
-class _Outline:
-    text: str
-    outline: str
 
 
 def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
@@ -183,9 +181,9 @@ def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
     if suffix == ".txt":
         content = outlines_of(items)
     elif suffix == ".jsonl":
-        content = "".join(json.dumps(record.to_json(), ensure_ascii=False) + "\n" for record in items)
+        content = "".join(json.dumps(finite(record.to_json()), ensure_ascii=False) + "\n" for record in items)
     else:
-        content = json.dumps([record.to_json() for record in items], indent=2, ensure_ascii=False) + "\n"
+        content = json.dumps(finite([record.to_json() for record in items]), indent=2, ensure_ascii=False) + "\n"
     with whole_file(path) as part:
         part.write_text(content, encoding="utf-8", newline="\n")
 
@@ -203,8 +201,8 @@ def outlines_of(records: Sequence[TreeRecord]) -> str:
 def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecord, list[str]]:
     if isinstance(item, Broken):
         raise GatewiseError(item.message)
-    if isinstance(item, _Outline):
-        return TreeRecord(item.text, DecisionTree.from_outline(item.outline, where), number), []
+    if isinstance(item, TreeRecord):
+        return replace(item, number=number), []
     if not isinstance(item, dict):
         raise GatewiseError(f'{where}: found {checks.shown(item)}, expected an object with "text" and "tree"')
     for key in _OWN_KEYS:
@@ -222,27 +220,33 @@ def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecor
         tree, notes = DecisionTree.repaired(nodes, where)
     else:
         tree = DecisionTree.from_preorder(nodes, where)
-    more = {key: value for key, value in item.items() if key not in _OWN_KEYS}
+    more = writable({key: value for key, value in item.items() if key not in _OWN_KEYS})
     return TreeRecord(text, tree, number, more), notes
 
 
-def _outlines(text: str) -> Iterable[_Outline]:
+def _outlines(text: str, name: str) -> Iterator[TreeRecord | Broken]:
+    number = 0
     block: list[str] = []
     for line in [*text.split("\n"), "---"]:
         if line.strip() != "---":
             block.append(line)
             continue
         if any(part.strip() for part in block):
-            yield _outline(block)
+            number += 1
+            try:
+                yield _outline(block, f"{name}, record {number}")
+            except GatewiseError as error:
+                yield Broken(str(error))
         block = [""] * (len(block) + 1)  # keeps the line numbers of the file
 
 
-def _outline(block: list[str]) -> _Outline:
+def _outline(block: list[str], where: str) -> TreeRecord:
     for i, line in enumerate(block):
         word, colon, rest = line.partition(":")
         if colon and word.strip().lower() == "text":
-            return _Outline(" | ".join(split(rest)), "\n".join(["" if j == i else other for j, other in enumerate(block)]))
-    return _Outline("", "\n".join(block))
+            outline = "\n".join(["" if j == i else other for j, other in enumerate(block)])
+            return TreeRecord(" | ".join(split(rest)), DecisionTree.from_outline(outline, where))
+    return TreeRecord("", DecisionTree.from_outline("\n".join(block), where))
 
 
 def _line(line: str, where: str) -> Any:

@@ -14,6 +14,9 @@ from gatewise.mdt.tree import DecisionTree, Node, Triple
 
 _PLAIN = str.maketrans(dict.fromkeys("‐‑‒–—―−－﹣", "-") | dict.fromkeys("‘’‚‛′＇", "'") | dict.fromkeys("“”„‟″＂", '"'))
 _CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
+NUMBER = r"\d+(?:,\d{3}(?!\d))*(?:[.．·]\d+)*"
+"""A number with its decimals and thousands, of which no part is taken for a number of its own: "5 mg" is not in "2.5 mg"."""
+_NUMBER = re.compile(NUMBER)
 _MOST = 500  # occurrences of one phrase that are looked at; a passage has a handful
 _MOST_PAIRED = 60
 _OVERLAP = 10**9
@@ -34,11 +37,16 @@ class TripleSpans(NamedTuple):
 
 
 class _Folded(NamedTuple):
-    """A text made comparable: its characters, and for each the place that it came from."""
+    """A text made comparable: its characters, and for each the place that it came from.
+
+    Attributes:
+        inner: the characters in a number that are not its first: a phrase neither begins nor ends before one of them.
+    """
 
     text: str
     starts: list[int]
     ends: list[int]
+    inner: frozenset[int]
 
 
 def locate(text: str, triple: Triple, near: Sequence[Span] = ()) -> TripleSpans:
@@ -99,7 +107,8 @@ def in_text_order(text: str, tree: DecisionTree) -> DecisionTree:
 def find(text: str, phrase: str) -> list[Span]:
     """All places where a phrase stands in a text, in order, possibly none: as words of its own, or else as the beginning of words.
 
-    "antibiotic" is found in "antibiotics", but neither "iron" in "environment" nor "surgical" in "non-surgical".
+    "antibiotic" is found in "antibiotics", but neither "iron" in "environment" nor "surgical" in "non-surgical". A number is found
+    whole or not at all: neither "5 mg" nor "2" is in "2.5 mg".
     """
     folded, wanted = _fold(text), _fold(phrase).text.strip()
     if not wanted:
@@ -109,6 +118,7 @@ def find(text: str, phrase: str) -> list[Span]:
         # Spaces between Chinese characters, and between them and numbers, are a matter of taste.
         folded, wanted = _without_spaces(folded), wanted.replace(" ", "")
         found = _occurrences(folded, wanted)
+    found = [at for at in found if not {at, at + len(wanted)} & folded.inner]
     whole = [at for at in found if _begins(folded.text, at) and _ends(folded.text, at + len(wanted))]
     pieces = [at for at in found if _begins(folded.text, at) or _is_compound(folded.text, at)]
     return [Span(folded.starts[at], folded.ends[at + len(wanted) - 1]) for at in whole or pieces]
@@ -130,12 +140,12 @@ def _occurrences(folded: _Folded, wanted: str) -> list[int]:
 
 
 def _begins(text: str, at: int) -> bool:
-    """Whether a word or number begins here."""
+    """Whether a word begins here."""
     return not _joined(text[max(0, at - 2) : at][::-1], text[at])
 
 
 def _ends(text: str, at: int) -> bool:
-    """Whether a word or number ends here."""
+    """Whether a word ends here."""
     return not _joined(text[at : at + 2], text[at - 1])
 
 
@@ -145,7 +155,7 @@ def _is_compound(text: str, at: int) -> bool:
 
 
 def _joined(outside: str, inside: str) -> bool:
-    """Whether a phrase's end is of one word or number with what stands beside it (the nearest character first).
+    """Whether a phrase's end is of one word with what stands beside it (the nearest character first).
 
     A hyphen joins as well: "surgical" is no word of its own in "non-surgical". Chinese is written without gaps, so its characters
     never join.
@@ -156,7 +166,7 @@ def _joined(outside: str, inside: str) -> bool:
         return False
     if hyphened:
         return beside.isalnum() and inside.isalnum()
-    return (beside.isalpha() and inside.isalpha()) or (beside.isdigit() and inside.isdigit())
+    return beside.isalpha() and inside.isalpha()
 
 
 @lru_cache(maxsize=64)
@@ -179,7 +189,9 @@ def _fold(text: str) -> _Folded:
             characters.append(one)
             starts.append(place)
             ends.append(place + 1)
-    return _Folded("".join(characters), starts, ends)
+    whole = "".join(characters)
+    inner = frozenset(i for number in _NUMBER.finditer(whole) for i in range(number.start() + 1, number.end()))
+    return _Folded(whole, starts, ends, inner)
 
 
 def _without_spaces(folded: _Folded) -> _Folded:
@@ -188,4 +200,5 @@ def _without_spaces(folded: _Folded) -> _Folded:
         "".join(folded.text[i] for i in kept),
         [folded.starts[i] for i in kept],
         [folded.ends[i] for i in kept],
+        frozenset(place for place, i in enumerate(kept) if i in folded.inner),
     )

@@ -55,7 +55,8 @@ def write(
         progress: called with (done, total) after every batch.
 
     Returns:
-        For each prompt what was written, or why it could not be: a prompt that is too long does not stop the others.
+        For each prompt what was written, or why it could not be: a prompt that is too long, or a course that leads nowhere, does
+        not stop the others.
 
     Raises:
         GatewiseError: the template does not show ``{source}``, or the constraint cannot be had.
@@ -96,7 +97,7 @@ def _batch(
     courses: list[Course] | None,
     most: int,
     temperature: float | None,
-) -> list[Written]:
+) -> list[Written | GatewiseError]:
     device = next(model.parameters()).device
     ends = end_ids(model, tokenizer)
     if not ends:
@@ -113,8 +114,8 @@ def _batch(
     found = written_after(model, ids, mask, config, constraint)
     if constraint is not None:
         constraint.read(torch.cat([ids, found], dim=1))
-        return [Written(row.course.written, row.course.finished, row.hurried) for row in constraint.rows]
-    made = []
+        return [row.fault or Written(row.course.written, row.course.finished, row.hurried) for row in constraint.rows]
+    made: list[Written | GatewiseError] = []
     for tokens in found.tolist():
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
         made.append(Written(str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip(), end is not None))

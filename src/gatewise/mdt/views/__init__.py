@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gatewise.errors import GatewiseError
-from gatewise.files import whole_file
+from gatewise.files import finite, whole_file
 from gatewise.mdt.outline import escaped
 from gatewise.mdt.records import TreeRecord, outlines_of
 from gatewise.mdt.spans import Span, absent_triples, locate_tree
@@ -16,10 +16,12 @@ from gatewise.mdt.views.page import page_of
 from gatewise.mdt.views.svg import svg_of
 from gatewise.mdt.views.words import words_for
 
-__all__ = ["FORMATS", "bundle_of", "mermaid_of", "page_of", "plan_of", "render", "svg_of", "write_view"]
+__all__ = ["FORMATS", "ONE_TREE", "bundle_of", "mermaid_of", "page_of", "plan_of", "render", "svg_of", "write_view"]
 
 # format -> suffix of a file in it
 FORMATS = {"text": ".txt", "json": ".json", "mermaid": ".mmd", "svg": ".svg", "html": ".html", "fhir": ".json"}
+ONE_TREE = {"mermaid": "a Mermaid chart", "svg": "an SVG"}
+"""Formats that show one tree, with what messages call them."""
 NOTICE = "Needs review by a clinician. Not medical advice."
 
 
@@ -27,8 +29,8 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
     """Records in a format, as one text that ends in a line break.
 
     Args:
-        format: a key of ``FORMATS``. "svg" takes one record, the others any number: "json" and "text" can be read back by
-            :func:`gatewise.mdt.read_trees`, "fhir" makes a Bundle of several.
+        format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number: "json" and "text" can be read
+            back by :func:`gatewise.mdt.read_trees`, "fhir" makes a Bundle of several.
 
     Raises:
         GatewiseError: there is no record, the format is unknown or cannot hold several, or fhir.resources is missing.
@@ -37,12 +39,12 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
         raise GatewiseError(f"the format is {format!r}: expected one of {', '.join(FORMATS)}")
     if not records:
         raise GatewiseError("there is no tree to show: give at least one record")
-    if format == "svg" and len(records) > 1:
-        raise GatewiseError(f"an SVG shows one tree, but {len(records)} were given: name one of them")
+    if format in ONE_TREE and len(records) > 1:
+        raise GatewiseError(f"{ONE_TREE[format]} shows one tree, but {len(records)} were given: name one of them")
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
         "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),
-        "mermaid": lambda records: "\n".join(mermaid_of(record.tree, record.text, record.warnings) for record in records),
+        "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, records[0].warnings),
         "svg": lambda records: svg_of(records[0].tree, records[0].text, warnings=records[0].warnings),
         "html": page_of,
         "fhir": lambda records: _json(bundle_of(records)),
@@ -80,8 +82,9 @@ def _as_json(record: TreeRecord) -> dict[str, Any]:
         [{"subject": _pair(found.subject), "object": _pair(found.object)} for found in row]
         for row in locate_tree(record.text, record.tree)
     ]
-    made = {"notice": NOTICE, **record.to_json(), "nested": record.tree.to_nested(), "spans": spans}
-    return {"text": made.pop("text"), "tree": made.pop("tree"), **made}
+    first = {"text": record.text, "tree": record.tree.to_preorder(), "notice": NOTICE}
+    # What is ours comes twice: before a record's own keys, and after them, so that none of these takes its place.
+    return {**first, **record.more, **first, "nested": record.tree.to_nested(), "spans": spans}
 
 
 def _pair(span: Span | None) -> list[int] | None:
@@ -89,4 +92,4 @@ def _pair(span: Span | None) -> list[int] | None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"

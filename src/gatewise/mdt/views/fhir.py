@@ -26,7 +26,8 @@ def plan_of(record: TreeRecord) -> dict[str, Any]:
     """The ``PlanDefinition`` of a record, as JSON that fhir.resources has validated.
 
     Raises:
-        GatewiseError: fhir.resources is not installed (the extra ``mdt``), or it refuses the resource.
+        GatewiseError: fhir.resources is not installed (the extra ``mdt``), or it refuses the resource, such as one of more than
+            about 50 levels.
     """
     tree, text = record.tree, _clean(record.text)
     about = _clean(record.population) or (tree.triples[0].subject if tree.triples else "")
@@ -93,6 +94,10 @@ def _validated(kind: str, resource: dict[str, Any]) -> dict[str, Any]:
     try:
         # From version 7 on, the models at the top of the package are those of R5.
         fhir.resources.get_fhir_model_class(kind).model_validate(resource)
+    except RecursionError:
+        raise GatewiseError(
+            f"the tree is too deep for a FHIR {kind}, which nests as its levels do: show it in another format"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
