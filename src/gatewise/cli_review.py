@@ -1,5 +1,6 @@
 """``gatewise mdt review``: a page on this machine to read trees against their text and correct them."""
 
+import os
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,6 +54,8 @@ def review(
 
     if language is not None:
         check_language(language)
+    if adapter is not None and not os.path.exists(adapter):  # unlike a Path's own it takes any name
+        raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
     session = Session.open(file, out, population=population, repair=repair)
     extracting: Extracting | None = None
     try:
@@ -96,8 +99,6 @@ def _loaded(adapter: Path, base: str | None, **settings: Any) -> "Extract":
     from gatewise.models.convert import quiet
     from gatewise.progress import RunProgress
 
-    if not adapter.exists():
-        raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
     with quiet(bars=True):
         RunProgress(Console(stderr=True)).say(f"loading {adapter}")
         return model_extract(Extractor.load(adapter, base=base, batch_size=settings["candidates"], **settings))

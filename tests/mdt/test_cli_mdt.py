@@ -227,3 +227,18 @@ def test_a_stdout_that_is_no_utf8_shows_codes(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
     assert result.returncode == 0, result.stderr.decode()
     assert b"\\u79cb\\u6c34\\u4ed9\\u78b1" in result.stdout
+
+
+@pytest.mark.parametrize("levels", [150, 400, 900])
+def test_other_keys_that_are_nested_deep(gatewise: Gatewise, tmp_path: Path, levels: int) -> None:
+    deep: Any = "\ud800"
+    for i in range(levels):
+        deep = [deep] if i % 2 else {"x": deep}
+    (tmp_path / "deep.json").write_text(json.dumps([{"text": TEXT, "tree": gout(), "deep": deep}, {"text": TEXT, "tree": gout()}]))
+    for format in ("text", "json"):
+        result = gatewise("show", "deep.json", "-f", format)
+        if levels == 150:
+            assert result.exit_code == 0, result.output
+        else:
+            assert_refused(result, "1 of the 2 records")
+            assert "record 1: its other keys are nested deeper than 200 levels" in result.stderr

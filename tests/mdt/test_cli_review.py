@@ -65,6 +65,10 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
         (["trees.json", "--language", "fr"], "the language is 'fr'"),
         (["trees.json", "--out", "trees.json/x.jsonl"], "cannot write"),
         (["sample:none"], "there is no sample"),
+        (["x" * 300], "cannot be read: File name too long"),
+        (["trees.json", "--out", "x" * 300 + ".jsonl"], "cannot write"),
+        (["trees.json", "--adapter", "x" * 300], "there is no such folder"),
+        (["."], ". is a folder"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_sentence(gatewise: Gatewise, words: list[str], said: str) -> None:
@@ -72,6 +76,22 @@ def test_what_a_user_can_put_right_is_one_sentence(gatewise: Gatewise, words: li
         pytest.importorskip("llguidance")
     assert_refused(gatewise(*words), said)
     assert_refused(gatewise(*words), said)  # nothing stays locked
+
+
+def test_nothing_is_made_for_what_is_not_there(gatewise: Gatewise) -> None:
+    assert_refused(gatewise("none/deep/er/x.pdf"), "there is no such file")
+    assert_refused(gatewise("none.pdf", "--out", "new/deep/x.jsonl"), "there is no such file")
+    assert_refused(gatewise("trees.json", "--adapter", "nowhere", "--out", "new/deep/x.jsonl"), "nowhere: there is no such folder")
+    assert sorted(os.listdir()) == ["trees.json", "trees.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8 there")
+def test_a_file_name_of_another_encoding_is_reviewed(gatewise: Gatewise) -> None:
+    name = os.fsdecode(b"\xc4\xcf.txt")
+    Path(name).write_text(TEXT)
+    result = gatewise(name)
+    assert result.exit_code == 0, result.output
+    assert "corrections go to" in result.stderr
 
 
 def test_a_busy_port_is_refused(gatewise: Gatewise) -> None:

@@ -217,6 +217,7 @@ def test_bodies_that_are_no_json_object_are_refused(call: Caller, raw: bytes) ->
         ("paste", {"text": ""}, "is empty"),
         ("paste", {"text": ["x"]}, "expected text"),
         ("paste", {"text": "\ud800 and some words"}, "surrogate"),
+        ("paste", {"text": "some words", "population": "\ud800"}, "the population has half of a surrogate pair"),
         ("load", {"name": "a.pdf", "content": "###"}, "did not arrive whole"),
         ("load", {"name": "a.pdf", "content": base64.b64encode(b"no pdf").decode()}, "a.pdf cannot be read as PDF"),
         ("load", {"name": "../../etc/passwd", "content": "eA=="}, "expected a text"),
@@ -268,6 +269,15 @@ def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: 
 def test_a_busy_port_is_one_sentence(call: Caller, tmp_path: Path) -> None:
     with pytest.raises(GatewiseError, match=f"port {call.server.server_port} cannot be had"):
         ReviewServer(call.server.session, port=call.server.server_port)
+
+
+def test_an_older_page_removes_nothing(call: Caller) -> None:
+    assert call("/api/begin", {"number": 2, "changes": 0})[0] == 200  # in another window
+    status, answer = call("/api/remove", {"number": 2, "changes": 0})
+    assert (status, "has changed since the page showed it" in answer["error"]) == (409, True)
+    assert call("/api/remove", {"number": 2})[0] == 400
+    assert len(call("/api/session")[1]["passages"]) == 2
+    assert call("/api/remove", {"number": 2, "changes": 1})[0] == 200
 
 
 # What it does ---------------------------------------------------------------------------------------------------------

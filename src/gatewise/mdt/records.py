@@ -26,6 +26,7 @@ from gatewise.mdt.tree import DecisionTree
 
 SUFFIXES = (".json", ".jsonl", ".txt")
 _OWN_KEYS = ("text", "tree")
+_DEEPEST = 2 * checks.MAX_DEPTH  # a nested tree among them is well within
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,23 @@ def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecor
         tree, notes = DecisionTree.repaired(nodes, where)
     else:
         tree = DecisionTree.from_preorder(nodes, where)
-    more = writable({key: value for key, value in item.items() if key not in _OWN_KEYS})
-    return TreeRecord(text, tree, number, more), notes
+    more = {key: value for key, value in item.items() if key not in _OWN_KEYS}
+    if _is_deeper(more, _DEEPEST):
+        raise GatewiseError(f"{where}: its other keys are nested deeper than {_DEEPEST} levels: take them out")
+    return TreeRecord(text, tree, number, writable(more)), notes
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether mappings and lists are nested deeper, which what walks through them level by level could not take."""
+    held = [value]
+    for _ in range(levels + 1):
+        held = [
+            one
+            for outer in held
+            if isinstance(outer, dict | list)
+            for one in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(held)
 
 
 def _outlines(text: str, name: str) -> Iterator[TreeRecord | Broken]:

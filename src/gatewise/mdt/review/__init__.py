@@ -4,7 +4,8 @@
 |-----------------|--------------------------------------------------------------------------|
 | ``edits``       | the steps of correcting a tree, on plain nodes                           |
 | ``passage``     | one text with its tree: versions, undo, state                            |
-| ``sources``     | documents and files of trees that come in, and what earlier reviews left |
+| ``sources``     | documents and files of trees that come in                                |
+| ``merging``     | what earlier reviews left of them                                        |
 | ``files``       | the corrections (JSONL in the published format) and the draft            |
 | ``session``     | the whole review; no HTTP, no model                                      |
 | ``extracting``  | a thread that asks the model, tells how far it is, and can be stopped    |

@@ -4,6 +4,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ Extract = Callable[[str, Language | None, Tick], "Extraction"]
 NOTHING_FOUND = "no decision was found in this passage"
 
 
-class CancelledError(Exception):
-    """The user does not want the tree any more."""
+class CancelledError(BaseException):
+    """The user does not want the tree any more. Goes through what an extractor does about faults, which it is none of."""
 
 
 def model_extract(extractor: "Extractor") -> Extract:
@@ -112,9 +113,7 @@ class Extracting:
     def _run(self) -> None:
         while (number := self._next()) is not None:
             try:
-                self._one(self.session.passage(number))
-            except GatewiseError:  # the passage was removed while it waited
-                pass
+                self._one(number)
             finally:
                 with self._news:
                     self._stop_waiting(number)
@@ -132,19 +131,23 @@ class Extracting:
             self._tokens, self._started, self._cancelled = 0, time.monotonic(), False
             return self._now
 
-    def _one(self, passage: Passage) -> None:
+    def _one(self, number: int) -> None:
+        try:
+            passage = self.session.passage(number)
+        except GatewiseError:  # it was removed while it waited
+            return
         try:
             found = self.extract(passage.text, self.language, self._tick)
+            warnings = found.warnings if found.tree.triples else (*found.warnings, NOTHING_FOUND)
+            self.session.put(number, Version(found.tree.to_preorder(), "drafted", tuple(warnings)))
         except CancelledError:
             return
         except GatewiseError as error:
             passage.error = str(error)
-        except Exception as error:  # whatever a model does, the review goes on, and says what happened
-            traceback.print_exc(file=sys.stderr)
+        except BaseException as error:  # whatever it is, a panic of a library too: the others go on, and it says what happened
             passage.error = f"the extraction failed ({type(error).__name__}: {error}): see the terminal, and write the tree by hand"
-        else:
-            warnings = found.warnings if found.tree.triples else (*found.warnings, NOTHING_FOUND)
-            self.session.put(passage.number, Version(found.tree.to_preorder(), "drafted", tuple(warnings)))
+            with suppress(Exception):  # there may be no terminal any more
+                traceback.print_exc(file=sys.stderr)
 
     def _tick(self) -> None:
         with self._news:

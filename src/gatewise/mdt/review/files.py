@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gatewise.characters import writable
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.mdt.records import TreeRecord, read_trees, write_trees
@@ -52,7 +53,7 @@ class ReviewFiles:
             raise GatewiseError(f"{out}: the name ends in {out.suffix!r}, expected .jsonl for the file of corrections")
         self.out = out
         self.draft = out.with_suffix(".draft.json")
-        self._lock = FileLock(out.with_name(f".{out.name}.lock"))
+        self._lock = FileLock(out.with_name(f".{out.name}.lock"), thread_local=False)  # the page is served by several
         self._digest: str | None = None
 
     @staticmethod
@@ -73,11 +74,14 @@ class ReviewFiles:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise GatewiseError(f"{self.out} is open in another review: close that one, or name another file with --out") from None
-        except OSError as error:
-            raise GatewiseError(f"cannot write {self.out}: {error.strerror or error}; name another file with --out") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            said = getattr(error, "strerror", None) or error
+            raise GatewiseError(f"cannot write {self.out}: {said}; name another file with --out") from error
 
     def close(self) -> None:
         """Gives the files free."""
+        if not self._lock.is_locked:
+            return  # by now the files, and the lock's own, may be another review's
         with suppress(OSError):  # Windows lets nobody remove what is open
             Path(self._lock.lock_file).unlink()
         self._lock.release()
@@ -107,7 +111,7 @@ class ReviewFiles:
         if not self.draft.exists():
             return Draft()
         try:
-            held = json.loads(self.draft.read_text(encoding="utf-8"))
+            held = writable(json.loads(self.draft.read_text(encoding="utf-8")))
             if held["format"] != _FORMAT:
                 raise GatewiseError(f"its format is {held['format']!r}, expected {_FORMAT}")
             passages = [_passage(item, number) for number, item in enumerate(held["passages"], start=1)]
@@ -122,8 +126,9 @@ class ReviewFiles:
         """Keeps everything as it stands.
 
         Raises:
-            GatewiseError: the place cannot be written.
+            GatewiseError: the place cannot be written, or the review has ended.
         """
+        self._check_open()
         held = {"format": _FORMAT, "passages": [_item(passage) for passage in passages], "removed": list(removed)}
         with whole_file(self.draft) as part:
             part.write_text(json.dumps(held, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
@@ -132,8 +137,9 @@ class ReviewFiles:
         """Writes the file of corrections, whole or not at all.
 
         Raises:
-            GatewiseError: the file was changed by somebody else since it was read, or cannot be written.
+            GatewiseError: the file was changed by somebody else since it was read, or cannot be written, or the review has ended.
         """
+        self._check_open()
         if (_digest(self.out) if self.out.exists() else None) != self._digest:
             raise GatewiseError(
                 f"{self.out} was changed by another program since it was read, so it is left alone: end this review and start it"
@@ -142,9 +148,14 @@ class ReviewFiles:
         write_trees(self.out, records)
         self._digest = _digest(self.out)
 
+    def _check_open(self) -> None:
+        if not self._lock.is_locked:
+            raise GatewiseError(f"the review of {self.out} has ended, so nothing is written any more: start it again")
+
 
 def _item(passage: Passage) -> dict[str, Any]:
-    return {"text": passage.text, "now": _version(passage.now), "saved": _version(passage.saved), "more": passage.more}
+    versions = {"now": _version(passage.now), "saved": _version(passage.saved), "came": passage.came}
+    return {"text": passage.text, **versions, "more": passage.more}
 
 
 def _version(version: Version | None) -> dict[str, Any] | None:
@@ -157,7 +168,9 @@ def _passage(item: dict[str, Any], number: int) -> Passage:
     now = _read_version(item["now"])
     if now is None:
         raise GatewiseError(f"passage {number} has no version")
-    return Passage(number, item["text"], now, item["more"], _read_version(item["saved"]))
+    came = item.get("came", now.nodes if now.state == "drafted" else None)  # drafts of earlier versions do not tell
+    came = None if came is None else check_shape(came)
+    return Passage(number, item["text"], now, item["more"], _read_version(item["saved"]), came=came)
 
 
 def _read_version(held: dict[str, Any] | None) -> Version | None:

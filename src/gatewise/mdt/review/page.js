@@ -332,8 +332,8 @@ onClick("extract-all", () => act("/api/extract",
   { numbers: session.passages.filter(one => one.state === "empty").map(one => one.number) }, () => {}));
 onClick("cancel", () => act("/api/cancel", {}, () => say(tr("Cancelled; trees that are done stay."))));
 onClick("remove", () => {
-  const { number } = passage;
-  if (confirm(tr("Take passage {number} out of the review?", { number }))) act("/api/remove", { number }, () => {});
+  const { number, changes } = passage;
+  if (confirm(tr("Take passage {number} out of the review?", { number }))) act("/api/remove", { number, changes }, () => {});
 });
 onClick("phrase-add", () => step("add_triple", { parts: [passage.about, "", phrase] }, node,
   `object-${passage.nodes[node].triples.length}`));

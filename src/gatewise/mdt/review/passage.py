@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
+from gatewise.characters import writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.language import detect_language
 from gatewise.mdt.records import TreeRecord
@@ -40,6 +41,7 @@ class Passage:
         number: names it in the session; never used again.
         more: other keys of its record.
         saved: the tree that the file of corrections has for it; None while it has none.
+        came: the tree that the reviewed file had for it; None where that was a text.
         changes: grows with every change, so that a page that shows an older tree is told.
         waiting: an extraction was asked for.
         error: why there is no tree, a sentence.
@@ -50,6 +52,7 @@ class Passage:
     now: Version = NOTHING
     more: dict[str, Any] = field(default_factory=dict)
     saved: Version | None = None
+    came: Nodes | None = None
     past: list[Version] = field(default_factory=list)
     future: list[Version] = field(default_factory=list)
     changes: int = 0
@@ -100,7 +103,7 @@ class Passage:
             self.set(Version(nodes, "corrected", self.now.warnings))
 
     def approve(self, approved: bool) -> None:
-        """Says that a person has read the tree and stands for it, or takes that back.
+        """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
 
         Raises:
             GatewiseError: there is no tree, or it is not sound.
@@ -110,7 +113,13 @@ class Passage:
         if approved and (fault := self.fault) is not None:
             where = "" if fault.node is None else f"node {fault.node + 1}: "
             raise GatewiseError(f"the tree cannot be approved yet: {where}{fault.message}")
-        self.set(self.now._replace(state="approved" if approved else "corrected"))
+        self.set(self.now._replace(state="approved" if approved else self._state_before))
+
+    @property
+    def _state_before(self) -> State:
+        """The state without the approval. Of one of an earlier review nothing tells; "corrected" is what no extraction replaces."""
+        states = (one.state for one in (self.now, *reversed(self.past)) if one.nodes == self.now.nodes)
+        return next((state for state in states if state != "approved"), "corrected")
 
     def _go(self, version: Version) -> None:
         self.now = version
@@ -173,12 +182,12 @@ class Passage:
 def version_of(record: TreeRecord, otherwise: State) -> Version:
     """The version that a record of a file holds; ``otherwise`` where it names no state."""
     state = record.more.get(REVIEW_KEY)
-    return Version(record.tree.to_preorder(), state if state in REVIEWED else otherwise, record.warnings)
+    return Version(record.tree.to_preorder(), state if state in REVIEWED else otherwise, tuple(map(writable, record.warnings)))
 
 
 def others(more: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a record that stay true when its tree is corrected."""
-    return {key: value for key, value in more.items() if key not in _OF_THE_TREE}
+    """The keys of a record that stay true when its tree is corrected, as a file can hold them."""
+    return dict(writable({key: value for key, value in more.items() if key not in _OF_THE_TREE}))
 
 
 def _content(version: Version | None) -> tuple[Nodes | None, State] | None:

@@ -251,7 +251,7 @@ def _approve(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    server.session.remove(_integer(asked, "number"))
+    server.session.remove(*_which(asked))
     return {}
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
+from gatewise.characters import writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review import edits
 from gatewise.mdt.review.files import Draft, ReviewFiles
+from gatewise.mdt.review.merging import merged
 from gatewise.mdt.review.passage import Passage, Version
-from gatewise.mdt.review.sources import merged, pasted, read_source, source_of
-from gatewise.mdt.views import FORMATS, render
+from gatewise.mdt.review.sources import pasted, path_of, read_source, source_of
+from gatewise.mdt.views import FORMATS, ONE_TREE, render
 
 _MOST_PASSAGES = 5000
 
@@ -69,14 +71,16 @@ class Session:
         Raises:
             GatewiseError: a file cannot be read or is damaged, or another review is open on the same files.
         """
-        name = "guidelines" if file and file.startswith("sample:") else file
-        files = ReviewFiles(out or ReviewFiles.default_out(Path(name) if name else None))
+        is_sample = file is not None and file.startswith("sample:")
+        path = None if file is None or is_sample else path_of(file)
+        files = ReviewFiles(out or ReviewFiles.default_out(Path("guidelines") if is_sample else path))
         # A file of corrections that is to be reviewed again is read as such, and not twice.
-        own = file is not None and files.out.exists() and Path(file).exists() and files.out.samefile(file)
+        own = path is not None and _same(files.out, path)
+        # Read before anything is made for it: a file that cannot be read leaves no folder and no lock behind.
+        source = None if file is None or own else read_source(file, population=population, repair=repair)
         files.open()
         try:
             saved = files.read_saved()
-            source = None if file is None or own else read_source(file, population=population, repair=repair)
             draft = files.read_draft()
             passages, notes = merged(source.passages if source else (), saved, draft)
         except BaseException:
@@ -86,7 +90,8 @@ class Session:
 
     def close(self) -> None:
         """Gives the files free; the draft has everything already."""
-        self.files.close()
+        with self._lock:  # a change that is on its way is kept first
+            self.files.close()
 
     # ---- reading ----
 
@@ -145,14 +150,20 @@ class Session:
             self._keep()
             return passages
 
-    def remove(self, number: int) -> None:
+    def remove(self, number: int, changes: int | None = None) -> None:
         """Takes a passage out of the review. One that the file of corrections holds stays there.
 
+        Args:
+            changes: the passage's count of changes that the user sees; None removes whatever there is.
+
         Raises:
+            OldPageError: the passage has changed since.
             GatewiseError: there is no such passage, or the file of corrections holds it.
         """
         with self._lock:
             passage = self.passage(number)
+            if changes is not None:
+                _check_seen(passage, changes)
             if passage.saved is not None:
                 raise GatewiseError(
                     f"passage {number} is in {self.files.out}: take it out there, so that no correction is lost by a slip"
@@ -225,10 +236,11 @@ class Session:
 
     def put(self, number: int, version: Version) -> None:
         """A tree that was extracted; a passage that was removed meanwhile gets none."""
+        said = tuple(map(writable, version.warnings))
         with self._lock:
             passage = self._passages.get(number)
             if passage is not None:
-                passage.set(version)
+                passage.set(version._replace(warnings=said))
                 self._keep()
 
     @contextmanager
@@ -236,8 +248,7 @@ class Session:
         """A change of a passage as the user saw it; kept in the draft when it went well."""
         with self._lock:
             passage = self.passage(number)
-            if passage.changes != changes:
-                raise OldPageError("this passage has changed since the page showed it; the present tree is shown now: look again")
+            _check_seen(passage, changes)
             yield passage
             self._keep()
 
@@ -248,6 +259,8 @@ class Session:
             self.trouble = ""
         except GatewiseError as error:
             self.trouble = str(error)
+        except Exception as error:  # whatever it is: the change itself was made, and goes on
+            self.trouble = f"cannot write {self.files.draft} ({type(error).__name__}: {error})"
 
     # ---- giving away ----
 
@@ -280,8 +293,8 @@ class Session:
         if not records:
             what = "tree was approved yet" if which == "approved" else "passage has a sound tree yet"
             raise GatewiseError(f"no {what}, so there is nothing to export")
-        if format == "svg" and len(records) > 1:
-            raise GatewiseError("an SVG shows one tree: export this passage alone, or take another format")
+        if format in ONE_TREE and len(records) > 1:
+            raise GatewiseError(f"{ONE_TREE[format]} shows one tree: export this passage alone, or take another format")
         stem = self.files.out.name.removesuffix(".jsonl").removesuffix(".review")
         part = f"-{which}" if isinstance(which, int) or which == "approved" else ""
         content = render(records, format)
@@ -297,3 +310,15 @@ class Session:
             raise GatewiseError(f'which is {which!r}, expected the number of a passage, "all" or "approved"')
         chosen = [passage for passage in self._passages.values() if which == "all" or passage.now.state == "approved"]
         return [passage.record() for passage in chosen if passage.is_sound]
+
+
+def _same(out: Path, file: Path) -> bool:
+    try:
+        return out.samefile(file)
+    except (OSError, ValueError):  # mostly there is no such file yet; a name that cannot be one is told when it is opened
+        return False
+
+
+def _check_seen(passage: Passage, changes: int) -> None:
+    if passage.changes != changes:
+        raise OldPageError("this passage has changed since the page showed it; the present tree is shown now: look again")

@@ -1,0 +1,226 @@
+"""What earlier reviews left, put together with what comes in: which saved record and which passage of the draft is of which text.
+
+Several passages may have one text, as in a guideline that repeats itself or a file with two trees for a text. So each is found
+again by its tree and by where it comes from, and by its order only where that cannot give a tree to a passage of another one.
+"""
+
+import json
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.review.edits import Nodes
+from gatewise.mdt.review.files import Draft
+from gatewise.mdt.review.passage import Passage, Version, others, version_of
+
+L = TypeVar("L")
+R = TypeVar("R")
+Key = tuple[Any, ...] | None
+
+
+class _Row(NamedTuple):
+    """A passage as what comes in has it, as the draft has it, and as the file of corrections has it; at least one is there."""
+
+    source: Passage | None
+    old: Passage | None
+    record: TreeRecord | None
+
+    @property
+    def text(self) -> str:
+        return next(one.text for one in self if one is not None)
+
+
+def merged(sources: Iterable[Passage], saved: Sequence[TreeRecord], draft: Draft) -> tuple[list[Passage], list[str]]:
+    """The passages of a review, with all that earlier reviews of them left, numbered from 1; and what has to be said of it.
+
+    Passages are the same only when their texts are. The draft has the last word, unless another program changed a saved record
+    meanwhile: then that one has, and the draft's tree can be had back by undoing. A saved record that may be of several passages
+    becomes a passage of its own, so that no tree passes for one that a person approved.
+    """
+    rows = _rows(list(sources), saved, draft)
+    notes: list[str] = []
+    made = [_merged(row, notes) for row in rows]
+    without = {row.text for row in rows if row.record is None}
+    notes += [
+        f"the file of corrections has a tree for {_short(row.text)}, a text that comes several times, and nothing says for which of"
+        " them: it is shown as a passage of its own"
+        for row in rows
+        if row.source is row.old is None and row.text in without
+    ]
+    return [replace(passage, number=number) for number, passage in enumerate(made, start=1)], notes
+
+
+def _rows(sources: list[Passage], saved: Sequence[TreeRecord], draft: Draft) -> list[_Row]:
+    """What comes in, in its order; then what only the draft has, then what only the file of corrections has."""
+    draft_of_source = _drafts_of(sources, draft.passages)
+    draft_of_record = _drafts_with(saved, draft.passages)
+    drafts = {j: saved[i] for i, j in draft_of_record.items()}
+    left = [record for i, record in enumerate(saved) if i not in draft_of_record]
+    free = [i for i in range(len(sources)) if i not in draft_of_source]
+    free_of_left = _sources_with(left, [sources[i] for i in free])
+    fresh = {free[j]: left[i] for i, j in free_of_left.items()}
+
+    removed = Counter(draft.removed)
+    rows: list[_Row] = []
+    for i, source in enumerate(sources):
+        j = draft_of_source.get(i)
+        if j is not None:
+            rows.append(_Row(source, draft.passages[j], drafts.get(j)))
+        elif i not in fresh and removed[source.text]:
+            removed[source.text] -= 1
+        else:
+            rows.append(_Row(source, None, fresh.get(i)))
+    shown = set(draft_of_source.values())
+    rows += [_Row(None, old, drafts.get(j)) for j, old in enumerate(draft.passages) if j not in shown]
+    rows += [_Row(None, None, record) for i, record in enumerate(left) if i not in free_of_left]
+    return rows
+
+
+# ---- which belongs to which, by position ----
+
+
+def _drafts_of(sources: Sequence[Passage], drafted: Sequence[Passage]) -> dict[int, int]:
+    """What the draft has of the passages that come in."""
+    found: dict[int, int] = {}
+    for key in (_tree_and_place, _tree, _place, _text):
+        _join(found, sources, drafted, key, key)
+    return found
+
+
+def _drafts_with(saved: Sequence[TreeRecord], drafted: Sequence[Passage]) -> dict[int, int]:
+    """The passages of the draft that the records of the file of corrections are of."""
+    found: dict[int, int] = {}
+    _join(found, saved, drafted, _record_version, lambda old: _version(old.text, old.saved))
+    # Records are written before the draft: one of a review that broke off in between does not know that it was saved.
+    _join(found, saved, drafted, _record_version, lambda old: _version(old.text, old.now))
+
+    # Another program changed or added the rest; a passage that had a record is the likelier one.
+    def like(old: Passage) -> Key:
+        return _version(old.text, old.now), _version(old.text, old.saved)
+
+    _join(found, saved, drafted, _record_place, lambda old: old.saved and _place(old), like)
+    _join(found, saved, drafted, _text, lambda old: old.saved and _text(old), like)
+    _join(found, saved, drafted, _record_place, _place, like)
+    _join(found, saved, drafted, _text, _text, like)
+    return found
+
+
+def _sources_with(saved: Sequence[TreeRecord], sources: Sequence[Passage]) -> dict[int, int]:
+    """The passages that come in, and are in no draft, that records are of."""
+    found: dict[int, int] = {}
+    _join(found, saved, sources, lambda record: (*_record_tree(record), *_record_place(record)), _tree_and_place)
+    _join(found, saved, sources, _record_tree, _tree)
+    _join(found, saved, sources, _record_place, _place, _tree_and_place)
+    _join(found, saved, sources, _text, _text, _tree_and_place)
+    return found
+
+
+def _join(
+    found: dict[int, int],
+    lefts: Sequence[L],
+    rights: Sequence[R],
+    left_key: Callable[[L], Key],
+    right_key: Callable[[R], Key],
+    like: Callable[[R], Key] | None = None,
+) -> None:
+    """Adds to ``found`` which of those that are left over go together: the first of a key on the left with the first on the right.
+
+    Args:
+        found: positions on the left -> on the right.
+        left_key: None goes with nothing, here and on the right.
+        like: where fewer are on the left than on the right, those on the right have to be equal in this, or none is taken.
+    """
+    taken = set(found.values())
+    waiting: dict[Key, deque[int]] = defaultdict(deque)
+    asking: dict[Key, list[int]] = defaultdict(list)
+    for j, right in enumerate(rights):
+        if j not in taken:
+            waiting[right_key(right)].append(j)
+    for i, left in enumerate(lefts):
+        if i not in found:
+            asking[left_key(left)].append(i)
+    for key, positions in asking.items():
+        there = waiting[key]
+        doubtful = like is not None and len(positions) < len(there) and len({like(rights[j]) for j in there}) > 1
+        if key is not None and not doubtful:
+            found.update(zip(positions, there, strict=False))
+
+
+def _text(one: Passage | TreeRecord) -> Key:
+    return (one.text,)
+
+
+def _tree(passage: Passage) -> Key:
+    return None if passage.came is None else (passage.text, _nodes(passage.came))
+
+
+def _place(passage: Passage) -> Key:
+    return passage.text, _held(passage.more)
+
+
+def _tree_and_place(passage: Passage) -> Key:
+    return passage.text, _nodes(passage.came), passage.text, _held(passage.more)
+
+
+def _record_tree(record: TreeRecord) -> tuple[str, str]:
+    return record.text, _nodes(record.tree.to_preorder())
+
+
+def _record_place(record: TreeRecord) -> tuple[str, str]:
+    return record.text, _held(others(record.more))
+
+
+def _record_version(record: TreeRecord) -> Key:
+    return _version(record.text, version_of(record, "drafted"))
+
+
+def _version(text: str, version: Version | None) -> Key:
+    return None if version is None else (text, _nodes(version.nodes), version.state)
+
+
+def _nodes(nodes: Nodes | None) -> str:
+    return json.dumps(nodes, sort_keys=True)
+
+
+def _held(more: dict[str, Any]) -> str:
+    return json.dumps(more, sort_keys=True)
+
+
+# ---- one passage ----
+
+
+def _merged(row: _Row, notes: list[str]) -> Passage:
+    source, old, record = row
+    first = source or old
+    came = first.came if first else None
+    if record is not None:
+        saved = version_of(record, "drafted")
+        # What a file of corrections holds beside the tree is as old as the tree.
+        more = {**(first.more if first else {}), **others(record.more)}
+        if old is None:
+            past = [source.now] if source and source.now.nodes is not None and source.now.nodes != saved.nodes else []
+            return Passage(0, record.text, saved, more, saved, came, past)
+        known = [(version.nodes, version.state) for version in (old.now, old.saved) if version is not None]
+        if (saved.nodes, saved.state) not in known:
+            notes.append(
+                f"the file of corrections has another tree than before for {_short(record.text)}, which is shown; undo brings back"
+                " yours"
+            )
+            return Passage(0, record.text, saved, more, saved, came, [old.now])
+        return Passage(0, record.text, old.now, more, saved, came, [saved] if old.now != saved else [])
+    if old is None:
+        assert source is not None
+        return source
+    if source is None:
+        return replace(old, saved=None)
+    differs = source.now.nodes is not None and source.now.nodes != old.now.nodes
+    if differs and source.came != old.came and old.now.state in ("empty", "drafted"):  # the file has a new tree
+        return Passage(0, source.text, source.now, source.more, None, came, [old.now] if old.now.nodes is not None else [])
+    # So that undoing leads back to what the file gave, though the steps in between are gone.
+    return Passage(0, source.text, old.now, old.more, None, came, [source.now] if differs else [])
+
+
+def _short(text: str) -> str:
+    return f'"{text[:40]}{"…" if len(text) > 40 else ""}"'

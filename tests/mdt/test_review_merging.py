@@ -1,0 +1,281 @@
+"""Passages with one text, in a second review: each has its own tree and its own approval again, whatever was done to the others."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mdt_trees import TEXT, node, triple
+
+from gatewise.mdt.review.passage import Version
+from gatewise.mdt.review.session import Session
+
+Nodes = list[dict[str, Any]]
+DRUGS = ("colchicine", "naproxen", "rest")
+
+
+def drug(name: str) -> Nodes:
+    return [node("D", triple(name, "drug therapy"))]
+
+
+def trees(folder: Path, *names: str, **more: list[Any]) -> str:
+    """A file of trees for one text, each of which recommends a drug; ``more`` gives a key its value for each."""
+    items = [{"text": TEXT, "tree": drug(name), **{key: held[i] for key, held in more.items()}} for i, name in enumerate(names)]
+    file = folder / "dup.json"
+    file.write_text(json.dumps(items))
+    return str(file)
+
+
+def edit(session: Session, number: int, name: str) -> None:
+    """Corrects the tree of a passage so that it recommends another drug."""
+    arguments = {"node": 0, "triple": 0, "parts": triple(name, "drug therapy")}
+    session.edit(number, session.passage(number).changes, "set_triple", arguments)
+
+
+def approve(session: Session, number: int) -> None:
+    session.approve(number, session.passage(number).changes)
+
+
+def name_of(nodes: Nodes | None) -> str:
+    assert nodes is not None
+    return str(nodes[0]["triples"][0][2])
+
+
+def shown(session: Session) -> list[tuple[str, str, bool]]:
+    """The drug, the state, and whether the file of corrections has it, of every passage."""
+    return [(name_of(one.now.nodes), one.now.state, one.saved is not None) for one in session.passages]
+
+
+def left(session: Session, lose_draft: bool = False) -> None:
+    session.close()
+    if lose_draft:
+        session.files.draft.unlink(missing_ok=True)
+
+
+def records(session: Session) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in session.files.out.read_text().splitlines()]
+
+
+def rewrite(session: Session, *items: dict[str, Any]) -> None:
+    """Another program writes the file of corrections."""
+    session.files.out.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def record(name: str, **more: Any) -> dict[str, Any]:
+    return {"text": TEXT, "tree": drug(name), **more}
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("lose_draft", [False, True])
+def test_an_approval_stays_with_its_tree(tmp_path: Path, edited: bool, lose_draft: bool) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    if edited:
+        edit(session, 2, "ibuprofen")
+    approve(session, 2)
+    session.save()
+    left(session, lose_draft)
+    again = Session.open(file)
+    mine = "ibuprofen" if edited else "naproxen"
+    if edited and lose_draft:  # nothing tells which of the two was corrected
+        assert shown(again) == [("colchicine", "drafted", False), ("naproxen", "drafted", False), (mine, "approved", True)]
+        assert "comes several times" in again.notes[0]
+    else:
+        assert shown(again) == [("colchicine", "drafted", False), (mine, "approved", True)]
+        assert again.notes == []
+    again.save()
+    assert [name_of(item["tree"]) for item in records(again)] == [mine]
+    again.close()
+
+
+ACTIONS = ("nothing", "approve", "edit", "edit and approve", "like the next", "remove")
+
+
+@pytest.mark.parametrize("first", ACTIONS)
+@pytest.mark.parametrize("save", [False, True])
+def test_whatever_was_done_is_there_again(tmp_path: Path, first: str, save: bool) -> None:
+    for number, others in enumerate(product(ACTIONS, repeat=2)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert_all_is_there_again(trees(folder, *DRUGS), (first, *others), save)
+
+
+def assert_all_is_there_again(file: str, actions: tuple[str, ...], save: bool) -> None:
+    session = Session.open(file)
+    for number, action in enumerate(actions, start=1):
+        if "edit" in action:
+            edit(session, number, f"drug {number}")
+        if action == "like the next":
+            edit(session, number, DRUGS[number % 3])
+        if "approve" in action:
+            approve(session, number)
+        if action == "remove":
+            session.remove(number)
+    if save:
+        session.save()
+    before = shown(session)
+    left(session)
+    again = Session.open(file)
+    assert again.notes == [], actions
+    assert shown(again) == before, actions
+    left(again, lose_draft=True)
+    third = Session.open(file)
+    if save:  # what was saved is shown once
+        reviewed = sorted((name, state) for name, state, _ in shown(third) if state != "drafted")
+        assert reviewed == sorted((name, state) for name, state, _ in before if state != "drafted"), actions
+    if "like the next" not in actions:  # what nobody touched is there as it came
+        untouched = {name for name, action in zip(DRUGS, actions, strict=True) if action == "nothing"}
+        assert untouched <= {name for name, state, _ in shown(third) if state == "drafted"}, actions
+    third.close()
+
+
+def test_one_that_became_like_another_is_not_taken_for_it(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    edit(session, 1, "naproxen")
+    approve(session, 1)
+    left(session)
+    assert shown(Session.open(file)) == [("naproxen", "approved", False), ("naproxen", "drafted", False)]
+
+
+def test_records_that_were_moved_or_taken_out_by_another_program(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    approve(session, 1)
+    edit(session, 2, "ibuprofen")
+    session.save()
+    first, second = records(session)
+    rewrite(session, second, first)
+    left(session)
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "approved", True), ("ibuprofen", "corrected", True)]
+    rewrite(again, second)
+    left(again)
+    third = Session.open(file)
+    assert shown(third) == [("colchicine", "approved", False), ("ibuprofen", "corrected", True)]
+    assert third.notes == []
+    third.close()
+
+
+def test_a_pasted_passage_whose_record_was_taken_out_can_be_removed(tmp_path: Path) -> None:
+    session = Session.open(trees(tmp_path, "colchicine"))
+    (added,) = session.paste("men@Give naproxen to them.")
+    session.begin(added.number, 0)
+    session.save()
+    rewrite(session)
+    left(session)
+    again = Session.open(str(tmp_path / "dup.json"))
+    assert [(one.text, one.saved) for one in again.passages] == [(TEXT, None), ("men@Give naproxen to them.", None)]
+    again.remove(2)
+    again.close()
+
+
+def test_a_record_that_was_changed_by_another_program_stays_with_the_passage_that_had_one(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    approve(session, 2)
+    session.save()
+    rewrite(session, record("ibuprofen", review="approved"))
+    left(session)
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "drafted", False), ("ibuprofen", "approved", True)]
+    assert "another tree than before" in again.notes[0]
+    again.undo(2, 0)
+    assert shown(again)[1] == ("naproxen", "approved", True)
+    again.close()
+
+
+def test_a_record_that_was_added_by_another_program_takes_no_passage_over(tmp_path: Path) -> None:
+    file = trees(tmp_path, *DRUGS)
+    session = Session.open(file)
+    approve(session, 3)
+    session.save()
+    rewrite(session, record("ibuprofen", review="approved"), *records(session))
+    left(session)
+    again = Session.open(file)
+    untouched = [("colchicine", "drafted", False), ("naproxen", "drafted", False)]
+    assert shown(again) == [*untouched, ("rest", "approved", True), ("ibuprofen", "approved", True)]
+    approve(again, 1)
+    again.save()
+    left(again)
+    third = Session.open(file)  # it stays a passage of its own
+    assert shown(third) == [("colchicine", "approved", True), *shown(again)[1:]]
+    assert third.notes == []
+    third.close()
+
+
+def test_a_review_that_broke_off_between_the_records_and_the_draft(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    approve(session, 2)
+    draft = session.files.draft.read_bytes()
+    session.save()
+    session.files.draft.write_bytes(draft)
+    left(session)
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "drafted", False), ("naproxen", "approved", True)]
+    assert again.notes == []
+    again.close()
+
+
+def test_where_it_comes_from_tells_passages_apart_without_a_draft(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen", place=["page 3", "page 9"])
+    session = Session.open(file)
+    edit(session, 2, "ibuprofen")
+    session.save()
+    left(session, lose_draft=True)
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "drafted", False), ("ibuprofen", "corrected", True)]
+    again.undo(2, 0)
+    assert name_of(again.passage(2).now.nodes) == "naproxen"
+    again.close()
+
+
+def test_a_repeated_paragraph_of_a_text_keeps_its_tree_by_its_heading(tmp_path: Path) -> None:
+    text = tmp_path / "guide.md"
+    text.write_text("# Adults\n\nGive colchicine to them.\n\n# Adults\n\n## Again\n\nGive colchicine to them.\n")
+    session = Session.open(str(text), population="adults")
+    assert [one.text for one in session.passages] == ["adults@Give colchicine to them."] * 2
+    session.begin(2, 0)
+    session.remove(1)
+    left(session)
+    again = Session.open(str(text), population="adults")
+    assert [(one.more["headings"], one.now.state) for one in again.passages] == [(["Adults", "Again"], "corrected")]
+    again.close()
+
+
+def test_a_tree_that_was_extracted_again_is_not_replaced_by_that_of_the_file(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    session.put(1, Version(drug("ibuprofen"), "drafted"))
+    left(session)
+    again = Session.open(file)
+    assert shown(again) == [("ibuprofen", "drafted", False), ("naproxen", "drafted", False)]
+    again.undo(1, 0)
+    assert name_of(again.passage(1).now.nodes) == "colchicine"
+    left(again)
+    file = trees(tmp_path, "rest", "naproxen")  # the file was made anew
+    assert shown(Session.open(file)) == [("rest", "drafted", False), ("naproxen", "drafted", False)]
+
+
+def test_a_draft_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    approve(session, 2)
+    held = json.loads(session.files.draft.read_text())
+    for item in held["passages"]:
+        del item["came"]
+    session.files.draft.write_text(json.dumps(held))
+    left(session)
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "drafted", False), ("naproxen", "approved", False)]
+    again.close()
+
+
+def test_a_removed_passage_is_the_one_that_stays_away(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    session.remove(1)
+    left(session)
+    assert shown(Session.open(file)) == [("naproxen", "drafted", False)]
