@@ -228,3 +228,10 @@ def test_a_file_whose_name_is_no_text(gatewise: Gatewise) -> None:
     result = gatewise("extract", name, "-f", "json", "-o", "out.json")
     assert result.exit_code == 0, result.output
     assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["source"].endswith(".txt")
+
+
+def test_what_a_document_leaves_out_is_noted(gatewise: Gatewise) -> None:
+    Path("more.txt").write_text(f"Treatment\n\n{TEXT}\n\nReferences\n")
+    result = gatewise("extract", "more.txt")
+    assert result.exit_code == 0, result.output
+    assert 'note: more.txt: a heading was left out, as nothing stands under: "References" (line 5)' in result.stderr

@@ -10,7 +10,6 @@ from mdt_models import pdf
 from mdt_trees import properties
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.language import detect_language
 from gatewise.mdt.passages import Passage, split_passages
 from gatewise.mdt.reading import Block, Document, population_mark, read_document
 
@@ -168,31 +167,34 @@ def test_no_passage_is_too_long_and_none_is_lost(text: str, most: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "at"),
-    [("adults@Give", 6), ("adults with gout @ If", 17), ("me@example.org", -1), ("no mark", -1), ("@x", -1), ("患者@给药", 2)],
+    [
+        ("adults@Give", 6),
+        ("adults with gout @ If", 17),
+        ("Infantile cholestasis @ In cases of fever, stop.", 22),
+        ("患者@给药", 2),
+        ("输尿管结石患者@结石直径小于0.4cm的患者", 7),
+        ("me@example.org", -1),
+        ("no mark", -1),
+        ("@x", -1),
+        ("Amitriptyline 10 mg @ night for adults with pain", -1),
+        ("Adults take amitriptyline @ night", -1),
+        ("amitriptyline 10mg@night", -1),
+        ("If SpO2@rest is below 90%, give oxygen", -1),
+    ],
 )
-def test_an_address_names_no_population(text: str, at: int) -> None:
+def test_an_address_or_a_dose_names_no_population(text: str, at: int) -> None:
     assert population_mark(text) == at
 
 
-@pytest.mark.parametrize(
-    ("text", "language"),
-    [
-        (FLARE, "en"),
-        ("Amoxicillin 500 mg", "en"),
-        ("CAP患者首选左氧氟沙星 levofloxacin 750 mg qd", "zh"),
-        ("成人患者应口服药物治疗。", "zh"),
-        ("Bei Patienten mit Gicht ist Colchicin die erste Wahl und wird oder", None),
-        ("Les patients avec une goutte et des crises", None),
-        ("Los pacientes con gota y las crisis", None),
-        ("痛風の患者にはコルヒチンを投与する", None),
-        ("통풍 환자에게 콜히친을 투여한다", None),
-        ("Пациентам с подагрой", None),
-        ("123 / 45", None),
-    ],
-)
-def test_the_language_is_found_out_or_refused(text: str, language: str | None) -> None:
-    if language is not None:
-        assert detect_language(text) == language
-        return
-    with pytest.raises(GatewiseError, match=r"x\.md: .*expected .*English or Chinese|x\.md: .*neither English nor Chinese"):
-        detect_language(text, "x.md")
+def test_a_dose_at_night_stays_in_its_passage(tmp_path: Path) -> None:
+    file = tmp_path / "pain.txt"
+    file.write_text("Amitriptyline 10 mg @ night for adults with pain. If not tolerated, stop it.")
+    (only,) = passages(file)
+    assert (only.population, only.passage) == ("", file.read_text())
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".txt", "Give colchicine for a flare. " * 20])
+def test_a_text_in_place_of_a_file_is_answered_in_a_sentence(name: str) -> None:
+    with pytest.raises(GatewiseError, match=r"there is no such file.*standard input with -") as raised:
+        read_document(name)
+    assert len(str(raised.value)) < 200

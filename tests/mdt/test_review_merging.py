@@ -160,7 +160,7 @@ def test_records_that_were_moved_or_taken_out_by_another_program(tmp_path: Path)
 
 def test_a_pasted_passage_whose_record_was_taken_out_can_be_removed(tmp_path: Path) -> None:
     session = Session.open(trees(tmp_path, "colchicine"))
-    (added,) = session.paste("men@Give naproxen to them.")
+    ((added,), _) = session.paste("men@Give naproxen to them.")
     session.begin(added.number, 0)
     session.save()
     rewrite(session)

@@ -142,7 +142,7 @@ def test_everything_is_there_again_without_a_save(trees: Path) -> None:
     session = Session.open(str(trees))
     correct(session)
     session.approve(2, 0)
-    added = session.paste(CHINESE)[0]
+    added = session.paste(CHINESE)[0][0]
     assert added.language == "zh"
     session.begin(added.number, 0)
     session.edit(added.number, 1, "add_triple", {"node": 0})
@@ -409,3 +409,14 @@ def test_an_extraction_is_stopped_between_two_tokens(tmp_path: Path) -> None:
     extracting.ask([session.passage(2)])
     extracting.end(20)
     assert not extracting._thread.is_alive()
+
+
+def test_what_a_document_leaves_out_is_said(tmp_path: Path) -> None:
+    text = f"Treatment\n\n{TEXT}\n\nReferences\n"
+    said = "nothing stands under"
+    session = Session.open(None, tmp_path / "out.jsonl")
+    assert said in session.paste(text)[1][0]
+    assert said in session.load(text.encode(), "a.txt")[1][0]
+    session.close()
+    (tmp_path / "a.txt").write_text(text)
+    assert said in Session.open(str(tmp_path / "a.txt")).notes[0]

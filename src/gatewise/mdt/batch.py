@@ -66,6 +66,7 @@ def read_pieces(
             document = read_document(file)
             whole = language or detect_language(" ".join(block.text for block in document.blocks), name)
             passages = split_passages(document, population=population, most=most_characters)
+            into.notes += map(writable, document.notes)
         except GatewiseError as error:
             into.faults.append(str(error))
             into.failed.append(name)

@@ -5,23 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.reading import Block, Document, population_mark
+from gatewise.mdt.document import Block, Document, sections
+from gatewise.mdt.headings import is_said_by_heading, population_mark, population_of
 
 # Characters of a passage; the published ones have about 70 (Chinese) and 250 (English). Chinese says more with one.
 MOST_CHARACTERS = {"en": 800, "zh": 300}
-_LEAST_LETTERS = 8
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])")
-_PEOPLE = re.compile(
-    r"\b(?:patients?|people|adults?|child(?:ren)?|infants?|neonates?|newborns?|adolescents?|wom[ae]n|m[ae]n|persons?|pregnan\w+"
-    r"|elderly|individuals)\b|患者|病人|人群|儿童|成人|成年|孕妇|妇女|老年|婴儿|新生儿|青少年",
-    re.IGNORECASE,
-)
-_GENERAL = re.compile(
-    r"(?:\d+(?:\.\d+)*\.?\s*|[一二三四五六七八九十]+、\s*)?(?:introduction|background|treatment|management|therapy|diagnosis|summary"
-    r"|recommendations?|methods|results|discussion|conclusions?|references|overview|contents|drugs?|medication|dosage|follow-up"
-    r"|治疗|诊断|概述|前言|引言|背景|推荐意见|建议|方法|结果|讨论|结论|参考文献|目录|用药|药物治疗|随访)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,8 @@ class Passage:
 def split_passages(document: Document, *, population: str | None = None, most: int | None = None) -> list[Passage]:
     """The passages of a document, in order.
 
-    Paragraphs under one heading go together as far as they fit; a longer one is cut between sentences.
+    Paragraphs under one heading go together as far as they fit; a longer one is cut between sentences. A heading with nothing under
+    it that says what to do is a passage too; others are named in the document's notes.
 
     Args:
         population: of all passages, instead of what the document says.
@@ -61,38 +51,24 @@ def split_passages(document: Document, *, population: str | None = None, most: i
     if most is not None and most < 50:
         raise GatewiseError(f"a passage of at most {most} characters was asked for: expected 50 or more")
     found: list[Passage] = []
-    for headings, blocks in _sections(document.blocks):
-        about = _of_headings(headings)
-        for group in _groups(blocks, most):
+    for above, held in sections(document.blocks):
+        alone = is_said_by_heading(above, held)
+        headings = tuple(block.text for block in (above[:-1] if alone else above))
+        about = population_of(headings)
+        for group in _groups([above[-1]] if alone else held, most):
             mark = population_mark(group[0].text)
             whole = "\n".join(block.text for block in group)
             named = whole[:mark].strip() if mark > 0 else about
             passage = whole[mark + 1 :].strip() if mark > 0 else whole
             named = population if population is not None else named
             for piece in _pieces(passage, most or _most(passage)):
-                if sum(map(str.isalpha, piece)) >= _LEAST_LETTERS or (_is_chinese(piece) and len(piece) > 3):
+                if any(map(str.isalnum, piece)):
                     found.append(Passage(piece, " ".join(named.replace("@", " ").split()), headings, group[0].where))
     if not found:
         raise GatewiseError(
             f"{document.name} has no passage, only headings or a few words: expected a text that says what to do and when"
         )
     return found
-
-
-def _sections(blocks: tuple[Block, ...]) -> Iterator[tuple[tuple[str, ...], list[Block]]]:
-    """The paragraphs under each heading, with the headings above them."""
-    above: list[Block] = []
-    held: list[Block] = []
-    for block in blocks:
-        if not block.level:
-            held.append(block)
-            continue
-        if held:
-            yield tuple(one.text for one in above), held
-            held = []
-        above = [*(one for one in above if one.level < block.level), block]
-    if held:
-        yield tuple(one.text for one in above), held
 
 
 def _groups(blocks: list[Block], most: int | None) -> Iterator[list[Block]]:
@@ -125,18 +101,6 @@ def _pieces(text: str, most: int) -> Iterator[str]:
             held = held[cut:].strip()
     if held.strip():
         yield held.strip()
-
-
-def _of_headings(headings: tuple[str, ...]) -> str:
-    """The nearest heading that names people, else the nearest that is not of the kind that every guideline has."""
-    for heading in reversed(headings):
-        if _PEOPLE.search(heading):
-            return _unnumbered(heading)
-    return next((_unnumbered(heading) for heading in reversed(headings) if not _GENERAL.fullmatch(heading.strip())), "")
-
-
-def _unnumbered(heading: str) -> str:
-    return re.sub(r"^(?:\d+(?:\.\d+)*\.?\s+|[一二三四五六七八九十]+、\s*)", "", heading).strip()
 
 
 def _most(text: str) -> int:

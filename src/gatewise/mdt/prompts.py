@@ -120,7 +120,7 @@ def training_rows(
         stage: a step of the pipeline, or "all" for the three of each record one after the other.
 
     Raises:
-        GatewiseError: level or stage is unknown.
+        GatewiseError: level or stage is unknown, or a tree without triples has a text that is in neither language.
     """
     if level not in LEVELS:
         raise GatewiseError(f"the level is {level!r}: expected 0 (tree), 1 (triples, tree) or 2 (triples, nodes, tree)")

@@ -1,53 +1,25 @@
 """Documents to extract from: plain text, Markdown, PDF and DOCX, read into headings and paragraphs with their places."""
 
+import errno
 import io
 import logging
-import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of
+from gatewise.mdt.document import Block, Document, listed
+from gatewise.mdt.headings import population_mark, without_text
+from gatewise.mdt.reading_docx import read_docx
+from gatewise.mdt.reading_lines import Line, paragraphs, without_margins
+from gatewise.mdt.reading_markdown import read_markdown
+
+__all__ = ["STDIN", "Block", "Document", "document_of", "population_mark", "read_document"]
 
 STDIN = "-"
 _SCANNED = 20  # fewer letters than these on a page are a page number or a stamp
-_REPEATED = 3  # pages on which the same line makes a header or footer
-_HEADING = 80
-_PAGE_NUMBER = re.compile(r"(?:page |第)?\s*\d+\s*(?:(?:of|/|页)\s*\d*)?", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?。！？:：;；][\"'”’)）\]]*$")
-_HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
-# A hyphen at the end of a line stays where it belongs to the word.
-_PREFIXES = ("non", "post", "pre", "anti", "self", "long", "short", "high", "low", "second", "first", "beta", "alpha")
-
-
-@dataclass(frozen=True)
-class Block:
-    """A heading or a paragraph.
-
-    Attributes:
-        level: of a heading, from 1; 0 for a paragraph.
-        where: its place, such as "line 12" or "page 3".
-    """
-
-    text: str
-    level: int = 0
-    where: str = ""
-
-
-@dataclass(frozen=True)
-class Document:
-    """What a file says.
-
-    Attributes:
-        name: the file as it was given; "stdin" for "-".
-    """
-
-    name: str
-    blocks: tuple[Block, ...]
 
 
 def read_document(path: str | Path) -> Document:
@@ -60,7 +32,7 @@ def read_document(path: str | Path) -> Document:
     if str(path) == STDIN:
         return document_of(sys.stdin.buffer.read(), "stdin", ".md")
     name, suffix = str(path), Path(path).suffix
-    if Path(path).is_dir():
+    if _is_folder(path):
         raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
     _check_suffix(suffix, name)
     return document_of(content_of(path), name, suffix)
@@ -79,50 +51,46 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
     _check_suffix(suffix, name)
     if not content.strip():
         raise GatewiseError(f"{name} is empty, expected a text in English or Chinese")
-    blocks = tuple(block for block in _READERS[suffix.lower()](content, name) if block.text)
+    read = _READERS[suffix.lower()](content, name)
+    blocks = tuple(block for block in read.blocks if block.text)
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
         raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
-    return Document(name, blocks)
+    return replace(read, blocks=blocks, notes=(*read.notes, *_headings_alone(blocks, name)))
 
 
-def _text(content: bytes, name: str) -> Iterator[Block]:
-    yield from _paragraphs([(f"line {number}", line) for number, line in enumerate(_decoded(content, name).split("\n"), start=1)])
+def _headings_alone(blocks: Sequence[Block], name: str) -> list[str]:
+    alone = without_text(blocks)
+    if not alone:
+        return []
+    texts = listed([block.text for block in alone], [block.where for block in alone])
+    return [f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}"]
 
 
-def _markdown(content: bytes, name: str) -> Iterator[Block]:
+def _text(content: bytes, name: str) -> Document:
+    lines = [(f"line {number}", line) for number, line in enumerate(_decoded(content, name).split("\n"), start=1)]
+    notes: list[str] = []
+    if any("\f" in line for _, line in lines):  # pages, as programs print PDFs to text
+        lines, notes = without_margins(_pages(lines), name)
+    return Document(name, tuple(paragraphs(lines)), tuple(notes))
+
+
+def _pages(lines: Sequence[Line]) -> list[list[Line]]:
+    pages: list[list[Line]] = [[]]
+    for where, line in lines:
+        first, *others = line.split("\f")
+        pages[-1].append((where, first))
+        pages += [[(where, other)] for other in others]
+    return pages
+
+
+def _markdown(content: bytes, name: str) -> Document:
     try:
-        from markdown_it import MarkdownIt
+        return read_markdown(_decoded(content, name), name)
     except ImportError:
         raise _missing("markdown-it-py", name) from None
-    text = _decoded(content, name)
-    level, in_table, row = 0, False, ""
-    cells: list[str] = []
-    for token in MarkdownIt("commonmark").enable("table").parse(text):
-        where = f"line {token.map[0] + 1}" if token.map else ""
-        if token.type == "heading_open":
-            level = int(token.tag[1:])
-        elif token.type == "heading_close":
-            level = 0
-        elif token.type == "tr_open":
-            cells, in_table, row = [], True, where
-        elif token.type == "tr_close":
-            in_table = False
-            yield Block(" ".join(filter(None, cells)), 0, row)
-        elif token.type == "inline":
-            said = _line("".join(_inline(child) for child in token.children or ()))
-            if in_table:
-                cells.append(said)
-            else:
-                yield Block(said, level, where)
-        elif token.type in ("fence", "code_block"):
-            yield Block(_line(token.content), 0, where)
 
 
-def _inline(token: Any) -> str:
-    return " " if token.type in ("softbreak", "hardbreak") else str(token.content) if token.type in ("text", "code_inline") else ""
-
-
-def _pdf(content: bytes, name: str) -> Iterator[Block]:
+def _pdf(content: bytes, name: str) -> Document:
     try:
         import pypdf
     except ImportError:
@@ -143,57 +111,50 @@ def _pdf(content: bytes, name: str) -> Iterator[Block]:
         raise GatewiseError(f"{name} cannot be read as PDF ({reason[:150]}): save or download it again") from error
     finally:
         log.setLevel(level)
-    if all(sum(map(str.isalpha, page)) < _SCANNED for page in pages):
+    scanned = [number for number, page in enumerate(pages, start=1) if _letters(page) < _SCANNED]
+    if len(scanned) == len(pages):
         raise GatewiseError(
             f"{name} has no text on its {len(pages)} {'page' if len(pages) == 1 else 'pages'}, as scanned pages have none: run text"
             " recognition (OCR) over it first"
         )
-    yield from _paragraphs(_without_margins(pages), printed=True)
+    lines, notes = without_margins(
+        [[(f"page {number}", line) for line in page.split("\n") if line.strip()] for number, page in enumerate(pages, start=1)],
+        name,
+    )
+    if scanned:
+        notes.insert(
+            0,
+            f"{name} has no text, or next to none, on {_spans(scanned)} of {len(pages)}, as scanned pages have none: run text"
+            " recognition (OCR) over it if they matter",
+        )
+    return Document(name, tuple(paragraphs(lines, printed=True)), tuple(notes))
 
 
-def _without_margins(pages: list[str]) -> list[tuple[str, str]]:
-    """The lines of pages with their places, without page numbers and what stands at the top or bottom of several pages."""
-    lines = [[line for line in page.split("\n") if not _PAGE_NUMBER.fullmatch(line.strip())] for page in pages]
-    filled = [[line.strip() for line in page if line.strip()] for page in lines]
-    outer = Counter(line for page in filled if page for line in {page[0], page[-1]})
-    # What ends a sentence is no header, and text left out could be a warning.
-    margins = {line for line, count in outer.items() if count >= _REPEATED and _looks_like_heading(line)}
-    kept = []
-    for number, page in enumerate(lines, start=1):
-        inside = [line for line in page if line.strip()]
-        while inside and inside[0].strip() in margins:
-            inside.pop(0)
-        while inside and inside[-1].strip() in margins:
-            inside.pop()
-        kept += [(f"page {number}", line) for line in inside]
-    return kept
+def _letters(page: str) -> int:
+    """Letters of a page; a Chinese character says about as much as three."""
+    return sum(3 if character >= "\u3400" else 1 for character in page if character.isalpha())
 
 
-def _docx(content: bytes, name: str) -> Iterator[Block]:
+def _spans(numbers: Sequence[int]) -> str:
+    """Numbers of pages as people write them: "pages 2-5, 7"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    said = ", ".join("-".join(map(str, span)) for span in spans)
+    return f"{'page' if len(numbers) == 1 else 'pages'} {said}"
+
+
+def _docx(content: bytes, name: str) -> Document:
     try:
-        import docx
-        from docx.table import Table
+        return read_docx(content, name)
     except ImportError:
         raise _missing("python-docx", name) from None
-    try:
-        parts = list(docx.Document(io.BytesIO(content)).iter_inner_content())
-    except Exception as error:  # no zip archive, no document in it, broken XML
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GatewiseError(f"{name} cannot be read as DOCX ({reason[:150]}): save it again as a Word document (.docx)") from error
-    for number, part in enumerate(parts, start=1):
-        where = f"paragraph {number}"
-        if isinstance(part, Table):
-            for row in part.rows:
-                # A cell that spans columns comes once for each.
-                yield Block(_line(" ".join(dict.fromkeys(cell.text for cell in row.cells))), 0, f"{where}, a table")
-            continue
-        style = part.style.name if part.style is not None and part.style.name else ""
-        heading = re.fullmatch(r"heading (\d)", style.lower())
-        level = 1 if style.lower() == "title" else int(heading[1]) if heading else 0
-        yield Block(_line(part.text), level, where)
 
 
-_READERS: dict[str, Callable[[bytes, str], Iterator[Block]]] = {
+_READERS: dict[str, Callable[[bytes, str], Document]] = {
     ".txt": _text,
     ".md": _markdown,
     ".markdown": _markdown,
@@ -202,57 +163,16 @@ _READERS: dict[str, Callable[[bytes, str], Iterator[Block]]] = {
 }
 
 
-def _paragraphs(lines: list[tuple[str, str]], *, printed: bool = False) -> Iterator[Block]:
-    """Lines to paragraphs, parted by empty lines; a line "population@passage" is one of its own.
-
-    Args:
-        printed: the lines are those of printed pages, without empty ones between them: a short line that ends a sentence ends its
-            paragraph.
-    """
-    longest = max((len(line.strip()) for _, line in lines), default=0)
-    gathered: list[str] = []
-    place = ""
-    for where, raw in [*lines, ("", "")]:
-        line = raw.strip()
-        alone = population_mark(line) > 0
-        if gathered and (not line or alone or (printed and _looks_like_heading(line) and _SENTENCE_END.search(gathered[-1]))):
-            yield _paragraph(gathered, place)
-            gathered = []
-        if not line:
-            continue
-        place = place if gathered else where
-        gathered.append(line)
-        ends = bool(_SENTENCE_END.search(line)) and len(line) < 0.75 * longest
-        title = len(gathered) == 1 and _looks_like_heading(line) and len(line) < 0.75 * longest
-        if alone or (printed and (ends or title)):
-            yield _paragraph(gathered, place)
-            gathered = []
-
-
-def population_mark(text: str) -> int:
-    """Where the "@" stands that parts a population from its passage; -1 without one. That of an address is none."""
-    at = text.find("@")
-    is_address = re.match(r"[\w-]+(?:\.[\w-]+)+\b", text[at + 1 :]) and not text[at - 1].isspace()
-    return -1 if at <= 0 or is_address else at
-
-
-def _paragraph(lines: list[str], where: str) -> Block:
-    text = lines[0]
-    for line in lines[1:]:
-        stem = re.search(r"([a-z]+)-$", text)
-        if stem and line[0].islower():
-            text = (text if stem[1] in _PREFIXES else text[:-1]) + line
-        else:
-            text += line if _HAN_END.search(text) and not line[0].isascii() else f" {line}"
-    heading = len(lines) == 1 and _looks_like_heading(text)
-    return Block(_line(text), int(heading), where)
-
-
-def _looks_like_heading(line: str) -> bool:
-    """Whether a line of plain text stands like a heading: short, no sentence, no item of a list."""
-    if len(line) > _HEADING or _SENTENCE_END.search(line) or "@" in line or "，" in line or "。" in line:
-        return False
-    return bool(re.match(r"(?:\d+(?:\.\d+)*\.?\s+|[一二三四五六七八九十]+、\s*)?[A-Z\u4e00-\u9fff]", line))
+def _is_folder(path: str | Path) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise GatewiseError(
+                f"{str(path)[:60]}…: there is no such file, the name is too long for one; a text itself can be given on standard"
+                " input with -"
+            ) from None
+        raise GatewiseError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _decoded(content: bytes, name: str) -> str:
@@ -268,10 +188,6 @@ def _decoded(content: bytes, name: str) -> str:
 def _check_suffix(suffix: str, name: str) -> None:
     if suffix.lower() not in _READERS:
         raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {_suffixes()}")
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _missing(library: str, name: str) -> GatewiseError:

@@ -353,7 +353,7 @@ onClick("add-go", async () => {
     at("add-dialog").close();
     for (const field of ["add-text", "add-file", "add-population"]) at(field).value = "";
     session = answer.session;
-    const left = (answer.faults || []).map(fault => ` ${fault}.`).join("");
+    const left = answer.faults.map(fault => ` ${fault}.`).join("");
     say(tr("Passages added: {count}.", { count: answer.added.length }) + left, Boolean(left));
     await open(answer.added[0]);
   } catch (error) {

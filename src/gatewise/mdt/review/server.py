@@ -256,7 +256,7 @@ def _remove(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _paste(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    return _added(server.session.paste(_text(asked, "text"), _text(asked, "population").strip()))
+    return _added(*server.session.paste(_text(asked, "text"), _text(asked, "population").strip()))
 
 
 def _load(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
@@ -264,8 +264,7 @@ def _load(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
         content = base64.b64decode(_text(asked, "content"), validate=True)
     except (binascii.Error, ValueError):
         raise GatewiseError("the file did not arrive whole: try again") from None
-    passages, faults = server.session.load(content, _text(asked, "name"), _text(asked, "population").strip())
-    return {**_added(passages), "faults": faults}
+    return _added(*server.session.load(content, _text(asked, "name"), _text(asked, "population").strip()))
 
 
 def _extract(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
@@ -317,8 +316,8 @@ def _changed(passage: Passage) -> dict[str, Any]:
     return {"passage": whole(passage)}
 
 
-def _added(passages: list[Passage]) -> dict[str, Any]:
-    return {"added": [passage.number for passage in passages]}
+def _added(passages: list[Passage], faults: list[str]) -> dict[str, Any]:
+    return {"added": [passage.number for passage in passages], "faults": faults}
 
 
 def _which(asked: dict[str, Any]) -> tuple[int, int]:

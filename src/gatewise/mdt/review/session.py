@@ -120,16 +120,17 @@ class Session:
 
     # ---- adding and removing ----
 
-    def paste(self, text: str, population: str | None = None) -> list[Passage]:
-        """Adds a text, cut into passages.
+    def paste(self, text: str, population: str | None = None) -> tuple[list[Passage], list[str]]:
+        """Adds a text, cut into passages; and says what of it was left out.
 
         Raises:
             GatewiseError: there is no passage in it.
         """
-        return self._add(pasted(text, population))
+        source = pasted(text, population)
+        return self._add(source.passages), source.faults
 
     def load(self, content: bytes, name: str, population: str | None = None) -> tuple[list[Passage], list[str]]:
-        """Adds a document, or the records of a file of trees; and says what of it could not be read.
+        """Adds a document, or the records of a file of trees; and says what of it could not be read or was left out.
 
         Raises:
             GatewiseError: nothing could be read.

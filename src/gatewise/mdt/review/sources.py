@@ -18,7 +18,7 @@ from gatewise.mdt.samples import NAME, sample
 
 @dataclass(frozen=True)
 class Source:
-    """Passages to review, and what could not be read, a sentence each."""
+    """Passages to review, and what could not be read or was left out, a sentence each."""
 
     passages: list[Passage]
     faults: list[str]
@@ -75,10 +75,10 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
         raise GatewiseError(
             f"{name}: the name ends in {suffix!r}, expected a text (.txt, .md, .pdf, .docx) or trees (.json, .jsonl)"
         )
-    return Source(_passages_of(content, name, suffix, population), [])
+    return _document(content, name, suffix, population)
 
 
-def pasted(text: str, population: str | None = None) -> list[Passage]:
+def pasted(text: str, population: str | None = None) -> Source:
     """The passages of a text that somebody pasted.
 
     Raises:
@@ -86,19 +86,20 @@ def pasted(text: str, population: str | None = None) -> list[Passage]:
     """
     if has_half_a_pair(text):
         raise GatewiseError(f"the text {HALF_A_PAIR}")
-    return _passages_of(text.encode(), "pasted text", ".txt", population)
+    return _document(text.encode(), "pasted text", ".txt", population)
 
 
-def _passages_of(content: bytes, name: str, suffix: str, population: str | None) -> list[Passage]:
+def _document(content: bytes, name: str, suffix: str, population: str | None) -> Source:
     if population and has_half_a_pair(population):
         raise GatewiseError(f"the population {HALF_A_PAIR}")
+    document = document_of(content, name, suffix)
     made = []
-    for passage in split_passages(document_of(content, name, suffix), population=population or None):
+    for passage in split_passages(document, population=population or None):
         more: dict[str, Any] = {"source": name, "place": passage.where, "headings": list(passage.headings)}
         # A name of another encoding than UTF-8, and what a damaged PDF calls letters, may hold what no file takes.
         held = {key: writable(value) for key, value in more.items() if value}
         made.append(Passage(0, writable(passage.text), more=held))
-    return made
+    return Source(made, [writable(note) for note in document.notes])
 
 
 def _passage_of(record: TreeRecord) -> Passage:
