@@ -132,3 +132,32 @@ def test_reading_takes_time_in_proportion_to_the_text() -> None:
 
     # Four times the text took sixteen times as long, 10 s for these 480 KB.
     assert seconds(8000) < 2
+
+
+def test_numbered_headings_need_no_empty_line_before_their_text() -> None:
+    text = (
+        "Gout in primary care\n\n1. Introduction\nGout is common.\n2. Treatment\n2.1 Adults with normal renal function\n"
+        "Give colchicine\ntwice daily.\n2.2 Patients with chronic kidney disease\nStage 3\nGive prednisolone.\n"
+        "一、儿童哮喘的治疗\n首选沙丁胺醇雾化吸入。"
+    )
+    found = [(one.population, one.passage) for one in split_passages(document_of(text.encode(), "a.txt", ".txt"))]
+    assert found == [
+        ("Gout in primary care", "Gout is common."),
+        ("Adults with normal renal function", "Give colchicine twice daily."),
+        ("Patients with chronic kidney disease", "Stage 3 Give prednisolone."),
+        ("儿童哮喘的治疗", "首选沙丁胺醇雾化吸入。"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The options are\n1. Colchicine\n2. Naproxen\n3. Prednisolone\nin this order.",
+        "The options are\n1. Colchicine\n2. Naproxen\n3. Prednisolone\nGive them in this order.",
+        "The dose of colchicine is\n2.5 Mg or less a day.",
+        "The target is\n1 Glucose below 7 mmol/L\nGive insulin above it.",
+    ],
+)
+def test_items_of_a_list_and_broken_lines_are_no_headings(text: str) -> None:
+    (passage,) = split_passages(document_of(text.encode(), "a.txt", ".txt"))
+    assert passage.passage == " ".join(text.split())

@@ -133,6 +133,12 @@ def population_of(headings: Sequence[str]) -> str:
     return next((unnumbered(heading) for heading in reversed(headings) if not _GENERAL.fullmatch(heading.strip())), "")
 
 
+def number_of(line: str) -> str | None:
+    """The number before a heading or an item, such as "2.1"; empty for a Chinese one, None without one."""
+    number = _NUMBER.match(line)
+    return None if number is None else number[1] or ""
+
+
 def unnumbered(heading: str) -> str:
     """A heading without its number."""
     return _NUMBER.sub("", heading).strip()

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from gatewise.mdt.document import Block
-from gatewise.mdt.headings import SENTENCE_END, is_heading, population_mark, reads_as_sentence, stands_like_heading, with_levels
+from gatewise.mdt.headings import (
+    SENTENCE_END,
+    is_heading,
+    number_of,
+    population_mark,
+    reads_as_sentence,
+    stands_like_heading,
+    with_levels,
+)
 
 Line = tuple[str, str]  # its place, and what it says
 _REPEATED = 3  # pages on which the same line makes a header or footer
@@ -16,6 +24,7 @@ _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
 # A hyphen at the end of a line stays where it belongs to the word.
 _PREFIXES = ("non", "post", "pre", "anti", "self", "long", "short", "high", "low", "second", "first", "beta", "alpha")
 _LONGEST_WORD = 40
+_LINE = 60  # characters of a line that is one of a paragraph
 
 
 def paragraphs(lines: Sequence[Line], *, printed: bool = False) -> list[Block]:
@@ -35,7 +44,7 @@ def _gathered(lines: Sequence[Line], printed: bool) -> Iterator[Block]:
     following = [*(line.strip() for _, line in lines[1:]), "", ""]
     for (where, raw), after in zip([*lines, ("", "")], following, strict=False):
         line = raw.strip()
-        alone = population_mark(line) > 0
+        alone = population_mark(line) > 0 or _is_numbered_heading(line, gathered[-1] if gathered else "", after)
         if gathered and (not line or alone or (printed and stands_like_heading(line) and SENTENCE_END.search(gathered[-1]))):
             yield _paragraph(gathered, place)
             gathered = []
@@ -49,6 +58,19 @@ def _gathered(lines: Sequence[Line], printed: bool) -> Iterator[Block]:
         if alone or (printed and short and (title or SENTENCE_END.search(line))):
             yield _paragraph(gathered, place)
             gathered = []
+
+
+def _is_numbered_heading(line: str, before: str, after: str) -> bool:
+    """Whether a line is a heading though no empty line parts it from its text: it has a number, and is none of a list's items."""
+    number = number_of(line)
+    if number is None or not is_heading(line):
+        return False
+    if after.startswith(f"{number}.") and number_of(after) not in (None, number):  # "2 Treatment", then "2.1 Adults with asthma"
+        return True
+    if "." in number:
+        return not after or _begins_anew(after)
+    in_list = number_of(before) is not None or number_of(after) is not None
+    return not in_list and _begins_anew(after) and (reads_as_sentence(after) or len(after) > _LINE)
 
 
 def _begins_anew(line: str) -> bool:
