@@ -28,7 +28,9 @@ _IMPERATIVE = re.compile(
     r"|withdraw|reduce|add|replace|assess|ensure|advise|inform|ask|tell|take|keep|omit|never|no|not|if|unless|when|whenever"
     r"|otherwise|then|else|perform|obtain|admit|call|seek|exclude|confirm|select|choose|titrate|taper|double|halve|provide|apply"
     r"|inject|infuse|insert|remove|observe|intubate|ventilate|restrict|maintain|initiate|resume|restart|suspend|cease|defer|allow"
-    r"|encourage|counsel|discuss|vaccinate|immuni[sz]e|aspirate|anticoagulate|rehydrate|arrange|only\s+(?:if|when|in|for|give|use)"
+    r"|encourage|counsel|discuss|vaccinate|immuni[sz]e|aspirate|anticoagulate|rehydrate|arrange|elevate"
+    r"|immobili[sz]e|examine|investigate|identify|determine|calculate|explain|educate|optimi[sz]e|substitute|contact|notify"
+    r"|rest\s+(?:the|until)|only\s+(?:if|when|in|for|give|use)"
     r"|(?:use|start|change|review|test|screen|monitor|increase|order|treat|switch|repeat|record|wait|transfer|delay|request|limit"
     r"|hold|drain|supplement|correct|follow|discharge|return)(?!\s+(?:of|in|and|for|up)\b)\s+\S+)\b",
     re.IGNORECASE,
