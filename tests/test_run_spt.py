@@ -1,6 +1,7 @@
 """Runs with method spt: search, selection and retraining, each resumable; fixed layers; and PEFT's soft prompts as baselines."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_interrupted_between_the_stages_the_search_is_kept(tmp_path: Path, monke
     assert result.resumed_from is None
     assert result.metrics == whole.metrics
     assert_same_adapter(whole.adapter, result.adapter)
+
+
+def test_a_search_whose_checkpoints_are_gone_is_kept_by_a_stopped_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, out = write_recipe(tmp_path, "spt"), tmp_path / "out"
+    for call in (13, 1):  # the first batch of the training, each time
+        with monkeypatch.context() as patch:
+            stop_at(patch, call, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe, out, resume=call == 1)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        assert {"search.json", "recipe.yaml"} <= {path.name for path in out.iterdir()}
+    assert train(recipe, out, resume=True).steps == 8
 
 
 def test_interrupted_before_a_checkpoint_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,10 @@ Shapes: b batch, t tokens.
 """
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +15,62 @@ from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
 
+_Value = TypeVar("_Value")
+
+
+class OfThread(Generic[_Value]):
+    """An attribute of which every thread has its own value, so that several can run one model at a time, as web servers do.
+
+    A thread that has set none finds the one given here, and so does a deep copy or what was pickled.
+    """
+
+    def __init__(self, at_first: _Value) -> None:
+        self._at_first = at_first
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> "OfThread[_Value]": ...
+    @overload
+    def __get__(self, owner: object, kind: type) -> _Value: ...
+    def __get__(self, owner: object | None, kind: type) -> "OfThread[_Value] | _Value":
+        if owner is None:
+            return self
+        value: _Value = getattr(_values_of(owner), self._name, self._at_first)
+        return value
+
+    def __set__(self, owner: object, value: _Value) -> None:
+        setattr(_values_of(owner), self._name, value)
+
+
+class _Values(threading.local):
+    def __reduce__(self) -> Any:
+        return _Values, ()  # what a call was doing is no part of a copy
+
+
+def _values_of(owner: object) -> _Values:
+    values: _Values | None = owner.__dict__.get("_values_of_threads")
+    # In one step, because two threads may be the first at the same time.
+    return owner.__dict__.setdefault("_values_of_threads", _Values()) if values is None else values
+
 
 class CallTracker:
     """Watches the forwards of a model and of the models inside it; what a subclass does when one begins and ends is its own.
+
+    Which forward runs, and which prompts were told, each thread has for itself.
 
     Args:
         watched: the Transformers models around the stack of layers, the outermost first; whichever is called opens the pass.
         what: the adapters' kind, in messages.
     """
 
+    _opened_by = OfThread[int | None](None)
+    _told = OfThread[Tensor | None](None)
+
     def __init__(self, watched: Sequence[nn.Module], what: str) -> None:
         self._watched, self._what = list(watched), what
         self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in watched]
-        self._opened_by: int | None = None
-        self._told: Tensor | None = None
         self._handles = [
             handle
             for module in watched
@@ -44,7 +87,7 @@ class CallTracker:
 
     @contextmanager
     def told(self, prompt: Tensor) -> Iterator[None]:
-        """While open, texts have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
+        """While open, texts of this thread have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
         before, self._told = self._told, prompt
         try:
             yield
@@ -118,10 +161,11 @@ def fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
 
 
 def seen_by_the_last_token(mask: Any, tokens: int) -> Tensor | None:
-    """The tokens (b, t) of a prompt that its last one attends to: with padding on the left, all that are no padding."""
+    """The tokens (b, t) of a prompt that its last one attends to or, but for a sliding window, would: all that are no padding."""
     if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values())))
+        mask = next(iter(mask.values()))
     if not isinstance(mask, Tensor):
         return None
-    row = mask[:, 0, -1, :tokens]
-    return row if row.dtype == torch.bool else row == 0
+    # Whatever the window, a token is in it itself, and padding is attended to by nobody.
+    itself = mask[:, 0, :tokens, :tokens].diagonal(dim1=-2, dim2=-1)
+    return itself if itself.dtype == torch.bool else itself == 0

@@ -49,7 +49,10 @@ def _new(front: type[Front], own: type) -> object:
 
 
 def _set_class(owner: Any, kind: type) -> None:
+    before = getattr(type(owner), "forward", None)
     owner.__class__ = kind
-    # Accelerate's device hooks keep a module's forward as it was when they were put on.
-    if isinstance(owner.__dict__.get("_old_forward"), MethodType):
-        owner._old_forward = MethodType(cast(Any, kind).forward, owner)
+    # Accelerate's device hooks keep a module's forward as it was when they were put on, and leave it in its place when taken off.
+    for name in ("_old_forward", "forward"):
+        kept = owner.__dict__.get(name)
+        if isinstance(kept, MethodType) and kept.__func__ is before:
+            setattr(owner, name, MethodType(cast(Any, kind).forward, owner))

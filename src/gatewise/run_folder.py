@@ -199,7 +199,7 @@ def _tidy(output: Path, recipe: Recipe) -> None:
                 shutil.rmtree(path, ignore_errors=True)
         if checkpoints.is_dir() and not any(checkpoints.iterdir()) and not (output / METRICS).is_file():
             checkpoints.rmdir()
-    if not checkpoints.is_dir():
+    if not checkpoints.is_dir() and not (output / SEARCH_FILE).is_file():
         (output / RECIPE).unlink(missing_ok=True)
         if output.is_dir() and not any(output.iterdir()):
             output.rmdir()

@@ -71,6 +71,8 @@ _GEMMA = {
 }
 
 DECODERS = ["llama", "gemma3", "qwen2", "qwen3", "gpt2"]
+SLIDING = ["qwen2-sliding", "gemma3-sliding"]
+"""Decoders all of whose layers have a window."""
 ENCODERS = ["bert", "roberta", "bert-mlm", "roberta-mlm"]
 CLASSIFIERS = ["bert", "roberta", "llama-classifier", "gpt2-classifier"]
 FAMILIES = DECODERS + ENCODERS + ["llama-classifier", "gpt2-classifier"]
@@ -78,6 +80,12 @@ _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, _DECODER),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, _DECODER | _GEMMA),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, _DECODER),
+    "qwen2-sliding": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        _DECODER | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    ),
+    "gemma3-sliding": (Gemma3ForCausalLM, Gemma3TextConfig, _DECODER | _GEMMA | {"layer_types": ["sliding_attention"] * LAYERS}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, _DECODER),
     "gpt2": (GPT2LMHeadModel, GPT2Config, _GPT2),
     "bert": (BertForSequenceClassification, BertConfig, _ENCODER),
@@ -105,7 +113,7 @@ def prompted_base(family: str, attention: str = "sdpa") -> Any:
 def task_of(family: str) -> str | None:
     if family in CLASSIFIERS:
         return "SEQ_CLS"
-    return "CAUSAL_LM" if family in DECODERS else None
+    return "CAUSAL_LM" if family in DECODERS + SLIDING else None
 
 
 def prompt_config(family: str = "llama", **settings: Any) -> SelectivePromptConfig:

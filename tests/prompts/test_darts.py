@@ -176,6 +176,11 @@ def test_refusals(tmp_path, data):
         prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, drop=1)
     with pytest.raises(GatewiseError, match="consistency is -1"):
         prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, consistency=-1)
+    best = arguments(
+        tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2
+    )
+    with pytest.raises(GatewiseError, match=r"load_best_model_at_end is True, .*: leave it out"):
+        prompts.search(hyper("llama"), rows, best, keep=1, eval_dataset=rows)
     with pytest.raises(GatewiseError, match="give it the layers that were chosen"):
         prompts.retrain(prompted_base("llama"), prompt_config("llama"), rows, arguments(tmp_path))
 

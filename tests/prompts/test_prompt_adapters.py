@@ -12,7 +12,15 @@ from peft.utils import get_peft_model_state_dict
 from prompted_models import FAMILIES, open_gates, prompt_config, prompted, prompted_base, task_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from gatewise import GatewiseError, SelectivePromptConfig
 from gatewise.prompts.cache import PromptedCache
@@ -184,6 +192,52 @@ def test_other_architectures():
     lora = get_peft_model(prompted_base("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(GatewiseError, match="carries an adapter already"):
         get_peft_model(lora.base_model.model, prompt_config())
+
+
+@pytest.mark.parametrize("kind", [BertForPreTraining, BertLMHeadModel])
+def test_an_encoder_reads_all_of_a_text_whatever_its_head(texts, kind):
+    config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    model = get_peft_model(kind(config), prompt_config("bert-mlm")).eval()
+    given = {"input_ids": texts[0][None]}
+    labels = torch.full((1, 9), -100)
+    labels[0, 2] = 7
+    with torch.no_grad():
+        name = "logits" if kind is BertLMHeadModel else "prediction_logits"
+        assert torch.equal(model(**given, labels=labels)[name], model(**given)[name])
+    model.train()(**given)  # and its training need not say where a prompt ends
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_hooks_on_layers_that_change_the_text(batch, family):
+    """They get what a layer takes and gives with prompts, and are told so if they return what it has without."""
+    model = prompted(family, prompt_layers=[1])
+    expected = logits(model, batch)
+    inner = model.get_base_model().base_model
+    layer = inner.layers[1] if family == "llama" else inner.encoder.layer[1]
+
+    def with_hook(register: Any, hook: Any) -> Tensor:
+        handle = register(hook)
+        try:
+            return logits(model, {name: value[:2] for name, value in batch.items()})
+        finally:
+            handle.remove()
+
+    torch.testing.assert_close(with_hook(layer.register_forward_hook, lambda _, args, out: (out[0] * 1.0, out[1])), expected[:2])
+    before = layer.register_forward_pre_hook
+    torch.testing.assert_close(with_hook(before, lambda _, args: (args[0] * 1.0, *args[1:])), expected[:2])
+    with pytest.raises(GatewiseError, match=r"a forward hook on layer .*1 returned a Tensor, but .*: return the pair with"):
+        with_hook(layer.register_forward_hook, lambda _, args, out: out[0])
+    with pytest.raises(GatewiseError, match=r"a forward pre-hook on layer .*1 returned 1 arguments, but .*: return the three with"):
+        with_hook(before, lambda _, args: (args[0],))
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_masks_that_do_not_say_where_the_padding_is(batch):
+    for task in (None, "CAUSAL_LM"):
+        model = prompted("llama", task_type=task)
+        for shape in ((4, 1, 9, 9), (4, 1, 1, 9)):
+            with pytest.raises(GatewiseError, match=r"attention_mask is not of shape \(b, t\)"):
+                model(input_ids=batch["input_ids"], attention_mask=torch.ones(shape, dtype=torch.bool))
 
 
 def test_what_a_model_with_prompts_does_not_do(batch):

@@ -1,13 +1,14 @@
 """Generation with a cache against the loop by hand, which has none, and the cache's own dealings."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import prompt_reference as reference
 import pytest
 import torch
-from prompted_models import DECODERS, prompt_config, prompted
-from transformers import DynamicCache, StaticCache
+from prompted_models import DECODERS, SLIDING, prompt_config, prompted
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, StaticCache
 
 from gatewise.errors import GatewiseError
 
@@ -49,6 +50,94 @@ def test_greedy_is_the_loop_by_hand(texts, batch, family, layers):
     assert model.get_base_model().generate(**batch, **settings())[:, 9:].tolist() == expected
     with model.disable_adapter():
         assert model.generate(**batch, **settings())[:, 9:].tolist() != expected
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", SLIDING)
+def test_a_static_cache_without_a_mask(texts, batch, family, attention):
+    """The last token of the prompt sees only what is in its window, but generators read all of it, and no padding."""
+    model = prompted(family, attention)
+    expected = [by_hand(model, text) for text in texts]
+    static = settings(cache_implementation="static")
+    assert model.generate(input_ids=batch["input_ids"], **static)[:, 9:].tolist() == expected
+    assert model.get_base_model().generate(input_ids=batch["input_ids"][:1], **static)[:, 9:].tolist() == expected[:1]
+
+
+def test_the_base_models_own_generate(texts, batch):
+    """It knows its prompts without PEFT, whatever the settings."""
+    model = prompted("llama")
+    base, expected = model.get_base_model(), [by_hand(model, text) for text in texts]
+    assert base.generate(**batch, **settings(use_cache=False))[:, 9:].tolist() == expected
+    ids = batch["input_ids"][:1]
+    assert base.generate(ids, **settings(prompt_lookup_num_tokens=2))[:, 9:].tolist() == expected[:1]
+    with pytest.raises(GatewiseError, match="cut into chunks of 3"):
+        base.generate(**batch, **settings(prefill_chunk_size=3))
+    with model.disable_adapter():
+        plain = base.generate(**batch, **settings())
+        assert base.generate(**batch, **settings(prefill_chunk_size=3)).tolist() == plain.tolist()
+    assert model.unload() is base
+    assert type(base) is LlamaForCausalLM
+    assert base.generate(**batch, **settings()).tolist() == plain.tolist()
+    assert not hasattr(base, "prompt_tracker")
+
+
+def guided(model, text, other, scale, new=NEW):
+    """Classifier-free guidance by hand: each of the two prompts generated from its own text."""
+    base, rows = reference.plain_copy(model), [text, other]
+    with torch.no_grad():
+        for _ in range(new):
+            one, two = (
+                reference.logits(base, model, row, read=len(first))[-1].log_softmax(-1)
+                for row, first in zip(rows, (text, other), strict=True)
+            )
+            token = (scale * (one - two) + two).argmax()[None]
+            rows = [torch.cat([row, token]) for row in rows]
+    return rows[0][len(text) :].tolist()
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("prompt", "negative"), [(3, 0), (0, 1)])
+def test_guidance_by_a_prompt_of_another_length(texts, prompt, negative, told):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = prompted("llama")
+        one, other = texts[prompt], texts[negative]
+        more = settings(guidance_scale=3.0, negative_prompt_ids=other[None])
+        with model.prompt_positions(torch.ones(1, len(one))) if told else nullcontext():
+            assert model.generate(input_ids=one[None], **more)[0, len(one) :].tolist() == guided(model, one, other, 3.0)
+
+
+def test_guidance_without_a_cache_is_refused(texts):
+    model = prompted("llama")
+    ids = {"input_ids": texts[0][None], "negative_prompt_ids": texts[3][None]}
+    config = GenerationConfig(guidance_scale=1.5, use_cache=False, max_new_tokens=NEW, pad_token_id=0)
+    for call in (
+        lambda: model.generate(**ids, **settings(guidance_scale=1.5, use_cache=False)),
+        lambda: model.generate(**ids, generation_config=config),
+        lambda: model.get_base_model().generate(ids["input_ids"], config),
+    ):
+        with pytest.raises(GatewiseError, match=r"guidance_scale was given with use_cache=False.* leave use_cache out"):
+            call()
+    with model.disable_adapter():
+        assert model.generate(**ids, **settings(guidance_scale=1.5, use_cache=False)).shape == (1, 9 + NEW)
+    assert model.generate(**ids, **settings(guidance_scale=1.0, use_cache=False)).shape == (1, 9 + NEW)
+
+
+@pytest.mark.parametrize("mode", [{}, {"use_cache": False}], ids=str)
+def test_told_prompts_of_beams_and_samples(batch, mode):
+    """Each row of a prompt has what was told of it."""
+    model = prompted("llama")
+    told = batch["attention_mask"] * (torch.arange(9) < 8)
+    for more, times in (({"num_beams": 2}, 1), ({"do_sample": True, "top_k": 1, "num_return_sequences": 2}, 2)):
+        with model.prompt_positions(told):
+            written = model.generate(**batch, **settings(**mode, **more))
+        for row in range(4):
+            alone = {name: value[row : row + 1] for name, value in batch.items()}
+            with model.prompt_positions(told[row : row + 1]):
+                got = model.generate(**alone, **settings(**mode, **more))
+            assert written[row * times : (row + 1) * times].tolist() == got.tolist()
+    with model.prompt_positions(told[:2]), pytest.raises(GatewiseError, match=r"shape \(4, 9\) were given for .* \(8, 9\)"):
+        model.generate(**batch, **settings(num_beams=2))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -165,6 +254,17 @@ def test_a_cache_that_is_emptied_begins_a_new_text(texts):
             with model.disable_adapter():
                 plain = model(input_ids=ids).logits
                 torch.testing.assert_close(model(input_ids=ids, past_key_values=cache).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_is_cropped_to_nothing_holds_no_prompts(texts):
+    model, cache, ids = prompted("llama"), DynamicCache(), texts[2][None]
+    with torch.no_grad():
+        model(input_ids=texts[0][None], past_key_values=cache)
+        cache.crop(-9)
+        assert cache.get_seq_length() == 0
+        with model.disable_adapter():
+            plain = model(input_ids=ids).logits
+            torch.testing.assert_close(model(input_ids=ids, past_key_values=cache).logits, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_caches_that_do_not_fit(batch):

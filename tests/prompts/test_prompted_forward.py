@@ -112,6 +112,11 @@ def test_shapes_are_those_of_the_input(texts, family):
         torch.testing.assert_close(out.attentions[0][0, :, :9].sum(dim=-1), torch.ones_like(real))
         as_tuple = model(**batch, return_dict=False)
         torch.testing.assert_close(as_tuple[0], out.logits)
+        as_tuple = model(**batch, output_hidden_states=True, output_attentions=True, return_dict=False)
+        hidden, attentions = [part for part in as_tuple if isinstance(part, tuple) and part]  # GPT-2's last one is empty
+        assert [one.shape for one in hidden] == [(4, 11, 16)] * 4
+        for one, other in zip(attentions, out.attentions, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("family", [*DECODERS, "llama-classifier"])

@@ -57,7 +57,13 @@ class PromptedBlock(Front, nn.Module):
         if running.text is not None and given.get("position_embeddings") is not None:
             given["position_embeddings"] = running.positions(given["position_embeddings"])
         # Hooks on the layer see the pair, whose first part is what they would see without prompts.
-        text, running.propagated = super().__call__(hidden, running.propagated, gate, prompt_pass=running, **given)
+        pair = super().__call__(hidden, running.propagated, gate, prompt_pass=running, **given)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise GatewiseError(
+                f"a forward hook on layer {self.place.path} returned a {type(pair).__name__}, but with selective prompts a layer's "
+                "output is the pair (hidden states, prompt): return the pair with the hidden states changed"
+            )
+        text, running.propagated = pair
         return text
 
     def forward(self, *args: Any, prompt_pass: PromptPass | None = None, **kwargs: Any) -> Any:
@@ -67,6 +73,11 @@ class PromptedBlock(Front, nn.Module):
         """
         if prompt_pass is None:
             return super().forward(*args, **kwargs)
+        if len(args) != 3:
+            raise GatewiseError(
+                f"a forward pre-hook on layer {self.place.path} returned {len(args)} arguments, but with selective prompts a "
+                "layer's are (hidden states, prompt, gate): return the three with the hidden states changed"
+            )
         hidden, propagated, gate = args
         if prompt_pass.text is None:
             return super().forward(hidden, **kwargs), None

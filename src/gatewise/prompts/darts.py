@@ -219,13 +219,18 @@ def search(
             within a few hundred steps).
 
     Raises:
-        GatewiseError: no hyper-network, K out of range, an unknown choice or one by loss without consistency; and what
-            ``SearchMixin`` and ``BilevelMixin`` refuse.
+        GatewiseError: no hyper-network, K out of range, an unknown choice or one by loss without consistency, or
+            ``load_best_model_at_end``; and what ``SearchMixin`` and ``BilevelMixin`` refuse.
     """
     tuner = hyper_network(model)
     chosen_layers(tuner.gates(), keep)
     if choose not in get_args(Choice):
         raise GatewiseError(f"choose is {choose!r}: expected one of {', '.join(map(repr, get_args(Choice)))}")
+    if args.load_best_model_at_end:
+        raise GatewiseError(
+            "load_best_model_at_end is True, which would leave the model with other gates than the search ended with: leave it "
+            "out, and use it for the training that follows"
+        )
     weights, upper = split_in_half(train_dataset, args.seed)
     settings = {"upper_learning_rate": 1e-2, "upper_optim": "adam", "upper_betas": (0.5, 0.999), **settings}
     trainer = trainer_class(model=model, args=args, train_dataset=weights, upper_dataset=upper, **settings)

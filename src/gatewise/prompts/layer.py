@@ -40,7 +40,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT, but each adapter keeps its precision."""
-        device = device or next(self._block[0].parameters()).device
+        device = device or _device_of(self._block[0])
+        if device is None:
+            return
         for held in (self.spt_generator, self.spt_gate_logit):
             if adapter_name not in held:
                 continue
@@ -49,6 +51,16 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             if not any(parameter.is_meta for parameter in parameters):
                 for parameter in parameters:
                     parameter.data = parameter.data.to(device)
+
+
+def _device_of(block: nn.Module) -> torch.device | None:
+    """Where a layer runs, which Accelerate's hooks know when the parameters are offloaded; None if nobody does."""
+    device = next(block.parameters()).device
+    if device.type != "meta":
+        return device
+    devices = [getattr(getattr(module, "_hf_hook", None), "execution_device", None) for module in block.modules()]
+    runs_on = next((one for one in devices if one is not None), None)
+    return None if runs_on is None else torch.device(runs_on)
 
 
 def mixed(propagated: Tensor | None, new: Tensor, gate: Tensor | None, tau: float) -> Tensor:

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from gatewise.calls import OfThread
 from gatewise.errors import GatewiseError
 from gatewise.losses import loss_kind
 from gatewise.prompts.block import Place, install, uninstall
@@ -19,7 +20,7 @@ from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.families import Transformer
 from gatewise.prompts.layer import PromptLayer
 from gatewise.prompts.passes import Gates, PassTracker
-from gatewise.prompts.reading import Call
+from gatewise.prompts.writer import install_writer, uninstall_writer
 
 _NO_MERGE = (
     "selective prompts cannot be merged, because they are tokens generated from each text and no change of the weights: use the "
@@ -45,7 +46,8 @@ class SelectivePromptModel(BaseTuner):
     nothing to propagate), so p_0 = τ a_0 p^new. The discrete model's first prompt layer i likewise has p_i = τ p^new, and below it
     there is no prompt at all, which is where the two differ.
 
-    Several adapters in one batch, and several active at once, are refused.
+    Several adapters in one batch, and several active at once, are refused. Several threads may run the model at a time: what
+    ``prompt_positions``, ``gates_dropped`` and ``gates_reparameterised`` set holds for the calls of their own thread.
     """
 
     prefix: str = "spt_"
@@ -54,8 +56,8 @@ class SelectivePromptModel(BaseTuner):
     _transformer: Transformer
     _tracker: PassTracker
     _enabled: bool
-    _reparameterised: bool
-    _dropped: Tensor | None
+    _reparameterised = OfThread[bool](False)
+    _dropped = OfThread[Tensor | None](None)
 
     # ---- putting adapters on, and taking them off ----
 
@@ -66,7 +68,7 @@ class SelectivePromptModel(BaseTuner):
                 "add_adapter or load_adapter, or call unload() on the other one first"
             )
         self._transformer = Transformer(model)
-        self._enabled, self._reparameterised, self._dropped = True, False, None
+        self._enabled = True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
@@ -81,9 +83,9 @@ class SelectivePromptModel(BaseTuner):
             raise GatewiseError(f"phm is {config.phm}, which does not divide the model's hidden size {width}: expected a divisor")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not hasattr(self, "_tracker"):
-            kind = loss_kind(model)
-            causal = kind == "causal" and model.get_output_embeddings() is not None  # type: ignore[operator]
-            self._tracker = PassTracker(self._transformer, causal, self._active)
+            answers = loss_kind(model) == "causal" and model.get_output_embeddings() is not None  # type: ignore[operator]
+            self._tracker = PassTracker(self._transformer, self._transformer.family.causal and answers, self._active)
+            install_writer(model, self._tracker)
             for index, block in enumerate(self._transformer.layers):
                 install(block, Place(block, index, f"{self._transformer.path}.{index}", self._tracker))
 
@@ -124,6 +126,7 @@ class SelectivePromptModel(BaseTuner):
         """The base model without prompts and hooks; modules that were saved with the active adapter stay in it, as PEFT has it."""
         model = super().unload()
         self._tracker.remove()
+        uninstall_writer(model)
         for block in self._transformer.layers:
             uninstall(block)
         return model
@@ -157,18 +160,13 @@ class SelectivePromptModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Opened by PEFT around ``forward`` and ``generate``: keeps what they were given that the base model does not get."""
+        """Opened by PEFT around ``forward`` and ``generate``."""
         if kwargs.get("adapter_names") is not None:
             raise GatewiseError(
                 "adapter_names was given, but one adapter's prompts serve the whole batch: run the rows of each adapter by "
                 "themselves"
             )
-        candidates = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1])
-        given = next((value for value in candidates if isinstance(value, Tensor)), None)
-        mask = kwargs.get("attention_mask")
-        width = given.shape[1] if given is not None and given.ndim > 1 else None
-        with self._tracker.call(Call(width, mask if isinstance(mask, Tensor) else None)):
-            yield
+        yield
 
     def prompt_positions(self, prompt: Tensor) -> AbstractContextManager[None]:
         """While open, generators read where ``prompt`` (b, t) is true: for calls without labels that hold answers too.
@@ -239,7 +237,13 @@ class SelectivePromptModel(BaseTuner):
     def _gate_logits(self, adapter: str) -> list[Tensor]:
         if self._config(adapter).prompt_layers is not None:
             return []
-        return [block.selective_prompt.spt_gate_logit[adapter] for block in self._transformer.layers]  # type: ignore[index,union-attr]
+        logits = [block.selective_prompt.spt_gate_logit[adapter] for block in self._transformer.layers]  # type: ignore[index,union-attr]
+        if any(logit.is_meta for logit in logits):
+            raise GatewiseError(
+                f"gates of adapter {adapter!r} are offloaded, but a hyper-network needs them before its first layer: keep its "
+                "model on the devices where it runs, or offload the discrete model that its search chose"
+            )
+        return logits
 
     def _layers_of(self, config: SelectivePromptConfig) -> list[int]:
         return list(range(len(self._transformer.layers))) if config.prompt_layers is None else list(config.prompt_layers)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gatewise.calls import CallTracker, cache_of, cached_tokens
+from gatewise.calls import CallTracker, OfThread, cache_of, cached_tokens
 from gatewise.errors import GatewiseError
 from gatewise.prompts.cache import PromptedCache, prompts_of
 from gatewise.prompts.config import SelectivePromptConfig
@@ -97,27 +97,35 @@ def _once(made: dict[int, tuple[Any, Any]], given: Any, make: Callable[[Any], _M
 class PassTracker(CallTracker):
     """Watches the base model's forwards through hooks. ``current`` is the pass that runs, None when prompts are not at work.
 
+    Of what belongs to a call each thread has its own.
+
     Args:
         transformer: where the layers are.
         causal: whether labels tell prompt from answer.
         active: (name, configuration, gates) of the adapter in use, None while there is none; its gates keep their graph.
     """
 
+    current = OfThread[PromptPass | None](None)
+    running = OfThread[bool](False)
+    _call = OfThread[Call](Call())
+
     def __init__(
         self, transformer: Transformer, causal: bool, active: Callable[[], tuple[str, SelectivePromptConfig, Gates] | None]
     ) -> None:
-        self.current: PromptPass | None = None
-        self.running = False
         self._transformer, self._causal, self._active = transformer, causal, active
         self._owner = next(_owners)
-        self._call = Call()
         super().__init__(transformer.around, "selective prompts")
         if transformer.rotary is not None:
             self._handles.append(transformer.rotary.register_forward_hook(self._add_positions, with_kwargs=True))
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether there is an adapter in use."""
+        return self._active() is not None
+
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:
-        """While open, forwards belong to this call of PEFT's ``forward`` or ``generate``."""
+        """While open, forwards of this thread belong to this call of ``generate``."""
         before, self._call = self._call, call
         try:
             yield
@@ -141,6 +149,8 @@ class PassTracker(CallTracker):
     def _pass(self, arguments: Mapping[str, Any], module: Any) -> PromptPass | None:
         cache = cache_of(arguments)
         continues = cached_tokens(cache) > 0
+        if isinstance(cache, PromptedCache) and not continues:
+            cache.gatewise_prompts.states.clear()
         active = self._active()
         if active is None:
             if continues and prompts_of(cache) is not None:
@@ -160,8 +170,6 @@ class PassTracker(CallTracker):
         if continues:
             self._check_continued(cache, adapter, batch)
         else:
-            if isinstance(cache, PromptedCache):
-                cache.gatewise_prompts.states.clear()
             if cache is not None and self._call.width is not None and tokens < self._call.width:
                 raise GatewiseError(
                     f"the prompt of {self._call.width} tokens was cut into chunks of {tokens}, but generators have to read all of "
@@ -209,11 +217,20 @@ class PassTracker(CallTracker):
 
 def _without_prompts(output: Any, done: PromptPass) -> Any:
     """Takes the prompt's rows and columns out of the attentions among the outputs; the rest of a row adds up to less than one."""
-    attentions = output.get("attentions") if isinstance(output, dict) else None
-    if not attentions:
-        return None
+    if isinstance(output, tuple):
+        return tuple(_text_of(part, done) if _are_attentions(part) else part for part in output)
+    if isinstance(output, dict) and _are_attentions(output.get("attentions")):
+        output["attentions"] = _text_of(output["attentions"], done)
+        return output
+    return None
+
+
+def _are_attentions(part: Any) -> bool:
+    return isinstance(part, tuple) and bool(part) and all(isinstance(one, Tensor) and one.ndim == 4 for one in part)
+
+
+def _text_of(attentions: tuple[Tensor, ...], done: PromptPass) -> tuple[Tensor, ...]:
     length = done.config.num_prompt_tokens
-    output["attentions"] = tuple(
+    return tuple(
         weights if layer < done.first else weights[..., -done.tokens :, length:] for layer, weights in enumerate(attentions)
     )
-    return output

@@ -10,17 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatewise.calls import fitted, seen_by_the_last_token
+from gatewise.calls import cache_of, fitted, seen_by_the_last_token
 from gatewise.errors import GatewiseError
 from gatewise.losses import IGNORED, before_first
 
 
 @dataclass(frozen=True)
 class Call:
-    """What PEFT's ``forward`` or ``generate`` was given: the prompts' width, and which of their columns are no padding."""
+    """What ``generate`` was given: how many prompts, their width, and which of their columns are no padding. Else width is None."""
 
+    rows: int = 1
     width: int | None = None
     attention_mask: Tensor | None = None
+
+    def by_row(self, given: Tensor, batch: int) -> Tensor:
+        """What was given for each prompt, for each of the rows (beams, samples) that ``generate`` has made of it."""
+        return given if self.width is None else given.repeat_interleave(batch // self.rows, dim=0)
+
+    def guides(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a forward that begins a text is not of the prompt, but of what classifier-free guidance compares it with.
+
+        Only there ``generate`` leaves it to the model to make a cache.
+        """
+        return self.width is not None and bool(arguments.get("use_cache")) and cache_of(arguments) is None
 
 
 @dataclass(frozen=True)
@@ -51,8 +63,8 @@ def read_text(arguments: Mapping[str, Any], call: Call, told: Tensor | None, cau
     """Where the tokens lie, and the prompts.
 
     In a causal model the prompt is what was told or, else, what stands before the first label that is not -100 or, else, what
-    ``generate`` was given or, else, everything. A row without a prompt (plain language modelling, all labels) has its first token
-    for one, which no position predicts. Elsewhere the text is the prompt.
+    ``generate`` was given or, else, everything. What guidance compares it with is a prompt by itself. A row without a prompt
+    (plain language modelling, all labels) has its first token for one, which no position predicts. Elsewhere the text is it.
 
     Raises:
         GatewiseError: shapes that do not fit, packed rows, or a causal model that is trained without a word on its prompts.
@@ -61,8 +73,10 @@ def read_text(arguments: Mapping[str, Any], call: Call, told: Tensor | None, cau
     batch, tokens = inputs.shape[:2]
     present = _present(arguments, call, inputs)
     prompt, labels = present, arguments.get("labels")
-    if told is not None:
-        prompt = present & fitted(told, batch, tokens).to(present.device)
+    if call.guides(arguments):
+        prompt = present
+    elif told is not None:
+        prompt = present & fitted(call.by_row(told, batch), batch, tokens).to(present.device)
     elif causal and isinstance(labels, Tensor) and labels.shape == (batch, tokens):
         prompt = present & before_first(labels != IGNORED).to(present.device)
     elif causal and training:
@@ -84,7 +98,7 @@ def _present(arguments: Mapping[str, Any], call: Call, inputs: Tensor) -> Tensor
             raise GatewiseError("attention_mask is not of shape (b, t): selective prompts need to know which tokens are padding")
         # Inside `generate` with a static cache the model gets the mask of its attention instead of the one that was given.
         given = call.attention_mask
-        mask = seen_by_the_last_token(mask, tokens) if given is None else given.repeat_interleave(batch // len(given), dim=0)
+        mask = seen_by_the_last_token(mask, tokens) if given is None else call.by_row(given, batch)
     if mask is None:
         positions = arguments.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any()):
