@@ -52,7 +52,7 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
     if not content.strip():
         raise GatewiseError(f"{name} is empty, expected a text in English or Chinese")
     read = _READERS[suffix.lower()](content, name)
-    blocks = tuple(block for block in read.blocks if block.text)
+    blocks = tuple(block for block in read.blocks if any(map(str.isalnum, block.text)))
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
         raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
     return replace(read, blocks=blocks, notes=(*read.notes, *_headings_alone(blocks, name)))
