@@ -48,7 +48,7 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         GatewiseError: the place cannot be written, or is taken.
     """
-    check_new_folder(path, replace)
+    _check_free(path, replace)
     target = Path(os.path.realpath(path))
     with _temporary(path, target.parent) as folder:
         part = folder / target.name
@@ -71,16 +71,13 @@ def check_new_file(path: str | Path) -> None:
         _try(path)
 
 
-def check_new_folder(path: str | Path, replace: bool = False) -> None:
-    """Refuses a folder that :func:`whole_folder` could not write, as far as can be told before.
+def check_new_folder(path: str | Path) -> None:
+    """Refuses a path that :func:`whole_folder` could not write, as far as can be told before. The folder above it is made.
 
     Raises:
-        GatewiseError: the path is a file's, or that of a folder with something in it.
+        GatewiseError: the path is a file's, that of a folder with something in it, or nothing can be written there.
     """
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise GatewiseError(f"{path} is a file, expected a folder to write into: give another path")
-    if not replace and os.path.isdir(path) and os.listdir(path):
-        raise GatewiseError(f"{path} is not empty: give a new folder, or remove it first")
+    _check_free(path, replace=False)
     _try(path)
 
 
@@ -111,6 +108,13 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_free(path: str | Path, replace: bool) -> None:
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise GatewiseError(f"{path} is a file, expected a folder to write into: give another path")
+    if not replace and os.path.isdir(path) and os.listdir(path):
+        raise GatewiseError(f"{path} is not empty: give a new folder, or remove it first")
 
 
 def _try(path: str | Path) -> None:

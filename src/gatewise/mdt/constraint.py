@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.mdt.course import Course
 
 _MISSING = (
@@ -155,5 +155,4 @@ def _known(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], size: int)
     try:
         return llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)), eos_token=list(ends))
     except Exception as error:  # the library's own errors have no common kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GatewiseError(f"llguidance cannot read the tokenizer ({reason[:200]}): write without constraint") from error
+        raise GatewiseError(f"llguidance cannot read the tokenizer ({reason_of(error)[:200]}): write without constraint") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import content_of
 from gatewise.mdt.document import Block, Document, listed
 from gatewise.mdt.headings import population_mark, without_text
@@ -107,8 +107,7 @@ def _pdf(content: bytes, name: str) -> Document:
     except GatewiseError:
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are damages
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GatewiseError(f"{name} cannot be read as PDF ({reason[:150]}): save or download it again") from error
+        raise GatewiseError(f"{name} cannot be read as PDF ({reason_of(error)[:150]}): save or download it again") from error
     finally:
         log.setLevel(level)
     scanned = [number for number, page in enumerate(pages, start=1) if _letters(page) < _SCANNED]

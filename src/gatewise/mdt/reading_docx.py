@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.mdt.document import Block, Document, listed
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -59,8 +59,9 @@ def read_docx(content: bytes, name: str) -> Document:
         blocks = tuple(reading.blocks(opened.element.body))
         return Document(name, blocks, (*reading.notes(), *_changes(opened.element.body, name), *_beside(opened, name)))
     except Exception as error:  # no zip archive, no document in it, broken XML, and as many damages as there are files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GatewiseError(f"{name} cannot be read as DOCX ({reason[:150]}): save it again as a Word document (.docx)") from error
+        raise GatewiseError(
+            f"{name} cannot be read as DOCX ({reason_of(error)[:150]}): save it again as a Word document (.docx)"
+        ) from error
 
 
 @dataclass

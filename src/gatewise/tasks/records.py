@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gatewise.characters import HALF_A_PAIR, has_half_a_pair
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 
 Kind = Literal["label", "choice", "generation", "number"]
 Row = dict[str, Any]
@@ -256,8 +256,7 @@ def _read_hub(name: str, split: str | None) -> tuple[Iterator[tuple[str, Row]], 
     try:
         dataset = datasets.load_dataset(path, config or None, split=split)
     except Exception as error:  # the library raises many kinds: no network, no such name, config or split, a broken script
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GatewiseError(f"the Hugging Face dataset {name} (split {split!r}) could not be loaded: {reason}") from error
+        raise GatewiseError(f"the Hugging Face dataset {name} (split {split!r}) could not be loaded: {reason_of(error)}") from error
     columns = list(dataset.column_names)
     if not any(shape.complete_in(columns) for shape in _SHAPES):
         raise GatewiseError(f"the Hugging Face dataset {name} has the columns {_listing(columns)}; expected {_all_shapes()}")
