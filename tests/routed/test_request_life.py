@@ -28,6 +28,7 @@ def check_at_rest(model):
     """Between calls the model holds its last request only."""
     tracker = tracker_of(model)
     assert (tracker.current, tracker._opened_by, tracker._arguments, tracker._told, tracker._thread) == (None, None, {}, None, None)
+    assert not tracker._holder
     assert tracker._call.attention_mask is None
     assert all(module.shares is None for module in model.modules() if isinstance(module, RoutedLinear))
 
@@ -198,6 +199,35 @@ def test_a_second_thread_is_refused(routed, batch):
     thread.start()
     thread.join()
     assert from_a_thread == [expected]
+
+
+def test_the_base_model_called_from_two_threads(routed, batch):
+    """Without a call of PEFT's around it, a forward holds the model just as well, until it ends or fails."""
+    model, prompts = routed("llama"), prompts_of(batch)
+    base, results = model.get_base_model(), []
+    expected = base(**prompts).logits
+
+    def elsewhere():
+        try:
+            results.append(base(**prompts).logits)
+        except GatewiseError as error:
+            results.append(str(error))
+
+    def in_a_thread(*_):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    handle = model.base_model.model.model.layers[0].self_attn.register_forward_hook(in_a_thread)
+    torch.testing.assert_close(base(**prompts).logits, expected, rtol=0, atol=0)
+    handle.remove()
+    assert len(results) == 1
+    assert "another thread is running this model" in results[0]
+    with pytest.raises(ValueError, match="input_ids"):
+        base(input_ids=prompts["input_ids"], inputs_embeds=torch.zeros(2, 3, 4))
+    in_a_thread()
+    torch.testing.assert_close(results[1], expected, rtol=0, atol=0)
+    check_at_rest(model)
 
 
 def test_a_call_stopped_from_the_keyboard(routed, batch):

@@ -136,7 +136,8 @@ class RequestTracker(CallTracker):
         self._kind, self._active, self._finish = kind, active, finish
         self._arguments: dict[str, Any] = {}
         self._call = Call()
-        self._thread: int | None = None
+        self._thread: int | None = None  # that of the call that is open
+        self._holder: dict[str, int] = {}  # the thread of the call or, outside of one, of the forward that runs
         self._checked: Prepared | None = None
         self._era, self._deleted = 0, dict[str, int]()
         self._places: Places = {}
@@ -160,9 +161,9 @@ class RequestTracker(CallTracker):
         """While open, forwards belong to this call of PEFT's ``forward`` or ``generate``.
 
         Raises:
-            GatewiseError: such a call is open in another thread, whose gates the modules hold.
+            GatewiseError: another thread has a call open or runs a forward, whose gates the modules hold.
         """
-        self._check_thread()
+        self._take()
         before = self._call, self._thread, self._checked
         self._call, self._thread, self._checked = call, threading.get_ident(), None
         try:
@@ -171,16 +172,19 @@ class RequestTracker(CallTracker):
             self._call, self._thread, self._checked = before
             # A forward that was stopped from the keyboard has not come to its end.
             self._close()
+            self._leave()
 
-    def _check_thread(self) -> None:
-        if self._is_taken():
+    def _take(self) -> None:
+        # In one step, because two threads may try at the same time.
+        if self._holder.setdefault("thread", threading.get_ident()) != threading.get_ident():
             raise GatewiseError(
                 "another thread is running this model, and a routed model serves one call at a time: put a lock around the calls, "
                 "or the requests into one batch"
             )
 
-    def _is_taken(self) -> bool:
-        return self._thread is not None and self._thread != threading.get_ident()
+    def _leave(self) -> None:
+        if self._thread is None:
+            self._holder.clear()
 
     def _close(self) -> None:
         self._opened_by, self.current, self._arguments = None, None, {}
@@ -191,7 +195,7 @@ class RequestTracker(CallTracker):
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         place = self._place(module)
-        self._check_thread()
+        self._take()
         if self._is_inside(place):
             return
         self._close()
@@ -200,10 +204,11 @@ class RequestTracker(CallTracker):
         self.current = self._pass(self._arguments, module.training)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self._is_open_by(module) or self._is_taken():
+        if not self._is_open_by(module):  # which another thread's forward that was refused is not
             return None
         done, arguments = self.current, self._arguments
         self._close()
+        self._leave()
         if done is None or output is None:  # the forward failed
             return None
         done.prepared.complete |= done.is_inference
