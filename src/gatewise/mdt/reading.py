@@ -1,25 +1,23 @@
 """Documents to extract from: plain text, Markdown, PDF and DOCX, read into headings and paragraphs with their places."""
 
 import errno
-import io
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gatewise.errors import GatewiseError, reason_of
+from gatewise.errors import GatewiseError
 from gatewise.files import content_of
 from gatewise.mdt.document import Block, Document, listed
 from gatewise.mdt.headings import population_mark, without_text
 from gatewise.mdt.reading_docx import read_docx
 from gatewise.mdt.reading_lines import Line, paragraphs, without_margins
 from gatewise.mdt.reading_markdown import read_markdown
+from gatewise.mdt.reading_pdf import read_pdf
 
 __all__ = ["STDIN", "Block", "Document", "document_of", "population_mark", "read_document"]
 
 STDIN = "-"
-_SCANNED = 20  # fewer letters than these on a page are a page number or a stamp
 
 
 def read_document(path: str | Path) -> Document:
@@ -92,58 +90,9 @@ def _markdown(content: bytes, name: str) -> Document:
 
 def _pdf(content: bytes, name: str) -> Document:
     try:
-        import pypdf
+        return read_pdf(content, name)
     except ImportError:
         raise _missing("pypdf", name) from None
-    log = logging.getLogger("pypdf")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # it tells of every small damage that it gets over
-    try:
-        reader = pypdf.PdfReader(io.BytesIO(content))
-        # Many files are locked with an empty password, against printing only.
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise GatewiseError(f"{name} is locked with a password: save it without one")
-        pages = [page.extract_text() or "" for page in reader.pages]
-    except GatewiseError:
-        raise
-    except Exception as error:  # a damaged file fails in as many ways as there are damages
-        raise GatewiseError(f"{name} cannot be read as PDF ({reason_of(error)[:150]}): save or download it again") from error
-    finally:
-        log.setLevel(level)
-    scanned = [number for number, page in enumerate(pages, start=1) if _letters(page) < _SCANNED]
-    if len(scanned) == len(pages):
-        raise GatewiseError(
-            f"{name} has no text on its {len(pages)} {'page' if len(pages) == 1 else 'pages'}, as scanned pages have none: run text"
-            " recognition (OCR) over it first"
-        )
-    lines, notes = without_margins(
-        [[(f"page {number}", line) for line in page.split("\n") if line.strip()] for number, page in enumerate(pages, start=1)],
-        name,
-    )
-    if scanned:
-        notes.insert(
-            0,
-            f"{name} has no text, or next to none, on {_spans(scanned)} of {len(pages)}, as scanned pages have none: run text"
-            " recognition (OCR) over it if they matter",
-        )
-    return Document(name, tuple(paragraphs(lines, printed=True)), tuple(notes))
-
-
-def _letters(page: str) -> int:
-    """Letters of a page; a Chinese character says about as much as three."""
-    return sum(3 if character >= "\u3400" else 1 for character in page if character.isalpha())
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """Numbers of pages as people write them: "pages 2-5, 7"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], number]
-        else:
-            spans.append([number])
-    said = ", ".join("-".join(map(str, span)) for span in spans)
-    return f"{'page' if len(numbers) == 1 else 'pages'} {said}"
 
 
 def _docx(content: bytes, name: str) -> Document:
