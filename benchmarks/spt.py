@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "task": "causal",
         "layers": 30,
         "keep": 6,
+        "drop": 0.8,  # 1 - keep / layers, as docs/spt.md advises
         "steps": {"full": 120, "few": 80},
         "learning_rate": {"spt": 2e-3, "prompt-tuning": 3e-2, "prefix-tuning": 1e-2, "lora": 5e-4},
     },
