@@ -14,7 +14,6 @@ from gatewise.mdt.reading_lines import paragraphs, without_margins
 _SCANNED = 20  # fewer letters than these on a page are a page number or a stamp
 _PICTURE = 100  # pixels of the shorter side; what is smaller is an icon or a rule
 _HIDDEN_TEXT = re.compile(rb"(?<![\d.])3\s+Tr\b")  # as text recognition lays over the picture that it has read
-
 _DRAWN = re.compile(rb"/([^\s/()<>\[\]{}%]+)\s+Do\b")
 
 
@@ -49,24 +48,22 @@ def read_pdf(content: bytes, name: str) -> Document:
             f"{name} has no text on its {len(pages)} {'page' if len(pages) == 1 else 'pages'}, as scanned pages have none: run text"
             " recognition (OCR) over it first"
         )
-    lines, notes = without_margins(
+    notes = []
+    if scanned:
+        notes.append(
+            f"{name} has no text, or next to none, on {_spans(scanned)} of {len(pages)}, as scanned pages have none: run text"
+            " recognition (OCR) over it if they matter"
+        )
+    if others := [number for number in pictured if number not in scanned]:
+        notes.append(
+            f"{name} has pictures on {_spans(others)} of {len(pages)}, which were not read: if they show text, such as a flow"
+            " chart, run text recognition (OCR) over it"
+        )
+    lines, left_out = without_margins(
         [[(f"page {number}", line) for line in page.split("\n") if line.strip()] for number, page in enumerate(pages, start=1)],
         name,
     )
-    pictured = [number for number in pictured if number not in scanned]
-    if pictured:
-        notes.insert(
-            0,
-            f"{name} has pictures on {_spans(pictured)} of {len(pages)}, which were not read: if they show text, such as a flow"
-            " chart, run text recognition (OCR) over it",
-        )
-    if scanned:
-        notes.insert(
-            0,
-            f"{name} has no text, or next to none, on {_spans(scanned)} of {len(pages)}, as scanned pages have none: run text"
-            " recognition (OCR) over it if they matter",
-        )
-    return Document(name, tuple(paragraphs(lines, printed=True)), tuple(notes))
+    return Document(name, tuple(paragraphs(lines, printed=True)), (*notes, *left_out))
 
 
 def _pictured(reader: Any) -> list[int]:
