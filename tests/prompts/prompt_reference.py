@@ -75,7 +75,7 @@ def last_hidden(
 
     Args:
         read: how many tokens are the prompt that generators read; None for all.
-        gates: layer -> a, in place of the adapter's own.
+        gates: layer -> a, in place of the adapter's own; below the first that is not zero there is no prompt.
     """
     config: Any = model.peft_config[adapter]
     numbers = adapter_numbers(model, adapter)
@@ -93,7 +93,8 @@ def last_hidden(
             a = a if gates is None else gates[index]
             new = generated(hidden[:read], numbers[index], config)
             propagated = torch.zeros_like(new) if prompt is None else prompt
-            prompt = (1 - config.tau * a) * propagated + config.tau * a * new
+            if prompt is not None or a != 0:
+                prompt = (1 - config.tau * a) * propagated + config.tau * a * new
         length = 0 if prompt is None else len(prompt)
         both = hidden if prompt is None else torch.cat([prompt, hidden])
         layer_type = getattr(base.config, "layer_types", [None] * len(layers))[index]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from prompted_models import FAMILIES, open_gates, prompt_config, prompted, prompted_base, task_of
+from prompted_models import DECODERS, FAMILIES, open_gates, prompt_config, prompted, prompted_base, task_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -18,6 +18,8 @@ from transformers import (
     BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -136,6 +138,50 @@ def test_gates_are_read_and_dropped(batch):
     for parameter in list(model.gate_parameters().values())[1:]:
         parameter.data.fill_(-1e9)
     torch.testing.assert_close(dropped, logits(model, batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_with_gates_dropped_is_the_discrete_one(batch, family):
+    """Below the first layer with an open gate it is the base model, as the discrete model is, and carried prompts are carried."""
+    for layers in ([0, 2], [1], [1, 2], [2]):
+        discrete = prompted(family, prompt_layers=layers)
+        model = get_peft_model(copy.deepcopy(discrete).unload(), prompt_config(family)).eval()
+        names = dict(discrete.named_parameters())
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.data.copy_(names[name])
+        for logit in model.gate_parameters().values():
+            logit.data.fill_(1e9)
+        closed = torch.tensor([layer not in layers for layer in range(3)])
+        with model.gates_dropped(closed):
+            torch.testing.assert_close(logits(model, batch), logits(discrete, batch))
+    with model.gates_dropped([True] * 3), discrete.disable_adapter():
+        torch.testing.assert_close(logits(model, batch), logits(discrete, batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_has_a_part_when_gates_are_dropped(batch, family):
+    """Data-parallel training needs that; and what is dropped learns nothing."""
+    model = prompted(family).train()
+    with model.gates_dropped([True, True, False]):
+        labels = {"labels": batch["input_ids"]} if family in DECODERS else {}
+        model(**batch, **labels).logits.square().sum().backward()
+    for layer in range(3):
+        found = [p.grad for name, p in model.named_parameters() if f".{layer}.selective_prompt." in name]
+        assert len(found) == 3
+        assert all((gradient != 0).any() == (layer == 2) for gradient in found)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_many_dropped_gates_leave_gradients_finite(attention):
+    """A prompt of zeros carried through so many layers has a gradient beyond float32, which times a gate of zero is no number."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 40, "vocab_size": 64}
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation=attention)), prompt_config()).train()
+    ids = torch.arange(3, 11)[None]
+    with model.gates_dropped([True] * 39 + [False]):
+        model(input_ids=ids, labels=torch.where(torch.arange(8) < 5, -100, ids)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert model.gate_parameters().popitem()[1].grad != 0
 
 
 # ---- refusals ----

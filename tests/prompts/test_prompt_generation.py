@@ -28,12 +28,12 @@ def settings(**more: Any) -> dict[str, Any]:
     return {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **more}
 
 
-def by_hand(model, text, new=NEW):
+def by_hand(model, text, new=NEW, gates=None):
     """Greedy, everything computed anew for every token, the prompt generated from the first ``len(text)`` tokens."""
     base, row = reference.plain_copy(model), text
     with torch.no_grad():
         for _ in range(new):
-            row = torch.cat([row, reference.logits(base, model, row, read=len(text))[-1:].argmax(-1)])
+            row = torch.cat([row, reference.logits(base, model, row, read=len(text), gates=gates)[-1:].argmax(-1)])
     return row[len(text) :].tolist()
 
 
@@ -50,6 +50,26 @@ def test_greedy_is_the_loop_by_hand(texts, batch, family, layers):
     assert model.get_base_model().generate(**batch, **settings())[:, 9:].tolist() == expected
     with model.disable_adapter():
         assert model.generate(**batch, **settings())[:, 9:].tolist() != expected
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_gates_dropped_while_generating(texts, batch, family):
+    model = prompted(family)
+    with torch.no_grad(), model.gates_dropped([True, False, True]):
+        expected = [by_hand(model, text, gates=model.gates() * torch.tensor([0, 1, 0])) for text in texts]
+        for mode in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+            assert model.generate(**batch, **settings(**mode))[:, 9:].tolist() == expected, mode
+        cache = model(**batch, use_cache=True).past_key_values
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+        after = {"input_ids": batch["input_ids"][:, -1:], "attention_mask": mask}
+        wanted = model(**after, past_key_values=copy.deepcopy(cache)).logits
+    # A text goes on with the prompts it began with, whichever gates are dropped by then.
+    with torch.no_grad():
+        torch.testing.assert_close(model(**after, past_key_values=cache).logits, wanted)
+    with model.gates_dropped([True] * 3), model.disable_adapter():
+        expected = model.generate(**batch, **settings())
+    with model.gates_dropped([True] * 3):
+        assert torch.equal(model.generate(**batch, **settings()), expected)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

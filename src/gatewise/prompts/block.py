@@ -29,10 +29,11 @@ class Place:
         self.names = list(inspect.signature(type(block).forward).parameters)[1:]
 
     def enter(self) -> PromptPass | None:
-        """The pass that the layer runs in, None below the first layer with prompts, where the base model is untouched."""
+        """The pass that the layer runs in; None where it has no part in it, below the first layer with prompts."""
         running = self._tracker.current
         if running is not None:
-            return running if self.index >= running.first else None
+            generates = running.text is not None and self.index in running.gates
+            return running if self.index >= running.first or generates else None
         if not self._tracker.running:
             raise GatewiseError(
                 f"layer {self.path} was run outside the forward of its model, so there is no text to generate prompts from: call "
@@ -53,6 +54,14 @@ class PromptedBlock(Front, nn.Module):
             return super().__call__(*args, **kwargs)
         given = {**dict(zip(self.place.names, args, strict=False)), **kwargs}
         hidden, gate = given.pop(self.place.names[0]), running.gates.get(self.place.index)
+        if self.place.index < running.first:
+            # A prompt of zeros, for its graph only, as data-parallel training wants every parameter to have a part. The layer
+            # does not see it: the text would attend to it, and a norm's gradient at zero, layer upon layer, grows past all numbers.
+            # Outside the layer's own call, so Accelerate has not brought the tensors to its device yet.
+            device = next(self.selective_prompt.parameters()).device
+            carried = None if running.propagated is None else running.propagated.to(device)
+            running.propagated = self._prompt(hidden.to(device), carried, gate, running)
+            return super().__call__(*args, **kwargs)
         given["attention_mask"] = running.mask(given.get("attention_mask"))
         if running.text is not None and given.get("position_embeddings") is not None:
             given["position_embeddings"] = running.positions(given["position_embeddings"])

@@ -68,7 +68,7 @@ class SearchMixin(BilevelMixin):
     Args:
         reparameterise: re-parameterised gates in upper steps.
         consistency: λ; 0 turns the second pass and all drops off.
-        drop: the probability that a gate is dropped in a pass of a lower step.
+        drop: the probability that a gate is dropped in a pass of a lower step; one always stays.
         Others: those of ``BilevelMixin`` (``upper_parameters`` are the gates) and the Trainer.
 
     Raises:
@@ -157,7 +157,11 @@ class SearchMixin(BilevelMixin):
 
     def _draw(self) -> Tensor:
         # From the CPU's generator, whose state checkpoints hold.
-        return torch.rand(len(hyper_network(self.model).gates())) < self.drop
+        drawn = torch.rand(len(hyper_network(self.model).gates()))
+        dropped = drawn < self.drop
+        # One stays: with none, a causal model's loss would have no gradient.
+        dropped[drawn.argmax()] = False
+        return dropped
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

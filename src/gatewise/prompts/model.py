@@ -19,7 +19,7 @@ from gatewise.prompts.block import Place, install, uninstall
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.families import Transformer
 from gatewise.prompts.layer import PromptLayer
-from gatewise.prompts.passes import Gates, PassTracker
+from gatewise.prompts.passes import AdapterInUse, Gates, PassTracker
 from gatewise.prompts.writer import install_writer, uninstall_writer
 
 _NO_MERGE = (
@@ -42,9 +42,9 @@ class SelectivePromptModel(BaseTuner):
 
     The function at the start is not the base model's: l small tokens, random functions of the text, stand in front of it.
 
-    In the hyper-network prompts are there from layer 0 on, where p^propagated is zero (reconstructed: the paper's formula with
-    nothing to propagate), so p_0 = τ a_0 p^new. The discrete model's first prompt layer i likewise has p_i = τ p^new, and below it
-    there is no prompt at all, which is where the two differ.
+    In the hyper-network prompts are there from layer 0 on, or from the first layer whose gate is not dropped. There p^propagated is
+    zero (reconstructed: the paper's formula with nothing to propagate), so p_i = τ a_i p^new, as the discrete model's first prompt
+    layer has p_i = τ p^new; below it there is no prompt at all.
 
     Several adapters in one batch, and several active at once, are refused. Several threads may run the model at a time: what
     ``prompt_positions``, ``gates_dropped`` and ``gates_reparameterised`` set holds for the calls of their own thread.
@@ -175,11 +175,14 @@ class SelectivePromptModel(BaseTuner):
         """
         return self._tracker.told(prompt)
 
-    def _active(self) -> tuple[str, SelectivePromptConfig, Gates] | None:
+    def _active(self) -> AdapterInUse | None:
         names = self.active_adapters if self._enabled else []
         if not names:
             return None
-        return names[0], self._config(names[0]), self._gates(names[0])
+        gates = self._gates(names[0])
+        dropped = None if self._config(names[0]).prompt_layers is not None else self._dropped
+        first = next((layer for layer in gates if dropped is None or not dropped[layer]), None)
+        return None if first is None else AdapterInUse(names[0], self._config(names[0]), gates, first)
 
     # ---- gates ----
 
@@ -200,7 +203,10 @@ class SelectivePromptModel(BaseTuner):
 
     @contextmanager
     def gates_dropped(self, dropped: Tensor | Sequence[bool]) -> Iterator[None]:
-        """While open, gates are zero where ``dropped`` (n,) is true: these layers only carry the prompt on."""
+        """While open, gates are zero where ``dropped`` (n,) is true: these layers only carry the prompt on, if there is one.
+
+        A discrete model has no gates to drop. With all dropped it is the base model.
+        """
         before, self._dropped = self._dropped, torch.as_tensor(dropped, dtype=torch.bool)
         try:
             yield

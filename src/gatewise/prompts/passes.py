@@ -30,13 +30,29 @@ _Made = TypeVar("_Made")
 _owners = count()
 
 
+@dataclass(frozen=True)
+class AdapterInUse:
+    """The adapter whose prompts a pass takes.
+
+    Attributes:
+        gates: of the layers with a generator, in order; with their graph.
+        first: the first layer that a prompt enters. Layers of ``gates`` below it have a closed gate and nothing to carry on.
+    """
+
+    name: str
+    config: SelectivePromptConfig
+    gates: Gates
+    first: int
+
+
 @dataclass(eq=False)
 class PromptPass:
     """A pass in which prompts of one adapter are at work. What layers share is made once.
 
     Attributes:
         owner: whose prompts go into caches.
-        gates: of the layers with a new prompt, in order; the first of them is the first layer with prompts at all.
+        first: the first layer that a prompt enters; of a pass that continues a text, the first with a prompt in the cache.
+        gates: of the layers with a generator, in order.
         text: None if the pass continues one.
         propagated: the prompt (b, l, d) that the layer below left, set from layer to layer.
         tokens: t.
@@ -46,6 +62,7 @@ class PromptPass:
     adapter: str
     config: SelectivePromptConfig
     causal: bool
+    first: int
     gates: Gates
     text: Text | None
     tokens: int
@@ -55,7 +72,6 @@ class PromptPass:
     _masks: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.first = next(iter(self.gates))
         if self.text is not None:
             self.pooling = pooling_weights(self.text.prompt, self.config.num_prompt_tokens)
 
@@ -102,16 +118,14 @@ class PassTracker(CallTracker):
     Args:
         transformer: where the layers are.
         causal: whether labels tell prompt from answer.
-        active: (name, configuration, gates) of the adapter in use, None while there is none; its gates keep their graph.
+        active: what tells which adapter is in use, None while there is none or all its gates are closed.
     """
 
     current = OfThread[PromptPass | None](None)
     running = OfThread[bool](False)
     _call = OfThread[Call](Call())
 
-    def __init__(
-        self, transformer: Transformer, causal: bool, active: Callable[[], tuple[str, SelectivePromptConfig, Gates] | None]
-    ) -> None:
+    def __init__(self, transformer: Transformer, causal: bool, active: Callable[[], AdapterInUse | None]) -> None:
         self._transformer, self._causal, self._active = transformer, causal, active
         self._owner = next(_owners)
         super().__init__(transformer.around, "selective prompts")
@@ -158,7 +172,6 @@ class PassTracker(CallTracker):
                     "the key-value cache was filled with prompts of an adapter that is not in use now: start with an empty cache"
                 )
             return None
-        adapter, config, gates = active
         if module.config._attn_implementation not in ("sdpa", "eager"):
             raise GatewiseError(
                 f"attn_implementation is {module.config._attn_implementation!r}, whose masks selective prompts do not make: load "
@@ -166,9 +179,9 @@ class PassTracker(CallTracker):
             )
         inputs = inputs_of(arguments)
         batch, tokens = inputs.shape[:2]
-        text = None
+        text, first = None, active.first
         if continues:
-            self._check_continued(cache, adapter, batch)
+            first = self._first_continued(cache, active.name, batch)
         else:
             if cache is not None and self._call.width is not None and tokens < self._call.width:
                 raise GatewiseError(
@@ -177,9 +190,11 @@ class PassTracker(CallTracker):
                 )
             training = module.training and torch.is_grad_enabled()
             text = read_text(arguments, self._call, self._told, self._causal, training)
-        return PromptPass(self._owner, adapter, config, self._transformer.family.causal, gates, text, tokens)
+        causal = self._transformer.family.causal
+        return PromptPass(self._owner, active.name, active.config, causal, first, active.gates, text, tokens)
 
-    def _check_continued(self, cache: Any, adapter: str, batch: int) -> None:
+    def _first_continued(self, cache: Any, adapter: str, batch: int) -> int:
+        """The first layer with a prompt in a cache, which must be of this adapter and of as many rows."""
         held = prompts_of(cache)
         if held is None or held.owner != self._owner:
             raise GatewiseError(
@@ -196,6 +211,7 @@ class PassTracker(CallTracker):
                 f"the key-value cache belongs to {held.batch} texts, but the batch has {batch} rows: give the rows that filled it, "
                 "or start with an empty cache"
             )
+        return min(held.states)
 
     def _add_positions(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Makes rotary embeddings for the prompt too, at the l positions before the first token of each row.
