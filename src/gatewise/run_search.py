@@ -16,7 +16,7 @@ from gatewise.progress import RunProgress
 from gatewise.prompts.darts import search
 from gatewise.recipe import PromptsSection, Recipe, SearchSection
 from gatewise.run_arguments import recompute_activations, training_arguments
-from gatewise.run_folder import GATES, SEARCH_CHECKPOINTS, before_the_end
+from gatewise.run_folder import CHECKPOINTS, GATES, SEARCH_CHECKPOINTS, before_the_end
 from gatewise.selection import SEARCH_FILE, Selection
 from gatewise.tasks import PadCollator
 from gatewise.training import SearchRecipeTrainer, checkpoint_step
@@ -56,7 +56,7 @@ def search_layers(
         found = search(
             model,
             rows,
-            training_arguments(alone, recipe.seed, steps, output / SEARCH_CHECKPOINTS),
+            training_arguments(alone, recipe.seed, steps, output / CHECKPOINTS),
             keep=section.keep,
             choose=section.choose,
             trainer_class=partial(_trainer, collator=collator, note=note, progress=progress, group=training.group_by_length),

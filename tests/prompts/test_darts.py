@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from prompted_models import arguments, hyper, prompt_config, prompted_base
 from torch.nn.functional import kl_div
+from transformers import BertConfig, BertForQuestionAnswering, Trainer
 
-from gatewise import GatewiseError, prompts
+from gatewise import GatewiseError, SelectivePromptConfig, prompts
 from gatewise.bilevel import split_in_half
 from gatewise.prompts.darts import SearchTrainer, chosen_layers, discrete_config, distance
 
@@ -76,9 +78,9 @@ def test_a_resumed_search_is_one_never_stopped(tmp_path, data):
     resumed = prompts.search(hyper(), data("bert"), kept, keep=1, resume_from_checkpoint=True)
     assert torch.equal(resumed.gates, whole.gates)
     assert resumed.layers == whole.layers
-    (tmp_path / "b/checkpoint-3/gates.safetensors").unlink()
+    (tmp_path / "b/search/checkpoint-3/gates.safetensors").unlink()
     with pytest.raises(GatewiseError, match=r"gates.safetensors cannot be read .*: resume from a checkpoint that a search wrote"):
-        prompts.search(hyper(), data("bert"), kept, keep=1, resume_from_checkpoint=str(tmp_path / "b/checkpoint-3"))
+        prompts.search(hyper(), data("bert"), kept, keep=1, resume_from_checkpoint=str(tmp_path / "b/search/checkpoint-3"))
 
 
 def test_the_consistency_loss(tmp_path, data):
@@ -208,3 +210,115 @@ def test_labels_that_do_not_reach_a_causal_model(tmp_path, data):
     with pytest.raises(GatewiseError, match="leave both out"):
         prompts.search(hyper("llama"), data("llama"), arguments(tmp_path), keep=1, compute_loss_func=lambda *given, **more: 0)
     assert prompts.search(hyper(), data("bert"), smooth, keep=1).layers
+
+
+def test_a_search_that_had_ended_is_read(tmp_path, data):
+    """As a script that does search and retraining finds it when it is started again."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    for choose in ("gates", "loss"):
+        found = prompts.search(hyper(), data("bert"), args, keep=1, choose=choose, upper_learning_rate=0.3)
+        drawn = torch.rand(2)
+        model = hyper()
+        torch.manual_seed(99)
+        again = prompts.search(
+            model, data("bert"), args, keep=1, choose=choose, upper_learning_rate=0.3, resume_from_checkpoint=True
+        )
+        assert torch.equal(torch.rand(2), drawn)
+        assert torch.equal(again.gates, found.gates)
+        torch.testing.assert_close(model.gates(), found.gates[-1])
+        assert (again.layers, again.config) == (found.layers, found.config)
+        assert again.log == found.log[:-1]  # without the summary of having trained
+        assert choose == "gates" or torch.equal(again.losses, found.losses)
+    longer = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=5)
+    assert len(prompts.search(hyper(), data("bert"), longer, keep=1, resume_from_checkpoint=True).gates) == 6
+
+
+def test_search_and_retraining_with_the_same_arguments(tmp_path, data):
+    """Neither takes the other's checkpoints for its own, or away."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+    found = prompts.search(hyper(), data("bert"), args, keep=3)
+    assert [path.name for path in (tmp_path / "search").iterdir()] == ["checkpoint-4"]
+
+    class Stopped(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        prompts.retrain(hyper(), found.config, data("bert"), args, trainer_class=Stopped)
+    resumed = prompts.retrain(hyper(), found.config, data("bert"), args, resume_from_checkpoint=True)
+    whole = prompts.retrain(hyper(), found.config, data("bert"), arguments(tmp_path / "whole"))
+    for (name, one), other in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    search = str(tmp_path / "search/checkpoint-4")
+    with pytest.raises(GatewiseError, match="checkpoint-4 is a checkpoint of a search, not of the training of its layers"):
+        prompts.retrain(hyper(), found.config, data("bert"), args, resume_from_checkpoint=search)
+
+
+def test_a_model_whose_prompts_were_taken_off(tmp_path, data):
+    """Whatever its base model carries next would answer in its place."""
+    searched = hyper()
+    found = prompts.search(searched, data("bert"), arguments(tmp_path), keep=1)
+    first = prompts.retrain(searched, found.config, data("bert"), arguments(tmp_path))
+    second = prompts.retrain(first, prompt_config("bert", prompt_layers=[0, 1]), data("bert"), arguments(tmp_path))
+    assert second.gates().tolist() == [1, 1, 0]
+    assert all(len(module._forward_pre_hooks) == 1 for module in second.base_model._transformer.around)
+    batch = {"input_ids": data("bert")[0]["input_ids"][None]}
+    for model in (searched, first):
+        for call in (
+            lambda model: model(**batch),
+            lambda model: model.gates(),
+            lambda model: model.unload(),
+            lambda model: model.save_pretrained(tmp_path / "lost"),
+            lambda model: prompts.search(model, data("bert"), arguments(tmp_path), keep=1),
+            lambda model: prompts.retrain(model, found.config, data("bert"), arguments(tmp_path)),
+        ):
+            with pytest.raises(GatewiseError, match=r"prompts were taken off, by retrain\(\) or unload\(\)"):
+                call(model)
+
+
+def test_a_head_that_is_not_trained_is_told_of(tmp_path, data, caplog):
+    config = SelectivePromptConfig(num_prompt_tokens=3, bottleneck=4)
+    found = prompts.search(get_peft_model(prompted_base("bert"), config), data("bert"), arguments(tmp_path), keep=1)
+    prompts.retrain(prompted_base("bert"), found.config, data("bert"), arguments(tmp_path))
+    wanted = "the head of this BertForSequenceClassification is not trained: give the configuration task_type='SEQ_CLS'"
+    assert sum(wanted in message for message in caplog.messages) == 2
+    caplog.clear()
+    prompts.search(hyper(), data("bert"), arguments(tmp_path), keep=1)
+    prompts.search(hyper("llama"), data("llama"), arguments(tmp_path), keep=1)
+    assert not any("is not trained" in message for message in caplog.messages)
+
+
+def test_labels_without_a_prompt_are_told_of(data, caplog):
+    batch = {key: torch.stack([row[key] for row in data("llama")[:3]]) for key in ("input_ids", "labels")}
+    everything = {**batch, "labels": batch["input_ids"]}
+    model = hyper("llama").train()
+    model(**everything)
+    model(**everything)
+    wanted = "no row of the first batch has a prompt of more than one token"
+    assert sum(wanted in message for message in caplog.messages) == 1
+    caplog.clear()
+    hyper("llama").train()(**batch)
+    hyper("llama").eval()(**everything)
+    assert not any(wanted in message for message in caplog.messages)
+
+
+def test_a_model_without_logits(tmp_path, data):
+    """Question answering has two kinds of them, and two labels."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+    def fresh() -> Any:
+        return get_peft_model(BertForQuestionAnswering(BertConfig(**sizes)), prompt_config("bert-mlm"))
+
+    rows = [
+        {"input_ids": row["input_ids"], "start_positions": row["labels"], "end_positions": row["labels"]} for row in data("bert")
+    ]
+    with pytest.raises(GatewiseError, match=r"consistency compares the logits of two passes .*: turn it off with consistency=0"):
+        prompts.search(fresh(), rows, arguments(tmp_path), keep=1)
+    assert prompts.search(fresh(), rows, arguments(tmp_path), keep=1, consistency=0).layers
+
+
+def test_distance_of_nothing():
+    nothing = torch.full((2, 4), -100)
+    assert distance(torch.randn(2, 4, 5), torch.randn(2, 4, 5), nothing, "causal") == 0

@@ -138,6 +138,8 @@ def test_gates_are_read_and_dropped(batch):
     for parameter in list(model.gate_parameters().values())[1:]:
         parameter.data.fill_(-1e9)
     torch.testing.assert_close(dropped, logits(model, batch))
+    with pytest.raises(GatewiseError, match=r"dropped has the shape \(2,\): expected \(3,\), a value for each layer"):
+        model.gates_dropped([True, False]).__enter__()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,10 @@ SPT does, or off the losses of subsets of them (``gatewise.prompts.subsets``).
 Shapes: b batch, t tokens, n layers, s steps, c classes or vocabulary.
 """
 
+import copy
 import dataclasses
+import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -26,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from gatewise.bilevel import BilevelMixin, split_in_half
 from gatewise.errors import GatewiseError
@@ -35,6 +40,10 @@ from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.model import SelectivePromptModel
 from gatewise.prompts.subsets import ROWS_READ, balanced_subsets, mean_with
 
+logger = logging.getLogger(__name__)
+
+SEARCH_FOLDER = "search"
+"""Where in its output folder a search has its checkpoints, apart from those of the training that follows."""
 GATES_FILE = "gates.safetensors"
 GATE_LOGITS = r"\.spt_gate_logit\."
 """The α among a model's parameters, for ``upper_parameters``."""
@@ -109,9 +118,18 @@ class SearchMixin(BilevelMixin):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def extra_lower_loss(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
-        """λ times the distance between the outputs and those of a second pass with other gates dropped."""
+        """λ times the distance between the outputs and those of a second pass with other gates dropped.
+
+        Raises:
+            GatewiseError: there are no logits or labels, as in question answering.
+        """
         if not self.consistency:
             return None
+        if not isinstance(outputs, Mapping) or outputs.get("logits") is None or inputs.get("labels") is None:
+            raise GatewiseError(
+                "consistency compares the logits of two passes at the labels, and this model has outputs without logits or the "
+                "batch no labels: turn it off with consistency=0"
+            )
         tuner = hyper_network(self.model)
         with tuner.gates_dropped(self._draw()):
             other = self.compared_logits(model, inputs)
@@ -171,12 +189,33 @@ class SearchMixin(BilevelMixin):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            path = Path(checkpoint) / GATES_FILE
-            try:
-                self.trajectory = list(load_file(path)["gates"].unbind())
-            except (OSError, SafetensorError, KeyError) as error:
-                raise GatewiseError(f"{path} cannot be read ({error}): resume from a checkpoint that a search wrote") from error
+            self._load_trajectory(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_trajectory(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / GATES_FILE
+        try:
+            self.trajectory = list(load_file(path)["gates"].unbind())
+        except (OSError, SafetensorError, KeyError) as error:
+            raise GatewiseError(f"{path} cannot be read ({error}): resume from a checkpoint that a search wrote") from error
+
+    def search_from(self, checkpoint: str | bool | None) -> None:
+        """Trains, from a checkpoint if there is one. A search that had ended is only read: the Trainer would take a step more."""
+        path = get_last_checkpoint(str(self.args.output_dir)) if checkpoint is True else checkpoint
+        state = Path(path) / TRAINER_STATE_NAME if isinstance(path, str) else None
+        if state is None or not state.is_file() or not self._has_ended(TrainerState.load_from_json(str(state))):
+            self.train(resume_from_checkpoint=checkpoint)
+            return
+        assert isinstance(path, str)
+        self.state = TrainerState.load_from_json(str(state))
+        self._load_from_checkpoint(path)
+        self._load_trajectory(path)
+        self._load_rng_state(path)
+
+    def _has_ended(self, state: TrainerState) -> bool:
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return (state.epoch or 0) >= self.args.num_train_epochs
 
 
 class SearchTrainer(SearchMixin, Trainer):
@@ -213,11 +252,12 @@ def search(
     Args:
         model: with an active ``SelectivePromptConfig(prompt_layers=None)``; it is left as the search trained it.
         train_dataset: rows for the Trainer's collator. A random half (by ``args.seed``) trains the weights, the other the gates.
+        args: the folder ``search`` in their ``output_dir`` takes the checkpoints, so that ``retrain`` may have the same arguments.
         keep: K, how many layers to keep.
         choose: "gates", those with the largest gates, or "loss", those with the lowest mean loss among subsets of K layers
             (``gatewise.prompts.subsets``), which needs ``consistency``, and ``drop`` best near 1 − K / n.
         trainer_class: a ``SearchMixin`` on any Trainer.
-        resume_from_checkpoint: as in ``Trainer.train``.
+        resume_from_checkpoint: as in ``Trainer.train``; a search that had ended gives its result at once.
         settings: for the trainer: ``reparameterise``, ``consistency``, ``drop``, ``data_collator`` and so on. Unless told otherwise
             upper steps are Adam's with 1e-2 and betas (0.5, 0.999) (reconstructed: DARTS's but for a learning rate that moves gates
             within a few hundred steps).
@@ -237,12 +277,15 @@ def search(
         )
     weights, upper = split_in_half(train_dataset, args.seed)
     settings = {"upper_learning_rate": 1e-2, "upper_optim": "adam", "upper_betas": (0.5, 0.999), **settings}
-    trainer = trainer_class(model=model, args=args, train_dataset=weights, upper_dataset=upper, **settings)
+    own = copy.copy(args)
+    own.output_dir = str(Path(args.output_dir or "") / SEARCH_FOLDER)
+    trainer = trainer_class(model=model, args=own, train_dataset=weights, upper_dataset=upper, **settings)
     if choose == "loss" and not trainer.consistency:
         raise GatewiseError(
             "choose is 'loss' and consistency is 0, so that no subset of gates was ever trained: turn consistency on"
         )
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    _tell_of_a_frozen_head(model)
+    trainer.search_from(resume_from_checkpoint)
     losses = None
     if choose == "loss" and keep < len(tuner.gates()):
         subsets = balanced_subsets(len(tuner.gates()), keep, args.seed)
@@ -265,21 +308,27 @@ def retrain(
     """Trains a discrete model from scratch on all of the data.
 
     Args:
-        model: the base model; or the ``PeftModel`` of a search, whose adapters and trained heads are taken off first.
+        model: the base model; or the ``PeftModel`` of a search or of another training, whose adapters and trained heads are taken
+            off first: it is used up then, and its calls are refused.
         config: such as ``SearchResult.config``.
         settings: for the Trainer.
 
     Raises:
-        GatewiseError: the configuration is that of a hyper-network; or a causal model and a Trainer that takes the labels away.
+        GatewiseError: the configuration is that of a hyper-network; a model whose adapter was taken off; a checkpoint of a search;
+            or a causal model and a Trainer that takes the labels away.
     """
     if config.prompt_layers is None:
         raise GatewiseError(
             "the configuration has prompt_layers=None, which is the hyper-network: give it the layers that were chosen"
         )
+    last = get_last_checkpoint(str(args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
+    if isinstance(last, str) and (Path(last) / GATES_FILE).exists():
+        raise GatewiseError(f"{last} is a checkpoint of a search, not of the training of its layers: resume from another one")
     adapted = get_peft_model(_without_adapters(model), dataclasses.replace(config))
     assert isinstance(adapted, PeftModel)
     trainer = trainer_class(model=adapted, args=args, train_dataset=train_dataset, **settings)
     _refuse_taken_labels(trainer)
+    _tell_of_a_frozen_head(adapted)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return adapted
 
@@ -320,7 +369,8 @@ def distance(one: Tensor, other: Tensor, labels: Tensor, kind: LossKind) -> Tens
         kept = (labels != IGNORED).to(one.device)
         one, other = one[kept], other[kept]
     p, q = one.float().log_softmax(dim=-1), other.float().log_softmax(dim=-1)
-    return ((p.exp() - q.exp()) * (p - q)).sum(dim=-1).mean() / 2
+    # Of no positions, which the mean would make no number, the distance is zero.
+    return ((p.exp() - q.exp()) * (p - q)).sum() / max(1, p.shape[:-1].numel()) / 2
 
 
 def hyper_network(model: Any) -> SelectivePromptModel:
@@ -341,12 +391,25 @@ def _without_adapters(model: Any) -> Any:
     """The base model with the heads it had before they were trained."""
     if not isinstance(model, PeftModel):
         return model
+    if isinstance(model.base_model, SelectivePromptModel):
+        model.base_model.check_loaded()
     inner = model.get_base_model()
     heads = {name: module.original_module for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     base: Any = model.base_model.unload()  # type: ignore[operator]
     for name, head in heads.items():
         base.set_submodule(name, head)
     return base
+
+
+def _tell_of_a_frozen_head(model: PeftModel) -> None:
+    """A classifier's head is trained where PEFT is told so, and a fresh one that is not can be no good."""
+    kind = type(model.get_base_model()).__name__
+    trained = any(p.requires_grad and ".spt_" not in name for name, p in model.named_parameters())
+    if not trained and kind.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        logger.warning(
+            "the head of this %s is not trained: give the configuration task_type='SEQ_CLS' or 'TOKEN_CLS', or modules_to_save",
+            kind,
+        )
 
 
 def _refuse_taken_labels(trainer: Trainer) -> None:

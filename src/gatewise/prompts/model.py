@@ -22,6 +22,10 @@ from gatewise.prompts.layer import PromptLayer
 from gatewise.prompts.passes import AdapterInUse, Gates, PassTracker
 from gatewise.prompts.writer import install_writer, uninstall_writer
 
+_USED_UP = (
+    "this model's prompts were taken off, by retrain() or unload(), and its base model may carry others by now: use what that "
+    "returned; to keep an adapter beside the next one, save it first"
+)
 _NO_MERGE = (
     "selective prompts cannot be merged, because they are tokens generated from each text and no change of the weights: use the "
     "adapter as it is"
@@ -56,6 +60,7 @@ class SelectivePromptModel(BaseTuner):
     _transformer: Transformer
     _tracker: PassTracker
     _enabled: bool
+    _unloaded = False
     _reparameterised = OfThread[bool](False)
     _dropped = OfThread[Tensor | None](None)
 
@@ -123,12 +128,17 @@ class SelectivePromptModel(BaseTuner):
             self.set_adapter(left[0])
 
     def unload(self) -> nn.Module:
-        """The base model without prompts and hooks; modules that were saved with the active adapter stay in it, as PEFT has it."""
+        """The base model without prompts and hooks; modules that were saved with the active adapter stay in it, as PEFT has it.
+
+        The ``PeftModel`` itself is used up: its calls are refused, because whatever its base model is given next would answer them.
+        """
+        self.check_loaded()
         model = super().unload()
         self._tracker.remove()
         uninstall_writer(model)
         for block in self._transformer.layers:
             uninstall(block)
+        self._unloaded = True
         return model
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -140,6 +150,23 @@ class SelectivePromptModel(BaseTuner):
         self._enabled = enabled
 
     # ---- what cannot be done ----
+
+    def check_loaded(self) -> None:
+        """Refuses what is asked of a model after ``unload``.
+
+        Raises:
+            GatewiseError: it was unloaded.
+        """
+        if self._unloaded:
+            raise GatewiseError(_USED_UP)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, cls):
+            tuner.check_loaded()
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, *args, **kwargs)
+        return found
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: prompts are tokens, not weights.
@@ -161,6 +188,7 @@ class SelectivePromptModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Opened by PEFT around ``forward`` and ``generate``."""
+        self.check_loaded()
         if kwargs.get("adapter_names") is not None:
             raise GatewiseError(
                 "adapter_names was given, but one adapter's prompts serve the whole batch: run the rows of each adapter by "
@@ -188,6 +216,7 @@ class SelectivePromptModel(BaseTuner):
 
     def gates(self, adapter: str | None = None) -> Tensor:
         """a (n,) of an adapter (None: the active one), float32 on the CPU: sigmoid(α), and in a discrete model one or zero."""
+        self.check_loaded()
         name = adapter or self.active_adapters[0]
         logits = self._gate_logits(name)
         if logits:
@@ -198,6 +227,7 @@ class SelectivePromptModel(BaseTuner):
 
     def gate_parameters(self, adapter: str | None = None) -> dict[str, nn.Parameter]:
         """The α of an adapter (None: the active one) by name; a discrete model has none."""
+        self.check_loaded()
         end = f".spt_gate_logit.{adapter or self.active_adapters[0]}"
         return {path: parameter for path, parameter in self.named_parameters() if path.endswith(end)}
 
@@ -205,9 +235,15 @@ class SelectivePromptModel(BaseTuner):
     def gates_dropped(self, dropped: Tensor | Sequence[bool]) -> Iterator[None]:
         """While open, gates are zero where ``dropped`` (n,) is true: these layers only carry the prompt on, if there is one.
 
-        A discrete model has no gates to drop. With all dropped it is the base model.
+        A discrete model has no gates to drop. With all dropped a hyper-network is the base model.
+
+        Raises:
+            GatewiseError: ``dropped`` is not one value for each layer.
         """
-        before, self._dropped = self._dropped, torch.as_tensor(dropped, dtype=torch.bool)
+        which, layers = torch.as_tensor(dropped, dtype=torch.bool), len(self._transformer.layers)
+        if which.shape != (layers,):
+            raise GatewiseError(f"dropped has the shape {tuple(which.shape)}: expected ({layers},), a value for each layer")
+        before, self._dropped = self._dropped, which
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ Shapes: b batch, t tokens, l prompt tokens, c head size.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.families import Transformer
 from gatewise.prompts.generator import pooling_weights
 from gatewise.prompts.reading import Call, Text, inputs_of, read_text
+
+logger = logging.getLogger(__name__)
 
 Gates = Mapping[int, Tensor | None]
 """a_i (1,) by the number of the layer, None for one."""
@@ -128,6 +131,7 @@ class PassTracker(CallTracker):
     def __init__(self, transformer: Transformer, causal: bool, active: Callable[[], AdapterInUse | None]) -> None:
         self._transformer, self._causal, self._active = transformer, causal, active
         self._owner = next(_owners)
+        self._looked_at_prompts = False
         super().__init__(transformer.around, "selective prompts")
         if transformer.rotary is not None:
             self._handles.append(transformer.rotary.register_forward_hook(self._add_positions, with_kwargs=True))
@@ -190,8 +194,19 @@ class PassTracker(CallTracker):
                 )
             training = module.training and torch.is_grad_enabled()
             text = read_text(arguments, self._call, self._told, self._causal, training)
+            if self._causal and training:
+                self._look_at_prompts(text)
         causal = self._transformer.family.causal
         return PromptPass(self._owner, active.name, active.config, causal, first, active.gates, text, tokens)
+
+    def _look_at_prompts(self, text: Text) -> None:
+        """Once, because generators that are trained without prompts are given some when the model writes."""
+        if not self._looked_at_prompts and bool((text.prompt.sum(dim=1) <= 1).all()) and bool((text.present.sum(dim=1) > 1).any()):
+            logger.warning(
+                "no row of the first batch has a prompt of more than one token, so that is all that prompt generators read in "
+                "training: give labels that are -100 up to the answer"
+            )
+        self._looked_at_prompts = True
 
     def _first_continued(self, cache: Any, adapter: str, batch: int) -> int:
         """The first layer with a prompt in a cache, which must be of this adapter and of as many rows."""
