@@ -176,19 +176,30 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
 
 
 def _print_overlap(runs: list[dict[str, Any]]) -> None:
-    """How many of the modules that most prompts keep two adapters share, by what they have in common."""
-    for method in METHODS:
-        kept = {
-            (run["task"], run["seed"]): {path for path, share in one["share"].items() if share > 0.5}
-            for run in runs
-            if run["method"] == method and run["task"] in SINGLE
-            for one in run["routing"].values()
-        }
+    """How many of the modules that most prompts keep the prompts of two tasks or two adapters share; and who keeps what."""
+    from gatewise.sites import kind_key, site
+
+    for method, both in itertools.product(METHODS, (False, True)):
+        group = [run for run in runs if run["method"] == method and run["routing"] and (run["task"] == "both") == both]
+        shares = {(task, run["seed"]): one["share"] for run in group for task, one in run["routing"].items()}
+        kept = {key: {path for path, share in found.items() if share > 0.5} for key, found in shares.items()}
         pairs = list(itertools.combinations(kept, 2))
-        for name, alike in (("same seed, other task", lambda a, b: a[1] == b[1]), ("other seed", lambda a, b: a[1] != b[1])):
+        trained = "trained on both" if both else "trained on one task"
+        for name, alike in (
+            ("the same seed, on the two tasks", lambda a, b: a[1] == b[1]),
+            ("two seeds", lambda a, b: a[1] != b[1]),
+        ):
             shared = [len(kept[a] & kept[b]) / max(1, len(kept[a])) for a, b in pairs if alike(a, b)]
             if shared:
-                print(f"{method}: adapters of {name} keep {100 * statistics.mean(shared):.0f}% of their modules in common")
+                print(
+                    f"{method} {trained}: adapters of {name} keep {100 * statistics.mean(shared):.0f}% of their modules in common"
+                )
+        kinds = sorted({(*kind_key(site(path).kind), site(path).kind) for found in shares.values() for path in found})
+        for *_, kind in kinds if both else ():
+            means = [
+                statistics.mean(share for path, share in found.items() if site(path).kind == kind) for found in shares.values()
+            ]
+            print(f"  {kind}: kept by {100 * min(means):.0f}% to {100 * max(means):.0f}% of prompts and layers")
 
 
 def _plot(runs: list[dict[str, Any]], out: Path) -> None:

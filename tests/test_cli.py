@@ -1,6 +1,7 @@
 """The command line: what it prints where, its exit codes, and one sentence for everything a user can put right."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,6 +69,31 @@ def test_eval_repeats_the_runs_own_measurement(gatewise: Gatewise, trained: Path
     table = gatewise("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl")
     assert table.exit_code == 0
     assert f"{expected['loss']:.4f}" in table.stdout
+
+
+def test_eval_writes_what_was_answered(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    words = ("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--json", "--out")
+    metrics = json.loads(gatewise(*words, tmp_path / "new" / "answers.jsonl").stdout)
+    rows = [json.loads(line) for line in (tmp_path / "new" / "answers.jsonl").read_text().splitlines()]
+    given = [json.loads(line) for line in (trained.parent / "dev.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in ("text", "label")} for row in rows] == given
+    assert all(row["right"] == (row["predicted"] == row["label"]) for row in rows)
+    assert all(max(row["log_likelihoods"], key=row["log_likelihoods"].get) == row["predicted"] for row in rows)
+    assert sum(row["right"] for row in rows) / len(rows) == metrics["accuracy"]
+    assert_refused(gatewise(*words, tmp_path), f"{tmp_path} is a folder, expected a file to write")
+
+
+def test_rows_of_one_label_are_refused(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    alike = tmp_path / "alike.jsonl"
+    alike.write_text("".join(json.dumps({"text": f"lamp {n}", "label": "good"}) + "\n" for n in range(8)))
+    said = "all rows of alike.jsonl have the label 'good', so that any answer would be right: give rows with other labels too"
+    result = gatewise("train", write_recipe(tmp_path, "lora"), "--set", "data.train=alike.jsonl")
+    assert_refused(result, said.replace("alike.jsonl", str(alike)))
+    assert gatewise("eval", trained / "adapter", "--data", alike, "--json").exit_code == 0  # the run knows its labels
+    foreign = tmp_path / "foreign"
+    shutil.copytree(trained / "adapter", foreign)
+    (foreign / "gatewise.json").unlink()
+    assert_refused(gatewise("eval", foreign, "--data", alike), "have the label 'good'", "give --labels with all of them")
 
 
 def test_eval_takes_another_prompt_other_words_and_fewer_rows(gatewise: Gatewise, trained: Path) -> None:

@@ -235,6 +235,17 @@ def test_overrides_are_yaml(file: Path, override: str, key: tuple[str, ...], val
     assert found == value
 
 
+def test_one_end_of_a_run_replaces_the_other(file: Path) -> None:
+    ends = "search: {keep: 2, epochs: 2}\ntraining: {epochs: 3}\n"
+    file.write_text(MINIMAL.replace("alora", "spt") + ends, encoding="utf-8")
+    training = load_recipe(file, ["training.max_steps=5"]).training
+    assert (training.max_steps, training.epochs) == (5, None)
+    recipe = load_recipe(file, ["search.max_steps=5", "training.epochs=1"])
+    assert (recipe.search.max_steps, recipe.search.epochs, recipe.training.epochs) == (5, None, 1)
+    assert load_recipe(file, ["training.max_steps=null"]).training.epochs == 3
+    assert "cannot be given together" in refusal(file, overrides=("training.max_steps=5", "training.epochs=1"))
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

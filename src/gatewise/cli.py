@@ -126,6 +126,7 @@ def eval_(
     labels: LabelsOption = None,
     limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 16,
+    out: Annotated[Path | None, typer.Option(help="Write the rows with what was answered to each to this .jsonl file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure an adapter on data.
@@ -135,7 +136,7 @@ def eval_(
 
     \b
     Example:
-      gatewise eval runs/quickstart/adapter --data sample:support-dev
+      gatewise eval runs/quickstart/adapter --data sample:support-dev --out answers.jsonl
     """
     from gatewise.measure import measure_adapter
 
@@ -149,6 +150,7 @@ def eval_(
         labels=labels,
         limit=limit,
         batch_size=batch_size,
+        out=out,
         console=progress,
     )
     if as_json:

@@ -12,10 +12,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
+from gatewise.files import check_new_file, finite, whole_file
 from gatewise.models import load_adapter
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
-from gatewise.tasks import Records, Template, default_template, evaluate, load_records
+from gatewise.tasks import Records, Template, default_template, evaluate_rows, load_records
 from gatewise.training import NOTE_FILE
 
 Metrics = dict[str, float | int]
@@ -31,6 +32,7 @@ def measure_adapter(
     labels: str | None = None,
     limit: int | None = None,
     batch_size: int = 16,
+    out: str | Path | None = None,
     console: Console | None = None,
 ) -> Metrics:
     """Metrics of an adapter on data, as ``gatewise.tasks.evaluate`` gives them.
@@ -41,15 +43,18 @@ def measure_adapter(
         prompt: a prompt template instead of the run's.
         labels: ``"no,yes"``, the labels in the order of the classes, or ``"no=bad,yes=good"``, with the words written for them.
         limit: only the first rows.
+        out: a JSON-lines file for the rows with what was answered to each, see ``gatewise.tasks.evaluate_rows``.
 
     Raises:
-        GatewiseError: adapter, base model and data cannot be read or do not fit each other.
+        GatewiseError: adapter, base model and data cannot be read or do not fit each other; ``out`` cannot be written.
     """
+    if out is not None:
+        check_new_file(out)
     progress = RunProgress(console or Console(stderr=True))
     with quiet(bars=True):
         loaded = load_with_data(adapter, data, base=base, split=split, prompt=prompt, labels=labels, limit=limit, say=progress.say)
         with progress.counting("measuring") as count:
-            return evaluate(
+            metrics, answers = evaluate_rows(
                 loaded.model,
                 loaded.tokenizer,
                 loaded.records,
@@ -58,6 +63,11 @@ def measure_adapter(
                 max_length=loaded.max_length,
                 progress=count,
             )
+    if out is not None:
+        rows = [finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)]
+        with whole_file(out) as part:
+            part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ def load_with_data(
     note = read_note(adapter)
     names, words = _labels(labels) if labels else (note.get("labels"), note.get("label_words"))
     records = load_like(data, names, split=split, limit=limit)
+    check_labels(records, "give --labels with all of them")
     if say:
         say(f"loading {adapter}")
     dtype = torch.bfloat16 if note.get("dtype") == "bfloat16" else torch.float32
@@ -115,6 +126,18 @@ def load_like(data: str, labels: list[str] | None, *, split: str | None = None, 
     if records.labels is None or labels is None:
         return records
     return load_records(data, split=split, limit=limit, labels=labels)
+
+
+def check_labels(records: Records, advice: str) -> None:
+    """Refuses rows that leave nothing to choose between.
+
+    Raises:
+        GatewiseError: there is one label only.
+    """
+    if records.labels is not None and len(records.labels) == 1:
+        raise GatewiseError(
+            f"all rows of {records.source} have the label {records.labels[0]!r}, so that any answer would be right: {advice}"
+        )
 
 
 def read_note(adapter: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from gatewise.errors import GatewiseError
 from gatewise.recipe import Method, Recipe, Section, given
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv")
+_ONE_OF = (("training", ("max_steps", "epochs")), ("search", ("max_steps", "epochs")))
+"""Keys of a section of which one alone may be given."""
 PATH_KEYS = (("data", "train"), ("data", "dev"), ("data", "test"))
 
 
@@ -25,8 +27,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the YAML file. Relative data files, and a model given as a folder, are taken from the file's own folder.
-        overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys. Their relative paths are taken from the
-            working folder, where the one who types them is.
+        overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys; ``max_steps`` replaces the file's ``epochs``, and
+            the other way round. Their relative paths are taken from the working folder, where the one who types them is.
 
     Raises:
         GatewiseError: the file cannot be read, or a key is unknown, of a wrong type or at odds with another.
@@ -40,6 +42,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _anchor_paths(part, Path())
         _merge(tree, part, keys, text)
         changed.append((keys, text))
+    _drop_what_is_replaced(tree, [keys for keys, _ in changed])
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -122,6 +125,15 @@ def _merge(tree: dict[str, Any], part: dict[str, Any], keys: tuple[str, ...], te
         if not isinstance(tree, dict):
             raise GatewiseError(f"--set {text}: {'.'.join(keys[: depth + 1])} is a single value ({given(tree)}), so it has no keys")
     tree[keys[-1]] = part[keys[-1]]
+
+
+def _drop_what_is_replaced(tree: dict[str, Any], changed: Sequence[tuple[str, ...]]) -> None:
+    """Takes the file's own end of a run out where an override gives another kind of end."""
+    for section, rivals in _ONE_OF:
+        given_now = [key for key in rivals if (section, key) in changed and tree[section][key] is not None]
+        for key in rivals:
+            if given_now and (section, key) not in changed:
+                tree[section].pop(key, None)
 
 
 def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:

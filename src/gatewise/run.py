@@ -20,7 +20,7 @@ from gatewise import report
 from gatewise.adalora import AdaLoraSchedule, to_plain_lora
 from gatewise.allocation import RankAllocation, in_steps
 from gatewise.errors import GatewiseError
-from gatewise.measure import Metrics, load_like, metrics_line
+from gatewise.measure import Metrics, check_labels, load_like, metrics_line
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
@@ -190,6 +190,7 @@ class _Prepared:
 def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None) -> _Prepared:
     data, classification = recipe.data, recipe.task == "classification"
     train_rows = load_records(data.train, split=data.train_split, limit=data.limit_train, labels=data.labels)
+    check_labels(train_rows, "give rows with other labels too, or name them all in data.labels")
     measured = {"dev": load_like(data.dev, train_rows.labels, split=data.dev_split, limit=data.limit_dev)}
     if data.test is not None:
         measured["test"] = load_like(data.test, train_rows.labels, split=data.test_split)

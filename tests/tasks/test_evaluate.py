@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaFo
 from gatewise import RoutedLoraConfig
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
-from gatewise.tasks import PadCollator, Records, Template, encode, evaluate
+from gatewise.tasks import PadCollator, Records, Template, encode, evaluate, evaluate_rows
 from gatewise.tasks.evaluate import _generate, _shared_contexts, generation_metrics, number_metrics
 
 WORDS = ["lamp", "good", "late parcel", "the bill is wrong", "灯", "nobody knows where it is and nobody knows why", "x"]
@@ -80,6 +80,24 @@ def test_candidates_agree_with_one_at_a_time(
     expected = _slow_metrics(llama, tokenizer, records, template)
     assert 0 < expected["accuracy"] < 1
     assert evaluate(llama, tokenizer, records, template, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_chosen_for_each_row(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, case: str) -> None:
+    records, template = CASES[case]
+    metrics, answers = evaluate_rows(llama, tokenizer, records, template, batch_size=3)
+    assert sum(answer["right"] for answer in answers) / len(records) == metrics["accuracy"]
+    gold_total, tokens = 0.0, 0
+    for row, answer in zip(records.rows, answers, strict=True):
+        scores = answer["log_likelihoods"]
+        texts = template.candidates(records, row)
+        names = records.labels or range(len(texts))
+        assert len(scores) == len(texts)
+        assert scores[answer["predicted"]] == max(scores[name] for name in names)
+        gold = records.gold_index(row)
+        gold_total += scores[names[gold]]
+        tokens += len(tokenizer(texts[gold])["input_ids"])
+    assert -gold_total / tokens == pytest.approx(metrics["loss"], abs=1e-3)
 
 
 def test_few_logits_at_once_give_the_same(
@@ -183,6 +201,13 @@ def test_classifier_agrees_with_one_at_a_time(
     expected = _slow_classifier(bert, tokenizer, records)
     assert evaluate(bert.train(), tokenizer, records, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
     assert bert.training
+    _, answers = evaluate_rows(bert, tokenizer, records, batch_size=batch_size)
+    for row, answer in zip(records.rows, answers, strict=True):
+        with torch.no_grad():
+            scores = bert.eval()(torch.tensor([tokenizer(row["text"])["input_ids"]])).logits[0].log_softmax(dim=-1)
+        assert answer["predicted"] == records.labels[int(scores.argmax())]
+        assert answer["right"] == (answer["predicted"] == row["label"])
+        assert list(answer["log_likelihoods"].values()) == pytest.approx(scores.tolist(), abs=1e-3)
 
 
 def test_models_that_cannot_do_the_task_are_refused(
@@ -294,7 +319,10 @@ def test_an_adapter_is_measured_in_every_kind(llama: LlamaForCausalLM, tokenizer
         ("generation", {"source": "lamp", "target": "x"}, {"bleu", "rougeL", "n"}),
         ("number", {"question": "lamp", "answer": "#### 1"}, {"exact", "n"}),
     ):
-        metrics = evaluate(model, tokenizer, Records(kind, [row], None, "rows"), max_new_tokens=3)  # type: ignore[arg-type]
+        made = Records(kind, [row], None, "rows")  # type: ignore[arg-type]
+        metrics, answers = evaluate_rows(model, tokenizer, made, max_new_tokens=3)
+        assert answers[0].keys() == ({"predicted"} if kind == "generation" else {"predicted", "right"})
+        assert isinstance(answers[0]["predicted"], str)
         assert set(metrics) == names
         assert all(math.isfinite(value) for value in metrics.values())
 

@@ -26,6 +26,13 @@ def test_unknown_field_is_named_with_the_fields_there_are() -> None:
         Template("{sentence}").check(LABELS)
 
 
+def test_a_prompt_that_shows_nothing_of_the_row_is_refused() -> None:
+    with pytest.raises(GatewiseError, match=r"'Text: \(text\)' shows nothing of the row; write its fields in braces: \{text\}$"):
+        Template("Text: (text)").check(LABELS)
+    with pytest.raises(GatewiseError, match=r"write its fields in braces: \{question\}, \{choices\}$"):
+        Template("{{question}}").check(CHOICE)
+
+
 @pytest.mark.parametrize(
     ("kind", "row"),
     [

@@ -29,6 +29,7 @@ from gatewise.tasks.template import Template, default_template, references
 
 Progress = Callable[[int, int], None]
 Metrics = dict[str, float | int]
+Answers = list[dict[str, Any]]
 Candidates = tuple[tuple[int, ...], ...]
 
 # Logits kept at once: 2**26 of them are 256 MB in float32.
@@ -47,7 +48,41 @@ def evaluate(
     max_length: int = 512,
     progress: Progress | None = None,
 ) -> Metrics:
-    """Measures a model on records. Dropout is off; training mode and random state are afterwards what they were.
+    """Measures a model on records: the first part of what ``evaluate_rows`` gives, which see for arguments and errors.
+
+    Returns:
+        By kind of records, always with ``n``, the number of rows:
+
+        - label: ``accuracy`` (0 to 1) and ``loss``, the mean cross-entropy (nats) over the tokens of the right answers;
+        - choice: these, and ``accuracy_norm``, by log-likelihood per token;
+        - generation: ``bleu`` (sacrebleu's, 0 to 100) and ``rougeL`` (rouge-score's F, 0 to 1; best of the references).
+          If no reference has several lines, only the first line of what was written counts;
+        - number: ``exact`` (0 to 1), the share of rows whose final number is right.
+    """
+    return evaluate_rows(
+        model,
+        tokenizer,
+        records,
+        template,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        progress=progress,
+    )[0]
+
+
+def evaluate_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Records,
+    template: Template | None = None,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    max_length: int = 512,
+    progress: Progress | None = None,
+) -> tuple[Metrics, Answers]:
+    """Metrics, and what the model answered to each row. Dropout is off; training mode and random state stay what they were.
 
     Args:
         model: a causal language model, or a sequence classifier for records with labels; with or without an adapter.
@@ -58,13 +93,9 @@ def evaluate(
         progress: called with (done, total) after every batch.
 
     Returns:
-        By kind of records, always with ``n``, the number of rows:
-
-        - label: ``accuracy`` (0 to 1) and ``loss``, the mean cross-entropy (nats) over the tokens of the right answers;
-        - choice: these, and ``accuracy_norm``, by log-likelihood per token;
-        - generation: ``bleu`` (sacrebleu's, 0 to 100) and ``rougeL`` (rouge-score's F, 0 to 1; best of the references).
-          If no reference has several lines, only the first line of what was written counts;
-        - number: ``exact`` (0 to 1), the share of rows whose final number is right.
+        The metrics of ``evaluate``, and for each row in order ``predicted``: a label, the index of a choice, or the text that was
+        written. ``right`` says whether it is (not of free text), and ``log_likelihoods`` (nats) has a number for each candidate:
+        by label, or in the order of the choices. A classifier's are those of its classes.
 
     Raises:
         GatewiseError: the model cannot do this kind of task, or template, labels or lengths do not fit.
@@ -91,7 +122,11 @@ def evaluate(
             raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {most_positions(model) - 1} for this model")
         prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
         written = _generate(model, tokenizer, prompts, batch_size, max_new_tokens, progress)
-    return number_metrics(records, written) if records.kind == "number" else generation_metrics(records, written)
+    if records.kind != "number":
+        return generation_metrics(records, written), [{"predicted": text} for text in written]
+    right = [final_number(text) == final_number(row["answer"]) for text, row in zip(written, records.rows, strict=True)]
+    answers = [{"predicted": text, "right": hit} for text, hit in zip(written, right, strict=True)]
+    return number_metrics(records, written), answers
 
 
 def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
@@ -230,18 +265,21 @@ def _evaluate_candidates(
     batch_size: int,
     max_length: int,
     progress: Progress | None,
-) -> Metrics:
+) -> tuple[Metrics, Answers]:
     candidates = candidate_ids(records, tokenizer, template)
     room = [max_length - max(map(len, row)) for row in candidates]
     prompts = prompt_ids(records, tokenizer, template, room, max_length)
     scores = candidate_log_likelihoods(model, tokenizer, prompts, candidates, batch_size, progress)
     hits = norm_hits = gold_tokens = 0
     gold_score = 0.0
+    answers: Answers = []
     for fields, texts, row in zip(records.rows, candidates, scores, strict=True):
         gold = records.gold_index(fields)
         per_token = [score / len(text) for score, text in zip(row, texts, strict=True)]
         # Two choices with the same text are the same answer.
-        hits += texts[row.index(max(row))] == texts[gold]
+        best = row.index(max(row))
+        hits += texts[best] == texts[gold]
+        answers.append(_chosen(records, best, texts[best] == texts[gold], row))
         norm_hits += texts[per_token.index(max(per_token))] == texts[gold]
         gold_score += row[gold]
         gold_tokens += len(texts[gold])
@@ -249,7 +287,18 @@ def _evaluate_candidates(
     metrics: Metrics = {"accuracy": hits / n}
     if records.kind == "choice":
         metrics["accuracy_norm"] = norm_hits / n
-    return {**metrics, "loss": -gold_score / gold_tokens, "n": n}
+    return {**metrics, "loss": -gold_score / gold_tokens, "n": n}, answers
+
+
+def _chosen(records: Records, index: int, right: bool, scores: Sequence[float]) -> dict[str, Any]:
+    rounded = [round(score, 4) for score in scores]
+    if records.labels is None:
+        return {"predicted": index, "right": right, "log_likelihoods": rounded}
+    return {
+        "predicted": records.labels[index],
+        "right": right,
+        "log_likelihoods": dict(zip(records.labels, rounded, strict=True)),
+    }
 
 
 # ---- sequence classifiers ----
@@ -262,22 +311,27 @@ def _evaluate_classifier(
     batch_size: int,
     max_length: int,
     progress: Progress | None,
-) -> Metrics:
+) -> tuple[Metrics, Answers]:
     features = encode_classification(records, tokenizer, max_length=max_length)
     check_classes(model, records)
-    features.sort(key=lambda feature: -len(feature["input_ids"]))
+    order = sorted(range(len(features)), key=lambda row: -len(features[row]["input_ids"]))
     device = _device(model)
     collate = PadCollator(tokenizer)
     hits, total = 0, 0.0
+    answers: Answers = [{} for _ in features]
     for start in range(0, len(features), batch_size):
-        batch = {key: value.to(device) for key, value in collate(features[start : start + batch_size]).items()}
+        rows = order[start : start + batch_size]
+        batch = {key: value.to(device) for key, value in collate([features[row] for row in rows]).items()}
         labels = batch.pop("labels")
         logits = class_logits(model, batch).float()
-        hits += int((logits.argmax(dim=-1) == labels).sum())
+        best, right = logits.argmax(dim=-1).tolist(), (logits.argmax(dim=-1) == labels).tolist()
+        hits += sum(right)
+        for row, index, hit, scores in zip(rows, best, right, logits.log_softmax(dim=-1).tolist(), strict=True):
+            answers[row] = _chosen(records, index, hit, scores)
         total += float(F.cross_entropy(logits, labels, reduction="sum"))
         if progress:
             progress(min(start + batch_size, len(features)), len(features))
-    return {"accuracy": hits / len(features), "loss": total / len(features), "n": len(features)}
+    return {"accuracy": hits / len(features), "loss": total / len(features), "n": len(features)}, answers
 
 
 def check_classes(model: nn.Module, records: Records) -> None:

@@ -36,6 +36,11 @@ class Template:
         for _, field in _parts(self.prompt):
             if field in _ANSWERS[records.kind]:
                 raise GatewiseError(f"the prompt {self.prompt!r} shows {{{field}}}, which is the answer; leave it out")
+        if not any(field for _, field in _parts(self.prompt)):
+            fields = [f"{{{name}}}" for name in records.rows[0] if name not in _ANSWERS[records.kind]]
+            raise GatewiseError(
+                f"the prompt {self.prompt!r} shows nothing of the row; write its fields in braces: {', '.join(fields)}"
+            )
         self.render(records.rows[0])
         if records.labels is not None and self.labels is not None:
             missing = [label for label in records.labels if not self.labels.get(label, "").strip()]
