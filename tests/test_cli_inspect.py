@@ -174,3 +174,19 @@ def test_adapters_that_cannot_be_scored(data: Path, tmp_path: Path) -> None:
     adapter = str(write_adapter(tmp_path / "adapter", wide))
     words = ["inspect", adapter, "--scores", "--data", str(data), "--base", str(data.parent / "base")]
     assert "does not fit the base model" in CliRunner().invoke(app, words).stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"), [("ROUTED_LORA", "; --routing shows which of its modules"), ("SELECTIVE_PROMPT", "scored\n")]
+)
+def test_adapters_without_ranks_are_not_loaded_to_be_scored(
+    kind: str, hint: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatewise.importance.load_with_data", lambda *_, **__: pytest.fail("the adapter was loaded"))
+    adapter = write_adapter(tmp_path / "adapter", data.parent / "base")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": kind}))
+    result = CliRunner().invoke(app, ["inspect", str(adapter), "--scores", "--data", str(data)])
+    assert result.exit_code == 2
+    assert f"is of peft_type '{kind}', but only plain LoRA has ranks that can be scored" in result.stderr
+    assert hint in result.stderr

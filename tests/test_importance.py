@@ -227,7 +227,7 @@ def test_other_kinds_of_adapters_are_refused(saved: Path, tmp_path: Path) -> Non
     config = AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "base"), config)
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    with pytest.raises(GatewiseError, match="ADALORA; ranks can be placed in LORA adapters only"):
+    with pytest.raises(GatewiseError, match="ADALORA; only plain LoRA has ranks to score and move"):
         score_adapter(tmp_path, str(saved / "rows.jsonl"))
 
 

@@ -250,6 +250,7 @@ def test_one_end_of_a_run_replaces_the_other(file: Path) -> None:
     ("override", "expected"),
     [
         ("training.max_step=4", "training.max_step is not a known key (given 4); did you mean training.max_steps?"),
+        ("training.lr=1", "training.lr is not a known key (given 1); did you mean training.learning_rate?"),
         ("training.batch_size=four", "training.batch_size: expected an integer, got the text 'four'"),
         ("method.x=1", "method is a single value (the text 'alora'), so it has no keys"),
         ("seed", "expected KEY=VALUE with a dotted key"),

@@ -244,9 +244,13 @@ def test_an_output_folder_in_use_is_refused_before_any_work(finished: tuple[Path
     ]:
         with pytest.raises(GatewiseError, match=said):
             train(recipe, out, "training.max_steps=2", **options)
-    with pytest.raises(GatewiseError, match="has no complete checkpoint to resume from"):
+    with pytest.raises(GatewiseError, match=r"there is no run in .*new to resume: leave --resume out to begin one"):
         train(recipe, out.parent / "new", resume=True)
     assert not (out.parent / "new").exists()
+    (out.parent / "new").mkdir()
+    (out.parent / "new" / "recipe.yaml").write_text("method: lora")
+    with pytest.raises(GatewiseError, match="has no complete checkpoint to resume from"):
+        train(recipe, out.parent / "new", resume=True)
 
 
 def test_overwriting_replaces_the_run_and_leaves_the_rest(finished: tuple[Path, Path]) -> None:

@@ -59,3 +59,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOME[name]), name) if name in _HOME else import_module(f"gatewise.{name}")
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

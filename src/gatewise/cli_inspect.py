@@ -147,6 +147,10 @@ def _show_scores(
         report.check_suffix(plot)
     if budget is not None:
         check_budget(budget)
+    kind = report.adapter_type(adapter)
+    if kind not in (None, "LORA"):
+        hint = "; --routing shows which of its modules prompts choose" if kind == "ROUTED_LORA" else ""
+        raise GatewiseError(f"{adapter} is of peft_type {kind!r}, but only plain LoRA has ranks that can be scored{hint}")
     importance = score_adapter(adapter, data, **settings)
     ranks = None if budget is None else suggested_ranks(importance, budget)
     suggestion = None if ranks is None else lora_settings(importance, ranks)

@@ -156,6 +156,7 @@ def extract(
     from gatewise.mdt.batch import Batch, extract_pieces, read_pieces
     from gatewise.mdt.views import fhir
 
+    _check_ways(free, verbatim, level, pipeline)
     if format == Format.fhir:
         fhir.check_available()
     check_target(out, files)
@@ -172,7 +173,8 @@ def extract(
                 extract_pieces(pieces, extractor, batch, count)
         except (KeyboardInterrupt, GatewiseError) as error:
             stopped = error
-            typer.echo(f"stopped after {batch.read} of {len(pieces)} passages", err=True)
+            if batch.read:
+                typer.echo(f"stopped after {batch.read} of {len(pieces)} passages", err=True)
     faults = list(batch.faults)
     written = None
     try:
@@ -288,6 +290,7 @@ def evaluate(
     if adapter is not None:
         from gatewise.mdt.steps import measure as measure_adapter
 
+        _check_ways(free, verbatim, level, pipeline)
         read = _read(gold, repair)
         if read.faults:
             raise GatewiseError(next(iter(read.faults.values())))
@@ -321,6 +324,14 @@ def evaluate(
 
 
 mdt_app.command()(review)
+
+
+def _check_ways(free: bool, verbatim: bool, level: Any, pipeline: bool) -> None:
+    """Before a model is loaded for what the extractor refuses."""
+    if free and verbatim:
+        raise GatewiseError("--free and --verbatim exclude each other: verbatim phrases take constrained writing")
+    if level is not None and pipeline:
+        raise GatewiseError("--level and --pipeline exclude each other: the pipeline has no levels")
 
 
 def _show_errors(console: Console, counts: dict[str, dict[str, int]]) -> None:

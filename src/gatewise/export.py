@@ -168,6 +168,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise GatewiseError(
             f"{path} is of peft_type {kind!r}, whose prompts change no weights, so that no LoRA is like it: use it as it is"
         )
+    if kind == "ROUTED_LORA":
+        raise GatewiseError(
+            f"{path} is of peft_type {kind!r}, which chooses modules by the prompt, so that no LoRA is like it: use it as it is"
+        )
     if kind != "LORA":
         raise GatewiseError(f"{path} is of peft_type {kind!r}, expected 'LORA'")
     return dict(config)

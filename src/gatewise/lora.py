@@ -29,7 +29,7 @@ def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
     if config is None:
         raise GatewiseError(f"the model has no adapter named {name!r}; it has {', '.join(map(repr, model.peft_config))}")
     if str(config.peft_type).split(".")[-1] != "LORA":
-        raise GatewiseError(f"adapter {name!r} is of type {config.peft_type}; ranks can be placed in LORA adapters only")
+        raise GatewiseError(f"adapter {name!r} is of type {config.peft_type}; only plain LoRA has ranks to score and move")
     return str(name)
 
 

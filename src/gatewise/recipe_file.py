@@ -194,11 +194,16 @@ def _problems(error: ValidationError, path: Path, overrides: Sequence[tuple[tupl
     return lines
 
 
+_SHORT = {"lr": "learning_rate", "bs": "batch_size", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+"""What people call some keys."""
+
+
 def _unknown_key(keys: tuple[str, ...], value: Any) -> str:
     parent, key = ".".join(keys[:-1]), keys[-1]
     everything = list(_known_keys(Recipe))
     siblings = [known.rpartition(".")[2] for known in everything if known.rpartition(".")[0] == parent]
     known = f"; known here: {', '.join(siblings)}"
+    key = _SHORT.get(key, key)
     near = [".".join((*keys[:-1], word)) for word in difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)]
     # A key in the wrong section is as common as a misspelt one.
     near = near or [path for path in everything if path.rpartition(".")[2] == key]

@@ -99,6 +99,10 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
         )
     if not resume:
         return None
+    if not output.is_dir() or not any(output.iterdir()):
+        raise GatewiseError(
+            f"there is no run in {output} to resume: leave --resume out to begin one, or give the folder of the run"
+        )
     if (output / METRICS).is_file():
         raise GatewiseError(f"the run in {output} is finished, there is nothing to resume: use --overwrite to repeat it")
     found = complete_checkpoints(output / CHECKPOINTS, _state_files(recipe))

@@ -111,8 +111,9 @@ def test_several_candidates_say_how_alike_they_are(gatewise: Gatewise) -> None:
 def test_settings_that_contradict_each_other(gatewise: Gatewise) -> None:
     assert_refused(gatewise("extract", "good.txt", "--candidates", "2"), "candidates is 2", "at least 3")
     assert_refused(gatewise("evaluate", "--gold", "gold.json", "--stage", "nodes", "--candidates", "3"), "leave one of the two out")
-    assert_refused(gatewise("extract", "good.txt", "--pipeline", "--level", "1"), "leave one of the two out")
-    assert_refused(gatewise("extract", "good.txt", "--free"), "leave one of the two out")
+    for words in (("extract", "good.txt"), ("evaluate", "--gold", "gold.json")):
+        assert_refused(gatewise(*words, "--pipeline", "--level", "1"), "--level and --pipeline exclude each other")
+        assert_refused(gatewise(*words, "--free", "--verbatim"), "--free and --verbatim exclude each other")
     assert_refused(gatewise("evaluate", "--gold", "gold.json", "--pred", "gold.json"), "not both")
 
 

@@ -214,8 +214,8 @@ def _not_loaded(what: str, given: str | Path, source: str, error: Exception) -> 
     if Path(source).is_dir():
         return GatewiseError(f"the {what} in {source} could not be loaded: {_sentence(error)}")
     return GatewiseError(
-        f"no {what} {str(given)!r}: it is not a folder, not an embedded model ({', '.join(EMBEDDED)}), and the "
-        f"Hugging Face hub could not give it ({_sentence(error)})"
+        f"no model {str(given)!r}: it is not a folder, not an embedded model ({', '.join(EMBEDDED)}), and the "
+        f"Hugging Face hub could not give its {'weights' if what == 'model' else what} ({_sentence(error)})"
     )
 
 

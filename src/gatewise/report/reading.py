@@ -133,7 +133,9 @@ class _Scalings:
         kind = str(config.get("peft_type"))
         if kind not in _TYPES:
             hint = ": its prompts have no ranks to show" if kind in ("PROMPT_TUNING", "PREFIX_TUNING") else ""
-            raise GatewiseError(f"{where}: peft_type is {kind}, expected a LoRA adapter ({', '.join(_TYPES)}){hint}")
+            raise GatewiseError(
+                f"{where}: peft_type is {kind}, expected a LoRA adapter ({', '.join(_TYPES)}) or selective prompts{hint}"
+            )
         self.adaptive = kind == "ADALORA"
         self.stabilised = bool(config.get("use_rslora")) and not self.adaptive
         self.adapter_type = "DoRA" if config.get("use_dora") else "rsLoRA" if self.stabilised else _TYPES[kind]
