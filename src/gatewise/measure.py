@@ -16,7 +16,7 @@ from gatewise.files import check_new_file, finite, whole_file
 from gatewise.models import load_adapter
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
-from gatewise.tasks import Records, Template, default_template, evaluate_rows, load_records
+from gatewise.tasks import Records, Template, default_template, evaluate, load_records
 from gatewise.training import NOTE_FILE
 
 Metrics = dict[str, float | int]
@@ -43,7 +43,7 @@ def measure_adapter(
         prompt: a prompt template instead of the run's.
         labels: ``"no,yes"``, the labels in the order of the classes, or ``"no=bad,yes=good"``, with the words written for them.
         limit: only the first rows.
-        out: a JSON-lines file for the rows with what was answered to each, see ``gatewise.tasks.evaluate_rows``.
+        out: a JSON-lines file for the rows with what was answered to each, see ``gatewise.tasks.evaluate``.
 
     Raises:
         GatewiseError: adapter, base model and data cannot be read or do not fit each other; ``out`` cannot be written.
@@ -51,10 +51,11 @@ def measure_adapter(
     if out is not None:
         check_new_file(out)
     progress = RunProgress(console or Console(stderr=True))
+    answers: list[dict[str, Any]] = []
     with quiet(bars=True):
         loaded = load_with_data(adapter, data, base=base, split=split, prompt=prompt, labels=labels, limit=limit, say=progress.say)
         with progress.counting("measuring") as count:
-            metrics, answers = evaluate_rows(
+            metrics = evaluate(
                 loaded.model,
                 loaded.tokenizer,
                 loaded.records,
@@ -62,6 +63,7 @@ def measure_adapter(
                 batch_size=batch_size,
                 max_length=loaded.max_length,
                 progress=count,
+                answers=answers,
             )
     if out is not None:
         rows = [finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)]

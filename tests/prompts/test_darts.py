@@ -62,18 +62,24 @@ def snapshot(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def test_a_resumed_search_is_one_never_stopped(tmp_path, data):
-    whole = prompts.search(hyper(), data("bert"), arguments(tmp_path / "a", max_steps=5), keep=1)
-    kept = arguments(tmp_path / "b", max_steps=5, save_strategy="steps", save_steps=3)
+def stopped(kind: Any) -> Any:
+    """A Trainer that is interrupted after three steps."""
 
-    class Stopped(SearchTrainer):
+    class Stopped(kind):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == 3:
                 raise KeyboardInterrupt
             return super().training_step(*args, **kwargs)
 
+    return Stopped
+
+
+def test_a_resumed_search_is_one_never_stopped(tmp_path, data):
+    whole = prompts.search(hyper(), data("bert"), arguments(tmp_path / "a", max_steps=5), keep=1)
+    kept = arguments(tmp_path / "b", max_steps=5, save_strategy="steps", save_steps=3)
+
     with pytest.raises(KeyboardInterrupt):
-        prompts.search(hyper(), data("bert"), kept, keep=1, trainer_class=Stopped)
+        prompts.search(hyper(), data("bert"), kept, keep=1, trainer_class=stopped(SearchTrainer))
     torch.manual_seed(99)
     resumed = prompts.search(hyper(), data("bert"), kept, keep=1, resume_from_checkpoint=True)
     assert torch.equal(resumed.gates, whole.gates)
@@ -239,14 +245,8 @@ def test_search_and_retraining_with_the_same_arguments(tmp_path, data):
     found = prompts.search(hyper(), data("bert"), args, keep=3)
     assert [path.name for path in (tmp_path / "search").iterdir()] == ["checkpoint-4"]
 
-    class Stopped(Trainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == 3:
-                raise KeyboardInterrupt
-            return super().training_step(*args, **kwargs)
-
     with pytest.raises(KeyboardInterrupt):
-        prompts.retrain(hyper(), found.config, data("bert"), args, trainer_class=Stopped)
+        prompts.retrain(hyper(), found.config, data("bert"), args, trainer_class=stopped(Trainer))
     resumed = prompts.retrain(hyper(), found.config, data("bert"), args, resume_from_checkpoint=True)
     whole = prompts.retrain(hyper(), found.config, data("bert"), arguments(tmp_path / "whole"))
     for (name, one), other in zip(resumed.named_parameters(), whole.parameters(), strict=True):

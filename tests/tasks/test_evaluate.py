@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaFo
 from gatewise import RoutedLoraConfig
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
-from gatewise.tasks import PadCollator, Records, Template, encode, evaluate, evaluate_rows
+from gatewise.tasks import PadCollator, Records, Template, encode, evaluate
 from gatewise.tasks.evaluate import _generate, _shared_contexts, generation_metrics, number_metrics
 
 WORDS = ["lamp", "good", "late parcel", "the bill is wrong", "灯", "nobody knows where it is and nobody knows why", "x"]
@@ -85,7 +85,8 @@ def test_candidates_agree_with_one_at_a_time(
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_chosen_for_each_row(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, case: str) -> None:
     records, template = CASES[case]
-    metrics, answers = evaluate_rows(llama, tokenizer, records, template, batch_size=3)
+    answers: list[dict[str, Any]] = []
+    metrics = evaluate(llama, tokenizer, records, template, batch_size=3, answers=answers)
     assert sum(answer["right"] for answer in answers) / len(records) == metrics["accuracy"]
     gold_total, tokens = 0.0, 0
     for row, answer in zip(records.rows, answers, strict=True):
@@ -201,7 +202,8 @@ def test_classifier_agrees_with_one_at_a_time(
     expected = _slow_classifier(bert, tokenizer, records)
     assert evaluate(bert.train(), tokenizer, records, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
     assert bert.training
-    _, answers = evaluate_rows(bert, tokenizer, records, batch_size=batch_size)
+    answers: list[dict[str, Any]] = []
+    evaluate(bert, tokenizer, records, batch_size=batch_size, answers=answers)
     for row, answer in zip(records.rows, answers, strict=True):
         with torch.no_grad():
             scores = bert.eval()(torch.tensor([tokenizer(row["text"])["input_ids"]])).logits[0].log_softmax(dim=-1)
@@ -320,7 +322,8 @@ def test_an_adapter_is_measured_in_every_kind(llama: LlamaForCausalLM, tokenizer
         ("number", {"question": "lamp", "answer": "#### 1"}, {"exact", "n"}),
     ):
         made = Records(kind, [row], None, "rows")  # type: ignore[arg-type]
-        metrics, answers = evaluate_rows(model, tokenizer, made, max_new_tokens=3)
+        answers: list[dict[str, Any]] = []
+        metrics = evaluate(model, tokenizer, made, max_new_tokens=3, answers=answers)
         assert answers[0].keys() == ({"predicted"} if kind == "generation" else {"predicted", "right"})
         assert isinstance(answers[0]["predicted"], str)
         assert set(metrics) == names

@@ -1,7 +1,7 @@
 """What is trained and measured: rows, prompts, token ids, metrics."""
 
 from gatewise.tasks.encode import PadCollator, encode, encode_classification, score_batch
-from gatewise.tasks.evaluate import evaluate, evaluate_rows
+from gatewise.tasks.evaluate import evaluate
 from gatewise.tasks.records import Records, final_number, load_records, sample_names
 from gatewise.tasks.template import Template, default_template
 
@@ -13,7 +13,6 @@ __all__ = [
     "encode",
     "encode_classification",
     "evaluate",
-    "evaluate_rows",
     "final_number",
     "load_records",
     "sample_names",

@@ -47,8 +47,20 @@ def evaluate(
     max_new_tokens: int = 64,
     max_length: int = 512,
     progress: Progress | None = None,
+    answers: Answers | None = None,
 ) -> Metrics:
-    """Measures a model on records: the first part of what ``evaluate_rows`` gives, which see for arguments and errors.
+    """Measures a model on records. Dropout is off; training mode and random state are afterwards what they were.
+
+    Args:
+        model: a causal language model, or a sequence classifier for records with labels; with or without an adapter.
+        template: for causal models; None takes `default_template`. Classifiers read the text itself.
+        batch_size: sequences in one forward. The result does not depend on it.
+        max_new_tokens: the most tokens written for a generation or number row.
+        max_length: tokens of prompt and candidate, or of a generation prompt; a longer prompt loses its beginning.
+        progress: called with (done, total) after every batch.
+        answers: a list to which is added what the model answered to each row, in order: ``predicted``, which is a label, the index
+            of a choice, or the text that was written; ``right`` (not of free text); and ``log_likelihoods`` (nats) of all
+            candidates, by label or in the order of the choices. A classifier's are those of its classes.
 
     Returns:
         By kind of records, always with ``n``, the number of rows:
@@ -58,55 +70,18 @@ def evaluate(
         - generation: ``bleu`` (sacrebleu's, 0 to 100) and ``rougeL`` (rouge-score's F, 0 to 1; best of the references).
           If no reference has several lines, only the first line of what was written counts;
         - number: ``exact`` (0 to 1), the share of rows whose final number is right.
-    """
-    return evaluate_rows(
-        model,
-        tokenizer,
-        records,
-        template,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        progress=progress,
-    )[0]
-
-
-def evaluate_rows(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Records,
-    template: Template | None = None,
-    *,
-    batch_size: int = 16,
-    max_new_tokens: int = 64,
-    max_length: int = 512,
-    progress: Progress | None = None,
-) -> tuple[Metrics, Answers]:
-    """Metrics, and what the model answered to each row. Dropout is off; training mode and random state stay what they were.
-
-    Args:
-        model: a causal language model, or a sequence classifier for records with labels; with or without an adapter.
-        template: for causal models; None takes `default_template`. Classifiers read the text itself.
-        batch_size: sequences in one forward. The result does not depend on it.
-        max_new_tokens: the most tokens written for a generation or number row.
-        max_length: tokens of prompt and candidate, or of a generation prompt; a longer prompt loses its beginning.
-        progress: called with (done, total) after every batch.
-
-    Returns:
-        The metrics of ``evaluate``, and for each row in order ``predicted``: a label, the index of a choice, or the text that was
-        written. ``right`` says whether it is (not of free text), and ``log_likelihoods`` (nats) has a number for each candidate:
-        by label, or in the order of the choices. A classifier's are those of its classes.
 
     Raises:
         GatewiseError: the model cannot do this kind of task, or template, labels or lengths do not fit.
     """
+    answers = [] if answers is None else answers
     if batch_size < 1:
         raise GatewiseError(f"batch_size is {batch_size}: expected at least 1")
     kind = loss_kind(model)
     if kind == "rows":
         with measuring(model):
             room = min(max_length, most_positions(model))
-            return _evaluate_classifier(model, tokenizer, records, batch_size, room, progress)
+            return _evaluate_classifier(model, tokenizer, records, batch_size, room, progress, answers)
     if kind != "causal" or base_of(model).get_output_embeddings() is None:
         raise GatewiseError(
             f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model or a sequence classifier"
@@ -116,17 +91,18 @@ def evaluate_rows(
     max_length = min(max_length, most_positions(model))
     with measuring(model):
         if records.kind in ("label", "choice"):
-            return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress)
+            return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress, answers)
         room = min(max_length, most_positions(model) - max_new_tokens)
         if max_new_tokens < 1 or room < 1:
             raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {most_positions(model) - 1} for this model")
         prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
         written = _generate(model, tokenizer, prompts, batch_size, max_new_tokens, progress)
-    if records.kind != "number":
-        return generation_metrics(records, written), [{"predicted": text} for text in written]
-    right = [final_number(text) == final_number(row["answer"]) for text, row in zip(written, records.rows, strict=True)]
-    answers = [{"predicted": text, "right": hit} for text, hit in zip(written, right, strict=True)]
-    return number_metrics(records, written), answers
+    if records.kind == "generation":
+        answers += [{"predicted": text} for text in written]
+        return generation_metrics(records, written)
+    for text, row in zip(written, records.rows, strict=True):
+        answers.append({"predicted": text, "right": final_number(text) == final_number(row["answer"])})
+    return number_metrics(records, written)
 
 
 def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
@@ -265,14 +241,14 @@ def _evaluate_candidates(
     batch_size: int,
     max_length: int,
     progress: Progress | None,
-) -> tuple[Metrics, Answers]:
+    answers: Answers,
+) -> Metrics:
     candidates = candidate_ids(records, tokenizer, template)
     room = [max_length - max(map(len, row)) for row in candidates]
     prompts = prompt_ids(records, tokenizer, template, room, max_length)
     scores = candidate_log_likelihoods(model, tokenizer, prompts, candidates, batch_size, progress)
     hits = norm_hits = gold_tokens = 0
     gold_score = 0.0
-    answers: Answers = []
     for fields, texts, row in zip(records.rows, candidates, scores, strict=True):
         gold = records.gold_index(fields)
         per_token = [score / len(text) for score, text in zip(row, texts, strict=True)]
@@ -287,7 +263,7 @@ def _evaluate_candidates(
     metrics: Metrics = {"accuracy": hits / n}
     if records.kind == "choice":
         metrics["accuracy_norm"] = norm_hits / n
-    return {**metrics, "loss": -gold_score / gold_tokens, "n": n}, answers
+    return {**metrics, "loss": -gold_score / gold_tokens, "n": n}
 
 
 def _chosen(records: Records, index: int, right: bool, scores: Sequence[float]) -> dict[str, Any]:
@@ -311,14 +287,15 @@ def _evaluate_classifier(
     batch_size: int,
     max_length: int,
     progress: Progress | None,
-) -> tuple[Metrics, Answers]:
+    answers: Answers,
+) -> Metrics:
     features = encode_classification(records, tokenizer, max_length=max_length)
     check_classes(model, records)
     order = sorted(range(len(features)), key=lambda row: -len(features[row]["input_ids"]))
     device = _device(model)
     collate = PadCollator(tokenizer)
     hits, total = 0, 0.0
-    answers: Answers = [{} for _ in features]
+    found: Answers = [{} for _ in features]
     for start in range(0, len(features), batch_size):
         rows = order[start : start + batch_size]
         batch = {key: value.to(device) for key, value in collate([features[row] for row in rows]).items()}
@@ -327,11 +304,12 @@ def _evaluate_classifier(
         best, right = logits.argmax(dim=-1).tolist(), (logits.argmax(dim=-1) == labels).tolist()
         hits += sum(right)
         for row, index, hit, scores in zip(rows, best, right, logits.log_softmax(dim=-1).tolist(), strict=True):
-            answers[row] = _chosen(records, index, hit, scores)
+            found[row] = _chosen(records, index, hit, scores)
         total += float(F.cross_entropy(logits, labels, reduction="sum"))
         if progress:
             progress(min(start + batch_size, len(features)), len(features))
-    return {"accuracy": hits / len(features), "loss": total / len(features), "n": len(features)}, answers
+    answers += found
+    return {"accuracy": hits / len(features), "loss": total / len(features), "n": len(features)}
 
 
 def check_classes(model: nn.Module, records: Records) -> None:
