@@ -66,6 +66,7 @@ class Review:
         self.thread.start()
         self.context = chromium.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True, reduced_motion="reduce")
         self.context.set_default_timeout(20_000)
+        sync_api.expect.set_options(timeout=20_000)  # on a busy machine a reload can take more than the 5 s it has otherwise
         self.errors: list[str] = []
         self.asked: list[str] = []
         self.page = self.opened(self.server.url)
