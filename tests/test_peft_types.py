@@ -157,3 +157,11 @@ def test_a_later_peft_with_a_method_of_that_name(monkeypatch):
         add_peft_method("ROUTED_LORA", RoutedLoraConfig, RoutedLoraModel, prefix="lora_")
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["ROUTED_LORA"] is RoutedLoraConfig
     assert mapping.PEFT_TYPE_TO_TUNER_MAPPING["ROUTED_LORA"] is RoutedLoraModel
+
+
+def test_dir_names_the_public_api() -> None:
+    import gatewise
+
+    shown = {name for name in dir(gatewise) if not name.startswith("_")}
+    assert shown == set(gatewise.__all__)
+    assert all(getattr(gatewise, name) is not None for name in shown)

@@ -251,6 +251,9 @@ def test_search_and_retraining_with_the_same_arguments(tmp_path, data):
     whole = prompts.retrain(hyper(), found.config, data("bert"), arguments(tmp_path / "whole"))
     for (name, one), other in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one, other, msg=name)
+    fresh = arguments(tmp_path / "new")
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        prompts.retrain(hyper(), found.config, data("bert"), fresh, resume_from_checkpoint=True)
     search = str(tmp_path / "search/checkpoint-4")
     with pytest.raises(GatewiseError, match="checkpoint-4 is a checkpoint of a search, not of the training of its layers"):
         prompts.retrain(hyper(), found.config, data("bert"), args, resume_from_checkpoint=search)

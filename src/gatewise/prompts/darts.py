@@ -321,7 +321,9 @@ def retrain(
         raise GatewiseError(
             "the configuration has prompt_layers=None, which is the hyper-network: give it the layers that were chosen"
         )
-    last = get_last_checkpoint(str(args.output_dir)) if resume_from_checkpoint is True else resume_from_checkpoint
+    last = resume_from_checkpoint
+    if last is True and Path(args.output_dir or "").is_dir():
+        last = get_last_checkpoint(str(args.output_dir))
     if isinstance(last, str) and (Path(last) / GATES_FILE).exists():
         raise GatewiseError(f"{last} is a checkpoint of a search, not of the training of its layers: resume from another one")
     adapted = get_peft_model(_without_adapters(model), dataclasses.replace(config))
