@@ -219,7 +219,7 @@ def prepare(
       gatewise mdt prepare trees.json --swapped 3 --out train.jsonl
       gatewise mdt prepare trees.json --stage all --out steps.jsonl
     """
-    from gatewise.files import whole_file
+    from gatewise.files import write_json_lines
     from gatewise.mdt.swapping import swapped_copies
 
     if level is not None and stage is not None:
@@ -246,9 +246,7 @@ def prepare(
             raise GatewiseError(
                 f"{data} gives no rows for {target}: expected {'five or more records' if dev else 'trees with triples'}"
             )
-        with whole_file(target) as part:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            part.write_text("".join(lines), encoding="utf-8", newline="\n")
+        write_json_lines(target, rows)
         typer.echo(f"written: {target}, {len(rows)} rows")
     if faults:
         for number in sorted(faults):

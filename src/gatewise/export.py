@@ -150,6 +150,12 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     return AdapterFile(config, modules, {k: v for k, v in tensors.items() if k not in taken}, metadata)
 
 
+_UNLIKE_LORA = {
+    **dict.fromkeys(("SELECTIVE_PROMPT", "PROMPT_TUNING", "PREFIX_TUNING"), "whose prompts change no weights"),
+    "ROUTED_LORA": "which chooses modules by the prompt",
+}
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The ``adapter_config.json`` of a LoRA adapter.
 
@@ -164,14 +170,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise GatewiseError(f"{path} is not valid JSON ({error}): save the adapter again") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind in ("SELECTIVE_PROMPT", "PROMPT_TUNING", "PREFIX_TUNING"):
-        raise GatewiseError(
-            f"{path} is of peft_type {kind!r}, whose prompts change no weights, so that no LoRA is like it: use it as it is"
-        )
-    if kind == "ROUTED_LORA":
-        raise GatewiseError(
-            f"{path} is of peft_type {kind!r}, which chooses modules by the prompt, so that no LoRA is like it: use it as it is"
-        )
+    if kind in _UNLIKE_LORA:
+        raise GatewiseError(f"{path} is of peft_type {kind!r}, {_UNLIKE_LORA[kind]}, so that no LoRA is like it: use it as it is")
     if kind != "LORA":
         raise GatewiseError(f"{path} is of peft_type {kind!r}, expected 'LORA'")
     return dict(config)

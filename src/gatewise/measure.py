@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
-from gatewise.files import check_new_file, finite, whole_file
+from gatewise.files import check_new_file, finite, write_json_lines
 from gatewise.models import load_adapter
 from gatewise.models.convert import quiet
 from gatewise.progress import RunProgress
@@ -66,9 +66,7 @@ def measure_adapter(
                 answers=answers,
             )
     if out is not None:
-        rows = [finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)]
-        with whole_file(out) as part:
-            part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_json_lines(out, (finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)))
     return metrics
 
 

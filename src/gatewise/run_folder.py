@@ -31,6 +31,7 @@ from gatewise.adalora import STATE_FILE
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.measure import Metrics
+from gatewise.prompts.darts import SEARCH_FOLDER
 from gatewise.recipe import Recipe
 from gatewise.recipe_file import load_recipe
 from gatewise.report import PromptMap, RoutingMap, routing_json
@@ -46,7 +47,7 @@ ADAPTER, CHECKPOINTS, METRICS, RECIPE, PLOT, ROUTING = (
     "routing.png",
 )
 GATES, LAYERS = "gates.png", "layers.png"
-SEARCH_CHECKPOINTS = f"{CHECKPOINTS}/search"
+SEARCH_CHECKPOINTS = f"{CHECKPOINTS}/{SEARCH_FOLDER}"
 # Keys that change what is shown, not what is learned: a run may be resumed with others.
 _FREE_TO_CHANGE = ("training.log_every",)
 

@@ -201,13 +201,13 @@ class SearchMixin(BilevelMixin):
 
     def search_from(self, checkpoint: str | bool | None) -> None:
         """Trains, from a checkpoint if there is one. A search that had ended is only read: the Trainer would take a step more."""
-        path = get_last_checkpoint(str(self.args.output_dir)) if checkpoint is True else checkpoint
-        state = Path(path) / TRAINER_STATE_NAME if isinstance(path, str) else None
-        if state is None or not state.is_file() or not self._has_ended(TrainerState.load_from_json(str(state))):
+        path = _checkpoint_in(self.args, checkpoint)
+        file = Path(path or "") / TRAINER_STATE_NAME
+        state = TrainerState.load_from_json(str(file)) if path is not None and file.is_file() else None
+        if path is None or state is None or not self._has_ended(state):
             self.train(resume_from_checkpoint=checkpoint)
             return
-        assert isinstance(path, str)
-        self.state = TrainerState.load_from_json(str(state))
+        self.state = state
         self._load_from_checkpoint(path)
         self._load_trajectory(path)
         self._load_rng_state(path)
@@ -321,10 +321,8 @@ def retrain(
         raise GatewiseError(
             "the configuration has prompt_layers=None, which is the hyper-network: give it the layers that were chosen"
         )
-    last = resume_from_checkpoint
-    if last is True and Path(args.output_dir or "").is_dir():
-        last = get_last_checkpoint(str(args.output_dir))
-    if isinstance(last, str) and (Path(last) / GATES_FILE).exists():
+    last = _checkpoint_in(args, resume_from_checkpoint)
+    if last is not None and (Path(last) / GATES_FILE).exists():
         raise GatewiseError(f"{last} is a checkpoint of a search, not of the training of its layers: resume from another one")
     adapted = get_peft_model(_without_adapters(model), dataclasses.replace(config))
     assert isinstance(adapted, PeftModel)
@@ -401,6 +399,14 @@ def _without_adapters(model: Any) -> Any:
     for name, head in heads.items():
         base.set_submodule(name, head)
     return base
+
+
+def _checkpoint_in(args: TrainingArguments, given: str | bool | None) -> str | None:
+    """The checkpoint that the Trainer will go on from, None if there is none."""
+    folder = str(args.output_dir)
+    if given is True:
+        return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    return given or None
 
 
 def _tell_of_a_frozen_head(model: PeftModel) -> None:

@@ -207,10 +207,10 @@ class SelectivePromptModel(BaseTuner):
         names = self.active_adapters if self._enabled else []
         if not names:
             return None
-        gates = self._gates(names[0])
-        dropped = None if self._config(names[0]).prompt_layers is not None else self._dropped
+        name, config, gates = names[0], self._config(names[0]), self._gates(names[0])
+        dropped = self._dropped if config.prompt_layers is None else None
         first = next((layer for layer in gates if dropped is None or not dropped[layer]), None)
-        return None if first is None else AdapterInUse(names[0], self._config(names[0]), gates, first)
+        return None if first is None else AdapterInUse(name, config, gates, first)
 
     # ---- gates ----
 

@@ -301,11 +301,12 @@ def _evaluate_classifier(
         batch = {key: value.to(device) for key, value in collate([features[row] for row in rows]).items()}
         labels = batch.pop("labels")
         logits = class_logits(model, batch).float()
-        best, right = logits.argmax(dim=-1).tolist(), (logits.argmax(dim=-1) == labels).tolist()
-        hits += sum(right)
-        for row, index, hit, scores in zip(rows, best, right, logits.log_softmax(dim=-1).tolist(), strict=True):
-            found[row] = _chosen(records, index, hit, scores)
-        total += float(F.cross_entropy(logits, labels, reduction="sum"))
+        scores, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
+        right = best == labels
+        hits += int(right.sum())
+        for row, index, hit, one in zip(rows, best.tolist(), right.tolist(), scores.tolist(), strict=True):
+            found[row] = _chosen(records, index, hit, one)
+        total += float(F.nll_loss(scores, labels, reduction="sum"))
         if progress:
             progress(min(start + batch_size, len(features)), len(features))
     answers += found
