@@ -24,7 +24,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -69,35 +70,43 @@ COMPARED = (*SEARCHED, "first", "last", "spread", *OTHERS)
 DATA = ("sst2", "mr", "subj", "trec", "rte")
 SIZES = ("full", "few")
 TASKS = ["/".join(parts) for parts in product(MODELS, DATA, SIZES)]
+# In tokens. The longest prompt takes positions too, and all methods read the same tokens.
+LENGTH = 256
 
 
-def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any] | None:
-    """Searches where the method does, trains one adapter and measures it on the whole dev split; None without such a method."""
+@dataclass
+class Cell:
+    """What the runs of a task and seed have in common; ``fresh`` makes the base model anew, the same each time."""
+
+    settings: dict[str, Any]
+    rows: list[Any]
+    dev: Any
+    template: Any
+    tokenizer: Any
+    collator: Any
+    fresh: Callable[[], Any]
+
+
+def prepared(task: str, seed: int, data_dir: Path) -> Cell:
+    """Rows, settings and base model of a task and seed."""
     import torch
     from transformers import set_seed
 
-    from gatewise.files import write_json
     from gatewise.models import load_model, load_tokenizer
-    from gatewise.tasks import PadCollator, encode, encode_classification, evaluate
+    from gatewise.tasks import PadCollator, encode, encode_classification
 
     name, data, size = task.split("/")
     s = {**COMMON, **MODELS[name]}
-    if method in RANDOM[s["layers"] // s["keep"] :]:
-        return None
     s["steps"] = s["steps"][size]
-    s["learning_rate"] = s["learning_rate"].get(method, s["learning_rate"]["spt"])
     train, dev, template = load_task(data, data_dir)
     if size == "few":
         train = shuffled(train, seed, s["few"])
     tokenizer = load_tokenizer(name)
     classification = s["task"] == "classification"
-    collator = PadCollator(tokenizer)
-    # The longest prompt takes positions too, and all methods read the same tokens.
-    length = 256
     rows: list[Any] = list(
-        encode_classification(train, tokenizer, max_length=length)
+        encode_classification(train, tokenizer, max_length=LENGTH)
         if classification
-        else encode(train, tokenizer, template, max_length=length)
+        else encode(train, tokenizer, template, max_length=LENGTH)
     )
 
     def fresh() -> Any:
@@ -109,13 +118,29 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
             dtype=torch.float32,  # on CPUs without AMX faster than bfloat16
         )
 
+    return Cell(s, rows, dev, None if classification else template, tokenizer, PadCollator(tokenizer), fresh)
+
+
+def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any] | None:
+    """Searches where the method does, trains one adapter and measures it on the whole dev split; None without such a method."""
+    from transformers import set_seed
+
+    from gatewise.files import write_json
+    from gatewise.tasks import evaluate
+
+    cell = prepared(task, seed, data_dir)
+    rates = cell.settings["learning_rate"]
+    s = {**cell.settings, "learning_rate": rates.get(method, rates["spt"])}
+    if method in RANDOM[s["layers"] // s["keep"] :]:
+        return None
     found: dict[str, Any] = {"layers": None}
     if method in SEARCHED:
         additions = method != "spt-plain"
         kept = RUNS / f"{task.replace('/', '-')}-{seed}{'' if additions else '-plain'}.json"
         found = json.loads(kept.read_text()) if kept.is_file() else {}
         if found.get("settings") != s:
-            found = {**searched(fresh(), rows, collator, seed, s, additions), "settings": s}
+            model: Any = adapted(cell.fresh(), "spt", s, None)
+            found = {**searched(model, cell, seed, s, additions), "settings": s}
             write_json(kept, found)
         found["layers"] = found["by_loss" if method == "spt-loss" else "by_gates"]
         # What choosing by loss takes on top of a search.
@@ -123,14 +148,14 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     elif method in FIXED:
         found = {"layers": guessed(method, seed, s)}
     set_seed(seed)
-    model: Any = adapted(fresh(), method, s, found["layers"])
+    model = adapted(cell.fresh(), method, s, found["layers"])
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = recipe_trainer(model, rows, collator, arguments(folder, seed, s))
+        trainer = recipe_trainer(model, cell.rows, cell.collator, arguments(folder, seed, s))
         set_seed(seed)
         trainer.train()
     seconds = time.perf_counter() - began
-    metrics = evaluate(model, tokenizer, dev, None if classification else template, batch_size=64, max_length=length)
+    metrics = evaluate(model, cell.tokenizer, cell.dev, cell.template, batch_size=64, max_length=LENGTH)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     head = sum(count for name, count in trained.items() if "modules_to_save" in name)
     return {
@@ -149,15 +174,20 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     }
 
 
-def searched(base: Any, rows: list[Any], collator: Any, seed: int, s: dict[str, Any], additions: bool) -> dict[str, Any]:
-    """The layers that SPT-DARTS chooses by gates and, with its two additions, by loss; what it saw, and what it took."""
+def searched(
+    model: Any, cell: Cell, seed: int, s: dict[str, Any], additions: bool, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """The layers that SPT-DARTS chooses by gates and, with its two additions, by loss; what it saw, and what it took.
+
+    Args:
+        model: SPT's network, which it leaves as the search trained it.
+        callbacks: watch the search.
+    """
     from transformers import set_seed
 
     from gatewise.prompts import search
     from gatewise.prompts.darts import chosen_layers
     from gatewise.training import SearchRecipeTrainer
-
-    model = adapted(base, "spt", s, None)
 
     asked = 0.0
 
@@ -170,14 +200,14 @@ def searched(base: Any, rows: list[Any], collator: Any, seed: int, s: dict[str, 
             return losses
 
     def trainer(model: Any, args: Any, train_dataset: Any, **more: Any) -> Any:
-        return recipe_trainer(model, train_dataset, collator, args, Timed, **more)
+        return recipe_trainer(model, train_dataset, cell.collator, args, Timed, callbacks, **more)
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         set_seed(seed)
         found = search(
             model,
-            rows,
+            cell.rows,
             arguments(folder, seed, s),
             keep=s["keep"],
             choose="loss" if additions else "gates",
@@ -241,12 +271,14 @@ def equal_rank(base: Any, s: dict[str, Any]) -> int:
     return max(1, round(wanted / sum(m.in_features + m.out_features for m in linear)))
 
 
-def recipe_trainer(model: Any, rows: list[Any], collator: Any, args: Any, kind: Any = None, **more: Any) -> Any:
+def recipe_trainer(
+    model: Any, rows: list[Any], collator: Any, args: Any, kind: Any = None, callbacks: Sequence[Any] = (), **more: Any
+) -> Any:
     """A Trainer with the loss of gatewise's own runs."""
     from gatewise.training import RecipeTrainer
 
-    made = kind or RecipeTrainer
-    return made(model=model, args=args, train=rows, dev=[], collator=collator, note={}, callbacks=[], group_by_length=True, **more)
+    common = {"train": rows, "dev": [], "collator": collator, "note": {}, "callbacks": [*callbacks], "group_by_length": True}
+    return (kind or RecipeTrainer)(model=model, args=args, **common, **more)
 
 
 def arguments(folder: str, seed: int, s: dict[str, Any]) -> Any:
