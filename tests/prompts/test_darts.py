@@ -123,6 +123,38 @@ def test_the_consistency_loss(tmp_path, data):
     torch.testing.assert_close(plain, model(**batch).loss)
 
 
+@pytest.mark.parametrize("consistency", [1.0, 0.0])
+def test_gates_move_on_passes_with_gates_dropped(tmp_path, data, consistency):
+    """For those are what the network is trained for; without consistency there are no drops."""
+    rows = data("bert")[:4]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    model = hyper().train()
+    trainer = SearchTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        upper_dataset=rows,
+        upper_batch_size=4,
+        upper_optim="sgd",
+        upper_learning_rate=0.5,
+        consistency=consistency,
+        drop=0.4,
+    )
+    trainer.create_optimizer()
+    before = torch.cat(list(model.gate_parameters().values())).detach().clone()
+    torch.manual_seed(13)
+    dropped = torch.rand(3) < (0.4 if consistency else 0.0)
+    assert dropped.sum() == (1 if consistency else 0)
+    with model.gates_reparameterised(), model.gates_dropped(dropped):
+        slopes = torch.autograd.grad(model(**batch).loss, list(model.gate_parameters().values()))
+    torch.manual_seed(13)
+    trainer.upper_step()
+    after = torch.cat(list(model.gate_parameters().values())).detach()
+    torch.testing.assert_close(after, before - 0.5 * torch.cat(slopes))
+    assert torch.equal(after[dropped], before[dropped])
+    assert not torch.equal(after, before)
+
+
 def test_one_gate_always_stays(tmp_path, data):
     rows = data("bert")
     trainer = SearchTrainer(

@@ -61,15 +61,16 @@ def test_gradients_of_gates_are_finite_differences(texts, family, reparameterise
     model = prompted(family, tau=0.7).double()
     logits = list(model.gate_parameters().values())
     start = torch.cat([logit.detach().clone() for logit in logits])
-    total = start.sigmoid().sum()
     dropped_gates = [False] * 3 if dropped is None else dropped
+    is_open = ~torch.tensor(dropped_gates)
+    total = start.sigmoid()[is_open].sum()
 
     base = reference.plain_copy(model)
 
     def loss_at(values: torch.Tensor) -> torch.Tensor:
         gates = values.sigmoid()
-        gates = gates * total / gates.sum() if reparameterised else gates
-        gates = torch.where(torch.tensor(dropped_gates), 0.0, gates)
+        gates = gates * total / gates[is_open].sum() if reparameterised else gates
+        gates = torch.where(is_open, gates, 0.0)
         with torch.no_grad():
             wanted = reference.logits(base, model, texts[0], gates=gates)
         return wanted.square().sum()

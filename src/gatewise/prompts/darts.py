@@ -7,8 +7,9 @@ the other. Its two additions over DARTS, each a switch, are reconstructed:
     consistency              L(w) = CE(f_1) + λ · ½ (KL(f_1 ‖ f_2) + KL(f_2 ‖ f_1))
 
 where f_1 and f_2 are two passes of a batch with different random subsets of the gates dropped, so that the searched network behaves
-like the discrete one that it will become. Gates move on passes without drops. Which layers are kept is then read off the gates, as
-SPT does, or off the losses of subsets of them (``gatewise.prompts.subsets``).
+like the discrete one that it will become. Gates move on passes with such drops too: with all of them open the network is one that was
+never trained, and there almost every prompt does harm, so that the layers whose prompts matter least would win (docs/spt.md). Which
+layers are kept is then read off the gates, as SPT does, or off the losses of subsets of them (``gatewise.prompts.subsets``).
 
 Shapes: b batch, t tokens, n layers, s steps, c classes or vocabulary.
 """
@@ -16,8 +17,8 @@ Shapes: b batch, t tokens, n layers, s steps, c classes or vocabulary.
 import copy
 import dataclasses
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -77,7 +78,7 @@ class SearchMixin(BilevelMixin):
     Args:
         reparameterise: re-parameterised gates in upper steps.
         consistency: λ; 0 turns the second pass and all drops off.
-        drop: the probability that a gate is dropped in a pass of a lower step; one always stays.
+        drop: the probability that a gate is dropped in a pass of a lower or upper step; one always stays.
         Others: those of ``BilevelMixin`` (``upper_parameters`` are the gates) and the Trainer.
 
     Raises:
@@ -104,9 +105,19 @@ class SearchMixin(BilevelMixin):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The Trainer's, with gates dropped."""
+        with self._dropping():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def upper_step(self) -> None:
+        """As ever, with gates dropped: those move on what the network was trained for."""
+        with self._dropping():
+            super().upper_step()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
         self._dropped = self._draw() if self.consistency else None
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            yield
         finally:
             self._dropped = None
 

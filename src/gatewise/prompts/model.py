@@ -253,8 +253,8 @@ class SelectivePromptModel(BaseTuner):
     def gates_reparameterised(self, enabled: bool = True) -> Iterator[None]:
         """While open, gates are â_i = a_i · detach(Σ_j a_j) / Σ_j a_j: the same values, but their gradients compete.
 
-        dâ_i / dα_k = a_k' (δ_ik − a_i / Σ_j a_j), so a gate that helps as much as the gates do on average stays where it is.
-        Reconstructed, as one of the two additions of SPT-DARTS.
+        dâ_i / dα_k = a_k' (δ_ik − a_i / Σ_j a_j), so a gate that helps as much as the gates do on average stays where it is. The
+        sums are over the gates that are not dropped. Reconstructed, as one of the two additions of SPT-DARTS.
         """
         before, self._reparameterised = self._reparameterised, enabled
         try:
@@ -269,11 +269,11 @@ class SelectivePromptModel(BaseTuner):
         device = logits[0].device
         gates = torch.cat([logit.to(device) for logit in logits])
         gates = gates.to(torch.promote_types(gates.dtype, torch.float32)).sigmoid()
+        if self._dropped is not None:
+            gates = gates.masked_fill(self._dropped.to(device), 0.0)
         if self._reparameterised:
             total = gates.sum()
             gates = gates * (total.detach() / total)
-        if self._dropped is not None:
-            gates = gates.masked_fill(self._dropped.to(device), 0.0)
         return dict(enumerate(gates.split(1)))
 
     def _gate_logits(self, adapter: str) -> list[Tensor]:
