@@ -1,13 +1,13 @@
-"""Why SPT's gates open where they do: what a gate's slope is made of, layer by layer, in the course of a search.
+"""Which way SPT's gates are drawn in the course of a search: with all of them open, and with some left out, as they are trained.
 
-A gate mixes two prompts, p = (1 - a) below + a new, so with g the gradient of the loss in p, the slope in a is
+The slope of the loss in a gate, layer by layer, at four points of the search of spt.py (with SPT's two additions), without dropout
+and without re-parameterised gates, on the same rows of the half that trains the gates:
 
-    dL/da  =  <g, new>    what its own prompt brings
-            - <g, below>  what writing over the prompt from below costs
+    all open      the network with all its prompts, which lower steps never train
+    some left out    means over the same random draws of the gates at each point, of the draws that leave the gate in
 
-A negative slope opens a gate. Both parts are measured at four points of the search of spt.py (MiniLM-L6, SPT's two additions on),
-without dropout and without re-parameterised gates, on the same 512 rows of the half that trains the gates. Beside them is the
-mean loss of the pairs of layers with each layer, by which `choose: loss` chooses at the end.
+A negative slope opens a gate. Beside the slopes are the loss of both and, at the end, the mean loss of the subsets of layers with
+each layer, by which `choose: loss` chooses.
 
     python benchmarks/spt_slopes.py --data-dir DATA --tasks minilm-l6/trec/full
     python benchmarks/spt_slopes.py --report
@@ -17,17 +17,18 @@ import random
 import statistics
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from campaign import campaign
 from spt import TASKS, adapted, prepared, searched
 
-ROWS = 512
+ROWS = 256
 POINTS = 4
+DRAWS = 12
 
 
 def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
     """Searches once more and measures the slopes on the way."""
+    import torch
     from transformers import TrainerCallback
 
     from gatewise.upper_level import split_in_half
@@ -38,52 +39,43 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     _, upper = split_in_half(cell.rows, seed)
     rows = sorted(random.Random(seed).sample(upper, min(ROWS, len(upper))), key=lambda row: len(row["input_ids"]))
     batches = [cell.collator(rows[start : start + 32]) for start in range(0, len(rows), 32)]
+    drawn = torch.rand(DRAWS, s["layers"], generator=torch.Generator().manual_seed(seed))
+    # As the search draws: one always stays.
+    dropped = (drawn < s["drop"]) & (drawn < drawn.max(dim=1, keepdim=True).values)
     points: list[dict[str, Any]] = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % (s["steps"] // POINTS) == 0:
-                points.append({"step": state.global_step, **slopes(model, batches)})
+                gates = [round(gate, 4) for gate in model.gates().tolist()]
+                whole = slopes(model, batches, torch.zeros_like(dropped[:1]))
+                points.append(
+                    {"step": state.global_step, "gates": gates, "open": whole, "left_out": slopes(model, batches, dropped)}
+                )
 
     found = searched(model, cell, seed, s, additions=True, callbacks=[Watch()])
     kept = {key: found[key] for key in ("by_gates", "by_loss", "gates", "losses")}
     return {"task": task, "method": method, "seed": seed, "rows": len(rows), "points": points, **kept, "settings": s}
 
 
-def slopes(model: Any, batches: list[Any]) -> dict[str, Any]:
-    """Both parts of every gate's slope (nats a row), and the gates."""
+def slopes(model: Any, batches: list[Any], dropped: Any) -> dict[str, Any]:
+    """The mean slope of the loss (nats a row) in each gate a over the draws (draws, n) that leave it in, and the mean loss."""
     import torch
 
-    tuner = model.base_model
-    gates = tuner.gates()
-    brings = torch.ones(len(gates), requires_grad=True)
-    overwrites = torch.ones(len(gates), requires_grad=True)
-    layer = 0
-
-    def mixed(below: Any, new: Any, gate: Any, tau: float) -> Any:
-        """The library's mixture; the two factors of one only take gradients."""
-        nonlocal layer
-        share = tau * gate
-        mixture = share * brings[layer] * new
-        if below is not None:
-            mixture = mixture + (1 - share * overwrites[layer]) * below
-        layer += 1
-        return mixture
-
-    before, count, loss = model.training, 0, 0.0
-    sums = [torch.zeros(len(gates)), torch.zeros(len(gates))]
+    parameters = list(model.gate_parameters().values())
+    gates, before = model.gates(), model.training
+    sums, loss, rows = torch.zeros(len(gates)), 0.0, sum(len(batch["labels"]) for batch in batches)
     model.eval()
-    with patch("gatewise.prompts.block.mixed", mixed):
-        for batch in batches:
-            layer, size = 0, len(batch["labels"])
-            whole = size * model(**batch).loss
-            for total, part in zip(sums, torch.autograd.grad(whole, [brings, overwrites]), strict=True):
-                total += part
-            count, loss = count + size, loss + float(whole.detach())
+    for which in dropped:
+        with model.gates_dropped(which):
+            for batch in batches:
+                whole = len(batch["labels"]) / rows * model(**batch).loss
+                loss += float(whole.detach())
+                # From the logit's slope to that in its sigmoid.
+                sums += torch.cat(torch.autograd.grad(whole, parameters)) / (gates * (1 - gates))
     model.train(before)
-    # A factor's gradient is a times the slope's part.
-    new, over = ([round(value, 5) for value in (total / count / gates).tolist()] for total in sums)
-    return {"gates": [round(gate, 4) for gate in gates.tolist()], "brings": new, "overwrites": over, "loss": round(loss / count, 4)}
+    times = (~dropped).sum(dim=0)
+    return {"slopes": [round(slope, 5) for slope in (sums / times).tolist()], "loss": round(loss / len(dropped), 4)}
 
 
 def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
@@ -94,13 +86,13 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
         print("  Slope of the loss in each layer's gate, hundredths of a nat; minus opens it")
         for number, first in enumerate(group[0]["points"]):
             at = [run["points"][number] for run in group]
-            brings, over, gates = ([point[key] for point in at] for key in ("brings", "overwrites", "gates"))
-            both = [[a + b for a, b in zip(point["brings"], point["overwrites"], strict=True)] for point in at]
             print(f"  step {first['step']}")
-            for name, values in (("its own prompt", brings), ("writing over", over), ("both", both)):
-                print(f"    {name:15}" + _by_layer([[100 * value for value in of_run] for of_run in values], "+8.2f"))
-            print(f"    {'gates':15}" + _by_layer(gates, "8.2f"))
-        print("  Mean loss of the pairs of layers with each, after the search")
+            for key, name in (("open", "all open"), ("left_out", "some left out")):
+                values = [[100 * slope for slope in point[key]["slopes"]] for point in at]
+                loss = statistics.mean(point[key]["loss"] for point in at)
+                print(f"    {name:15}{_by_layer(values, '+8.2f')}   loss {loss:.3f}")
+            print(f"    {'gates':15}{_by_layer([point['gates'] for point in at], '8.2f')}")
+        print("  Mean loss of the subsets of layers with each, after the search")
         print(" " * 19 + _by_layer([run["losses"] for run in group], "8.3f"))
 
 
