@@ -85,15 +85,19 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
         print(f"\n{task}, {len(group)} searches, {group[0]['rows']} rows")
         print("  Slope of the loss in each layer's gate, hundredths of a nat; minus opens it")
         for number, first in enumerate(group[0]["points"]):
-            at = [run["points"][number] for run in group]
-            print(f"  step {first['step']}")
-            for key, name in (("open", "all open"), ("left_out", "some left out")):
-                values = [[100 * slope for slope in point[key]["slopes"]] for point in at]
-                loss = statistics.mean(point[key]["loss"] for point in at)
-                print(f"    {name:15}{_by_layer(values, '+8.2f')}   loss {loss:.3f}")
-            print(f"    {'gates':15}{_by_layer([point['gates'] for point in at], '8.2f')}")
+            _point(f"step {first['step']}", [run["points"][number] for run in group])
+        _point("mean of these", [point for run in group for point in run["points"]])
         print("  Mean loss of the subsets of layers with each, after the search")
         print(" " * 19 + _by_layer([run["losses"] for run in group], "8.3f"))
+
+
+def _point(name: str, points: list[dict[str, Any]]) -> None:
+    print(f"  {name}")
+    for key, state in (("open", "all open"), ("left_out", "some left out")):
+        values = [[100 * slope for slope in point[key]["slopes"]] for point in points]
+        loss = statistics.mean(point[key]["loss"] for point in points)
+        print(f"    {state:15}{_by_layer(values, '+8.2f')}   loss {loss:.3f}")
+    print(f"    {'gates':15}{_by_layer([point['gates'] for point in points], '8.2f')}")
 
 
 def _by_layer(runs: list[list[float]], style: str) -> str:
