@@ -89,21 +89,17 @@ def test_a_resumed_search_is_one_never_stopped(tmp_path, data):
         prompts.search(hyper(), data("bert"), kept, keep=1, resume_from_checkpoint=str(tmp_path / "b/search/checkpoint-3"))
 
 
+def in_a_search(rows: Any, args: Any, **settings: Any) -> tuple[Any, dict[str, torch.Tensor], SearchTrainer]:
+    """A hyper-network, all rows as one batch, and a trainer of it that is ready for steps."""
+    model = hyper().train()
+    trainer = SearchTrainer(model=model, args=args, train_dataset=rows, upper_dataset=rows, drop=0.4, **settings)
+    trainer.create_optimizer()
+    return model, {key: torch.stack([row[key] for row in rows]) for key in rows[0]}, trainer
+
+
 def test_the_consistency_loss(tmp_path, data):
     """A lower step's loss is that of a pass with gates dropped, and the distance to another one."""
-    rows = data("bert")[:4]
-    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    model = hyper().train()
-    trainer = SearchTrainer(
-        model=model,
-        args=arguments(tmp_path),
-        train_dataset=rows,
-        upper_dataset=rows,
-        upper_learning_rate=1e-2,
-        consistency=0.3,
-        drop=0.4,
-    )
-    trainer.create_optimizer()
+    model, batch, trainer = in_a_search(data("bert")[:4], arguments(tmp_path), upper_learning_rate=1e-2, consistency=0.3)
     trainer.current_gradient_accumulation_steps = 1
     torch.manual_seed(13)
     got = trainer.training_step(model, dict(batch))
@@ -126,21 +122,8 @@ def test_the_consistency_loss(tmp_path, data):
 @pytest.mark.parametrize("consistency", [1.0, 0.0])
 def test_gates_move_on_passes_with_gates_dropped(tmp_path, data, consistency):
     """For those are what the network is trained for; without consistency there are no drops."""
-    rows = data("bert")[:4]
-    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    model = hyper().train()
-    trainer = SearchTrainer(
-        model=model,
-        args=arguments(tmp_path),
-        train_dataset=rows,
-        upper_dataset=rows,
-        upper_batch_size=4,
-        upper_optim="sgd",
-        upper_learning_rate=0.5,
-        consistency=consistency,
-        drop=0.4,
-    )
-    trainer.create_optimizer()
+    settings = {"upper_batch_size": 4, "upper_optim": "sgd", "upper_learning_rate": 0.5, "consistency": consistency}
+    model, batch, trainer = in_a_search(data("bert")[:4], arguments(tmp_path), **settings)
     before = torch.cat(list(model.gate_parameters().values())).detach().clone()
     torch.manual_seed(13)
     dropped = torch.rand(3) < (0.4 if consistency else 0.0)
