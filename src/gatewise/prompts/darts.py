@@ -7,8 +7,8 @@ the other. Its two additions over DARTS, each a switch, are reconstructed:
     consistency              L(w) = CE(f_1) + λ · ½ (KL(f_1 ‖ f_2) + KL(f_2 ‖ f_1))
 
 where f_1 and f_2 are two passes of a batch with different random subsets of the gates dropped, so that the searched network behaves
-like the discrete one that it will become. Gates move on passes with such drops too: where all are open, the network has more prompts
-than it was trained with, a gate that opens further mostly does harm, and those of the layers that matter least would win
+like the discrete one that it will become. Gates move on passes with such drops too: where all are open, the network has more
+prompts than it was trained with, a gate that opens further mostly does harm, and those of the layers that matter least would win
 (docs/spt.md). Which layers are kept is then read off the gates, as SPT does, or off the losses of subsets of them
 (``gatewise.prompts.subsets``).
 
