@@ -1,8 +1,8 @@
 """Layers chosen by what they do together: the loss of a searched network with only some of its gates open. Our own, not of SPT.
 
-A gate's gradient says what a little more of its prompt does while the prompts of all other layers are there. The discrete model has
-K of them alone. A search with ``consistency`` trains its network with random subsets of the gates left out, so it can be asked
-directly: with many subsets S of K layers, on rows that trained no weight,
+A gate's gradient says what a little more of its prompt does, where the discrete model has all of it or none. A search with
+``consistency`` trains its network with random subsets of the gates left out, so it can be asked directly: with many subsets S of K
+layers, on rows that trained no weight,
 
     ℓ_i = mean of L(S) over the S that hold layer i
 
