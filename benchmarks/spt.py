@@ -76,7 +76,7 @@ LENGTH = 256
 
 @dataclass
 class Cell:
-    """What the runs of a task and seed have in common; ``fresh`` makes the base model anew, the same each time."""
+    """What a run starts from; ``fresh`` makes the base model anew, the same each time."""
 
     settings: dict[str, Any]
     rows: list[Any]
@@ -87,8 +87,8 @@ class Cell:
     fresh: Callable[[], Any]
 
 
-def prepared(task: str, seed: int, data_dir: Path) -> Cell:
-    """Rows, settings and base model of a task and seed."""
+def prepared(task: str, method: str, seed: int, data_dir: Path) -> Cell:
+    """Rows, settings and base model of a run."""
     import torch
     from transformers import set_seed
 
@@ -98,6 +98,7 @@ def prepared(task: str, seed: int, data_dir: Path) -> Cell:
     name, data, size = task.split("/")
     s = {**COMMON, **MODELS[name]}
     s["steps"] = s["steps"][size]
+    s["learning_rate"] = s["learning_rate"].get(method, s["learning_rate"]["spt"])
     train, dev, template = load_task(data, data_dir)
     if size == "few":
         train = shuffled(train, seed, s["few"])
@@ -128,11 +129,11 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     from gatewise.files import write_json
     from gatewise.tasks import evaluate
 
-    cell = prepared(task, seed, data_dir)
-    rates = cell.settings["learning_rate"]
-    s = {**cell.settings, "learning_rate": rates.get(method, rates["spt"])}
-    if method in RANDOM[s["layers"] // s["keep"] :]:
+    model_settings = MODELS[task.partition("/")[0]]
+    if method in RANDOM[model_settings["layers"] // model_settings["keep"] :]:
         return None
+    cell = prepared(task, method, seed, data_dir)
+    s = cell.settings
     found: dict[str, Any] = {"layers": None}
     if method in SEARCHED:
         additions = method != "spt-plain"
@@ -140,7 +141,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
         found = json.loads(kept.read_text()) if kept.is_file() else {}
         if found.get("settings") != s:
             model: Any = adapted(cell.fresh(), "spt", s, None)
-            found = {**searched(model, cell, seed, s, additions), "settings": s}
+            found = {**searched(model, cell, seed, additions), "settings": s}
             write_json(kept, found)
         found["layers"] = found["by_loss" if method == "spt-loss" else "by_gates"]
         # What choosing by loss takes on top of a search.
@@ -174,9 +175,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     }
 
 
-def searched(
-    model: Any, cell: Cell, seed: int, s: dict[str, Any], additions: bool, callbacks: Sequence[Any] = ()
-) -> dict[str, Any]:
+def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """The layers that SPT-DARTS chooses by gates and, with its two additions, by loss; what it saw, and what it took.
 
     Args:
@@ -189,7 +188,7 @@ def searched(
     from gatewise.prompts.darts import chosen_layers
     from gatewise.training import SearchRecipeTrainer
 
-    asked = 0.0
+    s, asked = cell.settings, 0.0
 
     class Timed(SearchRecipeTrainer):
         def subset_losses(self, subsets: Any) -> Any:

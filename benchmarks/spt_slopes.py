@@ -31,17 +31,17 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     import torch
     from transformers import TrainerCallback
 
+    from gatewise.prompts.darts import draw_dropped
     from gatewise.upper_level import split_in_half
 
-    cell = prepared(task, seed, data_dir)
-    s = {**cell.settings, "learning_rate": cell.settings["learning_rate"]["spt"]}
+    cell = prepared(task, method, seed, data_dir)
+    s = cell.settings
     model = adapted(cell.fresh(), "spt", s, None)
     _, upper = split_in_half(cell.rows, seed)
     rows = sorted(random.Random(seed).sample(upper, min(ROWS, len(upper))), key=lambda row: len(row["input_ids"]))
     batches = [cell.collator(rows[start : start + 32]) for start in range(0, len(rows), 32)]
-    drawn = torch.rand(DRAWS, s["layers"], generator=torch.Generator().manual_seed(seed))
-    # As the search draws: one always stays.
-    dropped = (drawn < s["drop"]) & (drawn < drawn.max(dim=1, keepdim=True).values)
+    generator = torch.Generator().manual_seed(seed)
+    dropped = torch.stack([draw_dropped(s["layers"], s["drop"], generator) for _ in range(DRAWS)])
     points: list[dict[str, Any]] = []
 
     class Watch(TrainerCallback):
@@ -53,7 +53,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
                     {"step": state.global_step, "gates": gates, "open": whole, "left_out": slopes(model, batches, dropped)}
                 )
 
-    found = searched(model, cell, seed, s, additions=True, callbacks=[Watch()])
+    found = searched(model, cell, seed, additions=True, callbacks=[Watch()])
     kept = {key: found[key] for key in ("by_gates", "by_loss", "gates", "losses")}
     return {"task": task, "method": method, "seed": seed, "rows": len(rows), "points": points, **kept, "settings": s}
 

@@ -187,11 +187,7 @@ class SearchMixin(BilevelMixin):
 
     def _draw(self) -> Tensor:
         # From the CPU's generator, whose state checkpoints hold.
-        drawn = torch.rand(len(hyper_network(self.model).gates()))
-        dropped = drawn < self.drop
-        # One stays: with none, a causal model's loss would have no gradient.
-        dropped[drawn.argmax()] = False
-        return dropped
+        return draw_dropped(len(hyper_network(self.model).gates()), self.drop)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -343,6 +339,15 @@ def retrain(
     _tell_of_a_frozen_head(adapted)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return adapted
+
+
+def draw_dropped(layers: int, drop: float, generator: torch.Generator | None = None) -> Tensor:
+    """Which gates a pass leaves out (n,): each with the probability ``drop``, but one always stays."""
+    drawn = torch.rand(layers, generator=generator)
+    dropped = drawn < drop
+    # With none open, a causal model's loss would have no gradient.
+    dropped[drawn.argmax()] = False
+    return dropped
 
 
 def chosen_layers(gates: Tensor, keep: int) -> list[int]:
