@@ -106,17 +106,21 @@ class SearchMixin(BilevelMixin):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The Trainer's, with gates dropped."""
-        with self._dropping():
+        with self._dropping(self._drawn()):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def upper_step(self) -> None:
         """As ever, with gates dropped: those move on what the network was trained for."""
-        with self._dropping():
+        with self._dropping(self._drawn()):
             super().upper_step()
 
+    def _drawn(self) -> Tensor | None:
+        """The gates that a step leaves out."""
+        return self._draw() if self.consistency else None
+
     @contextmanager
-    def _dropping(self) -> Iterator[None]:
-        self._dropped = self._draw() if self.consistency else None
+    def _dropping(self, dropped: Tensor | None) -> Iterator[None]:
+        self._dropped = dropped
         try:
             yield
         finally:
@@ -171,13 +175,11 @@ class SearchMixin(BilevelMixin):
         sums[-1] = len(own)
         try:
             for number, kept in enumerate(subsets):
-                self._dropped = ~kept
                 for rows_of, batch in zip(numbers, batches, strict=True):
-                    with torch.no_grad(), self.compute_loss_context_manager():
+                    with torch.no_grad(), self.compute_loss_context_manager(), self._dropping(~kept):
                         # A copy, because the Trainer may take something out.
                         sums[number] += len(rows_of) * self.compute_upper_loss(model, {**batch}).mean().float()
         finally:
-            self._dropped = None
             model.train(before)
         reduced: Any = self.accelerator.reduce(sums, reduction="sum")
         losses: Tensor = (reduced[:-1] / reduced[-1]).cpu()
