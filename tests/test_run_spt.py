@@ -249,7 +249,8 @@ def test_settings_reach_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     original = SearchRecipeTrainer.train
     monkeypatch.setattr(SearchRecipeTrainer, "train", lambda self, **more: seen.append(self) or original(self, **more))
     section = {"keep": 2, "epochs": 0.5, "gate_learning_rate": 0.05, "reparameterise": False, "consistency": 0.0, "drop": 0.25}
-    prompts = {"num_prompt_tokens": 2, "bottleneck": 8, "tau": 0.5, "phm": 2, "activation": "tanh", "normalize_states": False}
+    prompts = {"num_prompt_tokens": 2, "bottleneck": 8, "tau": 0.5, "phm": 2, "activation": "tanh"}
+    prompts |= {"balanced": False, "normalize_states": False}
     result = train(write_recipe(tmp_path, "spt", search=section, prompts=prompts), tmp_path / "out")
     trainer = seen[0]
     assert (trainer.reparameterise, trainer.consistency, trainer.drop) == (False, 0.0, 0.25)

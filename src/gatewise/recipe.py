@@ -196,6 +196,7 @@ class PromptsSection(Section):
     prompt_layers: Annotated[Any, BeforeValidator(_prompt_layers)] = None
     keep: Count | None = None
     tau: Annotated[float, Field(gt=0, le=1)] = 1.0
+    balanced: bool | None = None
     phm: Count | None = None
     activation: Literal["gelu", "relu", "tanh", "identity"] = "gelu"
     normalize_states: bool = True

@@ -53,6 +53,18 @@ def generated(hidden: Tensor, numbers: dict[str, Tensor], config: Any) -> Tensor
     return torch.stack(prompt)
 
 
+def mixture(propagated: Tensor, new: Tensor, share: Tensor, balanced: bool) -> Tensor:
+    """p (l, d) of p^propagated and p^new; balanced, token by token by their directions."""
+    if not balanced:
+        return (1 - share) * propagated + share * new
+    tokens = []
+    for old, fresh in zip(propagated, new, strict=True):
+        sizes = [((p * p).mean() + 1e-6) ** 0.5 for p in (old, fresh)]
+        size = torch.exp((1 - share) * sizes[0].log() + share * sizes[1].log())
+        tokens.append(size * ((1 - share) * old / sizes[0] + share * fresh / sizes[1]))
+    return torch.stack(tokens)
+
+
 @cache
 def mask_of(prompts: int, tokens: int, causal: bool, window: int | None) -> Tensor:
     """What is added to scores (1, 1, p + t, p + t), cell by cell."""
@@ -94,7 +106,9 @@ def last_hidden(
             new = generated(hidden[:read], numbers[index], config)
             propagated = torch.zeros_like(new) if prompt is None else prompt
             if prompt is not None or a != 0:
-                prompt = (1 - config.tau * a) * propagated + config.tau * a * new
+                balanced = causal if config.balanced is None else config.balanced
+                share = config.tau * torch.as_tensor(a, dtype=new.dtype)
+                prompt = mixture(propagated, new, share, balanced and prompt is not None)
         length = 0 if prompt is None else len(prompt)
         both = hidden if prompt is None else torch.cat([prompt, hidden])
         layer_type = getattr(base.config, "layer_types", [None] * len(layers))[index]

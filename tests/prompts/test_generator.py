@@ -4,7 +4,7 @@ import prompt_reference as reference
 import pytest
 import torch
 from prompted_models import prompt_config, prompted
-from torch.nn.functional import adaptive_avg_pool1d
+from torch.nn.functional import adaptive_avg_pool1d, normalize
 
 from gatewise.prompts.generator import PromptGenerator, kronecker_sum, pooling_weights
 from gatewise.prompts.layer import mixed
@@ -88,6 +88,28 @@ def test_gradients_of_gates_are_finite_differences(texts, family, reparameterise
 
 def test_the_formula_of_the_mixture():
     old, new, gate = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([0.25])
-    torch.testing.assert_close(mixed(old, new, gate, 0.5), (1 - 0.125) * old + 0.125 * new)
-    torch.testing.assert_close(mixed(None, new, gate, 0.5), 0.125 * new)
-    torch.testing.assert_close(mixed(old, new, None, 1.0), new)
+    torch.testing.assert_close(mixed(old, new, gate, 0.5, False), (1 - 0.125) * old + 0.125 * new)
+    torch.testing.assert_close(mixed(None, new, gate, 0.5, False), 0.125 * new)
+    torch.testing.assert_close(mixed(old, new, None, 1.0, False), new)
+
+
+def test_a_balanced_mixture():
+    old, new, gate = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([0.25])
+    got = mixed(100 * old, new, gate, 0.5, True)
+    for row in range(2):
+        torch.testing.assert_close(got[row], reference.mixture(100 * old[row], new[row], torch.tensor(0.125), True))
+    # Which way it points does not depend on the sizes.
+    torch.testing.assert_close(normalize(got, dim=-1), normalize(mixed(old, new / 7, gate, 0.5, True), dim=-1))
+    # Gates that are open or closed leave one of the two, bit by bit.
+    assert torch.equal(mixed(100 * old, new, torch.ones(1), 1.0, True), new)
+    assert torch.equal(mixed(100 * old, new, torch.zeros(1), 1.0, True), 100 * old)
+    assert torch.equal(mixed(None, new, gate, 0.5, True), 0.125 * new)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_gradients_of_a_balanced_mixture_are_finite(closed):
+    """At a prompt of zeros too, which carries the graph through layers below the first open gate."""
+    old, new = torch.zeros(1, 2, 4, requires_grad=True), torch.zeros(1, 2, 4, requires_grad=True)
+    gate = torch.tensor([0.0 if closed else 0.5], requires_grad=True)
+    (mixed(old, new, gate, 1.0, True) + mixed(300 * torch.ones(1, 2, 4), new, gate, 1.0, True)).sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (old, new, gate))

@@ -196,6 +196,7 @@ def test_many_dropped_gates_leave_gradients_finite(attention):
         ({"bottleneck": 2.5}, "bottleneck is 2.5: expected a whole number"),
         ({"tau": 0}, "tau is 0: expected a number above 0 and at most 1"),
         ({"tau": 1.5}, "tau is 1.5"),
+        ({"balanced": "yes"}, "balanced is 'yes': expected True, False or None"),
         ({"phm": 3, "bottleneck": 4}, "phm is 3, which does not divide bottleneck 4"),
         ({"phm": True}, "phm is True: expected a whole number"),
         ({"activation": "swish"}, "activation is 'swish': expected one of gelu, relu, tanh, identity"),

@@ -51,6 +51,20 @@ def test_prompts_concatenated_by_hand(texts, family, layers, attention):
         assert (plain - alone).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_balanced_or_not(texts, family):
+    """Decoders are so if they are not told, encoders are not."""
+    model, logits = prompted(family), {}
+    base = reference.plain_copy(model)
+    for balanced in (True, False, None):
+        model.peft_config["default"].balanced = balanced
+        with torch.no_grad():
+            logits[balanced] = model(input_ids=texts[0][None]).logits[0]
+        torch.testing.assert_close(logits[balanced], reference.logits(base, model, texts[0]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits[None], logits[family != "bert"])
+    assert (logits[True] - logits[False]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta", "gpt2-classifier"])
 def test_padding_on_the_left_with_positions_of_its_own(texts, family):
     """Learned positions are the caller's: with the text's own ones padding on the left changes nothing."""

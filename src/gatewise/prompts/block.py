@@ -103,7 +103,7 @@ class PromptedBlock(Front, nn.Module):
             return propagated
         assert running.pooling is not None
         new = self.selective_prompt.new_prompt(running.adapter, hidden, running.pooling.to(hidden.device))
-        return mixed(propagated, new, gate, running.config.tau).to(hidden.dtype)
+        return mixed(propagated, new, gate, running.config.tau, running.balanced).to(hidden.dtype)
 
 
 def install(block: Any, place: Place) -> None:

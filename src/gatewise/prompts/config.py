@@ -29,6 +29,10 @@ class SelectivePromptConfig(PeftConfig):
             a_i = sigmoid(α_i), α_i = 0 at the start. A list of layer numbers from 0 is the discrete model: new prompts at these
             layers, all a_i fixed to one, and no α. Layers below the first one then compute exactly what the base model computes.
         tau: τ, above 0 and at most 1 (reconstructed: 0.5 or 1). With 1 and a gate of one, a new prompt replaces the propagated one.
+        balanced: count p^propagated and p^new by their directions, and give the mixture a size between theirs
+            (``gatewise.prompts.layer.mixed``). Our own: in layers without a norm at their end, as decoders have, propagated prompts
+            are tens to hundreds of times as large as new ones and drown them in the sum above (docs/spt.md). None does so in the
+            decoders and not in the encoders. It makes no difference to discrete models with τ = 1.
         phm: n, for projections that are sums of n Kronecker products with about 1/n of the parameters; None for plain matrices.
             It must divide ``bottleneck`` and the model's hidden size.
         activation: "gelu", "relu", "tanh" or "identity" (reconstructed: which one the paper has is not known).
@@ -47,6 +51,9 @@ class SelectivePromptConfig(PeftConfig):
         default=None, metadata={"help": "The layers with a new prompt; None for the hyper-network with a gate at every layer."}
     )
     tau: float = field(default=1.0, metadata={"help": "How much of the propagated prompt an open gate replaces."})
+    balanced: bool | None = field(
+        default=None, metadata={"help": "Mix propagated and new prompts by their directions; None: in decoders."}
+    )
     phm: int | None = field(default=None, metadata={"help": "Number of Kronecker products a projection; None for plain ones."})
     activation: Activation = field(default="gelu", metadata={"help": "The generator's activation."})
     normalize_states: bool = field(default=True, metadata={"help": "Divide hidden states by their root mean square first."})
@@ -62,6 +69,8 @@ class SelectivePromptConfig(PeftConfig):
         tau: Any = self.tau
         if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau <= 1:
             raise GatewiseError(f"tau is {tau!r}: expected a number above 0 and at most 1")
+        if self.balanced not in (True, False, None):
+            raise GatewiseError(f"balanced is {self.balanced!r}: expected True, False or None")
         if self.phm is not None:
             _check_whole("phm", self.phm)
             if self.bottleneck % self.phm:

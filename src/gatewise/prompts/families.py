@@ -14,11 +14,13 @@ class Family:
     """Paths in the Transformer under a model's head: its list of layers, and its rotary embedding if it has one.
 
     Without a rotary embedding positions are learned and added below the first layer, so real tokens keep theirs by themselves.
+    ``normed``: a layer ends in a norm (post-norm), so what it leaves has about the size of what generators write.
     """
 
     layers: str
     rotary: str | None = None
     causal: bool = False
+    normed: bool = False
 
 
 _ROTARY_DECODER = Family("layers", "rotary_emb", causal=True)
@@ -28,8 +30,8 @@ FAMILIES = {
     "qwen2": _ROTARY_DECODER,
     "qwen3": _ROTARY_DECODER,
     "gpt2": Family("h", causal=True),
-    "bert": Family("encoder.layer"),
-    "roberta": Family("encoder.layer"),
+    "bert": Family("encoder.layer", normed=True),
+    "roberta": Family("encoder.layer", normed=True),
 }
 """By ``config.model_type``."""
 

@@ -63,8 +63,23 @@ def _device_of(block: nn.Module) -> torch.device | None:
     return None if runs_on is None else torch.device(runs_on)
 
 
-def mixed(propagated: Tensor | None, new: Tensor, gate: Tensor | None, tau: float) -> Tensor:
-    """p = (1 − τ a) p^propagated + τ a p^new (b, l, d); ``gate`` a (1,), None for one; ``propagated`` None for zero."""
-    share = tau if gate is None else tau * gate.to(new.device, new.dtype)
-    mixture = share * new
-    return mixture if propagated is None else mixture + (1 - share) * propagated.to(new.dtype)
+def mixed(propagated: Tensor | None, new: Tensor, gate: Tensor | None, tau: float, balanced: bool) -> Tensor:
+    """p = (1 − w) p^propagated + w p^new (b, l, d) with w = τ a; ``gate`` a (1,), None for one; ``propagated`` None for zero.
+
+    Balanced, each prompt token has the size s = |p^propagated|^(1 − w) · |p^new|^w that lies between those of the two, and they
+    count by their directions: p = s · ((1 − w) p^propagated / |p^propagated| + w p^new / |p^new|). Both are the same for a w of
+    zero or one. |p| is the root mean square of a token's numbers, never quite zero.
+    """
+    share = new.new_tensor(tau) if gate is None else tau * gate.to(new.device, new.dtype)
+    if propagated is None:
+        return share * new
+    propagated = propagated.to(new.dtype)
+    if not balanced:
+        return share * new + (1 - share) * propagated
+    ratio = _size(new) / _size(propagated)
+    return share * ratio ** (share - 1) * new + (1 - share) * ratio**share * propagated
+
+
+def _size(prompt: Tensor) -> Tensor:
+    """|p| (b, l, 1)."""
+    return (prompt.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()

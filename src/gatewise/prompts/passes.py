@@ -57,8 +57,9 @@ class PromptPass:
         first: the first layer that a prompt enters; of a pass that continues a text, the first with a prompt in the cache.
         gates: of the layers with a generator, in order.
         text: None if the pass continues one.
-        propagated: the prompt (b, l, d) that the layer below left, set from layer to layer.
         tokens: t.
+        balanced: whether prompts of different sizes count evenly where they are mixed.
+        propagated: the prompt (b, l, d) that the layer below left, set from layer to layer.
     """
 
     owner: int
@@ -69,6 +70,7 @@ class PromptPass:
     gates: Gates
     text: Text | None
     tokens: int
+    balanced: bool = False
     propagated: Tensor | None = None
     pooling: Tensor | None = None
     rotary: dict[int, tuple[Any, Any]] = field(default_factory=dict)
@@ -196,8 +198,9 @@ class PassTracker(CallTracker):
             text = read_text(arguments, self._call, self._told, self._causal, training)
             if self._causal and training:
                 self._look_at_prompts(text)
-        causal = self._transformer.family.causal
-        return PromptPass(self._owner, active.name, active.config, causal, first, active.gates, text, tokens)
+        family, config = self._transformer.family, active.config
+        balanced = not family.normed if config.balanced is None else config.balanced
+        return PromptPass(self._owner, active.name, config, family.causal, first, active.gates, text, tokens, balanced)
 
     def _look_at_prompts(self, text: Text) -> None:
         """Once, because generators that are trained without prompts are given some when the model writes."""
