@@ -8,6 +8,8 @@ from functools import cache
 from types import MethodType
 from typing import Any, cast
 
+import torch
+
 
 class Front:
     """Base of what is put in front of a class; ``super()`` in it is then the object's own."""
@@ -19,11 +21,13 @@ class Front:
         return _new, kind.__bases__, self.__dict__  # pickle finds classes by name, and would find the object's own
 
 
+@torch.compiler.disable  # it would trace past the cache that makes a class once only
 def put_front(owner: object, front: type[Front]) -> None:
     """Exchanges the class of an object for one that has ``front`` before the object's own."""
     _set_class(owner, _fronted(cast(Hashable, front), cast(Hashable, type(owner))))
 
 
+@torch.compiler.disable
 def take_front(owner: object) -> None:
     """Undoes ``put_front``."""
     _set_class(owner, type(owner).__bases__[1])

@@ -212,6 +212,9 @@ def test_refusals(tmp_path, data):
         prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, drop=1)
     with pytest.raises(GatewiseError, match="consistency is -1"):
         prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, consistency=-1)
+    for name, value in (("drop", None), ("drop", True), ("consistency", "x"), ("reparameterise", "yes")):
+        with pytest.raises(GatewiseError, match=f"{name} is {value!r}: expected"):
+            prompts.search(hyper("llama"), rows, arguments(tmp_path), keep=1, **{name: value})
     best = arguments(
         tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2
     )
@@ -233,9 +236,10 @@ def test_labels_that_do_not_reach_a_causal_model(tmp_path, data):
     assert prompts.search(hyper(), data("bert"), smooth, keep=1).layers
 
 
-def test_a_search_that_had_ended_is_read(tmp_path, data):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_search_that_had_ended_is_read(tmp_path, data, bf16):
     """As a script that does search and retraining finds it when it is started again."""
-    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, bf16=bf16)
     for choose in ("gates", "loss"):
         found = prompts.search(hyper(), data("bert"), args, keep=1, choose=choose, upper_learning_rate=0.3)
         drawn = torch.rand(2)
@@ -250,7 +254,7 @@ def test_a_search_that_had_ended_is_read(tmp_path, data):
         assert (again.layers, again.config) == (found.layers, found.config)
         assert again.log == found.log[:-1]  # without the summary of having trained
         assert choose == "gates" or torch.equal(again.losses, found.losses)
-    longer = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=5)
+    longer = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=5, bf16=bf16)
     assert len(prompts.search(hyper(), data("bert"), longer, keep=1, resume_from_checkpoint=True).gates) == 6
 
 

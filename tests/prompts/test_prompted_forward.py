@@ -270,3 +270,21 @@ def test_every_parameter_learns(texts, family):
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert found.keys() == trainable
     assert all(gradient.abs().max() > 0 for gradient in found.values())
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", [1]), ("gpt2", None), ("bert", None)], ids=str)
+def test_compiled(texts, family, layers):
+    """torch.compile gives the same numbers, in the order in which a user calls what it made."""
+    torch._dynamo.reset()
+    model, batch = prompted(family, prompt_layers=layers), padded(texts)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
+    model.train()
+    labels = {"labels": torch.where(torch.arange(11) < 3, -100, batch["input_ids"])} if family != "bert" else {}
+    losses = [one(**batch, **labels).logits.square().mean() for one in (compiled, model)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    got, wanted = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
+    for name, one, other in zip(names, got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)

@@ -48,6 +48,7 @@ class PromptedBlock(Front, nn.Module):
     place: Place
     selective_prompt: PromptLayer
 
+    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.place.enter()
         if running is None:

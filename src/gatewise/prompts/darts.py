@@ -87,10 +87,12 @@ class SearchMixin(BilevelMixin):
     """
 
     def __init__(self, *args: Any, reparameterise: bool = True, consistency: float = 1.0, drop: float = 0.5, **kwargs: Any) -> None:
-        if not 0 <= consistency < float("inf"):
+        if not _is_number(consistency) or not 0 <= consistency < float("inf"):
             raise GatewiseError(f"consistency is {consistency!r}: expected a weight of at least 0; 0 turns it off")
-        if not 0 < drop < 1:
+        if not _is_number(drop) or not 0 < drop < 1:
             raise GatewiseError(f"drop is {drop!r}: expected a probability between 0 and 1")
+        if not isinstance(reparameterise, bool):
+            raise GatewiseError(f"reparameterise is {reparameterise!r}: expected True or False")
         self.reparameterise, self.consistency, self.drop = reparameterise, consistency, drop
         self.trajectory: list[Tensor] = []
         self._dropped: Tensor | None = None
@@ -176,7 +178,8 @@ class SearchMixin(BilevelMixin):
         try:
             for number, kept in enumerate(subsets):
                 for rows_of, batch in zip(numbers, batches, strict=True):
-                    with torch.no_grad(), self.compute_loss_context_manager(), self._dropping(~kept):
+                    # The precision of training, which a search that is only read never prepared its model for.
+                    with torch.no_grad(), self.accelerator.autocast(), self.compute_loss_context_manager(), self._dropping(~kept):
                         # A copy, because the Trainer may take something out.
                         sums[number] += len(rows_of) * self.compute_upper_loss(model, {**batch}).mean().float()
         finally:
@@ -404,6 +407,10 @@ def hyper_network(model: Any) -> SelectivePromptModel:
             "a search needs a PeftModel with a hyper-network: get_peft_model(model, SelectivePromptConfig(prompt_layers=None))"
         )
     return tuner
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _without_adapters(model: Any) -> Any:

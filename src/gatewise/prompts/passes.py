@@ -152,6 +152,8 @@ class PassTracker(CallTracker):
         finally:
             self._call = before
 
+    # torch.compile would run what it traces here in another order than the layers, which then find no pass or one of another call.
+    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         place = self._place(module)
         if self._is_inside(place):
@@ -159,6 +161,7 @@ class PassTracker(CallTracker):
         self._opened_by, self.current, self.running = place, None, True
         self.current = self._pass(self._given(place, args, kwargs), module)
 
+    @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._is_open_by(module):
             return None
@@ -231,6 +234,7 @@ class PassTracker(CallTracker):
             )
         return min(held.states)
 
+    @torch.compiler.disable
     def _add_positions(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Makes rotary embeddings for the prompt too, at the l positions before the first token of each row.
 
