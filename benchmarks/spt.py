@@ -2,6 +2,7 @@
 
     spt           SPT-DARTS, weights on one half of the rows and gates on the other; then the chosen layers, from scratch on all
     spt-loss      the same search, but the layers chosen by the losses of subsets of them (gatewise.prompts.subsets)
+    spt-long, spt-long-loss    the same with a search of four times the steps
     spt-plain     spt without its two additions: gates not re-parameterised, no consistency
     first, last, spread, random-0, random-1 ...    the same number of layers, guessed; the random sets of a seed are all layers in
                   random order, cut into pieces, so that each layer is in one of them
@@ -61,7 +62,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "learning_rate": {"spt": 2e-3, "prompt-tuning": 3e-2, "prefix-tuning": 1e-2, "lora": 5e-4},
     },
 }
-SEARCHED = ("spt", "spt-loss", "spt-plain")
+SEARCHED = ("spt", "spt-loss", "spt-long", "spt-long-loss", "spt-plain")
+LONG = 4  # times the steps of the training
 RANDOM = tuple(f"random-{number}" for number in range(5))
 FIXED = ("first", "last", "spread", *RANDOM)
 OTHERS = ("prompt-tuning", "prefix-tuning", "lora")
@@ -99,6 +101,8 @@ def prepared(task: str, method: str, seed: int, data_dir: Path) -> Cell:
     s = {**COMMON, **MODELS[name]}
     s["steps"] = s["steps"][size]
     s["learning_rate"] = s["learning_rate"].get(method, s["learning_rate"]["spt"])
+    if method.startswith("spt-long"):
+        s["search_steps"] = LONG * s["steps"]
     train, dev, template = load_task(data, data_dir)
     if size == "few":
         train = shuffled(train, seed, s["few"])
@@ -137,15 +141,17 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     found: dict[str, Any] = {"layers": None}
     if method in SEARCHED:
         additions = method != "spt-plain"
-        kept = RUNS / f"{task.replace('/', '-')}-{seed}{'' if additions else '-plain'}.json"
+        kind = "-plain" if not additions else "-long" if "search_steps" in s else ""
+        kept = RUNS / f"{task.replace('/', '-')}-{seed}{kind}.json"
         found = json.loads(kept.read_text()) if kept.is_file() else {}
         if found.get("settings") != s:
             model: Any = adapted(cell.fresh(), "spt", s, None)
             found = {**searched(model, cell, seed, additions), "settings": s}
             write_json(kept, found)
-        found["layers"] = found["by_loss" if method == "spt-loss" else "by_gates"]
+        by_loss = method.endswith("-loss")
+        found["layers"] = found["by_loss" if by_loss else "by_gates"]
         # What choosing by loss takes on top of a search.
-        found["search_seconds"] += found.pop("subset_seconds") if method == "spt-loss" else 0
+        found["search_seconds"] += found.pop("subset_seconds") if by_loss else 0
     elif method in FIXED:
         found = {"layers": guessed(method, seed, s)}
     set_seed(seed)
@@ -188,7 +194,8 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
     from gatewise.prompts.darts import chosen_layers
     from gatewise.training import SearchRecipeTrainer
 
-    s, asked = cell.settings, 0.0
+    s, asked = {**cell.settings}, 0.0
+    s["steps"] = s.get("search_steps", s["steps"])
 
     class Timed(SearchRecipeTrainer):
         def subset_losses(self, subsets: Any) -> Any:
@@ -364,7 +371,7 @@ def _agreement(runs: list[dict[str, Any]]) -> None:
         for name, pairs in (("seeds of a task", seeds), ("tasks of a seed", tasks)):
             if pairs:
                 shared = f"{statistics.mean(pairs):.2f} over {len(pairs)} pairs"
-                print(f"    {method:9} {name}: {shared}, chance {s['keep'] / s['layers']:.2f}")
+                print(f"    {method:13} {name}: {shared}, chance {s['keep'] / s['layers']:.2f}")
         for task in dict.fromkeys(task for task, _ in chosen):
             print(f"      {task:5} " + "   ".join(f"{sorted(c)}" for (t, _), c in sorted(chosen.items()) if t == task))
 
