@@ -52,8 +52,6 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
 
 def _sizes(model: Any, layers: list[int]) -> dict[str, dict[int, list[float]]]:
     """Filled by the next pass: the sizes of what meets at the open layers but the first, where nothing is propagated."""
-    import torch
-
     seen: dict[str, dict[int, list[float]]] = {"propagated": {}, "new": {}}
     blocks = {i: block for i, block in enumerate(model.base_model._transformer.layers) if i in layers[1:]}
 
@@ -70,7 +68,6 @@ def _sizes(model: Any, layers: list[int]) -> dict[str, dict[int, list[float]]]:
 
         block.register_forward_pre_hook(propagated)
         block.selective_prompt.spt_generator["default"].register_forward_hook(new)
-    assert torch.is_grad_enabled()
     return seen
 
 
@@ -100,9 +97,8 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
     for task in dict.fromkeys(run["task"] for run in runs):
         group = [run for run in runs if run["task"] == task]
         ratios = [a / b for run in group for a, b in zip(run["propagated"], run["new"], strict=True)]
-        print(
-            f"\n{task}: propagated prompts are {min(ratios):.1f} to {max(ratios):.1f} times as large, median {statistics.median(ratios):.1f}"
-        )
+        middle = statistics.median(ratios)
+        print(f"\n{task}: propagated prompts are {min(ratios):.1f} to {max(ratios):.1f} times as large, median {middle:.1f}")
         for name in ("sum", "balanced"):
             parts = [
                 own / whole
