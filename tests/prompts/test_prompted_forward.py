@@ -65,6 +65,18 @@ def test_balanced_or_not(texts, family):
     assert (logits[True] - logits[False]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("dropped", [[True, False, False], [True, False, True], [False, True, False]], ids=str)
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert"])
+def test_gates_left_out(texts, family, balanced, dropped):
+    """The first prompt enters at the first open gate, where there is nothing to mix it with."""
+    model = prompted(family, balanced=balanced)
+    gates = model.gates().masked_fill(torch.tensor(dropped), 0.0)
+    expected = reference.logits(reference.plain_copy(model), model, texts[0], gates=gates)
+    with torch.no_grad(), model.gates_dropped(dropped):
+        torch.testing.assert_close(model(input_ids=texts[0][None]).logits[0], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta", "gpt2-classifier"])
 def test_padding_on_the_left_with_positions_of_its_own(texts, family):
     """Learned positions are the caller's: with the text's own ones padding on the left changes nothing."""

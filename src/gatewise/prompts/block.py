@@ -104,7 +104,9 @@ class PromptedBlock(Front, nn.Module):
             return propagated
         assert running.pooling is not None
         new = self.selective_prompt.new_prompt(running.adapter, hidden, running.pooling.to(hidden.device))
-        return mixed(propagated, new, gate, running.config.tau, running.balanced).to(hidden.dtype)
+        # Up to the first prompt what is propagated are zeros, for their graph only: they have no direction.
+        balanced = running.balanced and self.place.index > running.first
+        return mixed(propagated, new, gate, running.config.tau, balanced).to(hidden.dtype)
 
 
 def install(block: Any, place: Place) -> None:
