@@ -39,7 +39,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
             seen = _sizes(model, layers) if not balanced else {}
             name = "balanced" if balanced else "sum"
             result["losses"][name], result["gradients"][name] = _backward(model, batch, layers)
-        result.update({key: [round(statistics.mean(values), 3) for values in sizes.values()] for key, sizes in seen.items()})
+        result.update({key: [round(value, 3) for value in sizes.values()] for key, sizes in seen.items()})
     discrete = adapted(cell.fresh(), "spt", s, layers).eval()
     with torch.no_grad():
         given = dict(model.named_parameters())
@@ -50,9 +50,9 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     return {**result, "settings": s}
 
 
-def _sizes(model: Any, layers: list[int]) -> dict[str, dict[int, list[float]]]:
+def _sizes(model: Any, layers: list[int]) -> dict[str, dict[int, float]]:
     """Filled by the next pass: the sizes of what meets at the open layers but the first, where nothing is propagated."""
-    seen: dict[str, dict[int, list[float]]] = {"propagated": {}, "new": {}}
+    seen: dict[str, dict[int, float]] = {"propagated": {}, "new": {}}
     blocks = {i: block for i, block in enumerate(model.base_model._transformer.layers) if i in layers[1:]}
 
     def size(prompt: Any) -> float:
@@ -61,10 +61,10 @@ def _sizes(model: Any, layers: list[int]) -> dict[str, dict[int, list[float]]]:
     for layer, block in blocks.items():
 
         def propagated(module: Any, args: Any, layer: int = layer) -> None:
-            seen["propagated"].setdefault(layer, []).append(size(args[1]))
+            seen["propagated"][layer] = size(args[1])
 
         def new(module: Any, args: Any, output: Any, layer: int = layer) -> None:
-            seen["new"].setdefault(layer, []).append(size(output))
+            seen["new"][layer] = size(output)
 
         block.register_forward_pre_hook(propagated)
         block.selective_prompt.spt_generator["default"].register_forward_hook(new)
