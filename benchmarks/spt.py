@@ -191,7 +191,7 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
     from transformers import set_seed
 
     from gatewise.prompts import search
-    from gatewise.prompts.darts import chosen_layers
+    from gatewise.prompts.stages import chosen_layers
     from gatewise.training import SearchRecipeTrainer
 
     s, asked = {**cell.settings}, 0.0

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from gatewise.budget import Schedule
+from gatewise.numbers import is_number, is_whole
 
 Method = Literal["lora", "alora", "pi-lora", "milora", "adalora", "dora", "spt", "prompt-tuning", "prefix-tuning"]
 ALLOCATING = ("alora", "pi-lora")
@@ -30,7 +31,7 @@ def _labels_as_text(value: Any) -> Any:
 
 
 def _label(value: Any) -> Any:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return str(value) if is_whole(value) else value
 
 
 def _modules(value: Any) -> Any:
@@ -41,7 +42,7 @@ def _modules(value: Any) -> Any:
 
 def _span(value: Any) -> Any:
     """A length of training: a float counts epochs, an integer counts steps (and 1 is one epoch, as 1.0 is)."""
-    if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) and value > 0:
+    if is_number(value) and math.isfinite(value) and value > 0:
         return value
     raise PydanticCustomError(
         "expected",
@@ -57,7 +58,7 @@ def _initialisation(value: Any) -> Any:
 
 
 def _prompt_layers(value: Any) -> Any:
-    numbers = isinstance(value, list) and bool(value) and all(type(layer) is int and layer >= 0 for layer in value)
+    numbers = isinstance(value, list) and bool(value) and all(is_whole(layer) and layer >= 0 for layer in value)
     if value is None or (isinstance(value, str) and value in FIXED_CHOICES):
         return value
     if numbers and len(set(value)) == len(value):

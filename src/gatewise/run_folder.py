@@ -31,7 +31,7 @@ from gatewise.adalora import STATE_FILE
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.measure import Metrics
-from gatewise.prompts.darts import SEARCH_FOLDER
+from gatewise.prompts.stages import SEARCH_FOLDER
 from gatewise.recipe import Recipe
 from gatewise.recipe_file import load_recipe
 from gatewise.report import PromptMap, RoutingMap, routing_json

@@ -1,4 +1,4 @@
-"""The search stage of a run with method spt: which layers take a prompt, by SPT-DARTS (``gatewise.prompts.darts``)."""
+"""The search stage of a run with method spt: which layers take a prompt, by SPT-DARTS (``gatewise.prompts.stages``)."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 from gatewise import report
 from gatewise.files import finite
 from gatewise.progress import RunProgress
-from gatewise.prompts.darts import search
+from gatewise.prompts.stages import search
 from gatewise.recipe import PromptsSection, Recipe, SearchSection
 from gatewise.run_arguments import recompute_activations, training_arguments
 from gatewise.run_folder import CHECKPOINTS, GATES, SEARCH_CHECKPOINTS, before_the_end

@@ -143,3 +143,15 @@ def arguments(path: Any, **more: Any) -> TrainingArguments:
     """Of a search of four steps."""
     settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
     return TrainingArguments(path, **{**settings, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 2, **more})
+
+
+def stopped(kind: Any) -> Any:
+    """A Trainer that is interrupted after three steps."""
+
+    class Stopped(kind):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    return Stopped

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from prompted_models import arguments, hyper, prompt_config, prompted_base
+from prompted_models import arguments, hyper, prompt_config, prompted_base, stopped
 from torch.nn.functional import kl_div
-from transformers import BertConfig, BertForQuestionAnswering, Trainer
+from transformers import BertConfig, BertForQuestionAnswering
 
-from gatewise import GatewiseError, SelectivePromptConfig, prompts
+from gatewise import GatewiseError, prompts
 from gatewise.bilevel import split_in_half
-from gatewise.prompts.darts import SearchTrainer, chosen_layers, discrete_config, distance
+from gatewise.prompts.darts import SearchTrainer, distance
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -60,18 +60,6 @@ def test_weights_and_gates_move_on_their_own_halves(tmp_path, data):
 
 def snapshot(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def stopped(kind: Any) -> Any:
-    """A Trainer that is interrupted after three steps."""
-
-    class Stopped(kind):
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == 3:
-                raise KeyboardInterrupt
-            return super().training_step(*args, **kwargs)
-
-    return Stopped
 
 
 def test_a_resumed_search_is_one_never_stopped(tmp_path, data):
@@ -171,37 +159,6 @@ def test_distance_of_numbers():
     torch.testing.assert_close(distance(one, other, torch.randn(4), "rows"), ((one - other) ** 2).mean())
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_retraining_is_from_scratch(tmp_path, data, family):
-    """After a search it gives what it gives on a model that was never searched, its head included."""
-    searched = hyper(family)
-    result = prompts.search(searched, data(family), arguments(tmp_path / "s"), keep=1)
-    models = []
-    for model in (searched, prompted_base_again(family)):
-        torch.manual_seed(8)
-        models.append(prompts.retrain(model, result.config, data(family), arguments(tmp_path / "r")))
-    one, other = (dict(model.named_parameters()) for model in models)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert models[0].gates().sum() == 1
-    assert not models[0].gate_parameters()
-
-
-def prompted_base_again(family: str) -> Any:
-    torch.manual_seed(0)
-    return prompted_base(family)
-
-
-def test_choosing_layers():
-    assert chosen_layers(torch.tensor([0.1, 0.7, 0.3, 0.7]), 1) == [1]
-    assert chosen_layers(torch.tensor([0.1, 0.7, 0.3, 0.7]), 3) == [1, 2, 3]
-    with pytest.raises(GatewiseError, match="keep is 5: expected a whole number from 1 to 4"):
-        chosen_layers(torch.zeros(4), 5)
-    config = prompt_config(modules_to_save=["score", "score"], inference_mode=True)
-    discrete = discrete_config(config, [2, 3])
-    assert (discrete.prompt_layers, discrete.modules_to_save, discrete.inference_mode) == ([2, 3], ["score"], False)
-
-
 def test_refusals(tmp_path, data):
     rows = data("llama")
     with pytest.raises(GatewiseError, match="a search needs a PeftModel with a hyper-network"):
@@ -256,60 +213,6 @@ def test_a_search_that_had_ended_is_read(tmp_path, data, bf16):
         assert choose == "gates" or torch.equal(again.losses, found.losses)
     longer = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=5, bf16=bf16)
     assert len(prompts.search(hyper(), data("bert"), longer, keep=1, resume_from_checkpoint=True).gates) == 6
-
-
-def test_search_and_retraining_with_the_same_arguments(tmp_path, data):
-    """Neither takes the other's checkpoints for its own, or away."""
-    args = arguments(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
-    found = prompts.search(hyper(), data("bert"), args, keep=3)
-    assert [path.name for path in (tmp_path / "search").iterdir()] == ["checkpoint-4"]
-
-    with pytest.raises(KeyboardInterrupt):
-        prompts.retrain(hyper(), found.config, data("bert"), args, trainer_class=stopped(Trainer))
-    resumed = prompts.retrain(hyper(), found.config, data("bert"), args, resume_from_checkpoint=True)
-    whole = prompts.retrain(hyper(), found.config, data("bert"), arguments(tmp_path / "whole"))
-    for (name, one), other in zip(resumed.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(one, other, msg=name)
-    fresh = arguments(tmp_path / "new")
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        prompts.retrain(hyper(), found.config, data("bert"), fresh, resume_from_checkpoint=True)
-    search = str(tmp_path / "search/checkpoint-4")
-    with pytest.raises(GatewiseError, match="checkpoint-4 is a checkpoint of a search, not of the training of its layers"):
-        prompts.retrain(hyper(), found.config, data("bert"), args, resume_from_checkpoint=search)
-
-
-def test_a_model_whose_prompts_were_taken_off(tmp_path, data):
-    """Whatever its base model carries next would answer in its place."""
-    searched = hyper()
-    found = prompts.search(searched, data("bert"), arguments(tmp_path), keep=1)
-    first = prompts.retrain(searched, found.config, data("bert"), arguments(tmp_path))
-    second = prompts.retrain(first, prompt_config("bert", prompt_layers=[0, 1]), data("bert"), arguments(tmp_path))
-    assert second.gates().tolist() == [1, 1, 0]
-    assert all(len(module._forward_pre_hooks) == 1 for module in second.base_model._transformer.around)
-    batch = {"input_ids": data("bert")[0]["input_ids"][None]}
-    for model in (searched, first):
-        for call in (
-            lambda model: model(**batch),
-            lambda model: model.gates(),
-            lambda model: model.unload(),
-            lambda model: model.save_pretrained(tmp_path / "lost"),
-            lambda model: prompts.search(model, data("bert"), arguments(tmp_path), keep=1),
-            lambda model: prompts.retrain(model, found.config, data("bert"), arguments(tmp_path)),
-        ):
-            with pytest.raises(GatewiseError, match=r"prompts were taken off, by retrain\(\) or unload\(\)"):
-                call(model)
-
-
-def test_a_head_that_is_not_trained_is_told_of(tmp_path, data, caplog):
-    config = SelectivePromptConfig(num_prompt_tokens=3, bottleneck=4)
-    found = prompts.search(get_peft_model(prompted_base("bert"), config), data("bert"), arguments(tmp_path), keep=1)
-    prompts.retrain(prompted_base("bert"), found.config, data("bert"), arguments(tmp_path))
-    wanted = "the head of this BertForSequenceClassification is not trained: give the configuration task_type='SEQ_CLS'"
-    assert sum(wanted in message for message in caplog.messages) == 2
-    caplog.clear()
-    prompts.search(hyper(), data("bert"), arguments(tmp_path), keep=1)
-    prompts.search(hyper("llama"), data("llama"), arguments(tmp_path), keep=1)
-    assert not any("is not trained" in message for message in caplog.messages)
 
 
 def test_labels_without_a_prompt_are_told_of(data, caplog):

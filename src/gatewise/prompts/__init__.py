@@ -2,7 +2,8 @@
 
 config.py what a user sets; generator.py the maths; layer.py what adapters have at one layer and block.py that layer with prompts
 in it; cache.py prompts in a key-value cache; reading.py which tokens generators read; passes.py one forward; families.py the
-supported architectures; model.py puts them together. darts.py is SPT-DARTS, which chooses the layers.
+supported architectures; model.py puts them together. darts.py is SPT-DARTS, subsets.py says which sets of layers the searched
+network is asked about, and stages.py chooses layers and trains them.
 """
 
 from importlib import import_module
@@ -13,7 +14,8 @@ from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.model import SelectivePromptModel
 
 if TYPE_CHECKING:
-    from gatewise.prompts.darts import SearchMixin, SearchResult, SearchTrainer, retrain, search
+    from gatewise.prompts.darts import SearchMixin, SearchTrainer
+    from gatewise.prompts.stages import SearchResult, retrain, search
 
 __all__ = [
     "SearchMixin",
@@ -32,4 +34,5 @@ def __getattr__(name: str) -> Any:
     # Not at the top: it needs Transformers' Trainer, which may be importing PEFT just now (see _HOMES in peft_types.py).
     if name not in __all__:
         raise AttributeError(f"module 'gatewise.prompts' has no attribute {name!r}")
-    return getattr(import_module("gatewise.prompts.darts"), name)
+    home = "darts" if name in ("SearchMixin", "SearchTrainer") else "stages"
+    return getattr(import_module(f"gatewise.prompts.{home}"), name)

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from gatewise.errors import GatewiseError
+from gatewise.numbers import is_number, is_whole
 from gatewise.peft_types import peft_type
 
 Activation = Literal["gelu", "relu", "tanh", "identity"]
@@ -67,7 +68,7 @@ class SelectivePromptConfig(PeftConfig):
         for name in ("num_prompt_tokens", "bottleneck"):
             _check_whole(name, getattr(self, name))
         tau: Any = self.tau
-        if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau <= 1:
+        if not is_number(tau) or not 0 < tau <= 1:
             raise GatewiseError(f"tau is {tau!r}: expected a number above 0 and at most 1")
         if self.balanced not in (True, False, None):
             raise GatewiseError(f"balanced is {self.balanced!r}: expected True, False or None")
@@ -83,7 +84,7 @@ class SelectivePromptConfig(PeftConfig):
         layers: Any = self.prompt_layers
         if layers is None:
             return
-        whole = isinstance(layers, list | tuple | set) and all(type(layer) is int and layer >= 0 for layer in layers)
+        whole = isinstance(layers, list | tuple | set) and all(is_whole(layer) and layer >= 0 for layer in layers)
         if not whole or not layers or len(set(layers)) != len(layers):
             raise GatewiseError(
                 f"prompt_layers is {layers!r}: expected a list of different layer numbers from 0, such as [3, 7], or None to search"
@@ -92,5 +93,5 @@ class SelectivePromptConfig(PeftConfig):
 
 
 def _check_whole(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
+    if not is_whole(value) or value < 1:
         raise GatewiseError(f"{name} is {value!r}: expected a whole number of at least 1")

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gatewise.errors import GatewiseError
+from gatewise.numbers import is_number
 from gatewise.report.budget_map import BudgetMap, ModuleBudget, RoundSummary
 from gatewise.sites import kind_key, site
 
@@ -158,7 +159,7 @@ class _Scalings:
         return alpha / math.sqrt(rank) if self.stabilised else alpha / rank
 
     def _expect(self, key: str, value: object, positive: bool = True) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or (positive and value <= 0):
+        if not is_number(value) or (positive and value <= 0):
             wanted = "a positive number" if positive else "a number"
             raise GatewiseError(f"{self.where}: {key} is {value!r}, expected {wanted}")
         return float(value)

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast, get_args
 from peft import LoraConfig
 
 from gatewise.errors import GatewiseError
+from gatewise.numbers import is_number, is_whole
 from gatewise.peft_types import peft_type
 
 Pooler = Literal["attention", "mean", "max", "last"]
@@ -81,7 +82,7 @@ class RoutedLoraConfig(LoraConfig):
 
     def _check_ranges(self) -> None:
         for name, number in (("r", self.r), ("top_k", self.top_k)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            if not is_whole(number) or number < 1:
                 raise GatewiseError(f"{name} is {number!r}: expected a whole number of at least 1")
         for name, value, choices in (
             ("pooler", self.pooler, get_args(Pooler)),
@@ -90,7 +91,7 @@ class RoutedLoraConfig(LoraConfig):
             if value not in choices:
                 raise GatewiseError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
         weight: Any = self.balance_weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        if not is_number(weight) or not math.isfinite(weight) or weight < 0:
             raise GatewiseError(f"balance_weight is {weight!r}: expected a number of at least 0; 0 turns the loss off")
 
     def _check_variants(self) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from gatewise.characters import HALF_A_PAIR, has_half_a_pair
 from gatewise.errors import GatewiseError, reason_of
+from gatewise.numbers import is_whole
 
 Kind = Literal["label", "choice", "generation", "number"]
 Row = dict[str, Any]
@@ -385,7 +386,7 @@ def _check_texts(value: Any, field: str, where: str, *, at_least: int) -> None:
 
 
 def _check_index(value: Any, choices: list[str], where: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_whole(value):
         raise GatewiseError(f"{where}: field 'answer' must be an index into the choices, found {_type_name(value)}")
     if not 0 <= value < len(choices):
         raise GatewiseError(

@@ -12,6 +12,7 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt import checks
 from gatewise.mdt.relations import Language, is_relation, relation_in
 from gatewise.mdt.tree import DecisionTree, Node, Triple
+from gatewise.numbers import is_whole
 
 Nodes = list[dict[str, Any]]
 
@@ -193,7 +194,7 @@ def _joined(node: dict[str, Any]) -> dict[str, Any]:
 
 def _number(arguments: Mapping[str, Any], name: str, count: int, what: str) -> int:
     value = arguments.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+    if not is_whole(value) or not 0 <= value < count:
         raise GatewiseError(f"there is no {what} {checks.shown(value)}: the page may show an older tree, load it again")
     return value
 

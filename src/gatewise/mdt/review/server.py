@@ -24,6 +24,7 @@ from gatewise.mdt.review.session import OldPageError, Session
 from gatewise.mdt.review.shown import overview, whole
 from gatewise.mdt.views import FORMATS
 from gatewise.mdt.views.page_parts import MARKING, STYLE
+from gatewise.numbers import is_whole
 
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Gatewise-Token"
@@ -292,7 +293,7 @@ def _export(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
     format, which = _text(asked, "format"), asked.get("which")
     if format not in FORMATS:
         raise GatewiseError(f"the format is {format!r}: expected one of {', '.join(FORMATS)}")
-    made = server.session.export(format, which if isinstance(which, int) and not isinstance(which, bool) else str(which))
+    made = server.session.export(format, which if is_whole(which) else str(which))
     return {"file": {"name": made.name, "content": made.content}}
 
 
@@ -328,7 +329,7 @@ def _integer(asked: dict[str, Any], name: str) -> int:
     value = asked.get(name)
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise GatewiseError(f"{name} is {str(value)[:40]!r}, expected a number")
     return value
 

@@ -15,6 +15,7 @@ from gatewise.mdt.review.merging import merged
 from gatewise.mdt.review.passage import Passage, Version
 from gatewise.mdt.review.sources import pasted, path_of, read_source, source_of
 from gatewise.mdt.views import FORMATS, ONE_TREE, render
+from gatewise.numbers import is_whole
 
 _MOST_PASSAGES = 5000
 
@@ -108,7 +109,7 @@ class Session:
             GatewiseError: there is none.
         """
         with self._lock:
-            if isinstance(number, bool) or not isinstance(number, int) or number not in self._passages:
+            if not is_whole(number) or number not in self._passages:
                 raise GatewiseError(f"there is no passage {number!r} in this review: load the page again")
             return self._passages[number]
 
