@@ -466,7 +466,7 @@ def test_load_model_refuses_damaged_pickled_and_unfitting_weights(llama: Path, t
     with pytest.raises(GatewiseError, match=r"pickled could not be loaded.*safetensors"):
         load_model(tmp_path / "pickled")
     encoder = saved(BertModel(bert_config()), tmp_path / "encoder")
-    with pytest.raises(GatewiseError, match=r"cannot serve as a causal model.*would be random"):
+    with pytest.raises(GatewiseError, match=r"cannot serve as a causal model.*random: give a decoder, or .* task classification"):
         load_model(encoder)
     weights = llama / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])

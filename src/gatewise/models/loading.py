@@ -29,6 +29,11 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # The last linear of a sequence classifier: BERT and kin, decoders, RoBERTa and kin.
 _CLASSIFIER = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj)?\.weight$")
 
+# What to do where a model's files are not those of the task.
+_INSTEAD = {
+    "causal": "give a decoder, or let an encoder sort texts into classes, with task classification",
+    "classification": "give a model whose files are whole",
+}
 # How torch reports the first of the tensors that do not fit.
 _SIZE_MISMATCH = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
@@ -98,7 +103,7 @@ def load_model(
     if fresh:
         raise GatewiseError(
             f"{str(name_or_path)!r} cannot serve as a {task} model: its files have no fitting weights for "
-            f"{_some(fresh)}, which would be random."
+            f"{_some(fresh)}, which would be random: {_INSTEAD[task]}"
         )
     if model.config.pad_token_id is None:  # decoders that classify look for the last token that is no padding
         end = model.config.eos_token_id
