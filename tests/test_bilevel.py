@@ -484,6 +484,10 @@ def test_training_twice_and_models_made_anew(tmp_path: Path) -> None:
         ({"upper_dataset": []}, "upper_dataset has 0 rows; expected at least 1"),
         ({"upper_dataset": None}, "upper_dataset is a NoneType; expected rows with a length"),
         ({"upper_dataset": Dataset.from_list([{"x": 1}]).to_iterable_dataset()}, "upper_dataset is a IterableDataset; .* stream"),
+        (
+            {"upper_dataset": Dataset.from_list([{"text": "a", "id": 1}])},
+            "upper_dataset has the columns 'text', 'id', none of which",
+        ),
         ({"upper_dataset": iter(UPPER)}, "upper_dataset is a list_iterator; expected rows"),
         (
             {"upper_parameters": []},

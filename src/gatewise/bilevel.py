@@ -108,6 +108,7 @@ class BilevelMixin(_AnyTrainer):
         self._in_lower_step = False
         super().__init__(*args, **kwargs)
         self._refuse_sharding()
+        self._check_columns()
         upper = select_upper(self.model, upper_parameters)
         if self.optimizer is not None:
             _check_lower(self.optimizer, upper)
@@ -377,6 +378,19 @@ class BilevelMixin(_AnyTrainer):
         for name, holds, expected in rules:
             if not holds:
                 raise GatewiseError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+    def _check_columns(self) -> None:
+        """Before the first step, and not at its end: some Trainers tokenise the rows of ``train_dataset`` alone."""
+        names = getattr(self.upper_dataset, "column_names", None)
+        if names is None:
+            return
+        try:
+            self._remove_unused_columns(self.upper_dataset, description="upper")
+        except ValueError as error:
+            raise GatewiseError(
+                f"upper_dataset has the columns {', '.join(map(repr, names))}, none of which the model takes: give rows that are "
+                "tokenised already"
+            ) from error
 
     def _refuse_sharding(self) -> None:
         by = {

@@ -149,6 +149,18 @@ def cached_tokens(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
+def seems_to_hold_answers(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call without labels, outside ``generate``, looks like one that scores a text, not one that goes on after a prompt.
+
+    Who goes on gives a cache or asks for one, or wants the last logits alone.
+    """
+    inputs = arguments.get("input_ids")
+    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+    kept = arguments.get("logits_to_keep")
+    goes_on = cache_of(arguments) is not None or arguments.get("use_cache") is True or (isinstance(kept, int) and kept == 1)
+    return not goes_on and isinstance(inputs, Tensor) and inputs.shape[1] > 1
+
+
 def fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
     """Prompt positions (b, up to t) as (b, t), false where columns are missing.
 

@@ -7,11 +7,11 @@ import torch
 from peft import get_peft_model
 from prompted_models import arguments, hyper, prompt_config, prompted_base, stopped
 from torch.nn.functional import kl_div
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BertConfig, BertForQuestionAnswering, Trainer
 
 from gatewise import GatewiseError, prompts
 from gatewise.bilevel import split_in_half
-from gatewise.prompts.darts import SearchTrainer, distance
+from gatewise.prompts.darts import SearchMixin, SearchTrainer, distance
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -242,6 +242,24 @@ def test_a_model_without_logits(tmp_path, data):
     with pytest.raises(GatewiseError, match=r"consistency compares the logits of two passes .*: turn it off with consistency=0"):
         prompts.search(fresh(), rows, arguments(tmp_path), keep=1)
     assert prompts.search(fresh(), rows, arguments(tmp_path), keep=1, consistency=0).layers
+
+
+def test_logits_of_another_pass(tmp_path, data):
+    """As TRL's SFTTrainer gives them: made without a gradient, and without the labels that keep answers from the generators."""
+
+    class TwoPasses(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                other = model(input_ids=inputs["input_ids"])
+            loss = model(**inputs).loss
+            return (loss, other) if return_outputs else loss
+
+    class Search(SearchMixin, TwoPasses):
+        pass
+
+    with pytest.raises(GatewiseError, match=r"Search gives logits of another pass .*: search with gatewise.prompts.SearchTrainer"):
+        prompts.search(hyper("llama"), data("llama"), arguments(tmp_path), keep=1, trainer_class=Search)
+    prompts.search(hyper("llama"), data("llama"), arguments(tmp_path), keep=1, trainer_class=Search, consistency=0)
 
 
 def test_distance_of_nothing():

@@ -289,6 +289,14 @@ def test_masks_that_do_not_say_where_the_padding_is(batch):
                 model(input_ids=batch["input_ids"], attention_mask=torch.ones(shape, dtype=torch.bool))
 
 
+def test_another_adapter_on_the_same_base(batch):
+    """PEFT gives both models one table of configurations."""
+    model = prompted("llama")
+    get_peft_model(model.get_base_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(GatewiseError, match=r"adapter 'default' of this model is now a LoraConfig, .*: call unload\(\) first"):
+        model(**batch)
+
+
 def test_what_a_model_with_prompts_does_not_do(batch):
     model = prompted("llama")
     for call in (model.merge_adapter, model.merge_and_unload):

@@ -8,6 +8,7 @@ import torch
 from prompted_models import CLASSIFIERS, DECODERS, ENCODERS, FAMILIES, prompted
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 
 from gatewise.losses import row_losses
 
@@ -300,3 +301,25 @@ def test_compiled(texts, family, layers):
     got, wanted = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
     for name, one, other in zip(names, got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scoring_without_labels_is_told_of(texts, family, caplog):
+    """Generators would read what they are to predict. Who goes on after a prompt, or says where it is, is not told."""
+    wanted = "called without labels, so its generators read the whole text"
+    model, ids = prompted(family, prompt_layers=[1, 2]), texts[0][None]
+    with torch.no_grad():
+        for more in ({"labels": ids}, {"use_cache": True}, {"past_key_values": DynamicCache()}, {"logits_to_keep": 1}):
+            model(input_ids=ids, **more)
+        with model.prompt_positions(torch.ones_like(ids)):
+            model(input_ids=ids)
+        model.generate(input_ids=ids, max_new_tokens=2)
+        model.generate(input_ids=ids, max_new_tokens=2, use_cache=False)
+        assert not any(wanted in message for message in caplog.messages)
+        model(input_ids=ids)
+        model(input_ids=ids)
+        assert sum(wanted in message for message in caplog.messages) == 1
+        caplog.clear()
+        prompted("bert")(input_ids=ids)
+        prompted("llama-classifier")(input_ids=ids)
+    assert not any(wanted in message for message in caplog.messages)

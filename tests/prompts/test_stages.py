@@ -95,3 +95,40 @@ def test_a_head_that_is_not_trained_is_told_of(tmp_path, data, caplog):
     prompts.search(hyper(), data("bert"), arguments(tmp_path), keep=1)
     prompts.search(hyper("llama"), data("llama"), arguments(tmp_path), keep=1)
     assert not any("is not trained" in message for message in caplog.messages)
+
+
+def test_the_checkpoint_of_another_configuration_is_refused(tmp_path, data):
+    """Of other layers some generators would be loaded and others not."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    prompts.retrain(prompted_base("bert"), prompt_config("bert", prompt_layers=[0, 1]), data("bert"), args)
+    for other, message in (
+        (
+            {"prompt_layers": [1, 2]},
+            r"checkpoint-4 is a checkpoint of a training with prompt_layers=\[0, 1\], but .* is \[1, 2\] now",
+        ),
+        ({"prompt_layers": [0, 1], "num_prompt_tokens": 2}, "with num_prompt_tokens=3, but num_prompt_tokens is 2 now"),
+    ):
+        config = prompt_config("bert", **other)
+        with pytest.raises(GatewiseError, match=message):
+            prompts.retrain(prompted_base("bert"), config, data("bert"), args, resume_from_checkpoint=True)
+
+
+def test_a_configuration_from_an_adapters_folder_is_trained(tmp_path, data):
+    """It comes as one for inference."""
+    get_peft_model(prompted_base("bert"), prompt_config("bert", prompt_layers=[1])).save_pretrained(tmp_path / "adapter")
+    config = SelectivePromptConfig.from_pretrained(tmp_path / "adapter")
+    model = prompts.retrain(prompted_base("bert"), config, data("bert"), arguments(tmp_path / "runs"))
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if ".spt_" in name)
+    assert config.inference_mode
+
+
+def test_both_stages_go_on_with_the_same_flag(tmp_path, data):
+    """Where the search had ended and the training had not begun."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    first = prompts.search(hyper(), data("bert"), args, keep=1)
+    found = prompts.search(hyper(), data("bert"), args, keep=1, resume_from_checkpoint=True)
+    assert found.config == first.config
+    resumed = prompts.retrain(hyper(), found.config, data("bert"), args, resume_from_checkpoint=True)
+    whole = prompts.retrain(hyper(), found.config, data("bert"), arguments(tmp_path / "whole"))
+    for (name, one), other in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)

@@ -110,7 +110,7 @@ class SearchMixin(BilevelMixin):
         """λ times the distance between the outputs and those of a second pass with other gates dropped.
 
         Raises:
-            GatewiseError: there are no logits or labels, as in question answering.
+            GatewiseError: there are no logits or labels, as in question answering, or logits without a gradient.
         """
         if not self.consistency:
             return None
@@ -118,6 +118,12 @@ class SearchMixin(BilevelMixin):
             raise GatewiseError(
                 "consistency compares the logits of two passes at the labels, and this model has outputs without logits or the "
                 "batch no labels: turn it off with consistency=0"
+            )
+        if not outputs["logits"].requires_grad:
+            raise GatewiseError(
+                f"{type(self).__name__} gives logits of another pass than that of its loss, as TRL's SFTTrainer does, and "
+                "consistency learns from the loss's: search with gatewise.prompts.SearchTrainer on tokenised rows, or turn it off "
+                "with consistency=0"
             )
         tuner = hyper_network(self.model)
         with tuner.gates_dropped(self._draw()):

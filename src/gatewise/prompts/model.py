@@ -292,7 +292,11 @@ class SelectivePromptModel(BaseTuner):
 
     def _config(self, adapter: str) -> SelectivePromptConfig:
         config: Any = self.peft_config[adapter]
-        assert isinstance(config, SelectivePromptConfig)
+        if not isinstance(config, SelectivePromptConfig):
+            raise GatewiseError(
+                f"adapter {adapter!r} of this model is now a {type(config).__name__}, because get_peft_model() was called on its "
+                "base model again: call unload() first, and give what it returns to get_peft_model()"
+            )
         return config
 
     @property

@@ -7,6 +7,7 @@ Shapes: n layers, s steps.
 
 import copy
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -70,7 +71,7 @@ def search(
         keep: K, how many layers to keep.
         choose: "gates", those with the largest gates, or "loss", those with the lowest mean loss among subsets of K layers
             (``gatewise.prompts.subsets``), which needs ``consistency``, and ``drop`` best near 1 − K / n.
-        trainer_class: a ``SearchMixin`` on any Trainer.
+        trainer_class: a ``SearchMixin`` on a Trainer whose ``compute_loss`` returns the outputs of the pass that made the loss.
         resume_from_checkpoint: as in ``Trainer.train``; a search that had ended gives its result at once.
         settings: for the trainer: ``reparameterise``, ``consistency``, ``drop``, ``data_collator`` and so on. Unless told otherwise
             upper steps are Adam's with 1e-2 and betas (0.5, 0.999) (reconstructed: DARTS's but for a learning rate that moves gates
@@ -91,9 +92,7 @@ def search(
         )
     weights, upper = split_in_half(train_dataset, args.seed)
     settings = {"upper_learning_rate": 1e-2, "upper_optim": "adam", "upper_betas": (0.5, 0.999), **settings}
-    own = copy.copy(args)
-    own.output_dir = str(Path(args.output_dir or "") / SEARCH_FOLDER)
-    trainer = trainer_class(model=model, args=own, train_dataset=weights, upper_dataset=upper, **settings)
+    trainer = trainer_class(model=model, args=_of_search(args), train_dataset=weights, upper_dataset=upper, **settings)
     if choose == "loss" and not trainer.consistency:
         raise GatewiseError(
             "choose is 'loss' and consistency is 0, so that no subset of gates was ever trained: turn consistency on"
@@ -124,21 +123,25 @@ def retrain(
     Args:
         model: the base model; or the ``PeftModel`` of a search or of another training, whose adapters and trained heads are taken
             off first: it is used up then, and its calls are refused.
-        config: such as ``SearchResult.config``.
+        config: such as ``SearchResult.config``, or one that was read from an adapter's folder.
+        resume_from_checkpoint: as in ``Trainer.train``; but True, where there is only a search's checkpoint, begins. So a script of
+            both stages that was interrupted goes on with True for both.
         settings: for the Trainer.
 
     Raises:
-        GatewiseError: the configuration is that of a hyper-network; a model whose adapter was taken off; a checkpoint of a search;
-            or a causal model and a Trainer that takes the labels away.
+        GatewiseError: the configuration is that of a hyper-network; a model whose adapter was taken off; a checkpoint of a search
+            or of another configuration; or a causal model and a Trainer that takes the labels away.
     """
     if config.prompt_layers is None:
         raise GatewiseError(
             "the configuration has prompt_layers=None, which is the hyper-network: give it the layers that were chosen"
         )
     last = checkpoint_in(args, resume_from_checkpoint)
-    if last is not None and (Path(last) / GATES_FILE).exists():
-        raise GatewiseError(f"{last} is a checkpoint of a search, not of the training of its layers: resume from another one")
-    adapted = get_peft_model(_without_adapters(model), dataclasses.replace(config))
+    if last is not None:
+        _check_checkpoint(Path(last), config)
+    elif resume_from_checkpoint is True and checkpoint_in(_of_search(args), True) is not None:
+        resume_from_checkpoint = None
+    adapted = get_peft_model(_without_adapters(model), dataclasses.replace(config, inference_mode=False))
     assert isinstance(adapted, PeftModel)
     trainer = trainer_class(model=adapted, args=args, train_dataset=train_dataset, **settings)
     refuse_taken_labels(trainer)
@@ -162,6 +165,28 @@ def discrete_config(config: SelectivePromptConfig, layers: list[int]) -> Selecti
     """The configuration of the discrete model with prompts at ``layers``, from that of its hyper-network."""
     saved = None if config.modules_to_save is None else list(dict.fromkeys(config.modules_to_save))
     return dataclasses.replace(config, prompt_layers=list(layers), modules_to_save=saved, inference_mode=False)
+
+
+def _of_search(args: TrainingArguments) -> TrainingArguments:
+    own = copy.copy(args)
+    own.output_dir = str(Path(args.output_dir or "") / SEARCH_FOLDER)
+    return own
+
+
+def _check_checkpoint(folder: Path, config: SelectivePromptConfig) -> None:
+    """Generators of other layers would be loaded in part, and the optimiser's state for others."""
+    if (folder / GATES_FILE).exists():
+        raise GatewiseError(f"{folder} is a checkpoint of a search, not of the training of its layers: resume from another one")
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # the Trainer says what is wrong with it
+    for name in ("prompt_layers", "num_prompt_tokens", "bottleneck", "phm"):
+        if isinstance(saved, dict) and name in saved and saved[name] != getattr(config, name):
+            raise GatewiseError(
+                f"{folder} is a checkpoint of a training with {name}={saved[name]}, but {name} is {getattr(config, name)} now: "
+                "resume with its configuration, or train anew in another output_dir"
+            )
 
 
 def _without_adapters(model: Any) -> Any:
