@@ -6,8 +6,9 @@ import threading
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from gatewise.calls import OfThread, seen_by_the_last_token
+from gatewise.calls import OfThread, seems_to_hold_answers, seen_by_the_last_token
 
 
 class Counter:
@@ -52,3 +53,23 @@ def test_padding_is_read_off_a_mask(window, name, kind):
     if kind == torch.float32:
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     assert torch.equal(seen_by_the_last_token(mask if name is None else {name: mask}, 6), present)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, True),
+        ({"use_cache": False}, True),
+        ({"logits_to_keep": 0}, True),
+        ({"logits_to_keep": torch.tensor([1])}, True),
+        ({"past_key_values": None}, True),
+        ({"use_cache": True}, False),
+        ({"logits_to_keep": 1}, False),
+        ({"past_key_values": DynamicCache()}, False),
+    ],
+)
+def test_a_call_that_scores_a_text(arguments, expected):
+    """Who goes on after a prompt gives a cache or asks for one, or wants the last logits alone."""
+    assert seems_to_hold_answers({"input_ids": torch.ones(2, 5, dtype=torch.long), **arguments}) is expected
+    assert seems_to_hold_answers({"inputs_embeds": torch.ones(2, 5, 8), **arguments}) is expected
+    assert not seems_to_hold_answers({"input_ids": torch.ones(2, 1, dtype=torch.long), **arguments})
