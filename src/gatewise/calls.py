@@ -4,6 +4,7 @@ Shapes: b batch, t tokens.
 """
 
 import inspect
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
+
+logger = logging.getLogger(__name__)
 
 _Value = TypeVar("_Value")
 
@@ -67,6 +70,7 @@ class CallTracker:
 
     _opened_by = OfThread[int | None](None)
     _told = OfThread[Tensor | None](None)
+    _told_of_answers = False
 
     def __init__(self, watched: Sequence[nn.Module], what: str) -> None:
         self._watched, self._what = list(watched), what
@@ -99,6 +103,18 @@ class CallTracker:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         raise NotImplementedError
+
+    def _tell_of_answers(self, arguments: Mapping[str, Any], readers: str) -> None:
+        """Warns, once, of a call outside ``generate`` that scores a text, because then what is predicted was read before."""
+        is_told = self._told is not None or isinstance(arguments.get("labels"), Tensor)
+        if not is_told and not self._told_of_answers and seems_to_hold_answers(arguments):
+            self._told_of_answers = True
+            logger.warning(
+                "a decoder with %s was called without labels, so its %s read the whole text, and an answer in it too: to score "
+                "answers give labels that are -100 before them, or call it under model.prompt_positions(mask)",
+                self._what,
+                readers,
+            )
 
     def _place(self, module: nn.Module) -> int:
         """Which of the watched models one is.

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gatewise.calls import CallTracker, OfThread, cache_of, cached_tokens, seems_to_hold_answers
+from gatewise.calls import CallTracker, OfThread, cache_of, cached_tokens
 from gatewise.errors import GatewiseError
 from gatewise.prompts.cache import PromptedCache, prompts_of
 from gatewise.prompts.config import SelectivePromptConfig
@@ -133,7 +133,7 @@ class PassTracker(CallTracker):
     def __init__(self, transformer: Transformer, causal: bool, active: Callable[[], AdapterInUse | None]) -> None:
         self._transformer, self._causal, self._active = transformer, causal, active
         self._owner = next(_owners)
-        self._looked_at_prompts = self._told_of_answers = False
+        self._looked_at_prompts = False
         super().__init__(transformer.around, "selective prompts")
         if transformer.rotary is not None:
             self._handles.append(transformer.rotary.register_forward_hook(self._add_positions, with_kwargs=True))
@@ -201,8 +201,8 @@ class PassTracker(CallTracker):
             text = read_text(arguments, self._call, self._told, self._causal, training)
             if self._causal and training:
                 self._look_at_prompts(text)
-            elif self._causal:
-                self._look_for_answers(arguments)
+            elif self._causal and self._call.width is None:
+                self._tell_of_answers(arguments, "generators")
         family, config = self._transformer.family, active.config
         balanced = not family.normed if config.balanced is None else config.balanced
         return PromptPass(self._owner, active.name, config, family.causal, first, active.gates, text, tokens, balanced)
@@ -215,16 +215,6 @@ class PassTracker(CallTracker):
                 "training: give labels that are -100 up to the answer"
             )
         self._looked_at_prompts = True
-
-    def _look_for_answers(self, arguments: Mapping[str, Any]) -> None:
-        """Once, because a text that is scored so is scored with prompts that have read it."""
-        is_told = self._told is not None or isinstance(arguments.get("labels"), Tensor) or self._call.width is not None
-        if not is_told and not self._told_of_answers and seems_to_hold_answers(arguments):
-            self._told_of_answers = True
-            logger.warning(
-                "a decoder with selective prompts was called without labels, so its generators read the whole text, and an answer "
-                "in it too: to score answers give labels that are -100 before them, or call it under model.prompt_positions(mask)"
-            )
 
     def _first_continued(self, cache: Any, adapter: str, batch: int) -> int:
         """The first layer with a prompt in a cache, which must be of this adapter and of as many rows."""

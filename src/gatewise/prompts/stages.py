@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -178,7 +178,7 @@ def _check_checkpoint(folder: Path, config: SelectivePromptConfig) -> None:
     if (folder / GATES_FILE).exists():
         raise GatewiseError(f"{folder} is a checkpoint of a search, not of the training of its layers: resume from another one")
     try:
-        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # the Trainer says what is wrong with it
     for name in ("prompt_layers", "num_prompt_tokens", "bottleneck", "phm"):

@@ -8,7 +8,6 @@ and apart from other caches. A pass without cached tokens starts a request.
 Shapes: b batch, t tokens, n rows of one adapter, m experts of a layer.
 """
 
-import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from gatewise.calls import CallTracker, cache_of, cached_tokens, fitted, seems_to_hold_answers, seen_by_the_last_token
+from gatewise.calls import CallTracker, cache_of, cached_tokens, fitted, seen_by_the_last_token
 from gatewise.errors import GatewiseError
 from gatewise.fast.direct import Detours, Places
 from gatewise.losses import IGNORED, LossKind, before_first
 from gatewise.routed.inference import Prepared, Running
-
-logger = logging.getLogger(__name__)
 
 BASE = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter serves."""
@@ -145,7 +142,7 @@ class RequestTracker(CallTracker):
         self._era, self._deleted = 0, dict[str, int]()
         self._places: Places = {}
         self._open: Detours | None = None
-        self._warned = self._told_of_answers = False
+        self._warned = False
         super().__init__(watched, "routed adapters")
 
     def adapters_changed(self, places: Places) -> None:
@@ -336,13 +333,8 @@ class RequestTracker(CallTracker):
                     "included: pass labels, or run the forward under model.prompt_positions(mask)",
                     stacklevel=2,
                 )
-            elif not (learns or is_compiling() or self._told_of_answers) and self._kind == "causal" and self._call.width is None:
-                self._told_of_answers = seems_to_hold_answers(arguments)
-                if self._told_of_answers:
-                    logger.warning(
-                        "a routed adapter was called without labels, so its routers read the whole text, and an answer in it too: "
-                        "to score answers give labels that are -100 before them, or call it under model.prompt_positions(mask)"
-                    )
+            elif self._kind == "causal" and self._call.width is None and not (learns or is_compiling()):
+                self._tell_of_answers(arguments, "routers")
         prompt = torch.where(prompt.any(dim=1, keepdim=True), prompt, present)
         return prompt | ~prompt.any(dim=1, keepdim=True)
 
