@@ -70,7 +70,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     """Trains one adapter and has it read the dev split in every way."""
     from gatewise.files import write_json
     from gatewise.mdt.records import read_items
-    from gatewise.models.convert import quiet
+    from gatewise.progress import quiet
 
     language, level = task.split("-cot")
     folder = RUNS / f"{task}-{method}-{seed}"
@@ -106,9 +106,9 @@ def train_once(
     """The recipe, and what its training came to; one that was stopped is gone on with, one that ended is not repeated."""
     from gatewise.files import write_json
     from gatewise.mdt import read_trees, swapped_copies, training_rows
-    from gatewise.recipe_file import load_recipe
-    from gatewise.run import train
-    from gatewise.run_folder import what_is_kept
+    from gatewise.runs.folder import what_is_kept
+    from gatewise.runs.recipe_file import load_recipe
+    from gatewise.runs.run import train
 
     rows = {split: folder / "rows" / f"{split}.jsonl" for split in files}
     copies = settings.pop("copies")

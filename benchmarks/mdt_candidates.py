@@ -29,7 +29,7 @@ def draw(folder: Path, texts: list[str], language: Any, level: Any, temperature:
     from gatewise.mdt.course import Course
     from gatewise.mdt.prompts import prompt
     from gatewise.mdt.writing import Written, write
-    from gatewise.models.convert import quiet
+    from gatewise.progress import quiet
 
     file = folder / f"drawn-{temperature}.jsonl"
     done = {one["round"] for one in read(file)}

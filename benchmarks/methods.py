@@ -62,11 +62,11 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     from peft import PeftModel
     from transformers import TrainerCallback, TrainingArguments, set_seed
 
-    from gatewise.adalora import AdaLoraSchedule, to_plain_lora
+    from gatewise.allocation.slots import ranks
     from gatewise.models import load_model, load_tokenizer
-    from gatewise.slots import ranks
+    from gatewise.runs.baselines import AdaLoraSchedule, to_plain_lora
+    from gatewise.runs.trainer import RecipeTrainer
     from gatewise.tasks import PadCollator, encode, evaluate
-    from gatewise.training import RecipeTrainer
 
     s = {**SETTINGS, **OF_TASK.get(task, {})}
     s["learning_rate"] *= RATE.get(method, 1)
@@ -171,7 +171,7 @@ def adapted(base: Any, method: str, s: dict[str, Any]) -> Any:
 
 def allocation_of(method: str, s: dict[str, Any], batch: Any, seed: int) -> Any:
     """The method's rounds, or None where it has none."""
-    from gatewise.allocation import RankAllocation
+    from gatewise.allocation.callback import RankAllocation
 
     own = METHODS[method]
     if own is None:

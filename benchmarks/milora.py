@@ -53,11 +53,11 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     import torch
     from transformers import TrainingArguments, set_seed
 
+    from gatewise.inspection.routing import routing_of_rows
     from gatewise.models import load_model, load_tokenizer
     from gatewise.routed import ACTIVATION_PARAMETERS
-    from gatewise.routing_use import routing_of_rows
+    from gatewise.runs.trainer import RecipeTrainer, TwoLevelRecipeTrainer
     from gatewise.tasks import PadCollator, default_template, encode, evaluate, load_records
-    from gatewise.training import RecipeTrainer, TwoLevelRecipeTrainer
 
     s, draw = SETTINGS, random.Random(seed)
     tokenizer = load_tokenizer(s["model"])

@@ -19,9 +19,9 @@ from peft import get_peft_model
 from torch import nn
 
 from gatewise import RoutedLoraConfig
+from gatewise.inspection.routing import routing_of_rows
 from gatewise.models import load_model, load_tokenizer
 from gatewise.routed.router import Router
-from gatewise.routing_use import routing_of_rows
 from gatewise.tasks import default_template, encode, load_records
 
 RESULTS = Path(__file__).parent / "results" / "new_routers.json"

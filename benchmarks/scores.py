@@ -98,7 +98,7 @@ class State:
         """The gate gradients of every example at every node, kept in a file. ``few`` nodes for the first rows only."""
         from safetensors.torch import load_file, save_file
 
-        from gatewise.scores.path_integral import quadrature
+        from gatewise.allocation.scores.path_integral import quadrature
 
         file = self.folder / f"{self.stage}-gradients.safetensors"
         kept = load_file(str(file)) if file.is_file() else {}
@@ -158,7 +158,7 @@ def train_on(model: Any, state: State, steps: int, rate: float, warmup: int, cal
     """Trains at a constant rate after warm-up, so that a stage is a point in the middle of training."""
     from transformers import TrainingArguments
 
-    from gatewise.training import RecipeTrainer
+    from gatewise.runs.trainer import RecipeTrainer
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -188,9 +188,9 @@ def train_on(model: Any, state: State, steps: int, rate: float, warmup: int, cal
 
 def example_gradients(model: Any, batch: dict[str, Tensor], node: float, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, R) gradient of every example's summed loss in every gate, all gates at ``node``; the rows' losses; their labels."""
-    from gatewise.gates import GateBank, scoring
+    from gatewise.allocation.gates import GateBank
+    from gatewise.allocation.scoring import parts_of, scoring
     from gatewise.losses import row_losses
-    from gatewise.scores.base import parts_of
 
     rows = len(batch["labels"])
     with scoring(model), GateBank(model) as gates:
@@ -220,7 +220,7 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
     path, or of the gradient at 0.79; moments: gatewise's path_moments, the mean of that and its moment; pi moments: the same from
     the whole path.
     """
-    from gatewise.scores.path_integral import quadrature
+    from gatewise.allocation.scores.path_integral import quadrature
 
     labels = kept["labels"][:rows].sum()
     on, off = _at(kept, 1.0)[:rows], _at(kept, 0.0)[:rows]
@@ -257,7 +257,7 @@ def _at(kept: dict[str, Tensor], node: float, what: str = "") -> Tensor:
 
 def weight_scores(model: Any, state: State) -> dict[str, Tensor]:
     """The scores that are not made of path gradients: AdaLoRA's, the size of a rank's update, and chance."""
-    from gatewise.lora import factors, lora_layers
+    from gatewise.adapters.lora import factors, lora_layers
     from gatewise.scores import sensitivity
 
     batch = state.collate(state.scored[: state.settings["few"]])
@@ -274,9 +274,9 @@ def weight_scores(model: Any, state: State) -> dict[str, Tensor]:
 
 def measured_loss(model: Any, state: State, off: Tensor | None = None) -> float:
     """Mean loss on the measuring rows with the ranks in ``off`` (R,) bool switched off."""
-    from gatewise.gates import GateBank, scoring
+    from gatewise.allocation.gates import GateBank
+    from gatewise.allocation.scoring import parts_of, scoring
     from gatewise.losses import mean_loss
-    from gatewise.scores.base import parts_of
 
     with scoring(model, float32=False), GateBank(model) as gates:
         if off is not None:
@@ -295,7 +295,7 @@ def lowest(scores: Tensor, cut: float) -> Tensor:
 
 def recovered_loss(state: State, off: Tensor) -> float:
     """The measured loss after the ranks in ``off`` are gone and the others have trained on for a few steps."""
-    from gatewise import slots
+    from gatewise.allocation import slots
 
     model = state.model()
     layers = slots.lora_layers(model)
@@ -374,8 +374,8 @@ def describe(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, T
 
 def exact_agreement(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, Tensor]) -> dict[str, Any]:
     """Spearman correlation of every score with exact AB-LoRA over ranks drawn at random."""
-    from gatewise.lora import lora_layers
-    from gatewise.scores.ablation import ablate
+    from gatewise.adapters.lora import lora_layers
+    from gatewise.allocation.scores.ablation import ablate
 
     ranks = [(path, slot) for path, layer in lora_layers(model).items() for slot in range(layer.r["default"])]
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(1))[:EXACT_RANKS]

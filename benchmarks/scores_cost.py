@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from scores import HERE, RULES, State
 
-from gatewise.gates import scoring
-from gatewise.lora import lora_layers
+from gatewise.adapters.lora import lora_layers
+from gatewise.allocation.scores.ablation import ablate
+from gatewise.allocation.scoring import parts_of, scoring
 from gatewise.losses import mean_loss
 from gatewise.scores import SCORES
-from gatewise.scores.ablation import ablate
-from gatewise.scores.base import parts_of
 
 
 def cost(state: State, out: Path) -> None:

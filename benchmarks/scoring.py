@@ -22,11 +22,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import set_seed
 
-from gatewise.lora import lora_layers
+from gatewise.adapters.lora import lora_layers
+from gatewise.allocation.scores.ablation import Rank, ablate
 from gatewise.losses import row_losses
 from gatewise.models import load_model, load_tokenizer
 from gatewise.scores import ablation, taylor
-from gatewise.scores.ablation import Rank, ablate
 from gatewise.sites import site
 from gatewise.tasks import PadCollator, Template, encode, load_records
 

@@ -1,7 +1,7 @@
 """SPT against guessed layers, PEFT's soft prompts and LoRA: does the search find better layers than chance, and the same again?
 
     spt           SPT-DARTS, weights on one half of the rows and gates on the other; then the chosen layers, from scratch on all
-    spt-loss      the same search, but the layers chosen by the losses of subsets of them (gatewise.prompts.subsets)
+    spt-loss      the same search, but the layers chosen by the losses of subsets of them (gatewise.prompts.search)
     spt-long, spt-long-loss    the same with a search of four times the steps
     spt-plain     spt without its two additions: gates not re-parameterised, no consistency
     first, last, spread, random-0, random-1 ...    the same number of layers, guessed; the random sets of a seed are all layers in
@@ -195,7 +195,7 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
 
     from gatewise.prompts import search
     from gatewise.prompts.stages import chosen_layers
-    from gatewise.training import SearchRecipeTrainer
+    from gatewise.runs.trainer import SearchRecipeTrainer
 
     s, asked = {**cell.settings}, 0.0
     s["steps"] = s.get("search_steps", s["steps"])
@@ -240,7 +240,7 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
 
 def guessed(method: str, seed: int, s: dict[str, Any]) -> list[int]:
     """The layers of a fixed choice."""
-    from gatewise.run_adapter import fixed_layers
+    from gatewise.runs.build import fixed_layers
 
     choice, _, number = method.partition("-")
     if choice != "random":
@@ -284,7 +284,7 @@ def recipe_trainer(
     model: Any, rows: list[Any], collator: Any, args: Any, kind: Any = None, callbacks: Sequence[Any] = (), **more: Any
 ) -> Any:
     """A Trainer with the loss of gatewise's own runs."""
-    from gatewise.training import RecipeTrainer
+    from gatewise.runs.trainer import RecipeTrainer
 
     common = {"train": rows, "dev": [], "collator": collator, "note": {}, "callbacks": [*callbacks], "group_by_length": True}
     return (kind or RecipeTrainer)(model=model, args=args, **common, **more)

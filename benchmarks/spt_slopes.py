@@ -31,8 +31,8 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     import torch
     from transformers import TrainerCallback
 
+    from gatewise.bilevel.state import split_in_half
     from gatewise.prompts.darts import draw_dropped
-    from gatewise.upper_level import split_in_half
 
     cell = prepared(task, method, seed, data_dir)
     s = cell.settings

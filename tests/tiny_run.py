@@ -5,9 +5,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import random_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -19,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from gatewise.runs.trainer import RecipeTrainer
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -103,3 +107,26 @@ def write_adapter(folder: Path, base: Path, **settings: Any) -> Path:
     model = get_peft_model(auto.from_pretrained(base), LoraConfig(**settings))
     random_adapter(model).save_pretrained(str(folder), save_embedding_layers=False)
     return folder
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, how: BaseException) -> None:
+    """Makes the loss of the ``call``-th batch end the training as ``how`` says."""
+    original, calls = RecipeTrainer.compute_loss, []
+
+    def compute_loss(self: RecipeTrainer, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise how
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
+
+
+def weights(adapter: Path) -> dict[str, torch.Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -6,19 +6,41 @@ The public API. Names are imported when first used, so that ``import gatewise`` 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gatewise.peft_types import register_with_peft
+from gatewise.internals.registry import register_with_peft
 
 if TYPE_CHECKING:
-    from gatewise import budget, export, importance, models, prompts, scores, suggestion, tasks
+    from gatewise import models, prompts, scores, tasks
+    from gatewise.adapters import export
     from gatewise.allocation import RankAllocation, Round
+    from gatewise.allocation import algorithm as budget
+    from gatewise.allocation.slots import ranks
     from gatewise.bilevel import BilevelTrainer
     from gatewise.errors import GatewiseError
-    from gatewise.fast import fast_lora
+    from gatewise.inspection import importance, suggestion
     from gatewise.prompts import SelectivePromptConfig
     from gatewise.routed import RoutedLoraConfig
-    from gatewise.slots import ranks
+    from gatewise.serving.lora import fast_lora
 
 __version__ = "0.1.0"
+# Public name -> where it is: a module, or (module, name).
+_HOME: dict[str, str | tuple[str, str]] = {
+    "BilevelTrainer": ("gatewise.bilevel", "BilevelTrainer"),
+    "GatewiseError": ("gatewise.errors", "GatewiseError"),
+    "RankAllocation": ("gatewise.allocation", "RankAllocation"),
+    "Round": ("gatewise.allocation", "Round"),
+    "RoutedLoraConfig": ("gatewise.routed", "RoutedLoraConfig"),
+    "SelectivePromptConfig": ("gatewise.prompts", "SelectivePromptConfig"),
+    "budget": "gatewise.allocation.algorithm",
+    "export": "gatewise.adapters.export",
+    "fast_lora": ("gatewise.serving.lora", "fast_lora"),
+    "importance": "gatewise.inspection.importance",
+    "models": "gatewise.models",
+    "prompts": "gatewise.prompts",
+    "ranks": ("gatewise.allocation.slots", "ranks"),
+    "scores": "gatewise.scores",
+    "suggestion": "gatewise.inspection.suggestion",
+    "tasks": "gatewise.tasks",
+}
 __all__ = [
     "BilevelTrainer",
     "GatewiseError",
@@ -38,25 +60,15 @@ __all__ = [
     "tasks",
 ]
 
-_HOME = {
-    "BilevelTrainer": "gatewise.bilevel",
-    "GatewiseError": "gatewise.errors",
-    "RankAllocation": "gatewise.allocation",
-    "Round": "gatewise.allocation",
-    "RoutedLoraConfig": "gatewise.routed",
-    "SelectivePromptConfig": "gatewise.prompts",
-    "fast_lora": "gatewise.fast",
-    "ranks": "gatewise.slots",
-}
-
 # With this, PEFT can load adapters of our types, whichever of the two is imported first.
 register_with_peft()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'gatewise' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name) if name in _HOME else import_module(f"gatewise.{name}")
+    home = _HOME[name]
+    value = import_module(home) if isinstance(home, str) else getattr(import_module(home[0]), home[1])
     globals()[name] = value
     return value
 

@@ -6,6 +6,7 @@ evaluation all go through this file, so they all save it.
 Shapes: b batch, t tokens, d hidden size, n labelled positions, V vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
-from gatewise.soft_prompts import class_logits
 
 IGNORED = -100
 Batch = Mapping[str, Any]
@@ -218,3 +218,49 @@ def _class_losses(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.ndim == 2:
         return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+def soft_prompt(model: nn.Module) -> Any | None:
+    """The configuration of the active adapter if it is one of PEFT's soft prompts, else None."""
+    from peft import PeftModel  # not at the top, see base_of
+
+    if not isinstance(model, PeftModel) or not model.peft_config or not model.has_active_enabled_adapter:
+        return None
+    config = model.peft_config.get(model.active_adapters[0]) if model.active_adapters else None
+    return config if config is not None and config.is_prompt_learning else None
+
+
+def prompt_length(model: nn.Module) -> int:
+    """l: how many positions of the model PEFT's soft prompts take from the text; 0 for all other adapters."""
+    config = soft_prompt(model)
+    return 0 if config is None else int(config.num_virtual_tokens)
+
+
+def class_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """(b, c) logits of a sequence classifier.
+
+    They are ``model(**inputs).logits`` but for prefix tuning. PEFT 0.21 hands its prefix over only to models with an argument
+    ``past_key_values``, which Transformers 5 has renamed, and leaves encoders a mask that knows nothing of the prefix.
+    """
+    config = soft_prompt(model)
+    if config is None or config.peft_type != "PREFIX_TUNING":
+        return model(**inputs).logits
+    base, given = model.get_base_model(), dict(inputs)
+    rows = len(given["input_ids"])
+    text = given.pop("attention_mask", None)
+    text = torch.ones_like(given["input_ids"]) if text is None else text
+    seen = torch.cat([text.new_ones(rows, config.num_virtual_tokens), text], dim=1)
+    own = cache_argument(base)
+    if own is None:  # an encoder, whose classifier passes on what it does not know
+        blocked = torch.finfo(base.dtype).min
+        mask = torch.zeros(seen.shape, dtype=base.dtype, device=seen.device).masked_fill(seen == 0, blocked)
+        given["attention_mask"] = mask[:, None, None, :].expand(-1, -1, text.shape[1], -1)
+    else:
+        given["attention_mask"] = seen
+    given[own or cache_argument(base.base_model) or "past_key_values"] = model.get_prompt(rows)
+    return base(**given).logits
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)

@@ -1,84 +1,37 @@
-"""What a run shows while it works: a Rich bar on a terminal, a line now and then elsewhere."""
+"""What long work shows: lines and bars on a console, and Transformers kept quiet meanwhile."""
 
-import time
+import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from gatewise.allocation import Round
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-class RunProgress(TrainerCallback):
-    """Shows the phases of a run, and as a Trainer callback its steps, losses and rounds.
+class ConsoleProgress:
+    """Shows the phases of long work.
 
     Args:
-        console: where to; the bar appears only on a terminal, so that logs stay readable.
+        console: where to; a bar appears only on a terminal, so that logs stay readable.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._started = 0.0
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._what = "training"
 
     def say(self, text: str) -> None:
         """One line about what happens now."""
         self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
-    def say_round(self, done: Round) -> None:
-        """One line about a round of rank allocation."""
-        pruned, grown = (sum(map(len, slots.values())) for slots in (done.pruned, done.grown))
-        self.say(
-            f"step {done.step}: round {done.round}, {pruned} ranks pruned, {grown} grown, {sum(done.ranks.values())} live, "
-            f"loss on the validation batch {done.loss_before:.4f} -> {done.loss_after:.4f}, {done.seconds:.1f} s"
-        )
-
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """A bar over (done, total) reports, for an evaluation."""
-        with self._new_bar() as bar:
+        with self.new_bar() as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
-    @contextmanager
-    def training(self, what: str = "training") -> Iterator[None]:
-        """Names the training bar, and closes it whatever ends the training."""
-        self._what = what
-        try:
-            yield
-        finally:
-            if self._bar is not None:
-                self._bar.stop()
-                self._bar = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._started = time.monotonic()
-        self._bar = self._new_bar()
-        self._task = self._bar.add_task(self._what, total=state.max_steps, completed=state.global_step)
-        self._bar.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        if "eval_loss" in logs:
-            self.say(f"step {state.global_step}: loss on dev {logs['eval_loss']:.4f}")
-        elif "loss" in logs:
-            loss, rate = float(logs["loss"]), float(logs.get("learning_rate", 0.0))
-            if self._bar is not None:
-                self._bar.update(self._task, description=f"{self._what}, loss {loss:.4f}")
-            if not self.console.is_terminal:
-                seconds = time.monotonic() - self._started
-                self.say(f"step {state.global_step}/{state.max_steps}: loss {loss:.4f}, learning rate {rate:.2e}, {seconds:.0f} s")
-
-    def _new_bar(self) -> Progress:
+    def new_bar(self) -> Progress:
+        """A bar that is gone when it is done."""
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -88,3 +41,23 @@ class RunProgress(TrainerCallback):
             transient=True,
             disable=not self.console.is_terminal,
         )
+
+
+@contextlib.contextmanager
+def quiet(*, bars: bool = False) -> Iterator[None]:
+    """Keep Transformers from writing notes and warnings; with `bars` its progress bars stay."""
+    import transformers
+
+    log = transformers.utils.logging
+    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    if not bars:
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if had_bars and not bars:
+            log.enable_progress_bar()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 KIND_ORDER: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "pooler")
 """The order in which kinds are shown; a kind that is not listed comes after these, by name."""
 
+
 # The last two names of a path say what a module does; "output.dense" alone would not tell BERT's attention output from
 # its feed-forward output, so the longer ending is looked up first.
 _KIND_BY_ENDING: dict[str, str] = {

@@ -10,7 +10,7 @@ from mdt_models import pdf, random_adapter_folder
 from mdt_trees import TEXT, gout
 from typer.testing import CliRunner
 
-from gatewise.cli import app
+from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 from gatewise.mdt import Extractor, extract_files, read_trees
 

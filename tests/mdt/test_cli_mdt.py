@@ -12,7 +12,7 @@ import pytest
 from mdt_trees import TEXT, gout, node
 from typer.testing import CliRunner
 
-from gatewise.cli import app
+from gatewise.cli.main import app
 
 Gatewise = Callable[..., Any]
 
@@ -222,7 +222,7 @@ def test_prepare_goes_on_where_a_record_gives_no_rows(gatewise: Gatewise, tmp_pa
 def test_a_stdout_that_is_no_utf8_shows_codes(tmp_path: Path) -> None:
     nodes = [node("D", ["痛风患者", "治疗药物", "秋水仙碱"])]
     (tmp_path / "zh.json").write_text(json.dumps({"text": "痛风患者@首选秋水仙碱", "tree": nodes}))
-    command = [sys.executable, "-c", "from gatewise.cli import main; main()", "mdt", "show", "zh.json"]
+    command = [sys.executable, "-c", "from gatewise.cli.main import main; main()", "mdt", "show", "zh.json"]
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
     assert result.returncode == 0, result.stderr.decode()

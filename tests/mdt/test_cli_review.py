@@ -18,7 +18,7 @@ from mdt_models import random_adapter_folder
 from mdt_trees import TEXT, gout
 from typer.testing import CliRunner
 
-from gatewise.cli import app
+from gatewise.cli.main import app
 from gatewise.mdt import Extraction
 from gatewise.mdt.review.extracting import CancelledError, model_extract
 
@@ -30,8 +30,8 @@ def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gatewise:
     """gatewise(...) -> the result of `gatewise mdt review ...`, which serves nothing and opens no browser."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr("gatewise.cli_review._serve", lambda server: None)
-    monkeypatch.setattr("gatewise.cli_review.webbrowser.open", lambda url: opened.append(url))
+    monkeypatch.setattr("gatewise.cli.mdt_review._serve", lambda server: None)
+    monkeypatch.setattr("gatewise.cli.mdt_review.webbrowser.open", lambda url: opened.append(url))
     opened: list[str] = []
     Path("trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}, {"text": TEXT, "tree": gout()[:3]}]))
     Path("trees.txt").write_text("text: x\nif:\n")
@@ -105,7 +105,7 @@ def test_a_busy_port_is_refused(gatewise: Gatewise) -> None:
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     (tmp_path / "trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
     # Tests that run in the background inherit that interrupts are ignored.
-    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from gatewise.cli import main; main()"
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from gatewise.cli.main import main; main()"
     command = [sys.executable, "-c", heard, "mdt", "review", "trees.json", "--no-browser"]
     with subprocess.Popen(
         command,

@@ -79,7 +79,7 @@ def test_only_what_a_person_saw_is_saved_in_the_published_format(trees: Path) ->
 def test_saved_corrections_are_training_data(trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from gatewise.cli import app
+    from gatewise.cli.main import app
 
     monkeypatch.chdir(trees.parent)
     session = Session.open(str(trees))

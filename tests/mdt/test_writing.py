@@ -13,7 +13,7 @@ from gatewise.mdt.course import Course
 from gatewise.mdt.prompts import prompt
 from gatewise.mdt.writing import Written, write
 from gatewise.tasks import Template
-from gatewise.tasks.encode import prompt_ids
+from gatewise.tasks.encoding import prompt_ids
 from gatewise.tasks.records import Records
 
 pytest.importorskip("llguidance")

@@ -8,7 +8,7 @@ from prompted_models import arguments, hyper
 
 from gatewise import GatewiseError, prompts
 from gatewise.prompts.darts import SearchTrainer
-from gatewise.prompts.subsets import SUBSETS, balanced_subsets, mean_with
+from gatewise.prompts.stages import SUBSETS, balanced_subsets, mean_with
 
 
 def test_all_subsets_where_they_are_few():

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from gatewise.losses import row_losses
-from gatewise.routed.balance import with_balance
+from gatewise.routed.model import with_balance
 
 WEIGHT = 0.5
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import gatewise.routed.inference
 from gatewise.errors import GatewiseError
-from gatewise.fast import products
+from gatewise.serving import products
 
 FAMILIES = ["llama", "gpt2", "bert"]
 BATCHES = {

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForTokenClassification, BertModel
 
 from gatewise.errors import GatewiseError
 from gatewise.losses import before_first, labelled_logits, row_losses
-from gatewise.tasks.evaluate import candidate_log_likelihoods
+from gatewise.tasks.metrics import candidate_log_likelihoods
 
 
 def prompt_of(model, **call):

@@ -119,8 +119,8 @@ def test_gatewise_loads_it_too(routed, batch, tmp_path, monkeypatch):
     model, data = routed("llama"), batch()
     expected = logits_of(model, data)
     model.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr("gatewise.models.loading.load_model", lambda *_, **__: same_base(model))
-    monkeypatch.setattr("gatewise.models.loading.load_tokenizer", lambda *_: None)
+    monkeypatch.setattr("gatewise.adapters.loading.load_model", lambda *_, **__: same_base(model))
+    monkeypatch.setattr("gatewise.adapters.loading.load_tokenizer", lambda *_: None)
     loaded, _, _ = load_adapter(tmp_path / "adapter", base="anything")
     torch.testing.assert_close(logits_of(loaded, data), expected)
 

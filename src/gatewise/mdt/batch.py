@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from gatewise.characters import writable
+from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.extraction import Extraction, Extractor, Progress
 from gatewise.mdt.language import detect_language

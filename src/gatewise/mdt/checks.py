@@ -8,7 +8,7 @@ three texts, the middle one a relation of :mod:`gatewise.mdt.relations`, and com
 from collections.abc import Sequence
 from typing import Any
 
-from gatewise.characters import HALF_A_PAIR, has_half_a_pair
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair
 from gatewise.mdt.relations import expected_relations, is_relation, nearest
 
 TripleParts = tuple[str, str, str]

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from gatewise.characters import HALF_A_PAIR, has_half_a_pair
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair
 from gatewise.errors import GatewiseError
 from gatewise.mdt.consensus import most_alike
 from gatewise.mdt.constraint import check_available
@@ -146,7 +146,7 @@ class Extractor:
         """
         import torch
 
-        from gatewise.measure import read_note
+        from gatewise.adapters.loading import read_note
         from gatewise.models import load_adapter
 
         if settings.get("constrained", True):

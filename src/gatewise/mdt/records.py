@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gatewise.characters import HALF_A_PAIR, has_half_a_pair, writable
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, finite, whole_file
 from gatewise.mdt import checks

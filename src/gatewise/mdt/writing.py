@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
+from gatewise.internals.soft_prompt_fixes import written_after
 from gatewise.mdt.constraint import TreeConstraint
 from gatewise.mdt.course import Course
-from gatewise.soft_prompts import written_after
-from gatewise.tasks.encode import pad, prompt_ids
-from gatewise.tasks.evaluate import end_ids, greedy, measuring, most_positions
+from gatewise.tasks.encoding import pad, prompt_ids
+from gatewise.tasks.metrics import end_ids, greedy, measuring, most_positions
 from gatewise.tasks.records import Records
 from gatewise.tasks.template import Template
 

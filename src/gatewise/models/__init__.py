@@ -6,7 +6,8 @@ from gatewise.models.cache import EmbeddedStatus, cache_dir, fetch, list_embedde
 from gatewise.models.embedded import EMBEDDED, EmbeddedModel
 
 if TYPE_CHECKING:
-    from gatewise.models.loading import load_adapter, load_model, load_tokenizer
+    from gatewise.adapters.loading import load_adapter
+    from gatewise.models.loading import load_model, load_tokenizer
 
 __all__ = [
     "EMBEDDED",
@@ -24,7 +25,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Loading brings torch, Transformers and PEFT (seconds), which listing and looking up the cache do without.
-    if name in {"load_adapter", "load_model", "load_tokenizer"}:
+    if name == "load_adapter":
+        from gatewise.adapters.loading import load_adapter
+
+        return load_adapter
+    if name in {"load_model", "load_tokenizer"}:
         from gatewise.models import loading
 
         return getattr(loading, name)

@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-
-@contextlib.contextmanager
-def quiet(*, bars: bool = False) -> Iterator[None]:
-    """Keep Transformers from writing notes and warnings; with `bars` its progress bars stay."""
-    log = transformers.utils.logging
-    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    if not bars:
-        log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(verbosity)
-        if had_bars and not bars:
-            log.enable_progress_bar()
+from gatewise.progress import quiet
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:

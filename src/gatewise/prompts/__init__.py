@@ -9,7 +9,7 @@ network is asked about, and stages.py chooses layers and trains them.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gatewise.peft_types import add_peft_method
+from gatewise.internals.registry import add_peft_method
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.model import SelectivePromptModel
 
@@ -27,11 +27,12 @@ __all__ = [
     "search",
 ]
 
+
 add_peft_method("SELECTIVE_PROMPT", SelectivePromptConfig, SelectivePromptModel, prefix=SelectivePromptModel.prefix)
 
 
 def __getattr__(name: str) -> Any:
-    # Not at the top: it needs Transformers' Trainer, which may be importing PEFT just now (see _HOMES in peft_types.py).
+    # Not at the top: it needs Transformers' Trainer, which may be importing PEFT just now (see _HOMES in internals/registry.py).
     if name not in __all__:
         raise AttributeError(f"module 'gatewise.prompts' has no attribute {name!r}")
     home = "darts" if name in ("SearchMixin", "SearchTrainer") else "stages"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
-from gatewise.fronts import Front, put_front, take_front
+from gatewise.internals.class_swap import Front, put_front, take_front
 from gatewise.prompts.cache import prompts_arriving
+from gatewise.prompts.forward import PassTracker, PromptPass
 from gatewise.prompts.layer import PromptLayer, mixed
-from gatewise.prompts.passes import PassTracker, PromptPass
 
 
 class Place:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from gatewise.fronts import Front, put_front
+from gatewise.internals.class_swap import Front, put_front
 
 
 @dataclass

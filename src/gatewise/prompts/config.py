@@ -5,9 +5,9 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 
+from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
-from gatewise.numbers import is_number, is_whole
-from gatewise.peft_types import peft_type
+from gatewise.internals.registry import peft_type
 
 Activation = Literal["gelu", "relu", "tanh", "identity"]
 

@@ -29,17 +29,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from gatewise.bilevel import BilevelMixin
+from gatewise.bilevel.trainer import BilevelMixin
+from gatewise.checks import is_number
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.losses import IGNORED, LossKind, loss_kind
-from gatewise.numbers import is_number
 from gatewise.prompts.model import SelectivePromptModel
-from gatewise.prompts.subsets import ROWS_READ
 
 GATES_FILE = "gates.safetensors"
 GATE_LOGITS = r"\.spt_gate_logit\."
 """The α among a model's parameters, for ``upper_parameters``."""
+ROWS_READ = 4096
+"""Rows times subsets that ``subset_losses`` looks at, at most."""
 
 
 class SearchMixin(BilevelMixin):

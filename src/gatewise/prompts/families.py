@@ -24,6 +24,7 @@ class Family:
 
 
 _ROTARY_DECODER = Family("layers", "rotary_emb", causal=True)
+
 FAMILIES = {
     "llama": _ROTARY_DECODER,
     "gemma3_text": _ROTARY_DECODER,
@@ -34,6 +35,7 @@ FAMILIES = {
     "roberta": Family("encoder.layer", normed=True),
 }
 """By ``config.model_type``."""
+
 
 # Settings of a configuration that change what attends to what, where prompts have no place in the result.
 _REFUSED = {

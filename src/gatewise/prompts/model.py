@@ -12,20 +12,20 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from gatewise.calls import OfThread
 from gatewise.errors import GatewiseError
+from gatewise.internals.call_tracking import OfThread
 from gatewise.losses import loss_kind
 from gatewise.prompts.block import Place, install, uninstall
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.families import Transformer
+from gatewise.prompts.forward import AdapterInUse, Gates, PassTracker, install_writer, uninstall_writer
 from gatewise.prompts.layer import PromptLayer
-from gatewise.prompts.passes import AdapterInUse, Gates, PassTracker
-from gatewise.prompts.writer import install_writer, uninstall_writer
 
 _USED_UP = (
     "this model's prompts were taken off, by retrain() or unload(), and its base model may carry others by now: use what that "
     "returned; to keep an adapter beside the next one, save it first"
 )
+
 _NO_MERGE = (
     "selective prompts cannot be merged, because they are tokens generated from each text and no change of the weights: use the "
     "adapter as it is"

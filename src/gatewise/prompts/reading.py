@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gatewise.calls import cache_of, fitted, seen_by_the_last_token
 from gatewise.errors import GatewiseError
+from gatewise.internals.call_tracking import cache_of, fitted, seen_by_the_last_token
 from gatewise.losses import IGNORED, before_first
 
 

@@ -9,26 +9,29 @@ import copy
 import dataclasses
 import json
 import logging
+from itertools import combinations
+from math import comb
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from gatewise.bilevel import split_in_half
+from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
-from gatewise.numbers import is_whole
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.darts import GATES_FILE, SearchTrainer, checkpoint_in, hyper_network, refuse_taken_labels
 from gatewise.prompts.model import SelectivePromptModel
-from gatewise.prompts.subsets import balanced_subsets, mean_with
 
 logger = logging.getLogger(__name__)
-
 SEARCH_FOLDER = "search"
 """Where in its output folder a search has its checkpoints, apart from those of the training that follows."""
+
+
 Choice = Literal["gates", "loss"]
 
 
@@ -70,7 +73,7 @@ def search(
         args: the folder ``search`` in their ``output_dir`` takes the checkpoints, so that ``retrain`` may have the same arguments.
         keep: K, how many layers to keep.
         choose: "gates", those with the largest gates, or "loss", those with the lowest mean loss among subsets of K layers
-            (``gatewise.prompts.subsets``), which needs ``consistency``, and ``drop`` best near 1 − K / n.
+            (``gatewise.prompts.search``), which needs ``consistency``, and ``drop`` best near 1 − K / n.
         trainer_class: a ``SearchMixin`` on a Trainer whose ``compute_loss`` returns the outputs of the pass that made the loss.
         resume_from_checkpoint: as in ``Trainer.train``; a search that had ended gives its result at once.
         settings: for the trainer: ``reparameterise``, ``consistency``, ``drop``, ``data_collator`` and so on. Unless told otherwise
@@ -212,3 +215,36 @@ def _tell_of_a_frozen_head(model: PeftModel) -> None:
             "the head of this %s is not trained: give the configuration task_type='SEQ_CLS' or 'TOKEN_CLS', or modules_to_save",
             kind,
         )
+
+
+SUBSETS = 64
+"""About so many are looked at; where there are no more than that, all."""
+
+
+def balanced_subsets(layers: int, keep: int, seed: int = 0) -> Tensor:
+    """Subsets (m, n) of ``keep`` layers, true where a layer is in; all of them if they are few, else each layer about as often.
+
+    Args:
+        keep: less than ``layers``.
+    """
+    if comb(layers, keep) <= SUBSETS:
+        chosen = torch.tensor(list(combinations(range(layers), keep)))
+        return torch.zeros(len(chosen), layers, dtype=torch.bool).scatter_(1, chosen, True)
+    if 2 * keep > layers:  # then it is the layers left out that are dealt
+        return ~balanced_subsets(layers, layers - keep, seed)
+    generator = torch.Generator().manual_seed(seed)
+    # Orders of the layers on end, each drawn anew, are dealt out from the front; a layer that would come twice waits for the next.
+    waiting: list[int] = []
+    dealt: list[list[int]] = []
+    while len(dealt) < max(SUBSETS, -(-layers // keep)) or len(waiting) >= keep:
+        if len(waiting) < keep:
+            waiting += torch.randperm(layers, generator=generator).tolist()
+        dealt.append(list(dict.fromkeys(waiting))[:keep])
+        for layer in dealt[-1]:
+            waiting.remove(layer)
+    return torch.zeros(len(dealt), layers, dtype=torch.bool).scatter_(1, torch.tensor(dealt), True)
+
+
+def mean_with(subsets: Tensor, losses: Tensor) -> Tensor:
+    """ℓ (n,) from subsets (m, n), which hold every layer, and their losses (m,)."""
+    return (subsets * losses[:, None]).sum(dim=0) / subsets.sum(dim=0)

@@ -7,7 +7,7 @@ extra loss; model.py puts them together; statistics.py what was routed where, lo
 
 from typing import TYPE_CHECKING, Any
 
-from gatewise.peft_types import add_peft_method
+from gatewise.internals.registry import add_peft_method
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.routed.model import RoutedLoraModel
 from gatewise.routed.router import ACTIVATION_PARAMETERS
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gatewise.routed.log import RoutingLog
 
 __all__ = ["ACTIVATION_PARAMETERS", "RoutedLoraConfig", "RoutedLoraModel", "Routing", "RoutingLog", "RoutingStatistics"]
+
 
 add_peft_method("ROUTED_LORA", RoutedLoraConfig, RoutedLoraModel, prefix=RoutedLoraModel.prefix)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gatewise.errors import GatewiseError
-from gatewise.fronts import Front, put_front, take_front
+from gatewise.internals.class_swap import Front, put_front, take_front
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.routed.layer import RoutedLinear, Share, Shares
 from gatewise.routed.request import Decision, Pass, Request, RequestTracker

@@ -6,15 +6,18 @@ from typing import Any, Literal, cast, get_args
 
 from peft import LoraConfig
 
+from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
-from gatewise.numbers import is_number, is_whole
-from gatewise.peft_types import peft_type
+from gatewise.internals.registry import peft_type
 
 Pooler = Literal["attention", "mean", "max", "last"]
 Activation = Literal["rational", "gelu", "relu", "identity"]
 
+
 # The other ways to start change the base weights, or put something beside A and B that a gate would have to scale too.
 _STARTS = (True, False, "gaussian", "orthogonal")
+
+
 # What a setting of LoraConfig would do, where that cannot be done with routed experts.
 _REFUSED = {
     "use_dora": "DoRA's magnitude changes a module even where it is not kept",

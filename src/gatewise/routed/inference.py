@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from gatewise.fast import products
-from gatewise.fast.direct import Detours, Run, direct
-from gatewise.fast.products import Gathered, Part, is_plain
+from gatewise.serving import products
+from gatewise.serving.direct import Detours, Run, direct
+from gatewise.serving.products import Gathered, Part, is_plain
 
 if TYPE_CHECKING:
     from gatewise.routed.layer import RoutedLinear, Share

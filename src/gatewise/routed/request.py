@@ -19,17 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from gatewise.calls import CallTracker, cache_of, cached_tokens, fitted, seen_by_the_last_token
 from gatewise.errors import GatewiseError
-from gatewise.fast.direct import Detours, Places
+from gatewise.internals.call_tracking import CallTracker, cache_of, cached_tokens, fitted, seen_by_the_last_token
 from gatewise.losses import IGNORED, LossKind, before_first
 from gatewise.routed.inference import Prepared, Running
+from gatewise.serving.direct import Detours, Places
 
 BASE = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter serves."""
 
+
 Groups = dict[str, list[int] | None]
 """The adapters of a batch, each with its rows; None for all of them."""
+
 
 _ON_CACHE = "_gatewise_request"
 

@@ -35,16 +35,16 @@ from gatewise.routed.config import Activation, Pooler
 ACTIVATION_PARAMETERS = r"\.lora_router\.[^.]+\.(numerator|denominator)$"
 """The rationals' coefficients among a model's parameters, for ``upper_parameters``."""
 
+
 RATIONAL_UNIT = 5.0
 """The rational's coefficients are those of the powers of x / 5, so that a step of the optimiser moves the function about alike by
 each of them; of the powers of x, a_6 would be 1e-5, and no step size would suit both it and a_0. The functions are the same."""
+
 
 # GELU as a rational of order (6, 5): least squares on [-5, 5], reweighted towards the smallest maximal error, and with a small
 # weight on 5 < |x| < 1000, which keeps the tails from growing like x². Within 2.5e-3 of GELU on [-5, 5]; |g(x)| <= 1.1 |x| beyond.
 GELU_NUMERATOR = (-2.40481574e-03, 4.99849287e-01, 4.44277016e-01, 1.41218348e-01, 1.89482431e-02, 9.55330177e-04, 1.29025066e-05)
 GELU_DENOMINATOR = (6.04044611e-02, 2.32398785e-01, 1.40684711e-02, 4.52507245e-04, 3.17898493e-05)
-
-
 OBSERVED_PROMPTS = 64
 """So many prompts, the first that the router reads in training mode, tell what prompts have in common; then it stays."""
 

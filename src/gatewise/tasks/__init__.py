@@ -1,7 +1,7 @@
 """What is trained and measured: rows, prompts, token ids, metrics."""
 
-from gatewise.tasks.encode import PadCollator, encode, encode_classification, score_batch
-from gatewise.tasks.evaluate import evaluate
+from gatewise.tasks.encoding import PadCollator, encode, encode_classification, score_batch
+from gatewise.tasks.metrics import evaluate
 from gatewise.tasks.records import Records, final_number, load_records, sample_names
 from gatewise.tasks.template import Template, default_template
 

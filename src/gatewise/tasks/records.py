@@ -21,13 +21,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from gatewise.characters import HALF_A_PAIR, has_half_a_pair
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair, is_whole
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.numbers import is_whole
 
 Kind = Literal["label", "choice", "generation", "number"]
 Row = dict[str, Any]
-
 SAMPLE_PREFIX = "sample:"
 _SUFFIXES = (".jsonl", ".json", ".csv")
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?")
@@ -81,6 +79,7 @@ _SHAPES = (
     _Shape("generation", ("source", "target")),
     _Shape("generation", ("source", "targets")),
 )
+
 _TYPE_NAMES = {
     str: "a string",
     bool: "a boolean",

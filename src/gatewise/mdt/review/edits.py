@@ -7,12 +7,11 @@ empty phrase or no triple; :func:`fault_of` says so, by the rules of :mod:`gatew
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gatewise.characters import HALF_A_PAIR, has_half_a_pair
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair, is_whole
 from gatewise.errors import GatewiseError
 from gatewise.mdt import checks
 from gatewise.mdt.relations import Language, is_relation, relation_in
 from gatewise.mdt.tree import DecisionTree, Node, Triple
-from gatewise.numbers import is_whole
 
 Nodes = list[dict[str, Any]]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gatewise.characters import writable
+from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.mdt.records import TreeRecord, read_trees, write_trees

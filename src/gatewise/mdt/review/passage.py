@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-from gatewise.characters import writable
+from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.language import detect_language
 from gatewise.mdt.records import TreeRecord

@@ -17,6 +17,7 @@ from importlib import resources
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.mdt.review.extracting import Extracting
 from gatewise.mdt.review.passage import Passage
@@ -24,7 +25,6 @@ from gatewise.mdt.review.session import OldPageError, Session
 from gatewise.mdt.review.shown import overview, whole
 from gatewise.mdt.views import FORMATS
 from gatewise.mdt.views.page_parts import MARKING, STYLE
-from gatewise.numbers import is_whole
 
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Gatewise-Token"

@@ -6,7 +6,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
-from gatewise.characters import writable
+from gatewise.checks import is_whole, writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review import edits
@@ -15,7 +15,6 @@ from gatewise.mdt.review.merging import merged
 from gatewise.mdt.review.passage import Passage, Version
 from gatewise.mdt.review.sources import pasted, path_of, read_source, source_of
 from gatewise.mdt.views import FORMATS, ONE_TREE, render
-from gatewise.numbers import is_whole
 
 _MOST_PASSAGES = 5000
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatewise.characters import HALF_A_PAIR, has_half_a_pair, writable
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of
 from gatewise.mdt.passages import split_passages

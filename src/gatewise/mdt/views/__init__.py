@@ -17,8 +17,6 @@ from gatewise.mdt.views.svg import svg_of
 from gatewise.mdt.views.words import words_for
 
 __all__ = ["FORMATS", "ONE_TREE", "bundle_of", "mermaid_of", "page_of", "plan_of", "render", "svg_of", "write_view"]
-
-# format -> suffix of a file in it
 FORMATS = {"text": ".txt", "json": ".json", "mermaid": ".mmd", "svg": ".svg", "html": ".html", "fhir": ".json"}
 ONE_TREE = {"mermaid": "a Mermaid chart", "svg": "an SVG"}
 """Formats that show one tree, with what messages call them."""

@@ -40,7 +40,6 @@ mark:focus-visible{outline:3px solid var(--accent);outline-offset:1px}
 path.yes{stroke:var(--yes)}path.no{stroke:var(--no)}path.trunk{stroke:var(--faint)}text.yes{fill:var(--yes)}text.no{fill:var(--no)}
 @media print{body{background:#fff}article{break-inside:avoid}.hint{display:none}}
 """
-
 # Phrases and boxes mark each other; in a file of its own on the page of reviews.
 MARKING = """
 function marking(article) {

@@ -1,0 +1,231 @@
+"""A saved adapter on its base model, and data read as the run that trained it read its data."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+from gatewise.adapters.files import NOTE_FILE
+from gatewise.errors import GatewiseError
+from gatewise.models.loading import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Task,
+    first_of,
+    load_model,
+    load_tokenizer,
+    one_line,
+    tensor_shapes,
+)
+from gatewise.progress import quiet
+from gatewise.tasks import Records, Template, default_template, load_records
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter on its base model, and data read as the adapter's own run read its data.
+
+    Attributes:
+        base: the base model's name.
+        template: None for a classifier, which reads the text itself.
+        max_length: most tokens of a sequence in that run.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    base: str
+    records: Records
+    template: Template | None
+    max_length: int
+
+
+def load_with_data(
+    adapter: str | Path,
+    data: str,
+    *,
+    base: str | None = None,
+    split: str | None = None,
+    prompt: str | None = None,
+    labels: str | None = None,
+    limit: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Loaded:
+    """Loads an adapter and the data it is to be run on. Arguments and errors are those of ``measure_adapter``.
+
+    Args:
+        say: told in a line what happens now.
+    """
+    adapter = Path(adapter)
+    note = read_note(adapter)
+    names, words = _labels(labels) if labels else (note.get("labels"), note.get("label_words"))
+    records = load_like(data, names, split=split, limit=limit)
+    check_labels(records, "give --labels with all of them")
+    if say:
+        say(f"loading {adapter}")
+    dtype = torch.bfloat16 if note.get("dtype") == "bfloat16" else torch.float32
+    model, tokenizer, base_name = load_adapter(adapter, base=base, dtype=dtype)
+    template = None
+    if note.get("task", "causal") == "causal":
+        plain = default_template(records)
+        template = Template(prompt or note.get("template") or plain.prompt, words if records.labels is not None else None)
+    return Loaded(model, tokenizer, base_name, records, template, int(note.get("max_length", 512)))
+
+
+def load_like(data: str, labels: list[str] | None, *, split: str | None = None, limit: int | None = None) -> Records:
+    """Records with the labels of other records, in the same order, if they have labels at all."""
+    records = load_records(data, split=split, limit=limit)
+    if records.labels is None or labels is None:
+        return records
+    return load_records(data, split=split, limit=limit, labels=labels)
+
+
+def check_labels(records: Records, advice: str) -> None:
+    """Refuses rows that leave nothing to choose between.
+
+    Raises:
+        GatewiseError: there is one label only.
+    """
+    if records.labels is not None and len(records.labels) == 1:
+        raise GatewiseError(
+            f"all rows of {records.source} have the label {records.labels[0]!r}, so that any answer would be right: {advice}"
+        )
+
+
+def read_note(adapter: Path) -> dict[str, Any]:
+    """What the run left in ``gatewise.json``; empty for an adapter from elsewhere.
+
+    Raises:
+        GatewiseError: the file is damaged.
+    """
+    path = adapter / NOTE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GatewiseError(f"{path} cannot be read ({error}): remove it and give --template-prompt and --labels") from None
+    if not isinstance(note, dict):
+        raise GatewiseError(f"{path} is not a JSON object: remove it and give --template-prompt and --labels")
+    return note
+
+
+def _labels(text: str) -> tuple[list[str], dict[str, str] | None]:
+    parts = [part.strip() for part in text.split(",")]
+    pairs = [part.partition("=") for part in parts]
+    names = [name.strip() for name, _, _ in pairs]
+    with_words = [bool(equals and word.strip()) for _, equals, word in pairs]
+    if not all(names) or len(names) < 2 or any(with_words) != all(with_words):
+        raise GatewiseError(f"--labels {text!r}: expected 'no,yes', or with a word for each label 'no=bad,yes=good'")
+    return names, {name.strip(): word.strip() for name, _, word in pairs} if all(with_words) else None
+
+
+# The last linear of a sequence classifier: BERT and kin, decoders, RoBERTa and kin.
+_CLASSIFIER = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj)?\.weight$")
+
+
+# How torch reports the first of the tensors that do not fit.
+_SIZE_MISMATCH = re.compile(
+    r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
+    r"the shape in current model is torch\.Size\((.*?)\)"
+)
+
+
+def load_adapter(
+    adapter_dir: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
+    """An adapter on its base model: (model in evaluation mode, tokenizer, name of the base).
+
+    `base` defaults to the one that adapter_config.json names. The tokenizer is the adapter's own if its folder has one.
+    A sequence-classification adapter comes with its classifier. All parameters are frozen, or, with `trainable`, all
+    but the adapter's.
+
+    Raises GatewiseError when the folder is no adapter, a file is damaged, or the adapter does not fit the base.
+    """
+    folder = Path(adapter_dir).expanduser()
+    config, weights = _read_adapter_config(folder), folder / ADAPTER_WEIGHTS
+    shapes = tensor_shapes(weights)
+    base_name = str(base or config.base_model_name_or_path or "")
+    if not base_name:
+        raise GatewiseError(f"{folder / ADAPTER_CONFIG} does not name the base model: say which one it is (--base).")
+    task = _task_of(config, folder)
+    num_labels = _count_labels(shapes, weights) if task == "classification" else None
+    try:
+        model = load_model(base_name, task=task, num_labels=num_labels, dtype=dtype)
+        own_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(folder if own_tokenizer else base_name)
+    except GatewiseError as error:
+        raise GatewiseError(f"the adapter {folder} could not be put on its base model: {error}") from error
+    config.inference_mode = not trainable
+    try:
+        with quiet():
+            adapted = get_peft_model(model, config)
+            result = adapted.load_adapter(str(folder), "default", is_trainable=trainable, torch_device="cpu")
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise _misfit(folder, base_name, _why_not(error)) from error
+    # PEFT itself passes over tensors that found no module, and modules that found no tensor.
+    if result.missing_keys:
+        raise _misfit(folder, base_name, f"the adapter has no weights for {first_of(result.missing_keys)}")
+    if result.unexpected_keys and not config.is_prompt_learning:  # a soft prompt is loaded apart from the modules
+        raise _misfit(folder, base_name, f"the base has no module for the adapter's {first_of(result.unexpected_keys)}")
+    if not trainable:  # PEFT leaves soft prompts and biases free
+        adapted.requires_grad_(False)
+    return adapted.eval(), tokenizer, base_name
+
+
+def _read_adapter_config(folder: Path) -> PeftConfig:
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        kind = "that folder has no" if folder.is_dir() else "there is no such folder with an"
+        raise GatewiseError(f"{folder} is not an adapter: {kind} {ADAPTER_CONFIG}.")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        more = "; adapter_model.bin is a pickle, which is never read: save the adapter as safetensors" if pickled else ""
+        raise GatewiseError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}{more}.")
+    try:
+        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("it is not a JSON object")
+        with quiet():
+            return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise GatewiseError(f"{path} is not a configuration that PEFT can read: {one_line(error)}") from error
+
+
+def _task_of(config: PeftConfig, folder: Path) -> Task:
+    if config.task_type is None:  # then PEFT notes the class of the base model
+        base_class = (config.auto_mapping or {}).get("base_model_class") or ""
+        return "classification" if base_class.endswith("ForSequenceClassification") else "causal"
+    if config.task_type == TaskType.SEQ_CLS:
+        return "classification"
+    if config.task_type == TaskType.CAUSAL_LM:
+        return "causal"
+    raise GatewiseError(
+        f"the adapter {folder} has task_type {config.task_type}: only CAUSAL_LM and SEQ_CLS adapters can be loaded."
+    )
+
+
+def _count_labels(shapes: dict[str, list[int]], weights: Path) -> int:
+    for key, shape in shapes.items():
+        if _CLASSIFIER.search(key) and len(shape) == 2:
+            return shape[0]
+    raise GatewiseError(f"{weights} has no classifier, though the adapter is for classification: save it again with one.")
+
+
+def _misfit(folder: Path, base: str, why: str) -> GatewiseError:
+    return GatewiseError(f"the adapter {folder} does not fit the base model {base!r}: {why}")
+
+
+def _why_not(error: Exception) -> str:
+    first = _SIZE_MISMATCH.search(str(error))
+    return "{} is {} in the adapter and {} in the base".format(*first.groups()) if first else one_line(error)

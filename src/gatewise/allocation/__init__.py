@@ -1,0 +1,23 @@
+"""ALoRA and PI-LoRA: ranks that move between the LoRA modules of a model while it trains.
+
+``callback.py`` is ``RankAllocation``, what a Trainer calls. ``algorithm.py`` is a round, from scores to what is pruned and grown.
+``slots.py`` has the live and dead ranks of stock LoRA layers, ``gates.py`` the gates that scores are taken through, and ``scores/``
+one file a score.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatewise.allocation.algorithm import Round
+    from gatewise.allocation.callback import RankAllocation
+
+__all__ = ["RankAllocation", "Round"]
+
+
+def __getattr__(name: str) -> Any:
+    # RankAllocation brings Transformers' Trainer; the schedules and scores' names do without.
+    if name not in __all__:
+        raise AttributeError(f"module 'gatewise.allocation' has no attribute {name!r}")
+    from gatewise.allocation import algorithm, callback
+
+    return getattr(algorithm if name == "Round" else callback, name)

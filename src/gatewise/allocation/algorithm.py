@@ -1,0 +1,220 @@
+"""A round of rank allocation as pure functions: from scores to what is pruned and what grows.
+
+ALoRA, arXiv 2403.16187, algorithm 1. Nothing here knows a model. Modules are names; a module's scores are listed by its live
+ranks; the answer is positions in those lists, or counts. Ties are broken by the order of the modules and then of the ranks, so
+the same input always gives the same answer.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+ModuleScores = Mapping[str, Sequence[float]]
+Schedule = Literal["constant-budget", "cubic"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+"""How the budget goes over the rounds: ALoRA's, which gives away what it takes, and AdaLoRA's, which only comes down."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round's decision.
+
+    Attributes:
+        pruned: module -> positions among its live ranks to switch off, ascending; only modules that lose some.
+        grown: module -> number of new ranks; only modules that get some.
+    """
+
+    pruned: dict[str, list[int]] = field(default_factory=dict)
+    grown: dict[str, int] = field(default_factory=dict)
+
+
+def plan_round(
+    scores: ModuleScores,
+    count: int,
+    capacity: Mapping[str, int],
+    budget: int,
+    min_rank: int = 0,
+    spared: Mapping[str, Collection[int]] | None = None,
+    module_pruning: bool = False,
+) -> Plan:
+    """One round of ALoRA: prune the ``count`` lowest ranks of the whole model, give as many to modules that lost none.
+
+    If every module lost a rank nothing is given and the budget shrinks; it never grows past ``budget``. One rank is always left.
+
+    With ``module_pruning`` (PI-LoRA, arXiv 2510.04655, reconstructed) whole modules go first: those whose scores add up to zero or
+    less, the lowest sum first, as far as they fit into ``count``. They get nothing back, and every other module keeps a rank.
+
+    Args:
+        scores: module -> score of each live rank; higher is worth more.
+        count: ranks to prune.
+        capacity: module -> most ranks it can hold.
+        budget: most live ranks over the whole model after the round.
+        min_rank: ranks a module keeps whatever their scores.
+        spared: module -> positions of ranks that are not pruned this time.
+
+    Raises:
+        ValueError: a score is not a finite number.
+    """
+    live = sum(map(len, scores.values()))
+    # Without any rank left nothing has a gradient and nothing could grow again.
+    count = min(count, max(0, live - 1))
+    spared = spared or {}
+    gone = _worthless(scores, count, min_rank, spared) if module_pruning else {}
+    rest = {module: values for module, values in scores.items() if module not in gone}
+    floor = max(min_rank, 1) if module_pruning else min_rank
+    some = prune_lowest(rest, count - sum(map(len, gone.values())), floor, spared)
+    pruned = {module: gone.get(module) or some[module] for module in scores if module in gone or module in some}
+    lost = sum(map(len, pruned.values()))
+    takers = [module for module, values in scores.items() if module not in pruned and (values or not module_pruning)]
+    room = {module: capacity[module] - len(scores[module]) for module in takers}
+    means = {module: math.fsum(scores[module]) / len(scores[module]) if scores[module] else -math.inf for module in room}
+    return Plan(pruned, spread(min(lost, max(0, budget - (live - lost))), room, means))
+
+
+def cubic_budget(start: int, target: int, done: int, rounds: int) -> int:
+    """The budget after ``done`` of ``rounds`` rounds: from ``start`` down to ``target``, fast at first (AdaLoRA's cubic schedule).
+
+    target + (start - target) (1 - done / rounds)^3, the target itself from the last round on.
+    """
+    left = max(0.0, 1 - done / rounds) if rounds else 0.0
+    return target + round((start - target) * left**3)
+
+
+def prune_lowest(
+    scores: ModuleScores,
+    count: int,
+    min_rank: int = 0,
+    spared: Mapping[str, Collection[int]] | None = None,
+) -> dict[str, list[int]]:
+    """Positions of the ``count`` lowest scores over all modules, by module.
+
+    A module never falls below ``min_rank``, and ranks that are ``spared`` stay; where that protects too many, fewer than
+    ``count`` are pruned.
+
+    Raises:
+        ValueError: a score is not a finite number, or ``count`` is negative.
+    """
+    if count < 0:
+        raise ValueError(f"cannot prune {count} ranks")
+    _check_finite(scores)
+    spared = spared or {}
+    order = sorted((value, at, position) for at, values in enumerate(scores.values()) for position, value in enumerate(values))
+    modules = list(scores)
+    left = {module: len(values) for module, values in scores.items()}
+    chosen: dict[str, list[int]] = {}
+    for _, at, position in order:
+        module = modules[at]
+        if count > 0 and left[module] > min_rank and position not in spared.get(module, ()):
+            chosen.setdefault(module, []).append(position)
+            left[module] -= 1
+            count -= 1
+    return {module: sorted(chosen[module]) for module in modules if module in chosen}
+
+
+def _worthless(scores: ModuleScores, count: int, min_rank: int, spared: Mapping[str, Collection[int]]) -> dict[str, list[int]]:
+    """All positions (but ``min_rank``) of the modules whose total is not above zero, the lowest totals first, at most ``count``."""
+    _check_finite(scores)
+    totals = {module: math.fsum(values) for module, values in scores.items() if len(values) > min_rank}
+    chosen: dict[str, list[int]] = {}
+    for module in sorted((m for m in totals if totals[m] <= 0 and not spared.get(m)), key=lambda m: totals[m]):
+        size = len(scores[module]) - min_rank
+        if size <= count:
+            lowest = sorted(range(len(scores[module])), key=lambda position: scores[module][position])[:size]
+            chosen[module] = sorted(lowest)
+            count -= size
+    return chosen
+
+
+def _check_finite(scores: ModuleScores) -> None:
+    for module, values in scores.items():
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"a score of module {module} is not a finite number: {list(values)}")
+
+
+def spread(count: int, room: Mapping[str, int], means: Mapping[str, float]) -> dict[str, int]:
+    """Spreads ``count`` new ranks evenly over modules, the remainder to those with the highest mean score.
+
+    Eight ranks over m1 > m2 > m3 give 3, 3, 2. A module takes no more than its ``room``; what it cannot take is spread over the
+    others in the same way, and what no module can take is not given.
+    """
+    modules = list(room)
+    order = sorted((m for m in modules if room[m] > 0), key=lambda m: (-means[m], modules.index(m)))
+    given = dict.fromkeys(modules, 0)
+    while count > 0 and order:
+        turn = order[:count]
+        for module in turn:
+            given[module] += 1
+        count -= len(turn)
+        order = [module for module in order if given[module] < room[module]]
+    return {module: n for module, n in given.items() if n > 0}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round saw and did.
+
+    Attributes:
+        round: 1 for the first.
+        step: the optimiser step after which it ran.
+        scores: path -> score of each rank that was live, in the order of ``slots``, before any smoothing.
+        slots: path -> the slots that were live.
+        pruned: path -> slots switched off.
+        grown: path -> slots brought to life.
+        ranks: path -> live ranks after the round.
+        loss_before, loss_after: cross-entropy (nats) on the validation batch before and right after pruning.
+        seconds: what the round cost.
+    """
+
+    round: int
+    step: int
+    scores: dict[str, list[float]]
+    slots: dict[str, list[int]]
+    pruned: dict[str, list[int]]
+    grown: dict[str, list[int]]
+    ranks: dict[str, int]
+    loss_before: float
+    loss_after: float
+    seconds: float
+
+
+def smoothed(
+    history: Sequence[Round], live: Mapping[str, list[int]], scores: Mapping[str, list[float]], smoothing: float
+) -> dict[str, list[float]]:
+    """The scores a round decides by: an exponential mean over the rounds each rank has lived through.
+
+    smoothing * (the mean so far) + (1 - smoothing) * (its score now); a rank that was not live in the round before starts with
+    its score. Computed from the history alone, so that a resumed run needs nothing else.
+
+    Args:
+        live: path -> live slots now, in the order of ``scores``.
+    """
+    if not smoothing:
+        return dict(scores)
+    mean: dict[tuple[str, int], float] = {}
+    for one in history:
+        mean = _mixed(mean, one.slots, one.scores, smoothing)
+        for path, dead in one.pruned.items():
+            for slot in dead:
+                del mean[path, slot]  # should the slot come to life again it holds another rank
+    mean = _mixed(mean, live, scores, smoothing)
+    return {path: [mean[path, slot] for slot in live[path]] for path in scores}
+
+
+def _mixed(
+    mean: Mapping[tuple[str, int], float],
+    live: Mapping[str, list[int]],
+    scores: Mapping[str, list[float]],
+    smoothing: float,
+) -> dict[tuple[str, int], float]:
+    now = {(path, slot): value for path in scores for slot, value in zip(live[path], scores[path], strict=True)}
+    return {rank: smoothing * mean[rank] + (1 - smoothing) * value if rank in mean else value for rank, value in now.items()}
+
+
+def spared(history: Sequence[Round], live: Mapping[str, list[int]], grace_rounds: int) -> dict[str, set[int]]:
+    """Path -> positions among its live slots of the ranks grown in the last ``grace_rounds`` rounds."""
+    young: dict[str, set[int]] = {}
+    for one in history[-grace_rounds:] if grace_rounds else []:
+        for path, grown in one.grown.items():
+            young.setdefault(path, set()).update(grown)
+    return {path: {at for at, slot in enumerate(live[path]) if slot in new} for path, new in young.items()}

@@ -1,0 +1,433 @@
+"""RankAllocation: the Trainer callback that moves ranks between the LoRA modules of a model while it trains.
+
+ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187, algorithm 1) on stock PEFT LoRA: train, then up to ``rounds`` times score every
+live rank on a validation batch, prune the lowest over the whole model, grow the modules that lost none, and train on. PI-LoRA
+(Li et al., arXiv 2510.04655, reconstructed) is the same with path-integral scores and, if wanted, the pruning of whole modules.
+"""
+
+import difflib
+import inspect
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from gatewise.allocation import slots
+from gatewise.allocation.algorithm import SCHEDULES, Round, Schedule, cubic_budget, plan_round, smoothed, spared
+from gatewise.allocation.scores import SCORES
+from gatewise.allocation.scores.ablation import MODES
+from gatewise.allocation.scores.path_integral import quadrature
+from gatewise.allocation.scoring import Batches, Scores, as_batches, parts_of, scoring
+from gatewise.errors import GatewiseError
+from gatewise.files import write_json
+from gatewise.losses import mean_loss
+
+logger = logging.getLogger(__name__)
+ALLOCATION_FILE = "allocation.json"
+Score = Callable[..., Scores]
+
+
+class RankAllocation(TrainerCallback, ExportableState):
+    """Lets the model decide where the ranks of its LoRA adapter go.
+
+    Give it to ``Trainer(callbacks=[...])`` or ``SFTTrainer(callbacks=[...])`` with a ``PeftModel`` on plain ``LoraConfig``. It
+    widens every LoRA layer to ``r_max`` slots when the Trainer is made (the added ones dead), runs the rounds during training,
+    and at the end compacts the adapter to its true ranks. ``model.save_pretrained`` then writes an ordinary LoRA adapter with
+    ``allocation.json`` beside it. Checkpoints are valid adapters too, and ``resume_from_checkpoint`` goes on in mid-rounds.
+
+    Args:
+        score: "path_moments" (gatewise's own, see docs/scores.md), "ablation" (AB-LoRA, the score of ALoRA), "taylor" (the same to
+            first order), "path_integral" (PI-LoRA), "sensitivity" (AdaLoRA), or a function (model, batch, adapter=...) -> path ->
+            one number a live rank, higher for ranks worth keeping.
+        rounds: most rounds to run (the paper's N_A). Those that would fall on or after the last step are left out: what they
+            grow could not learn any more.
+        prune_fraction: share of the budget pruned in a round (n_A).
+        first_round: when the first round runs: epochs, or steps when an int above 1 (K1).
+        recover: training between rounds: epochs, or steps when an int above 1 (K2).
+        validation_batch: the batch, or list of batches, that ranks are scored on: tensors for the model with ``labels``.
+        r_max: slots of each layer; None for twice its rank.
+        score_options: further arguments of the score. For "ablation" the default is ``{"mode": "screened"}``.
+        min_rank: ranks every module keeps.
+        seed: of the values new ranks start from.
+        adapter: which adapter; None for the active one.
+        on_round: called with each finished ``Round``.
+        schedule: "constant-budget" is ALoRA's: what is pruned is given to other modules. "cubic" starts from an adapter with more
+            ranks than wanted and only prunes, down to ``target_rank`` on AdaLoRA's cubic curve; ``prune_fraction`` is not used.
+        target_rank: with "cubic", the mean rank of a module at the end.
+        smoothing: of the scores over rounds: each round decides by smoothing * (what the last one decided by) + (1 - smoothing) *
+            (its own scores). 0 for none. A rank that was not there in the last round starts with its own score.
+        module_pruning: modules whose scores add up to zero or less lose all their ranks, as far as they fit into the round's
+            number, get none back and leave the adapter; all others keep at least one. For scores that are signed and complete.
+        grace_rounds: for so many rounds a new rank is not pruned. It starts with B at zero, so that in a short round it has no
+            time to earn a score; 0, the paper's rule, prunes it like any other.
+
+    Attributes:
+        history: the rounds so far.
+        budget: the number of live ranks at the start, which is never exceeded.
+        target: the number of live ranks at the end: ``budget``, or with "cubic" what ``target_rank`` makes of it.
+    """
+
+    def __init__(
+        self,
+        score: str | Score = "path_moments",
+        rounds: int = 8,
+        prune_fraction: float = 1 / 8,
+        first_round: float = 1.0,
+        recover: float = 0.25,
+        validation_batch: Batches | None = None,
+        r_max: int | None = None,
+        score_options: Mapping[str, Any] | None = None,
+        min_rank: int = 0,
+        seed: int = 0,
+        adapter: str | None = None,
+        on_round: Callable[[Round], None] | None = None,
+        schedule: Schedule = "constant-budget",
+        target_rank: float | None = None,
+        smoothing: float = 0.0,
+        module_pruning: bool = False,
+        grace_rounds: int = 0,
+    ) -> None:
+        if isinstance(score, str) and score not in SCORES:
+            raise GatewiseError(f"score {score!r} is not known; expected one of {', '.join(SCORES)}, or a function")
+        if not 0 < prune_fraction < 1:
+            raise GatewiseError(f"prune_fraction is {prune_fraction}; expected a share between 0 and 1, such as 1/8")
+        if rounds < 0 or min_rank < 0:
+            raise GatewiseError(f"rounds is {rounds} and min_rank {min_rank}; expected numbers of at least 0")
+        if first_round <= 0 or recover <= 0:
+            raise GatewiseError(f"first_round is {first_round} and recover {recover}; expected epochs or steps above 0")
+        if isinstance(score, str):
+            _check_options(score, score_options or {})
+        _check_schedule(schedule, target_rank, r_max)
+        if not 0 <= smoothing < 1:
+            raise GatewiseError(f"smoothing is {smoothing}; expected a number from 0 (none) to below 1, such as 0.5")
+        if grace_rounds < 0:
+            raise GatewiseError(f"grace_rounds is {grace_rounds}; expected a number of rounds, at least 0")
+        if module_pruning and min_rank:
+            raise GatewiseError(f"min_rank is {min_rank}, but module_pruning takes all ranks of a module: leave one of them out")
+        self.score_name = score if isinstance(score, str) else getattr(score, "__name__", "custom")
+        self._score: Score = SCORES[score] if isinstance(score, str) else score
+        self.rounds = rounds
+        self.prune_fraction = prune_fraction
+        self.first_round = first_round
+        self.recover = recover
+        self.validation_batch = validation_batch
+        self.r_max = r_max
+        self.score_options = dict(score_options or {})
+        self.min_rank = min_rank
+        self.seed = seed
+        self.on_round = on_round
+        self.schedule = schedule
+        self.target_rank = target_rank
+        self.smoothing = smoothing
+        self.module_pruning = module_pruning
+        self.grace_rounds = grace_rounds
+        self.history: list[Round] = []
+        self.budget = 0
+        self.target = 0
+        self._adapter = adapter
+        self._capacity: dict[str, int] = {}
+        self._steps: list[int] = []
+        self._compacted = False
+
+    # Trainer events, in the order they come.
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Widens the adapter: the Trainer exists, its optimiser does not."""
+        model: PeftModel = kwargs["model"]
+        if kwargs.get("optimizer") is not None:
+            raise GatewiseError(
+                "the Trainer was given a ready optimizer, but RankAllocation replaces the parameters it holds: "
+                "let the Trainer make the optimizer, or choose it with TrainingArguments(optim=...)"
+            )
+        if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
+            raise GatewiseError("RankAllocation reads and rewrites whole LoRA factors, which DeepSpeed and FSDP shard: use DDP")
+        self._adapter = slots.active_adapter(model, self._adapter)
+        if not slots.lora_layers(model, self._adapter):
+            raise GatewiseError(f"adapter {self._adapter!r} has no linear LoRA layer to place ranks in")
+        start = slots.ranks(model, self._adapter)
+        self.budget = self.target = sum(start.values())
+        if self.target_rank is not None:
+            self.target = round(self.target_rank * len(start))
+            if not 0 < self.target < self.budget:
+                raise GatewiseError(
+                    f"target_rank is {self.target_rank} a module, {self.target} ranks in all, but the adapter starts with "
+                    f"{self.budget}: schedule 'cubic' comes down, so start with a larger r or give a smaller target_rank"
+                )
+        # A budget that only comes down needs no room to grow.
+        room = self.r_max if self.schedule == "constant-budget" else start
+        self._capacity = slots.widen(model, room, self._adapter)
+        self._write_beside(model)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Plans the rounds and, when training resumes, takes up the history of the checkpoint."""
+        if not self._capacity:
+            raise GatewiseError(
+                "RankAllocation must be there when the Trainer is made: pass it in Trainer(callbacks=[...]), and leave "
+                "restore_callback_states_from_checkpoint off, it takes up its history by itself"
+            )
+        if self._compacted:
+            raise GatewiseError("this RankAllocation has finished and compacted its adapter: make a new Trainer and a new callback")
+        batches = [] if self.validation_batch is None else as_batches(self.validation_batch)
+        if self.rounds and (not batches or any("labels" not in batch for batch in batches)):
+            raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
+        layers = slots.lora_layers(kwargs["model"], self._adapter)
+        if {path: len(slots.factors(layer, self._name)[0]) for path, layer in layers.items()} != self._capacity:
+            raise GatewiseError(
+                "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
+                "every run): give the Trainer a model, not model_init"
+            )
+        self._restore(state)
+        self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Runs a round where one is due."""
+        if state.global_step in self._steps[len(self.history) :]:
+            self._run_round(kwargs["model"], kwargs.get("optimizer"), state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Compacts the adapter to its true ranks."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            # The weights are those of the best checkpoint again: rounds after it have not happened to them.
+            best = int(state.best_model_checkpoint.rsplit("-", 1)[-1])
+            self.history = [one for one in self.history if one.step <= best]
+        if self.schedule == "cubic" and sum(slots.ranks(kwargs["model"], self._adapter).values()) > self.target:
+            logger.warning(
+                "training ended (or its best checkpoint lies) before the budget was down to its target of %d ranks: the rest is "
+                "pruned now, and nothing recovers from it; run the rounds earlier", self.target,
+            )  # fmt: skip
+            self._run_round(kwargs["model"], None, state.global_step, last=True)
+        self.finish(kwargs["model"])
+        if state.is_world_process_zero and args.output_dir:
+            self.save(args.output_dir)
+
+    # The same for training loops of one's own.
+
+    def finish(self, model: PeftModel) -> dict[str, int]:
+        """Compacts the adapter to its true ranks, once. Call it yourself if training was interrupted.
+
+        Returns:
+            Path -> rank of the modules that are left.
+        """
+        if not self._compacted:
+            slots.compact(model, self._adapter)
+            self._compacted = True
+        return slots.ranks(model, self._adapter)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``allocation.json`` into a folder and returns its path."""
+        path = Path(folder) / ALLOCATION_FILE
+        write_json(path, self.to_json())
+        return path
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything decided so far, for ``allocation.json``."""
+        return {
+            "format": 1,
+            "score": self.score_name,
+            "budget": self.budget,
+            "target": self.target,
+            "schedule": self.schedule,
+            "prune_fraction": self.prune_fraction,
+            "smoothing": self.smoothing,
+            "module_pruning": self.module_pruning,
+            "grace_rounds": self.grace_rounds,
+            "seed": self.seed,
+            "r_max": self._capacity,
+            "rounds": [asdict(one) for one in self.history],
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a Trainer checkpoint keeps of this callback."""
+        return {"args": {}, "attributes": {"budget": self.budget, "history": [asdict(one) for one in self.history]}}
+
+    def _restore(self, state: TrainerState) -> None:
+        stored = state.stateful_callbacks.get(type(self).__name__) if isinstance(state.stateful_callbacks, dict) else None
+        if not isinstance(stored, dict) or state.global_step == 0:
+            self.history = []
+            return
+        self.budget = stored["attributes"]["budget"]
+        self.history = [Round(**one) for one in stored["attributes"]["history"]]
+
+    def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[int]:
+        """The steps after which rounds run: those of the past first, so that a round's number is its place in the list."""
+        first = self._in_steps("first_round", self.first_round, args, dataloader)
+        between = self._in_steps("recover", self.recover, args, dataloader)
+        wanted = [first + between * index for index in range(self.rounds)]
+        steps = [step for step in wanted if step < state.max_steps]
+        if len(steps) < len(wanted):
+            logger.warning(
+                "training has %d steps, room for %d of %d rounds (the first after step %d, then every %d); "
+                "train longer, or lower first_round or recover",
+                state.max_steps, len(steps), len(wanted), first, between,
+            )  # fmt: skip
+        return [one.step for one in self.history] + [step for step in steps if step > state.global_step]
+
+    def _in_steps(self, name: str, value: float, args: TrainingArguments, dataloader: Any) -> int:
+        try:
+            # Steps need no length: data may come as a stream.
+            steps_per_epoch = 0 if is_steps(value) else math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+        except TypeError as error:
+            raise GatewiseError(
+                f"{name}={value} means epochs, but the training data has no length: give steps, an int above 1"
+            ) from error
+        return in_steps(value, steps_per_epoch)
+
+    def _run_round(self, model: PeftModel, optimizer: torch.optim.Optimizer | None, step: int, last: bool = False) -> None:
+        began = time.perf_counter()
+        assert self.validation_batch is not None
+        layers = slots.lora_layers(model, self._adapter)
+        live = {path: slots.live_slots(layer, self._name) for path, layer in layers.items()}
+        budget = self.budget
+        if self.schedule == "cubic":
+            rounds_done = len(self._steps) if last else len(self.history) + 1
+            budget = cubic_budget(self.budget, self.target, rounds_done, len(self._steps))
+            count = max(0, sum(map(len, live.values())) - budget)
+        else:
+            count = max(1, round(self.prune_fraction * self.budget))
+        loss_before = self._loss(model)
+        if not math.isfinite(loss_before):
+            raise GatewiseError(
+                f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
+                "lower the learning rate and resume from the last checkpoint"
+            )
+        # Rounded as they are stored, so that a resumed run smooths the same numbers.
+        scores = {
+            path: [float(f"{number:.9g}") for number in value.tolist()]
+            for path, value in self._agreed(self._scores(model, count), layers).items()
+        }
+        magnitude = any(slots.carries_more_than_ranks(layer, self._name) for layer in layers.values())
+        try:
+            plan = plan_round(
+                smoothed(self.history, live, scores, self.smoothing),
+                count,
+                self._capacity,
+                budget,
+                max(self.min_rank, int(magnitude)),
+                spared(self.history, live, self.grace_rounds),
+                self.module_pruning,
+            )
+        except ValueError as error:
+            raise GatewiseError(f"score {self.score_name!r} at step {step}: {error}; the round was not carried out") from error
+        pruned = {path: [live[path][position] for position in positions] for path, positions in plan.pruned.items()}
+        for path, dead in pruned.items():
+            slots.prune(layers[path], self._name, dead, optimizer)
+        # One seed a round, drawn apart from the training's random state: a resumed run and every process draw the same.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + len(self.history))
+        grown = {path: slots.grow(layers[path], self._name, n, generator, optimizer) for path, n in plan.grown.items()}
+        done = Round(
+            round=len(self.history) + 1,
+            step=step,
+            scores=scores,
+            slots=live,
+            pruned=pruned,
+            grown=grown,
+            ranks=slots.ranks(model, self._adapter),
+            loss_before=loss_before,
+            loss_after=self._loss(model),
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        self.history.append(done)
+        if self.schedule == "constant-budget" and sum(map(len, grown.values())) < sum(map(len, pruned.values())):
+            logger.warning(
+                "round %d gave back %d of %d ranks: too few modules lost none; a smaller prune_fraction or a larger r_max helps",
+                done.round, sum(map(len, grown.values())), sum(map(len, pruned.values())),
+            )  # fmt: skip
+        logger.info(
+            "round %d at step %d: %d ranks pruned, %d grown, %d live; loss %.4f -> %.4f; %.1f s",
+            done.round, step, sum(map(len, pruned.values())), sum(map(len, grown.values())), sum(done.ranks.values()),
+            done.loss_before, done.loss_after, done.seconds,
+        )  # fmt: skip
+        if self.on_round:
+            self.on_round(done)
+
+    def _scores(self, model: PeftModel, count: int) -> Scores:
+        options = self.score_options
+        if self._score is SCORES["ablation"]:
+            options = {"mode": "screened", "prune": count, **options}
+        return self._score(model, self.validation_batch, adapter=self._adapter, **options)
+
+    def _agreed(self, scores: Scores, layers: Mapping[str, Any]) -> Scores:
+        """The scores in module order, the mean over all processes, so that every process takes the same decision."""
+        if set(scores) != set(layers):
+            raise GatewiseError(
+                f"score {self.score_name!r} named {len(scores)} modules, expected one entry for each of {len(layers)} LoRA layers"
+            )
+        scores = {path: scores[path] for path in layers}
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return scores
+        device = slots.factors(next(iter(layers.values())), self._name)[0].device
+        flat: Tensor = torch.cat(list(scores.values())).to(device)
+        torch.distributed.all_reduce(flat)
+        parts = (flat / torch.distributed.get_world_size()).cpu().split([len(value) for value in scores.values()])
+        return dict(zip(scores, parts, strict=True))
+
+    def _loss(self, model: PeftModel) -> float:
+        assert self.validation_batch is not None
+        with scoring(model):
+            return mean_loss(model, parts_of(model, self.validation_batch))
+
+    @property
+    def _name(self) -> str:
+        assert self._adapter is not None
+        return self._adapter
+
+    def _write_beside(self, model: PeftModel) -> None:
+        """From now on ``model.save_pretrained`` also writes ``allocation.json``, beside the adapter it describes."""
+        original = model.save_pretrained
+
+        def save_pretrained(it: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+            # Through the function, not the bound method: a deep copy of the model must save itself.
+            result = getattr(original, "__func__", type(it).save_pretrained)(it, save_directory, *args, **kwargs)
+            if kwargs.get("is_main_process", True):
+                # PEFT puts an adapter that is not called "default" into a folder of its own.
+                self.save(Path(save_directory) / ("" if self._name == "default" else self._name))
+            return result
+
+        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+
+
+def is_steps(value: float) -> bool:
+    """Whether a span of training is given in steps: an int above 1. Otherwise it is in epochs."""
+    return isinstance(value, int) and value > 1
+
+
+def in_steps(value: float, steps_per_epoch: int) -> int:
+    """A span of training, in epochs or steps, as a number of optimiser steps."""
+    return int(value) if is_steps(value) else max(1, round(value * steps_per_epoch))
+
+
+def _check_options(score: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that the score does not have, before training rather than at the first round."""
+    known = [name for name in inspect.signature(SCORES[score]).parameters if name not in ("model", "batch", "adapter")]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise GatewiseError(f"score_options has {name!r}, but score {score!r} takes {', '.join(known)}{hint}")
+    if score == "ablation" and options.get("mode", MODES[0]) not in MODES:
+        raise GatewiseError(f"score_options has mode {options['mode']!r}; expected one of {', '.join(MODES)}")
+    if score == "path_integral":
+        quadrature(options.get("points", 8), options.get("rule", "gauss-legendre"))
+        if options.get("return_convergence"):
+            raise GatewiseError("score_options has return_convergence, which a round has no use for: leave it out")
+
+
+def _check_schedule(schedule: str, target_rank: float | None, r_max: int | None) -> None:
+    if schedule not in SCHEDULES:
+        raise GatewiseError(f"schedule {schedule!r} is not known; expected one of {', '.join(SCHEDULES)}")
+    if schedule == "cubic" and target_rank is None:
+        raise GatewiseError("schedule 'cubic' needs target_rank: the mean rank of a module at the end")
+    if schedule == "cubic" and r_max is not None:
+        raise GatewiseError(f"r_max is {r_max}, but schedule 'cubic' grows no ranks: leave it out")
+    if schedule != "cubic" and target_rank is not None:
+        raise GatewiseError(f"target_rank is {target_rank}, but schedule {schedule!r} keeps the budget: give schedule='cubic'")

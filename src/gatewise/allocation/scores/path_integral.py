@@ -1,0 +1,145 @@
+"""PI-LoRA's score: the gradient of a rank's gate, integrated from the base model to the adapted one.
+
+PI-LoRA (Li et al., "FT-MDT", EMNLP 2025 Industry, arXiv 2510.04655) ranks by gradients integrated along a path and motivates it
+with Shapley values. Its formula was not at hand: what follows is a *reconstruction*. All gates are scaled together by c,
+
+    PI(r) = - integral from 0 to 1 of dCE/dalpha_r (alpha = c everywhere) dc,
+
+the Aumann-Shapley value of rank r in the game "how much the adapter lowers the loss". It is complete, the scores of all ranks
+add up to CE(no rank) - CE(all ranks), and symmetric, two identical ranks of a module score the same. The two-point trapezoid is
+half of first-order AB-LoRA (``taylor``) up to a constant: AB-LoRA reads the two ends of the path and nothing between them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args, overload
+
+import numpy as np
+from torch import Tensor, nn
+
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scoring import Batches, Scores, gate_gradients, live_only, parts_of, scoring
+from gatewise.errors import GatewiseError
+from gatewise.losses import mean_loss
+
+Rule = Literal["gauss-legendre", "trapezoid"]
+RULES: tuple[str, ...] = get_args(Rule)
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How complete the scores are: with enough points ``total`` equals ``reduction``.
+
+    Attributes:
+        total: the sum of all scores, in nats.
+        reduction: CE(no rank) - CE(all ranks) on the same batch, in nats.
+    """
+
+    total: float
+    reduction: float
+
+    @property
+    def error(self) -> float:
+        """What the quadrature missed, in nats."""
+        return self.total - self.reduction
+
+
+@overload
+def path_integral(
+    model: nn.Module,
+    batch: Batches,
+    points: int = 8,
+    rule: Rule = "gauss-legendre",
+    return_convergence: Literal[False] = False,
+    *,
+    adapter: str | None = None,
+    float32: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores: ...
+
+
+@overload
+def path_integral(
+    model: nn.Module,
+    batch: Batches,
+    points: int = 8,
+    rule: Rule = "gauss-legendre",
+    *,
+    return_convergence: Literal[True],
+    adapter: str | None = None,
+    float32: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Scores, Convergence]: ...
+
+
+def path_integral(
+    model: nn.Module,
+    batch: Batches,
+    points: int = 8,
+    rule: Rule = "gauss-legendre",
+    return_convergence: bool = False,
+    *,
+    adapter: str | None = None,
+    float32: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores | tuple[Scores, Convergence]:
+    """Path-integral score of every live rank (a reconstruction of PI-LoRA's, see the module).
+
+    Cost: ``points`` forward and backward passes over the batch, whatever the number of ranks; the gates are the leaves, so memory
+    does not grow with it either. Convergence costs two more forwards with Gauss-Legendre, none with the trapezoid.
+
+    Args:
+        batch: one batch (b, t) with labels, or several.
+        points: nodes of the quadrature.
+        rule: "gauss-legendre" (no node at the ends, exact for polynomials of degree 2 points - 1) or "trapezoid" (evenly spaced
+            nodes, both ends among them, so at least two points).
+        return_convergence: also return how far the scores are from adding up to the loss the ranks take away.
+        float32: score in float32 even if the weights are in half precision.
+        progress: called with (points done, points to do).
+
+    Returns:
+        Path -> (live ranks,) scores in nats, positive for a rank that lowers the loss; with ``return_convergence`` also a
+        ``Convergence``. With DoRA or a LoRA bias "no rank" still has the trained magnitude or bias, and with DoRA the scores do
+        not quite add up: PEFT keeps the gradient from flowing through the norm, here as in training.
+
+    Raises:
+        GatewiseError: an unknown rule, too few points, or a batch without labels.
+    """
+    nodes, weights = quadrature(points, rule)
+    with scoring(model, float32), GateBank(model, adapter) as gates:
+        parts = parts_of(model, batch)
+        totals: dict[str, Tensor] = {}
+        losses: dict[float, float] = {}
+        for done, (node, weight) in enumerate(zip(nodes, weights, strict=True), start=1):
+            gradients, losses[node] = gate_gradients(model, parts, gates.fill(node, requires_grad=True))
+            for path, gradient in gradients.items():
+                totals[path] = totals[path] - weight * gradient if path in totals else -weight * gradient
+            if progress:
+                progress(done, points)
+        scores = live_only(gates, totals)
+        if not return_convergence:
+            return scores
+        for end in (0.0, 1.0):
+            if end not in losses:
+                gates.fill(end)
+                losses[end] = mean_loss(model, parts)
+        total = sum(float(value.double().sum()) for value in scores.values())
+        return scores, Convergence(total, losses[0.0] - losses[1.0])
+
+
+def quadrature(points: int, rule: str = "gauss-legendre") -> tuple[list[float], list[float]]:
+    """Nodes in [0, 1] and their weights, which add up to 1.
+
+    Raises:
+        GatewiseError: an unknown rule, or too few points for it.
+    """
+    if rule not in RULES:
+        raise GatewiseError(f"quadrature rule {rule!r} is not known; expected one of {', '.join(RULES)}")
+    least = 2 if rule == "trapezoid" else 1
+    if not isinstance(points, int) or points < least:
+        raise GatewiseError(f"points is {points!r}; expected a whole number of at least {least} with the {rule} rule")
+    if rule == "trapezoid":
+        step = 1 / (points - 1)
+        return [i * step for i in range(points - 1)] + [1.0], [step / 2, *[step] * (points - 2), step / 2]
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    return ((nodes + 1) / 2).tolist(), (weights / 2).tolist()

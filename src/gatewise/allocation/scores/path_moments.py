@@ -1,0 +1,111 @@
+"""The first two moments over examples of a rank's path gradient: gatewise's own score.
+
+Three things weaken the other scores when they choose ranks to prune. The path integral (``path_integral``) and AB-LoRA are ruled by
+the lower end of the path, where the base model first learns what an answer looks like and which pruning never visits. Sums over
+examples let them cancel: a rank that helps one half of them and harms the other scores zero. And magnitudes alone, AdaLoRA's
+sensitivity among them, keep ranks that only do harm. So each example e keeps its own integral over the upper part of the path,
+
+    a_e(r) = - mean over c in [start, 1] of dCE_e/dalpha_r (alpha = c everywhere),
+
+and a rank is worth what it does for the examples on average and how strongly single ones react to it, both in units of their
+spread over all ranks:
+
+    PM(r) = mean_e a_e(r) / std_r(mean_e a_e) + rms_e a_e(r) / std_r(rms_e a_e)
+
+The second term alone with start = 1 is the root of the gates' empirical Fisher information, the measure of Optimal Brain Damage.
+Not from the four papers; ``docs/scores.md`` has the deletion curves that led to it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scores.path_integral import quadrature
+from gatewise.allocation.scoring import Batches, Scores, live_only, parts_of, scoring
+from gatewise.errors import GatewiseError
+from gatewise.losses import row_losses
+
+
+def path_moments(
+    model: nn.Module,
+    batch: Batches,
+    start: float = 0.5,
+    points: int = 2,
+    *,
+    adapter: str | None = None,
+    float32: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Mean and root mean square over examples of every live rank's path gradient, each standardised, and added.
+
+    Cost: ``points`` forward and backward passes over the batch, whatever the number of ranks.
+
+    Args:
+        batch: one batch (b, t) with labels, or several. An example is a row; its loss is the sum over its labels.
+        start: where on the path the integral begins; it ends at 1, all ranks on.
+        points: Gauss-Legendre nodes in [start, 1].
+        float32: score in float32 even if the weights are in half precision.
+        progress: called with (microbatches done, microbatches to do).
+
+    Returns:
+        Path -> (live ranks,) scores without a unit. 0 for a rank that does nothing, below 0 for one that mostly does harm.
+
+    Raises:
+        GatewiseError: ``start`` outside [0, 1], too few points, or a batch without labels.
+    """
+    if not 0 <= start <= 1:
+        raise GatewiseError(f"start is {start}; expected a point of the path, from 0 (no rank) to 1 (all ranks on)")
+    nodes, weights = quadrature(points)
+    with scoring(model, float32), GateBank(model, adapter) as gates:
+        parts = list(_parts(model, gates, batch))
+        first: dict[str, Tensor] = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
+        second = {path: torch.zeros_like(gate) for path, gate in first.items()}
+        for done, (part, apart) in enumerate(parts, start=1):
+            own: dict[str, Tensor] = {}
+            for node, weight in zip(nodes, weights, strict=True):
+                for path, gradient in _row_gradients(model, gates, part, start + (1 - start) * node, apart).items():
+                    own[path] = own[path] - weight * gradient if path in own else -weight * gradient
+            for path, value in own.items():
+                first[path] += value.sum(dim=0)
+                second[path] += value.square().sum(dim=0)
+            if progress:
+                progress(done, len(parts))
+        mean, size = live_only(gates, first), live_only(gates, {path: total.sqrt() for path, total in second.items()})
+    return {path: mean[path] / _spread(mean) + size[path] / _spread(size) for path in mean}
+
+
+def _spread(scores: Scores) -> float:
+    """Standard deviation over all live ranks; 1 where they are all the same and there is nothing to weigh."""
+    flat = torch.cat(list(scores.values())).double()
+    return float(flat.std(correction=0)) or 1.0
+
+
+def _parts(model: nn.Module, gates: GateBank, batch: Batches) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Microbatches, and whether each row of them can have gates of its own; where it cannot they are single rows."""
+    parts = parts_of(model, batch)
+    with gates.watching() as rows_apart, torch.no_grad():
+        row_losses(model, parts[0])
+    apart = rows_apart(len(parts[0]["labels"]))
+    for part in parts:
+        if apart:
+            yield part, True
+            continue
+        for row in range(len(part["labels"])):
+            yield {k: v[row : row + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in part.items()}, False
+
+
+def _row_gradients(model: nn.Module, gates: GateBank, part: dict[str, Any], node: float, apart: bool) -> dict[str, Tensor]:
+    """Path -> (b, r_max) gradient of every row's summed loss in the module's gates, all gates at ``node``."""
+    leaves = gates.fill(node, requires_grad=not apart)
+    if apart:
+        rows = len(part["labels"])
+        leaves = {path: gate.expand(rows, 1, -1).clone().requires_grad_() for path, gate in leaves.items()}
+        for path, leaf in leaves.items():
+            gates.assign(path, leaf)
+    sums, _ = row_losses(model, part)
+    gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True)
+    found = zip(leaves.items(), gradients, strict=True)
+    return {p: (torch.zeros_like(leaf) if g is None else g).reshape(-1, leaf.shape[-1]) for (p, leaf), g in found}

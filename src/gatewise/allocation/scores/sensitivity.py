@@ -1,0 +1,63 @@
+"""AdaLoRA's sensitivity score (Zhang et al., arXiv 2303.10512, eqs. 7-10), the baseline.
+
+For a parameter w: I(w) = |w dCE/dw|. A rank of LoRA has no singular value, so its gate (1 when on) stands for it:
+
+    S(r) = s(gate_r) + mean over row r of A of s(w) + mean over column r of B of s(w)
+
+With one batch s = I. With several, AdaLoRA's smoothing over time runs over them in order: I_bar = b1 I_bar + (1 - b1) I,
+U_bar = b2 U_bar + (1 - b2) |I - I_bar|, s = I_bar U_bar.
+"""
+
+from contextlib import ExitStack
+
+from torch import Tensor, nn
+
+from gatewise.adapters.lora import factors
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scoring import Batches, Scores, as_batches, gate_gradients, live_only, parts_of, scoring
+
+
+def sensitivity(
+    model: nn.Module,
+    batch: Batches,
+    *,
+    adapter: str | None = None,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    float32: bool = True,
+) -> Scores:
+    """AdaLoRA's score of every live rank.
+
+    Cost: one forward and one backward pass a batch.
+
+    Args:
+        batch: one batch (b, t) with labels, or several, over which the sensitivities are smoothed.
+        beta1, beta2: smoothing of the sensitivity and of its uncertainty.
+
+    Returns:
+        Path -> (live ranks,) scores, never negative.
+    """
+    batches = as_batches(batch)
+    with scoring(model, float32), GateBank(model, adapter) as gates, ExitStack() as stack:
+        leaves: dict[str, Tensor] = {}
+        for path, layer in gates.layers.items():
+            for name, weight in zip(("lora_A", "lora_B"), factors(layer, gates.adapter), strict=True):
+                stack.callback(weight.requires_grad_, weight.requires_grad)
+                leaves[f"{path}:{name}"] = weight.requires_grad_(True)
+        mean: dict[str, Tensor] = {}
+        spread: dict[str, Tensor] = {}
+        for one in batches:
+            leaves.update(gates.fill(1.0, requires_grad=True))
+            gradients, _ = gate_gradients(model, parts_of(model, one), leaves)
+            for name, gradient in gradients.items():
+                now = (leaves[name].detach() * gradient).abs()
+                mean[name] = beta1 * mean[name] + (1 - beta1) * now if name in mean else (1 - beta1) * now
+                change = (now - mean[name]).abs()
+                spread[name] = beta2 * spread[name] + (1 - beta2) * change if name in spread else (1 - beta2) * change
+                if len(batches) == 1:
+                    mean[name], spread[name] = now, now.new_ones(())
+        smooth = {name: mean[name] * spread[name] for name in mean}
+        return live_only(
+            gates,
+            {p: smooth[p] + smooth[f"{p}:lora_A"].mean(dim=1) + smooth[f"{p}:lora_B"].mean(dim=0) for p in gates.layers},
+        )

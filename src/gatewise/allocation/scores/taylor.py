@@ -1,0 +1,33 @@
+"""First-order AB-LoRA: the score of every rank from two backward passes.
+
+AB-LoRA (ALoRA, arXiv 2403.16187) ranks by IS(r) = CE(M without r) - CE(only r). To first order in the gates
+
+    CE(M without r) ~ CE(M) - dCE/dalpha_r at all gates on,      CE(only r) ~ CE(base) + dCE/dalpha_r at all gates off,
+
+so up to a constant IS(r) ~ -(dCE/dalpha_r |on + dCE/dalpha_r |off). The constant is kept, which makes the numbers comparable with
+the exact ones.
+"""
+
+from torch import nn
+
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scoring import Batches, Scores, gate_gradients, live_only, parts_of, scoring
+
+
+def taylor(model: nn.Module, batch: Batches, *, adapter: str | None = None, float32: bool = True) -> Scores:
+    """First-order estimate of the AB-LoRA score of every live rank.
+
+    Cost: two forward and two backward passes over the batch, whatever the number of ranks.
+
+    Args:
+        batch: one batch (b, t) with labels, or several.
+        float32: score in float32 even if the weights are in half precision.
+
+    Returns:
+        Path -> (live ranks,) estimates of CE(M without r) - CE(only r), in nats.
+    """
+    with scoring(model, float32), GateBank(model, adapter) as gates:
+        parts = parts_of(model, batch)
+        on, loss_on = gate_gradients(model, parts, gates.fill(1.0, requires_grad=True))
+        off, loss_off = gate_gradients(model, parts, gates.fill(0.0, requires_grad=True))
+        return live_only(gates, {path: (loss_on - loss_off) - (on[path] + off[path]) for path in on})

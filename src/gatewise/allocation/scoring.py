@@ -1,0 +1,108 @@
+"""What every score shares: the shape of its result, the batches it reads, and gradients with respect to gates.
+
+A score maps each module path to one float32 number a *live* rank, in the order of the live slots, on the CPU. Higher means more
+worth keeping. Every score takes ``(model, batch, adapter=None, ...)`` where ``batch`` is one batch with labels or a list of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.slots import live_mask
+from gatewise.losses import Batch, microbatches, row_losses
+
+Scores = dict[str, Tensor]
+Batches = Batch | Sequence[Batch]
+
+
+def as_batches(batch: Batches) -> list[Batch]:
+    """One batch or several, as a list."""
+    return [batch] if isinstance(batch, Mapping) else list(batch)
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def step_tokens(device: torch.device) -> int:
+    """Padded tokens a scoring step takes at once: what a CPU's caches like, or what keeps an accelerator busy."""
+    return 1024 if device.type == "cpu" else 8192
+
+
+def parts_of(model: nn.Module, batch: Batches) -> list[dict[str, Any]]:
+    """The batches on the model's device, cut into microbatches of like length."""
+    device = next(model.parameters()).device
+    return [part for one in as_batches(batch) for part in microbatches(on_device(one, device), step_tokens(device))]
+
+
+def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
+    """Keeps the entries (r_max,) of live slots, as float32 on the CPU."""
+    return {path: values[path].detach()[live_mask(layer, bank.adapter)].float().cpu() for path, layer in bank.layers.items()}
+
+
+def gate_gradients(
+    model: nn.Module,
+    parts: Sequence[Batch],
+    leaves: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], float]:
+    """Gradient of the mean cross-entropy with respect to leaf tensors, and the loss itself.
+
+    Only the paths from the leaves to the loss are walked back: the frozen weights get no gradient, and memory does not grow
+    with the number of ranks.
+
+    Returns:
+        Name -> gradient in the shape of its leaf (zero for a leaf the model did not use), and the mean loss in nats.
+    """
+    names = list(leaves)
+    total = {name: torch.zeros_like(leaves[name]) for name in names}
+    loss, count = 0.0, 0
+    for part in parts:
+        sums, counts = row_losses(model, part)
+        gradients = torch.autograd.grad(sums.sum(), [leaves[name] for name in names], allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                total[name] += gradient
+        loss, count = loss + float(sums.sum().detach()), count + int(counts.sum())
+    return {name: value / count for name, value in total.items()}, loss / count
+
+
+@contextmanager
+def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
+    """The state in which ranks are scored, undone exactly afterwards: dropout off, no autocast, float32 weights.
+
+    Half-precision weights are converted in place and back, which loses nothing; the differences that single ranks make are
+    smaller than half precision resolves. The random state and every module's training mode are as before when it closes.
+
+    Args:
+        float32: convert half-precision weights while scoring; False scores in the model's own precision (less memory).
+    """
+    training = [module for module in model.modules() if module.training]
+    half: list[tuple[Tensor, torch.dtype]] = []
+    if float32:
+        # Packed weights of quantised layers may call themselves bfloat16, and their scales are tuned to that: left alone.
+        packed = {id(p) for p in model.parameters() if type(p) is not nn.Parameter or hasattr(p, "quant_state")}
+        tensors = {id(t): t for t in (*model.parameters(), *(() if packed else model.buffers())) if id(t) not in packed}
+        half = [(t, t.dtype) for t in tensors.values() if t.dtype in (torch.bfloat16, torch.float16)]
+    device = next(model.parameters()).device
+    # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
+    wrapped = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
+    with torch.random.fork_rng(), torch.autocast(device.type, enabled=False):
+        try:
+            model.eval()
+            if wrapped is not None:
+                model.forward = model.__dict__["_original_forward"]
+            for tensor, _ in half:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, dtype in half:
+                tensor.data = tensor.data.to(dtype)
+            if wrapped is not None:
+                model.forward = wrapped
+            for module in training:
+                module.training = True

@@ -1,0 +1,226 @@
+"""Live and dead rank slots on stock PEFT LoRA layers: widen, prune, grow, compact.
+
+A LoRA layer of capacity ``r_max`` has ``r_max`` slots. Slot i is row i of A (r_max, d_in) and column i of B (d_out, r_max).
+It is *dead* when both are zero. A dead slot adds nothing to the output, and because the gradient of each factor is
+multiplied by the other factor its gradient is exactly zero: it stays dead without a mask, at stock LoRA's speed.
+Which slots live is read from the weights alone, so a checkpoint needs no second source of truth.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
+from gatewise.adapters.lora import (
+    PEFT_PREFIX,
+    active_adapter,
+    carries_more_than_ranks,
+    factors,
+    int_if_whole,
+    lora_layers,
+    rank_settings,
+)
+from gatewise.errors import GatewiseError
+
+
+def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
+    """(r_max,) bool: which slots of a layer live. Dead means that the row of A and the column of B are both zero."""
+    a, b = factors(layer, adapter)
+    return (a.detach() != 0).any(dim=1) | (b.detach() != 0).any(dim=0)
+
+
+def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
+    """The indices of a layer's live slots, ascending."""
+    return [int(i) for i in live_mask(layer, adapter).nonzero().flatten().tolist()]
+
+
+def ranks(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
+    """Path -> number of live ranks."""
+    name = active_adapter(model, adapter)
+    return {path: int(live_mask(layer, name).sum()) for path, layer in lora_layers(model, name).items()}
+
+
+def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapter: str | None = None) -> dict[str, int]:
+    """Gives every LoRA layer ``r_max`` slots, the added ones dead. The function computed does not change.
+
+    Call it before the optimiser exists: the parameters are replaced. The scaling stays what it was (alpha / r of the
+    adapter as it was made), and the adapter's config is rewritten so that a checkpoint is a valid plain LoRA adapter.
+
+    Args:
+        r_max: slots a layer, one number or a number per path; None doubles each layer's rank.
+
+    Returns:
+        Path -> slots.
+
+    Raises:
+        GatewiseError: a layer already has more ranks than ``r_max``, or the adapter has stacked experts, whose rank follows
+            from the config that widening rewrites.
+    """
+    name = active_adapter(model, adapter)
+    if any(isinstance(module, ParamWrapper) and name in module.lora_A for module in model.modules()):
+        raise GatewiseError(
+            f"adapter {name!r} adapts the stacked experts of a mixture (target_parameters), whose ranks cannot be moved: "
+            "name the linear modules in target_modules instead of 'all-linear'"
+        )
+    capacity: dict[str, int] = {}
+    for path, layer in lora_layers(model, name).items():
+        a, b = factors(layer, name)
+        old = a.shape[0]
+        new = 2 * old if r_max is None else r_max if isinstance(r_max, int) else r_max[path]
+        if new < old:
+            raise GatewiseError(f"r_max is {new} but {path} already has rank {old}: give an r_max of at least {old}")
+        capacity[path] = new
+        if new > old:
+            wide_a = a.new_zeros(new, a.shape[1])
+            wide_b = b.new_zeros(b.shape[0], new)
+            wide_a[:old], wide_b[:, :old] = a.detach(), b.detach()
+            _set_factors(layer, name, wide_a, wide_b)
+    write_config(model, name)
+    return capacity
+
+
+def prune(layer: LoraLinear, adapter: str, slots: Sequence[int], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Kills slots: zeroes their row of A and column of B and clears the optimiser's moments for them."""
+    if not slots:
+        return
+    a, b = factors(layer, adapter)
+    index = torch.as_tensor(list(slots), device=a.device)
+    with torch.no_grad():
+        a[index] = 0
+        b[:, index] = 0
+    _clear_moments(layer, adapter, index, optimizer)
+
+
+def grow(
+    layer: LoraLinear,
+    adapter: str,
+    n: int,
+    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[int]:
+    """Brings the ``n`` lowest dead slots to life as LoRA starts a rank: a random row of A, a zero column of B.
+
+    The function is unchanged and gradient flows into B. The row is drawn as PEFT draws A (Kaiming uniform with a = sqrt(5),
+    that is uniform in +-1/sqrt(d_in)) from ``generator``, a CPU generator, so that a resumed run draws the same numbers.
+
+    Raises:
+        ValueError: the layer has fewer than ``n`` dead slots.
+    """
+    if n <= 0:
+        return []
+    dead = (~live_mask(layer, adapter)).nonzero().flatten().tolist()[:n]
+    if len(dead) < n:
+        raise ValueError(f"{n} ranks to grow but only {len(dead)} dead slots")
+    a, _ = factors(layer, adapter)
+    bound = a.shape[1] ** -0.5
+    rows = (torch.rand(n, a.shape[1], generator=generator) * 2 - 1) * bound
+    index = torch.as_tensor(dead, device=a.device)
+    with torch.no_grad():
+        a[index] = rows.to(a)
+    _clear_moments(layer, adapter, index, optimizer)
+    return [int(i) for i in dead]
+
+
+def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
+    """Rewrites every layer to its true rank, drops layers left with none, and writes the patterns into the config.
+
+    Every module keeps the scaling of training, so alpha / r is the same for all of them when it was before. A module without a
+    live rank becomes its base module again and leaves ``target_modules``; with DoRA or a LoRA bias it keeps one (zero) rank,
+    because its magnitude or bias was trained too.
+
+    Returns:
+        Path -> rank of the modules that are left.
+
+    Raises:
+        GatewiseError: no live rank is left anywhere.
+    """
+    name = active_adapter(model, adapter)
+    layers = lora_layers(model, name)
+    if not any(live_slots(layer, name) for layer in layers.values()):
+        raise GatewiseError(f"adapter {name!r} has no live rank left in any module: there is nothing to save")
+    kept: dict[str, int] = {}
+    for path, layer in layers.items():
+        slots = live_slots(layer, name)
+        if not slots and not carries_more_than_ranks(layer, name):
+            _remove_layer(model, path, name)
+            continue
+        # A module that must stay for its magnitude or bias keeps its first slot, which is zero.
+        slots = slots or [0]
+        a, b = factors(layer, name)
+        if len(slots) < len(a):
+            _set_factors(layer, name, a.detach()[slots], b.detach()[:, slots])
+        kept[path] = len(slots)
+    write_config(model, name)
+    return kept
+
+
+def write_config(model: PeftModel, adapter: str | None = None) -> None:
+    """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha and their patterns."""
+    name = active_adapter(model, adapter)
+    config = cast(LoraConfig, model.peft_config[name])
+    layers = lora_layers(model, name)
+    rank = {path: len(factors(layer, name)[0]) for path, layer in layers.items()}
+    scaling = {path: layer.scaling[name] for path, layer in layers.items()}
+    for path, module in _targeted(model, name).items():
+        if path not in rank:  # embeddings and convolutions keep what they have, but read it from the same config
+            rank[path], scaling[path] = module.r[name], module.scaling[name]
+            module.use_rslora[name] = False
+    for path, layer in layers.items():
+        # alpha / sqrt(r) would change with the rank; from here on the scaling is alpha / r with the same value.
+        layer.use_rslora[name] = False
+        layer.r[name], layer.lora_alpha[name] = rank[path], int_if_whole(layer.scaling[name] * rank[path])
+    config.use_rslora = False
+    for key, value in rank_settings(rank, scaling).items():
+        setattr(config, key, value)
+
+
+def _set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
+    down, up = cast(nn.Linear, layer.lora_A[adapter]), cast(nn.Linear, layer.lora_B[adapter])
+    for module, weight in ((down, a), (up, b)):
+        module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
+    down.out_features = up.in_features = layer.r[adapter] = len(a)
+
+
+def _clear_moments(layer: LoraLinear, adapter: str, index: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    for dim, parameter in enumerate(factors(layer, adapter)):
+        if parameter.grad is not None:
+            parameter.grad.index_fill_(dim, index, 0)
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # 8-bit optimisers keep codes of a table ("state1" of "qmap1"), in which code 0 is not the number 0.
+                table = state.get(key.replace("state", "qmap")) if value.dtype == torch.uint8 else None
+                value.index_fill_(dim, index, 0 if table is None else int(table.abs().argmin()))
+
+
+def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
+    """Puts the base module back in the place of a LoRA layer without ranks, and takes it out of the config's targets."""
+    parent_path, _, child = (PEFT_PREFIX + path).rpartition(".")
+    parent = model.get_submodule(parent_path)
+    layer = getattr(parent, child)
+    others = [name for name in layer.active_adapters if name != adapter]
+    layer.set_adapter(others)  # first, or deleting the adapter would make another one active here and nowhere else
+    layer.delete_adapter(adapter)
+    if not layer.lora_A:  # other adapters may still use this layer
+        setattr(parent, child, layer.base_layer)
+    # Names such as "q_proj" stand for many modules: once one of them is gone the targets must be spelled out.
+    cast(LoraConfig, model.peft_config[adapter]).target_modules = sorted(_targeted(model, adapter))
+    everyone = cast(list[str], model.base_model.targeted_module_names)  # of all adapters together
+    if not layer.lora_A and path in everyone:
+        everyone.remove(path)
+
+
+def _targeted(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """Every layer of an adapter, of whatever kind, by path."""
+    return {
+        path.removeprefix(PEFT_PREFIX): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+    }

@@ -1,0 +1,248 @@
+"""The upper level of a bi-level training: its parameters, the order of its rows, and what a checkpoint keeps of it."""
+
+import difflib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, IterableDataset, Sampler, Subset
+
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_file
+
+Chosen = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+
+
+@dataclass
+class UpperLevel:
+    """The upper parameters by name, their optimiser, and how far they are.
+
+    Attributes:
+        steps: upper steps so far.
+        rows_seen: rows of the upper stream so far, over all processes.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    steps: int = 0
+    rows_seen: int = 0
+
+    def __post_init__(self) -> None:
+        if sorted(map(id, self._ordered())) != sorted(map(id, self.parameters.values())):
+            raise GatewiseError("create_upper_optimizer must make an optimizer for exactly the parameters it is given")
+
+    def save(self, path: Path) -> None:
+        """Writes optimiser state and counters as safetensors; the numbers among them are JSON in its metadata.
+
+        Raises:
+            GatewiseError: the optimiser's state is not made of tensors and numbers, or the file cannot be written.
+        """
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, float] = {}
+        for parameter in self._ordered():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                slot = f"{key}/{names[id(parameter)]}"
+                if isinstance(value, Tensor):
+                    tensors[slot] = value.detach().contiguous()
+                elif isinstance(value, int | float):
+                    numbers[slot] = value
+                elif value is not None:
+                    kind = type(self.optimizer).__name__
+                    raise GatewiseError(
+                        f"{kind} keeps {key!r} as a {type(value).__name__}, which no checkpoint can hold: use another"
+                    )
+        about = {
+            "format": 1,
+            "steps": self.steps,
+            "rows_seen": self.rows_seen,
+            "parameters": list(self.parameters),
+            "numbers": numbers,
+        }
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata={"bilevel": json.dumps(about)})
+
+    def load(self, path: Path) -> None:
+        """Takes up what ``save`` wrote; the learning rate and the other settings stay those of this run.
+
+        Raises:
+            GatewiseError: no such file, one that cannot be read, or one of other upper parameters.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = json.loads(file.metadata()["bilevel"])
+                slots = {**{key: file.get_tensor(key) for key in file.keys()}, **about["numbers"]}  # noqa: SIM118 (not a mapping)
+                steps, rows_seen, stored = int(about["steps"]), int(about["rows_seen"]), set(about["parameters"])
+        except FileNotFoundError as error:
+            raise GatewiseError(
+                f"{path.parent} has no {path.name}: another Trainer wrote it, or save_only_model was on; start from the beginning"
+            ) from error
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise GatewiseError(f"{path} cannot be read ({error}): resume from an earlier checkpoint") from error
+        if stored != set(self.parameters):
+            raise GatewiseError(
+                f"{path} is of the upper parameters {some(stored)}, but this run's are {some(self.parameters)}: "
+                "resume with the upper_parameters it was written with"
+            )
+        places = {id(parameter): place for place, parameter in enumerate(self._ordered())}
+        state: dict[int, dict[str, Any]] = {}
+        for slot, value in slots.items():
+            key, _, name = slot.partition("/")
+            state.setdefault(places[id(self.parameters[name])], {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.steps, self.rows_seen = steps, rows_seen
+
+    def _ordered(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def select_upper(model: Any, chosen: Chosen) -> dict[str, nn.Parameter]:
+    """The trainable parameters that a choice names, by name in the model's order.
+
+    A string that is the name of a parameter means that one; any other is a regular expression found anywhere in a name. Parameters
+    that require no gradient are passed over.
+
+    Args:
+        chosen: a string, several, or a function (name, parameter) -> bool.
+
+    Raises:
+        GatewiseError: a string that fits no trainable parameter, or a choice of none or of all.
+    """
+    every: dict[str, nn.Parameter] = dict(model.named_parameters())
+    trainable = [name for name, parameter in every.items() if parameter.requires_grad]
+    taken: set[str] = set()
+    if callable(chosen):
+        fitting = [name for name, parameter in every.items() if chosen(name, parameter)]
+        taken |= _trainable("the function upper_parameters", fitting, trainable, [])
+    else:
+        for text in [chosen] if isinstance(chosen, str) else chosen:
+            fitting = [text] if text in every else _found(text, every)
+            near = difflib.get_close_matches(text, trainable, n=1, cutoff=0.4)
+            taken |= _trainable(f"upper_parameters: {text!r}", fitting, trainable, near)
+    if not taken:
+        raise GatewiseError(f"upper_parameters is empty; expected some of the trainable parameters: {some(trainable)}")
+    if len(taken) == len(trainable):
+        raise GatewiseError(
+            f"upper_parameters fits all {len(trainable)} trainable parameters and leaves none for train_dataset: choose fewer"
+        )
+    return {name: every[name] for name in trainable if name in taken}
+
+
+def _found(pattern: str, names: Iterable[str]) -> list[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise GatewiseError(f"upper_parameters: {pattern!r} is no parameter and no regular expression ({error})") from error
+    return [name for name in names if expression.search(name)]
+
+
+def _trainable(rule: str, fitting: list[str], trainable: list[str], near: list[str]) -> set[str]:
+    if not fitting:
+        hint = f"did you mean {near[0]}?" if near else f"trainable are {some(trainable)}"
+        raise GatewiseError(f"{rule} fits no parameter of the model; {hint}")
+    if not set(fitting) & set(trainable):
+        raise GatewiseError(f"{rule} fits only parameters that do not require a gradient ({some(fitting)}): make them trainable")
+    return set(fitting) & set(trainable)
+
+
+@contextmanager
+def held_fixed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """While open, the parameters require no gradient: none is computed, and no hook on one runs."""
+    moving = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in moving:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in moving:
+            parameter.requires_grad_(True)
+
+
+class CyclicRows(Sampler[list[int]]):
+    """Batches of row numbers without end, for one of several processes, in an order that depends on seed and pass alone.
+
+    Passes follow one another without a gap, so a batch may hold the end of one and the start of the next: all batches are full.
+
+    Args:
+        rows: how many there are.
+        batch_size: rows of a batch of one process; processes take turns on one common order.
+        seed: of the order.
+        start: rows that all processes together have had before.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, start: int = 0, process: int = 0, processes: int = 1) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.start, self.process, self.processes = start, process, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        drawn, order = -1, list(range(self.rows))
+        first = self.start + self.process * self.batch_size
+        while True:
+            batch = []
+            for position in range(first, first + self.batch_size):
+                number, place = divmod(position, self.rows)
+                if number != drawn:
+                    drawn, order = number, list(range(self.rows))
+                    random.Random(f"upper/{self.seed}/{number}").shuffle(order)
+                batch.append(order[place])
+            yield batch
+            first += self.batch_size * self.processes
+
+
+def split_in_half(dataset: Any, seed: int = 0) -> tuple[Any, Any]:
+    """Two disjoint random halves of a data set, each in its old order: SPT trains weights on the first and gates on the second.
+
+    Args:
+        dataset: a ``datasets.Dataset``, a list, or any data set with a length. The first half gets the odd row.
+
+    Returns:
+        Two of the same kind: ``datasets.Dataset``, a list, or else ``torch.utils.data.Subset``.
+
+    Raises:
+        GatewiseError: a stream, or fewer than two rows.
+    """
+    count = count_rows("the data set to split", dataset, 2)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    first, second = sorted(order[: (count + 1) // 2]), sorted(order[(count + 1) // 2 :])
+    if hasattr(dataset, "select"):
+        return dataset.select(first), dataset.select(second)
+    if isinstance(dataset, Sequence) and not isinstance(dataset, Dataset):
+        return [dataset[row] for row in first], [dataset[row] for row in second]
+    return Subset(dataset, first), Subset(dataset, second)
+
+
+def count_rows(what: str, dataset: Any, least: int) -> int:
+    """The number of rows of a data set.
+
+    Raises:
+        GatewiseError: a stream or no data set at all, or fewer rows than ``least``.
+    """
+    by_number = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset | Mapping)
+    try:
+        count = len(dataset) if by_number else None
+    except TypeError:
+        count = None
+    if count is None:
+        raise GatewiseError(
+            f"{what} is a {type(dataset).__name__}; expected rows with a length that can be read by number: of a stream, take as "
+            "many as you need into a list"
+        )
+    if count < least:
+        raise GatewiseError(f"{what} has {count} rows; expected at least {least}")
+    return count
+
+
+def some(names: Iterable[str]) -> str:
+    """At most three names, for a message."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

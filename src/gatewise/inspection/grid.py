@@ -1,0 +1,142 @@
+"""Numbers by layer and kind, ready to be shown: what table, image and page draw, whatever the numbers count."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from gatewise.sites import kind_key
+
+OTHER = "other"
+"""The row label of modules outside the stack of layers, such as a pooler."""
+
+
+# A hole in the stack is shown as an empty row; beyond this index a layer number is no longer believed to count layers.
+_MOST_LAYERS = 1024
+
+
+class Placed(Protocol):
+    """A module that has a place: a Transformer layer (None outside the stack) and a kind."""
+
+    @property
+    def layer(self) -> int | None: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+Module = TypeVar("Module", bound=Placed)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One number for each layer and kind, with totals at the margins.
+
+    Attributes:
+        name: one word for the numbers, such as "rank"; the page offers them under it.
+        title: what the numbers are, with their unit.
+        layers, kinds: labels of the rows and columns.
+        cells: the rows; None where there is no module.
+        rows, columns, total: totals per row, per column and over all.
+        write: a number as short text; a dot for None.
+        tick: a number as the colour key shows it.
+        whole: the colour key has whole numbers only.
+        signed: numbers below zero mean something, so the colours part at zero.
+    """
+
+    name: str
+    title: str
+    layers: Sequence[str]
+    kinds: Sequence[str]
+    cells: Sequence[Sequence[float | None]]
+    rows: Sequence[float | None]
+    columns: Sequence[float | None]
+    total: float
+    write: Callable[[float | None], str]
+    tick: Callable[[float], str]
+    whole: bool = True
+    signed: bool = False
+
+    @property
+    def most(self) -> float:
+        """The size of the largest finite cell, where the colours end; 0 without one."""
+        return max((abs(cell) for row in self.cells for cell in row if cell is not None and math.isfinite(cell)), default=0.0)
+
+
+def grid_of(
+    modules: Sequence[Module],
+    number: Callable[[Sequence[Module]], float | None],
+    *,
+    name: str,
+    title: str,
+    write: Callable[[float | None], str],
+    tick: Callable[[float], str] | None = None,
+    whole: bool = True,
+    signed: bool = False,
+) -> Grid:
+    """Lays modules out by layer and kind.
+
+    Args:
+        number: what stands for a group of modules: those of a cell, a row, a column or all; None for an empty group.
+        tick: None for ``write``.
+    """
+    layers, kinds, places = layer_labels(modules), kind_labels(modules), places_of(modules)
+    return Grid(
+        name=name,
+        title=title,
+        layers=layers,
+        kinds=kinds,
+        cells=[[number(places.get((layer, kind), [])) for kind in kinds] for layer in layers],
+        rows=[number([m for m in modules if row_label(m) == layer]) for layer in layers],
+        columns=[number([m for m in modules if m.kind == kind]) for kind in kinds],
+        total=number(modules) or 0.0,
+        write=write,
+        tick=tick or write,
+        whole=whole,
+        signed=signed,
+    )
+
+
+def layer_labels(modules: Iterable[Placed]) -> list[str]:
+    """Row labels: every layer index from 0 to the last one that has a module, then "other" if it is needed."""
+    numbers = {module.layer for module in modules}
+    indices = {number for number in numbers if number is not None}
+    if indices and max(indices) < _MOST_LAYERS:
+        indices = set(range(max(indices) + 1))
+    labels = [str(index) for index in sorted(indices)]
+    return [*labels, OTHER] if None in numbers else labels
+
+
+def kind_labels(modules: Iterable[Placed]) -> list[str]:
+    """Column labels, in the order of ``gatewise.sites.KIND_ORDER``."""
+    return sorted({module.kind for module in modules}, key=kind_key)
+
+
+def row_label(module: Placed) -> str:
+    return OTHER if module.layer is None else str(module.layer)
+
+
+def places_of(modules: Iterable[Module]) -> dict[tuple[str, str], list[Module]]:
+    """(row label, column label) -> the modules there: several for the experts of a mixture."""
+    places: dict[tuple[str, str], list[Module]] = {}
+    for module in modules:
+        places.setdefault((row_label(module), module.kind), []).append(module)
+    return places
+
+
+def finite_or_zero(number: float | None) -> float:
+    return number if number is not None and math.isfinite(number) else 0.0
+
+
+def short_number(number: float | None, whole: bool = False) -> str:
+    """At most six characters: a rank in full; norms 0.034, 4e-05; parameters 960, 18.4k, 2.43M. A dot for no module."""
+    if number is None:
+        return "·"
+    if not math.isfinite(number):
+        return "nan" if math.isnan(number) else "inf"
+    if number == 0 or whole or (number < 1000 and number == int(number)):
+        return str(int(number))
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + unit
+    return f"{number:#.3g}".rstrip(".") if number >= 1e-3 else f"{number:.0e}"

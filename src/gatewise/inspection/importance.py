@@ -1,0 +1,333 @@
+"""The map of an adapter's importance: the scores of every module's ranks, and their sums over layers, kinds and all of it."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import Tensor, nn
+
+from gatewise.adapters.loading import Loaded, load_with_data
+from gatewise.adapters.lora import active_adapter, factors, lora_layers
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scores import SCORES
+from gatewise.allocation.scoring import parts_of, scoring
+from gatewise.errors import GatewiseError
+from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
+from gatewise.losses import Batch, loss_kind, mean_loss
+from gatewise.progress import ConsoleProgress, quiet
+from gatewise.sites import kind_key, site
+from gatewise.tasks import score_batch
+from gatewise.tasks.metrics import check_classes, most_positions
+
+# What a score says of a rank, and its unit. A score that is not listed has neither.
+_MEANINGS: dict[str, tuple[str, str]] = {
+    "path_integral": ("its share of the loss that the adapter takes away", "nats"),
+    "path_moments": ("what it does for an example on average, plus how strongly single ones react to it, each in its spread", ""),
+    "ablation": ("the loss without it less the loss with all, plus what it takes away alone", "nats"),
+    "taylor": ("the loss without it less the loss with all, plus what it takes away alone, to first order", "nats"),
+    "sensitivity": ("AdaLoRA's |weight x gradient|, never below zero", ""),
+}
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class ModuleImportance:
+    """What the ranks of one module are worth.
+
+    Attributes:
+        path: the module's path in the base model.
+        layer: its Transformer layer, or None outside the stack.
+        kind: what it does, see ``gatewise.sites``.
+        scores: one number for each live rank, in the order of the slots; zero is a rank that does nothing.
+        scaling: what B @ A is multiplied by.
+        room: the most ranks that make sense here, min(d_in, d_out).
+    """
+
+    path: str
+    layer: int | None
+    kind: str
+    scores: tuple[float, ...]
+    scaling: float
+    room: int
+
+    @property
+    def rank(self) -> int:
+        """Live ranks."""
+        return len(self.scores)
+
+    @property
+    def total(self) -> float:
+        """The sum of the scores; 0 for a module without a live rank."""
+        return math.fsum(self.scores)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What every linear LoRA module of an adapter is worth on some rows.
+
+    Attributes:
+        modules: one entry a module, by layer and then by kind.
+        score: how ranks were scored, a name in ``gatewise.allocation.scores.SCORES``.
+        rows: rows scored on.
+        data: where they came from, as the user wrote it.
+        base_model: the base model's name.
+        loss_base, loss_adapted: mean cross-entropy (nats) on these rows without any rank and with all of them. Path-integral
+            scores add up to the difference between the two.
+        unscored: paths of the adapter's modules that are not linear layers, which no score reads.
+    """
+
+    modules: tuple[ModuleImportance, ...]
+    score: str
+    rows: int
+    loss_base: float
+    loss_adapted: float
+    base_model: str | None = None
+    data: str | None = None
+    unscored: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Live ranks over all modules scored."""
+        return sum(module.rank for module in self.modules)
+
+    @property
+    def total(self) -> float:
+        """The sum of all scores."""
+        return _total(self.modules)
+
+    @property
+    def by_layer(self) -> dict[str, float]:
+        """Row label (a layer's index, or "other") -> sum of scores; 0 for a layer without a module."""
+        return {label: _total([m for m in self.modules if row_label(m) == label]) for label in layer_labels(self.modules)}
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """Kind -> sum of scores."""
+        return {kind: _total([m for m in self.modules if m.kind == kind]) for kind in kind_labels(self.modules)}
+
+    @property
+    def unit(self) -> str:
+        """The unit of the scores, "nats" or none."""
+        return _MEANINGS.get(self.score, ("", ""))[1]
+
+    @property
+    def meaning(self) -> str:
+        """What a rank's score says, in words."""
+        return _MEANINGS.get(self.score, ("higher is worth more", ""))[0]
+
+    @property
+    def ranked(self) -> list[ModuleImportance]:
+        """The modules, the most important first."""
+        return sorted(self.modules, key=lambda module: -module.total)
+
+    @property
+    def useless(self) -> list[ModuleImportance]:
+        """The modules whose scores add up to zero or less: on these rows the adapter does without them as well."""
+        return [module for module in self.modules if module.total <= 0]
+
+    def score_grid(self) -> Grid:
+        """Total scores by layer and kind, in a power of ten that makes the cells easy to read."""
+        most = max((abs(_total(here)) for here in places_of(self.modules).values()), default=0.0)
+        exponent = 3 * math.floor(math.log10(most) / 3) if most else 0
+        scaled = "" if exponent == 0 else f"10{str(exponent).translate(_RAISED)}"
+        unit = " ".join(part for part in (scaled, self.unit) if part)
+        write = partial(_scaled, exponent=exponent, decimals=2 if most < 10.0 ** (exponent + 1) else 1)
+        return grid_of(
+            self.modules,
+            _total_or_none,
+            name="score",
+            title=f"{self.score} score" + (f" in {unit}" if unit else ""),
+            write=write,
+            tick=lambda number: f"{number / 10.0**exponent:.3g}",
+            whole=False,
+            signed=True,
+        )
+
+    def rank_grid(self, ranks: Mapping[str, int] | None = None, name: str = "rank") -> Grid:
+        """Ranks by layer and kind: the live ones, or those given by path."""
+        held = {module.path: module.rank for module in self.modules} if ranks is None else ranks
+
+        def number(modules: Sequence[ModuleImportance]) -> float | None:
+            return sum(held[module.path] for module in modules) if modules else None
+
+        return grid_of(self.modules, number, name=name, title=name, write=partial(short_number, whole=True))
+
+
+def _total(modules: Sequence[ModuleImportance]) -> float:
+    return math.fsum(score for module in modules for score in module.scores)
+
+
+def _total_or_none(modules: Sequence[ModuleImportance]) -> float | None:
+    return _total(modules) if modules else None
+
+
+def _scaled(number: float | None, exponent: int, decimals: int) -> str:
+    if number is None:
+        return "·"
+    return "0" if number == 0 else f"{number / 10.0**exponent:.{decimals}f}"
+
+
+# CE(M without r) - CE(only r) of a rank that does nothing is CE(M) - CE(base), far below zero for a good adapter: a sum over the
+# ranks of a module would mostly count them. Less that constant, zero is a rank that does nothing.
+_COUNTED_FROM_THE_ADAPTER = ("ablation", "taylor")
+
+
+def score_adapter(
+    adapter: str | Path,
+    data: str,
+    *,
+    score: str = "path_integral",
+    base: str | None = None,
+    split: str | None = None,
+    prompt: str | None = None,
+    labels: str | None = None,
+    rows: int = 32,
+    seed: int = 0,
+    score_options: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> Importance:
+    """Scores every rank of a saved adapter on rows of data, which are prompted and encoded as ``gatewise eval`` does.
+
+    Args:
+        adapter: its folder; any LoRA adapter of PEFT's, trained by gatewise or not.
+        data, base, split, prompt, labels: as for ``gatewise.runs.measure.measure_adapter``.
+        score: a name in ``gatewise.allocation.scores.SCORES``.
+        rows: rows drawn from the data without replacement; all of them if there are fewer.
+        seed: of that draw.
+        score_options: further arguments of the score.
+        console: where progress is shown; stderr by default.
+
+    Raises:
+        GatewiseError: an unknown score; adapter, base model and data cannot be read or do not fit each other; or the adapter has
+            no LoRA on a linear layer.
+    """
+    check_score(score)
+    if rows < 1:
+        raise GatewiseError(f"{rows} rows to score on were asked for: expected at least 1")
+    progress = ConsoleProgress(console or Console(stderr=True))
+    with quiet(bars=True):
+        loaded = load_with_data(adapter, data, base=base, split=split, prompt=prompt, labels=labels, say=progress.say)
+        batch = _batch(loaded, rows, seed)
+        used = len(batch["labels"])
+        progress.say(f"scoring on {used:,} rows with {score}")
+        with progress.counting("scoring") as count:
+            return importance_of(
+                loaded.model, batch, score, score_options=score_options, progress=count, base_model=loaded.base, data=data
+            )
+
+
+def importance_of(
+    model: PeftModel,
+    batch: Batch,
+    score: str = "path_integral",
+    *,
+    adapter: str | None = None,
+    score_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    base_model: str | None = None,
+    data: str | None = None,
+) -> Importance:
+    """The same for a model in memory and a batch (b, t) with labels.
+
+    The numbers are the score's own, except that AB-LoRA's and its first-order form are counted from a rank that does nothing:
+    CE(without r) - CE(with all) + CE(with none) - CE(only r), so that zero means the same for every score.
+
+    Args:
+        adapter: which adapter; None for the active one.
+        progress: called with (done, total) by scores that take long.
+        base_model, data: names to keep with the result; by default the base model's is that of the adapter's config.
+
+    Raises:
+        GatewiseError: an unknown score, no LoRA on a linear layer, or a score that is not finite.
+    """
+    check_score(score)
+    name = active_adapter(model, adapter)
+    layers = lora_layers(model, name)
+    if not layers:
+        raise GatewiseError(f"adapter {name!r} has no LoRA on a linear layer, and only those have ranks that can be scored")
+    options = dict(score_options or {})
+    if score == "ablation":
+        options.setdefault("mode", "screened")
+    if progress and "progress" in inspect.signature(SCORES[score]).parameters:
+        options["progress"] = progress
+    scores: dict[str, Tensor] = SCORES[score](model, batch, adapter=name, **options)
+    loss_base, loss_adapted = _losses(model, batch, name, options.get("float32", True))
+    shift = loss_base - loss_adapted if score in _COUNTED_FROM_THE_ADAPTER else 0.0
+    noise = 4 * torch.finfo(torch.float32).eps * abs(shift)  # what float32 scores this far from zero cannot tell from it
+    modules = []
+    for path, layer in layers.items():
+        values = scores[path].double() + shift
+        values[values.abs() < noise] = 0.0
+        if not bool(torch.isfinite(values).all()):
+            raise GatewiseError(
+                f"the {score} scores of {path} are not finite: look for numbers that are not in the adapter and its base model, "
+                "or score on other data"
+            )
+        place, (a, b) = site(path), factors(layer, name)
+        modules.append(
+            ModuleImportance(
+                path=path,
+                layer=place.layer,
+                kind=place.kind,
+                scores=tuple(float(f"{value:.9g}") for value in values.tolist()),
+                scaling=layer.scaling[name],
+                room=min(a.shape[1], b.shape[0]),
+            )
+        )
+    return Importance(
+        modules=tuple(sorted(modules, key=lambda m: (m.layer is None, m.layer or 0, kind_key(m.kind), m.path))),
+        score=score,
+        rows=len(batch["labels"]),
+        loss_base=loss_base,
+        loss_adapted=loss_adapted,
+        base_model=base_model or model.peft_config[name].base_model_name_or_path or None,
+        data=data,
+        unscored=tuple(path for path in _targeted(model) if path not in layers),
+    )
+
+
+def check_score(score: str) -> None:
+    """Raises GatewiseError for a name that is not in ``gatewise.allocation.scores.SCORES``."""
+    if score not in SCORES:
+        near = difflib.get_close_matches(score, SCORES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise GatewiseError(f"score {score!r} is not known; expected one of {', '.join(SCORES)}{hint}")
+
+
+def _batch(loaded: Loaded, rows: int, seed: int) -> dict[str, Tensor]:
+    classification = loss_kind(loaded.model) == "rows"
+    if classification:
+        check_classes(loaded.model, loaded.records)
+    return score_batch(
+        loaded.records,
+        loaded.tokenizer,
+        loaded.template,
+        n=rows,
+        seed=seed,
+        classification=classification,
+        max_length=min(loaded.max_length, most_positions(loaded.model)),
+    )
+
+
+def _losses(model: nn.Module, batch: Batch, adapter: str, float32: bool) -> tuple[float, float]:
+    """Mean cross-entropy (nats) without any rank and with all of them."""
+    with scoring(model, float32), GateBank(model, adapter) as gates:
+        parts = parts_of(model, batch)
+        with gates.only(set()):
+            without = mean_loss(model, parts)
+        return without, mean_loss(model, parts)
+
+
+def _targeted(model: PeftModel) -> list[str]:
+    """Paths of everything PEFT adapted, linear or not."""
+    tuner: Any = model.base_model
+    return [*tuner.targeted_module_names, *getattr(tuner, "targeted_parameter_names", ())]

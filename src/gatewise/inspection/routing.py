@@ -1,0 +1,207 @@
+"""Which modules the prompts of some data chose: a routed adapter's shares by layer and kind."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gatewise.adapters.loading import load_with_data
+from gatewise.errors import GatewiseError
+from gatewise.inspection.grid import Grid, grid_of
+from gatewise.losses import row_losses
+from gatewise.progress import ConsoleProgress, quiet
+from gatewise.routed import RoutedLoraConfig, RoutedLoraModel
+from gatewise.sites import kind_key, site
+from gatewise.tasks import PadCollator, encode, encode_classification
+
+
+@dataclass(frozen=True)
+class ModuleUse:
+    """How much one module is used.
+
+    Attributes:
+        path: the module's path in the base model.
+        layer: its Transformer layer.
+        kind: what it does, see ``gatewise.sites``.
+        share: the share of prompts that keep it, 0 to 1.
+        gate: its mean gate over all prompts, zero where it is not kept; these add up to 1 in a layer with normalised gates.
+    """
+
+    path: str
+    layer: int | None
+    kind: str
+    share: float
+    gate: float
+
+
+@dataclass(frozen=True)
+class RoutingMap:
+    """What a routed adapter's routers chose on some prompts.
+
+    Attributes:
+        modules: one entry a module that is an expert.
+        prompts: how many prompts were routed.
+        top_k: experts kept a layer.
+        distinct: how many different sets of modules the prompts chose in a layer, the mean over layers; 1 is the same for all.
+        agreement: of the modules that a prompt keeps in a layer, the share that another prompt keeps too: the mean over layers and
+            pairs of prompts. 1 is the same for all, top_k / experts is chance.
+        base_model, data: where adapter and prompts come from, as far as known.
+    """
+
+    modules: tuple[ModuleUse, ...]
+    prompts: int
+    top_k: int
+    distinct: float
+    agreement: float
+    base_model: str | None = None
+    data: str | None = None
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """Kind -> the mean over layers of the share of prompts that keep a module of this kind."""
+        return {kind: share or 0.0 for kind, share in zip(self.grid().kinds, self.grid().columns, strict=True)}
+
+    def grid(self) -> Grid:
+        """Shares by layer and kind, with means at the margins."""
+        return grid_of(
+            self.modules,
+            _mean_share,
+            name="share",
+            title="share of prompts that keep a module",
+            write=_percent,
+            whole=False,
+        )
+
+
+def _mean_share(modules: Sequence[ModuleUse]) -> float | None:
+    return math.fsum(module.share for module in modules) / len(modules) if modules else None
+
+
+def _percent(share: float | None) -> str:
+    return "·" if share is None else f"{100 * share:.0f}%"
+
+
+def routing_lines(routing: RoutingMap) -> list[str]:
+    """The map in a few lines of plain text."""
+    kinds = ", ".join(f"{kind} {_percent(share)}" for kind, share in routing.by_kind.items())
+    k = routing.top_k
+    experts = len(routing.modules) / max(1, len({module.layer for module in routing.modules}))
+    return [
+        f"base model: {routing.base_model or 'not named'}",
+        f"prompts: {routing.prompts:,}" + (f" of {routing.data}" if routing.data else ""),
+        f"kept: {k} of {experts:.3g} modules a layer; by kind {kinds}",
+        f"different choices in a layer: {routing.distinct:.1f} on average",
+        f"agreement of two prompts: {routing.agreement:.2f} (1 is the same modules for all, {k / experts:.2f} is chance)",
+    ]
+
+
+def routing_json(routing: RoutingMap) -> dict[str, Any]:
+    """The whole map as plain lists, numbers and text for ``json.dumps``."""
+    return {**asdict(routing), "modules": [asdict(module) for module in routing.modules], "by_kind": routing.by_kind}
+
+
+def route_data(
+    adapter: str | Path,
+    data: str,
+    *,
+    base: str | None = None,
+    split: str | None = None,
+    prompt: str | None = None,
+    labels: str | None = None,
+    rows: int | None = None,
+    batch_size: int = 16,
+    console: Console | None = None,
+) -> RoutingMap:
+    """Routes the prompts of data by a saved routed adapter. They are written and encoded as ``gatewise eval`` does.
+
+    Args:
+        data, base, split, prompt, labels: as for ``gatewise.runs.measure.measure_adapter``.
+        rows: only the first rows.
+
+    Raises:
+        GatewiseError: not a routed adapter, or adapter, base model and data cannot be read or do not fit each other.
+    """
+    progress = ConsoleProgress(console or Console(stderr=True))
+    with quiet(bars=True):
+        loaded = load_with_data(adapter, data, base=base, split=split, prompt=prompt, labels=labels, limit=rows, say=progress.say)
+        if loaded.template is None:
+            features = encode_classification(loaded.records, loaded.tokenizer, max_length=loaded.max_length)
+        else:
+            features = list(encode(loaded.records, loaded.tokenizer, loaded.template, max_length=loaded.max_length))
+        with progress.counting("routing") as count:
+            return routing_of_rows(
+                loaded.model, loaded.tokenizer, features, batch_size, progress=count, base_model=loaded.base, data=data
+            )
+
+
+@torch.no_grad()
+def routing_of_rows(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Sequence[Mapping[str, Any]],
+    batch_size: int = 16,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    base_model: str | None = None,
+    data: str | None = None,
+) -> RoutingMap:
+    """The same for a model in memory, with its active adapter, and encoded rows with labels.
+
+    Raises:
+        GatewiseError: the active adapter is not a routed one, or there are no rows.
+    """
+    tuner, config = model.base_model, model.peft_config[str(model.active_adapter)]
+    if not isinstance(tuner, RoutedLoraModel) or not isinstance(config, RoutedLoraConfig):
+        raise GatewiseError(
+            f"the adapter is of type {str(config.peft_type).rpartition('.')[2]}, expected ROUTED_LORA (method milora): adapters of "
+            "other types use all of their modules for every prompt"
+        )
+    if not features:
+        raise GatewiseError("there are no rows to route: give at least one")
+    collate, was_training = PadCollator(tokenizer), model.training
+    model.eval()
+    gates: list[Tensor] = []
+    try:
+        for start in range(0, len(features), batch_size):
+            row_losses(model, collate(list(features[start : start + batch_size])))
+            routing = tuner.routing()
+            gates.append(routing.gates)
+            if progress:
+                progress(min(start + batch_size, len(features)), len(features))
+    finally:
+        model.train(was_training)
+    every = torch.cat(gates)  # (rows, l, m)
+    kept = every > 0
+    modules = [
+        ModuleUse(path, place.layer, place.kind, float(kept[:, i, j].float().mean()), float(every[:, i, j].mean()))
+        for i, (layer, names) in enumerate(zip(routing.layers, routing.modules, strict=True))
+        for j, name in enumerate(names)
+        for path in [f"{layer}.{name}"]
+        for place in [site(path)]
+    ]
+    return RoutingMap(
+        modules=tuple(sorted(modules, key=lambda m: (m.layer is None, m.layer or 0, kind_key(m.kind), m.path))),
+        prompts=len(every),
+        top_k=config.top_k,
+        distinct=sum(len(layer.unique(dim=0)) for layer in kept.unbind(dim=1)) / kept.shape[1],
+        agreement=_agreement(kept, config.top_k),
+        base_model=base_model,
+        data=data,
+    )
+
+
+def _agreement(kept: Tensor, top_k: int) -> float:
+    """Of (rows, l, m): over all pairs of different rows, the mean share of a row's modules that the other chose too."""
+    rows = len(kept)
+    if rows == 1:
+        return 1.0
+    # |both| summed over ordered pairs is, module by module, n (n - 1) for a module that n rows keep.
+    counts = kept.double().sum(dim=0)
+    return float((counts * (counts - 1)).sum(dim=1).mean() / (rows * (rows - 1) * top_k))

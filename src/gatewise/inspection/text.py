@@ -1,0 +1,221 @@
+"""The map as text: the table for the terminal, the lines of the summary, and JSON."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from gatewise.inspection.budget import BudgetMap, Value
+from gatewise.inspection.grid import OTHER, Grid
+from gatewise.inspection.importance import Importance
+
+# The lower steps stay as the terminal has them. White on the others has a contrast of 4.5 or more, and all are about as
+# light as each other, so they show on a dark terminal and on a light one; grey to orange suits every colour vision.
+_TABLE_SHADES = ("", "", "#ffffff on #6e6a66", "#ffffff on #87653f", "bold #ffffff on #a8560f")
+
+
+# As light and as far apart, for the numbers of a signed grid that are above zero; below it they are orange as above.
+_BLUE_SHADES = ("", "", "#ffffff on #666a6e", "#ffffff on #3f6587", "bold #ffffff on #0f56a8")
+
+
+def ranks_table(budget: BudgetMap, value: Value = "rank") -> Table:
+    """The budget as a table for the terminal: layers x kinds with totals, 80 columns wide for a Llama."""
+    return grid_table(budget.grid(value))
+
+
+def grid_table(grid: Grid) -> Table:
+    """A grid as a table for the terminal.
+
+    Cells are shaded in five steps from the lowest to the highest number, or, where they have signs, from zero to the largest
+    number on either side; the numbers say the same without colour. A dot marks a place without a module.
+    """
+    finite = [c for row in grid.cells for c in row if c is not None and math.isfinite(c)]
+    low, high = (0.0, grid.most) if grid.signed else (min(finite, default=0.0), max(finite, default=0.0))
+
+    def cell(number: float | None) -> Text:
+        if number is None or number == 0:
+            return Text(grid.write(number), style="dim")
+        if high == low or not math.isfinite(number):
+            return Text(grid.write(number))
+        size = abs(number) if grid.signed else number
+        shades = _BLUE_SHADES if grid.signed and number > 0 else _TABLE_SHADES
+        step = min(int((size - low) / (high - low) * len(shades)), len(shades) - 1)
+        return Text(f" {grid.write(number)}", style=shades[step])
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, collapse_padding=True)
+    table.add_column("layer", Text("total", style="bold"), justify="right", no_wrap=True)
+    for kind, total in zip(grid.kinds, grid.columns, strict=True):
+        table.add_column(Text(kind), Text(grid.write(total), style="bold"), justify="right", no_wrap=True)
+    table.add_column("total", Text(grid.write(grid.total), style="bold"), justify="right", no_wrap=True)
+    for layer, row, total in zip(grid.layers, grid.cells, grid.rows, strict=True):
+        table.add_row(Text(layer), *map(cell, row), Text(grid.write(total), style="bold"))
+    return table
+
+
+def to_json(budget: BudgetMap) -> dict[str, Any]:
+    """The whole map as plain lists, numbers and text for ``json.dumps``; numbers that are not finite become None."""
+    layers, kinds, _ = budget.matrix()
+    return plain(
+        {
+            "base_model": budget.base_model,
+            "adapter_type": budget.adapter_type,
+            "totals": {
+                "modules": len(budget.modules),
+                "rank": budget.rank,
+                "capacity": budget.capacity,
+                "parameters": budget.parameters,
+                "allocated": budget.allocated,
+                "other_parameters": budget.other_parameters,
+                "norm": budget.norm,
+            },
+            "layers": layers,
+            "kinds": kinds,
+            "matrix": {value: budget.matrix(value)[2] for value in get_args(Value)},
+            "modules": [asdict(module) for module in budget.modules],
+            "score": budget.score,
+            "rounds": [asdict(entry) for entry in budget.rounds],
+        }
+    )
+
+
+def plain(value: Any) -> Any:
+    """A value of plain lists, numbers and text; numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary_lines(budget: BudgetMap) -> list[str]:
+    """The map in a few lines of plain text: base model, type, totals, shares by kind, fullest and empty layers."""
+    return [f"{name}: {text}" for name, text in facts_of(budget)]
+
+
+def facts_of(budget: BudgetMap) -> list[tuple[str, str]]:
+    grid = budget.grid()
+    stack = [layer for layer in budget.layers if layer != OTHER]
+    rows = dict(zip(budget.layers, grid.rows, strict=True))
+    held = {layer: int(rows[layer] or 0) for layer in stack}
+    fullest = [layer for layer in sorted(stack, key=lambda layer: -held[layer])[:3] if held[layer]]
+    slots = f"{budget.rank:,}" + (f" of {budget.capacity:,} slots" if budget.capacity != budget.rank else "")
+    unused = budget.allocated - budget.parameters
+    stored = f"{budget.parameters:,}" + (f" in use, {unused:,} in dead slots" if unused else "")
+    if budget.other_parameters:
+        stored += f", and {budget.other_parameters:,} outside LoRA"
+    facts = [
+        ("base model", budget.base_model or "not named"),
+        ("adapter", f"{budget.adapter_type}, {len(budget.modules):,} modules in {len(stack):,} layers"),
+        ("total rank", slots),
+        ("parameters", stored),
+    ]
+    if budget.rank:
+        shares = ((kind, total or 0) for kind, total in zip(budget.kinds, grid.columns, strict=True))
+        facts.append(("rank by kind", ", ".join(f"{kind} {100 * total / budget.rank:.0f}%" for kind, total in shares)))
+    if fullest:
+        facts.append(("most rank", ", ".join(f"layer {layer} ({held[layer]})" for layer in fullest)))
+    facts.append(("empty layers", _ranges([int(layer) for layer in stack if held[layer] == 0]) or "none"))
+    if budget.rounds:
+        facts.append(("rounds", f"{len(budget.rounds)}" + (f", ranks scored by {budget.score}" if budget.score else "")))
+    return facts
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 7] -> "0-2, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+_MOST_NAMED = 5
+
+
+def importance_lines(importance: Importance) -> list[str]:
+    """What was scored and how, in a few lines of plain text, and the modules that could go."""
+    return [f"{name}: {text}" for name, text in importance_facts(importance)]
+
+
+def importance_facts(importance: Importance) -> list[tuple[str, str]]:
+    unit = f" {importance.unit}" if importance.unit else ""
+    total = f"{importance.total:.4g}{unit}"
+    if importance.score == "path_integral":
+        total += f"; the ranks lower the loss by {importance.loss_base - importance.loss_adapted:.4g}{unit}"
+    useless = importance.useless
+    facts = [
+        ("base model", importance.base_model or "not named"),
+        ("score", f"{importance.score}{f' in{unit}' if unit else ', without a unit'}; of each rank, {importance.meaning}"),
+        ("rows", f"{importance.rows:,}" + (f" of {importance.data}" if importance.data else "")),
+        ("scored", f"{importance.rank:,} ranks in {len(importance.modules):,} modules"),
+        ("loss", f"{importance.loss_base:.4f} nats without these ranks, {importance.loss_adapted:.4f} with them"),
+        ("sum of scores", total),
+        (
+            "could go",
+            f"{len(useless):,} modules whose scores add up to zero or less: {_some_paths([module.path for module in useless])}"
+            if useless
+            else "no module",
+        ),
+    ]
+    if importance.unscored:
+        facts.append(("not scored", f"{_some_paths(importance.unscored)}: not a linear layer"))
+    return facts
+
+
+def importance_json(importance: Importance) -> dict[str, Any]:
+    """All of it as plain lists, numbers and text for ``json.dumps``."""
+    grid = importance.score_grid()
+    return plain(
+        {
+            "score": importance.score,
+            "unit": importance.unit or None,
+            "rows": importance.rows,
+            "data": importance.data,
+            "base_model": importance.base_model,
+            "loss_base": importance.loss_base,
+            "loss_adapted": importance.loss_adapted,
+            "total": importance.total,
+            "rank": importance.rank,
+            "layers": list(grid.layers),
+            "kinds": list(grid.kinds),
+            "matrix": [list(row) for row in grid.cells],
+            "by_layer": importance.by_layer,
+            "by_kind": importance.by_kind,
+            "modules": [
+                {
+                    "path": module.path,
+                    "layer": module.layer,
+                    "kind": module.kind,
+                    "rank": module.rank,
+                    "total": module.total,
+                    "scores": list(module.scores),
+                }
+                for module in importance.modules
+            ],
+            "could_go": [module.path for module in importance.useless],
+            "not_scored": list(importance.unscored),
+        }
+    )
+
+
+def top_table(importance: Importance, count: int = 10) -> Table:
+    """The ``count`` most important modules with their rank and total score, in the unit of ``score_grid``."""
+    grid = importance.score_grid()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("most important", overflow="fold")
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    for module in importance.ranked[:count]:
+        table.add_row(Text(module.path), str(module.rank), grid.write(module.total))
+    return table
+
+
+def _some_paths(paths: Sequence[str]) -> str:
+    more = len(paths) - _MOST_NAMED
+    return ", ".join(paths[:_MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,0 +1,330 @@
+"""One forward of the base model with prompts in it: what its layers need to know, and when it begins and ends.
+
+A pass that finds tokens in the key-value cache continues a text: its prompts are in the cache, and no generator runs. Any other
+pass begins a text.
+
+Shapes: b batch, t tokens, l prompt tokens, c head size.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from gatewise.errors import GatewiseError
+from gatewise.internals.call_tracking import CallTracker, OfThread, cache_of, cached_tokens
+from gatewise.internals.class_swap import Front, put_front, take_front
+from gatewise.prompts.cache import PromptedCache, prompts_of
+from gatewise.prompts.config import SelectivePromptConfig
+from gatewise.prompts.families import Transformer
+from gatewise.prompts.generator import pooling_weights
+from gatewise.prompts.reading import Call, Text, inputs_of, read_text
+
+logger = logging.getLogger(__name__)
+Gates = Mapping[int, Tensor | None]
+"""a_i (1,) by the number of the layer, None for one."""
+
+
+_Made = TypeVar("_Made")
+_owners = count()
+
+
+@dataclass(frozen=True)
+class AdapterInUse:
+    """The adapter whose prompts a pass takes.
+
+    Attributes:
+        gates: of the layers with a generator, in order; with their graph.
+        first: the first layer that a prompt enters. Layers of ``gates`` below it have a closed gate and nothing to carry on.
+    """
+
+    name: str
+    config: SelectivePromptConfig
+    gates: Gates
+    first: int
+
+
+@dataclass(eq=False)
+class PromptPass:
+    """A pass in which prompts of one adapter are at work. What layers share is made once.
+
+    Attributes:
+        owner: whose prompts go into caches.
+        first: the first layer that a prompt enters; of a pass that continues a text, the first with a prompt in the cache.
+        gates: of the layers with a generator, in order.
+        text: None if the pass continues one.
+        tokens: t.
+        balanced: whether prompts of different sizes count evenly where they are mixed.
+        propagated: the prompt (b, l, d) that the layer below left, set from layer to layer.
+    """
+
+    owner: int
+    adapter: str
+    config: SelectivePromptConfig
+    causal: bool
+    first: int
+    gates: Gates
+    text: Text | None
+    tokens: int
+    balanced: bool = False
+    propagated: Tensor | None = None
+    pooling: Tensor | None = None
+    rotary: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    _masks: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.text is not None:
+            self.pooling = pooling_weights(self.text.prompt, self.config.num_prompt_tokens)
+
+    def mask(self, given: Tensor | None) -> Tensor | None:
+        """The mask that goes with the prompt in front, from that of the text alone."""
+        if given is None:
+            # Plain attention, causal or not, stays what it is with more tokens in front; while decoding there is one new token.
+            return None
+        return _once(self._masks, given, self._with_prompt)
+
+    def positions(self, given: Any) -> Any:
+        """Rotary embeddings of prompt and text, for those of the text that a layer is given."""
+        return self.rotary[id(given[0])][1]
+
+    def _with_prompt(self, given: Tensor) -> Tensor:
+        length = self.config.num_prompt_tokens
+        seen, unseen = (True, False) if given.dtype == torch.bool else (0.0, torch.finfo(given.dtype).min)
+        front = given.new_full((*given.shape[:-1], length), seen)
+        rows = torch.cat([front, given], dim=-1)
+        if self.text is None:
+            return rows
+        # What the prompt tokens see: themselves, in a causal model those before; and in an encoder the text.
+        square = given.new_full((length, length), unseen)
+        square = square.masked_fill(torch.ones_like(square, dtype=torch.bool).tril(), seen) if self.causal else square.fill_(seen)
+        text = given.new_full((len(given), 1, 1, given.shape[-1]), unseen)
+        if not self.causal:
+            text = text.masked_fill(self.text.present[:, None, None, :].to(given.device), seen)
+        own = torch.cat([square.expand(*given.shape[:2], -1, -1), text.expand(*given.shape[:2], length, -1)], dim=-1)
+        return torch.cat([own, rows], dim=-2)
+
+
+def _once(made: dict[int, tuple[Any, Any]], given: Any, make: Callable[[Any], _Made]) -> _Made:
+    """make(given), once for each; the given one is kept, so that no other can come to have its id."""
+    if id(given) not in made:
+        made[id(given)] = given, make(given)
+    return made[id(given)][1]
+
+
+class PassTracker(CallTracker):
+    """Watches the base model's forwards through hooks. ``current`` is the pass that runs, None when prompts are not at work.
+
+    Of what belongs to a call each thread has its own.
+
+    Args:
+        transformer: where the layers are.
+        causal: whether labels tell prompt from answer.
+        active: what tells which adapter is in use, None while there is none or all its gates are closed.
+    """
+
+    current = OfThread[PromptPass | None](None)
+    running = OfThread[bool](False)
+    _call = OfThread[Call](Call())
+
+    def __init__(self, transformer: Transformer, causal: bool, active: Callable[[], AdapterInUse | None]) -> None:
+        self._transformer, self._causal, self._active = transformer, causal, active
+        self._owner = next(_owners)
+        self._looked_at_prompts = False
+        super().__init__(transformer.around, "selective prompts")
+        if transformer.rotary is not None:
+            self._handles.append(transformer.rotary.register_forward_hook(self._add_positions, with_kwargs=True))
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether there is an adapter in use."""
+        return self._active() is not None
+
+    @contextmanager
+    def call(self, call: Call) -> Iterator[None]:
+        """While open, forwards of this thread belong to this call of ``generate``."""
+        before, self._call = self._call, call
+        try:
+            yield
+        finally:
+            self._call = before
+
+    # torch.compile would run what it traces here in another order than the layers, which then find no pass or one of another call.
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place = self._place(module)
+        if self._is_inside(place):
+            return
+        self._opened_by, self.current, self.running = place, None, True
+        self.current = self._pass(self._given(place, args, kwargs), module)
+
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self._is_open_by(module):
+            return None
+        done = self.current
+        self._opened_by, self.current, self.running = None, None, False
+        return None if done is None or output is None else _without_prompts(output, done)
+
+    def _pass(self, arguments: Mapping[str, Any], module: Any) -> PromptPass | None:
+        cache = cache_of(arguments)
+        continues = cached_tokens(cache) > 0
+        if isinstance(cache, PromptedCache) and not continues:
+            cache.gatewise_prompts.states.clear()
+        active = self._active()
+        if active is None:
+            if continues and prompts_of(cache) is not None:
+                raise GatewiseError(
+                    "the key-value cache was filled with prompts of an adapter that is not in use now: start with an empty cache"
+                )
+            return None
+        if module.config._attn_implementation not in ("sdpa", "eager"):
+            raise GatewiseError(
+                f"attn_implementation is {module.config._attn_implementation!r}, whose masks selective prompts do not make: load "
+                "the model with attn_implementation='sdpa' or 'eager'"
+            )
+        inputs = inputs_of(arguments)
+        batch, tokens = inputs.shape[:2]
+        text, first = None, active.first
+        if continues:
+            first = self._first_continued(cache, active.name, batch)
+        else:
+            if cache is not None and self._call.width is not None and tokens < self._call.width:
+                raise GatewiseError(
+                    f"the prompt of {self._call.width} tokens was cut into chunks of {tokens}, but generators have to read all of "
+                    "it first: leave prefill_chunk_size out"
+                )
+            training = module.training and torch.is_grad_enabled()
+            text = read_text(arguments, self._call, self._told, self._causal, training)
+            if self._causal and training:
+                self._look_at_prompts(text)
+            elif self._causal and self._call.width is None:
+                self._tell_of_answers(arguments, "generators")
+        family, config = self._transformer.family, active.config
+        balanced = not family.normed if config.balanced is None else config.balanced
+        return PromptPass(self._owner, active.name, config, family.causal, first, active.gates, text, tokens, balanced)
+
+    def _look_at_prompts(self, text: Text) -> None:
+        """Once, because generators that are trained without prompts are given some when the model writes."""
+        if not self._looked_at_prompts and bool((text.prompt.sum(dim=1) <= 1).all()) and bool((text.present.sum(dim=1) > 1).any()):
+            logger.warning(
+                "no row of the first batch has a prompt of more than one token, so that is all that prompt generators read in "
+                "training: give labels that are -100 up to the answer"
+            )
+        self._looked_at_prompts = True
+
+    def _first_continued(self, cache: Any, adapter: str, batch: int) -> int:
+        """The first layer with a prompt in a cache, which must be of this adapter and of as many rows."""
+        held = prompts_of(cache)
+        if held is None or held.owner != self._owner:
+            raise GatewiseError(
+                "the key-value cache holds tokens of a text that this model's selective prompts did not read: run the text "
+                "through this model first, with its adapter active and an empty cache"
+            )
+        if held.adapter != adapter:
+            raise GatewiseError(
+                f"the key-value cache was filled with adapter {held.adapter!r}, but {adapter!r} is in use now: start with an empty "
+                "cache after changing adapters"
+            )
+        if held.batch != batch:
+            raise GatewiseError(
+                f"the key-value cache belongs to {held.batch} texts, but the batch has {batch} rows: give the rows that filled it, "
+                "or start with an empty cache"
+            )
+        return min(held.states)
+
+    @torch.compiler.disable
+    def _add_positions(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Makes rotary embeddings for the prompt too, at the l positions before the first token of each row.
+
+        Those may be negative. Attention sees differences of positions only, so that is the same as prompts from 0 on and a text
+        that is moved up, but the text and what is in the cache stay where they are.
+        """
+        running = self.current
+        if running is None or running.text is None:
+            return
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        present = running.text.present
+        positions = bound.arguments["position_ids"].expand(*present.shape)
+        first = positions.gather(1, present.int().argmax(dim=1, keepdim=True).to(positions.device))
+        before = torch.arange(-running.config.num_prompt_tokens, 0, device=positions.device)
+        bound.arguments["position_ids"] = torch.cat([first + before, positions], dim=1)
+        running.rotary[id(output[0])] = output, module.forward(*bound.args, **bound.kwargs)
+
+
+def _without_prompts(output: Any, done: PromptPass) -> Any:
+    """Takes the prompt's rows and columns out of the attentions among the outputs; the rest of a row adds up to less than one."""
+    if isinstance(output, tuple):
+        return tuple(_text_of(part, done) if _are_attentions(part) else part for part in output)
+    if isinstance(output, dict) and _are_attentions(output.get("attentions")):
+        output["attentions"] = _text_of(output["attentions"], done)
+        return output
+    return None
+
+
+def _are_attentions(part: Any) -> bool:
+    return isinstance(part, tuple) and bool(part) and all(isinstance(one, Tensor) and one.ndim == 4 for one in part)
+
+
+def _text_of(attentions: tuple[Tensor, ...], done: PromptPass) -> tuple[Tensor, ...]:
+    length = done.config.num_prompt_tokens
+    return tuple(
+        weights if layer < done.first else weights[..., -done.tokens :, length:] for layer, weights in enumerate(attentions)
+    )
+
+
+class PromptedWriter(Front, nn.Module):
+    """What the base model's class is given in front of its own ``generate``, through which PEFT's goes, too."""
+
+    prompt_tracker: PassTracker
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own.
+
+        Raises:
+            GatewiseError: classifier-free guidance without a cache.
+        """
+        given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        if self.prompt_tracker.is_at_work and _guides_without_cache(given, self.generation_config):
+            raise GatewiseError(
+                "guidance_scale was given with use_cache=False, where generators cannot tell the negative prompt from the answer: "
+                "leave use_cache out"
+            )
+        with self.prompt_tracker.call(_call_of(given)):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def install_writer(model: Any, tracker: PassTracker) -> None:
+    """Makes a base model that generates text one that tells what it generates it from."""
+    if isinstance(model, GenerationMixin):
+        model.prompt_tracker = tracker  # type: ignore[attr-defined]
+        put_front(model, PromptedWriter)
+
+
+def uninstall_writer(model: Any) -> None:
+    """Undoes ``install_writer``."""
+    if isinstance(model, PromptedWriter):
+        del model.prompt_tracker
+        take_front(model)
+
+
+def _call_of(given: Mapping[str, Any]) -> Call:
+    prompts = next((given[name] for name in ("inputs_embeds", "input_ids", "inputs") if isinstance(given.get(name), Tensor)), None)
+    if prompts is None or prompts.ndim < 2:
+        return Call(width=1)  # it begins with one token of its own
+    mask = given.get("attention_mask")
+    return Call(len(prompts), prompts.shape[1], mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+
+
+def _guides_without_cache(given: Mapping[str, Any], default: Any) -> bool:
+    def setting(name: str) -> Any:
+        sources = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
+        return next((value for value in sources if value is not None), None)
+
+    return setting("guidance_scale") not in (None, 1) and setting("use_cache") is False

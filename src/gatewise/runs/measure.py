@@ -1,0 +1,73 @@
+"""Measuring a saved adapter: with the prompt, labels and lengths of its run, or with those given."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gatewise.adapters.loading import load_with_data
+from gatewise.files import check_new_file, finite, write_json_lines
+from gatewise.progress import ConsoleProgress, quiet
+from gatewise.tasks import evaluate
+from gatewise.tasks.metrics import Metrics
+
+
+def measure_adapter(
+    adapter: str | Path,
+    data: str,
+    *,
+    base: str | None = None,
+    split: str | None = None,
+    prompt: str | None = None,
+    labels: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    out: str | Path | None = None,
+    console: Console | None = None,
+) -> Metrics:
+    """Metrics of an adapter on data, as ``gatewise.tasks.evaluate`` gives them.
+
+    Args:
+        adapter: its folder. ``gatewise.json`` in it says how its run wrote prompts and labels; an adapter from elsewhere has
+            none and gets the plain template for the data.
+        prompt: a prompt template instead of the run's.
+        labels: ``"no,yes"``, the labels in the order of the classes, or ``"no=bad,yes=good"``, with the words written for them.
+        limit: only the first rows.
+        out: a JSON-lines file for the rows with what was answered to each, see ``gatewise.tasks.evaluate``.
+
+    Raises:
+        GatewiseError: adapter, base model and data cannot be read or do not fit each other; ``out`` cannot be written.
+    """
+    if out is not None:
+        check_new_file(out)
+    progress = ConsoleProgress(console or Console(stderr=True))
+    answers: list[dict[str, Any]] = []
+    with quiet(bars=True):
+        loaded = load_with_data(adapter, data, base=base, split=split, prompt=prompt, labels=labels, limit=limit, say=progress.say)
+        with progress.counting("measuring") as count:
+            metrics = evaluate(
+                loaded.model,
+                loaded.tokenizer,
+                loaded.records,
+                loaded.template,
+                batch_size=batch_size,
+                max_length=loaded.max_length,
+                progress=count,
+                answers=answers,
+            )
+    if out is not None:
+        write_json_lines(out, (finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)))
+    return metrics
+
+
+def metrics_line(metrics: Mapping[str, float | int]) -> str:
+    """Metrics as ``accuracy 0.912, loss 0.2871, n 200``."""
+    return ", ".join(f"{name} {format_metric(name, value)}" for name, value in metrics.items())
+
+
+def format_metric(name: str, value: float | int) -> str:
+    """A metric with as many digits as mean something."""
+    if name == "n":
+        return str(value)
+    return f"{value:.1f}" if name == "bleu" else f"{value:.4f}" if name == "loss" else f"{value:.3f}"

@@ -1,0 +1,358 @@
+"""The run a recipe describes: check everything, load, train, measure, and write the adapter.
+
+What it leaves in its output folder: see ``gatewise.run_folder``.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from gatewise import inspection
+from gatewise.adapters.loading import check_labels, load_like
+from gatewise.adapters.selection import SEARCH_FILE, Selection, read_selection
+from gatewise.allocation.callback import RankAllocation, in_steps
+from gatewise.errors import GatewiseError
+from gatewise.inspection.routing import routing_of_rows
+from gatewise.internals.soft_prompt_fixes import without_prompts
+from gatewise.models import load_model, load_tokenizer, resolve
+from gatewise.progress import quiet
+from gatewise.routed import ACTIVATION_PARAMETERS, RoutingLog
+from gatewise.runs.baselines import AdaLoraSchedule, to_plain_lora
+from gatewise.runs.build import adapted, recompute_activations, training_arguments
+from gatewise.runs.folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    LAYERS,
+    METRICS,
+    PLOT,
+    ROUTING,
+    RunResult,
+    before_the_end,
+    check_output,
+    save_adapter,
+    stored_numbers,
+    write_metrics,
+    writing,
+)
+from gatewise.runs.measure import metrics_line
+from gatewise.runs.progress import RunProgress
+from gatewise.runs.recipe import ALLOCATING, PROMPTING, AllocationSection, PromptsSection, Recipe, RoutingSection
+from gatewise.runs.search import search_layers
+from gatewise.runs.trainer import EarlyStopping, RecipeTrainer, TwoLevelRecipeTrainer, checkpoint_step
+from gatewise.tasks import PadCollator, Records, Template, default_template, encode, encode_classification, evaluate, load_records
+from gatewise.tasks.metrics import Metrics
+
+
+def train(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> RunResult:
+    """Carries out a recipe.
+
+    Data, template, base model, modules and the output folder are all checked before training begins. An interrupt or a
+    fault leaves complete checkpoints and nothing half written.
+
+    Args:
+        output: the folder to write. It must be new or empty, unless resumed or overwritten.
+        resume: go on from the latest complete checkpoint in ``output``; on the CPU the result is that of a run never stopped.
+        overwrite: first remove what an earlier run left in ``output``.
+        console: where progress is shown; stderr by default.
+
+    Raises:
+        GatewiseError: anything in recipe, data or folder that a user can put right, or a loss that is not finite.
+    """
+    started = time.monotonic()
+    output = Path(output)
+    progress = RunProgress(console or Console(stderr=True))
+    checkpoint = check_output(output, recipe, resume, overwrite)
+    found = recipe.searched and resume and (output / SEARCH_FILE).is_file()
+    selection = read_selection(output / SEARCH_FILE) if found else None
+    with quiet(bars=True):
+        prepared = _prepare(recipe, progress, selection)
+        if checkpoint is not None and checkpoint_step(checkpoint) >= prepared.steps:
+            checkpoint = before_the_end(output / CHECKPOINTS, prepared.steps)
+        with writing(output, recipe, overwrite):
+            if recipe.searched and selection is None:
+                selection = _search(recipe, prepared, output, progress)
+            trainer = _trainer(recipe, prepared, output, checkpoint, progress)
+            metrics: dict[str, dict[str, Metrics]] = {name: {} for name in prepared.measured}
+            seconds = {"evaluation": 0.0, "training": 0.0}
+            if selection is not None:
+                seconds["search"] = selection.seconds
+            # Prompts change the function from the start, and "before" means the base model.
+            with without_prompts(prepared.model) if recipe.method in PROMPTING else nullcontext(trainer.model) as start:
+                _measure(recipe, prepared, start, "before", metrics, seconds, progress)
+            set_seed(recipe.seed)
+            begun = time.monotonic()
+            with progress.training():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            seconds["training"] = time.monotonic() - begun
+            # Without the wrapper that mixed precision puts around forward: both measurements run in the base's dtype.
+            model: PeftModel = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            if recipe.method == "adalora":
+                model = to_plain_lora(model)
+            _measure(recipe, prepared, model, "after", metrics, seconds, progress)
+            save_adapter(model, output / ADAPTER, prepared.note, selection)
+            shown = _show(recipe, prepared, model, output)
+            seconds["total"] = time.monotonic() - started
+            result = RunResult(
+                output=output,
+                adapter=output / ADAPTER,
+                metrics_file=output / METRICS,
+                metrics=metrics,
+                seconds=seconds,
+                steps=trainer.state.global_step,
+                resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
+                selection=selection,
+                **shown,
+            )
+            write_metrics(recipe, result, trainer.state.log_history)
+    return result
+
+
+def _search(recipe: Recipe, prepared: "_Prepared", output: Path, progress: RunProgress) -> Selection:
+    """Searches, and has a fresh base model with prompts at the chosen layers take the searched one's place."""
+    collator = PadCollator(prepared.tokenizer)
+    selection = search_layers(recipe, prepared.model, prepared.train, collator, prepared.note, output, progress)
+    # Nothing of the search but its choice: head and activations of the base are as they were too.
+    prepared.model = adapted(recipe, prepared.fresh_base(), prepared.steps, selection.layers)
+    return selection
+
+
+def _show(recipe: Recipe, prepared: "_Prepared", model: PeftModel, output: Path) -> dict[str, Any]:
+    """Draws where ranks or prompts are, and returns what ``RunResult`` says of it."""
+    adapter = output / ADAPTER
+    if recipe.method in PROMPTING:
+        shown: dict[str, Any] = {"parameters": {"base": prepared.base_parameters, "adapter": stored_numbers(adapter)}}
+        if recipe.method == "spt":
+            shown["prompts"] = inspection.read_prompts(adapter)
+            shown["plot"] = inspection.plot_prompts(shown["prompts"], output / LAYERS)
+        return shown
+    budget = inspection.read_budget(adapter)
+    shown = {
+        "plot": inspection.plot(budget, output / PLOT),
+        "ranks": budget.ranks,
+        "parameters": {"base": prepared.base_parameters, "adapter": budget.parameters + budget.other_parameters},
+    }
+    if recipe.method == "milora":
+        routing = routing_of_rows(
+            model, prepared.tokenizer, prepared.dev, recipe.training.eval_batch_size, base_model=recipe.model, data="dev"
+        )
+        inspection.plot_routing(routing, output / ROUTING)
+        shown["routing"] = routing
+    return shown
+
+
+# What a run is made of --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Prepared:
+    """Everything a run needs, loaded and checked."""
+
+    measured: dict[str, Records]
+    template: Template | None
+    tokenizer: PreTrainedTokenizerBase
+    model: PeftModel
+    base_parameters: int
+    train: list[dict[str, Any]]
+    dev: list[dict[str, Any]]
+    steps: int
+    steps_per_epoch: int
+    max_length: int
+    note: dict[str, Any]
+    held_out: list[dict[str, Any]]
+    fresh_base: Callable[[], PreTrainedModel]
+    allocation: RankAllocation | None = field(default=None)
+
+
+def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None) -> _Prepared:
+    data, classification = recipe.data, recipe.task == "classification"
+    train_rows = load_records(data.train, split=data.train_split, limit=data.limit_train, labels=data.labels)
+    check_labels(train_rows, "give rows with other labels too, or name them all in data.labels")
+    measured = {"dev": load_like(data.dev, train_rows.labels, split=data.dev_split, limit=data.limit_dev)}
+    if data.test is not None:
+        measured["test"] = load_like(data.test, train_rows.labels, split=data.test_split)
+    for name, records in measured.items():
+        if records.kind != train_rows.kind:
+            raise GatewiseError(
+                f"data.{name} ({records.source}) holds {records.kind} rows, but data.train ({train_rows.source}) holds "
+                f"{train_rows.kind} rows: expected the same kind"
+            )
+    template = None
+    if not classification:
+        given = recipe.template
+        template = Template(given.prompt, given.labels) if given else default_template(train_rows)
+        for records in (train_rows, *measured.values()):
+            template.check(records)
+    progress.say(f"loading {recipe.model}")
+    resolve(recipe.model, progress=progress.say)
+    tokenizer = load_tokenizer(recipe.model)
+    num_labels = len(train_rows.labels or ()) if classification else None
+    fresh_base = partial(_base, recipe, num_labels)
+    base = fresh_base()
+    # Learned positions end where the table ends, and PEFT's prompts take some of them.
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if recipe.method in ("prompt-tuning", "prefix-tuning"):
+        positions -= (recipe.prompts or PromptsSection()).num_prompt_tokens
+    max_length = min(data.max_length, positions)
+    if max_length < 1:
+        raise GatewiseError(
+            f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
+        )
+
+    def features(records: Records) -> list[dict[str, Any]]:
+        if classification:
+            return encode_classification(records, tokenizer, max_length=max_length)
+        return list(encode(records, tokenizer, template, max_length=max_length))
+
+    train, dev = features(train_rows), features(measured["dev"])
+    held_out: list[dict[str, Any]] = []
+    if set_aside := _set_aside(recipe):
+        train, held_out = _hold_out(train, set_aside, recipe.seed)
+    base_parameters = sum(p.numel() for p in base.parameters())
+    steps = recipe.training.total_steps(len(train))
+    prepared = _Prepared(
+        measured=measured,
+        template=template,
+        tokenizer=tokenizer,
+        model=adapted(recipe, base, steps, selection.layers if selection else None),
+        base_parameters=base_parameters,
+        train=train,
+        dev=dev,
+        steps=steps,
+        steps_per_epoch=recipe.training.steps_per_epoch(len(train)),
+        max_length=max_length,
+        note={
+            "format": 1,
+            "base": recipe.model,
+            "task": recipe.task,
+            "template": template.prompt if template else None,
+            "labels": train_rows.labels,
+            "dtype": recipe.dtype,
+            "label_words": template.labels if template else None,
+            "max_length": max_length,
+        },
+        held_out=held_out,
+        fresh_base=fresh_base,
+    )
+    if recipe.method == "spt":
+        prepared.note["num_layers"] = int(base.config.get_text_config().num_hidden_layers)
+    if recipe.method in ALLOCATING:
+        prepared.allocation = _allocation(recipe, prepared, progress)
+    return prepared
+
+
+def _base(recipe: Recipe, num_labels: int | None) -> PreTrainedModel:
+    """The base model as it is loaded, the head that a classifier is given drawn from the recipe's seed."""
+    set_seed(recipe.seed)
+    return load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=getattr(torch, recipe.dtype))
+
+
+def _set_aside(recipe: Recipe) -> int:
+    """Training rows that a method wants for itself: to score ranks on, or for the upper of its two levels."""
+    if recipe.method in ALLOCATING:
+        return (recipe.allocation or AllocationSection()).validation_rows
+    routing = recipe.routing or RoutingSection()
+    return routing.validation_rows if recipe.method == "milora" and routing.two_levels else 0
+
+
+def _hold_out(train: list[dict[str, Any]], rows: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training rows, and at most ``rows`` (and a quarter) of them set aside to score ranks on: dev only measures."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(rows, max(1, len(train) // 4))
+    return [train[i] for i in sorted(order[count:])] or train, [train[i] for i in order[:count]]
+
+
+def _allocation(recipe: Recipe, prepared: _Prepared, progress: RunProgress) -> RankAllocation:
+    section = recipe.allocation or AllocationSection()
+    first = section.first_round
+    step = in_steps(first, prepared.steps_per_epoch)
+    if step >= prepared.steps:
+        raise GatewiseError(
+            f"allocation.first_round is {first}, after step {step}, but the run has {prepared.steps} steps and what a round "
+            "grows must learn: lower it or train longer"
+        )
+    batch = PadCollator(prepared.tokenizer)(prepared.held_out)
+    settings = section.model_dump(exclude={"validation_rows", "init_r"})
+    if section.schedule == "cubic":
+        settings["target_rank"] = recipe.peft.r
+    return RankAllocation(**settings, validation_batch=batch, seed=recipe.seed, on_round=progress.say_round)
+
+
+def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path | None, progress: RunProgress) -> RecipeTrainer:
+    training = recipe.training
+    callbacks: list[TrainerCallback] = []
+    if prepared.allocation is not None:
+        callbacks.append(prepared.allocation)
+    if recipe.method == "adalora":
+        callbacks.append(AdaLoraSchedule(checkpoint))
+    if training.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(training.early_stopping_patience))
+    if training.gradient_checkpointing:
+        recompute_activations(prepared.model)
+    trainer: Any = RecipeTrainer
+    if recipe.method == "milora":
+        routing = recipe.routing or RoutingSection()
+        if routing.two_levels:
+            trainer = partial(
+                TwoLevelRecipeTrainer,
+                upper_dataset=prepared.held_out,
+                upper_parameters=ACTIVATION_PARAMETERS,
+                upper_learning_rate=routing.activation_learning_rate,
+                upper_every=min(routing.activation_every, prepared.steps),
+            )
+    made: RecipeTrainer = trainer(
+        model=prepared.model,
+        args=training_arguments(training, recipe.seed, prepared.steps, output / CHECKPOINTS),
+        train=prepared.train,
+        dev=prepared.dev,
+        collator=PadCollator(prepared.tokenizer),
+        note=prepared.note,
+        callbacks=[*callbacks, progress],
+        group_by_length=training.group_by_length,
+    )
+    if recipe.method == "milora":
+        RoutingLog.attach(made, per_layer=False)
+    return made
+
+
+# Measuring --------------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    recipe: Recipe,
+    prepared: _Prepared,
+    model: Any,
+    when: str,
+    metrics: dict[str, dict[str, Metrics]],
+    seconds: dict[str, float],
+    progress: RunProgress,
+) -> None:
+    begun = time.monotonic()
+    for name, records in prepared.measured.items():
+        with progress.counting(f"measuring on {name} {when} training") as count:
+            metrics[name][when] = evaluate(
+                model,
+                prepared.tokenizer,
+                records,
+                prepared.template,
+                batch_size=recipe.training.eval_batch_size,
+                max_length=prepared.max_length,
+                progress=count,
+            )
+        progress.say(f"{name} {when} training: {metrics_line(metrics[name][when])}")
+    seconds["evaluation"] += time.monotonic() - begun

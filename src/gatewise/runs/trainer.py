@@ -1,0 +1,286 @@
+"""The Trainer under a recipe's run: loss at labelled positions only, a stop at the first NaN, checkpoints that resume.
+
+Shapes: b batch, t tokens.
+"""
+
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import AdaLoraModel, PeftModel, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gatewise.adapters.files import NOTE_FILE
+from gatewise.bilevel.trainer import BilevelMixin
+from gatewise.errors import GatewiseError
+from gatewise.files import write_json
+from gatewise.losses import mean_loss, scored, soft_prompt
+from gatewise.prompts.darts import SearchMixin
+from gatewise.routed import RoutedLoraModel
+from gatewise.runs.baselines import orthogonality
+from gatewise.tasks import PadCollator
+
+DIVERGED_FILE = "diverged"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+# A chunk this many batches long is sorted by length: long enough to save padding, short enough to keep rows well mixed.
+_BATCHES_A_CHUNK = 32
+
+
+class RecipeTrainer(Trainer):
+    """``transformers.Trainer`` with the loss of ``gatewise.losses``: the same number, the head only where it is read.
+
+    Args:
+        note: what ``gatewise eval`` needs to know of the run, written into every checkpoint as ``gatewise.json``.
+        group_by_length: draw batches of rows of like length.
+        Others: as for ``Trainer``; datasets are lists of features for ``collator``.
+
+    Raises:
+        GatewiseError: while training, a loss or a gradient that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        train: Sequence[Mapping[str, Any]],
+        dev: Sequence[Mapping[str, Any]],
+        collator: PadCollator,
+        note: Mapping[str, Any],
+        callbacks: list[TrainerCallback],
+        group_by_length: bool = False,
+    ) -> None:
+        # Several GPUs in one process would mean replicas that hooks do not reach.
+        if args.n_gpu > 1:
+            args._n_gpu = 1
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=dev,
+            callbacks=[*callbacks, FiniteGradients()],
+        )
+        self.remove_callback(PrinterCallback)
+        # So that the Trainer counts the labels of all batches of a step and leaves the division to compute_loss.
+        self.model_accepts_loss_kwargs = True
+        self.note = dict(note)
+        self.group_by_length = group_by_length
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean cross-entropy over the labels of an optimiser step, or of the batch when their number is not given.
+
+        What a method adds to the loss in training comes on top: MiLoRA's load balance, AdaLoRA's orthogonality. Outputs are the
+        loss and the logits of ``gatewise.losses.scored``: those that the loss reads.
+        """
+        made = scored(model, inputs)
+        sums, counts = made.losses()
+        loss = sums.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            self._stop_diverged(f"the loss is {float(loss)} at step {self.state.global_step + 1}")
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, RoutedLoraModel):
+            # The model adds it to a loss of its own, and here it computes none. The shares of a step's batches add up to one.
+            share = 1.0 if num_items_in_batch is None else counts.sum() / num_items_in_batch
+            loss = loss + share * tuner.balance_loss()
+        if isinstance(tuner, AdaLoraModel):
+            weight = model.peft_config[model.active_adapter].orth_reg_weight  # type: ignore[union-attr,index]
+            loss = loss + weight * orthogonality(model) / self.args.gradient_accumulation_steps  # type: ignore[arg-type]
+        return (loss, {"loss": loss, "logits": made.logits}) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss over all labels of the dev rows, as ``eval_loss``. Draws no random numbers."""
+        rows = sorted(self.eval_dataset, key=_length)  # type: ignore[arg-type]
+        size = self.args.per_device_eval_batch_size
+        batches = [self._prepare_inputs(self.data_collator(rows[start : start + size])) for start in range(0, len(rows), size)]
+        model: Any = self.model
+        loss = mean_loss(model.eval(), batches)
+        if not math.isfinite(loss):
+            self._stop_diverged(f"the loss on dev is {loss} after step {self.state.global_step}")
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order that depends on seed and epoch alone: a resumed run goes on with the same rows."""
+        order = RowOrder(
+            [_length(row) for row in self.train_dataset],  # type: ignore[union-attr]
+            self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+            batch_size=self._train_batch_size if self.group_by_length else None,
+        )
+        loader: DataLoader[Any] = DataLoader(
+            cast(Any, self.train_dataset),
+            batch_size=self._train_batch_size,
+            sampler=order,
+            collate_fn=self.data_collator,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch has only RuntimeError for a full disk
+            reason = getattr(error, "strerror", None) or "is the disk full?"
+            raise GatewiseError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {self._folder} ({reason}): free "
+                "some space and go on with --resume"
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Adapter and note, nothing pickled. PEFT is kept from asking the hub whether embeddings changed."""
+        folder, model = output_dir or str(self._folder), cast(PeftModel, self.model)
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        write_json(Path(folder) / NOTE_FILE, self.note)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The Trainer's, and PEFT's own soft prompts, which PEFT refuses to load into an adapter in training."""
+        whole = cast(Any, model or self.model)
+        if soft_prompt(whole) is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        tensors = load_file(Path(resume_from_checkpoint) / SAFETENSORS_WEIGHTS_NAME)
+        set_peft_model_state_dict(whole, tensors, adapter_name=str(whole.active_adapter))
+
+    def _stop_diverged(self, what: str) -> None:
+        stop_diverged(self._folder, self.state.global_step, what)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir or "")
+
+
+class TwoLevelRecipeTrainer(BilevelMixin, RecipeTrainer):
+    """A ``RecipeTrainer`` with an upper level: takes the arguments of both."""
+
+
+class SearchRecipeTrainer(SearchMixin, RecipeTrainer):
+    """A ``RecipeTrainer`` that searches prompt layers: takes the arguments of both."""
+
+    def compared_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Those that the loss reads, as ``compute_loss`` gives them."""
+        return scored(model, inputs).logits
+
+
+class RowOrder(Sampler[int]):
+    """Row indices in an order drawn from seed and epoch; with ``batch_size``, batches have rows of like length."""
+
+    def __init__(self, lengths: Sequence[int], seed: int, epoch: Callable[[], int], batch_size: int | None = None) -> None:
+        self.lengths, self.seed, self.epoch, self.batch_size = lengths, seed, epoch, batch_size
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed}/{self.epoch()}")
+        rows = list(range(len(self.lengths)))
+        draw.shuffle(rows)
+        if self.batch_size is None:
+            return iter(rows)
+        chunk = self.batch_size * _BATCHES_A_CHUNK
+        batches: list[list[int]] = []
+        for start in range(0, len(rows), chunk):
+            part = sorted(rows[start : start + chunk], key=lambda row: self.lengths[row], reverse=True)
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        # The one batch that may be short has to come last, or all after it would be cut in two.
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        draw.shuffle(batches)
+        return iter([row for batch in [*batches, *last] for row in batch])
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops before an optimiser step that would write NaN into the adapter, and so into the next checkpoint."""
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        norms = torch.stack([norm.to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
+        if not bool(torch.isfinite(norms).all()):
+            what = f"the gradient is not finite at step {state.global_step + 1}"
+            stop_diverged(Path(args.output_dir or ""), state.global_step, what)
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends the run after ``patience`` evaluations without a new lowest loss on dev.
+
+    It reads the log, which checkpoints keep, so a resumed run stops where an uninterrupted one does.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if len(losses) - 1 - losses.index(min(losses)) >= self.patience:
+            control.should_training_stop = True
+
+
+def stop_diverged(checkpoints: Path, step: int, what: str) -> None:
+    """Ends a run whose numbers are no longer finite, naming the last checkpoint that is good.
+
+    A checkpoint of ``step`` holds the very weights that gave no finite number. It is kept, but marked, so that neither
+    this message nor a resume takes it for good.
+
+    Raises:
+        GatewiseError: always.
+    """
+    suspect = checkpoints / f"checkpoint-{step}"
+    if step > 0 and suspect.is_dir():
+        (suspect / DIVERGED_FILE).touch()
+    good = complete_checkpoints(checkpoints)
+    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
+    raise GatewiseError(
+        f"{what}, so the run stopped: {kept}; lower training.learning_rate, or check the data and the base model, and train anew"
+    )
+
+
+def complete_checkpoints(folder: Path, also: Sequence[str] = ()) -> list[Path]:
+    """The checkpoints that were written to their end and not marked as diverged, oldest first.
+
+    The Trainer writes ``trainer_state.json`` last, so where it can be read the rest is there. ``also`` names files that
+    are written after it.
+    """
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if _is_complete(path, also)]
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimiser steps a checkpoint had behind it."""
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _is_complete(path: Path, also: Sequence[str]) -> bool:
+    needed = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_config.json", *also)
+    if (path / DIVERGED_FILE).exists() or not all((path / name).is_file() for name in needed):
+        return False
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(str(path / "adapter_model.safetensors"), framework="pt"):
+            return True
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    return len(row["input_ids"])

@@ -1,0 +1,21 @@
+"""Fast decoding of adapters that stay unmerged, in batches whose rows belong to different ones.
+
+products.py the tensors of a request and their products, for any adapter that is A and B; direct.py ways past modules' calls;
+head.py the output head of a frozen model; lora.py plain PEFT LoRA: ``fast_lora``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatewise.serving.lora import FastLora, fast_lora
+
+__all__ = ["FastLora", "fast_lora"]
+
+
+def __getattr__(name: str) -> Any:
+    # lora.py imports PEFT, which may be waiting for gatewise.routed, which needs products.py (see internals/registry.py).
+    if name not in __all__:
+        raise AttributeError(f"module 'gatewise.serving' has no attribute {name!r}")
+    from gatewise.serving import lora
+
+    return getattr(lora, name)

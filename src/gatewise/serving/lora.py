@@ -1,0 +1,280 @@
+"""``fast_lora``: plain PEFT LoRA, unmerged, at nearly the speed of the bare base model, one adapter or a batch of several.
+
+While PEFT's ``generate`` or ``forward`` runs, the LoRA layers have a forward of ours, which gathers the adapters' weights when it
+first runs (products.py). Between calls the model is as PEFT made it, so that training, saving and copying know nothing of this, and
+weights that have changed since are read anew. Whatever is not plain LoRA keeps PEFT's own forward, layer by layer.
+
+Shapes: b batch, d hidden size, r rank.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from threading import RLock
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import Tensor, nn
+
+from gatewise.errors import GatewiseError
+from gatewise.serving.direct import Detours, Places, direct, places
+from gatewise.serving.head import side_by_side
+from gatewise.serving.products import Gathered, Part, Request, is_plain
+
+BASE = "__base__"
+"""PEFT's name for rows of a mixed batch that no adapter serves."""
+
+
+# LoRA layers whose forward is base(x) and two products, by name: those on quantised bases exist only where their library does.
+_LINEAR = {
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "HqqLoraLinear",
+    "TorchaoLoraLinear",
+    "IncLoraLinear",
+    "GPTQLoraLinear",
+    "AwqLoraLinear",
+    "AqlmLoraLinear",
+    "EetqLoraLinear",
+}
+
+_ON_TUNER = "_enable_peft_forward_hooks"
+Forward = Callable[..., Tensor]
+
+
+class FastLora:
+    """What ``fast_lora`` returns, in the manner of PyTorch's hook handles: it is on until ``remove()`` or the end of ``with``."""
+
+    def __init__(self, calls: "_Calls") -> None:
+        self._calls: _Calls | None = calls
+
+    def remove(self) -> None:
+        """Gives the model back to PEFT, unless it was also made fast elsewhere. Doing it again changes nothing."""
+        if self._calls is not None:
+            self._calls.release()
+            self._calls = None
+
+    def __enter__(self) -> "FastLora":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def fast_lora(model: nn.Module) -> FastLora:
+    """Makes unmerged LoRA adapters fast in inference, above all in batches whose rows belong to different ones.
+
+        fast_lora(model)                                                   # from here on
+        model.generate(**inputs, adapter_names=["legal", "__base__", "medical"])
+
+        with fast_lora(model): ...                                         # only inside
+        handle = fast_lora(model); ...; handle.remove()                    # until told otherwise
+
+    ``model.generate`` and ``model(...)`` then give what PEFT gives, up to rounding: in half precision the adapters are read in the
+    precision of the base module's output, where PEFT computes with float32 copies. Adapters may differ in rank, scaling and target
+    modules, and may be added, deleted, trained, activated or disabled at any time; each call reads the weights as they are. Calls
+    from several threads take turns.
+
+    PEFT's own forward runs, with PEFT's own errors, in training mode, where gradients are on (call the model under
+    ``torch.no_grad()``; ``generate`` does), while adapters are merged, under ``torch.compile``, and for every module where one of
+    the adapters in use is more than two matrices: DoRA and other variants, ``lora_bias``, embeddings, convolutions, stacked
+    experts, hooks on A or B, layers with a forward hook of Accelerate's.
+
+    Args:
+        model: a ``PeftModel`` with LoRA adapters.
+
+    Raises:
+        GatewiseError: the model is not one.
+    """
+    if not isinstance(model, PeftModel):
+        raise GatewiseError(
+            f"expected a PeftModel with LoRA adapters, got {type(model).__name__}: wrap the model with peft.get_peft_model or "
+            "PeftModel.from_pretrained first"
+        )
+    tuner = model.base_model
+    if type(tuner) is not LoraModel:
+        kinds = ", ".join(sorted({str(config.peft_type).split(".")[-1] for config in model.peft_config.values()}))
+        raise GatewiseError(f"expected LORA adapters, but the model's are {kinds}: this switch is for plain LoRA")
+    calls = getattr(tuner.__dict__.get(_ON_TUNER), "__self__", None)
+    if not isinstance(calls, _Calls):
+        calls = _Calls(tuner)
+    calls.hold()
+    return FastLora(calls)
+
+
+class _Calls:
+    """Stands in for the context manager that PEFT opens around every ``generate`` and ``forward``.
+
+    As an attribute of the tuner it goes before the method of its class. Bound methods of objects can be copied and pickled, so the
+    model still can be.
+    """
+
+    def __init__(self, tuner: LoraModel) -> None:
+        self._tuner = tuner
+        self._holders = 0
+        self._known: list[str] = []
+        self._running: dict[LoraLayer, Forward] = {}
+        self._places: Places = {}
+        self._detours = Detours({}, {})
+        self._turn = RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tuner": self._tuner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["tuner"])  # type: ignore[misc]
+
+    def hold(self) -> None:
+        """One more handle keeps the model fast."""
+        self._holders += 1
+        self._tuner.__dict__[_ON_TUNER] = self.open
+
+    def release(self) -> None:
+        """One less."""
+        self._holders -= 1
+        if not self._holders:
+            self._tuner.__dict__.pop(_ON_TUNER, None)
+
+    @contextmanager
+    def open(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """The layers run fast while open. Calls inside of a call (a logits processor's) come before it and give it back."""
+        theirs = getattr(type(self._tuner), _ON_TUNER)(self._tuner, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            with theirs:
+                yield
+            return
+        with self._turn:
+            outer = self._running
+            self._uninstall()
+            try:
+                with theirs, side_by_side(self._tuner.model):
+                    if not self._tuner.training and kwargs.get("alora_offsets") is None:
+                        self._install(kwargs.get("adapter_names") is not None)
+                    yield
+            finally:
+                self._uninstall()
+                self._put(outer)
+
+    def _install(self, mixed: bool) -> None:
+        adapters = list(self._tuner.peft_config)
+        # Looking through all modules takes a millisecond; a layer that was missed is PEFT's, which is right for active adapters.
+        if mixed or adapters != self._known:
+            self._places = places(self._tuner, _is_linear)
+            self._known = adapters
+        batches: dict[int, _Batch] = {}
+        forwards: dict[LoraLayer, Forward] = {}
+        for layer in cast(Iterable[LoraLayer], self._places):
+            if "forward" in layer.__dict__:
+                continue
+            names = _take_names(layer) if mixed else None
+            if mixed and names is None:
+                continue
+            batch = batches.get(id(names)) or batches.setdefault(id(names), _Batch(names))
+            forwards[layer] = _forward(layer, batch)
+        self._put(forwards)
+
+    def _put(self, forwards: dict[LoraLayer, Forward]) -> None:
+        self._running = forwards
+        self._detours = Detours(self._places, cast(dict[nn.Module, Forward], forwards))
+        self._detours.open()
+        for layer, forward in forwards.items():
+            layer.__dict__["forward"] = forward  # for whoever comes another way
+
+    def _uninstall(self) -> None:
+        self._detours.close()
+        for layer in self._running:
+            layer.__dict__.pop("forward", None)
+        self._running = {}
+
+
+class _Batch:
+    """The rows of a call: PEFT's ``names`` by row (None: the active adapters serve all), ``rows`` by name, and their request."""
+
+    def __init__(self, names: Sequence[str] | None) -> None:
+        self.names = names
+        self.rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names or ()):
+            if name != BASE:
+                self.rows.setdefault(name, []).append(row)
+        self.request = Request(None if names is None else len(names))
+
+
+def _forward(layer: Any, batch: _Batch) -> Forward:
+    """The forward that a layer has during one call."""
+    module: nn.Module = layer.base_layer
+    base = direct(module)
+    theirs = type(layer).forward
+    active = layer.active_adapter if isinstance(layer.active_adapter, str) else list(layer.active_adapter)
+    names, rows = batch.names, None if batch.names is None else len(batch.names)
+    parts: list[Part] | None = []
+    gathered: Gathered | None = None
+    known = False
+    step: Forward | None = None
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        changed = layer._active_adapter != active or layer._disable_adapters or bool(layer.merged_adapters) or layer.training
+        return read(x, *args, changed=changed, **kwargs) if step is None or changed else step(x, *args, **kwargs)
+
+    def read(x: Tensor, *args: Any, changed: bool, **kwargs: Any) -> Tensor:
+        nonlocal parts, gathered, known, step
+        if not known:
+            known, parts = True, _parts(layer, batch, x)
+        if (
+            parts is None
+            or changed
+            or (rows is not None and len(x) != rows)
+            or args
+            or kwargs
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
+            if names is not None:
+                kwargs.setdefault("adapter_names", names)
+            return theirs(layer, x, *args, **kwargs)
+        result = base(x)
+        if not parts:
+            return result
+        if gathered is None or gathered.dtype != result.dtype:
+            # A hook may have kept what the base module made.
+            gathered = batch.request.gather(parts, result, in_place=not module._forward_hooks)
+            step = gathered.step(base, partial(read, changed=False), x.shape)
+        return gathered.add(x, result)
+
+    return forward
+
+
+def _parts(layer: Any, batch: _Batch, x: Tensor) -> list[Part] | None:
+    """What is added in a layer; None if it is more than two matrices for an adapter."""
+    made = []
+    for name in layer.active_adapters if batch.names is None else batch.rows:
+        if name in layer.lora_A:
+            if name in layer.lora_variant or not is_plain(layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name], x):
+                return None
+            rows = batch.rows.get(name)
+            everywhere = batch.names is not None and rows is not None and len(rows) == len(batch.names)
+            first, second = layer.lora_A[name].weight, layer.lora_B[name].weight
+            made.append(Part(first, second, layer.scaling[name], None if everywhere else rows))
+    return made
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = type(module)
+    return isinstance(module, LoraLayer) and kind.__name__ in _LINEAR and kind.__module__.startswith("peft.tuners.lora.")
+
+
+def _take_names(layer: Any) -> Sequence[str] | None:
+    """The rows' adapters from PEFT's hook on a layer, which goes: hooks would cost more than the layer's products."""
+    hooks = {
+        key: hook
+        for key, hook in layer._forward_pre_hooks.items()
+        if isinstance(hook, partial) and "adapter_names" in hook.keywords
+    }
+    names = None
+    for key, hook in hooks.items():
+        names = hook.keywords["adapter_names"]  # the last one counts: PEFT gives an encoder names of its own after the others
+        layer._forward_pre_hooks.pop(key)
+        layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    return names

@@ -1,0 +1,408 @@
+"""How well a model does a task: accuracy by log-likelihood, BLEU and ROUGE-L of what it writes, or its final number.
+
+Choosing among candidates. A candidate c after a prompt p scores the sum over its tokens of log P(c_k | p, c_<k). The
+contexts needed are p and its continuations by c_<k; of all candidates of a row only the longest such contexts are run,
+because a causal model's output at a position serves every context that ends there. So single-token candidates of a row
+share one forward of the prompt, and the LM head is computed at the positions that are read and nowhere else.
+
+Shapes: b batch, t tokens, n positions read, V vocabulary.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from gatewise.errors import GatewiseError
+from gatewise.internals.soft_prompt_fixes import written_after
+from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
+from gatewise.tasks.encoding import PadCollator, candidate_ids, encode_classification, pad, prompt_ids
+from gatewise.tasks.records import Records, final_number
+from gatewise.tasks.template import Template, default_template, references
+
+Progress = Callable[[int, int], None]
+Metrics = dict[str, float | int]
+Answers = list[dict[str, Any]]
+Candidates = tuple[tuple[int, ...], ...]
+
+
+# Logits kept at once: 2**26 of them are 256 MB in float32.
+_MAX_LOGITS = 2**26
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Records,
+    template: Template | None = None,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    max_length: int = 512,
+    progress: Progress | None = None,
+    answers: Answers | None = None,
+) -> Metrics:
+    """Measures a model on records. Dropout is off; training mode and random state are afterwards what they were.
+
+    Args:
+        model: a causal language model, or a sequence classifier for records with labels; with or without an adapter.
+        template: for causal models; None takes `default_template`. Classifiers read the text itself.
+        batch_size: sequences in one forward. The result does not depend on it.
+        max_new_tokens: the most tokens written for a generation or number row.
+        max_length: tokens of prompt and candidate, or of a generation prompt; a longer prompt loses its beginning.
+        progress: called with (done, total) after every batch.
+        answers: a list to which is added what the model answered to each row, in order: ``predicted``, which is a label, the index
+            of a choice, or the text that was written; ``right`` (not of free text); and ``log_likelihoods`` (nats) of all
+            candidates, by label or in the order of the choices. A classifier's are those of its classes.
+
+    Returns:
+        By kind of records, always with ``n``, the number of rows:
+
+        - label: ``accuracy`` (0 to 1) and ``loss``, the mean cross-entropy (nats) over the tokens of the right answers;
+        - choice: these, and ``accuracy_norm``, by log-likelihood per token;
+        - generation: ``bleu`` (sacrebleu's, 0 to 100) and ``rougeL`` (rouge-score's F, 0 to 1; best of the references).
+          If no reference has several lines, only the first line of what was written counts;
+        - number: ``exact`` (0 to 1), the share of rows whose final number is right.
+
+    Raises:
+        GatewiseError: the model cannot do this kind of task, or template, labels or lengths do not fit.
+    """
+    answers = [] if answers is None else answers
+    if batch_size < 1:
+        raise GatewiseError(f"batch_size is {batch_size}: expected at least 1")
+    kind = loss_kind(model)
+    if kind == "rows":
+        with measuring(model):
+            room = min(max_length, most_positions(model))
+            return _evaluate_classifier(model, tokenizer, records, batch_size, room, progress, answers)
+    if kind != "causal" or base_of(model).get_output_embeddings() is None:
+        raise GatewiseError(
+            f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model or a sequence classifier"
+        )
+    template = template or default_template(records)
+    template.check(records)
+    max_length = min(max_length, most_positions(model))
+    with measuring(model):
+        if records.kind in ("label", "choice"):
+            return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress, answers)
+        room = min(max_length, most_positions(model) - max_new_tokens)
+        if max_new_tokens < 1 or room < 1:
+            raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {most_positions(model) - 1} for this model")
+        prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
+        written = _generate(model, tokenizer, prompts, batch_size, max_new_tokens, progress)
+    if records.kind == "generation":
+        answers += [{"predicted": text} for text in written]
+        return generation_metrics(records, written)
+    for text, row in zip(written, records.rows, strict=True):
+        answers.append({"predicted": text, "right": final_number(text) == final_number(row["answer"])})
+    return number_metrics(records, written)
+
+
+def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
+    """``bleu``, ``rougeL`` and ``n`` of texts written for generation records.
+
+    Chinese is split into characters for both measures, other text as sacrebleu's 13a and rouge-score do, except that
+    letters outside a-z count as letters for ROUGE.
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    golds = [[text.strip() for text in references(row)] for row in records.rows]
+    several_lines = any("\n" in text for texts in golds for text in texts)
+    outputs = [text.strip() if several_lines else text.strip().partition("\n")[0].strip() for text in written]
+    width = max(map(len, golds))
+    streams = [[texts[index] if index < len(texts) else None for texts in golds] for index in range(width)]
+    tokenize = "zh" if any(_HAN.search(text) for texts in golds for text in texts) else "13a"
+    bleu = sacrebleu.corpus_bleu(outputs, streams, tokenize=tokenize, force=True).score  # type: ignore[arg-type]
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    rouge = [scorer.score_multi(texts, output)["rougeL"].fmeasure for texts, output in zip(golds, outputs, strict=True)]
+    return {"bleu": float(bleu), "rougeL": float(sum(rouge) / len(rouge)), "n": len(records)}
+
+
+def number_metrics(records: Records, written: Sequence[str]) -> Metrics:
+    """``exact`` and ``n`` of texts written for number records."""
+    hits = [final_number(text) == final_number(row["answer"]) for text, row in zip(written, records.rows, strict=True)]
+    return {"exact": sum(hits) / len(hits), "n": len(hits)}
+
+
+class _Words:
+    """Splits text for ROUGE into lower-case words and Chinese characters; rouge-score's own drops other alphabets."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(rf"{_HAN.pattern}|(?:(?!{_HAN.pattern})[^\W_])+", text.lower())
+
+
+# ---- choosing among candidates ----
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One sequence to run: a prompt, then the tokens of one context, and the candidates read from it."""
+
+    row: int
+    ids: list[int]
+    prompt_length: int
+    members: tuple[int, ...]
+
+    @property
+    def first_read(self) -> int:
+        return self.prompt_length - 1
+
+
+def candidate_log_likelihoods(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    candidates: Sequence[Candidates],
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """log P(candidate | prompt) in nats, summed over tokens, for every candidate of every row."""
+    runs = [
+        _Run(row, [*prompt, *context], len(prompt), members)
+        for row, prompt in enumerate(prompts)
+        for context, members in _shared_contexts(candidates[row])
+    ]
+    scores = [[0.0] * len(row) for row in candidates]
+    device = _device(model)
+    collate = PadCollator(tokenizer)
+    vocabulary = int(base_of(model).config.get_text_config().vocab_size)
+    done = 0
+    for batch in _batches(runs, batch_size, max(1, _MAX_LOGITS // vocabulary)):
+        inputs = {key: value.to(device) for key, value in collate([{"input_ids": run.ids} for run in batch]).items()}
+        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        positions, tokens, owners = [], [], []
+        offset = 0
+        for index, run in enumerate(batch):
+            mask[index, run.first_read : len(run.ids)] = True
+            for member in run.members:
+                for depth, token in enumerate(candidates[run.row][member]):
+                    positions.append(offset + depth)
+                    tokens.append(token)
+                    owners.append((run.row, member))
+            offset += len(run.ids) - run.first_read
+        logits = labelled_logits(model, {**inputs, "use_cache": False}, mask)
+        for (row, member), value in zip(owners, _log_probs(logits, positions, tokens), strict=True):
+            scores[row][member] += value
+        done += len(batch)
+        if progress:
+            progress(done, len(runs))
+    return scores
+
+
+@lru_cache(maxsize=1024)
+def _shared_contexts(candidates: Candidates) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """The contexts c[:-1] that are not the beginning of another one, each with the candidates it serves."""
+    contexts: list[tuple[int, ...]] = []
+    for context in sorted({candidate[:-1] for candidate in candidates}, key=lambda c: (-len(c), c)):
+        if not any(longer[: len(context)] == context for longer in contexts):
+            contexts.append(context)
+    members: dict[tuple[int, ...], list[int]] = {context: [] for context in contexts}
+    for index, candidate in enumerate(candidates):
+        needed = candidate[:-1]
+        members[next(context for context in contexts if context[: len(needed)] == needed)].append(index)
+    return tuple((context, tuple(indices)) for context, indices in members.items())
+
+
+def _batches(runs: Sequence[_Run], batch_size: int, max_reads: int) -> Iterator[list[_Run]]:
+    """Runs of like length together, the longest first; several runs in a batch read ``max_reads`` positions at most."""
+    batch: list[_Run] = []
+    reads = 0
+    for run in sorted(runs, key=lambda run: -len(run.ids)):
+        wanted = len(run.ids) - run.first_read
+        if batch and (len(batch) == batch_size or reads + wanted > max_reads):
+            yield batch
+            batch, reads = [], 0
+        batch.append(run)
+        reads += wanted
+    if batch:
+        yield batch
+
+
+def _log_probs(logits: Tensor, positions: list[int], tokens: list[int]) -> list[float]:
+    """log softmax of (n, V) logits at (position, token) pairs, in float32 without a second (n, V) tensor."""
+    normalisers = torch.cat([part.float().logsumexp(dim=-1) for part in logits.split(64)])
+    at = torch.tensor(positions, device=logits.device)
+    return (logits[at, torch.tensor(tokens, device=logits.device)].float() - normalisers[at]).tolist()
+
+
+def _evaluate_candidates(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Records,
+    template: Template,
+    batch_size: int,
+    max_length: int,
+    progress: Progress | None,
+    answers: Answers,
+) -> Metrics:
+    candidates = candidate_ids(records, tokenizer, template)
+    room = [max_length - max(map(len, row)) for row in candidates]
+    prompts = prompt_ids(records, tokenizer, template, room, max_length)
+    scores = candidate_log_likelihoods(model, tokenizer, prompts, candidates, batch_size, progress)
+    hits = norm_hits = gold_tokens = 0
+    gold_score = 0.0
+    for fields, texts, row in zip(records.rows, candidates, scores, strict=True):
+        gold = records.gold_index(fields)
+        per_token = [score / len(text) for score, text in zip(row, texts, strict=True)]
+        # Two choices with the same text are the same answer.
+        best = row.index(max(row))
+        hits += texts[best] == texts[gold]
+        answers.append(_chosen(records, best, texts[best] == texts[gold], row))
+        norm_hits += texts[per_token.index(max(per_token))] == texts[gold]
+        gold_score += row[gold]
+        gold_tokens += len(texts[gold])
+    n = len(records)
+    metrics: Metrics = {"accuracy": hits / n}
+    if records.kind == "choice":
+        metrics["accuracy_norm"] = norm_hits / n
+    return {**metrics, "loss": -gold_score / gold_tokens, "n": n}
+
+
+def _chosen(records: Records, index: int, right: bool, scores: Sequence[float]) -> dict[str, Any]:
+    rounded = [round(score, 4) for score in scores]
+    if records.labels is None:
+        return {"predicted": index, "right": right, "log_likelihoods": rounded}
+    return {
+        "predicted": records.labels[index],
+        "right": right,
+        "log_likelihoods": dict(zip(records.labels, rounded, strict=True)),
+    }
+
+
+# ---- sequence classifiers ----
+
+
+def _evaluate_classifier(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Records,
+    batch_size: int,
+    max_length: int,
+    progress: Progress | None,
+    answers: Answers,
+) -> Metrics:
+    features = encode_classification(records, tokenizer, max_length=max_length)
+    check_classes(model, records)
+    order = sorted(range(len(features)), key=lambda row: -len(features[row]["input_ids"]))
+    device = _device(model)
+    collate = PadCollator(tokenizer)
+    hits, total = 0, 0.0
+    found: Answers = [{} for _ in features]
+    for start in range(0, len(features), batch_size):
+        rows = order[start : start + batch_size]
+        batch = {key: value.to(device) for key, value in collate([features[row] for row in rows]).items()}
+        labels = batch.pop("labels")
+        logits = class_logits(model, batch).float()
+        scores, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
+        right = best == labels
+        hits += int(right.sum())
+        for row, index, hit, one in zip(rows, best.tolist(), right.tolist(), scores.tolist(), strict=True):
+            found[row] = _chosen(records, index, hit, one)
+        total += float(F.nll_loss(scores, labels, reduction="sum"))
+        if progress:
+            progress(min(start + batch_size, len(features)), len(features))
+    answers += found
+    return {"accuracy": hits / len(features), "loss": total / len(features), "n": len(features)}
+
+
+def check_classes(model: nn.Module, records: Records) -> None:
+    """Raises GatewiseError when a classifier has another number of classes than the records have labels."""
+    classes = base_of(model).config.num_labels
+    if classes != len(records.labels or ()):
+        raise GatewiseError(
+            f"the model has {classes} classes, but {records.source} has the {len(records.labels or ())} labels "
+            f"{', '.join(records.labels or ())}; give the labels the model was trained with"
+        )
+
+
+# ---- writing ----
+
+
+def _generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Progress | None,
+) -> list[str]:
+    """What the model writes after each prompt, greedily, up to the end-of-text token."""
+    pad_id = PadCollator(tokenizer).pad_id
+    ends = end_ids(model, tokenizer)
+    config = greedy(max_new_tokens, ends, pad_id)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids = pad([prompts[row] for row in rows], pad_id, left=True).to(_device(model))
+        mask = pad([[1] * len(prompts[row]) for row in rows], 0, left=True).to(_device(model))
+        written = written_after(model, ids, mask, config).tolist()
+        for row, tokens in zip(rows, written, strict=True):
+            end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+            texts[row] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+        if progress:
+            progress(start + len(rows), len(prompts))
+    return texts
+
+
+def greedy(max_new_tokens: int, ends: set[int], pad_id: int) -> GenerationConfig:
+    """Settings to generate the most probable next token up to an end-of-text token."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad_id,
+        # Values left open are filled in from the model's own defaults, which may sample or punish repetition.
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+    )
+
+
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """End-of-text tokens: the tokenizer's, and those the model's own generation settings name."""
+    named = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
+    ids = set(named) if isinstance(named, list) else {named}
+    return {int(one) for one in ids | {tokenizer.eos_token_id} if one is not None}
+
+
+# ---- around a measurement ----
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """No gradients, dropout off; every module's training mode and the random states are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = _device(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.eval()
+        try:
+            # Not inference_mode: buffers that a model fills in its forward would stay unusable for training.
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def most_positions(model: nn.Module) -> int:
+    """The longest text that the model's positions allow, beside a soft prompt that takes some of them."""
+    config = base_of(model).config
+    return int(getattr(config, "max_position_embeddings", None) or 2**31) - prompt_length(model)

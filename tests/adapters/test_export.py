@@ -1,0 +1,131 @@
+"""Exports load in stock PEFT with the logits of the trained model, from a model and from a folder, packed and padded."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_base
+
+from gatewise.adapters.export import to_lora
+from gatewise.allocation import slots
+from gatewise.errors import GatewiseError
+
+
+def output(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def half_done(adapted, family, **settings):
+    """A model as it is in mid-training: wide, with dead slots and a module without any rank."""
+    model = adapted(family, **settings)
+    slots.widen(model, 8)
+    layers = slots.lora_layers(model)
+    paths = list(layers)
+    slots.prune(layers[paths[0]], "default", [0, 1, 2])
+    slots.prune(layers[paths[1]], "default", [2])
+    slots.grow(layers[paths[3]], "default", 4, torch.Generator().manual_seed(3))
+    torch.nn.init.normal_(layers[paths[3]].lora_B["default"].weight[:, :7])
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 5}, {"use_dora": True}])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("source", ["model", "folder"])
+def test_loads_in_stock_peft_with_the_same_logits(adapted, batch, tmp_path, family, settings, padded, source):
+    model, data = half_done(adapted, family, **settings), batch(family)
+    expected = output(model, data)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if source == "folder":
+        model.save_pretrained(tmp_path / "saved")
+    out = to_lora(model if source == "model" else tmp_path / "saved", tmp_path / "out", padded=padded)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_base(family), out)
+    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+    config = json.loads((out / "adapter_config.json").read_text())
+    widths = {len(layer.lora_A["default"].weight) for layer in slots.lora_layers(loaded).values()}
+    if padded:
+        assert widths == {7}
+        assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (7, 7, {}, {})
+    else:
+        assert widths == ({1, 2, 3, 7} if settings.get("use_dora") else {2, 3, 7})
+
+
+def test_embeddings_patterns_and_modules_to_save_come_along(batch, tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["embed_tokens", "q_proj", "v_proj"],
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"v_proj": 3},
+        modules_to_save=["lm_head"],
+        init_lora_weights=False,
+    )
+    model = get_peft_model(tiny_base("llama"), config)
+    torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
+    expected = output(model, batch())
+    for padded in (False, True):
+        out = to_lora(model, tmp_path / str(padded), padded=padded)
+        torch.manual_seed(0)
+        loaded = PeftModel.from_pretrained(tiny_base("llama"), out)
+        torch.testing.assert_close(output(loaded, batch()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_named_adapter(adapted, batch, tmp_path):
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("second")
+    expected = output(model, batch())
+    out = to_lora(model, tmp_path / "out", adapter="second")
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), out)
+    torch.testing.assert_close(output(loaded, batch()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_refusals_leave_nothing(adapted, tmp_path):
+    saved = tmp_path / "saved"
+    adapted().save_pretrained(saved)
+    weights = saved / "adapter_model.safetensors"
+    out = tmp_path / "out"
+
+    def refused(message, source=saved, target=out):
+        with pytest.raises(GatewiseError, match=message):
+            to_lora(source, target)
+        assert not out.exists()
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    refused("is not an adapter", source=tmp_path)
+    refused("is not empty", target=saved)
+    refused("is a file", target=weights)
+    refused("cannot write", target=weights / "below")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    refused("damaged or cut off")
+    tensors = {key: torch.zeros_like(value) for key, value in tensors_of(whole, tmp_path).items()}
+    save_file(tensors, weights)
+    refused("has no live rank")
+    save_file({key: value for key, value in tensors.items() if "lora_A" in key}, weights)
+    refused("has only factor A of module")
+    weights.rename(saved / "adapter_model.bin")
+    refused("is a pickle and is not read")
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    refused("peft_type 'IA3', expected 'LORA'")
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "ROUTED_LORA"}))
+    refused("chooses modules by the prompt, so that no LoRA is like it")
+    (saved / "adapter_config.json").write_text("{")
+    refused("not valid JSON")
+
+
+def tensors_of(data, folder):
+    path = folder / "copy.safetensors"
+    path.write_bytes(data)
+    tensors = load_file(path)
+    path.unlink()
+    return tensors

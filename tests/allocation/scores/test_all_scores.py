@@ -1,0 +1,148 @@
+"""What every score must keep, whatever it measures."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from gatewise.allocation import slots
+from gatewise.scores import SCORES, sensitivity, taylor
+
+
+@pytest.fixture(params=list(SCORES))
+def score(request):
+    return SCORES[request.param]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
+def test_one_finite_number_for_each_live_rank(score, adapted, batch, family, settings):
+    model = adapted(family, **settings)
+    slots.widen(model, 5)
+    layers = slots.lora_layers(model)
+    first, second = list(layers)[:2]
+    slots.prune(layers[first], "default", [1])
+    slots.prune(layers[second], "default", [0, 1, 2])
+    got = score(model, batch(family))
+    assert list(got) == list(layers)
+    assert {path: len(value) for path, value in got.items()} == slots.ranks(model)
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in got.values())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(score, adapted, batch, side):
+    model, data = adapted(), batch(side=side)
+    columns = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    wider = {}
+    for key, value in data.items():
+        more = torch.full((len(value), 6), columns[key])
+        wider[key] = torch.cat([value, more] if side == "right" else [more, value], dim=1)
+    expected, got = score(model, data), score(model, wider)
+    for path in expected:
+        torch.testing.assert_close(got[path], expected[path], rtol=1e-4, atol=1e-5)
+
+
+def test_order_of_rows_and_of_ranks_changes_nothing(score, adapted, batch):
+    model, data = adapted(), batch()
+    expected = score(model, data)
+    got = score(model, {key: value.flip(0) for key, value in data.items()})
+    for path in expected:
+        torch.testing.assert_close(got[path], expected[path], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for layer in slots.lora_layers(model).values():
+            layer.lora_A["default"].weight.copy_(layer.lora_A["default"].weight.flip(0))
+            layer.lora_B["default"].weight.copy_(layer.lora_B["default"].weight.flip(1))
+    got = score(model, data)
+    for path in expected:
+        torch.testing.assert_close(got[path].flip(0), expected[path], rtol=1e-4, atol=1e-5)
+
+
+def test_model_and_random_state_are_as_they_were(score, adapted, batch):
+    model = adapted(lora_dropout=0.3)
+    model.train()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    first = score(model, batch())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert wanted == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert all(p.grad is None for p in model.parameters())
+    second = score(model, batch())  # with dropout on, the two would differ
+    for path in first:
+        assert torch.equal(first[path], second[path])
+
+
+def test_scores_of_a_frozen_adapter(score, adapted, batch):
+    model = adapted()
+    expected = score(model, batch())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    got = score(model, batch())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for path in expected:
+        torch.testing.assert_close(got[path], expected[path])
+
+
+def test_gradient_checkpointing_changes_nothing(score, adapted, batch):
+    model = adapted()
+    expected = score(model, batch())
+    model.get_base_model().gradient_checkpointing_enable()
+    model.train()
+    got = score(model, batch())
+    for path in expected:
+        torch.testing.assert_close(got[path], expected[path])
+
+
+def test_taylor_is_the_derivative(adapted, batch):
+    """Central differences of the model's own loss in the scale of one column of B, at all ranks on and at all off."""
+    model, data, path = adapted().double().eval(), batch(), "model.layers.0.self_attn.k_proj"
+    layers = slots.lora_layers(model)
+    saved = {p: layer.lora_B["default"].weight.detach().clone() for p, layer in layers.items()}
+
+    def loss(everything, slot, own):
+        with torch.no_grad():
+            for p, layer in layers.items():
+                layer.lora_B["default"].weight.copy_(saved[p] * everything)
+            layers[path].lora_B["default"].weight[:, slot] = saved[path][:, slot] * own
+            logits = model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
+            return float(cross_entropy(logits[:, :-1].flatten(0, 1), data["labels"][:, 1:].flatten()))
+
+    step, expected = 1e-2, []  # RMSNorm works in float32 even here, which rules out a smaller one
+    for slot in range(3):
+        on = (loss(1.0, slot, 1 + step) - loss(1.0, slot, 1 - step)) / (2 * step)
+        off = (loss(0.0, slot, step) - loss(0.0, slot, -step)) / (2 * step)
+        expected.append((loss(1.0, slot, 1.0) - loss(0.0, slot, 0.0)) - (on + off))
+    loss(1.0, 0, 1.0)
+    torch.testing.assert_close(taylor(model, data)[path].double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-5)
+
+
+def reference_sensitivity(model, batches, beta):
+    """AdaLoRA's eqs. 7-10 with the gate in the place of the singular value, parameter by parameter, from plain autograd."""
+    model.eval()
+    smoothed = {}
+    for data in batches:
+        model.zero_grad()
+        model(**data).loss.backward()
+        for path, layer in slots.lora_layers(model).items():
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            # B's gradient summed with B is the gradient of a gate on each rank.
+            now = {"a": (a * a.grad).abs(), "b": (b * b.grad).abs(), "gate": (b * b.grad).sum(dim=0).abs()}
+            for name, value in now.items():
+                if len(batches) == 1:
+                    smoothed[path, name] = (value, torch.ones(()))
+                    continue
+                mean, spread = smoothed.get((path, name), (torch.zeros(()), torch.zeros(())))
+                mean = beta * mean + (1 - beta) * value
+                smoothed[path, name] = (mean, beta * spread + (1 - beta) * (value - mean).abs())
+    scores = {key: mean * spread for key, (mean, spread) in smoothed.items()}
+    return {p: scores[p, "gate"] + scores[p, "a"].mean(dim=1) + scores[p, "b"].mean(dim=0) for p in slots.lora_layers(model)}
+
+
+def test_sensitivity_is_adaloras(adapted, batch):
+    model = adapted()
+    batches = [batch(rows=2), batch(rows=4), batch(rows=3)]
+    for some in (batches[:1], batches):
+        got, expected = sensitivity(model, some), reference_sensitivity(model, some, 0.85)
+        for path in expected:
+            torch.testing.assert_close(got[path], expected[path].detach(), rtol=1e-4, atol=1e-9)

@@ -1,0 +1,167 @@
+"""The budget's rules as properties over arbitrary scores, and the paper's own example."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gatewise.allocation.algorithm import Round, cubic_budget, plan_round, prune_lowest, smoothed, spared, spread
+
+finite = st.floats(-1, 1, allow_nan=False)
+module_scores = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.lists(finite, max_size=6), min_size=1, max_size=7)
+
+
+def test_the_papers_example():
+    assert spread(8, {"m1": 9, "m2": 9, "m3": 9}, {"m1": 3.0, "m2": 2.0, "m3": 1.0}) == {"m1": 3, "m2": 3, "m3": 2}
+
+
+def test_a_full_module_passes_its_share_on():
+    assert spread(8, {"m1": 1, "m2": 9, "m3": 9}, {"m1": 3.0, "m2": 2.0, "m3": 1.0}) == {"m1": 1, "m2": 4, "m3": 3}
+    assert spread(8, {"m1": 1, "m2": 2}, {"m1": 3.0, "m2": 2.0}) == {"m1": 1, "m2": 2}
+
+
+def test_ties_go_by_order():
+    assert prune_lowest({"b": [0.0, 0.0], "a": [0.0]}, 2) == {"b": [0, 1]}
+    assert spread(1, {"b": 2, "a": 2}, {"b": 0.0, "a": 0.0}) == {"b": 1}
+
+
+def test_every_module_lost_one_so_the_budget_shrinks():
+    plan = plan_round({"a": [0.1, 0.2], "b": [0.1, 0.2]}, 2, {"a": 4, "b": 4}, 4)
+    assert plan.pruned == {"a": [0], "b": [0]}
+    assert plan.grown == {}
+
+
+def test_an_empty_module_may_grow_again_but_comes_last():
+    plan = plan_round({"a": [0.1, 0.2], "b": [], "c": [0.9]}, 1, {"a": 4, "b": 4, "c": 4}, 3)
+    assert plan.grown == {"c": 1}
+    plan = plan_round({"a": [0.1, 0.2], "b": [], "c": [0.9]}, 2, {"a": 4, "b": 4, "c": 4}, 3)
+    assert plan.grown == {"b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_numbers_are_refused(bad):
+    with pytest.raises(ValueError, match="module b"):
+        plan_round({"a": [0.1], "b": [bad]}, 1, {"a": 2, "b": 2}, 2)
+
+
+@given(module_scores, st.integers(0, 30), st.integers(0, 2))
+def test_prune_takes_the_lowest(scores, count, min_rank):
+    pruned = prune_lowest(scores, count, min_rank)
+    taken = sum(map(len, pruned.values()))
+    assert taken == min(count, sum(max(0, len(values) - min_rank) for values in scores.values()))
+    for module, positions in pruned.items():
+        assert positions == sorted(set(positions))
+        assert len(scores[module]) - len(positions) >= min_rank
+    highest = max((scores[m][p] for m, ps in pruned.items() for p in ps), default=-math.inf)
+    for module, values in scores.items():
+        gone = pruned.get(module, [])
+        if len(values) - len(gone) > min_rank:
+            assert all(value >= highest for position, value in enumerate(values) if position not in gone)
+
+
+@given(module_scores, st.integers(0, 30), st.integers(0, 40), st.integers(0, 6), st.data())
+def test_a_round_keeps_its_promises(scores, count, budget, spare, data):
+    capacity = {module: len(values) + data.draw(st.integers(0, spare)) for module, values in scores.items()}
+    live = sum(map(len, scores.values()))
+    budget = max(budget, live)
+    plan = plan_round(scores, count, capacity, budget)
+    after = {m: len(v) - len(plan.pruned.get(m, [])) + plan.grown.get(m, 0) for m, v in scores.items()}
+    assert all(0 <= after[module] <= capacity[module] for module in scores)
+    assert sum(after.values()) <= live <= budget
+    assert not plan.pruned.keys() & plan.grown.keys()
+    assert plan == plan_round(dict(scores), count, dict(capacity), budget)
+
+
+def test_spared_ranks_stay():
+    assert prune_lowest({"a": [0.1, 0.2], "b": [0.3]}, 2, spared={"a": {0}}) == {"a": [1], "b": [0]}
+    plan = plan_round({"a": [0.1, 0.2], "b": [0.3]}, 1, {"a": 4, "b": 4}, 3, spared={"a": {0, 1}})
+    assert plan.pruned == {"b": [0]}
+
+
+def test_module_pruning():
+    scores = {"good": [0.1, 0.5], "bad": [0.9, -1.0], "worse": [-2.0, -1.0, 1.0], "empty": [], "zero": [0.0]}
+    capacity = dict.fromkeys(scores, 4)
+    # "worse" goes first and whole, "bad" fits no more, "zero" does. What was lost goes to the modules that lost none and are there.
+    plan = plan_round(scores, 4, capacity, 8, module_pruning=True)
+    assert plan.pruned == {"worse": [0, 1, 2], "zero": [0]}
+    assert plan.grown == {"good": 2, "bad": 2}
+    # None fits, so single ranks go, and a module's last one stays for now.
+    assert plan_round({"bad": [0.9, -1.0], "fair": [0.1]}, 1, capacity | {"fair": 1}, 8, module_pruning=True).pruned == {"bad": [1]}
+    # All three that are worth nothing or less; "good" keeps one of its ranks whatever the number.
+    plan = plan_round(scores, 7, capacity, 8, module_pruning=True)
+    assert plan.pruned == {"good": [0], "bad": [0, 1], "worse": [0, 1, 2], "zero": [0]}
+    # A module with a rank that is too new to judge is not worthless yet.
+    plan = plan_round(scores, 3, capacity, 8, module_pruning=True, spared={"worse": {2}})
+    assert plan.pruned == {"bad": [0, 1], "zero": [0]}
+    # Without it the same call takes single ranks.
+    assert plan_round(scores, 3, capacity, 8).pruned == {"bad": [1], "worse": [0, 1]}
+
+
+@given(module_scores, st.integers(0, 30))
+def test_module_pruning_keeps_a_rank_of_what_is_worth_something(scores, count):
+    plan = plan_round(scores, count, {m: len(v) + 3 for m, v in scores.items()}, 99, module_pruning=True)
+    for module, values in scores.items():
+        left = len(values) - len(plan.pruned.get(module, []))
+        if math.fsum(values) > 0:
+            assert left >= 1
+        assert values or module not in plan.grown
+    live = sum(map(len, scores.values()))
+    assert sum(map(len, plan.pruned.values())) <= min(count, max(0, live - 1))
+
+
+def test_cubic_budget():
+    assert [cubic_budget(100, 36, done, 4) for done in range(6)] == [100, 63, 44, 37, 36, 36]
+
+
+@given(
+    st.integers(0, 40),
+    st.dictionaries(st.text("abc", min_size=1, max_size=2), st.integers(0, 9), min_size=1),
+    st.data(),
+)
+def test_spread_is_even_and_complete(count, room, data):
+    means = {module: data.draw(finite) for module in room}
+    given_ranks = spread(count, room, means)
+    assert sum(given_ranks.values()) == min(count, sum(room.values()))
+    open_modules = [m for m in room if given_ranks.get(m, 0) < room[m]]
+    for module in open_modules:
+        # One that could take more has at least as much as any other, less the remainder.
+        assert all(given_ranks.get(module, 0) >= given_ranks.get(other, 0) - 1 for other in room)
+        for other in open_modules:
+            if means[module] > means[other]:
+                assert given_ranks.get(module, 0) >= given_ranks.get(other, 0)
+
+
+def one_round(number, slots, scores, pruned=None, grown=None):
+    return Round(number, number, scores, slots, pruned or {}, grown or {}, {}, 0.0, 0.0, 0.0)
+
+
+def test_no_smoothing_is_the_scores_themselves():
+    history = [one_round(1, {"a": [0]}, {"a": [9.0]})]
+    assert smoothed(history, {"a": [0]}, {"a": [1.0]}, 0.0) == {"a": [1.0]}
+
+
+def test_smoothing_follows_each_slot_while_it_lives():
+    """Slot 0 lives throughout, slot 1 is pruned and comes back as another rank, slot 2 is grown in the first round."""
+    history = [
+        one_round(1, {"a": [0, 1]}, {"a": [4.0, 8.0]}, pruned={"a": [1]}, grown={"a": [2]}),
+        one_round(2, {"a": [0, 2]}, {"a": [2.0, 6.0]}, grown={"a": [1]}),
+    ]
+    got = smoothed(history, {"a": [0, 1, 2]}, {"a": [1.0, 5.0, 7.0]}, 0.5)
+    assert got == {"a": [0.5 * (0.5 * 4 + 0.5 * 2) + 0.5 * 1, 5.0, 0.5 * 6 + 0.5 * 7]}
+
+
+def test_smoothing_weighs_the_past():
+    history = [one_round(1, {"a": [3]}, {"a": [1.0]})]
+    assert smoothed(history, {"a": [3]}, {"a": [0.0]}, 0.9)["a"] == pytest.approx([0.9])
+
+
+def test_spared_are_the_positions_of_what_the_last_rounds_grew():
+    history = [
+        one_round(1, {}, {}, grown={"a": [4], "b": [1]}),
+        one_round(2, {}, {}, pruned={"b": [1]}, grown={"a": [5]}),
+    ]
+    live = {"a": [0, 4, 5], "b": [0]}
+    assert spared(history, live, 0) == {}
+    assert spared(history, live, 1) == {"a": {2}}
+    assert spared(history, live, 2) == {"a": {1, 2}, "b": set()}

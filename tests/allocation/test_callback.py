@@ -1,0 +1,441 @@
+"""RankAllocation in real Trainers on tiny models: what it decides, what it leaves behind, and that it can be interrupted."""
+
+import copy
+import itertools
+import json
+import logging
+
+import pytest
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gatewise.allocation import slots
+from gatewise.allocation.callback import RankAllocation
+from gatewise.errors import GatewiseError
+
+
+@pytest.fixture
+def examples():
+    """examples(family, n) -> n rows of one length, a list of dicts of tensors."""
+
+    def make(family="llama", n=24, width=8):
+        generator = torch.Generator().manual_seed(2)
+        rows = []
+        for _ in range(n):
+            ids = torch.randint(1, 60, (width,), generator=generator)
+            labels = torch.randint(0, 3, (), generator=generator) if family == "bert" else ids.clone()
+            rows.append({"input_ids": ids, "attention_mask": torch.ones(width, dtype=torch.long), "labels": labels})
+        return rows
+
+    return make
+
+
+@pytest.fixture
+def run(adapted, examples, tmp_path):
+    """run(family, peft settings, allocation settings, training settings) -> model, allocation, trainer, after training."""
+
+    def train(family="llama", peft=None, allocation=None, training=None, resume=None, callbacks=()):
+        torch.manual_seed(0)
+        model = adapted(family, trained=False, **(peft or {}))
+        data = examples(family)
+        settings = {"rounds": 3, "first_round": 3, "recover": 2, "prune_fraction": 1 / 6, "score": "taylor", **(allocation or {})}
+        held_out = {key: torch.stack([row[key] for row in data[:6]]) for key in data[0]}
+        callback = RankAllocation(validation_batch=held_out, **settings)
+        arguments = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 10,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 5e-2,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 3,
+            **(training or {}),
+        }
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**arguments),
+            train_dataset=data,
+            eval_dataset=data[:8],
+            callbacks=[callback, *callbacks],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model, callback, trainer
+
+    return train
+
+
+def logits(model, rows):
+    model.eval()
+    if "_original_forward" in model.__dict__:  # mixed precision: the Trainer leaves its autocast in the model's forward
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    with torch.no_grad():
+        return model(**{key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "peft", "training"),
+    [
+        ("llama", {}, {}),
+        ("llama", {"use_rslora": True}, {"gradient_accumulation_steps": 2}),
+        ("llama", {}, {"gradient_checkpointing": True, "weight_decay": 0.1}),
+        ("llama", {}, {"bf16": True}),
+        ("llama", {"use_dora": True, "lora_dropout": 0.1}, {}),
+        ("llama", {"init_lora_weights": "olora"}, {}),
+        ("gpt2", {"fan_in_fan_out": True}, {}),
+        ("bert", {}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+    ],
+)
+@pytest.mark.parametrize("score", ["ablation", "path_integral", "sensitivity"])
+def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest_base, family, peft, training, score):
+    model, allocation, _ = run(family, peft=peft, allocation={"score": score}, training=training)
+    assert [one.step for one in allocation.history] == [3, 5, 7]
+    start = allocation.budget
+    for one in allocation.history:
+        assert sum(one.ranks.values()) <= start
+        assert sum(map(len, one.pruned.values())) == round(start / 6)
+        assert not one.pruned.keys() & one.grown.keys()
+        assert torch.isfinite(torch.tensor([one.loss_before, one.loss_after])).all()
+    assert slots.ranks(model) == {path: r for path, r in allocation.history[-1].ranks.items() if r}
+    expected = logits(model, examples(family))
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert len(set(slots.ranks(model).values())) == 1 or config["rank_pattern"]
+    assert json.loads((tmp_path / "adapter" / "allocation.json").read_text())["rounds"][2]["round"] == 3
+    if peft.get("init_lora_weights") != "olora":  # which rewrites the base weights: not for a fresh copy of them
+        loaded = PeftModel.from_pretrained(conftest_base(family), tmp_path / "adapter")
+        assert {p: layer.scaling["default"] for p, layer in slots.lora_layers(loaded).items()} == pytest.approx(
+            dict.fromkeys(slots.ranks(model), 6 / 3**0.5 if peft.get("use_rslora") else 2.0)
+        )
+        torch.testing.assert_close(logits(loaded, examples(family)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def conftest_base():
+    """conftest_base(family) -> the base model that ``run`` trained on."""
+    from tiny_models import tiny_base
+
+    def make(family):
+        torch.manual_seed(0)
+        return tiny_base(family)
+
+    return make
+
+
+def test_pruned_ranks_stay_dead_and_grown_ones_learn(run):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            model = kwargs["model"]
+            layers = slots.lora_layers(model)
+            seen.append(
+                {
+                    path: (slots.live_slots(layer, "default"), layer.lora_B["default"].weight.detach().clone())
+                    for path, layer in layers.items()
+                }
+            )
+
+    _, allocation, _ = run(callbacks=[Watch()])
+    # callbacks run in order, so step s (from 1) is seen after its round
+    for one in allocation.history:
+        for path, dead in one.pruned.items():
+            for later in seen[one.step - 1 : one.step + 1]:
+                assert not set(dead) & set(later[path][0])
+        for path, new in one.grown.items():
+            assert set(new) <= set(seen[one.step - 1][path][0])
+            assert (seen[one.step - 1][path][1][:, new] == 0).all()
+            assert (seen[one.step][path][1][:, new] != 0).any()
+
+
+def test_same_training_as_stock_lora_until_the_first_round(run, adapted, examples, tmp_path):
+    model, _, _ = run(allocation={"rounds": 0})
+    torch.manual_seed(0)
+    stock = adapted(trained=False)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "stock"),
+        max_steps=10,
+        per_device_train_batch_size=4,
+        learning_rate=5e-2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+    )
+    Trainer(model=stock, args=arguments, train_dataset=examples()).train()
+    for name, value in stock.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_resumed_equals_uninterrupted(run, tmp_path, family):
+    peft, training = {"lora_dropout": 0.1}, {"save_strategy": "steps", "save_steps": 4}
+    whole, allocation, _ = run(family, peft=peft, training=training)
+    expected = {name: value.clone() for name, value in whole.state_dict().items()}
+    resumed, again, _ = run(family, peft=peft, training=training, resume=str(tmp_path / "run" / "checkpoint-4"))
+    assert [one.round for one in again.history] == [1, 2, 3]
+    assert [(o.pruned, o.grown, o.ranks) for o in again.history] == [(o.pruned, o.grown, o.ranks) for o in allocation.history]
+    assert resumed.state_dict().keys() == expected.keys()
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_every_checkpoint_is_a_plain_adapter(run, examples, tmp_path, conftest_base):
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            kept[state.global_step] = logits(kwargs["model"], examples()).clone()
+            kwargs["model"].train()
+
+    run(training={"save_strategy": "steps", "save_steps": 1}, callbacks=[Keep()])
+    assert sorted(kept) == list(range(1, 11))
+    for step, expected in kept.items():
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        loaded = PeftModel.from_pretrained(conftest_base("llama"), folder)
+        torch.testing.assert_close(logits(loaded, examples()), expected, rtol=1e-5, atol=1e-5)
+        assert (folder / "allocation.json").is_file()
+
+
+@pytest.mark.parametrize(("worst", "rounds"), [(True, 0), (False, 3)])
+def test_best_checkpoint_is_the_one_compacted_and_described(run, worst, rounds):
+    """Loss falls, so that the "best" of the highest loss is step 2, before any round, and of the lowest one step 10."""
+    training = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": worst,
+    }
+    model, allocation, trainer = run(training=training)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2" if worst else "checkpoint-10")
+    assert len(allocation.history) == len(allocation.to_json()["rounds"]) == rounds
+    expected = allocation.history[-1].ranks if rounds else dict.fromkeys(slots.ranks(model), 3)
+    assert slots.ranks(model) == {path: r for path, r in expected.items() if r}
+    assert sum(expected.values()) == allocation.budget or rounds
+
+
+def test_history_says_why(run):
+    _, allocation, _ = run(allocation={"score": "ablation", "score_options": {"mode": "exact"}})
+    one = allocation.history[0]
+    flat = sorted((score, path, slot) for path in one.scores for score, slot in zip(one.scores[path], one.slots[path], strict=True))
+    lowest = {(path, slot) for _, path, slot in flat[: round(allocation.budget / 6)]}
+    assert lowest == {(path, slot) for path, dead in one.pruned.items() for slot in dead}
+
+
+def test_a_score_of_ones_own(run):
+    def magnitude(model, batch, adapter=None):
+        return {
+            path: layer.lora_A[adapter].weight[slots.live_slots(layer, adapter)].norm(dim=1).detach()
+            for path, layer in slots.lora_layers(model, adapter).items()
+        }
+
+    _, allocation, _ = run(allocation={"score": magnitude})
+    assert allocation.to_json()["score"] == "magnitude"
+    assert len(allocation.history) == 3
+
+
+def test_cubic_budget_ends_at_its_target(run, caplog):
+    """42 ranks down to 28 in three rounds, nothing grown, and stock LoRA's width until the first."""
+    settings = {"score": "path_integral", "schedule": "cubic", "target_rank": 2}
+    model, allocation, _ = run(allocation=settings)
+    assert (allocation.budget, allocation.target) == (42, 28)
+    assert set(allocation.to_json()["r_max"].values()) == {3}
+    assert [sum(one.ranks.values()) for one in allocation.history] == [28 + round(14 * (2 / 3) ** 3), 28 + round(14 / 27), 28]
+    assert not any(one.grown for one in allocation.history)
+    assert sum(slots.ranks(model).values()) == 28
+    assert "given back" not in caplog.text
+    # Rounds that do not fit are left out, and the target is reached all the same.
+    model, allocation, _ = run(allocation=settings | {"rounds": 9})
+    assert [one.step for one in allocation.history] == [3, 5, 7, 9]
+    assert sum(slots.ranks(model).values()) == 28
+
+
+def test_cubic_budget_is_met_when_training_ends_early(run, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    with caplog.at_level(logging.WARNING, logger="gatewise"):
+        model, allocation, _ = run(allocation={"schedule": "cubic", "target_rank": 2}, callbacks=[Stop()])
+    assert [one.step for one in allocation.history] == [3, 5, 6]
+    assert sum(slots.ranks(model).values()) == 28
+    assert "before the budget was down to its target of 28 ranks" in caplog.text
+
+
+def test_module_pruning_takes_whole_modules_for_good(run):
+    """A score that hates one module and likes every other: the first round empties it, and it never comes back."""
+    hated = "model.layers.1.mlp.down_proj"
+
+    def score(model, batch, adapter=None):
+        layers = slots.lora_layers(model, adapter)
+        return {p: torch.full((len(slots.live_slots(la, adapter)),), -1.0 if p == hated else 1.0) for p, la in layers.items()}
+
+    model, allocation, _ = run(allocation={"score": score, "module_pruning": True, "prune_fraction": 4 / 42})
+    first = allocation.history[0]
+    assert first.pruned[hated] == [0, 1, 2]
+    assert sum(map(len, first.pruned.values())) == 4
+    assert all(one.ranks[hated] == 0 and hated not in one.grown for one in allocation.history)
+    assert hated not in slots.ranks(model)
+    assert all(rank > 0 for rank in slots.ranks(model).values())
+    assert model.get_base_model().get_submodule(hated).__class__ is torch.nn.Linear
+
+
+def test_grace_lets_new_ranks_live(run):
+    """A score that values a rank by its B prunes what has just grown; a grace period keeps it for that long."""
+
+    def by_size(model, batch, adapter=None):
+        layers = slots.lora_layers(model, adapter)
+        return {p: slots.factors(la, adapter)[1].detach().norm(dim=0)[slots.live_slots(la, adapter)] for p, la in layers.items()}
+
+    def killed_young(history):
+        pairs = itertools.pairwise(history)
+        return sum(len(set(old.grown.get(p, [])) & set(dead)) for old, new in pairs for p, dead in new.pruned.items())
+
+    settings = {"score": by_size, "recover": 2, "rounds": 3, "r_max": 6}
+    _, churning, _ = run(allocation=settings)
+    assert killed_young(churning.history) > 0
+    _, calm, _ = run(allocation=settings | {"grace_rounds": 1})
+    assert sum(map(len, calm.history[0].grown.values())) > 0
+    assert killed_young(calm.history) == 0
+
+
+def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
+    with caplog.at_level(logging.WARNING, logger="gatewise"):
+        _, allocation, _ = run(allocation={"first_round": 1.0, "recover": 0.5, "rounds": 5})
+    assert [one.step for one in allocation.history] == [6, 9]  # 24 rows in batches of 4: six steps an epoch, ten in all
+    assert "room for 2 of 5 rounds" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score": "luck"}, "score 'luck' is not known; expected one of ablation"),
+        ({"prune_fraction": 1.5}, "prune_fraction is 1.5"),
+        ({"recover": 0}, "recover 0"),
+        ({"schedule": "square"}, "schedule 'square' is not known; expected one of constant-budget, cubic"),
+        ({"schedule": "cubic"}, "needs target_rank"),
+        ({"schedule": "cubic", "target_rank": 3}, "target_rank is 3 a module, 42 ranks in all, but the adapter starts with 42"),
+        ({"schedule": "cubic", "target_rank": 2, "r_max": 4}, "r_max is 4, but schedule 'cubic' grows no ranks"),
+        ({"target_rank": 2}, "target_rank is 2, but schedule 'constant-budget' keeps the budget"),
+        ({"smoothing": 1.0}, "smoothing is 1.0"),
+        ({"grace_rounds": -1}, "grace_rounds is -1"),
+        ({"module_pruning": True, "min_rank": 1}, "min_rank is 1, but module_pruning takes all"),
+        ({"score": "path_integral", "score_options": {"points": 0}}, "points is 0; expected a whole number"),
+        ({"score": "path_integral", "score_options": {"rule": "simpson"}}, "rule 'simpson' is not known"),
+        ({"score": "path_integral", "score_options": {"return_convergence": True}}, "leave it out"),
+        ({"r_max": 2}, "r_max is 2 but .* already has rank 3"),
+        ({"score": "ablation", "score_options": {"mod": "exact"}}, "has 'mod'.* did you mean 'mode'"),
+        ({"score": "ablation", "score_options": {"mode": "exakt"}}, "mode 'exakt'; expected one of exact"),
+    ],
+)
+def test_bad_settings_are_refused(run, settings, message):
+    with pytest.raises(GatewiseError, match=message):
+        run(allocation=settings)
+
+
+def test_what_it_cannot_work_with_is_refused(adapted, examples, tmp_path, run):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", max_steps=1, use_cpu=True, disable_tqdm=True)
+    base = adapted().get_base_model()
+    with pytest.raises(GatewiseError, match="expected a PeftModel"):
+        Trainer(model=base, args=arguments, callbacks=[RankAllocation()])
+    model = adapted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(GatewiseError, match="ready optimizer"):
+        Trainer(model=model, args=arguments, callbacks=[RankAllocation()], optimizers=(optimizer, None))
+    trainer = Trainer(model=adapted(), args=arguments, train_dataset=examples())
+    trainer.add_callback(RankAllocation())
+    with pytest.raises(GatewiseError, match="callbacks="):
+        trainer.train()
+    for nothing in (None, [], {"input_ids": torch.ones(1, 3)}):
+        allocation = RankAllocation(validation_batch=nothing)
+        trainer = Trainer(model=adapted(), args=arguments, train_dataset=examples(), callbacks=[allocation])
+        with pytest.raises(GatewiseError, match="validation_batch"):
+            trainer.train()
+    allocation = RankAllocation(validation_batch={"labels": torch.ones(1)})
+    trainer = Trainer(model_init=lambda: adapted(), args=arguments, train_dataset=examples(), callbacks=[allocation])
+    with pytest.raises(GatewiseError, match="not model_init"):
+        trainer.train()
+    _, _, trainer = run()
+    with pytest.raises(GatewiseError, match="has finished"):
+        trainer.train()
+
+
+def test_epochs_of_a_stream_are_refused(adapted, examples, batch, tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from examples()
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", max_steps=4, use_cpu=True, disable_tqdm=True)
+    allocation = RankAllocation(validation_batch=batch())
+    trainer = Trainer(model=adapted(), args=arguments, train_dataset=Stream(), callbacks=[allocation])
+    with pytest.raises(GatewiseError, match=r"first_round=1\.0 means epochs"):
+        trainer.train()
+
+
+def test_diverged_training_stops(run):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    for layer in slots.lora_layers(kwargs["model"]).values():
+                        layer.lora_B["default"].weight[:, 0] = float("nan")
+
+    with pytest.raises(GatewiseError, match="diverged"):
+        run(callbacks=[Break()])
+
+
+def test_several_adapters_only_the_active_one_changes(adapted, examples, batch, tmp_path):
+    model = adapted(trained=False)
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model.set_adapter("second")
+    before = {name: value.clone() for name, value in model.state_dict().items() if ".default." in name}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"), report_to="none", max_steps=6, use_cpu=True, disable_tqdm=True, learning_rate=5e-2
+    )
+    allocation = RankAllocation(score="taylor", rounds=2, first_round=2, recover=2, validation_batch=batch())
+    Trainer(model=model, args=arguments, train_dataset=examples(), callbacks=[allocation]).train()
+    assert allocation.budget == 8
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if ".default." in name)
+    model.save_pretrained(tmp_path / "adapter", selected_adapters=["second"])
+    assert (tmp_path / "adapter" / "second" / "allocation.json").is_file()
+
+
+def test_the_last_rank_of_the_model_is_left(run, caplog):
+    """Two modules lose ranks in every round, so nothing grows: the budget shrinks, with a warning, but not to nothing."""
+    with caplog.at_level(logging.WARNING, logger="gatewise"):
+        model, allocation, _ = run(
+            peft={"target_modules": ["q_proj"]},
+            allocation={"rounds": 8, "first_round": 2, "recover": 1.0 / 6, "prune_fraction": 0.5},
+        )
+    assert sum(slots.ranks(model).values()) >= 1
+    assert sum(allocation.history[-1].ranks.values()) < allocation.budget
+    assert "gave back" in caplog.text
+
+
+def test_a_deep_copy_saves_its_own_weights(run, tmp_path):
+    model, _, _ = run()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in slots.lora_layers(copied).values():
+            layer.lora_B["default"].weight.fill_(7)
+    copied.save_pretrained(tmp_path / "copy")
+    saved = load_file(tmp_path / "copy" / "adapter_model.safetensors")
+    assert all((value == 7).all() for name, value in saved.items() if "lora_B" in name)
+    assert (tmp_path / "copy" / "allocation.json").is_file()
+
+
+def test_a_score_that_is_not_a_number_is_one_sentence(run):
+    def broken(model, batch, adapter=None):
+        return {path: torch.full((r,), torch.nan) for path, r in slots.ranks(model, adapter).items()}
+
+    with pytest.raises(GatewiseError, match=r"'broken' at step 3: a score of module .* the round was not carried out"):
+        run(allocation={"score": broken})

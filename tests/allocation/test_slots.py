@@ -1,0 +1,232 @@
+"""Slots on real PEFT layers: widening, pruning and growing change nothing they should not, and compacting loads in stock PEFT."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import tiny_base
+
+from gatewise.adapters.export import to_lora
+from gatewise.allocation import slots
+from gatewise.errors import GatewiseError
+
+
+def output(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 5, "query": 5}}])
+def test_widening_changes_nothing(adapted, batch, family, settings):
+    model, data = adapted(family, **settings), batch(family)
+    before, scaling = output(model, data), {p: layer.scaling["default"] for p, layer in slots.lora_layers(model).items()}
+    ranks = slots.ranks(model)
+    capacity = slots.widen(model)
+    assert torch.equal(output(model, data), before) or torch.allclose(output(model, data), before, atol=1e-6)
+    assert capacity == {path: 2 * r for path, r in ranks.items()}
+    assert slots.ranks(model) == ranks
+    assert {p: layer.scaling["default"] for p, layer in slots.lora_layers(model).items()} == scaling
+
+
+def test_a_dead_slot_gets_no_gradient_and_stays_dead(adapted, batch):
+    model = adapted()
+    slots.widen(model, 5)
+    layers = slots.lora_layers(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    path = "model.layers.0.mlp.up_proj"
+    for step in range(4):
+        optimizer.zero_grad()
+        model(**batch()).loss.backward()
+        for layer in layers.values():
+            dead = ~slots.live_mask(layer, "default")
+            assert (layer.lora_A["default"].weight.grad[dead] == 0).all()
+            assert (layer.lora_B["default"].weight.grad[:, dead] == 0).all()
+        optimizer.step()
+        if step == 1:
+            slots.prune(layers[path], "default", [0, 2], optimizer)
+        if step >= 1:
+            assert slots.live_slots(layers[path], "default") == [1]
+    assert slots.live_slots(layers["model.layers.1.mlp.up_proj"], "default") == [0, 1, 2]
+
+
+def test_pruning_is_the_gate_at_zero(adapted, batch):
+    model = adapted()
+    layer = slots.lora_layers(model)["model.layers.0.self_attn.v_proj"]
+    a, b = layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone()
+    x = torch.randn(4, a.shape[1])
+    expected = layer.base_layer(x) + 2.0 * sum(torch.outer(x @ a[i], b[:, i]) for i in (0, 2))
+    slots.prune(layer, "default", [1])
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_growing_keeps_the_function_and_clears_moments(adapted, batch):
+    model = adapted()
+    slots.widen(model, 6)
+    layer = slots.lora_layers(model)["model.layers.0.mlp.down_proj"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    slots.prune(layer, "default", [1], optimizer)
+    before = output(model, batch())
+    new = slots.grow(layer, "default", 2, torch.Generator().manual_seed(5), optimizer)
+    assert new == [1, 3]
+    assert torch.equal(output(model, batch()), before)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert (b[:, new] == 0).all()
+    assert (a[new] != 0).all()
+    assert a[new].abs().max() <= 1 / math.sqrt(a.shape[1])
+    for parameter, dim in ((a, 0), (b, 1)):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments = optimizer.state[parameter][name]
+            assert (moments.index_select(dim, torch.tensor(new)) == 0).all()
+            assert (moments != 0).any()
+    again = slots.grow(layer, "default", 1, torch.Generator().manual_seed(5))
+    assert torch.equal(a[again[0]], a[1])  # the same generator draws the same row
+    with pytest.raises(ValueError, match="only 1 dead slots"):
+        slots.grow(layer, "default", 2, torch.Generator())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_alpha": 5}])
+def test_compacted_loads_in_stock_peft(adapted, batch, tmp_path, family, settings):
+    model, data = adapted(family, **settings), batch(family)
+    slots.widen(model, 7)
+    layers = slots.lora_layers(model)
+    paths = list(layers)
+    slots.prune(layers[paths[0]], "default", [0, 1, 2])  # all of it
+    slots.prune(layers[paths[1]], "default", [1])
+    slots.grow(layers[paths[2]], "default", 3, torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(layers[paths[2]].lora_B["default"].weight[:, 3:6])
+    expected = output(model, data)
+    kept = slots.compact(model)
+    dora = settings.get("use_dora", False)
+    assert kept.get(paths[0]) == (1 if dora else None)
+    assert (kept[paths[1]], kept[paths[2]], kept[paths[3]]) == (2, 6, 3)
+    torch.testing.assert_close(output(model, data), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == 6
+    scaling = settings.get("lora_alpha", 6) / (3**0.5 if settings.get("use_rslora") else 3)
+    assert config["lora_alpha"] / config["r"] == pytest.approx(scaling)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_base(family), tmp_path)
+    assert set(slots.lora_layers(loaded)) == set(kept)
+    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(output(merged, data), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pattern_keys_match_one_module_only(adapted, tmp_path):
+    """Layer 1 must not catch layer 11, and the dot of a path is no wildcard."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def base():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=20, num_hidden_layers=12, **sizes))
+
+    model = get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"]))
+    layers = slots.lora_layers(model)
+    slots.prune(layers["model.layers.1.self_attn.q_proj"], "default", [0, 1])
+    slots.prune(layers["model.layers.0.self_attn.q_proj"], "default", [0])
+    expected = slots.compact(model)
+    model.save_pretrained(tmp_path)
+    assert slots.ranks(PeftModel.from_pretrained(base(), tmp_path)) == {p: r for p, r in expected.items() if p in expected}
+    assert expected["model.layers.11.self_attn.q_proj"] == 4
+
+
+def test_dropping_a_module_leaves_other_adapters_alone(adapted, batch):
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    first = output(model, batch())
+    model.set_adapter("second")
+    layers = slots.lora_layers(model)
+    slots.prune(layers["model.layers.0.self_attn.q_proj"], "second", [0, 1])
+    expected = output(model, batch())
+    kept = slots.compact(model)
+    assert "model.layers.0.self_attn.q_proj" not in kept
+    torch.testing.assert_close(output(model, batch()), expected)
+    model.set_adapter("default")
+    torch.testing.assert_close(output(model, batch()), first)
+
+
+def test_refusals(adapted):
+    model = adapted()
+    with pytest.raises(GatewiseError, match="no adapter named 'x'; it has 'default'"):
+        slots.lora_layers(model, "x")
+    with pytest.raises(GatewiseError, match="expected a PeftModel"):
+        slots.ranks(torch.nn.Linear(2, 2))
+    for layer in slots.lora_layers(model).values():
+        slots.prune(layer, "default", [0, 1, 2])
+    with pytest.raises(GatewiseError, match="no live rank left"):
+        slots.compact(model)
+
+
+def test_two_adapters_each_lose_a_module(adapted, batch, tmp_path):
+    """Each ends with the modules that are its own, also when both lose the same one."""
+    model = adapted(target_modules=["q_proj", "down_proj"])
+    model.add_adapter("mine", LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    lost = "model.layers.0.self_attn.q_proj"
+    for name, rest in (("mine", ("q_proj", "v_proj")), ("default", ("q_proj", "down_proj"))):
+        model.set_adapter(name)
+        layers = slots.lora_layers(model)
+        slots.prune(layers[lost], name, range(len(slots.live_slots(layers[lost], name))))
+        expected = output(model, batch())
+        slots.compact(model)
+        torch.testing.assert_close(output(model, batch()), expected)
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+        torch.manual_seed(0)
+        loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / ("" if name == "default" else name))
+        torch.testing.assert_close(output(loaded, batch()), expected)
+        assert {path.rsplit(".", 1)[1] for path in slots.ranks(loaded)} == set(rest)
+        assert lost not in slots.ranks(loaded)
+
+
+def test_an_embedding_layer_beside_widened_ones(batch, tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_base("llama"), config)
+    expected = output(model, batch())
+    slots.widen(model, 5)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path)
+    torch.testing.assert_close(output(loaded, batch()), expected)
+
+
+def test_stacked_experts_are_refused(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_local_experts": 2}
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=20, num_key_value_heads=1, **sizes))
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    assert all(path.endswith("q_proj") for path in slots.lora_layers(model))
+    with pytest.raises(GatewiseError, match="stacked experts"):
+        slots.widen(model)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(GatewiseError, match="stacked experts"):
+        to_lora(tmp_path / "saved", tmp_path / "out")
+
+
+def test_moments_in_eight_bits_are_cleared_to_the_code_of_zero(adapted):
+    """The state bitsandbytes keeps: codes of a table, of the parameter's shape."""
+    layer = slots.lora_layers(adapted())["model.layers.0.mlp.up_proj"]
+    parameters = slots.factors(layer, "default")
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    table = torch.linspace(-1, 1, 256)
+    for parameter in parameters:
+        codes = torch.full(parameter.shape, 200, dtype=torch.uint8)
+        optimizer.state[parameter] = {"state1": codes, "qmap1": table, "state2": codes.clone(), "qmap2": table.abs()}
+    slots.prune(layer, "default", [1], optimizer)
+    for dim, parameter in enumerate(parameters):
+        state = optimizer.state[parameter]
+        for number in "12":
+            codes = state[f"state{number}"].select(dim, 1)
+            assert (state[f"qmap{number}"][codes.long()].abs() < 0.01).all()
+            assert (state[f"state{number}"].select(dim, 0) == 200).all()

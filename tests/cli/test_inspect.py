@@ -1,0 +1,192 @@
+"""``gatewise inspect --scores``: what it prints where, the files it writes, and one sentence for everything that is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from tiny_run import write_adapter, write_base, write_rows
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from gatewise.adapters.lora import factors, lora_layers
+from gatewise.cli.main import app
+from gatewise.inspection.importance import score_adapter
+from gatewise.scores import SCORES
+
+Inspect = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter folder, beside its base model and its data."""
+    folder = tmp_path_factory.mktemp("saved")
+    write_rows(folder / "rows.jsonl", 12)
+    return write_adapter(folder / "adapter", write_base(folder / "base"))
+
+
+@pytest.fixture
+def inspect(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inspect:
+    """inspect(...) -> the result of ``gatewise inspect ADAPTER ...``, run in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return lambda *words: CliRunner().invoke(app, ["inspect", str(saved), *map(str, words)])
+
+
+@pytest.fixture
+def data(saved: Path) -> Path:
+    return saved.parent / "rows.jsonl"
+
+
+def test_scores_are_shown_by_layer_and_module(inspect: Inspect, saved: Path, data: Path) -> None:
+    result = inspect("--scores", "--data", data)
+    assert result.exit_code == 0, result.output
+    found = score_adapter(saved, str(data))
+    grid = found.score_grid()
+    lines = [line.split() for line in result.stdout.splitlines() if line.split()]
+    assert result.stdout.startswith("path_integral score in 10⁻³ nats, the sum over the ranks of a module\n")
+    assert lines[1] == ["layer", "q", "k", "v", "o", "gate", "up", "down", "total"]
+    assert ["0", *map(grid.write, grid.cells[0]), grid.write(grid.rows[0])] in lines
+    assert ["total", *map(grid.write, grid.columns), grid.write(grid.total)] in lines
+    assert [found.ranked[0].path, "3", grid.write(found.ranked[0].total)] in lines
+    assert f"rows: 12 of {data}" in " ".join(result.stdout.split())
+    assert f"could go: {len(found.useless)} modules" in result.stdout
+    assert "scoring on 12 rows with path_integral" in result.stderr
+    assert "suggestion" not in result.stdout
+
+
+def test_every_setting_reaches_the_score(inspect: Inspect, saved: Path, data: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "other", rms_norm_eps=0.1)
+    words = (
+        "--score",
+        "taylor",
+        "--rows",
+        5,
+        "--base",
+        base,
+        "--template-prompt",
+        "Is {text} good?",
+        "--labels",
+        "bad=no,good=yes",
+    )
+    told = json.loads(inspect("--scores", "--data", data, "--json", *words).stdout)
+    settings = {"base": str(base), "prompt": "Is {text} good?", "labels": "bad=no,good=yes"}
+    expected = score_adapter(saved, str(data), score="taylor", rows=5, **settings)  # type: ignore[arg-type]
+    assert (told["score"], told["rows"], told["base_model"]) == ("taylor", 5, str(base))
+    assert [module["scores"] for module in told["modules"]] == [list(module.scores) for module in expected.modules]
+    assert told["loss_adapted"] == expected.loss_adapted
+    assert "suggestion" not in told
+
+
+def test_json_is_alone_on_stdout_and_holds_the_suggestion(inspect: Inspect, data: Path, tmp_path: Path) -> None:
+    result = inspect("--scores", "--data", data, "--json", "--suggest", 20, "--out", "pattern.json", "--plot", "map.svg")
+    told = json.loads(result.stdout)
+    assert told["suggestion"] == json.loads((tmp_path / "pattern.json").read_text())
+    assert (tmp_path / "map.svg").is_file()
+    assert json.loads(inspect("--scores", "--data", data, "--json", "--suggest", 20).stdout) == told
+
+
+def test_the_suggestion_is_a_lora_config_for_the_base_model(inspect: Inspect, saved: Path, data: Path, tmp_path: Path) -> None:
+    shown = inspect("--scores", "--data", data, "--suggest", 20)
+    text, brace, rest = shown.stdout.partition("{\n")
+    printed = json.loads(brace + rest)
+    assert "suggestion: 20 ranks in " in text
+    written = inspect("--scores", "--data", data, "--suggest", 20, "--out", "new/pattern.json")
+    assert written.stdout.rstrip().endswith(", written: new/pattern.json")
+    assert json.loads((tmp_path / "new" / "pattern.json").read_text()) == printed
+    base = AutoModelForCausalLM.from_pretrained(saved.parent / "base")
+    layers = lora_layers(get_peft_model(base, LoraConfig(**printed)))
+    assert sum(len(factors(layer, "default")[0]) for layer in layers.values()) == 20
+    assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+
+
+def test_the_help_names_every_score(inspect: Inspect) -> None:
+    told = " ".join(inspect("--help").stdout.split())
+    assert all(name in told for name in SCORES)
+
+
+@pytest.mark.parametrize(("name", "begins"), [("map.png", b"\x89PNG"), ("map.svg", b"<?xml"), ("map.html", b"<!doctype html>")])
+def test_the_plot_is_drawn_by_its_name(name: str, begins: bytes, inspect: Inspect, data: Path, tmp_path: Path) -> None:
+    result = inspect("--scores", "--data", data, "--rows", 2, "--plot", name)
+    assert f"drawn: {name}" in result.stdout
+    content = (tmp_path / name).read_bytes()
+    assert content.startswith(begins)
+    assert b"path_integral" in content or name == "map.png"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--scores", "--scores was given without --data"),
+        ("--scores --suggest 9", "--scores was given without --data"),
+        ("--data DATA", "--data was given without --scores"),
+        ("--suggest 9", "--suggest was given without --scores"),
+        ("--suggest 9 --data DATA", "--data was given without --scores"),
+        ("--score taylor", "--score was given without --scores"),
+        ("--rows 0", "--rows was given without --scores"),
+        ("--base base", "--base was given without --scores"),
+        ("--split train", "--split was given without --scores"),
+        ("--template-prompt {text}", "--template-prompt was given without --scores"),
+        ("--labels no,yes", "--labels was given without --scores"),
+        ("--out pattern.json", "--out was given without --scores"),
+        ("--scores --data DATA --out pattern.json", "--out was given without --suggest"),
+        ("--scores --data DATA --value norm", "--value norm was given with --scores"),
+        ("--scores --data DATA --score pathintegral", "score 'pathintegral' is not known; expected one of ablation, path_integral"),
+        ("--scores --data DATA --score pathintegral", "did you mean path_integral?"),
+        ("--scores --data DATA --rows 0", "0 rows to score on were asked for: expected at least 1"),
+        ("--scores --data DATA --suggest 0", "a budget of 0 ranks was asked for"),
+        ("--scores --data DATA --suggest -3", "a budget of -3 ranks was asked for"),
+        ("--scores --data DATA --suggest 1000000", "a budget of 1,000,000 ranks was asked for"),
+        ("--scores --data DATA --plot map.pdf", "cannot plot to map.pdf"),
+        ("--scores --data DATA --suggest 9 --out DATA/pattern.json", "rows.jsonl/pattern.json"),
+        ("--scores --data DATA --plot DATA/map.png", "rows.jsonl/map.png"),
+        ("--scores --data none.jsonl", "none.jsonl: there is no such file"),
+        ("--scores --data DATA --base ./none", "none' is not a folder"),
+        ("--scores --data DATA --labels bad", "--labels 'bad': expected"),
+        ("--scores --data DATA --template-prompt {title}", "the prompt '{title}' has {title}"),
+        ("--scores --data DATA --split train", "split"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(words: str, said: str, inspect: Inspect, data: Path, tmp_path: Path) -> None:
+    result = inspect(*words.replace("DATA", str(data)).split())
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert said in lines[-1]
+    assert not any(line.startswith(("error", "Traceback")) for line in lines[:-1])
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_can_be_refused_early_is_not_scored_first(inspect: Inspect, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatewise.importance.load_with_data", lambda *_, **__: pytest.fail("the adapter was loaded"))
+    for words in (("--suggest", 0), ("--plot", "map.pdf"), ("--rows", 0), ("--score", "none")):
+        assert inspect("--scores", "--data", data, *words).exit_code == 2
+
+
+def test_adapters_that_cannot_be_scored(data: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "none"), "--scores", "--data", str(data)])
+    assert result.exit_code == 2
+    assert "none is not an adapter" in result.stderr
+    wide = write_base(tmp_path / "wide", hidden_size=32)
+    adapter = str(write_adapter(tmp_path / "adapter", wide))
+    words = ["inspect", adapter, "--scores", "--data", str(data), "--base", str(data.parent / "base")]
+    assert "does not fit the base model" in CliRunner().invoke(app, words).stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"), [("ROUTED_LORA", "; --routing shows which of its modules"), ("SELECTIVE_PROMPT", "scored\n")]
+)
+def test_adapters_without_ranks_are_not_loaded_to_be_scored(
+    kind: str, hint: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatewise.importance.load_with_data", lambda *_, **__: pytest.fail("the adapter was loaded"))
+    adapter = write_adapter(tmp_path / "adapter", data.parent / "base")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": kind}))
+    result = CliRunner().invoke(app, ["inspect", str(adapter), "--scores", "--data", str(data)])
+    assert result.exit_code == 2
+    assert f"is of peft_type '{kind}', but only plain LoRA has ranks that can be scored" in result.stderr
+    assert hint in result.stderr

@@ -1,0 +1,319 @@
+"""The command line: what it prints where, its exit codes, and one sentence for everything a user can put right."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import write_base, write_recipe, write_rows
+from typer.testing import CliRunner
+
+from gatewise.cli.main import app
+from gatewise.runs.trainer import RecipeTrainer
+
+Gatewise = Callable[..., Any]
+
+
+@pytest.fixture
+def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gatewise:
+    """gatewise("train", ...) -> the result of the command, run in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an ALoRA run, beside its data and base model."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = write_recipe(folder, "alora")
+    result = CliRunner().invoke(app, ["train", str(recipe), "--output", str(folder / "out")])
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+def assert_refused(result: Any, *said: str) -> None:
+    """Exit code 2 and one sentence on stderr, whatever progress came before it."""
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert not any(line.startswith(("error", "Traceback")) for line in lines[:-1])
+    for text in said:
+        assert text in lines[-1]
+    assert result.stdout == ""
+
+
+# Commands that work ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "alora", "pi-lora", "adalora", "dora"])
+def test_train_ends_with_a_summary(method: str, gatewise: Gatewise, tmp_path: Path) -> None:
+    result = gatewise("train", write_recipe(tmp_path, method), "--set", "training.max_steps=6")
+    assert result.exit_code == 0, result.output
+    out = Path("runs") / method
+    for text in ("dev accuracy", "before", "after", "parameters", "layer", "gate", f"{out}/adapter", f"{out}/ranks.png"):
+        assert text in result.stdout
+    assert "step 6/6: loss" in result.stderr
+    assert ("round 1" in result.stderr) == (method in ("alora", "pi-lora"))
+    assert (tmp_path / out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_eval_repeats_the_runs_own_measurement(gatewise: Gatewise, trained: Path) -> None:
+    expected = json.loads((trained / "metrics.json").read_text())["metrics"]["dev"]["after"]
+    result = gatewise("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--json")
+    assert json.loads(result.stdout) == pytest.approx(expected, rel=1e-5)
+    table = gatewise("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl")
+    assert table.exit_code == 0
+    assert f"{expected['loss']:.4f}" in table.stdout
+
+
+def test_eval_writes_what_was_answered(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    words = ("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--json", "--out")
+    metrics = json.loads(gatewise(*words, tmp_path / "new" / "answers.jsonl").stdout)
+    rows = [json.loads(line) for line in (tmp_path / "new" / "answers.jsonl").read_text().splitlines()]
+    given = [json.loads(line) for line in (trained.parent / "dev.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in ("text", "label")} for row in rows] == given
+    assert all(row["right"] == (row["predicted"] == row["label"]) for row in rows)
+    assert all(max(row["log_likelihoods"], key=row["log_likelihoods"].get) == row["predicted"] for row in rows)
+    assert sum(row["right"] for row in rows) / len(rows) == metrics["accuracy"]
+    assert_refused(gatewise(*words, tmp_path), f"{tmp_path} is a folder, expected a file to write")
+
+
+def test_rows_of_one_label_are_refused(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    alike = tmp_path / "alike.jsonl"
+    alike.write_text("".join(json.dumps({"text": f"lamp {n}", "label": "good"}) + "\n" for n in range(8)))
+    said = "all rows of alike.jsonl have the label 'good', so that any answer would be right: give rows with other labels too"
+    result = gatewise("train", write_recipe(tmp_path, "lora"), "--set", "data.train=alike.jsonl")
+    assert_refused(result, said.replace("alike.jsonl", str(alike)))
+    assert gatewise("eval", trained / "adapter", "--data", alike, "--json").exit_code == 0  # the run knows its labels
+    foreign = tmp_path / "foreign"
+    shutil.copytree(trained / "adapter", foreign)
+    (foreign / "gatewise.json").unlink()
+    assert_refused(gatewise("eval", foreign, "--data", alike), "have the label 'good'", "give --labels with all of them")
+
+
+def test_eval_takes_another_prompt_other_words_and_fewer_rows(gatewise: Gatewise, trained: Path) -> None:
+    words = ("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--json", "--limit", 4)
+    plain = json.loads(gatewise(*words).stdout)
+    assert plain["n"] == 4
+    prompt = json.loads(gatewise(*words, "--template-prompt", "Is {text} good?").stdout)
+    spelt = json.loads(gatewise(*words, "--labels", "bad=no,good=yes").stdout)
+    assert len({plain["loss"], prompt["loss"], spelt["loss"]}) == 3
+    again = json.loads(gatewise(*words, "--template-prompt", "Text: {text}\nLabel:", "--labels", "bad,good").stdout)
+    assert again == plain
+
+
+def test_eval_of_a_checkpoint_and_of_an_adapter_from_elsewhere(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    data = trained.parent / "dev.jsonl"
+    assert gatewise("eval", trained / "checkpoints" / "checkpoint-8", "--data", data, "--json").exit_code == 0
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (foreign / name).write_bytes((trained / "adapter" / name).read_bytes())
+    own = json.loads(gatewise("eval", trained / "adapter", "--data", data, "--json").stdout)
+    assert json.loads(gatewise("eval", foreign, "--data", data, "--json").stdout) == pytest.approx(own)
+
+
+def test_a_classifier_is_measured_with_its_labels_in_their_order(gatewise: Gatewise, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "lora", "bert")
+    assert gatewise("train", recipe, "--set", "data.labels=[good, bad]", "--output", "out").exit_code == 0
+    expected = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["dev"]["after"]
+    found = gatewise("eval", "out/adapter", "--data", "dev.jsonl", "--json")
+    assert json.loads(found.stdout) == pytest.approx(expected)
+
+
+def test_inspect_shows_draws_and_prints_json(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    shown = gatewise("inspect", trained / "adapter", "--plot", "map.html")
+    assert shown.exit_code == 0
+    assert "layer" in shown.stdout
+    assert "<html" in (tmp_path / "map.html").read_text()
+    told = json.loads(gatewise("inspect", trained / "adapter", "--json", "--plot", "map.png").stdout)
+    ranks = json.loads((trained / "metrics.json").read_text())["ranks"]
+    assert {module["path"]: module["rank"] for module in told["modules"]} == ranks
+    norms = gatewise("inspect", trained / "adapter", "--value", "norm")
+    assert norms.exit_code == 0
+    assert norms.stdout != shown.stdout
+
+
+def test_export_writes_a_plain_adapter(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    result = gatewise("export", trained / "adapter", "plain", "--padded")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"]) == (config["lora_alpha"], {})
+    data = trained.parent / "dev.jsonl"
+    one, other = (gatewise("eval", f, "--data", data, "--json").stdout for f in (trained / "adapter", "plain"))
+    assert json.loads(one) == pytest.approx(json.loads(other), rel=1e-4)
+
+
+def test_models_lists_and_finds(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWISE_CACHE", str(tmp_path / "cache"))
+    assert "smollm2-135m-instruct" in gatewise("models", "list").stdout
+    listed = json.loads(gatewise("models", "list", "--json").stdout)
+    assert {model["name"] for model in listed} >= {"smollm2-135m-instruct", "minilm-l6", "gemma3-270m"}
+    assert not any(model["fetched"] for model in listed)
+    assert_refused(gatewise("models", "path", "minilm-l6"), "is not fetched yet", "gatewise models fetch minilm-l6")
+    assert_refused(gatewise("models", "path", "minilm"), "did you mean minilm-l6")
+    assert_refused(gatewise("models", "fetch", "gemma3-270m"), "--accept-terms")
+
+
+@pytest.mark.parametrize(
+    "words", ["", "train", "eval", "inspect", "export", "models", "models list", "models fetch", "models path"]
+)
+def test_every_help_has_an_example(words: str, gatewise: Gatewise) -> None:
+    result = gatewise(*words.split(), "--help")
+    assert result.exit_code == 0
+    assert f"  gatewise {words}".rstrip() in result.stdout
+
+
+def test_the_version(gatewise: Gatewise) -> None:
+    assert gatewise("--version").stdout.startswith("gatewise 0.")
+
+
+def test_help_and_refusals_do_without_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from gatewise.cli.main import app; "
+        "a = CliRunner().invoke(app, ['--help']); b = CliRunner().invoke(app, ['train', 'none.yaml']); "
+        "print(a.exit_code, b.exit_code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "2", "False", "False"]
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_and_a_wrong_type(gatewise: Gatewise, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, peft={"lora_alfa": 4})
+    assert_refused(gatewise("train", recipe), f"{recipe}: peft.lora_alfa is not", "did you mean peft.lora_alpha?")
+    recipe = write_recipe(tmp_path)
+    assert_refused(gatewise("train", recipe, "--set", "training.batch_size=many"), "--set training.batch_size=many:")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_files(gatewise: Gatewise, tmp_path: Path) -> None:
+    assert_refused(gatewise("train", "none.yaml"), "the recipe none.yaml does not exist")
+    recipe = write_recipe(tmp_path)
+    assert_refused(gatewise("train", recipe, "--set", "data.train=none.jsonl"), "none.jsonl: there is no such file")
+    assert_refused(gatewise("train", recipe, "--set", "model=./none"), "none' is not a folder")
+    assert_refused(gatewise("inspect", "none"), "none does not exist")
+    assert_refused(gatewise("export", "none", "out"), "none is not an adapter")
+    assert_refused(gatewise("eval", "none", "--data", "dev.jsonl"), "none is not an adapter")
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "late", "label": ', "not valid JSON"),
+        ('{"text": "late"}', "field 'label' is missing"),
+        ('{"text": 7, "label": "good"}', "field 'text' must be a string"),
+        ('{"text": "late", "label": "fine"}', "field 'label' is 'fine', expected"),
+    ],
+)
+def test_a_malformed_line_is_named_with_its_number_and_field(
+    line: str, said: str, gatewise: Gatewise, trained: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path)
+    with (tmp_path / "dev.jsonl").open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+    assert_refused(gatewise("train", recipe), "dev.jsonl, line 11", said)
+    assert not (tmp_path / "runs").exists()
+    assert_refused(gatewise("eval", trained / "adapter", "--data", "dev.jsonl"), "dev.jsonl, line 11", said)
+
+
+def test_a_base_model_that_does_not_fit_the_adapter(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    wide = write_base(tmp_path / "wide", hidden_size=32)
+    shallow = write_base(tmp_path / "shallow", num_hidden_layers=1)
+    for base in (wide, shallow):
+        words = ("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--base", base)
+        assert_refused(gatewise(*words), "does not fit the base model", str(base))
+    encoder = write_base(tmp_path / "encoder", "bert")
+    result = gatewise("eval", trained / "adapter", "--data", trained.parent / "dev.jsonl", "--base", encoder)
+    assert_refused(result, str(encoder))
+
+
+def test_truncated_safetensors(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (trained / "adapter").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(gatewise("eval", broken, "--data", trained.parent / "dev.jsonl"), str(weights))
+    assert_refused(gatewise("inspect", broken), str(weights))
+    assert_refused(gatewise("export", broken, "out"), str(weights))
+    assert not (tmp_path / "out").exists()
+    recipe = write_recipe(tmp_path)
+    base = tmp_path / "llama" / "model.safetensors"
+    base.write_bytes(base.read_bytes()[:-100])
+    assert_refused(gatewise("train", recipe), str(base))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_places_that_cannot_be_written(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    assert_refused(gatewise("train", recipe, "--output", "file/out"), "cannot write to file/out", "is a file")
+    assert_refused(gatewise("train", recipe, "--output", "file"), "cannot write to file:")
+    assert_refused(gatewise("export", trained / "adapter", "file/out"), "file/out")
+    assert_refused(gatewise("inspect", trained / "adapter", "--plot", "file/map.png"), "file/map.png")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_loss_that_is_nan(gatewise: Gatewise, tmp_path: Path) -> None:
+    settings = ("--set", "training.learning_rate=1e30", "--set", "training.save_every=1")
+    result = gatewise("train", write_recipe(tmp_path), *settings, "--output", "out")
+    assert_refused(result, "so the run stopped: the last good checkpoint is out/checkpoints/checkpoint-1")
+    assert (tmp_path / "out/checkpoints/checkpoint-1/adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out/adapter").exists()
+    # That checkpoint is an adapter like any other.
+    assert gatewise("eval", "out/checkpoints/checkpoint-1", "--data", "dev.jsonl", "--json").exit_code == 0
+
+
+def test_an_interrupt_says_how_to_go_on(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path, "alora")
+    original = RecipeTrainer.compute_loss
+
+    def stopped(self: RecipeTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecipeTrainer, "compute_loss", stopped)
+        step = 1
+        first = gatewise("train", recipe)
+        assert first.exit_code == 130
+        assert first.stderr.endswith("no checkpoint was written yet: give the same command to begin again\n")
+        step = 5
+        second = gatewise("train", recipe)
+        assert second.exit_code == 130
+        assert "interrupted: step 4 is kept: give the same command with --resume to go on" in second.stderr
+    assert not (tmp_path / "runs/alora/adapter").exists()
+    assert_refused(gatewise("train", recipe), "runs/alora is not empty: use --resume")
+    last = gatewise("train", recipe, "--resume")
+    assert last.exit_code == 0, last.output
+    assert "8, resumed after 4" in last.stdout
+
+
+def test_data_of_another_kind_than_the_adapters(gatewise: Gatewise, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "lora", "bert")
+    assert gatewise("train", recipe, "--output", "out", "--set", "training.max_steps=1").exit_code == 0
+    assert_refused(gatewise("eval", "out/adapter", "--data", "sample:reminder-dev"), "reminder-dev")
+    write_rows(tmp_path / "more.jsonl", 4)
+    assert_refused(gatewise("eval", "out/adapter", "--data", "more.jsonl", "--labels", "bad"), "--labels 'bad': expected")
+
+
+def test_a_bug_shows_its_traceback(gatewise: Gatewise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(RecipeTrainer, "train", broken)
+    result = gatewise("train", write_recipe(tmp_path))
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert not (tmp_path / "runs" / "lora").exists()

@@ -1,0 +1,264 @@
+"""Scoring a saved adapter: the same rows as ``gatewise eval``, sums that mean what they say, and a zero that means nothing lost."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import random_adapter
+from tiny_run import write_adapter, write_base, write_rows
+from transformers import AutoModelForCausalLM
+
+from gatewise.adapters.lora import factors, lora_layers
+from gatewise.errors import GatewiseError
+from gatewise.inspection.importance import importance_of, score_adapter
+from gatewise.losses import mean_loss
+from gatewise.models import load_adapter, load_model
+from gatewise.runs.measure import measure_adapter
+
+Adapted = Callable[..., PeftModel]
+Batch = Callable[..., dict[str, torch.Tensor]]
+QUERY = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model, an adapter of rank 3 from elsewhere (no gatewise.json) and 12 labelled rows."""
+    folder = tmp_path_factory.mktemp("saved")
+    write_rows(folder / "rows.jsonl", 12)
+    write_adapter(folder / "adapter", write_base(folder / "base"))
+    return folder
+
+
+def scored(folder: Path, adapter: str = "adapter", **settings: Any) -> Any:
+    return score_adapter(folder / adapter, str(folder / "rows.jsonl"), **settings)
+
+
+# ---- the rows and what is summed
+
+
+def test_the_loss_is_that_of_eval_and_the_scores_add_up_to_what_the_adapter_takes_away(saved: Path) -> None:
+    found = scored(saved, rows=99, score_options={"points": 64})  # the path of so strong a random adapter is crooked
+    expected = measure_adapter(saved / "adapter", str(saved / "rows.jsonl"))
+    assert found.rows == expected["n"] == 12
+    assert found.loss_adapted == pytest.approx(expected["loss"], rel=1e-5)
+    assert abs(found.loss_base - found.loss_adapted) > 1e-3
+    assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=1e-3)
+    assert (found.score, found.unit, found.data) == ("path_integral", "nats", str(saved / "rows.jsonl"))
+    assert found.base_model == str(saved / "base")
+
+
+def test_the_base_loss_is_that_of_the_model_without_the_adapter(adapted: Adapted, batch: Batch) -> None:
+    model, rows = adapted().eval(), batch()
+    found = importance_of(model, rows, "taylor")
+    with model.disable_adapter():
+        assert found.loss_base == pytest.approx(mean_loss(model, [rows]), rel=1e-6)
+    assert found.loss_adapted == pytest.approx(mean_loss(model, [rows]), rel=1e-6)
+
+
+def test_every_module_has_its_place_and_the_sums_are_those_of_its_ranks(saved: Path) -> None:
+    found = scored(saved, rows=4)
+    assert [module.path for module in found.modules[:3]] == [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv"]
+    assert len(found.modules) == 14
+    assert {module.rank for module in found.modules} == {3}
+    assert found.rank == 42
+    assert {module.scaling for module in found.modules} == {2.0}
+    rooms = {module.kind: module.room for module in found.modules}
+    assert rooms == {"q": 16, "k": 16, "v": 16, "o": 16, "gate": 16, "up": 16, "down": 16}
+    by_layer, by_kind = dict.fromkeys(("0", "1"), 0.0), dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 0.0)
+    for module in found.modules:
+        assert module.total == pytest.approx(sum(module.scores))
+        by_layer[str(module.layer)] += sum(module.scores)
+        by_kind[module.kind] += sum(module.scores)
+    assert found.by_layer == pytest.approx(by_layer)
+    assert found.by_kind == pytest.approx(by_kind)
+    assert list(found.by_kind) == list(by_kind)
+    totals = [module.total for module in found.ranked]
+    assert totals == sorted((module.total for module in found.modules), reverse=True)
+    assert {module.path for module in found.useless} == {module.path for module in found.modules if sum(module.scores) <= 0}
+
+
+def test_rows_are_drawn_by_seed(saved: Path) -> None:
+    one, again, other = (scored(saved, rows=5, seed=seed) for seed in (3, 3, 4))
+    assert one == again
+    assert one.rows == other.rows == 5
+    assert one.loss_adapted != other.loss_adapted
+
+
+def test_prompt_labels_and_base_are_those_given(saved: Path) -> None:
+    plain = scored(saved)
+    assert scored(saved, prompt="Text: {text}\nLabel:", labels="bad,good") == plain
+    assert scored(saved, prompt="Is {text} good?").loss_adapted != plain.loss_adapted
+    assert scored(saved, labels="bad=no,good=yes").loss_adapted != plain.loss_adapted
+    other = write_base(saved / "other", rms_norm_eps=0.1)
+    found = scored(saved, base=str(other))
+    assert found.base_model == str(other)
+    assert found.loss_base != plain.loss_base
+
+
+def test_what_the_run_noted_is_used(saved: Path) -> None:
+    noted = saved / "noted"
+    noted.mkdir()
+    for file in (saved / "adapter").iterdir():
+        (noted / file.name).write_bytes(file.read_bytes())
+    note = {"template": "Is {text} good?", "labels": ["bad", "good"], "label_words": {"bad": "no", "good": "yes"}, "max_length": 24}
+    (noted / "gatewise.json").write_text(json.dumps(note))
+    found = scored(saved, "noted")
+    assert found.loss_adapted == pytest.approx(measure_adapter(noted, str(saved / "rows.jsonl"))["loss"], rel=1e-5)
+    assert found.loss_adapted != scored(saved).loss_adapted
+
+
+def test_a_classifier_and_rows_longer_than_its_positions(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", "bert"))
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+    rows.write_text(rows.read_text() + json.dumps({"text": "very " * 60, "label": "good"}) + "\n")
+    found = scored(tmp_path)
+    assert found.rows == 7
+    assert {"q", "up", "down", "pooler"} <= set(found.by_kind)
+    assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=1e-3)
+    rows.write_text(rows.read_text() + json.dumps({"text": "middling", "label": "so so"}) + "\n")
+    with pytest.raises(GatewiseError, match=r"the model has 2 classes, but .* has the 3 labels bad, good, so so"):
+        scored(tmp_path)
+
+
+# ---- what a score of zero means
+
+
+@pytest.mark.parametrize("score", ["path_integral", "taylor", "ablation", "sensitivity"])
+def test_a_rank_that_does_nothing_scores_zero(score: str, adapted: Adapted, batch: Batch) -> None:
+    model = adapted()
+    layer = lora_layers(model)[QUERY]
+    with torch.no_grad():
+        factors(layer, "default")[1][:, 1] = 0  # alive, because its row of A is not zero
+    options = {"mode": "exact"} if score == "ablation" else None
+    found = importance_of(model, batch(), score, score_options=options)
+    (module,) = (module for module in found.modules if module.path == QUERY)
+    assert module.rank == 3
+    assert module.scores[1] == pytest.approx(0, abs=0.02 * max(map(abs, module.scores)) if score == "sensitivity" else 1e-12)
+    assert all(abs(module.scores[slot]) > 1e-6 for slot in (0, 2))
+
+
+def test_first_order_is_twice_the_trapezoid(adapted: Adapted, batch: Batch) -> None:
+    model, rows = adapted(), batch()
+    options = {"points": 2, "rule": "trapezoid"}
+    trapezoid = importance_of(model, rows, "path_integral", score_options=options)
+    for one, other in zip(importance_of(model, rows, "taylor").modules, trapezoid.modules, strict=True):
+        assert one.scores == pytest.approx([2 * score for score in other.scores], rel=1e-3, abs=2e-6)
+
+
+def test_ablation_is_what_is_lost_without_a_rank_and_won_by_it_alone(adapted: Adapted, batch: Batch) -> None:
+    model, rows = adapted(r=2, target_modules=["q_proj", "down_proj"]).eval(), batch()
+    layers = lora_layers(model)
+    columns = {path: factors(layer, "default")[1].detach().clone() for path, layer in layers.items()}
+
+    def loss(keep: Callable[[str, int], bool]) -> float:
+        with torch.no_grad():
+            for path, layer in layers.items():
+                kept = torch.tensor([keep(path, slot) for slot in range(2)])
+                factors(layer, "default")[1].copy_(columns[path] * kept)
+        return mean_loss(model, [rows])
+
+    found = importance_of(model, rows, "ablation", score_options={"mode": "exact"})
+    with_all, with_none = loss(lambda *_: True), loss(lambda *_: False)
+    for module in found.modules:
+        for slot, score in enumerate(module.scores):
+            without, alone = (loss(lambda *rank, on=on: (rank == (module.path, slot)) == on) for on in (False, True))  # noqa: B023
+            assert score == pytest.approx(without - with_all + with_none - alone, abs=2e-6)
+
+
+def test_a_modules_total_does_not_depend_on_how_its_update_is_cut_into_ranks(adapted: Adapted, batch: Batch) -> None:
+    model, rows = adapted(), batch()
+    before = {module.path: module for module in importance_of(model, rows).modules}
+    a, b = factors(lora_layers(model)[QUERY], "default")
+    mix = torch.randn(3, 3)
+    with torch.no_grad():
+        a.copy_(mix @ a)
+        b.copy_(b @ mix.inverse())
+    after = {module.path: module for module in importance_of(model, rows).modules}
+    assert after[QUERY].scores != pytest.approx(before[QUERY].scores, rel=0.05)
+    for path, module in before.items():
+        assert after[path].total == pytest.approx(module.total, rel=1e-3, abs=1e-6)
+
+
+def test_dead_slots_have_no_score_and_a_dead_module_is_worth_nothing(adapted: Adapted, batch: Batch) -> None:
+    model = adapted()
+    with torch.no_grad():
+        for path, slots in {QUERY: [0, 1, 2], "model.layers.0.mlp.up_proj": [1]}.items():
+            a, b = factors(lora_layers(model)[path], "default")
+            a[slots], b[:, slots] = 0, 0
+    modules = {module.path: module for module in importance_of(model, batch()).modules}
+    assert (modules[QUERY].scores, modules[QUERY].total) == ((), 0.0)
+    assert modules["model.layers.0.mlp.up_proj"].rank == 2
+
+
+def test_ablation_is_screened_unless_asked_otherwise_and_tells_how_far_it_is(adapted: Adapted, batch: Batch) -> None:
+    told: list[tuple[int, int]] = []
+    importance_of(adapted(), batch(), "ablation", progress=lambda *step: told.append(step))
+    assert told[-1] == (16, 16)  # of 42 ranks
+    importance_of(adapted(), batch(), "taylor", progress=lambda *step: pytest.fail("taylor has nothing to tell"))
+
+
+# ---- what is refused
+
+
+def test_unknown_scores_and_too_few_rows_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match=r"score 'path-integral' is not known; .*; did you mean path_integral\?$"):
+        score_adapter(tmp_path / "none", "none", score="path-integral")
+    with pytest.raises(GatewiseError, match=r"^0 rows .* expected at least 1$"):
+        score_adapter(tmp_path / "none", "none", rows=0)
+
+
+def test_modules_that_are_not_linear_are_named_or_refused(saved: Path, tmp_path: Path) -> None:
+    both = write_adapter(tmp_path / "both", saved / "base", target_modules=["embed_tokens", "q_proj"])
+    found = score_adapter(both, str(saved / "rows.jsonl"))
+    assert found.unscored == ("model.embed_tokens",)
+    assert [module.kind for module in found.modules] == ["q", "q"]
+    alone = write_adapter(tmp_path / "alone", saved / "base", target_modules=["embed_tokens"])
+    with pytest.raises(GatewiseError, match="adapter 'default' has no LoRA on a linear layer"):
+        score_adapter(alone, str(saved / "rows.jsonl"))
+
+
+def test_other_kinds_of_adapters_are_refused(saved: Path, tmp_path: Path) -> None:
+    config = AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "base"), config)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    with pytest.raises(GatewiseError, match="ADALORA; only plain LoRA has ranks to score and move"):
+        score_adapter(tmp_path, str(saved / "rows.jsonl"))
+
+
+def test_dora_is_scored_with_its_magnitudes_in_place(saved: Path, tmp_path: Path) -> None:
+    dora = write_adapter(tmp_path, saved / "base", use_dora=True)
+    found = score_adapter(dora, str(saved / "rows.jsonl"))
+    assert found.rank == 42
+    assert found.loss_adapted == pytest.approx(measure_adapter(dora, str(saved / "rows.jsonl"))["loss"], rel=1e-5)
+
+
+def test_scores_that_are_not_finite_are_refused_with_the_module(saved: Path, tmp_path: Path) -> None:
+    broken = write_adapter(tmp_path / "broken", saved / "base")
+    file = broken / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{QUERY}.lora_B.weight"][0, 0] = math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(GatewiseError, match=r"^the path_integral scores of model\.layers\.\S+ are not finite: "):
+        score_adapter(broken, str(saved / "rows.jsonl"))
+
+
+@pytest.mark.real
+def test_real_smollm2(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[3, 20], task_type="CAUSAL_LM")
+    model = random_adapter(get_peft_model(load_model("smollm2-135m-instruct"), config), scale=0.05)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    del model
+    found = score_adapter(tmp_path, "sample:support-dev", rows=2, score_options={"points": 3})
+    assert found.base_model == "smollm2-135m-instruct"
+    assert [(module.layer, module.kind, module.rank, module.room) for module in found.modules] == [
+        (3, "v", 2, 192),
+        (20, "v", 2, 192),
+    ]
+    assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=0.05)
+    assert load_adapter(tmp_path)[0].peft_config["default"].r == 2

@@ -1,0 +1,283 @@
+"""The recipe: what is accepted, what is refused, and in which words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gatewise.errors import GatewiseError
+from gatewise.runs.recipe import Recipe
+from gatewise.runs.recipe_file import load_recipe
+
+MINIMAL = "method: alora\nmodel: smollm2-135m-instruct\ndata: {train: rows.jsonl, dev: 'sample:support-dev'}\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    return path
+
+
+def refusal(file: Path, more: str = "", overrides: tuple[str, ...] = (), instead: str | None = None) -> str:
+    """What a recipe is refused with."""
+    file.write_text(MINIMAL + more if instead is None else instead, encoding="utf-8")
+    with pytest.raises(GatewiseError) as error:
+        load_recipe(file, overrides)
+    return str(error.value).replace(str(file), "my.yaml")
+
+
+def test_a_minimal_recipe_gets_its_defaults(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert (recipe.method, recipe.task, recipe.dtype, recipe.seed) == ("alora", "causal", "float32", 0)
+    assert (recipe.peft.r, recipe.peft.lora_alpha, recipe.peft.target_modules) == (8, 16, "all-linear")
+    assert recipe.training.learning_rate == 2e-4
+
+
+def test_relative_paths_are_the_recipes_and_names_stay(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file.parent / "base").mkdir()
+    elsewhere = file.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    recipe = load_recipe(file)
+    assert recipe.data.train == str(file.parent / "rows.jsonl")
+    assert recipe.data.dev == "sample:support-dev"
+    assert recipe.model == "smollm2-135m-instruct"
+    file.write_text(MINIMAL.replace("smollm2-135m-instruct", "base"), encoding="utf-8")
+    assert load_recipe(file).model == str(file.parent / "base")
+    # Typed on the command line, a path means what the shell completes it to.
+    assert load_recipe(file, ["data.train=other.jsonl"]).data.train == str(elsewhere / "other.jsonl")
+
+
+def test_numbers_and_words_mean_what_people_write(file: Path) -> None:
+    file.write_text(
+        MINIMAL + "training: {learning_rate: 1e-4}\ntemplate: {prompt: '{text}', labels: {no: bad, 0: fine}}\n", "utf-8"
+    )
+    recipe = load_recipe(file)
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.template is not None
+    assert recipe.template.labels == {"no": "bad", "0": "fine"}
+
+
+def test_written_out_it_reads_back_as_the_same_recipe(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file, ["training.epochs=0.5", "allocation.recover=3", "peft.target_modules=[q_proj, v_proj]"])
+    again = tmp_path / "sub" / "again.yaml"
+    again.parent.mkdir()
+    again.write_text(recipe.as_yaml(), encoding="utf-8")
+    assert load_recipe(again) == recipe
+    assert set(yaml.safe_load(recipe.as_yaml())) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("spt", "search: {keep: 2, epochs: 1}\nprompts: {tau: 0.5}"),
+        ("spt", "prompts: {prompt_layers: [5, 2]}"),
+        ("spt", "prompts: {prompt_layers: last, keep: 3}"),
+        ("spt", ""),
+        ("prompt-tuning", "prompts: {init: random}"),
+        ("prefix-tuning", "prompts: {num_prompt_tokens: 4}\npeft:"),
+    ],
+)
+def test_recipes_of_prompts_read_back(file: Path, tmp_path: Path, method: str, more: str) -> None:
+    file.write_text(MINIMAL.replace("alora", method) + more, encoding="utf-8")
+    recipe = load_recipe(file)
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.as_yaml(), encoding="utf-8")
+    assert load_recipe(again) == recipe
+    assert yaml.safe_load(recipe.as_yaml())["peft"] is None
+    assert recipe.searched == (method == "spt" and "prompt_layers" not in more)
+    if "[5, 2]" in more:
+        assert recipe.prompts is not None
+        assert recipe.prompts.prompt_layers == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("peft: {lora_alfa: 3}", "my.yaml: peft.lora_alfa is not a known key (given 3); did you mean peft.lora_alpha?"),
+        ("learning_rate: 1e-4", "learning_rate is not a known key (given 0.0001); did you mean training.learning_rate?"),
+        ("peft: {rank: 8}", "known here: r, lora_alpha, target_modules, exclude_modules, lora_dropout, use_rslora"),
+        ("peft: {rank: 8}", "did you mean peft.r?"),
+        ("zzz: 1", "zzz is not a known key (given 1); known here: method, model, task"),
+        ("peft: {r: eight}", "my.yaml: peft.r: expected an integer, got the text 'eight'"),
+        ("peft: {r: 8.0}", "peft.r: expected an integer, got 8.0"),
+        ("peft: {r: true}", "peft.r: expected an integer, got true"),
+        ("peft: {r: 0}", "peft.r: expected a number above 0, got 0"),
+        ("training: {bf16: yes}", "training.bf16: expected true or false, got the text 'yes'"),
+        ("training: {learning_rate: .nan}", "training.learning_rate: expected a"),
+        ("training: 3", "training: expected a section with keys of its own, got 3"),
+        ("task: clasification", "got the text 'clasification'; did you mean classification?"),
+        ("peft: {target_modules: []}", "peft.target_modules: expected 'all-linear' or a list of module names"),
+        ("peft: {init_lora_weights: pissa}", "expected true or 'gaussian', got the text 'pissa'"),
+        ("allocation: {first_round: -1}", "allocation.first_round: expected a number above 0 (1.0 or 0.25: epochs;"),
+        ("prompts: {prompt_layers: [3, 3]}", "expected a list of different layer numbers from 0, such as [3, 7], or first, last"),
+        ("prompts: {prompt_layers: frist}", "or first, last, spread or random, got the text 'frist'"),
+        ("prompts: {prompt_layers: []}", "spread or random, got an empty list"),
+        ("prompts: {tau: 0}", "prompts.tau: expected a number above 0.0, got 0"),
+        ("search: {drop: 1}", "search.drop: expected a number below 1.0, got 1"),
+        ("prompts: {num_virtual_tokens: 8}", "prompts.num_virtual_tokens is not a known key (given 8)"),
+        ("data2: {}", "data2 is not a known key (given an empty section); did you mean data?"),
+    ],
+)
+def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more: str, expected: str) -> None:
+    assert expected in refusal(file, more)
+
+
+@pytest.mark.parametrize(
+    ("more", "overrides", "expected"),
+    [
+        ("adalora: {beta1: 0.9}", (), "adalora is for method adalora, but the method is alora"),
+        ("allocation: {rounds: 2}", ("method=lora",), "allocation is for methods alora and pi-lora, but the method is lora"),
+        ("training: {max_steps: 5, epochs: 1}", (), "training.epochs cannot be given together with training.max_steps"),
+        ("training: {load_best: true}", (), "training.load_best needs training.eval_every"),
+        ("training: {early_stopping_patience: 2}", (), "training.early_stopping_patience needs training.eval_every"),
+        (
+            "training: {load_best: true, eval_every: 4, save_every: 6}",
+            (),
+            "training.save_every is 6, expected a multiple of training.eval_every (4)",
+        ),
+        ("task: classification\ntemplate: {prompt: x}", (), "template is for task causal"),
+        ("task: classification\ndtype: bfloat16", (), "dtype is bfloat16, expected float32"),
+        ("allocation: {r_max: 4}", (), "allocation.r_max is 4, expected at least peft.r (8)"),
+        ("allocation: {init_r: 12}", (), "allocation.init_r is for schedule cubic, but the schedule is constant-budget"),
+        ("allocation: {schedule: cubic, init_r: 8}", (), "allocation.init_r is 8, expected more than peft.r (8)"),
+        ("allocation: {schedule: cubic, r_max: 16}", (), "allocation.r_max is for schedule constant-budget"),
+        ("adalora: {init_r: 8}", ("method=adalora",), "adalora.init_r is 8, expected more than peft.r (8)"),
+        ("peft: {use_rslora: true}", ("method=adalora",), "peft.use_rslora is true, but AdaLoRA"),
+        ("prompts: {tau: 0.5}", (), "prompts is for methods spt, prompt-tuning and prefix-tuning, but the method is alora"),
+        ("search: {keep: 2}", ("method=lora",), "search is for method spt, but the method is lora"),
+        ("peft: {r: 8}", ("method=spt",), "peft is for the methods that train LoRA, but the method is spt: remove the section"),
+        ("peft: {r: 8}", ("method=prefix-tuning",), "peft is for the methods that train LoRA, but the method is prefix-tuning"),
+        ("prompts: {tau: 1.0}", ("method=prompt-tuning",), "prompts.tau is for method spt, but the method is prompt-tuning"),
+        (
+            "prompts: {init: random}",
+            ("method=prefix-tuning",),
+            "prompts.init is for method prompt-tuning, but the method is prefix",
+        ),
+        ("prompts: {phm: 3}", ("method=spt",), "prompts.phm is 3, expected a divisor of prompts.bottleneck (64)"),
+        ("prompts: {prompt_layers: spread}", ("method=spt",), "prompts.keep is missing: with prompt_layers: spread say how many"),
+        (
+            "prompts: {keep: 2}",
+            ("method=spt",),
+            "prompts.keep is for prompt_layers: first, last, spread, random; remove the key, sea",
+        ),
+        ("prompts: {prompt_layers: [1], keep: 1}", ("method=spt",), "remove the key, the list says which layers take a prompt"),
+        ("prompts: {prompt_layers: [1]}\nsearch: {keep: 1}", ("method=spt",), "search goes without prompts.prompt_layers"),
+        ("search: {max_steps: 3, epochs: 1}", ("method=spt",), "search.epochs cannot be given together with search.max_steps"),
+        (
+            "training: {gradient_checkpointing: true}",
+            ("method=prefix-tuning",),
+            "training.gradient_checkpointing is true, but prefix",
+        ),
+        ("peft: {init_lora_weights: gaussian}", ("method=adalora",), "peft.init_lora_weights is for the other methods"),
+    ],
+)
+def test_keys_that_contradict_each_other(file: Path, more: str, overrides: tuple[str, ...], expected: str) -> None:
+    assert expected in refusal(file, more, overrides)
+
+
+def test_every_fault_has_a_line_and_what_is_missing_is_said(file: Path) -> None:
+    lines = refusal(file, instead="method: allora\nmodel: 3\npeft: {r: x}\n").splitlines()
+    assert lines == [
+        "my.yaml: method: expected lora, alora, pi-lora, milora, adalora, dora, spt, prompt-tuning or prefix-tuning, got the text "
+        "'allora'; did you mean alora?",
+        "my.yaml: model: expected text, got 3",
+        "my.yaml: data is missing: expected a section with train and dev",
+        "my.yaml: peft.r: expected an integer, got the text 'x'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected keys such as 'method: alora' and 'model: ...', got nothing"),
+        ("- a", "got a list of 1"),
+        ("a: [\n", "my.yaml, line 2: not valid YAML"),
+        ("method: lora\npeft: {r: 8, r: 4}", "my.yaml, line 2: not valid YAML: the key 'r' is given twice"),
+        ("a: !!python/object/apply:os.getcwd []", "my.yaml, line 1: not valid YAML: could not determine a constructor"),
+    ],
+)
+def test_files_that_are_no_recipe(file: Path, text: str, expected: str) -> None:
+    assert expected in refusal(file, instead=text)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match="does not exist: give the path of a YAML file"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(GatewiseError, match="cannot be read"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"method: l\xf6ra\n")
+    with pytest.raises(GatewiseError, match="it is not UTF-8 text"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("training.learning_rate=1e-4", ("training", "learning_rate"), 1e-4),
+        ("training.bf16=true", ("training", "bf16"), True),
+        ("template.prompt=Text: {text}", ("template", "prompt"), None),
+        ("template.prompt='Text: {text}'", ("template", "prompt"), "Text: {text}"),
+        ("peft.target_modules=[q_proj]", ("peft", "target_modules"), ["q_proj"]),
+        ("allocation=", ("allocation",), None),
+        ("seed=7", ("seed",), 7),
+    ],
+)
+def test_overrides_are_yaml(file: Path, override: str, key: tuple[str, ...], value: Any) -> None:
+    if value is None and key == ("template", "prompt"):  # "Text: {text}" is a mapping to YAML
+        assert refusal(file, overrides=(override,)).startswith(f"--set {override}: template.prompt: expected text")
+        return
+    found: Any = load_recipe(file, [override]).model_dump()
+    for name in key:
+        found = found[name]
+    assert found == value
+
+
+def test_one_end_of_a_run_replaces_the_other(file: Path) -> None:
+    ends = "search: {keep: 2, epochs: 2}\ntraining: {epochs: 3}\n"
+    file.write_text(MINIMAL.replace("alora", "spt") + ends, encoding="utf-8")
+    training = load_recipe(file, ["training.max_steps=5"]).training
+    assert (training.max_steps, training.epochs) == (5, None)
+    recipe = load_recipe(file, ["search.max_steps=5", "training.epochs=1"])
+    assert (recipe.search.max_steps, recipe.search.epochs, recipe.training.epochs) == (5, None, 1)
+    assert load_recipe(file, ["training.max_steps=null"]).training.epochs == 3
+    assert "cannot be given together" in refusal(file, overrides=("training.max_steps=5", "training.epochs=1"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.max_step=4", "training.max_step is not a known key (given 4); did you mean training.max_steps?"),
+        ("training.lr=1", "training.lr is not a known key (given 1); did you mean training.learning_rate?"),
+        ("training.batch_size=four", "training.batch_size: expected an integer, got the text 'four'"),
+        ("method.x=1", "method is a single value (the text 'alora'), so it has no keys"),
+        ("seed", "expected KEY=VALUE with a dotted key"),
+        ("a..b=1", "expected KEY=VALUE with a dotted key"),
+        ("seed=[", "the value is not valid YAML"),
+    ],
+)
+def test_faults_in_overrides_are_the_overrides(file: Path, override: str, expected: str) -> None:
+    assert refusal(file, overrides=(override,)).startswith(f"--set {override}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("training", "rows", "steps"),
+    [
+        ("{max_steps: 7}", 100, 7),
+        ("{epochs: 1, batch_size: 8}", 17, 3),
+        ("{epochs: 2, batch_size: 8, gradient_accumulation: 2}", 17, 4),
+        ("{epochs: 0.5, batch_size: 8}", 33, 3),
+        ("{batch_size: 8}", 16, 6),
+    ],
+)
+def test_steps_are_counted_as_the_trainer_counts(file: Path, training: str, rows: int, steps: int) -> None:
+    file.write_text(f"{MINIMAL}training: {training}\n", encoding="utf-8")
+    assert load_recipe(file).training.total_steps(rows) == steps
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.data.train.startswith("sample:")

@@ -1,0 +1,312 @@
+"""Whole runs on a tiny model: resuming, diverging, stopping, and what is and is not left in the output folder."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from tiny_run import assert_same_adapter, stop_at, weights, write_base, write_recipe
+from transformers import AutoModelForCausalLM
+
+from gatewise.adapters.lora import lora_layers
+from gatewise.errors import GatewiseError
+from gatewise.inspection import rank_map
+from gatewise.runs import run
+from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.trainer import RecipeTrainer, checkpoint_step, complete_checkpoints
+
+SILENT = Console(quiet=True)
+
+
+def train(recipe: Path, output: Path, *overrides: str, **options: Any) -> run.RunResult:
+    return run.train(load_recipe(recipe, overrides), output, console=SILENT, **options)
+
+
+@pytest.mark.parametrize("method", ["lora", "alora", "pi-lora", "milora", "adalora", "dora", "prompt-tuning", "prefix-tuning"])
+def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, method)
+    # Seven batches an epoch, so four steps; the checkpoint is in the middle of the second epoch, and of alora's rounds.
+    settings = ("training.gradient_accumulation=2", "training.group_by_length=true", "training.save_every=5")
+    whole = train(recipe, tmp_path / "whole", *settings)
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        # In the middle of step 6; milora has had two steps of its upper level too.
+        stop_at(patch, 13 if method == "milora" else 11, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, stopped, *settings)
+    assert not (stopped / "adapter").exists()
+    assert [checkpoint_step(path) for path in complete_checkpoints(stopped / "checkpoints")] == [5]
+    resumed = train(recipe, stopped, *settings, resume=True)
+    assert (resumed.resumed_from, resumed.steps) == (5, 8)
+    assert resumed.metrics == whole.metrics
+    assert_same_adapter(whole.adapter, resumed.adapter)
+    if method in ("alora", "pi-lora"):
+        first, second = (json.loads((r.adapter / "allocation.json").read_text()) for r in (whole, resumed))
+        for one in (*first["rounds"], *second["rounds"]):
+            del one["seconds"]
+        assert first == second
+        assert [one["step"] for one in first["rounds"]] == [3, 6]
+
+
+def test_a_cubic_budget_comes_down_to_loras(tmp_path: Path) -> None:
+    """Twice the ranks at the start, those of plain LoRA and LoRA's scale at the end."""
+    section = {"schedule": "cubic", "init_r": 4, "rounds": 3, "first_round": 2, "recover": 2, "validation_rows": 6}
+    result = train(write_recipe(tmp_path, "pi-lora", allocation=section), tmp_path / "out")
+    record = json.loads((result.adapter / "allocation.json").read_text())
+    assert (record["score"], record["schedule"], record["budget"], record["target"]) == ("path_integral", "cubic", 56, 28)
+    # 28 + 28 (1 - i/3)^3
+    assert [sum(one["ranks"].values()) for one in record["rounds"]] == [36, 29, 28]
+    assert sum(result.ranks.values()) == 28
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), str(result.adapter))
+    assert {layer.scaling["default"] for layer in lora_layers(model, "default").values()} == {2.0}
+
+
+@pytest.mark.parametrize("method", ["lora", "alora", "adalora"])
+def test_the_adapter_is_plain_lora_that_peft_loads(method: str, tmp_path: Path) -> None:
+    result = train(write_recipe(tmp_path, method), tmp_path / "out")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), str(result.adapter))
+    assert model.peft_config["default"].peft_type == "LORA"
+    assert sum(result.ranks.values()) == 2 * 14  # two layers of seven modules
+    assert (len(set(result.ranks.values())) > 1) == (method != "lora")
+    stored = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert result.parameters == {"base": model.get_base_model().num_parameters() - stored, "adapter": stored}
+
+
+def test_what_is_written_down(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "alora", data={"train": "train.jsonl", "dev": "dev.jsonl", "test": "dev.jsonl"})
+    result = train(recipe, tmp_path / "out", "training.eval_every=4", "template.prompt='Is {text} good or bad?'")
+    written = json.loads(result.metrics_file.read_text())
+    assert written["metrics"] == result.metrics
+    assert written["metrics"]["dev"] == written["metrics"]["test"]
+    assert written["metrics"]["dev"]["before"]["loss"] > written["metrics"]["dev"]["after"]["loss"]
+    assert written["ranks"] == rank_map(result.adapter)
+    assert [entry["step"] for entry in written["log"] if "eval_loss" in entry] == [4, 8]
+    assert (
+        load_recipe(tmp_path / "out" / "recipe.yaml").template
+        == load_recipe(recipe, ["template.prompt='Is {text} good or bad?'"]).template
+    )
+    note = json.loads((result.adapter / "gatewise.json").read_text())
+    assert note["template"] == "Is {text} good or bad?"
+    assert (note["labels"], note["task"], note["base"]) == (["bad", "good"], "causal", str(tmp_path / "llama"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter", "checkpoints", "metrics.json", "ranks.png", "recipe.yaml",
+    ]  # fmt: skip
+    assert result.plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_hold_nothing_pickled_but_the_optimisers_state(tmp_path: Path) -> None:
+    train(write_recipe(tmp_path), tmp_path / "out")
+    folders = complete_checkpoints(tmp_path / "out" / "checkpoints")
+    assert [checkpoint_step(path) for path in folders] == [6, 8]
+    assert not list((tmp_path / "out").rglob("training_args.bin"))
+    assert json.loads((folders[0] / "gatewise.json").read_text())["labels"] == ["bad", "good"]
+
+
+def test_classification_trains_its_head_too(tmp_path: Path) -> None:
+    result = train(write_recipe(tmp_path, "alora", "bert"), tmp_path / "out")
+    assert set(result.metrics["dev"]["after"]) == {"accuracy", "loss", "n"}
+    head = [value for name, value in weights(result.adapter).items() if name.endswith("classifier.weight")]
+    assert [tuple(value.shape) for value in head] == [(2, 16)]
+
+
+def test_mixed_precision_and_recomputed_activations_train_too(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "alora")
+    more = ("dtype=bfloat16", "training.bf16=true", "training.gradient_checkpointing=true")
+    result = train(recipe, tmp_path / "out", *more)
+    assert {value.dtype for value in weights(result.adapter).values()} == {torch.float32}
+    assert result.metrics["dev"]["after"]["loss"] < result.metrics["dev"]["before"]["loss"]
+
+
+def test_recomputed_activations_change_nothing_but_memory(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    plain = train(recipe, tmp_path / "plain")
+    saved = train(recipe, tmp_path / "saved", "training.gradient_checkpointing=true")
+    for name, value in weights(plain.adapter).items():
+        torch.testing.assert_close(weights(saved.adapter)[name], value)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([0.5, 0.2, 0.4, 0.3])
+    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_: next(losses))
+    settings = ("training.load_best=true", "training.eval_every=2", "training.save_every=2")
+    result = train(write_recipe(tmp_path), tmp_path / "out", *settings)
+    assert_same_adapter(result.adapter, tmp_path / "out" / "checkpoints" / "checkpoint-4")
+
+
+def test_early_stopping_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([0.2, 0.5, 0.4, 0.3])
+    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_: next(losses))
+    settings = ("training.eval_every=2", "training.early_stopping_patience=1")
+    assert train(write_recipe(tmp_path), tmp_path / "out", *settings).steps == 4
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_nan_stops_the_run_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = ("training.learning_rate=1e30", "training.save_every=1", "training.max_grad_norm=0")
+    with pytest.raises(GatewiseError, match=r"at step 3, so the run stopped: the last good checkpoint is .*checkpoint-1;"):
+        train(write_recipe(tmp_path), out, *settings)
+    # Step 1 only moves B, which leaves the function finite; checkpoint-2 holds the weights that gave no number.
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["checkpoint-1"]
+    assert (out / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    assert not (out / "adapter").exists()
+    assert all(torch.isfinite(value).all() for value in weights(out / "checkpoints" / "checkpoint-1").values())
+
+
+def test_a_base_model_that_gives_nan_stops_at_the_first_step_and_leaves_nothing(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    model.save_pretrained(tmp_path / "llama")
+    with pytest.raises(GatewiseError, match="the loss is nan at step 1, so the run stopped: there is no checkpoint"):
+        train(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_complete_checkpoints_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = torch.save, []
+
+    def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(path)
+        if "checkpoint-4" in str(path) and str(path).endswith("scheduler.pt"):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 16319 vs 16272")
+        original(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(GatewiseError, match=r"the checkpoint of step 4 could not be written .*is the disk full"):
+        train(write_recipe(tmp_path), tmp_path / "out")
+    assert calls
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert train(write_recipe(tmp_path), tmp_path / "out", resume=True).resumed_from == 2
+
+
+def test_a_fault_while_the_adapter_is_saved_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: PeftModel, folder: str, **_: Any) -> None:
+        Path(folder, "adapter_config.json").write_text("{}", encoding="utf-8")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecipeTrainer, "_save", lambda self, folder=None, state_dict=None: os.makedirs(folder))
+    monkeypatch.setattr(PeftModel, "save_pretrained", broken)
+    with pytest.raises(GatewiseError, match="No space left on device"):
+        train(write_recipe(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Path, Path]:
+    recipe = write_recipe(tmp_path)
+    train(recipe, tmp_path / "out", "training.max_steps=2")
+    return recipe, tmp_path / "out"
+
+
+def test_an_output_folder_in_use_is_refused_before_any_work(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, out = finished
+    monkeypatch.setattr(run, "load_records", lambda *_, **__: pytest.fail("data was read"))
+    for options, said in [
+        ({}, "is not empty: use --resume to go on with the run in it, --overwrite to replace that run"),
+        ({"resume": True}, "is finished, there is nothing to resume"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+    ]:
+        with pytest.raises(GatewiseError, match=said):
+            train(recipe, out, "training.max_steps=2", **options)
+    with pytest.raises(GatewiseError, match=r"there is no run in .*new to resume: leave --resume out to begin one"):
+        train(recipe, out.parent / "new", resume=True)
+    assert not (out.parent / "new").exists()
+    (out.parent / "new").mkdir()
+    (out.parent / "new" / "recipe.yaml").write_text("method: lora")
+    with pytest.raises(GatewiseError, match="has no complete checkpoint to resume from"):
+        train(recipe, out.parent / "new", resume=True)
+
+
+def test_overwriting_replaces_the_run_and_leaves_the_rest(finished: tuple[Path, Path]) -> None:
+    recipe, out = finished
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    before = weights(out / "adapter")
+    result = train(recipe, out, "training.max_steps=4", overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["checkpoint-2", "checkpoint-4"]
+    assert any(not torch.equal(before[name], value) for name, value in weights(result.adapter).items())
+
+
+def test_a_run_is_resumed_only_with_its_own_recipe(finished: tuple[Path, Path]) -> None:
+    recipe, out = finished
+    (out / "metrics.json").unlink()
+    with pytest.raises(GatewiseError, match=r"peft.r is 3, but the run in .* was started with 2: resume it with that"):
+        train(recipe, out, "training.max_steps=2", "peft.r=3", resume=True)
+    # Only the last step's checkpoint is there, behind which there is nothing to resume: the run is repeated.
+    result = train(recipe, out, "training.max_steps=2", "training.log_every=1", resume=True)
+    assert (result.resumed_from, result.steps) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["peft.target_modules=[q_proj, k_prj]"], "peft.target_modules: 'k_prj' is no linear module .* did you mean k_proj"),
+        (["template.prompt='{txet}'"], "{txet}.*the row's fields are 'text', 'label'"),
+        (["template.prompt='{text} {label}'"], "which is the answer"),
+        (["data.dev=sample:none"], "there is no sample 'none'"),
+        (["data.labels=[good, poor]"], "train.jsonl, line .*'bad', expected 'good' or 'poor'"),
+        (["data.dev=sample:reminder-dev"], "holds generation rows, but data.train .* holds label rows"),
+        (["data.max_length=8", "template={prompt: '{text}', labels: {good: absolutely, bad: dreadful}}"], "raise max_length"),
+        (["method=alora", "allocation.first_round=8"], "allocation.first_round is 8, after step 8, but the run has 8"),
+        (["method=adalora", "adalora.tinit=5", "adalora.tfinal=3"], r"tinit \(5\) and tfinal \(3\) leave no step"),
+    ],
+)
+def test_everything_is_checked_before_training(
+    overrides: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path)
+    monkeypatch.setattr(RecipeTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    with pytest.raises(GatewiseError, match=said):
+        train(recipe, tmp_path / "out", *overrides)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_rows_longer_than_the_model_has_positions_are_cut(family: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, family=family)
+    write_base(tmp_path / family, family, max_position_embeddings=16)
+    result = train(recipe, tmp_path / "out", "training.max_steps=1")
+    assert json.loads((result.adapter / "gatewise.json").read_text())["max_length"] == 16
+
+
+def test_the_untrained_adapter_is_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path, "alora")
+    seen: list[torch.Tensor] = []
+    ids = torch.arange(5, 25).view(2, 10)
+    original: Callable[..., Any] = run.evaluate
+
+    def evaluate(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            seen.append(model.eval()(input_ids=ids).logits)
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    train(recipe, tmp_path / "out")
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()(input_ids=ids).logits
+    torch.testing.assert_close(seen[0], base)
+    assert not torch.allclose(seen[1], base, atol=1e-3)
+
+
+def test_a_place_that_takes_no_folders_is_found_before_any_work(tmp_path):
+    import pathlib
+
+    from gatewise.runs.folder import check_writable
+
+    check_writable(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+    if pathlib.Path("/proc/self").exists():  # where even root cannot write
+        with pytest.raises(GatewiseError, match=r"cannot write to /proc/x: .*; give another --output"):
+            check_writable(pathlib.Path("/proc/x"))

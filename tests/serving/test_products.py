@@ -1,0 +1,135 @@
+"""The products of a batch of adapters against the plain sum, row by row."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gatewise.serving.products import Part, Request
+
+IN, OUT, BATCH = 6, 5, 4
+
+
+def part(rank: int, scaling: float = 1.0, rows: list[int] | None = None, gate: Tensor | None = None) -> Part:
+    return Part(torch.randn(rank, IN), torch.randn(OUT, rank), scaling, rows, gate)
+
+
+def plain_sum(parts: list[Part], x: Tensor, result: Tensor) -> Tensor:
+    """y_row + gate · scaling · B A x_row, one row and one adapter at a time."""
+    total = result.clone()
+    for one in parts:
+        rows = list(range(len(x))) if one.rows is None else one.rows
+        for place, row in enumerate(rows):
+            gate = 1.0 if one.gate is None else one.gate[place]
+            total[row] += gate * one.scaling * (x[row] @ one.first.T @ one.second.T)
+    return total
+
+
+BATCHES = {
+    "one adapter": lambda: [part(3, 2.0)],
+    "one adapter, gates": lambda: [part(3, 2.0, gate=torch.rand(BATCH))],
+    "one adapter, one gate": lambda: [part(3, 2.0, gate=torch.full((BATCH,), 0.3))],
+    "two on all rows": lambda: [part(3, 2.0), part(2)],
+    "two on all rows, gates": lambda: [part(3, 2.0, gate=torch.rand(BATCH)), part(2, gate=torch.rand(BATCH))],
+    "two and the base": lambda: [part(3, 2.0, [0, 3]), part(2, 0.5, [1])],
+    "two, one scaling": lambda: [part(3, 2.0, [0, 3]), part(2, 2.0, [1, 2])],
+    "two, gates": lambda: [part(3, 2.0, [3, 0], torch.rand(2)), part(4, 0.5, [1], torch.rand(1))],
+    "one and the base": lambda: [part(3, 2.0, [1, 2])],
+    "one each": lambda: [part(1 + row % 2, 1.0 + row, [row]) for row in range(BATCH)],
+}
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (100,), (), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_products_are_the_plain_sum(name: str, shape: tuple[int, ...]) -> None:
+    parts = BATCHES[name]()
+    x, result = torch.randn(BATCH, *shape, IN), torch.randn(BATCH, *shape, OUT)
+    gathered = Request(BATCH).gather(parts, result)
+    for _ in range(2):  # the second time with what was prepared in the first
+        torch.testing.assert_close(gathered.add(x, result), plain_sum(parts, x, result), rtol=1e-5, atol=1e-4)
+    kept = result.clone()
+    in_place = Request(BATCH).gather(parts, kept, in_place=True).add(x, kept)
+    torch.testing.assert_close(in_place, plain_sum(parts, x, result), rtol=1e-5, atol=1e-4)
+
+
+def test_result_is_left_alone_unless_it_may_be_written() -> None:
+    parts, x, result = [part(3, 2.0)], torch.randn(BATCH, 1, IN), torch.randn(BATCH, 1, OUT)
+    before = result.clone()
+    Request(BATCH).gather(parts, result).add(x, result)
+    assert torch.equal(result, before)
+    strided = torch.randn(BATCH, OUT, 2).mT[:, :1]  # a view on something larger
+    before = strided.clone()
+    Request(BATCH).gather(parts, strided, in_place=True).add(x, strided)
+    assert torch.equal(strided, before) or strided.is_contiguous()
+
+
+def test_any_shape_without_rows() -> None:
+    parts, x, result = [part(3, 2.0), part(2)], torch.randn(11, IN), torch.randn(11, OUT)
+    gathered = Request().gather(parts, result)
+    torch.testing.assert_close(gathered.add(x, result), plain_sum(parts, x, result), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("broken", ["first", "second"])
+def test_a_broken_adapter_breaks_its_own_rows_only(broken: str, tokens: int) -> None:
+    parts = [part(3, 2.0, [0]), part(2, 0.5, [1, 2])]
+    getattr(parts[0], broken)[0, 0] = float("nan")
+    x, result = torch.randn(BATCH, tokens, IN), torch.randn(BATCH, tokens, OUT)
+    total = Request(BATCH).gather(parts, result).add(x, result)
+    assert total[0].isnan().any()
+    torch.testing.assert_close(total[1:], plain_sum(parts, x, result)[1:], rtol=1e-5, atol=1e-4)
+
+
+def test_what_overflows_in_another_adapter_breaks_no_row() -> None:
+    parts = [part(3, 2.0, [0]), part(2, 0.5, [1, 2])]
+    parts[0].first.mul_(5e4)
+    x = torch.randn(BATCH, 1, IN).half()
+    x[1:] = x[1:].sign() * 3
+    result = torch.zeros(BATCH, 1, OUT).half()
+    total = Request(BATCH).gather(parts, result).add(x, result)
+    assert total[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_half_precision_is_as_close_as_rounding_allows(name: str) -> None:
+    parts = BATCHES[name]()
+    x, result = torch.randn(BATCH, 1, IN).bfloat16(), torch.randn(BATCH, 1, OUT).bfloat16()
+    total = Request(BATCH).gather(parts, result).add(x, result)
+    assert total.dtype == torch.bfloat16
+    torch.testing.assert_close(total.float(), plain_sum(parts, x.float(), result.float()), rtol=0.03, atol=0.15)
+
+
+def test_weights_are_read_once_a_request() -> None:
+    """Of several adapters, and in another precision, the factors are copies: what changes meanwhile comes with the next request."""
+    parts = [part(3, 2.0, [0]), part(2, 0.5, [1, 2])]
+    x, result = torch.randn(BATCH, 1, IN), torch.randn(BATCH, 1, OUT)
+    expected = plain_sum(parts, x, result)
+    gathered = Request(BATCH).gather(parts, result)
+    nn.init.zeros_(parts[0].first)
+    torch.testing.assert_close(gathered.add(x, result), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_step_written_out_is_the_base_module_and_the_sum(name: str, in_place: bool) -> None:
+    parts = BATCHES[name]()
+    base = nn.Linear(IN, OUT).bfloat16()
+    asked: list[torch.Size] = []
+
+    def otherwise(x: Tensor) -> Tensor:
+        asked.append(x.shape)
+        return base(x)
+
+    with torch.no_grad():
+        prompt = torch.randn(BATCH, 3, IN).bfloat16()
+        gathered = Request(BATCH).gather(parts, base(prompt), in_place=in_place)
+        step = gathered.step(base, otherwise, prompt.shape)
+        assert (step is otherwise) is not in_place
+        x = torch.randn(BATCH, 1, IN).bfloat16()
+        if in_place:
+            expected = plain_sum(parts, x.float(), base(x).float())
+            torch.testing.assert_close(step(x).float(), expected, rtol=0.03, atol=0.05)
+            assert not asked
+        step(prompt)
+        step(x[1:])
+    step(x)
+    assert asked == [(BATCH, 3, IN), (BATCH - 1, 1, IN), (BATCH, 1, IN)]  # another shape, other rows, with gradients

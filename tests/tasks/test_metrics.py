@@ -1,0 +1,380 @@
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gatewise import RoutedLoraConfig
+from gatewise.errors import GatewiseError
+from gatewise.losses import row_losses
+from gatewise.tasks import PadCollator, Records, Template, encode, evaluate
+from gatewise.tasks.metrics import _generate, _shared_contexts, generation_metrics, number_metrics
+
+WORDS = ["lamp", "good", "late parcel", "the bill is wrong", "灯", "nobody knows where it is and nobody knows why", "x"]
+TEMPLATE = Template("Text: {text}\nLabel:")
+
+
+def _labelled(labels: list[str], n: int = 21) -> Records:
+    rows = [{"text": f"{WORDS[i % len(WORDS)]} {i}", "label": labels[i % len(labels)]} for i in range(n)]
+    return Records("label", rows, labels, "rows")
+
+
+def _choices() -> Records:
+    options = ["good", "bad", "a very late parcel", "a very late lamp", "a", "12", "灯坏了"]
+    rows = []
+    for i in range(15):
+        picked = [options[(i * 3 + k) % len(options)] for k in range(2 + i % 4)]
+        rows.append({"question": WORDS[i % len(WORDS)], "choices": picked, "answer": i % len(picked)})
+    return Records("choice", rows, None, "rows")
+
+
+@torch.no_grad()
+def _slow_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerFast, records: Records, template: Template) -> dict[str, float]:
+    """One row and one candidate at a time: full logits, log softmax, sum. The labels are those of training, -100 on the prompt."""
+    model.eval()
+    hits = norm_hits = tokens = 0
+    loss = 0.0
+    for row in records.rows:
+        prompt = tokenizer(template.render(row))["input_ids"]
+        scores, lengths = [], []
+        for text in template.candidates(records, row):
+            answer = tokenizer(text)["input_ids"]
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            logits = model(torch.tensor([prompt + answer]), labels=labels).logits[0].log_softmax(dim=-1)
+            scores.append(sum(float(logits[len(prompt) + k - 1, token]) for k, token in enumerate(answer)))
+            lengths.append(len(answer))
+        gold = records.gold_index(row)
+        hits += scores.index(max(scores)) == gold
+        normed = [score / length for score, length in zip(scores, lengths, strict=True)]
+        norm_hits += normed.index(max(normed)) == gold
+        loss -= scores[gold]
+        tokens += lengths[gold]
+    n = len(records.rows)
+    metrics = {"accuracy": hits / n, "loss": loss / tokens, "n": n}
+    return metrics | ({"accuracy_norm": norm_hits / n} if records.kind == "choice" else {})
+
+
+CASES = {
+    "single-token labels": (_labelled(["good", "bad", " is".strip()]), TEMPLATE),
+    "single and multi-token labels": (
+        _labelled(["good", "good lamp", "good lamp here", "very bad", "灯坏了"]),
+        TEMPLATE,
+    ),
+    "label words": (_labelled(["a", "b"]), Template("{text}", labels={"a": "good", "b": "wrong wrong"})),
+    "choices": (_choices(), Template("Question: {question}\nAnswer:")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_candidates_agree_with_one_at_a_time(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, case: str, batch_size: int
+) -> None:
+    records, template = CASES[case]
+    expected = _slow_metrics(llama, tokenizer, records, template)
+    assert 0 < expected["accuracy"] < 1
+    assert evaluate(llama, tokenizer, records, template, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_chosen_for_each_row(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, case: str) -> None:
+    records, template = CASES[case]
+    answers: list[dict[str, Any]] = []
+    metrics = evaluate(llama, tokenizer, records, template, batch_size=3, answers=answers)
+    assert sum(answer["right"] for answer in answers) / len(records) == metrics["accuracy"]
+    gold_total, tokens = 0.0, 0
+    for row, answer in zip(records.rows, answers, strict=True):
+        scores = answer["log_likelihoods"]
+        texts = template.candidates(records, row)
+        names = records.labels or range(len(texts))
+        assert len(scores) == len(texts)
+        assert scores[answer["predicted"]] == max(scores[name] for name in names)
+        gold = records.gold_index(row)
+        gold_total += scores[names[gold]]
+        tokens += len(tokenizer(texts[gold])["input_ids"])
+    assert -gold_total / tokens == pytest.approx(metrics["loss"], abs=1e-3)
+
+
+def test_few_logits_at_once_give_the_same(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, template = CASES["choices"]
+    expected = evaluate(llama, tokenizer, records, template)
+    monkeypatch.setattr(sys.modules["gatewise.tasks.metrics"], "_MAX_LOGITS", 3 * len(tokenizer))
+    seen: list[int] = []
+    llama.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    assert evaluate(llama, tokenizer, records, template) == pytest.approx(expected, abs=1e-5)
+    longest = max(len(tokenizer(" " + text)["input_ids"]) for row in records.rows for text in row["choices"])
+    assert max(seen) <= max(3, longest)
+
+
+def test_single_token_labels_share_one_forward_and_one_logit_position_a_row(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    records, _ = CASES["single-token labels"]
+    assert all(len(tokenizer(" " + label)["input_ids"]) == 1 for label in records.labels or ())
+    positions: list[int] = []
+    llama.lm_head.register_forward_hook(lambda module, args, output: positions.append(output.shape[1]))
+    steps: list[tuple[int, int]] = []
+    evaluate(llama, tokenizer, records, TEMPLATE, batch_size=8, progress=lambda done, total: steps.append((done, total)))
+    assert positions == [8, 8, 5]
+    assert steps == [(8, 21), (16, 21), (21, 21)]
+
+
+_CANDIDATES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(_CANDIDATES.map(tuple))
+def test_shared_contexts_cover_every_candidate_with_as_few_sequences_as_can_be(
+    candidates: tuple[tuple[int, ...], ...],
+) -> None:
+    shared = _shared_contexts(candidates)
+    served = sorted(member for _, members in shared for member in members)
+    assert served == list(range(len(candidates)))
+    for context, members in shared:
+        assert all(context[: len(candidates[member]) - 1] == candidates[member][:-1] for member in members)
+    needed = {candidate[:-1] for candidate in candidates}
+    leaves = [c for c in needed if not any(other != c and other[: len(c)] == c for other in needed)]
+    assert len(shared) == len(leaves)
+
+
+def test_a_choice_that_repeats_the_right_text_counts_as_right(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    records = Records("choice", [{"question": "q", "choices": ["good", "good"], "answer": 1}], None, "rows")
+    metrics = evaluate(llama, tokenizer, records)
+    assert (metrics["accuracy"], metrics["accuracy_norm"]) == (1.0, 1.0)
+
+
+def test_long_prompts_are_cut_to_what_the_model_takes(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    records = Records("label", [{"text": "late " * 300 + "lamp", "label": "good"}], ["bad", "good"], "rows")
+    widths: list[int] = []
+    llama.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    evaluate(llama, tokenizer, records, TEMPLATE)
+    evaluate(llama, tokenizer, records, TEMPLATE, max_length=20)
+    assert widths == [127, 19]
+
+
+def test_training_mode_and_random_state_are_left_as_they_were(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    records, _ = CASES["single-token labels"]
+    expected = _slow_metrics(llama, tokenizer, records, TEMPLATE)
+    llama.train()
+    llama.model.layers[0].eval()
+    modes = [module.training for module in llama.modules()]
+    state = torch.get_rng_state()
+    assert evaluate(llama, tokenizer, records, TEMPLATE) == pytest.approx(expected, abs=1e-5)
+    written = Records("generation", [{"source": "lamp", "target": "x"}], None, "rows")
+    evaluate(llama, tokenizer, written, max_new_tokens=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in llama.modules()] == modes
+    with pytest.raises(GatewiseError):
+        evaluate(llama, tokenizer, records, Template("{nothing}"))
+    assert [module.training for module in llama.modules()] == modes
+
+
+# ---- sequence classifiers ----
+
+
+@torch.no_grad()
+def _slow_classifier(model: nn.Module, tokenizer: PreTrainedTokenizerFast, records: Records) -> dict[str, float]:
+    model.eval()
+    hits, loss = 0, 0.0
+    for row in records.rows:
+        logits = model(torch.tensor([tokenizer(row["text"])["input_ids"]])).logits[0]
+        gold = records.gold_index(row)
+        hits += int(logits.argmax()) == gold
+        loss -= float(logits.log_softmax(dim=-1)[gold])
+    return {"accuracy": hits / len(records), "loss": loss / len(records), "n": len(records)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_classifier_agrees_with_one_at_a_time(
+    bert: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    records = _labelled(["a", "b", "c"])
+    expected = _slow_classifier(bert, tokenizer, records)
+    assert evaluate(bert.train(), tokenizer, records, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
+    assert bert.training
+    answers: list[dict[str, Any]] = []
+    evaluate(bert, tokenizer, records, batch_size=batch_size, answers=answers)
+    for row, answer in zip(records.rows, answers, strict=True):
+        with torch.no_grad():
+            scores = bert.eval()(torch.tensor([tokenizer(row["text"])["input_ids"]])).logits[0].log_softmax(dim=-1)
+        assert answer["predicted"] == records.labels[int(scores.argmax())]
+        assert answer["right"] == (answer["predicted"] == row["label"])
+        assert list(answer["log_likelihoods"].values()) == pytest.approx(scores.tolist(), abs=1e-3)
+
+
+def test_models_that_cannot_do_the_task_are_refused(
+    bert: BertForSequenceClassification, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(GatewiseError, match="the model has 3 classes, but rows has the 2 labels a, b"):
+        evaluate(bert, tokenizer, _labelled(["a", "b"]))
+    with pytest.raises(GatewiseError, match="holds choice rows"):
+        evaluate(bert, tokenizer, _choices())
+    with pytest.raises(GatewiseError, match="BertForMaskedLM cannot be evaluated"):
+        evaluate(BertForMaskedLM(bert.config), tokenizer, _labelled(["a", "b"]))
+    with pytest.raises(GatewiseError, match="LlamaModel cannot be evaluated"):
+        evaluate(llama.model, tokenizer, _labelled(["a", "b"]))
+    with pytest.raises(GatewiseError, match="batch_size is 0"):
+        evaluate(llama, tokenizer, _labelled(["a", "b"]), batch_size=0)
+    written = Records("generation", [{"source": "lamp", "target": "x"}], None, "rows")
+    with pytest.raises(GatewiseError, match="expected 1 to 127 for this model"):
+        evaluate(llama, tokenizer, written, max_new_tokens=128)
+
+
+# ---- writing ----
+
+
+@torch.no_grad()
+def _slow_greedy(model: Any, prompt: list[int], max_new_tokens: int, ends: set[int]) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < len(prompt) + max_new_tokens:
+        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token in ends:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_generation_agrees_with_a_loop_and_stops_at_the_end_token(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    llama.eval()
+    prompts = [tokenizer(f"Input: {word}\nOutput:")["input_ids"] for word in WORDS]
+    free = [_slow_greedy(llama, prompt, 12, {2}) for prompt in prompts]
+    # Some token that this model writes in the middle serves as its second end token.
+    end = free[0][5]
+    # A checkpoint's own defaults must not leak into the measurement.
+    llama.generation_config.update(eos_token_id=[2, end], repetition_penalty=9.0, do_sample=True, temperature=2.0)
+    expected = [_slow_greedy(llama, prompt, 12, {2, end}) for prompt in prompts]
+    assert expected != free
+    written = _generate(llama, tokenizer, prompts, batch_size, 12, None)
+    assert written == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+
+
+def test_bleu_and_rouge_take_the_best_of_the_references() -> None:
+    rows = [
+        {"source": "a", "targets": ["the lamp on the old table is broken", "somebody broke the lamp on the table"]},
+        {"source": "b", "target": "the parcel came on a rainy Monday"},
+    ]
+    records = Records("generation", rows, None, "rows")
+    perfect = generation_metrics(records, [" somebody broke the lamp on the table\nnoise", "the parcel came on a rainy Monday"])
+    assert perfect == pytest.approx({"bleu": 100.0, "rougeL": 1.0, "n": 2})
+    # One row is right and of the other one of seven words is left: precision 1, recall 1/7, F = 1/4.
+    partly = generation_metrics(records, ["somebody broke the lamp on the table", "Monday"])
+    assert partly["rougeL"] == pytest.approx((1 + 0.25) / 2)
+    assert 0 < partly["bleu"] < 100
+
+
+def test_all_lines_count_when_a_reference_has_several() -> None:
+    records = Records("generation", [{"source": "a", "target": "one two three four\nfive six seven"}], None, "rows")
+    assert generation_metrics(records, ["one two three four\nfive six seven\n"])["rougeL"] == 1.0
+    assert generation_metrics(records, ["one two three four"])["rougeL"] < 1.0
+
+
+def test_chinese_is_measured_by_character() -> None:
+    records = Records("generation", [{"source": "a", "target": "明天上午十点看牙医。"}], None, "rows")
+    assert generation_metrics(records, ["明天上午十点看牙医。"]) == pytest.approx({"bleu": 100.0, "rougeL": 1.0, "n": 1})
+    # Nine characters against eight, of which seven in order are the same.
+    near = generation_metrics(records, ["明天上午九点看医"])
+    precision, recall = 7 / 8, 7 / 9
+    assert near["rougeL"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert 0 < near["bleu"] < 100
+
+
+@pytest.mark.parametrize("written", ["", "\n\n", "###", "��"])
+def test_metrics_of_empty_outputs_are_zero(written: str) -> None:
+    rows = [{"source": "a", "target": "one two three four five"}, {"source": "b", "target": "six"}]
+    assert generation_metrics(Records("generation", rows, None, "rows"), [written] * 2) == {
+        "bleu": 0,
+        "rougeL": 0,
+        "n": 2,
+    }
+    sums = Records("number", [{"question": "q", "answer": "#### 4"}], None, "rows")
+    assert number_metrics(sums, [written]) == {"exact": 0.0, "n": 1}
+
+
+def test_exact_compares_the_final_numbers() -> None:
+    rows = [{"question": "q", "answer": f"so\n#### {number}"} for number in ("1,250", "4", "4", "7")]
+    written = [" It is $1250.00.", "4 apples and 5", "#### 4 then 9", "seven"]
+    assert number_metrics(Records("number", rows, None, "rows"), written) == {"exact": 0.5, "n": 4}
+
+
+def test_an_adapter_is_measured_in_every_kind(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    records, _ = CASES["single and multi-token labels"]
+    base = evaluate(llama, tokenizer, records, TEMPLATE)
+    model = get_peft_model(llama, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    tuned = evaluate(model, tokenizer, records, TEMPLATE)
+    assert tuned["loss"] != pytest.approx(base["loss"], abs=1e-3)
+    with model.disable_adapter():
+        assert evaluate(model, tokenizer, records, TEMPLATE) == pytest.approx(base, abs=1e-5)
+    for kind, row, names in (
+        ("generation", {"source": "lamp", "target": "x"}, {"bleu", "rougeL", "n"}),
+        ("number", {"question": "lamp", "answer": "#### 1"}, {"exact", "n"}),
+    ):
+        made = Records(kind, [row], None, "rows")  # type: ignore[arg-type]
+        answers: list[dict[str, Any]] = []
+        metrics = evaluate(model, tokenizer, made, max_new_tokens=3, answers=answers)
+        assert answers[0].keys() == ({"predicted"} if kind == "generation" else {"predicted", "right"})
+        assert isinstance(answers[0]["predicted"], str)
+        assert set(metrics) == names
+        assert all(math.isfinite(value) for value in metrics.values())
+
+
+# ---- adapters that are routed by their prompt: what is measured is what was trained ----
+
+
+@pytest.fixture
+def routed(llama: LlamaForCausalLM) -> PeftModel:
+    """One whose decision from a prompt is another one with the answer in sight."""
+    model = get_peft_model(llama, RoutedLoraConfig(r=2, top_k=1, init_lora_weights=False, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_router" in name and name.endswith(("weight", "pool")):
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_candidates_of_a_routed_adapter_are_scored_as_trained(
+    routed: PeftModel, tokenizer: PreTrainedTokenizerFast, case: str, batch_size: int
+) -> None:
+    records, template = CASES[case]
+    metrics = evaluate(routed, tokenizer, records, template, batch_size=batch_size)
+    assert metrics == pytest.approx(_slow_metrics(routed, tokenizer, records, template), abs=1e-5)
+    data = PadCollator(tokenizer)(encode(records, tokenizer, template))
+    counts = (data["labels"] != -100).sum(dim=1)
+    with torch.no_grad():
+        assert metrics["loss"] == pytest.approx(float(routed(**data).loss), abs=1e-4)
+        gates = routed.routing().gates
+        sums, _ = row_losses(routed, data)
+        assert metrics["loss"] == pytest.approx(float(sums.sum() / counts.sum()), abs=1e-4)
+        torch.testing.assert_close(routed.routing().gates, gates)
+        with routed.prompt_positions(data["attention_mask"]):
+            routed(**data)
+    assert bool((counts == 1).all()) or not torch.equal(routed.routing().gates > 0, gates > 0)
+
+
+@pytest.mark.parametrize("kind", ["generation", "number"])
+def test_a_routed_adapter_writes_as_trained(routed: PeftModel, tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    names = ("source", "target") if kind == "generation" else ("question", "answer")
+    rows = [dict(zip(names, (word, f"{word} {i}"), strict=True)) for i, word in enumerate(WORDS)]
+    records = Records(kind, rows, None, "rows")  # type: ignore[arg-type]
+    features = encode(records, tokenizer, None)
+    with torch.no_grad():
+        routed(**PadCollator(tokenizer)(features))
+    trained, written = routed.routing().gates, []
+    routed.get_base_model().lm_head.register_forward_hook(lambda *_: written.append(1))
+    evaluate(routed, tokenizer, records, max_new_tokens=4)
+    assert len(written) > 1  # steps after the one that read the prompts
+    longest_first = sorted(range(len(rows)), key=lambda row: -features[row]["labels"].count(-100))
+    torch.testing.assert_close(routed.routing().gates, trained[longest_first])
