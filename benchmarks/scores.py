@@ -375,12 +375,12 @@ def describe(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, T
 def exact_agreement(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, Tensor]) -> dict[str, Any]:
     """Spearman correlation of every score with exact AB-LoRA over ranks drawn at random."""
     from gatewise.adapters.lora import lora_layers
-    from gatewise.allocation.scores.ablation import ablate
+    from gatewise.allocation.fast_ablation import exact as exactly
 
     ranks = [(path, slot) for path, layer in lora_layers(model).items() for slot in range(layer.r["default"])]
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(1))[:EXACT_RANKS]
     began = time.perf_counter()
-    exact = ablate(model, state.collate(state.scored[: state.settings["few"]]), [ranks[i] for i in drawn.tolist()])
+    exact = exactly(model, state.collate(state.scored[: state.settings["few"]]), [ranks[i] for i in drawn.tolist()])
     few = few | {name: path_scores(kept, state.settings["few"], n)["pi"] for name, n in state.rules.items()}
     return {
         "ranks": len(drawn),

@@ -16,7 +16,7 @@ import torch
 from scores import HERE, RULES, State
 
 from gatewise.adapters.lora import lora_layers
-from gatewise.allocation.scores.ablation import ablate
+from gatewise.allocation.fast_ablation import exact as exactly
 from gatewise.allocation.scoring import parts_of, scoring
 from gatewise.losses import mean_loss
 from gatewise.scores import SCORES
@@ -37,7 +37,7 @@ def cost(state: State, out: Path) -> None:
     runs["path_moments"] = lambda: SCORES["path_moments"](model, batch)
     runs["sensitivity"] = lambda: SCORES["sensitivity"](model, batch)
     runs["ablation, screened"] = lambda: SCORES["ablation"](model, batch, "screened")
-    runs["ablation, exact *"] = lambda: ablate(model, batch, sample)
+    runs["ablation, exact *"] = lambda: exactly(model, batch, sample)
     seconds: dict[str, float] = {}
     for name, run in runs.items():
         taken = []

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import set_seed
 
 from gatewise.adapters.lora import lora_layers
-from gatewise.allocation.scores.ablation import Rank, ablate
+from gatewise.allocation.fast_ablation import Rank, exact
+from gatewise.allocation.scores.ablation import naive
 from gatewise.losses import row_losses
 from gatewise.models import load_model, load_tokenizer
 from gatewise.scores import ablation, taylor
@@ -54,10 +55,10 @@ def measure(data_dir: Path, results: Path, stages: list[str], per_layer: int, na
                 scores, seconds = timed(partial(score, model, validation))
                 values = {path: [float(f"{v:.9g}") for v in score.tolist()] for path, score in scores.items()}
                 append(results, {"stage": stage, "mode": mode, "seconds": round(seconds, 3), "scores": values})
-        for mode, count in (("naive", naive_per_layer), ("exact", per_layer)):
+        for mode, score, count in (("naive", naive, naive_per_layer), ("exact", exact, per_layer)):
             if not find(results, stage, mode):
                 ranks = sample(model, count)
-                scores, seconds = timed(partial(ablate, model, validation, ranks, mode))
+                scores, seconds = timed(partial(score, model, validation, ranks))
                 line = {"stage": stage, "mode": mode, "seconds": round(seconds, 3), "ranks": ranks, "scores": scores.tolist()}
                 append(results, line)
 

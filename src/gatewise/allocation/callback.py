@@ -5,8 +5,6 @@ live rank on a validation batch, prune the lowest over the whole model, grow the
 (Li et al., arXiv 2510.04655, reconstructed) is the same with path-integral scores and, if wanted, the pruning of whole modules.
 """
 
-import difflib
-import inspect
 import logging
 import math
 import time
@@ -24,9 +22,7 @@ from transformers.trainer_callback import ExportableState
 
 from gatewise.allocation import slots
 from gatewise.allocation.algorithm import SCHEDULES, Round, Schedule, cubic_budget, plan_round, smoothed, spared
-from gatewise.allocation.scores import SCORES
-from gatewise.allocation.scores.ablation import MODES
-from gatewise.allocation.scores.path_integral import quadrature
+from gatewise.allocation.scores import DEFAULT, SCORES, check_score
 from gatewise.allocation.scoring import Batches, Scores, as_batches, parts_of, scoring
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
@@ -79,7 +75,7 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        score: str | Score = "path_moments",
+        score: str | Score = DEFAULT,
         rounds: int = 8,
         prune_fraction: float = 1 / 8,
         first_round: float = 1.0,
@@ -97,16 +93,14 @@ class RankAllocation(TrainerCallback, ExportableState):
         module_pruning: bool = False,
         grace_rounds: int = 0,
     ) -> None:
-        if isinstance(score, str) and score not in SCORES:
-            raise GatewiseError(f"score {score!r} is not known; expected one of {', '.join(SCORES)}, or a function")
+        if isinstance(score, str):
+            check_score(score, score_options)
         if not 0 < prune_fraction < 1:
             raise GatewiseError(f"prune_fraction is {prune_fraction}; expected a share between 0 and 1, such as 1/8")
         if rounds < 0 or min_rank < 0:
             raise GatewiseError(f"rounds is {rounds} and min_rank {min_rank}; expected numbers of at least 0")
         if first_round <= 0 or recover <= 0:
             raise GatewiseError(f"first_round is {first_round} and recover {recover}; expected epochs or steps above 0")
-        if isinstance(score, str):
-            _check_options(score, score_options or {})
         _check_schedule(schedule, target_rank, r_max)
         if not 0 <= smoothing < 1:
             raise GatewiseError(f"smoothing is {smoothing}; expected a number from 0 (none) to below 1, such as 0.5")
@@ -404,22 +398,6 @@ def is_steps(value: float) -> bool:
 def in_steps(value: float, steps_per_epoch: int) -> int:
     """A span of training, in epochs or steps, as a number of optimiser steps."""
     return int(value) if is_steps(value) else max(1, round(value * steps_per_epoch))
-
-
-def _check_options(score: str, options: Mapping[str, Any]) -> None:
-    """Refuses options that the score does not have, before training rather than at the first round."""
-    known = [name for name in inspect.signature(SCORES[score]).parameters if name not in ("model", "batch", "adapter")]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise GatewiseError(f"score_options has {name!r}, but score {score!r} takes {', '.join(known)}{hint}")
-    if score == "ablation" and options.get("mode", MODES[0]) not in MODES:
-        raise GatewiseError(f"score_options has mode {options['mode']!r}; expected one of {', '.join(MODES)}")
-    if score == "path_integral":
-        quadrature(options.get("points", 8), options.get("rule", "gauss-legendre"))
-        if options.get("return_convergence"):
-            raise GatewiseError("score_options has return_convergence, which a round has no use for: leave it out")
 
 
 def _check_schedule(schedule: str, target_rank: float | None, r_max: int | None) -> None:

@@ -1,25 +1,41 @@
-"""Importance scores of ranks: one file a score. To add one, put a file ``NAME.py`` with a function ``NAME`` here, nothing else.
+"""Importance scores of ranks: one file a score. To add a score, put one file ``NAME.py`` into this folder; nothing else changes.
 
-A score is called as ``score(model, batch, adapter=None, float32=True, ...)`` and returns a ``gatewise.allocation.scoring.Scores``:
-module path -> one number a live rank, higher for ranks worth more.
+The file has a function ``NAME(model, batch, *, adapter=None, float32=True, ...) -> Scores``: module path -> one number a live rank,
+higher for ranks worth more. Beside it stand what the numbers mean, for tables and pages:
+
+    MEANING = "what a rank's number says"
+    UNIT = "nats"        # "" for a number without a unit
+    FROM_BASE = False    # True where a rank that does nothing scores CE(all ranks) - CE(no rank), not zero
+
+It may also have ``IN_ROUNDS``, options that rounds and ``inspect --scores`` give it unless told otherwise, and
+``check_options(**options)``, which raises ``GatewiseError`` for options that can be seen to be wrong before training. A score with
+an argument ``prune`` is told how many ranks the round will prune; one with ``progress`` may report (done, total).
 """
 
+import difflib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from gatewise.errors import GatewiseError
+
 NAMES: tuple[str, ...] = tuple(sorted(module.name for module in iter_modules(__path__)))
-"""The scores that ``RankAllocation`` and recipes know by name."""
+"""The scores that ``RankAllocation``, recipes and the command line know by name. Names alone need no torch."""
+DEFAULT = "path_moments"
+"""The one default score, of ``RankAllocation``, recipes and ``inspect --scores``: the best on average for the least work in
+``docs/scores.md``. The method pi-lora has ``path_integral``, which is what makes it PI-LoRA."""
 
 
 class _Scores(Mapping[str, Callable[..., Any]]):
-    """Name -> function. A file is imported when its score is asked for: names alone need no torch."""
+    """Name -> function. A file is imported when its score is asked for."""
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         if name not in NAMES:
             raise KeyError(name)
-        score: Callable[..., Any] = getattr(import_module(f"{__name__}.{name}"), name)
+        score: Callable[..., Any] = getattr(_file_of(name), name)
         return score
 
     def __iter__(self) -> Iterator[str]:
@@ -30,3 +46,49 @@ class _Scores(Mapping[str, Callable[..., Any]]):
 
 
 SCORES = _Scores()
+
+
+@dataclass(frozen=True)
+class About:
+    """What the file of a score says of it: see the top of this one."""
+
+    meaning: str = ""
+    unit: str = ""
+    from_base: bool = False
+    in_rounds: Mapping[str, Any] = field(default_factory=dict)
+
+
+def about(name: str) -> About:
+    """What a score of this name says of a rank; nothing for a score of the user's own."""
+    if name not in NAMES:
+        return About()
+    file = _file_of(name)
+    return About(file.MEANING, file.UNIT, file.FROM_BASE, getattr(file, "IN_ROUNDS", {}))
+
+
+def check_score(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Refuses a name or options that no score has, before long work.
+
+    Raises:
+        GatewiseError: an unknown name, or an option that the score does not take or cannot work with.
+    """
+    if name not in NAMES:
+        raise GatewiseError(f"score {name!r} is not known; expected one of {', '.join(NAMES)}{_near(name, NAMES)}")
+    if not options:
+        return
+    known = [key for key in inspect.signature(SCORES[name]).parameters if key not in ("model", "batch", "adapter")]
+    for key in options:
+        if key not in known:
+            raise GatewiseError(f"score_options has {key!r}, but score {name!r} takes {', '.join(known)}{_near(key, known)}")
+    check = getattr(_file_of(name), "check_options", None)
+    if check is not None:
+        check(**options)
+
+
+def _file_of(name: str) -> Any:
+    return import_module(f"{__name__}.{name}")
+
+
+def _near(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

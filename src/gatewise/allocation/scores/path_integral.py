@@ -12,7 +12,7 @@ half of first-order AB-LoRA (``taylor``) up to a constant: AB-LoRA reads the two
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scoring import Batches, Scores, gate_gradients, live_only, parts_of, scoring
 from gatewise.errors import GatewiseError
 from gatewise.losses import mean_loss
+
+MEANING = "its share of the loss that the adapter takes away"
+UNIT = "nats"
+FROM_BASE = False
 
 Rule = Literal["gauss-legendre", "trapezoid"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -143,3 +147,10 @@ def quadrature(points: int, rule: str = "gauss-legendre") -> tuple[list[float], 
         return [i * step for i in range(points - 1)] + [1.0], [step / 2, *[step] * (points - 2), step / 2]
     nodes, weights = np.polynomial.legendre.leggauss(points)
     return ((nodes + 1) / 2).tolist(), (weights / 2).tolist()
+
+
+def check_options(points: int = 8, rule: str = "gauss-legendre", return_convergence: bool = False, **_: Any) -> None:
+    """Raises GatewiseError for options that a round cannot work with."""
+    quadrature(points, rule)
+    if return_convergence:
+        raise GatewiseError("score_options has return_convergence, which a round has no use for: leave it out")

@@ -28,6 +28,10 @@ from gatewise.allocation.scoring import Batches, Scores, live_only, parts_of, sc
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
 
+MEANING = "what it does for an example on average, plus how strongly single ones react to it, each in its spread"
+UNIT = ""
+FROM_BASE = False
+
 
 def path_moments(
     model: nn.Module,
@@ -56,8 +60,7 @@ def path_moments(
     Raises:
         GatewiseError: ``start`` outside [0, 1], too few points, or a batch without labels.
     """
-    if not 0 <= start <= 1:
-        raise GatewiseError(f"start is {start}; expected a point of the path, from 0 (no rank) to 1 (all ranks on)")
+    check_options(start, points)
     nodes, weights = quadrature(points)
     with scoring(model, float32), GateBank(model, adapter) as gates:
         parts = list(_parts(model, gates, batch))
@@ -109,3 +112,10 @@ def _row_gradients(model: nn.Module, gates: GateBank, part: dict[str, Any], node
     gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True)
     found = zip(leaves.items(), gradients, strict=True)
     return {p: (torch.zeros_like(leaf) if g is None else g).reshape(-1, leaf.shape[-1]) for (p, leaf), g in found}
+
+
+def check_options(start: float = 0.5, points: int = 2, **_: Any) -> None:
+    """Raises GatewiseError for a path that there is not."""
+    if not 0 <= start <= 1:
+        raise GatewiseError(f"start is {start}; expected a point of the path, from 0 (no rank) to 1 (all ranks on)")
+    quadrature(points)

@@ -13,6 +13,10 @@ from torch import nn
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scoring import Batches, Scores, gate_gradients, live_only, parts_of, scoring
 
+MEANING = "the loss without it less the loss with all, plus what it takes away alone, to first order"
+UNIT = "nats"
+FROM_BASE = True
+
 
 def taylor(model: nn.Module, batch: Batches, *, adapter: str | None = None, float32: bool = True) -> Scores:
     """First-order estimate of the AB-LoRA score of every live rank.
