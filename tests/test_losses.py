@@ -12,8 +12,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from gatewise.allocation.scoring import parts_of
 from gatewise.errors import GatewiseError
-from gatewise.losses import logits_at, mean_loss, microbatches, row_losses
+from gatewise.losses import logits_at, loss_kind, mean_loss, microbatches, row_losses
 
 SMALL = BertConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
 
@@ -37,13 +38,47 @@ def test_labels_at_their_own_tokens(batch, kind):
     torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
 
 
+def classifier(number, problem=None):
+    settings = {**SMALL.to_dict(), "num_labels": number, "id2label": None, "label2id": None, "problem_type": problem}
+    return BertForSequenceClassification(BertConfig(**settings)).eval()
+
+
 @pytest.mark.parametrize(("labels", "number"), [(torch.rand(5), 1), (torch.randint(0, 2, (5, 3)).float(), 3)])
 def test_regression_and_multi_label(batch, labels, number):
-    config = BertConfig(**{**SMALL.to_dict(), "num_labels": number, "id2label": None, "label2id": None})
-    model = BertForSequenceClassification(config).eval()
+    model = classifier(number)
     data = {**batch("bert"), "labels": labels}
     sums, counts = row_losses(model, data)
     torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [
+        ("regression", 3 * torch.randn(5, 3)),
+        ("multi_label_classification", torch.randint(0, 2, (5, 3)).float()),
+        ("single_label_classification", torch.randint(0, 3, (5,))),
+        ("single_label_classification", torch.randint(0, 3, (5, 1))),
+    ],
+)
+def test_the_problem_type_of_the_model_decides(batch, problem, labels):
+    """Not the shape of the labels: several numbers a row may be regressed on."""
+    model, data = classifier(3, problem), {**batch("bert"), "labels": labels}
+    sums, counts = row_losses(model, data)
+    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+
+
+@pytest.mark.parametrize("classes", [3, 9])
+@pytest.mark.parametrize("labels_first", [True, False])
+def test_microbatches_leave_a_classifiers_labels_whole(batch, classes, labels_first):
+    """Nine classes are as many as the padded batch has columns."""
+    model, data = classifier(classes, "multi_label_classification"), batch("bert")
+    labels = {"labels": torch.randint(0, 2, (5, classes)).float()}
+    data = {**labels, **{key: data[key] for key in ("input_ids", "attention_mask")}} if labels_first else {**data, **labels}
+    parts = microbatches(data, 10, loss_kind(model))
+    assert {part["labels"].shape[1] for part in parts} == {classes}
+    assert min(part["input_ids"].shape[1] for part in parts) < 9
+    assert mean_loss(model, parts) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
+    assert mean_loss(model, parts_of(model, data)) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
 
 
 def test_gradients_are_the_models_own(batch):
@@ -76,7 +111,7 @@ def test_microbatches_add_up(batch, side, most):
     if side == "right":
         assert all(part["attention_mask"].any(dim=0).all() for part in parts)
     with torch.no_grad():
-        assert mean_loss(model, parts) == pytest.approx(float(model(**data).loss), rel=1e-5)
+        assert mean_loss(model, parts) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
 
 
 def test_refusals(batch):

@@ -112,18 +112,20 @@ class Scored:
         labels: (n,), or (b,) or (b, c) of a classifier.
         rows: (n,) the row of each labelled position; None for a classifier.
         batch: b.
+        problem: a classifier's ``config.problem_type``; None where the labels tell.
     """
 
     logits: Tensor
     labels: Tensor
     rows: Tensor | None
     batch: int
+    problem: str | None = None
 
     def losses(self) -> tuple[Tensor, Tensor]:
         """As ``row_losses``."""
         logits = self.logits.float()
         if self.rows is None:
-            losses = _class_losses(logits, self.labels)
+            losses = _class_losses(logits, self.labels, self.problem)
             return losses, torch.ones_like(losses, dtype=torch.long)
         losses = F.cross_entropy(logits, self.labels, reduction="none")
         return losses.new_zeros(self.batch).index_add(0, self.rows, losses), self.rows.bincount(minlength=self.batch)
@@ -155,7 +157,8 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     labels: Tensor = batch["labels"]
     kind = loss_kind(model)
     if kind == "rows":
-        return Scored(class_logits(model, inputs), labels, None, len(labels))
+        problem = getattr(base_of(model).config, "problem_type", None)
+        return Scored(class_logits(model, inputs), labels, None, len(labels), problem)
     prompt = before_first(labels != IGNORED) if kind == "causal" else torch.ones_like(labels, dtype=torch.bool)
     if kind == "causal":
         inputs.setdefault("use_cache", False)
@@ -177,17 +180,22 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     return total / count
 
 
-def microbatches(batch: Batch, max_tokens: int) -> list[dict[str, Any]]:
+def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> list[dict[str, Any]]:
     """Splits a batch into rows of like length, right padding trimmed, each part of at most ``max_tokens`` padded tokens.
 
     The parts' loss sums add up to those of the batch. Left-padded batches are split but not trimmed: a model with learned
     absolute positions counts them from the first column.
+
+    Args:
+        kind: the model's ``loss_kind``. The labels of "rows" have a column a class, not a token, and are never trimmed.
     """
-    rows = next(len(value) for value in batch.values() if isinstance(value, Tensor))
-    attention = batch.get("attention_mask")
-    width = next((value.shape[1] for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim > 0}
+    per_token = {key: value for key, value in tensors.items() if value.ndim > 1 and not (kind == "rows" and key == "labels")}
+    rows = len(next(iter(tensors.values())))
+    width = next((value.shape[1] for value in per_token.values()), 1)
+    attention = per_token.get("attention_mask")
     lengths = [width] * rows
-    if isinstance(attention, Tensor) and attention.ndim == 2 and bool((attention.cummin(dim=1).values == attention).all()):
+    if attention is not None and attention.ndim == 2 and bool((attention.cummin(dim=1).values == attention).all()):
         lengths = [max(1, int(n)) for n in attention.sum(dim=1).tolist()]
     order = sorted(range(rows), key=lambda row: (lengths[row], row))
     groups: list[list[int]] = []
@@ -197,27 +205,33 @@ def microbatches(batch: Batch, max_tokens: int) -> list[dict[str, Any]]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return [_take(batch, group, width, max(lengths[row] for row in group)) for group in groups]
+
+    def part(members: list[int]) -> dict[str, Any]:
+        made, length = dict(batch), max(lengths[row] for row in members)
+        for key, value in tensors.items():
+            taken = value[torch.as_tensor(members, device=value.device)]
+            trims = key in per_token and value.ndim == 2 and value.shape[1] == width
+            made[key] = taken[:, :length] if trims else taken
+        return made
+
+    return [part(members) for members in groups]
 
 
-def _take(batch: Batch, rows: list[int], width: int, length: int) -> dict[str, Any]:
-    part: dict[str, Any] = {}
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim > 0:
-            value = value[torch.as_tensor(rows, device=value.device)]
-            if value.ndim == 2 and value.shape[1] == width:
-                value = value[:, :length]
-        part[key] = value
-    return part
+def _class_losses(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
+    """(b,) losses of a sequence classifier: what Transformers' loss for ``problem_type`` takes the mean of.
 
-
-def _class_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(b,) losses of a sequence classifier, for the three problem types Transformers knows."""
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits.squeeze(-1), labels.float().view(-1), reduction="none")
-    if labels.ndim == 2:
-        return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(dim=-1)
-    return F.cross_entropy(logits, labels, reduction="none")
+    Without one it is regression where the model has one output, one class a row where labels are whole numbers (b,), and several
+    classes a row otherwise.
+    """
+    if problem is None:
+        one_class = labels.ndim == 1 and not labels.is_floating_point()
+        problem = "single_label_classification" if one_class else "multi_label_classification"
+        problem = "regression" if logits.shape[-1] == 1 else problem
+    labels = labels.to(logits.device)
+    if problem == "single_label_classification":
+        return F.cross_entropy(logits, labels.view(-1), reduction="none")
+    measure = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+    return measure(logits, labels.to(logits.dtype).view(logits.shape), reduction="none").mean(dim=-1)
 
 
 def soft_prompt(model: nn.Module) -> Any | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
-from gatewise.losses import Batch, microbatches, row_losses
+from gatewise.losses import Batch, loss_kind, microbatches, row_losses
 
 Scores = dict[str, Tensor]
 Batches = Batch | Sequence[Batch]
@@ -36,8 +36,8 @@ def step_tokens(device: torch.device) -> int:
 
 def parts_of(model: nn.Module, batch: Batches) -> list[dict[str, Any]]:
     """The batches on the model's device, cut into microbatches of like length."""
-    device = next(model.parameters()).device
-    return [part for one in as_batches(batch) for part in microbatches(on_device(one, device), step_tokens(device))]
+    device, kind = next(model.parameters()).device, loss_kind(model)
+    return [part for one in as_batches(batch) for part in microbatches(on_device(one, device), step_tokens(device), kind)]
 
 
 def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
