@@ -33,7 +33,19 @@ def half_done(adapted, family, **settings):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 5}, {"use_dora": True}])
+@pytest.mark.filterwarnings(
+    "ignore:.*lora_bias:UserWarning", "ignore:.*alpha_pattern:RuntimeWarning"
+)  # Llama's linear layers have no bias of their own
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 5},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"lora_bias": True, "use_rslora": True, "alpha_pattern": {"q_proj": 5, "c_attn": 5, "query": 5}},
+    ],
+)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("source", ["model", "folder"])
 def test_loads_in_stock_peft_with_the_same_logits(adapted, batch, tmp_path, family, settings, padded, source):
@@ -53,7 +65,7 @@ def test_loads_in_stock_peft_with_the_same_logits(adapted, batch, tmp_path, fami
         assert widths == {7}
         assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (7, 7, {}, {})
     else:
-        assert widths == ({1, 2, 3, 7} if settings.get("use_dora") else {2, 3, 7})
+        assert widths == ({1, 2, 3, 7} if settings.get("use_dora") or settings.get("lora_bias") else {2, 3, 7})
 
 
 def test_embeddings_patterns_and_modules_to_save_come_along(batch, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
+from torch import Tensor
 
 from gatewise.adapters.files import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, Factors, read_adapter
 from gatewise.adapters.lora import active_adapter, rank_settings
@@ -51,11 +52,14 @@ def to_lora(
         modules = [compacted for module in file.modules if (compacted := _compact(module)) is not None]
         if not modules:
             raise GatewiseError(f"{model_or_dir if not isinstance(model_or_dir, PeftModel) else 'the adapter'} has no live rank")
+        tensors = dict(file.others)
         if padded:
             largest = max(len(module.a) for module in modules)
+            for module in modules:
+                if module.bias is not None:  # PEFT multiplies the whole of B by the scaling, its bias (lora_bias=True) too
+                    tensors[module.bias] = _scaled(tensors[module.bias], module.scaling)
             modules = [_pad(module, largest) for module in modules]
         config = _config(file, modules)
-        tensors = dict(file.others)
         for module in modules:
             tensors |= zip(module.keys, (module.a.contiguous(), module.b.contiguous()), strict=True)
         with whole_folder(out) as part:
@@ -91,9 +95,13 @@ def _compact(module: Factors) -> Factors | None:
 def _pad(module: Factors, rank: int) -> Factors:
     missing = rank - len(module.a)
     a = torch.cat([module.a, module.a.new_zeros(missing, *module.a.shape[1:])])
-    b = (module.b.float() * module.scaling).to(module.b.dtype)
+    b = _scaled(module.b, module.scaling)
     b = torch.cat([b, b.new_zeros(b.shape[0], missing, *b.shape[2:])], dim=1)
     return replace(module, a=a, b=b, scaling=1.0)
+
+
+def _scaled(tensor: Tensor, scaling: float) -> Tensor:
+    return (tensor.float() * scaling).to(tensor.dtype)
 
 
 def _config(file: AdapterFile, modules: list[Factors]) -> dict[str, Any]:

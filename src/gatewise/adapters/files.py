@@ -30,6 +30,7 @@ class Factors:
         b: (d_out, r ...) second factor.
         scaling: what B A is multiplied by.
         keys: the names of a and b in the file.
+        bias: the name of B's bias in the file, or None.
         extra: whether the module also has a trained magnitude (DoRA) or bias.
     """
 
@@ -38,6 +39,7 @@ class Factors:
     b: Tensor
     scaling: float
     keys: tuple[str, str]
+    bias: str | None
     extra: bool
 
     def live(self) -> Tensor:
@@ -85,9 +87,11 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     for module, keys in factors.items():
         if keys.keys() != {"A", "B"}:
             raise GatewiseError(f"{path} has only factor {next(iter(keys))} of module {module}: save the adapter again")
-        extra = any(k.startswith((f"{PEFT_PREFIX}{module}.lora_magnitude", f"{PEFT_PREFIX}{module}.lora_B.bias")) for k in tensors)
+        bias = keys["B"].removesuffix("weight") + "bias"
+        bias_key = bias if bias in tensors else None
+        extra = bias_key is not None or any(k.startswith(f"{PEFT_PREFIX}{module}.lora_magnitude") for k in tensors)
         a, b = tensors[keys["A"]], tensors[keys["B"]]
-        modules.append(Factors(module, a, b, scaling_of(config, module), (keys["A"], keys["B"]), extra))
+        modules.append(Factors(module, a, b, scaling_of(config, module), (keys["A"], keys["B"]), bias_key, extra))
     if not modules:
         raise GatewiseError(f"{path} has no LoRA factors: expected names ending in lora_A.weight and lora_B.weight")
     taken = {key for module in modules for key in module.keys}
