@@ -1,0 +1,105 @@
+"""README and docs against the code: every name, call, command, file and heading that they show exists. No model is loaded."""
+
+import ast
+import inspect
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from gatewise.cli.main import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACEHOLDERS = {"NAME", "json"}  # gatewise.NAME, and the file gatewise.json
+COMMANDS = typer.main.get_command(app)
+
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def resolve(path: str) -> Any:
+    """What a dotted path names: attributes, and modules that are not imported yet."""
+    found: Any = import_module("gatewise")
+    reached = "gatewise"
+    for name in path.split(".")[1:]:
+        reached += f".{name}"
+        found = getattr(found, name) if hasattr(found, name) else import_module(reached)
+    return found
+
+
+def command_lines(page: Path) -> list[str]:
+    """The lines of indented blocks that call gatewise, without comments, and without what is piped into them."""
+    lines = re.findall(r"^    (?:.*\| )?(gatewise .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [line.split("  #")[0].strip() for line in lines]
+
+
+def command_of(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that the first words name, and the words after it."""
+    command: Any = COMMANDS
+    while words and words[0] in getattr(command, "commands", {}):
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+@by_page
+def test_names_exist(page: Path) -> None:
+    for path in re.findall(r"(?<![\w/.-])gatewise(?:\.[A-Za-z_]\w*)+", page.read_text(encoding="utf-8")):
+        if path.split(".")[-1] not in PLACEHOLDERS:
+            resolve(path)
+
+
+@by_page
+def test_calls_in_python_blocks_have_arguments_that_exist(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block.replace(" ...,", "").replace(", ...", ""))):
+            if isinstance(node, ast.Call) and (path := ast.unparse(node.func)).startswith("gatewise."):
+                arguments = {argument.arg: None for argument in node.keywords if argument.arg}
+                inspect.signature(resolve(path)).bind(*node.args, **arguments)
+
+
+@by_page
+def test_command_lines_parse(page: Path) -> None:
+    for line in command_lines(page):
+        command, words = command_of(shlex.split(line)[1:])
+        command.make_context(line, list(words))  # parses and does not run it
+        for word in words:
+            if word.startswith("recipes/"):
+                assert (ROOT / word).is_file(), f"{page.name} names {word}, which does not exist"
+
+
+@by_page
+def test_commands_inside_sentences_exist(page: Path) -> None:
+    for line in re.findall(r"`gatewise ([a-z][^`]*)`", page.read_text(encoding="utf-8")):
+        command, names = command_of(line.split())
+        assert command is not COMMANDS, f"{page.name}: there is no command `gatewise {line}`"
+        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for name in names:
+            assert not name.startswith("-") or name in options, f"{page.name}: `gatewise {line}` has no option {name}"
+
+
+@by_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        file, _, heading = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), f"{page.name} links to {file}, which does not exist"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+            assert heading in slugs, f"{page.name} links to #{heading} of {linked.name}, which has {', '.join(slugs)}"
+
+
+def test_something_was_found() -> None:
+    assert sum(len(command_lines(page)) for page in PAGES) > 20
+    assert sum(len(blocks(page, "python")) for page in PAGES) > 10
