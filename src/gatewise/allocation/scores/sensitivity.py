@@ -5,11 +5,6 @@ For a parameter w: I(w) = |w dCE/dw|. A rank of LoRA has no singular value, so i
     S(r) = s(gate_r) + mean over row r of A of s(w) + mean over column r of B of s(w)
 
 With one batch s = I. With several, AdaLoRA's smoothing over time runs over them in order: I_bar = b1 I_bar + (1 - b1) I,
-
-MEANING = "AdaLoRA's |weight x gradient|, never below zero"
-UNIT = ""
-FROM_BASE = False
-
 U_bar = b2 U_bar + (1 - b2) |I - I_bar|, s = I_bar U_bar.
 """
 
@@ -20,6 +15,10 @@ from torch import Tensor, nn
 from gatewise.adapters.lora import factors
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scoring import Batches, Scores, as_batches, gate_gradients, live_only, parts_of, scoring
+
+MEANING = "AdaLoRA's |weight x gradient|, never below zero"
+UNIT = ""
+FROM_BASE = False
 
 
 def sensitivity(
