@@ -1,19 +1,168 @@
-"""A round of rank allocation as pure functions: from scores to what is pruned and what grows.
+"""A round of rank allocation, from scores to what is pruned and what grows. Read it downwards.
 
-ALoRA, arXiv 2403.16187, algorithm 1. Nothing here knows a model. Modules are names; a module's scores are listed by its live
-ranks; the answer is positions in those lists, or counts. Ties are broken by the order of the modules and then of the ranks, so
-the same input always gives the same answer.
+ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187, algorithm 1): score every live rank on a validation batch, prune the lowest over
+the whole model, and grow as many in the modules that lost none. ``run_round`` does that to a model. What follows it decides, in
+functions that know no model: modules are names, a module's scores are listed by its live ranks, and the answer is positions in
+those lists, or counts. Ties are broken by the order of the modules and then of the ranks: the same input gives the same answer.
 """
 
+import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from gatewise.allocation import slots
+from gatewise.allocation.scoring import Batches, Scores, parts_of, scoring
+from gatewise.errors import GatewiseError
+from gatewise.losses import mean_loss
 
 ModuleScores = Mapping[str, Sequence[float]]
 Schedule = Literal["constant-budget", "cubic"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 """How the budget goes over the rounds: ALoRA's, which gives away what it takes, and AdaLoRA's, which only comes down."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rounds score and decide: see ``RankAllocation``, which has the same settings."""
+
+    score: Callable[..., Scores]
+    score_name: str
+    score_options: Mapping[str, Any]
+    min_rank: int = 0
+    smoothing: float = 0.0
+    module_pruning: bool = False
+    grace_rounds: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round saw and did.
+
+    Attributes:
+        round: 1 for the first.
+        step: the optimiser step after which it ran.
+        scores: path -> score of each rank that was live, in the order of ``slots``, before any smoothing.
+        slots: path -> the slots that were live.
+        pruned: path -> slots switched off.
+        grown: path -> slots brought to life.
+        ranks: path -> live ranks after the round.
+        loss_before, loss_after: cross-entropy (nats) on the validation batch before and right after pruning.
+        seconds: what the round cost.
+    """
+
+    round: int
+    step: int
+    scores: dict[str, list[float]]
+    slots: dict[str, list[int]]
+    pruned: dict[str, list[int]]
+    grown: dict[str, list[int]]
+    ranks: dict[str, int]
+    loss_before: float
+    loss_after: float
+    seconds: float
+
+
+def run_round(
+    model: PeftModel,
+    adapter: str,
+    optimizer: torch.optim.Optimizer | None,
+    batch: Batches,
+    rules: Rules,
+    history: Sequence[Round],
+    step: int,
+    count: int,
+    budget: int,
+    capacity: Mapping[str, int],
+) -> Round:
+    """One round on a model in training: its LoRA factors and the optimiser's state of them change, nothing else.
+
+    Args:
+        optimizer: of the training; None when there is none any more.
+        batch: the validation batch, or several.
+        history: the rounds before.
+        step: the optimiser step after which it runs.
+        count: ranks to prune.
+        budget: most live ranks after the round.
+        capacity: path -> slots.
+
+    Raises:
+        GatewiseError: a loss or a score that is not a finite number, or scores of other modules than the adapter's.
+    """
+    began = time.perf_counter()
+    layers = slots.lora_layers(model, adapter)
+    live = {path: slots.live_slots(layer, adapter) for path, layer in layers.items()}
+    # With a magnitude (DoRA) or a bias a module keeps a rank: it changes its base module even without.
+    keeps_one = any(slots.carries_more_than_ranks(layer, adapter) for layer in layers.values())
+    # Opened once: each opening converts a half-precision model to float32, and back.
+    with scoring(model, bool(rules.score_options.get("float32", True))):
+        parts = parts_of(model, batch)
+        loss_before = mean_loss(model, parts)
+        if not math.isfinite(loss_before):
+            raise GatewiseError(
+                f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
+                "lower the learning rate and resume from the last checkpoint"
+            )
+        options = dict(rules.score_options)
+        if "prune" in inspect.signature(rules.score).parameters:
+            options.setdefault("prune", count)
+        scores = _agreed(rules.score(model, batch, adapter=adapter, **options), layers, rules.score_name)
+        try:
+            plan = plan_round(
+                smoothed(history, live, scores, rules.smoothing),
+                count,
+                capacity,
+                budget,
+                max(rules.min_rank, int(keeps_one)),
+                spared(history, live, rules.grace_rounds),
+                rules.module_pruning,
+            )
+        except ValueError as error:
+            raise GatewiseError(f"score {rules.score_name!r} at step {step}: {error}; the round was not carried out") from error
+        pruned = {path: [live[path][position] for position in positions] for path, positions in plan.pruned.items()}
+        for path, dead in pruned.items():
+            slots.prune(layers[path], adapter, dead, optimizer)
+        # One seed a round, drawn apart from the training's random state: a resumed run and every process draw the same.
+        generator = torch.Generator().manual_seed(rules.seed * 1_000_003 + len(history))
+        grown = {path: slots.grow(layers[path], adapter, n, generator, optimizer) for path, n in plan.grown.items()}
+        loss_after = mean_loss(model, parts)
+    return Round(
+        round=len(history) + 1,
+        step=step,
+        scores=scores,
+        slots=live,
+        pruned=pruned,
+        grown=grown,
+        ranks=slots.ranks(model, adapter),
+        loss_before=loss_before,
+        loss_after=loss_after,
+        seconds=round(time.perf_counter() - began, 3),
+    )
+
+
+def _agreed(scores: Scores, layers: Mapping[str, Any], score: str) -> dict[str, list[float]]:
+    """Scores in module order, the mean over all processes, so that every process takes the same decision.
+
+    They are rounded as they are stored, so that a resumed run smooths the same numbers.
+    """
+    if set(scores) != set(layers):
+        raise GatewiseError(
+            f"score {score!r} named {len(scores)} modules, expected one entry for each of {len(layers)} LoRA layers"
+        )
+    values: list[Tensor] = [scores[path] for path in layers]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # On the device of the factors, where the processes' backend can reduce it.
+        flat = torch.cat(values).to(next(next(iter(layers.values())).parameters()).device)
+        torch.distributed.all_reduce(flat)
+        values = list((flat / torch.distributed.get_world_size()).cpu().split([len(value) for value in values]))
+    return {path: [float(f"{number:.9g}") for number in value.tolist()] for path, value in zip(layers, values, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -148,34 +297,6 @@ def spread(count: int, room: Mapping[str, int], means: Mapping[str, float]) -> d
         count -= len(turn)
         order = [module for module in order if given[module] < room[module]]
     return {module: n for module, n in given.items() if n > 0}
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round saw and did.
-
-    Attributes:
-        round: 1 for the first.
-        step: the optimiser step after which it ran.
-        scores: path -> score of each rank that was live, in the order of ``slots``, before any smoothing.
-        slots: path -> the slots that were live.
-        pruned: path -> slots switched off.
-        grown: path -> slots brought to life.
-        ranks: path -> live ranks after the round.
-        loss_before, loss_after: cross-entropy (nats) on the validation batch before and right after pruning.
-        seconds: what the round cost.
-    """
-
-    round: int
-    step: int
-    scores: dict[str, list[float]]
-    slots: dict[str, list[int]]
-    pruned: dict[str, list[int]]
-    grown: dict[str, list[int]]
-    ranks: dict[str, int]
-    loss_before: float
-    loss_after: float
-    seconds: float
 
 
 def smoothed(

@@ -7,7 +7,6 @@ live rank on a validation batch, prune the lowest over the whole model, grow the
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,17 +15,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from gatewise.allocation import slots
-from gatewise.allocation.algorithm import SCHEDULES, Round, Schedule, cubic_budget, plan_round, smoothed, spared
-from gatewise.allocation.scores import DEFAULT, SCORES, check_score
-from gatewise.allocation.scoring import Batches, Scores, as_batches, parts_of, scoring
+from gatewise.allocation.algorithm import SCHEDULES, Round, Rules, Schedule, cubic_budget, run_round
+from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
+from gatewise.allocation.scoring import Batches, Scores, as_batches
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
-from gatewise.losses import mean_loss
 
 logger = logging.getLogger(__name__)
 ALLOCATION_FILE = "allocation.json"
@@ -109,22 +106,25 @@ class RankAllocation(TrainerCallback, ExportableState):
         if module_pruning and min_rank:
             raise GatewiseError(f"min_rank is {min_rank}, but module_pruning takes all ranks of a module: leave one of them out")
         self.score_name = score if isinstance(score, str) else getattr(score, "__name__", "custom")
-        self._score: Score = SCORES[score] if isinstance(score, str) else score
+        self.rules = Rules(
+            score=SCORES[score] if isinstance(score, str) else score,
+            score_name=self.score_name,
+            score_options={**(about(score).in_rounds if isinstance(score, str) else {}), **(score_options or {})},
+            min_rank=min_rank,
+            smoothing=smoothing,
+            module_pruning=module_pruning,
+            grace_rounds=grace_rounds,
+            seed=seed,
+        )
         self.rounds = rounds
         self.prune_fraction = prune_fraction
         self.first_round = first_round
         self.recover = recover
         self.validation_batch = validation_batch
         self.r_max = r_max
-        self.score_options = dict(score_options or {})
-        self.min_rank = min_rank
-        self.seed = seed
         self.on_round = on_round
         self.schedule = schedule
         self.target_rank = target_rank
-        self.smoothing = smoothing
-        self.module_pruning = module_pruning
-        self.grace_rounds = grace_rounds
         self.history: list[Round] = []
         self.budget = 0
         self.target = 0
@@ -180,6 +180,14 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
                 "every run): give the Trainer a model, not model_init"
             )
+        # One state a run: two callbacks in one Trainer see the same.
+        taken = state.__dict__.setdefault("_adapters_allocated", set())
+        if self._name in taken:
+            raise GatewiseError(
+                f"two RankAllocations in one Trainer move the ranks of adapter {self._name!r}: give one of them, or name another "
+                "adapter with adapter="
+            )
+        taken.add(self._name)
         self._restore(state)
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
 
@@ -202,7 +210,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             self._run_round(kwargs["model"], None, state.global_step, last=True)
         self.finish(kwargs["model"])
         if state.is_world_process_zero and args.output_dir:
-            self.save(args.output_dir)
+            self.save(Path(args.output_dir) / self._subfolder)
 
     # The same for training loops of one's own.
 
@@ -232,25 +240,31 @@ class RankAllocation(TrainerCallback, ExportableState):
             "target": self.target,
             "schedule": self.schedule,
             "prune_fraction": self.prune_fraction,
-            "smoothing": self.smoothing,
-            "module_pruning": self.module_pruning,
-            "grace_rounds": self.grace_rounds,
-            "seed": self.seed,
+            "smoothing": self.rules.smoothing,
+            "module_pruning": self.rules.module_pruning,
+            "grace_rounds": self.rules.grace_rounds,
+            "seed": self.rules.seed,
             "r_max": self._capacity,
             "rounds": [asdict(one) for one in self.history],
         }
 
     def state(self) -> dict[str, Any]:
         """What a Trainer checkpoint keeps of this callback."""
-        return {"args": {}, "attributes": {"budget": self.budget, "history": [asdict(one) for one in self.history]}}
+        history = [asdict(one) for one in self.history]
+        return {"args": {}, "attributes": {"adapter": self._adapter, "budget": self.budget, "history": history}}
 
     def _restore(self, state: TrainerState) -> None:
-        stored = state.stateful_callbacks.get(type(self).__name__) if isinstance(state.stateful_callbacks, dict) else None
-        if not isinstance(stored, dict) or state.global_step == 0:
-            self.history = []
+        self.history = []
+        if state.global_step == 0:
             return
-        self.budget = stored["attributes"]["budget"]
-        self.history = [Round(**one) for one in stored["attributes"]["history"]]
+        callbacks: Any = state.stateful_callbacks
+        stored = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
+        # Several callbacks of a kind are stored as a list, to which each checkpoint adds: the last entry of an adapter counts.
+        entries = [one["attributes"] for one in (stored if isinstance(stored, list) else [stored]) if isinstance(one, dict)]
+        for entry in entries:
+            if entry.get("adapter", self._adapter) == self._adapter:
+                self.budget = entry["budget"]
+                self.history = [Round(**one) for one in entry["history"]]
 
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[int]:
         """The steps after which rounds run: those of the past first, so that a round's number is its place in the list."""
@@ -277,98 +291,34 @@ class RankAllocation(TrainerCallback, ExportableState):
         return in_steps(value, steps_per_epoch)
 
     def _run_round(self, model: PeftModel, optimizer: torch.optim.Optimizer | None, step: int, last: bool = False) -> None:
-        began = time.perf_counter()
         assert self.validation_batch is not None
-        layers = slots.lora_layers(model, self._adapter)
-        live = {path: slots.live_slots(layer, self._name) for path, layer in layers.items()}
-        budget = self.budget
         if self.schedule == "cubic":
             rounds_done = len(self._steps) if last else len(self.history) + 1
             budget = cubic_budget(self.budget, self.target, rounds_done, len(self._steps))
-            count = max(0, sum(map(len, live.values())) - budget)
+            count = max(0, sum(slots.ranks(model, self._name).values()) - budget)
         else:
-            count = max(1, round(self.prune_fraction * self.budget))
-        loss_before = self._loss(model)
-        if not math.isfinite(loss_before):
-            raise GatewiseError(
-                f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
-                "lower the learning rate and resume from the last checkpoint"
-            )
-        # Rounded as they are stored, so that a resumed run smooths the same numbers.
-        scores = {
-            path: [float(f"{number:.9g}") for number in value.tolist()]
-            for path, value in self._agreed(self._scores(model, count), layers).items()
-        }
-        magnitude = any(slots.carries_more_than_ranks(layer, self._name) for layer in layers.values())
-        try:
-            plan = plan_round(
-                smoothed(self.history, live, scores, self.smoothing),
-                count,
-                self._capacity,
-                budget,
-                max(self.min_rank, int(magnitude)),
-                spared(self.history, live, self.grace_rounds),
-                self.module_pruning,
-            )
-        except ValueError as error:
-            raise GatewiseError(f"score {self.score_name!r} at step {step}: {error}; the round was not carried out") from error
-        pruned = {path: [live[path][position] for position in positions] for path, positions in plan.pruned.items()}
-        for path, dead in pruned.items():
-            slots.prune(layers[path], self._name, dead, optimizer)
-        # One seed a round, drawn apart from the training's random state: a resumed run and every process draw the same.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + len(self.history))
-        grown = {path: slots.grow(layers[path], self._name, n, generator, optimizer) for path, n in plan.grown.items()}
-        done = Round(
-            round=len(self.history) + 1,
-            step=step,
-            scores=scores,
-            slots=live,
-            pruned=pruned,
-            grown=grown,
-            ranks=slots.ranks(model, self._adapter),
-            loss_before=loss_before,
-            loss_after=self._loss(model),
-            seconds=round(time.perf_counter() - began, 3),
+            budget, count = self.budget, max(1, round(self.prune_fraction * self.budget))
+        done = run_round(
+            model, self._name, optimizer, self.validation_batch, self.rules, self.history, step, count, budget, self._capacity
         )
         self.history.append(done)
-        if self.schedule == "constant-budget" and sum(map(len, grown.values())) < sum(map(len, pruned.values())):
+        pruned, grown = (sum(map(len, changed.values())) for changed in (done.pruned, done.grown))
+        if self.schedule == "constant-budget" and grown < pruned:
             logger.warning(
                 "round %d gave back %d of %d ranks: too few modules lost none; a smaller prune_fraction or a larger r_max helps",
-                done.round, sum(map(len, grown.values())), sum(map(len, pruned.values())),
+                done.round, grown, pruned,
             )  # fmt: skip
         logger.info(
             "round %d at step %d: %d ranks pruned, %d grown, %d live; loss %.4f -> %.4f; %.1f s",
-            done.round, step, sum(map(len, pruned.values())), sum(map(len, grown.values())), sum(done.ranks.values()),
-            done.loss_before, done.loss_after, done.seconds,
+            done.round, step, pruned, grown, sum(done.ranks.values()), done.loss_before, done.loss_after, done.seconds,
         )  # fmt: skip
         if self.on_round:
             self.on_round(done)
 
-    def _scores(self, model: PeftModel, count: int) -> Scores:
-        options = self.score_options
-        if self._score is SCORES["ablation"]:
-            options = {"mode": "screened", "prune": count, **options}
-        return self._score(model, self.validation_batch, adapter=self._adapter, **options)
-
-    def _agreed(self, scores: Scores, layers: Mapping[str, Any]) -> Scores:
-        """The scores in module order, the mean over all processes, so that every process takes the same decision."""
-        if set(scores) != set(layers):
-            raise GatewiseError(
-                f"score {self.score_name!r} named {len(scores)} modules, expected one entry for each of {len(layers)} LoRA layers"
-            )
-        scores = {path: scores[path] for path in layers}
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return scores
-        device = slots.factors(next(iter(layers.values())), self._name)[0].device
-        flat: Tensor = torch.cat(list(scores.values())).to(device)
-        torch.distributed.all_reduce(flat)
-        parts = (flat / torch.distributed.get_world_size()).cpu().split([len(value) for value in scores.values()])
-        return dict(zip(scores, parts, strict=True))
-
-    def _loss(self, model: PeftModel) -> float:
-        assert self.validation_batch is not None
-        with scoring(model):
-            return mean_loss(model, parts_of(model, self.validation_batch))
+    @property
+    def _subfolder(self) -> str:
+        """Where PEFT saves the adapter: one that is not called "default" has a folder of its own."""
+        return "" if self._name == "default" else self._name
 
     @property
     def _name(self) -> str:
@@ -383,8 +333,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             # Through the function, not the bound method: a deep copy of the model must save itself.
             result = getattr(original, "__func__", type(it).save_pretrained)(it, save_directory, *args, **kwargs)
             if kwargs.get("is_main_process", True):
-                # PEFT puts an adapter that is not called "default" into a folder of its own.
-                self.save(Path(save_directory) / ("" if self._name == "default" else self._name))
+                self.save(Path(save_directory) / self._subfolder)
             return result
 
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]

@@ -15,6 +15,8 @@ from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
 from gatewise.losses import Batch, loss_kind, microbatches, row_losses
 
+_PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
+
 Scores = dict[str, Tensor]
 Batches = Batch | Sequence[Batch]
 
@@ -76,22 +78,19 @@ def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
     """The state in which ranks are scored, undone exactly afterwards: dropout off, no autocast, float32 weights.
 
     Half-precision weights are converted in place and back, which loses nothing; the differences that single ranks make are
-    smaller than half precision resolves. The random state and every module's training mode are as before when it closes.
+    smaller than half precision resolves. The random state and every module's training mode are as before when it closes. Opened
+    inside itself it converts nothing: a round opens it once around all that it measures.
 
     Args:
         float32: convert half-precision weights while scoring; False scores in the model's own precision (less memory).
     """
     training = [module for module in model.modules() if module.training]
-    half: list[tuple[Tensor, torch.dtype]] = []
-    if float32:
-        # Packed weights of quantised layers may call themselves bfloat16, and their scales are tuned to that: left alone.
-        packed = {id(p) for p in model.parameters() if type(p) is not nn.Parameter or hasattr(p, "quant_state")}
-        tensors = {id(t): t for t in (*model.parameters(), *(() if packed else model.buffers())) if id(t) not in packed}
-        half = [(t, t.dtype) for t in tensors.values() if t.dtype in (torch.bfloat16, torch.float16)]
+    half = [(tensor, tensor.dtype) for tensor in _half_precision(model)] if float32 else []
     device = next(model.parameters()).device
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     wrapped = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
-    with torch.random.fork_rng(), torch.autocast(device.type, enabled=False):
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked), torch.autocast(device.type, enabled=False):
         try:
             model.eval()
             if wrapped is not None:
@@ -106,3 +105,22 @@ def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
                 model.forward = wrapped
             for module in training:
                 module.training = True
+
+
+def _half_precision(model: nn.Module) -> list[Tensor]:
+    """The half-precision weights and buffers of a model, each once, without those of quantised modules.
+
+    A quantised module's packed weights may call themselves bfloat16, and its scales, which may be buffers, belong to them.
+    """
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not any(map(_is_packed, own)):
+            found |= {id(tensor): tensor for tensor in own if tensor.dtype in (torch.bfloat16, torch.float16)}
+    return list(found.values())
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor holds quantised numbers: bitsandbytes and torchao have their own types, GPTQ and AWQ pack into integers."""
+    of_its_own = isinstance(tensor, nn.Parameter) and type(tensor) is not nn.Parameter
+    return of_its_own or hasattr(tensor, "quant_state") or tensor.dtype in _PACKED
