@@ -11,9 +11,9 @@ from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from gatewise.allocation import slots
+from gatewise.allocation import algorithm, scoring, slots
 from gatewise.allocation.callback import RankAllocation
 from gatewise.errors import GatewiseError
 
@@ -38,9 +38,12 @@ def examples():
 def run(adapted, examples, tmp_path):
     """run(family, peft settings, allocation settings, training settings) -> model, allocation, trainer, after training."""
 
-    def train(family="llama", peft=None, allocation=None, training=None, resume=None, callbacks=()):
+    def train(family="llama", peft=None, allocation=None, training=None, resume=None, callbacks=(), base_dtype=None):
         torch.manual_seed(0)
         model = adapted(family, trained=False, **(peft or {}))
+        for name, parameter in model.named_parameters() if base_dtype else ():
+            if "lora_" not in name:
+                parameter.data = parameter.data.to(base_dtype)
         data = examples(family)
         settings = {"rounds": 3, "first_round": 3, "recover": 2, "prune_fraction": 1 / 6, "score": "taylor", **(allocation or {})}
         held_out = {key: torch.stack([row[key] for row in data[:6]]) for key in data[0]}
@@ -442,3 +445,72 @@ def test_a_score_that_is_not_a_number_is_one_sentence(run):
 
     with pytest.raises(GatewiseError, match=r"'broken' at step 3: a score of module .* the round was not carried out"):
         run(allocation={"score": broken})
+
+
+@pytest.mark.parametrize("float32", [True, False])
+@pytest.mark.parametrize("score", ["ablation", "path_moments"])
+def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypatch, score, float32):
+    """Twice is there and back; ``score_options={"float32": False}`` holds for the two losses of a round too."""
+    seen = []
+    found = scoring._half_precision
+
+    def half_precision(model):
+        tensors = found(model)
+        seen.append(len(tensors))
+        return tensors
+
+    monkeypatch.setattr(scoring, "_half_precision", half_precision)
+    dtypes = []
+    measured = algorithm.mean_loss
+
+    def mean_loss(model, parts):
+        dtypes.append(model.get_input_embeddings().weight.dtype)
+        return measured(model, parts)
+
+    monkeypatch.setattr(algorithm, "mean_loss", mean_loss)
+    options = {"score": score, "rounds": 1, "score_options": {"float32": float32}}
+    model, _, _ = run(allocation=options, base_dtype=torch.bfloat16)
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert dtypes == [torch.float32 if float32 else torch.bfloat16] * 2
+    assert [count > 0 for count in seen][:1] == [True] * float32
+    assert not any(seen[1:])
+
+
+def test_two_callbacks_in_one_trainer_keep_their_histories(adapted, examples, tmp_path):
+    """Each moves the ranks of its own adapter, and finds its own history in a checkpoint."""
+
+    def trainer():
+        torch.manual_seed(0)
+        model = adapted(trained=False)
+        model.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+        model.base_model.set_adapter(["default", "other"])
+        data = examples()
+        held_out = {key: torch.stack([row[key] for row in data[:6]]) for key in data[0]}
+        settings = {"score": "taylor", "recover": 2, "prune_fraction": 1 / 4, "validation_batch": held_out}
+        both = [
+            RankAllocation(adapter="default", rounds=2, first_round=2, **settings),
+            RankAllocation(adapter="other", rounds=3, first_round=3, **settings),
+        ]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=10, per_device_train_batch_size=4, learning_rate=5e-2, report_to="none",
+            save_steps=2, save_total_limit=5, disable_tqdm=True, use_cpu=True, seed=3,
+        )  # fmt: skip
+        return Trainer(model=model, args=arguments, train_dataset=data, callbacks=both), both
+
+    whole, first = trainer()
+    whole.train()
+    assert [[done.step for done in one.history] for one in first] == [[2, 4], [3, 5, 7]]
+    assert [json.loads((tmp_path / name / "allocation.json").read_text())["rounds"][0]["step"] for name in ("", "other")] == [2, 3]
+    # Transformers resumes a Trainer with one active adapter only: what is resumed here is what the callbacks are told.
+    again, second = trainer()
+    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-6" / "trainer_state.json"))
+    for one in second:
+        one.on_train_begin(again.args, state, again.control, model=again.model, train_dataloader=again.get_train_dataloader())
+    for one, other in zip(first, second, strict=True):
+        assert other.history == [done for done in one.history if done.step <= 6]
+        assert other.budget == one.budget
+
+
+def test_two_callbacks_for_one_adapter_are_refused(run, batch):
+    with pytest.raises(GatewiseError, match="two RankAllocations in one Trainer move the ranks of adapter 'default'"):
+        run(callbacks=[RankAllocation(score="taylor", validation_batch=batch())])

@@ -5,7 +5,6 @@ import torch
 
 from gatewise.allocation import slots
 from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scoring import scoring
 from gatewise.errors import GatewiseError
 
 
@@ -50,31 +49,3 @@ def test_gates_that_would_do_nothing_are_refused(adapted):
     model.unmerge_adapter()
     with model.disable_adapter(), pytest.raises(GatewiseError, match="not active"):
         GateBank(model)
-
-
-def test_scoring_undoes_accelerates_autocast(adapted, batch):
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # another test's Trainer may have fixed another precision
-    model = adapted()
-    data = {key: value for key, value in batch().items() if key != "labels"}
-    expected = model.eval()(**data).logits
-    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
-    assert not torch.equal(prepared(**data).logits, expected)
-    with scoring(prepared):
-        torch.testing.assert_close(prepared(**data).logits, expected)
-    assert not torch.equal(prepared(**data).logits, expected)
-
-
-def test_scoring_leaves_packed_weights_alone(adapted):
-    """As bitsandbytes keeps 4-bit weights with bfloat16 storage: the dtype says how bytes are packed, not what they are."""
-    model = adapted().to(torch.bfloat16)
-    packed = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16), requires_grad=False)
-    packed.quant_state = object()
-    model.register_parameter("packed", packed)
-    model.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16))
-    with scoring(model):
-        assert model.packed.dtype == model.scale.dtype == torch.bfloat16
-        assert model.get_base_model().lm_head.weight.dtype == torch.float32
-    assert all(value.dtype == torch.bfloat16 for value in model.parameters())

@@ -146,6 +146,14 @@ class RankAllocation(TrainerCallback, ExportableState):
         if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
             raise GatewiseError("RankAllocation reads and rewrites whole LoRA factors, which DeepSpeed and FSDP shard: use DDP")
         self._adapter = slots.active_adapter(model, self._adapter)
+        # Two callbacks in one Trainer are told of the same state.
+        taken = state.__dict__.setdefault("_adapters_allocated", set())
+        if self._name in taken:
+            raise GatewiseError(
+                f"two RankAllocations in one Trainer move the ranks of adapter {self._name!r}: give one of them, or name another "
+                "adapter with adapter="
+            )
+        taken.add(self._name)
         if not slots.lora_layers(model, self._adapter):
             raise GatewiseError(f"adapter {self._adapter!r} has no linear LoRA layer to place ranks in")
         start = slots.ranks(model, self._adapter)
@@ -180,14 +188,6 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
                 "every run): give the Trainer a model, not model_init"
             )
-        # One state a run: two callbacks in one Trainer see the same.
-        taken = state.__dict__.setdefault("_adapters_allocated", set())
-        if self._name in taken:
-            raise GatewiseError(
-                f"two RankAllocations in one Trainer move the ranks of adapter {self._name!r}: give one of them, or name another "
-                "adapter with adapter="
-            )
-        taken.add(self._name)
         self._restore(state)
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
 

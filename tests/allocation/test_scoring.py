@@ -1,0 +1,62 @@
+"""The state in which ranks are scored: what is converted, what is left alone, and that all of it is undone."""
+
+import torch
+
+from gatewise.allocation.scoring import scoring
+
+
+def test_scoring_undoes_accelerates_autocast(adapted, batch):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's Trainer may have fixed another precision
+    model = adapted()
+    data = {key: value for key, value in batch().items() if key != "labels"}
+    expected = model.eval()(**data).logits
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    assert not torch.equal(prepared(**data).logits, expected)
+    with scoring(prepared):
+        torch.testing.assert_close(prepared(**data).logits, expected)
+    assert not torch.equal(prepared(**data).logits, expected)
+
+
+def test_scoring_leaves_packed_weights_alone(adapted):
+    """As bitsandbytes keeps 4-bit weights with bfloat16 storage: the dtype says how bytes are packed, not what they are."""
+    model = adapted().to(torch.bfloat16)
+    packed = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16), requires_grad=False)
+    packed.quant_state = object()
+    model.register_parameter("packed", packed)
+    model.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16))
+    with scoring(model):
+        assert model.packed.dtype == model.scale.dtype == torch.bfloat16
+        assert model.get_base_model().lm_head.weight.dtype == torch.float32
+    assert all(value.dtype == torch.bfloat16 for value in model.parameters())
+
+
+def test_scoring_leaves_the_scales_of_packed_modules_alone(adapted):
+    """As GPTQ and AWQ keep them: integers and half-precision scales, all of them buffers."""
+    model = adapted().to(torch.float16)
+    quantised = torch.nn.Module()
+    quantised.register_buffer("qweight", torch.ones(2, 4, dtype=torch.int32))
+    quantised.register_buffer("scales", torch.ones(1, 4, dtype=torch.float16))
+    model.quantised = quantised
+    model.register_buffer("positions", torch.arange(3))
+    model.register_buffer("table", torch.ones(3, dtype=torch.float16))
+    with scoring(model):
+        assert model.quantised.scales.dtype == torch.float16
+        assert model.table.dtype == torch.float32
+        assert all(value.dtype == torch.float32 for value in model.parameters())
+    assert model.quantised.scales.dtype == model.table.dtype == torch.float16
+
+
+def test_inside_itself_it_converts_nothing_and_undoes_nothing(adapted):
+    model = adapted().to(torch.bfloat16).train()
+    weight = model.get_base_model().lm_head.weight
+    with scoring(model):
+        outer = weight.data_ptr()
+        with scoring(model):
+            assert weight.data_ptr() == outer
+        assert weight.dtype == torch.float32
+        assert not model.training
+    assert weight.dtype == torch.bfloat16
+    assert model.training
