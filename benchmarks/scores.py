@@ -257,7 +257,7 @@ def _at(kept: dict[str, Tensor], node: float, what: str = "") -> Tensor:
 
 def weight_scores(model: Any, state: State) -> dict[str, Tensor]:
     """The scores that are not made of path gradients: AdaLoRA's, the size of a rank's update, and chance."""
-    from gatewise.adapters.lora import factors, lora_layers
+    from gatewise.allocation.slots import factors, lora_layers
     from gatewise.scores import sensitivity
 
     batch = state.collate(state.scored[: state.settings["few"]])
@@ -374,8 +374,8 @@ def describe(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, T
 
 def exact_agreement(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, Tensor]) -> dict[str, Any]:
     """Spearman correlation of every score with exact AB-LoRA over ranks drawn at random."""
-    from gatewise.adapters.lora import lora_layers
     from gatewise.allocation.fast_ablation import exact as exactly
+    from gatewise.allocation.slots import lora_layers
 
     ranks = [(path, slot) for path, layer in lora_layers(model).items() for slot in range(layer.r["default"])]
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(1))[:EXACT_RANKS]

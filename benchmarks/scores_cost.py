@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from scores import HERE, RULES, State
 
-from gatewise.adapters.lora import lora_layers
 from gatewise.allocation.fast_ablation import exact as exactly
 from gatewise.allocation.scoring import parts_of, scoring
+from gatewise.allocation.slots import lora_layers
 from gatewise.losses import mean_loss
 from gatewise.scores import SCORES
 

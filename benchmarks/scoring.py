@@ -22,9 +22,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import set_seed
 
-from gatewise.adapters.lora import lora_layers
 from gatewise.allocation.fast_ablation import Rank, exact
 from gatewise.allocation.scores.ablation import naive
+from gatewise.allocation.slots import lora_layers
 from gatewise.losses import row_losses
 from gatewise.models import load_model, load_tokenizer
 from gatewise.scores import ablation, taylor

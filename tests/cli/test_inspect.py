@@ -11,7 +11,7 @@ from tiny_run import write_adapter, write_base, write_rows
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from gatewise.adapters.lora import factors, lora_layers
+from gatewise.allocation.slots import factors, lora_layers
 from gatewise.cli.main import app
 from gatewise.inspection.importance import score_adapter
 from gatewise.scores import SCORES

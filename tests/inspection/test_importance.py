@@ -14,7 +14,7 @@ from tiny_models import random_adapter
 from tiny_run import write_adapter, write_base, write_rows
 from transformers import AutoModelForCausalLM
 
-from gatewise.adapters.lora import factors, lora_layers
+from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection.importance import importance_of, score_adapter
 from gatewise.losses import mean_loss

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_models import random_adapter, tiny_base
 
-from gatewise.adapters.lora import factors, lora_layers
+from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import Importance, ModuleImportance
 from gatewise.inspection.importance import importance_of

@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny_run import assert_same_adapter, stop_at, weights, write_base, write_recipe
 from transformers import AutoModelForCausalLM
 
-from gatewise.adapters.lora import lora_layers
+from gatewise.allocation.slots import lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import rank_map
 from gatewise.runs import run

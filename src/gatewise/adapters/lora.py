@@ -1,13 +1,10 @@
-"""The LoRA layers of a PEFT model, and their two factors: what slots, gates and scores all work on."""
+"""What a plain LoRA adapter is called and how its config says ranks: for models in memory and adapters on disk alike."""
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from gatewise.errors import GatewiseError
@@ -35,34 +32,6 @@ def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
     return str(name)
 
 
-def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
-    """Every linear LoRA layer of an adapter, by its path in the base model, in module order.
-
-    Linear and GPT-2's ``Conv1D`` bases count, quantised ones too. Embedding and convolution layers and the stacked experts of
-    mixtures (``target_parameters``) have no rank rows of this kind and are left as they are. The type is nominal: layers on
-    quantised bases have the same attributes.
-    """
-    name = active_adapter(model, adapter)
-    return {
-        path.removeprefix(PEFT_PREFIX): cast(LoraLinear, module)
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and not isinstance(module, ParamWrapper)
-        and isinstance(getattr(module.lora_A[name], "weight", None) if name in module.lora_A else None, nn.Parameter)
-        and module.lora_A[name].weight.ndim == 2
-    }
-
-
-def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves."""
-    return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
-
-
-def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
-    """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
-    return adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None
-
-
 def rank_settings(rank: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, Any]:
     """The four ``LoraConfig`` entries that describe these ranks and scalings: r, lora_alpha, rank_pattern, alpha_pattern.
 
@@ -74,7 +43,7 @@ def rank_settings(rank: Mapping[str, int], scaling: Mapping[str, float]) -> dict
         rank: path -> rank, at least one.
         scaling: path -> the factor alpha / r that the module's B A is multiplied by.
     """
-    alpha = {path: int_if_whole(scaling[path] * r) for path, r in rank.items()}
+    alpha = alphas(rank, scaling)
     largest = max(rank, key=lambda path: rank[path])
     return {
         "r": rank[largest],
@@ -89,6 +58,10 @@ def pattern_key(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def int_if_whole(value: float) -> int | float:
-    """A float as an int where it is one, up to rounding: configs are read by people and by engines that expect integers."""
-    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value
+def alphas(rank: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, int | float]:
+    """Path -> alpha, for which alpha / r is the module's scaling.
+
+    An integer where it is one, up to rounding: configs are read by people, and by engines that expect integers.
+    """
+    exact = {path: scaling[path] * r for path, r in rank.items()}
+    return {path: round(a) if abs(a - round(a)) < 1e-9 * max(1.0, abs(a)) else a for path, a in exact.items()}

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatewise.adapters.lora import factors
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scores.taylor import taylor
 from gatewise.allocation.scoring import Batches, parts_of, scoring, step_tokens
+from gatewise.allocation.slots import factors
 from gatewise.losses import row_losses
 
 Rank = tuple[str, int]

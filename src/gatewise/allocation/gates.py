@@ -12,7 +12,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gatewise.adapters.lora import active_adapter, carries_more_than_ranks, factors, lora_layers
+from gatewise.adapters.lora import active_adapter
+from gatewise.allocation.slots import carries_more_than_ranks, factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.losses import base_of
 

@@ -16,16 +16,36 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from gatewise.adapters.lora import (
-    PEFT_PREFIX,
-    active_adapter,
-    carries_more_than_ranks,
-    factors,
-    int_if_whole,
-    lora_layers,
-    rank_settings,
-)
+from gatewise.adapters.lora import PEFT_PREFIX, active_adapter, alphas, rank_settings
 from gatewise.errors import GatewiseError
+
+
+def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
+    """Every linear LoRA layer of an adapter, by its path in the base model, in module order.
+
+    Linear and GPT-2's ``Conv1D`` bases count, quantised ones too. Embedding and convolution layers and the stacked experts of
+    mixtures (``target_parameters``) have no rank rows of this kind and are left as they are. The type is nominal: layers on
+    quantised bases have the same attributes.
+    """
+    name = active_adapter(model, adapter)
+    return {
+        path.removeprefix(PEFT_PREFIX): cast(LoraLinear, module)
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and not isinstance(module, ParamWrapper)
+        and isinstance(getattr(module.lora_A[name], "weight", None) if name in module.lora_A else None, nn.Parameter)
+        and module.lora_A[name].weight.ndim == 2
+    }
+
+
+def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves."""
+    return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
+
+
+def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
+    """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
+    return adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None
 
 
 def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
@@ -170,10 +190,11 @@ def write_config(model: PeftModel, adapter: str | None = None) -> None:
         if path not in rank:  # embeddings and convolutions keep what they have, but read it from the same config
             rank[path], scaling[path] = module.r[name], module.scaling[name]
             module.use_rslora[name] = False
+    alpha = alphas(rank, scaling)
     for path, layer in layers.items():
         # alpha / sqrt(r) would change with the rank; from here on the scaling is alpha / r with the same value.
         layer.use_rslora[name] = False
-        layer.r[name], layer.lora_alpha[name] = rank[path], int_if_whole(layer.scaling[name] * rank[path])
+        layer.r[name], layer.lora_alpha[name] = rank[path], alpha[path]
     config.use_rslora = False
     for key, value in rank_settings(rank, scaling).items():
         setattr(config, key, value)

@@ -15,10 +15,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from gatewise.adapters.loading import Loaded, load_with_data
-from gatewise.adapters.lora import active_adapter, factors, lora_layers
+from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scores import SCORES
 from gatewise.allocation.scoring import parts_of, scoring
+from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
 from gatewise.losses import Batch, loss_kind, mean_loss

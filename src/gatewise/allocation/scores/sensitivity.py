@@ -12,9 +12,9 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from gatewise.adapters.lora import factors
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scoring import Batches, Scores, as_batches, gate_gradients, live_only, parts_of, scoring
+from gatewise.allocation.slots import factors
 
 MEANING = "AdaLoRA's |weight x gradient|, never below zero"
 UNIT = ""
