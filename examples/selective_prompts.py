@@ -1,8 +1,8 @@
-"""SPT in a Transformers script: search the layers that deserve a soft prompt, then train prompts at those alone.
+"""SPT in a Transformers script: search for the layers where a soft prompt helps, then train prompts at those layers only.
 
-Started again after an interruption, it goes on from its last checkpoint in either stage.
+    python examples/selective_prompts.py [OUTPUT_FOLDER]
 
-python examples/selective_prompts.py [OUTPUT_FOLDER]
+After an interruption, run the same command again: it goes on from the last checkpoint of the stage that was interrupted.
 """
 
 import sys
@@ -23,12 +23,12 @@ rows = encode_classification(records, tokenizer)
 
 
 def base():
-    set_seed(0)  # its head is drawn afresh
+    set_seed(0)  # the classification head starts from random weights, the same ones in every call
     return load_model("minilm-l6", task="classification", num_labels=len(records.labels))
 
 
 args = TrainingArguments(
-    output_dir=str(output),  # the search has its checkpoints in the folder "search" in it
+    output_dir=str(output),  # the search keeps its checkpoints in the folder "search" below it
     max_steps=150,
     per_device_train_batch_size=16,
     learning_rate=2e-3,
@@ -41,12 +41,12 @@ common = {
     "resume_from_checkpoint": any(output.glob("search/checkpoint-*")),
 }
 
-# No prompt_layers: a gate at every layer. task_type SEQ_CLS trains the classifier's head too.
+# Without prompt_layers there is a gate at every layer. With task_type SEQ_CLS the classification head is trained too.
 network = get_peft_model(base(), gatewise.SelectivePromptConfig(num_prompt_tokens=10, bottleneck=64, task_type="SEQ_CLS"))
 found = gatewise.prompts.search(network, rows, args, keep=2, **common)
 print("gates at the end:", ", ".join(f"{gate:.2f}" for gate in found.gates[-1].tolist()), "- chosen layers:", found.layers)
 
-# To train at guessed layers instead: SelectivePromptConfig(prompt_layers=[4, 5], ...) in place of found.config.
+# To train at guessed layers without a search, give SelectivePromptConfig(prompt_layers=[4, 5], ...) in place of found.config.
 model = gatewise.prompts.retrain(base(), found.config, rows, args, **common)
 model.save_pretrained(output / "adapter", save_embedding_layers=False)
 

@@ -1,4 +1,4 @@
-"""ALoRA in a TRL script: the same callback in SFTTrainer, which makes the LoRA model itself. Needs `pip install trl`.
+"""Rank allocation in a TRL script: the same callback in SFTTrainer, which makes the LoRA model itself. Needs `pip install trl`.
 
 python examples/sft_trainer.py [OUTPUT_FOLDER]
 """
@@ -24,7 +24,7 @@ held_out["labels"] = held_out["input_ids"].masked_fill(held_out["attention_mask"
 allocation = gatewise.RankAllocation(rounds=2, first_round=4, recover=3, validation_batch=dict(held_out))
 
 trainer = SFTTrainer(
-    model=load_model("smollm2-135m-instruct", dtype=torch.bfloat16),
+    model=load_model("smollm2-135m-instruct"),
     args=SFTConfig(
         output_dir=output,
         max_steps=12,
@@ -33,7 +33,7 @@ trainer = SFTTrainer(
         report_to="none",
         save_strategy="no",
         logging_steps=4,
-        bf16=torch.cuda.is_available(),  # TRL's default, which a CPU refuses
+        bf16=torch.cuda.is_available(),  # TRL switches bf16 on by default, which fails on a CPU
         use_cpu=not torch.cuda.is_available(),
     ),
     train_dataset=data.select(range(8, len(data))),

@@ -1,11 +1,10 @@
-"""ALoRA in a Transformers script: one callback. The adapter it leaves loads in stock PEFT.
+"""ALoRA in a Transformers script: one callback. The result is a plain LoRA adapter that stock PEFT loads.
 
 python examples/trainer.py [OUTPUT_FOLDER]
 """
 
 import sys
 
-import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -15,14 +14,14 @@ from gatewise.tasks import PadCollator, encode, load_records, score_batch
 
 output = sys.argv[1] if len(sys.argv) > 1 else "runs/example-trainer"
 tokenizer = load_tokenizer("smollm2-135m-instruct")
-base = load_model("smollm2-135m-instruct", dtype=torch.bfloat16)
+base = load_model("smollm2-135m-instruct")
 records = load_records("sample:support-train")
 
 model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 allocation = gatewise.RankAllocation(
-    score="ablation",
+    score="ablation",  # the score of the ALoRA paper; left out, it is path_moments (docs/scores.md)
     rounds=2,
-    first_round=6,  # steps, because they are integers above 1; epochs otherwise
+    first_round=6,  # an int above 1 counts steps; a float counts epochs
     recover=4,
     validation_batch=score_batch(records, tokenizer, None, n=16),
     on_round=lambda one: print(f"round {one.round}: validation loss {one.loss_before:.3f}, {sum(one.ranks.values())} ranks"),
