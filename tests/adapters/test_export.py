@@ -89,6 +89,49 @@ def test_embeddings_patterns_and_modules_to_save_come_along(batch, tmp_path):
         torch.testing.assert_close(output(loaded, batch()), expected, rtol=1e-5, atol=1e-5)
 
 
+class Convolutions(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.plain = torch.nn.Conv1d(4, 6, 3)
+        self.grouped = torch.nn.Conv1d(6, 8, 3, groups=2)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.grouped(self.plain(x)).mean(-1))
+
+
+@pytest.mark.filterwarnings("ignore:.*groups:UserWarning")
+@pytest.mark.parametrize("padded", [False, True])
+def test_convolutions(tmp_path, padded):
+    config = LoraConfig(
+        r=3,
+        lora_alpha=7,
+        target_modules=["plain", "grouped", "head"],
+        rank_pattern={"grouped": 4},
+        lora_bias=True,
+        init_lora_weights=False,
+    )
+    model = get_peft_model(Convolutions(), config)
+    with torch.no_grad():
+        for name, slot in (("plain", 1), ("grouped", 0), ("grouped", 2)):  # the first slot of both groups
+            layer = model.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight[slot] = 0
+            layer.lora_B["default"].weight[:, slot % layer.lora_B["default"].weight.shape[1]] = 0
+    base, x = model.get_base_model(), torch.randn(2, 4, 9)
+    expected = model.eval()(x)
+    out = to_lora(model, tmp_path / "out", padded=padded)
+    plain = Convolutions()
+    plain.load_state_dict(
+        {name.replace("base_layer.", ""): value for name, value in base.state_dict().items() if "lora_" not in name}
+    )
+    loaded = PeftModel.from_pretrained(plain, out).eval()
+    torch.testing.assert_close(loaded(x), expected)
+    ranks = {
+        name: len(loaded.base_model.model.get_submodule(name).lora_A["default"].weight) for name in ("plain", "grouped", "head")
+    }
+    assert ranks == ({"plain": 4, "grouped": 4, "head": 4} if padded else {"plain": 2, "grouped": 2, "head": 3})
+
+
 def test_a_named_adapter(adapted, batch, tmp_path):
     model = adapted()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -118,14 +161,14 @@ def test_refusals_leave_nothing(adapted, tmp_path):
     refused("cannot write", target=weights / "below")
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    refused("damaged or cut off")
+    refused("damaged or cut short")
     tensors = {key: torch.zeros_like(value) for key, value in tensors_of(whole, tmp_path).items()}
     save_file(tensors, weights)
     refused("has no live rank")
     save_file({key: value for key, value in tensors.items() if "lora_A" in key}, weights)
-    refused("has only factor A of module")
+    refused("has no lora_B, the file is incomplete")
     weights.rename(saved / "adapter_model.bin")
-    refused("is a pickle and is not read")
+    refused("is a pickle and is never read")
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
     refused("peft_type 'IA3', expected 'LORA'")
@@ -133,6 +176,8 @@ def test_refusals_leave_nothing(adapted, tmp_path):
     refused("chooses modules by the prompt, so that no LoRA is like it")
     (saved / "adapter_config.json").write_text("{")
     refused("not valid JSON")
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": ["experts.weight"]}))
+    refused("stacked experts")
 
 
 def tensors_of(data, folder):

@@ -199,7 +199,7 @@ def test_missing_files(gatewise: Gatewise, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     assert_refused(gatewise("train", recipe, "--set", "data.train=none.jsonl"), "none.jsonl: there is no such file")
     assert_refused(gatewise("train", recipe, "--set", "model=./none"), "none' is not a folder")
-    assert_refused(gatewise("inspect", "none"), "none does not exist")
+    assert_refused(gatewise("inspect", "none"), "none is not an adapter, there is no such folder")
     assert_refused(gatewise("export", "none", "out"), "none is not an adapter")
     assert_refused(gatewise("eval", "none", "--data", "dev.jsonl"), "none is not an adapter")
     assert not (tmp_path / "runs").exists()

@@ -328,8 +328,8 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:
             read_budget(folder)
         assert "\n" not in str(caught.value)
 
-    refuse(tmp_path / "missing", "does not exist")
-    refuse(tmp_path, r"not an adapter folder, it has no adapter_config\.json")
+    refuse(tmp_path / "missing", "there is no such folder")
+    refuse(tmp_path, r"not an adapter, it has no adapter_config\.json")
     (tmp_path / "file").touch()
     refuse(tmp_path / "file", "is a file")
 
@@ -345,7 +345,7 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:
     whole = weights.read_bytes()
     for length in (0, 5, 60, len(whole) - 1):
         weights.write_bytes(whole[:length])
-        refuse(cut, r"adapter_model\.safetensors cannot be read, it may be cut short")
+        refuse(cut, r"adapter_model\.safetensors is damaged or cut short")
 
     broken = written(tmp_path / "broken", good)
     for text, words in (

@@ -595,9 +595,9 @@ def edit(adapter: Path, **changes: object) -> None:
 
 def test_load_adapter_refuses_what_is_not_a_whole_adapter(llama: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
-    with pytest.raises(GatewiseError, match=r"there is no such folder with an adapter_config\.json"):
+    with pytest.raises(GatewiseError, match=r"there is no such folder: give the folder that holds adapter_config\.json"):
         load_adapter(tmp_path / "gone")
-    with pytest.raises(GatewiseError, match=r"that folder has no adapter_config\.json"):
+    with pytest.raises(GatewiseError, match=r"is not an adapter, it has no adapter_config\.json"):
         load_adapter(llama)
     adapter_of(llama, adapter)
     weights = adapter / "adapter_model.safetensors"
@@ -606,10 +606,10 @@ def test_load_adapter_refuses_what_is_not_a_whole_adapter(llama: Path, tmp_path:
     with pytest.raises(GatewiseError, match=r"adapter_model\.safetensors is damaged or cut short"):
         load_adapter(adapter)
     weights.unlink()
-    with pytest.raises(GatewiseError, match=r"has no adapter_model\.safetensors\.$"):
+    with pytest.raises(GatewiseError, match=r"has no adapter_model\.safetensors: expected it beside adapter_config\.json$"):
         load_adapter(adapter)
     (adapter / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(GatewiseError, match="is a pickle, which is never read"):
+    with pytest.raises(GatewiseError, match="is a pickle and is never read"):
         load_adapter(adapter)
     weights.write_bytes(whole)
     edit(adapter, base_model_name_or_path=None)
@@ -625,9 +625,13 @@ def test_load_adapter_refuses_what_is_not_a_whole_adapter(llama: Path, tmp_path:
     edit(adapter, task_type="TOKEN_CLS")
     with pytest.raises(GatewiseError, match="only CAUSAL_LM and SEQ_CLS"):
         load_adapter(adapter)
-    for text in ("{", "[]", '{"peft_type": "NO_SUCH"}'):
+    for text, why in (
+        ("{", "is not valid JSON"),
+        ("[]", "holds a list, expected an object"),
+        ('{"peft_type": "NO_SUCH"}', "is not a configuration that PEFT can read"),
+    ):
         (adapter / "adapter_config.json").write_text(text)
-        with pytest.raises(GatewiseError, match=r"adapter_config\.json is not a configuration that PEFT can read"):
+        with pytest.raises(GatewiseError, match=rf"adapter_config\.json {why}"):
             load_adapter(adapter)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from typer.testing import CliRunner
 
 from gatewise.adapters.export import to_lora
-from gatewise.adapters.selection import read_selection
+from gatewise.adapters.files import read_selection
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 from gatewise.internals.soft_prompt_fixes import without_prompts
@@ -390,7 +390,7 @@ def test_inspect_and_export(tmp_path: Path) -> None:
             to_lora(one, tmp_path / "exported")
     (result.adapter / "adapter_model.safetensors").write_bytes(b"no")
     refused = CliRunner().invoke(app, ["inspect", adapter])
-    assert (refused.exit_code, "cannot be read, it may be missing or cut off" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "is damaged or cut short" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

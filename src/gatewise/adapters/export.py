@@ -1,5 +1,6 @@
 """A finished (or half-finished) adapter -> plain LoRA that needs no gatewise to load."""
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,12 +14,24 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gatewise.adapters.files import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, Factors, read_adapter
+from gatewise.adapters.files import (
+    ALLOCATION_FILE,
+    CONFIG_FILE,
+    NOTE_FILE,
+    WEIGHTS_FILE,
+    LoraAdapter,
+    LoraModule,
+    read_config,
+    read_lora,
+)
 from gatewise.adapters.lora import active_adapter, rank_settings
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_folder, write_json
 
-_COMPANIONS = ("allocation.json", "gatewise.json")
+_UNLIKE_LORA = {
+    **dict.fromkeys(("SELECTIVE_PROMPT", "PROMPT_TUNING", "PREFIX_TUNING"), "whose prompts change no weights"),
+    "ROUTED_LORA": "which chooses modules by the prompt",
+}
 
 
 def to_lora(
@@ -43,29 +56,23 @@ def to_lora(
         GatewiseError: not a LoRA adapter, damaged files, no rank left, or ``out`` cannot be written.
     """
     with _folder_of(model_or_dir, adapter) as folder:
-        file = read_adapter(folder)
-        if file.config.get("target_parameters"):
-            raise GatewiseError(
-                "the adapter adapts stacked experts (target_parameters), whose factors hold many experts at once: "
-                "it can be loaded as it is, but not exported at other ranks"
-            )
+        _check_plain_lora(folder)
+        file = read_lora(folder)
         modules = [compacted for module in file.modules if (compacted := _compact(module)) is not None]
         if not modules:
             raise GatewiseError(f"{model_or_dir if not isinstance(model_or_dir, PeftModel) else 'the adapter'} has no live rank")
-        tensors = dict(file.others)
         if padded:
-            largest = max(len(module.a) for module in modules)
-            for module in modules:
-                if module.bias is not None:  # PEFT multiplies the whole of B by the scaling, its bias (lora_bias=True) too
-                    tensors[module.bias] = _scaled(tensors[module.bias], module.scaling)
-            modules = [_pad(module, largest) for module in modules]
-        config = _config(file, modules)
+            widest = max(len(module.a) for module in modules)
+            step = math.lcm(*(module.blocks for module in modules))  # the groups of grouped convolutions share a rank evenly
+            modules = [_pad(module, step * math.ceil(widest / step)) for module in modules]
+        tensors = dict(file.others)
         for module in modules:
-            tensors |= zip(module.keys, (module.a.contiguous(), module.b.contiguous()), strict=True)
+            name_of_a, name_of_b = module.keys
+            tensors |= {name_of_a: module.a.contiguous(), name_of_b: module.b.contiguous(), **module.others}
         with whole_folder(out) as part:
-            save_file(tensors, part / WEIGHTS_NAME, metadata={"format": "pt"} | file.metadata)
-            write_json(part / CONFIG_NAME, config)
-            for name in _COMPANIONS:
+            save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"} | file.metadata)
+            write_json(part / CONFIG_FILE, _config(file, modules))
+            for name in (NOTE_FILE, ALLOCATION_FILE):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, part / name)
     return Path(out)
@@ -82,29 +89,54 @@ def _folder_of(model_or_dir: PeftModel | str | Path, adapter: str | None) -> Ite
         yield Path(folder) / ("" if name == "default" else name)
 
 
-def _compact(module: Factors) -> Factors | None:
+def _check_plain_lora(folder: Path) -> None:
+    config = read_config(folder)
+    kind = config.get("peft_type")
+    if kind in _UNLIKE_LORA:
+        raise GatewiseError(
+            f"{folder / CONFIG_FILE} is of peft_type {kind!r}, {_UNLIKE_LORA[kind]}, so that no LoRA is like it: use it as it is"
+        )
+    if kind != "LORA":
+        raise GatewiseError(f"{folder / CONFIG_FILE} is of peft_type {kind!r}, expected 'LORA'")
+    if config.get("target_parameters"):
+        raise GatewiseError(
+            "the adapter adapts stacked experts (target_parameters), whose factors hold many experts at once: "
+            "it can be loaded as it is, but not exported at other ranks"
+        )
+
+
+def _compact(module: LoraModule) -> LoraModule | None:
     """The module at its true rank, or None if nothing of it is left."""
-    live = module.live().nonzero().flatten()
+    live = module.live().any(dim=0).nonzero().flatten()  # a slot stays if any group of a grouped convolution uses it
     if not len(live):
-        if not module.extra:
+        if not module.others:
             return None
         live = torch.zeros(1, dtype=torch.long)  # a magnitude or bias needs its module: keep one slot, which is zero
-    return replace(module, a=module.a[live], b=module.b[:, live])
+    return replace(module, a=_blocks(module)[:, live].flatten(0, 1), b=module.b[:, live])
 
 
-def _pad(module: Factors, rank: int) -> Factors:
-    missing = rank - len(module.a)
-    a = torch.cat([module.a, module.a.new_zeros(missing, *module.a.shape[1:])])
+def _pad(module: LoraModule, rank: int) -> LoraModule:
+    """The module with zeros up to ``rank`` and the scaling in B: PEFT multiplies all of B by it, B's bias (lora_bias) too."""
+    a, missing = _blocks(module), rank // module.blocks - module.b.shape[1]
+    a = torch.cat([a, a.new_zeros(len(a), missing, *a.shape[2:])], dim=1).flatten(0, 1)
     b = _scaled(module.b, module.scaling)
-    b = torch.cat([b, b.new_zeros(b.shape[0], missing, *b.shape[2:])], dim=1)
-    return replace(module, a=a, b=b, scaling=1.0)
+    b = torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1)
+    others = {
+        name: _scaled(tensor, module.scaling) if name.endswith(".lora_B.bias") else tensor for name, tensor in module.others.items()
+    }
+    return replace(module, a=a, b=b, others=others, scaling=1.0)
+
+
+def _blocks(module: LoraModule) -> Tensor:
+    """A as (blocks, r, ...)."""
+    return module.a.unflatten(0, (module.blocks, len(module.a) // module.blocks))
 
 
 def _scaled(tensor: Tensor, scaling: float) -> Tensor:
     return (tensor.float() * scaling).to(tensor.dtype)
 
 
-def _config(file: AdapterFile, modules: list[Factors]) -> dict[str, Any]:
+def _config(file: LoraAdapter, modules: list[LoraModule]) -> dict[str, Any]:
     ranks = {module.path: len(module.a) for module in modules}
     settings = rank_settings(ranks, {module.path: module.scaling for module in modules})
     config = file.config | settings | {"use_rslora": False, "inference_mode": True}

@@ -1,30 +1,17 @@
 """A saved adapter on its base model, and data read as the run that trained it read its data."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
-from gatewise.adapters.files import NOTE_FILE
-from gatewise.errors import GatewiseError
-from gatewise.models.loading import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    Task,
-    first_of,
-    load_model,
-    load_tokenizer,
-    one_line,
-    tensor_shapes,
-)
+from gatewise.adapters.files import CONFIG_FILE, read_config, read_note, tensor_shapes, weights_of
+from gatewise.errors import GatewiseError, some
+from gatewise.models.loading import Task, load_model, load_tokenizer, one_line
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template, load_records
 
@@ -99,24 +86,6 @@ def check_labels(records: Records, advice: str) -> None:
         )
 
 
-def read_note(adapter: Path) -> dict[str, Any]:
-    """What the run left in ``gatewise.json``; empty for an adapter from elsewhere.
-
-    Raises:
-        GatewiseError: the file is damaged.
-    """
-    path = adapter / NOTE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GatewiseError(f"{path} cannot be read ({error}): remove it and give --template-prompt and --labels") from None
-    if not isinstance(note, dict):
-        raise GatewiseError(f"{path} is not a JSON object: remove it and give --template-prompt and --labels")
-    return note
-
-
 def _labels(text: str) -> tuple[list[str], dict[str, str] | None]:
     parts = [part.strip() for part in text.split(",")]
     pairs = [part.partition("=") for part in parts]
@@ -154,11 +123,17 @@ def load_adapter(
     Raises GatewiseError when the folder is no adapter, a file is damaged, or the adapter does not fit the base.
     """
     folder = Path(adapter_dir).expanduser()
-    config, weights = _read_adapter_config(folder), folder / ADAPTER_WEIGHTS
+    read_config(folder)  # refuses what PEFT would stumble over
+    weights = weights_of(folder)
     shapes = tensor_shapes(weights)
+    try:
+        with quiet():
+            config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise GatewiseError(f"{folder / CONFIG_FILE} is not a configuration that PEFT can read: {one_line(error)}") from error
     base_name = str(base or config.base_model_name_or_path or "")
     if not base_name:
-        raise GatewiseError(f"{folder / ADAPTER_CONFIG} does not name the base model: say which one it is (--base).")
+        raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
     task = _task_of(config, folder)
     num_labels = _count_labels(shapes, weights) if task == "classification" else None
     try:
@@ -176,30 +151,12 @@ def load_adapter(
         raise _misfit(folder, base_name, _why_not(error)) from error
     # PEFT itself passes over tensors that found no module, and modules that found no tensor.
     if result.missing_keys:
-        raise _misfit(folder, base_name, f"the adapter has no weights for {first_of(result.missing_keys)}")
+        raise _misfit(folder, base_name, f"the adapter has no weights for {some(sorted(result.missing_keys), 1)}")
     if result.unexpected_keys and not config.is_prompt_learning:  # a soft prompt is loaded apart from the modules
-        raise _misfit(folder, base_name, f"the base has no module for the adapter's {first_of(result.unexpected_keys)}")
+        raise _misfit(folder, base_name, f"the base has no module for the adapter's {some(sorted(result.unexpected_keys), 1)}")
     if not trainable:  # PEFT leaves soft prompts and biases free
         adapted.requires_grad_(False)
     return adapted.eval(), tokenizer, base_name
-
-
-def _read_adapter_config(folder: Path) -> PeftConfig:
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        kind = "that folder has no" if folder.is_dir() else "there is no such folder with an"
-        raise GatewiseError(f"{folder} is not an adapter: {kind} {ADAPTER_CONFIG}.")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        more = "; adapter_model.bin is a pickle, which is never read: save the adapter as safetensors" if pickled else ""
-        raise GatewiseError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}{more}.")
-    try:
-        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            raise ValueError("it is not a JSON object")
-        with quiet():
-            return PeftConfig.from_pretrained(str(folder))
-    except Exception as error:
-        raise GatewiseError(f"{path} is not a configuration that PEFT can read: {one_line(error)}") from error
 
 
 def _task_of(config: PeftConfig, folder: Path) -> Task:

@@ -9,8 +9,6 @@ from torch import nn
 
 from gatewise.errors import GatewiseError
 
-PEFT_PREFIX = "base_model.model."
-
 
 def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
     """The adapter to work on: the one named, or the active one.

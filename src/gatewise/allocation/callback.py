@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from gatewise.adapters.files import ALLOCATION_FILE
 from gatewise.allocation import slots
 from gatewise.allocation.algorithm import SCHEDULES, Round, Rules, Schedule, cubic_budget, run_round
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
@@ -26,7 +27,6 @@ from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 
 logger = logging.getLogger(__name__)
-ALLOCATION_FILE = "allocation.json"
 Score = Callable[..., Scores]
 
 

@@ -16,7 +16,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from gatewise.adapters.lora import PEFT_PREFIX, active_adapter, alphas, rank_settings
+from gatewise.adapters.files import PEFT_PREFIX
+from gatewise.adapters.lora import active_adapter, alphas, rank_settings
 from gatewise.errors import GatewiseError
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset, Sampler, Subset
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, some
 from gatewise.files import whole_file
 
 Chosen = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -240,9 +240,3 @@ def count_rows(what: str, dataset: Any, least: int) -> int:
     if count < least:
         raise GatewiseError(f"{what} has {count} rows; expected at least {least}")
     return count
-
-
-def some(names: Iterable[str]) -> str:
-    """At most three names, for a message."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gatewise.bilevel.state import Chosen, CyclicRows, UpperLevel, count_rows, held_fixed, select_upper, some, split_in_half
-from gatewise.errors import GatewiseError
+from gatewise.bilevel.state import Chosen, CyclicRows, UpperLevel, count_rows, held_fixed, select_upper, split_in_half
+from gatewise.errors import GatewiseError, some
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer

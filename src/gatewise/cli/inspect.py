@@ -97,8 +97,9 @@ def inspect(
 
 def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
     from gatewise import inspection
+    from gatewise.adapters.files import peft_type
 
-    if inspection.adapter_type(adapter) == "SELECTIVE_PROMPT":
+    if peft_type(adapter) == "SELECTIVE_PROMPT":
         _show_prompts(adapter, plot, value, as_json)
         return
     budget = inspection.read_budget(adapter)
@@ -138,6 +139,7 @@ def _show_scores(
     adapter: Path, data: str, settings: dict[str, Any], plot: Path | None, budget: int | None, out: Path | None, as_json: bool
 ) -> None:
     from gatewise import inspection
+    from gatewise.adapters.files import peft_type
     from gatewise.files import write_json
     from gatewise.inspection.importance import score_adapter
     from gatewise.inspection.suggestion import check_budget, lora_settings, suggested_ranks
@@ -147,8 +149,8 @@ def _show_scores(
         inspection.check_suffix(plot)
     if budget is not None:
         check_budget(budget)
-    kind = inspection.adapter_type(adapter)
-    if kind not in (None, "LORA"):
+    kind = peft_type(adapter)
+    if kind != "LORA":
         hint = "; --routing shows which of its modules prompts choose" if kind == "ROUTED_LORA" else ""
         raise GatewiseError(f"{adapter} is of peft_type {kind!r}, but only plain LoRA has ranks that can be scored{hint}")
     importance = score_adapter(adapter, data, **settings)

@@ -16,13 +16,16 @@ _MOST_LAYERS = 1024
 
 
 class Placed(Protocol):
-    """A module that has a place: a Transformer layer (None outside the stack) and a kind."""
+    """A module at its place: its path, Transformer layer (None outside the stack) and kind."""
 
     @property
     def layer(self) -> int | None: ...
 
     @property
     def kind(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
 
 
 Module = TypeVar("Module", bound=Placed)
@@ -97,6 +100,11 @@ def grid_of(
     )
 
 
+def in_order(modules: Iterable[Module]) -> tuple[Module, ...]:
+    """The modules as they are listed everywhere: by layer (those outside the stack last), then kind, then path."""
+    return tuple(sorted(modules, key=lambda m: (m.layer is None, m.layer or 0, kind_key(m.kind), m.path)))
+
+
 def layer_labels(modules: Iterable[Placed]) -> list[str]:
     """Row labels: every layer index from 0 to the last one that has a module, then "other" if it is needed."""
     numbers = {module.layer for module in modules}
@@ -140,3 +148,8 @@ def short_number(number: float | None, whole: bool = False) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:#.3g}".rstrip(".") + unit
     return f"{number:#.3g}".rstrip(".") if number >= 1e-3 else f"{number:.0e}"
+
+
+def percent(share: float | None) -> str:
+    """A share from 0 to 1 as a percentage. A dot for no module."""
+    return "·" if share is None else f"{100 * share:.0f}%"

@@ -21,10 +21,10 @@ from gatewise.allocation.scores import SCORES
 from gatewise.allocation.scoring import parts_of, scoring
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
-from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
+from gatewise.inspection.grid import Grid, grid_of, in_order, kind_labels, layer_labels, places_of, row_label, short_number
 from gatewise.losses import Batch, loss_kind, mean_loss
 from gatewise.progress import ConsoleProgress, quiet
-from gatewise.sites import kind_key, site
+from gatewise.sites import site
 from gatewise.tasks import score_batch
 from gatewise.tasks.metrics import check_classes, most_positions
 
@@ -285,7 +285,7 @@ def importance_of(
             )
         )
     return Importance(
-        modules=tuple(sorted(modules, key=lambda m: (m.layer is None, m.layer or 0, kind_key(m.kind), m.path))),
+        modules=in_order(modules),
         score=score,
         rows=len(batch["labels"]),
         loss_base=loss_base,

@@ -9,14 +9,15 @@ from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.inspection.budget import BudgetMap, Value
 from gatewise.inspection.image import file_of, image_of
-from gatewise.inspection.importance import Importance
 from gatewise.inspection.page import importance_page, page_of
 from gatewise.inspection.prompts import PromptMap
-from gatewise.inspection.routing import RoutingMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from gatewise.inspection.importance import Importance
+    from gatewise.inspection.routing import RoutingMap
 
 
 def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str | None = None) -> Path:
@@ -45,7 +46,7 @@ def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str |
 
 
 def plot_importance(
-    importance: Importance, out: str | Path, suggested: Mapping[str, int] | None = None, title: str | None = None
+    importance: "Importance", out: str | Path, suggested: Mapping[str, int] | None = None, title: str | None = None
 ) -> Path:
     """Draws what every layer and module is worth into a file, whole or not at all.
 
@@ -71,7 +72,7 @@ def plot_importance(
     return _write(out, lambda: importance_page(importance, title, suggested), lambda suffix: image_of(grid, title, notes, suffix))
 
 
-def plot_routing(routing: RoutingMap, out: str | Path, title: str | None = None) -> Path:
+def plot_routing(routing: "RoutingMap", out: str | Path, title: str | None = None) -> Path:
     """Draws which modules the prompts chose into a file, whole or not at all.
 
     Args:

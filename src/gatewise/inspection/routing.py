@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gatewise.adapters.loading import load_with_data
 from gatewise.errors import GatewiseError
-from gatewise.inspection.grid import Grid, grid_of
+from gatewise.inspection.grid import Grid, grid_of, in_order, percent
 from gatewise.losses import row_losses
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.routed import RoutedLoraConfig, RoutedLoraModel
-from gatewise.sites import kind_key, site
+from gatewise.sites import site
 from gatewise.tasks import PadCollator, encode, encode_classification
 
 
@@ -75,36 +75,13 @@ class RoutingMap:
             _mean_share,
             name="share",
             title="share of prompts that keep a module",
-            write=_percent,
+            write=percent,
             whole=False,
         )
 
 
 def _mean_share(modules: Sequence[ModuleUse]) -> float | None:
     return math.fsum(module.share for module in modules) / len(modules) if modules else None
-
-
-def _percent(share: float | None) -> str:
-    return "·" if share is None else f"{100 * share:.0f}%"
-
-
-def routing_lines(routing: RoutingMap) -> list[str]:
-    """The map in a few lines of plain text."""
-    kinds = ", ".join(f"{kind} {_percent(share)}" for kind, share in routing.by_kind.items())
-    k = routing.top_k
-    experts = len(routing.modules) / max(1, len({module.layer for module in routing.modules}))
-    return [
-        f"base model: {routing.base_model or 'not named'}",
-        f"prompts: {routing.prompts:,}" + (f" of {routing.data}" if routing.data else ""),
-        f"kept: {k} of {experts:.3g} modules a layer; by kind {kinds}",
-        f"different choices in a layer: {routing.distinct:.1f} on average",
-        f"agreement of two prompts: {routing.agreement:.2f} (1 is the same modules for all, {k / experts:.2f} is chance)",
-    ]
-
-
-def routing_json(routing: RoutingMap) -> dict[str, Any]:
-    """The whole map as plain lists, numbers and text for ``json.dumps``."""
-    return {**asdict(routing), "modules": [asdict(module) for module in routing.modules], "by_kind": routing.by_kind}
 
 
 def route_data(
@@ -187,7 +164,7 @@ def routing_of_rows(
         for place in [site(path)]
     ]
     return RoutingMap(
-        modules=tuple(sorted(modules, key=lambda m: (m.layer is None, m.layer or 0, kind_key(m.kind), m.path))),
+        modules=in_order(modules),
         prompts=len(every),
         top_k=config.top_k,
         distinct=sum(len(layer.unique(dim=0)) for layer in kept.unbind(dim=1)) / kept.shape[1],

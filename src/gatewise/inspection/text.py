@@ -1,17 +1,22 @@
-"""The map as text: the table for the terminal, the lines of the summary, and JSON."""
+"""Budgets, importance, routing and prompt layers as text: tables for the terminal, lines of a summary, and JSON."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from gatewise.errors import some
 from gatewise.inspection.budget import BudgetMap, Value
-from gatewise.inspection.grid import OTHER, Grid
-from gatewise.inspection.importance import Importance
+from gatewise.inspection.grid import OTHER, Grid, percent
+from gatewise.inspection.prompts import PromptMap
+
+if TYPE_CHECKING:
+    from gatewise.inspection.importance import Importance
+    from gatewise.inspection.routing import RoutingMap
 
 # The lower steps stay as the terminal has them. White on the others has a contrast of 4.5 or more, and all are about as
 # light as each other, so they show on a dark terminal and on a light one; grey to orange suits every colour vision.
@@ -138,17 +143,17 @@ def _ranges(numbers: Sequence[int]) -> str:
 _MOST_NAMED = 5
 
 
-def importance_lines(importance: Importance) -> list[str]:
+def importance_lines(importance: "Importance") -> list[str]:
     """What was scored and how, in a few lines of plain text, and the modules that could go."""
     return [f"{name}: {text}" for name, text in importance_facts(importance)]
 
 
-def importance_facts(importance: Importance) -> list[tuple[str, str]]:
+def importance_facts(importance: "Importance") -> list[tuple[str, str]]:
     unit = f" {importance.unit}" if importance.unit else ""
     total = f"{importance.total:.4g}{unit}"
     if importance.score == "path_integral":
         total += f"; the ranks lower the loss by {importance.loss_base - importance.loss_adapted:.4g}{unit}"
-    useless = importance.useless
+    useless = [module.path for module in importance.useless]
     facts = [
         ("base model", importance.base_model or "not named"),
         ("score", f"{importance.score}{f' in{unit}' if unit else ', without a unit'}; of each rank, {importance.meaning}"),
@@ -158,17 +163,17 @@ def importance_facts(importance: Importance) -> list[tuple[str, str]]:
         ("sum of scores", total),
         (
             "could go",
-            f"{len(useless):,} modules whose scores add up to zero or less: {_some_paths([module.path for module in useless])}"
+            f"{len(useless):,} modules whose scores add up to zero or less: {some(useless, _MOST_NAMED)}"
             if useless
             else "no module",
         ),
     ]
     if importance.unscored:
-        facts.append(("not scored", f"{_some_paths(importance.unscored)}: not a linear layer"))
+        facts.append(("not scored", f"{some(importance.unscored, _MOST_NAMED)}: not a linear layer"))
     return facts
 
 
-def importance_json(importance: Importance) -> dict[str, Any]:
+def importance_json(importance: "Importance") -> dict[str, Any]:
     """All of it as plain lists, numbers and text for ``json.dumps``."""
     grid = importance.score_grid()
     return plain(
@@ -204,7 +209,7 @@ def importance_json(importance: Importance) -> dict[str, Any]:
     )
 
 
-def top_table(importance: Importance, count: int = 10) -> Table:
+def top_table(importance: "Importance", count: int = 10) -> Table:
     """The ``count`` most important modules with their rank and total score, in the unit of ``score_grid``."""
     grid = importance.score_grid()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -216,6 +221,60 @@ def top_table(importance: Importance, count: int = 10) -> Table:
     return table
 
 
-def _some_paths(paths: Sequence[str]) -> str:
-    more = len(paths) - _MOST_NAMED
-    return ", ".join(paths[:_MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+def routing_lines(routing: "RoutingMap") -> list[str]:
+    """The map in a few lines of plain text."""
+    kinds = ", ".join(f"{kind} {percent(share)}" for kind, share in routing.by_kind.items())
+    k = routing.top_k
+    experts = len(routing.modules) / max(1, len({module.layer for module in routing.modules}))
+    return [
+        f"base model: {routing.base_model or 'not named'}",
+        f"prompts: {routing.prompts:,}" + (f" of {routing.data}" if routing.data else ""),
+        f"kept: {k} of {experts:.3g} modules a layer; by kind {kinds}",
+        f"different choices in a layer: {routing.distinct:.1f} on average",
+        f"agreement of two prompts: {routing.agreement:.2f} (1 is the same modules for all, {k / experts:.2f} is chance)",
+    ]
+
+
+def routing_json(routing: "RoutingMap") -> dict[str, Any]:
+    """The whole map as plain lists, numbers and text for ``json.dumps``."""
+    return {**asdict(routing), "modules": [asdict(module) for module in routing.modules], "by_kind": routing.by_kind}
+
+
+def prompts_table(prompts: PromptMap) -> Table:
+    """The layers as a table for the terminal; those with a new prompt stand out."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.add_column("layer", Text("total", style="bold"), justify="right")
+    table.add_column("prompt", Text(f"{len(prompts.chosen)} new", style="bold"))
+    columns = [(name, numbers) for name, numbers in (("gate", prompts.gates), ("loss", prompts.losses)) if numbers is not None]
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    table.add_column("parameters", Text(f"{sum(prompts.parameters.values()):,}", style="bold"), justify="right")
+    for layer in range(prompts.layers):
+        new = layer in prompts.chosen
+        cells = [f"{numbers[layer]:.3f}" if layer < len(numbers) else "·" for _, numbers in columns]
+        count = f"{prompts.parameters[layer]:,}" if new else "·"
+        table.add_row(str(layer), prompts.role(layer), *cells, count, style="bold" if new and not prompts.hyper_network else "dim")
+    return table
+
+
+def prompts_lines(prompts: PromptMap) -> list[str]:
+    """The map in a few lines of plain text."""
+    stored = f"{sum(prompts.parameters.values()):,}"
+    if prompts.other_parameters:
+        stored += f", and {prompts.other_parameters:,} outside the generators"
+    how = "fixed by the recipe" if prompts.gates is None else "chosen by the search"
+    if prompts.losses is not None:
+        how += ", by the losses with only some layers' gates open"
+    if prompts.hyper_network:
+        how = "the hyper-network of a search, which has not chosen yet"
+    return [
+        f"base model: {prompts.base_model or 'not named'}",
+        f"adapter: selective prompts (SPT), {prompts.num_prompt_tokens} prompt tokens",
+        f"layers with a new prompt: {', '.join(map(str, prompts.chosen))} of {prompts.layers} ({how})",
+        f"parameters: {stored}",
+    ]
+
+
+def prompts_json(prompts: PromptMap) -> dict[str, Any]:
+    """The whole map as plain lists, numbers and text for ``json.dumps``."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(prompts).items()}

@@ -146,7 +146,7 @@ class Extractor:
         """
         import torch
 
-        from gatewise.adapters.loading import read_note
+        from gatewise.adapters.files import read_note
         from gatewise.models import load_adapter
 
         if settings.get("constrained", True):

@@ -1,11 +1,9 @@
 """Base models, tokenizers and adapters from what a user names; whatever is wrong with them becomes one sentence."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -14,14 +12,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gatewise.errors import GatewiseError
+from gatewise.adapters.files import CONFIG_FILE, tensor_shapes
+from gatewise.errors import GatewiseError, some
 from gatewise.models.cache import resolve
 from gatewise.models.embedded import EMBEDDED
 from gatewise.progress import quiet
 
 Task = Literal["causal", "classification"]
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 # What to do where a model's files are not those of the task.
@@ -93,7 +90,7 @@ def load_model(
     if fresh:
         raise GatewiseError(
             f"{str(name_or_path)!r} cannot serve as a {task} model: its files have no fitting weights for "
-            f"{first_of(fresh)}, which would be random: {_INSTEAD[task]}"
+            f"{some(sorted(fresh), 1)}, which would be random: {_INSTEAD[task]}"
         )
     if model.config.pad_token_id is None:  # decoders that classify look for the last token that is no padding
         end = model.config.eos_token_id
@@ -105,20 +102,11 @@ def load_model(
 
 def _check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        if (folder / ADAPTER_CONFIG).is_file():
+        if (folder / CONFIG_FILE).is_file():
             raise GatewiseError(f"{folder} is an adapter, not a base model: give the base model it was trained on.")
         raise GatewiseError(f"{folder} is not a model folder: it has no config.json.")
     for file in sorted(folder.glob("*.safetensors")):
         tensor_shapes(file)
-
-
-def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Name and shape of each tensor from the header, which also tells whether the file is whole."""
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise GatewiseError(f"{file} is damaged or cut short ({one_line(error)}): copy, download or train it again.") from error
 
 
 def _not_loaded(what: str, given: str | Path, source: str, error: Exception) -> GatewiseError:
@@ -134,8 +122,3 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one line and cut to a readable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def first_of(keys: Iterable[str]) -> str:
-    names = sorted(keys)
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

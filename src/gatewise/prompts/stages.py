@@ -7,7 +7,6 @@ Shapes: n layers, s steps.
 
 import copy
 import dataclasses
-import json
 import logging
 from itertools import combinations
 from math import comb
@@ -16,10 +15,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from gatewise.adapters.files import read_config
 from gatewise.bilevel import split_in_half
 from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
@@ -181,11 +181,11 @@ def _check_checkpoint(folder: Path, config: SelectivePromptConfig) -> None:
     if (folder / GATES_FILE).exists():
         raise GatewiseError(f"{folder} is a checkpoint of a search, not of the training of its layers: resume from another one")
     try:
-        saved = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        saved = read_config(folder)
+    except GatewiseError:
         return  # the Trainer says what is wrong with it
     for name in ("prompt_layers", "num_prompt_tokens", "bottleneck", "phm"):
-        if isinstance(saved, dict) and name in saved and saved[name] != getattr(config, name):
+        if name in saved and saved[name] != getattr(config, name):
             raise GatewiseError(
                 f"{folder} is a checkpoint of a training with {name}={saved[name]}, but {name} is {getattr(config, name)} now: "
                 "resume with its configuration, or train anew in another output_dir"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gatewise.adapters.lora import PEFT_PREFIX
+from gatewise.adapters.files import PEFT_PREFIX
 from gatewise.allocation.slots import compact
 from gatewise.files import whole_file
 

@@ -13,7 +13,6 @@ What a run leaves in it:
     checkpoints/    the last two checkpoints, from which --resume goes on; those of a search in search/
 """
 
-import math
 import os
 import shutil
 import tempfile
@@ -24,11 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from gatewise.adapters.files import NOTE_FILE
-from gatewise.adapters.selection import SEARCH_FILE, Selection
+from gatewise.adapters.files import NOTE_FILE, SEARCH_FILE, Selection
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.inspection import PromptMap, RoutingMap, routing_json
@@ -231,12 +228,6 @@ def save_adapter(model: PeftModel, folder: Path, note: Mapping[str, Any], select
         write_json(part / NOTE_FILE, note)
         if selection is not None:
             selection.write(part / SEARCH_FILE)
-
-
-def stored_numbers(adapter: Path) -> int:
-    """How many numbers an adapter's file holds."""
-    with safe_open(str(adapter / SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
-        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 (not a mapping)
 
 
 def write_metrics(recipe: Recipe, result: RunResult, log: Sequence[Mapping[str, Any]]) -> None:

@@ -17,8 +17,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from gatewise import inspection
+from gatewise.adapters.files import SEARCH_FILE, Selection, read_selection, stored_numbers
 from gatewise.adapters.loading import check_labels, load_like
-from gatewise.adapters.selection import SEARCH_FILE, Selection, read_selection
 from gatewise.allocation.callback import RankAllocation, in_steps
 from gatewise.errors import GatewiseError
 from gatewise.inspection.routing import routing_of_rows
@@ -39,7 +39,6 @@ from gatewise.runs.folder import (
     before_the_end,
     check_output,
     save_adapter,
-    stored_numbers,
     write_metrics,
     writing,
 )

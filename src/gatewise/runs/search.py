@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from gatewise import inspection
-from gatewise.adapters.selection import SEARCH_FILE, Selection
+from gatewise.adapters.files import SEARCH_FILE, Selection
 from gatewise.files import finite
 from gatewise.prompts.stages import search
 from gatewise.runs.build import recompute_activations, training_arguments

@@ -13,14 +13,12 @@ from typing import Any, cast
 
 import torch
 from peft import AdaLoraModel, PeftModel, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gatewise.adapters.files import NOTE_FILE
+from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, read_tensors, tensor_shapes
 from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
@@ -159,7 +157,7 @@ class RecipeTrainer(Trainer):
         if soft_prompt(whole) is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        tensors = load_file(Path(resume_from_checkpoint) / SAFETENSORS_WEIGHTS_NAME)
+        tensors = read_tensors(Path(resume_from_checkpoint) / WEIGHTS_FILE)[0]
         set_peft_model_state_dict(whole, tensors, adapter_name=str(whole.active_adapter))
 
     def _stop_diverged(self, what: str) -> None:
@@ -271,15 +269,15 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def _is_complete(path: Path, also: Sequence[str]) -> bool:
-    needed = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_config.json", *also)
+    needed = ("optimizer.pt", "scheduler.pt", "rng_state.pth", CONFIG_FILE, *also)
     if (path / DIVERGED_FILE).exists() or not all((path / name).is_file() for name in needed):
         return False
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        with safe_open(str(path / "adapter_model.safetensors"), framework="pt"):
-            return True
-    except (OSError, ValueError, SafetensorError):
+        tensor_shapes(path / WEIGHTS_FILE)
+    except (OSError, ValueError, GatewiseError):
         return False
+    return True
 
 
 def _length(row: Mapping[str, Any]) -> int:
