@@ -211,6 +211,8 @@ def test_unknown_scores_and_too_few_rows_are_refused_before_anything_is_read(tmp
         score_adapter(tmp_path / "none", "none", score="path-integral")
     with pytest.raises(GatewiseError, match=r"^0 rows .* expected at least 1$"):
         score_adapter(tmp_path / "none", "none", rows=0)
+    with pytest.raises(GatewiseError, match=r"score_options has 'pionts', .*; did you mean points\?$"):
+        score_adapter(tmp_path / "none", "none", score="path_integral", score_options={"pionts": 3})
 
 
 def test_modules_that_are_not_linear_are_named_or_refused(saved: Path, tmp_path: Path) -> None:

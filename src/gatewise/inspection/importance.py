@@ -1,6 +1,5 @@
 """The map of an adapter's importance: the scores of every module's ranks, and their sums over layers, kinds and all of it."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scores import SCORES
+from gatewise.allocation.scores import SCORES, about, check_score
 from gatewise.allocation.scoring import parts_of, scoring
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
@@ -27,15 +26,6 @@ from gatewise.progress import ConsoleProgress, quiet
 from gatewise.sites import site
 from gatewise.tasks import score_batch
 from gatewise.tasks.metrics import check_classes, most_positions
-
-# What a score says of a rank, and its unit. A score that is not listed has neither.
-_MEANINGS: dict[str, tuple[str, str]] = {
-    "path_integral": ("its share of the loss that the adapter takes away", "nats"),
-    "path_moments": ("what it does for an example on average, plus how strongly single ones react to it, each in its spread", ""),
-    "ablation": ("the loss without it less the loss with all, plus what it takes away alone", "nats"),
-    "taylor": ("the loss without it less the loss with all, plus what it takes away alone, to first order", "nats"),
-    "sensitivity": ("AdaLoRA's |weight x gradient|, never below zero", ""),
-}
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -81,8 +71,8 @@ class Importance:
         rows: rows scored on.
         data: where they came from, as the user wrote it.
         base_model: the base model's name.
-        loss_base, loss_adapted: mean cross-entropy (nats) on these rows without any rank and with all of them. Path-integral
-            scores add up to the difference between the two.
+        loss_base, loss_adapted: mean cross-entropy (nats) on these rows without any rank and with all of them. Scores by
+            ``path_integral``, and only those, add up to the difference between the two.
         unscored: paths of the adapter's modules that are not linear layers, which no score reads.
     """
 
@@ -118,12 +108,12 @@ class Importance:
     @property
     def unit(self) -> str:
         """The unit of the scores, "nats" or none."""
-        return _MEANINGS.get(self.score, ("", ""))[1]
+        return about(self.score).unit
 
     @property
     def meaning(self) -> str:
         """What a rank's score says, in words."""
-        return _MEANINGS.get(self.score, ("higher is worth more", ""))[0]
+        return about(self.score).meaning or "higher is worth more"
 
     @property
     def ranked(self) -> list[ModuleImportance]:
@@ -177,11 +167,6 @@ def _scaled(number: float | None, exponent: int, decimals: int) -> str:
     return "0" if number == 0 else f"{number / 10.0**exponent:.{decimals}f}"
 
 
-# CE(M without r) - CE(only r) of a rank that does nothing is CE(M) - CE(base), far below zero for a good adapter: a sum over the
-# ranks of a module would mostly count them. Less that constant, zero is a rank that does nothing.
-_COUNTED_FROM_THE_ADAPTER = ("ablation", "taylor")
-
-
 def score_adapter(
     adapter: str | Path,
     data: str,
@@ -211,7 +196,7 @@ def score_adapter(
         GatewiseError: an unknown score; adapter, base model and data cannot be read or do not fit each other; or the adapter has
             no LoRA on a linear layer.
     """
-    check_score(score)
+    check_score(score, score_options)
     if rows < 1:
         raise GatewiseError(f"{rows} rows to score on were asked for: expected at least 1")
     progress = ConsoleProgress(console or Console(stderr=True))
@@ -250,23 +235,23 @@ def importance_of(
     Raises:
         GatewiseError: an unknown score, no LoRA on a linear layer, or a score that is not finite.
     """
-    check_score(score)
+    check_score(score, score_options)
     name = active_adapter(model, adapter)
     layers = lora_layers(model, name)
     if not layers:
         raise GatewiseError(f"adapter {name!r} has no LoRA on a linear layer, and only those have ranks that can be scored")
-    options = dict(score_options or {})
-    if score == "ablation":
-        options.setdefault("mode", "screened")
+    options = {**about(score).in_rounds, **(score_options or {})}
     if progress and "progress" in inspect.signature(SCORES[score]).parameters:
         options["progress"] = progress
     scores: dict[str, Tensor] = SCORES[score](model, batch, adapter=name, **options)
     loss_base, loss_adapted = _losses(model, batch, name, options.get("float32", True))
-    shift = loss_base - loss_adapted if score in _COUNTED_FROM_THE_ADAPTER else 0.0
+    # AB-LoRA gives a rank that does nothing CE(all ranks) - CE(no rank), far below zero for a good adapter: a sum over the ranks of
+    # a module would mostly count them. Less that constant, zero is a rank that does nothing.
+    shift = loss_base - loss_adapted if about(score).from_base else 0.0
     noise = 4 * torch.finfo(torch.float32).eps * abs(shift)  # what float32 scores this far from zero cannot tell from it
     modules = []
     for path, layer in layers.items():
-        values = scores[path].double() + shift
+        values = scores[path].cpu().double() + shift  # MPS has no float64
         values[values.abs() < noise] = 0.0
         if not bool(torch.isfinite(values).all()):
             raise GatewiseError(
@@ -294,14 +279,6 @@ def importance_of(
         data=data,
         unscored=tuple(path for path in _targeted(model) if path not in layers),
     )
-
-
-def check_score(score: str) -> None:
-    """Raises GatewiseError for a name that is not in ``gatewise.allocation.scores.SCORES``."""
-    if score not in SCORES:
-        near = difflib.get_close_matches(score, SCORES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise GatewiseError(f"score {score!r} is not known; expected one of {', '.join(SCORES)}{hint}")
 
 
 def _batch(loaded: Loaded, rows: int, seed: int) -> dict[str, Tensor]:

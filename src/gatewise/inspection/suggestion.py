@@ -39,8 +39,8 @@ def suggested_ranks(importance: Importance, budget: int) -> dict[str, int]:
     root of the totals, which also keeps chance in a few rows from piling ranks on one module. A module whose total is zero or
     less gets none, nor does one whose first rank would do less than one more elsewhere.
 
-    Totals decide and not single scores, because how B A is cut into ranks is arbitrary, and a module's total path-integral score
-    does not depend on it. No module gets less than one with a lower total unless it is full (min(d_in, d_out)), equals differ by
+    Totals decide and not single scores, because how B A is cut into ranks is arbitrary; a total of ``path_integral`` does not
+    depend on it at all. No module gets less than one with a lower total unless it is full (min(d_in, d_out)), equals differ by
     one at most, and a larger budget takes nothing away from any module.
 
     Raises:
