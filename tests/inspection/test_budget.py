@@ -1,23 +1,17 @@
-"""The report is checked against PEFT's own update weights and against folders written by hand."""
+"""Budgets are checked against PEFT's own update weights and against folders written by hand."""
 
-import io
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapter_folders import a_round, random_factors, write_folder
+from maps import budget_stack, rendered
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -31,17 +25,7 @@ from transformers import (
 
 from gatewise import inspection
 from gatewise.errors import GatewiseError
-from gatewise.inspection import BudgetMap, ModuleBudget, plot, ranks_table, read_budget, summary_lines, to_json
-from gatewise.sites import site
-
-LLAMA_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LLAMA_MODULES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-def test_an_adapter_is_read_without_peft() -> None:
-    """`gatewise inspect` needs no model, and PEFT with Transformers takes longer to import than a folder to read."""
-    asked = "import sys, gatewise.inspection; print({'peft', 'transformers'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout == "set()\n"
+from gatewise.inspection import plot, ranks_table, read_budget, summary_lines, to_json
 
 
 def llama() -> LlamaForCausalLM:
@@ -119,44 +103,6 @@ def kill(model: PeftModel, path: str, slots: list[int]) -> None:
 def saved(model: PeftModel, folder: Path) -> Path:
     model.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
-
-
-def written(
-    folder: Path,
-    tensors: dict[str, torch.Tensor],
-    allocation: Any = None,
-    **config: Any,
-) -> Path:
-    """An adapter folder by hand: module path -> factors are given as ``path.lora_A.weight`` without PEFT's prefix."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"base_model.model.{key}": value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}))
-    if allocation is not None:
-        (folder / "allocation.json").write_text(json.dumps(allocation))
-    return folder
-
-
-def factors(path: str, r: int = 4, d_in: int = 6, d_out: int = 5) -> dict[str, torch.Tensor]:
-    return {f"{path}.lora_A.weight": torch.randn(r, d_in), f"{path}.lora_B.weight": torch.randn(d_out, r)}
-
-
-def stack(layers: int, rank: int | None = None, parameters: int = 100) -> BudgetMap:
-    """A Llama-shaped map with ranks 0 .. 16 unless one is given."""
-    modules = []
-    for layer in range(layers):
-        for index, name in enumerate(LLAMA_MODULES):
-            place = site(f"model.layers.{layer}.{name}")
-            r = (3 * layer + 5 * index) % 17 if rank is None else rank
-            modules.append(ModuleBudget(place.path, layer, place.kind, r, 16, r * parameters, 16 * parameters, 2.0, r / 37))
-    return BudgetMap(tuple(modules), "tiny")
-
-
-def a_round(number: int, ranks: dict[str, int], **changes: Any) -> dict[str, Any]:
-    entry = {"round": number, "step": 10 * number, "scores": {}, "pruned": {}, "grown": {}, "ranks": ranks}
-    return {**entry, "loss_before": 1.5, "loss_after": 1.25, "seconds": 0.1, **changes}
-
-
-# ---- reading
 
 
 @pytest.mark.parametrize(
@@ -284,34 +230,11 @@ def test_named_adapters(tmp_path: Path) -> None:
         read_budget(tmp_path)
 
 
-@pytest.mark.parametrize("stabilised", [False, True])
-def test_patterns_match_as_peft_matches_them(stabilised: bool, tmp_path: Path) -> None:
-    paths = [f"model.layers.{layer}.{name}" for layer in (0, 1, 10, 11) for name in LLAMA_MODULES]
-    ranks = {
-        "1.self_attn.q_proj": 2,
-        r"^model\.layers\.1\.mlp\.up_proj": 3,
-        "q_proj": 5,
-        r"layers\.1\d\..*": 7,
-        "proj": 9,
-    }
-    alphas = {r".*\.(gate|up)_proj": 32, "layers.10.self_attn.k_proj": 4, "odel.layers.0.self_attn.v_proj": 99}
-    tensors = {}
-    for path in paths:
-        tensors |= factors(path)
-    folder = written(tmp_path, tensors, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=stabilised)
-    scalings = {module.path: module.scaling for module in read_budget(folder).modules}
-    assert len(scalings) == len(paths)
-    for path in paths:
-        rank = ranks.get(get_pattern_key(list(ranks), path), 4)
-        alpha = alphas.get(get_pattern_key(list(alphas), path), 8)
-        assert scalings[path] == pytest.approx(alpha / (math.sqrt(rank) if stabilised else rank))
-
-
 def test_the_usual_key_spellings_are_read(tmp_path: Path) -> None:
-    tensors = factors("model.layers.0.self_attn.q_proj")
-    plain = factors("model.layers.1.self_attn.q_proj")
+    tensors = random_factors("model.layers.0.self_attn.q_proj")
+    plain = random_factors("model.layers.1.self_attn.q_proj")
     magnitude = {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(5)}
-    written(tmp_path, tensors)
+    write_folder(tmp_path, tensors)
     prefixed = {f"base_model.model.{key}": value for key, value in tensors.items()}
     save_file(prefixed | plain | magnitude, tmp_path / "adapter_model.safetensors")
     budget = read_budget(str(tmp_path))
@@ -319,65 +242,9 @@ def test_the_usual_key_spellings_are_read(tmp_path: Path) -> None:
     assert [module.layer for module in budget.modules] == [0, 1]
 
 
-# ---- bad input
-
-
-def test_bad_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    def refuse(folder: Path, words: str) -> None:
-        with pytest.raises(GatewiseError, match=words) as caught:
-            read_budget(folder)
-        assert "\n" not in str(caught.value)
-
-    refuse(tmp_path / "missing", "there is no such folder")
-    refuse(tmp_path, r"not an adapter, it has no adapter_config\.json")
-    (tmp_path / "file").touch()
-    refuse(tmp_path / "file", "is a file")
-
-    good = factors("model.layers.0.self_attn.q_proj")
-    no_weights = written(tmp_path / "no_weights", good)
-    (no_weights / "adapter_model.safetensors").unlink()
-    refuse(no_weights, r"has no adapter_model\.safetensors")
-    (no_weights / "adapter_model.bin").write_bytes(b"\x80")
-    refuse(no_weights, "a pickle.*save_pretrained to get safetensors")
-
-    cut = written(tmp_path / "cut", good)
-    weights = cut / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    for length in (0, 5, 60, len(whole) - 1):
-        weights.write_bytes(whole[:length])
-        refuse(cut, r"adapter_model\.safetensors is damaged or cut short")
-
-    broken = written(tmp_path / "broken", good)
-    for text, words in (
-        ("{", "is not valid JSON"),
-        ("\xff", "is not valid JSON"),
-        ("[1]", "holds a list, expected an object"),
-        ('{"peft_type": "PREFIX_TUNING"}', "peft_type is PREFIX_TUNING, expected a LoRA adapter"),
-        ("{}", "peft_type is None, expected a LoRA adapter"),
-        ('{"peft_type": "LORA", "r": 0}', "r is 0, expected a positive number"),
-        ('{"peft_type": "LORA", "lora_alpha": "big"}', "lora_alpha is 'big', expected a number"),
-        ('{"peft_type": "LORA", "rank_pattern": [1]}', "rank_pattern is a list, expected an object"),
-        ('{"peft_type": "LORA", "rank_pattern": {"q": -1}}', r"rank_pattern\['q'\] is -1, expected a positive number"),
-        ('{"peft_type": "LORA", "alpha_pattern": {"(": 1}}', r"alpha_pattern has the key '\(', which is not a valid"),
-    ):
-        (broken / "adapter_config.json").write_bytes(text.encode("latin-1"))
-        refuse(broken, words)
-
-    path = "model.layers.0.self_attn.q_proj"
-    refuse(written(tmp_path / "half", {f"{path}.lora_A.weight": torch.ones(4, 6)}), f"{path} has no lora_B")
-    uneven = {f"{path}.lora_A.weight": torch.ones(4, 6), f"{path}.lora_B.weight": torch.ones(5, 2)}
-    refuse(written(tmp_path / "uneven", uneven), r"shape \(4, 6\) and lora_B of shape \(5, 2\), whose ranks differ")
-    flat = {f"{path}.lora_A.weight": torch.ones(4), f"{path}.lora_B.weight": torch.ones(4)}
-    refuse(written(tmp_path / "flat", flat), "ranks differ")
-    refuse(written(tmp_path / "none", {"classifier.weight": torch.ones(2, 2)}), "holds no LoRA weights")
-
-
 def test_a_model_without_adapter_is_refused() -> None:
     with pytest.raises(GatewiseError, match="expected an adapter folder or a PeftModel, got LlamaForCausalLM"):
         read_budget(llama())  # type: ignore[arg-type]
-
-
-# ---- allocation.json
 
 
 def test_rounds_are_read_and_a_module_that_lost_all_stays_visible(tmp_path: Path) -> None:
@@ -386,7 +253,7 @@ def test_rounds_are_read_and_a_module_that_lost_all_stays_visible(tmp_path: Path
         a_round(0, {q: 3, v: 3}, pruned={v: [1, 2]}, grown={q: [4, 5]}),
         a_round(1, {q: 4, v: 0}, pruned={v: [0, 3, 4]}, grown={q: [6]}, loss_before=None, loss_after=math.nan),
     ]
-    folder = written(tmp_path, factors(q), {"format": 1, "score": "ablation", "budget": 6, "rounds": rounds})
+    folder = write_folder(tmp_path, random_factors(q), {"format": 1, "score": "ablation", "budget": 6, "rounds": rounds})
     budget = read_budget(folder)
     assert budget.ranks == {q: 4, v: 0}
     assert budget.matrix() == (["0", "1"], ["q", "v"], [[4, None], [None, 0]])
@@ -410,260 +277,15 @@ def test_rounds_are_read_and_a_module_that_lost_all_stays_visible(tmp_path: Path
     page = plot(budget, tmp_path / "map.html").read_text()
     assert "<h2>Rounds</h2>" in page
     assert "<td>1.2500</td>" in page
-    assert "<h2>Rounds</h2>" not in plot(stack(1), tmp_path / "none.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{", "is not valid JSON"),
-        ('{"format": 2, "rounds": []}', "has format 2, this version reads format 1"),
-        ('{"format": 1, "rounds": {}}', r"rounds\[0\] is not a round"),
-        ('{"format": 1, "rounds": [{"ranks": {}, "pruned": {}}]}', r"rounds\[0\] is not a round.*grown"),
-        ('{"format": 1, "rounds": [{"ranks": [], "pruned": {}, "grown": {}}]}', r"rounds\[0\] is not a round"),
-    ],
-)
-def test_a_damaged_allocation_file_is_named(content: str, words: str, tmp_path: Path) -> None:
-    folder = written(tmp_path, factors("model.layers.0.self_attn.q_proj"))
-    (folder / "allocation.json").write_text(content)
-    with pytest.raises(GatewiseError, match=words) as caught:
-        read_budget(folder)
-    assert "allocation.json" in str(caught.value)
-
-
-def test_another_tools_allocation_file_is_left_alone(tmp_path: Path) -> None:
-    folder = written(tmp_path, factors("model.layers.0.self_attn.q_proj"), {"cpu": 4})
-    assert read_budget(folder).rounds == ()
-
-
-# ---- the map
-
-
-def test_matrix_adds_up_places_and_shows_holes(tmp_path: Path) -> None:
-    tensors = factors("model.layers.3.mlp.experts.0.up_proj") | factors("model.layers.3.mlp.experts.1.up_proj", r=2)
-    tensors |= factors("model.layers.1.self_attn.q_proj", r=1) | factors("classifier.dense", r=3)
-    budget = read_budget(written(tmp_path, tensors))
-    layers, kinds, cells = budget.matrix()
-    assert (layers, kinds) == (["0", "1", "2", "3", "other"], ["q", "up", "dense"])
-    assert cells == [[None] * 3, [1, None, None], [None] * 3, [None, 6, None], [None, None, 3]]
-    norms = {module.path: module.norm for module in budget.modules}
-    both = math.hypot(norms["model.layers.3.mlp.experts.0.up_proj"], norms["model.layers.3.mlp.experts.1.up_proj"])
-    assert budget.matrix("norm")[2][3][1] == pytest.approx(both)
-    assert budget.matrix("parameters")[2][3][1] == 6 * 11
-    with pytest.raises(ValueError, match="expected one of rank, norm, parameters"):
-        budget.matrix("size")  # type: ignore[arg-type]
-
-
-def test_an_absurd_layer_number_makes_no_rows() -> None:
-    module = ModuleBudget("model.layers.999999999.q_proj", 999_999_999, "q", 1, 1, 1, 1, 1.0, 1.0)
-    assert BudgetMap((module,)).layers == ["999999999"]
-
-
-def test_json_is_plain_and_complete() -> None:
-    budget = stack(3)
-    plain = json.loads(json.dumps(to_json(budget), allow_nan=False))
-    assert plain["totals"]["rank"] == budget.rank == sum(module["rank"] for module in plain["modules"])
-    assert plain["matrix"]["rank"] == budget.matrix()[2]
-    assert plain["modules"][0] | {"norm": 0} == {
-        "path": "model.layers.0.self_attn.q_proj",
-        "layer": 0,
-        "kind": "q",
-        "rank": 0,
-        "capacity": 16,
-        "parameters": 0,
-        "allocated": 1600,
-        "scaling": 2.0,
-        "norm": 0,
-    }
-    broken = BudgetMap((ModuleBudget("a.layers.0.q_proj", 0, "q", 1, 1, 9, 9, 1.0, math.nan),))
-    assert json.loads(json.dumps(to_json(broken), allow_nan=False))["modules"][0]["norm"] is None
+    assert "<h2>Rounds</h2>" not in plot(budget_stack(1), tmp_path / "none.html").read_text()
 
 
 def test_nan_weights_are_shown_not_hidden(tmp_path: Path) -> None:
-    tensors = factors("model.layers.0.self_attn.q_proj")
+    tensors = random_factors("model.layers.0.self_attn.q_proj")
     tensors["model.layers.0.self_attn.q_proj.lora_A.weight"][1, 2] = math.nan
-    budget = read_budget(written(tmp_path, tensors))
+    budget = read_budget(write_folder(tmp_path, tensors))
     assert budget.rank == 4
     assert math.isnan(budget.modules[0].norm)
-    assert "nan" in rendered(budget, "norm")
+    assert "nan" in rendered(ranks_table(budget, "norm"))
     for name in ("a.png", "a.html"):
         assert plot(budget, tmp_path / name, "norm").stat().st_size > 0
-
-
-def test_summary_says_where_it_went(tmp_path: Path) -> None:
-    tensors = factors("model.layers.0.self_attn.q_proj", r=1) | factors("model.layers.3.self_attn.v_proj", r=3)
-    tensors["model.layers.0.self_attn.q_proj.lora_A.weight"][:] = 0
-    tensors["model.layers.0.self_attn.q_proj.lora_B.weight"][:] = 0
-    tensors["classifier.weight"] = torch.ones(2, 2)
-    budget = read_budget(written(tmp_path, tensors, base_model_name_or_path="some/model", use_rslora=True))
-    assert summary_lines(budget) == [
-        "base model: some/model",
-        "adapter: rsLoRA, 2 modules in 4 layers",
-        "total rank: 3 of 4 slots",
-        "parameters: 33 in use, 11 in dead slots, and 4 outside LoRA",
-        "rank by kind: q 0%, v 100%",
-        "most rank: layer 3 (3)",
-        "empty layers: 0-2",
-    ]
-
-
-# ---- the table
-
-
-def rendered(budget: BudgetMap, value: Any = "rank", width: int = 80, colour: bool = False) -> str:
-    console = Console(file=io.StringIO(), width=width, force_terminal=colour, color_system="truecolor" if colour else None)
-    console.print(ranks_table(budget, value))
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("value", ["rank", "norm", "parameters"])
-def test_table_fits_eighty_columns_and_reads_without_colour(value: Any) -> None:
-    budget = stack(80, parameters=123_457)
-    text = rendered(budget, value)
-    assert "…" not in text
-    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
-    rows = [line.split() for line in text.splitlines() if line.split()]
-    assert rows[0] == ["layer", "q", "k", "v", "o", "gate", "up", "down", "total"]
-    numbered = [row for row in rows if row[0].isdigit() or row[0] == "total"]
-    assert [row[0] for row in numbered] == [*map(str, range(80)), "total"]
-    assert all(len(row) == 9 for row in numbered)
-
-
-def test_table_holds_every_rank_and_total() -> None:
-    budget = stack(5)
-    rows = [line.split() for line in rendered(budget).splitlines() if line.split()]
-    cells = budget.matrix()[2]
-    for index, row in enumerate(cells):
-        assert [int(text) for text in rows[2 + index]] == [index, *row, sum(row)]  # type: ignore[arg-type]
-    columns = [sum(row[x] for row in cells) for x in range(7)]  # type: ignore[misc]
-    assert rows[-1] == ["total", *map(str, columns), str(budget.rank)]
-
-
-def test_table_shades_differences_only() -> None:
-    assert "48;2;" in rendered(stack(4), colour=True)
-    assert "48;2;" not in rendered(stack(4, rank=8), colour=True)
-
-
-# ---- the plot
-
-
-@pytest.mark.parametrize("value", ["rank", "norm", "parameters"])
-def test_png_and_svg(value: Any, tmp_path: Path) -> None:
-    budget = stack(6)
-    png = plot(budget, tmp_path / "new" / "map.png", value, title="ranks of $x_{ & <b>").read_bytes()
-    assert png.startswith(b"\x89PNG\r\n")
-    svg = plot(budget, tmp_path / "map.svg", value)
-    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
-    first = svg.read_bytes()
-    assert plot(budget, svg, value).read_bytes() == first  # the same map gives the same bytes
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["map.png", "map.svg"]
-
-
-def test_image_grows_with_the_layers(tmp_path: Path) -> None:
-    def size(layers: int) -> tuple[int, int]:
-        header = plot(stack(layers), tmp_path / "map.png").read_bytes()[16:24]
-        return int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
-
-    small, large = size(6), size(80)
-    assert small[0] == large[0]
-    assert large[1] - small[1] > 74 * 0.2 * 160 * 0.8  # every row keeps a readable height, about 0.2 inches
-
-
-@pytest.mark.filterwarnings("error")
-def test_empty_map_is_drawn(tmp_path: Path) -> None:
-    for name in ("a.png", "a.svg", "a.html"):
-        assert plot(BudgetMap(()), tmp_path / name).stat().st_size > 0
-    assert summary_lines(BudgetMap(()))[2] == "total rank: 0"
-
-
-class Page(HTMLParser):
-    """Checks nesting and collects what a test asks about."""
-
-    VOID = frozenset({"meta", "link", "input", "br", "hr", "img"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.cells: list[dict[str, str]] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.tags: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-        found = {name: value or "" for name, value in attrs}
-        if found.get("class") == "cell":
-            self.cells.append(found)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_page_is_whole_accessible_and_alone(tmp_path: Path) -> None:
-    budget = stack(4)
-    text = plot(budget, tmp_path / "map.html", "norm").read_text(encoding="utf-8")
-    page = Page(text)
-    assert not re.search(r"https?://|//[a-z]|@import|url\(", text.split("</style>")[0])
-    assert not [value for name, value in page.attributes if name in ("src", "href") and value != "data:,"]
-    assert "default-src 'none'" in text
-    assert len(page.cells) == 4 * 7
-    last = budget.modules[-1]
-    assert page.cells[-1]["data-tip"].splitlines() == [
-        last.path,
-        f"rank {last.rank} of 16",
-        f"{last.parameters:,} of 1,600 parameters",
-        f"norm {last.norm:.3g}, scaling 2",
-    ]
-    assert ("data-value", "norm") in page.attributes
-    assert [value for name, value in page.attributes if (name, value) == ("type", "radio")] == ["radio"] * 3
-    assert {"caption", "thead", "tbody", "tfoot", "fieldset", "legend", "details"} <= set(page.tags)
-    assert page.attributes.count(("scope", "row")) == 4 + 1 + 28  # layers, the totals, the list of modules
-    assert "prefers-color-scheme:dark" in text
-    heat = [float(n) for n in re.findall(r"--(?:rank|norm|parameters):([\d.]+)", " ".join(c["style"] for c in page.cells))]
-    assert len(heat) == 3 * 28
-    assert (min(heat), max(heat)) == (0.0, 1.0)
-
-
-def test_page_escapes_whatever_it_is_given(tmp_path: Path) -> None:
-    evil = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
-    module = ModuleBudget(f'layers.0.{evil}"', 0, evil, 1, 1, 1, 1, 1.0, 1.0)
-    entry = inspection.RoundSummary(0, None, 1, 1, 0, 0, None, None)
-    budget = BudgetMap((module,), base_model=evil, adapter_type=evil, score=evil, rounds=(entry,))
-    page = Page(plot(budget, tmp_path / "map.html", title=evil).read_text())
-    assert page.tags.count("script") == 1
-    assert "img" not in page.tags
-    assert page.cells[0]["data-tip"].startswith(module.path)
-
-
-def test_unknown_suffix_and_value(tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match=r"map\.pdf.*\.png, \.svg or \.html"):
-        plot(stack(1), tmp_path / "map.pdf")
-    with pytest.raises(ValueError, match="expected one of"):
-        plot(stack(1), tmp_path / "map.png", "size")  # type: ignore[arg-type]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "map.html"
-    out.write_text("old")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(GatewiseError, match=r"cannot write .*map\.html: No space left on device"):
-        plot(stack(1), out)
-    assert out.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["map.html"]
-
-
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("here")
-    with pytest.raises(GatewiseError, match=r"cannot write .*map\.png"):
-        plot(stack(1), tmp_path / "file" / "map.png")
-    assert (tmp_path / "file").read_text() == "here"

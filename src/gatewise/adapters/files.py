@@ -50,7 +50,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "there is no such folder"
+        what = "it is a file" if folder.exists() else "there is no such folder"
         raise GatewiseError(f"{folder} is not an adapter, {what}: give the folder that holds {CONFIG_FILE}")
     path = folder / CONFIG_FILE
     if not path.is_file():
