@@ -1,6 +1,6 @@
 """Tiny models with trained-looking random adapters, shared by all tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,14 @@ from tiny_models import VOCABULARY, random_adapter, tiny_base
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _float32() -> Iterator[None]:
+    """dtype "auto" is float32 on the CPU, whatever this one can do: the same numbers on every machine, and none needs bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gatewise.models.device.cpu_has_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture

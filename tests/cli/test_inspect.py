@@ -11,6 +11,8 @@ from tiny_run import write_adapter, write_base, write_rows
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from gatewise.adapters.data_options import DataOptions
+from gatewise.allocation.scores import DEFAULT
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.cli.main import app
 from gatewise.inspection.importance import score_adapter
@@ -41,9 +43,9 @@ def data(saved: Path) -> Path:
 
 
 def test_scores_are_shown_by_layer_and_module(inspect: Inspect, saved: Path, data: Path) -> None:
-    result = inspect("--scores", "--data", data)
+    result = inspect("--scores", "--data", data, "--score", "path_integral")
     assert result.exit_code == 0, result.output
-    found = score_adapter(saved, str(data))
+    found = score_adapter(saved, str(data), score="path_integral")
     grid = found.score_grid()
     lines = [line.split() for line in result.stdout.splitlines() if line.split()]
     assert result.stdout.startswith("path_integral score in 10⁻³ nats, the sum over the ranks of a module\n")
@@ -73,7 +75,7 @@ def test_every_setting_reaches_the_score(inspect: Inspect, saved: Path, data: Pa
     )
     told = json.loads(inspect("--scores", "--data", data, "--json", *words).stdout)
     settings = {"base": str(base), "prompt": "Is {text} good?", "labels": "bad=no,good=yes"}
-    expected = score_adapter(saved, str(data), score="taylor", rows=5, **settings)  # type: ignore[arg-type]
+    expected = score_adapter(saved, str(data), DataOptions(**settings), score="taylor", rows=5)
     assert (told["score"], told["rows"], told["base_model"]) == ("taylor", 5, str(base))
     assert [module["scores"] for module in told["modules"]] == [list(module.scores) for module in expected.modules]
     assert told["loss_adapted"] == expected.loss_adapted
@@ -113,7 +115,7 @@ def test_the_plot_is_drawn_by_its_name(name: str, begins: bytes, inspect: Inspec
     assert f"drawn: {name}" in result.stdout
     content = (tmp_path / name).read_bytes()
     assert content.startswith(begins)
-    assert b"path_integral" in content or name == "map.png"
+    assert DEFAULT.encode() in content or name == "map.png"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tiny_models import random_adapter
 from tiny_run import write_adapter, write_base, write_rows
 from transformers import AutoModelForCausalLM
 
+from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection.importance import importance_of, score_adapter
@@ -35,8 +36,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scored(folder: Path, adapter: str = "adapter", **settings: Any) -> Any:
-    return score_adapter(folder / adapter, str(folder / "rows.jsonl"), **settings)
+def scored(folder: Path, adapter: str = "adapter", options: DataOptions = DataOptions(), **settings: Any) -> Any:
+    settings = {"score": "path_integral"} | settings  # whose numbers add up to the loss that the adapter takes away
+    return score_adapter(folder / adapter, str(folder / "rows.jsonl"), options, **settings)
 
 
 # ---- the rows and what is summed
@@ -92,11 +94,11 @@ def test_rows_are_drawn_by_seed(saved: Path) -> None:
 
 def test_prompt_labels_and_base_are_those_given(saved: Path) -> None:
     plain = scored(saved)
-    assert scored(saved, prompt="Text: {text}\nLabel:", labels="bad,good") == plain
-    assert scored(saved, prompt="Is {text} good?").loss_adapted != plain.loss_adapted
-    assert scored(saved, labels="bad=no,good=yes").loss_adapted != plain.loss_adapted
+    assert scored(saved, options=DataOptions(prompt="Text: {text}\nLabel:", labels="bad,good")) == plain
+    assert scored(saved, options=DataOptions(prompt="Is {text} good?")).loss_adapted != plain.loss_adapted
+    assert scored(saved, options=DataOptions(labels="bad=no,good=yes")).loss_adapted != plain.loss_adapted
     other = write_base(saved / "other", rms_norm_eps=0.1)
-    found = scored(saved, base=str(other))
+    found = scored(saved, options=DataOptions(base=str(other)))
     assert found.base_model == str(other)
     assert found.loss_base != plain.loss_base
 
@@ -173,13 +175,13 @@ def test_ablation_is_what_is_lost_without_a_rank_and_won_by_it_alone(adapted: Ad
 
 def test_a_modules_total_does_not_depend_on_how_its_update_is_cut_into_ranks(adapted: Adapted, batch: Batch) -> None:
     model, rows = adapted(), batch()
-    before = {module.path: module for module in importance_of(model, rows).modules}
+    before = {module.path: module for module in importance_of(model, rows, "path_integral").modules}
     a, b = factors(lora_layers(model)[QUERY], "default")
     mix = torch.randn(3, 3)
     with torch.no_grad():
         a.copy_(mix @ a)
         b.copy_(b @ mix.inverse())
-    after = {module.path: module for module in importance_of(model, rows).modules}
+    after = {module.path: module for module in importance_of(model, rows, "path_integral").modules}
     assert after[QUERY].scores != pytest.approx(before[QUERY].scores, rel=0.05)
     for path, module in before.items():
         assert after[path].total == pytest.approx(module.total, rel=1e-3, abs=1e-6)
@@ -247,7 +249,7 @@ def test_scores_that_are_not_finite_are_refused_with_the_module(saved: Path, tmp
     tensors[f"base_model.model.{QUERY}.lora_B.weight"][0, 0] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(GatewiseError, match=r"^the path_integral scores of model\.layers\.\S+ are not finite: "):
-        score_adapter(broken, str(saved / "rows.jsonl"))
+        score_adapter(broken, str(saved / "rows.jsonl"), score="path_integral")
 
 
 @pytest.mark.real
@@ -256,7 +258,7 @@ def test_real_smollm2(tmp_path: Path) -> None:
     model = random_adapter(get_peft_model(load_model("smollm2-135m-instruct"), config), scale=0.05)
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
     del model
-    found = score_adapter(tmp_path, "sample:support-dev", rows=2, score_options={"points": 3})
+    found = score_adapter(tmp_path, "sample:support-dev", score="path_integral", rows=2, score_options={"points": 3})
     assert found.base_model == "smollm2-135m-instruct"
     assert [(module.layer, module.kind, module.rank, module.room) for module in found.modules] == [
         (3, "v", 2, 192),

@@ -30,7 +30,7 @@ def refusal(file: Path, more: str = "", overrides: tuple[str, ...] = (), instead
 
 def test_a_minimal_recipe_gets_its_defaults(file: Path) -> None:
     recipe = load_recipe(file)
-    assert (recipe.method, recipe.task, recipe.dtype, recipe.seed) == ("alora", "causal", "float32", 0)
+    assert (recipe.method, recipe.task, recipe.dtype, recipe.device, recipe.seed) == ("alora", "causal", "auto", "auto", 0)
     assert (recipe.peft.r, recipe.peft.lora_alpha, recipe.peft.target_modules) == (8, 16, "all-linear")
     assert recipe.training.learning_rate == 2e-4
 
@@ -139,7 +139,7 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
             "training.save_every is 6, expected a multiple of training.eval_every (4)",
         ),
         ("task: classification\ntemplate: {prompt: x}", (), "template is for task causal"),
-        ("task: classification\ndtype: bfloat16", (), "dtype is bfloat16, expected float32"),
+        ("task: classification\ndtype: bfloat16", (), "dtype is bfloat16, expected auto or float32"),
         ("allocation: {r_max: 4}", (), "allocation.r_max is 4, expected at least peft.r (8)"),
         ("allocation: {init_r: 12}", (), "allocation.init_r is for schedule cubic, but the schedule is constant-budget"),
         ("allocation: {schedule: cubic, init_r: 8}", (), "allocation.init_r is 8, expected more than peft.r (8)"),

@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: resuming, diverging, stopping, and what is and is not left in the output folder."""
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from rich.console import Console
 from tiny_run import assert_same_adapter, stop_at, weights, write_base, write_recipe
 from transformers import AutoModelForCausalLM
 
+from gatewise.adapters.loading import load_as_trained
 from gatewise.allocation.slots import lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import rank_map
@@ -310,3 +312,60 @@ def test_a_place_that_takes_no_folders_is_found_before_any_work(tmp_path):
     if pathlib.Path("/proc/self").exists():  # where even root cannot write
         with pytest.raises(GatewiseError, match=r"cannot write to /proc/x: .*; give another --output"):
             check_writable(pathlib.Path("/proc/x"))
+
+
+# Device and precision --------------------------------------------------------------------------------------------------
+
+
+def test_what_auto_came_to_is_said_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatewise.models.device.cpu_has_bfloat16", lambda: True)
+    said = Console(record=True, width=200, file=io.StringIO())
+    result = run.train(load_recipe(write_recipe(tmp_path), ["training.max_steps=1", "device=cpu"]), tmp_path / "out", console=said)
+    assert "in bfloat16 on cpu" in said.export_text()
+    written = json.loads(result.metrics_file.read_text())
+    assert (written["dtype"], written["device"]) == ("bfloat16", "cpu")
+    note = json.loads((result.adapter / "gatewise.json").read_text())
+    assert (note["dtype"], note["trained_in"]) == ("auto", "bfloat16")
+    # The recipe left it open, so the machine that measures decides for itself.
+    assert load_as_trained(result.adapter)[0].dtype == torch.bfloat16
+    monkeypatch.setattr("gatewise.models.device.cpu_has_bfloat16", lambda: False)
+    assert load_as_trained(result.adapter)[0].dtype == torch.float32
+
+
+def test_a_slow_precision_gets_one_line(tmp_path: Path) -> None:
+    said = Console(record=True, width=200, file=io.StringIO())
+    settings = ["training.max_steps=1", "dtype=bfloat16", "training.bf16=true"]
+    result = run.train(load_recipe(write_recipe(tmp_path), settings), tmp_path / "out", console=said)
+    assert said.export_text().count("bfloat16 is emulated on this processor") == 1
+    assert load_as_trained(result.adapter)[0].dtype == torch.bfloat16  # the recipe asked for it
+
+
+def test_a_classifier_is_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatewise.models.device.cpu_has_bfloat16", lambda: True)
+    result = train(write_recipe(tmp_path, "lora", "bert"), tmp_path / "out", "training.max_steps=1")
+    assert result.dtype == "float32"
+    assert load_as_trained(result.adapter)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("method", "fails"),
+    [
+        ("lora", "gatewise.inspection.plot"),
+        ("milora", "gatewise.runs.run.routing_of_rows"),
+        ("milora", "gatewise.inspection.plot_routing"),
+    ],
+)
+def test_a_picture_that_fails_does_not_lose_the_run(
+    method: str, fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        assert (tmp_path / "out" / "metrics.json").is_file()
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+    monkeypatch.setattr(fails, broken)
+    said = Console(record=True, width=300, file=io.StringIO())
+    result = run.train(load_recipe(write_recipe(tmp_path, method), ["training.max_steps=1"]), tmp_path / "out", console=said)
+    assert "could not be made (RuntimeError: Expected all tensors to be on the same device); adapter and" in said.export_text()
+    assert json.loads(result.metrics_file.read_text())["metrics"] == result.metrics
+    assert (result.adapter / "adapter_model.safetensors").is_file()
+    assert (result.routing is None) == (fails != "gatewise.inspection.plot_routing")

@@ -13,6 +13,7 @@ from tiny_run import write_adapter, write_recipe
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.export import to_lora
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
@@ -160,7 +161,7 @@ def test_what_does_not_go_with_routing_is_refused(tmp_path: Path) -> None:
         train(write_recipe(tmp_path, "milora"), tmp_path / "out", "routing.top_k=8")
     plain = write_adapter(tmp_path / "plain", tmp_path / "llama")
     with pytest.raises(GatewiseError, match="of type LORA, expected ROUTED_LORA"):
-        route_data(plain, str(tmp_path / "dev.jsonl"), base=str(tmp_path / "llama"), console=Console(quiet=True))
+        route_data(plain, str(tmp_path / "dev.jsonl"), DataOptions(base=str(tmp_path / "llama")), console=Console(quiet=True))
     result = train(write_recipe(tmp_path, "milora"), tmp_path / "routed", "training.max_steps=2")
     with pytest.raises(GatewiseError, match="ROUTED_LORA"):
         to_lora(result.adapter, tmp_path / "exported")

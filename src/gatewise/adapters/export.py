@@ -1,4 +1,4 @@
-"""Writes a trained or half-trained adapter as plain LoRA at its true ranks, which loads without gatewise."""
+"""A finished (or half-finished) adapter -> plain LoRA that needs no gatewise to load."""
 
 import math
 import shutil

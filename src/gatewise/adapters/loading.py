@@ -9,8 +9,10 @@ import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
+from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import CONFIG_FILE, read_config, read_note, tensor_shapes, weights_of
 from gatewise.errors import GatewiseError, some
+from gatewise.models.device import DTYPES, pick_device, pick_dtype
 from gatewise.models.loading import Task, load_model, load_tokenizer, one_line
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template, load_records
@@ -37,33 +39,49 @@ class Loaded:
 def load_with_data(
     adapter: str | Path,
     data: str,
+    options: DataOptions = DataOptions(),
     *,
-    base: str | None = None,
-    split: str | None = None,
-    prompt: str | None = None,
-    labels: str | None = None,
-    limit: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Loaded:
-    """Loads an adapter and the data it is to be run on. Arguments and errors are those of ``measure_adapter``.
+    """Loads an adapter and the data it is to be run on.
 
     Args:
+        data: a .jsonl, .json or .csv file, ``sample:NAME``, or a data set's name.
+        options: how to read the data, and where the model runs.
         say: told in a line what happens now.
+
+    Raises:
+        GatewiseError: adapter, base model and data cannot be read or do not fit each other, or there is no such device.
     """
     adapter = Path(adapter)
     note = read_note(adapter)
-    names, words = _labels(labels) if labels else (note.get("labels"), note.get("label_words"))
-    records = load_like(data, names, split=split, limit=limit)
+    device = pick_device(options.device)
+    names, words = _labels(options.labels) if options.labels else (note.get("labels"), note.get("label_words"))
+    records = load_like(data, names, split=options.split, limit=options.limit)
     check_labels(records, "give --labels with all of them")
-    if say:
-        say(f"loading {adapter}")
-    dtype = torch.bfloat16 if note.get("dtype") == "bfloat16" else torch.float32
-    model, tokenizer, base_name = load_adapter(adapter, base=base, dtype=dtype)
+    model, tokenizer, base_name = load_as_trained(adapter, base=options.base, device=device, say=say)
     template = None
     if note.get("task", "causal") == "causal":
-        plain = default_template(records)
-        template = Template(prompt or note.get("template") or plain.prompt, words if records.labels is not None else None)
+        prompt = options.prompt or note.get("template") or default_template(records).prompt
+        template = Template(prompt, words if records.labels is not None else None)
     return Loaded(model, tokenizer, base_name, records, template, int(note.get("max_length", 512)))
+
+
+def load_as_trained(
+    adapter: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: torch.device | str = "auto",
+    say: Callable[[str], None] | None = None,
+) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
+    """``load_adapter`` in the precision that the adapter's recipe asked for; one that left it open leaves it to this device too."""
+    device = pick_device(device)
+    asked = read_note(Path(adapter)).get("dtype")
+    classifier = _task_of(_peft_config(Path(adapter)), Path(adapter)) == "classification"
+    dtype = torch.float32 if classifier else pick_dtype(asked if asked in DTYPES else "auto", device, say)
+    if say:
+        say(f"loading {adapter} in {str(dtype).removeprefix('torch.')} on {device}")
+    return load_adapter(adapter, base=base, dtype=dtype, device=device)
 
 
 def load_like(data: str, labels: list[str] | None, *, split: str | None = None, limit: int | None = None) -> Records:
@@ -111,33 +129,30 @@ def load_adapter(
     adapter_dir: str | Path,
     *,
     base: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
     trainable: bool = False,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """An adapter on its base model: (model in evaluation mode, tokenizer, name of the base).
 
     `base` defaults to the one that adapter_config.json names. The tokenizer is the adapter's own if its folder has one.
     A sequence-classification adapter comes with its classifier. All parameters are frozen, or, with `trainable`, all
-    but the adapter's.
+    but the adapter's. `dtype` and `device` are those of `load_model`.
 
     Raises GatewiseError when the folder is no adapter, a file is damaged, or the adapter does not fit the base.
     """
     folder = Path(adapter_dir).expanduser()
-    read_config(folder)  # refuses what PEFT would stumble over
-    weights = weights_of(folder)
+    config, weights = _peft_config(folder), weights_of(folder)
     shapes = tensor_shapes(weights)
-    try:
-        with quiet():
-            config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:
-        raise GatewiseError(f"{folder / CONFIG_FILE} is not a configuration that PEFT can read: {one_line(error)}") from error
     base_name = str(base or config.base_model_name_or_path or "")
     if not base_name:
         raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
     task = _task_of(config, folder)
     num_labels = _count_labels(shapes, weights) if task == "classification" else None
+    place = pick_device(device)
+    precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, place)
     try:
-        model = load_model(base_name, task=task, num_labels=num_labels, dtype=dtype)
+        model = load_model(base_name, task=task, num_labels=num_labels, dtype=precision)
         own_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(folder if own_tokenizer else base_name)
     except GatewiseError as error:
@@ -156,7 +171,16 @@ def load_adapter(
         raise _misfit(folder, base_name, f"the base has no module for the adapter's {some(sorted(result.unexpected_keys), 1)}")
     if not trainable:  # PEFT leaves soft prompts and biases free
         adapted.requires_grad_(False)
-    return adapted.eval(), tokenizer, base_name
+    return adapted.to(place).eval(), tokenizer, base_name
+
+
+def _peft_config(folder: Path) -> PeftConfig:
+    read_config(folder)  # refuses what PEFT would stumble over
+    try:
+        with quiet():
+            return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise GatewiseError(f"{folder / CONFIG_FILE} is not a configuration that PEFT can read: {one_line(error)}") from error
 
 
 def _task_of(config: PeftConfig, folder: Path) -> Task:

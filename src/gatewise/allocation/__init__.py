@@ -5,13 +5,17 @@
 one file a score.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from gatewise.allocation.algorithm import Round
     from gatewise.allocation.callback import RankAllocation
 
 __all__ = ["RankAllocation", "Round"]
+
+Schedule = Literal["constant-budget", "cubic"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+"""How the budget goes over the rounds: ALoRA's, which gives away what it takes, and AdaLoRA's, which only comes down."""
 
 
 def __getattr__(name: str) -> Any:

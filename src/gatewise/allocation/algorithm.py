@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,9 +23,6 @@ from gatewise.errors import GatewiseError
 from gatewise.losses import mean_loss
 
 ModuleScores = Mapping[str, Sequence[float]]
-Schedule = Literal["constant-budget", "cubic"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
-"""How the budget goes over the rounds: ALoRA's, which gives away what it takes, and AdaLoRA's, which only comes down."""
 
 
 @dataclass(frozen=True)

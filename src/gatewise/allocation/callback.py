@@ -19,8 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from gatewise.adapters.files import ALLOCATION_FILE
-from gatewise.allocation import slots
-from gatewise.allocation.algorithm import SCHEDULES, Round, Rules, Schedule, cubic_budget, run_round
+from gatewise.allocation import SCHEDULES, Schedule, slots
+from gatewise.allocation.algorithm import Round, Rules, cubic_budget, run_round
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import Batches, Scores, as_batches
 from gatewise.errors import GatewiseError

@@ -1,14 +1,17 @@
 """The ``inspect`` command: where an adapter's budget went and, with ``--scores``, what its modules are worth."""
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from gatewise.cli.options import BaseOption, JsonOption, LabelsOption, SplitOption, TemplateOption
+from gatewise.adapters.data_options import DataOptions
+from gatewise.allocation.scores import DEFAULT, NAMES
+from gatewise.cli.options import JsonOption, takes_data_options
 from gatewise.errors import GatewiseError
 
 
@@ -20,6 +23,7 @@ class Value(StrEnum):
     parameters = "parameters"
 
 
+@takes_data_options(leave_out="limit")
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter, or one of method spt.", show_default=False)],
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or .html file.")] = None,
@@ -29,17 +33,13 @@ def inspect(
         bool, typer.Option("--routing", help="Route the prompts of --data and show which modules they choose (method milora).")
     ] = False,
     data: Annotated[str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.")] = None,
-    score: Annotated[
-        str | None, typer.Option(help="path_integral, path_moments, taylor, ablation or sensitivity. [default: path_integral]")
-    ] = None,
+    score: Annotated[str | None, typer.Option(help=f"{', '.join(NAMES)}. [default: {DEFAULT}]")] = None,
     rows: Annotated[
         int | None,
         typer.Option(help="Rows of the data: to score on, drawn at random [default: 32]; to route, the first [default: all]."),
     ] = None,
-    base: BaseOption = None,
-    split: SplitOption = None,
-    template_prompt: TemplateOption = None,
-    labels: LabelsOption = None,
+    *,
+    options: DataOptions,
     suggest: Annotated[
         int | None, typer.Option(metavar="BUDGET", help="Suggest a LoraConfig with this many ranks in all, placed by the scores.")
     ] = None,
@@ -64,18 +64,18 @@ def inspect(
                 raise GatewiseError(f"--{name} was given with --routing, where it means nothing: leave one of the two out")
         if data is None:
             raise GatewiseError("--routing was given without --data: name the prompts to route, such as --data sample:support-dev")
-        source = {"rows": rows, "base": base, "split": split, "prompt": template_prompt, "labels": labels}
-        _show_routing(adapter, data, source, plot, as_json)
+        _show_routing(adapter, data, replace(options, limit=rows), plot, as_json)
         return
     if not scores:
         needs_scores = {
             "data": data,
             "score": score,
             "rows": rows,
-            "base": base,
-            "split": split,
-            "template-prompt": template_prompt,
-            "labels": labels,
+            "base": options.base,
+            "split": options.split,
+            "template-prompt": options.prompt,
+            "labels": options.labels,
+            "device": None if options.device == DataOptions().device else options.device,
             "suggest": suggest,
             "out": out,
         }
@@ -90,9 +90,7 @@ def inspect(
         raise GatewiseError(f"--value {value} was given with --scores, which shows scores: leave one of the two out")
     if out is not None and suggest is None:
         raise GatewiseError("--out was given without --suggest: add --suggest BUDGET, the number of ranks to place")
-    settings = {"score": score, "rows": rows, "base": base, "split": split, "prompt": template_prompt, "labels": labels}
-    chosen = {name: given for name, given in settings.items() if given is not None}
-    _show_scores(adapter, data, chosen, plot, suggest, out, as_json)
+    _show_scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows, plot, suggest, out, as_json)
 
 
 def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
@@ -136,7 +134,15 @@ def _show_prompts(adapter: Path, plot: Path | None, value: Value | None, as_json
 
 
 def _show_scores(
-    adapter: Path, data: str, settings: dict[str, Any], plot: Path | None, budget: int | None, out: Path | None, as_json: bool
+    adapter: Path,
+    data: str,
+    options: DataOptions,
+    score: str,
+    rows: int,
+    plot: Path | None,
+    budget: int | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     from gatewise import inspection
     from gatewise.adapters.files import peft_type
@@ -153,7 +159,7 @@ def _show_scores(
     if kind != "LORA":
         hint = "; --routing shows which of its modules prompts choose" if kind == "ROUTED_LORA" else ""
         raise GatewiseError(f"{adapter} is of peft_type {kind!r}, but only plain LoRA has ranks that can be scored{hint}")
-    importance = score_adapter(adapter, data, **settings)
+    importance = score_adapter(adapter, data, options, score=score, rows=rows)
     ranks = None if budget is None else suggested_ranks(importance, budget)
     suggestion = None if ranks is None else lora_settings(importance, ranks)
     if out:
@@ -181,13 +187,13 @@ def _show_scores(
             typer.echo(json.dumps(suggestion, indent=2, ensure_ascii=False))
 
 
-def _show_routing(adapter: Path, data: str, settings: dict[str, Any], plot: Path | None, as_json: bool) -> None:
+def _show_routing(adapter: Path, data: str, options: DataOptions, plot: Path | None, as_json: bool) -> None:
     from gatewise import inspection
     from gatewise.inspection.routing import route_data
 
     if plot:
         inspection.check_image_suffix(plot, "routing is")
-    routing = route_data(adapter, data, **settings)
+    routing = route_data(adapter, data, options)
     if plot:
         inspection.plot_routing(routing, plot)
     if as_json:

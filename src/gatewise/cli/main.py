@@ -20,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from gatewise.adapters.data_options import DataOptions
 from gatewise.cli.inspect import inspect
 from gatewise.cli.mdt import mdt_app
-from gatewise.cli.options import BaseOption, JsonOption, LabelsOption, SplitOption, TemplateOption
+from gatewise.cli.options import JsonOption, takes_data_options
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def train(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write. [default: runs/NAME-OF-RECIPE]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Where to train: auto, cpu, cuda, cuda:1 or mps. [default: the recipe's device]")
+    ] = None,
 ) -> None:
     """Train an adapter as a recipe says: written as plain LoRA or, where the method has others, as prompts or routed LoRA.
 
@@ -105,7 +109,7 @@ def train(
     """
     from gatewise.runs.recipe_file import load_recipe
 
-    checked = load_recipe(recipe, set_ or ())
+    checked = load_recipe(recipe, [*(set_ or ()), *([] if device is None else [f"device={device}"])])
     folder = output or Path("runs") / recipe.stem
 
     from gatewise import inspection
@@ -122,14 +126,11 @@ def train(
 
 
 @app.command("eval")
+@takes_data_options()
 def eval_(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
     data: Annotated[str, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)],
-    base: BaseOption = None,
-    split: SplitOption = None,
-    template_prompt: TemplateOption = None,
-    labels: LabelsOption = None,
-    limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)] = None,
+    options: DataOptions,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option(help="Write the rows with what was answered to each to this .jsonl file.")] = None,
     as_json: JsonOption = False,
@@ -146,18 +147,7 @@ def eval_(
     from gatewise.runs.measure import measure_adapter
 
     progress = Console(stderr=True)
-    metrics = measure_adapter(
-        adapter,
-        data,
-        base=base,
-        split=split,
-        prompt=template_prompt,
-        labels=labels,
-        limit=limit,
-        batch_size=batch_size,
-        out=out,
-        console=progress,
-    )
+    metrics = measure_adapter(adapter, data, options, batch_size=batch_size, out=out, console=progress)
     if as_json:
         typer.echo(json.dumps(metrics))
         return

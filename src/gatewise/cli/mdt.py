@@ -17,6 +17,7 @@ from gatewise.cli.mdt_trees import Format, check_place, check_target, give, with
 from gatewise.cli.options import (
     BaseOption,
     CandidatesOption,
+    DeviceOption,
     JsonOption,
     PipelineOption,
     RepairOption,
@@ -144,6 +145,7 @@ def extract(
     candidates: CandidatesOption = 1,
     max_new_tokens: TokensOption = 512,
     batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
 ) -> None:
     """Extract decision trees from text with a trained adapter. Every tree needs review by a clinician.
 
@@ -171,7 +173,10 @@ def extract(
         check_place(format, out, several)
         settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
         try:
-            with _loaded(adapter, base, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
+            with _loaded(adapter, base, device, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (
+                extractor,
+                count,
+            ):
                 extract_pieces(pieces, extractor, batch, count)
         except (KeyboardInterrupt, GatewiseError) as error:
             stopped = error
@@ -270,6 +275,7 @@ def evaluate(
     candidates: CandidatesOption = 1,
     max_new_tokens: TokensOption = 512,
     batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
     limit: Annotated[int | None, typer.Option(help="With --adapter: only the first records.", min=1)] = None,
     errors: Annotated[bool, typer.Option("--errors", help="Show what is wrong with the trees, too, by kind.")] = False,
     as_json: JsonOption = False,
@@ -295,7 +301,7 @@ def evaluate(
         if read.faults:
             raise GatewiseError(next(iter(read.faults.values())))
         settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
-        with _loaded(adapter, base, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
+        with _loaded(adapter, base, device, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
             records = read.records[:limit]
             values = measure_adapter(extractor, records, stage.value if stage else None, count, errors=errors)
     else:
@@ -365,15 +371,16 @@ def _measure_file(gold: str, pred: Path, repair: bool, errors: bool) -> dict[str
 
 
 @contextmanager
-def _loaded(adapter: Path, base: str | None, **settings: Any) -> "Iterator[tuple[Extractor, Callable[[str, int, int], None]]]":
+def _loaded(
+    adapter: Path, base: str | None, device: str, **settings: Any
+) -> "Iterator[tuple[Extractor, Callable[[str, int, int], None]]]":
     """The extractor, and what shows its progress on stderr."""
     from gatewise.mdt.extraction import Extractor
     from gatewise.progress import ConsoleProgress, quiet
 
     progress = ConsoleProgress(Console(stderr=True))
     with quiet(bars=True):
-        progress.say(f"loading {adapter}")
-        extractor = Extractor.load(adapter, base=base, **settings)
+        extractor = Extractor.load(adapter, base=base, device=device, say=progress.say, **settings)
         said: set[str] = set()
 
         with progress.counting("writing") as count:

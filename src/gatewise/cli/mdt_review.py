@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gatewise.cli.options import BaseOption, CandidatesOption, PipelineOption, RepairOption, TokensOption, VerbatimOption
+from gatewise.cli.options import (
+    BaseOption,
+    CandidatesOption,
+    DeviceOption,
+    PipelineOption,
+    RepairOption,
+    TokensOption,
+    VerbatimOption,
+)
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -33,6 +41,7 @@ def review(
     verbatim: VerbatimOption = False,
     candidates: CandidatesOption = 1,
     max_new_tokens: TokensOption = 512,
+    device: DeviceOption = "auto",
     port: Annotated[
         int, typer.Option(help="Port on this machine. [default: a free one]", min=0, max=65535, show_default=False)
     ] = 0,
@@ -66,7 +75,7 @@ def review(
             named: Any = language
             # The first candidate is written alone, the others together.
             most = max_new_tokens * (1 if candidates == 1 else 2)
-            extracting = Extracting(session, _loaded(adapter, base, **settings), language=named, most=most)
+            extracting = Extracting(session, _loaded(adapter, base, device, **settings), language=named, most=most)
         with ReviewServer(session, extracting, port=port, reason="" if adapter else NO_ADAPTER) as server:
             typer.echo(f"review: {server.url}")
             typer.echo(f"corrections go to {session.files.out}; end with Ctrl-C", err=True)
@@ -91,7 +100,7 @@ def _serve(server: Any) -> None:
         typer.echo("review ended", err=True)
 
 
-def _loaded(adapter: Path, base: str | None, **settings: Any) -> "Extract":
+def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extract":
     from rich.console import Console
 
     from gatewise.mdt.extraction import Extractor
@@ -99,5 +108,7 @@ def _loaded(adapter: Path, base: str | None, **settings: Any) -> "Extract":
     from gatewise.progress import ConsoleProgress, quiet
 
     with quiet(bars=True):
-        ConsoleProgress(Console(stderr=True)).say(f"loading {adapter}")
-        return model_extract(Extractor.load(adapter, base=base, batch_size=settings["candidates"], **settings))
+        say = ConsoleProgress(Console(stderr=True)).say
+        return model_extract(
+            Extractor.load(adapter, base=base, device=device, say=say, batch_size=settings["candidates"], **settings)
+        )

@@ -1,14 +1,17 @@
 """Options that several commands have, with one meaning."""
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from gatewise.adapters.data_options import DataOptions
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")]
 BaseOption = Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")]
-SplitOption = Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")]
-TemplateOption = Annotated[str | None, typer.Option(help="Prompt with the row's fields in braces, if not the run's.")]
-LabelsOption = Annotated[str | None, typer.Option(help="Labels in order, 'no,yes', or with their words, 'no=bad,yes=good'.")]
 CandidatesOption = Annotated[int, typer.Option(help="Write so many trees, and keep the one most like the others.", min=1)]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written in one output.", min=1)]
 PipelineOption = Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")]
@@ -18,3 +21,46 @@ RepairOption = Annotated[
     bool,
     typer.Option("--repair", help="Put right what has one plain meaning, such as 'and' over a single triple."),
 ]
+
+# The command-line side of ``DataOptions``: a flag for each of its fields.
+_DATA_FLAGS: dict[str, Any] = {
+    "base": BaseOption,
+    "split": Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")],
+    "prompt": Annotated[
+        str | None, typer.Option("--template-prompt", help="Prompt with the row's fields in braces, if not the run's.")
+    ],
+    "labels": Annotated[str | None, typer.Option(help="Labels in order, 'no,yes', or with their words, 'no=bad,yes=good'.")],
+    "limit": Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)],
+    "device": DeviceOption,
+}
+
+
+def takes_data_options(leave_out: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the flags of ``DataOptions`` in place of its argument ``options``, and hands their values to it as one.
+
+    Args:
+        leave_out: a flag that the command has in its own way.
+    """
+    flags = {name: flag for name, flag in _DATA_FLAGS.items() if name != leave_out}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            options = DataOptions(**{name: given.pop(name) for name in flags})
+            command(**given, options=options)
+
+        # Typer builds the command line from the signature.
+        hints = get_type_hints(command, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        for one in inspect.signature(command).parameters.values():
+            keyword = one.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[one.name])
+            parameters += (
+                [keyword]
+                if one.name != "options"
+                else [keyword.replace(name=name, default=getattr(DataOptions(), name), annotation=flags[name]) for name in flags]
+            )
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate

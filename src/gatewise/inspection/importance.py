@@ -1,4 +1,4 @@
-"""What the modules of an adapter are worth on some data: the scores of their ranks, and sums over layers and kinds."""
+"""The map of an adapter's importance: the scores of every module's ranks, and their sums over layers, kinds and all of it."""
 
 import inspect
 import math
@@ -13,10 +13,11 @@ from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
 
+from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scores import SCORES, about, check_score
+from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import parts_of, scoring
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
@@ -170,12 +171,9 @@ def _scaled(number: float | None, exponent: int, decimals: int) -> str:
 def score_adapter(
     adapter: str | Path,
     data: str,
+    options: DataOptions = DataOptions(),
     *,
-    score: str = "path_integral",
-    base: str | None = None,
-    split: str | None = None,
-    prompt: str | None = None,
-    labels: str | None = None,
+    score: str = DEFAULT,
     rows: int = 32,
     seed: int = 0,
     score_options: Mapping[str, Any] | None = None,
@@ -185,7 +183,7 @@ def score_adapter(
 
     Args:
         adapter: its folder; any LoRA adapter of PEFT's, trained by gatewise or not.
-        data, base, split, prompt, labels: as for ``gatewise.runs.measure.measure_adapter``.
+        data, options: as for ``gatewise.adapters.loading.load_with_data``.
         score: a name in ``gatewise.allocation.scores.SCORES``.
         rows: rows drawn from the data without replacement; all of them if there are fewer.
         seed: of that draw.
@@ -201,7 +199,7 @@ def score_adapter(
         raise GatewiseError(f"{rows} rows to score on were asked for: expected at least 1")
     progress = ConsoleProgress(console or Console(stderr=True))
     with quiet(bars=True):
-        loaded = load_with_data(adapter, data, base=base, split=split, prompt=prompt, labels=labels, say=progress.say)
+        loaded = load_with_data(adapter, data, options, say=progress.say)
         batch = _batch(loaded, rows, seed)
         used = len(batch["labels"])
         progress.say(f"scoring on {used:,} rows with {score}")
@@ -214,7 +212,7 @@ def score_adapter(
 def importance_of(
     model: PeftModel,
     batch: Batch,
-    score: str = "path_integral",
+    score: str = DEFAULT,
     *,
     adapter: str | None = None,
     score_options: Mapping[str, Any] | None = None,
@@ -222,7 +220,7 @@ def importance_of(
     base_model: str | None = None,
     data: str | None = None,
 ) -> Importance:
-    """``score_adapter`` for a model in memory and a batch (b, t) with labels.
+    """The same for a model in memory and a batch (b, t) with labels.
 
     The numbers are the score's own, except that AB-LoRA's and its first-order form are counted from a rank that does nothing:
     CE(without r) - CE(with all) + CE(with none) - CE(only r), so that zero means the same for every score.

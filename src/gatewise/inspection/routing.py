@@ -1,4 +1,4 @@
-"""Which modules a routed adapter chooses for the prompts of some data: the share of prompts for every module."""
+"""Which modules the prompts of some data chose: a routed adapter's shares by layer and kind."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import load_with_data
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, in_order, percent
@@ -87,27 +88,22 @@ def _mean_share(modules: Sequence[ModuleUse]) -> float | None:
 def route_data(
     adapter: str | Path,
     data: str,
+    options: DataOptions = DataOptions(),
     *,
-    base: str | None = None,
-    split: str | None = None,
-    prompt: str | None = None,
-    labels: str | None = None,
-    rows: int | None = None,
     batch_size: int = 16,
     console: Console | None = None,
 ) -> RoutingMap:
     """Routes the prompts of data by a saved routed adapter. They are written and encoded as ``gatewise eval`` does.
 
     Args:
-        data, base, split, prompt, labels: as for ``gatewise.runs.measure.measure_adapter``.
-        rows: only the first rows.
+        data, options: as for ``gatewise.adapters.loading.load_with_data``.
 
     Raises:
         GatewiseError: not a routed adapter, or adapter, base model and data cannot be read or do not fit each other.
     """
     progress = ConsoleProgress(console or Console(stderr=True))
     with quiet(bars=True):
-        loaded = load_with_data(adapter, data, base=base, split=split, prompt=prompt, labels=labels, limit=rows, say=progress.say)
+        loaded = load_with_data(adapter, data, options, say=progress.say)
         if loaded.template is None:
             features = encode_classification(loaded.records, loaded.tokenizer, max_length=loaded.max_length)
         else:
@@ -129,7 +125,7 @@ def routing_of_rows(
     base_model: str | None = None,
     data: str | None = None,
 ) -> RoutingMap:
-    """``route_data`` for a model in memory, with its active adapter, and encoded rows with labels.
+    """The same for a model in memory, with its active adapter, and encoded rows with labels.
 
     Raises:
         GatewiseError: the active adapter is not a routed one, or there are no rows.
@@ -144,12 +140,14 @@ def routing_of_rows(
         raise GatewiseError("there are no rows to route: give at least one")
     collate, was_training = PadCollator(tokenizer), model.training
     model.eval()
+    device = next(model.parameters()).device
     gates: list[Tensor] = []
     try:
         for start in range(0, len(features), batch_size):
-            row_losses(model, collate(list(features[start : start + batch_size])))
+            batch = collate(list(features[start : start + batch_size]))
+            row_losses(model, {key: tensor.to(device) for key, tensor in batch.items()})
             routing = tuner.routing()
-            gates.append(routing.gates)
+            gates.append(routing.gates.cpu())  # what follows counts in float64, which MPS lacks
             if progress:
                 progress(min(start + batch_size, len(features)), len(features))
     finally:

@@ -134,28 +134,35 @@ class Extractor:
             check_available()
 
     @classmethod
-    def load(cls, adapter: str | Path, *, base: str | None = None, **settings: Any) -> "Extractor":
+    def load(
+        cls,
+        adapter: str | Path,
+        *,
+        base: str | None = None,
+        device: str = "auto",
+        say: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> "Extractor":
         """The adapter of a run with its base model, asked as it was trained.
 
         Args:
             base: the base model, if not the one that the adapter names.
+            device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+            say: told in a line what happens now.
             settings: attributes of the extractor.
 
         Raises:
             GatewiseError: the adapter or its base cannot be read, or the settings contradict each other.
         """
-        import torch
-
         from gatewise.adapters.files import read_note
-        from gatewise.models import load_adapter
+        from gatewise.adapters.loading import load_as_trained
 
         if settings.get("constrained", True):
             check_available()
         note = read_note(Path(adapter))
         if note.get("task", "causal") != "causal":
             raise GatewiseError(f"{adapter} is a classifier: expected an adapter that was trained to write trees")
-        dtype = torch.bfloat16 if note.get("dtype") == "bfloat16" else torch.float32
-        model, tokenizer, _ = load_adapter(adapter, base=base, dtype=dtype)
+        model, tokenizer, _ = load_as_trained(adapter, base=base, device=device, say=say)
         return cls(model, tokenizer, Template(note.get("template") or PLAIN.prompt), **settings)
 
     def __call__(
@@ -207,8 +214,9 @@ class Extractor:
         """Like ``_write``, each token drawn; leaves the caller's random numbers as they were."""
         import torch
 
-        # All devices of the kind that this machine has: on an accelerator tokens are drawn there.
-        with torch.random.fork_rng():
+        from gatewise.models.device import random_state_kept
+
+        with random_state_kept(next(self.model.parameters()).device):
             torch.manual_seed(self.seed)
             return self._write(asked, None, progress, self.temperature)
 

@@ -15,6 +15,7 @@ from transformers import (
 from gatewise.adapters.files import CONFIG_FILE, tensor_shapes
 from gatewise.errors import GatewiseError, some
 from gatewise.models.cache import resolve
+from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.embedded import EMBEDDED
 from gatewise.progress import quiet
 
@@ -53,9 +54,13 @@ def load_model(
     *,
     task: Task = "causal",
     num_labels: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """A base model on the CPU, in evaluation mode.
+    """A base model in evaluation mode.
+
+    `dtype` "auto" is bfloat16 where `device` computes in it by itself, else float32; a classifier, whose new head is trained in
+    full, is then in float32. See `gatewise.models.device`.
 
     An embedded model keeps its name (`model.name_or_path`), which PEFT then writes into adapters, so that they name a
     base that can be found on any machine. With task "classification" a classifier of `num_labels` outputs is drawn
@@ -65,6 +70,8 @@ def load_model(
     """
     if num_labels is not None and task != "classification":
         raise ValueError("num_labels goes with task='classification'")
+    place = pick_device(device)
+    precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, place)
     source = resolve(name_or_path)
     if Path(source).is_dir():
         _check_model_folder(Path(source))
@@ -74,7 +81,7 @@ def load_model(
         with quiet(bars=not Path(source).is_dir()):
             model, notes = auto.from_pretrained(
                 source,
-                dtype=dtype,
+                dtype=precision,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -97,7 +104,7 @@ def load_model(
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     # PEFT reads the attribute for adapter_config.json and the configuration's for the model card.
     model.name_or_path = model.config._name_or_path = str(name_or_path)
-    return model.eval()
+    return model.to(place).eval()
 
 
 def _check_model_folder(folder: Path) -> None:

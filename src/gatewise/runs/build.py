@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from gatewise.errors import GatewiseError
+from gatewise.internals.trainer_device import run_on
 from gatewise.losses import base_of
 from gatewise.prompts import SelectivePromptConfig
 from gatewise.routed import RoutedLoraConfig
@@ -154,13 +155,14 @@ def _adalora_schedule(recipe: Recipe, steps: int) -> dict[str, Any]:
     return schedule
 
 
-def training_arguments(training: TrainingSection, seed: int, steps: int, checkpoints: Path) -> TrainingArguments:
-    """The arguments of a Trainer that trains ``steps`` steps and writes checkpoints into a folder.
+def training_arguments(
+    training: TrainingSection, seed: int, steps: int, checkpoints: Path, device: torch.device
+) -> TrainingArguments:
+    """The arguments of a Trainer that trains ``steps`` steps on a device and writes checkpoints into a folder.
 
     Raises:
         GatewiseError: settings that do not work here, or several processes.
     """
-    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
     try:
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
@@ -174,7 +176,7 @@ def training_arguments(training: TrainingSection, seed: int, steps: int, checkpo
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             bf16=training.bf16,
-            use_cpu=training.bf16 and not accelerated,  # else bf16 is refused where there is only a CPU
+            use_cpu=device.type == "cpu",
             logging_steps=training.log_every,
             # The first NaN stops the run; the Trainer would hide it in the log.
             logging_nan_inf_filter=False,
@@ -199,6 +201,7 @@ def training_arguments(training: TrainingSection, seed: int, steps: int, checkpo
         raise GatewiseError(
             "gatewise train runs in one process: for several, put gatewise.RankAllocation into your own Trainer script"
         )
+    run_on(arguments, device)
     return arguments
 
 

@@ -50,7 +50,7 @@ SEARCH_CHECKPOINTS = f"{CHECKPOINTS}/{SEARCH_FOLDER}"
 
 
 # Keys that change what is shown, not what is learned: a run may be resumed with others.
-_FREE_TO_CHANGE = ("training.log_every",)
+_FREE_TO_CHANGE = ("device", "training.log_every")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class RunResult:
         parameters: "base" and "adapter", the numbers stored in each.
         seconds: "evaluation", "training" (rounds included) and "total", of this process; "search", of the one that ended it.
         steps: optimiser steps taken, those before a resume included.
+        dtype, device: what the base model's weights were in and where it ran, in this process.
         resumed_from: the step the run went on from, or None.
         routing: with milora, which modules the prompts of dev chose.
         prompts: with spt, the layers that take a prompt.
@@ -78,6 +79,8 @@ class RunResult:
     parameters: dict[str, int]
     seconds: dict[str, float]
     steps: int
+    dtype: str
+    device: str
     resumed_from: int | None
     plot: Path | None = None
     ranks: dict[str, int] = field(default_factory=dict)
@@ -238,6 +241,8 @@ def write_metrics(recipe: Recipe, result: RunResult, log: Sequence[Mapping[str, 
         "model": recipe.model,
         "task": recipe.task,
         "seed": recipe.seed,
+        "dtype": result.dtype,
+        "device": result.device,
         "steps": result.steps,
         "resumed_from": result.resumed_from,
         "metrics": result.metrics,

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import load_with_data
 from gatewise.files import check_new_file, finite, write_json_lines
 from gatewise.progress import ConsoleProgress, quiet
@@ -16,12 +17,8 @@ from gatewise.tasks.metrics import Metrics
 def measure_adapter(
     adapter: str | Path,
     data: str,
+    options: DataOptions = DataOptions(),
     *,
-    base: str | None = None,
-    split: str | None = None,
-    prompt: str | None = None,
-    labels: str | None = None,
-    limit: int | None = None,
     batch_size: int = 16,
     out: str | Path | None = None,
     console: Console | None = None,
@@ -31,9 +28,7 @@ def measure_adapter(
     Args:
         adapter: its folder. ``gatewise.json`` in it says how its run wrote prompts and labels; an adapter from elsewhere has
             none and gets the plain template for the data.
-        prompt: a prompt template instead of the run's.
-        labels: ``"no,yes"``, the labels in the order of the classes, or ``"no=bad,yes=good"``, with the words written for them.
-        limit: only the first rows.
+        data, options: as for ``gatewise.adapters.loading.load_with_data``.
         out: a JSON-lines file for the rows with what was answered to each, see ``gatewise.tasks.evaluate``.
 
     Raises:
@@ -44,7 +39,7 @@ def measure_adapter(
     progress = ConsoleProgress(console or Console(stderr=True))
     answers: list[dict[str, Any]] = []
     with quiet(bars=True):
-        loaded = load_with_data(adapter, data, base=base, split=split, prompt=prompt, labels=labels, limit=limit, say=progress.say)
+        loaded = load_with_data(adapter, data, options, say=progress.say)
         with progress.counting("measuring") as count:
             metrics = evaluate(
                 loaded.model,

@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gatewise.allocation.algorithm import Schedule
+from gatewise.allocation import Schedule
 from gatewise.checks import is_number, is_whole
+from gatewise.models.device import DEVICES, EXPECTED
 
 Method = Literal["lora", "alora", "pi-lora", "milora", "adalora", "dora", "spt", "prompt-tuning", "prefix-tuning"]
 ALLOCATING = ("alora", "pi-lora")
@@ -61,6 +62,12 @@ def _initialisation(value: Any) -> Any:
     raise PydanticCustomError("expected", "expected true or 'gaussian', got {given}", {"given": given(value)})
 
 
+def _device(value: Any) -> Any:
+    if isinstance(value, str) and DEVICES.fullmatch(value):
+        return value
+    raise PydanticCustomError("expected", "{expected}, got {given}", {"expected": EXPECTED, "given": given(value)})
+
+
 def _prompt_layers(value: Any) -> Any:
     numbers = isinstance(value, list) and bool(value) and all(is_whole(layer) and layer >= 0 for layer in value)
     if value is None or (isinstance(value, str) and value in FIXED_CHOICES):
@@ -77,6 +84,7 @@ def _prompt_layers(value: Any) -> Any:
 Labels = Annotated[list[str], BeforeValidator(_labels_as_text), Field(min_length=2)]
 LabelWords = Annotated[dict[str, str], BeforeValidator(_labels_as_text), Field(min_length=2)]
 Modules = Annotated[Any, BeforeValidator(_modules)]
+Device = Annotated[str, BeforeValidator(_device)]
 Span = Annotated[Any, BeforeValidator(_span)]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -269,12 +277,17 @@ class TrainingSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe. Paths in it are absolute once it was read by ``gatewise.runs.recipe_file.load_recipe``."""
+    """A whole recipe. Paths in it are absolute once it was read by ``gatewise.runs.recipe_file.load_recipe``.
+
+    ``dtype`` is that of the base model's weights; auto is bfloat16 where the device computes in it by itself, else float32, and
+    float32 for classification. ``device`` is auto, cpu, cuda, cuda:1 or mps.
+    """
 
     method: Method
     model: str
     task: Literal["causal", "classification"] = "causal"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Device = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataSection
     template: TemplateSection | None = None
@@ -353,10 +366,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if recipe.task == "classification" and recipe.template is not None:
         yield "template", "is for task causal: a classifier reads the row itself, so remove the section"
-    if recipe.task == "classification" and recipe.dtype != "float32":
+    if recipe.task == "classification" and recipe.dtype == "bfloat16":
         yield (
             "dtype",
-            f"is {recipe.dtype}, expected float32 with task classification, whose new head is trained in full",
+            "is bfloat16, expected auto or float32 with task classification, whose new head is trained in full",
         )
     allocation, adalora = recipe.allocation, recipe.adalora
     if allocation is not None and allocation.r_max is not None and allocation.r_max < recipe.peft.r:

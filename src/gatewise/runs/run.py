@@ -4,9 +4,9 @@ What it leaves in its output folder: see ``gatewise.run_folder``.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from gatewise.errors import GatewiseError
 from gatewise.inspection.routing import routing_of_rows
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.models import load_model, load_tokenizer, resolve
+from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
 from gatewise.progress import quiet
 from gatewise.routed import ACTIVATION_PARAMETERS, RoutingLog
 from gatewise.runs.baselines import AdaLoraSchedule, to_plain_lora
@@ -105,7 +106,6 @@ def train(
                 model = to_plain_lora(model)
             _measure(recipe, prepared, model, "after", metrics, seconds, progress)
             save_adapter(model, output / ADAPTER, prepared.note, selection)
-            shown = _show(recipe, prepared, model, output)
             seconds["total"] = time.monotonic() - started
             result = RunResult(
                 output=output,
@@ -114,45 +114,74 @@ def train(
                 metrics=metrics,
                 seconds=seconds,
                 steps=trainer.state.global_step,
+                dtype=prepared.note["trained_in"],
+                device=str(prepared.device),
                 resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
                 selection=selection,
-                **shown,
+                **_stored(recipe, prepared, output / ADAPTER),
             )
+            # The run is whole from here on: what is drawn of it may fail.
             write_metrics(recipe, result, trainer.state.log_history)
+            if recipe.method == "milora":
+                result = _routed(recipe, prepared, model, result, progress)
+                write_metrics(recipe, result, trainer.state.log_history)
+            result = _drawn(recipe, result, progress)
     return result
 
 
 def _search(recipe: Recipe, prepared: "_Prepared", output: Path, progress: RunProgress) -> Selection:
     """Searches, and has a fresh base model with prompts at the chosen layers take the searched one's place."""
     collator = PadCollator(prepared.tokenizer)
-    selection = search_layers(recipe, prepared.model, prepared.train, collator, prepared.note, output, progress)
+    selection = search_layers(recipe, prepared.model, prepared.train, collator, prepared.note, output, progress, prepared.device)
     # Nothing of the search but its choice: head and activations of the base are as they were too.
     prepared.model = adapted(recipe, prepared.fresh_base(), prepared.steps, selection.layers)
     return selection
 
 
-def _show(recipe: Recipe, prepared: "_Prepared", model: PeftModel, output: Path) -> dict[str, Any]:
-    """Draws where ranks or prompts are, and returns what ``RunResult`` says of it."""
-    adapter = output / ADAPTER
+def _stored(recipe: Recipe, prepared: "_Prepared", adapter: Path) -> dict[str, Any]:
+    """What the adapter's folder says of it, for ``RunResult``."""
     if recipe.method in PROMPTING:
-        shown: dict[str, Any] = {"parameters": {"base": prepared.base_parameters, "adapter": stored_numbers(adapter)}}
-        if recipe.method == "spt":
-            shown["prompts"] = inspection.read_prompts(adapter)
-            shown["plot"] = inspection.plot_prompts(shown["prompts"], output / LAYERS)
-        return shown
+        return {
+            "parameters": {"base": prepared.base_parameters, "adapter": stored_numbers(adapter)},
+            "prompts": inspection.read_prompts(adapter) if recipe.method == "spt" else None,
+        }
     budget = inspection.read_budget(adapter)
-    shown = {
-        "plot": inspection.plot(budget, output / PLOT),
-        "ranks": budget.ranks,
+    return {
         "parameters": {"base": prepared.base_parameters, "adapter": budget.parameters + budget.other_parameters},
+        "ranks": budget.ranks,
     }
-    if recipe.method == "milora":
-        routing = routing_of_rows(
-            model, prepared.tokenizer, prepared.dev, recipe.training.eval_batch_size, base_model=recipe.model, data="dev"
-        )
-        inspection.plot_routing(routing, output / ROUTING)
-        shown["routing"] = routing
-    return shown
+
+
+def _routed(recipe: Recipe, prepared: "_Prepared", model: PeftModel, result: RunResult, progress: RunProgress) -> RunResult:
+    """The result with the map of what the prompts of dev chose."""
+    with _may_fail("the routing of dev", progress):
+        size = recipe.training.eval_batch_size
+        routing = routing_of_rows(model, prepared.tokenizer, prepared.dev, size, base_model=recipe.model, data="dev")
+        return replace(result, routing=routing)
+    return result
+
+
+def _drawn(recipe: Recipe, result: RunResult, progress: RunProgress) -> RunResult:
+    """The result with where its pictures are: ranks or prompt layers, and the routing."""
+    if result.routing is not None:
+        with _may_fail(ROUTING, progress):
+            inspection.plot_routing(result.routing, result.output / ROUTING)
+    name = LAYERS if recipe.method in PROMPTING else PLOT
+    with _may_fail(name, progress):
+        if result.prompts is not None:
+            return replace(result, plot=inspection.plot_prompts(result.prompts, result.output / name))
+        if recipe.method not in PROMPTING:
+            return replace(result, plot=inspection.plot(inspection.read_budget(result.adapter), result.output / name))
+    return result
+
+
+@contextmanager
+def _may_fail(what: str, progress: RunProgress) -> Iterator[None]:
+    """Says what could not be made of a finished run, and goes on: adapter and metrics are written."""
+    try:
+        yield
+    except Exception as error:
+        progress.say(f"warning: {what} could not be made ({type(error).__name__}: {error}); adapter and metrics.json are whole")
 
 
 # What a run is made of --------------------------------------------------------------------------------------------------
@@ -165,6 +194,7 @@ class _Prepared:
     measured: dict[str, Records]
     template: Template | None
     tokenizer: PreTrainedTokenizerBase
+    device: torch.device
     model: PeftModel
     base_parameters: int
     train: list[dict[str, Any]]
@@ -197,11 +227,15 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
         template = Template(given.prompt, given.labels) if given else default_template(train_rows)
         for records in (train_rows, *measured.values()):
             template.check(records)
-    progress.say(f"loading {recipe.model}")
+    device = pick_device(recipe.device)
+    dtype = torch.float32 if classification else pick_dtype(recipe.dtype, device, progress.say)
+    if recipe.training.bf16 and recipe.dtype != "bfloat16" and not has_bfloat16(device):
+        say_slow(progress.say)
+    progress.say(f"loading {recipe.model} in {_name(dtype)} on {device}")
     resolve(recipe.model, progress=progress.say)
     tokenizer = load_tokenizer(recipe.model)
     num_labels = len(train_rows.labels or ()) if classification else None
-    fresh_base = partial(_base, recipe, num_labels)
+    fresh_base = partial(_base, recipe, num_labels, dtype)
     base = fresh_base()
     # Learned positions end where the table ends, and PEFT's prompts take some of them.
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -228,6 +262,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
         measured=measured,
         template=template,
         tokenizer=tokenizer,
+        device=device,
         model=adapted(recipe, base, steps, selection.layers if selection else None),
         base_parameters=base_parameters,
         train=train,
@@ -242,6 +277,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
             "template": template.prompt if template else None,
             "labels": train_rows.labels,
             "dtype": recipe.dtype,
+            "trained_in": _name(dtype),
             "label_words": template.labels if template else None,
             "max_length": max_length,
         },
@@ -255,10 +291,14 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
     return prepared
 
 
-def _base(recipe: Recipe, num_labels: int | None) -> PreTrainedModel:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _base(recipe: Recipe, num_labels: int | None, dtype: torch.dtype) -> PreTrainedModel:
     """The base model as it is loaded, the head that a classifier is given drawn from the recipe's seed."""
     set_seed(recipe.seed)
-    return load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=getattr(torch, recipe.dtype))
+    return load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=dtype)
 
 
 def _set_aside(recipe: Recipe) -> int:
@@ -316,7 +356,7 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
             )
     made: RecipeTrainer = trainer(
         model=prepared.model,
-        args=training_arguments(training, recipe.seed, prepared.steps, output / CHECKPOINTS),
+        args=training_arguments(training, recipe.seed, prepared.steps, output / CHECKPOINTS, prepared.device),
         train=prepared.train,
         dev=prepared.dev,
         collator=PadCollator(prepared.tokenizer),

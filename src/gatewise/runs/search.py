@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
@@ -30,6 +31,7 @@ def search_layers(
     note: Mapping[str, Any],
     output: Path,
     progress: RunProgress,
+    device: torch.device,
 ) -> Selection:
     """Searches, draws ``gates.png`` and writes ``search.json``, whose presence says that the search is done.
 
@@ -56,7 +58,7 @@ def search_layers(
         found = search(
             model,
             rows,
-            training_arguments(alone, recipe.seed, steps, output / CHECKPOINTS),
+            training_arguments(alone, recipe.seed, steps, output / CHECKPOINTS, device),
             keep=section.keep,
             choose=section.choose,
             trainer_class=partial(_trainer, collator=collator, note=note, progress=progress, group=training.group_by_length),

@@ -59,9 +59,6 @@ class RecipeTrainer(Trainer):
         callbacks: list[TrainerCallback],
         group_by_length: bool = False,
     ) -> None:
-        # Several GPUs in one process would mean replicas that hooks do not reach.
-        if args.n_gpu > 1:
-            args._n_gpu = 1
         super().__init__(
             model=model,
             args=args,

@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from gatewise.errors import GatewiseError
 from gatewise.internals.soft_prompt_fixes import written_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
+from gatewise.models.device import random_state_kept
 from gatewise.tasks.encoding import PadCollator, candidate_ids, encode_classification, pad, prompt_ids
 from gatewise.tasks.records import Records, final_number
 from gatewise.tasks.template import Template, default_template, references
@@ -387,7 +388,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """No gradients, dropout off; every module's training mode and the random states are put back."""
     modes = [(module, module.training) for module in model.modules()]
     device = _device(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with random_state_kept(device):
         model.eval()
         try:
             # Not inference_mode: buffers that a model fills in its forward would stay unusable for training.

@@ -1,0 +1,124 @@
+"""Which device and which precision a name stands for, with machines that are pretended."""
+
+import os
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from gatewise.errors import GatewiseError
+from gatewise.models import device
+from gatewise.models.device import pick_device, pick_dtype, random_state_kept
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """machine(cuda=2, capability=(8, 0), mps=False, macos=14, cpu=False) -> pretends this machine has these."""
+
+    def make(cuda: int = 0, capability: tuple[int, int] = (8, 0), mps: bool = False, macos: int = 14, cpu: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (macos, 0) >= (major, minor))
+        monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: cpu)
+
+    return make
+
+
+def test_auto_is_the_best_that_is_there(machine: Any) -> None:
+    machine()
+    assert pick_device() == torch.device("cpu")
+    machine(mps=True)
+    assert pick_device("auto") == torch.device("mps")
+    machine(cuda=1, mps=True)
+    assert pick_device("auto") == torch.device("cuda")
+
+
+def test_a_device_that_is_named_is_taken(machine: Any) -> None:
+    machine(cuda=2, mps=True)
+    for name in ("cpu", "cuda", "cuda:1", "mps"):
+        assert pick_device(name) == torch.device(name)
+    assert pick_device(torch.device("meta")).type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("name", "cuda", "said"),
+    [
+        ("cuda", 0, "the device is cuda, but PyTorch finds no CUDA GPU here: take device auto or cpu"),
+        ("cuda:2", 2, "the device is cuda:2, but the last CUDA GPU here is cuda:1: take that, or device auto"),
+        ("mps", 1, "the device is mps, but PyTorch finds no Apple GPU here: take device auto or cpu"),
+        ("gpu", 1, "the device 'gpu' is not known: expected auto, cpu, cuda, cuda:1 or mps"),
+        ("cuda:one", 1, "the device 'cuda:one' is not known"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(machine: Any, name: str, cuda: int, said: str) -> None:
+    machine(cuda=cuda)
+    with pytest.raises(GatewiseError) as refused:
+        pick_device(name)
+    assert str(refused.value).startswith(said)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "has", "expected"),
+    [
+        ("cpu", {"cpu": True}, torch.bfloat16),
+        ("cpu", {"cpu": False}, torch.float32),
+        ("cuda", {"cuda": 1, "capability": (8, 0)}, torch.bfloat16),
+        ("cuda", {"cuda": 1, "capability": (7, 5)}, torch.float32),
+        ("mps", {"mps": True, "macos": 14}, torch.bfloat16),
+        ("mps", {"mps": True, "macos": 13}, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_only_where_the_device_computes_in_it(
+    machine: Any, where: str, has: dict[str, Any], expected: torch.dtype
+) -> None:
+    machine(**has)
+    said: list[str] = []
+    assert pick_dtype("auto", where, said.append) == expected
+    assert pick_dtype("float32", where, said.append) == torch.float32
+    assert said == []
+    assert pick_dtype("bfloat16", where, said.append) == torch.bfloat16
+    slow = "warning: bfloat16 is emulated on this processor and 11 to 18 times slower than float32: take dtype: auto or float32"
+    assert said == ([] if expected == torch.bfloat16 else [slow])
+
+
+def test_without_a_place_for_it_the_warning_is_pythons(machine: Any) -> None:
+    machine()
+    with pytest.warns(UserWarning, match="bfloat16 is emulated"):
+        pick_dtype("bfloat16", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pick_dtype(torch.bfloat16, "cpu") == torch.bfloat16  # somebody's own choice, made before
+    with pytest.raises(GatewiseError, match="the dtype 'float16' is not known: expected auto, float32 or bfloat16"):
+        pick_dtype("float16", "cpu")
+
+
+@pytest.mark.parametrize("setting", ["ATEN_CPU_CAPABILITY=avx2", "ONEDNN_MAX_CPU_ISA=AVX2", "ONEDNN_MAX_CPU_ISA=AVX512_CORE"])
+def test_a_processor_that_is_kept_from_its_instructions_has_none(setting: str) -> None:
+    """As on an older machine; the variables are read when PyTorch starts."""
+    name, _, value = setting.partition("=")
+    code = "from gatewise.models.device import pick_dtype; print(pick_dtype('auto', 'cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, name: value}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torch.float32"]
+
+
+def test_the_random_state_is_as_it_was() -> None:
+    before = torch.get_rng_state()
+    with random_state_kept(torch.device("cpu")):
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_random_state_of_mps_is_put_back_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.tensor([1])]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    with random_state_kept(torch.device("mps")):
+        states.append(torch.tensor([2]))
+    assert states[-1].item() == 1
