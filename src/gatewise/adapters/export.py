@@ -1,4 +1,4 @@
-"""A finished (or half-finished) adapter -> plain LoRA that needs no gatewise to load."""
+"""Writes a trained or half-trained adapter as plain LoRA at its true ranks, which loads without gatewise."""
 
 import math
 import shutil

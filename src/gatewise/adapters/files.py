@@ -405,8 +405,8 @@ class Selection:
 
     Attributes:
         layers: the chosen ones, in order.
-        gates: a of every layer at the end of the search.
-        losses: the mean loss with each layer among the open ones, where layers were chosen by it.
+        gates: the gate of every layer at the end of the search.
+        losses: of every layer, the mean loss over subsets of open gates that hold it, where the search chose by these losses.
         steps: optimiser steps of the search.
         seconds: what it took, in the process that ended it.
         resumed_from: the step that process went on from, or None.

@@ -1,4 +1,4 @@
-"""The map of an adapter's budget: one entry a module, and the sums over layers, kinds and all of it."""
+"""Where an adapter's budget went: rank, parameters and size of the update of every module, read from a folder or a model."""
 
 import math
 import re

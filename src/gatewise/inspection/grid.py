@@ -1,4 +1,4 @@
-"""Numbers by layer and kind, ready to be shown: what table, image and page draw, whatever the numbers count."""
+"""The numbers of modules laid out by layer and kind, with totals: what tables, images and pages show."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,7 @@ OTHER = "other"
 """The row label of modules outside the stack of layers, such as a pooler."""
 
 
-# A hole in the stack is shown as an empty row; beyond this index a layer number is no longer believed to count layers.
+# Layers without a module get an empty row. A larger index than this is not taken for a count of layers: it would fill the screen.
 _MOST_LAYERS = 1024
 
 
@@ -121,6 +121,7 @@ def kind_labels(modules: Iterable[Placed]) -> list[str]:
 
 
 def row_label(module: Placed) -> str:
+    """The layer's index as text, or "other"."""
     return OTHER if module.layer is None else str(module.layer)
 
 
@@ -133,6 +134,7 @@ def places_of(modules: Iterable[Module]) -> dict[tuple[str, str], list[Module]]:
 
 
 def finite_or_zero(number: float | None) -> float:
+    """The number, or 0 where there is none that could be drawn."""
     return number if number is not None and math.isfinite(number) else 0.0
 
 

@@ -1,4 +1,4 @@
-"""The map of an adapter's importance: the scores of every module's ranks, and their sums over layers, kinds and all of it."""
+"""What the modules of an adapter are worth on some data: the scores of their ranks, and sums over layers and kinds."""
 
 import inspect
 import math
@@ -220,7 +220,7 @@ def importance_of(
     base_model: str | None = None,
     data: str | None = None,
 ) -> Importance:
-    """The same for a model in memory and a batch (b, t) with labels.
+    """``score_adapter`` for a model in memory and a batch (b, t) with labels.
 
     The numbers are the score's own, except that AB-LoRA's and its first-order form are counted from a rank that does nothing:
     CE(without r) - CE(with all) + CE(with none) - CE(only r), so that zero means the same for every score.

@@ -1,4 +1,4 @@
-"""Grids as one HTML page that needs no network: facts, a heatmap that shows any of the grids, and a list of all modules."""
+"""One HTML page that needs no network: facts, a heatmap of whichever numbers are chosen, and a list of all modules."""
 
 import html
 import math
@@ -43,6 +43,7 @@ class Page:
 
 
 def _html_of(page: Page) -> str:
+    """The page as HTML."""
     facts = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(_unbroken(text))}</dd></div>" for name, text in page.facts)
     choices = "".join(
         f'<label><input type="radio" name="value" value="{grid.name}"{" checked" if grid.name == page.shown else ""}>'
@@ -112,7 +113,8 @@ def _module_row(texts: Sequence[str]) -> str:
     return f'<tr><th scope="row">{path}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
-def page_of(budget: BudgetMap, value: Value, title: str) -> str:
+def budget_page(budget: BudgetMap, value: Value, title: str) -> str:
+    """The page of a budget; ``value`` is shown first."""
     return _html_of(
         Page(
             title=title,
@@ -180,6 +182,7 @@ def _rounds_section(budget: BudgetMap) -> str:
 
 
 def importance_page(importance: "Importance", title: str, suggested: Mapping[str, int] | None = None) -> str:
+    """The page of what modules are worth, with the ranks suggested (path -> rank) where there are any."""
     grids = [importance.score_grid(), importance.rank_grid()]
     if suggested is not None:
         grids.append(importance.rank_grid(suggested, "suggested"))

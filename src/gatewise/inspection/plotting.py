@@ -1,4 +1,4 @@
-"""A map drawn into a file, an image or a page by the file's name."""
+"""Writes plots into files: the name says whether an image (.png, .svg) or a page (.html)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -9,7 +9,7 @@ from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.inspection.budget import BudgetMap, Value
 from gatewise.inspection.image import file_of, image_of
-from gatewise.inspection.page import importance_page, page_of
+from gatewise.inspection.page import budget_page, importance_page
 from gatewise.inspection.prompts import PromptMap
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str |
         f"{grid.title} by layer and kind · {budget.base_model or budget.adapter_type}",
         f"total rank {budget.rank:,} · {budget.parameters:,} parameters",
     )
-    return _write(out, lambda: page_of(budget, value, title), lambda suffix: image_of(grid, title, notes, suffix))
+    return _write(out, lambda: budget_page(budget, value, title), lambda suffix: image_of(grid, title, notes, suffix))
 
 
 def plot_importance(
@@ -105,10 +105,10 @@ def check_suffix(out: str | Path) -> str:
 
 
 def check_image_suffix(out: str | Path, what: str) -> str:
-    """The same for what is drawn as an image and not as a page.
+    """``check_suffix`` for what can be drawn as an image only.
 
     Args:
-        what: begins the sentence, such as "routing is".
+        what: what is drawn and its verb, such as "routing is", for the message.
     """
     suffix = Path(out).suffix.lower()
     if suffix not in (".png", ".svg"):

@@ -19,9 +19,9 @@ class PromptMap:
     Attributes:
         layers: how many layers the model has; up to the last one with a prompt where that is not known.
         chosen: the layers with a new prompt, in order; all of a hyper-network.
-        gates: a of every layer, at the end of the search or, in a hyper-network, as it stands; None without a search.
-        losses: the mean loss with each layer among the open ones, where a search chose by that.
-        hyper_network: still being searched, so that the layers are not yet chosen.
+        gates: the gate of every layer at the end of the search or, in a hyper-network, as it stands; None without a search.
+        losses: of every layer, the mean loss over subsets of open gates that hold it, where the search chose by these losses.
+        hyper_network: whether this is a checkpoint of a search, which has not chosen its layers yet.
         parameters: layer -> numbers in its generator and gate.
         other_parameters: numbers outside, such as a classifier's head.
         num_prompt_tokens: prompt tokens in front of the text.

@@ -1,4 +1,4 @@
-"""Which modules the prompts of some data chose: a routed adapter's shares by layer and kind."""
+"""Which modules a routed adapter chooses for the prompts of some data: the share of prompts for every module."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -125,7 +125,7 @@ def routing_of_rows(
     base_model: str | None = None,
     data: str | None = None,
 ) -> RoutingMap:
-    """The same for a model in memory, with its active adapter, and encoded rows with labels.
+    """``route_data`` for a model in memory, with its active adapter, and encoded rows with labels.
 
     Raises:
         GatewiseError: the active adapter is not a routed one, or there are no rows.

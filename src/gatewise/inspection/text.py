@@ -102,6 +102,7 @@ def summary_lines(budget: BudgetMap) -> list[str]:
 
 
 def facts_of(budget: BudgetMap) -> list[tuple[str, str]]:
+    """The lines of ``summary_lines`` as (name, text)."""
     grid = budget.grid()
     stack = [layer for layer in budget.layers if layer != OTHER]
     rows = dict(zip(budget.layers, grid.rows, strict=True))
@@ -149,6 +150,7 @@ def importance_lines(importance: "Importance") -> list[str]:
 
 
 def importance_facts(importance: "Importance") -> list[tuple[str, str]]:
+    """The lines of ``importance_lines`` as (name, text)."""
     unit = f" {importance.unit}" if importance.unit else ""
     total = f"{importance.total:.4g}{unit}"
     if importance.score == "path_integral":
