@@ -15,8 +15,10 @@ from tiny_run import write_adapter, write_base, write_rows
 from transformers import AutoModelForCausalLM
 
 from gatewise.adapters.data_options import DataOptions
+from gatewise.allocation.scores import DEFAULT, NAMES, about
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
+from gatewise.inspection import importance_lines
 from gatewise.inspection.importance import importance_of, score_adapter
 from gatewise.losses import mean_loss
 from gatewise.models import load_adapter, load_model
@@ -131,7 +133,7 @@ def test_a_classifier_and_rows_longer_than_its_positions(tmp_path: Path) -> None
 # ---- what a score of zero means
 
 
-@pytest.mark.parametrize("score", ["path_integral", "taylor", "ablation", "sensitivity"])
+@pytest.mark.parametrize("score", NAMES)
 def test_a_rank_that_does_nothing_scores_zero(score: str, adapted: Adapted, batch: Batch) -> None:
     model = adapted()
     layer = lora_layers(model)[QUERY]
@@ -143,6 +145,13 @@ def test_a_rank_that_does_nothing_scores_zero(score: str, adapted: Adapted, batc
     assert module.rank == 3
     assert module.scores[1] == pytest.approx(0, abs=0.02 * max(map(abs, module.scores)) if score == "sensitivity" else 1e-12)
     assert all(abs(module.scores[slot]) > 1e-6 for slot in (0, 2))
+
+
+def test_the_default_is_the_librarys_and_no_sum_is_claimed_for_it(adapted: Adapted, batch: Batch) -> None:
+    found = importance_of(adapted(), batch())
+    assert (found.score, found.meaning, found.unit) == (DEFAULT, about(DEFAULT).meaning, about(DEFAULT).unit)
+    assert not any("lower the loss by" in line for line in importance_lines(found))
+    assert any("lower the loss by" in line for line in importance_lines(importance_of(adapted(), batch(), "path_integral")))
 
 
 def test_first_order_is_twice_the_trapezoid(adapted: Adapted, batch: Batch) -> None:
