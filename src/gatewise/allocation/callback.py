@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from gatewise.adapters.files import ALLOCATION_FILE
 from gatewise.allocation import SCHEDULES, Schedule, slots
 from gatewise.allocation.algorithm import Round, Rules, cubic_budget, run_round
+from gatewise.allocation.growth import YoungSlots
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import Batches, Scores, as_batches
 from gatewise.errors import GatewiseError
@@ -131,6 +132,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._adapter = adapter
         self._capacity: dict[str, int] = {}
         self._steps: list[int] = []
+        self._young = YoungSlots()
         self._compacted = False
 
     # Trainer events, in the order they come.
@@ -189,7 +191,12 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "every run): give the Trainer a model, not model_init"
             )
         self._restore(state)
+        self._young.follow({path: slots.factors(layer, self._name) for path, layer in layers.items()}, self.history)
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Makes the step of ranks that were grown not long ago that of a new adapter."""
+        self._young.correct(kwargs["optimizer"], state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Runs a round where one is due."""
@@ -302,6 +309,8 @@ class RankAllocation(TrainerCallback, ExportableState):
             model, self._name, optimizer, self.validation_batch, self.rules, self.history, step, count, budget, self._capacity
         )
         self.history.append(done)
+        layers = slots.lora_layers(model, self._name)
+        self._young.follow({path: slots.factors(layer, self._name) for path, layer in layers.items()}, self.history)
         pruned, grown = (sum(map(len, changed.values())) for changed in (done.pruned, done.grown))
         if self.schedule == "constant-budget" and grown < pruned:
             logger.warning(

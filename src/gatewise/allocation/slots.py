@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gatewise.adapters.files import PEFT_PREFIX
 from gatewise.adapters.lora import active_adapter, alphas, rank_settings
+from gatewise.allocation import growth
 from gatewise.errors import GatewiseError
 
 
@@ -114,7 +115,7 @@ def prune(layer: LoraLinear, adapter: str, slots: Sequence[int], optimizer: torc
     with torch.no_grad():
         a[index] = 0
         b[:, index] = 0
-    _clear_moments(layer, adapter, index, optimizer)
+    growth.clear((a, b), index, optimizer)
 
 
 def grow(
@@ -128,22 +129,24 @@ def grow(
 
     The function is unchanged and gradient flows into B. The row is drawn as PEFT draws A (Kaiming uniform with a = sqrt(5),
     that is uniform in +-1/sqrt(d_in)) from ``generator``, a CPU generator, so that a resumed run draws the same numbers.
+    With Adam, ``growth.YoungSlots`` must follow the optimiser's next steps, or the new ranks take steps that are too large.
 
     Raises:
         ValueError: the layer has fewer than ``n`` dead slots.
     """
     if n <= 0:
         return []
-    dead = (~live_mask(layer, adapter)).nonzero().flatten().tolist()[:n]
+    mask = live_mask(layer, adapter)
+    dead = (~mask).nonzero().flatten().tolist()[:n]
     if len(dead) < n:
         raise ValueError(f"{n} ranks to grow but only {len(dead)} dead slots")
-    a, _ = factors(layer, adapter)
+    a, b = factors(layer, adapter)
     bound = a.shape[1] ** -0.5
     rows = (torch.rand(n, a.shape[1], generator=generator) * 2 - 1) * bound
     index = torch.as_tensor(dead, device=a.device)
     with torch.no_grad():
         a[index] = rows.to(a)
-    _clear_moments(layer, adapter, index, optimizer)
+    growth.start((a, b), index, mask.nonzero().flatten(), optimizer)
     return [int(i) for i in dead]
 
 
@@ -206,20 +209,6 @@ def _set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
     for module, weight in ((down, a), (up, b)):
         module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
     down.out_features = up.in_features = layer.r[adapter] = len(a)
-
-
-def _clear_moments(layer: LoraLinear, adapter: str, index: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-    if optimizer is None:
-        return
-    for dim, parameter in enumerate(factors(layer, adapter)):
-        if parameter.grad is not None:
-            parameter.grad.index_fill_(dim, index, 0)
-        state = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                # 8-bit optimisers keep codes of a table ("state1" of "qmap1"), in which code 0 is not the number 0.
-                table = state.get(key.replace("state", "qmap")) if value.dtype == torch.uint8 else None
-                value.index_fill_(dim, index, 0 if table is None else int(table.abs().argmin()))
 
 
 def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:

@@ -1,0 +1,342 @@
+"""Grown ranks train as those of a new adapter, and pruned ones stay dead, whatever the optimiser keeps of them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.optimization import Adafactor
+
+from gatewise.allocation import slots
+from gatewise.allocation.callback import RankAllocation
+from gatewise.allocation.growth import YoungSlots
+
+PATH = "model.layers.0.mlp.up_proj"
+RATE = 1e-3
+ADAFACTOR = {"relative_step": False, "scale_parameter": False}
+
+
+def gradients(step, layer):
+    """Of A and B, noisy around a mean, of very different size from row to row. Dead slots have none."""
+    generator = torch.Generator().manual_seed(step)
+    live = slots.live_mask(layer, "default")
+    for parameter, mask in zip(slots.factors(layer, "default"), (live[:, None], live[None]), strict=True):
+        noise = torch.randn(parameter.shape, generator=generator) + 0.3
+        yield 1e-3 * noise * torch.logspace(-1, 1, parameter.shape[1]) * mask
+
+
+def step(optimizer, parameters, grads, rate=RATE):
+    """One step of an optimiser, at a learning rate, on gradients given."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad.clone()
+    optimizer.step()
+
+
+def moves(parameters, before, slot):
+    """How far a slot's row of A and column of B moved, in learning rates."""
+    (a, b), (old_a, old_b) = parameters, before
+    return torch.cat([(a - old_a).detach()[slot], (b - old_b).detach()[:, slot]]) / RATE
+
+
+@pytest.fixture
+def trained(adapted):
+    """trained(class, options, steps) -> a LoRA layer of five slots, 1 and 4 dead, and its optimiser, after so many steps."""
+
+    def make(kind, options, steps=300):
+        model = adapted()
+        slots.widen(model, 5)
+        layer = slots.lora_layers(model)[PATH]
+        optimizer = kind(slots.factors(layer, "default"), lr=RATE, **options)
+        for number in range(steps):
+            step(optimizer, slots.factors(layer, "default"), gradients(number, layer))
+            if number == steps // 2:
+                slots.prune(layer, "default", [1, 4], optimizer)
+        return layer, optimizer
+
+    return make
+
+
+@pytest.fixture
+def grown_and_fresh(trained):
+    """grown_and_fresh(class, options) -> moves of a rank in its first hundred steps: grown after 300 steps, and in a new adapter.
+
+    The new adapter has the same weights and sees the same gradients; its optimiser is new. The learning rate falls.
+    """
+
+    def make(kind, options):
+        layer, optimizer = trained(kind, options)
+        assert slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer) == [1]
+        young = YoungSlots()
+        young.follow({PATH: slots.factors(layer, "default")}, [SimpleNamespace(step=300, pruned={PATH: [1, 4]}, grown={PATH: [1]})])
+        parameters = slots.factors(layer, "default")
+        copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+        fresh = kind(copies, lr=RATE, **options)
+        found = []
+        for number in range(300, 400):
+            grads, rate = list(gradients(number, layer)), RATE * (1 - (number - 300) / 200)
+            before, before_copies = ([one.detach().clone() for one in both] for both in (parameters, copies))
+            step(optimizer, parameters, grads, rate)
+            young.correct(optimizer, number + 1)
+            step(fresh, copies, grads, rate)
+            found.append((moves(parameters, before, 1), moves(copies, before_copies, 1)))
+        return (torch.stack(one) for one in zip(*found, strict=True))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdamW, {"foreach": False, "weight_decay": 0.1}),
+        (AdamW, {"foreach": True, "betas": (0.8, 0.95), "eps": 1e-4}),
+        (AdamW, {"fused": True}),
+        (AdamW, {"amsgrad": True}),
+        (Adam, {"weight_decay": 0.1}),
+        (Adam, {"maximize": True}),
+        (RAdam, {"weight_decay": 0.1}),
+        (SGD, {"momentum": 0.9}),
+        (RMSprop, {"momentum": 0.9, "centered": True}),
+        (Adagrad, {}),
+        (Adadelta, {}),
+    ],
+)
+def test_a_grown_rank_takes_the_steps_of_a_new_adapter(grown_and_fresh, kind, options):
+    grown, fresh = grown_and_fresh(kind, options)
+    assert fresh.abs().amax(1).min() > 0
+    torch.testing.assert_close(grown, fresh, rtol=1e-4, atol=3e-4 * float(fresh.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(NAdam, {}), (Adafactor, ADAFACTOR), (Adafactor, {**ADAFACTOR, "beta1": 0.9}), ("torch's Adafactor", {})]
+)
+def test_other_optimisers_start_a_grown_rank_no_faster_than_a_new_adapter(grown_and_fresh, kind, options):
+    if isinstance(kind, str):
+        kind = pytest.importorskip("torch.optim._adafactor").Adafactor
+    grown, fresh = grown_and_fresh(kind, options)
+    assert grown.abs().mean(1).max() < 1.2 * fresh.abs().mean(1).max()
+    assert grown.abs().mean() > 0.5 * fresh.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdamW, {}),
+        (Adam, {"amsgrad": True}),
+        (SGD, {"momentum": 0.9}),
+        (RMSprop, {"momentum": 0.9}),
+        (Adagrad, {}),
+        (Adafactor, {**ADAFACTOR, "beta1": 0.9}),
+        (NAdam, {}),
+        (RAdam, {}),
+    ],
+)
+def test_a_pruned_rank_stays_dead_under_weight_decay(trained, kind, options):
+    layer, _ = trained(kind, {**options, "weight_decay": 0.1}, steps=60)  # 1 and 4 were pruned after 31
+    assert slots.live_slots(layer, "default") == [0, 2]
+    for parameter in slots.factors(layer, "default"):
+        assert torch.isfinite(parameter).all()
+
+
+def test_a_module_without_a_live_rank_starts_anew(trained):
+    """There is no live rank to take a mean of. NAdam would take steps of nine learning rates."""
+    layer, optimizer = trained(NAdam, {})
+    slots.prune(layer, "default", [0, 2], optimizer)
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    parameters = slots.factors(layer, "default")
+    before = [one.detach().clone() for one in parameters]
+    step(optimizer, parameters, gradients(300, layer))
+    assert moves(parameters, before, 0).abs().max() < 1.1
+
+
+@pytest.mark.parametrize("block", [256, 2048])
+def test_codes_of_eight_bits_start_at_the_mean_of_the_live_ranks(adapted, block):
+    """As bitsandbytes keeps them: codes of an ascending table, times a scale for each block of the flattened parameter."""
+    model = adapted()
+    slots.widen(model, 5)
+    layer = slots.lora_layers(model)[PATH]
+    layer.lora_A["default"].weight = torch.nn.Parameter(torch.nn.functional.pad(layer.lora_A["default"].weight, (0, 600)).detach())
+    parameters = slots.factors(layer, "default")
+    optimizer = SGD(parameters, lr=RATE)
+    table = torch.linspace(0, 1, 256) ** 2
+    values = []
+    for parameter, live in zip(parameters, ([[1], [1], [1], [0], [0]], [[1, 1, 1, 0, 0]]), strict=True):
+        value = torch.rand(parameter.shape) * torch.tensor(live)
+        blocks = [part / part.max().clamp(min=1e-9) for part in value.flatten().split(block)]
+        largest = torch.stack([part.max() for part in value.flatten().split(block)])
+        codes = (table - torch.cat(blocks)[:, None]).abs().argmin(1).to(torch.uint8).view(value.shape)
+        # The first average is 0 everywhere, which is code 0 of this table.
+        optimizer.state[parameter] = {"state1": torch.zeros_like(codes), "qmap1": table, "absmax1": largest.clone()}
+        optimizer.state[parameter] |= {"state2": codes, "qmap2": table, "absmax2": largest}
+        values.append(value)
+    assert slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer) == [3]
+    values[0][3], values[1][:, 3] = values[0][:3].mean(0), values[1][:, :3].mean(1)
+    for parameter, value in zip(parameters, values, strict=True):
+        state = optimizer.state[parameter]
+        scale = state["absmax2"].repeat_interleave(block)[: value.numel()].view(value.shape)
+        torch.testing.assert_close(table[state["state2"].long()] * scale, value, rtol=0, atol=0.01)
+        assert (state["state1"] == 0).all()
+
+
+class Packed(torch.Tensor):
+    """Like torchao's states: it is read by ``dequantize`` and written by ``copy_``, and cannot be filled by index."""
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor).clone()
+
+    def index_fill_(self, *_):
+        raise NotImplementedError
+
+
+def test_states_of_a_tensor_class_of_their_own(adapted):
+    model = adapted()
+    slots.widen(model, 4)
+    layer = slots.lora_layers(model)[PATH]
+    b = slots.factors(layer, "default")[1]
+    optimizer = SGD([b], lr=RATE)
+    first, second = torch.rand(b.shape), torch.rand(b.shape)
+    optimizer.state[b] = {"exp_avg": first.clone().as_subclass(Packed), "exp_avg_sq": second.clone().as_subclass(Packed)}
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    first[:, 3], second[:, 3] = 0, second[:, :3].mean(1)
+    slots.prune(layer, "default", [1], optimizer)
+    first[:, 1] = second[:, 1] = 0
+    assert torch.equal(optimizer.state[b]["exp_avg"].dequantize(), first)
+    torch.testing.assert_close(optimizer.state[b]["exp_avg_sq"].dequantize(), second)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (Defazio et al., arXiv 2405.15682) as the authors' package computes it: y in place, z as state."""
+
+    def __init__(self, params, lr, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta, "k": 0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["k"] += 1
+            for y in group["params"]:
+                z = self.state[y].setdefault("z", y.detach().clone())
+                y.lerp_(z, 1 / group["k"])
+                y.add_(y.grad, alpha=group["lr"] * (group["beta"] * (1 - 1 / group["k"]) - 1))
+                z.sub_(y.grad, alpha=group["lr"])
+
+
+def test_a_schedule_free_optimiser_does_not_shrink_a_grown_row(trained):
+    layer, optimizer = trained(ScheduleFree, {})
+    parameters = slots.factors(layer, "default")
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    row = parameters[0][1].detach().clone()
+    for _ in range(100):
+        step(optimizer, parameters, [torch.zeros_like(one) for one in parameters])
+    torch.testing.assert_close(parameters[0][1], row)
+    assert (parameters[0][4] == 0).all()
+
+
+def young_of(layer, at):
+    young = YoungSlots()
+    young.follow({PATH: slots.factors(layer, "default")}, [SimpleNamespace(step=at, pruned={}, grown={PATH: [1]})])
+    return young
+
+
+def test_a_step_left_out_moves_nothing(trained):
+    """A GradScaler leaves out the steps whose gradients overflowed; a parameter without a gradient is left out too."""
+    layer, optimizer = trained(AdamW, {})
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    young, parameters = young_of(layer, 300), slots.factors(layer, "default")
+    step(optimizer, parameters, gradients(300, layer))
+    young.correct(optimizer, 301)
+    expected = [one.detach().clone() for one in parameters]
+    young.correct(optimizer, 302)
+    assert all(map(torch.equal, parameters, expected))
+
+
+def test_an_optimiser_younger_than_the_rank_is_right_by_itself(trained):
+    """Training resumed from a checkpoint without the optimiser: its own count starts again."""
+    layer, _ = trained(AdamW, {})
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0))
+    parameters = slots.factors(layer, "default")
+    optimizer = AdamW(parameters, lr=RATE)
+    before = [one.detach().clone() for one in parameters]
+    step(optimizer, parameters, gradients(300, layer))
+    young_of(layer, 200).correct(optimizer, 301)
+    largest = moves(parameters, before, 1)[-parameters[1].shape[0] :].abs()
+    torch.testing.assert_close(largest, torch.ones_like(largest), rtol=1e-2, atol=0)
+
+
+def test_old_ranks_cost_nothing(trained):
+    layer, optimizer = trained(AdamW, {}, steps=20)
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    young = young_of(layer, 20)
+    step(optimizer, slots.factors(layer, "default"), gradients(20, layer))
+    before = [one.detach().clone() for one in slots.factors(layer, "default")]
+    young.correct(optimizer, 20 + 10_000)
+    assert all(map(torch.equal, slots.factors(layer, "default"), before))
+    del optimizer.param_groups  # which are not looked at any more
+    young.correct(optimizer, 20 + 10_001)
+
+
+@pytest.fixture
+def train(adapted, batch, tmp_path):
+    """train(resume, watch) -> weights and allocation after 30 steps of a real Trainer, with rounds after 5 and 9."""
+
+    def run(resume=None, watch=None):
+        torch.manual_seed(0)
+        model, data = adapted(trained=False), batch(rows=16)
+        rows = [{key: value[index] for key, value in data.items()} for index in range(16)]
+        allocation = RankAllocation("taylor", rounds=2, prune_fraction=1 / 6, first_round=5, recover=4, validation_batch=data)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=30,
+            per_device_train_batch_size=4,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            save_strategy="steps",
+            save_steps=12,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if watch:
+                    watch(slots.lora_layers(model), allocation.history, state.global_step)
+
+        Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation, Watch()]).train(
+            resume_from_checkpoint=resume
+        )
+        return {name: value.clone() for name, value in model.state_dict().items()}, allocation
+
+    return run
+
+
+def test_in_a_trainer_the_first_step_of_a_grown_column_is_one_learning_rate(train):
+    before, moved = {}, {}
+
+    def watch(layers, history, at):
+        for path, layer in layers.items():
+            now = layer.lora_B["default"].weight.detach().clone()
+            grown = history[-1].grown.get(path) if history else None
+            if grown and history[-1].step < at:
+                move = (now - before[path])[:, grown].abs().max() / RATE
+                moved.setdefault(at - history[-1].step, []).append(float(move))
+            before[path] = now
+
+    train(watch=watch)
+    assert max(moved[1]) == pytest.approx(1, rel=1e-2)
+    assert max(max(values) for values in moved.values()) < 1.2
+
+
+def test_a_run_resumed_while_ranks_are_young_ends_with_the_same_weights(train, tmp_path, monkeypatch):
+    expected, allocation = train()
+    assert [one.step for one in allocation.history] == [5, 9]
+    assert all(one.grown for one in allocation.history)
+    resumed, _ = train(resume=str(tmp_path / "run" / "checkpoint-12"))
+    assert resumed.keys() == expected.keys()
+    for name, value in resumed.items():
+        assert torch.equal(value, expected[name]), name
+    monkeypatch.setattr(YoungSlots, "correct", lambda self, optimizer, step: None)
+    other, _ = train(resume=str(tmp_path / "run" / "checkpoint-12"))
+    assert not all(torch.equal(value, expected[name]) for name, value in other.items())
