@@ -25,7 +25,7 @@ LossKind = Literal["causal", "tokens", "rows"]
 
 def base_of(model: nn.Module) -> Any:
     """The Transformers model under a ``PeftModel``, or the model itself."""
-    # Not at the top: gatewise.routed imports this file, which has to be complete when PEFT is (see _HOMES in peft_types.py).
+    # Not at the top: gatewise.routed imports this file, which has to be complete when PEFT is (see internals/registry.py).
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model

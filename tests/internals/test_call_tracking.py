@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from gatewise.internals.call_tracking import OfThread, seems_to_hold_answers, seen_by_the_last_token
+from gatewise.internals.call_tracking import ThreadState, seems_to_hold_answers, seen_by_the_last_token
 
 
-class Counter:
-    at = OfThread[int](0)
-    name = OfThread[str]("none")
+class Counter(ThreadState):
+    at = 0
+    name = "none"
 
 
 def test_every_thread_has_its_own_value():

@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -26,11 +27,10 @@ def prompts_of(batch):
 
 def check_at_rest(model):
     """Between calls the model holds its last request only."""
-    tracker = tracker_of(model)
-    assert (tracker.current, tracker._opened_by, tracker._arguments, tracker._told, tracker._thread) == (None, None, {}, None, None)
-    assert not tracker._holder
-    assert tracker._call.attention_mask is None
-    assert all(module.shares is None for module in model.modules() if isinstance(module, RoutedLinear))
+    now = tracker_of(model).now
+    assert (now.current, now.opened_by, now.arguments, now.prompt, now.call) == (None, None, {}, None, None)
+    assert (now.runs, now.base_only, now.checked) == ({}, False, None)
+    assert all(module.now is now for module in model.modules() if isinstance(module, RoutedLinear))
 
 
 def watched_states(model):
@@ -172,62 +172,106 @@ def test_a_deleted_adapters_decision_is_forgotten(routed, batch):
 # ---- calls that meet ----
 
 
-def test_a_second_thread_is_refused(routed, batch):
-    """Its gates would be the first one's. The first goes on as if nothing had been."""
-    model, prompts = routed("llama"), prompts_of(batch)
-    expected, refused = model.generate(**prompts, **WRITE).tolist(), []
+def elsewhere(call):
+    """What a call gives in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
-    def elsewhere(call):
-        try:
-            call()
-        except GatewiseError as error:
-            refused.append(str(error))
 
-    def in_between(*_):
-        for call in (lambda: model.generate(**prompts, **WRITE), lambda: model.get_base_model()(**prompts)):
-            thread = threading.Thread(target=elsewhere, args=(call,))
-            thread.start()
-            thread.join()
+def in_between(model, call):
+    """Has another thread make a call whenever this thread's has come to the first attention; a list of what they gave."""
+    given, mine = [], threading.get_ident()
 
-    handle = model.base_model.model.model.layers[0].self_attn.register_forward_hook(in_between)
+    def meet(*_):
+        if threading.get_ident() == mine:
+            given.append(elsewhere(call))
+
+    return given, model.base_model.model.model.layers[0].self_attn.register_forward_hook(meet)
+
+
+def test_a_second_thread_has_its_own_calls(routed, batch):
+    """Its gates are not the first one's, which goes on as if nothing had been; through PEFT and of the base model alone."""
+    model, prompts, others = routed("llama"), prompts_of(batch), prompts_of(lambda **_: batch(rows=3))
+    expected, wanted = model.generate(**prompts, **WRITE).tolist(), model.generate(**others, **WRITE).tolist()
+    with torch.no_grad():
+        wanted_logits = model.get_base_model()(**others).logits
+
+    def call():
+        with torch.no_grad():
+            return model.generate(**others, **WRITE).tolist(), model.get_base_model()(**others).logits
+
+    given, handle = in_between(model, call)
     assert model.generate(**prompts, **WRITE).tolist() == expected
-    assert len(refused) == 10
-    assert all("another thread is running this model" in one for one in refused)
+    assert len(given) == 5
+    assert all(written == wanted and torch.equal(logits, wanted_logits) for written, logits in given)
     handle.remove()
-    from_a_thread = []
-    thread = threading.Thread(target=lambda: from_a_thread.append(model.generate(**prompts, **WRITE).tolist()))
-    thread.start()
-    thread.join()
-    assert from_a_thread == [expected]
-
-
-def test_the_base_model_called_from_two_threads(routed, batch):
-    """Without a call of PEFT's around it, a forward holds the model just as well, until it ends or fails."""
-    model, prompts = routed("llama"), prompts_of(batch)
-    base, results = model.get_base_model(), []
-    expected = base(**prompts).logits
-
-    def elsewhere():
-        try:
-            results.append(base(**prompts).logits)
-        except GatewiseError as error:
-            results.append(str(error))
-
-    def in_a_thread(*_):
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
-
-    handle = model.base_model.model.model.layers[0].self_attn.register_forward_hook(in_a_thread)
-    torch.testing.assert_close(base(**prompts).logits, expected, rtol=0, atol=0)
-    handle.remove()
-    assert len(results) == 1
-    assert "another thread is running this model" in results[0]
-    with pytest.raises(ValueError, match="input_ids"):
-        base(input_ids=prompts["input_ids"], inputs_embeds=torch.zeros(2, 3, 4))
-    in_a_thread()
-    torch.testing.assert_close(results[1], expected, rtol=0, atol=0)
     check_at_rest(model)
+    assert elsewhere(lambda: model.generate(**prompts, **WRITE).tolist()) == expected
+
+
+def test_each_thread_asks_for_its_own_routing(routed, batch):
+    """A thread that has made no call is told of the newest, as where a thread writes and another waits for it."""
+    model, data = routed("llama"), prompts_of(batch)
+    with torch.no_grad():
+        elsewhere(lambda: model(**{name: value[:2] for name, value in data.items()}))
+        assert len(model.routing().gates) == 2
+        model(**data)
+        elsewhere(lambda: model(**{name: value[:3] for name, value in data.items()}))
+    assert len(model.routing().gates) == 5
+
+
+def test_training_beside_generation(routed, batch):
+    """A training step whose layers meet another thread's generation; the gradients are those of a step by itself."""
+    model, data, prompts = routed("llama", balance_weight=0.5).train(), batch(), prompts_of(batch)
+
+    def gradients():
+        model.zero_grad()
+        model(**data).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    with torch.no_grad():
+        wanted = model(**prompts).logits
+
+    def call():
+        with torch.no_grad():
+            return model(**prompts).logits
+
+    given, _ = in_between(model, call)
+    got = gradients()
+    assert len(given) == 1
+    assert torch.equal(given[0], wanted)
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+
+
+def test_a_mixed_batch_beside_another(routed, batch):
+    """And what ``prompt_positions`` says is for its own thread."""
+    model, prompts = routed("llama"), prompts_of(batch)
+    model.add_adapter("second", routed_config(top_k=1))
+    trained_routers(random_adapter(model)).eval()
+
+    def call(names):
+        with torch.no_grad():
+            return model(**prompts, adapter_names=names).logits
+
+    first, second = ["default", "second", "__base__", "default", "second"], ["second"] * 5
+    expected, wanted = call(first), call(second)
+    given, _ = in_between(model, lambda: call(second))
+    with model.prompt_positions(torch.ones(5, 2)):
+        assert not torch.allclose(call(first), expected)
+    assert torch.equal(call(first), expected)
+    assert [torch.equal(one, wanted) for one in given] == [True, True]
+
+
+def test_a_forward_that_failed_leaves_nothing(routed, batch):
+    model, prompts = routed("llama"), prompts_of(batch)
+    base = model.get_base_model()
+    with torch.no_grad():
+        expected = base(**prompts).logits
+        with pytest.raises(ValueError, match="input_ids"):
+            base(input_ids=prompts["input_ids"], inputs_embeds=torch.zeros(2, 3, 4))
+        check_at_rest(model)
+        torch.testing.assert_close(elsewhere(lambda: base(**prompts).logits), expected)
 
 
 def test_a_call_stopped_from_the_keyboard(routed, batch):

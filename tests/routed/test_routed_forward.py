@@ -1,5 +1,7 @@
 """Forward and backward of routed models against the slow reference, and what must not change the result."""
 
+from functools import partial
+
 import pytest
 import routed_reference as reference
 import torch
@@ -8,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
 
-import gatewise.routed.block
+import gatewise.routed.layer
 from gatewise.errors import GatewiseError
 from gatewise.routed.router import gates_of
 
@@ -78,7 +80,7 @@ def test_flattened_tokens(batch):
     """OPT's feed-forward modules may see batch and tokens as one dimension."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    from gatewise.routed.layer import Share, Shares
+    from gatewise.routed.layer import Share
 
     config = OPTConfig(
         vocab_size=60, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16
@@ -94,7 +96,7 @@ def test_flattened_tokens(batch):
     layer = model.base_model.model.model.decoder.layers[0].fc1
     x, gate = torch.randn(3, 4, 16), torch.tensor([0.5, 0.0, 2.0])
     for rows, part in ((None, gate), (torch.tensor([2, 0]), gate[[2, 0]])):
-        layer.shares = Shares((Share("default", rows, part),), 3, 4)
+        layer.now.runs = {layer: partial(layer.with_gradients, shares=(Share("default", rows, part),), batch=3, tokens=4)}
         torch.testing.assert_close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1))
     with pytest.raises(GatewiseError, match="choice of tokens"):
         layer(x.flatten(0, 1)[:5])
@@ -217,9 +219,9 @@ def test_router_gradients_match_finite_differences(routed, batch, monkeypatch, k
     def value():
         return (model(**data).logits[answers] * probe).sum()
 
-    monkeypatch.setattr(gatewise.routed.block, "gates_of", record)
+    monkeypatch.setattr(gatewise.routed.layer, "gates_of", record)
     value().backward()
-    monkeypatch.setattr(gatewise.routed.block, "gates_of", replay)
+    monkeypatch.setattr(gatewise.routed.layer, "gates_of", replay)
     checked = 0
     for name, parameter in model.named_parameters():
         if ".lora_router." not in name:

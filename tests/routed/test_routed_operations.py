@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
 
-import gatewise.routed.inference
+import gatewise.routed.layer
 
 LAYERS = 2
 
@@ -83,7 +83,7 @@ def test_a_batch_for_the_base_model_takes_nothing() -> None:
 
 def test_the_slow_way_takes_more_with_every_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is saved, and that the counting counts."""
-    monkeypatch.setattr(gatewise.routed.inference, "is_plain", lambda *_: False)
+    monkeypatch.setattr(gatewise.routed.layer, "is_plain", lambda *_: False)
     few, many = (of_a_step(adapters(number, 7), 4, [str(row % number) for row in range(4)]) for number in (2, 4))
     assert (few["mm"], many["mm"]) == (2 * 2 * 7 * LAYERS, 4 * 2 * 7 * LAYERS)
 
@@ -95,10 +95,10 @@ def test_a_module_that_no_row_keeps_runs_its_base_module_and_nothing_else() -> N
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
         prepared = cache._gatewise_request
-        bare = [module for module, run in prepared.runs.items() if run == module.base_layer.forward]
+        bare = [module for module, run in prepared.runs.items() if run is module.base_layer]
         assert len(bare) == 6 * LAYERS
         for module in bare:
-            module.with_shares = lambda *_: ran.append(1)
+            module.add_shares = lambda *_: ran.append(1)
             module.delta = lambda *_: ran.append(1)
         model(input_ids=ids[:, :1], past_key_values=cache)
     assert not ran

@@ -1,4 +1,7 @@
-"""What a Transformers model is called with, seen through hooks: for adapters that read the text of a call before its layers run.
+"""What a Transformers model is called with, and which of it is the prompt: for adapters that read a text before the layers run.
+
+A ``CallTracker`` puts hooks on the model and has its ``generate`` say what it was given. MiLoRA's routers (gatewise.routed) and
+SPT's prompt generators (gatewise.prompts) both find their prompts here.
 
 Shapes: b batch, t tokens.
 """
@@ -8,139 +11,323 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar, overload
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from transformers import GenerationMixin
 
 from gatewise.errors import GatewiseError
+from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
+from gatewise.losses import IGNORED, before_first
 
 logger = logging.getLogger(__name__)
-_Value = TypeVar("_Value")
 
 
-class OfThread(Generic[_Value]):
-    """An attribute of which every thread has its own value, so that several can run one model at a time, as web servers do.
+class ThreadState(threading.local):
+    """What a model is doing, for each thread by itself. The one policy for threads: several may run a model at a time.
 
-    A thread that has set none finds the one given here, and so does a deep copy or what was pickled.
+    A subclass names its attributes with the values that a thread finds that has set none. A copy, pickled or not, begins anew.
     """
 
-    def __init__(self, at_first: _Value) -> None:
-        self._at_first = at_first
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, owner: None, kind: type) -> "OfThread[_Value]": ...
-    @overload
-    def __get__(self, owner: object, kind: type) -> _Value: ...
-    def __get__(self, owner: object | None, kind: type) -> "OfThread[_Value] | _Value":
-        if owner is None:
-            return self
-        value: _Value = getattr(_values_of(owner), self._name, self._at_first)
-        return value
-
-    def __set__(self, owner: object, value: _Value) -> None:
-        setattr(_values_of(owner), self._name, value)
-
-
-class _Values(threading.local):
     def __reduce__(self) -> Any:
-        return _Values, ()  # what a call was doing is no part of a copy
+        return type(self), ()
 
 
-def _values_of(owner: object) -> _Values:
-    values: _Values | None = owner.__dict__.get("_values_of_threads")
-    # In one step, because two threads may be the first at the same time.
-    return owner.__dict__.setdefault("_values_of_threads", _Values()) if values is None else values
+@dataclass(frozen=True)
+class Call:
+    """A call of PEFT's ``forward``, or of ``generate``.
+
+    Attributes:
+        adapter_names: PEFT's, one for each row that was given.
+        rows, width: of ``generate``'s prompts; the width is None outside of it.
+        attention_mask: that of ``generate``'s prompts (rows, width).
+    """
+
+    adapter_names: Sequence[str] | None = None
+    rows: int = 1
+    width: int | None = None
+    attention_mask: Tensor | None = None
+
+    def by_row(self, given: Tensor, batch: int) -> Tensor:
+        """What was given for each prompt, for each of the rows (beams, samples) that ``generate`` has made of it."""
+        return given if self.width is None else given.repeat_interleave(batch // self.rows, dim=0)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A batch: ``present`` (b, t) is true at its tokens, ``prompt`` (b, t) at those that are prompt; a row may have none."""
+
+    present: Tensor
+    prompt: Tensor
+
+
+class CallState(ThreadState):
+    """What a thread is doing with a tracked model.
+
+    Attributes:
+        call: the call that is open.
+        prompt: where ``prompt_positions`` says that prompts lie (b, t).
+        current: the pass that is open: whatever the tracker's ``begin`` made of a forward.
+        opened_by: which of the watched models' forward that is.
+        arguments: of this forward, by name.
+    """
+
+    call: Call | None = None
+    prompt: Tensor | None = None
+    current: Any = None
+    opened_by: int | None = None
+    arguments: Mapping[str, Any] = {}
 
 
 class CallTracker:
-    """Watches the forwards of a model and of the models inside it; what a subclass does when one begins and ends is its own.
-
-    Which forward runs, and which prompts were told, each thread has for itself.
+    """Watches the forwards of a model and of the models inside it. A subclass says what happens when one begins and ends.
 
     Args:
-        watched: the Transformers models around the stack of layers, the outermost first; whichever is called opens the pass.
-        what: the adapters' kind, in messages.
+        models: the Transformers models around the stack of layers, the outermost first; whichever is called opens the pass.
+        state: what the passes of each thread keep.
+        adapters, readers: what the adapters and what reads the prompt are called in messages.
+        causal: whether the model writes answers, so that labels tell prompt from answer.
     """
 
-    _opened_by = OfThread[int | None](None)
-    _told = OfThread[Tensor | None](None)
-    _told_of_answers = False
-
-    def __init__(self, watched: Sequence[nn.Module], what: str) -> None:
-        self._watched, self._what = list(watched), what
-        self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in watched]
+    def __init__(self, models: Sequence[nn.Module], state: CallState, adapters: str, readers: str, causal: bool) -> None:
+        self.now = state
+        self._models, self._adapters, self._readers, self._causal = list(models), adapters, readers, causal
+        self._warned_of_answers = False
+        self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in models]
         self._handles = [
             handle
-            for module in watched
+            for module in models
             for handle in (
                 module.register_forward_pre_hook(self._begin, with_kwargs=True),
                 module.register_forward_hook(self._end, always_call=True),
             )
         ]
+        if isinstance(models[0], GenerationMixin):
+            models[0].call_tracker = self  # type: ignore[assignment]
+            add_mixin(models[0], TrackedGeneration)
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Takes hooks and the tracked ``generate`` off."""
         for handle in self._handles:
             handle.remove()
+        if isinstance(self._models[0], TrackedGeneration):
+            del self._models[0].call_tracker
+            remove_mixin(self._models[0])
+
+    # ---- for subclasses ----
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether an adapter is in use."""
+        raise NotImplementedError
+
+    def begin(self, arguments: Mapping[str, Any], module: Any) -> Any:
+        """The pass that a forward opens, from its arguments by name; None for none."""
+        raise NotImplementedError
+
+    def end(self, done: Any, arguments: Mapping[str, Any], output: Any) -> Any:
+        """A pass has ended without a fault. What this returns replaces the output, None leaves it."""
+        raise NotImplementedError
+
+    # ---- calls and passes ----
 
     @contextmanager
-    def told(self, prompt: Tensor) -> Iterator[None]:
-        """While open, texts of this thread have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
-        before, self._told = self._told, prompt
+    def call(self, call: Call) -> Iterator[None]:
+        """While open, forwards of this thread belong to this call."""
+        before, self.now.call = self.now.call, call
         try:
             yield
         finally:
-            self._told = before
+            self.now.call = before
+            self.close()  # a forward that was stopped from the keyboard has not come to its end
 
+    @contextmanager
+    def prompt_positions(self, prompt: Tensor) -> Iterator[None]:
+        """While open, texts of this thread have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
+        before, self.now.prompt = self.now.prompt, prompt
+        try:
+            yield
+        finally:
+            self.now.prompt = before
+
+    def close(self) -> None:
+        """No pass of this thread is open."""
+        self.now.opened_by, self.now.current, self.now.arguments = None, None, {}
+
+    # torch.compile would run what it traces here in another order than the layers, which then find no pass or one of another call.
+    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise NotImplementedError
+        place = next((index for index, one in enumerate(self._models) if one is module), None)
+        if place is None:
+            raise GatewiseError(
+                f"{self._adapters} do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
+            )
+        now = self.now
+        # An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last was interrupted.
+        if now.opened_by is not None and now.opened_by < place:
+            return
+        self.close()
+        now.opened_by = place
+        now.arguments = {**dict(zip(self._names[place], args, strict=False)), **kwargs}
+        now.current = self.begin(now.arguments, module)
 
+    @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        raise NotImplementedError
+        now = self.now
+        if now.opened_by is None or self._models[now.opened_by] is not module:
+            return None
+        done, arguments = now.current, now.arguments
+        self.close()
+        # There is no output if the forward failed.
+        return None if done is None or output is None else self.end(done, arguments, output)
 
-    def _tell_of_answers(self, arguments: Mapping[str, Any], readers: str) -> None:
-        """Warns, once, of a call outside ``generate`` that scores a text, because then what is predicted was read before."""
-        is_told = self._told is not None or isinstance(arguments.get("labels"), Tensor)
-        if not is_told and not self._told_of_answers and seems_to_hold_answers(arguments):
-            self._told_of_answers = True
+    # ---- prompts ----
+
+    def read_text(self, arguments: Mapping[str, Any], training: bool) -> Text:
+        """Where the tokens lie, and the prompts: never padding.
+
+        In a causal model the prompt is what ``prompt_positions`` says or, else, what stands before the first label that is not -100
+        or, else, what ``generate`` was given or, else, everything. Positions after an answer has begun are left out even where they
+        have no label (the next turn of a chat): nobody may read what it is used to predict. What classifier-free guidance compares
+        a prompt with is one by itself. In other models the whole text is the prompt.
+
+        Args:
+            training: whether the model learns from this forward.
+
+        Raises:
+            GatewiseError: shapes that do not fit, packed rows, or a prompt in chunks.
+        """
+        inputs, call, cache = text_inputs(arguments, self._adapters), self.now.call or Call(), cache_of(arguments)
+        batch, tokens = inputs.shape[:2]
+        if cache is not None and call.width is not None and tokens < call.width:
+            raise GatewiseError(
+                f"the prompt of {call.width} tokens was cut into chunks of {tokens}, but {self._readers} have to read all of it "
+                "first: leave prefill_chunk_size out"
+            )
+        present, labels = self._present(arguments, inputs, call), arguments.get("labels")
+        if call.width is not None and arguments.get("use_cache") and cache is None:
+            return Text(present, present)  # of guidance: only for that `generate` leaves it to the model to make a cache
+        if self.now.prompt is not None:
+            told = fitted(call.by_row(self.now.prompt, batch), batch, tokens)
+            return Text(present, present & told.to(present.device))
+        if not self._causal:
+            return Text(present, present)
+        if isinstance(labels, Tensor) and labels.shape == (batch, tokens):
+            return Text(present, present & before_first(labels != IGNORED).to(present.device))
+        if training:
+            self.learns_without_labels()
+        elif call.width is None and not self._warned_of_answers and not is_compiling() and seems_to_hold_answers(arguments):
+            self._warned_of_answers = True
             logger.warning(
                 "a decoder with %s was called without labels, so its %s read the whole text, and an answer in it too: to score "
                 "answers give labels that are -100 before them, or call it under model.prompt_positions(mask)",
-                self._what,
-                readers,
+                self._adapters,
+                self._readers,
             )
+        width = tokens if call.width is None else call.width
+        return Text(present, present & (torch.arange(tokens, device=present.device) < width))
 
-    def _place(self, module: nn.Module) -> int:
-        """Which of the watched models one is.
+    def learns_without_labels(self) -> None:
+        """A causal model is trained without a word on where its prompts lie."""
+        raise NotImplementedError
+
+    def check_generate(self, given: Mapping[str, Any], default: Any) -> None:
+        """Refuses what ``generate`` cannot do with these adapters.
+
+        Args:
+            given, default: its arguments by name, and the model's ``generation_config``.
 
         Raises:
-            GatewiseError: none, but a copy of one.
+            GatewiseError: classifier-free guidance without a cache.
         """
-        place = next((index for index, one in enumerate(self._watched) if one is module), None)
-        if place is None:
+
+        def setting(name: str) -> Any:
+            sources = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
+            return next((value for value in sources if value is not None), None)
+
+        if self.is_at_work and setting("guidance_scale") not in (None, 1) and setting("use_cache") is False:
             raise GatewiseError(
-                f"{self._what} do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
+                f"guidance_scale was given with use_cache=False, where {self._readers} cannot tell the negative prompt from the "
+                "answer: leave use_cache out"
             )
-        return place
 
-    def _is_inside(self, place: int) -> bool:
-        """Whether a forward that begins is part of the one that runs.
+    def _present(self, arguments: Mapping[str, Any], inputs: Tensor, call: Call) -> Tensor:
+        """Where a row has tokens (b, t)."""
+        batch, tokens = inputs.shape[:2]
+        mask: Any = arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            if call.width is None:
+                raise GatewiseError(
+                    f"attention_mask is not of shape (b, t): {self._adapters} need to know which tokens are padding"
+                )
+            # Inside `generate` with a static cache the model gets the mask of its attention instead of the one that was given.
+            given = call.attention_mask
+            mask = seen_by_the_last_token(mask, tokens) if given is None else call.by_row(given, batch)
+        if mask is None:
+            positions = arguments.get("position_ids")
+            starts_over = isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any())
+            if starts_over or arguments.get("cu_seq_lens_q") is not None:
+                raise GatewiseError(
+                    f"a row holds several packed samples, but {self._adapters} read one text a row: train without packing and "
+                    "padding_free batches"
+                )
+            return torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
+        return mask[:, -tokens:].to(inputs.device).bool()
 
-        An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last one was interrupted.
+
+class TrackedGeneration(ObjectMixin, nn.Module):
+    """Has a model's ``generate`` tell its tracker what it was given. PEFT's ``generate`` comes through here, too."""
+
+    call_tracker: CallTracker
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own.
+
+        Raises:
+            GatewiseError: as ``CallTracker.check_generate``.
         """
-        return self._opened_by is not None and self._opened_by < place
+        given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        self.call_tracker.check_generate(given, self.generation_config)
+        named = (given.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
+        prompts = next((one for one in named if isinstance(one, Tensor) and one.ndim > 1), None)
+        mask = given.get("attention_mask")
+        # Without a prompt it begins with one token of its own.
+        rows, width = (1, 1) if prompts is None else prompts.shape[:2]
+        mask = mask if prompts is not None and isinstance(mask, Tensor) and mask.ndim == 2 else None
+        outer = self.call_tracker.now.call or Call()  # PEFT's generate, around this one, knows the adapters' names
+        with self.call_tracker.call(replace(outer, rows=rows, width=width, attention_mask=mask)):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    def _is_open_by(self, module: nn.Module) -> bool:
-        return self._opened_by is not None and self._watched[self._opened_by] is module
 
-    def _given(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a forward by name."""
-        return {**dict(zip(self._names[place], args, strict=False)), **kwargs}
+def text_inputs(arguments: Mapping[str, Any], adapters: str) -> Tensor:
+    """The ids (b, t) or embeddings (b, t, d) of a forward.
+
+    Raises:
+        GatewiseError: there are none, or several texts a row.
+    """
+    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    inputs, dimensions = (ids, 2) if ids is not None else (embeddings, 3)
+    if not isinstance(inputs, Tensor) or inputs.ndim != dimensions:
+        raise GatewiseError(
+            f"{adapters} read one text a row: the model was called without input_ids of shape (b, t) or inputs_embeds of shape "
+            "(b, t, d)"
+        )
+    return inputs
+
+
+def by_row(names: Sequence[str], rows: int) -> list[str]:
+    """One name a row, where ``generate`` has made several rows (beams, samples) of each prompt.
+
+    Raises:
+        GatewiseError: there are not as many names as rows.
+    """
+    if not names or rows % len(names):
+        raise GatewiseError(f"adapter_names has {len(names)} names for a batch of {rows} rows: give one name a row")
+    return [name for name in names for _ in range(rows // len(names))]
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:

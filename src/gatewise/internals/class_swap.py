@@ -1,6 +1,7 @@
-"""Puts a class in front of an object's own, and takes it off again: the object's class is exchanged, as PyTorch's FSDP2 does.
+"""Gives one object methods of a mixin, and takes them off again.
 
-A module so changed keeps its place, name, parameters and hooks; only the methods that the class in front has begin there.
+The object's class is exchanged for a subclass of (mixin, own class), as PyTorch's FSDP2 does. A module so changed keeps its place,
+name, parameters and hooks, and other objects of its class stay as they are.
 """
 
 from collections.abc import Hashable
@@ -11,52 +12,54 @@ from typing import Any, cast
 import torch
 
 
-class Front:
-    """Base of what is put in front of a class; ``super()`` in it is then the object's own."""
+class ObjectMixin:
+    """Base of mixins for single objects; ``super()`` in one leads to the object's own class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self)
-        if not _is_fronted(kind):  # exchanged once more by somebody else
+        if not _is_mixed(kind):  # exchanged once more by somebody else
             return super().__reduce_ex__(protocol)
         return _new, kind.__bases__, self.__dict__  # pickle finds classes by name, and would find the object's own
 
 
 @torch.compiler.disable  # it would trace past the cache that makes a class once only
-def put_front(owner: object, front: type[Front]) -> None:
-    """Exchanges the class of an object for one that has ``front`` before the object's own."""
-    _set_class(owner, _fronted(cast(Hashable, front), cast(Hashable, type(owner))))
+def add_mixin(target: object, mixin: type[ObjectMixin]) -> None:
+    """Gives an object the methods of a mixin; they go before those of its own class."""
+    _set_class(target, _mixed(cast(Hashable, mixin), cast(Hashable, type(target))))
 
 
 @torch.compiler.disable
-def take_front(owner: object) -> None:
-    """Undoes ``put_front``."""
-    _set_class(owner, type(owner).__bases__[1])
+def remove_mixin(target: object) -> None:
+    """Undoes ``add_mixin``."""
+    _set_class(target, type(target).__bases__[1])
 
 
 @cache
-def _fronted(front: Hashable, own: Hashable) -> type:
-    assert isinstance(front, type)
+def _mixed(mixin: Hashable, own: Hashable) -> type:
+    assert isinstance(mixin, type)
     assert isinstance(own, type)
     # Under the same name: wrapping policies and device maps know layers by the name of their class.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (front, own), names)
+    return type(own.__name__, (mixin, own), names)
 
 
-def _is_fronted(kind: type) -> bool:
+def _is_mixed(kind: type) -> bool:
     bases = kind.__bases__
-    return len(bases) == 2 and issubclass(bases[0], Front) and kind is _fronted(cast(Hashable, bases[0]), cast(Hashable, bases[1]))
+    return (
+        len(bases) == 2 and issubclass(bases[0], ObjectMixin) and kind is _mixed(cast(Hashable, bases[0]), cast(Hashable, bases[1]))
+    )
 
 
-def _new(front: type[Front], own: type) -> object:
-    kind: Any = _fronted(cast(Hashable, front), cast(Hashable, own))
+def _new(mixin: type[ObjectMixin], own: type) -> object:
+    kind: Any = _mixed(cast(Hashable, mixin), cast(Hashable, own))
     return kind.__new__(kind)
 
 
-def _set_class(owner: Any, kind: type) -> None:
-    before = getattr(type(owner), "forward", None)
-    owner.__class__ = kind
+def _set_class(target: Any, kind: type) -> None:
+    before = getattr(type(target), "forward", None)
+    target.__class__ = kind
     # Accelerate's device hooks keep a module's forward as it was when they were put on, and leave it in its place when taken off.
     for name in ("_old_forward", "forward"):
-        kept = owner.__dict__.get(name)
+        kept = target.__dict__.get(name)
         if isinstance(kept, MethodType) and kept.__func__ is before:
-            setattr(owner, name, MethodType(cast(Any, kind).forward, owner))
+            setattr(target, name, MethodType(cast(Any, kind).forward, target))

@@ -1,10 +1,11 @@
-"""Finds the Transformer layers of a model, and the linear modules in them that can be experts."""
+"""Finds the Transformer layers of a model, the linear modules in them that can be experts, and the models around them."""
 
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gatewise.errors import GatewiseError
@@ -81,6 +82,11 @@ class Stack:
                 raise GatewiseError(f"target_modules matches {path}, a {type(module).__name__}: only linear modules can be experts")
             found.setdefault(index, []).append(path)
         return found
+
+
+def models_around(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """The Transformers models that a layer is part of, the outermost first: with its head, and without."""
+    return [one for one in model.modules() if isinstance(one, PreTrainedModel) and any(part is layer for part in one.modules())]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,9 +1,8 @@
 """SPT (Zhu and Tan, EMNLP 2023, arXiv 2310.20127) as a PEFT method: soft prompts enter at the layers that deserve them.
 
-config.py what a user sets; generator.py the maths; layer.py what adapters have at one layer and block.py that layer with prompts
-in it; cache.py prompts in a key-value cache; reading.py which tokens generators read; passes.py one forward; families.py the
-supported architectures; model.py puts them together. darts.py is SPT-DARTS, subsets.py says which sets of layers the searched
-network is asked about, and stages.py chooses layers and trains them.
+config.py what a user sets; generator.py the maths; layer.py a Transformer layer with prompts in it, and what adapters have there;
+cache.py prompts in a key-value cache; forward.py one forward; families.py the supported architectures; model.py puts them together.
+darts.py is SPT-DARTS, and stages.py chooses layers and trains them.
 """
 
 from importlib import import_module

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from gatewise.internals.class_swap import Front, put_front
+from gatewise.internals.class_swap import ObjectMixin, add_mixin
 
 
 @dataclass
 class CachedPrompts:
-    """The prompts of the text that filled a cache: whose they are, and keys and values (b, h, l, c) by layer."""
+    """The prompts of the text that filled a cache: of which tracker and adapter, and keys and values (b, h, l, c) by layer."""
 
-    owner: int
+    tracker: int
     adapter: str
     tokens: int
     states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -37,8 +37,8 @@ class CachedPrompts:
         self.states = {layer: (rows(keys), rows(values)) for layer, (keys, values) in self.states.items()}
 
 
-class PromptedCache(Front, Cache):
-    """What a cache's class is given in front of its own methods."""
+class PromptedCache(ObjectMixin, Cache):
+    """The methods that a cache with prompts is given in front of its own."""
 
     gatewise_prompts: CachedPrompts
 
@@ -74,16 +74,16 @@ class PromptedCache(Front, Cache):
 
 
 @contextmanager
-def prompts_arriving(cache: Any, owner: int, adapter: str, tokens: int) -> Iterator[None]:
+def prompts_arriving(cache: Any, tracker: int, adapter: str, tokens: int) -> Iterator[None]:
     """While open, keys and values given to the cache (None: there is none) begin with those of ``tokens`` prompt tokens."""
     if cache is None:
         yield
         return
     if not isinstance(cache, PromptedCache):
-        put_front(cache, PromptedCache)
-        cache.gatewise_prompts = CachedPrompts(owner, adapter, tokens)
+        add_mixin(cache, PromptedCache)
+        cache.gatewise_prompts = CachedPrompts(tracker, adapter, tokens)
     held = cache.gatewise_prompts
-    held.owner, held.adapter, held.tokens, held.arriving = owner, adapter, tokens, True
+    held.tracker, held.adapter, held.tokens, held.arriving = tracker, adapter, tokens, True
     try:
         yield
     finally:

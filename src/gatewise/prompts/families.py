@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gatewise.errors import GatewiseError
+from gatewise.internals.layer_stack import models_around
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,4 @@ class Transformer:
         self.path = next(name for name, module in model.named_modules() if module is layers)
         self.layers: list[nn.Module] = list(layers.children())
         self.rotary = None if self.family.rotary is None else self.model.get_submodule(self.family.rotary)
-        self.around = [
-            module
-            for module in model.modules()
-            if isinstance(module, PreTrainedModel) and any(m is layers for m in module.modules())
-        ]
+        self.around = models_around(model, layers)

@@ -8,24 +8,21 @@ Shapes: b batch, t tokens, l prompt tokens, c head size.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationMixin
+from torch import Tensor
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.call_tracking import CallTracker, OfThread, cache_of, cached_tokens
-from gatewise.internals.class_swap import Front, put_front, take_front
+from gatewise.internals.call_tracking import CallState, CallTracker, Text, cache_of, cached_tokens, text_inputs
+from gatewise.internals.transformers_names import attention_implementation
 from gatewise.prompts.cache import PromptedCache, prompts_of
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.families import Transformer
 from gatewise.prompts.generator import pooling_weights
-from gatewise.prompts.reading import Call, Text, inputs_of, read_text
 
 logger = logging.getLogger(__name__)
 Gates = Mapping[int, Tensor | None]
@@ -33,7 +30,7 @@ Gates = Mapping[int, Tensor | None]
 
 
 _Made = TypeVar("_Made")
-_owners = count()
+_trackers = count()
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class PromptPass:
     """A pass in which prompts of one adapter are at work. What layers share is made once.
 
     Attributes:
-        owner: whose prompts go into caches.
+        tracker: the number of the tracker, which goes into caches with the prompts.
         first: the first layer that a prompt enters; of a pass that continues a text, the first with a prompt in the cache.
         gates: of the layers with a generator, in order.
         text: None if the pass continues one.
@@ -65,7 +62,7 @@ class PromptPass:
         propagated: the prompt (b, l, d) that the layer below left, set from layer to layer.
     """
 
-    owner: int
+    tracker: int
     adapter: str
     config: SelectivePromptConfig
     causal: bool
@@ -118,26 +115,36 @@ def _once(made: dict[int, tuple[Any, Any]], given: Any, make: Callable[[Any], _M
     return made[id(given)][1]
 
 
-class PassTracker(CallTracker):
-    """Watches the base model's forwards through hooks. ``current`` is the pass that runs, None when prompts are not at work.
+class PassState(CallState):
+    """What a thread is doing with a model with prompts.
 
-    Of what belongs to a call each thread has its own.
+    Attributes:
+        current: the pass that is open; None where prompts are not at work.
+        dropped, reparameterised: what ``gates_dropped`` and ``gates_reparameterised`` of the tuner set.
+    """
+
+    current: PromptPass | None = None
+    dropped: Tensor | None = None
+    reparameterised: bool = False
+
+
+class PassTracker(CallTracker):
+    """Watches the base model's forwards and makes a ``PromptPass`` of each.
 
     Args:
         transformer: where the layers are.
         causal: whether labels tell prompt from answer.
         active: what tells which adapter is in use, None while there is none or all its gates are closed.
+        state: the tuner's.
     """
 
-    current = OfThread[PromptPass | None](None)
-    running = OfThread[bool](False)
-    _call = OfThread[Call](Call())
+    now: PassState
 
-    def __init__(self, transformer: Transformer, causal: bool, active: Callable[[], AdapterInUse | None]) -> None:
-        self._transformer, self._causal, self._active = transformer, causal, active
-        self._owner = next(_owners)
+    def __init__(self, transformer: Transformer, causal: bool, active: Callable[[], AdapterInUse | None], state: PassState) -> None:
+        self._transformer, self._active = transformer, active
+        self._number = next(_trackers)
         self._looked_at_prompts = False
-        super().__init__(transformer.around, "selective prompts")
+        super().__init__(transformer.around, state, "selective prompts", "generators", causal)
         if transformer.rotary is not None:
             self._handles.append(transformer.rotary.register_forward_hook(self._add_positions, with_kwargs=True))
 
@@ -146,33 +153,8 @@ class PassTracker(CallTracker):
         """Whether there is an adapter in use."""
         return self._active() is not None
 
-    @contextmanager
-    def call(self, call: Call) -> Iterator[None]:
-        """While open, forwards of this thread belong to this call of ``generate``."""
-        before, self._call = self._call, call
-        try:
-            yield
-        finally:
-            self._call = before
-
-    # torch.compile would run what it traces here in another order than the layers, which then find no pass or one of another call.
-    @torch.compiler.disable
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place = self._place(module)
-        if self._is_inside(place):
-            return
-        self._opened_by, self.current, self.running = place, None, True
-        self.current = self._pass(self._given(place, args, kwargs), module)
-
-    @torch.compiler.disable
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self._is_open_by(module):
-            return None
-        done = self.current
-        self._opened_by, self.current, self.running = None, None, False
-        return None if done is None or output is None else _without_prompts(output, done)
-
-    def _pass(self, arguments: Mapping[str, Any], module: Any) -> PromptPass | None:
+    def begin(self, arguments: Mapping[str, Any], module: Any) -> PromptPass | None:
+        """The pass that a forward opens, of a text that begins or of one in the cache."""
         cache = cache_of(arguments)
         continues = cached_tokens(cache) > 0
         if isinstance(cache, PromptedCache) and not continues:
@@ -184,31 +166,47 @@ class PassTracker(CallTracker):
                     "the key-value cache was filled with prompts of an adapter that is not in use now: start with an empty cache"
                 )
             return None
-        if module.config._attn_implementation not in ("sdpa", "eager"):
+        attention = attention_implementation(module)
+        if attention not in ("sdpa", "eager"):
             raise GatewiseError(
-                f"attn_implementation is {module.config._attn_implementation!r}, whose masks selective prompts do not make: load "
-                "the model with attn_implementation='sdpa' or 'eager'"
+                f"attn_implementation is {attention!r}, whose masks selective prompts do not make: load the model with "
+                "attn_implementation='sdpa' or 'eager'"
             )
-        inputs = inputs_of(arguments)
-        batch, tokens = inputs.shape[:2]
+        batch, tokens = text_inputs(arguments, "selective prompts").shape[:2]
         text, first = None, active.first
         if continues:
             first = self._first_continued(cache, active.name, batch)
         else:
-            if cache is not None and self._call.width is not None and tokens < self._call.width:
-                raise GatewiseError(
-                    f"the prompt of {self._call.width} tokens was cut into chunks of {tokens}, but generators have to read all of "
-                    "it first: leave prefill_chunk_size out"
-                )
             training = module.training and torch.is_grad_enabled()
-            text = read_text(arguments, self._call, self._told, self._causal, training)
+            text = self.read_text(arguments, training)
+            # A row without a prompt (plain language modelling, all labels) has its first token for one, which no position predicts.
+            start = text.present & (text.present.cumsum(dim=1) == 1)
+            text = Text(text.present, torch.where(text.prompt.any(dim=1, keepdim=True), text.prompt, start))
             if self._causal and training:
                 self._look_at_prompts(text)
-            elif self._causal and self._call.width is None:
-                self._tell_of_answers(arguments, "generators")
         family, config = self._transformer.family, active.config
         balanced = not family.normed if config.balanced is None else config.balanced
-        return PromptPass(self._owner, active.name, config, family.causal, first, active.gates, text, tokens, balanced)
+        return PromptPass(self._number, active.name, config, family.causal, first, active.gates, text, tokens, balanced)
+
+    def end(self, done: PromptPass, arguments: Mapping[str, Any], output: Any) -> Any:
+        """Takes the prompt out of the attentions among the outputs; the rest of a row adds up to less than one."""
+        if isinstance(output, tuple):
+            return tuple(_text_of(part, done) if _are_attentions(part) else part for part in output)
+        if isinstance(output, dict) and _are_attentions(output.get("attentions")):
+            output["attentions"] = _text_of(output["attentions"], done)
+            return output
+        return None
+
+    def learns_without_labels(self) -> None:
+        """Refused.
+
+        Raises:
+            GatewiseError: always.
+        """
+        raise GatewiseError(
+            "a decoder with selective prompts was trained without labels in its call, so that prompts would be generated from the "
+            "answers: pass labels with -100 before the answer, or run the forward under model.prompt_positions(mask)"
+        )
 
     def _look_at_prompts(self, text: Text) -> None:
         """Once, because generators that are trained without prompts are given some when the model writes."""
@@ -222,7 +220,7 @@ class PassTracker(CallTracker):
     def _first_continued(self, cache: Any, adapter: str, batch: int) -> int:
         """The first layer with a prompt in a cache, which must be of this adapter and of as many rows."""
         held = prompts_of(cache)
-        if held is None or held.owner != self._owner:
+        if held is None or held.tracker != self._number:
             raise GatewiseError(
                 "the key-value cache holds tokens of a text that this model's selective prompts did not read: run the text "
                 "through this model first, with its adapter active and an empty cache"
@@ -246,7 +244,7 @@ class PassTracker(CallTracker):
         Those may be negative. Attention sees differences of positions only, so that is the same as prompts from 0 on and a text
         that is moved up, but the text and what is in the cache stay where they are.
         """
-        running = self.current
+        running = self.now.current
         if running is None or running.text is None:
             return
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -258,16 +256,6 @@ class PassTracker(CallTracker):
         running.rotary[id(output[0])] = output, module.forward(*bound.args, **bound.kwargs)
 
 
-def _without_prompts(output: Any, done: PromptPass) -> Any:
-    """Takes the prompt's rows and columns out of the attentions among the outputs; the rest of a row adds up to less than one."""
-    if isinstance(output, tuple):
-        return tuple(_text_of(part, done) if _are_attentions(part) else part for part in output)
-    if isinstance(output, dict) and _are_attentions(output.get("attentions")):
-        output["attentions"] = _text_of(output["attentions"], done)
-        return output
-    return None
-
-
 def _are_attentions(part: Any) -> bool:
     return isinstance(part, tuple) and bool(part) and all(isinstance(one, Tensor) and one.ndim == 4 for one in part)
 
@@ -277,54 +265,3 @@ def _text_of(attentions: tuple[Tensor, ...], done: PromptPass) -> tuple[Tensor, 
     return tuple(
         weights if layer < done.first else weights[..., -done.tokens :, length:] for layer, weights in enumerate(attentions)
     )
-
-
-class PromptedWriter(Front, nn.Module):
-    """What the base model's class is given in front of its own ``generate``, through which PEFT's goes, too."""
-
-    prompt_tracker: PassTracker
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own.
-
-        Raises:
-            GatewiseError: classifier-free guidance without a cache.
-        """
-        given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
-        if self.prompt_tracker.is_at_work and _guides_without_cache(given, self.generation_config):
-            raise GatewiseError(
-                "guidance_scale was given with use_cache=False, where generators cannot tell the negative prompt from the answer: "
-                "leave use_cache out"
-            )
-        with self.prompt_tracker.call(_call_of(given)):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-
-def install_writer(model: Any, tracker: PassTracker) -> None:
-    """Makes a base model that generates text one that tells what it generates it from."""
-    if isinstance(model, GenerationMixin):
-        model.prompt_tracker = tracker  # type: ignore[attr-defined]
-        put_front(model, PromptedWriter)
-
-
-def uninstall_writer(model: Any) -> None:
-    """Undoes ``install_writer``."""
-    if isinstance(model, PromptedWriter):
-        del model.prompt_tracker
-        take_front(model)
-
-
-def _call_of(given: Mapping[str, Any]) -> Call:
-    prompts = next((given[name] for name in ("inputs_embeds", "input_ids", "inputs") if isinstance(given.get(name), Tensor)), None)
-    if prompts is None or prompts.ndim < 2:
-        return Call(width=1)  # it begins with one token of its own
-    mask = given.get("attention_mask")
-    return Call(len(prompts), prompts.shape[1], mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
-
-
-def _guides_without_cache(given: Mapping[str, Any], default: Any) -> bool:
-    def setting(name: str) -> Any:
-        sources = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
-        return next((value for value in sources if value is not None), None)
-
-    return setting("guidance_scale") not in (None, 1) and setting("use_cache") is False

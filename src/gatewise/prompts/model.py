@@ -13,13 +13,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.call_tracking import OfThread
+from gatewise.internals.call_tracking import Call
 from gatewise.losses import loss_kind
-from gatewise.prompts.block import Place, install, uninstall
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.families import Transformer
-from gatewise.prompts.forward import AdapterInUse, Gates, PassTracker, install_writer, uninstall_writer
-from gatewise.prompts.layer import PromptLayer
+from gatewise.prompts.forward import AdapterInUse, Gates, PassState, PassTracker
+from gatewise.prompts.layer import Place, PromptLayer
 
 _USED_UP = (
     "this model's prompts were taken off, by retrain() or unload(), and its base model may carry others by now: use what that "
@@ -61,8 +60,7 @@ class SelectivePromptModel(BaseTuner):
     _tracker: PassTracker
     _enabled: bool
     _unloaded = False
-    _reparameterised = OfThread[bool](False)
-    _dropped = OfThread[Tensor | None](None)
+    _now: PassState
 
     # ---- putting adapters on, and taking them off ----
 
@@ -73,7 +71,7 @@ class SelectivePromptModel(BaseTuner):
                 "add_adapter or load_adapter, or call unload() on the other one first"
             )
         self._transformer = Transformer(model)
-        self._enabled = True
+        self._enabled, self._now = True, PassState()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
@@ -89,10 +87,9 @@ class SelectivePromptModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not hasattr(self, "_tracker"):
             answers = loss_kind(model) == "causal" and model.get_output_embeddings() is not None  # type: ignore[operator]
-            self._tracker = PassTracker(self._transformer, self._transformer.family.causal and answers, self._active)
-            install_writer(model, self._tracker)
+            self._tracker = PassTracker(self._transformer, self._transformer.family.causal and answers, self._active, self._now)
             for index, block in enumerate(self._transformer.layers):
-                install(block, Place(block, index, f"{self._transformer.path}.{index}", self._tracker))
+                Place(block, index, f"{self._transformer.path}.{index}", self._tracker).install(block)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # PEFT finds modules by these names; they are no field of the configuration, which already says which layers it means.
@@ -135,9 +132,8 @@ class SelectivePromptModel(BaseTuner):
         self.check_loaded()
         model = super().unload()
         self._tracker.remove()
-        uninstall_writer(model)
         for block in self._transformer.layers:
-            uninstall(block)
+            block.place.uninstall(block)  # type: ignore[operator,union-attr]
         self._unloaded = True
         return model
 
@@ -194,21 +190,22 @@ class SelectivePromptModel(BaseTuner):
                 "adapter_names was given, but one adapter's prompts serve the whole batch: run the rows of each adapter by "
                 "themselves"
             )
-        yield
+        with self._tracker.call(Call()):
+            yield
 
     def prompt_positions(self, prompt: Tensor) -> AbstractContextManager[None]:
         """While open, generators read where ``prompt`` (b, t) is true: for calls without labels that hold answers too.
 
         It goes before labels; padding is never read. Columns beyond those of ``prompt`` are not read.
         """
-        return self._tracker.told(prompt)
+        return self._tracker.prompt_positions(prompt)
 
     def _active(self) -> AdapterInUse | None:
         names = self.active_adapters if self._enabled else []
         if not names:
             return None
         name, config, gates = names[0], self._config(names[0]), self._gates(names[0])
-        dropped = self._dropped if config.prompt_layers is None else None
+        dropped = self._now.dropped if config.prompt_layers is None else None
         first = next((layer for layer in gates if dropped is None or not dropped[layer]), None)
         return None if first is None else AdapterInUse(name, config, gates, first)
 
@@ -243,11 +240,11 @@ class SelectivePromptModel(BaseTuner):
         which, layers = torch.as_tensor(dropped, dtype=torch.bool), len(self._transformer.layers)
         if which.shape != (layers,):
             raise GatewiseError(f"dropped has the shape {tuple(which.shape)}: expected ({layers},), a value for each layer")
-        before, self._dropped = self._dropped, which
+        before, self._now.dropped = self._now.dropped, which
         try:
             yield
         finally:
-            self._dropped = before
+            self._now.dropped = before
 
     @contextmanager
     def gates_reparameterised(self, enabled: bool = True) -> Iterator[None]:
@@ -256,11 +253,11 @@ class SelectivePromptModel(BaseTuner):
         dâ_i / dα_k = a_k' (δ_ik − a_i / Σ_j a_j), so a gate that helps as much as the gates do on average stays where it is. The
         sums are over the gates that are not dropped. Reconstructed, as one of the two additions of SPT-DARTS.
         """
-        before, self._reparameterised = self._reparameterised, enabled
+        before, self._now.reparameterised = self._now.reparameterised, enabled
         try:
             yield
         finally:
-            self._reparameterised = before
+            self._now.reparameterised = before
 
     def _gates(self, adapter: str) -> Gates:
         logits = self._gate_logits(adapter)
@@ -269,9 +266,9 @@ class SelectivePromptModel(BaseTuner):
         device = logits[0].device
         gates = torch.cat([logit.to(device) for logit in logits])
         gates = gates.to(torch.promote_types(gates.dtype, torch.float32)).sigmoid()
-        if self._dropped is not None:
-            gates = gates.masked_fill(self._dropped.to(device), 0.0)
-        if self._reparameterised:
+        if self._now.dropped is not None:
+            gates = gates.masked_fill(self._now.dropped.to(device), 0.0)
+        if self._now.reparameterised:
             total = gates.sum()
             gates = gates * (total.detach() / total)
         return dict(enumerate(gates.split(1)))

@@ -1,8 +1,7 @@
 """MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035) as a PEFT method: the prompt picks a layer's LoRA modules once.
 
-config.py what a user sets; router.py the maths; layer.py one LoRA module and block.py one Transformer layer; stack.py finds them;
-request.py which prompt a forward belongs to; inference.py what the modules run where no gradients are asked for; balance.py the
-extra loss; model.py puts them together; statistics.py what was routed where, log.py the same in a Trainer's logs.
+config.py what a user sets; router.py the maths; layer.py a Transformer layer and its LoRA modules; request.py which prompt a
+forward belongs to; model.py puts them together; statistics.py what was routed where, log.py the same in a Trainer's logs.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,21 +1,33 @@
-"""One expert: a LoRA module whose product is scaled by the request's gate. MiLoRA, arXiv 2410.18035.
+"""A Transformer layer whose linear modules are experts, and one such module. MiLoRA, arXiv 2410.18035.
 
     y = W x + gate · alpha / r · B A dropout(x)        for a row of the batch that keeps this expert; W x alone for the others
 
-Shapes: b batch, n rows of one adapter, t tokens, r rank.
+``RoutedBlock`` is the layer: its routers decide from the hidden states that enter it, then it runs as ever. ``RoutedLinear`` is a
+module: while its layer runs, the state of the thread says what it adds. Where no gradients are asked for that is known for the
+whole request (``KeptModule``): a module that no row keeps is its base module, and for one that is kept the A and B of all adapters
+that keep it are gathered once, with gates and scaling, so that no step loops over adapters.
+
+Shapes: b batch, t tokens, d hidden size, n rows of one adapter, m experts, r rank, d_in and d_out sizes of a linear module.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gatewise.errors import GatewiseError
-from gatewise.routed.inference import Running
+from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
+from gatewise.internals.torch_modules import WeightSnapshot, has_forward_hooks, is_plain
+from gatewise.routed.config import RoutedLoraConfig
+from gatewise.routed.request import Decision, Pass, PreparedRequest, Request, RequestTracker, RoutingState
+from gatewise.routed.router import Router, gates_of
+from gatewise.serving.products import Gathered, Part
 
 NO_MERGE = (
     "a routed adapter cannot be merged, because every prompt chooses other modules: use it unmerged, or train a plain LoraConfig "
@@ -32,21 +44,173 @@ class Share:
     gate: Tensor
 
 
-@dataclass(frozen=True)
-class Shares:
-    """All that is added in one module while a forward of ``batch`` rows of ``tokens`` each runs."""
+Shares = tuple[Share, ...]
 
-    parts: Sequence[Share]
-    batch: int
-    tokens: int
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What was decided in one layer for a request.
+
+    Attributes:
+        decisions: by adapter.
+        shares: by path within the layer, what that adds in each module that was an expert of any adapter then, in order.
+    """
+
+    decisions: tuple[Decision, ...]
+    shares: Mapping[str, Shares]
+
+
+class RoutedBlock(ObjectMixin, nn.Module):
+    """The ``__call__`` and ``forward`` that a Transformer layer is given in front of its own.
+
+    A layer is not given hooks, for gradient checkpointing runs ``forward`` a second time in the backward pass, without hooks and
+    when no pass is open any more. The pass is an argument of ``forward``, which checkpointing keeps with the others, and the
+    decision is made inside ``forward``, so that the second run decides anew from what it is given, with a graph of its own. Both
+    kinds of checkpointing then give a plain run's gradients.
+    """
+
+    routing: "LayerRouting"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        running = self.routing.now.current
+        if running is not None and running.is_settled:
+            return super().__call__(*args, **kwargs)
+        running = self.routing.enter(self, args[0] if args else kwargs["hidden_states"])
+        return super().__call__(*args, routed_pass=running, **kwargs)
+
+    def forward(self, *args: Any, routed_pass: Pass | None = None, **kwargs: Any) -> Any:
+        routing = self.routing
+        now = routing.now
+        if routed_pass is None and now.current is not None and now.current.is_settled:
+            return super().forward(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        running = routed_pass or routing.enter(self, hidden)
+        shares = routing.decide(hidden, running).shares
+        if running.is_inference:
+            routing.prepare(shares, running.prepared)
+            return super().forward(*args, **kwargs)
+        batch, tokens = hidden.shape[:2]
+        before, now.runs = (
+            now.runs,
+            {
+                module: partial(module.with_gradients, shares=shares.get(name, ()), batch=batch, tokens=tokens)
+                for name, module in routing.modules.items()
+            },
+        )
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            now.runs = before
+
+
+class LayerRouting:
+    """The routers and modules of one layer.
+
+    Attributes:
+        index, path: the layer's place in the stack, and its path in the base model.
+        now: the state of the thread.
+        modules: path within the layer -> module, of every module that is an expert of any adapter, in order.
+    """
+
+    def __init__(self, index: int, path: str, tracker: RequestTracker) -> None:
+        self.index, self.path, self.now = index, path, tracker.now
+        self.modules: dict[str, RoutedLinear] = {}
+        self._routers: dict[str, tuple[Router, tuple[str, ...], RoutedLoraConfig]] = {}
+
+    def install(self, block: Any) -> None:
+        """Makes a layer a routed one."""
+        block.routing = self
+        add_mixin(block, RoutedBlock)
+
+    def uninstall(self, block: Any) -> None:
+        """Undoes ``install``."""
+        del block.routing
+        remove_mixin(block)
+
+    def refresh(self, block: nn.Module, configs: Mapping[str, Any]) -> None:
+        """Finds modules and routers again after adapters were added or deleted."""
+        self.modules = {name: module for name, module in block.named_modules() if isinstance(module, RoutedLinear)}
+        self._routers = {}
+        for layer in self.modules.values():
+            layer.now = self.now
+            for adapter, router in layer.lora_router.items():
+                experts = tuple(name for name, module in self.modules.items() if adapter in module.lora_A)
+                self._routers[adapter] = (cast(Router, router), experts, configs[adapter])
+
+    def enter(self, block: nn.Module, hidden: Tensor) -> Pass:
+        """The pass that the layer runs in; called outside of what gradient checkpointing runs twice."""
+        running = self.now.current
+        if running is None:
+            raise GatewiseError(
+                f"layer {self.path} was run outside the forward of its model, so there is no prompt to route it by: call the model "
+                "(old model code whose gradient checkpointing calls layers again by itself is not supported)"
+            )
+        if self.index in running.seen:
+            raise GatewiseError(f"layer {self.path} runs more than once in a forward: models that share layers cannot be routed")
+        running.seen.add(self.index)
+        is_checkpointed = getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled()
+        if is_checkpointed and not running.continues:
+            request = running.request
+            if any(self._routers[adapter][2].balance_weight for adapter in request.groups if adapter in self._routers):
+                # The decision inside is cut off from this graph (re-entrant checkpointing), so the balance loss has this one. Not
+                # where there is no such loss: nothing would then run backwards through it, and it would keep H until the next
+                # request.
+                request.decided[self.index] = self._route(hidden, request, again_in_backward=True)
+        return running
+
+    def decide(self, hidden: Tensor, running: Pass) -> LayerDecision:
+        """The layer's decision for the pass: the one of its request, or a new one from H (b, t, d)."""
+        request = running.request
+        if running.continues:
+            kept: LayerDecision = request.decided[self.index]
+            return kept
+        made = self._route(hidden, request)
+        if self.index not in request.decided:
+            request.decided[self.index] = made if request.training or running.is_inference else _without_graph(made)
+        return made
+
+    def prepare(self, shares: Mapping[str, Shares], prepared: PreparedRequest) -> None:
+        """What the layer's modules run in inference from now on."""
+        for name, module in self.modules.items():
+            kept = shares.get(name)
+            prepared.runs[module] = KeptModule(module, kept, prepared) if kept else module.base_layer
+
+    def _route(self, hidden: Tensor, request: Request, again_in_backward: bool = False) -> LayerDecision:
+        decisions = []
+        shares: dict[str, Shares] = dict.fromkeys(self.modules, ())
+        for adapter, places in request.groups.items():
+            if adapter not in self._routers:
+                continue
+            router, experts, config = self._routers[adapter]
+            rows = None if places is None else torch.tensor(places, device=hidden.device)
+            own, prompt = (hidden, request.prompt) if rows is None else (hidden[rows], request.prompt[places])
+            centring = None  # in inference, what the router takes off now
+            if request.training:
+                key = (self.index, adapter)
+                if key not in request.centrings:  # each prompt is observed once
+                    if router.observes:
+                        router.observe(own, prompt)
+                    request.centrings[key] = router.centring()
+                centring = request.centrings[key]
+            if again_in_backward:  # or its float32 copy of H would be kept, which checkpointing is there to avoid
+                probabilities = checkpoint(router, own, prompt, centring, use_reentrant=False, preserve_rng_state=False)
+            else:
+                probabilities = router(own, prompt, centring)
+            gates = gates_of(probabilities, config.top_k, config.normalize_gates)
+            decisions.append(Decision(adapter, rows, experts, probabilities, gates))
+            # In training all experts stay in the graph, as data-parallel training demands.
+            kept = [True] * len(experts) if request.training else (gates > 0).any(dim=0).tolist()
+            for column, name in enumerate(experts):
+                if kept[column]:
+                    shares[name] += (Share(adapter, rows, gates[:, column]),)
+        return LayerDecision(tuple(decisions), shares)
 
 
 class RoutedLinear(nn.Module, LoraLayer):
     """PEFT's A and B around any linear base module: ``nn.Linear``, GPT-2's ``Conv1D``, quantised layers. Only base(x) is called.
 
-    In inference, ``running`` tells what it runs (inference.py); it is one object for the whole model. Else ``shares`` do, which are
-    there for as long as the module's block runs. ``lora_router`` holds the routers of the adapters whose first expert in the block
-    this is: there PEFT saves, loads, moves, freezes and deletes them with A and B.
+    ``now`` is one object for the whole model; it tells what the module runs. ``lora_router`` holds the routers of the adapters
+    whose first expert in the layer this is: there PEFT saves, loads, moves, freezes and deletes them with A and B.
     """
 
     adapter_layer_names: tuple[str, ...] = (*LoraLayer.adapter_layer_names, "lora_router")
@@ -57,36 +221,45 @@ class RoutedLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.lora_router = nn.ModuleDict()
-        self.running = Running()
-        self.shares: Shares | None = None
+        self.now = RoutingState()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base module's output with the delta of every share added to its rows. One without shares costs nothing more.
+        """What the thread's pass has the module run: its base module, and what is added to some rows.
 
         Raises:
             GatewiseError: the module was run outside its model, or does not see every token of every row.
         """
         if kwargs:
             kwargs.pop("adapter_names", None)
-        run = self.running.runs.get(self)
+        now = self.now
+        run = now.runs.get(self)
         if run is not None:
             return run(x, *args, **kwargs)
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.running.alone or self.disable_adapters:
-            return result
-        if self.shares is None:
-            if not any(name in self.lora_A for name in self.active_adapters):
-                return result
+        if not (now.base_only or self.disable_adapters) and not set(self.active_adapters).isdisjoint(self.lora_A):
             raise GatewiseError("a routed module was run by itself, without gates: run the whole model, which reads the prompt")
-        return self.with_shares(x, result, self.shares.parts, self.shares.batch, self.shares.tokens)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        return result
 
-    def with_shares(self, x: Tensor, result: Tensor, parts: Sequence[Share], batch: int, tokens: int) -> Tensor:
-        """``result`` (b, ..., d_out) with the delta of every part added, one after the other, with its graph."""
+    def with_gradients(self, x: Tensor, *args: Any, shares: Shares, batch: int, tokens: int, **kwargs: Any) -> Tensor:
+        """base(x) and every share, as in training."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        return result if self.disable_adapters else self.add_shares(x, result, shares, batch, tokens)
+
+    def add_shares(self, x: Tensor, result: Tensor, shares: Shares, batch: int, tokens: int) -> Tensor:
+        """``result`` (b, ..., d_out) with the delta of every share added to its rows, one after the other, with its graph.
+
+        Where the model flattens batch and tokens (OPT), x is (b · t, d_in), and the rows are those of their tokens.
+        """
         dtype = result.dtype
-        for share in parts:
-            rows, gate = self._spread(share, x, batch, tokens)
+        for share in shares:
+            rows, gate = share.rows, share.gate
+            if len(x) != batch:
+                self.check_flattened(x, batch, tokens)
+                gate = gate.repeat_interleave(tokens)
+                if rows is not None:
+                    rows = (rows[:, None] * tokens + torch.arange(tokens, device=rows.device)).flatten()
             delta = self.delta(x if rows is None else x[rows], share.adapter, gate)
             result = result.to(torch.result_type(result, delta))  # rounded once, at the end
             result = result + delta if rows is None else result.index_add(0, rows, delta.to(result.dtype))
@@ -119,17 +292,6 @@ class RoutedLinear(nn.Module, LoraLayer):
                 "tokens, such as the experts of a mixture, cannot be routed; leave them out with exclude_modules"
             )
 
-    def _spread(self, share: Share, x: Tensor, batch: int, tokens: int) -> tuple[Tensor | None, Tensor]:
-        """Places along the first dimension of x, and a gate for each: rows, or their tokens where the model flattens the two."""
-        if len(x) == batch:
-            return share.rows, share.gate
-        self.check_flattened(x, batch, tokens)
-        gate = share.gate.repeat_interleave(tokens)
-        if share.rows is None:
-            return None, gate
-        columns = torch.arange(tokens, device=share.rows.device)
-        return (share.rows[:, None] * tokens + columns).flatten(), gate
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: see ``RoutedLoraModel.merge_adapter``."""
         raise GatewiseError(NO_MERGE)
@@ -148,3 +310,64 @@ class RoutedLinear(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "routed." + super().__repr__()
+
+
+class KeptModule:
+    """What a module runs that some row of a request keeps, in inference: the base module and two gathered products.
+
+    The weights are gathered when it first runs. Where A and B are more than two matrices (dropout that is on, hooks), and where
+    gradients are asked for in the middle of the pass after all, it runs as in training.
+    """
+
+    def __init__(self, layer: RoutedLinear, shares: Shares, prepared: PreparedRequest) -> None:
+        self._layer, self._shares, self._gathering = layer, shares, prepared.products
+        self._batch, self._groups = len(prepared.request.prompt), prepared.request.groups
+        self._gathered: Gathered | None = None
+        self._dtype: torch.dtype | None = None
+        self._read: list[WeightSnapshot] = []
+        self._scalings: list[tuple[str, float]] = []
+
+    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """base(x) and what was decided: (b, ..., d_out) from (b, ..., d_in), or both with b · t in front."""
+        layer, batch = self._layer, self._batch
+        result: Tensor = layer.base_layer(x, *args, **kwargs)
+        if layer.disable_adapters:
+            return result
+        rows, ours, is_flat = x, result, len(x) != batch
+        if is_flat:
+            layer.check_flattened(x, batch, layer.now.tokens)
+            rows, ours = x.unflatten(0, (batch, -1)), result.unflatten(0, (batch, -1))
+        if result.dtype != self._dtype:  # at first, and when autocast comes or goes
+            self._gather(rows, ours)
+        if self._gathered is None or torch.is_grad_enabled():
+            return layer.add_shares(x, result, self._shares, batch, layer.now.tokens)
+        total = self._gathered.add(rows, ours)
+        return total.flatten(0, 1) if is_flat else total
+
+    def is_stale(self) -> bool:
+        """Whether weights or scaling are no longer those that were gathered."""
+        scaling = self._layer.scaling
+        return any(one.has_changed() for one in self._read) or any(scaling.get(name) != value for name, value in self._scalings)
+
+    def _gather(self, x: Tensor, result: Tensor) -> None:
+        layer, self._dtype, self._gathered = self._layer, result.dtype, None
+        parts = []
+        self._read, self._scalings = [], []
+        for share in self._shares:
+            first, second = cast(nn.Linear, layer.lora_A[share.adapter]), cast(nn.Linear, layer.lora_B[share.adapter])
+            if not is_plain(layer.lora_dropout[share.adapter], first, second, x):
+                return
+            rows, scaling = self._groups[share.adapter], layer.scaling[share.adapter]
+            # Rows that do not keep the module have a gate of zero: the layout is then the same in every module.
+            everywhere = rows is None or len(rows) == self._batch
+            parts.append(Part(first.weight, second.weight, scaling, None if everywhere else rows, share.gate))
+            self._read += [WeightSnapshot(first), WeightSnapshot(second)]
+            self._scalings.append((share.adapter, scaling))
+        # A hook may have kept what the base module made.
+        self._gathered = self._gathering.gather(parts, result, in_place=not has_forward_hooks(cast(nn.Module, layer.base_layer)))
+
+
+def _without_graph(made: LayerDecision) -> LayerDecision:
+    decisions = tuple(replace(one, probabilities=one.probabilities.detach(), gates=one.gates.detach()) for one in made.decisions)
+    shares = {name: tuple(replace(share, gate=share.gate.detach()) for share in kept) for name, kept in made.shares.items()}
+    return LayerDecision(decisions, shares)

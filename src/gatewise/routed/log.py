@@ -1,7 +1,7 @@
 """Routing statistics in a Trainer's logs.
 
 In a file of its own, because it needs Transformers' Trainer, which imports PEFT: it cannot be there yet when PEFT, being imported
-by it, has our methods added (see gatewise/peft_types.py).
+by it, has our methods added (see _HOMES in internals/registry.py).
 """
 
 from typing import Any

@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.layer_stack import Stack
+from gatewise.internals.call_tracking import Call, by_row
+from gatewise.internals.layer_stack import Stack, models_around
 from gatewise.losses import IGNORED, LossKind, loss_kind
-from gatewise.routed.block import BlockDecision, BlockRouting, install, uninstall
 from gatewise.routed.config import RoutedLoraConfig
-from gatewise.routed.layer import NO_MERGE, RoutedLinear
-from gatewise.routed.request import BASE, Call, Pass, Request, RequestTracker, by_row
+from gatewise.routed.layer import NO_MERGE, LayerDecision, LayerRouting, RoutedLinear
+from gatewise.routed.request import BASE, Request, RequestTracker
 from gatewise.routed.router import Router, balance
 from gatewise.routed.statistics import Routing, RoutingStatistics, routing_of, statistics_of
-from gatewise.serving.direct import places
-from gatewise.serving.head import side_by_side
+from gatewise.serving.products import rows_side_by_side
 
 
 class RoutedLoraModel(LoraModel):
@@ -36,7 +35,8 @@ class RoutedLoraModel(LoraModel):
     its own prompt. The decision holds for the whole row, and for every token that is added with its key-value cache, in
     ``generate`` and in loops of one's own. A cache that already holds tokens brings the decision of the prompt that filled it;
     start with an empty one to route anew. Loops without a cache start a request with every call: run them under
-    ``prompt_positions``. One thread at a time can call the model.
+    ``prompt_positions``. Several threads may call the model at a time: each has its own calls and contexts, and ``routing`` and the
+    like tell of the last call of their thread, or of any if it has made none.
 
     In evaluation mode and without gradients, a module that no row keeps is its base module, and one that is kept adds two products
     for all adapters of the batch, which are gathered once a request, in the precision of the base module's output. A request that
@@ -50,7 +50,7 @@ class RoutedLoraModel(LoraModel):
 
     tuner_layer_cls: type[LoraLayer] = RoutedLinear
     uses_shared_state = True  # PEFT then refuses to put the layers into a model without this tuner, which routes them
-    _blocks: list[BlockRouting]
+    _layers: list[LayerRouting]
     _stack: Stack
     _tracker: RequestTracker
     _enabled: bool
@@ -74,14 +74,13 @@ class RoutedLoraModel(LoraModel):
         self._stack = Stack(model)
 
     def _install(self, model: nn.Module) -> None:
-        first = self._stack.layers[0]
-        around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(inner is first for inner in m.modules())]
-        self._tracker = RequestTracker(around, self._kind, self._routed_adapters, self._finish)
-        self._blocks = [
-            BlockRouting(index, f"{self._stack.path}.{index}", self._tracker) for index in range(len(self._stack.layers))
+        around = models_around(model, self._stack.layers[0])
+        self._tracker = RequestTracker(around, self._kind == "causal", self._routed_adapters, self._finish)
+        self._layers = [
+            LayerRouting(index, f"{self._stack.path}.{index}", self._tracker) for index in range(len(self._stack.layers))
         ]
-        for layer, block in zip(self._stack.layers, self._blocks, strict=True):
-            install(layer, block)
+        for block, layer in zip(self._stack.layers, self._layers, strict=True):
+            layer.install(block)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
@@ -139,8 +138,8 @@ class RoutedLoraModel(LoraModel):
         """The base model as it was, without adapters, hooks or routed layers."""
         model = super().unload()
         self._tracker.remove()
-        for layer in self._stack.layers:
-            uninstall(layer)
+        for block, layer in zip(self._stack.layers, self._layers, strict=True):
+            layer.uninstall(block)
         return model
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -148,9 +147,9 @@ class RoutedLoraModel(LoraModel):
         self._enabled = enabled
 
     def _refresh(self) -> None:
-        self._tracker.adapters_changed(places(self.model, lambda module: isinstance(module, RoutedLinear)))
-        for layer, block in zip(self._stack.layers, self._blocks, strict=True):
-            block.refresh(layer, self.peft_config)
+        self._tracker.adapters_changed()
+        for block, layer in zip(self._stack.layers, self._layers, strict=True):
+            layer.refresh(block, self.peft_config)
 
     # ---- what cannot be done ----
 
@@ -186,7 +185,7 @@ class RoutedLoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Opened by PEFT around ``forward`` and ``generate``: keeps what they were given that the base model does not get."""
+        """Opened by PEFT around ``forward`` and ``generate``: keeps the adapters' names, which the base model does not get."""
         names = kwargs.get("adapter_names")
         with ExitStack() as stack:
             if names is not None:
@@ -194,18 +193,8 @@ class RoutedLoraModel(LoraModel):
                 for module in self.modules():
                     if isinstance(module, AuxiliaryTrainingWrapper):
                         stack.callback(module.register_forward_pre_hook(_names_for(names), with_kwargs=True).remove)
-            given = next(
-                (
-                    x
-                    for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1])
-                    if x is not None
-                ),
-                None,
-            )
-            mask = kwargs.get("attention_mask")
-            width = given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else None
-            stack.enter_context(self._tracker.call(Call(names, width, mask if isinstance(mask, Tensor) else None)))
-            stack.enter_context(side_by_side(self.model))
+            stack.enter_context(self._tracker.call(Call(names)))
+            stack.enter_context(rows_side_by_side(self.model))
             yield
 
     def _check_names(self, names: Sequence[str]) -> None:
@@ -225,7 +214,7 @@ class RoutedLoraModel(LoraModel):
 
         It goes before labels; padding is never part of a prompt. Columns beyond those of ``prompt`` belong to no prompt.
         """
-        return self._tracker.told(prompt)
+        return self._tracker.prompt_positions(prompt)
 
     def _routed_adapters(self) -> list[str]:
         return self.active_adapters if self._enabled else []
@@ -276,16 +265,14 @@ class RoutedLoraModel(LoraModel):
         assert isinstance(config, RoutedLoraConfig)
         return config.balance_weight
 
-    def _last(self) -> tuple[Request, dict[str, BlockDecision]]:
+    def _last(self) -> tuple[Request, dict[str, LayerDecision]]:
         request = self._tracker.last
         if request is None or not request.decided:
             raise GatewiseError("no prompt has been routed yet: call the model, with a routed adapter active, and ask again")
-        return request, {self._blocks[index].path: made for index, made in sorted(request.decided.items())}
+        return request, {self._layers[index].path: made for index, made in sorted(request.decided.items())}
 
-    def _finish(self, done: Pass, arguments: Mapping[str, Any], output: Any) -> Any:
-        if not done.request.training or not done.request.groups:
-            return None
-        if not any(map(self._balance_weight, done.request.groups)):
+    def _finish(self, request: Request, arguments: Mapping[str, Any], output: Any) -> Any:
+        if not request.training or not any(map(self._balance_weight, request.groups)):
             return None
         return with_balance(output, self.balance_loss(), arguments, self._kind)
 

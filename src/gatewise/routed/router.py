@@ -139,9 +139,18 @@ class Router(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = self._pooled(hidden.to(dtype), prompt.to(hidden.device))
-            if (known := centring or self.centring()) is not None:
-                pooled = _centred(pooled, *known)
-            return (self._activated(pooled) @ self.weight.to(dtype).T).softmax(dim=-1)
+            if centring is None and self.center_states:
+                centring = (self.center, self.spread)
+            if centring is not None:
+                # (h - c) / s; before any prompt was observed, or where all were the same, h as it is.
+                center, spread = (one.to(dtype) for one in centring)
+                least = 1e-6 * center.square().mean() + torch.finfo(torch.float32).tiny  # less than that is rounding
+                pooled = torch.where(spread > least, (pooled - center) * torch.rsqrt(torch.maximum(spread, least)), pooled)
+            if self.activation == "rational":
+                pooled = rational(pooled, self.numerator.to(dtype), self.denominator.to(dtype))
+            elif self.activation != "identity":
+                pooled = F.gelu(pooled) if self.activation == "gelu" else F.relu(pooled)
+            return (pooled @ self.weight.to(dtype).T).softmax(dim=-1)
 
     def _pooled(self, hidden: Tensor, prompt: Tensor) -> Tensor:
         outside = ~prompt.unsqueeze(-1)
@@ -159,20 +168,6 @@ class Router(nn.Module):
             return hidden.sum(dim=1) / prompt.sum(dim=1, keepdim=True)
         scores = (hidden @ self.pool.to(hidden.dtype)).masked_fill(~prompt, -torch.inf)
         return (scores.softmax(dim=1).unsqueeze(1) @ hidden).squeeze(1)
-
-    def _activated(self, x: Tensor) -> Tensor:
-        if self.activation == "rational":
-            return rational(x, self.numerator.to(x.dtype), self.denominator.to(x.dtype))
-        if self.activation == "gelu":
-            return F.gelu(x)
-        return F.relu(x) if self.activation == "relu" else x
-
-
-def _centred(pooled: Tensor, center: Tensor, spread: Tensor) -> Tensor:
-    """(h - c) / s; before any prompt was observed, or where all were the same, h as it is."""
-    center, spread = center.to(pooled.dtype), spread.to(pooled.dtype)
-    least = 1e-6 * center.square().mean() + torch.finfo(torch.float32).tiny  # less than that is rounding
-    return torch.where(spread > least, (pooled - center) * torch.rsqrt(torch.maximum(spread, least)), pooled)
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gatewise.routed.block import BlockDecision
+from gatewise.routed.layer import LayerDecision
 from gatewise.routed.request import Request
 from gatewise.routed.router import balance
 
@@ -51,24 +51,25 @@ class RoutingStatistics:
         return logs
 
 
-def routing_of(request: Request, made: Mapping[str, BlockDecision]) -> Routing:
+def routing_of(request: Request, made: Mapping[str, LayerDecision]) -> Routing:
     """A request's decisions, by path of the layer, as one tensor."""
+    batch = len(request.prompt)
     modules = {path: _experts(decision) for path, decision in made.items() if decision.decisions}
-    gates = torch.zeros(request.batch, len(modules), max(map(len, modules.values()), default=0))
+    gates = torch.zeros(batch, len(modules), max(map(len, modules.values()), default=0))
     for index, (path, names) in enumerate(modules.items()):
         for one in made[path].decisions:
-            rows = torch.arange(request.batch) if one.rows is None else one.rows.cpu()
+            rows = torch.arange(batch) if one.rows is None else one.rows.cpu()
             at = torch.tensor([names.index(name) for name in one.experts])
             gates[rows[:, None], index, at] = one.gates.detach().float().cpu()
     return Routing(gates, tuple(modules), tuple(modules.values()))
 
 
-def _experts(made: BlockDecision) -> tuple[str, ...]:
+def _experts(made: LayerDecision) -> tuple[str, ...]:
     """The modules that any of the decisions is about, in the layer's order."""
-    return tuple(name for name in made.parts if any(name in one.experts for one in made.decisions))
+    return tuple(name for name in made.shares if any(name in one.experts for one in made.decisions))
 
 
-def statistics_of(request: Request, made: Mapping[str, BlockDecision]) -> RoutingStatistics:
+def statistics_of(request: Request, made: Mapping[str, LayerDecision]) -> RoutingStatistics:
     """The statistics of a request's decisions, by path of the layer."""
     routing = routing_of(request, made)
     shares = (routing.gates > 0).float().mean(dim=0).tolist()

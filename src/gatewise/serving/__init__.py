@@ -1,7 +1,6 @@
 """Fast decoding of adapters that stay unmerged, in batches whose rows belong to different ones.
 
-products.py the tensors of a request and their products, for any adapter that is A and B; direct.py ways past modules' calls;
-head.py the output head of a frozen model; lora.py plain PEFT LoRA: ``fast_lora``.
+products.py the tensors of a request and their products, for any adapter that is A and B; lora.py plain PEFT LoRA: ``fast_lora``.
 """
 
 from typing import TYPE_CHECKING, Any

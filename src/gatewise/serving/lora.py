@@ -4,24 +4,30 @@ While PEFT's ``generate`` or ``forward`` runs, the LoRA layers have a forward of
 first runs (products.py). Between calls the model is as PEFT made it, so that training, saving and copying know nothing of this, and
 weights that have changed since are read anew. Whatever is not plain LoRA keeps PEFT's own forward, layer by layer.
 
+PEFT tells layers the adapters of a mixed batch through hooks that it puts on them for the time of the call. Here these become the
+calling thread's own: a fast layer's names are read from them, and other layers' hooks are for that thread alone.
+
 Shapes: b batch, d hidden size, r rank.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from threading import RLock
-from typing import Any, cast
+from threading import Lock, get_ident
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gatewise.errors import GatewiseError
-from gatewise.serving.direct import Detours, Places, direct, places
-from gatewise.serving.head import side_by_side
-from gatewise.serving.products import Gathered, Part, Request, is_plain
+from gatewise.internals.call_tracking import ThreadState
+from gatewise.internals.torch_modules import has_forward_hooks, is_plain
+from gatewise.serving.products import Gathered, Part, Request, rows_side_by_side
 
 BASE = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter serves."""
@@ -75,8 +81,8 @@ def fast_lora(model: nn.Module) -> FastLora:
 
     ``model.generate`` and ``model(...)`` then give what PEFT gives, up to rounding: in half precision the adapters are read in the
     precision of the base module's output, where PEFT computes with float32 copies. Adapters may differ in rank, scaling and target
-    modules, and may be added, deleted, trained, activated or disabled at any time; each call reads the weights as they are. Calls
-    from several threads take turns.
+    modules, and may be added, deleted, trained, activated or disabled at any time; each call reads the weights as they are.
+    Several threads may call the model at a time: each has its own calls.
 
     PEFT's own forward runs, with PEFT's own errors, in training mode, where gradients are on (call the model under
     ``torch.no_grad()``; ``generate`` does), while adapters are merged, under ``torch.compile``, and for every module where one of
@@ -105,6 +111,12 @@ def fast_lora(model: nn.Module) -> FastLora:
     return FastLora(calls)
 
 
+class _State(ThreadState):
+    """What a thread is doing with the model: the forwards that layers have in its call, none where PEFT's own run."""
+
+    forwards: Mapping[nn.Module, Forward] = {}
+
+
 class _Calls:
     """Stands in for the context manager that PEFT opens around every ``generate`` and ``forward``.
 
@@ -115,11 +127,12 @@ class _Calls:
     def __init__(self, tuner: LoraModel) -> None:
         self._tuner = tuner
         self._holders = 0
+        self._now = _State()
         self._known: list[str] = []
-        self._running: dict[LoraLayer, Forward] = {}
-        self._places: Places = {}
-        self._detours = Detours({}, {})
-        self._turn = RLock()
+        self._layers: list[nn.Module] = []
+        self._lock = Lock()  # while a call begins or ends, which takes a moment
+        self._open = 0  # calls, of all threads
+        self._changed: set[nn.Module] = set()  # layers with a forward of ours
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tuner": self._tuner}
@@ -146,48 +159,96 @@ class _Calls:
             with theirs:
                 yield
             return
-        with self._turn:
-            outer = self._running
-            self._uninstall()
-            try:
-                with theirs, side_by_side(self._tuner.model):
-                    if not self._tuner.training and kwargs.get("alora_offsets") is None:
-                        self._install(kwargs.get("adapter_names") is not None)
-                    yield
-            finally:
-                self._uninstall()
-                self._put(outer)
+        is_fast = not self._tuner.training and kwargs.get("alora_offsets") is None
+        mixed, outer = kwargs.get("adapter_names") is not None, self._now.forwards
+        with ExitStack() as stack:
+            with self._lock:
+                names: dict[nn.Module, Sequence[str]] = {}
+                if is_fast:
+                    self._find_layers(mixed)
+                if mixed and is_fast:
+                    with self._own_hooks(names, stack):
+                        stack.enter_context(theirs)
+                else:
+                    stack.enter_context(theirs)
+                stack.callback(self._end, outer)
+                self._begin(self._forwards(names if mixed else None) if is_fast else {})
+            stack.enter_context(rows_side_by_side(self._tuner.model))
+            yield
 
-    def _install(self, mixed: bool) -> None:
+    def _find_layers(self, mixed: bool) -> None:
         adapters = list(self._tuner.peft_config)
         # Looking through all modules takes a millisecond; a layer that was missed is PEFT's, which is right for active adapters.
         if mixed or adapters != self._known:
-            self._places = places(self._tuner, _is_linear)
-            self._known = adapters
-        batches: dict[int, _Batch] = {}
-        forwards: dict[LoraLayer, Forward] = {}
-        for layer in cast(Iterable[LoraLayer], self._places):
-            if "forward" in layer.__dict__:
-                continue
-            names = _take_names(layer) if mixed else None
-            if mixed and names is None:
-                continue
-            batch = batches.get(id(names)) or batches.setdefault(id(names), _Batch(names))
-            forwards[layer] = _forward(layer, batch)
-        self._put(forwards)
+            self._layers, self._known = [module for module in self._tuner.modules() if _is_linear(module)], adapters
 
-    def _put(self, forwards: dict[LoraLayer, Forward]) -> None:
-        self._running = forwards
-        self._detours = Detours(self._places, cast(dict[nn.Module, Forward], forwards))
-        self._detours.open()
-        for layer, forward in forwards.items():
-            layer.__dict__["forward"] = forward  # for whoever comes another way
+    @contextmanager
+    def _own_hooks(self, names: dict[nn.Module, Sequence[str]], stack: ExitStack) -> Iterator[None]:
+        """While open, PEFT's hooks with adapter names become the thread's own.
 
-    def _uninstall(self) -> None:
-        self._detours.close()
-        for layer in self._running:
-            layer.__dict__.pop("forward", None)
-        self._running = {}
+        Args:
+            names: receives those of fast layers, which get no hook: it would cost more than the layer's products. The last ones
+                count: PEFT gives an encoder names of its own after the others.
+            stack: takes the other layers' hooks off, also after a call that failed.
+        """
+        fast, thread = {layer for layer in self._layers if self._is_free(layer)}, get_ident()
+
+        def register(module: nn.Module, hook: Any, **settings: Any) -> RemovableHandle:
+            if module in fast:
+                names[module] = hook.keywords["adapter_names"]
+                return RemovableHandle(OrderedDict())
+            handle = type(module).register_forward_pre_hook(module, partial(_in_thread, thread, hook), **settings)
+            stack.callback(handle.remove)
+            return handle
+
+        modules = [module for module in self._tuner.modules() if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper)]
+        for module in modules:
+            module.__dict__["register_forward_pre_hook"] = partial(register, module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.__dict__["register_forward_pre_hook"]
+
+    def _is_free(self, layer: nn.Module) -> bool:
+        """Whether a layer has no forward of somebody else's, such as Accelerate's hooks give it."""
+        return "forward" not in layer.__dict__ or layer in self._changed
+
+    def _forwards(self, names: Mapping[nn.Module, Sequence[str]] | None) -> dict[nn.Module, Forward]:
+        """The forwards of fast layers in one call, by the names of their rows; None: the active adapters serve all rows."""
+        if names is None:
+            batch = _Batch(None)
+            return {layer: _forward(layer, batch) for layer in self._layers if self._is_free(layer)}
+        batches = {id(one): _Batch(one) for one in names.values()}
+        return {layer: _forward(layer, batches[id(one)]) for layer, one in names.items()}
+
+    def _begin(self, forwards: dict[nn.Module, Forward]) -> None:
+        self._now.forwards = forwards
+        self._open += 1
+        for layer in forwards:
+            if "forward" not in layer.__dict__:
+                layer.__dict__["forward"] = partial(self._run, layer)
+                self._changed.add(layer)
+
+    def _end(self, outer: Mapping[nn.Module, Forward]) -> None:
+        with self._lock:
+            self._now.forwards = outer
+            self._open -= 1
+            if not self._open:
+                for layer in self._changed:
+                    layer.__dict__.pop("forward", None)
+                self._changed = set()
+
+    def _run(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward that a layer has while a call of any thread is open."""
+        run = self._now.forwards.get(layer)
+        result: Tensor = type(layer).forward(layer, x, *args, **kwargs) if run is None else run(x, *args, **kwargs)
+        return result
+
+
+def _in_thread(thread: int, hook: Callable[..., Any], *given: Any) -> Any:
+    """What a hook says in the thread whose it is; nothing in others."""
+    return hook(*given) if get_ident() == thread else None
 
 
 class _Batch:
@@ -205,26 +266,21 @@ class _Batch:
 def _forward(layer: Any, batch: _Batch) -> Forward:
     """The forward that a layer has during one call."""
     module: nn.Module = layer.base_layer
-    base = direct(module)
-    theirs = type(layer).forward
-    active = layer.active_adapter if isinstance(layer.active_adapter, str) else list(layer.active_adapter)
+    theirs, before = type(layer).forward, (layer.active_adapters, layer.disable_adapters)
     names, rows = batch.names, None if batch.names is None else len(batch.names)
     parts: list[Part] | None = []
     gathered: Gathered | None = None
     known = False
-    step: Forward | None = None
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        changed = layer._active_adapter != active or layer._disable_adapters or bool(layer.merged_adapters) or layer.training
-        return read(x, *args, changed=changed, **kwargs) if step is None or changed else step(x, *args, **kwargs)
-
-    def read(x: Tensor, *args: Any, changed: bool, **kwargs: Any) -> Tensor:
-        nonlocal parts, gathered, known, step
+        nonlocal parts, gathered, known
         if not known:
             known, parts = True, _parts(layer, batch, x)
         if (
             parts is None
-            or changed
+            or (layer.active_adapters, layer.disable_adapters) != before
+            or bool(layer.merged_adapters)
+            or layer.training
             or (rows is not None and len(x) != rows)
             or args
             or kwargs
@@ -234,13 +290,12 @@ def _forward(layer: Any, batch: _Batch) -> Forward:
             if names is not None:
                 kwargs.setdefault("adapter_names", names)
             return theirs(layer, x, *args, **kwargs)
-        result = base(x)
+        result: Tensor = module(x)
         if not parts:
             return result
         if gathered is None or gathered.dtype != result.dtype:
             # A hook may have kept what the base module made.
-            gathered = batch.request.gather(parts, result, in_place=not module._forward_hooks)
-            step = gathered.step(base, partial(read, changed=False), x.shape)
+            gathered = batch.request.gather(parts, result, in_place=not has_forward_hooks(module))
         return gathered.add(x, result)
 
     return forward
@@ -263,18 +318,3 @@ def _parts(layer: Any, batch: _Batch, x: Tensor) -> list[Part] | None:
 def _is_linear(module: nn.Module) -> bool:
     kind = type(module)
     return isinstance(module, LoraLayer) and kind.__name__ in _LINEAR and kind.__module__.startswith("peft.tuners.lora.")
-
-
-def _take_names(layer: Any) -> Sequence[str] | None:
-    """The rows' adapters from PEFT's hook on a layer, which goes: hooks would cost more than the layer's products."""
-    hooks = {
-        key: hook
-        for key, hook in layer._forward_pre_hooks.items()
-        if isinstance(hook, partial) and "adapter_names" in hook.keywords
-    }
-    names = None
-    for key, hook in hooks.items():
-        names = hook.keywords["adapter_names"]  # the last one counts: PEFT gives an encoder names of its own after the others
-        layer._forward_pre_hooks.pop(key)
-        layer._forward_pre_hooks_with_kwargs.pop(key, None)
-    return names

@@ -1,0 +1,47 @@
+"""What PyTorch's modules and tensors know of themselves under private names: their hooks, and versions of weights.
+
+The names are listed in private_names.py.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a hook of the module's own sees, and may keep, what its ``forward`` has made."""
+    return bool(module._forward_hooks)
+
+
+def is_plain(dropout: nn.Module, first: nn.Module, second: nn.Module, x: Tensor) -> bool:
+    """Whether an adapter's three modules do nothing to x but multiply by two matrices, without hooks that see it."""
+    if any(one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__ for one in (dropout, first, second)):
+        return False
+    if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
+        return False
+    if type(x) is not Tensor:
+        return False
+    return all(
+        type(one) is nn.Linear
+        and one.bias is None
+        and type(one.weight) is nn.Parameter
+        and one.weight.is_floating_point()
+        and one.weight.device == x.device
+        for one in (first, second)
+    )
+
+
+class WeightSnapshot:
+    """A linear module's weight as it is now, to find out later whether it has changed."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._held, self._weight = module._parameters, module.weight
+        self._version = _version(module.weight)
+
+    def has_changed(self) -> bool:
+        """Whether the module has another weight, or something was written into this one, unless through ``.data``."""
+        return self._held["weight"] is not self._weight or _version(self._weight) != self._version
+
+
+def _version(weight: Tensor) -> tuple[int, int | None]:
+    # Tensors made in inference mode count no versions.
+    return weight.data_ptr(), None if torch.is_inference(weight) else weight._version
