@@ -100,6 +100,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert heading in slugs, f"{page.name} links to #{heading} of {linked.name}, which has {', '.join(slugs)}"
 
 
+@by_page
+def test_python_files_exist(page: Path) -> None:
+    """Those that are named with their folder, from the repository or from src/gatewise."""
+    for file in re.findall(r"`([\w.]+/[\w./]+\.py)", page.read_text(encoding="utf-8")):
+        if "NAME" not in file:
+            assert any((start / file).is_file() for start in (ROOT, ROOT / "src/gatewise")), f"{page.name}: there is no {file}"
+
+
 def test_something_was_found() -> None:
     assert sum(len(command_lines(page)) for page in PAGES) > 20
     assert sum(len(blocks(page, "python")) for page in PAGES) > 10
