@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.slots import carries_more_than_ranks, factors, lora_layers
 from gatewise.errors import GatewiseError
+from gatewise.internals.library_attributes import adapters_off
 from gatewise.losses import base_of
 
 
@@ -105,9 +106,7 @@ class GateBank:
                 if path in paths:
                     continue
                 if self.plain and len(layer.active_adapters) == 1:
-                    # The public enable_adapters(False) also changes requires_grad of the parameters.
-                    layer._disable_adapters = True
-                    stack.callback(setattr, layer, "_disable_adapters", False)
+                    stack.enter_context(adapters_off(layer))
                 else:
                     a, _ = factors(layer, self.adapter)
                     self._gates[path] = torch.zeros(len(a), device=a.device)

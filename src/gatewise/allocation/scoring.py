@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
+from gatewise.internals.library_attributes import original_forward
 from gatewise.losses import Batch, loss_kind, microbatches, row_losses
 
 _PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -88,13 +89,14 @@ def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
     half = [(tensor, tensor.dtype) for tensor in _half_precision(model)] if float32 else []
     device = next(model.parameters()).device
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
-    wrapped = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
+    original = original_forward(model)
+    wrapped = model.__dict__.get("forward") if original is not None else None
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=forked), torch.autocast(device.type, enabled=False):
         try:
             model.eval()
-            if wrapped is not None:
-                model.forward = model.__dict__["_original_forward"]
+            if original is not None:
+                model.forward = original
             for tensor, _ in half:
                 tensor.data = tensor.data.float()
             yield

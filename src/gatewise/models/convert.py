@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from gatewise.internals.library_attributes import SAVED_NAMES
 from gatewise.progress import quiet
 
 
@@ -25,7 +26,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **given, **_dequantise_option())
         # A second, plain model holds what is saved: the loaded one still describes itself as quantised.
         settings = loaded.config.to_dict()
-        for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
+        for key in ("quantization_config", *SAVED_NAMES):
             settings.pop(key, None)
         config = type(loaded.config).from_dict(settings)
         with torch.device("meta"):

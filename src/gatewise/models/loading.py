@@ -14,6 +14,7 @@ from transformers import (
 
 from gatewise.adapters.files import CONFIG_FILE, tensor_shapes
 from gatewise.errors import GatewiseError, some
+from gatewise.internals.library_attributes import set_model_name
 from gatewise.models.cache import resolve
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.embedded import EMBEDDED
@@ -102,8 +103,7 @@ def load_model(
     if model.config.pad_token_id is None:  # decoders that classify look for the last token that is no padding
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
-    # PEFT reads the attribute for adapter_config.json and the configuration's for the model card.
-    model.name_or_path = model.config._name_or_path = str(name_or_path)
+    set_model_name(model, str(name_or_path))
     return model.to(place).eval()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import CallState, CallTracker, Text, cache_of, cached_tokens, text_inputs
-from gatewise.internals.transformers_names import attention_implementation
+from gatewise.internals.library_attributes import attention_implementation
 from gatewise.prompts.cache import PromptedCache, prompts_of
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.families import Transformer

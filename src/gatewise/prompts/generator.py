@@ -61,7 +61,7 @@ class PromptGenerator(nn.Module):
 
     def projection(self, name: str) -> Tensor:
         """The matrix "down" (m, d) or "up" (d, m)."""
-        if name in self._parameters:
+        if hasattr(self, name):
             return self.get_parameter(name)
         return kronecker_sum(self.get_parameter(f"{name}_a"), self.get_parameter(f"{name}_b"))
 

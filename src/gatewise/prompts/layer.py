@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
+from gatewise.internals.library_attributes import execution_device
 from gatewise.prompts.cache import prompts_arriving
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.forward import PassTracker, PromptPass
@@ -175,9 +176,7 @@ def _device_of(block: nn.Module) -> torch.device | None:
     device = next(block.parameters()).device
     if device.type != "meta":
         return device
-    devices = [getattr(getattr(module, "_hf_hook", None), "execution_device", None) for module in block.modules()]
-    runs_on = next((one for one in devices if one is not None), None)
-    return None if runs_on is None else torch.device(runs_on)
+    return next((runs_on for runs_on in map(execution_device, block.modules()) if runs_on is not None), None)
 
 
 def mixed(propagated: Tensor | None, new: Tensor, gate: Tensor | None, tau: float, balanced: bool) -> Tensor:

@@ -208,7 +208,7 @@ class FiniteGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        norms = torch.stack([norm.to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
+        norms = torch.stack([torch.linalg.vector_norm(one).to(gradients[0].device) for one in gradients])
         if not bool(torch.isfinite(norms).all()):
             what = f"the gradient is not finite at step {state.global_step + 1}"
             stop_diverged(Path(args.output_dir or ""), state.global_step, what)

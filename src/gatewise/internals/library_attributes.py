@@ -1,0 +1,45 @@
+"""What PEFT, Transformers and Accelerate keep in attributes with private names, behind plain functions.
+
+The names are listed in private_names.py.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+SAVED_NAMES = ("_model_name_or_path", "_name_or_path")
+"""Under which a configuration of Transformers, as a dictionary, has the name that its model was loaded by."""
+
+
+def attention_implementation(model: Any) -> str:
+    """Which attention a Transformers model runs: "sdpa", "eager" or another."""
+    return str(model.config._attn_implementation)
+
+
+def set_model_name(model: Any, name: str) -> None:
+    """Gives a model the name of its base: PEFT writes one attribute to adapter_config.json and the other to the model card."""
+    model.name_or_path = model.config._name_or_path = name
+
+
+@contextmanager
+def adapters_off(layer: Any) -> Iterator[None]:
+    """While open, an adapter layer of PEFT is its base module. The public switch also changes which parameters are trained."""
+    layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        layer._disable_adapters = False
+
+
+def execution_device(module: Any) -> torch.device | None:
+    """Where Accelerate's hook brings a module's tensors when it runs; None without one."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)
+
+
+def original_forward(model: Any) -> Callable[..., Any] | None:
+    """A model's forward without the autocast that Accelerate put into it; None where it put none."""
+    kept: Callable[..., Any] | None = model.__dict__.get("_original_forward")
+    return kept

@@ -1,0 +1,163 @@
+"""Every name of PyTorch, PEFT, Transformers and Accelerate that begins with an underscore and that gatewise relies on.
+
+Libraries may change such names in any version. ``tests/internals/test_private_names.py`` looks each of them up in the versions
+that are installed, and says in a sentence which one has gone and who relied on it. It also fails when the source comes to use one
+that is not listed here.
+
+Read in torch 2.13, peft 0.21, transformers 5.24 and accelerate 1.15. Names that a subclass must override, or calls on itself, are
+used where the subclass is; all others only in this folder.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """One name.
+
+    Args:
+        owner: what has it, as "module:name".
+        name: it.
+        why: what gatewise relies on it for.
+        parameters: of a method, those that gatewise counts on, in order; None for an attribute.
+        files: where it is used under src/gatewise, outside of this folder.
+    """
+
+    owner: str
+    name: str
+    why: str
+    parameters: tuple[str, ...] | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def library(self) -> str:
+        """The name of the package."""
+        return self.owner.partition(":")[0].partition(".")[0]
+
+
+_TUNER, _LORA = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.lora:LoraModel"
+_LAYER, _TRAINER = "peft.tuners.tuners_utils:BaseTunerLayer", "transformers:Trainer"
+_BOTH_TUNERS = ("routed/model.py", "prompts/model.py")
+_MODULE = "torch.nn:Module"
+
+PRIVATE_NAMES = (
+    # PyTorch
+    PrivateName(_MODULE, "_forward_hooks", "finds hooks that see what a module makes"),
+    PrivateName(_MODULE, "_forward_pre_hooks", "finds hooks that change what A and B are given"),
+    PrivateName(_MODULE, "_parameters", "finds out that a module was given another weight"),
+    PrivateName("torch:Tensor", "_version", "finds out that a weight was written into"),
+    PrivateName(
+        _MODULE, "_load_from_state_dict", "has a router look again at how many prompts it has seen", (), ("routed/router.py",)
+    ),
+    # PEFT: what tuners override
+    PrivateName(
+        _TUNER,
+        "_pre_injection_hook",
+        "looks at the base model before it is changed",
+        ("model", "config", "adapter_name"),
+        _BOTH_TUNERS,
+    ),
+    PrivateName(
+        _TUNER,
+        "_create_and_replace",
+        "puts prompt generators at layers",
+        ("peft_config", "adapter_name", "target", "target_name", "parent", "current_key"),
+        ("prompts/model.py",),
+    ),
+    PrivateName(
+        _LORA,
+        "_create_and_replace",
+        "puts routers at the first module of a layer",
+        ("lora_config", "adapter_name", "target", "target_name", "parent", "current_key"),
+        ("routed/model.py",),
+    ),
+    PrivateName(
+        _LORA, "_create_new_module", "makes routed modules", ("lora_config", "adapter_name", "target"), ("routed/model.py",)
+    ),
+    PrivateName(
+        _TUNER, "_prepare_adapter_config", "names the layers with prompts", ("peft_config", "model_config"), ("prompts/model.py",)
+    ),
+    PrivateName(
+        _TUNER,
+        "_replace_module",
+        "saved modules without a weight",
+        ("parent", "child_name", "new_module", "child"),
+        ("prompts/model.py",),
+    ),
+    PrivateName(_TUNER, "_enable_adapter_layers", "learns that adapters are switched off", ("enabled",), _BOTH_TUNERS),
+    PrivateName(_TUNER, "_get_adapter_state_dict", "refuses to save what was unloaded", ("model",), ("prompts/model.py",)),
+    PrivateName(_TUNER, "_convert_state_dict_for_initial_model", "refuses to become plain LoRA", (), ("routed/model.py",)),
+    PrivateName(
+        _LORA,
+        "_enable_peft_forward_hooks",
+        "learns what forward and generate were called with",
+        (),
+        (*_BOTH_TUNERS, "serving/lora.py"),
+    ),
+    # PEFT: adapter layers
+    PrivateName(_LAYER, "_disable_adapters", "switches a layer off without changing what is trained"),
+    PrivateName(_LAYER, "_active_adapter", "names the adapter that a new layer begins with", None, ("routed/layer.py",)),
+    PrivateName(_LAYER, "_cast_input_dtype", "gives A its own precision", ("x", "dtype"), ("routed/layer.py",)),
+    PrivateName(
+        _LAYER,
+        "_move_adapter_to_device_of_base_layer",
+        "keeps the precision of routers and generators",
+        ("adapter_name", "device"),
+        ("routed/layer.py", "routed/model.py", "prompts/layer.py"),
+    ),
+    # Transformers
+    PrivateName("transformers:PretrainedConfig", "_attn_implementation", "refuses attention whose masks prompts do not make"),
+    PrivateName("transformers:PretrainedConfig", "_name_or_path", "has the model card name the base model"),
+    PrivateName(
+        _TRAINER, "_save_checkpoint", "says in a sentence that a checkpoint could not be written", (), ("runs/trainer.py",)
+    ),
+    PrivateName(_TRAINER, "_save", "saves the adapter alone", ("output_dir", "state_dict"), ("runs/trainer.py",)),
+    PrivateName(
+        _TRAINER,
+        "_load_from_checkpoint",
+        "goes on with a checkpoint's adapter",
+        ("resume_from_checkpoint", "model"),
+        ("runs/trainer.py", "prompts/darts.py"),
+    ),
+    PrivateName(
+        _TRAINER,
+        "_save_optimizer_and_scheduler",
+        "keeps the upper level and the gates in checkpoints",
+        ("output_dir",),
+        ("bilevel/trainer.py", "prompts/darts.py"),
+    ),
+    PrivateName(
+        _TRAINER,
+        "_load_optimizer_and_scheduler",
+        "takes them up again",
+        ("checkpoint",),
+        ("bilevel/trainer.py", "prompts/darts.py"),
+    ),
+    PrivateName(_TRAINER, "_load_rng_state", "takes up the random state of a search", ("checkpoint",), ("prompts/darts.py",)),
+    PrivateName(
+        _TRAINER,
+        "_prepare_inputs",
+        "brings batches to the device",
+        ("inputs",),
+        ("bilevel/trainer.py", "prompts/darts.py", "runs/trainer.py"),
+    ),
+    PrivateName(
+        _TRAINER,
+        "_remove_unused_columns",
+        "leaves out columns that the model does not take",
+        ("dataset", "description"),
+        ("bilevel/trainer.py",),
+    ),
+    PrivateName(
+        _TRAINER,
+        "_get_collator_with_removed_columns",
+        "the same for rows that are no data set",
+        ("data_collator", "description"),
+        ("bilevel/trainer.py",),
+    ),
+    PrivateName(_TRAINER, "_train_batch_size", "rows of a batch, after the Trainer found what fits", None, ("runs/trainer.py",)),
+    # Accelerate
+    PrivateName("accelerate.hooks:add_hook_to_module", "_hf_hook", "finds the device of layers that are offloaded"),
+    PrivateName("accelerate.hooks:add_hook_to_module", "_old_forward", "exchanges the forward that a hook keeps"),
+    PrivateName("accelerate:Accelerator", "_original_forward", "scores without the autocast that Accelerate put around a model"),
+)

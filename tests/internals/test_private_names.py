@@ -1,0 +1,191 @@
+"""Private names of libraries: each is there as it was read, none is used that is not listed, and none is listed in vain."""
+
+import ast
+import inspect
+import re
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny_models import tiny_base
+from torch import nn
+
+import gatewise
+from gatewise.internals.library_attributes import adapters_off, attention_implementation, execution_device, set_model_name
+from gatewise.internals.private_names import PRIVATE_NAMES, PrivateName
+
+SOURCE = Path(gatewise.__file__).parent
+PRIVATE = re.compile(r"_[a-z]\w*(?<!__)")
+LIBRARIES = {"torch", "peft", "transformers", "accelerate"}
+LISTED = {one.name for one in PRIVATE_NAMES}
+ATTRIBUTES = {"getattr", "setattr", "hasattr", "delattr"}
+# Python's own: the enum that our methods join, named tuples, and streams.
+OF_PYTHON = {"_replace", "_name_", "_value_", "_sort_order_", "_member_names_", "_member_map_", "_value2member_map_"}
+# Attributes that gatewise itself puts on objects of others.
+ON_OTHERS = {"_gatewise_request", "_adapters_allocated"}
+
+
+def fault_of(one: PrivateName) -> str | None:
+    """What the installed library has changed about a name, in a sentence; None for nothing."""
+    module, _, owner_name = one.owner.partition(":")
+    end = f"which gatewise relies on in {', '.join(one.files) or 'internals'} ({one.why}): see gatewise/internals/private_names.py"
+    installed = f"{one.library} {version(one.library)}"
+    owner: Any = getattr(import_module(module), owner_name, None)
+    if owner is None:
+        return f"{installed} has no {owner_name} any more, whose {one.name} is one of the names {end}"
+    if one.parameters is None:
+        # Attributes of objects are not to be seen on the class, but where it sets them.
+        there = hasattr(owner, one.name) or bool(re.search(rf"\.{one.name}\b", inspect.getsource(owner)))
+        return None if there else f"{installed} has no {owner_name}.{one.name} any more, {end}"
+    method = getattr(owner, one.name, None)
+    if method is None:
+        return f"{installed} has no {owner_name}.{one.name} any more, {end}"
+    signature = inspect.signature(method)
+    names = tuple(name for name in signature.parameters if name != "self")
+    if names[: len(one.parameters)] != one.parameters:
+        return f"{installed} has {owner_name}.{one.name}{signature}, no longer with {', '.join(one.parameters)} first, {end}"
+    return None
+
+
+@pytest.mark.parametrize("one", PRIVATE_NAMES, ids=lambda one: f"{one.owner.partition(':')[2]}.{one.name}")
+def test_the_library_has_it_as_it_was_read(one):
+    fault = fault_of(one)
+    assert fault is None, fault
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"name": "_gone"}, r"^peft [\d.]+ has no LoraModel\._gone any more, which gatewise relies on in routed/model.py \("),
+        ({"name": "_gone", "parameters": None}, r"has no LoraModel\._gone any more, .*see gatewise/internals/private_names.py$"),
+        ({"parameters": ("target",)}, r"has LoraModel\._create_new_module\(lora_config, .* no longer with target first"),
+        ({"owner": "peft:NoTuner"}, r"^peft [\d.]+ has no NoTuner any more, whose _create_new_module is"),
+    ],
+)
+def test_a_change_is_told_in_a_sentence(change, expected):
+    one = next(one for one in PRIVATE_NAMES if one.name == "_create_new_module")
+    assert re.search(expected, fault_of(replace(one, **change)) or "")
+
+
+def parsed() -> dict[str, ast.Module]:
+    return {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def uses(tree: ast.Module) -> set[str]:
+    """Private names that a file asks objects for, imports or defines, and listed ones that it has as text."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in LISTED:
+            found.add(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ATTRIBUTES:
+            found |= {one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+        elif isinstance(node, ast.ClassDef):
+            found |= {one.name for one in node.body if isinstance(one, ast.FunctionDef)}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in LIBRARIES:
+            found |= {alias.name for alias in node.names} | set((node.module or "").split("."))
+    return {name for name in found if PRIVATE.fullmatch(name)}
+
+
+def own_names(trees: dict[str, ast.Module]) -> set[str]:
+    """Private names that gatewise itself gives to functions, classes, variables and attributes of ``self``."""
+    own: set[str] = set()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                own.add(node.attr)
+    return own
+
+
+def test_no_other_private_name_is_used():
+    """Names of libraries outside of internals stand in the table, with their file; all others are gatewise's own."""
+    trees = parsed()
+    own = own_names(trees)
+    for file, tree in trees.items():
+        if file == "internals/private_names.py":
+            continue
+        found = uses(tree)
+        unknown = sorted(found - own - LISTED - OF_PYTHON - ON_OTHERS)
+        assert not unknown, f"{file} uses {', '.join(unknown)}, which is neither gatewise's nor listed in private_names.py"
+        if not file.startswith("internals/"):
+            allowed = {one.name for one in PRIVATE_NAMES if file in one.files}
+            outside = sorted((found & LISTED) - allowed - shared_with_gatewise(file))
+            assert not outside, f"{file} uses {', '.join(outside)} of a library: move it to internals, or list the file"
+
+
+def shared_with_gatewise(file: str) -> set[str]:
+    """Names that gatewise happens to use too, for things of its own."""
+    return {"_version"} if file == "routed/request.py" else set()
+
+
+def test_nothing_is_listed_in_vain():
+    trees = parsed()
+    for one in PRIVATE_NAMES:
+        for file in one.files:
+            assert one.name in uses(trees[file]), f"{file} does not use {one.name} any more"
+        if not one.files:
+            inside = [
+                tree for file, tree in trees.items() if file.startswith("internals/") and file != "internals/private_names.py"
+            ]
+            assert any(one.name in uses(tree) for tree in inside), f"{one.name} is not used any more"
+
+
+def test_private_methods_that_subclasses_override_are_listed():
+    """Also where the name of gatewise's method is in no file of the library: looked up in the classes themselves."""
+    listed = {(one.name, file) for one in PRIVATE_NAMES for file in one.files}
+    seen = 0
+    for file in parsed():
+        if file.endswith("__main__.py") or not (file.startswith(("routed", "prompts", "bilevel", "serving", "runs", "allocation"))):
+            continue
+        module = import_module(f"gatewise.{file.removesuffix('.py').replace('/', '.').removesuffix('.__init__')}")
+        for kind in vars(module).values():
+            if not isinstance(kind, type) or kind.__module__ != module.__name__:
+                continue
+            theirs = [base for base in kind.__mro__ if base.__module__.partition(".")[0] in LIBRARIES]
+            for name in vars(kind):
+                if PRIVATE.fullmatch(name) and not name.startswith("_abc") and any(name in vars(base) for base in theirs):
+                    seen += 1
+                    assert (name, file) in listed, f"{kind.__name__} in {file} overrides {name} of a library: list it"
+    assert seen > 10
+
+
+# ---- what is relied on beyond a name ----
+
+
+def test_an_adapter_layer_is_switched_off_and_nothing_else():
+    model = get_peft_model(tiny_base("llama"), LoraConfig(target_modules=["q_proj"]))
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    trained = [parameter.requires_grad for parameter in layer.parameters()]
+    with adapters_off(layer):
+        assert layer.disable_adapters
+        assert [parameter.requires_grad for parameter in layer.parameters()] == trained
+    assert not layer.disable_adapters
+
+
+def test_peft_puts_a_hook_with_the_names_on_every_layer():
+    """``fast_lora`` reads them from the hook as it is registered."""
+    model = get_peft_model(tiny_base("llama"), LoraConfig(target_modules=["q_proj"])).eval()
+    layer, seen = next(module for module in model.modules() if isinstance(module, LoraLayer)), []
+    layer.__dict__["register_forward_pre_hook"] = lambda hook, **settings: (
+        seen.append((hook.keywords["adapter_names"], settings)) or nn.Module.register_forward_pre_hook(layer, hook, **settings)
+    )
+    with model.base_model._enable_peft_forward_hooks(adapter_names=["default", "__base__"]):
+        assert seen == [(["default", "__base__"], {"with_kwargs": True})]
+
+
+def test_attributes_of_models():
+    model = tiny_base("llama")
+    set_model_name(model, "somebody/a-model")
+    assert (model.name_or_path, model.config._name_or_path) == ("somebody/a-model", "somebody/a-model")
+    assert attention_implementation(model) in ("sdpa", "eager")
+    assert execution_device(model) is None
