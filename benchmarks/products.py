@@ -1,4 +1,4 @@
-"""What the products of unmerged adapters cost on a CPU, and in what form they cost least: why gatewise/fast computes as it does.
+"""What the products of unmerged adapters cost on a CPU, and in what form they cost least: why gatewise.serving computes as it does.
 
 The 210 linear modules of SmolLM2-135M with random weights run one after the other in bfloat16, and after each the products of an
 adapter (r = 8) or of eight in the forms that were tried. Microseconds a module are what that adds to the base modules alone: so
