@@ -186,3 +186,29 @@ def tensors_of(data, folder):
     tensors = load_file(path)
     path.unlink()
     return tensors
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("source", ["model", "folder"])
+def test_biases_of_a_module_without_a_rank_come_along(adapted, batch, tmp_path, bias, source):
+    model, data = adapted("gpt2", bias=bias, fan_in_fan_out=True), batch("gpt2")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    for path, layer in slots.lora_layers(model).items():
+        if path.endswith("c_attn"):
+            slots.prune(layer, "default", [0, 1, 2])
+    expected = output(model, data)
+    model.save_pretrained(tmp_path / "saved")
+    out = to_lora(model if source == "model" else tmp_path / "saved", tmp_path / "out")
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_base("gpt2"), out)
+    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_was_taken_out_of_the_base_is_refused(adapted, tmp_path, start):
+    adapted(init_lora_weights=start, trained=False).save_pretrained(tmp_path / "saved")
+    with pytest.raises(GatewiseError, match=f"init_lora_weights '{start}', for which PEFT changes the base model by the rank"):
+        to_lora(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -110,7 +110,10 @@ def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert len(set(slots.ranks(model).values())) == 1 or config["rank_pattern"]
     assert json.loads((tmp_path / "adapter" / "allocation.json").read_text())["rounds"][2]["round"] == 3
-    if peft.get("init_lora_weights") != "olora":  # which rewrites the base weights: not for a fresh copy of them
+    if peft.get("init_lora_weights") == "olora":  # which rewrites the base weights: the adapter fits these, not a fresh copy
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path / "adapter")
+        torch.testing.assert_close(logits(loaded, examples(family)), expected, rtol=1e-5, atol=1e-5)
+    else:
         loaded = PeftModel.from_pretrained(conftest_base(family), tmp_path / "adapter")
         assert {p: layer.scaling["default"] for p, layer in slots.lora_layers(loaded).items()} == pytest.approx(
             dict.fromkeys(slots.ranks(model), 6 / 3**0.5 if peft.get("use_rslora") else 2.0)
@@ -246,6 +249,24 @@ def test_a_score_of_ones_own(run):
     assert len(allocation.history) == 3
 
 
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_score_of_ones_own_for_other_ranks_than_the_live_ones_is_refused(run, count):
+    def wrong(model, batch, adapter=None):
+        return {path: torch.rand(count) for path in slots.lora_layers(model, adapter)}
+
+    with pytest.raises(
+        GatewiseError, match=rf"'wrong' gave .*q_proj numbers of shape \({count},\), expected one .* its 3 live ranks"
+    ):
+        run(allocation={"score": wrong})
+
+
+def test_a_score_of_ones_own_may_give_lists(run):
+    def same(model, batch, adapter=None):
+        return {path: [0.5] * len(slots.live_slots(layer, adapter)) for path, layer in slots.lora_layers(model, adapter).items()}
+
+    assert len(run(allocation={"score": same})[1].history) == 3
+
+
 def test_cubic_budget_ends_at_its_target(run, caplog):
     """42 ranks down to 28 in three rounds, nothing grown, and stock LoRA's width until the first."""
     settings = {"score": "path_integral", "schedule": "cubic", "target_rank": 2}
@@ -328,6 +349,7 @@ def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
         ({"schedule": "cubic"}, "needs target_rank"),
         ({"schedule": "cubic", "target_rank": 3}, "target_rank is 3 a module, 42 ranks in all, but the adapter starts with 42"),
         ({"schedule": "cubic", "target_rank": 2, "r_max": 4}, "r_max is 4, but schedule 'cubic' grows no ranks"),
+        ({"schedule": "cubic", "target_rank": 1, "min_rank": 2}, "14 ranks in all, but min_rank, DoRA or a LoRA bias keep 28"),
         ({"target_rank": 2}, "target_rank is 2, but schedule 'constant-budget' keeps the budget"),
         ({"smoothing": 1.0}, "smoothing is 1.0"),
         ({"grace_rounds": -1}, "grace_rounds is -1"),
@@ -514,3 +536,12 @@ def test_two_callbacks_in_one_trainer_keep_their_histories(adapted, examples, tm
 def test_two_callbacks_for_one_adapter_are_refused(run, batch):
     with pytest.raises(GatewiseError, match="two RankAllocations in one Trainer move the ranks of adapter 'default'"):
         run(callbacks=[RankAllocation(score="taylor", validation_batch=batch())])
+
+
+def test_cubic_without_rounds_needs_a_batch_too(adapted, examples, tmp_path):
+    """All of the pruning is done at the end of training, which must not be lost for want of a batch."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    allocation = RankAllocation(schedule="cubic", target_rank=2, rounds=0)
+    trainer = Trainer(model=adapted(), args=arguments, train_dataset=examples(), callbacks=[allocation])
+    with pytest.raises(GatewiseError, match="needs validation_batch"):
+        trainer.train()

@@ -234,6 +234,15 @@ def test_a_schedule_free_optimiser_does_not_shrink_a_grown_row(trained):
     assert (parameters[0][4] == 0).all()
 
 
+def test_a_schedule_free_optimiser_of_half_precision_weights(trained):
+    """A round converts the weights to float32, and not what the optimiser keeps."""
+    layer, optimizer = trained(ScheduleFree, {})
+    a, _ = slots.factors(layer, "default")
+    optimizer.state[a]["z"] = optimizer.state[a]["z"].bfloat16()
+    grown = slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    assert torch.equal(optimizer.state[a]["z"][grown], a[grown].bfloat16())
+
+
 def young_of(layer, at):
     young = YoungSlots()
     young.follow({PATH: slots.factors(layer, "default")}, [SimpleNamespace(step=at, pruned={}, grown={PATH: [1]})])

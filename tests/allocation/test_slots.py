@@ -121,6 +121,34 @@ def test_compacted_loads_in_stock_peft(adapted, batch, tmp_path, family, setting
     torch.testing.assert_close(output(merged, data), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_module_without_ranks_keeps_its_trained_bias(adapted, batch, tmp_path):
+    model, data = adapted("gpt2", bias="lora_only", fan_in_fan_out=True), batch("gpt2")
+    layers = slots.lora_layers(model)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.base_layer.bias)
+    slots.prune(next(iter(layers.values())), "default", [0, 1, 2])
+    expected = output(model, data)
+    slots.compact(model)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_base("gpt2"), tmp_path)
+    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_taken_out_of_the_base_fits_that_base_when_its_ranks_have_moved(adapted, batch, tmp_path, caplog, start):
+    """PEFT would take other ranks out of the base weights once more when it loads the adapter."""
+    model, data = adapted(init_lora_weights=start, trained=False), batch()
+    slots.widen(model, 5)
+    assert "changed the base weights" in caplog.text
+    slots.prune(next(iter(slots.lora_layers(model).values())), "default", [0])
+    expected = output(model, data)
+    slots.compact(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
+    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_pattern_keys_match_one_module_only(adapted, tmp_path):
     """Layer 1 must not catch layer 11, and the dot of a path is no wildcard."""
     from transformers import LlamaConfig, LlamaForCausalLM

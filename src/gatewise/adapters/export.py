@@ -24,7 +24,7 @@ from gatewise.adapters.files import (
     read_config,
     read_lora,
 )
-from gatewise.adapters.lora import active_adapter, rank_settings
+from gatewise.adapters.lora import active_adapter, rank_settings, takes_out_of_base
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_folder, write_json
 
@@ -58,7 +58,7 @@ def to_lora(
     with _folder_of(model_or_dir, adapter) as folder:
         _check_plain_lora(folder)
         file = read_lora(folder)
-        modules = [compacted for module in file.modules if (compacted := _compact(module)) is not None]
+        modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
         if not modules:
             raise GatewiseError(f"{model_or_dir if not isinstance(model_or_dir, PeftModel) else 'the adapter'} has no live rank")
         if padded:
@@ -103,13 +103,20 @@ def _check_plain_lora(folder: Path) -> None:
             "the adapter adapts stacked experts (target_parameters), whose factors hold many experts at once: "
             "it can be loaded as it is, but not exported at other ranks"
         )
+    if takes_out_of_base(config.get("init_lora_weights")):
+        raise GatewiseError(
+            f"the adapter has init_lora_weights {config['init_lora_weights']!r}, for which PEFT changes the base model by the rank "
+            "when it loads it: at other ranks it would be wrong. Convert it first: save_pretrained with "
+            "path_initial_model_for_weight_conversion"
+        )
 
 
-def _compact(module: LoraModule) -> LoraModule | None:
+def _compact(module: LoraModule, file: LoraAdapter) -> LoraModule | None:
     """The module at its true rank, or None if nothing of it is left."""
+    base_layer = module.keys[0].rpartition(".lora_")[0] + ".base_layer."  # its bias, with bias="all" or "lora_only"
     live = module.live().any(dim=0).nonzero().flatten()  # a slot stays if any group of a grouped convolution uses it
     if not len(live):
-        if not module.others:
+        if not module.others and not any(name.startswith(base_layer) for name in file.others):
             return None
         live = torch.zeros(1, dtype=torch.long)  # a magnitude or bias needs its module: keep one slot, which is zero
     return replace(module, a=_blocks(module)[:, live].flatten(0, 1), b=module.b[:, live])

@@ -30,6 +30,14 @@ def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
     return str(name)
 
 
+def takes_out_of_base(init_lora_weights: object) -> bool:
+    """Whether PEFT takes this start of A and B out of the base weights, by the rank, each time it makes or loads an adapter.
+
+    PiSSA, OLoRA and CorDA do. At another rank such an adapter would not find the base weights that it was trained on.
+    """
+    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora", "corda"))
+
+
 def rank_settings(rank: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, Any]:
     """The four ``LoraConfig`` entries that describe these ranks and scalings: r, lora_alpha, rank_pattern, alpha_pattern.
 

@@ -91,7 +91,7 @@ def run_round(
         capacity: path -> slots.
 
     Raises:
-        GatewiseError: a loss or a score that is not a finite number, or scores of other modules than the adapter's.
+        GatewiseError: a loss or a score that is not a finite number, or scores of other modules or ranks than the live ones.
     """
     began = time.perf_counter()
     layers = slots.lora_layers(model, adapter)
@@ -110,7 +110,7 @@ def run_round(
         options = dict(rules.score_options)
         if "prune" in inspect.signature(rules.score).parameters:
             options.setdefault("prune", count)
-        scores = _agreed(rules.score(model, batch, adapter=adapter, **options), layers, rules.score_name)
+        scores = _agreed(rules.score(model, batch, adapter=adapter, **options), layers, live, rules.score_name)
         try:
             plan = plan_round(
                 smoothed(history, live, scores, rules.smoothing),
@@ -144,7 +144,7 @@ def run_round(
     )
 
 
-def _agreed(scores: Scores, layers: Mapping[str, Any], score: str) -> dict[str, list[float]]:
+def _agreed(scores: Scores, layers: Mapping[str, Any], live: Mapping[str, list[int]], score: str) -> dict[str, list[float]]:
     """Scores in module order, the mean over all processes, so that every process takes the same decision.
 
     They are rounded as they are stored, so that a resumed run smooths the same numbers.
@@ -153,7 +153,13 @@ def _agreed(scores: Scores, layers: Mapping[str, Any], score: str) -> dict[str, 
         raise GatewiseError(
             f"score {score!r} named {len(scores)} modules, expected one entry for each of {len(layers)} LoRA layers"
         )
-    values: list[Tensor] = [scores[path] for path in layers]
+    values: list[Tensor] = [torch.as_tensor(scores[path]) for path in layers]  # a score of the user's own may give lists
+    for path, value in zip(layers, values, strict=True):
+        if value.shape != (len(live[path]),):
+            raise GatewiseError(
+                f"score {score!r} gave {path} numbers of shape {tuple(value.shape)}, expected one for each of its "
+                f"{len(live[path])} live ranks: gatewise.allocation.slots.live_slots(layer, adapter) has their places"
+            )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # On the device of the factors, where the processes' backend can reduce it.
         flat = torch.cat(values).to(next(next(iter(layers.values())).parameters()).device)

@@ -167,6 +167,12 @@ class RankAllocation(TrainerCallback, ExportableState):
                     f"target_rank is {self.target_rank} a module, {self.target} ranks in all, but the adapter starts with "
                     f"{self.budget}: schedule 'cubic' comes down, so start with a larger r or give a smaller target_rank"
                 )
+            least = self._least_ranks(model, start)
+            if self.target < least:
+                raise GatewiseError(
+                    f"target_rank is {self.target_rank} a module, {self.target} ranks in all, but min_rank, DoRA or a LoRA bias "
+                    f"keep {least}: give a larger target_rank or a smaller min_rank"
+                )
         # A budget that only comes down needs no room to grow.
         room = self.r_max if self.schedule == "constant-budget" else start
         self._capacity = slots.widen(model, room, self._adapter)
@@ -182,7 +188,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         if self._compacted:
             raise GatewiseError("this RankAllocation has finished and compacted its adapter: make a new Trainer and a new callback")
         batches = [] if self.validation_batch is None else as_batches(self.validation_batch)
-        if self.rounds and (not batches or any("labels" not in batch for batch in batches)):
+        if (self.rounds or self.schedule == "cubic") and (not batches or any("labels" not in batch for batch in batches)):
             raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
         layers = slots.lora_layers(kwargs["model"], self._adapter)
         if {path: len(slots.factors(layer, self._name)[0]) for path, layer in layers.items()} != self._capacity:
@@ -323,6 +329,13 @@ class RankAllocation(TrainerCallback, ExportableState):
         )  # fmt: skip
         if self.on_round:
             self.on_round(done)
+
+    def _least_ranks(self, model: PeftModel, start: Mapping[str, int]) -> int:
+        """The ranks that no round can prune."""
+        layers = slots.lora_layers(model, self._adapter)
+        keeps_one = any(slots.carries_more_than_ranks(layer, self._name) for layer in layers.values())
+        floor = max(self.rules.min_rank, int(keeps_one))
+        return sum(min(rank, floor) for rank in start.values())
 
     @property
     def _subfolder(self) -> str:

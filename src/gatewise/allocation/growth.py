@@ -68,7 +68,7 @@ def start(factors: Factors, grown: Tensor, live: Tensor, optimizer: Optimizer | 
     for dim, parameter, factored in zip(_SLOTS, factors, _FACTORED_SQUARES, strict=True):
         state = optimizer.state.get(parameter, {})
         if "z" in state:  # schedule-free optimisers: a second copy of the weights, which the parameter is drawn towards
-            state["z"].index_copy_(dim, grown, parameter.detach().index_select(dim, grown))
+            state["z"].index_copy_(dim, grown, parameter.detach().index_select(dim, grown).to(state["z"].dtype))
         squares = {key: along for key, along in (dict.fromkeys(_SQUARES, dim) | factored).items() if key in state}
         if not squares or _update_rule(optimizer):
             continue

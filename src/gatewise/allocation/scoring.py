@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
 from gatewise.internals.library_attributes import original_forward
-from gatewise.losses import Batch, loss_kind, microbatches, row_losses
+from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, microbatches, row_losses
 
 _PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -38,9 +38,22 @@ def step_tokens(device: torch.device) -> int:
 
 
 def parts_of(model: nn.Module, batch: Batches) -> list[dict[str, Any]]:
-    """The batches on the model's device, cut into microbatches of like length."""
+    """The batches on the model's device, cut into microbatches of like length, without rows that have no label."""
     device, kind = next(model.parameters()).device, loss_kind(model)
-    return [part for one in as_batches(batch) for part in microbatches(on_device(one, device), step_tokens(device), kind)]
+    parts = [part for one in as_batches(batch) for part in microbatches(on_device(one, device), step_tokens(device), kind)]
+    # Without any label at all the loss says so.
+    return [labelled for part in parts if (labelled := _labelled_rows(part, kind))] or parts
+
+
+def _labelled_rows(part: dict[str, Any], kind: LossKind) -> dict[str, Any] | None:
+    """The rows of a microbatch that a loss can be taken of, None where there are none: a text cut too short has no label left."""
+    labels = part.get("labels")
+    if kind == "rows" or labels is None:
+        return part
+    rows = ((labels[:, 1:] if kind == "causal" else labels) != IGNORED).any(dim=1)
+    if bool(rows.all()):
+        return part
+    return {k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in part.items()} if bool(rows.any()) else None
 
 
 def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:

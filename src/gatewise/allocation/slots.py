@@ -6,6 +6,7 @@ multiplied by the other factor its gradient is exactly zero: it stays dead witho
 Which slots live is read from the weights alone, so a checkpoint needs no second source of truth.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -17,9 +18,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from gatewise.adapters.files import PEFT_PREFIX
-from gatewise.adapters.lora import active_adapter, alphas, rank_settings
+from gatewise.adapters.lora import active_adapter, alphas, rank_settings, takes_out_of_base
 from gatewise.allocation import growth
 from gatewise.errors import GatewiseError
+
+logger = logging.getLogger(__name__)
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
@@ -154,8 +157,8 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
     """Rewrites every layer to its true rank, drops layers left with none, and writes the patterns into the config.
 
     Every module keeps the scaling of training, so alpha / r is the same for all of them when it was before. A module without a
-    live rank becomes its base module again and leaves ``target_modules``; with DoRA or a LoRA bias it keeps one (zero) rank,
-    because its magnitude or bias was trained too.
+    live rank becomes its base module again and leaves ``target_modules``; with DoRA, a LoRA bias or ``bias="lora_only"`` it keeps
+    one (zero) rank, because its magnitude or bias was trained too.
 
     Returns:
         Path -> rank of the modules that are left.
@@ -167,10 +170,12 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
     layers = lora_layers(model, name)
     if not any(live_slots(layer, name) for layer in layers.values()):
         raise GatewiseError(f"adapter {name!r} has no live rank left in any module: there is nothing to save")
+    # PEFT trains the biases of the base modules that have LoRA, and saves them only there.
+    own_biases = cast(LoraConfig, model.peft_config[name]).bias == "lora_only"
     kept: dict[str, int] = {}
     for path, layer in layers.items():
         slots = live_slots(layer, name)
-        if not slots and not carries_more_than_ranks(layer, name):
+        if not slots and not carries_more_than_ranks(layer, name) and not (own_biases and layer.get_base_layer().bias is not None):
             _remove_layer(model, path, name)
             continue
         # A module that must stay for its magnitude or bias keeps its first slot, which is zero.
@@ -199,6 +204,13 @@ def write_config(model: PeftModel, adapter: str | None = None) -> None:
         # alpha / sqrt(r) would change with the rank; from here on the scaling is alpha / r with the same value.
         layer.use_rslora[name] = False
         layer.r[name], layer.lora_alpha[name] = rank[path], alpha[path]
+    if takes_out_of_base(config.init_lora_weights):
+        logger.warning(
+            "adapter %r was made with init_lora_weights=%r, which changed the base weights: it belongs to the base model as it is "
+            "now, not to a fresh copy. Save that too (model.unload().save_pretrained) and load the adapter on it",
+            name, config.init_lora_weights,
+        )  # fmt: skip
+        config.init_lora_weights = True  # or the base weights would be changed again, by other ranks
     config.use_rslora = False
     for key, value in rank_settings(rank, scaling).items():
         setattr(config, key, value)

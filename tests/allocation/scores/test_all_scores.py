@@ -56,6 +56,18 @@ def test_order_of_rows_and_of_ranks_changes_nothing(score, adapted, batch):
         torch.testing.assert_close(got[path].flip(0), expected[path], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
+def test_a_row_without_labels_counts_for_nothing(score, adapted, batch, settings, monkeypatch):
+    """As a text that is cut too short, also where it would be scored alone."""
+    monkeypatch.setattr("gatewise.allocation.scoring.step_tokens", lambda device: 9)
+    model, labelled = adapted("llama", **settings), batch()
+    rows = {key: torch.cat([value, value[:1]]) for key, value in labelled.items()}
+    rows["labels"][-1] = -100
+    expected, got = score(model, labelled), score(model, rows)
+    for path, value in got.items():
+        torch.testing.assert_close(value, expected[path], rtol=1e-4, atol=1e-6)
+
+
 def test_model_and_random_state_are_as_they_were(score, adapted, batch):
     model = adapted(lora_dropout=0.3)
     model.train()

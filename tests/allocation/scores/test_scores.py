@@ -70,6 +70,10 @@ def test_a_module_is_a_module_and_a_score_a_function():
         ("path_moments", {"points": 0}, "points is 0; expected a whole number of at least 1"),
         ("path_integral", {"return_convergence": True}, "return_convergence, which a round has no use for"),
         ("ablation", {"mode": "fast"}, "ablation mode 'fast' is not known"),
+        ("ablation", {"max_exact": "all"}, "max_exact is 'all'; expected a number of ranks, at least 0"),
+        ("path_moments", {"start": "half"}, "score_options has start='half'; expected a number"),
+        ("sensitivity", {"beta1": None}, "score_options has beta1=None; expected a number"),
+        ("taylor", {"float32": "false"}, "score_options has float32='false'; expected true or false"),
     ],
 )
 def test_what_no_score_has_is_refused_before_training(name, options, message):

@@ -20,6 +20,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from gatewise.checks import is_number
 from gatewise.errors import GatewiseError
 
 NAMES: tuple[str, ...] = tuple(sorted(module.name for module in iter_modules(__path__)))
@@ -76,10 +77,16 @@ def check_score(name: str, options: Mapping[str, Any] | None = None) -> None:
         raise GatewiseError(f"score {name!r} is not known; expected one of {', '.join(NAMES)}{_near(name, NAMES)}")
     if not options:
         return
-    known = [key for key in inspect.signature(SCORES[name]).parameters if key not in ("model", "batch", "adapter")]
-    for key in options:
+    arguments = inspect.signature(SCORES[name]).parameters
+    known = [key for key in arguments if key not in ("model", "batch", "adapter")]
+    for key, value in options.items():
         if key not in known:
             raise GatewiseError(f"score_options has {key!r}, but score {name!r} takes {', '.join(known)}{_near(key, known)}")
+        default = arguments[key].default
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise GatewiseError(f"score_options has {key}={value!r}; expected true or false")
+        if isinstance(default, float) and not is_number(value):
+            raise GatewiseError(f"score_options has {key}={value!r}; expected a number")
     check = getattr(_file_of(name), "check_options", None)
     if check is not None:
         check(**options)

@@ -19,6 +19,7 @@ from gatewise.allocation.fast_ablation import Rank
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scoring import Batches, Scores, as_batches, on_device, scoring
 from gatewise.allocation.slots import live_slots
+from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.losses import mean_loss
 
@@ -59,7 +60,7 @@ def ablation(
     Raises:
         GatewiseError: unknown mode, or a batch without labels.
     """
-    check_options(mode)
+    check_options(mode, prune, max_exact)
     layers, name = (bank := GateBank(model, adapter)).layers, bank.adapter
     ranks: list[Rank] = [(path, slot) for path, layer in layers.items() for slot in live_slots(layer, name)]
     settings: dict[str, Any] = {"adapter": name, "float32": float32, "progress": progress}
@@ -97,7 +98,10 @@ def naive(
     return scores
 
 
-def check_options(mode: str = "exact", **_: Any) -> None:
-    """Raises GatewiseError for a mode that there is not."""
+def check_options(mode: str = "exact", prune: int | None = None, max_exact: int | None = None, **_: Any) -> None:
+    """Raises GatewiseError for a mode that there is not, or numbers of ranks that are none."""
+    for name, number in (("prune", prune), ("max_exact", max_exact)):
+        if number is not None and not (is_whole(number) and number >= 0):
+            raise GatewiseError(f"{name} is {number!r}; expected a number of ranks, at least 0")
     if mode not in MODES:
         raise GatewiseError(f"ablation mode {mode!r} is not known; expected one of {', '.join(MODES)}")
