@@ -277,7 +277,7 @@ def test_steps_are_counted_as_the_trainer_counts(file: Path, training: str, rows
     assert load_recipe(file).training.total_steps(rows) == steps
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.data.train.startswith("sample:")
