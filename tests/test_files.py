@@ -45,6 +45,24 @@ def test_a_folder_is_replaced_in_one_go(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    with whole_folder(target) as part:
+        (part / "one").write_text("1")
+    replace = os.replace
+
+    def fail(source, to):
+        if os.path.basename(source) == "out" and str(to) == str(target):
+            raise OSError(13, "Permission denied")
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(GatewiseError, match="Permission denied; nothing was changed"), whole_folder(target, replace=True) as part:
+        (part / "two").write_text("2")
+    assert [p.name for p in target.iterdir()] == ["one"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_full_disk_is_one_sentence(tmp_path):
     with pytest.raises(GatewiseError, match="No space left on device; nothing was changed"), whole_file(tmp_path / "x"):
         raise OSError(28, "No space left on device")

@@ -54,9 +54,15 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         part = folder / target.name
         part.mkdir()
         yield part
+        old = folder / "old"
         if os.path.exists(target):
-            os.replace(target, folder / "old")
-        os.replace(part, target)
+            os.replace(target, old)
+        try:
+            os.replace(part, target)
+        except BaseException:
+            if old.exists():
+                os.replace(old, target)
+            raise
 
 
 def check_new_file(path: str | Path) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gatewise.errors import GatewiseError
 from gatewise.runs.recipe import Recipe
@@ -281,3 +283,48 @@ def test_steps_are_counted_as_the_trainer_counts(file: Path, training: str, rows
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.data.train.startswith("sample:")
+
+
+# What people, YAML 1.1, YAML 1.2 or JSON take for something else than text.
+_LIKE_SOMETHING_ELSE = [
+    "1e3", "1E5", "-2e-4", ".5", "5.", "1_000", "0o7", "0x1F", "010", "12:30:00", "yes", "no", "on", "Off", "True", "null", "~", "",
+    ".inf", ".nan", "2001-01-01", "2001-01-01 10:00:00", "=", "<<", "- a", "a: b", "# a", "'a'", '"', "{a}", "[a]", "a\nb", " a ",
+    "&a", "*a",
+    "!a", "%a", "@a", "`a`", "\ta", "a\x85b", "\u2028", "|", ">", "?", ": ", "\ufeff",
+]  # fmt: skip
+_TEXT = st.one_of(
+    st.sampled_from(_LIKE_SOMETHING_ELSE),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.from_regex(r"[-+]?[0-9_.]{1,4}([eE][-+]?[0-9]{1,2})?", fullmatch=True),
+)
+_NUMBERS = st.one_of(st.floats(1e-12, 1e12), st.sampled_from([1e-5, 3e-3, 1.0, 1e16]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    prompt=_TEXT,
+    words=st.dictionaries(_TEXT, _TEXT, min_size=2, max_size=4),
+    split=st.none() | _TEXT,
+    excluded=st.none() | st.lists(_TEXT, max_size=3),
+    options=st.dictionaries(_TEXT, st.none() | st.booleans() | st.integers() | _NUMBERS | _TEXT, max_size=3),
+    rate=_NUMBERS,
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_whatever_text_it_holds_it_reads_back_as_the_same_recipe(
+    tmp_path_factory: pytest.TempPathFactory, prompt: str, words: Any, split: Any, excluded: Any, options: Any, rate: Any, seed: int
+) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "method": "alora",
+            "model": "org/name",
+            "seed": seed,
+            "data": {"train": "sample:support-train", "dev": "sample:support-dev", "dev_split": split, "labels": list(words)},
+            "template": {"prompt": prompt, "labels": words},
+            "peft": {"exclude_modules": excluded},
+            "allocation": {"score_options": options},
+            "training": {"learning_rate": rate},
+        }
+    )
+    path = tmp_path_factory.getbasetemp() / "round.yaml"
+    path.write_text(recipe.as_yaml(), encoding="utf-8")
+    assert load_recipe(path) == recipe

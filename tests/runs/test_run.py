@@ -1,8 +1,11 @@
 """Whole runs on a tiny model: resuming, diverging, stopping, and what is and is not left in the output folder."""
 
 import io
+import itertools
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +152,31 @@ def test_early_stopping_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert train(write_recipe(tmp_path), tmp_path / "out", *settings).steps == 4
 
 
+def test_a_run_that_stopped_early_is_not_trained_on_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it measured, with the checkpoint of its last step written."""
+    losses = itertools.count(1)
+    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_: float(next(losses)))
+    settings = ("training.eval_every=2", "training.save_every=2", "training.early_stopping_patience=1")
+    recipe = write_recipe(tmp_path)
+    whole = train(recipe, tmp_path / "whole", *settings)
+    original, calls = run.evaluate, []
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "killed", *settings)
+    assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path / "killed" / "checkpoints")] == [2, 4]
+    resumed = train(recipe, tmp_path / "killed", *settings, resume=True)
+    assert (whole.steps, resumed.steps) == (4, 4)
+    assert_same_adapter(whole.adapter, resumed.adapter)
+
+
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +267,55 @@ def test_overwriting_replaces_the_run_and_leaves_the_rest(finished: tuple[Path, 
     assert (out / "notes.txt").read_text() == "mine"
     assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["checkpoint-2", "checkpoint-4"]
     assert any(not torch.equal(before[name], value) for name, value in weights(result.adapter).items())
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", "recipe.yaml", "metrics.json"])
+def test_a_folder_that_no_run_wrote_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    recipe, mine = write_recipe(tmp_path), tmp_path / "mine"
+    mine.mkdir()
+    if name.endswith(("yaml", "json")):
+        (mine / name).write_text("{}" if name.endswith("json") else recipe.read_text())
+    else:
+        (mine / name).mkdir()
+        (mine / name / "weights").write_text("years of work")
+    before = sorted(str(path) for path in mine.rglob("*"))
+    with pytest.raises(GatewiseError, match=r"mine was not written by gatewise train, so --overwrite leaves it alone"):
+        train(recipe, mine, "training.max_steps=2", overwrite=True)
+    assert sorted(str(path) for path in mine.rglob("*")) == before
+
+
+def test_a_run_that_was_stopped_may_be_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "out")
+    assert train(recipe, tmp_path / "out", "training.max_steps=2", overwrite=True).steps == 2
+    (tmp_path / "out" / "recipe.yaml").unlink()  # its metrics say as well that a run wrote the folder
+    assert train(recipe, tmp_path / "out", "training.max_steps=1", overwrite=True).steps == 1
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_two_processes_do_not_train_into_one_folder(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path)
+    original, told = RecipeTrainer.compute_loss, []
+
+    def compute_loss(self: RecipeTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 5 and not told:
+            code = (
+                "from gatewise.cli.main import app; "
+                f"app(['train', {str(recipe)!r}, '--output', {str(tmp_path / 'out')!r}, '--{how}'])"
+            )
+            told.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
+    result = train(recipe, tmp_path / "out")
+    assert told[0].returncode == 2
+    assert "out: wait until it ends, or give another --output" in " ".join(told[0].stderr.split())
+    assert result.steps == 8
+    assert (result.adapter / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out" / ".gatewise.lock").exists()
 
 
 def test_a_run_is_resumed_only_with_its_own_recipe(finished: tuple[Path, Path]) -> None:

@@ -13,15 +13,17 @@ What a run leaves in it:
     checkpoints/    the last two checkpoints, from which --resume goes on; those of a search in search/
 """
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors import SafetensorError
 
@@ -50,6 +52,10 @@ SEARCH_CHECKPOINTS = f"{CHECKPOINTS}/{SEARCH_FOLDER}"
 
 
 # Keys that change what is shown, not what is learned: a run may be resumed with others.
+WRITTEN_BY = "# Written by gatewise train: the recipe of the run in this folder, with every default.\n"
+LOCK = ".gatewise.lock"
+
+
 _FREE_TO_CHANGE = ("device", "training.log_every")
 
 
@@ -97,6 +103,14 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
     if resume and overwrite:
         raise GatewiseError("--resume and --overwrite exclude each other: go on with the run, or begin it again")
     check_writable(output)
+    if (output / LOCK).exists():
+        with _alone(output):
+            pass
+    if overwrite and output.is_dir() and any(output.iterdir()) and not _is_run(output):
+        raise GatewiseError(
+            f"{output} was not written by gatewise train, so --overwrite leaves it alone: give another --output, or remove the "
+            "folder yourself"
+        )
     if output.is_dir() and any(output.iterdir()) and not resume and not overwrite:
         raise GatewiseError(
             f"{output} is not empty: use --resume to go on with the run in it, --overwrite to replace that run, or give "
@@ -115,6 +129,40 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
         raise GatewiseError(f"{output} has no complete checkpoint to resume from: begin again with --overwrite")
     _check_same_recipe(output / RECIPE, recipe)
     return found[-1] if found else None
+
+
+def _is_run(output: Path) -> bool:
+    """Whether a run wrote the folder: its recipe says so, or its metrics do."""
+    try:
+        if (output / RECIPE).read_text(encoding="utf-8").startswith(WRITTEN_BY):
+            return True
+    except (OSError, UnicodeDecodeError):
+        pass
+    try:
+        told = json.loads((output / METRICS).read_text(encoding="utf-8"))
+        return isinstance(told, dict) and {"format", "method", "parameters"} <= told.keys()
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keeps other processes from training into the folder.
+
+    Raises:
+        GatewiseError: another one does.
+    """
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise GatewiseError(f"another process is training into {output}: wait until it ends, or give another --output") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):  # another process that came just now has it open, or already took it away
+            (output / LOCK).unlink()
 
 
 def search_begun(output: Path) -> bool:
@@ -180,14 +228,19 @@ def _state_files(recipe: Recipe) -> tuple[str, ...]:
 
 @contextmanager
 def writing(output: Path, recipe: Recipe, overwrite: bool) -> Iterator[None]:
-    """Opens the output folder, and whatever happens leaves nothing half written in it."""
+    """Opens the output folder for this process alone, and whatever happens leaves nothing half written in it."""
     try:
-        if overwrite:
-            _remove_run(output)
-        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        with whole_file(output / RECIPE) as part:
-            part.write_text(recipe.as_yaml(), encoding="utf-8")
-        yield
+        output.mkdir(parents=True, exist_ok=True)
+        with _alone(output):
+            try:
+                if overwrite:
+                    _remove_run(output)
+                (output / CHECKPOINTS).mkdir(exist_ok=True)
+                with whole_file(output / RECIPE) as part:
+                    part.write_text(WRITTEN_BY + recipe.as_yaml(), encoding="utf-8")
+                yield
+            finally:
+                _tidy(output, recipe)
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise GatewiseError(
@@ -195,7 +248,8 @@ def writing(output: Path, recipe: Recipe, overwrite: bool) -> Iterator[None]:
             "are kept for --resume"
         ) from error
     finally:
-        _tidy(output, recipe)
+        if output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
 
 
 def _tidy(output: Path, recipe: Recipe) -> None:
@@ -210,8 +264,6 @@ def _tidy(output: Path, recipe: Recipe) -> None:
             checkpoints.rmdir()
     if not checkpoints.is_dir() and not (output / SEARCH_FILE).is_file():
         (output / RECIPE).unlink(missing_ok=True)
-        if output.is_dir() and not any(output.iterdir()):
-            output.rmdir()
 
 
 def _remove_run(output: Path) -> None:

@@ -327,7 +327,9 @@ class Recipe(Section):
             tree["peft"] = None
         if self.prompts is not None:
             tree["prompts"] = {key: value for key, value in tree["prompts"].items() if key in self.prompts.keys_of(self.method)}
-        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        from gatewise.runs.recipe_file import RecipeDumper  # which reads recipes with this file's schema
+
+        return yaml.dump(tree, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -81,6 +81,25 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes text that this file's reader, or one of YAML 1.1, would take for something else: 1e3, yes, 2001-01-01."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML breaks a line at these without saying so, and reads a plain line break or none.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
+
+
+RecipeDumper.add_representer(str, _quoted)
+RecipeDumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_RecipeLoader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **_RecipeLoader.yaml_implicit_resolvers}
+}
+
+
 def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
 

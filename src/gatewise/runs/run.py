@@ -47,7 +47,7 @@ from gatewise.runs.measure import metrics_line
 from gatewise.runs.progress import RunProgress
 from gatewise.runs.recipe import ALLOCATING, PROMPTING, AllocationSection, PromptsSection, Recipe, RoutingSection
 from gatewise.runs.search import search_layers
-from gatewise.runs.trainer import EarlyStopping, RecipeTrainer, TwoLevelRecipeTrainer, checkpoint_step
+from gatewise.runs.trainer import EarlyStopping, RecipeTrainer, TwoLevelRecipeTrainer, checkpoint_step, has_stopped_early
 from gatewise.tasks import PadCollator, Records, Template, default_template, encode, encode_classification, evaluate, load_records
 from gatewise.tasks.metrics import Metrics
 
@@ -82,8 +82,11 @@ def train(
     selection = read_selection(output / SEARCH_FILE) if found else None
     with quiet(bars=True):
         prepared = _prepare(recipe, progress, selection)
-        if checkpoint is not None and checkpoint_step(checkpoint) >= prepared.steps:
-            checkpoint = before_the_end(output / CHECKPOINTS, prepared.steps)
+        if checkpoint is not None and (
+            checkpoint_step(checkpoint) >= prepared.steps or has_stopped_early(checkpoint, recipe.training.early_stopping_patience)
+        ):
+            # The Trainer cannot resume where there is nothing left to train: it goes there once more.
+            checkpoint = before_the_end(output / CHECKPOINTS, checkpoint_step(checkpoint))
         with writing(output, recipe, overwrite):
             if recipe.searched and selection is None:
                 selection = _search(recipe, prepared, output, progress)

@@ -224,9 +224,21 @@ class EarlyStopping(TrainerCallback):
         self.patience = patience
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if len(losses) - 1 - losses.index(min(losses)) >= self.patience:
+        if _no_progress(state.log_history, self.patience):
             control.should_training_stop = True
+
+
+def _no_progress(log: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
+def has_stopped_early(checkpoint: Path, patience: int | None) -> bool:
+    """Whether the run that wrote a complete checkpoint ended there, after ``patience`` evaluations without progress."""
+    if patience is None:
+        return False
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return _no_progress(state["log_history"], patience)
 
 
 def stop_diverged(checkpoints: Path, step: int, what: str) -> None:
