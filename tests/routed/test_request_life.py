@@ -1,5 +1,6 @@
 """What stays of a request and for how long: nothing of it reaches the next one, another model, or another thread."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
@@ -261,6 +263,60 @@ def test_a_mixed_batch_beside_another(routed, batch):
         assert not torch.allclose(call(first), expected)
     assert torch.equal(call(first), expected)
     assert [torch.equal(one, wanted) for one in given] == [True, True]
+
+
+def test_heads_of_a_mixed_batch_beside_another(routed, batch):
+    """Each adapter has a head of its own, and each thread's rows go to the heads that it named, or to the active adapter's."""
+    model = routed("bert")
+    model.add_adapter("second", routed_config("bert"))
+    trained_routers(random_adapter(model)).eval()
+    data = {name: value[:2] for name, value in batch(side="right").items() if name != "labels"}
+
+    def call(names=None):
+        with torch.no_grad():
+            return model(**data, adapter_names=names).logits if names else model(**data).logits
+
+    mixed, other = ["default", "second"], ["second", "default"]
+    expected, wanted = call(mixed), [call(), call(other)]
+    given, mine = [], threading.get_ident()
+
+    def meet(*_):
+        if threading.get_ident() == mine:
+            given.extend([elsewhere(call), elsewhere(lambda: call(other))])
+
+    model.get_base_model().bert.encoder.layer[0].register_forward_hook(meet)
+    assert torch.equal(call(mixed), expected)
+    assert [torch.equal(one, right) for one, right in zip(given, wanted, strict=True)] == [True, True]
+    assert not torch.allclose(expected, wanted[0])
+
+
+def test_copies_of_a_cache_in_two_threads(routed, batch):
+    """A prompt that many requests share is read once, and each goes on with a copy, whoever reads its weights anew meanwhile."""
+    model, prompts = routed("llama"), prompts_of(batch)
+    step = {"input_ids": torch.full((5, 1), 7), "attention_mask": F.pad(prompts["attention_mask"], (0, 1), value=1)}
+    with torch.no_grad():
+        cache = model(**prompts, use_cache=True).past_key_values
+
+    def call():
+        with torch.no_grad():
+            return model(**step, past_key_values=copy.deepcopy(cache)).logits
+
+    def trained_and_called():
+        model(**batch()).loss.backward()
+        return call()
+
+    expected = call()
+    model(**batch()).loss.backward()
+    given, mine = [], threading.get_ident()
+
+    def meet(*_):
+        if threading.get_ident() == mine:
+            given.append(elsewhere(trained_and_called))
+
+    model.base_model.model.model.layers[0].register_forward_pre_hook(meet)
+    assert torch.equal(call(), expected)
+    assert len(given) == 1
+    assert torch.equal(given[0], expected)
 
 
 def test_a_forward_that_failed_leaves_nothing(routed, batch):

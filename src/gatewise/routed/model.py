@@ -192,10 +192,20 @@ class RoutedLoraModel(LoraModel):
                 self._check_names(names)
                 for module in self.modules():
                     if isinstance(module, AuxiliaryTrainingWrapper):
-                        stack.callback(module.register_forward_pre_hook(_names_for(names), with_kwargs=True).remove)
+                        stack.callback(module.register_forward_pre_hook(self._add_names, with_kwargs=True).remove)
             stack.enter_context(self._tracker.call(Call(names)))
             stack.enter_context(rows_side_by_side(self.model))
             yield
+
+    def _add_names(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A hook that gives modules saved with the adapters the name of each row's, as PEFT does for its own layers.
+
+        Other threads come by it too, so the names are those of the call that this thread has open.
+        """
+        call = self._tracker.now.call
+        if call is None or call.adapter_names is None:
+            return None
+        return args, {**kwargs, "adapter_names": by_row(call.adapter_names, len(args[0]))}
 
     def _check_names(self, names: Sequence[str]) -> None:
         if self.training:
@@ -275,15 +285,6 @@ class RoutedLoraModel(LoraModel):
         if not request.training or not any(map(self._balance_weight, request.groups)):
             return None
         return with_balance(output, self.balance_loss(), arguments, self._kind)
-
-
-def _names_for(names: Sequence[str]) -> Any:
-    """A hook that gives modules saved with the adapters the name of each row's, as PEFT does for its own layers."""
-
-    def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": by_row(names, len(args[0]))}
-
-    return give
 
 
 def with_balance(output: Any, term: Tensor, arguments: Mapping[str, Any], kind: LossKind) -> Any:

@@ -98,8 +98,10 @@ class PreparedRequest:
             self.start_anew(version)
 
     def __deepcopy__(self, memo: object) -> "PreparedRequest":
-        # A copied cache goes on with the request that filled it.
-        return self
+        # A copied cache goes on with the request that filled it. What modules run is its own: the copy may go on in another thread.
+        made = PreparedRequest(self.request, self.version)
+        made.runs, made.complete, made.products = dict(self.runs), self.complete, self.products
+        return made
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # A pickled cache goes without: in another process there is no such request, and its next pass says so.
