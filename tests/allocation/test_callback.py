@@ -8,8 +8,9 @@ import logging
 import pytest
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_models import tiny_base
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -124,7 +125,6 @@ def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest
 @pytest.fixture
 def conftest_base():
     """conftest_base(family) -> the base model that ``run`` trained on."""
-    from tiny_models import tiny_base
 
     def make(family):
         torch.manual_seed(0)
@@ -227,6 +227,37 @@ def test_best_checkpoint_is_the_one_compacted_and_described(run, worst, rounds):
     expected = allocation.history[-1].ranks if rounds else dict.fromkeys(slots.ranks(model), 3)
     assert slots.ranks(model) == {path: r for path, r in expected.items() if r}
     assert sum(expected.values()) == allocation.budget or rounds
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_best_checkpoint_of_a_named_adapter(adapted, examples, tmp_path, beside):
+    """Its folder lies in the checkpoint, where Transformers loads nothing, or the weights of the adapter called "default"."""
+    named = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    if beside:
+        model = adapted(r=6)
+        model.add_adapter("named", named)
+        model.set_adapter("named")
+    else:
+        model = get_peft_model(tiny_base("llama"), named, adapter_name="named")
+    data = examples()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=5e-2, report_to="none", use_cpu=True,
+        disable_tqdm=True, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    held_out = {key: torch.stack([row[key] for row in data[:6]]) for key in data[0]}
+    allocation = RankAllocation(score="taylor", rounds=2, first_round=3, recover=2, validation_batch=held_out)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:8], callbacks=[allocation])
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-2")
+    assert allocation.history == []
+    weights = load_file(f"{best}/named/adapter_model.safetensors")
+    for path, layer in slots.lora_layers(model, "named").items():
+        for name, part in zip(("lora_A", "lora_B"), slots.factors(layer, "named"), strict=True):
+            saved = weights[f"base_model.model.{path}.{name}.weight"]
+            assert part.shape[name == "lora_B"] == 3
+            assert torch.equal(part, saved[:3] if name == "lora_A" else saved[:, :3])
 
 
 def test_history_says_why(run):

@@ -212,6 +212,9 @@ class RankAllocation(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compacts the adapter to its true ranks."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
+            if self._subfolder:  # where the Trainer does not look: it leaves the weights, or loads those of another adapter
+                folder = Path(state.best_model_checkpoint) / self._subfolder
+                kwargs["model"].load_adapter(str(folder), self._name, is_trainable=True)
             # The weights are those of the best checkpoint again: rounds after it have not happened to them.
             best = int(state.best_model_checkpoint.rsplit("-", 1)[-1])
             self.history = [one for one in self.history if one.step <= best]
