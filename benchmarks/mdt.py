@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-plain": {"copies": 0, "training.epochs": 8},
     "lora-once": {"copies": 7, "training.epochs": 1},
     # Exact ablation of all 3360 ranks would take longer than the training.
-    "alora": {**ROUNDS, "allocation.score_options": {"mode": "screened", "max_exact": 0}},
+    "alora": {**ROUNDS, "allocation.score": "ablation", "allocation.score_options": {"mode": "screened", "max_exact": 0}},
     "pi-lora": {**ROUNDS, "allocation.score_options": {"points": 4}},
 }
 TASKS = [f"{language}-cot{level}" for language in LANGUAGES for level in (0, 1, 2)]
