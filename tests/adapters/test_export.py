@@ -172,6 +172,8 @@ def test_refusals_leave_nothing(adapted, tmp_path):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
     refused("peft_type 'IA3', expected 'LORA'")
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": ["LORA"]}))
+    refused(r"peft_type \"\['LORA'\]\", expected 'LORA'")
     (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "ROUTED_LORA"}))
     refused("chooses modules by the prompt, so that no LoRA is like it")
     (saved / "adapter_config.json").write_text("{")

@@ -84,7 +84,7 @@ def test_a_selection_comes_back_as_it_was_written(tmp_path: Path) -> None:
     selection = Selection([0, 2], [0.7, 0.1, 0.6], 30, 1.5, losses=[1.0, 3.0, 2.0], settings={"keep": 2}, log=[{"loss": 1.0}])
     selection.write(tmp_path / "search.json")
     assert read_selection(tmp_path / "search.json") == selection
-    for changed in ({"layers": [2, 0]}, {"layers": []}, {"layers": [3]}, {"gates": None}):
+    for changed in ({"layers": [2, 0]}, {"layers": []}, {"layers": [3]}, {"gates": None}, {"steps": float("inf")}):
         told = json.loads((tmp_path / "search.json").read_text()) | changed
         (tmp_path / "other.json").write_text(json.dumps(told))
         with pytest.raises(GatewiseError, match=r"other\.json is not what a search wrote .*: restore it"):
@@ -172,6 +172,7 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:
         ('{"format": 1, "rounds": {}}', r"rounds\[0\] is not a round"),
         ('{"format": 1, "rounds": [{"ranks": {}, "pruned": {}}]}', r"rounds\[0\] is not a round.*grown"),
         ('{"format": 1, "rounds": [{"ranks": [], "pruned": {}, "grown": {}}]}', r"rounds\[0\] is not a round"),
+        ('{"format": 1, "rounds": [{"ranks": {"q": Infinity}, "pruned": {}, "grown": {}}]}', r"rounds\[0\] is not a round"),
     ],
 )
 def test_a_damaged_allocation_file_is_named(content: str, words: str, tmp_path: Path) -> None:

@@ -229,6 +229,25 @@ def test_best_checkpoint_is_the_one_compacted_and_described(run, worst, rounds):
     assert sum(expected.values()) == allocation.budget or rounds
 
 
+def test_a_best_checkpoint_that_has_gone_leaves_the_last_weights_and_their_history(run):
+    """As on a resumed run whose folder was moved: Transformers warns, and loads nothing."""
+
+    class Move(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            state.best_model_checkpoint = f"{args.output_dir}/elsewhere/checkpoint-2"
+
+    training = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+    }
+    model, allocation, _ = run(training=training, callbacks=[Move()])
+    assert [one.step for one in allocation.history] == [3, 5, 7]
+    assert slots.ranks(model) == {path: rank for path, rank in allocation.history[-1].ranks.items() if rank}
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_best_checkpoint_of_a_named_adapter(adapted, examples, tmp_path, beside):
     """Its folder lies in the checkpoint, where Transformers loads nothing, or the weights of the adapter called "default"."""

@@ -91,7 +91,7 @@ def _folder_of(model_or_dir: PeftModel | str | Path, adapter: str | None) -> Ite
 
 def _check_plain_lora(folder: Path) -> None:
     config = read_config(folder)
-    kind = config.get("peft_type")
+    kind = str(config.get("peft_type"))
     if kind in _UNLIKE_LORA:
         raise GatewiseError(
             f"{folder / CONFIG_FILE} is of peft_type {kind!r}, {_UNLIKE_LORA[kind]}, so that no LoRA is like it: use it as it is"

@@ -388,7 +388,7 @@ def read_allocation(folder: str | Path) -> Allocation:
             before, loss_after = (None if entry.get(key) is None else float(entry[key]) for key in ("loss_before", "loss_after"))
             number = int(entry.get("round", index))
             step = None if entry.get("step") is None else int(entry["step"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise GatewiseError(
                 f"{path}: rounds[{index}] is not a round as gatewise writes it ({error!r}): restore or remove the file"
             ) from error
@@ -450,7 +450,7 @@ def read_selection(path: Path) -> Selection:
             settings=dict(told["settings"]),
             log=list(told["log"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, OverflowError, TypeError) as error:
         raise GatewiseError(
             f"{path} is not what a search wrote ({type(error).__name__}: {error}): restore it, or search again with --overwrite"
         ) from error

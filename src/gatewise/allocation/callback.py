@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from gatewise.adapters.files import ALLOCATION_FILE
+from gatewise.adapters.files import ALLOCATION_FILE, WEIGHTS_FILE
 from gatewise.allocation import SCHEDULES, Schedule, slots
 from gatewise.allocation.algorithm import Round, Rules, cubic_budget, run_round
 from gatewise.allocation.growth import YoungSlots
@@ -211,10 +211,11 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compacts the adapter to its true ranks."""
-        if args.load_best_model_at_end and state.best_model_checkpoint:
+        best_folder = Path(state.best_model_checkpoint or "") / self._subfolder
+        # Where that has gone, the Trainer says so and keeps the last weights.
+        if args.load_best_model_at_end and state.best_model_checkpoint and (best_folder / WEIGHTS_FILE).is_file():
             if self._subfolder:  # where the Trainer does not look: it leaves the weights, or loads those of another adapter
-                folder = Path(state.best_model_checkpoint) / self._subfolder
-                kwargs["model"].load_adapter(str(folder), self._name, is_trainable=True)
+                kwargs["model"].load_adapter(str(best_folder), self._name, is_trainable=True)
             # The weights are those of the best checkpoint again: rounds after it have not happened to them.
             best = int(state.best_model_checkpoint.rsplit("-", 1)[-1])
             self.history = [one for one in self.history if one.step <= best]
