@@ -243,9 +243,9 @@ def test_a_schedule_free_optimiser_of_half_precision_weights(trained):
     assert torch.equal(optimizer.state[a]["z"][grown], a[grown].bfloat16())
 
 
-def young_of(layer, at):
+def young_of(layer, at, *optimizer):
     young = YoungSlots()
-    young.follow({PATH: slots.factors(layer, "default")}, [SimpleNamespace(step=at, pruned={}, grown={PATH: [1]})])
+    young.follow({PATH: slots.factors(layer, "default")}, [SimpleNamespace(step=at, pruned={}, grown={PATH: [1]})], *optimizer)
     return young
 
 
@@ -258,6 +258,18 @@ def test_a_step_left_out_moves_nothing(trained):
     young.correct(optimizer, 301)
     expected = [one.detach().clone() for one in parameters]
     young.correct(optimizer, 302)
+    assert all(map(torch.equal, parameters, expected))
+
+
+def test_a_step_left_out_right_after_a_resume_moves_nothing(trained):
+    layer, optimizer = trained(AdamW, {})
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    young, parameters = young_of(layer, 300), slots.factors(layer, "default")
+    step(optimizer, parameters, gradients(300, layer))
+    young.correct(optimizer, 301)
+    expected = [one.detach().clone() for one in parameters]
+    resumed = young_of(layer, 300, optimizer)
+    resumed.correct(optimizer, 302)
     assert all(map(torch.equal, parameters, expected))
 
 

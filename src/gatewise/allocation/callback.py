@@ -197,7 +197,8 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "every run): give the Trainer a model, not model_init"
             )
         self._restore(state)
-        self._young.follow({path: slots.factors(layer, self._name) for path, layer in layers.items()}, self.history)
+        factors = {path: slots.factors(layer, self._name) for path, layer in layers.items()}
+        self._young.follow(factors, self.history, kwargs.get("optimizer"))
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -320,7 +321,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         )
         self.history.append(done)
         layers = slots.lora_layers(model, self._name)
-        self._young.follow({path: slots.factors(layer, self._name) for path, layer in layers.items()}, self.history)
+        self._young.follow({path: slots.factors(layer, self._name) for path, layer in layers.items()}, self.history, optimizer)
         pruned, grown = (sum(map(len, changed.values())) for changed in (done.pruned, done.grown))
         if self.schedule == "constant-budget" and grown < pruned:
             logger.warning(

@@ -113,11 +113,12 @@ class YoungSlots:
         # Parameter -> the optimiser's step count when it was last looked at.
         self._counts: dict[nn.Parameter, int] = {}
 
-    def follow(self, factors: Mapping[str, Factors], history: Sequence["Round"]) -> None:
+    def follow(self, factors: Mapping[str, Factors], history: Sequence["Round"], optimizer: Optimizer | None = None) -> None:
         """Takes up the rounds so far. Call it when training begins and after each round.
 
         Args:
             factors: path -> A and B, of every LoRA layer.
+            optimizer: of the training, whose steps so far have been corrected.
         """
         born: dict[str, dict[int, int]] = {path: {} for path in factors}
         for one in history:
@@ -131,6 +132,9 @@ class YoungSlots:
                 for step in sorted(set(steps.values())):
                     index = torch.tensor([slot for slot in steps if steps[slot] == step], device=parameter.device)
                     self._slots.setdefault(parameter, []).append((dim, index, step))
+        if optimizer is not None and _update_rule(optimizer):
+            states = {parameter: optimizer.state.get(parameter) for parameter in self._slots}
+            self._counts = {parameter: int(state["step"]) for parameter, state in states.items() if state}
 
     @torch.no_grad()
     def correct(self, optimizer: Optimizer, step: int) -> None:
