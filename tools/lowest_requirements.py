@@ -1,7 +1,6 @@
 """Prints `name==version` with the lowest version of each dependency that pyproject.toml allows, its extras' included.
 
-`make test-lowest` gives them to pip as constraints. Lower bounds that cannot be installed together make pip fail, so that no bound is
-promised that was never tried.
+`make test-lowest` gives them to pip as constraints. If two lower bounds cannot be installed together, pip fails and names them.
 """
 
 import re
