@@ -332,3 +332,18 @@ def test_an_empty_static_cache_starts_a_request(routed, prompts):
     with torch.no_grad():
         plain = model(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids, past_key_values=cache).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [4, 11])
+def test_guidance_routes_the_negative_prompt_by_all_of_it(routed, width):
+    """Classifier-free guidance runs a second text, shorter or longer than the prompt, which is a request of its own."""
+    model, generator = routed("llama"), torch.Generator().manual_seed(2)
+    prompt, negative = (torch.randint(3, 60, (2, tokens), generator=generator) for tokens in (7, width))
+    masks = {"attention_mask": torch.ones_like(prompt), "negative_prompt_attention_mask": torch.ones_like(negative)}
+    guided = settings(**masks, input_ids=prompt, negative_prompt_ids=negative, guidance_scale=1.7)
+    given = model.generate(**guided, output_scores=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        conditional, free = (model(input_ids=text, use_cache=True).logits[:, -1].log_softmax(dim=-1) for text in (prompt, negative))
+    torch.testing.assert_close(given.scores[0], free + 1.7 * (conditional - free))
+    with pytest.raises(GatewiseError, match="leave use_cache out"):
+        model.generate(**guided, use_cache=False)
