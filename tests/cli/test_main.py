@@ -1,6 +1,7 @@
 """The command line: what it prints where, its exit codes, and one sentence for everything a user can put right."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,19 @@ def test_help_and_refusals_do_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "2", "False", "False"]
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_do_not_spin_unless_told_to(given: str | None, kept: str) -> None:
+    """PyTorch reads the variable when it is imported: it has to stand there before."""
+    code = (
+        "import os, sys; from gatewise.cli import main as cli; "
+        "cli.app = lambda: print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules); cli.main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [kept, "False"]
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.errors import GatewiseError
-from gatewise.runs.recipe import Recipe
+from gatewise.runs.recipe import AllocationSection, Recipe
 from gatewise.runs.recipe_file import load_recipe
 
 MINIMAL = "method: alora\nmodel: smollm2-135m-instruct\ndata: {train: rows.jsonl, dev: 'sample:support-dev'}\n"
@@ -328,3 +329,14 @@ def test_whatever_text_it_holds_it_reads_back_as_the_same_recipe(
     path = tmp_path_factory.getbasetemp() / "round.yaml"
     path.write_text(recipe.as_yaml(), encoding="utf-8")
     assert load_recipe(path) == recipe
+
+
+def test_every_score_is_known_and_a_new_one_is_one_new_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert AllocationSection().score == DEFAULT
+    for name in NAMES:
+        assert load_recipe(file, [f"allocation.score={name}"]).allocation.score == name  # type: ignore[union-attr]
+    said = refusal(file, overrides=("allocation.score=tailor",))
+    assert f"allocation.score: expected {', '.join(NAMES[:-1])} or {NAMES[-1]}, got the text 'tailor'; did you mean taylor?" in said
+    # The names are those of the files in allocation/scores.
+    monkeypatch.setattr("gatewise.runs.recipe.NAMES", (*NAMES, "tailor"))
+    assert load_recipe(file, ["allocation.score=tailor"]).allocation.score == "tailor"  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ shows its traceback. Torch and Transformers are imported inside the commands, so
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,10 @@ app.add_typer(mdt_app, name="mdt")
 
 def main() -> None:
     """The entry point of the ``gatewise`` command."""
+    # PyTorch's threads wait for each other after every product. Where other programs keep the cores busy, threads that spin while
+    # they wait take the time of those they wait for: a training step on two busy cores took ten times as long. PyTorch reads this
+    # when it is imported, which commands do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, TextIOWrapper):
         # Where stdout is no UTF-8, as a pipe on Windows, a Chinese text is better shown in codes than ended by a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")

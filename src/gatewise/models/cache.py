@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from gatewise.errors import GatewiseError
@@ -45,13 +46,7 @@ def cache_dir() -> Path:
     """
     if chosen := os.environ.get("GATEWISE_CACHE"):
         return Path(chosen).expanduser().absolute()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gatewise"
+    return user_cache_path("gatewise", appauthor=False, opinion=False)
 
 
 def list_embedded() -> list[EmbeddedStatus]:

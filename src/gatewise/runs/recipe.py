@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from gatewise.allocation import Schedule
+from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import is_number, is_whole
 from gatewise.models.device import DEVICES, EXPECTED
 
@@ -62,6 +63,12 @@ def _initialisation(value: Any) -> Any:
     raise PydanticCustomError("expected", "expected true or 'gaussian', got {given}", {"given": given(value)})
 
 
+def _score(value: Any) -> Any:
+    if isinstance(value, str) and value in NAMES:
+        return value
+    raise PydanticCustomError("literal_error", "{expected}", {"expected": ", ".join(f"'{name}'" for name in NAMES)})
+
+
 def _device(value: Any) -> Any:
     if isinstance(value, str) and DEVICES.fullmatch(value):
         return value
@@ -84,6 +91,7 @@ def _prompt_layers(value: Any) -> Any:
 Labels = Annotated[list[str], BeforeValidator(_labels_as_text), Field(min_length=2)]
 LabelWords = Annotated[dict[str, str], BeforeValidator(_labels_as_text), Field(min_length=2)]
 Modules = Annotated[Any, BeforeValidator(_modules)]
+Score = Annotated[str, BeforeValidator(_score)]
 Device = Annotated[str, BeforeValidator(_device)]
 Span = Annotated[Any, BeforeValidator(_span)]
 Count = Annotated[int, Field(gt=0)]
@@ -136,11 +144,12 @@ class PeftSection(Section):
 class AllocationSection(Section):
     """The rounds of ALoRA and PI-LoRA, see ``gatewise.RankAllocation``. Only with method alora or pi-lora.
 
-    With pi-lora, ``score`` left out is path_integral and ``module_pruning`` left out is true. With ``schedule: cubic`` every
-    module starts with ``init_r`` ranks (left out: one and a half times ``peft.r``) and ``peft.r`` is the mean rank at the end.
+    ``score`` names a file in ``gatewise/allocation/scores``. With pi-lora, ``score`` left out is path_integral and
+    ``module_pruning`` left out is true. With ``schedule: cubic`` every module starts with ``init_r`` ranks (left out: one and a
+    half times ``peft.r``) and ``peft.r`` is the mean rank at the end.
     """
 
-    score: Literal["ablation", "taylor", "path_integral", "path_moments", "sensitivity"] = "ablation"
+    score: Score = DEFAULT
     schedule: Schedule = "constant-budget"
     rounds: Count = 8
     prune_fraction: Fraction = 0.125

@@ -2,6 +2,8 @@
 
 An unknown key, a wrong type or a combination that makes no sense is refused with the key's path, what was expected and, for a key
 that is not known, the nearest one that is.
+
+OmegaConf would take ``${...}`` in a prompt for its own, and pydantic-settings does not say where a wrong value came from.
 """
 
 import difflib

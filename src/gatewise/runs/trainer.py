@@ -178,7 +178,10 @@ class SearchRecipeTrainer(SearchMixin, RecipeTrainer):
 
 
 class RowOrder(Sampler[int]):
-    """Row indices in an order drawn from seed and epoch; with ``batch_size``, batches have rows of like length."""
+    """Row indices in an order drawn from seed and epoch; with ``batch_size``, batches have rows of like length.
+
+    Not the Trainer's own grouping by length: that draws from torch's random state, which a resumed epoch does not begin with.
+    """
 
     def __init__(self, lengths: Sequence[int], seed: int, epoch: Callable[[], int], batch_size: int | None = None) -> None:
         self.lengths, self.seed, self.epoch, self.batch_size = lengths, seed, epoch, batch_size
@@ -208,8 +211,10 @@ class FiniteGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(one).to(gradients[0].device) for one in gradients])
-        if not bool(torch.isfinite(norms).all()):
+        try:
+            # The Trainer clips without this check, and where max_grad_norm is 0 not at all.
+            nn.utils.get_total_norm(gradients, error_if_nonfinite=True)
+        except RuntimeError:
             what = f"the gradient is not finite at step {state.global_step + 1}"
             stop_diverged(Path(args.output_dir or ""), state.global_step, what)
 
