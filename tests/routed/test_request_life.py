@@ -31,7 +31,7 @@ def check_at_rest(model):
     """Between calls the model holds its last request only."""
     now = tracker_of(model).now
     assert (now.current, now.opened_by, now.arguments, now.prompt, now.call) == (None, None, {}, None, None)
-    assert (now.runs, now.base_only, now.checked) == ({}, False, None)
+    assert (now.runs, now.base_only, now.tokens) == ({}, False, 0)
     assert all(module.now is now for module in model.modules() if isinstance(module, RoutedLinear))
 
 

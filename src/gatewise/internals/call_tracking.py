@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +74,20 @@ class CallState(ThreadState):
         current: the pass that is open: whatever the tracker's ``begin`` made of a forward.
         opened_by: which of the watched models' forward that is.
         arguments: of this forward, by name.
+        of_pass: the attributes that a pass sets, which go when it ends.
     """
 
+    of_pass: ClassVar[tuple[str, ...]] = ("current", "opened_by", "arguments")
     call: Call | None = None
     prompt: Tensor | None = None
     current: Any = None
     opened_by: int | None = None
     arguments: Mapping[str, Any] = {}
+
+    def close(self) -> None:
+        """No pass of this thread is open."""
+        for name in self.of_pass:
+            self.__dict__.pop(name, None)
 
 
 class CallTracker:
@@ -143,7 +150,7 @@ class CallTracker:
             yield
         finally:
             self.now.call = before
-            self.close()  # a forward that was stopped from the keyboard has not come to its end
+            self.now.close()  # a forward that was stopped from the keyboard has not come to its end
 
     @contextmanager
     def prompt_positions(self, prompt: Tensor) -> Iterator[None]:
@@ -153,10 +160,6 @@ class CallTracker:
             yield
         finally:
             self.now.prompt = before
-
-    def close(self) -> None:
-        """No pass of this thread is open."""
-        self.now.opened_by, self.now.current, self.now.arguments = None, None, {}
 
     # torch.compile would run what it traces here in another order than the layers, which then find no pass or one of another call.
     @torch.compiler.disable
@@ -170,7 +173,7 @@ class CallTracker:
         # An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last was interrupted.
         if now.opened_by is not None and now.opened_by < place:
             return
-        self.close()
+        now.close()
         now.opened_by = place
         now.arguments = {**dict(zip(self._names[place], args, strict=False)), **kwargs}
         now.current = self.begin(now.arguments, module)
@@ -181,13 +184,13 @@ class CallTracker:
         if now.opened_by is None or self._models[now.opened_by] is not module:
             return None
         done, arguments = now.current, now.arguments
-        self.close()
+        now.close()
         # There is no output if the forward failed.
         return None if done is None or output is None else self.end(done, arguments, output)
 
     # ---- prompts ----
 
-    def read_text(self, arguments: Mapping[str, Any], training: bool) -> Text:
+    def read_text(self, arguments: Mapping[str, Any], inputs: Tensor, training: bool) -> Text:
         """Where the tokens lie, and the prompts: never padding.
 
         In a causal model the prompt is what ``prompt_positions`` says or, else, what stands before the first label that is not -100
@@ -196,12 +199,13 @@ class CallTracker:
         a prompt with is one by itself. In other models the whole text is the prompt.
 
         Args:
+            inputs: the ids or embeddings, see ``text_inputs``.
             training: whether the model learns from this forward.
 
         Raises:
             GatewiseError: shapes that do not fit, packed rows, or a prompt in chunks.
         """
-        inputs, call, cache = text_inputs(arguments, self._adapters), self.now.call or Call(), cache_of(arguments)
+        call, cache = self.now.call or Call(), cache_of(arguments)
         batch, tokens = inputs.shape[:2]
         if cache is not None and call.width is not None and tokens < call.width:
             raise GatewiseError(
@@ -249,7 +253,7 @@ class CallTracker:
             sources = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
             return next((value for value in sources if value is not None), None)
 
-        if self.is_at_work and setting("guidance_scale") not in (None, 1) and setting("use_cache") is False:
+        if setting("guidance_scale") not in (None, 1) and setting("use_cache") is False and self.is_at_work:
             raise GatewiseError(
                 f"guidance_scale was given with use_cache=False, where {self._readers} cannot tell the negative prompt from the "
                 "answer: leave use_cache out"
@@ -313,8 +317,7 @@ def text_inputs(arguments: Mapping[str, Any], adapters: str) -> Tensor:
     inputs, dimensions = (ids, 2) if ids is not None else (embeddings, 3)
     if not isinstance(inputs, Tensor) or inputs.ndim != dimensions:
         raise GatewiseError(
-            f"{adapters} read one text a row: the model was called without input_ids of shape (b, t) or inputs_embeds of shape "
-            "(b, t, d)"
+            f"{adapters} read one text a row: the model was called without input_ids or inputs_embeds, of shape (b, t) or (b, t, d)"
         )
     return inputs
 

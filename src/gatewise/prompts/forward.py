@@ -172,13 +172,14 @@ class PassTracker(CallTracker):
                 f"attn_implementation is {attention!r}, whose masks selective prompts do not make: load the model with "
                 "attn_implementation='sdpa' or 'eager'"
             )
-        batch, tokens = text_inputs(arguments, "selective prompts").shape[:2]
+        inputs = text_inputs(arguments, "selective prompts")
+        batch, tokens = inputs.shape[:2]
         text, first = None, active.first
         if continues:
             first = self._first_continued(cache, active.name, batch)
         else:
             training = module.training and torch.is_grad_enabled()
-            text = self.read_text(arguments, training)
+            text = self.read_text(arguments, inputs, training)
             # A row without a prompt (plain language modelling, all labels) has its first token for one, which no position predicts.
             start = text.present & (text.present.cumsum(dim=1) == 1)
             text = Text(text.present, torch.where(text.prompt.any(dim=1, keepdim=True), text.prompt, start))

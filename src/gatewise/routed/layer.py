@@ -87,7 +87,9 @@ class RoutedBlock(ObjectMixin, nn.Module):
         running = routed_pass or routing.enter(self, hidden)
         shares = routing.decide(hidden, running).shares
         if running.is_inference:
-            routing.prepare(shares, running.prepared)
+            for name, module in routing.modules.items():
+                kept = shares.get(name)
+                running.prepared.runs[module] = KeptModule(module, kept, running.prepared) if kept else module.base_layer
             return super().forward(*args, **kwargs)
         batch, tokens = hidden.shape[:2]
         before, now.runs = (
@@ -168,12 +170,6 @@ class LayerRouting:
         if self.index not in request.decided:
             request.decided[self.index] = made if request.training or running.is_inference else _without_graph(made)
         return made
-
-    def prepare(self, shares: Mapping[str, Shares], prepared: PreparedRequest) -> None:
-        """What the layer's modules run in inference from now on."""
-        for name, module in self.modules.items():
-            kept = shares.get(name)
-            prepared.runs[module] = KeptModule(module, kept, prepared) if kept else module.base_layer
 
     def _route(self, hidden: Tensor, request: Request, again_in_backward: bool = False) -> LayerDecision:
         decisions = []
@@ -320,12 +316,12 @@ class KeptModule:
     """
 
     def __init__(self, layer: RoutedLinear, shares: Shares, prepared: PreparedRequest) -> None:
-        self._layer, self._shares, self._gathering = layer, shares, prepared.products
+        self._layer, self._shares = layer, shares
+        # Not what is prepared itself, which holds this: without a cycle the weights go when the cache goes.
+        self._products, self._weights, self._scalings = prepared.products, prepared.weights, prepared.scalings
         self._batch, self._groups = len(prepared.request.prompt), prepared.request.groups
         self._gathered: Gathered | None = None
         self._dtype: torch.dtype | None = None
-        self._read: list[WeightSnapshot] = []
-        self._scalings: list[tuple[str, float]] = []
 
     def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """base(x) and what was decided: (b, ..., d_out) from (b, ..., d_in), or both with b · t in front."""
@@ -344,15 +340,9 @@ class KeptModule:
         total = self._gathered.add(rows, ours)
         return total.flatten(0, 1) if is_flat else total
 
-    def is_stale(self) -> bool:
-        """Whether weights or scaling are no longer those that were gathered."""
-        scaling = self._layer.scaling
-        return any(one.has_changed() for one in self._read) or any(scaling.get(name) != value for name, value in self._scalings)
-
     def _gather(self, x: Tensor, result: Tensor) -> None:
         layer, self._dtype, self._gathered = self._layer, result.dtype, None
         parts = []
-        self._read, self._scalings = [], []
         for share in self._shares:
             first, second = cast(nn.Linear, layer.lora_A[share.adapter]), cast(nn.Linear, layer.lora_B[share.adapter])
             if not is_plain(layer.lora_dropout[share.adapter], first, second, x):
@@ -361,10 +351,11 @@ class KeptModule:
             # Rows that do not keep the module have a gate of zero: the layout is then the same in every module.
             everywhere = rows is None or len(rows) == self._batch
             parts.append(Part(first.weight, second.weight, scaling, None if everywhere else rows, share.gate))
-            self._read += [WeightSnapshot(first), WeightSnapshot(second)]
-            self._scalings.append((share.adapter, scaling))
+            self._weights += [WeightSnapshot(first), WeightSnapshot(second)]
+            self._scalings.append((layer.scaling, share.adapter, scaling))
         # A hook may have kept what the base module made.
-        self._gathered = self._gathering.gather(parts, result, in_place=not has_forward_hooks(cast(nn.Module, layer.base_layer)))
+        is_seen = has_forward_hooks(cast(nn.Module, layer.base_layer))
+        self._gathered = self._products.gather(parts, result, in_place=not is_seen)
 
 
 def _without_graph(made: LayerDecision) -> LayerDecision:

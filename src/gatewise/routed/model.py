@@ -282,7 +282,7 @@ class RoutedLoraModel(LoraModel):
         return request, {self._layers[index].path: made for index, made in sorted(request.decided.items())}
 
     def _finish(self, request: Request, arguments: Mapping[str, Any], output: Any) -> Any:
-        if not request.training or not any(map(self._balance_weight, request.groups)):
+        if not any(map(self._balance_weight, request.groups)):
             return None
         return with_balance(output, self.balance_loss(), arguments, self._kind)
 

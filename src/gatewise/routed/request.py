@@ -11,13 +11,14 @@ Shapes: b batch, t tokens, n rows of one adapter, m experts of a layer.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import Call, CallState, CallTracker, by_row, cache_of, cached_tokens, text_inputs
+from gatewise.internals.torch_modules import WeightSnapshot
 from gatewise.serving import products
 
 BASE = "__base__"
@@ -80,6 +81,8 @@ class PreparedRequest:
         complete: all layers have.
         version: of the adapters whose weights the runs have.
         products: what gathers the weights.
+        weights, scalings: what was gathered, to find out whether it has changed; scalings as (those of a module, adapter, value).
+        checked_in: the call in which that was asked last.
     """
 
     def __init__(self, request: Request, version: int) -> None:
@@ -90,11 +93,14 @@ class PreparedRequest:
         """Layers prepare their modules again, by the same decisions."""
         self.runs: dict[nn.Module, Any] = {}
         self.complete, self.version, self.products = False, version, products.Request(len(self.request.prompt))
+        self.weights: list[WeightSnapshot] = []
+        self.scalings: list[tuple[Mapping[str, float], str, float]] = []
+        self.checked_in: Call | None = None
 
     def refresh(self, version: int) -> None:
         """Weights are read anew if they have changed."""
-        stale = (getattr(run, "is_stale", None) for run in self.runs.values())
-        if version != self.version or any(is_stale() for is_stale in stale if is_stale is not None):
+        scaled = any(scaling.get(adapter) != value for scaling, adapter, value in self.scalings)
+        if version != self.version or scaled or any(one.has_changed() for one in self.weights):
             self.start_anew(version)
 
     def __deepcopy__(self, memo: object) -> "PreparedRequest":
@@ -136,15 +142,14 @@ class RoutingState(CallState):
         base_only: no adapter is in use in the pass, and every module is its base module.
         tokens: how many each row of the pass has.
         last: the newest request of the thread.
-        checked: the request whose weights have been looked at in this call.
     """
 
+    of_pass: ClassVar[tuple[str, ...]] = (*CallState.of_pass, "runs", "base_only", "tokens")
     current: Pass | None = None
     runs: Mapping[nn.Module, Callable[..., Tensor]] = {}
     base_only: bool = False
     tokens: int = 0
     last: Request | None = None
-    checked: PreparedRequest | None = None
 
 
 class RequestTracker(CallTracker):
@@ -155,7 +160,8 @@ class RequestTracker(CallTracker):
     Args:
         models, causal: as in ``CallTracker``.
         active: names of the adapters in use, none while they are disabled.
-        finish: called with (request, arguments of the forward, output) when a pass ends; what it returns replaces the output.
+        finish: called with (request, arguments of the forward, output) when a pass in training ends; what it returns replaces the
+            output.
     """
 
     now: RoutingState
@@ -192,14 +198,6 @@ class RequestTracker(CallTracker):
         """An adapter is deleted: requests that it serves cannot go on, even if another comes to have its name."""
         self._deleted[adapter] = self._version
 
-    def close(self) -> None:
-        """No pass of this thread is open."""
-        super().close()
-        now = self.now
-        now.runs, now.base_only, now.tokens = {}, False, 0
-        if now.call is None:
-            now.checked = None
-
     def begin(self, arguments: Mapping[str, Any], module: Any) -> Pass:
         """The pass that a forward opens: of the request that its cache belongs to, or of a new one."""
         now, inputs, cache = self.now, text_inputs(arguments, "routed adapters"), cache_of(arguments)
@@ -208,7 +206,12 @@ class RequestTracker(CallTracker):
         if continues:
             prepared = self._prepared_before(cache, len(inputs), groups)
         else:
-            prompt = self._prompt(arguments, training and has_gradients) if groups else inputs[:, :0]
+            prompt = inputs[:, :0]  # nobody reads any
+            if groups:
+                text = self.read_text(arguments, inputs, training and has_gradients)
+                # A row without a prompt (plain language modelling) is its own.
+                prompt = torch.where(text.prompt.any(dim=1, keepdim=True), text.prompt, text.present)
+                prompt = prompt | ~prompt.any(dim=1, keepdim=True)
             prepared = PreparedRequest(Request(self, prompt, groups, training, self._version), self._version)
         request = prepared.request
         if groups:
@@ -217,9 +220,9 @@ class RequestTracker(CallTracker):
             self._version += 1  # weights may be trained next, by optimisers that leave no trace on them
             return Pass(request, prepared, continues, is_inference=False, is_settled=False)
         # At the first pass in a call: looking at all weights takes as long as some of their products.
-        if continues and (now.call is None or now.checked is not prepared):
+        if continues and (now.call is None or prepared.checked_in is not now.call):
             prepared.refresh(self._version)
-            now.checked = prepared
+            prepared.checked_in = now.call
         now.runs, now.base_only, now.tokens = prepared.runs, not groups, inputs.shape[1]
         return Pass(request, prepared, continues, is_inference=True, is_settled=prepared.complete or not groups)
 
@@ -231,7 +234,7 @@ class RequestTracker(CallTracker):
             for value in (cache_of(arguments), *outputs):
                 if hasattr(value, "get_seq_length"):
                     setattr(value, _ON_CACHE, done.prepared)
-        return self._finish(done.request, arguments, output)
+        return self._finish(done.request, arguments, output) if done.request.training else None
 
     def learns_without_labels(self) -> None:
         """Warns once."""
@@ -242,12 +245,6 @@ class RequestTracker(CallTracker):
                 "included: pass labels, or run the forward under model.prompt_positions(mask)",
                 stacklevel=2,
             )
-
-    def _prompt(self, arguments: Mapping[str, Any], training: bool) -> Tensor:
-        """Where the prompts of a new request lie (b, t). A row without any (plain language modelling) is its own."""
-        text = self.read_text(arguments, training)
-        prompt = torch.where(text.prompt.any(dim=1, keepdim=True), text.prompt, text.present)
-        return prompt | ~prompt.any(dim=1, keepdim=True)
 
     def _groups(self, batch: int) -> Groups:
         active, call = self._active(), self.now.call or Call()

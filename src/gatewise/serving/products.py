@@ -197,7 +197,16 @@ class Gathered:
         self.first, self._second = first.to(inner), second.to(inner).t().contiguous()
         self.weight = None if weight is None else weight.to(inner)[:, None]
         self._alpha, self._layout, self._in_place = alpha, layout, in_place
-        self._longest = inf if layout is None or weight is None else self._longest_joined(layout)
+        # How many tokens a row may have to be cheaper joined than by row, if zero times something foreign is zero at all. It is not
+        # where the foreign product overflows, or where somebody's adapter is broken, who must not break the others' rows.
+        self._longest = inf
+        if layout is not None and weight is not None:
+            spare = _SPARE_ON_CPU if self.first.device.type == "cpu" else _SPARE
+            self._longest = spare * layout.columns.shape[1] / layout.foreign if layout.foreign else inf
+            if not layout.complete:
+                total = self.first.sum(dtype=torch.float32) + self._second.sum(dtype=torch.float32)
+                if inner == torch.float16 or not total.isfinite():
+                    self._longest = 0
         if self._longest < 1:
             self.first, self._second = self._by_row()
             self.weight, self._longest = None, inf
@@ -229,18 +238,6 @@ class Gathered:
             flat = result.view(-1, result.shape[-1]) if into else result.flatten(0, -2)
             total = (flat.addmm_ if into else flat.addmm)(ranks.reshape(len(flat), -1), second, alpha=self._alpha)
         return result if into else total.view(result.shape)
-
-    def _longest_joined(self, layout: Layout) -> float:
-        """How many tokens a row may have to be cheaper joined than by row, if zero times something foreign is zero at all.
-
-        It is not where the foreign product overflows, or where somebody's adapter is broken, who must not break the others' rows.
-        """
-        if not layout.complete:
-            total = self.first.sum(dtype=torch.float32) + self._second.sum(dtype=torch.float32)
-            if self.first.dtype == torch.float16 or not total.isfinite():
-                return 0
-        spare = _SPARE_ON_CPU if self.first.device.type == "cpu" else _SPARE
-        return spare * layout.columns.shape[1] / layout.foreign if layout.foreign else inf
 
     def _by_row(self) -> tuple[Tensor, Tensor]:
         """(b, w, d_in) and (b, w, d_out): copies of every row's own columns, with its gates in the second."""

@@ -1,0 +1,56 @@
+"""What is found out about modules: whether they are plain matrices, who watches them, and whether weights have changed."""
+
+import pytest
+import torch
+from torch import nn
+
+from gatewise.internals.torch_modules import WeightSnapshot, has_forward_hooks, is_plain
+
+
+def three() -> tuple[nn.Module, nn.Linear, nn.Linear]:
+    return nn.Identity(), nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)
+
+
+def test_three_plain_modules() -> None:
+    dropout, first, second = three()
+    x = torch.randn(2, 4)
+    assert is_plain(dropout, first, second, x)
+    assert is_plain(nn.Dropout(0.5).eval(), first, second, x)
+    assert not is_plain(nn.Dropout(0.5), first, second, x)
+    assert not is_plain(dropout, nn.Linear(4, 2), second, x)
+    assert not is_plain(dropout, first, second.to("meta"), x)
+    assert not is_plain(dropout, first, three()[2], nn.Parameter(x))
+
+
+@pytest.mark.parametrize("how", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_seen(how: str) -> None:
+    dropout, first, second = three()
+    x = torch.randn(2, 4)
+    handle = getattr(first, how)(lambda *_: None)
+    assert not is_plain(dropout, first, second, x)
+    assert has_forward_hooks(first) is (how == "register_forward_hook")
+    handle.remove()
+    assert is_plain(dropout, first, second, x)
+    assert not has_forward_hooks(first)
+    first.__dict__["forward"] = nn.Linear.forward.__get__(first)
+    assert not is_plain(dropout, first, second, x)
+
+
+def test_changes_of_a_weight_are_seen() -> None:
+    module = nn.Linear(2, 3)
+    same = WeightSnapshot(module)
+    assert not same.has_changed()
+    with torch.no_grad():
+        module.weight.add_(1)
+    assert same.has_changed()
+    given, replaced = WeightSnapshot(module), WeightSnapshot(module)
+    module.weight.data = torch.randn(3, 2)
+    assert given.has_changed()
+    module.weight = nn.Parameter(torch.randn(3, 2))
+    assert replaced.has_changed()
+
+
+def test_weights_of_inference_mode_have_no_versions() -> None:
+    with torch.inference_mode():
+        module = nn.Linear(2, 3)
+        assert not WeightSnapshot(module).has_changed()
