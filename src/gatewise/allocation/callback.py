@@ -190,14 +190,13 @@ class RankAllocation(TrainerCallback, ExportableState):
         batches = [] if self.validation_batch is None else as_batches(self.validation_batch)
         if (self.rounds or self.schedule == "cubic") and (not batches or any("labels" not in batch for batch in batches)):
             raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
-        layers = slots.lora_layers(kwargs["model"], self._adapter)
-        if {path: len(slots.factors(layer, self._name)[0]) for path, layer in layers.items()} != self._capacity:
+        factors = slots.all_factors(kwargs["model"], self._adapter)
+        if {path: len(a) for path, (a, _) in factors.items()} != self._capacity:
             raise GatewiseError(
                 "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
                 "every run): give the Trainer a model, not model_init"
             )
         self._restore(state)
-        factors = {path: slots.factors(layer, self._name) for path, layer in layers.items()}
         self._young.follow(factors, self.history, kwargs.get("optimizer"))
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
 
@@ -320,8 +319,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             model, self._name, optimizer, self.validation_batch, self.rules, self.history, step, count, budget, self._capacity
         )
         self.history.append(done)
-        layers = slots.lora_layers(model, self._name)
-        self._young.follow({path: slots.factors(layer, self._name) for path, layer in layers.items()}, self.history, optimizer)
+        self._young.follow(slots.all_factors(model, self._adapter), self.history, optimizer)
         pruned, grown = (sum(map(len, changed.values())) for changed in (done.pruned, done.grown))
         if self.schedule == "constant-budget" and grown < pruned:
             logger.warning(

@@ -48,6 +48,12 @@ def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter
     return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
 
 
+def all_factors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Path -> A and B, of every layer of ``lora_layers``."""
+    name = active_adapter(model, adapter)
+    return {path: factors(layer, name) for path, layer in lora_layers(model, name).items()}
+
+
 def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
     """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
     return adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None

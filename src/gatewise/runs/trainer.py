@@ -214,7 +214,9 @@ class FiniteGradients(TrainerCallback):
         try:
             # The Trainer clips without this check, and where max_grad_norm is 0 not at all.
             nn.utils.get_total_norm(gradients, error_if_nonfinite=True)
-        except RuntimeError:
+        except RuntimeError as error:
+            if "non-finite" not in str(error):  # out of memory, say
+                raise
             what = f"the gradient is not finite at step {state.global_step + 1}"
             stop_diverged(Path(args.output_dir or ""), state.global_step, what)
 

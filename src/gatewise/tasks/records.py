@@ -371,7 +371,7 @@ def _check_text(value: Any, what: str, where: str, hint: str = "") -> None:
         raise GatewiseError(f"{where}: {what} must be a string, found {_type_name(value)}{hint}")
     if not value.strip():
         raise GatewiseError(f"{where}: {what} is empty")
-    if has_half_a_pair(value):
+    if not value.isascii() and has_half_a_pair(value):
         raise GatewiseError(f"{where}: {what} {HALF_A_PAIR}")
 
 
