@@ -1,8 +1,7 @@
-"""Files are written whole or not at all: into a temporary sibling, then renamed over the name that was asked for.
+"""Writes files and folders so that nobody ever sees half of one: into a temporary place beside the target, then renamed.
 
-A link is followed first, and what is no file, such as /dev/stdout or a pipe, is written into.
-
-``content_of`` reads one that a user named.
+If the writing fails, what was there before stays. Symbolic links are followed. What is no regular file, such as /dev/stdout or a
+pipe, is written into directly. ``content_of`` reads a file that a user named.
 """
 
 import json

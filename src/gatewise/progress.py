@@ -1,4 +1,4 @@
-"""What long work shows: lines and bars on a console, and Transformers kept quiet meanwhile."""
+"""Shows the progress of long work as lines and bars on a console, and keeps Transformers quiet meanwhile."""
 
 import contextlib
 import warnings

@@ -13,7 +13,7 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, TreeRecord, linearise, parse, parse_lenient, sample, training_rows
 from gatewise.mdt.linearise import node_lines
 from gatewise.mdt.prompts import completion, nodes_in_order, prompt
-from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.recipe import load_recipe
 from gatewise.tasks import Template, load_records
 
 RECORD = TreeRecord(TEXT, DecisionTree.from_preorder(gout()))

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.errors import GatewiseError
-from gatewise.runs.recipe import AllocationSection, Recipe
-from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.recipe import AllocationSection, Recipe, load_recipe
 
 MINIMAL = "method: alora\nmodel: smollm2-135m-instruct\ndata: {train: rows.jsonl, dev: 'sample:support-dev'}\n"
 

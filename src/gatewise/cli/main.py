@@ -112,7 +112,7 @@ def train(
       gatewise train my.yaml --set training.learning_rate=1e-4 --output runs/slower
       gatewise train my.yaml --output runs/slower --resume
     """
-    from gatewise.runs.recipe_file import load_recipe
+    from gatewise.runs.recipe import load_recipe
 
     checked = load_recipe(recipe, [*(set_ or ()), *([] if device is None else [f"device={device}"])])
     folder = output or Path("runs") / recipe.stem

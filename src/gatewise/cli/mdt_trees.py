@@ -1,4 +1,4 @@
-"""What the ``mdt`` commands do with trees when they have them: print them, or write them where ``--out`` says."""
+"""Prints the trees that an ``mdt`` command made, or writes them to ``--out``."""
 
 import os
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Options that several commands have, with one meaning."""
+"""Command-line options that several commands share, each defined once."""
 
 import inspect
 from collections.abc import Callable

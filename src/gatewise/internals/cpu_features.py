@@ -1,6 +1,6 @@
 """Whether this processor multiplies bfloat16 numbers by itself. PyTorch says so in public from 2.13 on, before only in private.
 
-Read in PyTorch 2.4 to 2.13.
+Read in PyTorch 2.8 to 2.13.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A GGUF file becomes an ordinary Transformers folder, once, so that later loads are quick and need no `gguf`."""
+"""Converts a GGUF file to an ordinary Transformers folder, once, so that later loads are quick and need no `gguf`."""
 
 import contextlib
 import io

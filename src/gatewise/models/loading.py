@@ -1,4 +1,4 @@
-"""Base models, tokenizers and adapters from what a user names; whatever is wrong with them becomes one sentence."""
+"""Loads base models and tokenizers by the name that a user gives. What is wrong with them is said in one sentence."""
 
 from pathlib import Path
 from typing import Any, Literal

@@ -1,1 +1,2 @@
-"""The run that a recipe describes: its schema and YAML, what it is made of, the run itself, and the folder it writes."""
+"""Training runs from recipes: ``recipe.py`` is the YAML file, ``build.py`` makes the adapter and the Trainer's arguments, ``run.py``
+carries the run out with the Trainer in ``trainer.py``, ``folder.py`` is what it leaves, ``measure.py`` measures it again."""

@@ -1,4 +1,4 @@
-"""PEFT's AdaLoRA as a baseline: its budget moved on at every step, resumable, and finished as a plain LoRA adapter.
+"""PEFT's AdaLoRA as a baseline: its schedule is called at every step, a run can be resumed, and ends in plain LoRA.
 
 AdaLoRA (Zhang et al., 2023) writes an update as B diag(E) A and takes away entries of E. In PEFT the effective scale is
 ``lora_alpha / init_r`` throughout, not ``lora_alpha / r``: compare methods with that in mind.

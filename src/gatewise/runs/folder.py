@@ -1,4 +1,4 @@
-"""The folder a run writes: whether it may be used, what to resume from, what the run came to, and nothing half written.
+"""The folder of a run: whether a run may use it, which checkpoint to resume from, and what is written at the end.
 
 What a run leaves in it:
 
@@ -33,8 +33,7 @@ from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.inspection import PromptMap, RoutingMap, routing_json
 from gatewise.prompts.stages import SEARCH_FOLDER
 from gatewise.runs.baselines import STATE_FILE
-from gatewise.runs.recipe import Recipe
-from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.recipe import Recipe, load_recipe
 from gatewise.runs.trainer import checkpoint_step, complete_checkpoints
 from gatewise.tasks.metrics import Metrics
 

@@ -1,4 +1,4 @@
-"""Measuring a saved adapter: with the prompt, labels and lengths of its run, or with those given."""
+"""Measures a saved adapter on data, with the prompt, labels and lengths of its run or with others."""
 
 from collections.abc import Mapping
 from pathlib import Path

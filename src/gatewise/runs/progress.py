@@ -1,4 +1,4 @@
-"""What a training run shows: a bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress of a training run: a bar on a terminal, else a line now and then."""
 
 import time
 from collections.abc import Iterator

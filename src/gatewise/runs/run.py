@@ -1,6 +1,6 @@
-"""The run a recipe describes: check everything, load, train, measure, and write the adapter.
+"""Carries out a recipe: checks everything, loads, measures, trains, measures again, writes the adapter, and draws.
 
-What it leaves in its output folder: see ``gatewise.run_folder``.
+What a run leaves in its output folder is listed in ``gatewise/runs/folder.py``.
 """
 
 import time

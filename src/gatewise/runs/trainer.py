@@ -1,4 +1,4 @@
-"""The Trainer under a recipe's run: loss at labelled positions only, a stop at the first NaN, checkpoints that resume.
+"""The Trainer of a run: computes the loss at labelled positions only, stops at the first NaN, writes checkpoints to resume from.
 
 Shapes: b batch, t tokens.
 """
