@@ -1,4 +1,5 @@
-"""Training runs from recipes: ``recipe.py`` is the YAML file, ``build.py`` makes the adapter and the Trainer's arguments.
+"""Training runs from recipes.
 
-``run.py`` carries the run out with the Trainer in ``trainer.py``, ``folder.py`` is what it leaves, ``measure.py`` measures it.
+``recipe.py`` is the YAML file, ``build.py`` makes the adapter and the Trainer's arguments, ``run.py`` carries the run out with the
+Trainer in ``trainer.py``, ``folder.py`` is what a run leaves, and ``measure.py`` measures an adapter again.
 """
