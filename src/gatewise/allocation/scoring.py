@@ -15,6 +15,7 @@ from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
 from gatewise.internals.library_attributes import original_forward
 from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, microbatches, row_losses
+from gatewise.models.device import random_state_kept
 
 _PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -104,8 +105,7 @@ def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     original = original_forward(model)
     wrapped = model.__dict__.get("forward") if original is not None else None
-    forked = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked), torch.autocast(device.type, enabled=False):
+    with random_state_kept(device), torch.autocast(device.type, enabled=False):
         try:
             model.eval()
             if original is not None:
