@@ -318,3 +318,10 @@ def test_a_failed_call_leaves_nothing_behind(batch):
     with pytest.raises(GatewiseError):
         model(input_ids=batch["input_ids"], attention_mask=torch.ones(4, 1, 9, 9))
     assert model.generate(**batch, **settings()).tolist() == expected.tolist()
+
+
+def test_continuous_batching_is_refused(texts):
+    """Its loop would end in a thread of its own, with nothing written."""
+    model = prompted("llama")
+    with pytest.raises(GatewiseError, match=r"generate_batch.* but selective prompts read one text a row: call generate"):
+        model.generate_batch([texts[0].tolist()])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from routed_models import routed_base, routed_config
-from transformers import BertConfig, BertForTokenClassification, BertModel
+from transformers import BertConfig, BertForTokenClassification, BertModel, Trainer, TrainingArguments
 
 from gatewise.errors import GatewiseError
 from gatewise.losses import before_first, labelled_logits, row_losses
@@ -101,18 +101,39 @@ def test_masks_of_attention_are_refused_outside_generate(routed):
         routed("llama")(input_ids=IDS, attention_mask=torch.ones(2, 1, 6, 6).bool())
 
 
-def test_training_without_labels_says_so_once(routed):
-    model, other = routed("llama").train(), routed("llama").train()
-    with pytest.warns(UserWarning, match="trained without labels"):
+def test_training_without_labels_is_refused(routed):
+    model = routed("llama").train()
+    with pytest.raises(
+        GatewiseError, match="trained without labels in the model's call, so that its routers would read the answers"
+    ):
         model(input_ids=IDS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with model.prompt_positions(torch.ones(2, 6)):
         model(input_ids=IDS)
-        with other.prompt_positions(torch.ones(2, 6)):
-            other(input_ids=IDS)
-        with torch.no_grad():
-            other(input_ids=IDS)
-        other.eval()(input_ids=IDS)
+    with model.disable_adapter():
+        model(input_ids=IDS)
+    with torch.no_grad():
+        model(input_ids=IDS)
+    model.eval()(input_ids=IDS)
+
+
+@pytest.mark.parametrize("kept_back", ["label_smoothing_factor", "compute_loss_func"])
+def test_a_trainer_that_keeps_the_labels_back(routed, batch, tmp_path, kept_back):
+    """A decoder's routers would read answers; an encoder's read the whole text anyway."""
+    settings = {"max_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    extra = {}
+    if kept_back == "label_smoothing_factor":
+        settings[kept_back] = 0.1
+    else:
+        extra[kept_back] = lambda outputs, labels, num_items_in_batch=None: outputs["logits"].square().mean()
+    for family in ("llama", "bert"):
+        data = batch(family)
+        rows = [{name: value[row] for name, value in data.items()} for row in range(len(data["labels"]))]
+        trainer = Trainer(routed(family).train(), TrainingArguments(tmp_path, **settings), train_dataset=rows, **extra)
+        if family == "bert":
+            trainer.train()
+        else:
+            with pytest.raises(GatewiseError, match=f"{kept_back}.* have the Trainer keep them back: leave these out"):
+                trainer.train()
 
 
 def test_scoring_without_labels_says_so_once(routed, caplog):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from routed_models import routed_base, routed_config, trained_routers
 from safetensors.torch import load_file
@@ -307,6 +307,25 @@ def test_what_else_is_refused(routed, tmp_path):
     assert not model.supports_lora_conversion()
     with pytest.raises(ValueError, match="shared state"):
         inject_adapter_in_model(routed_config(), routed_base("llama"))
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["v_proj"]}, {"target_modules": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("name", ["default", "plain"])
+def test_plain_lora_on_a_base_that_is_still_routed(routed, batch, name, settings):
+    """It would train one model and run another."""
+    model, data = routed("llama"), batch()
+    bare = same_base(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own word on it
+        with pytest.raises(GatewiseError, match=r"carries routed adapters.*call unload\(\) on the routed PeftModel first"):
+            get_peft_model(model.get_base_model(), LoraConfig(r=2, **settings), adapter_name=name).train()(**data)
+    with pytest.raises(GatewiseError, match="carries routed adapters"):
+        model(**data)
+    plain = model.unload()
+    if settings["target_modules"] == ["v_proj"]:
+        torch.testing.assert_close(logits_of(plain, data), logits_of(bare, data))
+        again = random_adapter(get_peft_model(plain, LoraConfig(r=2, **settings)))
+        assert not torch.allclose(logits_of(again, data), logits_of(bare, data))
 
 
 def test_a_failed_add_leaves_the_others(routed, batch):

@@ -7,7 +7,14 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraRuntimeConfig
 from routed_models import routed_base, routed_config
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from gatewise import RoutedLoraConfig
 from gatewise.errors import GatewiseError
@@ -158,6 +165,13 @@ def test_models_that_cannot_be_routed():
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(GatewiseError, match="encoder-decoder"):
         get_peft_model(t5, routed_config())
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2}
+    for recurrent in (MambaForCausalLM(MambaConfig(**sizes)), RwkvForCausalLM(RwkvConfig(**sizes, attention_hidden_size=8))):
+        kind = recurrent.config.model_type
+        with pytest.raises(
+            GatewiseError, match=f"{kind} models keep their past in a recurrent state.*: use a model with attention"
+        ):
+            get_peft_model(recurrent, routed_config())
     with pytest.raises(GatewiseError, match="not on a Sequential"):
         get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), RoutedLoraConfig())
     adapted = get_peft_model(routed_base("llama"), LoraConfig(target_modules=["q_proj"]))

@@ -281,8 +281,11 @@ def test_two_active_adapters_add_up(three, prompts):
 def test_names_that_do_not_fit(three, prompts):
     with pytest.raises(GatewiseError, match="has 'other'; the model has 'default'"):
         three(**prompts, adapter_names=["other"] * 4)
-    with pytest.raises(GatewiseError, match="3 names for a batch of 4 rows"):
-        three(**prompts, adapter_names=["default"] * 3)
+    for number in (1, 2, 3, 8):  # not spread over the rows where their number divides it
+        with pytest.raises(GatewiseError, match=f"{number} names for a batch of 4 rows: give one name a row"):
+            three(**prompts, adapter_names=["default"] * number)
+        with pytest.raises(GatewiseError, match=f"{number} names for a batch of 4 rows"):
+            three.generate(**prompts, adapter_names=["default"] * number, num_beams=2, max_new_tokens=2)
     with pytest.raises(GatewiseError, match="training mode"):
         three.train()(**prompts, adapter_names=["default"] * 4)
 
@@ -347,3 +350,16 @@ def test_guidance_routes_the_negative_prompt_by_all_of_it(routed, width):
     torch.testing.assert_close(given.scores[0], free + 1.7 * (conditional - free))
     with pytest.raises(GatewiseError, match="leave use_cache out"):
         model.generate(**guided, use_cache=False)
+
+
+def test_continuous_batching_is_refused(routed, prompts):
+    """Its loop would end in a thread of its own, with nothing written."""
+    model = routed("llama")
+    texts = [prompts["input_ids"][0].tolist()]
+    for call in (model.generate_batch, model.get_base_model().generate_batch):
+        with pytest.raises(GatewiseError, match=r"generate_batch.* but routed adapters read one text a row: call generate"):
+            call(texts)
+    with pytest.raises(GatewiseError, match="generate_batch"):
+        model.init_continuous_batching()
+    with model.disable_adapter():
+        assert model.init_continuous_batching() is not None

@@ -56,6 +56,17 @@ class Call:
         """What was given for each prompt, for each of the rows (beams, samples) that ``generate`` has made of it."""
         return given if self.width is None else given.repeat_interleave(batch // self.rows, dim=0)
 
+    def names_by_row(self, batch: int) -> list[str]:
+        """``adapter_names`` for each of the rows, which are several for each prompt where ``generate`` made beams or samples.
+
+        Raises:
+            GatewiseError: there are not as many names as rows or, inside ``generate``, as prompts.
+        """
+        names, given = self.adapter_names or (), batch if self.width is None else self.rows
+        if len(names) != given:
+            raise GatewiseError(f"adapter_names has {len(names)} names for a batch of {given} rows: give one name a row")
+        return [name for name in names for _ in range(batch // given)]
+
 
 @dataclass(frozen=True)
 class Text:
@@ -259,6 +270,18 @@ class CallTracker:
                 "answer: leave use_cache out"
             )
 
+    def check_continuous_batching(self) -> None:
+        """Refuses continuous batching (``generate_batch``), which packs the tokens of many requests into one row.
+
+        Raises:
+            GatewiseError: an adapter is in use.
+        """
+        if self.is_at_work:
+            raise GatewiseError(
+                f"continuous batching (generate_batch) was started, which packs many texts into one row, but {self._adapters} read "
+                "one text a row: call generate with a padded batch"
+            )
+
     def _present(self, arguments: Mapping[str, Any], inputs: Tensor, call: Call) -> Tensor:
         """Where a row has tokens (b, t)."""
         batch, tokens = inputs.shape[:2]
@@ -287,6 +310,15 @@ class TrackedGeneration(ObjectMixin, nn.Module):
     """Has a model's ``generate`` tell its tracker what it was given. PEFT's ``generate`` comes through here, too."""
 
     call_tracker: CallTracker
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which its ``generate_batch`` calls too.
+
+        Raises:
+            GatewiseError: an adapter is in use.
+        """
+        self.call_tracker.check_continuous_batching()
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own.
@@ -322,17 +354,6 @@ def text_inputs(arguments: Mapping[str, Any], adapters: str) -> Tensor:
     return inputs
 
 
-def by_row(names: Sequence[str], rows: int) -> list[str]:
-    """One name a row, where ``generate`` has made several rows (beams, samples) of each prompt.
-
-    Raises:
-        GatewiseError: there are not as many names as rows.
-    """
-    if not names or rows % len(names):
-        raise GatewiseError(f"adapter_names has {len(names)} names for a batch of {rows} rows: give one name a row")
-    return [name for name in names for _ in range(rows // len(names))]
-
-
 def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The key-value cache among a forward's arguments, under the name of this or of older versions of Transformers."""
     cache = arguments.get("cache")
@@ -352,6 +373,13 @@ def cached_tokens(cache: Any) -> int:
             f"past_key_values is a {type(cache).__name__}: expected a Cache of Transformers, such as DynamicCache()"
         )
     return int(cache.get_seq_length())
+
+
+def keeps_a_state(model: Any) -> bool:
+    """Whether a model keeps its past in a recurrent state (Mamba, RWKV), where no cached tokens can be counted."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    attends = any(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
+    return (bool(kinds) and not attends) or "state" in inspect.signature(type(model).forward).parameters
 
 
 def seems_to_hold_answers(arguments: Mapping[str, Any]) -> bool:

@@ -206,7 +206,8 @@ class PassTracker(CallTracker):
         """
         raise GatewiseError(
             "a decoder with selective prompts was trained without labels in its call, so that prompts would be generated from the "
-            "answers: pass labels with -100 before the answer, or run the forward under model.prompt_positions(mask)"
+            "answers: pass labels with -100 before the answer (label_smoothing_factor and compute_loss_func have the Trainer keep "
+            "them back: leave these out), or run the forward under model.prompt_positions(mask)"
         )
 
     def _look_at_prompts(self, text: Text) -> None:

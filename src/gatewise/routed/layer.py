@@ -35,6 +35,9 @@ NO_MERGE = (
 )
 
 
+UNLOAD_FIRST = "call unload() on the routed PeftModel first, and give what it returns to get_peft_model"
+
+
 @dataclass(frozen=True)
 class Share:
     """What one adapter adds in one module to the ``rows`` (n,) of a batch, None for all of them: its gates ``gate`` (n,)."""
@@ -220,6 +223,19 @@ class RoutedLinear(nn.Module, LoraLayer):
         self.now = RoutingState()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """As PEFT, for routed adapters only.
+
+        Raises:
+            GatewiseError: plain LoRA is being put on a base model that still carries routed adapters.
+        """
+        if not isinstance(config, RoutedLoraConfig):
+            raise GatewiseError(
+                f"the base model still carries routed adapters, whose modules a {type(config).__name__} would be put into: "
+                f"{UNLOAD_FIRST}"
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the thread's pass has the module run: its base module, and what is added to some rows.

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.call_tracking import Call, by_row
+from gatewise.internals.call_tracking import Call, keeps_a_state
 from gatewise.internals.layer_stack import Stack, models_around
 from gatewise.losses import IGNORED, LossKind, loss_kind
 from gatewise.routed.config import RoutedLoraConfig
-from gatewise.routed.layer import NO_MERGE, LayerDecision, LayerRouting, RoutedLinear
+from gatewise.routed.layer import NO_MERGE, UNLOAD_FIRST, LayerDecision, LayerRouting, RoutedLinear
 from gatewise.routed.request import BASE, Request, RequestTracker
 from gatewise.routed.router import Router, balance
 from gatewise.routed.statistics import Routing, RoutingStatistics, routing_of, statistics_of
@@ -67,6 +67,11 @@ class RoutedLoraModel(LoraModel):
             raise GatewiseError(
                 "the base model carries an adapter already: add routed adapters to a routed PeftModel with add_adapter or "
                 "load_adapter, or call unload() on the other one first"
+            )
+        if keeps_a_state(model):
+            raise GatewiseError(
+                f"{model.config.model_type} models keep their past in a recurrent state, by which a routed adapter cannot find the "
+                "prompt again that a token goes on with: use a model with attention, or a plain LoraConfig"
             )
         if kind == "causal" and model.get_output_embeddings() is None:
             kind = "rows"  # a backbone without a head writes no answers
@@ -205,7 +210,7 @@ class RoutedLoraModel(LoraModel):
         call = self._tracker.now.call
         if call is None or call.adapter_names is None:
             return None
-        return args, {**kwargs, "adapter_names": by_row(call.adapter_names, len(args[0]))}
+        return args, {**kwargs, "adapter_names": call.names_by_row(len(args[0]))}
 
     def _check_names(self, names: Sequence[str]) -> None:
         if self.training:
@@ -227,6 +232,12 @@ class RoutedLoraModel(LoraModel):
         return self._tracker.prompt_positions(prompt)
 
     def _routed_adapters(self) -> list[str]:
+        for name, config in self.peft_config.items():  # PEFT gives all models on one base the same table
+            if not isinstance(config, RoutedLoraConfig):
+                raise GatewiseError(
+                    f"the base model carries routed adapters and was given a {type(config).__name__} ({name!r}) as well, so a call "
+                    f"would run both: {UNLOAD_FIRST}"
+                )
         return self.active_adapters if self._enabled else []
 
     # ---- what was decided ----

@@ -8,7 +8,6 @@ and apart from other caches. A pass without cached tokens starts a request.
 Shapes: b batch, t tokens, n rows of one adapter, m experts of a layer.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.call_tracking import Call, CallState, CallTracker, by_row, cache_of, cached_tokens, text_inputs
+from gatewise.internals.call_tracking import Call, CallState, CallTracker, cache_of, cached_tokens, text_inputs
 from gatewise.internals.torch_modules import WeightSnapshot
 from gatewise.serving import products
 
@@ -177,7 +176,6 @@ class RequestTracker(CallTracker):
         self._active, self._finish = active, finish
         self._version, self._deleted = 0, dict[str, int]()
         self._newest: Request | None = None
-        self._warned = False
 
     @property
     def is_at_work(self) -> bool:
@@ -237,21 +235,23 @@ class RequestTracker(CallTracker):
         return self._finish(done.request, arguments, output) if done.request.training else None
 
     def learns_without_labels(self) -> None:
-        """Warns once."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "a routed adapter is trained without labels in the model's call, so whole rows are taken for prompts, answers "
-                "included: pass labels, or run the forward under model.prompt_positions(mask)",
-                stacklevel=2,
-            )
+        """Refused.
+
+        Raises:
+            GatewiseError: always.
+        """
+        raise GatewiseError(
+            "a routed adapter was trained without labels in the model's call, so that its routers would read the answers: pass "
+            "labels with -100 before the answer (label_smoothing_factor and compute_loss_func have the Trainer keep them back: "
+            "leave these out), or run the forward under model.prompt_positions(mask)"
+        )
 
     def _groups(self, batch: int) -> Groups:
         active, call = self._active(), self.now.call or Call()
         if call.adapter_names is None or not active:
             return dict.fromkeys(active)
         groups: Groups = {}
-        for row, name in enumerate(by_row(call.adapter_names, batch)):
+        for row, name in enumerate(call.names_by_row(batch)):
             if name != BASE:
                 rows = groups.setdefault(name, [])
                 assert rows is not None
