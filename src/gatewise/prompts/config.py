@@ -7,13 +7,14 @@ from peft import PeftConfig
 
 from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
+from gatewise.internals.import_note import SavedWithNote
 from gatewise.internals.registry import peft_type
 
 Activation = Literal["gelu", "relu", "tanh", "identity"]
 
 
 @dataclass
-class SelectivePromptConfig(PeftConfig):
+class SelectivePromptConfig(SavedWithNote, PeftConfig):
     """Soft prompts that enter at chosen Transformer layers, generated there from the hidden states of the text itself.
 
     At a prompt layer i, with l prompt tokens standing in front of the text:
@@ -40,6 +41,8 @@ class SelectivePromptConfig(PeftConfig):
         normalize_states: divide each token's hidden state by its root mean square before it is projected, so that the huge numbers
             that the first token has in many decoders do not drown the text (reconstructed). False takes them as they are.
         modules_to_save: modules outside the layers to train and save with the adapter; PEFT adds a classifier's head by itself.
+        made_for: "model_type", "layers" and "hidden_size" of the base model. They are filled in when the adapter is put on, and
+            saved. A configuration that comes with them, from a file, goes on no other base.
         Others: those of PEFT's ``PeftConfig``, such as ``task_type``.
 
     Raises:
@@ -61,10 +64,14 @@ class SelectivePromptConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules outside the layers to train and save with the adapter."}
     )
+    made_for: dict[str, Any] | None = field(
+        default=None, compare=False, metadata={"help": "Type, layers and hidden size of the base model; filled in by itself."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("SELECTIVE_PROMPT")
+        self._came_with_base = self.made_for is not None
         for name in ("num_prompt_tokens", "bottleneck"):
             _check_whole(name, getattr(self, name))
         tau: Any = self.tau
@@ -79,6 +86,23 @@ class SelectivePromptConfig(PeftConfig):
         if self.activation not in get_args(Activation):
             raise GatewiseError(f"activation is {self.activation!r}: expected one of {', '.join(get_args(Activation))}")
         self._check_layers()
+
+    def fit_to(self, base: dict[str, Any]) -> None:
+        """Takes note of the base model that the adapter is put on: ``made_for``.
+
+        Raises:
+            GatewiseError: the configuration came from an adapter that was made for another one.
+        """
+        if self._came_with_base and self.made_for != base:
+            was, now = (
+                f"{one.get('model_type')} model of {one.get('layers')} layers and hidden size {one.get('hidden_size')}"
+                for one in (self.made_for or {}, base)
+            )
+            raise GatewiseError(
+                f"the adapter was made for a {was}, but the base model is a {now}: load it on a base model of its own kind, or "
+                "train a new SelectivePromptConfig on this one"
+            )
+        self.made_for = base
 
     def _check_layers(self) -> None:
         layers: Any = self.prompt_layers

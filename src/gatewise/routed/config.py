@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
+from gatewise.internals.import_note import SavedWithNote
 from gatewise.internals.registry import peft_type
 
 Pooler = Literal["attention", "mean", "max", "last"]
@@ -31,7 +32,7 @@ _REFUSED = {
 
 
 @dataclass
-class RoutedLoraConfig(LoraConfig):
+class RoutedLoraConfig(SavedWithNote, LoraConfig):
     """LoRA whose modules are the experts of their Transformer layer; the prompt picks ``top_k`` of them, once a request.
 
     A layer's router reads the prompt's hidden states H that enter it: h = pool(H), p = softmax(g(h) W_r), the k largest are kept.
