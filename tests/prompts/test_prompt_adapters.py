@@ -26,6 +26,7 @@ from transformers import (
 
 from gatewise import GatewiseError, SelectivePromptConfig
 from gatewise.prompts.cache import PromptedCache
+from gatewise.prompts.layer import PromptLayer
 
 
 @pytest.fixture
@@ -140,6 +141,55 @@ def test_gates_are_read_and_dropped(batch):
     torch.testing.assert_close(dropped, logits(model, batch))
     with pytest.raises(GatewiseError, match=r"dropped has the shape \(2,\): expected \(3,\), a value for each layer"):
         model.gates_dropped([True, False]).__enter__()
+
+
+@pytest.mark.parametrize("layers", [None, [1, 2]], ids=str)
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_layers_that_are_switched_off_one_by_one(batch, family, layers):
+    """As Transformers' ``disable_adapters()`` does it. With some of them off it is the network without their prompts."""
+    model = prompted(family, prompt_layers=layers)
+    everything = logits(model, batch)
+    with model.disable_adapter():
+        plain = logits(model, batch)
+    held = [module for module in model.modules() if isinstance(module, PromptLayer)]
+    for module in held:
+        module.enable_adapters(enabled=False)
+    assert torch.equal(logits(model, batch), plain)
+    for module in held[1:]:
+        module.enable_adapters(enabled=True)
+    without_first = logits(model, batch)
+    if layers is None:
+        with model.gates_dropped([True, False, False]):
+            held[0].enable_adapters(enabled=True)
+            torch.testing.assert_close(logits(model, batch), without_first)
+    else:
+        model.peft_config["default"].prompt_layers = [2]
+        torch.testing.assert_close(logits(model, batch), without_first)
+        model.peft_config["default"].prompt_layers = layers
+    held[0].enable_adapters(enabled=True)
+    assert not torch.allclose(without_first, everything, atol=1e-4)
+    torch.testing.assert_close(logits(model, batch), everything)
+
+
+def test_disabled_by_transformers_own_method(batch, monkeypatch):
+    """It may want a newer PEFT for what it loads itself."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
+    model = prompted("llama")
+    base = model.get_base_model()
+    base._hf_peft_config_loaded = True  # what its load_adapter() would set
+    with model.disable_adapter():
+        plain = logits(model, batch)
+    base.disable_adapters()
+    assert torch.equal(logits(model, batch), plain)
+    base.enable_adapters()
+    assert not torch.allclose(logits(model, batch), plain, atol=1e-4)
+
+
+def test_modules_can_be_asked_for_a_weight():
+    """As the functions do that ``apply`` is given to set the weights of a model."""
+    model, seen = prompted("llama"), []
+    model.apply(lambda module: seen.append((hasattr(module, "weight"), hasattr(module, "bias"), type(module))))
+    assert (False, False, PromptLayer) in seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -303,6 +353,8 @@ def test_what_a_model_with_prompts_does_not_do(batch):
         with pytest.raises(GatewiseError, match="cannot be merged, because they are tokens"):
             call()
     model.add_adapter("other", prompt_config())
+    with pytest.raises(GatewiseError, match="cannot be added up, because each adapter has generators of its own"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
     with pytest.raises(GatewiseError, match="activate one at a time"):
         model.base_model.set_adapter(["default", "other"])
     with pytest.raises(GatewiseError, match="adapter_names was given"):
@@ -336,3 +388,52 @@ def test_models_and_caches_are_copied_and_pickled(batch, family):
         for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
             assert isinstance(copied, PromptedCache)
             assert copied.gatewise_prompts.states.keys() == cache.gatewise_prompts.states.keys()
+
+
+# ---- another base model ----
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bert"])
+def test_an_adapter_of_another_family_is_refused(tmp_path, batch, family):
+    model = prompted("llama", prompt_layers=[1])
+    model.save_pretrained(tmp_path)
+    base = prompted_base(family)
+    before = logits(base, batch)
+    with pytest.raises(
+        GatewiseError, match=f"made for a llama model of 3 layers and hidden size 16, but .* is a {family} model of"
+    ):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(base, batch), before)
+    other = prompted(family)
+    with pytest.raises(GatewiseError, match=f"made for a llama model .* is a {family} model"):
+        other.load_adapter(tmp_path, "second")
+    assert list(other.peft_config) == ["default"]
+    logits(other, batch)
+
+
+def test_an_adapter_of_another_size_is_refused(tmp_path):
+    get_peft_model(prompted_base("llama"), prompt_config(prompt_layers=[1])).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "vocab_size": 60}
+    with pytest.raises(
+        GatewiseError, match=r"made for a llama model of 3 layers .* is a llama model of 2 layers and hidden size 16"
+    ):
+        PeftModel.from_pretrained(LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)), tmp_path)
+
+
+def test_an_adapter_that_does_not_say_its_base_loads(tmp_path, batch):
+    """It was saved by an earlier version."""
+    model = prompted("llama", prompt_layers=[1])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["made_for"] == {"model_type": "llama", "layers": 3, "hidden_size": 16}
+    path.write_text(json.dumps({name: value for name, value in saved.items() if name not in ("made_for", "requires")}))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)
+    torch.testing.assert_close(logits(loaded, batch), logits(model, batch))
+
+
+def test_a_configuration_of_ones_own_goes_on_any_base():
+    config = prompt_config(prompt_layers=[1])
+    for family in ("llama", "qwen2"):
+        get_peft_model(prompted_base(family), config)
+        assert config.made_for["model_type"] == family

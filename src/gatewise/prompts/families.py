@@ -50,6 +50,7 @@ class Transformer:
     """The stack of layers of a model.
 
     Attributes:
+        config: of the model.
         model: the Transformer under the head.
         path, layers: path of the list of layers in the whole model, and its modules.
         rotary: the module that makes rotary position embeddings, if there is one.
@@ -63,6 +64,7 @@ class Transformer:
         if not isinstance(model, PreTrainedModel):
             raise GatewiseError(f"selective prompts go into Transformers models, not into a {type(model).__name__}")
         config: Any = model.config
+        self.config = config
         if config.model_type not in FAMILIES:
             raise GatewiseError(
                 f"selective prompts are not built for {config.model_type} models: supported are {', '.join(FAMILIES)}"

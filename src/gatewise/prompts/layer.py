@@ -142,6 +142,16 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.spt_generator = nn.ModuleDict()
         self.spt_gate_logit = nn.ParameterDict()
 
+    @property
+    def weight(self) -> Tensor:
+        """None: PEFT looks for it in the module that a layer wraps, and as this one wraps none it would ask here again."""
+        raise AttributeError("a layer of prompt generators has no weight: it stands beside modules and wraps none")
+
+    @property
+    def bias(self) -> Tensor:
+        """None, as ``weight``."""
+        raise AttributeError("a layer of prompt generators has no bias: it stands beside modules and wraps none")
+
     def add(self, adapter: str, config: SelectivePromptConfig, hidden_size: int) -> None:
         """Gives an adapter a generator and, if its configuration is a hyper-network, a gate."""
         self.spt_generator[adapter] = PromptGenerator(

@@ -5,7 +5,7 @@ Shapes: b batch, t tokens, l prompt tokens, n layers.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from peft import PeftConfig
@@ -77,6 +77,8 @@ class SelectivePromptModel(BaseTuner):
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
         config = self._config(adapter_name)
         layers, width = len(self._transformer.layers), self._width
+        model_type = self._transformer.config.model_type
+        config.fit_to({"model_type": model_type, "layers": layers, "hidden_size": width})
         if config.prompt_layers is not None and config.prompt_layers[-1] >= layers:
             raise GatewiseError(
                 f"prompt_layers names layer {config.prompt_layers[-1]}, but the model has {layers} layers: expected numbers from 0 "
@@ -179,6 +181,17 @@ class SelectivePromptModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         """Nothing is ever merged."""
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the generators of two adapters do not add up to one that writes both of their prompts.
+
+        Raises:
+            GatewiseError: always.
+        """
+        raise GatewiseError(
+            "selective prompts cannot be added up, because each adapter has generators of its own and one adapter's prompts stand "
+            "in front of a text: activate one with set_adapter, or train one adapter on both tasks"
+        )
+
     # ---- passes ----
 
     @contextmanager
@@ -204,7 +217,9 @@ class SelectivePromptModel(BaseTuner):
         names = self.active_adapters if self._enabled else []
         if not names:
             return None
-        name, config, gates = names[0], self._config(names[0]), self._gates(names[0])
+        name, config = names[0], self._config(names[0])
+        # Transformers' disable_adapters() switches off the layers, without a word to this tuner.
+        gates = {layer: gate for layer, gate in self._gates(name).items() if not self._prompt_layer(layer).disable_adapters}
         dropped = self._now.dropped if config.prompt_layers is None else None
         first = next((layer for layer in gates if dropped is None or not dropped[layer]), None)
         return None if first is None else AdapterInUse(name, config, gates, first)
@@ -276,13 +291,17 @@ class SelectivePromptModel(BaseTuner):
     def _gate_logits(self, adapter: str) -> list[Tensor]:
         if self._config(adapter).prompt_layers is not None:
             return []
-        logits = [block.selective_prompt.spt_gate_logit[adapter] for block in self._transformer.layers]  # type: ignore[index,union-attr]
+        layers = range(len(self._transformer.layers))
+        logits: list[Tensor] = [self._prompt_layer(layer).spt_gate_logit[adapter] for layer in layers]
         if any(logit.is_meta for logit in logits):
             raise GatewiseError(
                 f"gates of adapter {adapter!r} are offloaded, but a hyper-network needs them before its first layer: keep its "
                 "model on the devices where it runs, or offload the discrete model that its search chose"
             )
         return logits
+
+    def _prompt_layer(self, layer: int) -> PromptLayer:
+        return cast(PromptLayer, self._transformer.layers[layer].selective_prompt)
 
     def _layers_of(self, config: SelectivePromptConfig) -> list[int]:
         return list(range(len(self._transformer.layers))) if config.prompt_layers is None else list(config.prompt_layers)
