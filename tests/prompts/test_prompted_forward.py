@@ -9,6 +9,7 @@ from prompted_models import CLASSIFIERS, DECODERS, ENCODERS, FAMILIES, prompted
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
 
 
@@ -322,3 +323,8 @@ def test_scoring_without_labels_is_told_of(texts, family, caplog):
         prompted("bert")(input_ids=ids)
         prompted("llama-classifier")(input_ids=ids)
     assert not any(wanted in message for message in caplog.messages)
+
+
+def test_export_is_refused(texts):
+    with pytest.raises(GatewiseError, match=r"torch\.export, but selective prompts decide by each text what is run"):
+        torch.export.export(prompted("gpt2").get_base_model(), (), {"input_ids": texts[0][None]})

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from transformers import GenerationMixin
 
 from gatewise.errors import GatewiseError
@@ -181,6 +181,11 @@ class CallTracker:
                 f"{self._adapters} do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
             )
         now = self.now
+        if is_exporting() and self.is_at_work:
+            raise GatewiseError(
+                f"the model was given to torch.export, but {self._adapters} decide by each text what is run, which no exported "
+                "graph can do: use the model as it is, or export it with its adapters switched off"
+            )
         # An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last was interrupted.
         if now.opened_by is not None and now.opened_by < place:
             return
