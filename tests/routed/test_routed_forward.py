@@ -341,38 +341,6 @@ def test_layers_without_experts_run_as_they_are(batch):
     assert type(model.base_model.model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_compiled(routed, batch, family):
-    """torch.compile gives the same numbers from the same prompts, call after call."""
-    torch._dynamo.reset()
-    model = routed(family)
-    compiled = torch.compile(model, backend="eager")
-    for rows in (3, 5):
-        data = batch(family, rows=rows)
-        with torch.no_grad():
-            got = compiled(**data)
-            gates = model.routing().gates
-            expected = model(**data)
-        torch.testing.assert_close(gates, model.routing().gates)
-        torch.testing.assert_close((got.loss, got.logits), (expected.loss, expected.logits), rtol=1e-4, atol=1e-5)
-    if family == "gpt2":
-        with torch.no_grad(), model.prompt_positions(torch.ones(5, 2)):
-            got = compiled(**data).logits
-            gates = model.routing().gates
-            torch.testing.assert_close(got, model(**data).logits, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(gates, model.routing().gates)
-            names = ["default", "__base__"] * 2 + ["default"]
-            got = compiled(**data, adapter_names=names).logits
-            torch.testing.assert_close(got, model(**data, adapter_names=names).logits, rtol=1e-4, atol=1e-5)
-    model.train()
-    losses = [one(**data).loss for one in (compiled, model)]
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
-    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
-    got, wanted = (torch.autograd.grad(loss, parameters) for loss in losses)
-    for name, one, other in zip(names, got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
-
-
 def test_export_is_refused(routed, batch):
     """An exported graph would have the decision of the text that it was traced with."""
     model = routed("gpt2")

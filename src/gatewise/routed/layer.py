@@ -74,8 +74,6 @@ class RoutedBlock(ObjectMixin, nn.Module):
 
     routing: "LayerRouting"
 
-    # All that the layer does: what torch.compile traced would go on with the decision of the request that it was traced in.
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.routing.now.current
         if running is not None and running.is_settled:
