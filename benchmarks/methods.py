@@ -106,8 +106,8 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
         trainer = RecipeTrainer(
             model=model,
             args=arguments,
-            train=rows,
-            dev=held_out,
+            train_dataset=rows,
+            eval_dataset=held_out,
             collator=collator,
             note={},
             callbacks=[*([allocation] if allocation else []), *([AdaLoraSchedule()] if is_adalora(method) else []), Told()],

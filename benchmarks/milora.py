@@ -87,8 +87,8 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
             disable_tqdm=True,
         )
         common: dict[str, Any] = {
-            "model": model, "args": arguments, "train": rows, "dev": held_out, "collator": PadCollator(tokenizer), "note": {},
-            "callbacks": [], "group_by_length": True,
+            "model": model, "args": arguments, "train_dataset": rows, "eval_dataset": held_out,
+            "collator": PadCollator(tokenizer), "note": {}, "callbacks": [], "group_by_length": True,
         }  # fmt: skip
         if routed:
             trainer: RecipeTrainer = TwoLevelRecipeTrainer(

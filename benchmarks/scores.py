@@ -177,8 +177,8 @@ def train_on(model: Any, state: State, steps: int, rate: float, warmup: int, cal
         RecipeTrainer(
             model=model,
             args=arguments,
-            train=state.trained,
-            dev=state.scored,
+            train_dataset=state.trained,
+            eval_dataset=state.scored,
             collator=state.collate,
             note={},
             callbacks=callbacks or [],

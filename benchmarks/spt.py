@@ -286,8 +286,8 @@ def recipe_trainer(
     """A Trainer with the loss of gatewise's own runs."""
     from gatewise.runs.trainer import RecipeTrainer
 
-    common = {"train": rows, "dev": [], "collator": collator, "note": {}, "callbacks": [*callbacks], "group_by_length": True}
-    return (kind or RecipeTrainer)(model=model, args=args, **common, **more)
+    common = {"train_dataset": rows, "eval_dataset": [], "collator": collator, "note": {}, "callbacks": [*callbacks]}
+    return (kind or RecipeTrainer)(model=model, args=args, group_by_length=True, **common, **more)
 
 
 def arguments(folder: str, seed: int, s: dict[str, Any]) -> Any:

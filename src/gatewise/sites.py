@@ -1,6 +1,7 @@
 """Names every place a budget can go: a module path, its layer index and its kind (q k v o gate up down ...)."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 KIND_ORDER: tuple[str, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "pooler")
@@ -74,6 +75,12 @@ def site(path: str) -> Site:
             kind = _KIND_BY_ENDING[ending]
             break
     return Site(path, int(found.group(1)) if found else None, kind)
+
+
+def sites_in_order(paths: Iterable[str]) -> list[Site]:
+    """The places of module paths as they are listed everywhere: by layer (those outside the stack last), then kind, then path."""
+    places = [site(path) for path in paths]
+    return sorted(places, key=lambda place: (place.layer is None, place.layer or 0, kind_key(place.kind), place.path))
 
 
 def kind_key(kind: str) -> tuple[int, str]:

@@ -25,7 +25,6 @@ from gatewise.runs import run
 from gatewise.runs.build import fixed_layers
 from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe import load_recipe
-from gatewise.runs.search import search_steps
 from gatewise.runs.trainer import SearchRecipeTrainer, checkpoint_step, complete_checkpoints
 from gatewise.tasks import PadCollator
 
@@ -194,8 +193,8 @@ def test_a_step_of_the_search_is_the_formulas(family: str, tmp_path: Path) -> No
     ]
     args = TrainingArguments(str(tmp_path / "x"), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     trainer = SearchRecipeTrainer(
-        model=model, args=args, train=rows, dev=[], collator=PadCollator(byte_tokenizer()), note={}, callbacks=[],
-        upper_dataset=rows, upper_learning_rate=1e-2, consistency=0.3, drop=0.5,
+        model=model, args=args, train_dataset=rows, eval_dataset=[], collator=PadCollator(byte_tokenizer()), note={},
+        callbacks=[], upper_dataset=rows, upper_learning_rate=1e-2, consistency=0.3, drop=0.5,
     )  # fmt: skip
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
@@ -266,10 +265,10 @@ def test_settings_reach_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_length_of_a_search(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, "spt", search={"keep": 1}))
-    assert search_steps(recipe, 26) == 8
-    assert search_steps(load_recipe(tmp_path / "spt.yaml", ["search.epochs=2"]), 26) == 8
-    assert search_steps(load_recipe(tmp_path / "spt.yaml", ["search.epochs=1", "training.batch_size=13"]), 27) == 2
-    assert search_steps(load_recipe(tmp_path / "spt.yaml", ["search.max_steps=3"]), 26) == 3
+    assert recipe.search_steps(26) == 8
+    assert load_recipe(tmp_path / "spt.yaml", ["search.epochs=2"]).search_steps(26) == 8
+    assert load_recipe(tmp_path / "spt.yaml", ["search.epochs=1", "training.batch_size=13"]).search_steps(27) == 2
+    assert load_recipe(tmp_path / "spt.yaml", ["search.max_steps=3"]).search_steps(26) == 3
 
 
 def test_the_retraining_knows_nothing_of_the_search(tmp_path: Path) -> None:

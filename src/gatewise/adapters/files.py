@@ -282,16 +282,26 @@ class Scalings:
         if kind not in LORA_TYPES:
             hint = ": its prompts have no ranks" if kind.endswith(("_PROMPT", "_TUNING")) else ""
             raise GatewiseError(f"{where}: peft_type is {kind}, expected a LoRA adapter ({', '.join(LORA_TYPES)}){hint}")
-        self._where, self._known = where, dict(known or {})
+        self._known = dict(known or {})
         self._adaptive = kind == "ADALORA"
         self._stabilised = bool(config.get("use_rslora")) and not self._adaptive
         self.experts = bool(config.get("target_parameters"))
         rank = "init_r" if self._adaptive else "r"
-        self._r = self._number(rank, config.get(rank, 8))  # PEFT's own defaults
-        self._alpha = self._number("lora_alpha", config.get("lora_alpha", 8), positive=False)
-        # AdaLoRA keeps lists of booleans under rank_pattern, which do not change the scaling.
-        self._ranks = [] if self._adaptive else self._pattern("rank_pattern", config.get("rank_pattern"))
-        self._alphas = [] if self._adaptive else self._pattern("alpha_pattern", config.get("alpha_pattern"))
+        ranks, alphas = {rank: config.get(rank, 8)}, {"lora_alpha": config.get("lora_alpha", 8)}  # PEFT's own defaults
+        patterns: dict[str, Mapping[str, Any]] = {}
+        for key, numbers in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            # AdaLoRA keeps lists of booleans under rank_pattern, which do not change the scaling.
+            given = None if self._adaptive else config.get(key)
+            if not isinstance(given, dict | None):
+                raise GatewiseError(f"{where}: {key} is {_json_type(given)}, expected an object of module: number")
+            patterns[key] = given or {}
+            numbers |= {f"{key}[{name!r}]": number for name, number in patterns[key].items()}
+        for numbers, wanted in ((ranks, "a positive number"), (alphas, "a number")):
+            for key, number in numbers.items():
+                if not is_number(number) or (numbers is ranks and number <= 0):
+                    raise GatewiseError(f"{where}: {key} is {number!r}, expected {wanted}")
+        self._r, self._alpha = float(ranks[rank]), float(alphas["lora_alpha"])
+        self._ranks, self._alphas = (_compiled(key, pattern, where) for key, pattern in patterns.items())
 
     def __getitem__(self, path: str) -> float:
         if path in self._known:
@@ -305,27 +315,17 @@ class Scalings:
         """The rank that the configuration gives a module."""
         return int(_first_match(self._ranks, path, self._r))
 
-    def _number(self, key: str, value: object, positive: bool = True) -> float:
-        if not is_number(value) or (positive and value <= 0):
-            wanted = "a positive number" if positive else "a number"
-            raise GatewiseError(f"{self._where}: {key} is {value!r}, expected {wanted}")
-        return float(value)
 
-    def _pattern(self, key: str, pattern: object) -> list[tuple[re.Pattern[str], float]]:
-        if not isinstance(pattern, dict | None):
-            raise GatewiseError(f"{self._where}: {key} is {_json_type(pattern)}, expected an object of module: number")
-        compiled = []
-        for name, value in (pattern or {}).items():
-            number = self._number(f"{key}[{name!r}]", value, positive=key == "rank_pattern")
-            try:
-                # PEFT's rule (get_pattern_key): the first key that matches at the end of the path wins. Compiled here,
-                # because one pattern a module can outgrow the cache of `re`.
-                compiled.append((re.compile(rf"(.*\.)?({name})$"), number))
-            except re.error as error:
-                raise GatewiseError(
-                    f"{self._where}: {key} has the key {name!r}, which is not a valid regular expression: {error}"
-                ) from error
-        return compiled
+def _compiled(key: str, pattern: Mapping[str, Any], where: str) -> list[tuple[re.Pattern[str], float]]:
+    """PEFT's rule (get_pattern_key): the first key that matches at the end of the path wins."""
+    compiled = []
+    for name, number in pattern.items():
+        try:
+            # Compiled here, because one pattern a module can outgrow the cache of `re`.
+            compiled.append((re.compile(rf"(.*\.)?({name})$"), float(number)))
+        except re.error as error:
+            raise GatewiseError(f"{where}: {key} has the key {name!r}, which is not a valid regular expression: {error}") from error
+    return compiled
 
 
 def _first_match(patterns: Sequence[tuple[re.Pattern[str], float]], path: str, default: float) -> float:

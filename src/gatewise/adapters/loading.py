@@ -15,7 +15,8 @@ from gatewise.errors import GatewiseError, some
 from gatewise.models.device import DTYPES, pick_device, pick_dtype
 from gatewise.models.loading import Task, load_model, load_tokenizer, one_line
 from gatewise.progress import quiet
-from gatewise.tasks import Records, Template, default_template, load_records
+from gatewise.tasks import Records, Template, default_template
+from gatewise.tasks.records import check_labels, load_like
 
 
 @dataclass(frozen=True)
@@ -82,26 +83,6 @@ def load_as_trained(
     if say:
         say(f"loading {adapter} in {str(dtype).removeprefix('torch.')} on {device}")
     return load_adapter(adapter, base=base, dtype=dtype, device=device)
-
-
-def load_like(data: str, labels: list[str] | None, *, split: str | None = None, limit: int | None = None) -> Records:
-    """Records with the labels of other records, in the same order, if they have labels at all."""
-    records = load_records(data, split=split, limit=limit)
-    if records.labels is None or labels is None:
-        return records
-    return load_records(data, split=split, limit=limit, labels=labels)
-
-
-def check_labels(records: Records, advice: str) -> None:
-    """Refuses rows that leave nothing to choose between.
-
-    Raises:
-        GatewiseError: there is one label only.
-    """
-    if records.labels is not None and len(records.labels) == 1:
-        raise GatewiseError(
-            f"all rows of {records.source} have the label {records.labels[0]!r}, so that any answer would be right: {advice}"
-        )
 
 
 def _labels(text: str) -> tuple[list[str], dict[str, str] | None]:

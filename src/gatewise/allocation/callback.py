@@ -156,9 +156,9 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "adapter with adapter="
             )
         taken.add(self._name)
-        if not slots.lora_layers(model, self._adapter):
-            raise GatewiseError(f"adapter {self._adapter!r} has no linear LoRA layer to place ranks in")
         start = slots.ranks(model, self._adapter)
+        if not start:
+            raise GatewiseError(f"adapter {self._adapter!r} has no linear LoRA layer to place ranks in")
         self.budget = self.target = sum(start.values())
         if self.target_rank is not None:
             self.target = round(self.target_rank * len(start))

@@ -32,7 +32,10 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraL
     mixtures (``target_parameters``) have no rank rows of this kind and are left as they are. The type is nominal: layers on
     quantised bases have the same attributes.
     """
-    name = active_adapter(model, adapter)
+    return _layers(model, active_adapter(model, adapter))
+
+
+def _layers(model: nn.Module, name: str) -> dict[str, LoraLinear]:
     return {
         path.removeprefix(PEFT_PREFIX): cast(LoraLinear, module)
         for path, module in model.named_modules()
@@ -51,7 +54,7 @@ def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter
 def all_factors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """Path -> A and B, of every layer of ``lora_layers``."""
     name = active_adapter(model, adapter)
-    return {path: factors(layer, name) for path, layer in lora_layers(model, name).items()}
+    return {path: factors(layer, name) for path, layer in _layers(model, name).items()}
 
 
 def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
@@ -73,7 +76,7 @@ def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
 def ranks(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
     """Path -> number of live ranks."""
     name = active_adapter(model, adapter)
-    return {path: int(live_mask(layer, name).sum()) for path, layer in lora_layers(model, name).items()}
+    return {path: int(live_mask(layer, name).sum()) for path, layer in _layers(model, name).items()}
 
 
 def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapter: str | None = None) -> dict[str, int]:
@@ -99,7 +102,7 @@ def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapte
             "name the linear modules in target_modules instead of 'all-linear'"
         )
     capacity: dict[str, int] = {}
-    for path, layer in lora_layers(model, name).items():
+    for path, layer in _layers(model, name).items():
         a, b = factors(layer, name)
         old = a.shape[0]
         new = 2 * old if r_max is None else r_max if isinstance(r_max, int) else r_max[path]
@@ -111,7 +114,7 @@ def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapte
             wide_b = b.new_zeros(b.shape[0], new)
             wide_a[:old], wide_b[:, :old] = a.detach(), b.detach()
             _set_factors(layer, name, wide_a, wide_b)
-    write_config(model, name)
+    _write_config(model, name)
     return capacity
 
 
@@ -173,7 +176,7 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
         GatewiseError: no live rank is left anywhere.
     """
     name = active_adapter(model, adapter)
-    layers = lora_layers(model, name)
+    layers = _layers(model, name)
     if not any(live_slots(layer, name) for layer in layers.values()):
         raise GatewiseError(f"adapter {name!r} has no live rank left in any module: there is nothing to save")
     # PEFT trains the biases of the base modules that have LoRA, and saves them only there.
@@ -190,15 +193,14 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
         if len(slots) < len(a):
             _set_factors(layer, name, a.detach()[slots], b.detach()[:, slots])
         kept[path] = len(slots)
-    write_config(model, name)
+    _write_config(model, name)
     return kept
 
 
-def write_config(model: PeftModel, adapter: str | None = None) -> None:
+def _write_config(model: PeftModel, name: str) -> None:
     """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha and their patterns."""
-    name = active_adapter(model, adapter)
     config = cast(LoraConfig, model.peft_config[name])
-    layers = lora_layers(model, name)
+    layers = _layers(model, name)
     rank = {path: len(factors(layer, name)[0]) for path, layer in layers.items()}
     scaling = {path: layer.scaling[name] for path, layer in layers.items()}
     for path, module in _targeted(model, name).items():

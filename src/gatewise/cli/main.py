@@ -125,8 +125,8 @@ def train(
     console = Console()
     if result.prompts is not None:
         console.print(inspection.prompts_table(result.prompts))
-    elif result.ranks:
-        console.print(inspection.ranks_table(inspection.read_budget(result.adapter)))
+    elif result.budget is not None:
+        console.print(inspection.ranks_table(result.budget))
     console.print(_summary(result))
 
 
@@ -150,6 +150,7 @@ def eval_(
       gatewise eval runs/quickstart/adapter --data sample:support-dev --out answers.jsonl
     """
     from gatewise.runs.measure import measure_adapter
+    from gatewise.tasks.metrics import format_metric
 
     progress = Console(stderr=True)
     metrics = measure_adapter(adapter, data, options, batch_size=batch_size, out=out, console=progress)
@@ -160,7 +161,7 @@ def eval_(
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        table.add_row(name, _metric(name, value))
+        table.add_row(name, format_metric(name, value))
     Console().print(table)
 
 
@@ -294,6 +295,8 @@ def _told_how_to_resume(folder: Path) -> Iterator[None]:
 
 def _summary(result: "RunResult") -> Table:
     """Metrics before and after, then what it took and where it lies."""
+    from gatewise.tasks.metrics import format_metric
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     table.add_column("before", justify="right")
@@ -302,7 +305,7 @@ def _summary(result: "RunResult") -> Table:
         for metric, after in both["after"].items():
             if metric == "n":
                 continue
-            table.add_row(f"{name} {metric}", _metric(metric, both["before"][metric]), _metric(metric, after))
+            table.add_row(f"{name} {metric}", format_metric(metric, both["before"][metric]), format_metric(metric, after))
     table.add_section()
     share = result.parameters["adapter"] / result.parameters["base"]
     took = result.seconds
@@ -324,12 +327,6 @@ def _summary(result: "RunResult") -> Table:
     outer.add_row(table)
     outer.add_row(grid)
     return outer
-
-
-def _metric(name: str, value: float | int) -> str:
-    from gatewise.runs.measure import format_metric
-
-    return format_metric(name, value)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Where an adapter's budget went: rank, parameters and size of the update of every module, read from a folder or a model."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,8 @@ from gatewise.adapters.files import (
     read_lora,
 )
 from gatewise.errors import GatewiseError
-from gatewise.inspection.grid import Grid, grid_of, in_order, kind_labels, layer_labels, short_number
-from gatewise.sites import site
+from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, short_number, tick_number
+from gatewise.sites import Site, sites_in_order
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,13 +32,11 @@ _TITLES: dict[Value, str] = {"rank": "rank", "norm": "Frobenius norm of the upda
 
 
 @dataclass(frozen=True)
-class ModuleBudget:
+class ModuleBudget(Site):
     """What one module of the base model got.
 
     Attributes:
-        path: the module's path in the base model.
-        layer: its Transformer layer, or None outside the stack.
-        kind: what it does, see ``gatewise.sites``.
+        path, layer, kind: see ``gatewise.sites.Site``.
         rank: slots in use: a slot whose row of A and column of B are both zero does not count.
         capacity: slots there are. 0: the adapter has no ranks here any more (a later round took the last one).
         parameters: numbers stored for the slots in use, plus DoRA's magnitude and LoRA's bias where there are any.
@@ -48,9 +45,6 @@ class ModuleBudget:
         norm: Frobenius norm of scaling * B @ A.
     """
 
-    path: str
-    layer: int | None
-    kind: str
     rank: int
     capacity: int
     parameters: int
@@ -129,14 +123,13 @@ class BudgetMap:
         """
         if value not in get_args(Value):
             raise ValueError(f"value is {value!r}, expected one of {', '.join(get_args(Value))}")
-        write = partial(short_number, whole=value == "rank")
         return grid_of(
             self.modules,
             partial(_total, value=value),
             name=value,
             title=_TITLES[value],
-            write=write,
-            tick=(lambda number: f"{number:.3g}") if value == "norm" else (lambda number: re.sub(r"\.0+", "", write(number))),
+            write=partial(short_number, whole=value == "rank"),
+            tick="{:.3g}".format if value == "norm" else partial(tick_number, whole=value == "rank"),
             whole=value != "norm",
         )
 
@@ -177,12 +170,8 @@ def read_budget(source: "str | Path | PeftModel", adapter: str | None = None) ->
 def _of_folder(folder: Path, adapter: str | None) -> BudgetMap:
     if adapter and (folder / adapter / CONFIG_FILE).is_file():
         folder = folder / adapter
-    lora, allocation = read_lora(folder), read_allocation(folder)
-    present = {module.path for module in lora.modules}
-    # A module that lost its last rank is no longer in the adapter; the last round still knows that it was there.
-    gone = [site(path) for path, rank in allocation.ranks.items() if rank == 0 and path not in present]
-    empty = [ModuleBudget(place.path, place.layer, place.kind, 0, 0, 0, 0, 0.0, 0.0) for place in gone]
-    return _map(lora.config, lora.modules, lora.others, empty, allocation)
+    lora = read_lora(folder)
+    return _map(lora.config, lora.modules, lora.others, read_allocation(folder))
 
 
 def _of_model(model: "PeftModel", adapter: str | None) -> BudgetMap:
@@ -206,22 +195,22 @@ def _of_model(model: "PeftModel", adapter: str | None) -> BudgetMap:
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor.detach() for key, tensor in state.items()}
     modules, others = lora_modules(tensors, Scalings(config, f"the config of adapter {name!r}", scalings), f"adapter {name!r}")
-    return _map(config, modules, others)
+    return _map(config, modules, others, Allocation())
 
 
 def _map(
     config: Mapping[str, Any],
     modules: Sequence[LoraModule],
     others: Mapping[str, Tensor],
-    empty: Sequence[ModuleBudget] = (),
-    allocation: Allocation | None = None,
+    allocation: Allocation,
 ) -> BudgetMap:
     kind = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "ROUTED_LORA": "routed LoRA"}[config["peft_type"]]
     if kind == "LoRA":
         kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else kind
-    allocation = allocation or Allocation()
+    # A module that lost its last rank is no longer in the adapter; the last round still knows that it was there.
+    gone = [path for path, rank in allocation.ranks.items() if rank == 0]
     return BudgetMap(
-        modules=in_order([*map(_module, modules), *empty]),
+        modules=_budgets({module.path: module for module in modules}, gone),
         base_model=config.get("base_model_name_or_path") or None,
         adapter_type=kind,
         other_parameters=sum(tensor.numel() for tensor in others.values()),
@@ -230,27 +219,36 @@ def _map(
     )
 
 
-def _module(lora: LoraModule) -> ModuleBudget:
-    live = lora.live()
-    capacity, rank = live.numel(), int(live.sum())
-    slot_numbers = lora.a.numel() + lora.b.numel()
-    fixed_numbers = sum(tensor.numel() for tensor in lora.others.values())
-    rows, columns = lora.rows.float(), lora.columns.float()
-    if lora.diagonal is not None:
-        slot_numbers += lora.diagonal.numel()
-        rows = rows * lora.diagonal.float().reshape(*rows.shape[:2], 1)
-    # |BA|^2 = trace(A^T B^T B A) = sum of (A A^T) * (B^T B): r x r products instead of the full d_out x d_in update.
-    square = float(((rows @ rows.mT) * (columns @ columns.mT)).sum())
-    place = site(lora.path)
-    return ModuleBudget(
-        path=lora.path,
-        layer=place.layer,
-        kind=place.kind,
-        rank=rank,
-        capacity=capacity,
-        parameters=(slot_numbers * rank // capacity if capacity else 0) + fixed_numbers,
-        allocated=slot_numbers + fixed_numbers,
-        scaling=lora.scaling,
-        # Rounding may leave a tiny negative square; max() with 0 first would also hide a NaN.
-        norm=abs(lora.scaling) * (square if math.isnan(square) else math.sqrt(max(square, 0.0))),
-    )
+def _budgets(modules: Mapping[str, LoraModule], gone: Sequence[str]) -> tuple[ModuleBudget, ...]:
+    """One entry a module, in order: what the adapter holds of it, nothing for those that are ``gone``."""
+    budgets = []
+    for place in sites_in_order({*modules, *gone}):
+        if place.path not in modules:
+            budgets.append(ModuleBudget(place.path, place.layer, place.kind, 0, 0, 0, 0, 0.0, 0.0))
+            continue
+        lora = modules[place.path]
+        live = lora.live()
+        capacity, rank = live.numel(), int(live.sum())
+        slot_numbers = lora.a.numel() + lora.b.numel()
+        fixed_numbers = sum(tensor.numel() for tensor in lora.others.values())
+        rows, columns = lora.rows.float(), lora.columns.float()
+        if lora.diagonal is not None:
+            slot_numbers += lora.diagonal.numel()
+            rows = rows * lora.diagonal.float().reshape(*rows.shape[:2], 1)
+        # |BA|^2 = trace(A^T B^T B A) = sum of (A A^T) * (B^T B): r x r products instead of the full d_out x d_in update.
+        square = float(((rows @ rows.mT) * (columns @ columns.mT)).sum())
+        budgets.append(
+            ModuleBudget(
+                path=place.path,
+                layer=place.layer,
+                kind=place.kind,
+                rank=rank,
+                capacity=capacity,
+                parameters=(slot_numbers * rank // capacity if capacity else 0) + fixed_numbers,
+                allocated=slot_numbers + fixed_numbers,
+                scaling=lora.scaling,
+                # Rounding may leave a tiny negative square; max() with 0 first would also hide a NaN.
+                norm=abs(lora.scaling) * (square if math.isnan(square) else math.sqrt(max(square, 0.0))),
+            )
+        )
+    return tuple(budgets)

@@ -1,11 +1,12 @@
 """The numbers of modules laid out by layer and kind, with totals: what tables, images and pages show."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from gatewise.sites import kind_key
+from gatewise.sites import Site, kind_key
 
 OTHER = "other"
 """The row label of modules outside the stack of layers, such as a pooler."""
@@ -14,21 +15,7 @@ OTHER = "other"
 # Layers without a module get an empty row. A larger index than this is not taken for a count of layers: it would fill the screen.
 _MOST_LAYERS = 1024
 
-
-class Placed(Protocol):
-    """A module at its place: its path, Transformer layer (None outside the stack) and kind."""
-
-    @property
-    def layer(self) -> int | None: ...
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def path(self) -> str: ...
-
-
-Module = TypeVar("Module", bound=Placed)
+Module = TypeVar("Module", bound=Site)
 
 
 @dataclass(frozen=True)
@@ -84,14 +71,16 @@ def grid_of(
         tick: None for ``write``.
     """
     layers, kinds, places = layer_labels(modules), kind_labels(modules), places_of(modules)
+    by_layer = [[m for m in modules if row_label(m) == layer] for layer in layers]
+    by_kind = [[m for m in modules if m.kind == kind] for kind in kinds]
     return Grid(
         name=name,
         title=title,
         layers=layers,
         kinds=kinds,
         cells=[[number(places.get((layer, kind), [])) for kind in kinds] for layer in layers],
-        rows=[number([m for m in modules if row_label(m) == layer]) for layer in layers],
-        columns=[number([m for m in modules if m.kind == kind]) for kind in kinds],
+        rows=[number(group) for group in by_layer],
+        columns=[number(group) for group in by_kind],
         total=number(modules) or 0.0,
         write=write,
         tick=tick or write,
@@ -100,12 +89,7 @@ def grid_of(
     )
 
 
-def in_order(modules: Iterable[Module]) -> tuple[Module, ...]:
-    """The modules as they are listed everywhere: by layer (those outside the stack last), then kind, then path."""
-    return tuple(sorted(modules, key=lambda m: (m.layer is None, m.layer or 0, kind_key(m.kind), m.path)))
-
-
-def layer_labels(modules: Iterable[Placed]) -> list[str]:
+def layer_labels(modules: Iterable[Site]) -> list[str]:
     """Row labels: every layer index from 0 to the last one that has a module, then "other" if it is needed."""
     numbers = {module.layer for module in modules}
     indices = {number for number in numbers if number is not None}
@@ -115,12 +99,12 @@ def layer_labels(modules: Iterable[Placed]) -> list[str]:
     return [*labels, OTHER] if None in numbers else labels
 
 
-def kind_labels(modules: Iterable[Placed]) -> list[str]:
+def kind_labels(modules: Iterable[Site]) -> list[str]:
     """Column labels, in the order of ``gatewise.sites.KIND_ORDER``."""
     return sorted({module.kind for module in modules}, key=kind_key)
 
 
-def row_label(module: Placed) -> str:
+def row_label(module: Site) -> str:
     """The layer's index as text, or "other"."""
     return OTHER if module.layer is None else str(module.layer)
 
@@ -150,6 +134,11 @@ def short_number(number: float | None, whole: bool = False) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:#.3g}".rstrip(".") + unit
     return f"{number:#.3g}".rstrip(".") if number >= 1e-3 else f"{number:.0e}"
+
+
+def tick_number(number: float, whole: bool = False) -> str:
+    """``short_number`` for the colour key, which has round numbers: 20k, not 20.0k."""
+    return re.sub(r"\.0+", "", short_number(number, whole))
 
 
 def percent(share: float | None) -> str:

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gatewise.inspection.grid import Grid, finite_or_zero
@@ -24,7 +25,7 @@ _SIGNED_RAMP, _BELOW_BAR = ("#6b2d00", "#dfa67c", "#f6f5f4", "#86b3d6", "#0b3f73
 
 def image_of(grid: Grid, title: str, notes: Sequence[str], kind_of_file: str) -> bytes:
     """The heatmap as a file's bytes; the notes are two lines under the title."""
-    return file_of(lambda: _draw(grid, title, notes), kind_of_file)
+    return file_of(partial(_draw, grid, title, notes), kind_of_file)
 
 
 def file_of(draw: Callable[[], "Figure"], kind_of_file: str) -> bytes:
@@ -43,7 +44,8 @@ def _draw(grid: Grid, title: str, notes: Sequence[str]) -> "Figure":
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator
 
     layers, kinds = grid.layers, grid.kinds
     row_height = 0.26 if len(layers) <= 40 else 0.21
@@ -82,14 +84,16 @@ def _draw(grid: Grid, title: str, notes: Sequence[str]) -> "Figure":
     heat = axes(left, bottom, heat_width, heat_height)
     heat.set_xlim(0, max(len(kinds), 1))
     heat.set_ylim(max(len(layers), 1), 0)
+    texts = [[grid.write(number) for number in row] for row in grid.cells]
     for y, row in enumerate(grid.cells):
         for x, number in enumerate(row):
             known = number is not None and math.isfinite(number)
             face = ramp(scale(number)) if number is not None and known else _ABSENT
-            heat.add_patch(_rectangle(x, y, face, hatch=None if number is not None else "////"))
+            edge, hatch = ("#cfd6dc", "////") if number is None else ("white", None)
+            heat.add_patch(Rectangle((x + 0.02, y + 0.03), 0.96, 0.94, facecolor=face, edgecolor=edge, linewidth=0, hatch=hatch))
             if number is not None:
                 ink = "white" if known and abs(number) > 0.66 * top else _INK
-                heat.text(x + 0.5, y + 0.52, grid.write(number), size=7.5, color=ink, ha="center", va="center")
+                heat.text(x + 0.5, y + 0.52, texts[y][x], size=7.5, color=ink, ha="center", va="center")
     heat.set_xticks([x + 0.5 for x in range(len(kinds))], [_shorten(kind, 11) for kind in kinds], parse_math=False)
     heat.set_yticks([y + 0.5 for y in range(len(layers))], layers)
     heat.set_ylabel("layer", size=8.5, color=_FAINT)
@@ -102,10 +106,10 @@ def _draw(grid: Grid, title: str, notes: Sequence[str]) -> "Figure":
     by_kind.set_ylim(*_span(tops, 0.3))
     by_kind.set_xticks([])
     by_kind.set_yticks([])
-    for x, total in enumerate(grid.columns):
+    for x, text in enumerate([grid.write(total) for total in grid.columns]):
         side: dict[str, Any] = {"va": "baseline"} if tops[x] >= 0 else {"va": "top"}
         at, away = (x + 0.5, tops[x]), (0, 2 if tops[x] >= 0 else -2)
-        by_kind.annotate(grid.write(total), at, away, textcoords="offset points", ha="center", **side, **small)
+        by_kind.annotate(text, at, away, textcoords="offset points", ha="center", **side, **small)
 
     by_layer = axes(left + heat_width + 0.1, bottom, bars_width, heat_height)
     ends = [finite_or_zero(total) for total in grid.rows]
@@ -115,26 +119,19 @@ def _draw(grid: Grid, title: str, notes: Sequence[str]) -> "Figure":
     by_layer.set_xticks([])
     by_layer.set_yticks([])
     by_layer.set_xlabel("total per layer", size=8.5, color=_FAINT, loc="left")
-    for y, total in enumerate(grid.rows):
+    for y, text in enumerate([grid.write(total) for total in grid.rows]):
         side = {"ha": "left"} if ends[y] >= 0 else {"ha": "right"}
         at, away = (ends[y], y + 0.52), (3 if ends[y] >= 0 else -3, 0)
-        by_layer.annotate(grid.write(total), at, away, textcoords="offset points", va="center", **side, **small)
+        by_layer.annotate(text, at, away, textcoords="offset points", va="center", **side, **small)
 
     bar_height = min(heat_height, 2.6)
     colours = axes(left + heat_width + bars_width + 0.3, bottom + heat_height - bar_height, 0.13, bar_height)
-    whole = MaxNLocator(nbins=5, integer=grid.whole)
-    key = figure.colorbar(ScalarMappable(scale, ramp), cax=colours, ticks=whole)
+    ticks = MaxNLocator(nbins=5, integer=grid.whole).tick_values(-top if grid.signed else 0, top)
+    labels = FixedFormatter([grid.tick(number) for number in ticks])
+    key = figure.colorbar(ScalarMappable(scale, ramp), cax=colours, ticks=FixedLocator(ticks), format=labels)
     key.outline.set_visible(False)
-    colours.yaxis.set_major_formatter(lambda number, _: grid.tick(number))
     colours.tick_params(length=0, labelsize=7.5, labelcolor=_INK)
     return figure
-
-
-def _rectangle(x: float, y: float, face: Any, hatch: str | None) -> Any:
-    from matplotlib.patches import Rectangle
-
-    edge = "white" if hatch is None else "#cfd6dc"
-    return Rectangle((x + 0.02, y + 0.03), 0.96, 0.94, facecolor=face, edgecolor=edge, linewidth=0, hatch=hatch)
 
 
 def _bars(totals: Sequence[float]) -> list[str]:

@@ -21,10 +21,10 @@ from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import parts_of, scoring
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
-from gatewise.inspection.grid import Grid, grid_of, in_order, kind_labels, layer_labels, places_of, row_label, short_number
+from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
 from gatewise.losses import Batch, loss_kind, mean_loss
 from gatewise.progress import ConsoleProgress, quiet
-from gatewise.sites import site
+from gatewise.sites import Site, sites_in_order
 from gatewise.tasks import score_batch
 from gatewise.tasks.metrics import check_classes, most_positions
 
@@ -32,21 +32,16 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
-class ModuleImportance:
+class ModuleImportance(Site):
     """What the ranks of one module are worth.
 
     Attributes:
-        path: the module's path in the base model.
-        layer: its Transformer layer, or None outside the stack.
-        kind: what it does, see ``gatewise.sites``.
+        path, layer, kind: see ``gatewise.sites.Site``.
         scores: one number for each live rank, in the order of the slots; zero is a rank that does nothing.
         scaling: what B @ A is multiplied by.
         room: the most ranks that make sense here, min(d_in, d_out).
     """
 
-    path: str
-    layer: int | None
-    kind: str
     scores: tuple[float, ...]
     scaling: float
     room: int
@@ -248,7 +243,8 @@ def importance_of(
     shift = loss_base - loss_adapted if about(score).from_base else 0.0
     noise = 4 * torch.finfo(torch.float32).eps * abs(shift)  # what float32 scores this far from zero cannot tell from it
     modules = []
-    for path, layer in layers.items():
+    for place in sites_in_order(layers):
+        path, layer = place.path, layers[place.path]
         values = scores[path].cpu().double() + shift  # MPS has no float64
         values[values.abs() < noise] = 0.0
         if not bool(torch.isfinite(values).all()):
@@ -256,7 +252,7 @@ def importance_of(
                 f"the {score} scores of {path} are not finite: look for numbers that are not in the adapter and its base model, "
                 "or score on other data"
             )
-        place, (a, b) = site(path), factors(layer, name)
+        a, b = factors(layer, name)
         modules.append(
             ModuleImportance(
                 path=path,
@@ -268,7 +264,7 @@ def importance_of(
             )
         )
     return Importance(
-        modules=in_order(modules),
+        modules=tuple(modules),
         score=score,
         rows=len(batch["labels"]),
         loss_base=loss_base,

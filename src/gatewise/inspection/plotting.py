@@ -42,7 +42,10 @@ def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str |
         f"{grid.title} by layer and kind · {budget.base_model or budget.adapter_type}",
         f"total rank {budget.rank:,} · {budget.parameters:,} parameters",
     )
-    return _write(out, lambda: budget_page(budget, value, title), lambda suffix: image_of(grid, title, notes, suffix))
+    suffix = check_suffix(out)
+    return write_bytes(
+        out, budget_page(budget, value, title).encode() if suffix == "html" else image_of(grid, title, notes, suffix)
+    )
 
 
 def plot_importance(
@@ -69,7 +72,9 @@ def plot_importance(
         f"{grid.title} by layer and kind · {importance.base_model or 'base model not named'}",
         f"{importance.rows:,} rows{f' of {importance.data}' if importance.data else ''} · total rank {importance.rank:,}",
     )
-    return _write(out, lambda: importance_page(importance, title, suggested), lambda suffix: image_of(grid, title, notes, suffix))
+    suffix = check_suffix(out)
+    page = importance_page(importance, title, suggested).encode() if suffix == "html" else None
+    return write_bytes(out, page or image_of(grid, title, notes, suffix))
 
 
 def plot_routing(routing: "RoutingMap", out: str | Path, title: str | None = None) -> Path:
@@ -121,11 +126,6 @@ def write_bytes(out: str | Path, content: bytes) -> Path:
     with whole_file(out) as part:
         part.write_bytes(content)
     return Path(out)
-
-
-def _write(out: str | Path, page: Callable[[], str], image: Callable[[str], bytes]) -> Path:
-    suffix = check_suffix(out)
-    return write_bytes(out, page().encode() if suffix == "html" else image(suffix))
 
 
 _INK, _FAINT, _REST = "#1b2733", "#5c6b7a", "#c3cfda"

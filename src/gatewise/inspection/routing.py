@@ -15,29 +15,24 @@ from transformers import PreTrainedTokenizerBase
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import load_with_data
 from gatewise.errors import GatewiseError
-from gatewise.inspection.grid import Grid, grid_of, in_order, percent
+from gatewise.inspection.grid import Grid, grid_of, percent
 from gatewise.losses import row_losses
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.routed import RoutedLoraConfig, RoutedLoraModel
-from gatewise.sites import site
+from gatewise.sites import Site, sites_in_order
 from gatewise.tasks import PadCollator, encode, encode_classification
 
 
 @dataclass(frozen=True)
-class ModuleUse:
+class ModuleUse(Site):
     """How much one module is used.
 
     Attributes:
-        path: the module's path in the base model.
-        layer: its Transformer layer.
-        kind: what it does, see ``gatewise.sites``.
+        path, layer, kind: see ``gatewise.sites.Site``.
         share: the share of prompts that keep it, 0 to 1.
         gate: its mean gate over all prompts, zero where it is not kept; these add up to 1 in a layer with normalised gates.
     """
 
-    path: str
-    layer: int | None
-    kind: str
     share: float
     gate: float
 
@@ -154,15 +149,18 @@ def routing_of_rows(
         model.train(was_training)
     every = torch.cat(gates)  # (rows, l, m)
     kept = every > 0
-    modules = [
-        ModuleUse(path, place.layer, place.kind, float(kept[:, i, j].float().mean()), float(every[:, i, j].mean()))
+    experts = {
+        f"{layer}.{name}": (i, j)
         for i, (layer, names) in enumerate(zip(routing.layers, routing.modules, strict=True))
         for j, name in enumerate(names)
-        for path in [f"{layer}.{name}"]
-        for place in [site(path)]
-    ]
+    }
+    modules = []
+    for place in sites_in_order(experts):
+        i, j = experts[place.path]
+        share, gate = float(kept[:, i, j].float().mean()), float(every[:, i, j].mean())
+        modules.append(ModuleUse(place.path, place.layer, place.kind, share, gate))
     return RoutingMap(
-        modules=in_order(modules),
+        modules=tuple(modules),
         prompts=len(every),
         top_k=config.top_k,
         distinct=sum(len(layer.unique(dim=0)) for layer in kept.unbind(dim=1)) / kept.shape[1],

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gatewise.errors import some
+from gatewise.files import finite
 from gatewise.inspection.budget import BudgetMap, Value
 from gatewise.inspection.grid import OTHER, Grid, percent
 from gatewise.inspection.prompts import PromptMap
@@ -64,7 +65,7 @@ def grid_table(grid: Grid) -> Table:
 def to_json(budget: BudgetMap) -> dict[str, Any]:
     """The whole map as plain lists, numbers and text for ``json.dumps``; numbers that are not finite become None."""
     layers, kinds, _ = budget.matrix()
-    return plain(
+    return finite(
         {
             "base_model": budget.base_model,
             "adapter_type": budget.adapter_type,
@@ -85,15 +86,6 @@ def to_json(budget: BudgetMap) -> dict[str, Any]:
             "rounds": [asdict(entry) for entry in budget.rounds],
         }
     )
-
-
-def plain(value: Any) -> Any:
-    """A value of plain lists, numbers and text; numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary_lines(budget: BudgetMap) -> list[str]:
@@ -178,7 +170,7 @@ def importance_facts(importance: "Importance") -> list[tuple[str, str]]:
 def importance_json(importance: "Importance") -> dict[str, Any]:
     """All of it as plain lists, numbers and text for ``json.dumps``."""
     grid = importance.score_grid()
-    return plain(
+    return finite(
         {
             "score": importance.score,
             "unit": importance.unit or None,

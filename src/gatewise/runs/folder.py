@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from gatewise.adapters.files import NOTE_FILE, SEARCH_FILE, Selection
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file, whole_folder, write_json
-from gatewise.inspection import PromptMap, RoutingMap, routing_json
+from gatewise.inspection import BudgetMap, PromptMap, RoutingMap, routing_json
 from gatewise.prompts.stages import SEARCH_FOLDER
 from gatewise.runs.baselines import STATE_FILE
 from gatewise.runs.recipe import Recipe, load_recipe
@@ -66,7 +66,7 @@ class RunResult:
         output: its folder. adapter, metrics_file, plot: what is in it; no plot with prompt-tuning and prefix-tuning.
         metrics: "dev" (and "test", where the recipe has one) -> {"before": ..., "after": ...}, as ``tasks.evaluate`` gives
             them; "before" is the base model.
-        ranks: module path -> rank of the adapter written; empty for prompts.
+        budget: the ranks of the adapter written, and what more it holds; None for prompts.
         parameters: "base" and "adapter", the numbers stored in each.
         seconds: "evaluation", "training" (rounds included) and "total", of this process; "search", of the one that ended it.
         steps: optimiser steps taken, those before a resume included.
@@ -88,10 +88,15 @@ class RunResult:
     device: str
     resumed_from: int | None
     plot: Path | None = None
-    ranks: dict[str, int] = field(default_factory=dict)
+    budget: BudgetMap | None = None
     routing: RoutingMap | None = None
     prompts: PromptMap | None = None
     selection: Selection | None = None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module path -> rank of the adapter written; empty for prompts."""
+        return {} if self.budget is None else self.budget.ranks
 
 
 def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> Path | None:

@@ -1,6 +1,5 @@
 """Measures a saved adapter on data, with the prompt, labels and lengths of its run or with others."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,3 @@ def measure_adapter(
     if out is not None:
         write_json_lines(out, (finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)))
     return metrics
-
-
-def metrics_line(metrics: Mapping[str, float | int]) -> str:
-    """Metrics as ``accuracy 0.912, loss 0.2871, n 200``."""
-    return ", ".join(f"{name} {format_metric(name, value)}" for name, value in metrics.items())
-
-
-def format_metric(name: str, value: float | int) -> str:
-    """A metric with as many digits as mean something."""
-    if name == "n":
-        return str(value)
-    return f"{value:.1f}" if name == "bleu" else f"{value:.4f}" if name == "loss" else f"{value:.3f}"

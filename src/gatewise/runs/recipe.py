@@ -322,6 +322,13 @@ class Recipe(Section):
         """Whether the layers with a prompt are to be searched before they are trained."""
         return self.method == "spt" and (self.prompts or PromptsSection()).prompt_layers is None
 
+    def search_steps(self, rows: int) -> int:
+        """Optimiser steps of the search over ``rows`` training rows, of which one half is the weights'."""
+        section = self.search or SearchSection()
+        if section.epochs is not None:
+            return math.ceil(section.epochs * self.training.steps_per_epoch((rows + 1) // 2))
+        return section.max_steps or self.training.total_steps(rows)
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, tree: Any) -> Any:

@@ -18,24 +18,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from gatewise import inspection
 from gatewise.adapters.files import SEARCH_FILE, Selection, read_selection, stored_numbers
-from gatewise.adapters.loading import check_labels, load_like
 from gatewise.allocation.callback import RankAllocation, in_steps
 from gatewise.errors import GatewiseError
+from gatewise.files import finite
 from gatewise.inspection.routing import routing_of_rows
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
 from gatewise.progress import quiet
+from gatewise.prompts.stages import search
 from gatewise.routed import ACTIVATION_PARAMETERS, RoutingLog
 from gatewise.runs.baselines import AdaLoraSchedule, to_plain_lora
 from gatewise.runs.build import adapted, recompute_activations, training_arguments
 from gatewise.runs.folder import (
     ADAPTER,
     CHECKPOINTS,
+    GATES,
     LAYERS,
     METRICS,
     PLOT,
     ROUTING,
+    SEARCH_CHECKPOINTS,
     RunResult,
     before_the_end,
     check_output,
@@ -43,13 +46,19 @@ from gatewise.runs.folder import (
     write_metrics,
     writing,
 )
-from gatewise.runs.measure import metrics_line
 from gatewise.runs.progress import RunProgress
-from gatewise.runs.recipe import ALLOCATING, PROMPTING, AllocationSection, PromptsSection, Recipe, RoutingSection
-from gatewise.runs.search import search_layers
-from gatewise.runs.trainer import EarlyStopping, RecipeTrainer, TwoLevelRecipeTrainer, checkpoint_step, has_stopped_early
+from gatewise.runs.recipe import ALLOCATING, PROMPTING, AllocationSection, PromptsSection, Recipe, RoutingSection, SearchSection
+from gatewise.runs.trainer import (
+    EarlyStopping,
+    RecipeTrainer,
+    SearchRecipeTrainer,
+    TwoLevelRecipeTrainer,
+    checkpoint_step,
+    has_stopped_early,
+)
 from gatewise.tasks import PadCollator, Records, Template, default_template, encode, encode_classification, evaluate, load_records
-from gatewise.tasks.metrics import Metrics
+from gatewise.tasks.metrics import Metrics, metrics_line
+from gatewise.tasks.records import check_labels, load_like
 
 
 def train(
@@ -132,15 +141,6 @@ def train(
     return result
 
 
-def _search(recipe: Recipe, prepared: "_Prepared", output: Path, progress: RunProgress) -> Selection:
-    """Searches, and has a fresh base model with prompts at the chosen layers take the searched one's place."""
-    collator = PadCollator(prepared.tokenizer)
-    selection = search_layers(recipe, prepared.model, prepared.train, collator, prepared.note, output, progress, prepared.device)
-    # Nothing of the search but its choice: head and activations of the base are as they were too.
-    prepared.model = adapted(recipe, prepared.fresh_base(), prepared.steps, selection.layers)
-    return selection
-
-
 def _stored(recipe: Recipe, prepared: "_Prepared", adapter: Path) -> dict[str, Any]:
     """What the adapter's folder says of it, for ``RunResult``."""
     if recipe.method in PROMPTING:
@@ -151,7 +151,7 @@ def _stored(recipe: Recipe, prepared: "_Prepared", adapter: Path) -> dict[str, A
     budget = inspection.read_budget(adapter)
     return {
         "parameters": {"base": prepared.base_parameters, "adapter": budget.parameters + budget.other_parameters},
-        "ranks": budget.ranks,
+        "budget": budget,
     }
 
 
@@ -173,8 +173,8 @@ def _drawn(recipe: Recipe, result: RunResult, progress: RunProgress) -> RunResul
     with _may_fail(name, progress):
         if result.prompts is not None:
             return replace(result, plot=inspection.plot_prompts(result.prompts, result.output / name))
-        if recipe.method not in PROMPTING:
-            return replace(result, plot=inspection.plot(inspection.read_budget(result.adapter), result.output / name))
+        if result.budget is not None:
+            return replace(result, plot=inspection.plot(result.budget, result.output / name))
     return result
 
 
@@ -360,8 +360,8 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
     made: RecipeTrainer = trainer(
         model=prepared.model,
         args=training_arguments(training, recipe.seed, prepared.steps, output / CHECKPOINTS, prepared.device),
-        train=prepared.train,
-        dev=prepared.dev,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.dev,
         collator=PadCollator(prepared.tokenizer),
         note=prepared.note,
         callbacks=[*callbacks, progress],
@@ -370,6 +370,77 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
     if recipe.method == "milora":
         RoutingLog.attach(made, per_layer=False)
     return made
+
+
+# The search of method spt -----------------------------------------------------------------------------------------------
+
+
+def _search(recipe: Recipe, prepared: _Prepared, output: Path, progress: RunProgress) -> Selection:
+    """Searches the layers that take a prompt, by SPT-DARTS, and has a fresh model with prompts there take the searched one's place.
+
+    Draws ``gates.png`` and writes ``search.json``, whose presence says that the search is done. It goes on from the latest complete
+    checkpoint of a search in the folder, if there is one; on the CPU the result is that of a search never stopped.
+    """
+    section, training = recipe.search or SearchSection(), recipe.training
+    steps = recipe.search_steps(len(prepared.train))
+    checkpoint = before_the_end(output / SEARCH_CHECKPOINTS, steps)
+    if training.gradient_checkpointing:
+        recompute_activations(prepared.model)
+    # Nothing is measured while searching: dev is for the model that comes of it.
+    alone = training.model_copy(update={"eval_every": None, "early_stopping_patience": None, "load_best": False})
+    trainer = partial(
+        SearchRecipeTrainer,
+        eval_dataset=[],
+        collator=PadCollator(prepared.tokenizer),
+        note=prepared.note,
+        callbacks=[progress],
+        group_by_length=training.group_by_length,
+    )
+    set_seed(recipe.seed)
+    begun = time.monotonic()
+    with progress.training("searching"):
+        found = search(
+            prepared.model,
+            prepared.train,
+            training_arguments(alone, recipe.seed, steps, output / CHECKPOINTS, prepared.device),
+            keep=section.keep,
+            choose=section.choose,
+            trainer_class=trainer,
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
+            upper_learning_rate=section.gate_learning_rate,
+            reparameterise=section.reparameterise,
+            consistency=section.consistency,
+            drop=section.drop,
+        )
+    selection = Selection(
+        layers=found.layers,
+        gates=found.gates[-1].tolist(),
+        losses=None if found.losses is None else found.losses.tolist(),
+        steps=steps,
+        seconds=round(time.monotonic() - begun, 2),
+        resumed_from=None if checkpoint is None else checkpoint_step(checkpoint),
+        settings={
+            "search": section.model_dump(mode="json"),
+            "prompts": (recipe.prompts or PromptsSection()).model_dump(mode="json", include=PromptsSection().keys_of("spt")),
+        },
+        log=[finite(entry) for entry in found.log if "loss" in entry],
+    )
+    inspection.plot_gates(found.gates.tolist(), found.layers, output / GATES, recipe.model)
+    selection.write(output / SEARCH_FILE)
+    progress.say(_told(selection))
+    # Nothing of the search but its choice: head and activations of the base are as they were too.
+    prepared.model = adapted(recipe, prepared.fresh_base(), prepared.steps, selection.layers)
+    return selection
+
+
+def _told(selection: Selection) -> str:
+    numbers = selection.gates if selection.losses is None else selection.losses
+    chosen = ", ".join(f"{layer} ({numbers[layer]:.3f})" for layer in selection.layers)
+    others = [number for layer, number in enumerate(numbers) if layer not in selection.layers]
+    if not others:
+        return f"the search chose all layers: {chosen}"
+    rest = f"gates are at most {max(others):.3f}" if selection.losses is None else f"mean losses are at least {min(others):.3f}"
+    return f"the search chose layers {chosen}; the other {rest}"
 
 
 # Measuring --------------------------------------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ class RecipeTrainer(Trainer):
         self,
         model: PeftModel,
         args: TrainingArguments,
-        train: Sequence[Mapping[str, Any]],
-        dev: Sequence[Mapping[str, Any]],
+        train_dataset: Sequence[Mapping[str, Any]],
+        eval_dataset: Sequence[Mapping[str, Any]],
         collator: PadCollator,
         note: Mapping[str, Any],
         callbacks: list[TrainerCallback],
@@ -63,8 +63,8 @@ class RecipeTrainer(Trainer):
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=train,
-            eval_dataset=dev,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             callbacks=[*callbacks, FiniteGradients()],
         )
         self.remove_callback(PrinterCallback)

@@ -9,7 +9,7 @@ Shapes: b batch, t tokens, n positions read, V vocabulary.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,24 +79,23 @@ def evaluate(
     answers = [] if answers is None else answers
     if batch_size < 1:
         raise GatewiseError(f"batch_size is {batch_size}: expected at least 1")
-    kind = loss_kind(model)
+    kind, positions = loss_kind(model), most_positions(model)
+    max_length = min(max_length, positions)
     if kind == "rows":
         with measuring(model):
-            room = min(max_length, most_positions(model))
-            return _evaluate_classifier(model, tokenizer, records, batch_size, room, progress, answers)
+            return _evaluate_classifier(model, tokenizer, records, batch_size, max_length, progress, answers)
     if kind != "causal" or base_of(model).get_output_embeddings() is None:
         raise GatewiseError(
             f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model or a sequence classifier"
         )
     template = template or default_template(records)
     template.check(records)
-    max_length = min(max_length, most_positions(model))
     with measuring(model):
         if records.kind in ("label", "choice"):
             return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress, answers)
-        room = min(max_length, most_positions(model) - max_new_tokens)
+        room = min(max_length, positions - max_new_tokens)
         if max_new_tokens < 1 or room < 1:
-            raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {most_positions(model) - 1} for this model")
+            raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {positions - 1} for this model")
         prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
         written = _generate(model, tokenizer, prompts, batch_size, max_new_tokens, progress)
     if records.kind == "generation":
@@ -141,21 +140,29 @@ class _Words:
         return re.findall(rf"{_HAN.pattern}|(?:(?!{_HAN.pattern})[^\W_])+", text.lower())
 
 
+def metrics_line(metrics: Mapping[str, float | int]) -> str:
+    """Metrics as ``accuracy 0.912, loss 0.2871, n 200``."""
+    return ", ".join(f"{name} {format_metric(name, value)}" for name, value in metrics.items())
+
+
+def format_metric(name: str, value: float | int) -> str:
+    """A metric with as many digits as mean something."""
+    if name == "n":
+        return str(value)
+    return f"{value:.1f}" if name == "bleu" else f"{value:.4f}" if name == "loss" else f"{value:.3f}"
+
+
 # ---- choosing among candidates ----
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One sequence to run: a prompt, then the tokens of one context, and the candidates read from it."""
+    """One sequence to run: a prompt, then the tokens of one context; the candidates read from it, and the first position read."""
 
     row: int
     ids: list[int]
-    prompt_length: int
+    first_read: int
     members: tuple[int, ...]
-
-    @property
-    def first_read(self) -> int:
-        return self.prompt_length - 1
 
 
 def candidate_log_likelihoods(
@@ -168,7 +175,7 @@ def candidate_log_likelihoods(
 ) -> list[list[float]]:
     """log P(candidate | prompt) in nats, summed over tokens, for every candidate of every row."""
     runs = [
-        _Run(row, [*prompt, *context], len(prompt), members)
+        _Run(row, [*prompt, *context], len(prompt) - 1, members)
         for row, prompt in enumerate(prompts)
         for context, members in _shared_contexts(candidates[row])
     ]
@@ -251,8 +258,8 @@ def _evaluate_candidates(
     scores = candidate_log_likelihoods(model, tokenizer, prompts, candidates, batch_size, progress)
     hits = norm_hits = gold_tokens = 0
     gold_score = 0.0
-    for fields, texts, row in zip(records.rows, candidates, scores, strict=True):
-        gold = records.gold_index(fields)
+    golds = [records.gold_index(row) for row in records.rows]
+    for gold, texts, row in zip(golds, candidates, scores, strict=True):
         per_token = [score / len(text) for score, text in zip(row, texts, strict=True)]
         # Two choices with the same text are the same answer.
         best = row.index(max(row))

@@ -128,6 +128,26 @@ def load_records(
     return _collect(numbered, name, limit, known, given=labels is not None)
 
 
+def load_like(source: str | Path, labels: list[str] | None, *, split: str | None = None, limit: int | None = None) -> Records:
+    """``load_records`` with the labels of other records, in the same order, if both have labels at all."""
+    records = load_records(source, split=split, limit=limit)
+    if records.labels is None or labels is None:
+        return records
+    return load_records(source, split=split, limit=limit, labels=labels)
+
+
+def check_labels(records: Records, advice: str) -> None:
+    """Refuses rows that leave nothing to choose between.
+
+    Raises:
+        GatewiseError: there is one label only.
+    """
+    if records.labels is not None and len(records.labels) == 1:
+        raise GatewiseError(
+            f"all rows of {records.source} have the label {records.labels[0]!r}, so that any answer would be right: {advice}"
+        )
+
+
 def sample_names() -> list[str]:
     """The names that ``sample:NAME`` knows."""
     return sorted(_samples())
