@@ -7,9 +7,10 @@ class GatewiseError(Exception):
     """A fault in what the user gave. The message is one clear sentence; the command line exits with code 2."""
 
 
-def reason_of(error: Exception) -> str:
-    """The first line of what a library's error says, or its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def reason_of(error: BaseException, most: int = 300) -> str:
+    """What a library's error says, on one line and cut to a readable length, or its kind where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def some(names: Iterable[str], most: int = 3) -> str:

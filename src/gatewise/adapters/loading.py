@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import CONFIG_FILE, read_config, read_note, tensor_shapes, weights_of
-from gatewise.errors import GatewiseError, some
+from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.device import DTYPES, pick_device, pick_dtype
-from gatewise.models.loading import Task, load_model, load_tokenizer, one_line
+from gatewise.models.loading import Task, load_model, load_tokenizer
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_like
@@ -161,7 +161,7 @@ def _peft_config(folder: Path) -> PeftConfig:
         with quiet():
             return PeftConfig.from_pretrained(str(folder))
     except Exception as error:
-        raise GatewiseError(f"{folder / CONFIG_FILE} is not a configuration that PEFT can read: {one_line(error)}") from error
+        raise GatewiseError(f"{folder / CONFIG_FILE} is not a configuration that PEFT can read: {reason_of(error)}") from error
 
 
 def _task_of(config: PeftConfig, folder: Path) -> Task:
@@ -190,4 +190,4 @@ def _misfit(folder: Path, base: str, why: str) -> GatewiseError:
 
 def _why_not(error: Exception) -> str:
     first = _SIZE_MISMATCH.search(str(error))
-    return "{} is {} in the adapter and {} in the base".format(*first.groups()) if first else one_line(error)
+    return "{} is {} in the adapter and {} in the base".format(*first.groups()) if first else reason_of(error)

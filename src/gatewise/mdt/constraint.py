@@ -155,4 +155,4 @@ def _known(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], size: int)
     try:
         return llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)), eos_token=list(ends))
     except Exception as error:  # the library's own errors have no common kind
-        raise GatewiseError(f"llguidance cannot read the tokenizer ({reason_of(error)[:200]}): write without constraint") from error
+        raise GatewiseError(f"llguidance cannot read the tokenizer ({reason_of(error, 200)}): write without constraint") from error

@@ -60,7 +60,7 @@ def read_docx(content: bytes, name: str) -> Document:
         return Document(name, blocks, (*reading.notes(), *_changes(opened.element.body, name), *_beside(opened, name)))
     except Exception as error:  # no zip archive, no document in it, broken XML, and as many damages as there are files
         raise GatewiseError(
-            f"{name} cannot be read as DOCX ({reason_of(error)[:150]}): save it again as a Word document (.docx)"
+            f"{name} cannot be read as DOCX ({reason_of(error, 150)}): save it again as a Word document (.docx)"
         ) from error
 
 

@@ -39,7 +39,7 @@ def read_pdf(content: bytes, name: str) -> Document:
     except GatewiseError:
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are damages
-        raise GatewiseError(f"{name} cannot be read as PDF ({reason_of(error)[:150]}): save or download it again") from error
+        raise GatewiseError(f"{name} cannot be read as PDF ({reason_of(error, 150)}): save or download it again") from error
     finally:
         log.setLevel(level)
     scanned = [number for number, page in enumerate(pages, start=1) if _letters(page) < _SCANNED]

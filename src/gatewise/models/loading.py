@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from gatewise.adapters.files import CONFIG_FILE, tensor_shapes
-from gatewise.errors import GatewiseError, some
+from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.internals.library_attributes import set_model_name
 from gatewise.models.cache import resolve
 from gatewise.models.device import pick_device, pick_dtype
@@ -118,14 +118,8 @@ def _check_model_folder(folder: Path) -> None:
 
 def _not_loaded(what: str, given: str | Path, source: str, error: Exception) -> GatewiseError:
     if Path(source).is_dir():
-        return GatewiseError(f"the {what} in {source} could not be loaded: {one_line(error)}")
+        return GatewiseError(f"the {what} in {source} could not be loaded: {reason_of(error)}")
     return GatewiseError(
         f"no model {str(given)!r}: it is not a folder, not an embedded model ({', '.join(EMBEDDED)}), and the "
-        f"Hugging Face hub could not give its {'weights' if what == 'model' else what} ({one_line(error)})"
+        f"Hugging Face hub could not give its {'weights' if what == 'model' else what} ({reason_of(error)})"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line and cut to a readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -21,10 +21,10 @@ from gatewise.internals.layer_stack import Stack, models_around
 from gatewise.losses import IGNORED, LossKind, loss_kind
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.routed.layer import NO_MERGE, UNLOAD_FIRST, LayerDecision, LayerRouting, RoutedLinear
-from gatewise.routed.request import BASE, Request, RequestTracker
+from gatewise.routed.request import Request, RequestTracker
 from gatewise.routed.router import Router, balance
 from gatewise.routed.statistics import Routing, RoutingStatistics, routing_of, statistics_of
-from gatewise.serving.products import rows_side_by_side
+from gatewise.serving.products import BASE, rows_side_by_side
 
 
 class RoutedLoraModel(LoraModel):

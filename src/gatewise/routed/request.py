@@ -19,10 +19,7 @@ from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import Call, CallState, CallTracker, cache_of, cached_tokens, text_inputs
 from gatewise.internals.torch_modules import WeightSnapshot
 from gatewise.serving import products
-
-BASE = "__base__"
-"""PEFT's name for rows of a mixed batch that no adapter serves."""
-
+from gatewise.serving.products import BASE
 
 Groups = dict[str, list[int] | None]
 """The adapters of a batch, each with its rows; None for all of them."""

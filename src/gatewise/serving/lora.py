@@ -27,11 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import ThreadState
 from gatewise.internals.torch_modules import has_forward_hooks, is_plain
-from gatewise.serving.products import Gathered, Part, Request, rows_side_by_side
-
-BASE = "__base__"
-"""PEFT's name for rows of a mixed batch that no adapter serves."""
-
+from gatewise.serving.products import BASE, Gathered, Part, Request, rows_side_by_side
 
 # LoRA layers whose forward is base(x) and two products, by name: those on quantised bases exist only where their library does.
 _LINEAR = {

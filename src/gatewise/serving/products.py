@@ -26,6 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+BASE = "__base__"
+"""PEFT's name for rows of a mixed batch that no adapter serves."""
+
+
 _SPARE = 16
 """So many products with foreign weights are taken to cost as much as reading a weight of one's own from memory."""
 
