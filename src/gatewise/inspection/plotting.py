@@ -43,9 +43,8 @@ def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str |
         f"total rank {budget.rank:,} · {budget.parameters:,} parameters",
     )
     suffix = check_suffix(out)
-    return write_bytes(
-        out, budget_page(budget, value, title).encode() if suffix == "html" else image_of(grid, title, notes, suffix)
-    )
+    page = budget_page(budget, value, title).encode() if suffix == "html" else None
+    return write_bytes(out, page or image_of(grid, title, notes, suffix))
 
 
 def plot_importance(
