@@ -1,0 +1,129 @@
+"""Saved adapters come back on their base model as they were, and what does not fit is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from saved_models import IDS, adapter_of, bert_config, llama_config, saved, tiny_tokenizer
+from transformers import BertModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from gatewise.adapters.loading import load_adapter
+from gatewise.errors import GatewiseError
+from gatewise.models import load_model
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    return saved(LlamaForCausalLM(llama_config()), tmp_path / "llama")
+
+
+def test_trainable_frees_the_adapter_alone(llama: Path, tmp_path: Path) -> None:
+    adapter_of(llama, tmp_path / "adapter")
+    model, _, base = load_adapter(tmp_path / "adapter", trainable=True, dtype=torch.bfloat16)
+    assert base == str(llama)
+    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert free == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(free) == 2 * 7 * 2  # A and B of the seven linears of two layers
+    assert model.get_base_model().model.embed_tokens.weight.dtype == torch.bfloat16
+    assert not model.training
+
+
+def test_soft_prompts_load_and_are_frozen_too(llama: Path, tmp_path: Path) -> None:
+    prompted = get_peft_model(load_model(llama), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    prompted.save_pretrained(tmp_path / "prompted")
+    model, _, _ = load_adapter(tmp_path / "prompted")
+    assert torch.equal(model(IDS).logits, prompted(IDS).logits)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_adapters_own_tokenizer_wins(llama: Path, tmp_path: Path) -> None:
+    adapter_of(llama, tmp_path / "adapter")
+    tiny_tokenizer(pad=True).save_pretrained(tmp_path / "adapter")
+    assert load_adapter(tmp_path / "adapter")[1].pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_classification_adapters_bring_their_classifier(kind: str, llama: Path, tmp_path: Path) -> None:
+    base = llama if kind == "llama" else saved(BertModel(bert_config()), tmp_path / "bert")
+    targets = ["q_proj", "down_proj"] if kind == "llama" else ["query", "value"]
+    logits = adapter_of(base, tmp_path / "adapter", task_type="SEQ_CLS", num_labels=3, target_modules=targets)
+    model, _, _ = load_adapter(tmp_path / "adapter")
+    assert torch.equal(model(IDS).logits, logits)
+    assert logits.shape == (1, 3)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model, _, _ = load_adapter(tmp_path / "adapter", trainable=True)
+    heads = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
+    assert heads
+    assert all("modules_to_save" in name for name in heads)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"hidden_size": 32}, r"layers\.0\S+ is \[3, 16\] in the adapter and \[3, 32\] in the base$"),
+        ({"num_hidden_layers": 3}, r"the adapter has no weights for .*layers\.2"),
+        ({"num_hidden_layers": 1}, r"the base has no module for the adapter's .*layers\.1"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(changes: dict[str, int], why: str, llama: Path, tmp_path: Path) -> None:
+    adapter_of(llama, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
+    saved(LlamaForCausalLM(llama_config(**changes)), tmp_path / "other")
+    with pytest.raises(GatewiseError, match=rf"adapter .*adapter does not fit the base model '.*other': .*{why}"):
+        load_adapter(tmp_path / "adapter", base=tmp_path / "other")
+
+
+def test_a_base_without_the_modules_is_refused(llama: Path, tmp_path: Path) -> None:
+    adapter_of(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    saved(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)), tmp_path / "gpt")
+    with pytest.raises(GatewiseError, match=r"does not fit the base model .*q_proj"):
+        load_adapter(tmp_path / "adapter", base=tmp_path / "gpt")
+
+
+def edit(adapter: Path, **changes: object) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_load_adapter_refuses_what_is_not_a_whole_adapter(llama: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    with pytest.raises(GatewiseError, match=r"there is no such folder: give the folder that holds adapter_config\.json"):
+        load_adapter(tmp_path / "gone")
+    with pytest.raises(GatewiseError, match=r"is not an adapter, it has no adapter_config\.json"):
+        load_adapter(llama)
+    adapter_of(llama, adapter)
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(GatewiseError, match=r"adapter_model\.safetensors is damaged or cut short"):
+        load_adapter(adapter)
+    weights.unlink()
+    with pytest.raises(GatewiseError, match=r"has no adapter_model\.safetensors: expected it beside adapter_config\.json$"):
+        load_adapter(adapter)
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(GatewiseError, match="is a pickle and is never read"):
+        load_adapter(adapter)
+    weights.write_bytes(whole)
+    edit(adapter, base_model_name_or_path=None)
+    with pytest.raises(GatewiseError, match=r"adapter_config\.json does not name the base model.*--base"):
+        load_adapter(adapter)
+    assert load_adapter(adapter, base=llama)[2] == str(llama)
+    edit(adapter, base_model_name_or_path="/gone/base")
+    with pytest.raises(GatewiseError, match=r"adapter could not be put on its base model: .*'/gone/base'"):
+        load_adapter(adapter)
+    edit(adapter, base_model_name_or_path=str(llama), task_type="SEQ_CLS")
+    with pytest.raises(GatewiseError, match="has no classifier"):
+        load_adapter(adapter)
+    edit(adapter, task_type="TOKEN_CLS")
+    with pytest.raises(GatewiseError, match="only CAUSAL_LM and SEQ_CLS"):
+        load_adapter(adapter)
+    for text, why in (
+        ("{", "is not valid JSON"),
+        ("[]", "holds a list, expected an object"),
+        ('{"peft_type": "NO_SUCH"}', "is not a configuration that PEFT can read"),
+    ):
+        (adapter / "adapter_config.json").write_text(text)
+        with pytest.raises(GatewiseError, match=rf"adapter_config\.json {why}"):
+            load_adapter(adapter)
