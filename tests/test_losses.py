@@ -78,7 +78,7 @@ def test_microbatches_leave_a_classifiers_labels_whole(batch, classes, labels_fi
     assert {part["labels"].shape[1] for part in parts} == {classes}
     assert min(part["input_ids"].shape[1] for part in parts) < 9
     assert mean_loss(model, parts) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
-    assert mean_loss(model, parts_of(model, data)) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
+    assert mean_loss(model, parts_of(model, data).own) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
 
 
 def test_gradients_are_the_models_own(batch):

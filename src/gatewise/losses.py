@@ -15,12 +15,21 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gatewise.errors import GatewiseError
+from gatewise.processes import summed
 
 IGNORED = -100
 Batch = Mapping[str, Any]
 LossKind = Literal["causal", "tokens", "rows"]
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """The model inside of what trains it in several processes (DDP, DeepSpeed), or the model itself."""
+    if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+        return model.module  # type: ignore[return-value]
+    return model
 
 
 def base_of(model: nn.Module) -> Any:
@@ -28,6 +37,7 @@ def base_of(model: nn.Module) -> Any:
     # Not at the top: gatewise.routed imports this file, which has to be complete when PEFT is (see internals/registry.py).
     from peft import PeftModel
 
+    model = inside(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -85,7 +95,7 @@ def prompts_at(model: nn.Module, prompt: Tensor) -> AbstractContextManager[None]
 
     Such a model reads labels to tell prompt from answer, and nothing here gives it labels.
     """
-    tell = getattr(model, "prompt_positions", None)
+    tell = getattr(inside(model), "prompt_positions", None)
     return nullcontext() if tell is None else tell(prompt)
 
 
@@ -170,14 +180,21 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     return Scored(logits, labels[mask], mask.nonzero()[:, 0], len(labels))
 
 
-def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """The mean cross-entropy over all labels of the batches, without gradients."""
-    total, count = 0.0, 0
+def mean_loss(model: nn.Module, batches: Sequence[Batch], over_all: bool = False) -> float:
+    """The mean cross-entropy over all labels of the batches, without gradients.
+
+    Args:
+        over_all: the batches are this process's part of them; the mean is over those of all processes.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64)
     with torch.no_grad():
         for batch in batches:
             sums, counts = row_losses(model, batch)
-            total, count = total + float(sums.sum()), count + int(counts.sum())
-    return total / count
+            total += torch.tensor([float(sums.sum()), float(counts.sum())], dtype=total.dtype)
+    if over_all:
+        (total,) = summed([total], device)
+    return float(total[0] / total[1])
 
 
 def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> list[dict[str, Any]]:
@@ -238,6 +255,7 @@ def soft_prompt(model: nn.Module) -> Any | None:
     """The configuration of the active adapter if it is one of PEFT's soft prompts, else None."""
     from peft import PeftModel  # not at the top, see base_of
 
+    model = inside(model)
     if not isinstance(model, PeftModel) or not model.peft_config or not model.has_active_enabled_adapter:
         return None
     config = model.peft_config.get(model.active_adapters[0]) if model.active_adapters else None
@@ -259,6 +277,8 @@ def class_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     config = soft_prompt(model)
     if config is None or config.peft_type != "PREFIX_TUNING":
         return model(**inputs).logits
+    if model is not inside(model):
+        raise GatewiseError("prefix tuning of a classifier does not train in several processes: take launch.processes 1")
     base, given = model.get_base_model(), dict(inputs)
     rows = len(given["input_ids"])
     text = given.pop("attention_mask", None)

@@ -14,7 +14,7 @@ from tiny_models import tiny_base
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from gatewise.allocation import algorithm, scoring, slots
+from gatewise.allocation import scoring, slots
 from gatewise.allocation.callback import RankAllocation
 from gatewise.errors import GatewiseError
 
@@ -533,13 +533,13 @@ def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypa
 
     monkeypatch.setattr(scoring, "_half_precision", half_precision)
     dtypes = []
-    measured = algorithm.mean_loss
+    measured = scoring.mean_loss
 
-    def mean_loss(model, parts):
+    def mean_loss(model, *args, **kwargs):
         dtypes.append(model.get_input_embeddings().weight.dtype)
-        return measured(model, parts)
+        return measured(model, *args, **kwargs)
 
-    monkeypatch.setattr(algorithm, "mean_loss", mean_loss)
+    monkeypatch.setattr(scoring, "mean_loss", mean_loss)
     options = {"score": score, "rounds": 1, "score_options": {"float32": float32}}
     model, _, _ = run(allocation=options, base_dtype=torch.bfloat16)
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16

@@ -20,7 +20,8 @@ from torch import Tensor
 from gatewise.allocation import slots
 from gatewise.allocation.scoring import Batches, Scores, parts_of, scoring
 from gatewise.errors import GatewiseError
-from gatewise.losses import mean_loss
+from gatewise.processes import count as processes
+from gatewise.processes import summed
 
 ModuleScores = Mapping[str, Sequence[float]]
 
@@ -101,7 +102,7 @@ def run_round(
     # Opened once: each opening converts a half-precision model to float32, and back.
     with scoring(model, bool(rules.score_options.get("float32", True))):
         parts = parts_of(model, batch)
-        loss_before = mean_loss(model, parts)
+        loss_before = parts.loss(model)
         if not math.isfinite(loss_before):
             raise GatewiseError(
                 f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
@@ -129,7 +130,7 @@ def run_round(
         # One seed a round, drawn apart from the training's random state: a resumed run and every process draw the same.
         generator = torch.Generator().manual_seed(rules.seed * 1_000_003 + len(history))
         grown = {path: slots.grow(layers[path], adapter, n, generator, optimizer) for path, n in plan.grown.items()}
-        loss_after = mean_loss(model, parts)
+        loss_after = parts.loss(model)
     return Round(
         round=len(history) + 1,
         step=step,
@@ -160,11 +161,10 @@ def _agreed(scores: Scores, layers: Mapping[str, Any], live: Mapping[str, list[i
                 f"score {score!r} gave {path} numbers of shape {tuple(value.shape)}, expected one for each of its "
                 f"{len(live[path])} live ranks: gatewise.allocation.slots.live_slots(layer, adapter) has their places"
             )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if processes() > 1:
         # On the device of the factors, where the processes' backend can reduce it.
-        flat = torch.cat(values).to(next(next(iter(layers.values())).parameters()).device)
-        torch.distributed.all_reduce(flat)
-        values = list((flat / torch.distributed.get_world_size()).cpu().split([len(value) for value in values]))
+        device = next(next(iter(layers.values())).parameters()).device
+        values = [total / processes() for total in summed([value.cpu() for value in values], device)]
     return {path: [float(f"{number:.9g}") for number in value.tolist()] for path, value in zip(layers, values, strict=True)}
 
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from gatewise.adapters.files import ALLOCATION_FILE, WEIGHTS_FILE
+from gatewise.adapters.whole import WholeAdapter
 from gatewise.allocation import SCHEDULES, Schedule, slots
 from gatewise.allocation.algorithm import Round, Rules, cubic_budget, run_round
 from gatewise.allocation.growth import YoungSlots
@@ -26,6 +27,7 @@ from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import Batches, Scores, as_batches
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
+from gatewise.internals.sharding import uses_deepspeed
 
 logger = logging.getLogger(__name__)
 Score = Callable[..., Scores]
@@ -133,6 +135,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._capacity: dict[str, int] = {}
         self._steps: list[int] = []
         self._young = YoungSlots()
+        self._whole = WholeAdapter()
         self._compacted = False
 
     # Trainer events, in the order they come.
@@ -145,8 +148,8 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "the Trainer was given a ready optimizer, but RankAllocation replaces the parameters it holds: "
                 "let the Trainer make the optimizer, or choose it with TrainingArguments(optim=...)"
             )
-        if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
-            raise GatewiseError("RankAllocation reads and rewrites whole LoRA factors, which DeepSpeed and FSDP shard: use DDP")
+        if uses_deepspeed():
+            raise GatewiseError("RankAllocation reads and rewrites whole LoRA factors, which DeepSpeed shards: use FSDP2 or DDP")
         self._adapter = slots.active_adapter(model, self._adapter)
         # Two callbacks in one Trainer are told of the same state.
         taken = state.__dict__.setdefault("_adapters_allocated", set())
@@ -177,6 +180,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         room = self.r_max if self.schedule == "constant-budget" else start
         self._capacity = slots.widen(model, room, self._adapter)
         self._write_beside(model)
+        self._whole.on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Plans the rounds and, when training resumes, takes up the history of the checkpoint."""
@@ -196,6 +200,7 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
                 "every run): give the Trainer a model, not model_init"
             )
+        self._whole.on_train_begin(args, state, control, **kwargs)
         self._restore(state)
         self._young.follow(factors, self.history, kwargs.get("optimizer"))
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
@@ -211,6 +216,7 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compacts the adapter to its true ranks."""
+        self._whole.on_train_end(args, state, control, **kwargs)
         best_folder = Path(state.best_model_checkpoint or "") / self._subfolder
         # Where that has gone, the Trainer says so and keeps the last weights.
         if args.load_best_model_at_end and state.best_model_checkpoint and (best_folder / WEIGHTS_FILE).is_file():

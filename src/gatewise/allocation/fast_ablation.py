@@ -73,24 +73,21 @@ def exact(
     """(len(ranks),) scores of the ranks named, float64 on the CPU: of all, a sample, or those that a screen left undecided."""
     with torch.no_grad(), scoring(model, float32), GateBank(model, adapter) as gates:
         parts = parts_of(model, batch)
-        most = step_tokens(next(model.parameters()).device)
-        with gates.watching() as rows_apart:
-            stack = Stack(model, gates.layers, lambda: row_losses(model, parts[0]))
-        # Where gates cannot differ from row to row, all rows share them and a forward takes one ablation.
-        per_row = rows_apart(len(parts[0]["labels"]))
+        most = step_tokens(parts.device)
         scores = torch.zeros(len(ranks), dtype=torch.float64)
         labels = 0
-        for number, part in enumerate(parts):
+        for number, (part, width) in enumerate(zip(parts.own, parts.widths, strict=True)):
+            if number == 0:
+                with gates.watching() as rows_apart:
+                    stack = Stack(model, gates.layers, lambda part=part: row_losses(model, part))  # type: ignore[misc]
+                # Where gates cannot differ from row to row, all rows share them and a forward takes one ablation.
+                per_row = rows_apart(len(part["labels"]))
             with stack.recording() as on:
                 _, counts = row_losses(model, part)
             with stack.recording() as off, gates.only(set()):
                 row_losses(model, part)
             labels += int(counts.sum())
-            copies = (
-                max(1, most // max(value.shape[:2].numel() for value in part.values() if isinstance(value, Tensor) and value.ndim))
-                if per_row
-                else 1
-            )
+            copies = max(1, most // width) if per_row else 1
             done = 0
             for stage, chunk in _chunks(ranks, stack.stage, copies):
                 members = [ranks[i] for i in chunk]
@@ -99,8 +96,9 @@ def exact(
                 scores[chunk] += (without - alone).cpu().double()
                 done += len(chunk)
                 if progress:
-                    progress((number * len(ranks) + done) // len(parts), len(ranks))
-        return scores / labels
+                    progress((number * len(ranks) + done) // len(parts.own), len(ranks))
+        scores, counted = parts.total(scores, torch.tensor([float(labels)], dtype=torch.float64))
+        return scores / counted
 
 
 class Stack:

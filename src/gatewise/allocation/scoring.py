@@ -6,6 +6,7 @@ worth keeping. Every score takes ``(model, batch, adapter=None, ...)`` where ``b
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
 from gatewise.internals.library_attributes import original_forward
-from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, microbatches, row_losses
+from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, mean_loss, microbatches, row_losses
 from gatewise.models.device import random_state_kept
+from gatewise.processes import count, is_sharded, shared_out, summed
 
 _PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -38,12 +40,63 @@ def step_tokens(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 8192
 
 
-def parts_of(model: nn.Module, batch: Batches) -> list[dict[str, Any]]:
-    """The batches on the model's device, cut into microbatches of like length, without rows that have no label."""
+@dataclass(frozen=True)
+class Parts:
+    """The microbatches that this process scores. Several processes share out what a round scores, and add up what they find.
+
+    Attributes:
+        own: the microbatches. A process may have none, but not with a sharded model.
+        widths: of each, the padded tokens of the largest that any process scores at the same time.
+        copies: how many processes score each microbatch.
+        device: of the model.
+    """
+
+    own: list[dict[str, Any]]
+    widths: list[int]
+    copies: int
+    device: torch.device
+
+    def total(self, *values: Tensor) -> list[Tensor]:
+        """Sums over all processes, each microbatch counted once. Every process gets the same numbers."""
+        return [value / self.copies for value in summed(values, self.device)] if count() > 1 else list(values)
+
+    def loss(self, model: nn.Module) -> float:
+        """The mean cross-entropy (nats) over all labels of the microbatches of all processes."""
+        return mean_loss(model, self.own, over_all=True)
+
+
+def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Parts:
+    """The batches on the model's device, cut into microbatches of like length, without rows that have no label.
+
+    Every process must be given the same batches.
+
+    Args:
+        single_rows: a microbatch is one row.
+    """
     device, kind = next(model.parameters()).device, loss_kind(model)
-    parts = [part for one in as_batches(batch) for part in microbatches(on_device(one, device), step_tokens(device), kind)]
+    most = 1 if single_rows else step_tokens(device)
+    parts = [part for one in as_batches(batch) for part in microbatches(on_device(one, device), most, kind)]
     # Without any label at all the loss says so.
-    return [labelled for part in parts if (labelled := _labelled_rows(part, kind))] or parts
+    parts = [labelled for part in parts if (labelled := _labelled_rows(part, kind))] or parts
+    n = count()
+    while len(parts) % n and _rows(largest := max(parts, key=_rows)) > 1:
+        at, half = parts.index(largest), _rows(largest) // 2
+        parts[at : at + 1] = [_taken(largest, slice(half)), _taken(largest, slice(half, None))]
+    own, copies = shared_out(parts, even=is_sharded(model))
+    together = [parts[i : i + n] if copies == 1 else parts[i : i + 1] for i in range(0, len(parts), n if copies == 1 else 1)]
+    return Parts(own, [max(map(_padded_tokens, group)) for group in together][: len(own)], copies, device)
+
+
+def _rows(part: Batch) -> int:
+    return len(part["labels"]) if part.get("labels") is not None else 1
+
+
+def _taken(part: Batch, rows: slice) -> dict[str, Any]:
+    return {key: value[rows] if isinstance(value, Tensor) and value.ndim else value for key, value in part.items()}
+
+
+def _padded_tokens(part: Batch) -> int:
+    return max(value.shape[:2].numel() for value in part.values() if isinstance(value, Tensor) and value.ndim)
 
 
 def _labelled_rows(part: dict[str, Any], kind: LossKind) -> dict[str, Any] | None:
@@ -64,7 +117,7 @@ def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
 
 def gate_gradients(
     model: nn.Module,
-    parts: Sequence[Batch],
+    parts: Parts,
     leaves: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], float]:
     """Gradient of the mean cross-entropy with respect to leaf tensors, and the loss itself.
@@ -77,15 +130,18 @@ def gate_gradients(
     """
     names = list(leaves)
     total = {name: torch.zeros_like(leaves[name]) for name in names}
-    loss, count = 0.0, 0
-    for part in parts:
+    loss, labels = 0.0, 0
+    for part in parts.own:
         sums, counts = row_losses(model, part)
         gradients = torch.autograd.grad(sums.sum(), [leaves[name] for name in names], allow_unused=True)
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient
-        loss, count = loss + float(sums.sum().detach()), count + int(counts.sum())
-    return {name: value / count for name, value in total.items()}, loss / count
+        loss, labels = loss + float(sums.sum().detach()), labels + int(counts.sum())
+    (told,) = parts.total(torch.tensor([loss, labels], dtype=torch.float32 if parts.device.type == "mps" else torch.float64))
+    gradients_of_all = parts.total(*total.values())
+    loss, labels = told.tolist()
+    return {name: value / labels for name, value in zip(names, gradients_of_all, strict=True)}, loss / labels
 
 
 @contextmanager
@@ -97,10 +153,11 @@ def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
     inside itself it converts nothing: a round opens it once around all that it measures.
 
     Args:
-        float32: convert half-precision weights while scoring; False scores in the model's own precision (less memory).
+        float32: convert half-precision weights while scoring; False scores in the model's own precision (less memory). The
+            weights of a sharded model are left as they are in any case.
     """
     training = [module for module in model.modules() if module.training]
-    half = [(tensor, tensor.dtype) for tensor in _half_precision(model)] if float32 else []
+    half = [(tensor, tensor.dtype) for tensor in _half_precision(model)] if float32 and not is_sharded(model) else []
     device = next(model.parameters()).device
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     original = original_forward(model)

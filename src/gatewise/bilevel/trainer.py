@@ -12,7 +12,7 @@ How the steps interleave is reconstructed: one upper step follows every ``upper_
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from gatewise.bilevel.state import Chosen, CyclicRows, UpperLevel, count_rows, held_fixed, select_upper, split_in_half
 from gatewise.errors import GatewiseError, some
+from gatewise.processes import average_gradients
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer
@@ -227,7 +228,7 @@ class BilevelMixin(_AnyTrainer):
                 loss = self.compute_upper_loss(model, inputs).mean()  # DataParallel gives one number a device
             if loss.requires_grad:
                 self.accelerator.backward(loss)
-        self._average_over_processes(parameters)
+        average_gradients(parameters, self.accelerator.device)
         self._upper_log["grad_norm"] = self._move_upper(level)
         for parameter in parameters:
             parameter.grad = None
@@ -263,20 +264,6 @@ class BilevelMixin(_AnyTrainer):
                 "moved the upper parameters: lower upper_learning_rate, or check upper_dataset"
             )
         return norm
-
-    def _average_over_processes(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replaces each gradient by its mean over all processes; None stays where no process has one."""
-        if self.accelerator.num_processes == 1:
-            return
-        device = self.accelerator.device
-        # Every process sends the same numbers in one call, whichever gradients it has.
-        present = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
-        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-        flat = torch.cat([present, *(part.to(device, torch.float32) for part in parts)])
-        mean: Any = self.accelerator.reduce(flat, reduction="mean")
-        shares, *pieces = mean.split([len(parameters), *(p.numel() for p in parameters)])
-        for parameter, share, piece in zip(parameters, shares.tolist(), pieces, strict=True):
-            parameter.grad = piece.view_as(parameter).to(parameter) if share > 0 else None
 
     def _lower_parameters(self, level: UpperLevel) -> list[nn.Parameter]:
         upper = {id(parameter) for parameter in level.parameters.values()}

@@ -7,6 +7,7 @@ shows its traceback. Torch and Transformers are imported inside the commands, so
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from gatewise.runs.run import RunResult
 
 USER_ERROR, INTERRUPTED = 2, 130
+SECONDS_FOR_OTHERS = 5
 
 
 class Commands(TyperGroup):
@@ -40,11 +42,17 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except GatewiseError as error:
+            if int(os.environ.get("RANK", "0")) > 0:  # the first of several processes says it, and then a launcher ends this one
+                time.sleep(SECONDS_FOR_OTHERS)
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        except Exception:
+            if "LOCAL_RANK" in os.environ:  # where another process failed first, a launcher ends this one before it complains
+                time.sleep(SECONDS_FOR_OTHERS)
+            raise
 
 
 # Plain text in the help: square brackets and line breaks of the examples stay as written.
@@ -103,6 +111,12 @@ def train(
     device: Annotated[
         str | None, typer.Option(help="Where to train: auto, cpu, cuda, cuda:1 or mps. [default: the recipe's device]")
     ] = None,
+    count: Annotated[
+        int | None, typer.Option("--processes", help="Train in so many processes, one a GPU. [default: the recipe's, or 1]", min=1)
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="How they share the model: ddp or fsdp2. [default: the recipe's, or ddp]")
+    ] = None,
 ) -> None:
     """Train an adapter as a recipe says: written as plain LoRA or, where the method has others, as prompts or routed LoRA.
 
@@ -111,17 +125,37 @@ def train(
       gatewise train recipes/quickstart.yaml
       gatewise train my.yaml --set training.learning_rate=1e-4 --output runs/slower
       gatewise train my.yaml --output runs/slower --resume
+      gatewise train my.yaml --processes 2 --strategy fsdp2
     """
     from gatewise.runs.recipe import load_recipe
 
-    checked = load_recipe(recipe, [*(set_ or ()), *([] if device is None else [f"device={device}"])])
+    flags = {"device": device, "launch.processes": count, "launch.strategy": strategy}
+    checked = load_recipe(recipe, [*(set_ or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)])
     folder = output or Path("runs") / recipe.stem
+
+    from gatewise import processes
+    from gatewise.runs import launch
+
+    if (
+        checked.launch is not None
+        and not launch.is_launched()
+        and (checked.launch.processes > 1 or checked.launch.strategy != "ddp")
+    ):
+        switches = [name for name, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
+        options = [word for setting in set_ or () for word in ("--set", setting)]
+        options += [word for name, value in (("--device", device), ("--output", folder)) if value for word in (name, str(value))]
+        code, problem = launch.start(["train", str(recipe), *options, *switches], checked.launch)
+        if problem is not None:
+            typer.echo(f"error: {problem}{_kept(folder)}", err=True)
+        raise typer.Exit(code)
 
     from gatewise import inspection
     from gatewise.runs import run
 
     with _told_how_to_resume(folder):
         result = run.train(checked, folder, resume=resume, overwrite=overwrite, console=Console(stderr=True))
+    if not processes.is_main():
+        return
     console = Console()
     if result.prompts is not None:
         console.print(inspection.prompts_table(result.prompts))
@@ -274,6 +308,14 @@ def models_path(
     if not model.cached:
         raise GatewiseError(f"{name} is not fetched yet: run `gatewise models fetch {name}`")
     typer.echo(str(model.path))
+
+
+def _kept(folder: Path) -> str:
+    """What of a run that did not end well can be gone on from, to be said after what went wrong."""
+    from gatewise.runs.folder import what_is_kept
+
+    kept = what_is_kept(folder)
+    return f"; {kept} is kept: give the same command with --resume to go on from there" if kept else ""
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from gatewise.allocation.scoring import parts_of, scoring
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
-from gatewise.losses import Batch, loss_kind, mean_loss
+from gatewise.losses import Batch, loss_kind
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.sites import Site, sites_in_order
 from gatewise.tasks import score_batch
@@ -295,8 +295,8 @@ def _losses(model: nn.Module, batch: Batch, adapter: str, float32: bool) -> tupl
     with scoring(model, float32), GateBank(model, adapter) as gates:
         parts = parts_of(model, batch)
         with gates.only(set()):
-            without = mean_loss(model, parts)
-        return without, mean_loss(model, parts)
+            without = parts.loss(model)
+        return without, parts.loss(model)
 
 
 def _targeted(model: PeftModel) -> list[str]:

@@ -49,6 +49,7 @@ PRIVATE_NAMES = (
     PrivateName(
         _MODULE, "_load_from_state_dict", "has a router look again at how many prompts it has seen", (), ("routed/router.py",)
     ),
+    PrivateName("torch.autograd:Variable", "_execution_engine", "averages gradients at the end of a backward pass"),
     # PEFT: what tuners override
     PrivateName(
         _TUNER,
@@ -124,15 +125,16 @@ PRIVATE_NAMES = (
         "_save_optimizer_and_scheduler",
         "keeps the upper level and the gates in checkpoints",
         ("output_dir",),
-        ("bilevel/trainer.py", "prompts/darts.py"),
+        ("bilevel/trainer.py", "prompts/darts.py", "runs/trainer.py"),
     ),
     PrivateName(
         _TRAINER,
         "_load_optimizer_and_scheduler",
         "takes them up again",
         ("checkpoint",),
-        ("bilevel/trainer.py", "prompts/darts.py"),
+        ("bilevel/trainer.py", "prompts/darts.py", "runs/trainer.py"),
     ),
+    PrivateName(_TRAINER, "_load_best_model", "loads an adapter that FSDP left whole", (), ("runs/trainer.py",)),
     PrivateName(_TRAINER, "_load_rng_state", "takes up the random state of a search", ("checkpoint",), ("prompts/darts.py",)),
     PrivateName(
         _TRAINER,
@@ -157,6 +159,7 @@ PRIVATE_NAMES = (
     ),
     PrivateName(_TRAINER, "_train_batch_size", "rows of a batch, after the Trainer found what fits", None, ("runs/trainer.py",)),
     # Accelerate
+    PrivateName("accelerate.state:AcceleratorState", "_shared_state", "reads how a Trainer was told to shard"),
     PrivateName("accelerate.hooks:add_hook_to_module", "_hf_hook", "finds the device of layers that are offloaded"),
     PrivateName("accelerate.hooks:add_hook_to_module", "_old_forward", "exchanges the forward that a hook keeps"),
     PrivateName("accelerate:Accelerator", "_original_forward", "scores without the autocast that Accelerate put around a model"),

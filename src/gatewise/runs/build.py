@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from gatewise.errors import GatewiseError
 from gatewise.internals.trainer_device import run_on
 from gatewise.losses import base_of
+from gatewise.processes import count
 from gatewise.prompts import SelectivePromptConfig
 from gatewise.routed import RoutedLoraConfig
 from gatewise.runs.recipe import (
@@ -161,13 +162,18 @@ def training_arguments(
     """The arguments of a Trainer that trains ``steps`` steps on a device and writes checkpoints into a folder.
 
     Raises:
-        GatewiseError: settings that do not work here, or several processes.
+        GatewiseError: settings that do not work here, or a batch that the processes cannot share.
     """
+    processes = count()
+    if training.batch_size % processes:
+        raise GatewiseError(
+            f"training.batch_size is {training.batch_size}, which {processes} processes cannot share: give a multiple of that"
+        )
     try:
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
             max_steps=steps,
-            per_device_train_batch_size=training.batch_size,
+            per_device_train_batch_size=training.batch_size // processes,
             per_device_eval_batch_size=training.eval_batch_size,
             gradient_accumulation_steps=training.gradient_accumulation,
             learning_rate=training.learning_rate,
@@ -194,14 +200,12 @@ def training_arguments(
             remove_unused_columns=False,
             label_names=["labels"],
             dataloader_pin_memory=False,
+            ddp_backend="gloo" if processes > 1 and device.type == "cpu" else None,
         )
     except ValueError as error:
         raise GatewiseError(f"training: these settings do not work here: {' '.join(str(error).split())}") from error
-    if arguments.world_size > 1:
-        raise GatewiseError(
-            "gatewise train runs in one process: for several, put gatewise.RankAllocation into your own Trainer script"
-        )
-    run_on(arguments, device)
+    if processes == 1:  # of several, each has the device that its launcher gave it
+        run_on(arguments, device)
     return arguments
 
 

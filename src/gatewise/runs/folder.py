@@ -55,7 +55,7 @@ WRITTEN_BY = "# Written by gatewise train: the recipe of the run in this folder,
 LOCK = ".gatewise.lock"
 
 
-_FREE_TO_CHANGE = ("device", "training.log_every")
+_FREE_TO_CHANGE = ("device", "launch", "training.log_every")
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _check_same_recipe(path: Path, recipe: Recipe) -> None:
         raise GatewiseError(f"{path} is missing, so the run cannot be resumed: begin again with --overwrite")
     before, now = _flat(load_recipe(path).model_dump()), _flat(recipe.model_dump())
     for key in sorted({*before, *now} - {*_FREE_TO_CHANGE}):
-        if before.get(key) != now.get(key):
+        if not key.startswith("launch.") and before.get(key) != now.get(key):
             raise GatewiseError(
                 f"{key} is {now.get(key)!r}, but the run in {path.parent} was started with {before.get(key)!r}: resume it "
                 "with that, or begin again with --overwrite"

@@ -259,8 +259,24 @@ class SearchSection(Section):
     drop: Fraction = 0.5
 
 
+class LaunchSection(Section):
+    """In how many processes the run trains, and how they share the model. Not for a run that another launcher started.
+
+    ``strategy``: ddp has the whole model in every process, fsdp2 shards the base model. Other keys are settings of ``accelerate
+    launch``, by its own names.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    processes: Count = 1
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+
+
 class TrainingSection(Section):
-    """The training run. ``max_steps`` or ``epochs``; all other counts are in optimiser steps."""
+    """The training run. ``max_steps`` or ``epochs``; all other counts are in optimiser steps.
+
+    ``batch_size`` is of all processes together: the same recipe trains the same adapter, whatever the number of processes.
+    """
 
     max_steps: Count | None = None
     epochs: Positive | None = None
@@ -315,6 +331,7 @@ class Recipe(Section):
     routing: RoutingSection | None = None
     prompts: PromptsSection | None = None
     search: SearchSection | None = None
+    launch: LaunchSection | None = None
     training: TrainingSection = TrainingSection()
 
     @property

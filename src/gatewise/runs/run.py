@@ -16,12 +16,13 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from gatewise import inspection
+from gatewise import inspection, processes
 from gatewise.adapters.files import SEARCH_FILE, Selection, read_selection, stored_numbers
 from gatewise.allocation.callback import RankAllocation, in_steps
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.inspection.routing import routing_of_rows
+from gatewise.internals.sharding import join
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
@@ -85,10 +86,10 @@ def train(
     """
     started = time.monotonic()
     output = Path(output)
-    progress = RunProgress(console or Console(stderr=True))
-    checkpoint = check_output(output, recipe, resume, overwrite)
-    found = recipe.searched and resume and (output / SEARCH_FILE).is_file()
-    selection = read_selection(output / SEARCH_FILE) if found else None
+    join(pick_device(recipe.device))
+    progress = RunProgress((console or Console(stderr=True)) if processes.is_main() else Console(quiet=True))
+    checkpoint = processes.by_main(lambda: check_output(output, recipe, resume, overwrite))
+    selection = processes.by_main(lambda: _found(output) if resume and recipe.searched else None)
     with quiet(bars=True):
         prepared = _prepare(recipe, progress, selection)
         if checkpoint is not None and (
@@ -96,7 +97,7 @@ def train(
         ):
             # The Trainer cannot resume where there is nothing left to train: it goes there once more.
             checkpoint = before_the_end(output / CHECKPOINTS, checkpoint_step(checkpoint))
-        with writing(output, recipe, overwrite):
+        with writing(output, recipe, overwrite) if processes.is_main() else nullcontext():
             if recipe.searched and selection is None:
                 selection = _search(recipe, prepared, output, progress)
             trainer = _trainer(recipe, prepared, output, checkpoint, progress)
@@ -117,28 +118,44 @@ def train(
             if recipe.method == "adalora":
                 model = to_plain_lora(model)
             _measure(recipe, prepared, model, "after", metrics, seconds, progress)
-            save_adapter(model, output / ADAPTER, prepared.note, selection)
             seconds["total"] = time.monotonic() - started
-            result = RunResult(
-                output=output,
-                adapter=output / ADAPTER,
-                metrics_file=output / METRICS,
-                metrics=metrics,
-                seconds=seconds,
-                steps=trainer.state.global_step,
-                dtype=prepared.note["trained_in"],
-                device=str(prepared.device),
-                resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
-                selection=selection,
-                **_stored(recipe, prepared, output / ADAPTER),
-            )
-            # The run is whole from here on: what is drawn of it may fail.
-            write_metrics(recipe, result, trainer.state.log_history)
+            log = trainer.state.log_history
+
+            def written() -> RunResult:
+                save_adapter(model, output / ADAPTER, prepared.note, selection)
+                result = RunResult(
+                    output=output,
+                    adapter=output / ADAPTER,
+                    metrics_file=output / METRICS,
+                    metrics=metrics,
+                    seconds=seconds,
+                    steps=trainer.state.global_step,
+                    dtype=prepared.note["trained_in"],
+                    device=str(prepared.device),
+                    resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
+                    selection=selection,
+                    **_stored(recipe, prepared, output / ADAPTER),
+                )
+                # The run is whole from here on: what is drawn of it may fail.
+                write_metrics(recipe, result, log)
+                return result
+
+            result = processes.by_main(written)
             if recipe.method == "milora":
                 result = _routed(recipe, prepared, model, result, progress)
-                write_metrics(recipe, result, trainer.state.log_history)
-            result = _drawn(recipe, result, progress)
+
+            def drawn() -> RunResult:
+                if recipe.method == "milora":
+                    write_metrics(recipe, result, log)
+                return _drawn(recipe, result, progress)
+
+            result = processes.by_main(drawn)
     return result
+
+
+def _found(output: Path) -> Selection | None:
+    """What the search of the run in a folder chose; None where it has not ended."""
+    return read_selection(output / SEARCH_FILE) if (output / SEARCH_FILE).is_file() else None
 
 
 def _stored(recipe: Recipe, prepared: "_Prepared", adapter: Path) -> dict[str, Any]:
@@ -234,8 +251,9 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
     dtype = torch.float32 if classification else pick_dtype(recipe.dtype, device, progress.say)
     if recipe.training.bf16 and recipe.dtype != "bfloat16" and not has_bfloat16(device):
         say_slow(progress.say)
-    progress.say(f"loading {recipe.model} in {_name(dtype)} on {device}")
-    resolve(recipe.model, progress=progress.say)
+    where = f"{device}" if processes.count() == 1 else f"{device}, {processes.count()} processes"
+    progress.say(f"loading {recipe.model} in {_name(dtype)} on {where}")
+    processes.by_main(lambda: resolve(recipe.model, progress=progress.say))
     tokenizer = load_tokenizer(recipe.model)
     num_labels = len(train_rows.labels or ()) if classification else None
     fresh_base = partial(_base, recipe, num_labels, dtype)
@@ -425,8 +443,9 @@ def _search(recipe: Recipe, prepared: _Prepared, output: Path, progress: RunProg
         },
         log=[finite(entry) for entry in found.log if "loss" in entry],
     )
-    inspection.plot_gates(found.gates.tolist(), found.layers, output / GATES, recipe.model)
-    selection.write(output / SEARCH_FILE)
+    if processes.is_main():
+        inspection.plot_gates(found.gates.tolist(), found.layers, output / GATES, recipe.model)
+        selection.write(output / SEARCH_FILE)
     progress.say(_told(selection))
     # Nothing of the search but its choice: head and activations of the base are as they were too.
     prepared.model = adapted(recipe, prepared.fresh_base(), prepared.steps, selection.layers)

@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,13 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, read_tensors, tensor_shapes
+from gatewise.adapters.whole import WholeAdapter
+from gatewise.allocation.callback import RankAllocation
 from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
-from gatewise.losses import mean_loss, scored, soft_prompt
+from gatewise.losses import inside, mean_loss, scored, soft_prompt
+from gatewise.processes import is_sharded, shared_out
 from gatewise.prompts.darts import SearchMixin
 from gatewise.routed import RoutedLoraModel
 from gatewise.runs.baselines import orthogonality
@@ -59,13 +63,15 @@ class RecipeTrainer(Trainer):
         callbacks: list[TrainerCallback],
         group_by_length: bool = False,
     ) -> None:
+        # RankAllocation keeps the adapter whole by itself.
+        whole = [] if any(isinstance(one, RankAllocation) for one in callbacks) else [WholeAdapter()]
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[*callbacks, FiniteGradients()],
+            callbacks=[*whole, *callbacks, FiniteGradients()],
         )
         self.remove_callback(PrinterCallback)
         # So that the Trainer counts the labels of all batches of a step and leaves the division to compute_loss.
@@ -88,16 +94,20 @@ class RecipeTrainer(Trainer):
         made = scored(model, inputs)
         sums, counts = made.losses()
         loss = sums.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+        # The labels are counted over all processes, and the gradient will be the mean over them.
+        processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
+        loss = loss * processes
         if not bool(torch.isfinite(loss)):
             self._stop_diverged(f"the loss is {float(loss)} at step {self.state.global_step + 1}")
-        tuner = getattr(model, "base_model", None)
+        adapted = inside(model)
+        tuner = getattr(adapted, "base_model", None)
         if isinstance(tuner, RoutedLoraModel):
             # The model adds it to a loss of its own, and here it computes none. The shares of a step's batches add up to one.
-            share = 1.0 if num_items_in_batch is None else counts.sum() / num_items_in_batch
+            share = 1.0 if num_items_in_batch is None else processes * counts.sum() / num_items_in_batch
             loss = loss + share * tuner.balance_loss()
         if isinstance(tuner, AdaLoraModel):
-            weight = model.peft_config[model.active_adapter].orth_reg_weight  # type: ignore[union-attr,index]
-            loss = loss + weight * orthogonality(model) / self.args.gradient_accumulation_steps  # type: ignore[arg-type]
+            weight = adapted.peft_config[adapted.active_adapter].orth_reg_weight  # type: ignore[union-attr,index]
+            loss = loss + weight * orthogonality(adapted) / self.args.gradient_accumulation_steps  # type: ignore[arg-type]
         return (loss, {"loss": loss, "logits": made.logits}) if return_outputs else loss
 
     def evaluate(
@@ -106,9 +116,10 @@ class RecipeTrainer(Trainer):
         """The mean loss over all labels of the dev rows, as ``eval_loss``. Draws no random numbers."""
         rows = sorted(self.eval_dataset, key=_length)  # type: ignore[arg-type]
         size = self.args.per_device_eval_batch_size
-        batches = [self._prepare_inputs(self.data_collator(rows[start : start + size])) for start in range(0, len(rows), size)]
         model: Any = self.model
-        loss = mean_loss(model.eval(), batches)
+        own, _ = shared_out([rows[start : start + size] for start in range(0, len(rows), size)], even=is_sharded(model))
+        batches = [self._prepare_inputs(self.data_collator(batch)) for batch in own]
+        loss = mean_loss(model.eval(), batches, over_all=True)
         if not math.isfinite(loss):
             self._stop_diverged(f"the loss on dev is {loss} after step {self.state.global_step}")
         metrics = {f"{metric_key_prefix}_loss": loss}
@@ -122,7 +133,8 @@ class RecipeTrainer(Trainer):
             [_length(row) for row in self.train_dataset],  # type: ignore[union-attr]
             self.args.seed,
             epoch=lambda: int(self.state.epoch or 0),
-            batch_size=self._train_batch_size if self.group_by_length else None,
+            # Accelerate deals the batches out to the processes in turn.
+            batch_size=self._train_batch_size * self.accelerator.num_processes if self.group_by_length else None,
         )
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self.train_dataset),
@@ -142,6 +154,34 @@ class RecipeTrainer(Trainer):
                 "some space and go on with --resume"
             ) from error
 
+    # An adapter that FSDP leaves whole is saved and loaded as without FSDP: no process gathers the base model, and a run may be
+    # resumed with another strategy.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's."""
+        with self._without_fsdp():
+            super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._without_fsdp():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._without_fsdp():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._without_fsdp():
+            super()._load_best_model()
+
+    @contextmanager
+    def _without_fsdp(self) -> Iterator[None]:
+        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = sharded
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Adapter and note, nothing pickled. PEFT is kept from asking the hub whether embeddings changed."""
         folder, model = output_dir or str(self._folder), cast(PeftModel, self.model)
@@ -152,7 +192,8 @@ class RecipeTrainer(Trainer):
         """The Trainer's, and PEFT's own soft prompts, which PEFT refuses to load into an adapter in training."""
         whole = cast(Any, model or self.model)
         if soft_prompt(whole) is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with self._without_fsdp():
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         tensors = read_tensors(Path(resume_from_checkpoint) / WEIGHTS_FILE)[0]
         set_peft_model_state_dict(whole, tensors, adapter_name=str(whole.active_adapter))
@@ -285,8 +326,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def _is_complete(path: Path, also: Sequence[str]) -> bool:
-    needed = ("optimizer.pt", "scheduler.pt", "rng_state.pth", CONFIG_FILE, *also)
-    if (path / DIVERGED_FILE).exists() or not all((path / name).is_file() for name in needed):
+    needed = ("optimizer.pt", "scheduler.pt", CONFIG_FILE, *also)
+    # Several processes have a random state each.
+    if (path / DIVERGED_FILE).exists() or not all((path / name).is_file() for name in needed) or not any(path.glob("rng_state*")):
         return False
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

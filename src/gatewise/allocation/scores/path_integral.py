@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scoring import Batches, Scores, gate_gradients, live_only, parts_of, scoring
 from gatewise.errors import GatewiseError
-from gatewise.losses import mean_loss
 
 MEANING = "its share of the loss that the adapter takes away"
 UNIT = "nats"
@@ -126,7 +125,7 @@ def path_integral(
         for end in (0.0, 1.0):
             if end not in losses:
                 gates.fill(end)
-                losses[end] = mean_loss(model, parts)
+                losses[end] = parts.loss(model)
         total = sum(float(value.double().sum()) for value in scores.values())
         return scores, Convergence(total, losses[0.0] - losses[1.0])
 

@@ -16,7 +16,7 @@ The second term alone with start = 1 is the root of the gates' empirical Fisher 
 Not from the four papers; ``docs/scores.md`` has the deletion curves that led to it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scores.path_integral import quadrature
-from gatewise.allocation.scoring import Batches, Scores, live_only, parts_of, scoring
+from gatewise.allocation.scoring import Batches, Parts, Scores, live_only, parts_of, scoring
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
 
@@ -63,10 +63,10 @@ def path_moments(
     check_options(start, points)
     nodes, weights = quadrature(points)
     with scoring(model, float32), GateBank(model, adapter) as gates:
-        parts = list(_parts(model, gates, batch))
+        parts, apart = _parts(model, gates, batch)
         first: dict[str, Tensor] = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
         second = {path: torch.zeros_like(gate) for path, gate in first.items()}
-        for done, (part, apart) in enumerate(parts, start=1):
+        for done, part in enumerate(parts.own, start=1):
             own: dict[str, Tensor] = {}
             for node, weight in zip(nodes, weights, strict=True):
                 for path, gradient in _row_gradients(model, gates, part, start + (1 - start) * node, apart).items():
@@ -75,7 +75,8 @@ def path_moments(
                 first[path] += value.sum(dim=0)
                 second[path] += value.square().sum(dim=0)
             if progress:
-                progress(done, len(parts))
+                progress(done, len(parts.own))
+        first, second = (dict(zip(sums, parts.total(*sums.values()), strict=True)) for sums in (first, second))
         mean, size = live_only(gates, first), live_only(gates, {path: total.sqrt() for path, total in second.items()})
     return {path: mean[path] / _spread(mean) + size[path] / _spread(size) for path in mean}
 
@@ -86,18 +87,15 @@ def _spread(scores: Scores) -> float:
     return float(flat.std(correction=0)) or 1.0
 
 
-def _parts(model: nn.Module, gates: GateBank, batch: Batches) -> Iterator[tuple[dict[str, Any], bool]]:
+def _parts(model: nn.Module, gates: GateBank, batch: Batches) -> tuple[Parts, bool]:
     """Microbatches, and whether each row of them can have gates of its own; where it cannot they are single rows."""
     parts = parts_of(model, batch)
+    if not parts.own:
+        return parts, True
     with gates.watching() as rows_apart, torch.no_grad():
-        row_losses(model, parts[0])
-    apart = rows_apart(len(parts[0]["labels"]))
-    for part in parts:
-        if apart:
-            yield part, True
-            continue
-        for row in range(len(part["labels"])):
-            yield {k: v[row : row + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in part.items()}, False
+        row_losses(model, parts.own[0])
+    apart = rows_apart(len(parts.own[0]["labels"]))
+    return (parts, True) if apart else (parts_of(model, batch, single_rows=True), False)
 
 
 def _row_gradients(model: nn.Module, gates: GateBank, part: dict[str, Any], node: float, apart: bool) -> dict[str, Tensor]:

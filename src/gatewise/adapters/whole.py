@@ -1,0 +1,51 @@
+"""WholeAdapter: keeps an adapter whole in every process while FSDP2 shards its base model."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gatewise.errors import GatewiseError
+from gatewise.internals.sharding import average_gradients, fsdp_plugin, leave_out_of_sharding
+from gatewise.processes import is_sharded
+
+
+class WholeAdapter(TrainerCallback):
+    """Keeps everything that is trained whole in every process, with its gradients averaged as under DDP.
+
+    Give it to ``Trainer(callbacks=[...])`` for an adapter that FSDP2 cannot cut up: routed LoRA, selective prompts.
+    ``RankAllocation`` does the same by itself. The base model, which is frozen, is sharded as ever. Without FSDP it does nothing.
+
+    Raises:
+        GatewiseError: when the Trainer is made, FSDP 1 or settings that contradict it; when training begins, a parameter that was
+            sharded all the same.
+    """
+
+    def __init__(self) -> None:
+        self._undo: Callable[[], None] | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tells FSDP what to leave out, before it wraps the model."""
+        leave_out_of_sharding(_trained(kwargs["model"]))
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Averages gradients from here on."""
+        if fsdp_plugin() is None:
+            return
+        trained = _trained(kwargs["model"])
+        if is_sharded(nn.ParameterList(trained)):
+            raise GatewiseError(
+                "FSDP cut up parameters of the adapter: pass WholeAdapter or RankAllocation in Trainer(callbacks=[...])"
+            )
+        self._undo = average_gradients(trained)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves the parameters as they were found."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,0 +1,132 @@
+"""What FSDP and Accelerate are told so that an adapter stays whole while its base model is sharded.
+
+LoRA factors that FSDP2 cuts up (DTensors) can be neither pruned nor grown, and gates on them cannot be scored. They are small: left
+out of the sharding, every process holds them whole, as under DDP, and only their gradients have to be averaged.
+
+Read in torch 2.13 and Accelerate 1.15.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from torch import distributed, nn
+from torch.autograd import Variable
+
+from gatewise import processes
+from gatewise.errors import GatewiseError
+
+
+def fsdp_plugin() -> Any | None:
+    """Accelerate's settings of FSDP, once a Trainer or an Accelerator that uses it is made; else None."""
+    return AcceleratorState._shared_state.get("fsdp_plugin")
+
+
+def uses_deepspeed() -> bool:
+    """Whether the Trainer or Accelerator that was made last runs on DeepSpeed."""
+    return AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
+
+
+def leave_out_of_sharding(parameters: Sequence[nn.Parameter]) -> None:
+    """Has FSDP2 leave these parameters whole in every process. Without FSDP nothing happens.
+
+    Call it when the Trainer is made and has not wrapped its model yet.
+
+    Raises:
+        GatewiseError: FSDP 1, or weights that only the main process loads.
+    """
+    plugin = fsdp_plugin()
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise GatewiseError(
+            "FSDP's version is 1, which cannot keep an adapter whole: take FSDP2 (fsdp_config={'version': 2} in TrainingArguments, "
+            "fsdp_version: 2 in an Accelerate config)"
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise GatewiseError(
+            "FSDP's cpu_ram_efficient_loading is on, which gives the adapter's parameters up for new ones: set "
+            "fsdp_cpu_ram_efficient_loading: false"
+        )
+    if isinstance(plugin.ignored_modules, str):
+        raise GatewiseError(
+            f"fsdp_ignored_modules is {plugin.ignored_modules!r}, but gatewise sets it to keep the adapter whole: leave it out"
+        )
+    # A list of modules is what Accelerate takes; a ParameterList is one with exactly these parameters.
+    plugin.ignored_modules = [*(plugin.ignored_modules or ()), nn.ParameterList(parameters)]
+
+
+def join(device: torch.device) -> None:
+    """Joins the other processes, where a launcher started several: what follows may speak with them.
+
+    Raises:
+        GatewiseError: DeepSpeed, or a device of one's own choice, of which each process would take the same.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise GatewiseError("gatewise train does not run under DeepSpeed: use FSDP2 or DDP")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if device.type == "cuda" and device.index is not None:
+        raise GatewiseError(f"the device is {device}, but several processes take a GPU each: take device auto or cuda")
+    if device.type == "mps":
+        raise GatewiseError("several processes cannot share an Apple GPU: take device cpu, or one process")
+    if device.type == "cpu":
+        share_cpu_models()
+    PartialState(cpu=device.type == "cpu")
+
+
+def share_cpu_models() -> None:
+    """Lets Accelerate shard a model over processes on the CPU, which it does only on accelerators.
+
+    torch's FSDP2 runs on the CPU over gloo as it does anywhere.
+    """
+    original = AcceleratorState.__init__
+    if getattr(original, "_gatewise", False):
+        return
+
+    def __init__(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    __init__._gatewise = True  # type: ignore[attr-defined]
+    AcceleratorState.__init__ = __init__  # type: ignore[method-assign]
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """From now on the gradients of whole parameters are their mean over all processes, as under DDP.
+
+    They are averaged at the end of the backward pass that an optimiser step follows, once for all accumulated before, in one
+    message. First every process takes over the main one's values.
+
+    Returns:
+        What undoes it.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        distributed.broadcast(parameter.data, src=0)
+    waiting = False
+    device = trained[0].device if trained else torch.device("cpu")
+
+    def one_is_ready(_: nn.Parameter) -> None:
+        nonlocal waiting
+        if not waiting and GradientState().sync_gradients:
+            waiting = True
+            Variable._execution_engine.queue_callback(average)
+
+    def average() -> None:
+        nonlocal waiting
+        waiting = False
+        processes.average_gradients(trained, device)
+
+    handles = [parameter.register_post_accumulate_grad_hook(one_is_ready) for parameter in trained]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo

@@ -1,0 +1,27 @@
+"""Runs a function of a test in several gloo processes and in one, and gives back what they return."""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _one_process(rank: int, count: int, port: int, folder: str, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    torch.save(work(*arguments), Path(folder) / f"{rank}-of-{count}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def in_processes(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``work(*arguments)`` returns in each of ``count`` processes. ``work`` is a function at the top of a module."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_process, args=(count, port, str(folder), work, arguments), nprocs=count)
+    return [torch.load(folder / f"{rank}-of-{count}.pt", weights_only=False) for rank in range(count)]
