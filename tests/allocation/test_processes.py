@@ -41,7 +41,9 @@ def data() -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row.clone()} for row in ids], scored
 
 
-def trained(folder: str, settings: dict[str, Any], score: str = "path_moments", resume: bool = False, kill: int | None = None) -> Any:
+def trained(
+    folder: str, settings: dict[str, Any], score: str = "path_moments", resume: bool = False, kill: int | None = None
+) -> Any:
     """One run over a global batch of eight rows: losses, rounds, the adapter, and the ranks after loading what was saved."""
     share_cpu_models()
     count = processes.count() if torch.distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
@@ -82,11 +84,15 @@ def trained(folder: str, settings: dict[str, Any], score: str = "path_moments", 
 def assert_same_run(one: Any, other: Any, tolerance: float = 1e-5) -> None:
     assert other["losses"] == pytest.approx(one["losses"], rel=tolerance, abs=tolerance)
     assert len(one["rounds"]) == len(other["rounds"])
-    for (scores, pruned, grown, *losses), (others, also_pruned, also_grown, *also) in zip(one["rounds"], other["rounds"], strict=True):
+    for (scores, pruned, grown, *losses), (others, also_pruned, also_grown, *also) in zip(
+        one["rounds"], other["rounds"], strict=True
+    ):
         assert (also_pruned, also_grown) == (pruned, grown)
         assert also == pytest.approx(losses, rel=tolerance)
         for path, values in scores.items():
-            assert others[path] == pytest.approx(values, rel=1e-3, abs=tolerance * max(map(abs, sum(scores.values(), []))))
+            assert others[path] == pytest.approx(
+                values, rel=1e-3, abs=tolerance * max(abs(v) for row in scores.values() for v in row)
+            )
     assert one["state"].keys() == other["state"].keys()
     for name, value in one["state"].items():
         torch.testing.assert_close(other["state"][name], value, rtol=1e-3, atol=2e-5)
@@ -94,7 +100,14 @@ def assert_same_run(one: Any, other: Any, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize(
     ("count", "settings"),
-    [(2, {}), (4, {}), (2, FSDP), (4, FSDP), (2, {**FSDP, "gradient_accumulation_steps": 2}), (2, {"gradient_accumulation_steps": 2})],
+    [
+        (2, {}),
+        (4, {}),
+        (2, FSDP),
+        (4, FSDP),
+        (2, {**FSDP, "gradient_accumulation_steps": 2}),
+        (2, {"gradient_accumulation_steps": 2}),
+    ],
     ids=["2-ddp", "4-ddp", "2-fsdp", "4-fsdp", "2-fsdp-accumulating", "2-ddp-accumulating"],
 )
 def test_several_processes_train_the_adapter_of_one(tmp_path: Path, count: int, settings: dict[str, Any]) -> None:
@@ -170,6 +183,8 @@ def refused(settings: dict[str, Any]) -> str:
     ("config", "sentence"),
     [({"version": 1}, "FSDP's version is 1"), ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: false")],
 )
-def test_settings_of_fsdp_that_cannot_keep_an_adapter_whole_are_refused(tmp_path: Path, config: dict[str, Any], sentence: str) -> None:
+def test_settings_of_fsdp_that_cannot_keep_an_adapter_whole_are_refused(
+    tmp_path: Path, config: dict[str, Any], sentence: str
+) -> None:
     for message in in_processes(2, tmp_path, refused, {"fsdp": True, "fsdp_config": config}):
         assert sentence in message

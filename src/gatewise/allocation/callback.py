@@ -50,7 +50,8 @@ class RankAllocation(TrainerCallback, ExportableState):
         prune_fraction: share of the budget pruned in a round (n_A).
         first_round: when the first round runs: epochs, or steps when an int above 1 (K1).
         recover: training between rounds: epochs, or steps when an int above 1 (K2).
-        validation_batch: the batch, or list of batches, that ranks are scored on: tensors for the model with ``labels``.
+        validation_batch: the batch, or list of batches, that ranks are scored on: tensors for the model with ``labels``. The same
+            in every process, which then scores its part of it.
         r_max: slots of each layer; None for twice its rank.
         score_options: further arguments of the score. For "ablation" the default is ``{"mode": "screened"}``.
         min_rank: ranks every module keeps.

@@ -1,0 +1,138 @@
+"""Runs in several processes through the command line: the same adapter as of one, one message when they fail, and resuming."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import write_recipe
+from typer.testing import CliRunner
+
+from gatewise.cli.main import app
+from gatewise.errors import GatewiseError
+from gatewise.runs.launch import environment
+from gatewise.runs.recipe import LaunchSection
+
+ALLOCATION = {"score": "path_moments", "rounds": 2, "first_round": 2, "recover": 2, "validation_rows": 2}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    peft = {"r": 2, "lora_alpha": 4}
+    return write_recipe(tmp_path, method="alora", allocation=ALLOCATION, peft=peft)
+
+
+def command(recipe: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "gatewise", "train", str(recipe), "--device", "cpu", "--output", str(output), *more]
+
+
+def gatewise(recipe: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run(command(recipe, output, *more), capture_output=True, text=True, timeout=600, env=alone)
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    expected, found = adapter(one), adapter(other)
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in expected.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5)
+
+
+def test_two_processes_train_the_adapter_of_one(recipe: Path, tmp_path: Path) -> None:
+    alone = gatewise(recipe, tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    for strategy in ("ddp", "fsdp2"):
+        done = gatewise(recipe, tmp_path / strategy, "--processes", "2", "--strategy", strategy)
+        assert done.returncode == 0, done.stderr
+        assert "2 processes" in done.stderr
+        assert done.stdout.count("parameters") == alone.stdout.count("parameters") == 1  # one summary
+        assert_same_adapter(tmp_path / "one", tmp_path / strategy)
+        told = json.loads((tmp_path / strategy / "metrics.json").read_text())
+        assert told["ranks"] == metrics["ranks"]
+        assert told["metrics"]["dev"]["before"] == pytest.approx(metrics["metrics"]["dev"]["before"])
+        assert told["metrics"]["dev"]["after"] == pytest.approx(metrics["metrics"]["dev"]["after"], rel=1e-3)
+        assert [entry["loss"] for entry in told["log"]] == pytest.approx([entry["loss"] for entry in metrics["log"]], rel=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the process to kill in /proc")
+def test_a_run_whose_process_is_killed_says_so_once_and_is_resumed_with_another_number(recipe: Path, tmp_path: Path) -> None:
+    longer = ("--processes", "2", "--strategy", "fsdp2", "--set", "training.max_steps=40")
+    whole = gatewise(recipe, tmp_path / "whole", *longer)
+    assert whole.returncode == 0, whole.stderr
+    output = tmp_path / "cut"
+    running = subprocess.Popen(command(recipe, output, *longer), stderr=subprocess.PIPE, text=True)
+    checkpoint = output / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    deadline = time.monotonic() + 500
+    while not checkpoint.is_file() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second = [pid for pid in children_of(running.pid) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(second[0], signal.SIGKILL)
+    _, errors = running.communicate(timeout=300)
+    assert running.returncode == 1
+    assert errors.count("error: ") == 1
+    assert re.search(r"error: process 2 of 2 was ended by SIGKILL, so the others were ended too; step \d+ is kept", errors)
+    assert "Traceback" not in errors
+    resumed = gatewise(recipe, output, "--resume", "--set", "training.max_steps=40")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_adapter(tmp_path / "whole", output)
+
+
+def children_of(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def test_what_a_user_can_put_right_is_said_once(recipe: Path, tmp_path: Path) -> None:
+    done = gatewise(recipe, tmp_path / "out", "--processes", "2", "--set", "data.dev=missing.jsonl")
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert "missing.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = gatewise(recipe, tmp_path / "out", "--processes", "3")
+    assert done.returncode == 2
+    assert done.stderr.count("error: training.batch_size is 4, which 3 processes cannot share: give a multiple of that") == 1
+
+
+def test_strategies_are_environment_variables_of_accelerate() -> None:
+    made = environment(LaunchSection(processes=2, strategy="fsdp2", fsdp_offload_params=True))
+    assert {name: made[name] for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS")} == {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_OFFLOAD_PARAMS": "true",
+    }
+    assert made["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    assert "ACCELERATE_USE_FSDP" not in environment(LaunchSection(processes=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"fsdp_ofload_params": True}, "launch.fsdp_ofload_params is not a known key.*did you mean launch.fsdp_offload_params"),
+        ({"mixed_precision": "fp3"}, "launch: accelerate does not take these settings"),
+        ({"num_machines": 2}, "this machine only"),
+        ({"use_deepspeed": True}, "does not train under DeepSpeed"),
+    ],
+)
+def test_settings_that_do_not_work_are_refused(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(GatewiseError, match=sentence):
+        environment(LaunchSection(processes=2, **settings))
+
+
+def test_the_command_line_refuses_what_the_recipe_refuses(recipe: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(recipe), "--processes", "2", "--strategy", "fdsp2"])
+    assert done.exit_code == 2
+    assert "launch.strategy" in done.output
+    assert "did you mean fsdp2" in done.output
