@@ -98,93 +98,123 @@ def assert_same_run(one: Any, other: Any, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(other["state"][name], value, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("count", "settings"),
-    [
-        (2, {}),
-        (4, {}),
-        (2, FSDP),
-        (4, FSDP),
-        (2, {**FSDP, "gradient_accumulation_steps": 2}),
-        (2, {"gradient_accumulation_steps": 2}),
-    ],
-    ids=["2-ddp", "4-ddp", "2-fsdp", "4-fsdp", "2-fsdp-accumulating", "2-ddp-accumulating"],
-)
-def test_several_processes_train_the_adapter_of_one(tmp_path: Path, count: int, settings: dict[str, Any]) -> None:
-    alone = {key: value for key, value in settings.items() if key not in FSDP}
-    one = trained(str(tmp_path / "one"), alone)
-    several = in_processes(count, tmp_path, trained, str(tmp_path / "several"), settings)
-    assert len(one["rounds"]) == 2
-    for found in several:
-        assert found["sharded"] == ("fsdp" in settings)
-        assert_same_run(one, found)
-    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "several" / "adapter")
-    state = {name: p for name, p in loaded.named_parameters() if "lora_" in name}
-    assert {name: tuple(value.shape) for name, value in state.items()} == {n: tuple(v.shape) for n, v in one["state"].items()}
-    for name, value in state.items():
-        torch.testing.assert_close(value.detach(), several[0]["state"][name])
-    assert sum(ranks(loaded).values()) == 42
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": FSDP,
+    "ddp-accumulating": {"gradient_accumulation_steps": 2},
+    "fsdp-accumulating": {**FSDP, "gradient_accumulation_steps": 2},
+}
+OF_FOUR = ("ddp", "fsdp")
+REFUSED = {"version": {"version": 1}, "loading": {"cpu_ram_efficient_loading": True}}
 
 
-def scores_of(names: tuple[str, ...], settings: dict[str, Any], folder: str) -> Any:
-    """Every score of one round each, of the same adapter."""
-    return {name: trained(f"{folder}/{name}", {**settings}, name)["rounds"][0][0] for name in names}
+def alone(name: str) -> dict[str, Any]:
+    """The settings without those of FSDP."""
+    return {key: value for key, value in SETTINGS[name].items() if key not in FSDP}
 
 
-@pytest.mark.parametrize("settings", [{}, FSDP], ids=["ddp", "fsdp"])
-def test_shared_out_scores_are_those_of_one_process(tmp_path: Path, settings: dict[str, Any]) -> None:
-    alone = scores_of(SCORES, {}, str(tmp_path / "one"))
-    for found in in_processes(2, tmp_path, scores_of, SCORES, settings, str(tmp_path / "two")):
-        for name, scores in alone.items():
-            largest = max(abs(value) for values in scores.values() for value in values)
-            for path, values in scores.items():
-                assert found[name][path] == pytest.approx(values, rel=1e-3, abs=1e-4 * largest), (name, path)
-
-
-def interrupted(folder: str, settings: dict[str, Any]) -> Any:
-    whole = trained(f"{folder}/whole", settings)
-    trained(f"{folder}/cut", settings, kill=5)
-    return whole, trained(f"{folder}/cut", settings, resume=True)
-
-
-@pytest.mark.parametrize("settings", [{}, FSDP], ids=["ddp", "fsdp"])
-def test_a_run_cut_between_rounds_resumes_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
-    for whole, resumed in in_processes(2, tmp_path, interrupted, str(tmp_path), settings):
-        assert resumed["rounds"] == whole["rounds"]
-        assert resumed["state"].keys() == whole["state"].keys()
-        assert all(torch.equal(resumed["state"][name], value) for name, value in whole["state"].items())
-
-
-def parts(count_of_rows: int) -> Any:
-    torch.distributed.init_process_group("gloo")
-    rows, _ = data()
-    ids = torch.stack([row["input_ids"] for row in rows[:count_of_rows]])
-    found = parts_of(tiny_base("llama"), {"input_ids": ids, "labels": ids})
-    return [part["input_ids"] for part in found.own], found.copies, [int(n) for n in found.total(torch.tensor([1.0]))[0]]
-
-
-@pytest.mark.parametrize("rows", [1, 3, 7])
-def test_every_row_is_scored_once(tmp_path: Path, rows: int) -> None:
-    found = in_processes(2, tmp_path, parts, rows)
-    assert all(copies == 1 for _, copies, _ in found)
-    seen = [tuple(row.tolist()) for own, _, _ in found for part in own for row in part]
-    assert sorted(seen) == sorted(tuple(row["input_ids"].tolist()) for row in data()[0][:rows])
-
-
-def refused(settings: dict[str, Any]) -> str:
+def refused(config: dict[str, Any]) -> str:
     try:
-        trained("unused", settings)
+        trained("unused", {"fsdp": True, "fsdp_config": config})
     except GatewiseError as error:
         return str(error)
     return ""
 
 
-@pytest.mark.parametrize(
-    ("config", "sentence"),
-    [({"version": 1}, "FSDP's version is 1"), ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: false")],
-)
-def test_settings_of_fsdp_that_cannot_keep_an_adapter_whole_are_refused(
-    tmp_path: Path, config: dict[str, Any], sentence: str
-) -> None:
-    for message in in_processes(2, tmp_path, refused, {"fsdp": True, "fsdp_config": config}):
-        assert sentence in message
+def parts(count_of_rows: int) -> tuple[list[torch.Tensor], int]:
+    rows, _ = data()
+    ids = torch.stack([row["input_ids"] for row in rows[:count_of_rows]])
+    found = parts_of(tiny_base("llama"), {"input_ids": ids, "labels": ids})
+    return [part["input_ids"] for part in found.own], found.copies
+
+
+def all_of_two(folder: str) -> dict[str, Any]:
+    """All that tests ask of two processes, which take longer to start than to work."""
+    found: dict[str, Any] = {name: trained(f"{folder}/{name}", settings) for name, settings in SETTINGS.items()}
+    for name in OF_FOUR:
+        trained(f"{folder}/{name}-cut", SETTINGS[name], kill=5)
+        found[f"{name}-resumed"] = trained(f"{folder}/{name}-cut", SETTINGS[name], resume=True)
+        for score in SCORES:
+            found[f"{name}-{score}"] = trained(f"{folder}/{name}-{score}", SETTINGS[name], score)["rounds"][0][0]
+    found["parts"] = {rows: parts(rows) for rows in (1, 3, 7)}
+    found["refused"] = {name: refused(config) for name, config in REFUSED.items()}
+    return found
+
+
+def all_of_four(folder: str) -> dict[str, Any]:
+    return {name: trained(f"{folder}/{name}", SETTINGS[name]) for name in OF_FOUR}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Any]:
+    return {name: trained(f"{folder}/one/{name}", alone(name)) for name in ("ddp", "ddp-accumulating")}
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    (folder / "two").mkdir()
+    return in_processes(2, folder / "two", all_of_two, str(folder / "two"))
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path) -> list[dict[str, Any]]:
+    (folder / "four").mkdir()
+    return in_processes(4, folder / "four", all_of_four, str(folder / "four"))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_train_the_adapter_of_one(one: dict[str, Any], two: list[dict[str, Any]], folder: Path, name: str) -> None:
+    expected = one[name.replace("fsdp", "ddp")]
+    assert len(expected["rounds"]) == 2
+    for found in two:
+        assert found[name]["sharded"] == ("fsdp" in name)
+        assert_same_run(expected, found[name])
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), folder / "two" / name / "adapter")
+    state = {name: p for name, p in loaded.named_parameters() if "lora_" in name}
+    assert state.keys() == two[0][name]["state"].keys()
+    for key, value in state.items():
+        torch.testing.assert_close(value.detach(), two[0][name]["state"][key])
+    assert sum(ranks(loaded).values()) == 42
+
+
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_processes_train_the_adapter_of_one(one: dict[str, Any], four: list[dict[str, Any]], name: str) -> None:
+    for found in four:
+        assert_same_run(one["ddp"], found[name])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_shared_out_scores_are_those_of_one_process(tmp_path: Path, two: list[dict[str, Any]], score: str) -> None:
+    expected = trained(str(tmp_path), {}, score)["rounds"][0][0]
+    largest = max(abs(value) for values in expected.values() for value in values)
+    for name in OF_FOUR:
+        for found in two:
+            for path, values in expected.items():
+                assert found[f"{name}-{score}"][path] == pytest.approx(values, rel=1e-3, abs=1e-4 * largest), (name, path)
+
+
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_a_run_cut_between_rounds_resumes_bit_for_bit(two: list[dict[str, Any]], name: str) -> None:
+    for found in two:
+        whole, resumed = found[name], found[f"{name}-resumed"]
+        assert resumed["rounds"] == whole["rounds"]
+        assert resumed["state"].keys() == whole["state"].keys()
+        assert all(torch.equal(resumed["state"][key], value) for key, value in whole["state"].items())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_every_row_is_scored_once(two: list[dict[str, Any]], rows: int) -> None:
+    assert all(copies == 1 for _, copies in (found["parts"][rows] for found in two))
+    seen = [tuple(row.tolist()) for found in two for part in found["parts"][rows][0] for row in part]
+    assert sorted(seen) == sorted(tuple(row["input_ids"].tolist()) for row in data()[0][:rows])
+
+
+def test_settings_of_fsdp_that_cannot_keep_an_adapter_whole_are_refused(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert "FSDP's version is 1" in found["refused"]["version"]
+        assert "fsdp_cpu_ram_efficient_loading: false" in found["refused"]["loading"]

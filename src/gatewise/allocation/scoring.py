@@ -79,9 +79,9 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
     # Without any label at all the loss says so.
     parts = [labelled for part in parts if (labelled := _labelled_rows(part, kind))] or parts
     n = count()
-    while len(parts) % n and _rows(largest := max(parts, key=_rows)) > 1:
-        at, half = parts.index(largest), _rows(largest) // 2
-        parts[at : at + 1] = [_taken(largest, slice(half)), _taken(largest, slice(half, None))]
+    while len(parts) % n and (rows := max(map(_rows, parts))) > 1:
+        at = [_rows(part) for part in parts].index(rows)
+        parts[at : at + 1] = [_taken(parts[at], slice(rows // 2)), _taken(parts[at], slice(rows // 2, None))]
     own, copies = shared_out(parts, even=is_sharded(model))
     together = [parts[i : i + n] if copies == 1 else parts[i : i + 1] for i in range(0, len(parts), n if copies == 1 else 1)]
     return Parts(own, [max(map(_padded_tokens, group)) for group in together][: len(own)], copies, device)
