@@ -27,7 +27,7 @@ ATTRIBUTES = {"getattr", "setattr", "hasattr", "delattr"}
 # Python's own: the enum that our methods join, named tuples, and streams.
 OF_PYTHON = {"_replace", "_name_", "_value_", "_sort_order_", "_member_names_", "_member_map_", "_value2member_map_"}
 # Attributes that gatewise itself puts on objects of others.
-ON_OTHERS = {"_gatewise_request", "_adapters_allocated"}
+ON_OTHERS = {"_gatewise_request", "_adapters_allocated", "_gatewise"}
 
 
 def fault_of(one: PrivateName) -> str | None:

@@ -1,0 +1,68 @@
+"""What FSDP is told to leave whole, and launches that cannot work. Real runs: tests/allocation/test_processes.py."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from gatewise.errors import GatewiseError
+from gatewise.internals import sharding
+
+
+def plugin(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> SimpleNamespace:
+    settings: dict[str, Any] = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "ignored_modules": None} | changes
+    made = SimpleNamespace(**settings)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", made)
+    return made
+
+
+def test_exactly_the_parameters_given_are_left_out(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    others = nn.Linear(1, 1)
+    made = plugin(monkeypatch, ignored_modules=[others])
+    sharding.leave_out_of_sharding([model[1].weight])
+    left_out = {id(parameter) for module in made.ignored_modules for parameter in module.parameters()}
+    assert left_out == {id(parameter) for parameter in (model[1].weight, *others.parameters())}
+
+
+def test_without_fsdp_nothing_is_told(monkeypatch):
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", None)
+    sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"fsdp_version": 1}, "take FSDP2"),
+        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: false"),
+        ({"ignored_modules": ".*norm"}, "fsdp_ignored_modules is '.*norm'"),
+    ],
+)
+def test_settings_that_contradict_it_are_refused(monkeypatch, changes, sentence):
+    plugin(monkeypatch, **changes)
+    with pytest.raises(GatewiseError, match=sentence.replace("*", r"\*")):
+        sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))])
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "sentence"),
+    [
+        ({"WORLD_SIZE": "2"}, "cuda:1", "the device is cuda:1, but several processes take a GPU each"),
+        ({"WORLD_SIZE": "2"}, "mps", "cannot share an Apple GPU"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "cpu", "does not run under DeepSpeed"),
+    ],
+)
+def test_launches_that_cannot_work_are_refused(monkeypatch, environment, device, sentence):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(GatewiseError, match=sentence):
+        sharding.join(torch.device(device))
+
+
+def test_one_process_joins_nobody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    sharding.join(torch.device("cuda:1"))
+    assert not torch.distributed.is_initialized()
