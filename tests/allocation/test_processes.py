@@ -46,6 +46,7 @@ def trained(
 ) -> Any:
     """One run over a global batch of eight rows: losses, rounds, the adapter, and the ranks after loading what was saved."""
     share_cpu_models()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # which a run with FSDP leaves behind
     count = processes.count() if torch.distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)
     config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
