@@ -277,7 +277,8 @@ def class_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     config = soft_prompt(model)
     if config is None or config.peft_type != "PREFIX_TUNING":
         return model(**inputs).logits
-    if model is not inside(model):
+    inner: Any = inside(model)
+    if inner is not model:
         raise GatewiseError("prefix tuning of a classifier does not train in several processes: take launch.processes 1")
     base, given = model.get_base_model(), dict(inputs)
     rows = len(given["input_ids"])
