@@ -94,7 +94,7 @@ def share_cpu_models() -> None:
             self.fsdp_plugin = fsdp_plugin
 
     __init__._gatewise = True  # type: ignore[attr-defined]
-    AcceleratorState.__init__ = __init__  # type: ignore[method-assign]
+    AcceleratorState.__init__ = __init__
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
