@@ -11,7 +11,7 @@ from several_processes import in_processes
 from tiny_models import tiny_base
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gatewise import GatewiseError, RankAllocation, processes
+from gatewise import RankAllocation, processes
 from gatewise.allocation.scoring import parts_of
 from gatewise.allocation.slots import ranks
 from gatewise.internals.sharding import share_cpu_models
@@ -106,20 +106,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fsdp-accumulating": {**FSDP, "gradient_accumulation_steps": 2},
 }
 OF_FOUR = ("ddp", "fsdp")
-REFUSED = {"version": {"version": 1}, "loading": {"cpu_ram_efficient_loading": True}}
 
 
 def alone(name: str) -> dict[str, Any]:
     """The settings without those of FSDP."""
     return {key: value for key, value in SETTINGS[name].items() if key not in FSDP}
-
-
-def refused(config: dict[str, Any]) -> str:
-    try:
-        trained("unused", {"fsdp": True, "fsdp_config": config})
-    except GatewiseError as error:
-        return str(error)
-    return ""
 
 
 def parts(count_of_rows: int) -> tuple[list[torch.Tensor], int]:
@@ -138,7 +129,6 @@ def all_of_two(folder: str) -> dict[str, Any]:
         for score in SCORES:
             found[f"{name}-{score}"] = trained(f"{folder}/{name}-{score}", SETTINGS[name], score)["rounds"][0][0]
     found["parts"] = {rows: parts(rows) for rows in (1, 3, 7)}
-    found["refused"] = {name: refused(config) for name, config in REFUSED.items()}
     return found
 
 
@@ -212,9 +202,3 @@ def test_every_row_is_scored_once(two: list[dict[str, Any]], rows: int) -> None:
     assert all(copies == 1 for _, copies in (found["parts"][rows] for found in two))
     seen = [tuple(row.tolist()) for found in two for part in found["parts"][rows][0] for row in part]
     assert sorted(seen) == sorted(tuple(row["input_ids"].tolist()) for row in data()[0][:rows])
-
-
-def test_settings_of_fsdp_that_cannot_keep_an_adapter_whole_are_refused(two: list[dict[str, Any]]) -> None:
-    for found in two:
-        assert "FSDP's version is 1" in found["refused"]["version"]
-        assert "fsdp_cpu_ram_efficient_loading: false" in found["refused"]["loading"]
