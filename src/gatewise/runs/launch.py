@@ -6,6 +6,7 @@ it or ``accelerate launch -m gatewise train ...`` or ``torchrun -m gatewise trai
 """
 
 import difflib
+import logging
 import os
 import signal
 import socket
@@ -93,6 +94,8 @@ def start(arguments: Sequence[str], section: LaunchSection) -> tuple[int, str | 
     made, count = environment(section), section.processes
     own = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     environments = {rank: {**made, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)}
+    # What it logs of processes that end, this function says in its own words.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with TemporaryDirectory(prefix="gatewise-") as logs:
         kept = DefaultLogsSpecs(log_dir=logs, redirects=dict.fromkeys(range(1, count), Std.ALL))
         command = ("-m", "gatewise", *arguments)
