@@ -91,7 +91,8 @@ def _rows(part: Batch) -> int:
     return len(part["labels"]) if part.get("labels") is not None else 1
 
 
-def _taken(part: Batch, rows: slice) -> dict[str, Any]:
+def _taken(part: Batch, rows: slice | Tensor) -> dict[str, Any]:
+    """Some rows of a microbatch."""
     return {key: value[rows] if isinstance(value, Tensor) and value.ndim else value for key, value in part.items()}
 
 
@@ -107,7 +108,7 @@ def _labelled_rows(part: dict[str, Any], kind: LossKind) -> dict[str, Any] | Non
     rows = ((labels[:, 1:] if kind == "causal" else labels) != IGNORED).any(dim=1)
     if bool(rows.all()):
         return part
-    return {k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in part.items()} if bool(rows.any()) else None
+    return _taken(part, rows) if bool(rows.any()) else None
 
 
 def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
