@@ -139,7 +139,7 @@ def test_recomputed_activations_change_nothing_but_memory(tmp_path: Path) -> Non
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([0.5, 0.2, 0.4, 0.3])
-    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: next(losses))
     settings = ("training.load_best=true", "training.eval_every=2", "training.save_every=2")
     result = train(write_recipe(tmp_path), tmp_path / "out", *settings)
     assert_same_adapter(result.adapter, tmp_path / "out" / "checkpoints" / "checkpoint-4")
@@ -147,7 +147,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path, monkeypatch: p
 
 def test_early_stopping_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([0.2, 0.5, 0.4, 0.3])
-    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: next(losses))
     settings = ("training.eval_every=2", "training.early_stopping_patience=1")
     assert train(write_recipe(tmp_path), tmp_path / "out", *settings).steps == 4
 
@@ -155,7 +155,7 @@ def test_early_stopping_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_run_that_stopped_early_is_not_trained_on_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while it measured, with the checkpoint of its last step written."""
     losses = itertools.count(1)
-    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_: float(next(losses)))
+    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: float(next(losses)))
     settings = ("training.eval_every=2", "training.save_every=2", "training.early_stopping_patience=1")
     recipe = write_recipe(tmp_path)
     whole = train(recipe, tmp_path / "whole", *settings)

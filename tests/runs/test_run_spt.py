@@ -346,7 +346,7 @@ def test_pefts_own_prompts(method: str, family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
 def test_the_best_soft_prompt_is_loaded_at_the_end(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([0.5, 0.2, 0.4, 0.3])
-    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: next(losses))
     settings = ("training.load_best=true", "training.eval_every=2", "training.save_every=2")
     result = train(write_recipe(tmp_path, method, "bert"), tmp_path / "out", *settings)
     assert_same_adapter(result.adapter, tmp_path / "out" / "checkpoints" / "checkpoint-4")
