@@ -2,7 +2,7 @@
 
 import pytest
 
-from gatewise.sites import KIND_ORDER, kind_key, site
+from gatewise.sites import KIND_ORDER, kind_key, site, sites_in_order
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,8 @@ def test_layer_and_kind(path, layer, kind):
 def test_kinds_sort_in_reading_order_with_unknown_ones_last():
     assert sorted(["zeta", "down", "q", "alpha"], key=kind_key) == ["q", "down", "alpha", "zeta"]
     assert sorted(KIND_ORDER, key=kind_key) == list(KIND_ORDER)
+
+
+def test_sites_in_order_by_layer_then_kind_and_what_is_outside_the_stack_last():
+    paths = ["lm_head", "model.layers.10.mlp.up_proj", "model.layers.2.mlp.up_proj", "model.layers.2.self_attn.v_proj"]
+    assert [place.path for place in sites_in_order(paths)] == [paths[3], paths[2], paths[1], paths[0]]
