@@ -222,7 +222,7 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
                 gains = [100 * (cell[method, seed][metric] - cell["lora", seed][metric]) for seed in pairs]
                 lower = [cell[method, seed]["loss"] - cell["lora", seed]["loss"] for seed in pairs]
                 print(f"  {method} - lora, paired: {metric} {spread(gains, 1, True)}, loss {spread(lower, 3, True)}")
-        everywhere = next(run["ranks"] for run in cell.values() if run["method"] == "lora")
+        everywhere = {path for run in cell.values() for path in run["ranks"]}
         for method in METHODS:
             moved = [run["ranks"] for (m, _), run in cell.items() if m == method != "lora"]
             kinds: dict[str, list[int]] = {}

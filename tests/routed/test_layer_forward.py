@@ -347,3 +347,20 @@ def test_export_is_refused(routed, batch):
     call = {"input_ids": batch("gpt2")["input_ids"]}
     with pytest.raises(GatewiseError, match=r"torch\.export, but routed adapters decide by each text what is run"):
         torch.export.export(model.get_base_model(), (), call)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_compiled(routed, batch, family):
+    """torch.compile gives the same numbers, with labels and without, and routers read no answer."""
+    torch._dynamo.reset()
+    model, data = routed(family), batch(family)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**data).logits, model(**data).logits, rtol=1e-4, atol=1e-4)
+    model.train()
+    losses = [one(**data).loss for one in (compiled, model)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    got, wanted = (torch.autograd.grad(loss, parameters) for loss in losses)
+    for name, one, other in zip(names, got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
