@@ -27,8 +27,10 @@ def adapted() -> Callable[..., PeftModel]:
     """adapted(family, **LoraConfig) -> a tiny model with a random LoRA adapter, rank 3 on all linear layers by default."""
 
     def make(family: str = "llama", trained: bool = True, **settings: Any) -> PeftModel:
-        task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
-        settings = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": task, **settings}
+        tasks = {"bert": "SEQ_CLS", "vit": None, "wav2vec2": None}
+        settings = {
+            "r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": tasks.get(family, "CAUSAL_LM"), **settings
+        }  # fmt: skip
         model = get_peft_model(tiny_base(family), LoraConfig(**settings))
         return random_adapter(model) if trained else model
 
@@ -37,10 +39,17 @@ def adapted() -> Callable[..., PeftModel]:
 
 @pytest.fixture
 def batch() -> Callable[..., dict[str, torch.Tensor]]:
-    """batch(family, rows, side) -> rows of different lengths, padded right (or left), labels on the last third."""
+    """batch(family, rows, side) -> rows of different lengths, padded right (or left), labels on the last third.
+
+    Images and sounds of a size for models that read those.
+    """
 
     def make(family: str = "llama", rows: int = 5, width: int = 9, side: str = "right") -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
+        if family in ("vit", "wav2vec2"):
+            shape, name = ((3, 8, 8), "pixel_values") if family == "vit" else ((120,), "input_values")
+            labels = torch.randint(0, 3, (rows,), generator=generator)
+            return {name: torch.randn(rows, *shape, generator=generator), "labels": labels}
         ids = torch.randint(1, VOCABULARY, (rows, width), generator=generator)
         lengths = torch.randint(4, width + 1, (rows,), generator=generator)
         lengths[0] = width

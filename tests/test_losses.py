@@ -19,7 +19,7 @@ from gatewise.losses import logits_at, loss_kind, mean_loss, microbatches, row_l
 SMALL = BertConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit", "wav2vec2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_totals_are_the_models_own_loss(batch, family, side):
     model, data = tiny_base(family).eval(), batch(family, side=side)
@@ -112,6 +112,15 @@ def test_microbatches_add_up(batch, side, most):
         assert all(part["attention_mask"].any(dim=0).all() for part in parts)
     with torch.no_grad():
         assert mean_loss(model, parts) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
+
+
+def test_microbatches_of_embedded_texts_and_images(batch):
+    """Texts that come embedded are cut into microbatches with their masks as wide as they are; an image counts by its size."""
+    model, data = tiny_base("llama").eval(), batch()
+    embedded = {"inputs_embeds": model.get_input_embeddings()(data.pop("input_ids")).detach(), **data}
+    assert mean_loss(model, microbatches(embedded, 20)) == pytest.approx(float(model(**embedded).loss.detach()), rel=1e-5)
+    images = {"pixel_values": torch.zeros(5, 3, 32, 32), "labels": torch.zeros(5, dtype=torch.long)}
+    assert [len(part["labels"]) for part in microbatches(images, 10, "rows")] == [2, 2, 1]
 
 
 def test_refusals(batch):

@@ -11,13 +11,25 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
 )
 
 VOCABULARY = 60
 
+OTHER_LAYERS = {
+    "llama": ["embed_tokens", "q_proj"],
+    "gpt2": ["wte", "wpe", "c_attn"],
+    "vit": ["projection", "q_proj"],
+    "wav2vec2": ["conv_layers.0.conv", "conv_layers.1.conv", "q_proj"],
+}
+"""Family -> targets of LoRA with embeddings, or convolutions over images or sound, among linear layers."""
+
 
 def tiny_base(family: str) -> Any:
-    """A two-layer random model: "llama", "gpt2" or "bert" (a three-class classifier)."""
+    """A two-layer random model: "llama", "gpt2", or a classifier with three classes: "bert", "vit" (images), "wav2vec2" (sound)."""
     if family == "llama":
         config = LlamaConfig(
             vocab_size=VOCABULARY,
@@ -31,6 +43,16 @@ def tiny_base(family: str) -> Any:
         return LlamaForCausalLM(config)
     if family == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+    if family == "vit":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
+    if family == "wav2vec2":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        front = {"conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_conv_pos_embeddings": 4}
+        config = Wav2Vec2Config(
+            **sizes, **front, num_conv_pos_embedding_groups=2, classifier_proj_size=8, num_labels=3, initializer_range=0.4
+        )
+        return Wav2Vec2ForSequenceClassification(config)
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -43,8 +65,8 @@ def tiny_base(family: str) -> Any:
 
 
 def random_adapter(model: PeftModel, scale: float = 0.3) -> PeftModel:
-    """Gives B values, as training would."""
+    """Gives B values, as training would, and A of embeddings, which PEFT starts at zero."""
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(parameter, std=scale)
     return model

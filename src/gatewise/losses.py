@@ -23,6 +23,8 @@ from gatewise.processes import summed
 IGNORED = -100
 Batch = Mapping[str, Any]
 LossKind = Literal["causal", "tokens", "rows"]
+_CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
+_PATCH = 768  # the numbers of an image that make a token in most models: 16 by 16 in three colours
 
 
 def inside(model: nn.Module) -> nn.Module:
@@ -45,7 +47,7 @@ def loss_kind(model: nn.Module) -> LossKind:
     """How the model's labels line up with its logits.
 
     "causal": the logits at position i predict label i + 1. "tokens": they predict label i (masked language models, token
-    classification). "rows": one label a row (sequence classification).
+    classification). "rows": one label a row (classification of texts, images, videos and sounds).
 
     Raises:
         GatewiseError: an encoder-decoder model.
@@ -56,7 +58,7 @@ def loss_kind(model: nn.Module) -> LossKind:
             f"{type(base).__name__} is an encoder-decoder model; supported are decoders (causal language models) and encoders"
         )
     loss_type = getattr(base, "loss_type", None)
-    if loss_type == "ForSequenceClassification":
+    if loss_type in _CLASSIFIERS:
         return "rows"
     return "tokens" if loss_type in ("ForMaskedLM", "ForTokenClassification") else "causal"
 
@@ -201,7 +203,7 @@ def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> li
     """Splits a batch into rows of like length, right padding trimmed, each part of at most ``max_tokens`` padded tokens.
 
     The parts' loss sums add up to those of the batch. Left-padded batches are split but not trimmed: a model with learned
-    absolute positions counts them from the first column.
+    absolute positions counts them from the first column. Sounds, images and embedded texts are not trimmed either.
 
     Args:
         kind: the model's ``loss_kind``. The labels of "rows" have a column a class, not a token, and are never trimmed.
@@ -209,10 +211,11 @@ def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> li
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim > 0}
     per_token = {key: value for key, value in tensors.items() if value.ndim > 1 and not (kind == "rows" and key == "labels")}
     rows = len(next(iter(tensors.values())))
-    width = next((value.shape[1] for value in per_token.values()), 1)
+    width = next(map(_width, per_token.values()), 1)
     attention = per_token.get("attention_mask")
     lengths = [width] * rows
-    if attention is not None and attention.ndim == 2 and bool((attention.cummin(dim=1).values == attention).all()):
+    as_ids = not any(value.is_floating_point() for value in per_token.values())
+    if as_ids and attention is not None and attention.ndim == 2 and bool((attention.cummin(dim=1).values == attention).all()):
         lengths = [max(1, int(n)) for n in attention.sum(dim=1).tolist()]
     order = sorted(range(rows), key=lambda row: (lengths[row], row))
     groups: list[list[int]] = []
@@ -232,6 +235,18 @@ def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> li
         return made
 
     return [part(members) for members in groups]
+
+
+def padded_tokens(batch: Batch) -> int:
+    """How many positions of a model a batch takes, padding included."""
+    return max(len(value) * _width(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _width(value: Tensor) -> int:
+    """Positions that a row of a batch's tensor takes."""
+    if value.ndim > 3:  # images, videos
+        return 1 + value[0].numel() // _PATCH
+    return value.shape[1] if value.ndim > 1 else 1
 
 
 def _class_losses(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:

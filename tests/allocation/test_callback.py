@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import tiny_base
+from tiny_models import OTHER_LAYERS, tiny_base
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -20,12 +20,15 @@ from gatewise.errors import GatewiseError
 
 
 @pytest.fixture
-def examples():
+def examples(batch):
     """examples(family, n) -> n rows of one length, a list of dicts of tensors."""
 
     def make(family="llama", n=24, width=8):
         generator = torch.Generator().manual_seed(2)
         rows = []
+        if family in ("vit", "wav2vec2"):
+            data = batch(family, rows=n)
+            return [{key: value[row] for key, value in data.items()} for row in range(n)]
         for _ in range(n):
             ids = torch.randint(1, 60, (width,), generator=generator)
             labels = torch.randint(0, 3, (), generator=generator) if family == "bert" else ids.clone()
@@ -79,7 +82,7 @@ def logits(model, rows):
     if "_original_forward" in model.__dict__:  # mixed precision: the Trainer leaves its autocast in the model's forward
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
     with torch.no_grad():
-        return model(**{key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}).logits
+        return model(**{key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "labels"}).logits
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,10 @@ def logits(model, rows):
         ("llama", {"init_lora_weights": "olora"}, {}),
         ("gpt2", {"fan_in_fan_out": True}, {}),
         ("bert", {}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+        ("llama", {"target_modules": OTHER_LAYERS["llama"], "use_dora": True}, {"gradient_checkpointing": True}),
+        ("gpt2", {"target_modules": OTHER_LAYERS["gpt2"], "fan_in_fan_out": True}, {"bf16": True}),
+        ("vit", {"target_modules": OTHER_LAYERS["vit"], "use_dora": True}, {"gradient_checkpointing": True}),
+        ("wav2vec2", {"target_modules": OTHER_LAYERS["wav2vec2"]}, {"weight_decay": 0.1}),
     ],
 )
 @pytest.mark.parametrize("score", ["ablation", "path_integral", "sensitivity"])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from peft import LoraConfig
+from tiny_models import OTHER_LAYERS
 
 from gatewise.allocation import slots
 from gatewise.allocation.gates import GateBank
@@ -23,6 +25,61 @@ def test_gates_multiply_ranks(adapted):
         for row in range(2):
             torch.testing.assert_close(layer(x)[row], layer.base_layer(x[row]) + 2.0 * ((x[row] @ a.T) * rows[row]) @ b.T)
     assert not layer.lora_B["default"]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", OTHER_LAYERS)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
+def test_gates_of_embeddings_and_convolutions_are_scaled_rows_of_a(adapted, batch, family, settings):
+    model, data = adapted(family, target_modules=OTHER_LAYERS[family], **settings).eval(), batch(family)
+    inputs = {key: value for key, value in data.items() if key != "labels"}
+    layers = slots.lora_layers(model)
+    gates_of = {path: torch.rand(3) for path in layers}
+    with GateBank(model) as gates, torch.no_grad():
+        open_gates = model(**inputs).logits
+        for path, gate in gates_of.items():
+            gates.assign(path, gate)
+        got = model(**inputs).logits
+        with gates.watching() as rows_apart:
+            model(**inputs)
+        # GPT-2's table of positions is asked once for all rows.
+        assert rows_apart(len(data["labels"])) is (not settings and family != "gpt2")
+    torch.testing.assert_close(model(**inputs).logits, open_gates)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            a, _ = slots.factors(layer, "default")
+            a *= gates_of[path].view(-1, *[1] * (a.ndim - 1))
+    torch.testing.assert_close(got, model(**inputs).logits)
+    assert not torch.allclose(got, open_gates)
+
+
+@pytest.mark.parametrize("family", ["llama", "vit", "wav2vec2"])
+def test_each_row_has_gates_of_its_own_in_embeddings_and_convolutions(adapted, batch, family):
+    model, data = adapted(family, target_modules=OTHER_LAYERS[family]).eval(), batch(family)
+    inputs = {key: value for key, value in data.items() if key != "labels"}
+    rows = len(data["labels"])
+    with GateBank(model) as gates, torch.no_grad():
+        own = {path: torch.rand(rows, 1, 3) for path in gates.layers}
+        for path, gate in own.items():
+            gates.assign(path, gate)
+        got = model(**inputs).logits
+        for row in range(rows):
+            for path, gate in own.items():
+                gates.assign(path, gate[row, 0])
+            torch.testing.assert_close(got[row], model(**inputs).logits[row])
+
+
+def test_a_second_adapter_on_an_embedding_has_no_gates(adapted, batch):
+    model = adapted(target_modules=["embed_tokens"]).eval()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    layer = next(iter(slots.lora_layers(model, "default").values()))
+    ids = batch()["input_ids"]
+    with GateBank(model, "default") as gates, torch.no_grad():
+        for gate in gates.fill(0.0).values():
+            assert len(gate) == 3
+        got = layer(ids)
+        model.base_model.set_adapter("second")
+        torch.testing.assert_close(got, layer(ids))
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}])

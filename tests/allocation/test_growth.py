@@ -1,9 +1,11 @@
 """Grown ranks train as those of a new adapter, and pruned ones stay dead, whatever the optimiser keeps of them."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import OTHER_LAYERS
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor
@@ -23,7 +25,8 @@ def gradients(step, layer):
     live = slots.live_mask(layer, "default")
     for parameter, mask in zip(slots.factors(layer, "default"), (live[:, None], live[None]), strict=True):
         noise = torch.randn(parameter.shape, generator=generator) + 0.3
-        yield 1e-3 * noise * torch.logspace(-1, 1, parameter.shape[1]) * mask
+        along = torch.logspace(-1, 1, parameter.shape[1]) * mask
+        yield 1e-3 * noise * along.view(*along.shape, *[1] * (parameter.ndim - 2))
 
 
 def step(optimizer, parameters, grads, rate=RATE):
@@ -38,17 +41,17 @@ def step(optimizer, parameters, grads, rate=RATE):
 def moves(parameters, before, slot):
     """How far a slot's row of A and column of B moved, in learning rates."""
     (a, b), (old_a, old_b) = parameters, before
-    return torch.cat([(a - old_a).detach()[slot], (b - old_b).detach()[:, slot]]) / RATE
+    return torch.cat([(a - old_a).detach()[slot].flatten(), (b - old_b).detach()[:, slot].flatten()]) / RATE
 
 
 @pytest.fixture
 def trained(adapted):
     """trained(class, options, steps) -> a LoRA layer of five slots, 1 and 4 dead, and its optimiser, after so many steps."""
 
-    def make(kind, options, steps=300):
-        model = adapted()
+    def make(kind, options, steps=300, family="llama", targets=("up_proj",)):
+        model = adapted(family, target_modules=list(targets))
         slots.widen(model, 5)
-        layer = slots.lora_layers(model)[PATH]
+        layer = next(iter(slots.lora_layers(model).values()))
         optimizer = kind(slots.factors(layer, "default"), lr=RATE, **options)
         for number in range(steps):
             step(optimizer, slots.factors(layer, "default"), gradients(number, layer))
@@ -66,11 +69,12 @@ def grown_and_fresh(trained):
     The new adapter has the same weights and sees the same gradients; its optimiser is new. The learning rate falls.
     """
 
-    def make(kind, options):
-        layer, optimizer = trained(kind, options)
+    def make(kind, options, **of):
+        layer, optimizer = trained(kind, options, **of)
         assert slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer) == [1]
         young = YoungSlots()
-        young.follow({PATH: slots.factors(layer, "default")}, [SimpleNamespace(step=300, pruned={PATH: [1, 4]}, grown={PATH: [1]})])
+        places = {PATH: partial(slots.places, layer, "default")}
+        young.follow(places, [SimpleNamespace(step=300, pruned={PATH: [1, 4]}, grown={PATH: [1]})])
         parameters = slots.factors(layer, "default")
         copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
         fresh = kind(copies, lr=RATE, **options)
@@ -107,6 +111,41 @@ def test_a_grown_rank_takes_the_steps_of_a_new_adapter(grown_and_fresh, kind, op
     grown, fresh = grown_and_fresh(kind, options)
     assert fresh.abs().amax(1).min() > 0
     torch.testing.assert_close(grown, fresh, rtol=1e-4, atol=3e-4 * float(fresh.abs().max()))
+
+
+@pytest.mark.parametrize(("family", "targets"), OTHER_LAYERS.items())
+@pytest.mark.parametrize(("kind", "options"), [(AdamW, {"weight_decay": 0.1}), (RAdam, {})])
+def test_a_grown_rank_of_an_embedding_or_a_convolution(grown_and_fresh, kind, options, family, targets):
+    grown, fresh = grown_and_fresh(kind, options, family=family, targets=targets)
+    assert fresh.abs().amax(1).min() > 0
+    # B of an embedding starts with numbers of about 1, which are rounded to some 1e-4 of this learning rate.
+    torch.testing.assert_close(grown, fresh, rtol=1e-4, atol=5e-4)
+
+
+@pytest.mark.parametrize(("family", "targets"), OTHER_LAYERS.items())
+@pytest.mark.parametrize("name", ["Transformers' Adafactor", "torch's Adafactor"])
+def test_adafactor_of_an_embedding_or_a_convolution(trained, name, family, targets):
+    """It averages squares over one dimension, which need not be that of the slots."""
+    kind = pytest.importorskip("torch.optim._adafactor").Adafactor if name.startswith("torch") else Adafactor
+    options = {} if name.startswith("torch") else ADAFACTOR
+    layer, optimizer = trained(kind, options, family=family, targets=targets)
+    parameters = slots.factors(layer, "default")
+    kept = [
+        {key: value.clone() for key, value in optimizer.state[one].items() if key.endswith(("row", "col", "var"))}
+        for one in parameters
+    ]
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    for parameter, averages, own in zip(parameters, kept, (0, 1), strict=True):
+        assert len(averages) == 2
+        for key, before in averages.items():
+            after, dropped = optimizer.state[parameter][key], parameter.ndim - (1 if "row" in key else 2)
+            if dropped == own:  # it has no dimension of the slots
+                assert torch.equal(after, before)
+                continue
+            at = own - 1 if after.ndim < parameter.ndim and own > dropped else own
+            expected = before.movedim(at, 0).clone()
+            expected[1] = expected[[0, 2]].mean(0)
+            torch.testing.assert_close(after.movedim(at, 0), expected)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +284,8 @@ def test_a_schedule_free_optimiser_of_half_precision_weights(trained):
 
 def young_of(layer, at, *optimizer):
     young = YoungSlots()
-    young.follow({PATH: slots.factors(layer, "default")}, [SimpleNamespace(step=at, pruned={}, grown={PATH: [1]})], *optimizer)
+    places = {PATH: partial(slots.places, layer, "default")}
+    young.follow(places, [SimpleNamespace(step=at, pruned={}, grown={PATH: [1]})], *optimizer)
     return young
 
 

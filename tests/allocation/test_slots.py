@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import tiny_base
+from tiny_models import OTHER_LAYERS, tiny_base
 
 from gatewise.adapters.export import to_lora
 from gatewise.allocation import slots
@@ -16,7 +16,7 @@ from gatewise.errors import GatewiseError
 def output(model, batch):
     model.eval()
     with torch.no_grad():
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -91,22 +91,29 @@ def test_growing_keeps_the_function_and_clears_moments(adapted, batch):
         slots.grow(layer, "default", 2, torch.Generator())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+COMPACTED = [
+    *((family, {}) for family in ("llama", "gpt2", "bert")),
+    *((family, {"target_modules": targets}) for family, targets in OTHER_LAYERS.items()),
+]
+
+
+@pytest.mark.parametrize(("family", "targets"), COMPACTED)
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_alpha": 5}])
-def test_compacted_loads_in_stock_peft(adapted, batch, tmp_path, family, settings):
-    model, data = adapted(family, **settings), batch(family)
+def test_compacted_loads_in_stock_peft(adapted, batch, tmp_path, family, targets, settings):
+    model, data = adapted(family, **targets, **settings), batch(family)
     slots.widen(model, 7)
     layers = slots.lora_layers(model)
     paths = list(layers)
     slots.prune(layers[paths[0]], "default", [0, 1, 2])  # all of it
     slots.prune(layers[paths[1]], "default", [1])
     slots.grow(layers[paths[2]], "default", 3, torch.Generator().manual_seed(1))
-    torch.nn.init.normal_(layers[paths[2]].lora_B["default"].weight[:, 3:6])
+    for parameter, dim, index in slots.places(layers[paths[2]], "default", [3, 4, 5]):
+        parameter.data.index_copy_(dim, index, torch.randn(parameter.index_select(dim, index).shape))
     expected = output(model, data)
     kept = slots.compact(model)
     dora = settings.get("use_dora", False)
     assert kept.get(paths[0]) == (1 if dora else None)
-    assert (kept[paths[1]], kept[paths[2]], kept[paths[3]]) == (2, 6, 3)
+    assert [kept[path] for path in paths[1:]] == [2, 6, *[3] * (len(paths) - 3)]
     torch.testing.assert_close(output(model, data), expected, rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -215,16 +222,61 @@ def test_two_adapters_each_lose_a_module(adapted, batch, tmp_path):
         assert lost not in slots.ranks(loaded)
 
 
-def test_an_embedding_layer_beside_widened_ones(batch, tmp_path):
+@pytest.mark.parametrize("family", OTHER_LAYERS)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
+def test_ranks_of_embeddings_and_convolutions(adapted, batch, tmp_path, family, settings):
+    """Widened, pruned, grown, and exported from a checkpoint of them: the function is what the weights by hand say."""
+    model, data = adapted(family, target_modules=OTHER_LAYERS[family], **settings), batch(family)
+    before = output(model, data)
+    assert set(slots.widen(model, 5).values()) == {5}
+    torch.testing.assert_close(output(model, data), before)
+    path, layer = next(iter(slots.lora_layers(model).items()))
+    slots.prune(layer, "default", [1])
+    a, b = slots.factors(layer, "default")
+    if not settings:
+        change = b.detach().flatten(1) @ a.detach().flatten(1) * 2.0
+        assert torch.equal(slots.live_mask(layer, "default"), torch.tensor([True, False, True, False, False]))
+        torch.testing.assert_close(
+            change.reshape(
+                layer.get_delta_weight("default").T.shape if layer.lora_embedding_A else layer.get_base_layer().weight.shape
+            ),
+            layer.get_delta_weight("default").T if layer.lora_embedding_A else layer.get_delta_weight("default"),
+        )
+    pruned = output(model, data)
+    assert not torch.allclose(pruned, before)
+    assert slots.grow(layer, "default", 2, torch.Generator().manual_seed(5)) == [1, 3]
+    torch.testing.assert_close(output(model, data), pruned)
+    zero, random = (a, b) if layer.lora_embedding_A else (b, a)
+    zero, random = (factor.transpose(0, 1) if factor is b else factor for factor in (zero, random))
+    assert (zero[[1, 3]] == 0).all()
+    assert (random[[1, 3]] != 0).all()
+    assert (random[4] == 0).all()
+    to_lora(model, tmp_path / "exported")
     torch.manual_seed(0)
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
-    model = get_peft_model(tiny_base("llama"), config)
-    expected = output(model, batch())
-    slots.widen(model, 5)
+    loaded = PeftModel.from_pretrained(tiny_base(family), tmp_path / "exported")
+    assert slots.ranks(loaded)[path] == 4
+    torch.testing.assert_close(output(loaded, data), pruned, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_share_their_factors_are_refused():
+    base = tiny_base("llama")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, task_type="CAUSAL_LM")
+    with pytest.raises(GatewiseError, match="share their LoRA factors"):
+        slots.widen(get_peft_model(base, config))
+
+
+def test_convolutions_in_groups_are_left_as_they_are(adapted, batch, tmp_path):
+    model, data = adapted("wav2vec2", r=4, target_modules=["pos_conv_embed.conv", "q_proj"]), batch("wav2vec2")
+    expected = output(model, data)
+    slots.widen(model, 6)
+    assert all(path.endswith("q_proj") for path in slots.lora_layers(model))
+    slots.compact(model)
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path)
-    torch.testing.assert_close(output(loaded, batch()), expected)
+    loaded = PeftModel.from_pretrained(tiny_base("wav2vec2"), tmp_path)
+    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_stacked_experts_are_refused(tmp_path):

@@ -226,14 +226,21 @@ def test_unknown_scores_and_too_few_rows_are_refused_before_anything_is_read(tmp
         score_adapter(tmp_path / "none", "none", score="path_integral", score_options={"pionts": 3})
 
 
-def test_modules_that_are_not_linear_are_named_or_refused(saved: Path, tmp_path: Path) -> None:
+def test_an_embedding_is_scored_among_linear_modules(saved: Path, tmp_path: Path) -> None:
     both = write_adapter(tmp_path / "both", saved / "base", target_modules=["embed_tokens", "q_proj"])
-    found = score_adapter(both, str(saved / "rows.jsonl"))
-    assert found.unscored == ("model.embed_tokens",)
+    found = score_adapter(both, str(saved / "rows.jsonl"), score="path_integral")
+    assert not found.unscored
+    assert [module.kind for module in found.modules] == ["q", "q", "embed_tokens"]
+    assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=1e-4)
+
+
+def test_modules_that_no_score_reads_are_named_or_refused(adapted, batch) -> None:
+    both = adapted("wav2vec2", r=4, target_modules=["pos_conv_embed.conv", "q_proj"])
+    found = importance_of(both, batch("wav2vec2"))
+    assert found.unscored == ("wav2vec2.encoder.pos_conv_embed.conv",)
     assert [module.kind for module in found.modules] == ["q", "q"]
-    alone = write_adapter(tmp_path / "alone", saved / "base", target_modules=["embed_tokens"])
-    with pytest.raises(GatewiseError, match="adapter 'default' has no LoRA on a linear layer"):
-        score_adapter(alone, str(saved / "rows.jsonl"))
+    with pytest.raises(GatewiseError, match=r"adapter 'default' has no LoRA on .*: it has no ranks to score$"):
+        importance_of(adapted("wav2vec2", r=4, target_modules=["pos_conv_embed.conv"]), batch("wav2vec2"))
 
 
 def test_other_kinds_of_adapters_are_refused(saved: Path, tmp_path: Path) -> None:

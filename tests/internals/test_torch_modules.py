@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gatewise.internals.torch_modules import WeightSnapshot, has_forward_hooks, is_plain
+from gatewise.internals.torch_modules import WeightSnapshot, has_forward_hooks, is_plain, replaced_while_running
 
 
 def three() -> tuple[nn.Module, nn.Linear, nn.Linear]:
@@ -54,3 +54,31 @@ def test_weights_of_inference_mode_have_no_versions() -> None:
     with torch.inference_mode():
         module = nn.Linear(2, 3)
         assert not WeightSnapshot(module).has_changed()
+
+
+def test_a_weight_is_replaced_while_a_module_runs() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 3, bias=False)
+
+        def forward(self, x: torch.Tensor, breaks: bool = False) -> torch.Tensor:
+            if breaks:
+                raise KeyError("broken off")
+            return self.inner(x)
+
+    outer, x = Outer(), torch.randn(4, 2)
+    weight, expected = outer.inner.weight, 2 * outer(x)
+    scale = torch.tensor(2.0, requires_grad=True)
+    undo = replaced_while_running(outer, outer.inner, "weight", lambda parameter: parameter * scale)
+    for _ in range(2):
+        found = outer(x)
+        torch.testing.assert_close(found, expected)
+        (gradient,) = torch.autograd.grad(found.sum(), scale)
+        torch.testing.assert_close(gradient, expected.sum() / 2)
+        assert outer.inner.weight is weight
+    with pytest.raises(KeyError):
+        outer(x, breaks=True)
+    assert outer.inner.weight is weight
+    undo()
+    torch.testing.assert_close(outer(x), expected / 2)

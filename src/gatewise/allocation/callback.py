@@ -162,7 +162,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         taken.add(self._name)
         start = slots.ranks(model, self._adapter)
         if not start:
-            raise GatewiseError(f"adapter {self._adapter!r} has no linear LoRA layer to place ranks in")
+            raise GatewiseError(f"adapter {self._adapter!r} has no LoRA layer to place ranks in")
         self.budget = self.target = sum(start.values())
         if self.target_rank is not None:
             self.target = round(self.target_rank * len(start))
@@ -195,15 +195,15 @@ class RankAllocation(TrainerCallback, ExportableState):
         batches = [] if self.validation_batch is None else as_batches(self.validation_batch)
         if (self.rounds or self.schedule == "cubic") and (not batches or any("labels" not in batch for batch in batches)):
             raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
-        factors = slots.all_factors(kwargs["model"], self._adapter)
-        if {path: len(a) for path, (a, _) in factors.items()} != self._capacity:
+        layers = slots.lora_layers(kwargs["model"], self._adapter)
+        if {path: slots.capacity(layer, self._name) for path, layer in layers.items()} != self._capacity:
             raise GatewiseError(
                 "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
                 "every run): give the Trainer a model, not model_init"
             )
         self._whole.on_train_begin(args, state, control, **kwargs)
         self._restore(state)
-        self._young.follow(factors, self.history, kwargs.get("optimizer"))
+        self._young.follow(slots.all_places(kwargs["model"], self._adapter), self.history, kwargs.get("optimizer"))
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -326,7 +326,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             model, self._name, optimizer, self.validation_batch, self.rules, self.history, step, count, budget, self._capacity
         )
         self.history.append(done)
-        self._young.follow(slots.all_factors(model, self._adapter), self.history, optimizer)
+        self._young.follow(slots.all_places(model, self._adapter), self.history, optimizer)
         pruned, grown = (sum(map(len, changed.values())) for changed in (done.pruned, done.grown))
         if self.schedule == "constant-budget" and grown < pruned:
             logger.warning(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scores.taylor import taylor
 from gatewise.allocation.scoring import Batches, parts_of, scoring, step_tokens
-from gatewise.allocation.slots import factors
 from gatewise.losses import row_losses
 
 Rank = tuple[str, int]
@@ -223,9 +222,8 @@ def _ablated_losses(
     copies, rows = len(members), len(part["labels"])
     own: dict[str, Tensor] = {}
     for copy, (path, slot) in enumerate(members):
-        a, _ = factors(gates.layers[path], gates.adapter)
         if path not in own:
-            own[path] = torch.full((copies, len(a)), 0.0 if off else 1.0, device=a.device)
+            own[path] = gates.like(path, 0.0 if off else 1.0).expand(copies, -1).clone()
         own[path][copy, slot] = 1.0 if off else 0.0
     for path, gate in own.items():
         gates.assign(path, gate[0] if copies == 1 else gate.repeat_interleave(rows, dim=0)[:, None, :])

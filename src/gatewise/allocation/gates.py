@@ -1,21 +1,23 @@
 """GateBank: multiplies each LoRA rank by a gate through hooks. The one mechanism under all scores.
 
 With A (r, d_in), B (d_out, r) and gates alpha (r,), the adapted module computes x W + s (x A^T * alpha) B^T: the G = diag(alpha)
-of ALoRA (arXiv 2403.16187), put between the two factors without touching PEFT's forward.
+of ALoRA (arXiv 2403.16187), put between the two factors without touching PEFT's forward. Where nothing runs between the two, the
+gates multiply the rows of A.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gatewise.adapters.lora import active_adapter
-from gatewise.allocation.slots import carries_more_than_ranks, factors, lora_layers
+from gatewise.allocation.slots import capacity, carries_more_than_ranks, factors, lora_layers
 from gatewise.errors import GatewiseError
-from gatewise.internals.library_attributes import adapters_off
+from gatewise.internals.library_attributes import adapters_off, between_embedding_factors
+from gatewise.internals.torch_modules import replaced_while_running
 from gatewise.losses import base_of
 
 
@@ -37,9 +39,11 @@ class GateBank:
         self.layers: dict[str, LoraLinear] = lora_layers(model, self.adapter)
         # Only without a magnitude or a bias is a module without ranks its base module.
         self.plain = not any(carries_more_than_ranks(layer, self.adapter) for layer in self.layers.values())
-        self._head = id(base_of(model).get_output_embeddings())
+        self._base = base_of(model)
+        self._head = id(self._base.get_output_embeddings())
         self._gates: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._watchers: list[Callable[[str, torch.Size], None]] = []
+        self._undo = ExitStack()
         for path, layer in self.layers.items():
             if layer.merged:
                 raise GatewiseError(f"the adapter is merged into {path}: call model.unmerge_adapter() before scoring ranks")
@@ -48,14 +52,11 @@ class GateBank:
 
     def __enter__(self) -> "GateBank":
         for path, layer in self.layers.items():
-            hook = self._hook(path)
-            self._handles.append(layer.lora_B[self.adapter].register_forward_pre_hook(hook))
+            self._undo.callback(self._put_gate(path, layer))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._undo.close()
         self._gates.clear()
 
     def assign(self, path: str, gate: Tensor) -> None:
@@ -64,31 +65,45 @@ class GateBank:
 
     def fill(self, value: float, requires_grad: bool = False) -> dict[str, Tensor]:
         """Sets every gate to ``value`` and returns them: path -> (r,) float32, leaves of the graph if asked for."""
-        for path, layer in self.layers.items():
-            a, _ = factors(layer, self.adapter)
-            self._gates[path] = torch.full((len(a),), value, dtype=torch.float32, device=a.device, requires_grad=requires_grad)
+        for path in self.layers:
+            self._gates[path] = self.like(path, value).requires_grad_(requires_grad)
         return dict(self._gates)
+
+    def like(self, path: str, value: float) -> Tensor:
+        """Gates of one module, (r,) float32, that are all ``value``. They are not put in place."""
+        layer = self.layers[path]
+        return torch.full((capacity(layer, self.adapter),), value, device=factors(layer, self.adapter)[0].device)
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[int], bool]]:
         """Looks on while a forward runs; the answer, given the rows of its batch, says whether gates may be (b, 1, r).
 
         They may where each module sees one row of hidden states for each row of the batch. Not so with DoRA, in an LM head that
-        sees labelled positions only, and where a model flattens batch and tokens (OPT, some mixtures of experts).
+        sees labelled positions only, in embeddings of anything but tokens, and where a model flattens batch and tokens (OPT, some
+        mixtures of experts).
         """
-        seen: list[torch.Size] = []
+        seen: list[tuple[str, torch.Size]] = []
 
-        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0].shape)
+        def fits(path: str, shape: torch.Size, rows: int) -> bool:
+            layer = self.layers[path]
+            if self.adapter in layer.lora_embedding_A:  # a table of positions may see as many positions as there are rows
+                words = self._base.get_input_embeddings().weight.shape[0]
+                return layer.get_base_layer().num_embeddings == words and len(shape) == 3 and shape[0] == rows
+            convolution = not isinstance(layer.lora_B[self.adapter], nn.Linear)
+            return (convolution or len(shape) in (2, 3)) and shape[0] == rows
 
         def answer(rows: int) -> bool:
-            apart = all(len(shape) in (2, 3) and shape[0] == rows for shape in seen)
+            apart = all(fits(path, shape, rows) for path, shape in seen)
             return self.plain and self._head not in map(id, self.layers.values()) and apart
 
-        with ExitStack() as stack:
-            for layer in self.layers.values():
-                stack.callback(layer.lora_B[self.adapter].register_forward_pre_hook(look).remove)
+        def look(path: str, shape: torch.Size) -> None:
+            seen.append((path, shape))
+
+        self._watchers.append(look)
+        try:
             yield answer
+        finally:
+            self._watchers.remove(look)
 
     def open(self) -> None:
         """Opens every gate: the adapted model as it is."""
@@ -108,21 +123,38 @@ class GateBank:
                 if self.plain and len(layer.active_adapters) == 1:
                     stack.enter_context(adapters_off(layer))
                 else:
-                    a, _ = factors(layer, self.adapter)
-                    self._gates[path] = torch.zeros(len(a), device=a.device)
+                    self._gates[path] = self.like(path, 0.0)
                     stack.callback(self._gates.pop, path)
             yield
 
-    def _hook(self, path: str):  # type: ignore[no-untyped-def]
-        def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            gate = self._gates.get(path)
-            if gate is None:
-                return None
-            hidden = args[0]
-            if gate.ndim == 3 and hidden.ndim == 2:  # a module that acts on one pooled token a row
-                gate = gate[:, 0]
-            # In half precision the product is taken in float32, so that the gates' gradients are summed in float32 too.
-            gated = hidden * gate if hidden.dtype in (torch.float32, torch.float64) else (hidden.float() * gate).to(hidden.dtype)
-            return (gated, *args[1:])
+    def _put_gate(self, path: str, layer: LoraLinear) -> Callable[[], None]:
+        """Has a module's gate, once it has one, multiply its ranks; returns what undoes it."""
+        embedding = self.adapter in layer.lora_embedding_A
+        if self.adapter in layer.lora_variant and (embedding or not isinstance(layer.lora_B[self.adapter], nn.Linear)):
+            # DoRA of embeddings and convolutions reads its weight norm from A and B themselves.
+            held, name = (layer.lora_embedding_A, self.adapter) if embedding else (layer.lora_A[self.adapter], "weight")
+            return replaced_while_running(layer, held, name, partial(self._gated_rows, path))
+        multiply = partial(self._gated, path)
+        if embedding:
+            return between_embedding_factors(layer, self.adapter, multiply)
+        hook = layer.lora_B[self.adapter].register_forward_pre_hook(lambda _, args: (multiply(args[0]), *args[1:]))
+        return hook.remove
 
-        return multiply
+    def _gated(self, path: str, hidden: Tensor) -> Tensor:
+        """What A gives, (b, t, r) or (b, r, *pixels) in a convolution, by the module's gate."""
+        for look in self._watchers:
+            look(path, hidden.shape)
+        gate = self._gates.get(path)
+        if gate is None:
+            return hidden
+        pixels = factors(self.layers[path], self.adapter)[0].ndim - 2
+        if gate.ndim == 3 and (pixels or hidden.ndim == 2):  # a convolution, or a module that acts on one pooled token a row
+            gate = gate[:, 0]
+        gate = gate.view(*gate.shape, *[1] * pixels)
+        # In half precision the product is taken in float32, so that the gates' gradients are summed in float32 too.
+        return hidden * gate if hidden.dtype in (torch.float32, torch.float64) else (hidden.float() * gate).to(hidden.dtype)
+
+    def _gated_rows(self, path: str, a: Tensor) -> Tensor:
+        """A with its rows multiplied by the module's gate, (r,)."""
+        gate = self._gates.get(path)
+        return a if gate is None else (a * gate.view(-1, *[1] * (a.ndim - 1))).to(a.dtype)

@@ -1,6 +1,6 @@
 """What the optimiser keeps of a rank: cleared when the rank is pruned, and that of a new adapter when it is grown.
 
-Slot i of a LoRA layer is row i of A and column i of B, but an optimiser counts its steps by whole parameter. A grown slot starts
+A slot of a LoRA layer is a row of A and a column of B, but an optimiser counts its steps by whole parameter. A grown slot starts
 with a state of zero, as any new parameter does. For SGD, Lion, RMSprop or Adagrad that is all. Adam and its relatives also
 divide their running averages by 1 - beta^t, and t is the step count of the old parameter: the slot would move several learning
 rates a step. There are two remedies:
@@ -12,8 +12,8 @@ rates a step. There are two remedies:
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,29 +23,39 @@ from torch.optim import Adam, AdamW, Optimizer, RAdam
 if TYPE_CHECKING:
     from gatewise.allocation.algorithm import Round
 
-# The dimension of the slots, in A and in B, counted from the end: AdEMAMix stacks two averages in one tensor.
-_SLOTS = (-2, -1)
 # Running averages of squares, by the names that optimisers give them ("state2" is bitsandbytes').
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "state2")
-# Adafactor keeps one for each row of a parameter and one for each column: name -> dimension of the slots, in A and in B.
-_FACTORED_SQUARES = ({"exp_avg_sq_row": -1, "row_var": -2}, {"exp_avg_sq_col": -1, "col_var": -1})
 # A slot is young until its bias correction is as near to 1 as this: for 9,200 steps at Adam's usual beta of 0.999.
 _NEGLIGIBLE = 1e-4
 
-Factors = tuple[nn.Parameter, nn.Parameter]  # A and B of a LoRA layer
+
+class Place(NamedTuple):
+    """Where some slots of a LoRA layer lie in one of its factors.
+
+    Attributes:
+        parameter: A or B.
+        dim: the dimension of the slots, counted from the end: AdEMAMix stacks two averages in one tensor.
+        indices: theirs along it.
+    """
+
+    parameter: nn.Parameter
+    dim: int
+    indices: Tensor
+
+
 UpdateRule = Callable[[Tensor, Tensor, int, Mapping[str, Any]], Tensor]
 
 
-def clear(factors: Factors, slots: Tensor, optimizer: Optimizer | None) -> None:
+def clear(places: Iterable[Place], optimizer: Optimizer | None) -> None:
     """Sets to zero what the optimiser keeps of these slots, and their gradient: a dead slot then stays dead."""
     if optimizer is None:
         return
-    for dim, parameter in zip(_SLOTS, factors, strict=True):
+    for parameter, dim, slots in places:
         if parameter.grad is not None:
             parameter.grad.index_fill_(dim, slots, 0)
         state = optimizer.state.get(parameter, {})
         for key, value in state.items():
-            if not isinstance(value, Tensor) or value.shape[-2:] != parameter.shape:
+            if not isinstance(value, Tensor) or value.shape[-parameter.ndim :] != parameter.shape:
                 continue
             if type(value) is not Tensor:  # torchao's states are tensors of its own classes
                 value.copy_(value.dequantize().index_fill(dim, slots, 0))
@@ -55,28 +65,44 @@ def clear(factors: Factors, slots: Tensor, optimizer: Optimizer | None) -> None:
             value.index_fill_(dim, slots, 0 if table is None else int(table.abs().argmin()))
 
 
-def start(factors: Factors, grown: Tensor, live: Tensor, optimizer: Optimizer | None) -> None:
+def start(grown: Sequence[Place], live: Sequence[Place], optimizer: Optimizer | None) -> None:
     """Gives grown slots, whose weights are in place, the optimiser state that their training starts from.
 
     Args:
-        grown: indices of the grown slots.
-        live: indices of the slots that lived before.
+        grown: where the grown slots lie in A and in B.
+        live: where the slots lie that lived before.
     """
-    clear(factors, grown, optimizer)
+    clear(grown, optimizer)
     if optimizer is None:
         return
-    for dim, parameter, factored in zip(_SLOTS, factors, _FACTORED_SQUARES, strict=True):
+    for (parameter, dim, new), (_, _, old) in zip(grown, live, strict=True):
         state = optimizer.state.get(parameter, {})
         if "z" in state:  # schedule-free optimisers: a second copy of the weights, which the parameter is drawn towards
-            state["z"].index_copy_(dim, grown, parameter.detach().index_select(dim, grown).to(state["z"].dtype))
-        squares = {key: along for key, along in (dict.fromkeys(_SQUARES, dim) | factored).items() if key in state}
+            state["z"].index_copy_(dim, new, parameter.detach().index_select(dim, new).to(state["z"].dtype))
+        kept = dict.fromkeys(_SQUARES, dim) | _factored_squares(parameter, dim)
+        squares = {key: along for key, along in kept.items() if key in state}
         if not squares or _update_rule(optimizer):
             continue
-        if not len(live):  # no mean to take, and nothing to lose: the optimiser makes this parameter's state anew
+        if not len(old):  # no mean to take, and nothing to lose: the optimiser makes this parameter's state anew
             del optimizer.state[parameter]
             continue
         for key, along in squares.items():
-            _start_at_mean(state, key, along, grown, live)
+            _start_at_mean(state, key, along, new, old)
+
+
+def _factored_squares(parameter: nn.Parameter, dim: int) -> dict[str, int]:
+    """The averages of squares that Adafactor keeps without a parameter's last dimension, and without the one before it.
+
+    Returns:
+        Name -> dimension of the slots in it. Transformers drops the dimension that it averages over, torch keeps it with size 1.
+    """
+    last, at = parameter.ndim - 1, parameter.ndim + dim
+    found: dict[str, int] = {}
+    if at != last:
+        found |= {"exp_avg_sq_row": at, "row_var": at}
+    if at != last - 1:
+        found |= {"exp_avg_sq_col": min(at, last - 1), "col_var": at}
+    return found
 
 
 def _start_at_mean(state: Mapping[str, Any], key: str, dim: int, grown: Tensor, live: Tensor) -> None:
@@ -113,14 +139,19 @@ class YoungSlots:
         # Parameter -> the optimiser's step count when it was last looked at.
         self._counts: dict[nn.Parameter, int] = {}
 
-    def follow(self, factors: Mapping[str, Factors], history: Sequence["Round"], optimizer: Optimizer | None = None) -> None:
+    def follow(
+        self,
+        places: Mapping[str, Callable[[Sequence[int]], Sequence[Place]]],
+        history: Sequence["Round"],
+        optimizer: Optimizer | None = None,
+    ) -> None:
         """Takes up the rounds so far. Call it when training begins and after each round.
 
         Args:
-            factors: path -> A and B, of every LoRA layer.
+            places: path -> what says where slots lie in A and B, of every LoRA layer.
             optimizer: of the training, whose steps so far have been corrected.
         """
-        born: dict[str, dict[int, int]] = {path: {} for path in factors}
+        born: dict[str, dict[int, int]] = {path: {} for path in places}
         for one in history:
             for path, slots in one.pruned.items():
                 born[path] = {slot: step for slot, step in born[path].items() if slot not in slots}
@@ -128,9 +159,8 @@ class YoungSlots:
                 born[path].update(dict.fromkeys(slots, one.step))
         self._slots = {}
         for path, steps in born.items():
-            for dim, parameter in zip(_SLOTS, factors[path], strict=True):
-                for step in sorted(set(steps.values())):
-                    index = torch.tensor([slot for slot in steps if steps[slot] == step], device=parameter.device)
+            for step in sorted(set(steps.values())):
+                for parameter, dim, index in places[path]([slot for slot in steps if steps[slot] == step]):
                     self._slots.setdefault(parameter, []).append((dim, index, step))
         if optimizer is not None and _update_rule(optimizer):
             states = {parameter: optimizer.state.get(parameter) for parameter in self._slots}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
 from gatewise.internals.library_attributes import original_forward
-from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, mean_loss, microbatches, row_losses
+from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, mean_loss, microbatches, padded_tokens, row_losses
 from gatewise.models.device import random_state_kept
 from gatewise.processes import count, is_sharded, shared_out, summed
 
@@ -84,7 +84,7 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
         parts[at : at + 1] = [_taken(parts[at], slice(rows // 2)), _taken(parts[at], slice(rows // 2, None))]
     own, copies = shared_out(parts, even=is_sharded(model))
     together = [parts[i : i + n] if copies == 1 else parts[i : i + 1] for i in range(0, len(parts), n if copies == 1 else 1)]
-    return Parts(own, [max(map(_padded_tokens, group)) for group in together][: len(own)], copies, device)
+    return Parts(own, [max(map(padded_tokens, group)) for group in together][: len(own)], copies, device)
 
 
 def _rows(part: Batch) -> int:
@@ -94,10 +94,6 @@ def _rows(part: Batch) -> int:
 def _taken(part: Batch, rows: slice | Tensor) -> dict[str, Any]:
     """Some rows of a microbatch."""
     return {key: value[rows] if isinstance(value, Tensor) and value.ndim else value for key, value in part.items()}
-
-
-def _padded_tokens(part: Batch) -> int:
-    return max(value.shape[:2].numel() for value in part.values() if isinstance(value, Tensor) and value.ndim)
 
 
 def _labelled_rows(part: dict[str, Any], kind: LossKind) -> dict[str, Any] | None:

@@ -1,71 +1,102 @@
 """Live and dead rank slots on stock PEFT LoRA layers: widen, prune, grow, compact.
 
-A LoRA layer of capacity ``r_max`` has ``r_max`` slots. Slot i is row i of A (r_max, d_in) and column i of B (d_out, r_max).
-It is *dead* when both are zero. A dead slot adds nothing to the output, and because the gradient of each factor is
-multiplied by the other factor its gradient is exactly zero: it stays dead without a mask, at stock LoRA's speed.
-Which slots live is read from the weights alone, so a checkpoint needs no second source of truth.
+A LoRA layer of capacity ``r_max`` has ``r_max`` slots. Slot i is row i of A (r_max, d_in) and column i of B (d_out, r_max); of a
+convolution A is (r_max, d_in, *kernel) and B (d_out, r_max, 1, ...). It is *dead* when both are zero. A dead slot adds nothing to
+the output, and because the gradient of each factor is multiplied by the other factor its gradient is exactly zero: it stays dead
+without a mask, at stock LoRA's speed. Which slots live is read from the weights alone, so a checkpoint needs no second source of
+truth.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from gatewise.adapters.files import PEFT_PREFIX
 from gatewise.adapters.lora import active_adapter, alphas, rank_settings, takes_out_of_base
 from gatewise.allocation import growth
+from gatewise.allocation.growth import Place
 from gatewise.errors import GatewiseError
 
 logger = logging.getLogger(__name__)
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
-    """Every linear LoRA layer of an adapter, by its path in the base model, in module order.
+    """Every LoRA layer of an adapter whose ranks can be moved, by its path in the base model, in module order.
 
-    Linear and GPT-2's ``Conv1D`` bases count, quantised ones too. Embedding and convolution layers and the stacked experts of
-    mixtures (``target_parameters``) have no rank rows of this kind and are left as they are. The type is nominal: layers on
-    quantised bases have the same attributes.
+    Linear layers and GPT-2's ``Conv1D`` count, quantised ones too, and embeddings and convolutions. Convolutions in groups, each of
+    which has ranks of its own, and ``nn.MultiheadAttention`` are left as they are. The type is nominal: all these layers have its
+    attributes.
     """
     return _layers(model, active_adapter(model, adapter))
 
 
 def _layers(model: nn.Module, name: str) -> dict[str, LoraLinear]:
+    # PEFT merges their factors for each pass, those of a LoRA layer inside too, and gives both the same rank.
+    attention = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, MultiheadAttention))
     return {
         path.removeprefix(PEFT_PREFIX): cast(LoraLinear, module)
         for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and not isinstance(module, ParamWrapper)
-        and isinstance(getattr(module.lora_A[name], "weight", None) if name in module.lora_A else None, nn.Parameter)
-        and module.lora_A[name].weight.ndim == 2
+        if isinstance(module, LoraLayer) and _has_slots(module, name) and not f"{path}.".startswith(attention)
     }
 
 
+def _has_slots(layer: LoraLayer, name: str) -> bool:
+    if name in layer.lora_embedding_A:
+        return True
+    if name not in layer.lora_A or isinstance(layer, ParamWrapper):
+        return False
+    a, b = (getattr(held[name], "weight", None) for held in (layer.lora_A, layer.lora_B))
+    return isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter) and a.ndim > 1 and len(a) == b.shape[1]
+
+
 def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves."""
+    """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves; with a kernel those of convolutions."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
 
 
-def all_factors(model: nn.Module, adapter: str | None = None) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Path -> A and B, of every layer of ``lora_layers``."""
+def places(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor) -> tuple[Place, Place]:
+    """Where slots lie in A and in B."""
+    a, b = factors(layer, adapter)
+    index = torch.as_tensor(slots if isinstance(slots, Tensor) else list(slots), dtype=torch.long, device=a.device)
+    return Place(a, -a.ndim, index), Place(b, 1 - b.ndim, index)
+
+
+def all_places(model: nn.Module, adapter: str | None = None) -> dict[str, Callable[[Sequence[int]], tuple[Place, Place]]]:
+    """Path -> what says where slots lie in A and in B, of every layer of ``lora_layers``."""
     name = active_adapter(model, adapter)
-    return {path: factors(layer, name) for path, layer in _layers(model, name).items()}
+    return {path: partial(places, layer, name) for path, layer in _layers(model, name).items()}
+
+
+def by_slot(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of the shapes of A and B, as (r_max, numbers of a slot) each."""
+    return a.flatten(1), b.transpose(0, 1).flatten(1)
 
 
 def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
     """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
-    return adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None
+    return adapter in layer.lora_variant or (adapter in layer.lora_B and layer.lora_B[adapter].bias is not None)
 
 
 def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
     """(r_max,) bool: which slots of a layer live. Dead means that the row of A and the column of B are both zero."""
-    a, b = factors(layer, adapter)
-    return (a.detach() != 0).any(dim=1) | (b.detach() != 0).any(dim=0)
+    a, b = (factor.detach() != 0 for factor in factors(layer, adapter))
+    rows, columns = by_slot(layer, adapter, a, b)
+    return rows.any(dim=1) | columns.any(dim=1)
+
+
+def capacity(layer: LoraLinear, adapter: str) -> int:
+    """How many slots a layer has."""
+    return len(factors(layer, adapter)[0])
 
 
 def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
@@ -92,8 +123,8 @@ def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapte
         Path -> slots.
 
     Raises:
-        GatewiseError: a layer already has more ranks than ``r_max``, or the adapter has stacked experts, whose rank follows
-            from the config that widening rewrites.
+        GatewiseError: a layer already has more ranks than ``r_max``, layers share their ranks, or the adapter has stacked experts,
+            whose rank follows from the config that widening rewrites.
     """
     name = active_adapter(model, adapter)
     if any(isinstance(module, ParamWrapper) and name in module.lora_A for module in model.modules()):
@@ -101,33 +132,46 @@ def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapte
             f"adapter {name!r} adapts the stacked experts of a mixture (target_parameters), whose ranks cannot be moved: "
             "name the linear modules in target_modules instead of 'all-linear'"
         )
-    capacity: dict[str, int] = {}
-    for path, layer in _layers(model, name).items():
+    layers = _layers(model, name)
+    _check_not_tied(layers, name)
+    slots: dict[str, int] = {}
+    for path, layer in layers.items():
         a, b = factors(layer, name)
-        old = a.shape[0]
+        old = len(a)
         new = 2 * old if r_max is None else r_max if isinstance(r_max, int) else r_max[path]
         if new < old:
             raise GatewiseError(f"r_max is {new} but {path} already has rank {old}: give an r_max of at least {old}")
-        capacity[path] = new
+        slots[path] = new
         if new > old:
-            wide_a = a.new_zeros(new, a.shape[1])
-            wide_b = b.new_zeros(b.shape[0], new)
+            wide_a = a.new_zeros(new, *a.shape[1:])
+            wide_b = b.new_zeros(len(b), new, *b.shape[2:])
             wide_a[:old], wide_b[:, :old] = a.detach(), b.detach()
             _set_factors(layer, name, wide_a, wide_b)
     _write_config(model, name)
-    return capacity
+    return slots
+
+
+def _check_not_tied(layers: Mapping[str, LoraLinear], name: str) -> None:
+    """With ``ensure_weight_tying`` the LoRA of an LM head is that of the embedding, transposed."""
+    owners: dict[int, str] = {}
+    for path, layer in layers.items():
+        for factor in factors(layer, name):
+            if factor.device.type != "meta" and owners.setdefault(factor.data_ptr(), path) != path:
+                raise GatewiseError(
+                    f"{path} and {owners[factor.data_ptr()]} share their LoRA factors (ensure_weight_tying), whose ranks cannot be "
+                    "moved apart: leave ensure_weight_tying out, or one of the two out of target_modules"
+                )
 
 
 def prune(layer: LoraLinear, adapter: str, slots: Sequence[int], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Kills slots: zeroes their row of A and column of B and clears the optimiser's moments for them."""
     if not slots:
         return
-    a, b = factors(layer, adapter)
-    index = torch.as_tensor(list(slots), device=a.device)
+    where = places(layer, adapter, slots)
     with torch.no_grad():
-        a[index] = 0
-        b[:, index] = 0
-    growth.clear((a, b), index, optimizer)
+        for parameter, dim, index in where:
+            parameter.index_fill_(dim, index, 0)
+    growth.clear(where, optimizer)
 
 
 def grow(
@@ -141,6 +185,7 @@ def grow(
 
     The function is unchanged and gradient flows into B. The row is drawn as PEFT draws A (Kaiming uniform with a = sqrt(5),
     that is uniform in +-1/sqrt(d_in)) from ``generator``, a CPU generator, so that a resumed run draws the same numbers.
+    PEFT starts embeddings the other way round, with A at zero and B normal, and so does this.
     With Adam, ``growth.YoungSlots`` must follow the optimiser's next steps, or the new ranks take steps that are too large.
 
     Raises:
@@ -149,17 +194,19 @@ def grow(
     if n <= 0:
         return []
     mask = live_mask(layer, adapter)
-    dead = (~mask).nonzero().flatten().tolist()[:n]
+    dead = [int(i) for i in (~mask).nonzero().flatten().tolist()[:n]]
     if len(dead) < n:
         raise ValueError(f"{n} ranks to grow but only {len(dead)} dead slots")
-    a, b = factors(layer, adapter)
-    bound = a.shape[1] ** -0.5
-    rows = (torch.rand(n, a.shape[1], generator=generator) * 2 - 1) * bound
-    index = torch.as_tensor(dead, device=a.device)
+    grown = places(layer, adapter, dead)
+    (a, along_a, rows), (b, along_b, columns) = grown
     with torch.no_grad():
-        a[index] = rows.to(a)
-    growth.start((a, b), index, mask.nonzero().flatten(), optimizer)
-    return [int(i) for i in dead]
+        if adapter in layer.lora_embedding_B:
+            b.index_copy_(along_b, columns, torch.randn(len(b), n, generator=generator).to(b))
+        else:
+            drawn = torch.rand(n, *a.shape[1:], generator=generator) * 2 - 1
+            a.index_copy_(along_a, rows, (drawn * a[0].numel() ** -0.5).to(a))
+    growth.start(grown, places(layer, adapter, mask.nonzero().flatten()), optimizer)
+    return dead
 
 
 def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
@@ -184,7 +231,8 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
     kept: dict[str, int] = {}
     for path, layer in layers.items():
         slots = live_slots(layer, name)
-        if not slots and not carries_more_than_ranks(layer, name) and not (own_biases and layer.get_base_layer().bias is not None):
+        has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
+        if not slots and not carries_more_than_ranks(layer, name) and not (own_biases and has_bias):
             _remove_layer(model, path, name)
             continue
         # A module that must stay for its magnitude or bias keeps its first slot, which is zero.
@@ -204,7 +252,7 @@ def _write_config(model: PeftModel, name: str) -> None:
     rank = {path: len(factors(layer, name)[0]) for path, layer in layers.items()}
     scaling = {path: layer.scaling[name] for path, layer in layers.items()}
     for path, module in _targeted(model, name).items():
-        if path not in rank:  # embeddings and convolutions keep what they have, but read it from the same config
+        if path not in rank:  # layers that keep what they have read it from the same config
             rank[path], scaling[path] = module.r[name], module.scaling[name]
             module.use_rslora[name] = False
     alpha = alphas(rank, scaling)
@@ -225,10 +273,19 @@ def _write_config(model: PeftModel, name: str) -> None:
 
 
 def _set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
-    down, up = cast(nn.Linear, layer.lora_A[adapter]), cast(nn.Linear, layer.lora_B[adapter])
-    for module, weight in ((down, a), (up, b)):
-        module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
-    down.out_features = up.in_features = layer.r[adapter] = len(a)
+    new_a, new_b = (
+        nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+        for old, new in zip(factors(layer, adapter), (a, b), strict=True)
+    )
+    layer.r[adapter] = len(a)
+    if adapter in layer.lora_embedding_A:
+        layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter] = new_a, new_b
+        return
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    down.weight, up.weight = new_a, new_b
+    of_a, of_b = ("out_features", "in_features") if isinstance(down, nn.Linear) else ("out_channels", "in_channels")
+    setattr(down, of_a, len(a))
+    setattr(up, of_b, len(a))
 
 
 def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
@@ -239,12 +296,13 @@ def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
     others = [name for name in layer.active_adapters if name != adapter]
     layer.set_adapter(others)  # first, or deleting the adapter would make another one active here and nowhere else
     layer.delete_adapter(adapter)
-    if not layer.lora_A:  # other adapters may still use this layer
+    in_use = bool(layer.lora_A or layer.lora_embedding_A)  # by other adapters
+    if not in_use:
         setattr(parent, child, layer.base_layer)
     # Names such as "q_proj" stand for many modules: once one of them is gone the targets must be spelled out.
     cast(LoraConfig, model.peft_config[adapter]).target_modules = sorted(_targeted(model, adapter))
     everyone = cast(list[str], model.base_model.targeted_module_names)  # of all adapters together
-    if not layer.lora_A and path in everyone:
+    if not in_use and path in everyone:
         everyone.remove(path)
 
 

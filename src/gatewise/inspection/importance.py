@@ -59,7 +59,7 @@ class ModuleImportance(Site):
 
 @dataclass(frozen=True)
 class Importance:
-    """What every linear LoRA module of an adapter is worth on some rows.
+    """What every LoRA module of an adapter is worth on some rows.
 
     Attributes:
         modules: one entry a module, by layer and then by kind.
@@ -69,7 +69,7 @@ class Importance:
         base_model: the base model's name.
         loss_base, loss_adapted: mean cross-entropy (nats) on these rows without any rank and with all of them. Scores by
             ``path_integral``, and only those, add up to the difference between the two.
-        unscored: paths of the adapter's modules that are not linear layers, which no score reads.
+        unscored: paths of the adapter's modules that no score reads, such as convolutions in groups.
     """
 
     modules: tuple[ModuleImportance, ...]
@@ -187,7 +187,7 @@ def score_adapter(
 
     Raises:
         GatewiseError: an unknown score; adapter, base model and data cannot be read or do not fit each other; or the adapter has
-            no LoRA on a linear layer.
+            no LoRA layer that scores read.
     """
     check_score(score, score_options)
     if rows < 1:
@@ -226,13 +226,15 @@ def importance_of(
         base_model, data: names to keep with the result; by default the base model's is that of the adapter's config.
 
     Raises:
-        GatewiseError: an unknown score, no LoRA on a linear layer, or a score that is not finite.
+        GatewiseError: an unknown score, no LoRA layer that scores read, or a score that is not finite.
     """
     check_score(score, score_options)
     name = active_adapter(model, adapter)
     layers = lora_layers(model, name)
     if not layers:
-        raise GatewiseError(f"adapter {name!r} has no LoRA on a linear layer, and only those have ranks that can be scored")
+        raise GatewiseError(
+            f"adapter {name!r} has no LoRA on a linear layer, an embedding or a plain convolution: it has no ranks to score"
+        )
     options = {**about(score).in_rounds, **(score_options or {})}
     if progress and "progress" in inspect.signature(SCORES[score]).parameters:
         options["progress"] = progress
@@ -260,7 +262,7 @@ def importance_of(
                 kind=place.kind,
                 scores=tuple(float(f"{value:.9g}") for value in values.tolist()),
                 scaling=layer.scaling[name],
-                room=min(a.shape[1], b.shape[0]),
+                room=min(a[0].numel(), len(b)),
             )
         )
     return Importance(
@@ -300,6 +302,6 @@ def _losses(model: nn.Module, batch: Batch, adapter: str, float32: bool) -> tupl
 
 
 def _targeted(model: PeftModel) -> list[str]:
-    """Paths of everything PEFT adapted, linear or not."""
+    """Paths of everything PEFT adapted."""
     tuner: Any = model.base_model
     return [*tuner.targeted_module_names, *getattr(tuner, "targeted_parameter_names", ())]

@@ -163,7 +163,7 @@ def importance_facts(importance: "Importance") -> list[tuple[str, str]]:
         ),
     ]
     if importance.unscored:
-        facts.append(("not scored", f"{some(importance.unscored, _MOST_NAMED)}: not a linear layer"))
+        facts.append(("not scored", f"{some(importance.unscored, _MOST_NAMED)}: no score reads this kind of layer"))
     return facts
 
 

@@ -43,3 +43,20 @@ def original_forward(model: Any) -> Callable[..., Any] | None:
     """A model's forward without the autocast that Accelerate put into it; None where it put none."""
     kept: Callable[..., Any] | None = model.__dict__.get("_original_forward")
     return kept
+
+
+def between_embedding_factors(layer: Any, adapter: str, then: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+    """Has the LoRA layer of an embedding pass what its A gives through ``then`` before B; returns what undoes it."""
+    own = layer._embed
+
+    def embed(x: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden = own(x, weight, *args, **kwargs)
+        # Each active adapter comes here with its A, transposed.
+        return then(hidden) if weight.data_ptr() == layer.lora_embedding_A[adapter].data_ptr() else hidden
+
+    layer._embed = embed
+
+    def undo() -> None:
+        del layer._embed
+
+    return undo

@@ -44,7 +44,7 @@ PRIVATE_NAMES = (
     # PyTorch
     PrivateName(_MODULE, "_forward_hooks", "finds hooks that see what a module makes"),
     PrivateName(_MODULE, "_forward_pre_hooks", "finds hooks that change what A and B are given"),
-    PrivateName(_MODULE, "_parameters", "finds out that a module was given another weight"),
+    PrivateName(_MODULE, "_parameters", "finds out that a module was given another weight, and puts one there while it runs"),
     PrivateName("torch:Tensor", "_version", "finds out that a weight was written into"),
     PrivateName(
         _MODULE, "_load_from_state_dict", "has a router look again at how many prompts it has seen", (), ("routed/router.py",)
@@ -106,6 +106,7 @@ PRIVATE_NAMES = (
         ("adapter_name", "device"),
         ("routed/layer.py", "routed/model.py", "prompts/layer.py"),
     ),
+    PrivateName("peft.tuners.lora:Embedding", "_embed", "puts gates between A and B", ("input", "weight")),
     # Transformers
     PrivateName("transformers:PretrainedConfig", "_attn_implementation", "refuses attention whose masks prompts do not make"),
     PrivateName("transformers:PretrainedConfig", "_name_or_path", "has the model card name the base model"),

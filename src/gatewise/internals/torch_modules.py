@@ -3,6 +3,8 @@
 The names are listed in private_names.py.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -45,3 +47,30 @@ class WeightSnapshot:
 def _version(weight: Tensor) -> tuple[int, int | None]:
     # Tensors made in inference mode count no versions.
     return weight.data_ptr(), None if torch.is_inference(weight) else weight._version
+
+
+def replaced_while_running(
+    module: nn.Module, held_by: nn.Module, name: str, made: Callable[[Tensor], Tensor]
+) -> Callable[[], None]:
+    """While ``module`` runs, it finds ``made(parameter)`` where ``held_by`` has a parameter of this name.
+
+    Returns:
+        What undoes it.
+    """
+    parameter = held_by._parameters[name]
+    assert parameter is not None
+
+    def before(*_: object) -> None:
+        held_by._parameters[name] = made(parameter)  # type: ignore[assignment]
+
+    def after(*_: object) -> None:
+        held_by._parameters[name] = parameter
+
+    # Also where the pass is broken off, as gradient checkpointing does once it has what it recomputes.
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_models import OTHER_LAYERS
 from transformers import OPTConfig, OPTForCausalLM
 
-from gatewise.allocation.slots import live_slots, lora_layers, prune, widen
+from gatewise.allocation.slots import factors, live_slots, lora_layers, prune, widen
 from gatewise.errors import GatewiseError
 from gatewise.scores import ablation, taylor
 
@@ -14,7 +15,7 @@ def brute_force(model, batch):
     """CE(M without r) - CE(only r), by zeroing columns of B on the real weights and asking the model for its own loss."""
     model.eval()
     layers = lora_layers(model, "default")
-    saved = {path: layer.lora_B["default"].weight.detach().clone() for path, layer in layers.items()}
+    saved = {path: factors(layer, "default")[1].detach().clone() for path, layer in layers.items()}
 
     def loss(kept):
         with torch.no_grad():
@@ -23,7 +24,7 @@ def brute_force(model, batch):
                 for slot in range(weight.shape[1]):
                     if (path, slot) in kept:
                         weight[:, slot] = saved[path][:, slot]
-                layer.lora_B["default"].weight.copy_(weight)
+                factors(layer, "default")[1].copy_(weight)
             return model(**batch).loss.double().item()
 
     everything = {(path, slot) for path, layer in layers.items() for slot in live_slots(layer, "default")}
@@ -43,7 +44,15 @@ def spread(scores):
 @pytest.mark.parametrize("mode", ["exact", "naive"])
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("llama", {}), ("gpt2", {}), ("bert", {}), ("llama", {"use_dora": True}), ("llama", {"lora_dropout": 0.5})],
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("bert", {}),
+        ("llama", {"use_dora": True}),
+        ("llama", {"lora_dropout": 0.5}),
+        *((family, {"target_modules": targets}) for family, targets in OTHER_LAYERS.items()),
+        *((family, {"target_modules": targets, "use_dora": True}) for family, targets in OTHER_LAYERS.items()),
+    ],
 )
 def test_agrees_with_brute_force(adapted, batch, family, settings, mode):
     model, data = adapted(family, **settings), batch(family)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from tiny_models import OTHER_LAYERS
 from torch.nn.functional import cross_entropy
 
 from gatewise.allocation import slots
-from gatewise.scores import SCORES, sensitivity, taylor
+from gatewise.scores import SCORES, path_integral, sensitivity, taylor
+
+FAMILIES = [*((family, "all-linear") for family in ("llama", "gpt2", "bert")), *OTHER_LAYERS.items()]
 
 
 @pytest.fixture(params=list(SCORES))
@@ -13,10 +16,10 @@ def score(request):
     return SCORES[request.param]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(("family", "targets"), FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
-def test_one_finite_number_for_each_live_rank(score, adapted, batch, family, settings):
-    model = adapted(family, **settings)
+def test_one_finite_number_for_each_live_rank(score, adapted, batch, family, targets, settings):
+    model = adapted(family, target_modules=targets, **settings)
     slots.widen(model, 5)
     layers = slots.lora_layers(model)
     first, second = list(layers)[:2]
@@ -129,6 +132,16 @@ def test_taylor_is_the_derivative(adapted, batch):
     torch.testing.assert_close(taylor(model, data)[path].double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "targets"), OTHER_LAYERS.items())
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
+def test_taylor_is_the_ends_of_the_path(adapted, batch, family, targets, settings):
+    """The trapezoid of the path integral's two ends, whose formula is tested on these layers, is half of it but for a constant."""
+    model, data = adapted(family, target_modules=targets, **settings), batch(family)
+    first, (ends, told) = taylor(model, data), path_integral(model, data, 2, "trapezoid", return_convergence=True)
+    for path in first:
+        torch.testing.assert_close(first[path], 2 * ends[path] - told.reduction, rtol=1e-4, atol=1e-6)
+
+
 def reference_sensitivity(model, batches, beta):
     """AdaLoRA's eqs. 7-10 with the gate in the place of the singular value, parameter by parameter, from plain autograd."""
     model.eval()
@@ -137,9 +150,10 @@ def reference_sensitivity(model, batches, beta):
         model.zero_grad()
         model(**data).loss.backward()
         for path, layer in slots.lora_layers(model).items():
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            a, b = slots.factors(layer, "default")
             # B's gradient summed with B is the gradient of a gate on each rank.
-            now = {"a": (a * a.grad).abs(), "b": (b * b.grad).abs(), "gate": (b * b.grad).sum(dim=0).abs()}
+            by_a, by_b = (a * a.grad).flatten(1), (b * b.grad).transpose(0, 1).flatten(1)
+            now = {"a": by_a.abs(), "b": by_b.abs(), "gate": by_b.sum(dim=1).abs()}
             for name, value in now.items():
                 if len(batches) == 1:
                     smoothed[path, name] = (value, torch.ones(()))
@@ -148,12 +162,13 @@ def reference_sensitivity(model, batches, beta):
                 mean = beta * mean + (1 - beta) * value
                 smoothed[path, name] = (mean, beta * spread + (1 - beta) * (value - mean).abs())
     scores = {key: mean * spread for key, (mean, spread) in smoothed.items()}
-    return {p: scores[p, "gate"] + scores[p, "a"].mean(dim=1) + scores[p, "b"].mean(dim=0) for p in slots.lora_layers(model)}
+    return {p: scores[p, "gate"] + scores[p, "a"].mean(dim=1) + scores[p, "b"].mean(dim=1) for p in slots.lora_layers(model)}
 
 
-def test_sensitivity_is_adaloras(adapted, batch):
-    model = adapted()
-    batches = [batch(rows=2), batch(rows=4), batch(rows=3)]
+@pytest.mark.parametrize(("family", "targets"), FAMILIES)
+def test_sensitivity_is_adaloras(adapted, batch, family, targets):
+    model = adapted(family, target_modules=targets)
+    batches = [batch(family, rows=2), batch(family, rows=4), batch(family, rows=3)]
     for some in (batches[:1], batches):
         got, expected = sensitivity(model, some), reference_sensitivity(model, some, 0.85)
         for path in expected:

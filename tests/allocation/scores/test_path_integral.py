@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import OTHER_LAYERS
 from torch.nn.functional import cross_entropy
 
 from gatewise.allocation import slots
@@ -19,26 +20,29 @@ def loss_of(model, data, family="llama"):
 def reference(model, data, nodes, weights):
     """- sum_k w_k dCE/dalpha at alpha = c_k, the gate put on B by hand and differentiated by autograd, one node after another."""
     layers = slots.lora_layers(model)
-    saved = {path: layer.lora_B["default"].weight.detach().clone() for path, layer in layers.items()}
+    columns = {path: slots.factors(layer, "default")[1] for path, layer in layers.items()}
+    saved = {path: b.detach().clone() for path, b in columns.items()}
     scores = {path: torch.zeros(value.shape[1]) for path, value in saved.items()}
     for node, weight in zip(nodes, weights, strict=True):
-        for path, layer in layers.items():
-            layer.lora_B["default"].weight.data = saved[path] * node
+        for path, b in columns.items():
+            b.data = saved[path] * node
         model.zero_grad()
         loss_of(model, data).backward()
-        for path, layer in layers.items():
+        for path, b in columns.items():
             # B(alpha) = B diag(alpha), so dCE/dalpha_r = sum over the column of dCE/dB(alpha) * B.
-            scores[path] -= weight * (layer.lora_B["default"].weight.grad * saved[path]).sum(dim=0)
-    for path, layer in layers.items():
-        layer.lora_B["default"].weight.data = saved[path]
+            scores[path] -= weight * (b.grad * saved[path]).transpose(0, 1).flatten(1).sum(dim=1)
+    for path, b in columns.items():
+        b.data = saved[path]
     model.zero_grad()
     return scores
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("family", "targets"), [*((family, "all-linear") for family in ("llama", "gpt2", "bert")), *OTHER_LAYERS.items()]
+)
 @pytest.mark.parametrize(("rule", "points"), [("gauss-legendre", 1), ("gauss-legendre", 4), ("trapezoid", 2), ("trapezoid", 5)])
-def test_equals_the_formula(adapted, batch, family, rule, points):
-    model, data = adapted(family), batch(family)
+def test_equals_the_formula(adapted, batch, family, targets, rule, points):
+    model, data = adapted(family, target_modules=targets), batch(family)
     if rule == "gauss-legendre":
         nodes, weights = {1: ([0.5], [1.0]), 4: (
             [0.0694318442029737, 0.3300094782075719, 0.6699905217924281, 0.9305681557970263],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scoring import Batches, Scores, as_batches, gate_gradients, live_only, parts_of, scoring
-from gatewise.allocation.slots import factors
+from gatewise.allocation.slots import by_slot, factors
 
 MEANING = "AdaLoRA's |weight x gradient|, never below zero"
 UNIT = ""
@@ -61,7 +61,8 @@ def sensitivity(
                 if len(batches) == 1:
                     mean[name], spread[name] = now, now.new_ones(())
         smooth = {name: mean[name] * spread[name] for name in mean}
-        return live_only(
-            gates,
-            {p: smooth[p] + smooth[f"{p}:lora_A"].mean(dim=1) + smooth[f"{p}:lora_B"].mean(dim=0) for p in gates.layers},
-        )
+        scores = {}
+        for path, layer in gates.layers.items():
+            rows, columns = by_slot(layer, gates.adapter, smooth[f"{path}:lora_A"], smooth[f"{path}:lora_B"])
+            scores[path] = smooth[path] + rows.mean(dim=1) + columns.mean(dim=1)
+        return live_only(gates, scores)
