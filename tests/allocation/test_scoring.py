@@ -1,5 +1,6 @@
 """The state in which ranks are scored: what is converted, what is left alone, and that all of it is undone."""
 
+import pytest
 import torch
 
 from gatewise.allocation.scoring import scoring
@@ -60,3 +61,24 @@ def test_inside_itself_it_converts_nothing_and_undoes_nothing(adapted):
         assert not model.training
     assert weight.dtype == torch.bfloat16
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("dtype", "float32", "computes_in_it", "converted"),
+    [
+        (torch.bfloat16, None, True, False),
+        (torch.bfloat16, None, False, True),  # emulated: slower than float32
+        (torch.float16, None, True, True),  # small gradients would be lost
+        (torch.bfloat16, True, True, True),
+        (torch.bfloat16, False, False, False),
+    ],
+)
+def test_what_is_converted(adapted, monkeypatch, dtype, float32, computes_in_it, converted):
+    monkeypatch.setattr("gatewise.allocation.scoring.has_bfloat16", lambda device: computes_in_it)
+    model = adapted().to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with scoring(model, float32):
+        assert {p.dtype for p in model.parameters()} == {torch.float32 if converted else dtype}
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])

@@ -99,8 +99,8 @@ def run_round(
     live = {path: slots.live_slots(layer, adapter) for path, layer in layers.items()}
     # With a magnitude (DoRA) or a bias a module keeps a rank: it changes its base module even without.
     keeps_one = any(slots.carries_more_than_ranks(layer, adapter) for layer in layers.values())
-    # Opened once: each opening converts a half-precision model to float32, and back.
-    with scoring(model, bool(rules.score_options.get("float32", True))):
+    # Opened once: each opening may convert a half-precision model to float32, and back.
+    with scoring(model, _float32(rules)):
         parts = parts_of(model, batch)
         loss_before = parts.loss(model)
         if not math.isfinite(loss_before):
@@ -143,6 +143,13 @@ def run_round(
         loss_after=loss_after,
         seconds=round(time.perf_counter() - began, 3),
     )
+
+
+def _float32(rules: Rules) -> bool | None:
+    """Whether the score wants half-precision weights in float32: see ``scoring``."""
+    takes = inspect.signature(rules.score).parameters.get("float32")
+    wanted: bool | None = rules.score_options.get("float32", True if takes is None else takes.default)
+    return wanted
 
 
 def _agreed(scores: Scores, layers: Mapping[str, Any], live: Mapping[str, list[int]], score: str) -> dict[str, list[float]]:

@@ -16,7 +16,7 @@ from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
 from gatewise.internals.library_attributes import original_forward
 from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, mean_loss, microbatches, padded_tokens, row_losses
-from gatewise.models.device import random_state_kept
+from gatewise.models.device import has_bfloat16, random_state_kept
 from gatewise.processes import count, is_sharded, shared_out, summed
 
 _PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -142,20 +142,24 @@ def gate_gradients(
 
 
 @contextmanager
-def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
+def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
     """The state in which ranks are scored, undone exactly afterwards: dropout off, no autocast, float32 weights.
 
-    Half-precision weights are converted in place and back, which loses nothing; the differences that single ranks make are
-    smaller than half precision resolves. The random state and every module's training mode are as before when it closes. Opened
-    inside itself it converts nothing: a round opens it once around all that it measures.
+    Half-precision weights are converted in place and back, which loses nothing; the differences of losses that single ranks make
+    are smaller than half precision resolves. Their gradients are not: for these bfloat16 will do. The random state and every
+    module's training mode are as before when it closes. Opened inside itself it converts nothing: a round opens it once around all
+    that it measures.
 
     Args:
-        float32: convert half-precision weights while scoring; False scores in the model's own precision (less memory). The
-            weights of a sharded model are left as they are in any case.
+        float32: convert half-precision weights while scoring; False scores in the model's own precision (less memory). None, for
+            gradients, converts float16, in which small ones are lost, and bfloat16 where the device only emulates it, which is
+            slower. The weights of a sharded model are left as they are in any case.
     """
     training = [module for module in model.modules() if module.training]
-    half = [(tensor, tensor.dtype) for tensor in _half_precision(model)] if float32 and not is_sharded(model) else []
     device = next(model.parameters()).device
+    kept = float32 is None and has_bfloat16(device)
+    kinds = (torch.float16,) if kept else (torch.bfloat16, torch.float16)
+    half = [(t, t.dtype) for t in _half_precision(model, kinds)] if float32 is not False and not is_sharded(model) else []
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     original = original_forward(model)
     wrapped = model.__dict__.get("forward") if original is not None else None
@@ -176,8 +180,8 @@ def scoring(model: nn.Module, float32: bool = True) -> Iterator[None]:
                 module.training = True
 
 
-def _half_precision(model: nn.Module) -> list[Tensor]:
-    """The half-precision weights and buffers of a model, each once, without those of quantised modules.
+def _half_precision(model: nn.Module, kinds: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """The weights and buffers of a model in these kinds of half precision, each once, without those of quantised modules.
 
     A quantised module's packed weights may call themselves bfloat16, and its scales, which may be buffers, belong to them.
     """
@@ -185,7 +189,7 @@ def _half_precision(model: nn.Module) -> list[Tensor]:
     for module in model.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if not any(map(_is_packed, own)):
-            found |= {id(tensor): tensor for tensor in own if tensor.dtype in (torch.bfloat16, torch.float16)}
+            found |= {id(tensor): tensor for tensor in own if tensor.dtype in kinds}
     return list(found.values())
 
 

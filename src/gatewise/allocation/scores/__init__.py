@@ -1,7 +1,9 @@
 """Importance scores of ranks: one file a score. To add a score, put one file ``NAME.py`` into this folder; nothing else changes.
 
-The file has a function ``NAME(model, batch, *, adapter=None, float32=True, ...) -> Scores``: module path -> one number a live rank,
-higher for ranks worth more. Beside it stand what the numbers mean, for tables and pages:
+The file has a function ``NAME(model, batch, *, adapter=None, float32=None, ...) -> Scores``: module path -> one number a live rank,
+higher for ranks worth more. ``float32`` is for ``scoring``: None by default where the score is made of gradients, True where it is
+made of differences of losses. A round measures its losses in the same precision. Beside the function stand what its numbers mean,
+for tables and pages:
 
     MEANING = "what a rank's number says"
     UNIT = "nats"        # "" for a number without a unit
@@ -83,7 +85,7 @@ def check_score(name: str, options: Mapping[str, Any] | None = None) -> None:
         if key not in known:
             raise GatewiseError(f"score_options has {key!r}, but score {name!r} takes {', '.join(known)}{_near(key, known)}")
         default = arguments[key].default
-        if isinstance(default, bool) and not isinstance(value, bool):
+        if (isinstance(default, bool) or key == "float32") and not isinstance(value, bool):
             raise GatewiseError(f"score_options has {key}={value!r}; expected true or false")
         if isinstance(default, float) and not is_number(value):
             raise GatewiseError(f"score_options has {key}={value!r}; expected a number")

@@ -56,7 +56,7 @@ def path_integral(
     return_convergence: Literal[False] = False,
     *,
     adapter: str | None = None,
-    float32: bool = True,
+    float32: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores: ...
 
@@ -70,7 +70,7 @@ def path_integral(
     *,
     return_convergence: Literal[True],
     adapter: str | None = None,
-    float32: bool = True,
+    float32: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Scores, Convergence]: ...
 
@@ -83,7 +83,7 @@ def path_integral(
     return_convergence: bool = False,
     *,
     adapter: str | None = None,
-    float32: bool = True,
+    float32: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores | tuple[Scores, Convergence]:
     """Path-integral score of every live rank (a reconstruction of PI-LoRA's, see the module).
@@ -97,7 +97,7 @@ def path_integral(
         rule: "gauss-legendre" (no node at the ends, exact for polynomials of degree 2 points - 1) or "trapezoid" (evenly spaced
             nodes, both ends among them, so at least two points).
         return_convergence: also return how far the scores are from adding up to the loss the ranks take away.
-        float32: score in float32 even if the weights are in half precision.
+        float32: whether half-precision weights are scored in float32; None where that is needed, see ``scoring``.
         progress: called with (points done, points to do).
 
     Returns:

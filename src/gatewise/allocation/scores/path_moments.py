@@ -40,7 +40,7 @@ def path_moments(
     points: int = 2,
     *,
     adapter: str | None = None,
-    float32: bool = True,
+    float32: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Mean and root mean square over examples of every live rank's path gradient, each standardised, and added.
@@ -51,7 +51,7 @@ def path_moments(
         batch: one batch (b, t) with labels, or several. An example is a row; its loss is the sum over its labels.
         start: where on the path the integral begins; it ends at 1, all ranks on.
         points: Gauss-Legendre nodes in [start, 1].
-        float32: score in float32 even if the weights are in half precision.
+        float32: whether half-precision weights are scored in float32; None where that is needed, see ``scoring``.
         progress: called with (microbatches done, microbatches to do).
 
     Returns:

@@ -28,7 +28,7 @@ def sensitivity(
     adapter: str | None = None,
     beta1: float = 0.85,
     beta2: float = 0.85,
-    float32: bool = True,
+    float32: bool | None = None,
 ) -> Scores:
     """AdaLoRA's score of every live rank.
 
@@ -37,6 +37,7 @@ def sensitivity(
     Args:
         batch: one batch (b, t) with labels, or several, over which the sensitivities are smoothed.
         beta1, beta2: smoothing of the sensitivity and of its uncertainty.
+        float32: whether half-precision weights are scored in float32; None where that is needed, see ``scoring``.
 
     Returns:
         Path -> (live ranks,) scores, never negative.

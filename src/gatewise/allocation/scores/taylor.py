@@ -18,14 +18,14 @@ UNIT = "nats"
 FROM_BASE = True
 
 
-def taylor(model: nn.Module, batch: Batches, *, adapter: str | None = None, float32: bool = True) -> Scores:
+def taylor(model: nn.Module, batch: Batches, *, adapter: str | None = None, float32: bool | None = None) -> Scores:
     """First-order estimate of the AB-LoRA score of every live rank.
 
     Cost: two forward and two backward passes over the batch, whatever the number of ranks.
 
     Args:
         batch: one batch (b, t) with labels, or several.
-        float32: score in float32 even if the weights are in half precision.
+        float32: whether half-precision weights are scored in float32; None where that is needed, see ``scoring``.
 
     Returns:
         Path -> (live ranks,) estimates of CE(M without r) - CE(only r), in nats.
