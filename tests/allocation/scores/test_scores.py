@@ -38,6 +38,7 @@ def test_a_score_that_is_added_is_one_new_file(tmp_path):
         "real = pkgutil.iter_modules\n"
         f"pkgutil.iter_modules = lambda paths, *rest: real([*paths, {str(tmp_path)!r}], *rest)\n"
         "import gatewise.allocation.scores as s\n"
+        "pkgutil.iter_modules = real\n"
         f"s.__path__.append({str(tmp_path)!r})\n"
         "from gatewise import RankAllocation\n"
         "print('weight_norm' in s.NAMES, s.about('weight_norm').meaning, RankAllocation(score='weight_norm').score_name)\n"
