@@ -12,7 +12,7 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 def lowest(requirement: str) -> str | None:
     """`name==version` of a requirement `name[extras]>=version,<other`; None for the project's own extras."""
-    found = re.fullmatch(r"([\w.-]+)(\[[\w,-]+\])?>=([\w.]+),<[\w.]+", requirement)
+    found = re.fullmatch(r"([\w.-]+)(\[[\w,-]+\])?>=([\w.]+),<[\w.]+( ?;.*)?", requirement)
     if found:
         return f"{found[1]}=={found[3]}"
     if requirement.startswith("gatewise["):

@@ -1,6 +1,8 @@
 """RankAllocation in several processes: the same ranks, losses and adapter as one process on the same global batch."""
 
+import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,17 @@ from gatewise import RankAllocation, processes
 from gatewise.allocation.scoring import parts_of
 from gatewise.allocation.slots import ranks
 from gatewise.internals.sharding import share_cpu_models
+from gatewise.internals.zero import without_compiling
 
 FSDP = {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 SCORES = ("path_moments", "taylor", "ablation", "sensitivity", "path_integral")
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    """A DeepSpeed file in which nothing of the tiny model is too small to be cut up."""
+    sharded = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    return {"deepspeed": {**dict.fromkeys(AUTO, "auto"), "zero_optimization": sharded, **more}}
 
 
 class Killed(TrainerCallback):
@@ -42,11 +52,21 @@ def data() -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
 
 
 def trained(
-    folder: str, settings: dict[str, Any], score: str = "path_moments", resume: bool = False, kill: int | None = None
+    folder: str,
+    settings: dict[str, Any],
+    score: str = "path_moments",
+    resume: bool = False,
+    kill: int | None = None,
 ) -> Any:
     """One run over a global batch of eight rows: losses, rounds, the adapter, and the ranks after loading what was saved."""
     share_cpu_models()
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # which a run with FSDP leaves behind
+    settings = dict(settings)
+    deepspeed = settings.pop("deepspeed", None)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(deepspeed is not None).lower()
+    if deepspeed is not None:
+        os.environ |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(deepspeed), "DS_ACCELERATOR": "cpu"}
+        without_compiling()
     count = processes.count() if torch.distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)
     config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -64,10 +84,11 @@ def trained(
         save_steps=3,
         logging_steps=1,
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=deepspeed is None,
         ddp_backend="gloo" if count > 1 else None,
         **settings,
     )
+    arguments.bf16 = "bf16" in (deepspeed or {})  # which arguments refuse to be made with on a CPU, but DeepSpeed does there too
     callbacks = [allocation, *([] if kill is None else [Killed(kill)])]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume or None)
@@ -104,13 +125,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fsdp": FSDP,
     "ddp-accumulating": {"gradient_accumulation_steps": 2},
     "fsdp-accumulating": {**FSDP, "gradient_accumulation_steps": 2},
+    "zero2": zero(2),
+    "zero3": zero(3),
+    "zero3-accumulating": {**zero(3), "gradient_accumulation_steps": 2},
 }
-OF_FOUR = ("ddp", "fsdp")
+OF_FOUR = ("ddp", "fsdp", "zero3")
+RESUMED = ("ddp", "zero2", "zero3")
+HALF = zero(2, bf16={"enabled": True})
+if find_spec("deepspeed") is None:
+    SETTINGS = {name: settings for name, settings in SETTINGS.items() if "zero" not in name}
+    OF_FOUR, RESUMED = OF_FOUR[:2], RESUMED[:1]
 
 
 def alone(name: str) -> dict[str, Any]:
-    """The settings without those of FSDP."""
-    return {key: value for key, value in SETTINGS[name].items() if key not in FSDP}
+    """The settings without those of several processes."""
+    return {key: value for key, value in SETTINGS[name].items() if key not in (*FSDP, "deepspeed")}
 
 
 def parts(count_of_rows: int) -> tuple[list[torch.Tensor], int]:
@@ -123,11 +152,14 @@ def parts(count_of_rows: int) -> tuple[list[torch.Tensor], int]:
 def all_of_two(folder: str) -> dict[str, Any]:
     """All that tests ask of two processes, which take longer to start than to work."""
     found: dict[str, Any] = {name: trained(f"{folder}/{name}", settings) for name, settings in SETTINGS.items()}
-    trained(f"{folder}/cut", {}, kill=5)
-    found["resumed"] = trained(f"{folder}/cut", {}, resume=True)
+    for name in RESUMED:
+        trained(f"{folder}/{name}-cut", SETTINGS[name], kill=5)
+        found[f"{name}-resumed"] = trained(f"{folder}/{name}-cut", SETTINGS[name], resume=True)
     for name in OF_FOUR:
         for score in SCORES:
             found[f"{name}-{score}"] = trained(f"{folder}/{name}-{score}", SETTINGS[name], score)["rounds"][0][0]
+    if "zero2" in SETTINGS:
+        found["zero2-half"] = trained(f"{folder}/half", HALF)
     found["parts"] = {rows: parts(rows) for rows in (1, 3, 7)}
     return found
 
@@ -160,10 +192,10 @@ def four(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_train_the_adapter_of_one(one: dict[str, Any], two: list[dict[str, Any]], folder: Path, name: str) -> None:
-    expected = one[name.replace("fsdp", "ddp")]
+    expected = one["ddp-accumulating" if "accumulating" in name else "ddp"]
     assert len(expected["rounds"]) == 2
     for found in two:
-        assert found[name]["sharded"] == ("fsdp" in name)
+        assert found[name]["sharded"] == name.startswith(("fsdp", "zero3"))
         assert_same_run(expected, found[name])
     loaded = PeftModel.from_pretrained(tiny_base("llama"), folder / "two" / name / "adapter")
     state = {name: p for name, p in loaded.named_parameters() if "lora_" in name}
@@ -189,12 +221,26 @@ def test_shared_out_scores_are_those_of_one_process(tmp_path: Path, two: list[di
                 assert found[f"{name}-{score}"][path] == pytest.approx(values, rel=1e-3, abs=1e-4 * largest), (name, path)
 
 
-def test_a_run_cut_between_rounds_resumes_bit_for_bit(two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_cut_between_rounds_resumes_bit_for_bit(two: list[dict[str, Any]], name: str) -> None:
     for found in two:
-        whole, resumed = found["ddp"], found["resumed"]
+        whole, resumed = found[name], found[f"{name}-resumed"]
         assert resumed["rounds"] == whole["rounds"]
         assert resumed["state"].keys() == whole["state"].keys()
         assert all(torch.equal(resumed["state"][key], value) for key, value in whole["state"].items())
+
+
+@pytest.mark.skipif("zero2" not in SETTINGS, reason="DeepSpeed is not installed")
+def test_half_precision_under_zero_trains_on_after_a_round(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    """Its float32 copy of each weight is pruned and grown with it, and a round leaves the weights where ZeRO writes them."""
+    expected = one["ddp"]
+    for found in two:
+        half = found["zero2-half"]
+        assert half["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+        assert [one[1:3] for one in half["rounds"]] == [one[1:3] for one in expected["rounds"]]
+        for name, value in expected["state"].items():
+            assert half["state"][name].dtype == torch.bfloat16
+            torch.testing.assert_close(half["state"][name].float(), value, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7])

@@ -1,4 +1,4 @@
-"""WholeAdapter: keeps an adapter whole in every process while FSDP2 shards its base model."""
+"""WholeAdapter: keeps an adapter whole in every process while FSDP2 or ZeRO-3 shards its base model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.sharding import average_gradients, fsdp_plugin, leave_out_of_sharding
+from gatewise.internals.zero import check_settings, zero_of
 from gatewise.processes import is_sharded
 
 
 class WholeAdapter(TrainerCallback):
     """Keeps everything that is trained whole in every process, with its gradients averaged as under DDP.
 
-    Give it to ``Trainer(callbacks=[...])`` for an adapter that FSDP2 cannot cut up: routed LoRA, selective prompts.
-    ``RankAllocation`` does the same by itself. The base model, which is frozen, is sharded as ever. Without FSDP it does nothing.
+    Give it to ``Trainer(callbacks=[...])`` for an adapter that FSDP2 or DeepSpeed's ZeRO-3 cannot cut up: routed LoRA, selective
+    prompts. ``RankAllocation`` does the same by itself. The base model, which is frozen, is sharded as ever, and so is what ZeRO's
+    optimiser keeps. Without FSDP and DeepSpeed it does nothing.
 
     Raises:
         GatewiseError: when the Trainer is made, FSDP 1 or settings that contradict it; when training begins, a parameter that was
@@ -28,9 +30,13 @@ class WholeAdapter(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tells FSDP what to leave out, before it wraps the model."""
         leave_out_of_sharding(_trained(kwargs["model"]))
+        check_settings()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Averages gradients from here on."""
+        """Averages gradients from here on, as DeepSpeed does by itself."""
+        zero = zero_of(kwargs.get("optimizer"))
+        if zero is not None:
+            zero.keep_whole(_trained(kwargs["model"]))
         if fsdp_plugin() is None:
             return
         trained = _trained(kwargs["model"])

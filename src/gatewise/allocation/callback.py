@@ -7,8 +7,10 @@ live rank on a validation batch, prune the lowest over the whole model, grow the
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -22,12 +24,12 @@ from gatewise.adapters.files import ALLOCATION_FILE, WEIGHTS_FILE
 from gatewise.adapters.whole import WholeAdapter
 from gatewise.allocation import SCHEDULES, Schedule, slots
 from gatewise.allocation.algorithm import Round, Rules, cubic_budget, run_round
-from gatewise.allocation.growth import YoungSlots
+from gatewise.allocation.growth import Place, YoungSlots
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import Batches, Scores, as_batches
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
-from gatewise.internals.sharding import uses_deepspeed
+from gatewise.internals.zero import Zero, zero_of
 
 logger = logging.getLogger(__name__)
 Score = Callable[..., Scores]
@@ -137,6 +139,8 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._steps: list[int] = []
         self._young = YoungSlots()
         self._whole = WholeAdapter()
+        self._zero: Zero | None = None
+        self._unhook: Callable[[], None] | None = None
         self._compacted = False
 
     # Trainer events, in the order they come.
@@ -149,8 +153,6 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "the Trainer was given a ready optimizer, but RankAllocation replaces the parameters it holds: "
                 "let the Trainer make the optimizer, or choose it with TrainingArguments(optim=...)"
             )
-        if uses_deepspeed():
-            raise GatewiseError("RankAllocation reads and rewrites whole LoRA factors, which DeepSpeed shards: use FSDP2 or DDP")
         self._adapter = slots.active_adapter(model, self._adapter)
         # Two callbacks in one Trainer are told of the same state.
         taken = state.__dict__.setdefault("_adapters_allocated", set())
@@ -195,20 +197,25 @@ class RankAllocation(TrainerCallback, ExportableState):
         batches = [] if self.validation_batch is None else as_batches(self.validation_batch)
         if (self.rounds or self.schedule == "cubic") and (not batches or any("labels" not in batch for batch in batches)):
             raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
+        self._whole.on_train_begin(args, state, control, **kwargs)
         layers = slots.lora_layers(kwargs["model"], self._adapter)
         if {path: slots.capacity(layer, self._name) for path, layer in layers.items()} != self._capacity:
             raise GatewiseError(
                 "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
                 "every run): give the Trainer a model, not model_init"
             )
-        self._whole.on_train_begin(args, state, control, **kwargs)
         self._restore(state)
-        self._young.follow(slots.all_places(kwargs["model"], self._adapter), self.history, kwargs.get("optimizer"))
+        self._zero = zero_of(kwargs.get("optimizer"))
+        self._follow(kwargs["model"], kwargs.get("optimizer"))
+        if self._zero is not None:
+            zero = self._zero.optimizer
+            self._unhook = self._zero.after_each_step(lambda: self._young.correct(zero, state.global_step + 1))
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Makes the step of ranks that were grown not long ago that of a new adapter."""
-        self._young.correct(kwargs["optimizer"], state.global_step + 1)
+        if self._zero is None:  # else it is done before ZeRO copies the step into the model
+            self._young.correct(kwargs["optimizer"], state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Runs a round where one is due."""
@@ -218,6 +225,11 @@ class RankAllocation(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compacts the adapter to its true ranks."""
         self._whole.on_train_end(args, state, control, **kwargs)
+        if self._zero is not None:
+            self._zero.gather(self._factors(kwargs["model"]))
+        if self._unhook is not None:
+            self._unhook()
+            self._unhook = None
         best_folder = Path(state.best_model_checkpoint or "") / self._subfolder
         # Where that has gone, the Trainer says so and keeps the last weights.
         if args.load_best_model_at_end and state.best_model_checkpoint and (best_folder / WEIGHTS_FILE).is_file():
@@ -247,6 +259,8 @@ class RankAllocation(TrainerCallback, ExportableState):
         if not self._compacted:
             slots.compact(model, self._adapter)
             self._compacted = True
+            if self._zero is not None:
+                self._zero.adopt(model)
         return slots.ranks(model, self._adapter)
 
     def save(self, folder: str | Path) -> Path:
@@ -322,11 +336,12 @@ class RankAllocation(TrainerCallback, ExportableState):
             count = max(0, sum(slots.ranks(model, self._name).values()) - budget)
         else:
             budget, count = self.budget, max(1, round(self.prune_fraction * self.budget))
-        done = run_round(
-            model, self._name, optimizer, self.validation_batch, self.rules, self.history, step, count, budget, self._capacity
-        )
+        with self._whole_state(model, optimizer) as whole:
+            done = run_round(
+                model, self._name, whole, self.validation_batch, self.rules, self.history, step, count, budget, self._capacity
+            )
         self.history.append(done)
-        self._young.follow(slots.all_places(model, self._adapter), self.history, optimizer)
+        self._follow(model, optimizer)
         pruned, grown = (sum(map(len, changed.values())) for changed in (done.pruned, done.grown))
         if self.schedule == "constant-budget" and grown < pruned:
             logger.warning(
@@ -339,6 +354,27 @@ class RankAllocation(TrainerCallback, ExportableState):
         )  # fmt: skip
         if self.on_round:
             self.on_round(done)
+
+    def _whole_state(self, model: PeftModel, optimizer: torch.optim.Optimizer | None) -> AbstractContextManager[Any]:
+        """The optimiser with the state of all ranks, which ZeRO spreads over the processes."""
+        return nullcontext(optimizer) if self._zero is None or optimizer is None else self._zero.whole(self._factors(model))
+
+    def _follow(self, model: PeftModel, optimizer: torch.optim.Optimizer | None) -> None:
+        """Has the steps of ranks grown so far corrected."""
+        places, zero = slots.all_places(model, self._adapter), self._zero
+        if zero is None:
+            self._young.follow(places, self.history, optimizer)
+            return
+
+        def here(where: Callable[[Sequence[int]], Sequence[Place]], chosen: Sequence[int]) -> list[Place]:
+            return [Place(*one) for one in zero.places(where(chosen))]
+
+        self._young.follow({path: partial(here, where) for path, where in places.items()}, self.history, zero.optimizer)
+
+    def _factors(self, model: PeftModel) -> list[torch.nn.Parameter]:
+        """A and B of all layers."""
+        layers = slots.lora_layers(model, self._adapter)
+        return [factor for layer in layers.values() for factor in slots.factors(layer, self._name)]
 
     def _least_ranks(self, model: PeftModel, start: Mapping[str, int]) -> int:
         """The ranks that no round can prune."""

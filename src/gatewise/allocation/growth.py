@@ -228,4 +228,6 @@ _UPDATE_RULES: dict[type, UpdateRule] = {Adam: _adam, AdamW: _adam, RAdam: _rada
 
 def _update_rule(optimizer: Optimizer) -> UpdateRule | None:
     """The rule of exactly this class, for a subclass may step otherwise. Accelerate wraps the Trainer's optimiser."""
-    return _UPDATE_RULES.get(type(getattr(optimizer, "optimizer", optimizer)))
+    kind = type(getattr(optimizer, "optimizer", optimizer))
+    # What DeepSpeed puts in Adam's place when it offloads the optimiser; not imported, for it need not be installed.
+    return _adam if kind.__name__ == "DeepSpeedCPUAdam" else _UPDATE_RULES.get(kind)

@@ -159,7 +159,9 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
     device = next(model.parameters()).device
     kept = float32 is None and has_bfloat16(device)
     kinds = (torch.float16,) if kept else (torch.bfloat16, torch.float16)
-    half = [(t, t.dtype) for t in _half_precision(model, kinds)] if float32 is not False and not is_sharded(model) else []
+    half = _half_precision(model, kinds) if float32 is not False and not is_sharded(model) else []
+    # What is trained may be a view of a buffer of DeepSpeed's, and must stay one.
+    before = [(tensor, tensor.dtype, tensor.data if tensor.requires_grad else None) for tensor in half]
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     original = original_forward(model)
     wrapped = model.__dict__.get("forward") if original is not None else None
@@ -168,12 +170,12 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
             model.eval()
             if original is not None:
                 model.forward = original
-            for tensor, _ in half:
+            for tensor in half:
                 tensor.data = tensor.data.float()
             yield
         finally:
-            for tensor, dtype in half:
-                tensor.data = tensor.data.to(dtype)
+            for tensor, dtype, place in before:
+                tensor.data = tensor.data.to(dtype) if place is None else place.copy_(tensor.data)
             if wrapped is not None:
                 model.forward = wrapped
             for module in training:

@@ -1,11 +1,11 @@
-"""Every name of PyTorch, PEFT, Transformers and Accelerate that begins with an underscore and that gatewise relies on.
+"""Every name of PyTorch, PEFT, Transformers, Accelerate and DeepSpeed that begins with an underscore and that gatewise relies on.
 
 Libraries may change such names in any version. ``tests/internals/test_private_names.py`` looks each of them up in the versions
 that are installed, and says in a sentence which one has gone and who relied on it. It also fails when the source comes to use one
 that is not listed here.
 
-Read in torch 2.13, peft 0.21, transformers 5.24 and accelerate 1.15. Names that a subclass must override, or calls on itself, are
-used where the subclass is; all others only in this folder.
+Read in torch 2.13, peft 0.21, transformers 5.24, accelerate 1.15 and deepspeed 0.19. Names that a subclass must override, or calls
+on itself, are used where the subclass is; all others only in this folder.
 """
 
 from dataclasses import dataclass
@@ -164,4 +164,10 @@ PRIVATE_NAMES = (
     PrivateName("accelerate.hooks:add_hook_to_module", "_hf_hook", "finds the device of layers that are offloaded"),
     PrivateName("accelerate.hooks:add_hook_to_module", "_old_forward", "exchanges the forward that a hook keeps"),
     PrivateName("accelerate:Accelerator", "_original_forward", "scores without the autocast that Accelerate put around a model"),
+    # DeepSpeed
+    PrivateName(
+        "deepspeed.utils.mixed_precision_linkage:link_hp_params",
+        "_hp_mapping",
+        "finds a rank's piece in what ZeRO's optimiser steps",
+    ),
 )

@@ -25,11 +25,6 @@ def fsdp_plugin() -> Any | None:
     return AcceleratorState._shared_state.get("fsdp_plugin")
 
 
-def uses_deepspeed() -> bool:
-    """Whether the Trainer or Accelerator that was made last runs on DeepSpeed."""
-    return AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
-
-
 def leave_out_of_sharding(parameters: Sequence[nn.Parameter]) -> None:
     """Has FSDP2 leave these parameters whole in every process. Without FSDP nothing happens.
 

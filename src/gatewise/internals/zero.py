@@ -1,0 +1,245 @@
+"""What DeepSpeed's ZeRO shards of an adapter, and how a rank is taken out of it and put in.
+
+Under ZeRO the optimiser steps flat float32 tensors. Each holds this process's pieces of many parameters, one after the other: the
+master copy, of which the parameters that the model computes with are copies. The optimiser's state has the same shape. Under ZeRO-2
+every process has all parameters whole; ZeRO-3 cuts those up too, but for the ones that are told to persist.
+
+Read in DeepSpeed 0.19.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import get_active_deepspeed_plugin
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from gatewise.errors import GatewiseError
+from gatewise.processes import summed
+
+_CLASSES = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
+_OPTIMIZERS = ("torch.optim.", "deepspeed.ops.")
+
+
+def uses_deepspeed() -> bool:
+    """Whether the Trainer or Accelerator that was made last runs on DeepSpeed."""
+    return AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
+
+
+def check_settings() -> None:
+    """Refuses, before training, what DeepSpeed is told to do and an adapter cannot bear. Without DeepSpeed nothing happens.
+
+    Raises:
+        GatewiseError: a stage that is neither 2 nor 3, or sharded numbers that are kept elsewhere than in flat tensors in memory.
+    """
+    if not uses_deepspeed():
+        return
+    plugin = get_active_deepspeed_plugin(SimpleNamespace(**AcceleratorState._shared_state))
+    settings = plugin.deepspeed_config.get("zero_optimization", {})
+    stage = settings.get("stage", 0)
+    if stage not in (2, 3):
+        raise GatewiseError(f"DeepSpeed's ZeRO stage is {stage}, but gatewise knows its stages 2 and 3: take one of them, or DDP")
+    for what in ("offload_optimizer", "offload_param"):
+        if (settings.get(what) or {}).get("device") == "nvme":
+            raise GatewiseError(f"zero_optimization.{what}.device is nvme, where ranks cannot be moved: offload to the cpu")
+    if (settings.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:
+        raise GatewiseError("zero_optimization.offload_optimizer.ratio is below 1, but ranks move in one optimizer: leave it out")
+    for name, off in (("zero_hpz_partition_size", 1), ("zero_quantized_weights", False), ("zenflow", None)):
+        if settings.get(name, off) not in (off, None):
+            raise GatewiseError(f"zero_optimization.{name} is {settings[name]}, which keeps weights twice: leave it out")
+
+
+def zero_of(optimizer: Any) -> "Zero | None":
+    """ZeRO's part of the optimiser that a Trainer gives its callbacks; None without DeepSpeed.
+
+    Raises:
+        GatewiseError: an optimiser whose state ZeRO keeps in other shapes than the parameters'.
+    """
+    if optimizer is None or not uses_deepspeed():
+        return None
+    found = getattr(optimizer, "optimizer", optimizer)
+    if type(found).__name__ not in _CLASSES:
+        raise GatewiseError(f"DeepSpeed trains with its {type(found).__name__}, but gatewise knows ZeRO's stages 2 and 3")
+    zero = Zero(found)
+    kind = type(zero.optimizer)
+    if not f"{kind.__module__}.".startswith(_OPTIMIZERS):
+        raise GatewiseError(
+            f"the optimizer is {kind.__module__}.{kind.__name__}, whose state ZeRO cuts up in a way of its own: take one of "
+            "torch's, such as optim='adamw_torch'"
+        )
+    return zero
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This process's piece of a parameter.
+
+    Attributes:
+        flat: the tensor that the optimiser steps.
+        at: where the piece begins in it.
+        start: where the piece begins in the parameter, flattened.
+        length: how many numbers it has; 0 where the process has none.
+    """
+
+    flat: Tensor
+    at: int
+    start: int
+    length: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece, of a flat tensor."""
+        return tensor.narrow(0, self.at, self.length)
+
+    def within(self, whole: Tensor) -> Tensor:
+        """The same numbers, of a whole parameter or of a state of it."""
+        return whole.detach().flatten().narrow(0, self.start, self.length)
+
+
+class Whole:
+    """An optimiser whose state of some parameters is whole in this process. It has what ``allocation.growth`` asks of one."""
+
+    def __init__(self, optimizer: Optimizer, state: dict[nn.Parameter, dict[str, Any]]) -> None:
+        self.optimizer, self.state = optimizer, state
+
+
+class Zero:
+    """ZeRO's optimiser."""
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimiser that steps the flat tensors."""
+        return self._zero.optimizer
+
+    @property
+    def _cuts_parameters(self) -> bool:
+        return type(self._zero).__name__ == _CLASSES[1]
+
+    def piece(self, parameter: nn.Parameter) -> Piece | None:
+        """Where a parameter's piece is; None where this process has none of it."""
+        one: Any = parameter
+        if self._cuts_parameters:
+            group, at, length = self._zero.grad_position[self._zero.get_param_id(one)]
+            start = length * distributed.get_rank(one.ds_process_group)
+            # The last pieces are filled up to the length of the others.
+            piece = Piece(self._zero.fp32_partitioned_groups_flat[group], at, start, min(length, one.ds_numel - start))
+            return piece if piece.length > 0 else None
+        mapped = one._hp_mapping
+        if mapped is None:
+            return None
+        flat = self._zero.single_partition_of_fp32_groups[mapped.param_group_index]
+        return Piece(flat, mapped.hp_fragment_address.start, mapped.lp_fragment_address.start, mapped.lp_fragment_address.numel)
+
+    def places(self, slots: Iterable[tuple[nn.Parameter, int, Tensor]]) -> list[tuple[Any, int, Tensor]]:
+        """Where this process keeps slots of parameters, among what the optimiser steps; each place is what is sliced, and how."""
+        found: list[tuple[Any, int, Tensor]] = []
+        for parameter, dim, index in slots:
+            piece = self.piece(parameter)
+            if piece is None:
+                continue
+            shape = cast(Any, parameter).ds_shape if self._cuts_parameters else parameter.shape
+            chosen = torch.zeros(shape, dtype=torch.bool, device=index.device).index_fill_(dim, index, True)
+            kept = piece.within(chosen).nonzero().flatten() + piece.at
+            if len(kept):
+                found.append((piece.flat, 0, kept.to(piece.flat.device)))
+        return found
+
+    def keep_whole(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Has ZeRO-3 leave these parameters whole in every process, as ZeRO-2 leaves all."""
+        if not self._cuts_parameters:
+            return
+        kept = self._zero.persistent_parameters
+        known = {id(one) for one in kept}
+        for parameter in cast(Sequence[Any], parameters):
+            parameter.ds_persist = True
+            parameter.is_external_param = True  # or they are let go while DeepSpeed learns the order of the modules
+            if id(parameter) not in known:
+                kept.append(parameter)
+        self.gather(parameters)
+
+    def gather(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Makes parameters whole that a save has left cut up."""
+        if self._cuts_parameters and parameters:
+            cast(Any, parameters[0]).all_gather(param_list=list(parameters))
+
+    def adopt(self, model: nn.Module) -> None:
+        """Takes over the parameters that were put into the model in the place of others: it can be run and saved as before."""
+        if not self._cuts_parameters:
+            return
+        every: list[Any] = list(model.parameters())
+        new = [parameter for parameter in every if not hasattr(parameter, "ds_id")]
+        one_of_them = next(parameter for parameter in every if hasattr(parameter, "ds_id"))
+        one_of_them.convert_to_zero_parameters(new)
+        there = {id(parameter) for parameter in every}
+        self._zero.persistent_parameters[:] = [one for one in self._zero.persistent_parameters if id(one) in there]
+        self.keep_whole(new)
+
+    def after_each_step(self, do: Callable[[], None]) -> Callable[[], None]:
+        """Has something done after each step of the optimiser, before the model gets to see it.
+
+        Returns:
+            What undoes it.
+        """
+        return self.optimizer.register_step_post_hook(lambda *_: do()).remove
+
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[Whole]:
+        """An optimiser that has the whole state of these parameters. What is changed of it and of them is kept when it closes.
+
+        Every process must change the same.
+        """
+        self.gather(parameters)
+        pieces = {parameter: self.piece(parameter) for parameter in parameters}
+        before = {parameter: parameter.detach().clone() for parameter in parameters}
+        state = self._gathered(pieces)
+        yield Whole(self.optimizer, dict(state))
+        for parameter, piece in pieces.items():
+            if piece is None:
+                continue
+            kept, own = state[parameter], self.optimizer.state[piece.flat]
+            for name, value in kept.items():
+                if _is_sharded(own[name], piece.flat):
+                    piece.of(own[name]).copy_(piece.within(value))
+            # The master copy is more exact than the parameter, so what has not changed stays.
+            now, then = piece.within(parameter), piece.within(before[parameter])
+            master = piece.of(piece.flat.detach())
+            master.copy_(torch.where((now != then).to(master.device), now.to(master), master))
+            if self._cuts_parameters:
+                cast(Any, parameter).ds_tensor.narrow(0, 0, piece.length).copy_(now)
+
+    def _gathered(self, pieces: dict[nn.Parameter, Piece | None]) -> dict[nn.Parameter, dict[str, Any]]:
+        flats = self._zero.fp32_partitioned_groups_flat if self._cuts_parameters else self._zero.single_partition_of_fp32_groups
+        like = self.optimizer.state.get(flats[0], {})  # all have the same names
+        states: dict[nn.Parameter, dict[str, Any]] = {
+            parameter: dict(like if piece is None else self.optimizer.state[piece.flat]) for parameter, piece in pieces.items()
+        }
+        for name in [name for name, value in like.items() if _is_sharded(value, flats[0])]:
+            parts = []
+            for parameter, piece in pieces.items():
+                whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+                if piece is not None:
+                    piece.within(whole).copy_(piece.of(self.optimizer.state[piece.flat][name]))
+                parts.append(whole)
+            for parameter, total in zip(pieces, summed(parts, parts[0].device), strict=True):
+                states[parameter][name] = total
+        return states
+
+
+def _is_sharded(value: Any, flat: Tensor) -> bool:
+    """Whether a part of the optimiser's state has a number for each of the flat tensor's, unlike a step count."""
+    return isinstance(value, Tensor) and value.shape == flat.shape
+
+
+def without_compiling() -> None:
+    """Has DeepSpeed talk over gloo alone on a CPU. Its own way through shared memory would first be compiled, for a minute."""
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,84 @@
+"""What DeepSpeed may not be told, and what of it is read. Real runs: tests/allocation/test_processes.py."""
+
+import inspect
+import re
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+
+from gatewise.errors import GatewiseError
+from gatewise.internals import zero
+
+
+def deepspeed(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3, **settings}})
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    monkeypatch.setitem(AcceleratorState._shared_state, "deepspeed_plugins", plugin)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"stage": 1}, "ZeRO stage is 1, but gatewise knows its stages 2 and 3"),
+        ({"offload_optimizer": {"device": "nvme"}}, "zero_optimization.offload_optimizer.device is nvme.*offload to the cpu"),
+        ({"offload_param": {"device": "nvme"}}, "zero_optimization.offload_param.device is nvme"),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio is below 1"),
+        ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size is 8.*leave it out"),
+        ({"zero_quantized_weights": True}, "zero_quantized_weights is True"),
+    ],
+)
+def test_settings_under_which_ranks_cannot_move_are_refused(monkeypatch, settings, sentence):
+    deepspeed(monkeypatch, **settings)
+    with pytest.raises(GatewiseError, match=sentence):
+        zero.check_settings()
+
+
+@pytest.mark.parametrize("settings", [{}, {"stage": 2}, {"offload_optimizer": {"device": "cpu"}}, {"zero_hpz_partition_size": 1}])
+def test_other_settings_are_not(monkeypatch, settings):
+    deepspeed(monkeypatch, **settings)
+    zero.check_settings()
+
+
+class Lion(torch.optim.SGD):
+    """An optimiser of somebody else's."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "sentence"),
+    [
+        ("BF16_Optimizer", torch.optim.SGD, "DeepSpeed trains with its BF16_Optimizer"),
+        ("DeepSpeedZeroOptimizer", Lion, r"the optimizer is .*\.Lion, whose state ZeRO cuts up.*optim='adamw_torch'"),
+    ],
+)
+def test_optimisers_whose_state_cannot_be_found_are_refused(monkeypatch, kind, optimizer, sentence):
+    deepspeed(monkeypatch)
+    inner = type(kind, (), {"optimizer": optimizer([nn.Parameter(torch.ones(1))], lr=1.0)})()
+    with pytest.raises(GatewiseError, match=sentence):
+        zero.zero_of(SimpleNamespace(optimizer=inner))
+
+
+def test_without_deepspeed_there_is_nothing_of_zero():
+    assert zero.zero_of(SimpleNamespace(optimizer=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("stage_1_and_2", ("single_partition_of_fp32_groups",)),
+        ("stage3", ("grad_position", "get_param_id", "fp32_partitioned_groups_flat", "persistent_parameters")),
+        ("partition_parameters", ("ds_tensor", "ds_shape", "ds_numel", "ds_persist", "ds_process_group", "is_external_param")),
+        ("partition_parameters", ("convert_to_zero_parameters", "all_gather")),
+    ],
+)
+def test_deepspeed_has_the_attributes_that_are_read(module, names):
+    """They begin with no underscore, but are documented nowhere either."""
+    pytest.importorskip("deepspeed")
+    source = inspect.getsource(import_module(f"deepspeed.runtime.zero.{module}"))
+    missing = [name for name in names if not re.search(rf"\b(self|param|p)\.{name}\b", source)]
+    assert not missing, f"DeepSpeed has no {', '.join(missing)} any more, which gatewise/internals/zero.py reads"
