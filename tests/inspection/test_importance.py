@@ -228,7 +228,7 @@ def test_unknown_scores_and_too_few_rows_are_refused_before_anything_is_read(tmp
 
 def test_an_embedding_is_scored_among_linear_modules(saved: Path, tmp_path: Path) -> None:
     both = write_adapter(tmp_path / "both", saved / "base", target_modules=["embed_tokens", "q_proj"])
-    found = score_adapter(both, str(saved / "rows.jsonl"), score="path_integral")
+    found = score_adapter(both, str(saved / "rows.jsonl"), score="path_integral", score_options={"points": 64})
     assert not found.unscored
     assert [module.kind for module in found.modules] == ["q", "q", "embed_tokens"]
     assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=1e-4)
