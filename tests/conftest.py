@@ -27,7 +27,7 @@ def adapted() -> Callable[..., PeftModel]:
     """adapted(family, **LoraConfig) -> a tiny model with a random LoRA adapter, rank 3 on all linear layers by default."""
 
     def make(family: str = "llama", trained: bool = True, **settings: Any) -> PeftModel:
-        tasks = {"bert": "SEQ_CLS", "vit": None, "wav2vec2": None}
+        tasks = {"bert": "SEQ_CLS", "vit": None, "wav2vec2": None, "t5": "SEQ_2_SEQ_LM", "bart": "SEQ_2_SEQ_LM"}
         settings = {
             "r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": tasks.get(family, "CAUSAL_LM"), **settings
         }  # fmt: skip
@@ -41,7 +41,7 @@ def adapted() -> Callable[..., PeftModel]:
 def batch() -> Callable[..., dict[str, torch.Tensor]]:
     """batch(family, rows, side) -> rows of different lengths, padded right (or left), labels on the last third.
 
-    Images and sounds of a size for models that read those.
+    Images and sounds of one size for models that read those, and for those with an encoder and a decoder labels of their own.
     """
 
     def make(family: str = "llama", rows: int = 5, width: int = 9, side: str = "right") -> dict[str, torch.Tensor]:
@@ -61,6 +61,9 @@ def batch() -> Callable[..., dict[str, torch.Tensor]]:
             for row, length in enumerate(lengths.tolist()):
                 for tensor in (ids, mask, labels):
                     tensor[row] = tensor[row].roll(width - length)
+        if family in ("t5", "bart"):
+            labels = torch.randint(3, VOCABULARY, (rows, 6), generator=generator)
+            labels[torch.arange(6) >= torch.randint(2, 7, (rows, 1), generator=generator)] = -100
         if family == "bert":
             labels = torch.randint(0, 3, (rows,), generator=generator)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -20,6 +20,11 @@ from gatewise.sites import KIND_ORDER, kind_key, site, sites_in_order
         ("bert.pooler.dense", None, "pooler"),
         ("gpt_neox.layers.2.attention.query_key_value", 2, "qkv"),
         ("model.language_model.layers.7.mlp.down_proj", 7, "down"),
+        ("encoder.block.1.layer.0.SelfAttention.q", 1, "q"),
+        ("decoder.block.1.layer.1.EncDecAttention.o", 1, "o"),
+        ("decoder.block.0.layer.2.DenseReluDense.wi_0", 0, "gate"),
+        ("decoder.block.0.layer.2.DenseReluDense.wo", 0, "down"),
+        ("model.decoder.layers.3.encoder_attn.v_proj", 3, "v"),
         ("lm_head", None, "lm_head"),
     ],
 )

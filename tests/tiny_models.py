@@ -5,12 +5,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     Wav2Vec2Config,
@@ -29,7 +33,11 @@ OTHER_LAYERS = {
 
 
 def tiny_base(family: str) -> Any:
-    """A two-layer random model: "llama", "gpt2", or a classifier with three classes: "bert", "vit" (images), "wav2vec2" (sound)."""
+    """A two-layer random model.
+
+    "llama" and "gpt2" write texts, and so do "t5" and "bart", which have an encoder. "bert", "vit" (of images) and "wav2vec2" (of
+    sounds) are classifiers with three classes.
+    """
     if family == "llama":
         config = LlamaConfig(
             vocab_size=VOCABULARY,
@@ -43,6 +51,21 @@ def tiny_base(family: str) -> Any:
         return LlamaForCausalLM(config)
     if family == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+    if family == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+        return T5ForConditionalGeneration(
+            T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, feed_forward_proj="gated-gelu", **sizes)
+        )
+    if family == "bart":
+        sides = {
+            f"{side}_{name}": size
+            for side in ("encoder", "decoder")
+            for name, size in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))
+        }
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+        return BartForConditionalGeneration(
+            BartConfig(vocab_size=VOCABULARY, d_model=16, max_position_embeddings=64, init_std=0.3, **sides, **ids)
+        )
     if family == "vit":
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
         return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))

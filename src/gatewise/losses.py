@@ -3,7 +3,7 @@
 A vocabulary of 50k costs a small model a fifth of its forward pass, most of it at positions nobody reads. Scores, training and
 evaluation all go through this file, so they all save it.
 
-Shapes: b batch, t tokens, d hidden size, n labelled positions, V vocabulary.
+Shapes: b batch, t tokens (the decoder's where there is an encoder too), d hidden size, n labelled positions, V vocabulary.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from gatewise.processes import summed
 
 IGNORED = -100
 Batch = Mapping[str, Any]
-LossKind = Literal["causal", "tokens", "rows"]
+LossKind = Literal["causal", "tokens", "rows", "seq2seq"]
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
 _PATCH = 768  # the numbers of an image that make a token in most models: 16 by 16 in three colours
 
@@ -47,19 +47,15 @@ def loss_kind(model: nn.Module) -> LossKind:
     """How the model's labels line up with its logits.
 
     "causal": the logits at position i predict label i + 1. "tokens": they predict label i (masked language models, token
-    classification). "rows": one label a row (classification of texts, images, videos and sounds).
-
-    Raises:
-        GatewiseError: an encoder-decoder model.
+    classification). "rows": one label a row (classification of texts, images, videos and sounds). "seq2seq": those of an
+    encoder-decoder model, whose decoder reads the labels shifted by one, predict label i.
     """
     base = base_of(model)
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise GatewiseError(
-            f"{type(base).__name__} is an encoder-decoder model; supported are decoders (causal language models) and encoders"
-        )
     loss_type = getattr(base, "loss_type", None)
     if loss_type in _CLASSIFIERS:
         return "rows"
+    if getattr(base.config, "is_encoder_decoder", False) and loss_type != "ForTokenClassification":
+        return "seq2seq"
     return "tokens" if loss_type in ("ForMaskedLM", "ForTokenClassification") else "causal"
 
 
@@ -172,14 +168,28 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
         problem = getattr(base_of(model).config, "problem_type", None)
         return Scored(class_logits(model, inputs), labels, None, len(labels), problem)
     prompt = before_first(labels != IGNORED) if kind == "causal" else torch.ones_like(labels, dtype=torch.bool)
-    if kind == "causal":
+    if kind in ("causal", "seq2seq"):
         inputs.setdefault("use_cache", False)
+    if kind == "causal":
         labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    elif kind == "seq2seq" and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
+        inputs["decoder_input_ids"] = _read_by_decoder(base_of(model).config, labels)
     mask = labels != IGNORED
     if not bool(mask.any()):
         raise GatewiseError("every label of the batch is -100 (ignored): there is nothing to compute a loss on")
     logits = labelled_logits(model, inputs, mask, prompt)
     return Scored(logits, labels[mask], mask.nonzero()[:, 0], len(labels))
+
+
+def _read_by_decoder(config: Any, labels: Tensor) -> Tensor:
+    """(b, t) what the decoder of an encoder-decoder model reads when it is to predict ``labels``."""
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None or config.pad_token_id is None:
+        raise GatewiseError(
+            "the model's configuration has no decoder_start_token_id or no pad_token_id, so what its decoder reads cannot be made "
+            "of the labels: set them, or give decoder_input_ids in the batch"
+        )
+    return F.pad(labels, (1, 0), value=start)[:, :-1].masked_fill(F.pad(labels, (1, 0))[:, :-1] == IGNORED, config.pad_token_id)
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch], over_all: bool = False) -> float:
@@ -206,40 +216,60 @@ def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> li
     absolute positions counts them from the first column. Sounds, images and embedded texts are not trimmed either.
 
     Args:
-        kind: the model's ``loss_kind``. The labels of "rows" have a column a class, not a token, and are never trimmed.
+        kind: the model's ``loss_kind``. The labels of "rows" have a column a class, not a token, and are never trimmed. What a
+            decoder reads ("seq2seq") is trimmed after its last label, apart from what the encoder reads.
     """
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim > 0}
     per_token = {key: value for key, value in tensors.items() if value.ndim > 1 and not (kind == "rows" and key == "labels")}
     rows = len(next(iter(tensors.values())))
-    width = next(map(_width, per_token.values()), 1)
-    attention = per_token.get("attention_mask")
-    lengths = [width] * rows
-    as_ids = not any(value.is_floating_point() for value in per_token.values())
+    text = {key: value for key, value in per_token.items() if not (kind == "seq2seq" and _is_decoders(key))}
+    width = next(map(_width, text.values()), 1)
+    attention = text.get("attention_mask")
+    lengths, answers, answer_width = [width] * rows, [0] * rows, 0
+    as_ids = not any(value.is_floating_point() for value in text.values())
     if as_ids and attention is not None and attention.ndim == 2 and bool((attention.cummin(dim=1).values == attention).all()):
         lengths = [max(1, int(n)) for n in attention.sum(dim=1).tolist()]
-    order = sorted(range(rows), key=lambda row: (lengths[row], row))
+    if kind == "seq2seq" and "labels" in per_token:
+        labels = per_token["labels"]
+        answer_width = labels.shape[1]
+        places = torch.arange(1, answer_width + 1, device=labels.device)
+        answers = [max(1, int(n)) for n in ((labels != IGNORED) * places).amax(dim=1).tolist()]
+    order = sorted(range(rows), key=lambda row: (lengths[row], answers[row], row))
     groups: list[list[int]] = []
+    widest = (0, 0)
     for row in order:
-        # Rows come in order of length, so the newest row sets the width of its group.
-        if groups and (len(groups[-1]) + 1) * lengths[row] <= max_tokens:
+        widest = (max(widest[0], lengths[row]), max(widest[1], answers[row]))
+        if groups and (len(groups[-1]) + 1) * sum(widest) <= max_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
+            widest = (lengths[row], answers[row])
 
     def part(members: list[int]) -> dict[str, Any]:
-        made, length = dict(batch), max(lengths[row] for row in members)
+        made = dict(batch)
         for key, value in tensors.items():
             taken = value[torch.as_tensor(members, device=value.device)]
-            trims = key in per_token and value.ndim == 2 and value.shape[1] == width
-            made[key] = taken[:, :length] if trims else taken
+            own, longest = (width, lengths) if key in text else (answer_width, answers)
+            trims = key in per_token and value.ndim == 2 and value.shape[1] == own
+            made[key] = taken[:, : max(longest[row] for row in members)] if trims else taken
         return made
 
     return [part(members) for members in groups]
 
 
-def padded_tokens(batch: Batch) -> int:
+def padded_tokens(batch: Batch, kind: LossKind = "causal") -> int:
     """How many positions of a model a batch takes, padding included."""
-    return max(len(value) * _width(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+    sides = [0, 0]  # of an encoder-decoder model
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.ndim:
+            side = int(kind == "seq2seq" and _is_decoders(key))
+            sides[side] = max(sides[side], len(value) * _width(value))
+    return sum(sides)
+
+
+def _is_decoders(key: str) -> bool:
+    """Whether a tensor of an encoder-decoder model's batch is the decoder's."""
+    return key == "labels" or key.startswith("decoder_")
 
 
 def _width(value: Tensor) -> int:

@@ -12,7 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import OTHER_LAYERS, tiny_base
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from gatewise.allocation import scoring, slots
 from gatewise.allocation.callback import RankAllocation
@@ -26,7 +33,7 @@ def examples(batch):
     def make(family="llama", n=24, width=8):
         generator = torch.Generator().manual_seed(2)
         rows = []
-        if family in ("vit", "wav2vec2"):
+        if family in ("vit", "wav2vec2", "t5", "bart"):
             data = batch(family, rows=n)
             return [{key: value[row] for key, value in data.items()} for row in range(n)]
         for _ in range(n):
@@ -64,9 +71,10 @@ def run(adapted, examples, tmp_path):
             "seed": 3,
             **(training or {}),
         }
-        trainer = Trainer(
+        kinds = (Seq2SeqTrainer, Seq2SeqTrainingArguments) if family in ("t5", "bart") else (Trainer, TrainingArguments)
+        trainer = kinds[0](
             model=model,
-            args=TrainingArguments(**arguments),
+            args=kinds[1](**arguments),
             train_dataset=data,
             eval_dataset=data[:8],
             callbacks=[callback, *callbacks],
@@ -82,7 +90,8 @@ def logits(model, rows):
     if "_original_forward" in model.__dict__:  # mixed precision: the Trainer leaves its autocast in the model's forward
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
     with torch.no_grad():
-        return model(**{key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "labels"}).logits
+        columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        return model(**{key: value for key, value in columns.items() if key != "labels" or model.config.is_encoder_decoder}).logits
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,8 @@ def logits(model, rows):
         ("gpt2", {"target_modules": OTHER_LAYERS["gpt2"], "fan_in_fan_out": True}, {"bf16": True}),
         ("vit", {"target_modules": OTHER_LAYERS["vit"], "use_dora": True}, {"gradient_checkpointing": True}),
         ("wav2vec2", {"target_modules": OTHER_LAYERS["wav2vec2"]}, {"weight_decay": 0.1}),
+        ("t5", {}, {"predict_with_generate": True, "bf16": True}),
+        ("bart", {"use_dora": True}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     ],
 )
 @pytest.mark.parametrize("score", ["ablation", "path_integral", "sensitivity"])
@@ -186,9 +197,9 @@ def test_same_training_as_stock_lora_until_the_first_round(run, adapted, example
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_resumed_equals_uninterrupted(run, tmp_path, family):
-    peft, training = {"lora_dropout": 0.1}, {"save_strategy": "steps", "save_steps": 4}
+@pytest.mark.parametrize(("family", "targets"), [("llama", "all-linear"), ("bert", "all-linear"), ("t5", ["shared", "q", "wo"])])
+def test_resumed_equals_uninterrupted(run, tmp_path, family, targets):
+    peft, training = {"lora_dropout": 0.1, "target_modules": targets}, {"save_strategy": "steps", "save_steps": 4}
     whole, allocation, _ = run(family, peft=peft, training=training)
     expected = {name: value.clone() for name, value in whole.state_dict().items()}
     resumed, again, _ = run(family, peft=peft, training=training, resume=str(tmp_path / "run" / "checkpoint-4"))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from saved_models import IDS, adapter_of, bert_config, llama_config, saved, tiny_tokenizer
+from tiny_models import tiny_base
 from transformers import (
     BertForSequenceClassification,
     BertModel,
@@ -404,6 +405,16 @@ def test_load_model_refuses_what_is_not_a_model(llama: Path, tmp_path: Path, mon
         load_model("no-one/nothing")
     with pytest.raises(GatewiseError, match=r"no model 'no-one/nothing': .* hub could not give its tokenizer"):
         load_tokenizer("no-one/nothing")
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_load_model_refuses_an_encoder_and_decoder(tmp_path: Path, family: str) -> None:
+    """Transformers has a causal language model of BART, which is its decoder alone."""
+    tiny_base(family).save_pretrained(tmp_path)
+    with pytest.raises(
+        GatewiseError, match=r"is an encoder-decoder model, .*: train it in Python, with RankAllocation in a Seq2Seq"
+    ):
+        load_model(tmp_path)
 
 
 def test_load_model_refuses_damaged_pickled_and_unfitting_weights(llama: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from prompted_models import DECODERS, FAMILIES, open_gates, prompt_config, prompted, prompted_base, task_of
 from safetensors.torch import load_file
+from tiny_models import tiny_base
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -281,6 +282,9 @@ def test_other_architectures():
         GatewiseError, match="not built for mistral models: supported are llama, gemma3_text, qwen2, qwen3, gpt2, bert"
     ):
         get_peft_model(MistralForCausalLM(MistralConfig(**tiny, num_key_value_heads=2)), prompt_config())
+    for family in ("t5", "bart"):
+        with pytest.raises(GatewiseError, match=f"not built for {family} models: supported are llama"):
+            get_peft_model(tiny_base(family), prompt_config())
     with pytest.raises(GatewiseError, match="not into a Linear"):
         get_peft_model(nn.Linear(2, 2), prompt_config(task_type=None))
     with pytest.raises(GatewiseError, match="is_decoder=True"):

@@ -7,13 +7,12 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraRuntimeConfig
 from routed_models import routed_base, routed_config
+from tiny_models import tiny_base
 from transformers import (
     MambaConfig,
     MambaForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from gatewise import RoutedLoraConfig
@@ -162,9 +161,9 @@ def test_quantised_modules_are_linear_too(batch):
 
 
 def test_models_that_cannot_be_routed():
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    with pytest.raises(GatewiseError, match="encoder-decoder"):
-        get_peft_model(t5, routed_config())
+    for family in ("t5", "bart"):
+        with pytest.raises(GatewiseError, match=r"is an encoder-decoder model, .*: use a decoder .* or a plain LoraConfig$"):
+            get_peft_model(tiny_base(family), routed_config())
     sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2}
     for recurrent in (MambaForCausalLM(MambaConfig(**sizes)), RwkvForCausalLM(RwkvConfig(**sizes, attention_hidden_size=8))):
         kind = recurrent.config.model_type

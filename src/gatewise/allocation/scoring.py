@@ -7,6 +7,7 @@ worth keeping. Every score takes ``(model, batch, adapter=None, ...)`` where ``b
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,8 +84,9 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
         at = [_rows(part) for part in parts].index(rows)
         parts[at : at + 1] = [_taken(parts[at], slice(rows // 2)), _taken(parts[at], slice(rows // 2, None))]
     own, copies = shared_out(parts, even=is_sharded(model))
+    tokens = partial(padded_tokens, kind=kind)
     together = [parts[i : i + n] if copies == 1 else parts[i : i + 1] for i in range(0, len(parts), n if copies == 1 else 1)]
-    return Parts(own, [max(map(padded_tokens, group)) for group in together][: len(own)], copies, device)
+    return Parts(own, [max(map(tokens, group)) for group in together][: len(own)], copies, device)
 
 
 def _rows(part: Batch) -> int:

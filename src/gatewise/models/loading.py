@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -80,15 +81,25 @@ def load_model(
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet(bars=not Path(source).is_dir()):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+            if task == "causal" and getattr(
+                config, "is_encoder_decoder", False
+            ):  # of some Transformers would load the decoder alone
+                raise GatewiseError(
+                    f"{str(name_or_path)!r} is an encoder-decoder model, which no command or recipe runs: train it in Python, with "
+                    "RankAllocation in a Seq2SeqTrainer, or give a decoder (causal language model)"
+                )
             model, notes = auto.from_pretrained(
                 source,
+                config=config,
                 dtype=precision,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=task == "classification",  # a classifier of another size: see the check below
-                **options,
             )
+    except GatewiseError:
+        raise
     except Exception as error:  # hub, configuration and weights each raise their own kinds
         raise _not_loaded("model", name_or_path, source, error) from error
     fresh = [*notes["missing_keys"], *(key for key, *_ in notes["mismatched_keys"])]

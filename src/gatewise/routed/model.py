@@ -63,6 +63,11 @@ class RoutedLoraModel(LoraModel):
         if not isinstance(model, PreTrainedModel):
             raise GatewiseError(f"routed adapters go on Transformers models, not on a {type(model).__name__}")
         kind = loss_kind(model)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise GatewiseError(
+                f"{type(model).__name__} is an encoder-decoder model, but a routed adapter chooses in one stack of layers: use a "
+                "decoder (causal language model) or an encoder, or a plain LoraConfig"
+            )
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise GatewiseError(
                 "the base model carries an adapter already: add routed adapters to a routed PeftModel with add_adapter or "

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from gatewise.allocation import slots
 from gatewise.scores import SCORES, path_integral, sensitivity, taylor
 
-FAMILIES = [*((family, "all-linear") for family in ("llama", "gpt2", "bert")), *OTHER_LAYERS.items()]
+FAMILIES = [*((family, "all-linear") for family in ("llama", "gpt2", "bert", "t5", "bart")), *OTHER_LAYERS.items()]
 
 
 @pytest.fixture(params=list(SCORES))

@@ -38,7 +38,7 @@ def reference(model, data, nodes, weights):
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"), [*((family, "all-linear") for family in ("llama", "gpt2", "bert")), *OTHER_LAYERS.items()]
+    ("family", "targets"), [*((family, "all-linear") for family in ("llama", "gpt2", "bert", "t5", "bart")), *OTHER_LAYERS.items()]
 )
 @pytest.mark.parametrize(("rule", "points"), [("gauss-legendre", 1), ("gauss-legendre", 4), ("trapezoid", 2), ("trapezoid", 5)])
 def test_equals_the_formula(adapted, batch, family, targets, rule, points):

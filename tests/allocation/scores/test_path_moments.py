@@ -30,7 +30,10 @@ def reference(model, data, start, points):
             for path, b in columns.items():
                 b.data = saved[path] * scale
             model.zero_grad()
-            labels = 1 if one["labels"].ndim == 1 else int((one["labels"][:, 1:] != -100).sum())
+            counted = (
+                one["labels"] if "bart" in model.config.model_type or "t5" in model.config.model_type else one["labels"][:, 1:]
+            )
+            labels = 1 if one["labels"].ndim == 1 else int((counted != -100).sum())
             (model.eval()(**one).loss * labels).backward()  # the example's summed loss
             for path, b in columns.items():
                 own[path] -= weight * (b.grad * saved[path]).transpose(0, 1).flatten(1).sum(dim=1)
@@ -47,7 +50,7 @@ def reference(model, data, start, points):
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"), [*((family, "all-linear") for family in ("llama", "gpt2", "bert")), *OTHER_LAYERS.items()]
+    ("family", "targets"), [*((family, "all-linear") for family in ("llama", "gpt2", "bert", "t5", "bart")), *OTHER_LAYERS.items()]
 )
 @pytest.mark.parametrize(("start", "points"), [(0.5, 2), (0.0, 1), (1.0, 1)])
 def test_equals_the_formula(adapted, batch, family, targets, start, points):
