@@ -30,10 +30,10 @@ def reference(model, data, start, points):
             for path, b in columns.items():
                 b.data = saved[path] * scale
             model.zero_grad()
-            counted = (
-                one["labels"] if "bart" in model.config.model_type or "t5" in model.config.model_type else one["labels"][:, 1:]
-            )
-            labels = 1 if one["labels"].ndim == 1 else int((counted != -100).sum())
+            if one["labels"].ndim == 1:
+                labels = 1
+            else:  # those that are predicted from what stands before them
+                labels = int((one["labels"][:, 0 if model.config.is_encoder_decoder else 1 :] != -100).sum())
             (model.eval()(**one).loss * labels).backward()  # the example's summed loss
             for path, b in columns.items():
                 own[path] -= weight * (b.grad * saved[path]).transpose(0, 1).flatten(1).sum(dim=1)
