@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gatewise.allocation.scores.taylor import taylor
 from gatewise.allocation.scoring import scoring
 
 
@@ -82,3 +83,19 @@ def test_what_is_converted(adapted, monkeypatch, dtype, float32, computes_in_it,
     for name, value in model.state_dict().items():
         assert value.dtype == before[name].dtype
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_under_gradient_checkpointing_keep_no_activations(adapted, batch, reentrant):
+    """Each layer runs again in the backward pass, with the same scores; re-entrant checkpointing takes no such gradients."""
+    model, data = adapted().train(), batch()
+    runs = []
+    model.get_submodule("base_model.model.model.layers.0.mlp").register_forward_pre_hook(lambda *_: runs.append(1))
+    expected = taylor(model, data)
+    once = len(runs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = taylor(model, data)
+    assert len(runs) - once == (once if reentrant else 2 * once)
+    for path, scores in expected.items():
+        torch.testing.assert_close(found[path], scores)
+    assert all(module.training for module in model.modules())

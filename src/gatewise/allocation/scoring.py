@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
-from gatewise.internals.library_attributes import original_forward
+from gatewise.internals.library_attributes import original_forward, recomputed_layers
 from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, mean_loss, microbatches, padded_tokens, row_losses
 from gatewise.models.device import has_bfloat16, random_state_kept
 from gatewise.processes import count, is_sharded, shared_out, summed
@@ -82,7 +82,7 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
     n = count()
     while len(parts) % n and (rows := max(map(_rows, parts))) > 1:
         at = [_rows(part) for part in parts].index(rows)
-        parts[at : at + 1] = [_taken(parts[at], slice(rows // 2)), _taken(parts[at], slice(rows // 2, None))]
+        parts[at : at + 1] = [taken(parts[at], slice(rows // 2)), taken(parts[at], slice(rows // 2, None))]
     own, copies = shared_out(parts, even=is_sharded(model))
     tokens = partial(padded_tokens, kind=kind)
     together = [parts[i : i + n] if copies == 1 else parts[i : i + 1] for i in range(0, len(parts), n if copies == 1 else 1)]
@@ -93,7 +93,7 @@ def _rows(part: Batch) -> int:
     return len(part["labels"]) if part.get("labels") is not None else 1
 
 
-def _taken(part: Batch, rows: slice | Tensor) -> dict[str, Any]:
+def taken(part: Batch, rows: slice | Tensor) -> dict[str, Any]:
     """Some rows of a microbatch."""
     return {key: value[rows] if isinstance(value, Tensor) and value.ndim else value for key, value in part.items()}
 
@@ -106,7 +106,7 @@ def _labelled_rows(part: dict[str, Any], kind: LossKind) -> dict[str, Any] | Non
     rows = ((labels[:, 1:] if kind == "causal" else labels) != IGNORED).any(dim=1)
     if bool(rows.all()):
         return part
-    return _taken(part, rows) if bool(rows.any()) else None
+    return taken(part, rows) if bool(rows.any()) else None
 
 
 def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
@@ -150,7 +150,7 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
     Half-precision weights are converted in place and back, which loses nothing; the differences of losses that single ranks make
     are smaller than half precision resolves. Their gradients are not: for these bfloat16 will do. The random state and every
     module's training mode are as before when it closes. Opened inside itself it converts nothing: a round opens it once around all
-    that it measures.
+    that it measures. Layers under gradient checkpointing keep no activations here either.
 
     Args:
         float32: convert half-precision weights while scoring; False scores in the model's own precision (less memory). None, for
@@ -169,7 +169,10 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
     wrapped = model.__dict__.get("forward") if original is not None else None
     with random_state_kept(device), torch.autocast(device.type, enabled=False):
         try:
+            recomputed = recomputed_layers(model)
             model.eval()
+            for layer in recomputed:
+                layer.training = True  # only the layer itself, which looks whether to keep its activations; its dropout is off
             if original is not None:
                 model.forward = original
             for tensor in half:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 SAVED_NAMES = ("_model_name_or_path", "_name_or_path")
 """Under which a configuration of Transformers, as a dictionary, has the name that its model was loaded by."""
@@ -43,6 +44,22 @@ def original_forward(model: Any) -> Callable[..., Any] | None:
     """A model's forward without the autocast that Accelerate put into it; None where it put none."""
     kept: Callable[..., Any] | None = model.__dict__.get("_original_forward")
     return kept
+
+
+def recomputed_layers(model: Any) -> list[torch.nn.Module]:
+    """The layers in training whose activations are computed again in the backward pass, and that drop nothing out themselves.
+
+    Not those of re-entrant checkpointing, which takes no gradients by ``torch.autograd.grad``.
+    """
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+        and layer.training
+        and layer.gradient_checkpointing
+        and not getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
+        and not isinstance(getattr(layer, "dropout", None), float)
+    ]
 
 
 def between_embedding_factors(layer: Any, adapter: str, then: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:

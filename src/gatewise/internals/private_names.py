@@ -159,6 +159,11 @@ PRIVATE_NAMES = (
         ("bilevel/trainer.py",),
     ),
     PrivateName(_TRAINER, "_train_batch_size", "rows of a batch, after the Trainer found what fits", None, ("runs/trainer.py",)),
+    PrivateName(
+        "transformers.modeling_layers:GradientCheckpointingLayer",
+        "_gradient_checkpointing_func",
+        "finds out which layers are computed again in the backward pass",
+    ),
     # Accelerate
     PrivateName("accelerate.state:AcceleratorState", "_shared_state", "reads how a Trainer was told to shard"),
     PrivateName("accelerate.hooks:add_hook_to_module", "_hf_hook", "finds the device of layers that are offloaded"),
