@@ -210,7 +210,7 @@ def memory_of(with_round: bool) -> None:
         optimizer.zero_grad()
     if with_round:
         budget = sum(ranks(adapted_model).values())
-        rules = Rules(score=SCORES["path_moments"], score_name="path_moments", seed=0)
+        rules = Rules(score=SCORES["path_moments"], score_name="path_moments", score_options={})
         run_round(
             adapted_model, "default", optimizer, {"input_ids": ids, "labels": ids}, rules, [], 2, budget // 8, budget, capacity
         )

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_base
 
@@ -213,4 +214,57 @@ def test_an_adapter_that_was_taken_out_of_the_base_is_refused(adapted, tmp_path,
     adapted(init_lora_weights=start, trained=False).save_pretrained(tmp_path / "saved")
     with pytest.raises(GatewiseError, match=f"init_lora_weights '{start}', for which PEFT changes the base model by the rank"):
         to_lora(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def allocated(family, seed, folder):
+    """An adapter whose second layer has lost modules, as a Trainer saves it, and its logits."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(tiny_base(family), config)
+    torch.manual_seed(seed)
+    layers = slots.lora_layers(model)
+    for layer in layers.values():
+        for factor in slots.factors(layer, "default"):
+            torch.nn.init.normal_(factor, std=0.3)
+    gone = [path for path in layers if ".1." in path][seed::3]
+    for path in gone:
+        slots.prune(layers[path], "default", [0, 1, 2])
+    ranks = slots.ranks(model)
+    slots.compact(model)
+    model.save_pretrained(folder)
+    one = {"round": 1, "step": 1, "ranks": ranks, "pruned": {}, "grown": {}}
+    (folder / "allocation.json").write_text(json.dumps({"format": 1, "score": "taylor", "rounds": [one]}))
+    return model, set(gone)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_of_different_allocations_are_hotswapped_and_merged(batch, tmp_path, family):
+    (first, gone), (second, others) = (allocated(family, seed, tmp_path / f"{seed}") for seed in (0, 1))
+    assert gone != others
+    folders = [to_lora(tmp_path / f"{seed}", tmp_path / f"out{seed}", padded=True, rank=4) for seed in (0, 1)]
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(tiny_base(family), folders[0]).eval()
+    assert {len(layer.lora_A["default"].weight) for layer in slots.lora_layers(model).values()} == {4}
+    assert gone < set(slots.lora_layers(model))
+    torch.testing.assert_close(output(model, batch(family)), output(first, batch(family)))
+    hotswap_adapter(model, folders[1], adapter_name="default")
+    torch.testing.assert_close(output(model, batch(family)), output(second, batch(family)))
+    model.load_adapter(folders[0], "other")
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.0], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    torch.testing.assert_close(output(model, batch(family)), output(second, batch(family)))
+
+
+def test_a_rank_that_cannot_be_padded_to(tmp_path):
+    allocated("llama", 0, tmp_path / "in")
+    with pytest.raises(GatewiseError, match=r"^rank is 2, but the largest live rank is 3: give at least 3$"):
+        to_lora(tmp_path / "in", tmp_path / "out", padded=True, rank=2)
+    with pytest.raises(GatewiseError, match=r"^rank is 4, but without padding every module has its true rank"):
+        to_lora(tmp_path / "in", tmp_path / "out", rank=4)
+    record = json.loads((tmp_path / "in" / "allocation.json").read_text())
+    record["rounds"][0]["ranks"]["model.layers.0.unheard_of"] = 0
+    (tmp_path / "in" / "allocation.json").write_text(json.dumps(record))
+    with pytest.raises(GatewiseError, match=r"^module model\.layers\.0\.unheard_of has no rank left, and its size cannot be told"):
+        to_lora(tmp_path / "in", tmp_path / "out", padded=True, rank=4)
     assert not (tmp_path / "out").exists()

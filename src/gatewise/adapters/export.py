@@ -1,6 +1,7 @@
 """Writes a trained or half-trained adapter as plain LoRA at its true ranks, which loads without gatewise."""
 
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from gatewise.adapters.files import (
     WEIGHTS_FILE,
     LoraAdapter,
     LoraModule,
+    read_allocation,
     read_config,
     read_lora,
 )
@@ -28,6 +30,7 @@ from gatewise.adapters.lora import active_adapter, rank_settings, takes_out_of_b
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_folder, write_json
 
+_LAYER = re.compile(r"\.\d+\.")
 _UNLIKE_LORA = {
     **dict.fromkeys(("SELECTIVE_PROMPT", "PROMPT_TUNING", "PREFIX_TUNING"), "whose prompts change no weights"),
     "ROUTED_LORA": "which chooses modules by the prompt",
@@ -39,6 +42,7 @@ def to_lora(
     out: str | Path,
     padded: bool = False,
     adapter: str | None = None,
+    rank: int | None = None,
 ) -> Path:
     """Writes an adapter as plain LoRA at its true ranks. Works for any LoRA adapter and for checkpoints in mid-training.
 
@@ -48,13 +52,17 @@ def to_lora(
         padded: fold each module's scaling into its B and pad all modules to the largest rank with ``r = lora_alpha``, for
             engines that reject or ignore ``rank_pattern`` and ``alpha_pattern``.
         adapter: which adapter of a ``PeftModel``; None for the active one.
+        rank: pad to this rank, and write modules that rounds have left without ranks as zeros, so that adapters of different
+            allocations have the same shapes: for hotswapping and weighted merging. Only with ``padded``.
 
     Returns:
         The folder written.
 
     Raises:
-        GatewiseError: not a LoRA adapter, damaged files, no rank left, or ``out`` cannot be written.
+        GatewiseError: not a LoRA adapter, damaged files, no rank left, a ``rank`` that is too small, or ``out`` cannot be written.
     """
+    if rank is not None and not padded:
+        raise GatewiseError(f"rank is {rank}, but without padding every module has its true rank: ask for padded (--padded) too")
     with _folder_of(model_or_dir, adapter) as folder:
         _check_plain_lora(folder)
         file = read_lora(folder)
@@ -64,7 +72,15 @@ def to_lora(
         if padded:
             widest = max(len(module.a) for module in modules)
             step = math.lcm(*(module.blocks for module in modules))  # the groups of grouped convolutions share a rank evenly
-            modules = [_pad(module, step * math.ceil(widest / step)) for module in modules]
+            wanted = step * math.ceil(widest / step)
+            if rank is not None and (rank < wanted or rank % step):
+                raise GatewiseError(
+                    f"rank is {rank}, but the largest live rank is {widest}: give at least {wanted}"
+                    + (f", a multiple of {step} because convolutions are in groups" if step > 1 else "")
+                )
+            modules = [_pad(module, wanted if rank is None else rank) for module in modules]
+            if rank is not None:
+                modules += _without_ranks(folder, file, modules)
         tensors = dict(file.others)
         for module in modules:
             name_of_a, name_of_b = module.keys
@@ -134,6 +150,25 @@ def _pad(module: LoraModule, rank: int) -> LoraModule:
     return replace(module, a=a, b=b, others=others, scaling=1.0)
 
 
+def _without_ranks(folder: Path, file: LoraAdapter, modules: list[LoraModule]) -> list[LoraModule]:
+    """The modules that are gone, as zeros of the shape that modules of their name have in other layers."""
+    there = {module.path for module in modules}
+    gone = [module.path for module in file.modules if module.path not in there]
+    gone += [path for path in read_allocation(folder).ranks if path not in there and path not in gone]
+    found = []
+    for path in gone:
+        like = {(one.a.shape, one.b.shape): one for one in modules if _LAYER.sub(".*.", one.path) == _LAYER.sub(".*.", path)}
+        if len(like) != 1:
+            raise GatewiseError(
+                f"module {path} has no rank left, and its size cannot be told from other layers: leave rank out (--rank), and "
+                "modules without ranks are left out too"
+            )
+        (one,) = like.values()
+        keys = (one.keys[0].replace(one.path, path), one.keys[1].replace(one.path, path))
+        found.append(replace(one, path=path, keys=keys, a=torch.zeros_like(one.a), b=torch.zeros_like(one.b), others={}))
+    return found
+
+
 def _blocks(module: LoraModule) -> Tensor:
     """A as (blocks, r, ...)."""
     return module.a.unflatten(0, (module.blocks, len(module.a) // module.blocks))
@@ -147,7 +182,7 @@ def _config(file: LoraAdapter, modules: list[LoraModule]) -> dict[str, Any]:
     ranks = {module.path: len(module.a) for module in modules}
     settings = rank_settings(ranks, {module.path: module.scaling for module in modules})
     config = file.config | settings | {"use_rslora": False, "inference_mode": True}
-    if len(modules) < len(file.modules):
-        # A name such as "q_proj" would bring back the modules that are gone.
+    if ranks.keys() != {module.path for module in file.modules}:
+        # A name such as "q_proj" would bring back modules that are gone, and full paths would leave out those that come as zeros.
         config["target_modules"] = sorted(ranks)
     return config

@@ -209,6 +209,12 @@ def export(
     padded: Annotated[
         bool, typer.Option("--padded", help="One rank for all modules, for engines that ignore rank patterns.")
     ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="With --padded: this rank, and modules without ranks as zeros, so that adapters can be swapped and merged.", min=1
+        ),
+    ] = None,
 ) -> None:
     """Write an adapter as plain LoRA at its true ranks.
 
@@ -218,7 +224,7 @@ def export(
     """
     from gatewise.adapters.export import to_lora
 
-    typer.echo(f"written: {to_lora(adapter, out, padded=padded)}")
+    typer.echo(f"written: {to_lora(adapter, out, padded=padded, rank=rank)}")
 
 
 @models_app.callback()
