@@ -300,7 +300,7 @@ def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
     if not in_use:
         setattr(parent, child, layer.base_layer)
     # Names such as "q_proj" stand for many modules: once one of them is gone the targets must be spelled out.
-    cast(LoraConfig, model.peft_config[adapter]).target_modules = sorted(_targeted(model, adapter))
+    cast(LoraConfig, model.peft_config[adapter]).target_modules = set(_targeted(model, adapter))  # type: ignore[assignment]
     everyone = cast(list[str], model.base_model.targeted_module_names)  # of all adapters together
     if not in_use and path in everyone:
         everyone.remove(path)

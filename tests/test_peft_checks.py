@@ -1,0 +1,302 @@
+"""What PEFT checks of every method of its own, for routed LoRA, selective prompts and LoRA whose ranks have moved.
+
+Each check works, or is refused in a sentence. Seven families of models: decoders of several kinds, one that flattens batch and
+tokens (OPT), an encoder, and an encoder-decoder.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.utils.hotswap import hotswap_adapter
+from tiny_models import tiny_base
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from gatewise import RoutedLoraConfig, SelectivePromptConfig
+from gatewise.allocation import slots
+from gatewise.errors import GatewiseError
+
+FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "bert", "t5"]
+METHODS = ["ranks", "routed", "prompts"]
+TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+NOT_BUILT = {
+    ("routed", "t5"): "is an encoder-decoder model, but a routed adapter chooses in one stack of layers",
+    ("prompts", "opt"): "selective prompts are not built for opt models: supported are llama",
+    ("prompts", "t5"): "selective prompts are not built for t5 models: supported are llama",
+}
+PAIRS = [pytest.param(method, family) for method in METHODS for family in FAMILIES if (method, family) not in NOT_BUILT]
+IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0], [3, 4, 5, 6, 0]])
+THERE = IDS != 0
+
+
+def base(family: str) -> Any:
+    """The same random model every time."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pad_token_id": 0,
+    }
+    heads: dict[str, Any] = {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8}
+    if family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).eval()
+    if family == "gemma3":
+        return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, sliding_window=8)).eval()
+    if family == "opt":
+        return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=24, max_position_embeddings=64, word_embed_proj_dim=16)).eval()
+    return tiny_base(family).eval()
+
+
+def config(method: str, family: str, **more: Any) -> Any:
+    task = TASKS.get(family, "CAUSAL_LM")
+    if method == "ranks":
+        return LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type=task, **more)
+    if method == "routed":
+        return RoutedLoraConfig(r=3, lora_alpha=6, task_type=task, **more)
+    return SelectivePromptConfig(prompt_layers=[1], task_type=task, **more)
+
+
+def scatter(model: Any, seed: int) -> None:
+    """Random values in everything that belongs to adapters."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_A", "lora_B", "lora_router", "spt_", "modules_to_save")):
+            with torch.no_grad():
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+
+
+def adapted(method: str, family: str, dtype: torch.dtype = torch.float32, **more: Any) -> PeftModel:
+    """A random adapter. With method "ranks" some have moved: one module has more, one fewer, and one has gone."""
+    model = get_peft_model(base(family).to(dtype), config(method, family, **more))
+    scatter(model, 1)
+    if method == "ranks":
+        slots.widen(model, 6)
+        few, many, none = list(slots.lora_layers(model).values())[:3]
+        slots.prune(few, "default", [0, 1])
+        slots.grow(many, "default", 2, torch.Generator().manual_seed(1))
+        slots.prune(none, "default", [0, 1, 2])
+        slots.compact(model)
+    return model.eval()
+
+
+def inputs(family: str) -> dict[str, torch.Tensor]:
+    texts = {"input_ids": IDS, "attention_mask": THERE.long()}
+    return texts | ({"decoder_input_ids": IDS} if family == "t5" else {})
+
+
+def logits(model: Any, family: str, **more: Any) -> torch.Tensor:
+    """Those of every token that is no padding, or of every row."""
+    with torch.no_grad():
+        found: torch.Tensor = model(**inputs(family), **more).logits
+    return found[THERE] if found.ndim == 3 else found
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def refused(error: type[Exception], match: str) -> AbstractContextManager[Any]:
+    return pytest.raises(error, match=match)
+
+
+@pytest.mark.parametrize(("method", "family"), NOT_BUILT)
+def test_what_is_not_built_is_refused_at_once(method: str, family: str) -> None:
+    with refused(GatewiseError, NOT_BUILT[method, family]):
+        adapted(method, family)
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_saved_and_loaded(method: str, family: str, tmp_path: Path) -> None:
+    """By PEFT in either way, as another adapter, by its state dict, and its configuration."""
+    model = adapted(method, family)
+    expected = logits(model, family)
+    model.save_pretrained(tmp_path)
+    own, read = model.peft_config["default"].to_dict(), PeftConfig.from_pretrained(str(tmp_path)).to_dict()
+    assert {key for key in own if own[key] != read[key]} <= {"inference_mode", "base_model_name_or_path"}
+    for low_memory in (False, True):
+        loaded = PeftModel.from_pretrained(base(family), tmp_path, low_cpu_mem_usage=low_memory).eval()
+        same(logits(loaded, family), expected)
+        loaded.load_adapter(str(tmp_path), "other", low_cpu_mem_usage=low_memory)
+        loaded.set_adapter("other")
+        same(logits(loaded, family), expected)
+    other = get_peft_model(base(family), copy.deepcopy(model.peft_config["default"])).eval()
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    same(logits(other, family), expected)
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_several_adapters(method: str, family: str) -> None:
+    """Added, switched to, switched off, deleted, unloaded."""
+    model, plain = adapted(method, family), logits(base(family), family)
+    expected = logits(model, family)
+    assert not torch.allclose(expected, plain, atol=1e-4)
+    with model.disable_adapter():
+        same(logits(model, family), plain)
+    model.add_adapter("two", config(method, family))
+    model.set_adapter("two")
+    assert not torch.allclose(logits(model, family), expected, atol=1e-4)
+    model.set_adapter("default")
+    same(logits(model, family), expected)
+    model.delete_adapter("two")
+    same(logits(model, family), expected)
+    if family != "bert":  # where PEFT leaves the trained head behind
+        same(logits(model.unload(), family), plain)
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_copied_and_pickled(method: str, family: str) -> None:
+    model = adapted(method, family)
+    expected = logits(model, family)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    scatter(model, 5)
+    for twin in twins:
+        same(logits(twin, family), expected)
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_modules_saved_with_the_adapter(method: str, family: str, tmp_path: Path) -> None:
+    name = {"bert": "classifier", "t5": "lm_head", "gpt2": "ln_f", "opt": "final_layer_norm"}.get(family, "norm")
+    model = adapted(method, family, modules_to_save=[name])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(family), tmp_path).eval()
+    same(logits(loaded, family), logits(model, family))
+    with model.disable_adapter():
+        same(logits(model, family), logits(base(family), family))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_half_precision(method: str, family: str, dtype: torch.dtype) -> None:
+    half, whole = (logits(adapted(method, family, kind), family).float() for kind in (dtype, torch.float32))
+    assert (half - whole).abs().max() < 0.1 * whole.abs().max()
+
+
+@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if "bert" not in pair.values])
+def test_generation_with_and_without_a_cache(method: str, family: str) -> None:
+    model = adapted(method, family)
+    given = {"input_ids": IDS[:1], "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**given), model.generate(**given, use_cache=False))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_gradient_checkpointing(method: str, family: str, reentrant: bool) -> None:
+    """The gradients are those without."""
+    model = adapted(method, family)
+    data = inputs(family) | {"labels": torch.tensor([0, 1, 2]) if family == "bert" else torch.where(torch.arange(5) < 2, -100, IDS)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    trained = {
+        name: parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters()
+        if any(part in name for part in ("lora_A", "lora_B", "lora_router", "spt_"))
+    }
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model.train()(**data).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
+
+    expected = gradients()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = gradients()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+# OPT flattens batch and tokens, which PEFT's own batches of several adapters cannot tell apart.
+@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if pair.values != ("ranks", "opt")])
+def test_a_batch_of_several_adapters(method: str, family: str) -> None:
+    model = adapted(method, family)
+    expected, plain = (one(**inputs(family)).logits.detach() for one in (model, base(family)))
+    model.add_adapter("two", config(method, family))
+    refusal = refused(GatewiseError, "one adapter's prompts serve the whole batch: run the rows of each adapter by themselves")
+    with refusal if method == "prompts" else nullcontext(), torch.no_grad():
+        mixed = model(**inputs(family), adapter_names=["default", "__base__", "two"]).logits
+        for row, alone in enumerate((expected, plain)):
+            there = THERE[row] if mixed.ndim == 3 else ...
+            same(mixed[row][there], alone[row][there])
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_merged(method: str, family: str) -> None:
+    model = adapted(method, family)
+    expected = logits(model, family)
+    refusal = refused(GatewiseError, "cannot be merged, because (every prompt chooses|they are tokens generated)")
+    with nullcontext() if method == "ranks" else refusal:
+        same(logits(model.merge_and_unload(), family), expected)
+    if method != "ranks":
+        same(logits(model, family), expected)
+
+
+@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if "bert" not in pair.values])
+def test_added_up(method: str, family: str) -> None:
+    """Two adapters side by side; the other one still does nothing. PEFT refuses it where both have a head of their own (BERT)."""
+    model = adapted(method, family)
+    expected = logits(model, family)
+    model.add_adapter("two", config(method, family))
+    with nullcontext() if method == "ranks" else refused(GatewiseError, "cannot be added up, because each"):
+        model.add_weighted_adapter(["default", "two"], [1.0, 0.5], "sum", combination_type="cat")
+        model.set_adapter("sum")
+    same(logits(model, family), expected)
+
+
+@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if "bert" not in pair.values])
+def test_hotswapped(method: str, family: str, tmp_path: Path) -> None:
+    """PEFT swaps LoRA alone, and no head."""
+    model = adapted(method, family)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, family)
+    scatter(model, 9)
+    with nullcontext() if method == "ranks" else refused(ValueError, "Hotswapping only supports LORA"):
+        hotswap_adapter(model, str(tmp_path), "default")
+        same(logits(model, family), expected)
+
+
+def by_injection(model: Any, method: str, family: str, folder: Path) -> None:
+    inject_adapter_in_model(config(method, family), model)
+
+
+def by_transformers(model: Any, method: str, family: str, folder: Path) -> None:
+    model.load_adapter(str(folder))
+
+
+@pytest.mark.parametrize("way", [by_injection, by_transformers])
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_without_a_peft_model(method: str, family: str, way: Callable[..., None], tmp_path: Path) -> None:
+    """PEFT's injection and Transformers' ``load_adapter``: methods that route or prompt need the tuner around the model."""
+    model = adapted(method, family)
+    model.save_pretrained(tmp_path)
+    bare = base(family)
+    with nullcontext() if method == "ranks" else refused(ValueError, "uses shared state stored on the tuner"):
+        way(bare, method, family, tmp_path)
+        expected = model if way is by_transformers else base(family)  # a new adapter does nothing yet
+        same(logits(bare.eval(), family), logits(expected, family))
