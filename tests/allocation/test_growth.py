@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 
 from gatewise.allocation import slots
 from gatewise.allocation.callback import RankAllocation
-from gatewise.allocation.growth import YoungSlots
+from gatewise.allocation.growth import DeadSlots, YoungSlots
 
 PATH = "model.layers.0.mlp.up_proj"
 RATE = 1e-3
@@ -217,6 +217,45 @@ def test_codes_of_eight_bits_start_at_the_mean_of_the_live_ranks(adapted, block)
         scale = state["absmax2"].repeat_interleave(block)[: value.numel()].view(value.shape)
         torch.testing.assert_close(table[state["state2"].long()] * scale, value, rtol=0, atol=0.01)
         assert (state["state1"] == 0).all()
+
+
+class Restless(SGD):
+    """Moves every weight a little, as optimisers do that round their averages."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data += 1e-6
+
+
+def test_dead_slots_are_put_back_and_live_ones_are_not(trained, caplog):
+    layer, optimizer = trained(Restless, {}, steps=0)
+    parameters = slots.factors(layer, "default")
+    dead = DeadSlots()
+    dead.follow(slots.places(layer, "default", [3, 4]))
+    before = [one.detach().clone() for one in parameters]
+    for number in range(2):
+        step(optimizer, parameters, gradients(number, layer))
+        assert slots.live_slots(layer, "default") == [0, 1, 2, 3, 4]
+        dead.keep(optimizer)
+        assert slots.live_slots(layer, "default") == [0, 1, 2]
+    assert not any(torch.equal(now, old) for now, old in zip(parameters, before, strict=True))
+    assert caplog.text.count("Restless moves weights that have no gradient") == 1
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    dead.follow(slots.places(layer, "default", [4]))
+    step(optimizer, parameters, gradients(3, layer))
+    dead.keep(optimizer)
+    assert slots.live_slots(layer, "default") == [0, 1, 2, 3]
+
+
+def test_dead_slots_cost_torchs_own_optimisers_nothing(trained, monkeypatch):
+    layer, optimizer = trained(AdamW, {}, steps=3)
+    dead = DeadSlots()
+    dead.follow(slots.places(layer, "default", [1, 4]))
+    monkeypatch.setattr(torch.Tensor, "index_fill_", lambda *_: pytest.fail("a weight was written"))
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda *_: pytest.fail("a weight was read"))
+    dead.keep(optimizer)
 
 
 class Packed(torch.Tensor):

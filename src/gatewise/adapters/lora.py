@@ -33,9 +33,9 @@ def active_adapter(model: nn.Module, adapter: str | None = None) -> str:
 def takes_out_of_base(init_lora_weights: object) -> bool:
     """Whether PEFT takes this start of A and B out of the base weights, by the rank, each time it makes or loads an adapter.
 
-    PiSSA, OLoRA and CorDA do. At another rank such an adapter would not find the base weights that it was trained on.
+    PiSSA, OLoRA, CorDA and LoftQ do. At another rank such an adapter would not find the base weights that it was trained on.
     """
-    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora", "corda"))
+    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora", "corda", "loftq"))
 
 
 def rank_settings(rank: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, Any]:

@@ -24,11 +24,13 @@ from gatewise.adapters.files import ALLOCATION_FILE, WEIGHTS_FILE
 from gatewise.adapters.whole import WholeAdapter
 from gatewise.allocation import SCHEDULES, Schedule, slots
 from gatewise.allocation.algorithm import Round, Rules, cubic_budget, run_round
-from gatewise.allocation.growth import Place, YoungSlots
+from gatewise.allocation.growth import DeadSlots, Place, YoungSlots
+from gatewise.allocation.refusals import refuse_what_cannot_work
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import Batches, Scores, as_batches
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
+from gatewise.internals.quantised import never_pack
 from gatewise.internals.zero import Zero, zero_of
 
 logger = logging.getLogger(__name__)
@@ -138,6 +140,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._capacity: dict[str, int] = {}
         self._steps: list[int] = []
         self._young = YoungSlots()
+        self._dead = DeadSlots()
         self._whole = WholeAdapter()
         self._zero: Zero | None = None
         self._unhook: Callable[[], None] | None = None
@@ -154,6 +157,8 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "let the Trainer make the optimizer, or choose it with TrainingArguments(optim=...)"
             )
         self._adapter = slots.active_adapter(model, self._adapter)
+        never_pack(model)  # or an evaluation would break the training that follows it
+        refuse_what_cannot_work(model, self._adapter)
         # Two callbacks in one Trainer are told of the same state.
         taken = state.__dict__.setdefault("_adapters_allocated", set())
         if self._name in taken:
@@ -213,9 +218,10 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Makes the step of ranks that were grown not long ago that of a new adapter."""
+        """Makes the step of ranks that were grown not long ago that of a new adapter, and that of dead ones none."""
         if self._zero is None:  # else it is done before ZeRO copies the step into the model
             self._young.correct(kwargs["optimizer"], state.global_step + 1)
+            self._dead.keep(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Runs a round where one is due."""
@@ -225,6 +231,10 @@ class RankAllocation(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compacts the adapter to its true ranks."""
         self._whole.on_train_end(args, state, control, **kwargs)
+        optimizer: Any = kwargs.get("optimizer")
+        # Schedule-free optimisers train beside the average that is their result. A best checkpoint has that average already.
+        if hasattr(optimizer, "eval") and not (args.load_best_model_at_end and state.best_model_checkpoint):
+            optimizer.eval()
         if self._zero is not None:
             self._zero.gather(self._factors(kwargs["model"]))
         if self._unhook is not None:
@@ -360,10 +370,11 @@ class RankAllocation(TrainerCallback, ExportableState):
         return nullcontext(optimizer) if self._zero is None or optimizer is None else self._zero.whole(self._factors(model))
 
     def _follow(self, model: PeftModel, optimizer: torch.optim.Optimizer | None) -> None:
-        """Has the steps of ranks grown so far corrected."""
+        """Has the steps of ranks grown so far corrected, and dead ranks kept dead. With ZeRO none comes to life."""
         places, zero = slots.all_places(model, self._adapter), self._zero
         if zero is None:
             self._young.follow(places, self.history, optimizer)
+            self._dead.follow(slots.dead_places(model, self._adapter))
             return
 
         def here(where: Callable[[Sequence[int]], Sequence[Place]], chosen: Sequence[int]) -> list[Place]:

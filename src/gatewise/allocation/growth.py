@@ -9,8 +9,12 @@ rates a step. There are two remedies:
   parameter's step count took it to where the slot's own age takes it. It needs the averages and the two counts, nothing else.
 - Every other optimiser that counts steps (NAdam, Adafactor, 8-bit Adam, schedule-free Adam), roughly: the slot's running average
   of squares starts at the mean of the live slots', so that its steps are about as large as theirs.
+
+A dead slot has no gradient, and an optimiser that computes exactly leaves it where it is. One that rounds its averages to 8 bits
+does not: ``DeadSlots`` puts it back after each step.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "state2")
 # A slot is young until its bias correction is as near to 1 as this: for 9,200 steps at Adam's usual beta of 0.999.
 _NEGLIGIBLE = 1e-4
+
+logger = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -204,6 +210,37 @@ class YoungSlots:
                 for (parameter, dim, index), part, like in zip(members, parts, means, strict=True):
                     parameter.index_add_(dim, index, part.view_as(like).to(parameter.dtype))
         self._slots = {parameter: young for parameter, young in self._slots.items() if young}
+
+
+class DeadSlots:
+    """The dead slots, which stay dead whatever the optimiser does to weights without a gradient.
+
+    torch's own optimisers do nothing to them, and cost nothing here.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[Place] = []
+        self._said = False
+
+    def follow(self, places: Iterable[Place]) -> None:
+        """Learns where dead slots lie now. Call it when training begins and after each round."""
+        self._places = [place for place in places if len(place.indices)]
+
+    @torch.no_grad()
+    def keep(self, optimizer: Optimizer) -> None:
+        """Sets to zero what a step of the optimiser made of dead slots, and says so the first time. Call it after each step."""
+        kind = type(getattr(optimizer, "optimizer", optimizer))
+        if not self._places or kind.__module__.startswith("torch.optim."):
+            return
+        if not self._said:
+            found = [parameter.index_select(dim, dead).count_nonzero() for parameter, dim, dead in self._places]
+            if any(torch.stack([one.to(found[0].device) for one in found]).tolist()):
+                self._said = True
+                logger.warning(
+                    "%s moves weights that have no gradient: dead ranks are put back after each of its steps", kind.__name__
+                )
+        for parameter, dim, dead in self._places:
+            parameter.index_fill_(dim, dead, 0)
 
 
 def _adam(mean: Tensor, squares: Tensor, count: int, group: Mapping[str, Any]) -> Tensor:

@@ -5,7 +5,7 @@ worth keeping. Every score takes ``(model, batch, adapter=None, ...)`` where ``b
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
 from gatewise.internals.library_attributes import original_forward, recomputed_layers
+from gatewise.internals.quantised import computing_as_in_training, is_quantised
 from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, mean_loss, microbatches, padded_tokens, row_losses
 from gatewise.models.device import has_bfloat16, random_state_kept
 from gatewise.processes import count, is_sharded, shared_out, summed
-
-_PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 Scores = dict[str, Tensor]
 Batches = Batch | Sequence[Batch]
@@ -155,7 +154,7 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
     Args:
         float32: convert half-precision weights while scoring; False scores in the model's own precision (less memory). None, for
             gradients, converts float16, in which small ones are lost, and bfloat16 where the device only emulates it, which is
-            slower. The weights of a sharded model are left as they are in any case.
+            slower. Quantised weights and those of a sharded model are left as they are in any case.
     """
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
@@ -167,12 +166,13 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     original = original_forward(model)
     wrapped = model.__dict__.get("forward") if original is not None else None
-    with random_state_kept(device), torch.autocast(device.type, enabled=False):
+    with random_state_kept(device), torch.autocast(device.type, enabled=False), ExitStack() as stack:
         try:
             recomputed = recomputed_layers(model)
             model.eval()
             for layer in recomputed:
                 layer.training = True  # only the layer itself, which looks whether to keep its activations; its dropout is off
+            stack.enter_context(computing_as_in_training(model))
             if original is not None:
                 model.forward = original
             for tensor in half:
@@ -194,13 +194,7 @@ def _half_precision(model: nn.Module, kinds: tuple[torch.dtype, ...]) -> list[Te
     """
     found: dict[int, Tensor] = {}
     for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if not any(map(_is_packed, own)):
+        if not is_quantised(module):
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             found |= {id(tensor): tensor for tensor in own if tensor.dtype in kinds}
     return list(found.values())
-
-
-def _is_packed(tensor: Tensor) -> bool:
-    """Whether a tensor holds quantised numbers: bitsandbytes and torchao have their own types, GPTQ and AWQ pack into integers."""
-    of_its_own = isinstance(tensor, nn.Parameter) and type(tensor) is not nn.Parameter
-    return of_its_own or hasattr(tensor, "quant_state") or tensor.dtype in _PACKED

@@ -77,6 +77,13 @@ def all_places(model: nn.Module, adapter: str | None = None) -> dict[str, Callab
     return {path: partial(places, layer, name) for path, layer in _layers(model, name).items()}
 
 
+def dead_places(model: nn.Module, adapter: str | None = None) -> list[Place]:
+    """Where the dead slots of all layers lie in their factors."""
+    name = active_adapter(model, adapter)
+    layers = _layers(model, name).values()
+    return [place for one in layers for place in places(one, name, (~live_mask(one, name)).nonzero().flatten())]
+
+
 def by_slot(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors of the shapes of A and B, as (r_max, numbers of a slot) each."""
     return a.flatten(1), b.transpose(0, 1).flatten(1)
@@ -260,13 +267,14 @@ def _write_config(model: PeftModel, name: str) -> None:
         # alpha / sqrt(r) would change with the rank; from here on the scaling is alpha / r with the same value.
         layer.use_rslora[name] = False
         layer.r[name], layer.lora_alpha[name] = rank[path], alpha[path]
-    if takes_out_of_base(config.init_lora_weights):
+    if takes_out_of_base(config.init_lora_weights) or config.init_lora_weights == "lora_ga":
         logger.warning(
             "adapter %r was made with init_lora_weights=%r, which changed the base weights: it belongs to the base model as it is "
             "now, not to a fresh copy. Save that too (model.unload().save_pretrained) and load the adapter on it",
             name, config.init_lora_weights,
         )  # fmt: skip
-        config.init_lora_weights = True  # or the base weights would be changed again, by other ranks
+    if config.init_lora_weights not in (True, False, None, "gaussian", "eva"):
+        config.init_lora_weights = True  # or loading would change the base weights again, by other ranks, or ask for an even rank
     config.use_rslora = False
     for key, value in rank_settings(rank, scaling).items():
         setattr(config, key, value)

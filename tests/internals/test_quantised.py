@@ -1,0 +1,80 @@
+"""What bitsandbytes does to its layers in evaluation, and that it does not happen, or is undone."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from gatewise.internals.quantised import computing_as_in_training, is_quantised, never_pack
+
+
+@pytest.fixture(params=[False, True], ids=["single", "double"])
+def layer(request):
+    """A 4-bit layer, its scales quantised too or not, that thinks itself on a processor for which it packs."""
+    made = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=request.param)
+    made = made.to("cpu")
+    made.support_avx512bf16_for_cpu = True
+    return made
+
+
+def values(layer):
+    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def pack(layer):
+    """As ``Linear4bit.forward`` does in evaluation on a processor with AVX512-BF16; this much runs on any."""
+    layer.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+
+
+def gradient(layer):
+    x = torch.ones(3, 128, requires_grad=True)
+    layer(x).sum().backward()
+    return x.grad
+
+
+def test_a_packed_weight_is_unpacked(layer):
+    before, data, slope = values(layer), layer.weight.data.clone(), gradient(layer)
+    pack(layer)
+    assert not torch.equal(layer.weight.data.flatten(), data.flatten())
+    never_pack(nn.Sequential(layer))
+    assert torch.equal(layer.weight.data, data)
+    # What packing rounded to bfloat16 stays rounded.
+    torch.testing.assert_close(values(layer), before, rtol=0.01, atol=0.01 * float(before.abs().max()))
+    torch.testing.assert_close(gradient(layer), slope, rtol=0.05, atol=0.01 * float(slope.abs().max()))
+
+
+def test_an_evaluation_does_not_pack_any_more(layer):
+    never_pack(nn.Sequential(layer))
+    before, place, scales = layer.weight.data.clone(), layer.weight.data_ptr(), layer.weight.quant_state.absmax.clone()
+    with torch.no_grad():
+        layer.eval()(torch.ones(3, 128))
+    assert layer.weight.data_ptr() == place
+    assert torch.equal(layer.weight.data, before)
+    assert torch.equal(layer.weight.quant_state.absmax, scales)
+    assert layer.train()(torch.ones(3, 128, requires_grad=True)).requires_grad
+
+
+def test_in_evaluation_layers_compute_as_in_training(layer):
+    eight = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False).to("cpu")
+    model = nn.ModuleList([layer, eight])
+    x = torch.randn(3, 128)
+    expected = [one(x) for one in model.train()]
+    places = [one.weight.data_ptr() for one in model]
+    pack(layer)
+    layer.eval()
+    with computing_as_in_training(model), torch.no_grad():
+        found = [one(x) for one in model]
+    torch.testing.assert_close(found[0], expected[0], rtol=0.02, atol=0.02)  # packing has rounded its scales
+    assert torch.equal(found[1], expected[1])
+    assert [layer.training, eight.training] == [False, True]
+    assert eight.weight.data_ptr() == places[1]
+
+
+def test_what_is_quantised():
+    eight = bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False).to("cpu")
+    four = bnb.nn.Linear4bit(64, 64).to("cpu")
+    packed = nn.Module()  # as GPTQ and AWQ keep them
+    packed.register_buffer("qweight", torch.ones(2, 2, dtype=torch.int32))
+    assert all(map(is_quantised, [eight, four, packed]))
+    counting = nn.BatchNorm1d(4)  # its counter is an int64 buffer
+    assert not any(map(is_quantised, [nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16), counting, nn.Sequential(four)]))
