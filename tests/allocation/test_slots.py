@@ -125,7 +125,7 @@ def test_compacted_loads_in_stock_peft(adapted, batch, tmp_path, family, targets
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(tiny_base(family), tmp_path)
     assert set(slots.lora_layers(loaded)) == set(kept)
-    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=3e-5)
     if (family, targets) == ("bart", COMPACTED[-1][1]):
         return  # encoder, decoder and head share one table, which PEFT would merge into
     merged = loaded.merge_and_unload()
