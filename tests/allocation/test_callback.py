@@ -58,7 +58,7 @@ def run(adapted, examples, tmp_path):
         data = examples(family)
         settings = {"rounds": 3, "first_round": 3, "recover": 2, "prune_fraction": 1 / 6, "score": "taylor", **(allocation or {})}
         held_out = {key: torch.stack([row[key] for row in data[:6]]) for key in data[0]}
-        callback = RankAllocation(validation_batch=held_out, **settings)
+        callback = RankAllocation(**{"validation_batch": held_out, **settings})
         arguments = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 10,
@@ -617,3 +617,22 @@ def test_cubic_without_rounds_needs_a_batch_too(adapted, examples, tmp_path):
     trainer = Trainer(model=adapted(), args=arguments, train_dataset=examples(), callbacks=[allocation])
     with pytest.raises(GatewiseError, match="needs validation_batch"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda data: {name: value.tolist() for name, value in data.items()},
+            r"has 'input_ids' as a list, but models take tensors",
+        ),
+        (lambda data: [data, {**data, "labels": data["labels"].tolist()}], r"has 'labels' as a list, but models take tensors"),
+        (lambda data: {**data, "labels": data["labels"][:2]}, r"has 6 rows of 'input_ids' and 2 of labels: give as many of both$"),
+        (lambda data: {**data, "labels": None}, r"a batch of tensors with 'labels' to score the ranks on$"),
+        (lambda data: [], r"a batch of tensors with 'labels' to score the ranks on$"),
+        (lambda data: "rows.jsonl", r"a batch of tensors with 'labels' to score the ranks on$"),
+    ],
+)
+def test_a_validation_batch_that_is_none_is_refused_before_training(run, batch, change, message):
+    with pytest.raises(GatewiseError, match=message):
+        run(allocation={"validation_batch": change(batch(rows=6))})

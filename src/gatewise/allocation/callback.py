@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -199,9 +200,8 @@ class RankAllocation(TrainerCallback, ExportableState):
             )
         if self._compacted:
             raise GatewiseError("this RankAllocation has finished and compacted its adapter: make a new Trainer and a new callback")
-        batches = [] if self.validation_batch is None else as_batches(self.validation_batch)
-        if (self.rounds or self.schedule == "cubic") and (not batches or any("labels" not in batch for batch in batches)):
-            raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
+        if self.rounds or self.schedule == "cubic":
+            _check_batches(self.validation_batch)
         self._whole.on_train_begin(args, state, control, **kwargs)
         layers = slots.lora_layers(kwargs["model"], self._adapter)
         if {path: slots.capacity(layer, self._name) for path, layer in layers.items()} != self._capacity:
@@ -426,6 +426,23 @@ def is_steps(value: float) -> bool:
 def in_steps(value: float, steps_per_epoch: int) -> int:
     """A span of training, in epochs or steps, as a number of optimiser steps."""
     return int(value) if is_steps(value) else max(1, round(value * steps_per_epoch))
+
+
+def _check_batches(given: Any) -> None:
+    batches = [] if given is None else as_batches(given)
+    if not batches or not all(isinstance(batch, Mapping) and batch.get("labels") is not None for batch in batches):
+        raise GatewiseError("RankAllocation needs validation_batch: a batch of tensors with 'labels' to score the ranks on")
+    for batch in batches:
+        for name, value in batch.items():
+            if isinstance(value, (list, tuple)):
+                raise GatewiseError(
+                    f"validation_batch has {name!r} as a {type(value).__name__}, but models take tensors: give what the data "
+                    "collator makes of the rows"
+                )
+            if isinstance(value, Tensor) and value.ndim and len(value) != len(batch["labels"]):
+                raise GatewiseError(
+                    f"validation_batch has {len(value)} rows of {name!r} and {len(batch['labels'])} of labels: give as many of both"
+                )
 
 
 def _check_schedule(schedule: str, target_rank: float | None, r_max: int | None) -> None:
