@@ -6,10 +6,22 @@ GPTQ and AWQ need a package of their own; docs/fitting.md says what was tried wi
 import bitsandbytes as bnb
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from tiny_models import random_adapter
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils.quantization_config import TorchAoConfig
 
 from gatewise import RankAllocation, ranks, scores
@@ -216,3 +228,41 @@ def test_a_base_that_passes_no_gradient_is_refused(base, rows, held_out, tmp_pat
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(GatewiseError, match=r"^model\.layers\.0\.self_attn\.q_proj is quantised .* no gradient passes"):
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation])
+
+
+def test_qlora_as_trl_runs_it(base, held_out, tmp_path):
+    """TRL makes the adapter itself, in bfloat16, on a 4-bit base, with gradient checkpointing and a paged 8-bit optimiser."""
+    import trl
+
+    words = {word: number for number, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(58))])}
+    inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = Whitespace()
+    allocation = RankAllocation(rounds=2, first_round=2, recover=2, validation_batch=held_out)
+    trainer = trl.SFTTrainer(
+        model=base("nf4 double", torch.bfloat16),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            optim="paged_adamw_8bit",
+            gradient_checkpointing=True,
+            bf16=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(16)]),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"),
+        peft_config=LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[allocation],
+    )
+    before = copied(of_the_base(trainer.model))
+    trainer.train()
+    assert [one.step for one in allocation.history] == [2, 4]
+    assert all(one.pruned and one.grown for one in allocation.history)
+    assert_same(of_the_base(trainer.model), before)
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base("nf4 double", torch.bfloat16), tmp_path / "adapter")
+    assert ranks(loaded) == {path: rank for path, rank in allocation.history[-1].ranks.items() if rank}

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from gatewise.adapters.files import PEFT_PREFIX
 from gatewise.errors import GatewiseError
 from gatewise.internals.quantised import is_quantised
+from gatewise.processes import is_sharded
 
 _WORKING = ("Dora", "ALora", "Velora")  # how the names of their classes begin
 _REASONS = {
@@ -40,7 +42,8 @@ def refuse_what_cannot_work(model: PeftModel, adapter: str) -> None:
             _refuse_variant(type(layer.lora_variant[adapter]).__name__)
         base = layer.get_base_layer()
         kinds = type(base), type(getattr(base, "weight", None))
-        if adapter in layer.lora_A and kinds not in looked_at and is_quantised(base):
+        linear = adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
+        if linear and kinds not in looked_at and is_quantised(base) and not is_sharded(model):
             looked_at.add(kinds)
             if not _passes_gradients(base, layer.in_features, getattr(model.get_base_model(), "dtype", torch.float32)):
                 raise GatewiseError(
