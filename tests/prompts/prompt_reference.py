@@ -112,7 +112,8 @@ def last_hidden(
         length = 0 if prompt is None else len(prompt)
         both = hidden if prompt is None else torch.cat([prompt, hidden])
         layer_type = getattr(base.config, "layer_types", [None] * len(layers))[index]
-        window = base.config.sliding_window if layer_type == "sliding_attention" else None
+        windowed = layer_type == "sliding_attention" or kind == "mistral"
+        window = base.config.sliding_window if windowed else None
         mask = mask_of(length, len(ids), causal, window).to(both.dtype)
         if kind == "gpt2":
             out = layer(both[None], None, mask)
@@ -135,7 +136,8 @@ def logits(base: Any, model: PeftModel, ids: Tensor, **settings: Any) -> Tensor:
         if "MaskedLM" in name:
             return (base.cls if kind == "bert" else base.lm_head)(hidden[None])[0]
         return (base.classifier(inner.pooler(hidden[None])) if kind == "bert" else base.classifier(hidden[None]))[0]
-    hidden = (inner.ln_f if kind == "gpt2" else inner.norm)(hidden)
+    norm = {"gpt2": "ln_f", "phi": "final_layernorm"}.get(kind, "norm")
+    hidden = inner.get_submodule(norm)(hidden)
     if "SequenceClassification" in name:
         return base.score(hidden[-1])
     return base.lm_head(hidden)

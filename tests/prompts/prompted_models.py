@@ -17,6 +17,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -70,8 +78,8 @@ _GEMMA = {
     "tie_word_embeddings": False,
 }
 
-DECODERS = ["llama", "gemma3", "qwen2", "qwen3", "gpt2"]
-SLIDING = ["qwen2-sliding", "gemma3-sliding"]
+DECODERS = ["llama", "gemma3", "qwen2", "qwen3", "gpt2", "mistral", "mixtral", "phi", "phi3"]
+SLIDING = ["qwen2-sliding", "gemma3-sliding", "mistral-sliding"]
 """Decoders all of whose layers have a window."""
 ENCODERS = ["bert", "roberta", "bert-mlm", "roberta-mlm"]
 CLASSIFIERS = ["bert", "roberta", "llama-classifier", "gpt2-classifier"]
@@ -88,6 +96,11 @@ _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gemma3-sliding": (Gemma3ForCausalLM, Gemma3TextConfig, _DECODER | _GEMMA | {"layer_types": ["sliding_attention"] * LAYERS}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, _DECODER),
     "gpt2": (GPT2LMHeadModel, GPT2Config, _GPT2),
+    "mistral": (MistralForCausalLM, MistralConfig, _DECODER | {"sliding_window": None}),
+    "mistral-sliding": (MistralForCausalLM, MistralConfig, _DECODER | {"sliding_window": 4}),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, _DECODER | {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "phi": (PhiForCausalLM, PhiConfig, {**_DECODER, "partial_rotary_factor": 0.5, "resid_pdrop": 0.0}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, _DECODER),
     "bert": (BertForSequenceClassification, BertConfig, _ENCODER),
     "roberta": (RobertaForSequenceClassification, RobertaConfig, _ENCODER),
     "bert-mlm": (BertForMaskedLM, BertConfig, _ENCODER),

@@ -21,8 +21,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
 )
 
 from gatewise import GatewiseError, SelectivePromptConfig
@@ -278,10 +278,9 @@ def test_settings_that_do_not_fit_the_model():
 
 def test_other_architectures():
     tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
-    with pytest.raises(
-        GatewiseError, match="not built for mistral models: supported are llama, gemma3_text, qwen2, qwen3, gpt2, bert"
-    ):
-        get_peft_model(MistralForCausalLM(MistralConfig(**tiny, num_key_value_heads=2)), prompt_config())
+    listed = "llama, gemma3_text, qwen2, qwen3, mistral, mixtral, phi, phi3, gpt2, bert, roberta"
+    with pytest.raises(GatewiseError, match=f"not built for olmo models: supported are {listed}$"):
+        get_peft_model(OlmoForCausalLM(OlmoConfig(**tiny, num_key_value_heads=2)), prompt_config())
     for family in ("t5", "bart"):
         with pytest.raises(GatewiseError, match=f"not built for {family} models: supported are llama"):
             get_peft_model(tiny_base(family), prompt_config())
