@@ -1,8 +1,9 @@
 """ALoRA and PI-LoRA: ranks that move between the LoRA modules of a model while it trains.
 
 ``callback.py`` is ``RankAllocation``, what a Trainer calls. ``algorithm.py`` is a round, from scores to what is pruned and grown.
-``slots.py`` has the live and dead ranks of stock LoRA layers, ``growth.py`` what the optimiser keeps of them, ``gates.py`` the
-gates that scores are taken through, and ``scores/`` one file a score.
+``slots.py`` has the live and dead ranks of stock LoRA layers, ``growth.py`` what the optimiser keeps and makes of them,
+``refusals.py`` the adapters and bases whose ranks cannot be moved, ``gates.py`` the gates that scores are taken through, and
+``scores/`` one file a score.
 """
 
 from typing import TYPE_CHECKING, Any, Literal, get_args
