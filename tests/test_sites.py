@@ -25,6 +25,7 @@ from gatewise.sites import KIND_ORDER, kind_key, site, sites_in_order
         ("decoder.block.0.layer.2.DenseReluDense.wi_0", 0, "gate"),
         ("decoder.block.0.layer.2.DenseReluDense.wo", 0, "down"),
         ("model.decoder.layers.3.encoder_attn.v_proj", 3, "v"),
+        ("model.layers.3.mlp.experts.gate_up_proj[12]", 3, "gate_up"),
         ("lm_head", None, "lm_head"),
     ],
 )

@@ -13,6 +13,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -22,6 +26,11 @@ from transformers import (
 )
 
 VOCABULARY = 60
+EXPERTS = {
+    "target_modules": ["q_proj", "v_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
+"""LoRA on the stacked experts of "mixtral" and "qwen3_moe", and on linear layers."""
 
 OTHER_LAYERS = {
     "llama": ["embed_tokens", "q_proj"],
@@ -31,12 +40,19 @@ OTHER_LAYERS = {
 }
 """Family -> targets of LoRA with embeddings, or convolutions over images or sound, among linear layers."""
 
+ALL_KINDS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in ("llama", "gpt2", "bert", "t5", "bart")),
+    *((family, {"target_modules": targets}) for family, targets in OTHER_LAYERS.items()),
+    *((family, EXPERTS) for family in ("mixtral", "qwen3_moe")),
+]
+"""(family, settings of LoRA): a model of each kind with each kind of LoRA layer."""
+
 
 def tiny_base(family: str) -> Any:
     """A two-layer random model.
 
-    "llama" and "gpt2" write texts, and so do "t5" and "bart", which have an encoder. "bert", "vit" (of images) and "wav2vec2" (of
-    sounds) are classifiers with three classes.
+    "llama" and "gpt2" write texts, and so do "mixtral" and "qwen3_moe", which have stacked experts, and "t5" and "bart", which have
+    an encoder. "bert", "vit" (of images) and "wav2vec2" (of sounds) are classifiers with three classes.
     """
     if family == "llama":
         config = LlamaConfig(
@@ -51,6 +67,23 @@ def tiny_base(family: str) -> Any:
         return LlamaForCausalLM(config)
     if family == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+    if family == "mixtral":
+        sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=VOCABULARY,
+                num_key_value_heads=1,
+                num_local_experts=3,
+                num_experts_per_tok=2,
+                initializer_range=0.3,
+                **sizes,
+            )
+        )
+    if family == "qwen3_moe":
+        sizes = {"hidden_size": 16, "moe_intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+        return Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(vocab_size=VOCABULARY, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, **sizes)
+        )
     if family == "t5":
         sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
         return T5ForConditionalGeneration(

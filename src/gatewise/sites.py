@@ -58,7 +58,8 @@ class Site:
     """One module that carries, or could carry, ranks.
 
     Attributes:
-        path: the module's path in the base model, such as ``model.layers.3.self_attn.q_proj``.
+        path: the module's path in the base model, such as ``model.layers.3.self_attn.q_proj``; that of an expert in a stacked
+            parameter is the parameter's with its number, such as ``model.layers.3.mlp.experts.down_proj[2]``.
         layer: the index of its Transformer layer, or None outside the stack of layers.
         kind: what the module does: one of ``KIND_ORDER`` or, for names not known, the path's last name.
     """
@@ -71,7 +72,7 @@ class Site:
 def site(path: str) -> Site:
     """Reads layer and kind from a module path of the base model."""
     found = _LAYER_INDEX.search(path)
-    names = path.split(".")
+    names = path.partition("[")[0].split(".")
     kind = names[-1]
     for length in (3, 2, 1):
         ending = ".".join(names[-length:])

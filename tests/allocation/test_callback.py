@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import OTHER_LAYERS, tiny_base
+from tiny_models import EXPERTS, OTHER_LAYERS, tiny_base
 from torch.utils.data import IterableDataset
 from transformers import (
     Seq2SeqTrainer,
@@ -109,6 +109,7 @@ def logits(model, rows):
         ("gpt2", {"target_modules": OTHER_LAYERS["gpt2"], "fan_in_fan_out": True}, {"bf16": True}),
         ("vit", {"target_modules": OTHER_LAYERS["vit"], "use_dora": True}, {"gradient_checkpointing": True}),
         ("wav2vec2", {"target_modules": OTHER_LAYERS["wav2vec2"]}, {"weight_decay": 0.1}),
+        ("mixtral", EXPERTS, {"gradient_checkpointing": True, "weight_decay": 0.1}),
         ("t5", {}, {"predict_with_generate": True, "bf16": True}),
         ("bart", {"use_dora": True}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     ],
@@ -123,7 +124,8 @@ def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest
         assert sum(map(len, one.pruned.values())) == round(start / 6)
         assert not one.pruned.keys() & one.grown.keys()
         assert torch.isfinite(torch.tensor([one.loss_before, one.loss_after])).all()
-    assert slots.ranks(model) == {path: r for path, r in allocation.history[-1].ranks.items() if r}
+    live = {path: rank for path, rank in slots.ranks(model).items() if rank}  # an expert stays with its fellows without
+    assert live == {path: rank for path, rank in allocation.history[-1].ranks.items() if rank}
     expected = logits(model, examples(family))
     model.save_pretrained(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -197,9 +199,17 @@ def test_same_training_as_stock_lora_until_the_first_round(run, adapted, example
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "targets"), [("llama", "all-linear"), ("bert", "all-linear"), ("t5", ["shared", "q", "wo"])])
-def test_resumed_equals_uninterrupted(run, tmp_path, family, targets):
-    peft, training = {"lora_dropout": 0.1, "target_modules": targets}, {"save_strategy": "steps", "save_steps": 4}
+@pytest.mark.parametrize(
+    ("family", "peft"),
+    [
+        ("llama", {"lora_dropout": 0.1}),
+        ("bert", {"lora_dropout": 0.1}),
+        ("t5", {"lora_dropout": 0.1, "target_modules": ["shared", "q", "wo"]}),
+        ("mixtral", EXPERTS),
+    ],
+)
+def test_resumed_equals_uninterrupted(run, tmp_path, family, peft):
+    training = {"save_strategy": "steps", "save_steps": 4}
     whole, allocation, _ = run(family, peft=peft, training=training)
     expected = {name: value.clone() for name, value in whole.state_dict().items()}
     resumed, again, _ = run(family, peft=peft, training=training, resume=str(tmp_path / "run" / "checkpoint-4"))

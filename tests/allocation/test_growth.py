@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import OTHER_LAYERS
+from tiny_models import EXPERTS, OTHER_LAYERS
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor
@@ -188,6 +188,30 @@ def test_a_module_without_a_live_rank_starts_anew(trained):
     before = [one.detach().clone() for one in parameters]
     step(optimizer, parameters, gradients(300, layer))
     assert moves(parameters, before, 0).abs().max() < 1.1
+
+
+def test_an_expert_without_a_live_rank_starts_at_the_mean_of_its_fellows(adapted):
+    """Its rows are some of a parameter's: what the optimiser keeps of the others must not be lost with them."""
+    model = adapted("mixtral", **EXPERTS)
+    layers = slots.lora_layers(model)
+    first, second, third = (layers[f"model.layers.0.mlp.experts.down_proj[{number}]"] for number in range(3))
+    parameters = slots.factors(first, "default")
+    optimizer = NAdam(parameters, lr=RATE)
+    step(optimizer, parameters, [torch.randn_like(parameter) for parameter in parameters])
+    slots.prune(first, "default", [0, 1, 2], optimizer)
+    kept = [{key: optimizer.state[one][key].clone() for key in ("exp_avg", "exp_avg_sq")} for one in parameters]
+    slots.grow(first, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    for key in ("exp_avg", "exp_avg_sq"):
+        now = [optimizer.state[one][key] for one in parameters]
+        was = [one[key] for one in kept]
+        for expert in (second, third):
+            for new, old in zip(slots.by_slot(expert, "default", *now), slots.by_slot(expert, "default", *was), strict=True):
+                assert torch.equal(new, old)
+        fellows = [torch.cat(both) for both in zip(*(slots.by_slot(one, "default", *was) for one in (second, third)), strict=True)]
+        for new, others in zip(slots.by_slot(first, "default", *now), fellows, strict=True):
+            expected = others.mean(dim=0) if key == "exp_avg_sq" else torch.zeros_like(others[0])
+            torch.testing.assert_close(new[0], expected)
+            assert (new[1:] == 0).all()
 
 
 @pytest.mark.parametrize("block", [256, 2048])
@@ -379,11 +403,11 @@ def test_old_ranks_cost_nothing(trained):
 
 @pytest.fixture
 def train(adapted, batch, tmp_path):
-    """train(resume, watch) -> weights and allocation after 30 steps of a real Trainer, with rounds after 5 and 9."""
+    """train(resume, watch, family, lora) -> weights and allocation after 30 steps of a real Trainer, with rounds after 5 and 9."""
 
-    def run(resume=None, watch=None):
+    def run(resume=None, watch=None, family="llama", lora=None):
         torch.manual_seed(0)
-        model, data = adapted(trained=False), batch(rows=16)
+        model, data = adapted(family, trained=False, **(lora or {})), batch(family, rows=16)
         rows = [{key: value[index] for key, value in data.items()} for index in range(16)]
         allocation = RankAllocation("taylor", rounds=2, prune_fraction=1 / 6, first_round=5, recover=4, validation_batch=data)
         arguments = TrainingArguments(
@@ -412,31 +436,44 @@ def train(adapted, batch, tmp_path):
     return run
 
 
-def test_in_a_trainer_the_first_step_of_a_grown_column_is_one_learning_rate(train):
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("llama", {}),
+        ("llama", {"target_modules": OTHER_LAYERS["llama"]}),
+        ("vit", {"target_modules": ["projection", "fc1"]}),
+        ("mixtral", EXPERTS),
+    ],
+)
+def test_in_a_trainer_the_first_step_of_a_grown_rank_is_one_learning_rate(train, family, lora):
+    """Of the factor that is zero: the other one has no gradient then."""
     before, moved = {}, {}
 
     def watch(layers, history, at):
         for path, layer in layers.items():
-            now = layer.lora_B["default"].weight.detach().clone()
+            now = [one.detach().clone() for one in slots.by_slot(layer, "default", *slots.factors(layer, "default"))]
             grown = history[-1].grown.get(path) if history else None
             if grown and history[-1].step < at:
-                move = (now - before[path])[:, grown].abs().max() / RATE
+                move = max(((new - old)[grown].abs().max() / RATE) for new, old in zip(now, before[path], strict=True))
                 moved.setdefault(at - history[-1].step, []).append(float(move))
             before[path] = now
 
-    train(watch=watch)
+    train(watch=watch, family=family, lora=lora)
     assert max(moved[1]) == pytest.approx(1, rel=1e-2)
     assert max(max(values) for values in moved.values()) < 1.2
 
 
-def test_a_run_resumed_while_ranks_are_young_ends_with_the_same_weights(train, tmp_path, monkeypatch):
-    expected, allocation = train()
+@pytest.mark.parametrize(
+    ("family", "lora"), [("llama", {}), ("vit", {"target_modules": ["projection", "fc1"]}), ("mixtral", EXPERTS)]
+)
+def test_a_run_resumed_while_ranks_are_young_ends_with_the_same_weights(train, tmp_path, monkeypatch, family, lora):
+    expected, allocation = train(family=family, lora=lora)
     assert [one.step for one in allocation.history] == [5, 9]
     assert all(one.grown for one in allocation.history)
-    resumed, _ = train(resume=str(tmp_path / "run" / "checkpoint-12"))
+    resumed, _ = train(resume=str(tmp_path / "run" / "checkpoint-12"), family=family, lora=lora)
     assert resumed.keys() == expected.keys()
     for name, value in resumed.items():
         assert torch.equal(value, expected[name]), name
     monkeypatch.setattr(YoungSlots, "correct", lambda self, optimizer, step: None)
-    other, _ = train(resume=str(tmp_path / "run" / "checkpoint-12"))
+    other, _ = train(resume=str(tmp_path / "run" / "checkpoint-12"), family=family, lora=lora)
     assert not all(torch.equal(value, expected[name]) for name, value in other.items())

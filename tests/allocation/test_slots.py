@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import OTHER_LAYERS, tiny_base
+from tiny_models import EXPERTS, OTHER_LAYERS, tiny_base
 
 from gatewise.adapters.export import to_lora
 from gatewise.allocation import slots
 from gatewise.errors import GatewiseError
+from gatewise.inspection import read_budget
 
 
 def output(model, batch):
@@ -283,19 +284,95 @@ def test_convolutions_in_groups_are_left_as_they_are(adapted, batch, tmp_path):
     torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_stacked_experts_are_refused(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_each_expert_has_ranks_of_its_own(adapted, batch, family):
+    model, data = adapted(family, **EXPERTS), batch(family)
+    before = output(model, data)
+    layers = slots.lora_layers(model)
+    experts = 3 if family == "mixtral" else 4
+    path = "model.layers.1.mlp.experts.down_proj"
+    assert sum(one.startswith(path) for one in layers) == experts
+    assert slots.widen(model, 5) == dict.fromkeys(layers, 5)
+    torch.testing.assert_close(output(model, data), before, rtol=1e-5, atol=1e-5)
+    assert set(slots.ranks(model).values()) == {3}
+    wrapper = layers[f"{path}[1]"].layer
+    change = wrapper.get_delta_weight("default").detach()  # (experts, d_out, d_in)
+    lost = layers[f"{path}[1]"]
+    rows, columns = slots.by_slot(lost, "default", *(factor.detach() for factor in slots.factors(lost, "default")))
+    torch.testing.assert_close(2.0 * columns.T @ rows, change[1])
+    expected = change.clone()
+    expected[1] -= 2.0 * torch.outer(columns[2], rows[2])
+    slots.prune(lost, "default", [2])
+    torch.testing.assert_close(wrapper.get_delta_weight("default").detach(), expected)
+    assert {one: slots.live_slots(layer, "default") for one, layer in layers.items() if one.startswith(path)} == {
+        f"{path}[{number}]": [0, 1] if number == 1 else [0, 1, 2] for number in range(experts)
+    }
+    assert slots.grow(layers[f"{path}[0]"], "default", 2, torch.Generator().manual_seed(5)) == [3, 4]
+    torch.testing.assert_close(wrapper.get_delta_weight("default").detach(), expected)
+    assert [slots.ranks(model)[f"{path}[{number}]"] for number in range(3)] == [5, 2, 3]
+    grown, _ = slots.by_slot(layers[f"{path}[0]"], "default", *slots.factors(layers[f"{path}[0]"], "default"))
+    assert (grown[3:] != 0).all()
+    assert grown[3:].abs().max() <= grown.shape[1] ** -0.5
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_local_experts": 2}
-    base = MixtralForCausalLM(MixtralConfig(vocab_size=20, num_key_value_heads=1, **sizes))
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"], init_lora_weights=False)
-    model = get_peft_model(base, config)
-    assert all(path.endswith("q_proj") for path in slots.lora_layers(model))
-    with pytest.raises(GatewiseError, match="stacked experts"):
-        slots.widen(model)
-    model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(GatewiseError, match="stacked experts"):
-        to_lora(tmp_path / "saved", tmp_path / "out")
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}])
+def test_compacted_experts_load_in_stock_peft(adapted, batch, tmp_path, family, settings):
+    """At the rank of the expert that has most; a parameter without a rank keeps a zero one."""
+    model, data = adapted(family, **EXPERTS, **settings), batch(family)
+    slots.widen(model, 6)
+    layers = slots.lora_layers(model)
+    up, down, q = (
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+        "model.layers.0.self_attn.q_proj",
+    )
+    slots.prune(layers[f"{up}[0]"], "default", [0])
+    slots.prune(layers[f"{up}[2]"], "default", [0, 1, 2])
+    slots.grow(layers[f"{up}[1]"], "default", 2, torch.Generator().manual_seed(1))
+    for parameter, dim, index in slots.places(layers[f"{up}[1]"], "default", [3, 4]):
+        parameter.data.index_copy_(dim, index, torch.randn(parameter.index_select(dim, index).shape))
+    for one, layer in layers.items():
+        if one.startswith(down):
+            slots.prune(layer, "default", [0, 1, 2])
+    slots.prune(layers[q], "default", [0, 1, 2])
+    expected, live = output(model, data), slots.ranks(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    kept = slots.compact(model)
+    assert {kept[one] for one in kept if one.startswith(up)} == {5}
+    assert {kept[one] for one in kept if one.startswith(down)} == {1}
+    assert q not in kept
+    assert slots.ranks(model) == {one: rank for one, rank in live.items() if one != q}
+    torch.testing.assert_close(output(model, data), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "compact")
+    to_lora(tmp_path / "checkpoint", tmp_path / "exported")
+    to_lora(tmp_path / "checkpoint", tmp_path / "padded", padded=True)
+    for name in ("checkpoint", "compact", "exported", "padded"):
+        torch.manual_seed(0)
+        loaded = PeftModel.from_pretrained(tiny_base(family), tmp_path / name)
+        torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
+        if name != "checkpoint":
+            assert slots.ranks(loaded) == slots.ranks(model)
+        if name in ("compact", "exported"):
+            capacity = {one: slots.capacity(layer, "default") for one, layer in slots.lora_layers(loaded).items()}
+            assert capacity == kept
+        found = read_budget(tmp_path / name)
+        assert found.rank == sum(live.values())
+        assert found.ranks[up] == sum(rank for one, rank in live.items() if one.startswith(up))
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(output(merged, data), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_of_one_parameter_and_a_parameter_that_is_no_stack(adapted, batch, tmp_path):
+    model, data = adapted("llama", target_modules=[], target_parameters=["q_proj.weight"]), batch()
+    assert list(slots.lora_layers(model)) == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
+    slots.widen(model, 4)
+    slots.prune(slots.lora_layers(model)["model.layers.0.self_attn.q_proj.weight"], "default", [1])
+    expected = output(model, data)
+    assert slots.compact(model) == {f"model.layers.{layer}.self_attn.q_proj.weight": rank for layer, rank in ((0, 2), (1, 3))}
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    torch.testing.assert_close(output(PeftModel.from_pretrained(tiny_base("llama"), tmp_path), data), expected)
 
 
 def test_moments_in_eight_bits_are_cleared_to_the_code_of_zero(adapted):

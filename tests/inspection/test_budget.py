@@ -132,7 +132,9 @@ def test_folder_agrees_with_the_update_peft_applies(base: Any, config: dict[str,
     # Loaded anew, because PEFT sorts the patterns when it saves them and then takes the first that matches.
     model = PeftModel.from_pretrained(base(), str(folder))
     layers = {
-        path.removeprefix("base_model.model."): layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)
+        path.removeprefix("base_model.model.") + (".weight" if base is Mixture else ""): layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
     }
     assert {module.path for module in budget.modules} == set(layers)
     for module in budget.modules:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import random_adapter
+from tiny_models import EXPERTS, random_adapter
 from tiny_run import write_adapter, write_base, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +20,7 @@ from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import importance_lines
 from gatewise.inspection.importance import importance_of, score_adapter
+from gatewise.inspection.suggestion import suggest
 from gatewise.losses import mean_loss
 from gatewise.models import load_adapter, load_model
 from gatewise.runs.measure import measure_adapter
@@ -232,6 +233,16 @@ def test_an_embedding_is_scored_among_linear_modules(saved: Path, tmp_path: Path
     assert not found.unscored
     assert [module.kind for module in found.modules] == ["q", "q", "embed_tokens"]
     assert found.total == pytest.approx(found.loss_base - found.loss_adapted, rel=1e-4)
+
+
+def test_each_expert_is_scored_and_none_is_suggested_a_rank(adapted, batch) -> None:
+    found = importance_of(adapted("mixtral", **EXPERTS), batch("mixtral"))
+    assert not found.unscored
+    assert [one.kind for one in found.modules if one.layer == 1] == ["q", "v", *["gate_up"] * 3, *["down"] * 3]
+    assert {one.rank for one in found.modules} == {3}
+    assert found.rank_grid().cells == [[3, 3, 9, 9], [3, 3, 9, 9]]
+    with pytest.raises(GatewiseError, match=r"stacked experts .* none can be suggested for each: .*$"):
+        suggest(found, 4)
 
 
 def test_modules_that_no_score_reads_are_named_or_refused(adapted, batch) -> None:

@@ -67,11 +67,12 @@ def to_lora(
         _check_plain_lora(folder)
         file = read_lora(folder)
         modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
-        if not modules:
+        if all(module.stacked and not module.live().any() for module in modules):
             raise GatewiseError(f"{model_or_dir if not isinstance(model_or_dir, PeftModel) else 'the adapter'} has no live rank")
         if padded:
-            widest = max(len(module.a) for module in modules)
-            step = math.lcm(*(module.blocks for module in modules))  # the groups of grouped convolutions share a rank evenly
+            widest = max(map(_rank, modules))
+            # The groups of grouped convolutions share a rank evenly.
+            step = math.lcm(*(1 if module.stacked else module.blocks for module in modules))
             wanted = step * math.ceil(widest / step)
             if rank is not None and (rank < wanted or rank % step):
                 raise GatewiseError(
@@ -114,11 +115,6 @@ def _check_plain_lora(folder: Path) -> None:
         )
     if kind != "LORA":
         raise GatewiseError(f"{folder / CONFIG_FILE} is of peft_type {kind!r}, expected 'LORA'")
-    if config.get("target_parameters"):
-        raise GatewiseError(
-            "the adapter adapts stacked experts (target_parameters), whose factors hold many experts at once: "
-            "it can be loaded as it is, but not exported at other ranks"
-        )
     if takes_out_of_base(config.get("init_lora_weights")):
         raise GatewiseError(
             f"the adapter has init_lora_weights {config['init_lora_weights']!r}, for which PEFT changes the base model by the rank "
@@ -129,6 +125,10 @@ def _check_plain_lora(folder: Path) -> None:
 
 def _compact(module: LoraModule, file: LoraAdapter) -> LoraModule | None:
     """The module at its true rank, or None if nothing of it is left."""
+    if module.stacked:  # experts stay together, each with its own live slots first
+        kept = module.live().sort(dim=1, descending=True, stable=True).indices[:, : max(1, int(module.live().sum(dim=1).max()))]
+        rows, columns = (one.take_along_dim(kept[..., None], dim=1) for one in (module.rows, module.columns))
+        return _stacked(module, rows, columns)
     base_layer = module.keys[0].rpartition(".lora_")[0] + ".base_layer."  # its bias, with bias="all" or "lora_only"
     live = module.live().any(dim=0).nonzero().flatten()  # a slot stays if any group of a grouped convolution uses it
     if not len(live):
@@ -140,6 +140,12 @@ def _compact(module: LoraModule, file: LoraAdapter) -> LoraModule | None:
 
 def _pad(module: LoraModule, rank: int) -> LoraModule:
     """The module with zeros up to ``rank`` and the scaling in B: PEFT multiplies all of B by it, B's bias (lora_bias) too."""
+    if module.stacked:
+        rows, columns = (
+            torch.cat([one, one.new_zeros(len(one), rank - one.shape[1], one.shape[2])], dim=1)
+            for one in (module.rows, _scaled(module.columns, module.scaling))
+        )
+        return replace(_stacked(module, rows, columns), scaling=1.0)
     a, missing = _blocks(module), rank // module.blocks - module.b.shape[1]
     a = torch.cat([a, a.new_zeros(len(a), missing, *a.shape[2:])], dim=1).flatten(0, 1)
     b = _scaled(module.b, module.scaling)
@@ -154,7 +160,8 @@ def _without_ranks(folder: Path, file: LoraAdapter, modules: list[LoraModule]) -
     """The modules that are gone, as zeros of the shape that modules of their name have in other layers."""
     there = {module.path for module in modules}
     gone = [module.path for module in file.modules if module.path not in there]
-    gone += [path for path in read_allocation(folder).ranks if path not in there and path not in gone]
+    rounds = (path.partition("[")[0] for path in read_allocation(folder).ranks)  # which list the experts of a parameter
+    gone += [path for path in rounds if path not in there and path not in gone]
     found = []
     for path in gone:
         like = {(one.a.shape, one.b.shape): one for one in modules if _LAYER.sub(".*.", one.path) == _LAYER.sub(".*.", path)}
@@ -169,6 +176,16 @@ def _without_ranks(folder: Path, file: LoraAdapter, modules: list[LoraModule]) -
     return found
 
 
+def _stacked(module: LoraModule, rows: Tensor, columns: Tensor) -> LoraModule:
+    """The module with these slots, (experts, r, d_in) and (experts, r, d_out), as PEFT stacks them."""
+    return replace(module, a=rows.flatten(0, 1), b=columns.permute(2, 1, 0).flatten(1))
+
+
+def _rank(module: LoraModule) -> int:
+    """The rank as PEFT counts it: of each expert, but of all groups of a convolution together."""
+    return len(module.a) // (module.blocks if module.stacked else 1)
+
+
 def _blocks(module: LoraModule) -> Tensor:
     """A as (blocks, r, ...)."""
     return module.a.unflatten(0, (module.blocks, len(module.a) // module.blocks))
@@ -179,10 +196,10 @@ def _scaled(tensor: Tensor, scaling: float) -> Tensor:
 
 
 def _config(file: LoraAdapter, modules: list[LoraModule]) -> dict[str, Any]:
-    ranks = {module.path: len(module.a) for module in modules}
+    ranks = {module.path: _rank(module) for module in modules}
     settings = rank_settings(ranks, {module.path: module.scaling for module in modules})
     config = file.config | settings | {"use_rslora": False, "inference_mode": True}
     if ranks.keys() != {module.path for module in file.modules}:
         # A name such as "q_proj" would bring back modules that are gone, and full paths would leave out those that come as zeros.
-        config["target_modules"] = sorted(ranks)
+        config["target_modules"] = sorted(module.path for module in modules if not module.stacked)
     return config

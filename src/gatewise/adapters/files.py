@@ -12,6 +12,7 @@ What the contents mean is for others to say: export, loading, ``gatewise.inspect
 ``GatewiseError`` that names it.
 """
 
+import itertools
 import json
 import math
 import re
@@ -124,7 +125,7 @@ class LoraModule:
     """What a LoRA adapter holds for one module.
 
     Attributes:
-        path: the module's path in the base model.
+        path: the module's path in the base model, or that of the parameter whose experts are stacked.
         a, b: the factors as they are stored. Linear layers and embeddings: A (r, d_in), B (d_out, r). Convolutions: A (r, d_in,
             *kernel), B (d_out, r / groups, 1, ...). Stacked parameters of e experts: A (e * r, d_in), B (d_out, r * e), ordered
             differently.
@@ -216,15 +217,18 @@ def lora_modules(tensors: Mapping[str, Tensor], scalings: "Scalings", where: str
             keys.setdefault(match["path"], {})[part] = name
     if not any("A" in parts for parts in keys.values()):
         raise GatewiseError(f"{where} holds no LoRA weights (names that end in lora_A.weight): give a LoRA adapter")
-    modules = []
     for path, parts in keys.items():
         for part in ("A", "B"):
             if part not in parts:
                 raise GatewiseError(f"{where}: {path} has no lora_{part}, the file is incomplete: save the adapter again")
+    parameters = _parameters({path: len(tensors[parts["A"]]) for path, parts in keys.items()}, scalings, where)
+    modules = []
+    for path, parts in keys.items():
         a, b = tensors[parts["A"]], tensors[parts["B"]]
-        rank = scalings.rank(path) if scalings.experts else None
-        stacked = rank is not None and b.ndim == 2 and b.shape[1] == len(a) > rank and len(a) % rank == 0
-        blocks = len(a) // rank if rank and stacked else _groups(a, b)
+        blocks = _groups(a, b)
+        stacked = path in parameters and blocks is not None
+        path, experts = parameters.get(path, (path, 1))
+        blocks = experts if stacked else blocks
         if blocks is None:
             raise GatewiseError(
                 f"{where}: {path} has lora_A of shape {tuple(a.shape)} and lora_B of shape {tuple(b.shape)}, whose "
@@ -244,6 +248,41 @@ def lora_modules(tensors: Mapping[str, Tensor], scalings: "Scalings", where: str
             )
         )
     return modules, others
+
+
+def _parameters(rows: Mapping[str, int], scalings: "Scalings", where: str) -> dict[str, tuple[str, int]]:
+    """The parameters that ``target_parameters`` names: path in the file -> (path of the parameter, its experts).
+
+    PEFT saves the factors of a module's last parameter under the module's path, those of the one before under that path with
+    ".base_layer" behind it, and so on, and says nowhere which is which. Their ranks tell them apart where they differ, for all
+    parameters of a module have as many experts.
+
+    Args:
+        rows: path in the file -> rows of A.
+    """
+    if not scalings.parameters:
+        return {}
+    homes: dict[str, list[str]] = {}  # module -> the paths in the file that have its parameters, the outermost first
+    for path in sorted(rows, key=len):
+        homes.setdefault(path.replace(".base_layer", ""), []).append(path)
+    found: dict[str, tuple[str, int]] = {}
+    for module, paths in homes.items():
+        names = sorted(
+            name for owner, _, name in (one.rpartition(".") for one in scalings.parameters) if f".{module}".endswith(f".{owner}")
+        )
+        for order in itertools.permutations(dict.fromkeys(names), len(paths)):
+            ranks = [scalings.rank(f"{module}.{name}") for name in order]
+            experts = {rows[path] / rank for path, rank in zip(paths, ranks, strict=True)}
+            if len(experts) == 1 and (count := experts.pop()).is_integer():
+                found |= {path: (f"{module}.{name}", int(count)) for path, name in zip(paths, order, strict=True)}
+                break
+        else:
+            if names:
+                raise GatewiseError(
+                    f"{where}: the factors of {module} have {' and '.join(str(rows[path]) for path in paths)} rows, which the "
+                    f"ranks of {', '.join(names)} do not divide into experts: save the adapter again"
+                )
+    return found
 
 
 def _groups(a: Tensor, b: Tensor) -> int | None:
@@ -285,7 +324,7 @@ class Scalings:
         self._known = dict(known or {})
         self._adaptive = kind == "ADALORA"
         self._stabilised = bool(config.get("use_rslora")) and not self._adaptive
-        self.experts = bool(config.get("target_parameters"))
+        self.parameters = [str(name) for name in config.get("target_parameters") or ()]
         rank = "init_r" if self._adaptive else "r"
         ranks, alphas = {rank: config.get(rank, 8)}, {"lora_alpha": config.get("lora_alpha", 8)}  # PEFT's own defaults
         patterns: dict[str, Mapping[str, Any]] = {}

@@ -78,7 +78,7 @@ def exact(
         for number, (part, width) in enumerate(zip(parts.own, parts.widths, strict=True)):
             if number == 0:
                 with gates.watching() as rows_apart:
-                    stack = Stack(model, gates.layers, lambda part=part: row_losses(model, part))  # type: ignore[misc]
+                    stack = Stack(model, gates.modules, lambda part=part: row_losses(model, part))  # type: ignore[misc]
                 # Where gates cannot differ from row to row, all rows share them and a forward takes one ablation.
                 per_row = rows_apart(len(part["labels"]))
             with stack.recording() as on:

@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from gatewise.adapters.lora import active_adapter
-from gatewise.allocation.slots import capacity, carries_more_than_ranks, factors, lora_layers
+from gatewise.allocation.slots import Expert, capacity, carries_more_than_ranks, factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.internals.library_attributes import adapters_off, between_embedding_factors
 from gatewise.internals.torch_modules import replaced_while_running
@@ -51,13 +51,25 @@ class GateBank:
                 raise GatewiseError(f"adapter {self.adapter!r} is not active: call model.set_adapter({self.adapter!r}) first")
 
     def __enter__(self) -> "GateBank":
+        together: dict[nn.Module, list[str]] = {}  # the experts of a parameter, which one LoRA layer holds
         for path, layer in self.layers.items():
-            self._undo.callback(self._put_gate(path, layer))
+            if isinstance(layer, Expert):
+                together.setdefault(layer.layer, []).append(path)
+            else:
+                self._undo.callback(self._put_gate(path, layer))
+        for wrapper, paths in together.items():
+            held = self.layers[paths[0]].lora_A[self.adapter]
+            self._undo.callback(replaced_while_running(wrapper, held, "weight", partial(self._gated_rows, paths)))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
         self._gates.clear()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Path -> the module that runs a gate's ranks: the experts of a parameter run in one."""
+        return {path: layer.layer if isinstance(layer, Expert) else layer for path, layer in self.layers.items()}
 
     def assign(self, path: str, gate: Tensor) -> None:
         """Sets one module's gates, (r,) or (b, 1, r)."""
@@ -79,8 +91,8 @@ class GateBank:
         """Looks on while a forward runs; the answer, given the rows of its batch, says whether gates may be (b, 1, r).
 
         They may where each module sees one row of hidden states for each row of the batch. Not so with DoRA, in an LM head that
-        sees labelled positions only, in embeddings of anything but tokens, and where a model flattens batch and tokens (OPT, some
-        mixtures of experts).
+        sees labelled positions only, in embeddings of anything but tokens, in stacked experts, and where a model flattens batch and
+        tokens (OPT, some mixtures of experts).
         """
         seen: list[tuple[str, torch.Size]] = []
 
@@ -94,6 +106,7 @@ class GateBank:
 
         def answer(rows: int) -> bool:
             apart = all(fits(path, shape, rows) for path, shape in seen)
+            apart = apart and not any(isinstance(layer, Expert) for layer in self.layers.values())
             return self.plain and self._head not in map(id, self.layers.values()) and apart
 
         def look(path: str, shape: torch.Size) -> None:
@@ -117,11 +130,13 @@ class GateBank:
         are used instead.
         """
         with ExitStack() as stack:
+            needed = {id(layer.layer) for path, layer in self.layers.items() if path in paths and isinstance(layer, Expert)}
             for path, layer in self.layers.items():
                 if path in paths:
                     continue
-                if self.plain and len(layer.active_adapters) == 1:
-                    stack.enter_context(adapters_off(layer))
+                own = layer.layer if isinstance(layer, Expert) else layer
+                if self.plain and len(layer.active_adapters) == 1 and id(own) not in needed:
+                    stack.enter_context(adapters_off(own))
                 else:
                     self._gates[path] = self.like(path, 0.0)
                     stack.callback(self._gates.pop, path)
@@ -133,7 +148,7 @@ class GateBank:
         if self.adapter in layer.lora_variant and (embedding or not isinstance(layer.lora_B[self.adapter], nn.Linear)):
             # DoRA of embeddings and convolutions reads its weight norm from A and B themselves.
             held, name = (layer.lora_embedding_A, self.adapter) if embedding else (layer.lora_A[self.adapter], "weight")
-            return replaced_while_running(layer, held, name, partial(self._gated_rows, path))
+            return replaced_while_running(layer, held, name, partial(self._gated_rows, [path]))
         multiply = partial(self._gated, path)
         if embedding:
             return between_embedding_factors(layer, self.adapter, multiply)
@@ -154,7 +169,9 @@ class GateBank:
         # In half precision the product is taken in float32, so that the gates' gradients are summed in float32 too.
         return hidden * gate if hidden.dtype in (torch.float32, torch.float64) else (hidden.float() * gate).to(hidden.dtype)
 
-    def _gated_rows(self, path: str, a: Tensor) -> Tensor:
-        """A with its rows multiplied by the module's gate, (r,)."""
-        gate = self._gates.get(path)
-        return a if gate is None else (a * gate.view(-1, *[1] * (a.ndim - 1))).to(a.dtype)
+    def _gated_rows(self, paths: list[str], a: Tensor) -> Tensor:
+        """A with its rows multiplied by the gates, (r,) each, of the modules it holds."""
+        if not any(path in self._gates for path in paths):
+            return a
+        gate = torch.cat([self._gates[path] if path in self._gates else self.like(path, 1.0) for path in paths])
+        return (a * gate.view(-1, *[1] * (a.ndim - 1))).to(a.dtype)

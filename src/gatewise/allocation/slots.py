@@ -5,12 +5,15 @@ convolution A is (r_max, d_in, *kernel) and B (d_out, r_max, 1, ...). It is *dea
 the output, and because the gradient of each factor is multiplied by the other factor its gradient is exactly zero: it stays dead
 without a mask, at stock LoRA's speed. Which slots live is read from the weights alone, so a checkpoint needs no second source of
 truth.
+
+Each expert of a stacked parameter (``target_parameters``) is a module with slots of its own, an ``Expert``, although PEFT keeps the
+factors of all of them in one A (experts * r_max, d_in) and one B (d_out, r_max * experts).
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -28,37 +31,80 @@ from gatewise.errors import GatewiseError
 logger = logging.getLogger(__name__)
 
 
+class Expert:
+    """One expert of a parameter that ``target_parameters`` names, or the whole of one that is not stacked.
+
+    Everything but its slots is the LoRA layer's, which has all experts of the parameter.
+
+    Attributes:
+        layer: PEFT's layer.
+        number: which expert.
+    """
+
+    def __init__(self, layer: ParamWrapper, number: int) -> None:
+        self.layer, self.number = layer, number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
     """Every LoRA layer of an adapter whose ranks can be moved, by its path in the base model, in module order.
 
     Linear layers and GPT-2's ``Conv1D`` count, quantised ones too, and embeddings and convolutions. Convolutions in groups, each of
-    which has ranks of its own, and ``nn.MultiheadAttention`` are left as they are. The type is nominal: all these layers have its
-    attributes.
+    which has ranks of its own, and ``nn.MultiheadAttention`` are left as they are. Of a stacked parameter each expert is there, an
+    ``Expert``, by the path of the parameter and its number, such as "model.layers.0.mlp.experts.down_proj[2]". The type is
+    nominal: all these have its attributes.
     """
     return _layers(model, active_adapter(model, adapter))
 
 
 def _layers(model: nn.Module, name: str) -> dict[str, LoraLinear]:
-    # PEFT merges their factors for each pass, those of a LoRA layer inside too, and gives both the same rank.
+    return {path: site for held_at, layer in _holders(model, name).items() for path, site in _modules_of(held_at, layer)}
+
+
+def _modules_of(path: str, layer: LoraLinear) -> Iterator[tuple[str, LoraLinear]]:
+    """The modules whose slots a LoRA layer holds: itself, or the experts of its parameter."""
+    if not isinstance(layer, ParamWrapper):
+        yield path, layer
+        return
+    for number in range(layer.num_experts):
+        yield path if layer.num_experts == 1 else f"{path}[{number}]", cast(LoraLinear, Expert(layer, number))
+
+
+def _holders(model: nn.Module, name: str) -> dict[str, LoraLinear]:
+    """The LoRA layers that hold the slots of an adapter, by the path of the module or parameter they adapt."""
+    # PEFT merges the factors of these for each pass, those of a LoRA layer inside too, and gives both the same rank.
     attention = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, MultiheadAttention))
     return {
-        path.removeprefix(PEFT_PREFIX): cast(LoraLinear, module)
+        _path_of(path, module): cast(LoraLinear, module)
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer) and _has_slots(module, name) and not f"{path}.".startswith(attention)
     }
 
 
+def _path_of(path: str, layer: LoraLayer) -> str:
+    """The path in the base model of what a LoRA layer at ``path`` adapts."""
+    path = path.removeprefix(PEFT_PREFIX)
+    if not isinstance(layer, ParamWrapper):
+        return path
+    return f"{path.replace('.base_layer', '')}.{layer.parameter_name}"  # the layers of several parameters lie in one another
+
+
 def _has_slots(layer: LoraLayer, name: str) -> bool:
     if name in layer.lora_embedding_A:
         return True
-    if name not in layer.lora_A or isinstance(layer, ParamWrapper):
+    if name not in layer.lora_A:
         return False
     a, b = (getattr(held[name], "weight", None) for held in (layer.lora_A, layer.lora_B))
     return isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter) and a.ndim > 1 and len(a) == b.shape[1]
 
 
 def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves; with a kernel those of convolutions."""
+    """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves.
+
+    Those of convolutions have a kernel, and those of an ``Expert`` hold its fellows too: see ``by_slot`` and ``places``.
+    """
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
@@ -68,6 +114,10 @@ def places(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor) -> tu
     """Where slots lie in A and in B."""
     a, b = factors(layer, adapter)
     index = torch.as_tensor(slots if isinstance(slots, Tensor) else list(slots), dtype=torch.long, device=a.device)
+    if isinstance(layer, Expert):
+        experts = layer.layer.num_experts
+        rows, columns = index + layer.number * (len(a) // experts), index * experts + layer.number
+        return Place(a, -2, rows), Place(b, -1, columns)
     return Place(a, -a.ndim, index), Place(b, 1 - b.ndim, index)
 
 
@@ -86,6 +136,9 @@ def dead_places(model: nn.Module, adapter: str | None = None) -> list[Place]:
 
 def by_slot(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors of the shapes of A and B, as (r_max, numbers of a slot) each."""
+    if isinstance(layer, Expert):
+        experts = layer.layer.num_experts
+        return a.unflatten(0, (experts, -1))[layer.number], b.unflatten(1, (-1, experts))[..., layer.number].T
     return a.flatten(1), b.transpose(0, 1).flatten(1)
 
 
@@ -103,7 +156,7 @@ def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
 
 def capacity(layer: LoraLinear, adapter: str) -> int:
     """How many slots a layer has."""
-    return len(factors(layer, adapter)[0])
+    return len(factors(layer, adapter)[0]) // (layer.layer.num_experts if isinstance(layer, Expert) else 1)
 
 
 def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
@@ -124,38 +177,43 @@ def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapte
     adapter as it was made), and the adapter's config is rewritten so that a checkpoint is a valid plain LoRA adapter.
 
     Args:
-        r_max: slots a layer, one number or a number per path; None doubles each layer's rank.
+        r_max: slots a layer, one number or a number per path; None doubles each layer's rank. The experts of a parameter all get
+            as many as the one that is to have most.
 
     Returns:
         Path -> slots.
 
     Raises:
-        GatewiseError: a layer already has more ranks than ``r_max``, layers share their ranks, or the adapter has stacked experts,
-            whose rank follows from the config that widening rewrites.
+        GatewiseError: a layer already has more ranks than ``r_max``, or layers share their ranks.
     """
     name = active_adapter(model, adapter)
-    if any(isinstance(module, ParamWrapper) and name in module.lora_A for module in model.modules()):
-        raise GatewiseError(
-            f"adapter {name!r} adapts the stacked experts of a mixture (target_parameters), whose ranks cannot be moved: "
-            "name the linear modules in target_modules instead of 'all-linear'"
-        )
-    layers = _layers(model, name)
+    layers = _holders(model, name)
     _check_not_tied(layers, name)
     slots: dict[str, int] = {}
-    for path, layer in layers.items():
-        a, b = factors(layer, name)
-        old = len(a)
-        new = 2 * old if r_max is None else r_max if isinstance(r_max, int) else r_max[path]
+    for held_at, layer in layers.items():
+        modules = dict(_modules_of(held_at, layer))
+        old = capacity(next(iter(modules.values())), name)
+        new = 2 * old if r_max is None else r_max if isinstance(r_max, int) else max(r_max[path] for path in modules)
         if new < old:
-            raise GatewiseError(f"r_max is {new} but {path} already has rank {old}: give an r_max of at least {old}")
-        slots[path] = new
+            raise GatewiseError(f"r_max is {new} but {held_at} already has rank {old}: give an r_max of at least {old}")
+        slots |= dict.fromkeys(modules, new)
         if new > old:
-            wide_a = a.new_zeros(new, *a.shape[1:])
-            wide_b = b.new_zeros(len(b), new, *b.shape[2:])
-            wide_a[:old], wide_b[:, :old] = a.detach(), b.detach()
-            _set_factors(layer, name, wide_a, wide_b)
+            _move_slots(layer, name, list(modules.values()), [list(range(old))] * len(modules), new)
     _write_config(model, name)
     return slots
+
+
+def _move_slots(layer: LoraLinear, name: str, modules: Sequence[LoraLinear], kept: Sequence[Sequence[int]], slots: int) -> None:
+    """Gives a LoRA layer new factors of ``slots`` slots a module: those ``kept`` of each module first, then zeros."""
+    old = [places(module, name, some) for module, some in zip(modules, kept, strict=True)]
+    a, b = factors(layer, name)
+    new_a, new_b = a.new_zeros(len(modules) * slots, *a.shape[1:]), b.new_zeros(len(b), len(modules) * slots, *b.shape[2:])
+    values = [tuple(place.parameter.detach().index_select(place.dim, place.indices) for place in both) for both in old]
+    _set_factors(layer, name, new_a, new_b)
+    with torch.no_grad():
+        for module, some, both in zip(modules, kept, values, strict=True):
+            for (parameter, dim, index), value in zip(places(module, name, range(len(some))), both, strict=True):
+                parameter.index_copy_(dim, index, value)
 
 
 def _check_not_tied(layers: Mapping[str, LoraLinear], name: str) -> None:
@@ -212,8 +270,22 @@ def grow(
         else:
             drawn = torch.rand(n, *a.shape[1:], generator=generator) * 2 - 1
             a.index_copy_(along_a, rows, (drawn * a[0].numel() ** -0.5).to(a))
-    growth.start(grown, places(layer, adapter, mask.nonzero().flatten()), optimizer)
+    growth.start(grown, _alive_before(layer, adapter, mask), optimizer)
     return dead
+
+
+def _alive_before(layer: LoraLinear, adapter: str, mask: Tensor) -> tuple[Place, Place]:
+    """Where a layer's slots lie that ``mask`` has as live; of an expert, its fellows' too, for the optimiser keeps one state."""
+    if not isinstance(layer, Expert):
+        return places(layer, adapter, mask.nonzero().flatten())
+    found = []
+    for number in range(layer.layer.num_experts):
+        fellow = cast(LoraLinear, Expert(layer.layer, number))
+        live = mask if number == layer.number else live_mask(fellow, adapter)
+        found.append(places(fellow, adapter, live.nonzero().flatten()))
+    (a, dim_a, _), (b, dim_b, _) = found[0]
+    rows, columns = (torch.cat([both[side].indices for both in found]) for side in (0, 1))
+    return Place(a, dim_a, rows), Place(b, dim_b, columns)
 
 
 def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
@@ -221,33 +293,34 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
 
     Every module keeps the scaling of training, so alpha / r is the same for all of them when it was before. A module without a
     live rank becomes its base module again and leaves ``target_modules``; with DoRA, a LoRA bias or ``bias="lora_only"`` it keeps
-    one (zero) rank, because its magnitude or bias was trained too.
+    one (zero) rank, because its magnitude or bias was trained too. The experts of a parameter stay together, at the rank of the one
+    that has most: PEFT knows one rank for all of them. The others have zeros after their live ranks.
 
     Returns:
-        Path -> rank of the modules that are left.
+        Path -> rank of the modules that are left, as PEFT counts it.
 
     Raises:
         GatewiseError: no live rank is left anywhere.
     """
     name = active_adapter(model, adapter)
-    layers = _layers(model, name)
-    if not any(live_slots(layer, name) for layer in layers.values()):
+    if not any(live_slots(layer, name) for layer in _layers(model, name).values()):
         raise GatewiseError(f"adapter {name!r} has no live rank left in any module: there is nothing to save")
     # PEFT trains the biases of the base modules that have LoRA, and saves them only there.
     own_biases = cast(LoraConfig, model.peft_config[name]).bias == "lora_only"
     kept: dict[str, int] = {}
-    for path, layer in layers.items():
-        slots = live_slots(layer, name)
+    for path, layer in _holders(model, name).items():
+        modules = dict(_modules_of(path, layer))
+        live = [live_slots(module, name) for module in modules.values()]
+        most = max(map(len, live))
         has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
-        if not slots and not carries_more_than_ranks(layer, name) and not (own_biases and has_bias):
+        stays = carries_more_than_ranks(layer, name) or (own_biases and has_bias) or isinstance(layer, ParamWrapper)
+        if not most and not stays:
             _remove_layer(model, path, name)
             continue
-        # A module that must stay for its magnitude or bias keeps its first slot, which is zero.
-        slots = slots or [0]
-        a, b = factors(layer, name)
-        if len(slots) < len(a):
-            _set_factors(layer, name, a.detach()[slots], b.detach()[:, slots])
-        kept[path] = len(slots)
+        # A module that must stay keeps a slot, which is zero.
+        if max(most, 1) < capacity(next(iter(modules.values())), name):
+            _move_slots(layer, name, list(modules.values()), live, max(most, 1))
+        kept |= dict.fromkeys(modules, max(most, 1))
     _write_config(model, name)
     return kept
 
@@ -255,8 +328,8 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
 def _write_config(model: PeftModel, name: str) -> None:
     """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha and their patterns."""
     config = cast(LoraConfig, model.peft_config[name])
-    layers = _layers(model, name)
-    rank = {path: len(factors(layer, name)[0]) for path, layer in layers.items()}
+    layers = _holders(model, name)
+    rank = {path: layer.r[name] for path, layer in layers.items()}
     scaling = {path: layer.scaling[name] for path, layer in layers.items()}
     for path, module in _targeted(model, name).items():
         if path not in rank:  # layers that keep what they have read it from the same config
@@ -285,7 +358,7 @@ def _set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
         nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
         for old, new in zip(factors(layer, adapter), (a, b), strict=True)
     )
-    layer.r[adapter] = len(a)
+    layer.r[adapter] = len(a) // (layer.num_experts if isinstance(layer, ParamWrapper) else 1)
     if adapter in layer.lora_embedding_A:
         layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter] = new_a, new_b
         return
@@ -308,16 +381,18 @@ def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
     if not in_use:
         setattr(parent, child, layer.base_layer)
     # Names such as "q_proj" stand for many modules: once one of them is gone the targets must be spelled out.
-    cast(LoraConfig, model.peft_config[adapter]).target_modules = set(_targeted(model, adapter))  # type: ignore[assignment]
+    targeted = _targeted(model, adapter)
+    left = {path for path, layer in targeted.items() if not isinstance(layer, ParamWrapper)}
+    cast(LoraConfig, model.peft_config[adapter]).target_modules = left  # type: ignore[assignment]
     everyone = cast(list[str], model.base_model.targeted_module_names)  # of all adapters together
     if not in_use and path in everyone:
         everyone.remove(path)
 
 
 def _targeted(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """Every layer of an adapter, of whatever kind, by path."""
+    """Every layer of an adapter, of whatever kind, by the path of what it adapts."""
     return {
-        path.removeprefix(PEFT_PREFIX): module
+        _path_of(path, module): module
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
     }

@@ -191,7 +191,10 @@ def _of_model(model: "PeftModel", adapter: str | None) -> BudgetMap:
         scaling = getattr(layer, "scaling", None)
         if isinstance(scaling, dict) and name in scaling:
             per = float(layer.ranknum[name]) + 1e-5 if hasattr(layer, "ranknum") else 1.0
-            scalings[path.removeprefix(PEFT_PREFIX)] = float(scaling[name]) / per
+            path = path.removeprefix(PEFT_PREFIX)
+            if (parameter := getattr(layer, "parameter_name", None)) is not None:
+                path = f"{path.replace('.base_layer', '')}.{parameter}"
+            scalings[path] = float(scaling[name]) / per
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor.detach() for key, tensor in state.items()}
     modules, others = lora_modules(tensors, Scalings(config, f"the config of adapter {name!r}", scalings), f"adapter {name!r}")
@@ -208,7 +211,8 @@ def _map(
     if kind == "LoRA":
         kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else kind
     # A module that lost its last rank is no longer in the adapter; the last round still knows that it was there.
-    gone = [path for path, rank in allocation.ranks.items() if rank == 0]
+    # Experts of a parameter are modules to an allocation, but stay in the adapter together.
+    gone = [path for path, rank in allocation.ranks.items() if rank == 0 and not path.endswith("]")]
     return BudgetMap(
         modules=_budgets({module.path: module for module in modules}, gone),
         base_model=config.get("base_model_name_or_path") or None,

@@ -273,7 +273,7 @@ def importance_of(
         loss_adapted=loss_adapted,
         base_model=base_model or model.peft_config[name].base_model_name_or_path or None,
         data=data,
-        unscored=tuple(path for path in _targeted(model) if path not in layers),
+        unscored=tuple(path for path in _targeted(model) if path not in {one.partition("[")[0] for one in layers}),
     )
 
 

@@ -44,9 +44,15 @@ def suggested_ranks(importance: Importance, budget: int) -> dict[str, int]:
     one at most, and a larger budget takes nothing away from any module.
 
     Raises:
-        GatewiseError: a budget below 1 or above the room of the modules with a total above zero, or no such module.
+        GatewiseError: a budget below 1 or above the room of the modules with a total above zero, no such module, or stacked
+            experts.
     """
     check_budget(budget)
+    if any(module.path.endswith("]") for module in importance.modules):
+        raise GatewiseError(
+            "the adapter adapts stacked experts (target_parameters), and PEFT gives all experts of a parameter the same rank, so "
+            "none can be suggested for each: score an adapter without them, or let RankAllocation move their ranks in training"
+        )
     worthy = [module for module in importance.modules if module.total > 0]
     if not worthy:
         raise GatewiseError(

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import OTHER_LAYERS
+from tiny_models import ALL_KINDS, OTHER_LAYERS
 from transformers import OPTConfig, OPTForCausalLM
 
-from gatewise.allocation.slots import factors, live_slots, lora_layers, prune, widen
+from gatewise.allocation.slots import factors, live_slots, lora_layers, places, prune, widen
 from gatewise.errors import GatewiseError
 from gatewise.scores import ablation, taylor
 
@@ -15,16 +15,15 @@ def brute_force(model, batch):
     """CE(M without r) - CE(only r), by zeroing columns of B on the real weights and asking the model for its own loss."""
     model.eval()
     layers = lora_layers(model, "default")
-    saved = {path: factors(layer, "default")[1].detach().clone() for path, layer in layers.items()}
+    saved = {b: b.detach().clone() for b in (factors(layer, "default")[1] for layer in layers.values())}
 
     def loss(kept):
         with torch.no_grad():
-            for path, layer in layers.items():
-                weight = torch.zeros_like(saved[path])
-                for slot in range(weight.shape[1]):
-                    if (path, slot) in kept:
-                        weight[:, slot] = saved[path][:, slot]
-                factors(layer, "default")[1].copy_(weight)
+            for b in saved:
+                b.zero_()
+            for path, slot in kept:
+                _, (b, dim, column) = places(layers[path], "default", [slot])
+                b.index_copy_(dim, column, saved[b].index_select(dim, column))
             return model(**batch).loss.double().item()
 
     everything = {(path, slot) for path, layer in layers.items() for slot in live_slots(layer, "default")}
@@ -45,16 +44,11 @@ def spread(scores):
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("llama", {}),
-        ("gpt2", {}),
-        ("bert", {}),
+        *ALL_KINDS,
         ("llama", {"use_dora": True}),
         ("llama", {"lora_dropout": 0.5}),
-        ("t5", {}),
-        ("bart", {}),
         ("bart", {"target_modules": ["embed_tokens", "fc1"]}),
         ("t5", {"target_modules": ["shared", "wo"]}),
-        *((family, {"target_modules": targets}) for family, targets in OTHER_LAYERS.items()),
         *((family, {"target_modules": targets, "use_dora": True}) for family, targets in OTHER_LAYERS.items()),
     ],
 )

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import OTHER_LAYERS
+from tiny_models import ALL_KINDS, EXPERTS, OTHER_LAYERS
 from torch.nn.functional import cross_entropy
 
 from gatewise.allocation import slots
 from gatewise.scores import SCORES, path_integral, sensitivity, taylor
-
-FAMILIES = [*((family, "all-linear") for family in ("llama", "gpt2", "bert", "t5", "bart")), *OTHER_LAYERS.items()]
 
 
 @pytest.fixture(params=list(SCORES))
@@ -16,10 +14,11 @@ def score(request):
     return SCORES[request.param]
 
 
-@pytest.mark.parametrize(("family", "targets"), FAMILIES)
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
-def test_one_finite_number_for_each_live_rank(score, adapted, batch, family, targets, settings):
-    model = adapted(family, target_modules=targets, **settings)
+@pytest.mark.parametrize(
+    ("family", "lora"), [*ALL_KINDS, *((family, {**lora, "use_dora": True}) for family, lora in ALL_KINDS if lora is not EXPERTS)]
+)
+def test_one_finite_number_for_each_live_rank(score, adapted, batch, family, lora):
+    model = adapted(family, **lora)
     slots.widen(model, 5)
     layers = slots.lora_layers(model)
     first, second = list(layers)[:2]
@@ -132,11 +131,12 @@ def test_taylor_is_the_derivative(adapted, batch):
     torch.testing.assert_close(taylor(model, data)[path].double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "targets"), OTHER_LAYERS.items())
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
-def test_taylor_is_the_ends_of_the_path(adapted, batch, family, targets, settings):
+@pytest.mark.parametrize(
+    ("family", "lora"), [*ALL_KINDS, *((family, {"target_modules": t, "use_dora": True}) for family, t in OTHER_LAYERS.items())]
+)
+def test_taylor_is_the_ends_of_the_path(adapted, batch, family, lora):
     """The trapezoid of the path integral's two ends, whose formula is tested on these layers, is half of it but for a constant."""
-    model, data = adapted(family, target_modules=targets, **settings), batch(family)
+    model, data = adapted(family, **lora), batch(family)
     first, (ends, told) = taylor(model, data), path_integral(model, data, 2, "trapezoid", return_convergence=True)
     for path in first:
         torch.testing.assert_close(first[path], 2 * ends[path] - told.reduction, rtol=1e-4, atol=1e-6)
@@ -152,7 +152,7 @@ def reference_sensitivity(model, batches, beta):
         for path, layer in slots.lora_layers(model).items():
             a, b = slots.factors(layer, "default")
             # B's gradient summed with B is the gradient of a gate on each rank.
-            by_a, by_b = (a * a.grad).flatten(1), (b * b.grad).transpose(0, 1).flatten(1)
+            by_a, by_b = slots.by_slot(layer, "default", a * a.grad, b * b.grad)
             now = {"a": by_a.abs(), "b": by_b.abs(), "gate": by_b.sum(dim=1).abs()}
             for name, value in now.items():
                 if len(batches) == 1:
@@ -165,9 +165,9 @@ def reference_sensitivity(model, batches, beta):
     return {p: scores[p, "gate"] + scores[p, "a"].mean(dim=1) + scores[p, "b"].mean(dim=1) for p in slots.lora_layers(model)}
 
 
-@pytest.mark.parametrize(("family", "targets"), FAMILIES)
-def test_sensitivity_is_adaloras(adapted, batch, family, targets):
-    model = adapted(family, target_modules=targets)
+@pytest.mark.parametrize(("family", "lora"), ALL_KINDS)
+def test_sensitivity_is_adaloras(adapted, batch, family, lora):
+    model = adapted(family, **lora)
     batches = [batch(family, rows=2), batch(family, rows=4), batch(family, rows=3)]
     for some in (batches[:1], batches):
         got, expected = sensitivity(model, some), reference_sensitivity(model, some, 0.85)

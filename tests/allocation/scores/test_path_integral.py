@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import OTHER_LAYERS
+from tiny_models import ALL_KINDS
 from torch.nn.functional import cross_entropy
 
 from gatewise.allocation import slots
@@ -22,7 +22,7 @@ def reference(model, data, nodes, weights):
     layers = slots.lora_layers(model)
     columns = {path: slots.factors(layer, "default")[1] for path, layer in layers.items()}
     saved = {path: b.detach().clone() for path, b in columns.items()}
-    scores = {path: torch.zeros(value.shape[1]) for path, value in saved.items()}
+    scores = {path: torch.zeros(slots.capacity(layer, "default")) for path, layer in layers.items()}
     for node, weight in zip(nodes, weights, strict=True):
         for path, b in columns.items():
             b.data = saved[path] * node
@@ -30,19 +30,18 @@ def reference(model, data, nodes, weights):
         loss_of(model, data).backward()
         for path, b in columns.items():
             # B(alpha) = B diag(alpha), so dCE/dalpha_r = sum over the column of dCE/dB(alpha) * B.
-            scores[path] -= weight * (b.grad * saved[path]).transpose(0, 1).flatten(1).sum(dim=1)
+            _, by_slot = slots.by_slot(layers[path], "default", slots.factors(layers[path], "default")[0], b.grad * saved[path])
+            scores[path] -= weight * by_slot.sum(dim=1)
     for path, b in columns.items():
         b.data = saved[path]
     model.zero_grad()
     return scores
 
 
-@pytest.mark.parametrize(
-    ("family", "targets"), [*((family, "all-linear") for family in ("llama", "gpt2", "bert", "t5", "bart")), *OTHER_LAYERS.items()]
-)
+@pytest.mark.parametrize(("family", "lora"), ALL_KINDS)
 @pytest.mark.parametrize(("rule", "points"), [("gauss-legendre", 1), ("gauss-legendre", 4), ("trapezoid", 2), ("trapezoid", 5)])
-def test_equals_the_formula(adapted, batch, family, targets, rule, points):
-    model, data = adapted(family, target_modules=targets), batch(family)
+def test_equals_the_formula(adapted, batch, family, lora, rule, points):
+    model, data = adapted(family, **lora), batch(family)
     if rule == "gauss-legendre":
         nodes, weights = {1: ([0.5], [1.0]), 4: (
             [0.0694318442029737, 0.3300094782075719, 0.6699905217924281, 0.9305681557970263],

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny_models import OTHER_LAYERS
+from tiny_models import ALL_KINDS
 
 from gatewise.allocation import slots
 from gatewise.allocation.gates import GateBank
@@ -24,7 +24,7 @@ def reference(model, data, start, points):
     rows = len(data["labels"])
     for row in range(rows):
         one = {key: value[row : row + 1] for key, value in data.items()}
-        own = {path: torch.zeros(value.shape[1]) for path, value in saved.items()}
+        own = {path: torch.zeros(slots.capacity(layer, "default")) for path, layer in layers.items()}
         for node, weight in zip(*NODES[points], strict=True):
             scale = start + (1 - start) * node
             for path, b in columns.items():
@@ -36,7 +36,8 @@ def reference(model, data, start, points):
                 labels = int((one["labels"][:, 0 if model.config.is_encoder_decoder else 1 :] != -100).sum())
             (model.eval()(**one).loss * labels).backward()  # the example's summed loss
             for path, b in columns.items():
-                own[path] -= weight * (b.grad * saved[path]).transpose(0, 1).flatten(1).sum(dim=1)
+                _, by_slot = slots.by_slot(layers[path], "default", slots.factors(layers[path], "default")[0], b.grad * saved[path])
+                own[path] -= weight * by_slot.sum(dim=1)
         for path in each:
             each[path].append(own[path])
     for path, b in columns.items():
@@ -49,12 +50,10 @@ def reference(model, data, start, points):
     return {path: mean[path] / mean_spread + rms[path] / rms_spread for path in each}
 
 
-@pytest.mark.parametrize(
-    ("family", "targets"), [*((family, "all-linear") for family in ("llama", "gpt2", "bert", "t5", "bart")), *OTHER_LAYERS.items()]
-)
+@pytest.mark.parametrize(("family", "lora"), ALL_KINDS)
 @pytest.mark.parametrize(("start", "points"), [(0.5, 2), (0.0, 1), (1.0, 1)])
-def test_equals_the_formula(adapted, batch, family, targets, start, points):
-    model, data = adapted(family, target_modules=targets), batch(family)
+def test_equals_the_formula(adapted, batch, family, lora, start, points):
+    model, data = adapted(family, **lora), batch(family)
     expected = reference(model, data, start, points)
     got = path_moments(model, data, start, points)
     for path in expected:

@@ -45,10 +45,14 @@ def sensitivity(
     batches = as_batches(batch)
     with scoring(model, float32), GateBank(model, adapter) as gates, ExitStack() as stack:
         leaves: dict[str, Tensor] = {}
+        names: dict[str, tuple[str, str]] = {}  # path -> what A and B are called among the leaves; experts share theirs
         for path, layer in gates.layers.items():
-            for name, weight in zip(("lora_A", "lora_B"), factors(layer, gates.adapter), strict=True):
-                stack.callback(weight.requires_grad_, weight.requires_grad)
-                leaves[f"{path}:{name}"] = weight.requires_grad_(True)
+            both = factors(layer, gates.adapter)
+            names[path] = f"A:{id(both[0])}", f"B:{id(both[1])}"
+            for name, weight in zip(names[path], both, strict=True):
+                if name not in leaves:
+                    stack.callback(weight.requires_grad_, weight.requires_grad)
+                    leaves[name] = weight.requires_grad_(True)
         mean: dict[str, Tensor] = {}
         spread: dict[str, Tensor] = {}
         for one in batches:
@@ -64,6 +68,6 @@ def sensitivity(
         smooth = {name: mean[name] * spread[name] for name in mean}
         scores = {}
         for path, layer in gates.layers.items():
-            rows, columns = by_slot(layer, gates.adapter, smooth[f"{path}:lora_A"], smooth[f"{path}:lora_B"])
+            rows, columns = by_slot(layer, gates.adapter, *(smooth[name] for name in names[path]))
             scores[path] = smooth[path] + rows.mean(dim=1) + columns.mean(dim=1)
         return live_only(gates, scores)
