@@ -312,6 +312,12 @@ def test_each_expert_has_ranks_of_its_own(adapted, batch, family):
     assert [slots.ranks(model)[f"{path}[{number}]"] for number in range(3)] == [5, 2, 3]
     grown, _ = slots.by_slot(layers[f"{path}[0]"], "default", *slots.factors(layers[f"{path}[0]"], "default"))
     assert (grown[3:] != 0).all()
+    dead = slots.dead_places(model)
+    assert len(dead) == 2 * 2 * 4  # A and B of two linear layers and two parameters in each of two layers
+    for parameter, dim, index in dead:
+        assert (parameter.index_select(dim, index) == 0).all()
+    live = sum(rank for one, rank in slots.ranks(model).items() if one.startswith(path))
+    assert {len(index) for parameter, _, index in dead if parameter is slots.factors(lost, "default")[0]} == {5 * experts - live}
     assert grown[3:].abs().max() <= grown.shape[1] ** -0.5
 
 

@@ -383,9 +383,9 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._young.follow({path: partial(here, where) for path, where in places.items()}, self.history, zero.optimizer)
 
     def _factors(self, model: PeftModel) -> list[torch.nn.Parameter]:
-        """A and B of all layers."""
+        """A and B of all layers, each once."""
         layers = slots.lora_layers(model, self._adapter)
-        return [factor for layer in layers.values() for factor in slots.factors(layer, self._name)]
+        return list(dict.fromkeys(factor for layer in layers.values() for factor in slots.factors(layer, self._name)))
 
     def _least_ranks(self, model: PeftModel, start: Mapping[str, int]) -> int:
         """The ranks that no round can prune."""

@@ -128,10 +128,13 @@ def all_places(model: nn.Module, adapter: str | None = None) -> dict[str, Callab
 
 
 def dead_places(model: nn.Module, adapter: str | None = None) -> list[Place]:
-    """Where the dead slots of all layers lie in their factors."""
+    """Where the dead slots of all layers lie in their factors, one place a factor."""
     name = active_adapter(model, adapter)
-    layers = _layers(model, name).values()
-    return [place for one in layers for place in places(one, name, (~live_mask(one, name)).nonzero().flatten())]
+    found: dict[tuple[nn.Parameter, int], list[Tensor]] = {}
+    for layer in _layers(model, name).values():
+        for parameter, dim, index in places(layer, name, (~live_mask(layer, name)).nonzero().flatten()):
+            found.setdefault((parameter, dim), []).append(index)
+    return [Place(parameter, dim, torch.cat(indices)) for (parameter, dim), indices in found.items()]
 
 
 def by_slot(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
