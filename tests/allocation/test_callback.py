@@ -605,6 +605,13 @@ def test_two_callbacks_in_one_trainer_keep_their_histories(adapted, examples, tm
     whole.train()
     assert [[done.step for done in one.history] for one in first] == [[2, 4], [3, 5, 7]]
     assert [json.loads((tmp_path / name / "allocation.json").read_text())["rounds"][0]["step"] for name in ("", "other")] == [2, 3]
+    # Both load in stock PEFT, where they do together what they did in training.
+    whole.model.save_pretrained(tmp_path / "saved")
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "saved")
+    loaded.load_adapter(tmp_path / "saved" / "other", "other")
+    loaded.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(logits(loaded, examples()), logits(whole.model, examples()))
     # Transformers resumes a Trainer with one active adapter only: what is resumed here is what the callbacks are told.
     again, second = trainer()
     state = TrainerState.load_from_json(str(tmp_path / "checkpoint-6" / "trainer_state.json"))
@@ -613,6 +620,29 @@ def test_two_callbacks_in_one_trainer_keep_their_histories(adapted, examples, tm
     for one, other in zip(first, second, strict=True):
         assert other.history == [done for done in one.history if done.step <= 6]
         assert other.budget == one.budget
+
+
+def test_an_adapter_that_is_not_trained_is_refused_before_training(run, examples, tmp_path):
+    data = examples()
+    held_out = {key: torch.stack([row[key] for row in data[:6]]) for key in data[0]}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True
+    )
+
+    def trainer(active, frozen=False):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_base("llama"), LoraConfig(r=2, target_modules=["q_proj"], inference_mode=frozen))
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        model.base_model.set_adapter(active, inference_mode=frozen)
+        allocations = [RankAllocation(score="taylor", validation_batch=held_out, adapter=name, first_round=3) for name in active]
+        return model, Trainer(model=model, args=arguments, train_dataset=data, callbacks=allocations)
+
+    model, one = trainer(["other"])
+    model.base_model.set_adapter("default")
+    with pytest.raises(GatewiseError, match=r"adapter 'other' is not active when training begins \('default' is\)"):
+        one.train()
+    with pytest.raises(GatewiseError, match=r"adapter 'default' is frozen .* is_trainable=True$"):
+        trainer(["default"], frozen=True)[1].train()
 
 
 def test_two_callbacks_for_one_adapter_are_refused(run, batch):

@@ -209,6 +209,7 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
                 "every run): give the Trainer a model, not model_init"
             )
+        _check_trained(kwargs["model"], self._name)
         self._restore(state)
         self._zero = zero_of(kwargs.get("optimizer"))
         self._follow(kwargs["model"], kwargs.get("optimizer"))
@@ -443,6 +444,22 @@ def _check_batches(given: Any) -> None:
                 raise GatewiseError(
                     f"validation_batch has {len(value)} rows of {name!r} and {len(batch['labels'])} of labels: give as many of both"
                 )
+
+
+def _check_trained(model: PeftModel, name: str) -> None:
+    """Refuses an adapter that training would pass by: of several on a model, those that are active are trained."""
+    layers = slots.lora_layers(model, name).values()
+    if any(name not in layer.active_adapters or layer.disable_adapters for layer in layers):
+        active = ", ".join(map(repr, model.active_adapters)) or "none"
+        raise GatewiseError(
+            f"adapter {name!r} is not active when training begins ({active} is), so it would not be trained: activate it with "
+            "model.set_adapter, or several with model.base_model.set_adapter"
+        )
+    if not any(factor.requires_grad for layer in layers for factor in slots.factors(layer, name)):
+        raise GatewiseError(
+            f"adapter {name!r} is frozen (none of its factors has requires_grad), so its new ranks would not learn: make it with "
+            "inference_mode=False, or load it with is_trainable=True"
+        )
 
 
 def _check_schedule(schedule: str, target_rank: float | None, r_max: int | None) -> None:
