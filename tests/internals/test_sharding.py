@@ -52,10 +52,11 @@ def test_settings_that_contradict_it_are_refused(monkeypatch, changes, sentence)
     [
         ({"WORLD_SIZE": "2"}, "cuda:1", "the device is cuda:1, but several processes take a GPU each"),
         ({"WORLD_SIZE": "2"}, "mps", "cannot share an Apple GPU"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "cpu", "does not run under DeepSpeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "cpu", "DEEPSPEED is set without a launcher|DeepSpeed, which is not installed"),
     ],
 )
 def test_launches_that_cannot_work_are_refused(monkeypatch, environment, device, sentence):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(GatewiseError, match=sentence):

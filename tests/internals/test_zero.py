@@ -10,8 +10,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import get_peft_model
+from tiny_models import tiny_base
 from torch import nn
 
+from gatewise import RoutedLoraConfig, SelectivePromptConfig
 from gatewise.errors import GatewiseError
 from gatewise.internals import zero
 
@@ -36,13 +39,30 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
 def test_settings_under_which_ranks_cannot_move_are_refused(monkeypatch, settings, sentence):
     deepspeed(monkeypatch, **settings)
     with pytest.raises(GatewiseError, match=sentence):
-        zero.check_settings()
+        zero.check_settings(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("settings", [{}, {"stage": 2}, {"offload_optimizer": {"device": "cpu"}}, {"zero_hpz_partition_size": 1}])
 def test_other_settings_are_not(monkeypatch, settings):
     deepspeed(monkeypatch, **settings)
-    zero.check_settings()
+    zero.check_settings(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (RoutedLoraConfig(r=2, top_k=1, target_modules=["q_proj"], task_type="CAUSAL_LM"), "a routed adapter runs other modules"),
+        (SelectivePromptConfig(prompt_layers=[0], task_type="CAUSAL_LM"), "selective prompts know positions by their tensors"),
+    ],
+    ids=["routed", "prompts"],
+)
+def test_adapters_that_zero3_does_not_bear_are_refused_there_alone(monkeypatch, config, sentence):
+    model = get_peft_model(tiny_base("llama"), config)
+    deepspeed(monkeypatch, stage=2)
+    zero.check_settings(model)
+    deepspeed(monkeypatch, stage=3)
+    with pytest.raises(GatewiseError, match=rf"{sentence}.*take ZeRO-2"):
+        zero.check_settings(model)
 
 
 class Lion(torch.optim.SGD):

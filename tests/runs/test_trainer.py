@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,21 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(adapted: Callable[.
     with pytest.raises(GatewiseError, match="the gradient is not finite at step 1, so the run stopped: there is no"):
         trainer.train()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("norm", [float("inf"), float("nan"), -1.0])
+def test_under_deepspeed_the_norm_of_the_gradient_tells(adapted: Callable[..., PeftModel], tmp_path: Path, norm: float) -> None:
+    """By then it has taken or left out its step, and the gradients are gone."""
+    model, rows = adapted("llama"), features("llama")
+    trainer = RecipeTrainer(model, arguments(tmp_path), rows, rows, PadCollator(byte_tokenizer()), {}, [])
+    trainer.is_deepspeed_enabled, trainer.current_gradient_accumulation_steps = True, 1
+    batch = PadCollator(byte_tokenizer())(rows[:2])
+    for finite in (None, 0.5):
+        trainer.deepspeed = SimpleNamespace(get_global_grad_norm=lambda value=finite: value)
+        trainer.training_step(model, dict(batch))
+    trainer.deepspeed = SimpleNamespace(get_global_grad_norm=lambda: norm)
+    with pytest.raises(GatewiseError, match="the gradient is not finite at step 1, so the run stopped"):
+        trainer.training_step(model, dict(batch))
 
 
 def test_early_stopping_counts_evaluations_without_progress(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class WholeAdapter(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tells FSDP what to leave out, before it wraps the model."""
         leave_out_of_sharding(_trained(kwargs["model"]))
-        check_settings()
+        check_settings(kwargs["model"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Averages gradients from here on, as DeepSpeed does by itself."""

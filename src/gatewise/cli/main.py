@@ -5,6 +5,7 @@ shows its traceback. Torch and Transformers are imported inside the commands, so
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -39,6 +40,8 @@ class Commands(TyperGroup):
     """Turns what ends a command into a sentence and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        # Where it is installed, Accelerate imports it, and it warns on stdout, which is for results.
+        logging.getLogger("DeepSpeed").addFilter(_is_error)
         try:
             return super().invoke(ctx)
         except GatewiseError as error:
@@ -53,6 +56,10 @@ class Commands(TyperGroup):
             if "LOCAL_RANK" in os.environ:  # where another process failed first, a launcher ends this one before it complains
                 time.sleep(SECONDS_FOR_OTHERS)
             raise
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 # Plain text in the help: square brackets and line breaks of the examples stay as written.
@@ -115,7 +122,7 @@ def train(
         int | None, typer.Option("--processes", help="Train in so many processes, one a GPU. [default: the recipe's, or 1]", min=1)
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="How they share the model: ddp or fsdp2. [default: the recipe's, or ddp]")
+        str | None, typer.Option(help="How they share the model: ddp, fsdp2, zero2 or zero3. [default: the recipe's, or ddp]")
     ] = None,
 ) -> None:
     """Train an adapter as a recipe says: written as plain LoRA or, where the method has others, as prompts or routed LoRA.

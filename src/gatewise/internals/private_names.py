@@ -136,6 +136,14 @@ PRIVATE_NAMES = (
         ("bilevel/trainer.py", "prompts/darts.py", "runs/trainer.py"),
     ),
     PrivateName(_TRAINER, "_load_best_model", "loads an adapter that FSDP left whole", (), ("runs/trainer.py",)),
+    PrivateName(
+        _TRAINER,
+        "_prepare_for_training",
+        "loads a checkpoint's adapter before DeepSpeed takes the model",
+        ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+        ("runs/trainer.py",),
+    ),
+    PrivateName("torch.optim.lr_scheduler:LRScheduler", "_last_lr", "has one number for each group", None, ("runs/trainer.py",)),
     PrivateName(_TRAINER, "_load_rng_state", "takes up the random state of a search", ("checkpoint",), ("prompts/darts.py",)),
     PrivateName(
         _TRAINER,
@@ -174,5 +182,11 @@ PRIVATE_NAMES = (
         "deepspeed.utils.mixed_precision_linkage:link_hp_params",
         "_hp_mapping",
         "finds a rank's piece in what ZeRO's optimiser steps",
+    ),
+    PrivateName(
+        "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator",
+        "_invalidate_trace",
+        "has ZeRO-3 learn anew in which order it reads parameters",
+        (),
     ),
 )

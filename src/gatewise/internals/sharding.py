@@ -18,6 +18,7 @@ from torch.autograd import Variable
 
 from gatewise import processes
 from gatewise.errors import GatewiseError
+from gatewise.internals import zero
 
 
 def fsdp_plugin() -> Any | None:
@@ -58,16 +59,21 @@ def join(device: torch.device) -> None:
     """Joins the other processes, where a launcher started several: what follows may speak with them.
 
     Raises:
-        GatewiseError: DeepSpeed, or a device of one's own choice, of which each process would take the same.
+        GatewiseError: a device of one's own choice, of which each process would take the same, or one that DeepSpeed would not
+            take; DeepSpeed without its package or a launcher.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise GatewiseError("gatewise train does not run under DeepSpeed: use FSDP2 or DDP")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    deepspeed = zero.is_asked_for()
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where DeepSpeed is installed, Accelerate imports it, and it would ask
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not deepspeed:
         return
     if device.type == "cuda" and device.index is not None:
         raise GatewiseError(f"the device is {device}, but several processes take a GPU each: take device auto or cuda")
     if device.type == "mps":
         raise GatewiseError("several processes cannot share an Apple GPU: take device cpu, or one process")
+    if deepspeed:
+        zero.join(device)
+        return
     if device.type == "cpu":
         share_cpu_models()
     PartialState(cpu=device.type == "cpu")

@@ -7,14 +7,17 @@ every process has all parameters whole; ZeRO-3 cuts those up too, but for the on
 Read in DeepSpeed 0.19.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import get_active_deepspeed_plugin
 from torch import Tensor, distributed, nn
@@ -24,6 +27,10 @@ from gatewise.errors import GatewiseError
 from gatewise.processes import summed
 
 _CLASSES = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
+_NOT_WITH_STAGE_3 = {
+    "ROUTED_LORA": "a routed adapter runs other modules for other prompts, but under ZeRO-3 all processes must run the same",
+    "SELECTIVE_PROMPT": "selective prompts know positions by their tensors, which ZeRO-3 exchanges for others",
+}
 _OPTIMIZERS = ("torch.optim.", "deepspeed.ops.")
 
 
@@ -32,11 +39,43 @@ def uses_deepspeed() -> bool:
     return AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
 
 
-def check_settings() -> None:
+def is_asked_for() -> bool:
+    """Whether a launcher started this process to train on DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def join(device: torch.device) -> None:
+    """Joins the other processes as DeepSpeed does, over gloo where they share a CPU.
+
+    Raises:
+        GatewiseError: no DeepSpeed, no launcher, or a CPU where there are GPUs.
+    """
+    if find_spec("deepspeed") is None:
+        raise GatewiseError("this run is to train on DeepSpeed, which is not installed: pip install 'gatewise[deepspeed]'")
+    if "LOCAL_RANK" not in os.environ:
+        raise GatewiseError("ACCELERATE_USE_DEEPSPEED is set without a launcher: leave it to --strategy zero2 or accelerate launch")
+    if device.type != "cpu":
+        PartialState()
+        return
+    if torch.cuda.is_available():
+        raise GatewiseError("the device is cpu, but DeepSpeed takes this machine's GPUs: set CUDA_VISIBLE_DEVICES= to hide them")
+    without_compiling()
+    PartialState(backend="gloo")
+
+
+def without_compiling() -> None:
+    """Has DeepSpeed talk over gloo alone on a CPU. Its own way through shared memory would first be compiled, for a minute."""
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_settings(model: nn.Module) -> None:
     """Refuses, before training, what DeepSpeed is told to do and an adapter cannot bear. Without DeepSpeed nothing happens.
 
     Raises:
-        GatewiseError: a stage that is neither 2 nor 3, or sharded numbers that are kept elsewhere than in flat tensors in memory.
+        GatewiseError: a stage that is neither 2 nor 3, sharded numbers that are kept elsewhere than in flat tensors in memory, or
+            a routed adapter or selective prompts under stage 3.
     """
     if not uses_deepspeed():
         return
@@ -45,6 +84,10 @@ def check_settings() -> None:
     stage = settings.get("stage", 0)
     if stage not in (2, 3):
         raise GatewiseError(f"DeepSpeed's ZeRO stage is {stage}, but gatewise knows its stages 2 and 3: take one of them, or DDP")
+    kinds = [getattr(one, "peft_type", None) for one in getattr(model, "peft_config", {}).values()]
+    for kind, why in _NOT_WITH_STAGE_3.items():
+        if stage == 3 and kind in kinds:
+            raise GatewiseError(f"{why}: take ZeRO-2, FSDP2 or DDP")
     for what in ("offload_optimizer", "offload_param"):
         if (settings.get(what) or {}).get("device") == "nvme":
             raise GatewiseError(f"zero_optimization.{what}.device is nvme, where ranks cannot be moved: offload to the cpu")
@@ -123,6 +166,10 @@ class Zero:
     def _cuts_parameters(self) -> bool:
         return type(self._zero).__name__ == _CLASSES[1]
 
+    @property
+    def _flats(self) -> list[Tensor]:
+        return self._zero.fp32_partitioned_groups_flat if self._cuts_parameters else self._zero.single_partition_of_fp32_groups
+
     def piece(self, parameter: nn.Parameter) -> Piece | None:
         """Where a parameter's piece is; None where this process has none of it."""
         one: Any = parameter
@@ -130,12 +177,12 @@ class Zero:
             group, at, length = self._zero.grad_position[self._zero.get_param_id(one)]
             start = length * distributed.get_rank(one.ds_process_group)
             # The last pieces are filled up to the length of the others.
-            piece = Piece(self._zero.fp32_partitioned_groups_flat[group], at, start, min(length, one.ds_numel - start))
+            piece = Piece(self._flats[group], at, start, min(length, one.ds_numel - start))
             return piece if piece.length > 0 else None
         mapped = one._hp_mapping
         if mapped is None:
             return None
-        flat = self._zero.single_partition_of_fp32_groups[mapped.param_group_index]
+        flat = self._flats[mapped.param_group_index]
         return Piece(flat, mapped.hp_fragment_address.start, mapped.lp_fragment_address.start, mapped.lp_fragment_address.numel)
 
     def places(self, slots: Iterable[tuple[nn.Parameter, int, Tensor]]) -> list[tuple[Any, int, Tensor]]:
@@ -145,8 +192,7 @@ class Zero:
             piece = self.piece(parameter)
             if piece is None:
                 continue
-            shape = cast(Any, parameter).ds_shape if self._cuts_parameters else parameter.shape
-            chosen = torch.zeros(shape, dtype=torch.bool, device=index.device).index_fill_(dim, index, True)
+            chosen = torch.zeros(_shape(parameter), dtype=torch.bool, device=index.device).index_fill_(dim, index, True)
             kept = piece.within(chosen).nonzero().flatten() + piece.at
             if len(kept):
                 found.append((piece.flat, 0, kept.to(piece.flat.device)))
@@ -181,6 +227,9 @@ class Zero:
         there = {id(parameter) for parameter in every}
         self._zero.persistent_parameters[:] = [one for one in self._zero.persistent_parameters if id(one) in there]
         self.keep_whole(new)
+        order = self._zero.parameter_offload.get_param_coordinator()
+        if not order.is_invalid_trace():  # DeepSpeed has learned in which order parameters are read
+            order._invalidate_trace()
 
     def after_each_step(self, do: Callable[[], None]) -> Callable[[], None]:
         """Has something done after each step of the optimiser, before the model gets to see it.
@@ -189,6 +238,46 @@ class Zero:
             What undoes it.
         """
         return self.optimizer.register_step_post_hook(lambda *_: do()).remove
+
+    def state_dict(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The optimiser's state as a process would save it that trained the parameters alone. All processes must ask for it.
+
+        Args:
+            groups: the optimiser's groups as they were before ZeRO put its own tensors into them.
+        """
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        states = self._gathered({parameter: self.piece(parameter) for parameter in parameters})
+        for state in states.values():
+            if "step" in state:
+                state["step"] = torch.tensor(float(state["step"]))  # DeepSpeed's own Adam counts in a number
+        own, numbers = iter(self.optimizer.param_groups), iter(range(len(parameters)))
+        return {
+            "state": dict(enumerate(states.values())),
+            # A group without parameters is none of ZeRO's.
+            "param_groups": [
+                {**group, **(next(own) if group["params"] else {}), "params": [next(numbers) for _ in group["params"]]}
+                for group in groups
+            ],
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Takes up what ``state_dict``, or an optimiser of whole parameters, has saved."""
+        own = self.optimizer.state
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for number, parameter in enumerate(parameters):
+            shape, piece = _shape(parameter), self.piece(parameter)
+            for name, value in saved["state"].get(number, {}).items():
+                whole = isinstance(value, Tensor) and value.shape == shape
+                for flat in self._flats:
+                    if whole:
+                        own[flat].setdefault(name, torch.zeros_like(flat, requires_grad=False))
+                    else:
+                        own[flat][name] = deepcopy(value) if type(self.optimizer).__module__.startswith("torch.") else int(value)
+                if whole and piece is not None:
+                    piece.of(own[piece.flat][name]).copy_(piece.within(value))
+        kept = [group for group, before in zip(saved["param_groups"], groups, strict=True) if before["params"]]
+        for group, settings in zip(self.optimizer.param_groups, kept, strict=True):
+            group |= {name: settings[name] for name in group if name in settings and name != "params"}
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[Whole]:
@@ -216,15 +305,14 @@ class Zero:
                 cast(Any, parameter).ds_tensor.narrow(0, 0, piece.length).copy_(now)
 
     def _gathered(self, pieces: dict[nn.Parameter, Piece | None]) -> dict[nn.Parameter, dict[str, Any]]:
-        flats = self._zero.fp32_partitioned_groups_flat if self._cuts_parameters else self._zero.single_partition_of_fp32_groups
-        like = self.optimizer.state.get(flats[0], {})  # all have the same names
+        like = self.optimizer.state.get(self._flats[0], {})  # all have the same names
         states: dict[nn.Parameter, dict[str, Any]] = {
             parameter: dict(like if piece is None else self.optimizer.state[piece.flat]) for parameter, piece in pieces.items()
         }
-        for name in [name for name, value in like.items() if _is_sharded(value, flats[0])]:
+        for name in [name for name, value in like.items() if _is_sharded(value, self._flats[0])]:
             parts = []
             for parameter, piece in pieces.items():
-                whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+                whole = torch.zeros(_shape(parameter), dtype=torch.float32, device=parameter.device)
                 if piece is not None:
                     piece.within(whole).copy_(piece.of(self.optimizer.state[piece.flat][name]))
                 parts.append(whole)
@@ -233,13 +321,11 @@ class Zero:
         return states
 
 
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, also while it is cut up."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def _is_sharded(value: Any, flat: Tensor) -> bool:
     """Whether a part of the optimiser's state has a number for each of the flat tensor's, unlike a step count."""
     return isinstance(value, Tensor) and value.shape == flat.shape
-
-
-def without_compiling() -> None:
-    """Has DeepSpeed talk over gloo alone on a CPU. Its own way through shared memory would first be compiled, for a minute."""
-    from deepspeed import ops
-
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.trainer_device import run_on
+from gatewise.internals.zero import is_asked_for
 from gatewise.losses import base_of
 from gatewise.processes import count
 from gatewise.prompts import SelectivePromptConfig
@@ -164,7 +165,9 @@ def training_arguments(
     Raises:
         GatewiseError: settings that do not work here, or a batch that the processes cannot share.
     """
-    processes = count()
+    processes, deepspeed = count(), is_asked_for()
+    if deepspeed and training.bf16 and device.type == "cpu":
+        raise GatewiseError("training.bf16 does not work under DeepSpeed on a CPU: take dtype bfloat16, or launch.strategy fsdp2")
     if training.batch_size % processes:
         raise GatewiseError(
             f"training.batch_size is {training.batch_size}, which {processes} processes cannot share: give a multiple of that"
@@ -182,7 +185,7 @@ def training_arguments(
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             bf16=training.bf16,
-            use_cpu=device.type == "cpu",
+            use_cpu=device.type == "cpu" and not deepspeed,  # or Accelerate would pass DeepSpeed by
             logging_steps=training.log_every,
             # The first NaN stops the run; the Trainer would hide it in the log.
             logging_nan_inf_filter=False,
@@ -200,11 +203,11 @@ def training_arguments(
             remove_unused_columns=False,
             label_names=["labels"],
             dataloader_pin_memory=False,
-            ddp_backend="gloo" if processes > 1 and device.type == "cpu" else None,
+            ddp_backend="gloo" if (processes > 1 or deepspeed) and device.type == "cpu" else None,
         )
     except ValueError as error:
         raise GatewiseError(f"training: these settings do not work here: {' '.join(str(error).split())}") from error
-    if processes == 1:  # of several, each has the device that its launcher gave it
+    if processes == 1 and not deepspeed:  # of several, each has the device that its launcher gave it
         run_on(arguments, device)
     return arguments
 

@@ -6,6 +6,7 @@ it or ``accelerate launch -m gatewise train ...`` or ``torchrun -m gatewise trai
 """
 
 import difflib
+import json
 import logging
 import os
 import signal
@@ -13,12 +14,13 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -35,6 +37,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "fsdp_cpu_ram_efficient_loading": False,
         "fsdp_reshard_after_forward": True,
     },
+    "zero2": {"use_deepspeed": True, "zero_stage": 2},
+    "zero3": {"use_deepspeed": True, "zero_stage": 3, "zero3_init_flag": False, "zero3_save_16bit_model": True},
 }
 """What each strategy sets, by the names of ``accelerate launch``."""
 SECONDS_TO_END = 30
@@ -50,7 +54,7 @@ def environment(section: LaunchSection) -> dict[str, str]:
     """The environment variables by which Accelerate knows how to train, beyond those of this process.
 
     Raises:
-        GatewiseError: a setting that ``accelerate launch`` does not have, or that it refuses.
+        GatewiseError: a setting that ``accelerate launch`` does not have or refuses, or that DeepSpeed's file contradicts.
     """
     settings = {**STRATEGIES[section.strategy], **(section.model_extra or {})}
     known: Namespace = launch_command_parser().parse_args(["gatewise"])
@@ -62,21 +66,38 @@ def environment(section: LaunchSection) -> dict[str, str]:
                 f"launch.{name} is not a known key: expected processes, strategy or a setting of accelerate launch{hint}"
             )
     if settings.get("use_deepspeed"):
-        raise GatewiseError("launch.use_deepspeed is set, but gatewise does not train under DeepSpeed: take launch.strategy fsdp2")
+        _check_deepspeed(section, settings.get("deepspeed_config_file"))
     if settings.get("num_machines", 1) != 1:
         raise GatewiseError(
             "launch.num_machines is above 1, but gatewise starts processes on this machine only: for several machines use "
             "accelerate launch -m gatewise train ... on each of them"
         )
     needed = {"num_machines": 1, "num_processes": section.processes, "mixed_precision": "no", "dynamo_backend": "no"}
+    needed["deepspeed_fields_from_accelerate_config"] = ""  # there is no such file here
     threads = max(1, (os.cpu_count() or 1) // section.processes)
     for name, value in {**needed, "num_cpu_threads_per_process": threads, "main_process_port": _free_port(), **settings}.items():
         setattr(known, name, value)
     try:
-        made = prepare_multi_gpu_env(known)
+        made = prepare_deepspeed_cmd_env(known)[1] if known.use_deepspeed else prepare_multi_gpu_env(known)
     except (ValueError, RuntimeError, AttributeError) as error:
         raise GatewiseError(f"launch: accelerate does not take these settings: {' '.join(str(error).split())}") from error
     return {name: str(value) for name, value in made.items() if os.environ.get(name) != value}
+
+
+def _check_deepspeed(section: LaunchSection, file: str | None) -> None:
+    """Refuses DeepSpeed where it is not installed, or with a file that cannot be its own or is one of another strategy."""
+    if find_spec("deepspeed") is None:
+        raise GatewiseError("launch.strategy needs DeepSpeed, which is not installed: pip install 'gatewise[deepspeed]'")
+    if file is None:
+        return
+    try:
+        stage = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GatewiseError(
+            f"launch.deepspeed_config_file is {file}, expected a JSON file of DeepSpeed's with a zero_optimization.stage"
+        ) from error
+    if section.strategy in ("zero2", "zero3") and stage != int(section.strategy[-1]):
+        raise GatewiseError(f"launch.strategy is {section.strategy}, but {file} has zero_optimization.stage {stage}: change one")
 
 
 def start(arguments: Sequence[str], section: LaunchSection) -> tuple[int, str | None]:

@@ -262,14 +262,14 @@ class SearchSection(Section):
 class LaunchSection(Section):
     """In how many processes the run trains, and how they share the model. Not for a run that another launcher started.
 
-    ``strategy``: ddp has the whole model in every process, fsdp2 shards the base model. Other keys are settings of ``accelerate
-    launch``, by its own names.
+    ``strategy``: ddp has the whole model in every process; fsdp2 shards the base model; zero2 and zero3 are DeepSpeed's, which
+    shard the optimiser's state, zero3 the base model too. Other keys are settings of ``accelerate launch``, by its own names.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     processes: Count = 1
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
 
 
 class TrainingSection(Section):

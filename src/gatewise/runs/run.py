@@ -24,6 +24,7 @@ from gatewise.files import finite
 from gatewise.inspection.routing import routing_of_rows
 from gatewise.internals.sharding import join
 from gatewise.internals.soft_prompt_fixes import without_prompts
+from gatewise.internals.zero import is_asked_for
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
 from gatewise.progress import quiet
@@ -87,6 +88,10 @@ def train(
     started = time.monotonic()
     output = Path(output)
     join(pick_device(recipe.device))
+    if recipe.method == "adalora" and is_asked_for():
+        raise GatewiseError(
+            "method adalora reads whole gradients, which DeepSpeed does not keep: take launch.strategy ddp, or method alora"
+        )
     progress = RunProgress((console or Console(stderr=True)) if processes.is_main() else Console(quiet=True))
     checkpoint = processes.by_main(lambda: check_output(output, recipe, resume, overwrite))
     selection = processes.by_main(lambda: _found(output) if resume and recipe.searched else None)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, read_tensors, tensor_shapes
 from gatewise.adapters.whole import WholeAdapter
@@ -25,6 +26,7 @@ from gatewise.allocation.callback import RankAllocation
 from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
+from gatewise.internals.zero import zero_of
 from gatewise.losses import inside, mean_loss, scored, soft_prompt
 from gatewise.processes import is_sharded, shared_out
 from gatewise.prompts.darts import SearchMixin
@@ -78,6 +80,22 @@ class RecipeTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.note = dict(note)
         self.group_by_length = group_by_length
+        if self.is_deepspeed_enabled:
+            self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        """Refuses a file of DeepSpeed's that sets what the recipe sets too."""
+        config: Any = self.accelerator.state.deepspeed_plugin.hf_ds_config
+        for section in ("optimizer", "scheduler"):
+            if section in config.config:
+                raise GatewiseError(
+                    f"DeepSpeed's settings have a section {section}, but the recipe's training sets it: leave it out"
+                )
+        if config.mismatches:
+            told = ", ".join(
+                one.removeprefix("- ds ").replace(" vs hf ", " where the recipe makes it ") for one in config.mismatches
+            )
+            raise GatewiseError(f'DeepSpeed\'s settings contradict the recipe: {told}; write "auto" there')
 
     def compute_loss(
         self,
@@ -154,33 +172,73 @@ class RecipeTrainer(Trainer):
                 "some space and go on with --resume"
             ) from error
 
-    # An adapter that FSDP leaves whole is saved and loaded as without FSDP: no process gathers the base model, and a run may be
-    # resumed with another strategy.
+    # An adapter that FSDP and ZeRO leave whole is saved and loaded as without them: no process gathers the base model, and a run
+    # may be resumed with another strategy.
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's; its groups are noted before DeepSpeed puts tensors of its own into them."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._groups = [dict(group, params=list(group["params"])) for group in optimizer.param_groups]
+        return optimizer
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # DeepSpeed copies the weights when it takes the model.
+        self._load_from_checkpoint(resume_from_checkpoint)
+        made = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return made
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's."""
-        with self._without_fsdp():
+        with self._not_sharding():
             super().save_model(output_dir, _internal_call=_internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._without_fsdp():
-            super()._save_optimizer_and_scheduler(output_dir)
+        zero = zero_of(self.optimizer)
+        if zero is None:
+            with self._not_sharding():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state, schedule = zero.state_dict(self._groups), cast(Any, self.lr_scheduler).state_dict()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(_of_groups(schedule, len(self._groups)), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._without_fsdp():
-            super()._load_optimizer_and_scheduler(checkpoint)
+        zero = zero_of(self.optimizer)
+        if zero is None or checkpoint is None:
+            with self._not_sharding():
+                super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        zero.load_state_dict(state, self._groups)
+        cast(Any, self.lr_scheduler).load_state_dict(_of_groups(schedule, len(zero.optimizer.param_groups)))
 
     def _load_best_model(self) -> None:
-        with self._without_fsdp():
+        with self._not_sharding():
             super()._load_best_model()
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's. Under DeepSpeed it is over before anybody can see the gradients, but for their norm."""
+        loss = super().training_step(*args, **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            norm = cast(Any, self.deepspeed).get_global_grad_norm()  # infinite, or below 0, where the gradients are not finite
+            if norm is not None and not 0 <= float(norm) < math.inf:
+                self._stop_diverged(f"the gradient is not finite at step {self.state.global_step + 1}")
+        return loss
+
     @contextmanager
-    def _without_fsdp(self) -> Iterator[None]:
-        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+    def _not_sharding(self) -> Iterator[None]:
+        sharding = self.is_fsdp_enabled, self.is_deepspeed_enabled
+        self.is_fsdp_enabled = self.is_deepspeed_enabled = False
         try:
             yield
         finally:
-            self.is_fsdp_enabled = sharded
+            self.is_fsdp_enabled, self.is_deepspeed_enabled = sharding
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Adapter and note, nothing pickled. PEFT is kept from asking the hub whether embeddings changed."""
@@ -192,7 +250,7 @@ class RecipeTrainer(Trainer):
         """The Trainer's, and PEFT's own soft prompts, which PEFT refuses to load into an adapter in training."""
         whole = cast(Any, model or self.model)
         if soft_prompt(whole) is None:
-            with self._without_fsdp():
+            with self._not_sharding():
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         tensors = read_tensors(Path(resume_from_checkpoint) / WEIGHTS_FILE)[0]
@@ -336,6 +394,15 @@ def _is_complete(path: Path, also: Sequence[str]) -> bool:
     except (OSError, ValueError, GatewiseError):
         return False
     return True
+
+
+def _of_groups(schedule: Mapping[str, Any], groups: int) -> dict[str, Any]:
+    """The state of a scheduler, for an optimiser with so many groups: DeepSpeed leaves out those without parameters.
+
+    All groups of a recipe have one learning rate.
+    """
+    each = ("base_lrs", "lr_lambdas", "_last_lr")
+    return {name: value[:1] * groups if name in each else value for name, value in schedule.items()}
 
 
 def _length(row: Mapping[str, Any]) -> int:
