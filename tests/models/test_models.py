@@ -415,6 +415,8 @@ def test_load_model_refuses_an_encoder_and_decoder(tmp_path: Path, family: str) 
         GatewiseError, match=r"is an encoder-decoder model, .*: train it in Python, with RankAllocation in a Seq2Seq"
     ):
         load_model(tmp_path)
+    with pytest.raises(GatewiseError, match="is an encoder-decoder model"):  # whose head PEFT would neither train nor save
+        load_model(tmp_path, task="classification", num_labels=2)
 
 
 def test_load_model_refuses_damaged_pickled_and_unfitting_weights(llama: Path, tmp_path: Path) -> None:

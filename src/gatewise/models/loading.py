@@ -82,12 +82,11 @@ def load_model(
     try:
         with quiet(bars=not Path(source).is_dir()):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-            if task == "causal" and getattr(
-                config, "is_encoder_decoder", False
-            ):  # of some Transformers would load the decoder alone
+            # Of BART, Transformers would load the decoder alone; of classifiers of this kind, PEFT saves no head.
+            if getattr(config, "is_encoder_decoder", False):
                 raise GatewiseError(
                     f"{str(name_or_path)!r} is an encoder-decoder model, which no command or recipe runs: train it in Python, with "
-                    "RankAllocation in a Seq2SeqTrainer, or give a decoder (causal language model)"
+                    "RankAllocation in a Seq2SeqTrainer, or give a decoder (causal language model) or an encoder"
                 )
             model, notes = auto.from_pretrained(
                 source,
