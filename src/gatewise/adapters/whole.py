@@ -1,6 +1,6 @@
 """WholeAdapter: keeps an adapter whole in every process while FSDP2 or ZeRO-3 shards its base model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -51,6 +51,11 @@ class WholeAdapter(TrainerCallback):
         if self._undo is not None:
             self._undo()
             self._undo = None
+
+
+def keeps_whole(callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether one of a Trainer's callbacks keeps what is trained whole."""
+    return any(isinstance(one, WholeAdapter) for one in callbacks)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

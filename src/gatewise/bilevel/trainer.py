@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gatewise.adapters.whole import keeps_whole
 from gatewise.bilevel.state import Chosen, CyclicRows, UpperLevel, count_rows, held_fixed, select_upper, split_in_half
 from gatewise.errors import GatewiseError, some
 from gatewise.processes import average_gradients
@@ -380,7 +381,8 @@ class BilevelMixin(_AnyTrainer):
     def _refuse_sharding(self) -> None:
         by = {
             "DeepSpeed": self.is_deepspeed_enabled,
-            "FSDP": self.is_fsdp_enabled or self.is_fsdp_xla_enabled,
+            # What is trained stays whole where WholeAdapter keeps it so.
+            "FSDP": (self.is_fsdp_enabled and not keeps_whole(self.callback_handler.callbacks)) or self.is_fsdp_xla_enabled,
             "parallelism_config": getattr(self.accelerator, "parallelism_config", None) is not None,
             "the model's distributed_config": getattr(self, "is_distributed_loading_by_transformers", False),
         }
@@ -388,7 +390,7 @@ class BilevelMixin(_AnyTrainer):
             if active:
                 raise GatewiseError(
                     f"this run shards its parameters ({name}), but the two levels are stepped on whole ones: train on one "
-                    "device or, on several, with DDP"
+                    "device or, on several, with DDP or with FSDP2 and WholeAdapter in Trainer(callbacks=[...])"
                 )
 
 

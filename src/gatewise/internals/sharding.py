@@ -98,6 +98,20 @@ def share_cpu_models() -> None:
     AcceleratorState.__init__ = __init__
 
 
+def reshard(model: nn.Module) -> None:
+    """Has FSDP2 give up what a forward left whole. Call it in every process before the main one alone saves the model.
+
+    Reading the state dict does the same, but in that process only: the next forward would then gather parts that the others have.
+    """
+    if processes.count() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
     """From now on the gradients of whole parameters are their mean over all processes, as under DDP.
 

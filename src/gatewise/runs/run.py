@@ -22,7 +22,7 @@ from gatewise.allocation.callback import RankAllocation, in_steps
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.inspection.routing import routing_of_rows
-from gatewise.internals.sharding import join
+from gatewise.internals.sharding import join, reshard
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.internals.zero import is_asked_for
 from gatewise.models import load_model, load_tokenizer, resolve
@@ -145,6 +145,7 @@ def train(
                 write_metrics(recipe, result, log)
                 return result
 
+            reshard(model)
             result = processes.by_main(written)
             if recipe.method == "milora":
                 result = _routed(recipe, prepared, model, result, progress)

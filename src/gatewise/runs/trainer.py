@@ -26,6 +26,7 @@ from gatewise.allocation.callback import RankAllocation
 from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
+from gatewise.internals.sharding import reshard
 from gatewise.internals.zero import zero_of
 from gatewise.losses import inside, mean_loss, scored, soft_prompt
 from gatewise.processes import is_sharded, shared_out
@@ -192,6 +193,7 @@ class RecipeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's."""
+        reshard(cast(nn.Module, self.model))
         with self._not_sharding():
             super().save_model(output_dir, _internal_call=_internal_call)
 
