@@ -99,6 +99,19 @@ def test_a_run_goes_on_with_another_strategy_of_deepspeed_or_without(recipe: Pat
         assert_same_adapter(tmp_path / "alone", output, 1e-4)
 
 
+def test_two_levels_over_sharded_models(tmp_path: Path) -> None:
+    """MiLoRA's activations on rows of their own, under FSDP2, with measurements and saves between. Each process centres by its prompts."""
+    recipe = write_recipe(tmp_path, method="milora")
+    logs = []
+    for name, more in (("one", ()), ("fsdp2", ("--processes", "2", "--strategy", "fsdp2", "--set", "training.eval_every=2"))):
+        done = gatewise(recipe, tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+        told = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert told["routing"]
+        logs.append([entry["loss"] for entry in told["log"] if "loss" in entry])
+    assert logs[1] == pytest.approx(logs[0], abs=0.02)
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the process to kill in /proc")
 def test_a_run_whose_process_is_killed_says_so_once_and_is_resumed_with_another_number(recipe: Path, tmp_path: Path) -> None:
     longer = ("--processes", "2", "--strategy", "fsdp2", "--set", "training.max_steps=40")
