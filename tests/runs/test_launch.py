@@ -100,7 +100,10 @@ def test_a_run_goes_on_with_another_strategy_of_deepspeed_or_without(recipe: Pat
 
 
 def test_two_levels_over_sharded_models(tmp_path: Path) -> None:
-    """MiLoRA's activations on rows of their own, under FSDP2, with measurements and saves between. Each process centres by its prompts."""
+    """MiLoRA's activations on rows of their own, under FSDP2, with measurements and saves between.
+
+    Not to the last digit: each process centres by its own prompts.
+    """
     recipe = write_recipe(tmp_path, method="milora")
     logs = []
     for name, more in (("one", ()), ("fsdp2", ("--processes", "2", "--strategy", "fsdp2", "--set", "training.eval_every=2"))):
