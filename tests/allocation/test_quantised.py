@@ -230,6 +230,18 @@ def test_a_base_that_passes_no_gradient_is_refused(base, rows, held_out, tmp_pat
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation])
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_scoring_inside_scoring_gives_quantised_layers_their_mode_back(base, kind):
+    """A round scores inside the state that it measures its losses in, and leaves the model in training."""
+    model = with_lora(base(kind)).train()
+    layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)]
+    with scoring(model):
+        with scoring(model):
+            pass
+        assert all(layer.training for layer in layers)
+    assert all(module.training for module in model.modules())
+
+
 def test_qlora_as_trl_runs_it(base, held_out, tmp_path):
     """TRL makes the adapter itself, in bfloat16, on a 4-bit base, with gradient checkpointing and a paged 8-bit optimiser."""
     import trl

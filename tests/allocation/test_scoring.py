@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import VOCABULARY, random_adapter
+from transformers import FalconConfig, FalconForCausalLM
 
 from gatewise.allocation.scores.taylor import taylor
 from gatewise.allocation.scoring import scoring
@@ -99,3 +102,16 @@ def test_layers_under_gradient_checkpointing_keep_no_activations(adapted, batch,
     for path, scores in expected.items():
         torch.testing.assert_close(found[path], scores)
     assert all(module.training for module in model.modules())
+
+
+def test_layers_that_drop_out_themselves_do_not_while_scored(batch):
+    """Falcon's reads its own mode, in which the modules inside it are not."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = FalconForCausalLM(FalconConfig(**sizes, hidden_dropout=0.5, attention_dropout=0.5))
+    model = random_adapter(get_peft_model(base, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))).train()
+    data = batch()
+    expected = taylor(model, data)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = taylor(model, data)
+    for path, scores in expected.items():
+        torch.testing.assert_close(found[path], scores)

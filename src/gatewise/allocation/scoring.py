@@ -179,6 +179,7 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
                 tensor.data = tensor.data.float()
             yield
         finally:
+            stack.close()  # first: it gives quantised layers the mode that they were in under ``model.eval()``
             for tensor, dtype, place in before:
                 tensor.data = tensor.data.to(dtype) if place is None else place.copy_(tensor.data)
             if wrapped is not None:

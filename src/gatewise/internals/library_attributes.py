@@ -3,6 +3,7 @@
 The names are listed in private_names.py.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +50,8 @@ def original_forward(model: Any) -> Callable[..., Any] | None:
 def recomputed_layers(model: Any) -> list[torch.nn.Module]:
     """The layers in training whose activations are computed again in the backward pass, and that drop nothing out themselves.
 
-    Not those of re-entrant checkpointing, which takes no gradients by ``torch.autograd.grad``.
+    Not those of re-entrant checkpointing, which takes no gradients by ``torch.autograd.grad``, and not those whose own code, unlike
+    that of the modules inside them, asks whether it is training: it drops out.
     """
     return [
         layer
@@ -58,8 +60,15 @@ def recomputed_layers(model: Any) -> list[torch.nn.Module]:
         and layer.training
         and layer.gradient_checkpointing
         and not getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
-        and not isinstance(getattr(layer, "dropout", None), float)
+        and not _asks_for_mode(type(layer))
     ]
+
+
+def _asks_for_mode(kind: type) -> bool:
+    """Whether a method of a layer's class reads ``self.training``."""
+    between = kind.__mro__[: kind.__mro__.index(GradientCheckpointingLayer)]
+    own = (inspect.unwrap(one) for cls in between for one in vars(cls).values() if inspect.isfunction(one))
+    return any("training" in one.__code__.co_names for one in own)
 
 
 def between_embedding_factors(layer: Any, adapter: str, then: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
