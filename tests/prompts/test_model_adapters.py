@@ -291,6 +291,10 @@ def test_other_architectures():
     crossing = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9, add_cross_attention=True))
     with pytest.raises(GatewiseError, match="add_cross_attention=True"):
         get_peft_model(crossing, prompt_config())
+    balancing = prompted_base("mixtral")
+    balancing.config.output_router_logits = True
+    with pytest.raises(GatewiseError, match=r"mixtral model has output_router_logits=True \(its load-balancing loss"):
+        get_peft_model(balancing, prompt_config("mixtral"))
     lora = get_peft_model(prompted_base("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(GatewiseError, match="carries an adapter already"):
         get_peft_model(lora.base_model.model, prompt_config())

@@ -42,11 +42,12 @@ FAMILIES = {
 """By ``config.model_type``."""
 
 
-# Settings of a configuration that change what attends to what, where prompts have no place in the result.
+# Settings of a configuration that change what attends to what, or what is counted, where prompts have no place in the result.
 _REFUSED = {
     "add_cross_attention": (True, "cross-attention reads a second text"),
     "use_bidirectional_attention": (True, "its decoder attends in both directions"),
     "is_causal": (False, "its decoder attends in both directions"),
+    "output_router_logits": (True, "its load-balancing loss counts the tokens of the attention mask, and no prompts"),
 }
 
 
