@@ -17,7 +17,7 @@ from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
 from gatewise.internals.library_attributes import original_forward, recomputed_layers
 from gatewise.internals.quantised import computing_as_in_training, is_quantised
-from gatewise.losses import IGNORED, Batch, LossKind, loss_kind, mean_loss, microbatches, padded_tokens, row_losses
+from gatewise.losses import IGNORED, Batch, LossKind, base_of, loss_kind, mean_loss, microbatches, padded_tokens, row_losses
 from gatewise.models.device import has_bfloat16, random_state_kept
 from gatewise.processes import count, is_sharded, shared_out, summed
 
@@ -30,9 +30,19 @@ def as_batches(batch: Batches) -> list[Batch]:
     return [batch] if isinstance(batch, Mapping) else list(batch)
 
 
-def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+def as_read(batch: Batch, model: nn.Module) -> dict[str, Any]:
+    """The batch on the model's device, and images, sounds and embedded texts in the model's precision as it is now.
+
+    That is another than in training while half-precision weights are converted, or while autocast is off.
+    """
+    device, dtype = next(model.parameters()).device, getattr(base_of(model), "dtype", None)
+
+    def read(key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() and key != "labels" else None)
+
+    return {key: read(key, value) for key, value in batch.items()}
 
 
 def step_tokens(device: torch.device) -> int:
@@ -66,7 +76,7 @@ class Parts:
 
 
 def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Parts:
-    """The batches on the model's device, cut into microbatches of like length, without rows that have no label.
+    """The batches as the model reads them, cut into microbatches of like length, without rows that have no label.
 
     Every process must be given the same batches.
 
@@ -75,7 +85,7 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
     """
     device, kind = next(model.parameters()).device, loss_kind(model)
     most = 1 if single_rows else step_tokens(device)
-    parts = [part for one in as_batches(batch) for part in microbatches(on_device(one, device), most, kind)]
+    parts = [part for one in as_batches(batch) for part in microbatches(as_read(one, model), most, kind)]
     # Without any label at all the loss says so.
     parts = [labelled for part in parts if (labelled := _labelled_rows(part, kind))] or parts
     n = count()

@@ -30,6 +30,17 @@ def test_one_finite_number_for_each_live_rank(score, adapted, batch, family, lor
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in got.values())
 
 
+@pytest.mark.parametrize("of_batch", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [False, True])
+def test_sounds_are_read_in_the_precision_that_is_scored_in(score, adapted, batch, monkeypatch, kept, of_batch):
+    """In training autocast takes float32 sounds, or they are in half precision as the model is; a round has its own precision."""
+    monkeypatch.setattr("gatewise.allocation.scoring.has_bfloat16", lambda device: kept)
+    data = batch("wav2vec2")
+    model = adapted("wav2vec2", target_modules=OTHER_LAYERS["wav2vec2"]).to(torch.bfloat16)
+    got = score(model, data | {"input_values": data["input_values"].to(of_batch)})
+    assert all(torch.isfinite(value).all() for value in got.values())
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(score, adapted, batch, side):
     model, data = adapted(), batch(side=side)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gatewise.allocation import fast_ablation
 from gatewise.allocation.fast_ablation import Rank
 from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scoring import Batches, Scores, as_batches, on_device, scoring
+from gatewise.allocation.scoring import Batches, Scores, as_batches, as_read, scoring
 from gatewise.allocation.slots import live_slots
 from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
@@ -84,10 +84,9 @@ def naive(
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """(len(ranks),) scores of the ranks named, float64 on the CPU, by the paper's loop: two forwards of the whole batch a rank."""
-    device = next(model.parameters()).device
-    batches = [on_device(one, device) for one in as_batches(batch)]
     scores = torch.zeros(len(ranks), dtype=torch.float64)
     with torch.no_grad(), scoring(model, float32), GateBank(model, adapter) as gates:
+        batches = [as_read(one, model) for one in as_batches(batch)]
         for index, (path, slot) in enumerate(ranks):
             gates.fill(1.0)[path][slot] = 0.0
             without = mean_loss(model, batches)
