@@ -645,6 +645,17 @@ def test_an_adapter_that_is_not_trained_is_refused_before_training(run, examples
         trainer(["default"], frozen=True)[1].train()
 
 
+def test_layers_that_cannot_be_trained_beside_a_sharded_base_are_refused(adapted, monkeypatch, run):
+    """With two processes DeepSpeed stopped with an assertion in the first backward pass, FSDP2 when it saved a checkpoint."""
+    monkeypatch.setattr("gatewise.allocation.callback.is_sharded", lambda model: True)
+    with pytest.raises(GatewiseError, match=r"^model.embed_tokens is an adapted embedding, .*: take DDP or ZeRO, or leave it out"):
+        run(peft={"target_modules": ["embed_tokens", "q_proj"]})
+    run("mixtral", peft=EXPERTS)
+    monkeypatch.setattr("gatewise.allocation.callback.zero_of", lambda optimizer: object())
+    with pytest.raises(GatewiseError, match=r"down_proj\[0\] is an adapted parameter .* ZeRO-3 cannot train: take ZeRO-2"):
+        run("mixtral", peft=EXPERTS)
+
+
 def test_two_callbacks_for_one_adapter_are_refused(run, batch):
     with pytest.raises(GatewiseError, match="two RankAllocations in one Trainer move the ranks of adapter 'default'"):
         run(callbacks=[RankAllocation(score="taylor", validation_batch=batch())])

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -33,6 +34,7 @@ from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
 from gatewise.internals.zero import Zero, zero_of
+from gatewise.processes import is_sharded
 
 logger = logging.getLogger(__name__)
 Score = Callable[..., Scores]
@@ -212,6 +214,8 @@ class RankAllocation(TrainerCallback, ExportableState):
         _check_trained(kwargs["model"], self._name)
         self._restore(state)
         self._zero = zero_of(kwargs.get("optimizer"))
+        if is_sharded(kwargs["model"]):
+            _check_sharded(layers, self._name, zero=self._zero is not None)
         self._follow(kwargs["model"], kwargs.get("optimizer"))
         if self._zero is not None:
             zero = self._zero.optimizer
@@ -460,6 +464,21 @@ def _check_trained(model: PeftModel, name: str) -> None:
             f"adapter {name!r} is frozen (none of its factors has requires_grad), so its new ranks would not learn: make it with "
             "inference_mode=False, or load it with is_trainable=True"
         )
+
+
+def _check_sharded(layers: Mapping[str, LoraLinear], name: str, zero: bool) -> None:
+    """Refuses layers that PEFT and what shards the base model do not bring through training together."""
+    for path, layer in layers.items():
+        if zero and isinstance(layer, slots.Expert):
+            raise GatewiseError(
+                f"{path} is an adapted parameter (target_parameters), which DeepSpeed's ZeRO-3 cannot train: take ZeRO-2, FSDP2 "
+                "or DDP"
+            )
+        if not zero and name in layer.lora_embedding_A:
+            raise GatewiseError(
+                f"{path} is an adapted embedding, whose base weights PEFT saves with the adapter, which FSDP2 has cut up: take DDP "
+                "or ZeRO, or leave it out of target_modules"
+            )
 
 
 def _check_schedule(schedule: str, target_rank: float | None, r_max: int | None) -> None:
