@@ -539,6 +539,19 @@ def test_a_deep_copy_saves_its_own_weights(run, tmp_path):
     assert (tmp_path / "copy" / "allocation.json").is_file()
 
 
+def test_an_adapter_saved_without_the_allocated_one_has_no_history(run, tmp_path):
+    model, _, _ = run()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "second", True, ["second"])
+    assert not (tmp_path / "second" / "allocation.json").exists()
+    model.save_pretrained(tmp_path / "both")
+    assert (tmp_path / "both" / "allocation.json").is_file()
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path / "left")
+    assert not (tmp_path / "left" / "allocation.json").exists()
+
+
 def test_a_score_that_is_not_a_number_is_one_sentence(run):
     def broken(model, batch, adapter=None):
         return {path: torch.full((r,), torch.nan) for path, r in slots.ranks(model, adapter).items()}
@@ -605,6 +618,8 @@ def test_two_callbacks_in_one_trainer_keep_their_histories(adapted, examples, tm
     whole.train()
     assert [[done.step for done in one.history] for one in first] == [[2, 4], [3, 5, 7]]
     assert [json.loads((tmp_path / name / "allocation.json").read_text())["rounds"][0]["step"] for name in ("", "other")] == [2, 3]
+    whole.model.save_pretrained(tmp_path / "other only", selected_adapters=["other"])
+    assert [(tmp_path / "other only" / name / "allocation.json").is_file() for name in ("", "other")] == [False, True]
     # Both load in stock PEFT, where they do together what they did in training.
     whole.model.save_pretrained(tmp_path / "saved")
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ live rank on a validation batch, prune the lowest over the whole model, grow the
 (Li et al., arXiv 2510.04655, reconstructed) is the same with path-integral scores and, if wanted, the pruning of whole modules.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -412,11 +413,13 @@ class RankAllocation(TrainerCallback, ExportableState):
     def _write_beside(self, model: PeftModel) -> None:
         """From now on ``model.save_pretrained`` also writes ``allocation.json``, beside the adapter it describes."""
         original = model.save_pretrained
+        parameters = inspect.signature(type(model).save_pretrained)
 
         def save_pretrained(it: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
             # Through the function, not the bound method: a deep copy of the model must save itself.
             result = getattr(original, "__func__", type(it).save_pretrained)(it, save_directory, *args, **kwargs)
-            if kwargs.get("is_main_process", True):
+            given = parameters.bind(it, save_directory, *args, **kwargs).arguments
+            if given.get("is_main_process", True) and self._name in (given.get("selected_adapters") or it.peft_config):
                 self.save(Path(save_directory) / self._subfolder)
             return result
 
