@@ -10,6 +10,12 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    PLBartConfig,
+    PLBartForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from gatewise.allocation.scoring import parts_of
@@ -28,6 +34,27 @@ def test_totals_are_the_models_own_loss(batch, family, side):
     for row in range(len(sums)):
         one = {key: value[row : row + 1] for key, value in data.items()}
         torch.testing.assert_close(sums[row] / counts[row], model(**one).loss)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "start"),
+    [
+        (MBartForConditionalGeneration, MBartConfig, 2),  # reads its last label first, a language, whatever the configuration says
+        (MBartForConditionalGeneration, MBartConfig, None),
+        (PLBartForConditionalGeneration, PLBartConfig, 2),
+        (WhisperForConditionalGeneration, WhisperConfig, 2),  # does not say by itself what its decoder reads
+    ],
+)
+def test_what_a_decoder_reads_is_the_models_own(batch, kind, config, start):
+    settings = tiny_base("bart").config.to_dict()
+    sizes = {key: settings[key] for key in settings if key.startswith(("encoder_", "decoder_")) or key in ("vocab_size", "d_model")}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": start}
+    data = batch("bart")
+    if config is WhisperConfig:
+        sizes |= {"num_mel_bins": 8, "max_source_positions": 20, "suppress_tokens": None, "begin_suppress_tokens": None}
+        data = {"input_features": torch.randn(len(data["labels"]), 8, 40), "labels": data["labels"]}
+    model = kind(config(**{**sizes, **ids, "init_std": 0.3})).eval()
+    assert mean_loss(model, [data]) == pytest.approx(float(model(**data).loss.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [BertForMaskedLM, BertForTokenClassification])

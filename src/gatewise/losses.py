@@ -173,7 +173,7 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     if kind == "causal":
         labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     elif kind == "seq2seq" and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
-        inputs["decoder_input_ids"] = _read_by_decoder(base_of(model).config, labels)
+        inputs["decoder_input_ids"] = _read_by_decoder(base_of(model), labels)
     mask = labels != IGNORED
     if not bool(mask.any()):
         raise GatewiseError("every label of the batch is -100 (ignored): there is nothing to compute a loss on")
@@ -181,9 +181,18 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     return Scored(logits, labels[mask], mask.nonzero()[:, 0], len(labels))
 
 
-def _read_by_decoder(config: Any, labels: Tensor) -> Tensor:
-    """(b, t) what the decoder of an encoder-decoder model reads when it is to predict ``labels``."""
-    start = getattr(config, "decoder_start_token_id", None)
+def _read_by_decoder(model: Any, labels: Tensor) -> Tensor:
+    """(b, t) what the decoder of an encoder-decoder model reads when it is to predict ``labels``.
+
+    Most read the labels after a start token, but mBART and PLBart begin with the last label, a language.
+    """
+    config = model.config
+    start, own = getattr(config, "decoder_start_token_id", None), getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None and config.pad_token_id is not None:
+        try:
+            return own(labels)
+        except (TypeError, ValueError):  # it wants a start token
+            start = None
     if start is None or config.pad_token_id is None:
         raise GatewiseError(
             "the model's configuration has no decoder_start_token_id or no pad_token_id, so what its decoder reads cannot be made "
