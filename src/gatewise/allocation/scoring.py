@@ -123,6 +123,7 @@ def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
     return {path: values[path].detach()[live_mask(layer, bank.adapter)].float().cpu() for path, layer in bank.layers.items()}
 
 
+@torch.enable_grad()
 def gate_gradients(
     model: nn.Module,
     parts: Parts,

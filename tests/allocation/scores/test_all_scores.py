@@ -30,6 +30,15 @@ def test_one_finite_number_for_each_live_rank(score, adapted, batch, family, lor
     assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in got.values())
 
 
+def test_where_the_caller_takes_no_gradients(score, adapted, batch):
+    model, data = adapted(), batch()
+    expected = score(model, data)
+    with torch.no_grad():
+        got = score(model, data)
+    for path in expected:
+        torch.testing.assert_close(got[path], expected[path])
+
+
 @pytest.mark.parametrize("of_batch", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [False, True])
 def test_sounds_are_read_in_the_precision_that_is_scored_in(score, adapted, batch, monkeypatch, kept, of_batch):

@@ -99,6 +99,7 @@ def _parts(model: nn.Module, gates: GateBank, batch: Batches) -> tuple[Parts, bo
     return (parts, True) if apart else (parts_of(model, batch, single_rows=True), False)
 
 
+@torch.enable_grad()
 def _row_gradients(model: nn.Module, gates: GateBank, part: dict[str, Any], node: float, apart: bool) -> dict[str, Tensor]:
     """Path -> (b, r_max) gradient of every row's summed loss in the module's gates, all gates at ``node``."""
     leaves = gates.fill(node, requires_grad=not apart)
