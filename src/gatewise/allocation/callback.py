@@ -207,7 +207,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             _check_batches(self.validation_batch)
         self._whole.on_train_begin(args, state, control, **kwargs)
         layers = slots.lora_layers(kwargs["model"], self._adapter)
-        if {path: slots.capacity(layer, self._name) for path, layer in layers.items()} != self._capacity:
+        if slots.capacities(layers, self._name) != self._capacity:
             raise GatewiseError(
                 "the model is not the one RankAllocation widened when the Trainer was made (model_init makes a new one for "
                 "every run): give the Trainer a model, not model_init"

@@ -7,6 +7,7 @@ gates multiply the rows of A.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,11 +15,20 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from gatewise.adapters.lora import active_adapter
-from gatewise.allocation.slots import Expert, capacity, carries_more_than_ranks, factors, lora_layers
+from gatewise.allocation.slots import Expert, all_factors, capacities, carries_more_than_ranks, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.internals.library_attributes import adapters_off, between_embedding_factors
 from gatewise.internals.torch_modules import replaced_while_running
 from gatewise.losses import base_of
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a gate of a module is like: how many slots it multiplies, where, and the dimensions of what a convolution looks at."""
+
+    slots: int
+    device: torch.device
+    pixels: int
 
 
 class GateBank:
@@ -42,6 +52,8 @@ class GateBank:
         self._base = base_of(model)
         self._head = id(self._base.get_output_embeddings())
         self._gates: dict[str, Tensor] = {}
+        slots, pairs = capacities(self.layers, self.adapter), all_factors(self.layers, self.adapter)
+        self._places = {path: _Place(slots[path], a.device, a.ndim - 2) for path, (a, _) in pairs.items()}
         self._watchers: list[Callable[[str, torch.Size], None]] = []
         self._undo = ExitStack()
         for path, layer in self.layers.items():
@@ -83,8 +95,8 @@ class GateBank:
 
     def like(self, path: str, value: float) -> Tensor:
         """Gates of one module, (r,) float32, that are all ``value``. They are not put in place."""
-        layer = self.layers[path]
-        return torch.full((capacity(layer, self.adapter),), value, device=factors(layer, self.adapter)[0].device)
+        place = self._places[path]
+        return torch.full((place.slots,), value, device=place.device)
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[int], bool]]:
@@ -162,7 +174,7 @@ class GateBank:
         gate = self._gates.get(path)
         if gate is None:
             return hidden
-        pixels = factors(self.layers[path], self.adapter)[0].ndim - 2
+        pixels = self._places[path].pixels
         if gate.ndim == 3 and (pixels or hidden.ndim == 2):  # a convolution, or a module that acts on one pooled token a row
             gate = gate[:, 0]
         gate = gate.view(*gate.shape, *[1] * pixels)

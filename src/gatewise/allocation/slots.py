@@ -162,6 +162,16 @@ def capacity(layer: LoraLinear, adapter: str) -> int:
     return len(factors(layer, adapter)[0]) // (layer.layer.num_experts if isinstance(layer, Expert) else 1)
 
 
+def all_factors(layers: Mapping[str, LoraLinear], adapter: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Path -> A and B."""
+    return {path: factors(layer, adapter) for path, layer in layers.items()}
+
+
+def capacities(layers: Mapping[str, LoraLinear], adapter: str) -> dict[str, int]:
+    """Path -> slots."""
+    return {path: capacity(layer, adapter) for path, layer in layers.items()}
+
+
 def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
     """The indices of a layer's live slots, ascending."""
     return [int(i) for i in live_mask(layer, adapter).nonzero().flatten().tolist()]
