@@ -139,7 +139,7 @@ def agreement(data_dir: Path, seeds: list[int]) -> None:
         trained(model, rows, collator, seed, [Scores()])
 
 
-def price(data_dir: Path) -> None:
+def price(data_dir: Path, float32: bool) -> None:
     """Times steps and rounds of one training."""
     from transformers import TrainerCallback, set_seed
 
@@ -150,7 +150,7 @@ def price(data_dir: Path) -> None:
     model = adapted(base, "lora", SETTINGS)
     allocation = RankAllocation(
         rounds=SETTINGS["rounds"], first_round=SETTINGS["first_round"], recover=SETTINGS["recover"],
-        validation_batch=collator(held_out[:32]),
+        validation_batch=collator(held_out[:32]), score_options={"float32": True} if float32 else {},
     )  # fmt: skip
     steps: list[float] = []
 
@@ -167,7 +167,14 @@ def price(data_dir: Path) -> None:
     step, one_round = statistics.median(steps), statistics.mean(one.seconds for one in allocation.history)
     rounds = len(allocation.history)
     shares = {str(n): round(rounds * one_round / (rounds * one_round + n * step), 4) for n in (SETTINGS["steps"], 1000)}
-    row = {"what": "price", "step": round(step, 4), "round": round(one_round, 4), "rounds": rounds, "share": shares}
+    row = {
+        "what": "price",
+        "float32": float32,
+        "step": round(step, 4),
+        "round": round(one_round, 4),
+        "rounds": rounds,
+        "share": shares,
+    }
     keep(row)
     print(row)
 
@@ -235,10 +242,12 @@ def report() -> None:
     for row in rows:
         if row["what"] == "price":
             shares = ", ".join(f"{100 * share:.0f}% of {steps} steps" for steps, share in row["share"].items())
-            print(
-                f"a step {row['step']:.2f} s, a round {row['round']:.2f} s; {row['rounds']} rounds take {shares} "
-                f"({row['processor']}, bfloat16 {'itself' if row['multiplies_bfloat16'] else 'emulated'}, {row['threads']} threads)"
+            where = (
+                f"{row['processor']}, bfloat16 {'native' if row['multiplies_bfloat16'] else 'emulated'}, {row['threads']} threads"
             )
+            scored = "float32" if row["float32"] else "bfloat16 where it is native"
+            took = f"a step {row['step']:.2f} s, a round {row['round']:.2f} s in {scored}"
+            print(f"{took}: {row['rounds']} take {shares} ({where})")
         if row["what"] == "memory":
             what = "and a round" if row["round"] else "alone"
             print(f"two steps {what}: {row['most_mib']} MiB at most, {row['parameters'] / 1e9:.2f} billion parameters in bfloat16")
@@ -250,14 +259,15 @@ def main() -> None:
     parser.add_argument("what", choices=("agreement", "price", "memory", "memory-of", "report"))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--round", action="store_true")
+    parser.add_argument("--round", action="store_true", help="of memory-of")
+    parser.add_argument("--float32", action="store_true", help="of price: score in float32, as every score did before")
     options = parser.parse_args()
     if options.what in ("agreement", "price") and not options.data_dir:
         parser.error(f"{options.what} needs --data-dir")
     if options.what == "agreement":
         agreement(options.data_dir, options.seeds)
     elif options.what == "price":
-        price(options.data_dir)
+        price(options.data_dir, options.float32)
     elif options.what == "memory":
         memory()
     elif options.what == "memory-of":
