@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from gatewise import processes
+
 
 def _one_process(rank: int, count: int, port: int, folder: str, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     torch.save(work(*arguments), Path(folder) / f"{rank}-of-{count}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    processes.leave()
 
 
 def in_processes(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:

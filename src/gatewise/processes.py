@@ -4,6 +4,8 @@ Everything here is about ``torch.distributed``'s default group, and is harmless 
 main one, and its sums are its own.
 """
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,6 +106,22 @@ def wait() -> None:
 
     if count() > 1:
         distributed.barrier()
+
+
+def leave() -> None:
+    """Ends this process when all are here; alone it goes on.
+
+    At Python's own end threads of a process group or of DeepSpeed may still run, which now and then aborts a process whose work is
+    done; a launcher would take that for a failure.
+    """
+    from torch import distributed
+
+    if count() == 1:
+        return
+    distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def is_sharded(model: "nn.Module") -> bool:

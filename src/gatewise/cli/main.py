@@ -161,14 +161,14 @@ def train(
 
     with _told_how_to_resume(folder):
         result = run.train(checked, folder, resume=resume, overwrite=overwrite, console=Console(stderr=True))
-    if not processes.is_main():
-        return
-    console = Console()
-    if result.prompts is not None:
-        console.print(inspection.prompts_table(result.prompts))
-    elif result.budget is not None:
-        console.print(inspection.ranks_table(result.budget))
-    console.print(_summary(result))
+    if processes.is_main():
+        console = Console()
+        if result.prompts is not None:
+            console.print(inspection.prompts_table(result.prompts))
+        elif result.budget is not None:
+            console.print(inspection.ranks_table(result.budget))
+        console.print(_summary(result))
+    processes.leave()
 
 
 @app.command("eval")
