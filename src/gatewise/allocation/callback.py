@@ -390,8 +390,8 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def _factors(self, model: PeftModel) -> list[torch.nn.Parameter]:
         """A and B of all layers, each once."""
-        layers = slots.lora_layers(model, self._adapter)
-        return list(dict.fromkeys(factor for layer in layers.values() for factor in slots.factors(layer, self._name)))
+        pairs = slots.all_factors(slots.lora_layers(model, self._adapter), self._name)
+        return list(dict.fromkeys(factor for pair in pairs.values() for factor in pair))
 
     def _least_ranks(self, model: PeftModel, start: Mapping[str, int]) -> int:
         """The ranks that no round can prune."""

@@ -23,7 +23,7 @@ from gatewise.losses import base_of
 
 
 @dataclass(frozen=True)
-class _Place:
+class _GateShape:
     """What a gate of a module is like: how many slots it multiplies, where, and the dimensions of what a convolution looks at."""
 
     slots: int
@@ -53,7 +53,7 @@ class GateBank:
         self._head = id(self._base.get_output_embeddings())
         self._gates: dict[str, Tensor] = {}
         slots, pairs = capacities(self.layers, self.adapter), all_factors(self.layers, self.adapter)
-        self._places = {path: _Place(slots[path], a.device, a.ndim - 2) for path, (a, _) in pairs.items()}
+        self._shapes = {path: _GateShape(slots[path], a.device, a.ndim - 2) for path, (a, _) in pairs.items()}
         self._watchers: list[Callable[[str, torch.Size], None]] = []
         self._undo = ExitStack()
         for path, layer in self.layers.items():
@@ -95,8 +95,8 @@ class GateBank:
 
     def like(self, path: str, value: float) -> Tensor:
         """Gates of one module, (r,) float32, that are all ``value``. They are not put in place."""
-        place = self._places[path]
-        return torch.full((place.slots,), value, device=place.device)
+        shape = self._shapes[path]
+        return torch.full((shape.slots,), value, device=shape.device)
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[int], bool]]:
@@ -174,7 +174,7 @@ class GateBank:
         gate = self._gates.get(path)
         if gate is None:
             return hidden
-        pixels = self._places[path].pixels
+        pixels = self._shapes[path].pixels
         if gate.ndim == 3 and (pixels or hidden.ndim == 2):  # a convolution, or a module that acts on one pooled token a row
             gate = gate[:, 0]
         gate = gate.view(*gate.shape, *[1] * pixels)
