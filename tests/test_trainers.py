@@ -12,10 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import tiny_base
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tiny_models import tiny_base, word_tokenizer
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from gatewise import RankAllocation, RoutedLoraConfig, SelectivePromptConfig, ranks
@@ -46,10 +43,7 @@ def base(kind: type[Any] | None = None) -> Any:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(58))]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    inner.pre_tokenizer = Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+    made = word_tokenizer()
     made.chat_template = CHAT
     return made
 

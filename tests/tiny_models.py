@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -15,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     T5Config,
@@ -118,6 +122,14 @@ def tiny_base(family: str) -> Any:
         num_labels=3,
     )
     return BertForSequenceClassification(config)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Of the vocabulary of the tiny models: padding, the end of a text, and the words w0, w1, ..."""
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(VOCABULARY - 2))]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
 def random_adapter(model: PeftModel, scale: float = 0.3) -> PeftModel:

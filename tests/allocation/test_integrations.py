@@ -7,11 +7,8 @@ import socket
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import tiny_base
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from tiny_models import tiny_base, word_tokenizer
+from transformers import Trainer, TrainingArguments
 
 from gatewise import RankAllocation, ranks
 
@@ -20,10 +17,6 @@ def test_sft_trainer_that_makes_the_adapter_itself(batch, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(58))]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    inner.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": f" w{i + 3} w{i + 4}"} for i in range(16)]
     allocation = RankAllocation(rounds=2, first_round=2, recover=2, validation_batch=batch())
     trainer = trl.SFTTrainer(
@@ -40,7 +33,7 @@ def test_sft_trainer_that_makes_the_adapter_itself(batch, tmp_path):
             bf16=False,
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
         peft_config=LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[allocation],
     )

@@ -9,16 +9,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
-from tiny_models import random_adapter
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tiny_models import random_adapter, word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -246,9 +242,6 @@ def test_qlora_as_trl_runs_it(base, held_out, tmp_path):
     """TRL makes the adapter itself, in bfloat16, on a 4-bit base, with gradient checkpointing and a paged 8-bit optimiser."""
     import trl
 
-    words = {word: number for number, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(58))])}
-    inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = Whitespace()
     allocation = RankAllocation(rounds=2, first_round=2, recover=2, validation_batch=held_out)
     trainer = trl.SFTTrainer(
         model=base("nf4 double", torch.bfloat16),
@@ -266,7 +259,7 @@ def test_qlora_as_trl_runs_it(base, held_out, tmp_path):
             use_cpu=True,
         ),
         train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(16)]),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"),
+        processing_class=word_tokenizer(),
         peft_config=LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[allocation],
     )

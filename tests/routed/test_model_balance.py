@@ -7,7 +7,7 @@ import routed_reference as reference
 import torch
 from peft import get_peft_model
 from routed_models import routed_base, routed_config, trained_routers
-from tiny_models import random_adapter
+from tiny_models import random_adapter, word_tokenizer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
@@ -197,18 +197,6 @@ def test_trainer_counts_it_once_under_accumulation(batch, tmp_path, family, chec
     check_once(family, *recorders)
 
 
-def tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(58))]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    inner.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
-
-
 def sft_trainer(model: Any, folder: Any, recorder: Any = None, **more: Any) -> Any:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -221,7 +209,7 @@ def sft_trainer(model: Any, folder: Any, recorder: Any = None, **more: Any) -> A
         model=model,
         args=trl.SFTConfig(**arguments(folder, bf16=False, **settings)),
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
+        processing_class=word_tokenizer(),
         peft_config=more.get("peft_config"),
         callbacks=[recorder] if recorder else [],
     )
