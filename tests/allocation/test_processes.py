@@ -19,7 +19,7 @@ from gatewise.allocation.slots import ranks
 from gatewise.internals.sharding import share_cpu_models
 from gatewise.internals.zero import without_compiling
 
-FSDP = {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 SCORES = ("path_moments", "taylor", "ablation", "sensitivity", "path_integral")
 
@@ -130,11 +130,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zero3-accumulating": {**zero(3), "gradient_accumulation_steps": 2},
 }
 OF_FOUR = ("ddp", "fsdp", "zero3")
-RESUMED = ("ddp", "zero2", "zero3")
+RESUMED = ("ddp", "fsdp", "zero2", "zero3")
 HALF = zero(2, bf16={"enabled": True})
 if find_spec("deepspeed") is None:
     SETTINGS = {name: settings for name, settings in SETTINGS.items() if "zero" not in name}
-    OF_FOUR, RESUMED = OF_FOUR[:2], RESUMED[:1]
+    OF_FOUR, RESUMED = OF_FOUR[:2], RESUMED[:2]
 
 
 def alone(name: str) -> dict[str, Any]:

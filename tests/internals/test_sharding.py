@@ -7,13 +7,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 
 from gatewise.errors import GatewiseError
 from gatewise.internals import sharding
 
 
 def plugin(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> SimpleNamespace:
-    settings: dict[str, Any] = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "ignored_modules": None} | changes
+    settings: dict[str, Any] = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "ignored_modules": None}
+    settings |= {"state_dict_type": StateDictType.FULL_STATE_DICT} | changes
     made = SimpleNamespace(**settings)
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", made)
     return made
@@ -26,6 +28,13 @@ def test_exactly_the_parameters_given_are_left_out(monkeypatch):
     sharding.leave_out_of_sharding([model[1].weight])
     left_out = {id(parameter) for module in made.ignored_modules for parameter in module.parameters()}
     assert left_out == {id(parameter) for parameter in (model[1].weight, *others.parameters())}
+
+
+def test_a_best_checkpoint_in_pieces_is_refused(monkeypatch):
+    plugin(monkeypatch, state_dict_type=StateDictType.SHARDED_STATE_DICT)
+    sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))])
+    with pytest.raises(GatewiseError, match=r"SHARDED_STATE_DICT.* take FULL_STATE_DICT"):
+        sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], loads_best=True)
 
 
 def test_without_fsdp_nothing_is_told(monkeypatch):

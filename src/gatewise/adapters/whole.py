@@ -29,7 +29,7 @@ class WholeAdapter(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tells FSDP what to leave out, before it wraps the model."""
-        leave_out_of_sharding(_trained(kwargs["model"]))
+        leave_out_of_sharding(_trained(kwargs["model"]), args.load_best_model_at_end)
         check_settings(kwargs["model"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -174,6 +174,7 @@ PRIVATE_NAMES = (
     ),
     # Accelerate
     PrivateName("accelerate.state:AcceleratorState", "_shared_state", "reads how a Trainer was told to shard"),
+    PrivateName("accelerate.state:PartialState", "_shared_state", "says that a model on the CPU is sharded"),
     PrivateName("accelerate.hooks:add_hook_to_module", "_hf_hook", "finds the device of layers that are offloaded"),
     PrivateName("accelerate.hooks:add_hook_to_module", "_old_forward", "exchanges the forward that a hook keeps"),
     PrivateName("accelerate:Accelerator", "_original_forward", "scores without the autocast that Accelerate put around a model"),

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch import distributed, nn
 from torch.autograd import Variable
+from torch.distributed.fsdp import StateDictType
 
 from gatewise import processes
 from gatewise.errors import GatewiseError
@@ -26,13 +27,16 @@ def fsdp_plugin() -> Any | None:
     return AcceleratorState._shared_state.get("fsdp_plugin")
 
 
-def leave_out_of_sharding(parameters: Sequence[nn.Parameter]) -> None:
+def leave_out_of_sharding(parameters: Sequence[nn.Parameter], loads_best: bool = False) -> None:
     """Has FSDP2 leave these parameters whole in every process. Without FSDP nothing happens.
 
     Call it when the Trainer is made and has not wrapped its model yet.
 
+    Args:
+        loads_best: whether the Trainer is to end with its best checkpoint.
+
     Raises:
-        GatewiseError: FSDP 1, or weights that only the main process loads.
+        GatewiseError: FSDP 1, weights that only the main process loads, or a best checkpoint in pieces.
     """
     plugin = fsdp_plugin()
     if plugin is None:
@@ -46,6 +50,12 @@ def leave_out_of_sharding(parameters: Sequence[nn.Parameter]) -> None:
         raise GatewiseError(
             "FSDP's cpu_ram_efficient_loading is on, which gives the adapter's parameters up for new ones: set "
             "fsdp_cpu_ram_efficient_loading: false"
+        )
+    if loads_best and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT:
+        # Transformers' processes then each look whether the best checkpoint is there, while the first of them makes its folder.
+        raise GatewiseError(
+            "load_best_model_at_end is on and FSDP's state_dict_type is SHARDED_STATE_DICT, with which Transformers' processes may "
+            "wait for each other for ever: take FULL_STATE_DICT, the adapter is whole anyway"
         )
     if isinstance(plugin.ignored_modules, str):
         raise GatewiseError(
@@ -91,7 +101,8 @@ def share_cpu_models() -> None:
     def __init__(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.FSDP
+            # Each AcceleratorState() made later takes over what PartialState says.
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
 
     __init__._gatewise = True  # type: ignore[attr-defined]
