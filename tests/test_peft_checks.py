@@ -43,7 +43,6 @@ TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 NOT_BUILT = {
     ("routed", "t5"): "is an encoder-decoder model, but a routed adapter chooses in one stack of layers",
     ("prompts", "opt"): "selective prompts are not built for opt models: supported are llama",
-    ("prompts", "t5"): "selective prompts are not built for t5 models: supported are llama",
 }
 PAIRS = [pytest.param(method, family) for method in METHODS for family in FAMILIES if (method, family) not in NOT_BUILT]
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0], [3, 4, 5, 6, 0]])

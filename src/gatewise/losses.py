@@ -88,13 +88,13 @@ def before_first(mask: Tensor) -> Tensor:
     return mask.cumsum(dim=1) == 0
 
 
-def prompts_at(model: nn.Module, prompt: Tensor) -> AbstractContextManager[None]:
+def prompts_at(model: nn.Module, prompt: Tensor | None) -> AbstractContextManager[None]:
     """While open, a model whose adapter is routed by its prompt finds it where ``prompt`` (b, t) is true; others take no notice.
 
-    Such a model reads labels to tell prompt from answer, and nothing here gives it labels.
+    Such a model reads labels to tell prompt from answer, and nothing here gives it labels. None leaves it to the model.
     """
     tell = getattr(inside(model), "prompt_positions", None)
-    return nullcontext() if tell is None else tell(prompt)
+    return nullcontext() if tell is None or prompt is None else tell(prompt)
 
 
 def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor, prompt: Tensor | None = None) -> Tensor:
@@ -102,10 +102,12 @@ def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor, prompt: Tenso
 
     Args:
         prompt: (b, t), where the prompts lie, for ``prompts_at``. None: in a causal model they end where reading begins, for the
-            logits at a prompt's last token are those of the answer's first one; in other models the whole text is the prompt.
+            logits at a prompt's last token are those of the answer's first one; in other models the whole text is the prompt, and
+            in an encoder-decoder model what its encoder reads.
     """
-    if prompt is None:
-        prompt = before_first(F.pad(mask, (1, 0))[:, :-1]) if loss_kind(model) == "causal" else torch.ones_like(mask)
+    kind = loss_kind(model)
+    if prompt is None and kind != "seq2seq":
+        prompt = before_first(F.pad(mask, (1, 0))[:, :-1]) if kind == "causal" else torch.ones_like(mask)
     with logits_at(model, mask), prompts_at(model, prompt):
         logits = model(**inputs).logits
     return logits[0] if logits.shape[:2] == (1, int(mask.sum())) else logits[:, -mask.shape[1] :][mask]
@@ -167,7 +169,7 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     if kind == "rows":
         problem = getattr(base_of(model).config, "problem_type", None)
         return Scored(class_logits(model, inputs), labels, None, len(labels), problem)
-    prompt = before_first(labels != IGNORED) if kind == "causal" else torch.ones_like(labels, dtype=torch.bool)
+    prompt = before_first(labels != IGNORED) if kind == "causal" else None
     if kind in ("causal", "seq2seq"):
         inputs.setdefault("use_cache", False)
     if kind == "causal":

@@ -80,6 +80,24 @@ def mask_of(prompts: int, tokens: int, causal: bool, window: int | None) -> Tens
     return mask[None, None]
 
 
+def bucket(distance: int, config: Any) -> int:
+    """T5's number for how far a key lies behind a query (Raffel et al., 2020), of a text that is read in both directions."""
+    half = config.relative_attention_num_buckets // 2
+    exact, far = half // 2, abs(distance)
+    side = half if distance > 0 else 0
+    if far < exact:
+        return side + far
+    steps = math.log(far / exact) / math.log(config.relative_attention_max_distance / exact) * (half - exact)
+    return side + min(half - 1, exact + int(steps))
+
+
+def relative_biases(table: Tensor, prompts: int, tokens: int, config: Any) -> Tensor:
+    """T5's position biases (1, heads, p + t, p + t) from a table (buckets, heads), cell by cell, the prompt at positions −p..−1."""
+    places = range(-prompts, tokens)
+    rows = [torch.stack([table[bucket(key - query, config)] for key in places]) for query in places]
+    return torch.stack(rows).permute(2, 0, 1)[None]
+
+
 def last_hidden(
     base: Any, model: PeftModel, ids: Tensor, read: int | None = None, gates: Any = None, adapter: str = "default"
 ) -> tuple[Tensor, list[Tensor]]:
@@ -92,8 +110,10 @@ def last_hidden(
     config: Any = model.peft_config[adapter]
     numbers = adapter_numbers(model, adapter)
     inner, kind = base.base_model, base.config.model_type
-    causal = kind not in ("bert", "roberta")
-    layers = inner.h if kind == "gpt2" else inner.layers if causal else inner.encoder.layer
+    is_bert, is_t5 = kind in ("bert", "roberta"), kind in ("t5", "mt5")
+    crosses = is_t5 or base.config.is_encoder_decoder
+    causal = not is_bert and not crosses
+    layers = inner.get_submodule("h" if kind == "gpt2" else "layers" if causal else f"encoder.{_LAYERS.get(kind, 'layers')}")
     hidden = _embedded(base, inner, ids, kind)[0]
     prompt: Tensor | None = None
     below = []
@@ -106,7 +126,7 @@ def last_hidden(
             new = generated(hidden[:read], numbers[index], config)
             propagated = torch.zeros_like(new) if prompt is None else prompt
             if prompt is not None or a != 0:
-                balanced = causal if config.balanced is None else config.balanced
+                balanced = not is_bert and kind not in ("bart", "marian") if config.balanced is None else config.balanced
                 share = config.tau * torch.as_tensor(a, dtype=new.dtype)
                 prompt = mixture(propagated, new, share, balanced and prompt is not None)
         length = 0 if prompt is None else len(prompt)
@@ -115,7 +135,10 @@ def last_hidden(
         windowed = layer_type == "sliding_attention" or kind == "mistral"
         window = base.config.sliding_window if windowed else None
         mask = mask_of(length, len(ids), causal, window).to(both.dtype)
-        if kind == "gpt2":
+        if is_t5:
+            table = layers[0].layer[0].SelfAttention.relative_attention_bias.weight
+            out = layer(both[None], position_bias=relative_biases(table, length, len(ids), base.config))
+        elif kind == "gpt2":
             out = layer(both[None], None, mask)
         elif causal:
             positions = torch.arange(len(both))[None]
@@ -129,9 +152,11 @@ def last_hidden(
 
 
 def logits(base: Any, model: PeftModel, ids: Tensor, **settings: Any) -> Tensor:
-    """(t, V) of a language model, (c,) of a classifier."""
+    """(t, V) of a language model or a classifier of tokens, (c,) of a classifier."""
     hidden = last_hidden(base, model, ids, **settings)[0]
     inner, kind, name = base.base_model, base.config.model_type, type(base).__name__
+    if name == "T5ForTokenClassification":
+        return base.classifier(inner.encoder.final_layer_norm(hidden))
     if kind in ("bert", "roberta"):
         if "MaskedLM" in name:
             return (base.cls if kind == "bert" else base.lm_head)(hidden[None])[0]
@@ -143,9 +168,22 @@ def logits(base: Any, model: PeftModel, ids: Tensor, **settings: Any) -> Tensor:
     return base.lm_head(hidden)
 
 
+def decoded(base: Any, model: PeftModel, ids: Tensor, written: Tensor, **settings: Any) -> Tensor:
+    """Logits (n, V) of an encoder-decoder model for what its decoder reads (n,): it sees the encoder's text, and no prompts."""
+    hidden = last_hidden(base, model, ids, **settings)[0]
+    norm = next((one for name, one in base.get_encoder().named_children() if name in ("final_layer_norm", "layer_norm")), None)
+    hidden = hidden if norm is None else norm(hidden)
+    return base(encoder_outputs=(hidden[None],), decoder_input_ids=written[None]).logits[0]
+
+
+_LAYERS = {"bert": "layer", "roberta": "layer", "t5": "block", "mt5": "block"}
+
+
 def _embedded(base: Any, inner: Any, ids: Tensor, kind: str) -> Tensor:
     if kind == "gpt2":
         return inner.wte(ids[None]) + inner.wpe(torch.arange(len(ids))[None])
     if kind in ("bert", "roberta"):
         return inner.embeddings(input_ids=ids[None])
+    if hasattr(inner, "encoder"):
+        return inner.encoder(input_ids=ids[None], output_hidden_states=True).hidden_states[0]
     return inner.embed_tokens(ids[None])

@@ -6,6 +6,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import VOCABULARY
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -17,10 +19,20 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
     PhiConfig,
@@ -32,6 +44,9 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForTokenClassification,
     TrainingArguments,
 )
 
@@ -77,11 +92,42 @@ _GEMMA = {
     "query_pre_attn_scalar": 4,
     "tie_word_embeddings": False,
 }
+# The texts of the tests are longer than T5's largest distance.
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_layers": LAYERS,
+    "num_heads": 4,
+    "num_labels": VOCABULARY,
+    "dropout_rate": 0.0,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 6,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    **{
+        f"{side}_{name}": size
+        for side in ("encoder", "decoder")
+        for name, size in (("layers", LAYERS), ("attention_heads", 2), ("ffn_dim", 24))
+    },
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
+}
 
 DECODERS = ["llama", "gemma3", "qwen2", "qwen3", "gpt2", "mistral", "mixtral", "phi", "phi3"]
 SLIDING = ["qwen2-sliding", "gemma3-sliding", "mistral-sliding"]
 """Decoders all of whose layers have a window."""
-ENCODERS = ["bert", "roberta", "bert-mlm", "roberta-mlm"]
+ENCODERS = ["bert", "roberta", "bert-mlm", "roberta-mlm", "t5-tokens"]
+ENCODER_DECODERS = ["t5", "bart", "mt5", "marian", "mbart", "pegasus", "m2m_100"]
 CLASSIFIERS = ["bert", "roberta", "llama-classifier", "gpt2-classifier"]
 FAMILIES = DECODERS + ENCODERS + ["llama-classifier", "gpt2-classifier"]
 _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -105,18 +151,28 @@ _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "roberta": (RobertaForSequenceClassification, RobertaConfig, _ENCODER),
     "bert-mlm": (BertForMaskedLM, BertConfig, _ENCODER),
     "roberta-mlm": (RobertaForMaskedLM, RobertaConfig, _ENCODER),
+    "t5-tokens": (T5ForTokenClassification, T5Config, _T5),
+    "t5": (T5ForConditionalGeneration, T5Config, _T5),
+    "mt5": (MT5ForConditionalGeneration, MT5Config, _T5),
+    "bart": (BartForConditionalGeneration, BartConfig, _BART),
+    "marian": (MarianMTModel, MarianConfig, _BART),
+    "mbart": (MBartForConditionalGeneration, MBartConfig, _BART),
+    "pegasus": (PegasusForConditionalGeneration, PegasusConfig, _BART),
+    "m2m_100": (M2M100ForConditionalGeneration, M2M100Config, _BART),
     "llama-classifier": (LlamaForSequenceClassification, LlamaConfig, _DECODER | {"num_labels": 3}),
     "gpt2-classifier": (GPT2ForSequenceClassification, GPT2Config, _GPT2 | {"num_labels": 3}),
 }
 
 
-def prompted_base(family: str, attention: str = "sdpa") -> Any:
+def prompted_base(family: str, attention: str = "sdpa", **more: Any) -> Any:
     """A three-layer random model without dropout, its weights and embeddings as large as trained ones."""
     model_class, config_class, settings = _MODELS[family]
-    base = model_class(config_class(**settings, attn_implementation=attention))
+    base = model_class(config_class(**settings | more, attn_implementation=attention))
     for name, parameter in base.named_parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=1.0 if "embed" in name or ".wte" in name else 0.25)
+            large = any(part in name for part in ("embed", ".wte", "relative_attention_bias", "EncDecAttention.o"))
+            small = ".q." in name  # T5's, which does not divide its scores
+            torch.nn.init.normal_(parameter, std=1.0 if large else 0.125 if small else 0.25)
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -126,6 +182,8 @@ def prompted_base(family: str, attention: str = "sdpa") -> Any:
 def task_of(family: str) -> str | None:
     if family in CLASSIFIERS:
         return "SEQ_CLS"
+    if family in ENCODER_DECODERS:
+        return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if family in DECODERS + SLIDING else None
 
 
@@ -152,10 +210,10 @@ def hyper(family: str = "bert", **settings: Any) -> Any:
     return get_peft_model(prompted_base(family), prompt_config(family, **settings))
 
 
-def arguments(path: Any, **more: Any) -> TrainingArguments:
+def arguments(path: Any, kind: Any = TrainingArguments, **more: Any) -> Any:
     """Of a search of four steps."""
     settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
-    return TrainingArguments(path, **{**settings, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 2, **more})
+    return kind(path, **{**settings, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 2, **more})
 
 
 def stopped(kind: Any) -> Any:

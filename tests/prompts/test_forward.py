@@ -29,7 +29,7 @@ def rows_of(values: Tensor, mask: Tensor) -> list[Tensor]:
 
 def sides_of(family: str) -> list[str]:
     # With learned positions counted from the first column, padding on the left moves the text of the base model too.
-    return ["right", "left"] if family in ("llama", "gemma3", "qwen2", "qwen3", "llama-classifier") else ["right"]
+    return ["right", "left"] if family in ("llama", "gemma3", "qwen2", "qwen3", "llama-classifier", "t5-tokens") else ["right"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -52,9 +52,9 @@ def test_prompts_concatenated_by_hand(texts, family, layers, attention):
         assert (plain - alone).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5-tokens"])
 def test_balanced_or_not(texts, family):
-    """Decoders are so if they are not told, encoders are not."""
+    """They are so if they are not told, but for those whose layers end in a norm."""
     model, logits = prompted(family), {}
     base = reference.plain_copy(model)
     for balanced in (True, False, None):
@@ -68,7 +68,7 @@ def test_balanced_or_not(texts, family):
 
 @pytest.mark.parametrize("dropped", [[True, False, False], [True, False, True], [False, True, False]], ids=str)
 @pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert", "t5-tokens"])
 def test_gates_left_out(texts, family, balanced, dropped):
     """The first prompt enters at the first open gate, where there is nothing to mix it with."""
     model = prompted(family, balanced=balanced)
@@ -171,7 +171,7 @@ def test_labels_tell_prompt_from_answer(texts, family):
             torch.testing.assert_close(model(**batch).logits, out.logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "bert-mlm"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "bert-mlm", "t5-tokens"])
 def test_losses_by_row_are_the_models(texts, family):
     """Scores and evaluation give the model no labels, but tell it where the prompts lie."""
     model, batch = prompted(family), labelled(texts, family)
@@ -193,7 +193,7 @@ def test_answers_do_not_change_the_prompt(texts, family):
     torch.testing.assert_close(one, two)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5-tokens"])
 @pytest.mark.parametrize("layers", [None, [1, 2]], ids=str)
 def test_padding_that_is_not_finite_reaches_nobody(texts, family, layers):
     model = prompted(family, prompt_layers=layers)
@@ -251,7 +251,7 @@ def labelled(texts: list[Tensor], family: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("layers", [None, [1, 2]], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert", "t5-tokens"])
 def test_gradient_checkpointing(texts, family, layers, reentrant):
     model = prompted(family, prompt_layers=layers).train()
     batch = labelled(texts, family)
@@ -285,7 +285,7 @@ def test_every_parameter_learns(texts, family):
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
 
-@pytest.mark.parametrize(("family", "layers"), [("llama", [1]), ("gpt2", None), ("bert", None)], ids=str)
+@pytest.mark.parametrize(("family", "layers"), [("llama", [1]), ("gpt2", None), ("bert", None), ("t5-tokens", [1])], ids=str)
 def test_compiled(texts, family, layers):
     """torch.compile gives the same numbers, in the order in which a user calls what it made."""
     torch._dynamo.reset()
@@ -294,7 +294,7 @@ def test_compiled(texts, family, layers):
     with torch.no_grad():
         torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
     model.train()
-    labels = {"labels": torch.where(torch.arange(11) < 3, -100, batch["input_ids"])} if family != "bert" else {}
+    labels = {"labels": torch.where(torch.arange(11) < 3, -100, batch["input_ids"])} if family not in ENCODERS else {}
     losses = [one(**batch, **labels).logits.square().mean() for one in (compiled, model)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
     names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)

@@ -11,9 +11,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from prompted_models import DECODERS, FAMILIES, open_gates, prompt_config, prompted, prompted_base, task_of
 from safetensors.torch import load_file
-from tiny_models import tiny_base
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertForPreTraining,
     BertLMHeadModel,
@@ -278,12 +279,13 @@ def test_settings_that_do_not_fit_the_model():
 
 def test_other_architectures():
     tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
-    listed = "llama, gemma3_text, qwen2, qwen3, mistral, mixtral, phi, phi3, gpt2, bert, roberta"
+    listed = "llama, gemma3_text, .*, roberta, t5, mt5, bart, marian, mbart, pegasus, m2m_100"
     with pytest.raises(GatewiseError, match=f"not built for olmo models: supported are {listed}$"):
         get_peft_model(OlmoForCausalLM(OlmoConfig(**tiny, num_key_value_heads=2)), prompt_config())
-    for family in ("t5", "bart"):
-        with pytest.raises(GatewiseError, match=f"not built for {family} models: supported are llama"):
-            get_peft_model(tiny_base(family), prompt_config())
+    with pytest.raises(GatewiseError, match=r"bart model has encoder_layerdrop=0\.1, which leaves out layers"):
+        get_peft_model(prompted_base("bart", encoder_layerdrop=0.1), prompt_config("bart"))
+    with pytest.raises(GatewiseError, match=r"bart model is configured as a decoder \(is_decoder=True\)"):
+        get_peft_model(BartForCausalLM(BartConfig(d_model=16, vocab_size=9)), prompt_config())
     with pytest.raises(GatewiseError, match="not into a Linear"):
         get_peft_model(nn.Linear(2, 2), prompt_config(task_type=None))
     with pytest.raises(GatewiseError, match="is_decoder=True"):
@@ -313,13 +315,13 @@ def test_an_encoder_reads_all_of_a_text_whatever_its_head(texts, kind):
     model.train()(**given)  # and its training need not say where a prompt ends
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", ["llama", "bert", "t5-tokens"])
 def test_hooks_on_layers_that_change_the_text(batch, family):
     """They get what a layer takes and gives with prompts, and are told so if they return what it has without."""
     model = prompted(family, prompt_layers=[1])
     expected = logits(model, batch)
     inner = model.get_base_model().base_model
-    layer = inner.layers[1] if family == "llama" else inner.encoder.layer[1]
+    layer = inner.get_submodule({"llama": "layers.1", "bert": "encoder.layer.1", "t5-tokens": "encoder.block.1"}[family])
 
     def with_hook(register: Any, hook: Any) -> Tensor:
         handle = register(hook)
@@ -333,7 +335,7 @@ def test_hooks_on_layers_that_change_the_text(batch, family):
     torch.testing.assert_close(with_hook(before, lambda _, args: (args[0] * 1.0, *args[1:])), expected[:2])
     with pytest.raises(GatewiseError, match=r"a forward hook on layer .*1 returned a Tensor, but .*: return the pair with"):
         with_hook(layer.register_forward_hook, lambda _, args, out: out[0])
-    with pytest.raises(GatewiseError, match=r"a forward pre-hook on layer .*1 returned 1 arguments, but .*: return the three with"):
+    with pytest.raises(GatewiseError, match=r"a forward pre-hook on layer .*1 returned 1 arguments, but .*: return them all with"):
         with_hook(before, lambda _, args: (args[0],))
     assert torch.equal(logits(model, batch), expected)
 

@@ -84,13 +84,14 @@ def test_loaded_into_a_model_with_layers_on_disk(ids, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [None, [1]], ids=str)
-def test_offloaded_layers_get_prompts(ids, layers):
-    base = prompted_base("llama")
+@pytest.mark.parametrize("family", ["llama", "t5-tokens"])
+def test_offloaded_layers_get_prompts(ids, family, layers):
+    base = prompted_base(family)
     twin = accelerate.cpu_offload(copy.deepcopy(base), execution_device=CPU)
     made = []
     for one in (base, twin):
         torch.manual_seed(4)
-        made.append(get_peft_model(one, prompt_config(prompt_layers=layers)).eval())
+        made.append(get_peft_model(one, prompt_config(family, prompt_layers=layers)).eval())
     assert {p.device for name, p in made[1].named_parameters() if "spt_" in name} == {CPU}
     torch.testing.assert_close(logits(made[1], ids), logits(made[0], ids))
 

@@ -14,17 +14,24 @@ from gatewise.internals.layer_stack import models_around
 class Family:
     """Paths in the Transformer under a model's head: its list of layers, and its rotary embedding if it has one.
 
-    Without a rotary embedding positions are learned and added below the first layer, so real tokens keep theirs by themselves.
+    Without a rotary embedding positions are added below the first layer, so real tokens keep theirs by themselves. ``bias`` is the
+    path in the first layer of the attention that makes relative position biases, which the layers above are handed.
     ``normed``: a layer ends in a norm (post-norm), so what it leaves has about the size of what generators write.
+    ``encoder_decoder``: the layers are those of the encoder, which runs by itself; the decoder reads what it makes of the text.
     """
 
     layers: str
     rotary: str | None = None
     causal: bool = False
     normed: bool = False
+    bias: str | None = None
+    encoder_decoder: bool = False
 
 
 _ROTARY_DECODER = Family("layers", "rotary_emb", causal=True)
+_T5 = Family("encoder.block", bias="layer.0.SelfAttention", encoder_decoder=True)
+_BART = Family("encoder.layers", normed=True, encoder_decoder=True)
+_PRE_NORM_BART = Family("encoder.layers", encoder_decoder=True)
 
 FAMILIES = {
     "llama": _ROTARY_DECODER,
@@ -38,6 +45,13 @@ FAMILIES = {
     "gpt2": Family("h", causal=True),
     "bert": Family("encoder.layer", normed=True),
     "roberta": Family("encoder.layer", normed=True),
+    "t5": _T5,
+    "mt5": _T5,
+    "bart": _BART,
+    "marian": _BART,
+    "mbart": _PRE_NORM_BART,
+    "pegasus": _PRE_NORM_BART,
+    "m2m_100": _PRE_NORM_BART,
 }
 """By ``config.model_type``."""
 
@@ -59,7 +73,9 @@ class Transformer:
         model: the Transformer under the head.
         path, layers: path of the list of layers in the whole model, and its modules.
         rotary: the module that makes rotary position embeddings, if there is one.
-        around: all Transformers models that hold the layers, the outermost first.
+        biases: the one that makes relative position biases, if there is one.
+        around: all Transformers models that hold the layers and make one pass with them, the outermost first. Of an encoder-decoder
+            model the encoder alone, for ``generate`` runs it once and then the decoder many times.
 
     Raises:
         GatewiseError: an architecture that is not supported.
@@ -85,9 +101,16 @@ class Transformer:
                 f"this {config.model_type} model is configured as a decoder (is_decoder=True): selective prompts support it "
                 "as an encoder"
             )
+        if self.family.encoder_decoder and getattr(config, "encoder_layerdrop", None):
+            raise GatewiseError(
+                f"this {config.model_type} model has encoder_layerdrop={config.encoder_layerdrop}, which leaves out layers that "
+                "prompts go through: load it with encoder_layerdrop=0.0"
+            )
         self.model: nn.Module = model.base_model
         layers = self.model.get_submodule(self.family.layers)
         self.path = next(name for name, module in model.named_modules() if module is layers)
         self.layers: list[nn.Module] = list(layers.children())
         self.rotary = None if self.family.rotary is None else self.model.get_submodule(self.family.rotary)
-        self.around = models_around(model, layers)
+        self.biases = None if self.family.bias is None else self.layers[0].get_submodule(self.family.bias)
+        around = models_around(model, layers)
+        self.around = around[-1:] if self.family.encoder_decoder else around

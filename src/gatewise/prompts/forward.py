@@ -59,6 +59,7 @@ class PromptPass:
         text: None if the pass continues one.
         tokens: t.
         balanced: whether prompts of different sizes count evenly where they are mixed.
+        biases: the attention that makes relative position biases, if there is one.
         propagated: the prompt (b, l, d) that the layer below left, set from layer to layer.
     """
 
@@ -71,10 +72,12 @@ class PromptPass:
     text: Text | None
     tokens: int
     balanced: bool = False
+    biases: Any = None
     propagated: Tensor | None = None
     pooling: Tensor | None = None
     rotary: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     _masks: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    _position_bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.text is not None:
@@ -90,6 +93,26 @@ class PromptPass:
     def positions(self, given: Any) -> Any:
         """Rotary embeddings of prompt and text, for those of the text that a layer is given."""
         return self.rotary[id(given[0])][1]
+
+    def position_bias(self) -> Tensor:
+        """Relative position biases (b, h, l + t, l + t) of h heads, for prompt and text; of the text among itself the base model's.
+
+        The prompt is at the l positions before the row's first token, as in rotary models. Biases stand for differences of
+        positions, so none is missing there. A bias of zero for the prompt would mean nothing: the same number on all biases of a
+        head changes nothing in the base model, but it would then move attention between prompt and text.
+        """
+        if self._position_bias is None:
+            assert self.text is not None
+            present, length = self.text.present, self.config.num_prompt_tokens
+            size = length + self.tokens
+            before, after = (self.biases.compute_bias(*sides, device=present.device)[0] for sides in ((size, 1), (1, size)))
+            by_distance = torch.cat([before[:, 1:, 0].flip(1), after[:, 0]], dim=1)  # (h, 2 (l + t) - 1)
+            first = present.int().argmax(dim=1, keepdim=True)
+            place = torch.arange(-length, self.tokens, device=present.device)
+            places = torch.where(place < 0, first + place, place)
+            distance = places[:, None, :] - places[:, :, None]
+            self._position_bias = by_distance[:, distance + size - 1].transpose(0, 1)
+        return self._position_bias
 
     def _with_prompt(self, given: Tensor) -> Tensor:
         length = self.config.num_prompt_tokens
@@ -187,7 +210,8 @@ class PassTracker(CallTracker):
                 self._look_at_prompts(text)
         family, config = self._transformer.family, active.config
         balanced = not family.normed if config.balanced is None else config.balanced
-        return PromptPass(self._number, active.name, config, family.causal, first, active.gates, text, tokens, balanced)
+        biases = self._transformer.biases
+        return PromptPass(self._number, active.name, config, family.causal, first, active.gates, text, tokens, balanced, biases)
 
     def end(self, done: PromptPass, arguments: Mapping[str, Any], output: Any) -> Any:
         """Takes the prompt out of the attentions among the outputs; the rest of a row adds up to less than one."""

@@ -52,29 +52,35 @@ class PromptedBlock(ObjectMixin, nn.Module):
         given["attention_mask"] = running.mask(given.get("attention_mask"))
         if running.text is not None and given.get("position_embeddings") is not None:
             given["position_embeddings"] = running.positions(given["position_embeddings"])
+        handed = given.pop("position_bias", None)
+        bias = () if running.biases is None else (running.position_bias(),)
         # Hooks on the layer see the pair, whose first part is what they would see without prompts.
-        pair = super().__call__(hidden, running.propagated, gate, prompt_pass=running, **given)
+        pair = super().__call__(hidden, running.propagated, gate, *bias, prompt_pass=running, **given)
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise GatewiseError(
                 f"a forward hook on layer {self.place.path} returned a {type(pair).__name__}, but with selective prompts a layer's "
                 "output is the pair (hidden states, prompt): return the pair with the hidden states changed"
             )
         text, running.propagated = pair
-        return text
+        # With relative position biases a layer hands them on, and those of a cross-attention, which an encoder has not.
+        return (text, handed, None) if bias else text
 
     def forward(self, *args: Any, prompt_pass: PromptPass | None = None, **kwargs: Any) -> Any:
         """The layer's own; in a pass: from (h (b, t, d), p^propagated (b, l, d), a (1,)) to (h, p), with no p if it continues.
 
-        Mask and position embeddings are those of prompt and text.
+        A fourth argument are relative position biases. They, mask and position embeddings are those of prompt and text.
         """
         if prompt_pass is None:
             return super().forward(*args, **kwargs)
-        if len(args) != 3:
+        expected = ["hidden states", "prompt", "gate", *(["position bias"] if prompt_pass.biases is not None else [])]
+        if len(args) != len(expected):
             raise GatewiseError(
                 f"a forward pre-hook on layer {self.place.path} returned {len(args)} arguments, but with selective prompts a "
-                "layer's are (hidden states, prompt, gate): return the three with the hidden states changed"
+                f"layer's are ({', '.join(expected)}): return them all with the hidden states changed"
             )
-        hidden, propagated, gate = args
+        hidden, propagated, gate, *bias = args
+        if bias:
+            kwargs["position_bias"] = bias[0]
         if prompt_pass.text is None:
             return super().forward(hidden, **kwargs), None
         prompt = self._prompt(hidden, propagated, gate, prompt_pass)
@@ -82,6 +88,7 @@ class PromptedBlock(ObjectMixin, nn.Module):
         filled = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
         with prompts_arriving(filled, prompt_pass.tracker, prompt_pass.adapter, length):
             both = super().forward(torch.cat([prompt, hidden], dim=1), **kwargs)
+        both = both[0] if bias else both
         return both[:, length:], both[:, :length]
 
     def _prompt(self, hidden: Tensor, propagated: Tensor | None, gate: Tensor | None, running: PromptPass) -> Tensor:

@@ -37,7 +37,12 @@ class SelectivePromptModel(BaseTuner):
     What the caller sees keeps its length: prompt tokens join inside a layer and are taken off again. They stand in front of the
     text at every layer from the first prompt layer on: every token sees them, in sliding-window layers too; they see each other
     (in a decoder, those before) and, in an encoder, the text. Real tokens keep their positions. Prompt tokens have no learned
-    position, and in rotary models the l positions before the row's first token.
+    position; in rotary models, and in those with relative position biases (T5), they are at the l positions before the row's first
+    token.
+
+    In an encoder-decoder model they are in the encoder, whose whole input the generators read, whatever the labels are. The decoder
+    attends to the text alone, so nothing of it knows of prompts: neither the mask it is given, nor its cache, nor beams. Encoder
+    outputs that the caller gives are taken as they are.
 
     In a decoder generators read the prompt only: what stands before the first label that is not -100 in training; all that
     ``generate`` was given; all of a call without labels. Tokens added with the key-value cache find the prompt's keys and values in
