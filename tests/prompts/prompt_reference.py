@@ -66,13 +66,15 @@ def mixture(propagated: Tensor, new: Tensor, share: Tensor, balanced: bool) -> T
 
 
 @cache
-def mask_of(prompts: int, tokens: int, causal: bool, window: int | None) -> Tensor:
-    """What is added to scores (1, 1, p + t, p + t), cell by cell."""
+def mask_of(prompts: int, tokens: int, causal: bool, window: int | None, images: tuple[int, ...] = ()) -> Tensor:
+    """What is added to scores (1, 1, p + t, p + t), cell by cell. ``images``: which one a token is part of, 0 for none."""
     size = prompts + tokens
     mask = torch.zeros(size, size)
     for i in range(size):
         for j in range(size):
             seen = j <= i if causal else True
+            if images and min(i, j) >= prompts and images[i - prompts] == images[j - prompts] > 0:
+                seen = True  # an image sees all of itself
             if window is not None and i >= prompts and j >= prompts:
                 seen = seen and i - j < window
             if not seen:
@@ -98,23 +100,44 @@ def relative_biases(table: Tensor, prompts: int, tokens: int, config: Any) -> Te
     return torch.stack(rows).permute(2, 0, 1)[None]
 
 
+def numbered_images(ids: Tensor, token: int) -> tuple[int, ...]:
+    """Which image a token is part of, from one, 0 for none: images are runs of the one token."""
+    numbers, images, before = [], 0, False
+    for one in ids.tolist():
+        images += one == token and not before
+        before = one == token
+        numbers.append(images if before else 0)
+    return tuple(numbers)
+
+
 def last_hidden(
-    base: Any, model: PeftModel, ids: Tensor, read: int | None = None, gates: Any = None, adapter: str = "default"
+    base: Any,
+    model: PeftModel,
+    ids: Tensor,
+    read: int | None = None,
+    gates: Any = None,
+    adapter: str = "default",
+    pixels: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Hidden states (t, d) of one text ``ids`` (t,) above the last layer, and those below each layer.
 
     Args:
         read: how many tokens are the prompt that generators read; None for all.
         gates: layer -> a, in place of the adapter's own; below the first that is not zero there is no prompt.
+        pixels: (images, 3, height, width) of the text's images.
     """
     config: Any = model.peft_config[adapter]
     numbers = adapter_numbers(model, adapter)
-    inner, kind = base.base_model, base.config.model_type
+    inner, kind = getattr(base.base_model, "language_model", base.base_model), base.config.model_type
     is_bert, is_t5 = kind in ("bert", "roberta"), kind in ("t5", "mt5")
     crosses = is_t5 or base.config.is_encoder_decoder
     causal = not is_bert and not crosses
     layers = inner.get_submodule("h" if kind == "gpt2" else "layers" if causal else f"encoder.{_LAYERS.get(kind, 'layers')}")
     hidden = _embedded(base, inner, ids, kind)[0]
+    images = () if pixels is None else numbered_images(ids, base.config.image_token_id)
+    if pixels is not None:
+        seen = base.base_model.multi_modal_projector(base.base_model.vision_tower(pixels).last_hidden_state)
+        hidden[ids == base.config.image_token_id] = seen.flatten(0, 1)
     prompt: Tensor | None = None
     below = []
     for index, layer in enumerate(layers):
@@ -131,10 +154,10 @@ def last_hidden(
                 prompt = mixture(propagated, new, share, balanced and prompt is not None)
         length = 0 if prompt is None else len(prompt)
         both = hidden if prompt is None else torch.cat([prompt, hidden])
-        layer_type = getattr(base.config, "layer_types", [None] * len(layers))[index]
+        layer_type = getattr(base.config.get_text_config(), "layer_types", [None] * len(layers))[index]
         windowed = layer_type == "sliding_attention" or kind == "mistral"
-        window = base.config.sliding_window if windowed else None
-        mask = mask_of(length, len(ids), causal, window).to(both.dtype)
+        window = base.config.get_text_config().sliding_window if windowed else None
+        mask = mask_of(length, len(ids), causal, window, images).to(both.dtype)
         if is_t5:
             table = layers[0].layer[0].SelfAttention.relative_attention_bias.weight
             out = layer(both[None], position_bias=relative_biases(table, length, len(ids), base.config))
@@ -142,7 +165,7 @@ def last_hidden(
             out = layer(both[None], None, mask)
         elif causal:
             positions = torch.arange(len(both))[None]
-            extra = (layer_type,) if kind == "gemma3_text" else ()
+            extra = (layer_type,) if kind in ("gemma3", "gemma3_text") else ()
             out = layer(both[None], attention_mask=mask, position_embeddings=inner.rotary_emb(both[None], positions, *extra))
         else:
             out = layer(both[None], mask)
@@ -154,7 +177,8 @@ def last_hidden(
 def logits(base: Any, model: PeftModel, ids: Tensor, **settings: Any) -> Tensor:
     """(t, V) of a language model or a classifier of tokens, (c,) of a classifier."""
     hidden = last_hidden(base, model, ids, **settings)[0]
-    inner, kind, name = base.base_model, base.config.model_type, type(base).__name__
+    inner, kind = getattr(base.base_model, "language_model", base.base_model), base.config.model_type
+    name = type(base).__name__
     if name == "T5ForTokenClassification":
         return base.classifier(inner.encoder.final_layer_norm(hidden))
     if kind in ("bert", "roberta"):

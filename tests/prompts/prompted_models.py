@@ -11,7 +11,9 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -92,6 +94,26 @@ _GEMMA = {
     "query_pre_attn_scalar": 4,
     "tie_word_embeddings": False,
 }
+# Images of 8 by 8 points, each four tokens of the text.
+_VISION = {
+    "image_size": 8,
+    "patch_size": 2,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vision_use_head": False,
+}
+_IMAGES = {
+    "text_config": _DECODER | _GEMMA,
+    "vision_config": _VISION,
+    "mm_tokens_per_image": 4,
+    "boi_token_index": VOCABULARY - 3,
+    "eoi_token_index": VOCABULARY - 2,
+    "image_token_index": VOCABULARY - 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
 # The texts of the tests are longer than T5's largest distance.
 _T5 = {
     "vocab_size": VOCABULARY,
@@ -123,7 +145,7 @@ _BART = {
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
 }
 
-DECODERS = ["llama", "gemma3", "qwen2", "qwen3", "gpt2", "mistral", "mixtral", "phi", "phi3"]
+DECODERS = ["llama", "gemma3", "gemma3-images", "qwen2", "qwen3", "gpt2", "mistral", "mixtral", "phi", "phi3"]
 SLIDING = ["qwen2-sliding", "gemma3-sliding", "mistral-sliding"]
 """Decoders all of whose layers have a window."""
 ENCODERS = ["bert", "roberta", "bert-mlm", "roberta-mlm", "t5-tokens"]
@@ -133,6 +155,7 @@ FAMILIES = DECODERS + ENCODERS + ["llama-classifier", "gpt2-classifier"]
 _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, _DECODER),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, _DECODER | _GEMMA),
+    "gemma3-images": (Gemma3ForConditionalGeneration, Gemma3Config, _IMAGES),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, _DECODER),
     "qwen2-sliding": (
         Qwen2ForCausalLM,

@@ -29,7 +29,11 @@ def rows_of(values: Tensor, mask: Tensor) -> list[Tensor]:
 
 def sides_of(family: str) -> list[str]:
     # With learned positions counted from the first column, padding on the left moves the text of the base model too.
-    return ["right", "left"] if family in ("llama", "gemma3", "qwen2", "qwen3", "llama-classifier", "t5-tokens") else ["right"]
+    return (
+        ["right", "left"]
+        if family in ("llama", "gemma3", "gemma3-images", "qwen2", "qwen3", "llama-classifier", "t5-tokens")
+        else ["right"]
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -36,6 +36,7 @@ _PRE_NORM_BART = Family("encoder.layers", encoder_decoder=True)
 FAMILIES = {
     "llama": _ROTARY_DECODER,
     "gemma3_text": _ROTARY_DECODER,
+    "gemma3": Family("language_model.layers", "language_model.rotary_emb", causal=True),
     "qwen2": _ROTARY_DECODER,
     "qwen3": _ROTARY_DECODER,
     "mistral": _ROTARY_DECODER,
@@ -92,7 +93,7 @@ class Transformer:
             )
         self.family = FAMILIES[config.model_type]
         for name, (value, why) in _REFUSED.items():
-            if getattr(config, name, None) is value:
+            if getattr(config.get_text_config(), name, None) is value:
                 raise GatewiseError(
                     f"this {config.model_type} model has {name}={value} ({why}), which selective prompts do not support"
                 )

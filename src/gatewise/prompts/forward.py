@@ -189,7 +189,7 @@ class PassTracker(CallTracker):
                     "the key-value cache was filled with prompts of an adapter that is not in use now: start with an empty cache"
                 )
             return None
-        attention = attention_implementation(module)
+        attention = attention_implementation(self._models[-1])
         if attention not in ("sdpa", "eager"):
             raise GatewiseError(
                 f"attn_implementation is {attention!r}, whose masks selective prompts do not make: load the model with "

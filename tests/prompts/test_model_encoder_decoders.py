@@ -5,7 +5,7 @@ from typing import Any
 import prompt_reference as reference
 import pytest
 import torch
-from prompted_models import ENCODER_DECODERS, arguments, hyper, prompted
+from prompted_models import ENCODER_DECODERS, arguments, hyper, prompt_config, prompted
 from test_forward import padded
 from tiny_models import word_tokenizer
 from torch import Tensor
@@ -151,6 +151,27 @@ def test_prompt_positions_are_the_encoders(texts: list[Tensor], family: str) -> 
         assert model.generate(input_ids=ids, **settings())[0, 1:].tolist() == by_hand(model, texts[0], read=5)
         beams = [model.generate(input_ids=ids, **settings(num_beams=3, use_cache=cached)) for cached in (True, False)]
         assert torch.equal(*beams)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_half_precision_and_another_adapter(texts: list[Tensor], family: str, dtype: torch.dtype) -> None:
+    """T5's last projections stay in float32 where Transformers loads it in half precision, and then so do its hidden states."""
+    model = prompted(family)
+    given = {**padded(texts), "decoder_input_ids": WRITTEN}
+    with torch.no_grad():
+        wanted = model(**given).logits
+        model.add_adapter("late", prompt_config(family, prompt_layers=[2], num_prompt_tokens=5))
+        model.to(dtype)
+        for kept in (False, True):
+            for name, module in model.named_modules():
+                if kept and name.endswith(".wo"):
+                    module.float()
+            got = model(**given).logits
+            assert got.dtype == dtype
+            assert (got.float() - wanted).norm() / wanted.norm() < 0.1
+        model.set_adapter("late")
+        assert (model(**given).logits.float() - wanted).norm() / wanted.norm() > 0.1
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
