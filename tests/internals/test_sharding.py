@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tiny_models import tiny_base
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 
 from gatewise.errors import GatewiseError
 from gatewise.internals import sharding
+
+CPU = torch.device("cpu")
 
 
 def plugin(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> SimpleNamespace:
@@ -25,21 +28,38 @@ def test_exactly_the_parameters_given_are_left_out(monkeypatch):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     others = nn.Linear(1, 1)
     made = plugin(monkeypatch, ignored_modules=[others])
-    sharding.leave_out_of_sharding([model[1].weight])
+    sharding.leave_out_of_sharding([model[1].weight], CPU)
     left_out = {id(parameter) for module in made.ignored_modules for parameter in module.parameters()}
     assert left_out == {id(parameter) for parameter in (model[1].weight, *others.parameters())}
 
 
 def test_a_best_checkpoint_in_pieces_is_refused(monkeypatch):
     plugin(monkeypatch, state_dict_type=StateDictType.SHARDED_STATE_DICT)
-    sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))])
+    sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], CPU)
     with pytest.raises(GatewiseError, match=r"SHARDED_STATE_DICT.* take FULL_STATE_DICT"):
-        sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], loads_best=True)
+        sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], CPU, loads_best=True)
+
+
+def test_they_go_to_the_device_of_the_process(monkeypatch):
+    """FSDP takes there only what it shards."""
+    moved: list[Any] = []
+    monkeypatch.setattr(nn.ParameterList, "to", lambda self, device: moved.append((list(self), device)) or self)
+    plugin(monkeypatch)
+    weight = nn.Parameter(torch.ones(1))
+    sharding.leave_out_of_sharding([weight], torch.device("cuda:1"))
+    assert moved == [([weight], torch.device("cuda:1"))]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "gpt2", "llama"])
+def test_weights_of_more_modules_than_embedding_and_head_are_tied(family):
+    model = tiny_base(family)
+    shared = {"t5": "shared", "bart": "model.shared"}.get(family)
+    assert list(map(id, sharding.tied_weights(model))) == ([] if shared is None else [id(model.get_submodule(shared).weight)])
 
 
 def test_without_fsdp_nothing_is_told(monkeypatch):
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", None)
-    sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))])
+    sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], CPU)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +73,7 @@ def test_without_fsdp_nothing_is_told(monkeypatch):
 def test_settings_that_contradict_it_are_refused(monkeypatch, changes, sentence):
     plugin(monkeypatch, **changes)
     with pytest.raises(GatewiseError, match=sentence.replace("*", r"\*")):
-        sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))])
+        sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], CPU)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.sharding import average_gradients, fsdp_plugin, leave_out_of_sharding
+from gatewise.internals.sharding import average_gradients, fsdp_plugin, leave_out_of_sharding, tied_weights
 from gatewise.internals.zero import check_settings, zero_of
 from gatewise.processes import is_sharded
 
@@ -29,8 +29,10 @@ class WholeAdapter(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tells FSDP what to leave out, before it wraps the model."""
-        leave_out_of_sharding(_trained(kwargs["model"]), args.load_best_model_at_end)
-        check_settings(kwargs["model"])
+        model = kwargs["model"]
+        left_out = dict.fromkeys([*_trained(model), *tied_weights(model)])
+        leave_out_of_sharding(list(left_out), args.device, args.load_best_model_at_end)
+        check_settings(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Averages gradients from here on, as DeepSpeed does by itself."""

@@ -27,12 +27,13 @@ def fsdp_plugin() -> Any | None:
     return AcceleratorState._shared_state.get("fsdp_plugin")
 
 
-def leave_out_of_sharding(parameters: Sequence[nn.Parameter], loads_best: bool = False) -> None:
+def leave_out_of_sharding(parameters: Sequence[nn.Parameter], device: torch.device, loads_best: bool = False) -> None:
     """Has FSDP2 leave these parameters whole in every process. Without FSDP nothing happens.
 
     Call it when the Trainer is made and has not wrapped its model yet.
 
     Args:
+        device: where this process trains.
         loads_best: whether the Trainer is to end with its best checkpoint.
 
     Raises:
@@ -61,8 +62,21 @@ def leave_out_of_sharding(parameters: Sequence[nn.Parameter], loads_best: bool =
         raise GatewiseError(
             f"fsdp_ignored_modules is {plugin.ignored_modules!r}, but gatewise sets it to keep the adapter whole: leave it out"
         )
-    # A list of modules is what Accelerate takes; a ParameterList is one with exactly these parameters.
-    plugin.ignored_modules = [*(plugin.ignored_modules or ()), nn.ParameterList(parameters)]
+    # A list of modules is what Accelerate takes; a ParameterList is one with exactly these parameters. FSDP does not move them.
+    plugin.ignored_modules = [*(plugin.ignored_modules or ()), nn.ParameterList(parameters).to(device)]
+
+
+def tied_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of several modules, such as the embeddings of T5 and BART, which FSDP2 would put into several groups and refuse.
+
+    But for a weight that the embedding shares with the LM head alone: Accelerate puts the two into one group.
+    """
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    return [parameter for parameter, found in owners.items() if len(found) > 1 and not all(one in ends for one in found)]
 
 
 def join(device: torch.device) -> None:
