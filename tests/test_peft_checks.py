@@ -41,7 +41,6 @@ FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "bert", "t5"]
 METHODS = ["ranks", "routed", "prompts"]
 TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 NOT_BUILT = {
-    ("routed", "t5"): "is an encoder-decoder model, but a routed adapter chooses in one stack of layers",
     ("prompts", "opt"): "selective prompts are not built for opt models: supported are llama",
 }
 PAIRS = [pytest.param(method, family) for method in METHODS for family in FAMILIES if (method, family) not in NOT_BUILT]

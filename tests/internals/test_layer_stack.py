@@ -4,6 +4,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_base
 from torch import nn
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.layer_stack import Stack, models_around
@@ -15,15 +16,41 @@ PATHS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder
 def test_the_stack_and_its_linear_modules(family, experts):
     model = tiny_base(family)
     stack = Stack(model)
-    assert stack.path == PATHS[family]
-    assert stack.layers == list(model.get_submodule(stack.path))
+    layers = {f"{PATHS[family]}.{index}": layer for index, layer in enumerate(model.get_submodule(PATHS[family]))}
+    assert {path: layer.module for path, layer in stack.layers.items()} == layers
+    assert all(layer.width == 16 and not layer.reads_encoder for layer in stack.layers.values())
     paths = stack.linear_modules(model)
     assert len(paths) == 2 * experts
-    assert [stack.layer_of(path) for path in paths] == [0] * experts + [1] * experts
-    assert stack.layer_of("lm_head") is None
-    assert stack.layer_of(f"{stack.path}.1") is None
+    first, second = layers
+    assert [stack.layer_of(path) for path in paths] == [first] * experts + [second] * experts
+    assert [stack.layer_of(path) for path in (PATHS[family], first, "lm_head")] == [None] * 3
     adapted = get_peft_model(tiny_base(family), LoraConfig(target_modules="all-linear")).get_base_model()
     assert Stack(adapted).linear_modules(adapted) == paths
+
+
+@pytest.mark.parametrize(
+    ("family", "encoder", "decoder"), [("t5", "encoder", "decoder"), ("bart", "model.encoder", "model.decoder")]
+)
+def test_the_stacks_of_an_encoder_and_a_decoder(family, encoder, decoder):
+    model = tiny_base(family)
+    layers = Stack(model).layers.values()
+    name = "block" if family == "t5" else "layers"
+    assert [layer.path for layer in layers] == [f"{side}.{name}.{index}" for side in (encoder, decoder) for index in (0, 1)]
+    assert [layer.reads_encoder for layer in layers] == [False, False, True, True]
+    assert all(layer.module is model.get_submodule(layer.path) and layer.width == 16 for layer in layers)
+    inner = [model.get_submodule(path) for path in (encoder, decoder)]
+    outer = [model] if family == "t5" else [model, model.model]
+    assert models_around(model, *(layer.module for layer in layers)) == [*outer, *inner]
+
+
+def test_a_decoder_is_routed_by_states_of_the_width_that_it_is_given():
+    sizes = {"vocab_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    reads, writes = (
+        BertConfig(**sizes, hidden_size=8),
+        BertConfig(**sizes, hidden_size=12, is_decoder=True, add_cross_attention=True),
+    )
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(reads, writes))
+    assert [layer.width for layer in Stack(model).layers.values()] == [8, 12]  # the model widens them for its decoder
 
 
 def test_models_without_a_stack_are_refused():
@@ -35,7 +62,7 @@ def test_models_without_a_stack_are_refused():
 def test_models_around_a_layer(family):
     """With the head, and without; not the list of layers itself, nor an encoder that is no model by itself."""
     model = tiny_base(family)
-    layer = Stack(model).layers[0]
+    layer = next(iter(Stack(model).layers.values())).module
     assert models_around(model, layer) == [model, model.base_model]
 
 
@@ -43,7 +70,8 @@ def test_experts_that_no_router_could_choose_are_refused():
     model = tiny_base("llama")
     stack = Stack(model)
     experts = stack.experts(model, LoraConfig(target_modules=["q_proj", "up_proj"]))
-    assert experts == {index: [f"model.layers.{index}.self_attn.q_proj", f"model.layers.{index}.mlp.up_proj"] for index in (0, 1)}
+    layers = [f"model.layers.{index}" for index in (0, 1)]
+    assert experts == {layer: [f"{layer}.self_attn.q_proj", f"{layer}.mlp.up_proj"] for layer in layers}
     for target, message in (("lm_head", "lies outside the layers of model.layers"), ("mlp", "only linear modules can be experts")):
         with pytest.raises(GatewiseError, match=message):
             stack.experts(model, LoraConfig(target_modules=[target]))

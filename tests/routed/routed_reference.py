@@ -4,7 +4,9 @@ Nothing here is shared with gatewise.routed but the adapter's numbers.
 """
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}
+STACKS = {"t5": ("encoder.block", "decoder.block"), "bart": ("model.encoder.layers", "model.decoder.layers")}
 EXPERTS = {
     "llama": [
         "self_attn.q_proj",
@@ -106,30 +109,60 @@ def merged(model: PeftModel, family: str, prompt: torch.Tensor, adapter: str = "
     Args:
         prompt: (1, t) token ids of one prompt, without padding.
     """
-    config = model.peft_config[adapter]
     plain = plain_copy(model)
-    all_gates, all_probabilities = [], []
+    made = []
     for index, layer in enumerate(plain.get_submodule(LAYERS[family])):
-        adapted = model.base_model.model.get_submodule(f"{LAYERS[family]}.{index}")
-        experts = [adapted.get_submodule(name) for name in EXPERTS[family]]
-        places = [place for place, expert in enumerate(experts) if adapter in getattr(expert, "lora_A", ())]
-        seen = []
-        handle = layer.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
-        with torch.no_grad():
-            plain(input_ids=prompt)
-        handle.remove()
-        router = experts[places[0]].lora_router[adapter]
-        p = probabilities(seen[0][0].double().tolist(), router, config.pooler, config.activation, config.normalize_states)
-        gate = gates(p, config.top_k, config.normalize_gates)
-        for place, value in zip(places, gate, strict=True):
-            expert, target = experts[place], layer.get_submodule(EXPERTS[family][place])
-            delta = (
-                value * expert.scaling[adapter] * expert.lora_B[adapter].weight.detach() @ expert.lora_A[adapter].weight.detach()
-            )
-            target.weight.data += (delta.T if isinstance(target, Conv1D) else delta).to(target.weight.dtype)
-        all_gates.append(gate)
-        all_probabilities.append(p)
-    return plain, all_gates, all_probabilities
+        hidden = entering(layer, partial(plain, input_ids=prompt))
+        path = f"{LAYERS[family]}.{index}"
+        made.append(merge_layer(model, adapter, layer, path, EXPERTS[family], hidden))
+    return plain, [gate for gate, _ in made], [p for _, p in made]
+
+
+def merged_encoder_decoder(model: PeftModel, family: str, prompt: torch.Tensor, adapter: str = "default") -> tuple[Any, list, list]:
+    """``merged`` for an encoder-decoder model, its encoder's layers first.
+
+    Those are routed by what enters them, all the decoder's by what the encoder, with the experts it keeps, makes of the prompt.
+    """
+    plain = plain_copy(model)
+    made = []
+    for stack in STACKS[family]:
+        encoder = plain.get_encoder()
+        for index, layer in enumerate(plain.get_submodule(stack)):
+            if "encoder" in stack:
+                hidden = entering(layer, partial(encoder, input_ids=prompt))
+            else:
+                with torch.no_grad():
+                    hidden = encoder(input_ids=prompt).last_hidden_state[0]
+            names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+            made.append(merge_layer(model, adapter, layer, f"{stack}.{index}", names, hidden))
+    return plain, [gate for gate, _ in made], [p for _, p in made]
+
+
+def entering(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """(t, d): the hidden states that enter a layer when one row is run."""
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return seen[0][0]
+
+
+def merge_layer(
+    model: PeftModel, adapter: str, layer: nn.Module, path: str, names: list[str], hidden: torch.Tensor
+) -> tuple[list[float], list[float]]:
+    """Merges what a layer keeps, routed by ``hidden`` (t, d), into the plain layer; its gates (m) and probabilities (m)."""
+    config = model.peft_config[adapter]
+    experts = {name: model.base_model.model.get_submodule(f"{path}.{name}") for name in names}
+    experts = {name: expert for name, expert in experts.items() if adapter in getattr(expert, "lora_A", ())}
+    router = next(iter(experts.values())).lora_router[adapter]
+    p = probabilities(hidden.double().tolist(), router, config.pooler, config.activation, config.normalize_states)
+    gate = gates(p, config.top_k, config.normalize_gates)
+    for (name, expert), value in zip(experts.items(), gate, strict=True):
+        target = layer.get_submodule(name)
+        delta = value * expert.scaling[adapter] * expert.lora_B[adapter].weight.detach() @ expert.lora_A[adapter].weight.detach()
+        target.weight.data += (delta.T if isinstance(target, Conv1D) else delta).to(target.weight.dtype)
+    return gate, p
 
 
 def plain_copy(model: PeftModel) -> Any:

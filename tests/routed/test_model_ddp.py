@@ -12,11 +12,12 @@ from tiny_models import random_adapter
 from transformers import Trainer, TrainingArguments
 
 
-def one_process(rank, port, folder, checkpointing):
+def one_process(rank, port, folder, family, checkpointing):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = trained_routers(random_adapter(get_peft_model(routed_base("llama"), routed_config(top_k=1, balance_weight=0.5))))
+    config = routed_config(family, top_k=1, balance_weight=0.5)
+    model = trained_routers(random_adapter(get_peft_model(routed_base(family), config)))
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 60, (24, 8), generator=generator)
     rows = [{"input_ids": one, "labels": one.clone().index_fill_(0, torch.arange(5), -100)} for one in ids]
@@ -42,12 +43,12 @@ def one_process(rank, port, folder, checkpointing):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_processes_train_one_adapter(tmp_path, checkpointing):
+@pytest.mark.parametrize(("family", "checkpointing"), [("llama", False), ("llama", True), ("t5", True)])
+def test_two_processes_train_one_adapter(tmp_path, family, checkpointing):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(one_process, args=(port, str(tmp_path), checkpointing), nprocs=2)
+    torch.multiprocessing.spawn(one_process, args=(port, str(tmp_path), family, checkpointing), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["state"] == second["state"]
     assert first["gates"] != second["gates"]

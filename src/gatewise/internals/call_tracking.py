@@ -22,6 +22,7 @@ from transformers import GenerationMixin
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
+from gatewise.internals.layer_stack import forward_arguments
 from gatewise.losses import IGNORED, before_first
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class CallTracker:
     """Watches the forwards of a model and of the models inside it. A subclass says what happens when one begins and ends.
 
     Args:
-        models: the Transformers models around the stack of layers, the outermost first; whichever is called opens the pass.
+        models: the Transformers models around the stacks of layers, the outermost first; whichever is called opens the pass.
         state: what the passes of each thread keep.
         adapters, readers: what the adapters and what reads the prompt are called in messages.
         causal: whether the model writes answers, so that labels tell prompt from answer.
@@ -115,7 +116,9 @@ class CallTracker:
         self.now = state
         self._models, self._adapters, self._readers, self._causal = list(models), adapters, readers, causal
         self._warned_of_answers = False
-        self._names = [list(inspect.signature(type(module).forward).parameters)[1:] for module in models]
+        self._names = [forward_arguments(module) for module in models]
+        inside = [set(module.modules()) for module in models]
+        self._inner = [{place for place, one in enumerate(models) if one in parts} for parts in inside]
         self._handles = [
             handle
             for module in models
@@ -147,8 +150,8 @@ class CallTracker:
         """The pass that a forward opens, from its arguments by name; None for none."""
         raise NotImplementedError
 
-    def end(self, done: Any, arguments: Mapping[str, Any], output: Any) -> Any:
-        """A pass has ended without a fault. What this returns replaces the output, None leaves it."""
+    def end(self, done: Any, arguments: Mapping[str, Any], output: Any, module: Any) -> Any:
+        """The pass that a module's forward opened has ended without a fault. The output becomes what this returns, unless None."""
         raise NotImplementedError
 
     # ---- calls and passes ----
@@ -186,8 +189,8 @@ class CallTracker:
                 f"the model was given to torch.export, but {self._adapters} decide by each text what is run, which no exported "
                 "graph can do: use the model as it is, or export it with its adapters switched off"
             )
-        # An outer model's forward runs the inner ones. The same or an outer one again is a new pass: the last was interrupted.
-        if now.opened_by is not None and now.opened_by < place:
+        # An outer model's forward runs the inner ones. The same or another one again is a new pass: the last was interrupted.
+        if now.opened_by is not None and now.opened_by != place and place in self._inner[now.opened_by]:
             return
         now.close()
         now.opened_by = place
@@ -202,7 +205,7 @@ class CallTracker:
         done, arguments = now.current, now.arguments
         now.close()
         # There is no output if the forward failed.
-        return None if done is None or output is None else self.end(done, arguments, output)
+        return None if done is None or output is None else self.end(done, arguments, output, module)
 
     # ---- prompts ----
 
@@ -333,7 +336,8 @@ class TrackedGeneration(ObjectMixin, nn.Module):
         """
         given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
         self.call_tracker.check_generate(given, self.generation_config)
-        named = (given.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
+        encoded = given.get("encoder_outputs")
+        named = (None if encoded is None else encoded[0], *(given.get(name) for name in ("inputs_embeds", "input_ids", "inputs")))
         prompts = next((one for one in named if isinstance(one, Tensor) and one.ndim > 1), None)
         mask = given.get("attention_mask")
         # Without a prompt it begins with one token of its own.
@@ -342,6 +346,20 @@ class TrackedGeneration(ObjectMixin, nn.Module):
         outer = self.call_tracker.now.call or Call()  # PEFT's generate, around this one, knows the adapters' names
         with self.call_tracker.call(replace(outer, rows=rows, width=width, attention_mask=mask)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def read_by_encoder(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a forward of an encoder-decoder model, of its encoder or of its decoder: what the encoder reads.
+
+    Where it has read before and its last hidden states were given, these are the ``inputs_embeds``.
+    """
+    states, name = arguments.get("encoder_hidden_states"), "encoder_attention_mask"
+    if states is None:
+        encoded, name = arguments.get("encoder_outputs"), "attention_mask"
+        states = None if encoded is None else encoded[0]
+    if states is None:
+        return {key: arguments.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask")}
+    return {"inputs_embeds": states, "attention_mask": arguments.get(name)}
 
 
 def text_inputs(arguments: Mapping[str, Any], adapters: str) -> Tensor:

@@ -1,8 +1,10 @@
 """Finds the Transformer layers of a model, the linear modules in them that can be experts, and the models around them."""
 
+import inspect
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,34 +19,44 @@ if TYPE_CHECKING:
 _IN_A_MIXTURE = re.compile(r"(?:^|\.)experts?\.")
 
 
-class Stack:
-    """The main stack: of all lists of modules the one that holds the most linear ones.
+@dataclass(frozen=True)
+class Layer:
+    """A Transformer layer.
 
     Attributes:
-        path, layers: path of the list in the model, and its modules.
+        path, module: in the model.
+        width: the size of the hidden states by which it is routed.
+        reads_encoder: it is a layer of an encoder-decoder model's decoder, which has no prompt inside.
+    """
+
+    path: str
+    module: nn.Module
+    width: int
+    reads_encoder: bool = False
+
+
+class Stack:
+    """The layers of a model: those of its main stack or, in an encoder-decoder model, of the encoder's and the decoder's.
+
+    A stack is, of all lists of modules, the one that holds the most linear ones.
+
+    Attributes:
+        layers: by path, in order, an encoder's first.
 
     Raises:
-        GatewiseError: there is no such list.
+        GatewiseError: there is no such list, or an encoder-decoder model whose encoder reads no text or whose decoder's layers
+            are not given what the encoder has made of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        counts = {name: sum(map(_is_linear, module.modules())) for name, module in lists}
-        best = max(lists, key=lambda one: counts[one[0]], default=None)
-        if best is None or not counts[best[0]]:
-            raise GatewiseError(
-                f"{type(model).__name__} has no list of layers with linear modules, and routed experts are the linear modules of "
-                "Transformer layers"
-            )
-        self.path: str = best[0]
-        self.layers: list[nn.Module] = list(best[1])
+        found = _both_stacks(model) if is_encoder_decoder(model) else _main_stack(model)
+        self.layers = {layer.path: layer for layer in found}
 
-    def layer_of(self, path: str) -> int | None:
-        """The index of the layer that a module lies in, by its path in the model; None outside the stack."""
-        if not path.startswith(f"{self.path}."):
-            return None
-        index, dot, _ = path.removeprefix(f"{self.path}.").partition(".")
-        return int(index) if dot else None
+    def layer_of(self, path: str) -> str | None:
+        """The path of the layer that a module lies in, by the module's path in the model; None outside the stacks."""
+        names = path.split(".")
+        before = (".".join(names[:length]) for length in range(1, len(names)))
+        return next((one for one in before if one in self.layers), None)
 
     def linear_modules(self, model: nn.Module) -> list[str]:
         """Paths of all linear modules in the layers, those that carry experts already among them; what "all-linear" stands for."""
@@ -54,8 +66,8 @@ class Stack:
             if _is_linear(module) and self.layer_of(path) is not None and not _IN_A_MIXTURE.search(path)
         ]
 
-    def experts(self, model: nn.Module, config: "LoraConfig") -> dict[int, list[str]]:
-        """Paths of the modules that a configuration targets, by the index of their layer, in order.
+    def experts(self, model: nn.Module, config: "LoraConfig") -> dict[str, list[str]]:
+        """Paths of the modules that a configuration targets, by the path of their layer, in order.
 
         Raises:
             GatewiseError: a target that no router could choose.
@@ -63,15 +75,16 @@ class Stack:
         # Not at the top: PEFT may be importing us just now, to have our methods added (see registry.py).
         from peft.tuners.tuners_utils import check_target_module_exists
 
-        found: dict[int, list[str]] = {}
+        found: dict[str, list[str]] = {}
         for path, module in _outside_of_adapters(model):
             if not path or not check_target_module_exists(config, path):
                 continue
-            index = self.layer_of(path)
-            if index is None:
+            layer = self.layer_of(path)
+            if layer is None:
+                stacks = dict.fromkeys(one.rpartition(".")[0] for one in self.layers)
                 raise GatewiseError(
-                    f"target_modules matches {path}, which lies outside the layers of {self.path}, where no router chooses it: "
-                    "name modules of the layers only, or leave it out with exclude_modules"
+                    f"target_modules matches {path}, which lies outside the layers of {' and '.join(stacks)}, where no router "
+                    "chooses it: name modules of the layers only, or leave it out with exclude_modules"
                 )
             if _IN_A_MIXTURE.search(path):
                 raise GatewiseError(
@@ -80,13 +93,67 @@ class Stack:
                 )
             if not _is_linear(module):
                 raise GatewiseError(f"target_modules matches {path}, a {type(module).__name__}: only linear modules can be experts")
-            found.setdefault(index, []).append(path)
+            found.setdefault(layer, []).append(path)
         return found
 
 
-def models_around(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
-    """The Transformers models that a layer is part of, the outermost first: with its head, and without."""
-    return [one for one in model.modules() if isinstance(one, PreTrainedModel) and any(part is layer for part in one.modules())]
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model has an encoder, which reads the prompt, and a decoder, which writes the answer."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def models_around(model: nn.Module, *layers: nn.Module) -> list[PreTrainedModel]:
+    """The Transformers models that one of the layers is part of, the outermost first: with its head, and without."""
+    wanted = set(layers)
+    return [one for one in model.modules() if isinstance(one, PreTrainedModel) and not wanted.isdisjoint(one.modules())]
+
+
+def forward_arguments(module: nn.Module) -> list[str]:
+    """The names of a module's forward's arguments, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _main_stack(model: nn.Module) -> list[Layer]:
+    config = getattr(model, "config", None)
+    width = getattr(config.get_text_config() if config is not None else None, "hidden_size", 0)
+    return [Layer(path, layer, width) for path, layer in _longest_list(model, model)]
+
+
+def _both_stacks(model: Any) -> list[Layer]:
+    name = type(model).__name__
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    if encoder is model or decoder is model or not {"input_ids", "attention_mask"} <= set(forward_arguments(encoder)):
+        raise GatewiseError(
+            f"{name} is an encoder-decoder model whose encoder reads no text, by which a routed adapter could choose: use one that "
+            "reads text (T5, BART), or a plain LoraConfig"
+        )
+    read, written = _longest_list(model, encoder), _longest_list(model, decoder)
+    if "encoder_hidden_states" not in forward_arguments(written[0][1]):
+        raise GatewiseError(
+            f"{name} is an encoder-decoder model whose decoder's layers are not given the encoder's states, by which a routed "
+            "adapter chooses there: use another one (T5, BART), or a plain LoraConfig"
+        )
+    around, inside = (models_around(model, layers[0][1])[-1].config for layers in (read, written))
+    # A composite of two models may widen the states in between.
+    crossed = getattr(inside, "cross_attention_hidden_size", None) or inside.hidden_size
+    return [
+        *(Layer(path, layer, around.hidden_size) for path, layer in read),
+        *(Layer(path, layer, crossed, reads_encoder=True) for path, layer in written),
+    ]
+
+
+def _longest_list(model: nn.Module, part: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The list in ``part`` that holds the most linear modules: its members by path in the model."""
+    inside = set(part.modules())
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and module in inside]
+    counts = {path: sum(map(_is_linear, module.modules())) for path, module in lists}
+    best = max(lists, key=lambda one: counts[one[0]], default=None)
+    if best is None or not counts[best[0]]:
+        raise GatewiseError(
+            f"{type(model).__name__} has no list of layers with linear modules, and routed experts are the linear modules of "
+            "Transformer layers"
+        )
+    return [(f"{best[0]}.{name}", layer) for name, layer in best[1].named_children()]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -71,6 +71,11 @@ def _asks_for_mode(kind: type) -> bool:
     return any("training" in one.__code__.co_names for one in own)
 
 
+def divides_by_items(model: Any) -> bool:
+    """Whether a model divides its loss by the Trainer's ``num_items_in_batch``; that of T5, BART and the like is a batch's mean."""
+    return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
+
+
 def between_embedding_factors(layer: Any, adapter: str, then: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
     """Has the LoRA layer of an embedding pass what its A gives through ``then`` before B; returns what undoes it."""
     own = layer._embed

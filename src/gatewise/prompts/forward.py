@@ -213,7 +213,7 @@ class PassTracker(CallTracker):
         biases = self._transformer.biases
         return PromptPass(self._number, active.name, config, family.causal, first, active.gates, text, tokens, balanced, biases)
 
-    def end(self, done: PromptPass, arguments: Mapping[str, Any], output: Any) -> Any:
+    def end(self, done: PromptPass, arguments: Mapping[str, Any], output: Any, module: Any) -> Any:
         """Takes the prompt out of the attentions among the outputs; the rest of a row adds up to less than one."""
         if isinstance(output, tuple):
             return tuple(_text_of(part, done) if _are_attentions(part) else part for part in output)

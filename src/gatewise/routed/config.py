@@ -40,6 +40,9 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
     are all its adapted linear modules in order, so "all-linear" gives seven in Llama, six in BERT, four in GPT-2. Modules outside
     the layers (LM head, BERT's pooler) have no router: "all-linear" leaves them out, and naming one is refused.
 
+    In an encoder-decoder model (T5, BART) the layers of both sides have experts, those of the cross-attention among them. For all
+    routers of the decoder H are the last hidden states of the encoder, which reads the prompt (ours: the paper has decoders alone).
+
     Args:
         r: rank of every expert (the paper's 32).
         lora_alpha: LoRA's alpha; None takes ``r``, so that alpha / r is 1.

@@ -2,10 +2,13 @@
 
     y = W x + gate · alpha / r · B A dropout(x)        for a row of the batch that keeps this expert; W x alone for the others
 
-``RoutedBlock`` is the layer: its routers decide from the hidden states that enter it, then it runs as ever. ``RoutedLinear`` is a
-module: while its layer runs, the state of the thread says what it adds. Where no gradients are asked for that is known for the
-whole request (``KeptModule``): a module that no row keeps is its base module, and for one that is kept the A and B of all adapters
-that keep it are gathered once, with gates and scaling, so that no step loops over adapters.
+``RoutedBlock`` is the layer: its routers decide from the hidden states that enter it, then it runs as ever. A layer of an
+encoder-decoder model's decoder has no prompt inside: its routers read the encoder's last hidden states, which it is given for its
+cross-attention (ours: the paper has decoders alone).
+
+``RoutedLinear`` is a module: while its layer runs, the state of the thread says what it adds. Where no gradients are asked for that
+is known for the whole request (``KeptModule``): a module that no row keeps is its base module, and for one that is kept the A and B
+of all adapters that keep it are gathered once, with gates and scaling, so that no step loops over adapters.
 
 Shapes: b batch, t tokens, d hidden size, n rows of one adapter, m experts, r rank, d_in and d_out sizes of a linear module.
 """
@@ -23,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
+from gatewise.internals.layer_stack import Layer, forward_arguments
 from gatewise.internals.torch_modules import WeightSnapshot, has_forward_hooks, is_plain
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.routed.request import Decision, Pass, PreparedRequest, Request, RequestTracker, RoutingState
@@ -78,7 +82,7 @@ class RoutedBlock(ObjectMixin, nn.Module):
         running = self.routing.now.current
         if running is not None and running.is_settled:
             return super().__call__(*args, **kwargs)
-        running = self.routing.enter(self, args[0] if args else kwargs["hidden_states"])
+        running = self.routing.enter(self, self.routing.read_from(args, kwargs))
         return super().__call__(*args, routed_pass=running, **kwargs)
 
     def forward(self, *args: Any, routed_pass: Pass | None = None, **kwargs: Any) -> Any:
@@ -86,15 +90,15 @@ class RoutedBlock(ObjectMixin, nn.Module):
         now = routing.now
         if routed_pass is None and now.current is not None and now.current.is_settled:
             return super().forward(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        running = routed_pass or routing.enter(self, hidden)
-        shares = routing.decide(hidden, running).shares
+        states = routing.read_from(args, kwargs)
+        running = routed_pass or routing.enter(self, states)
+        shares = routing.decide(states, running).shares
         if running.is_inference:
             for name, module in routing.modules.items():
                 kept = shares.get(name)
                 running.prepared.runs[module] = KeptModule(module, kept, running.prepared) if kept else module.base_layer
             return super().forward(*args, **kwargs)
-        batch, tokens = hidden.shape[:2]
+        batch, tokens = _argument("hidden_states", 0, args, kwargs).shape[:2]
         before, now.runs = (
             now.runs,
             {
@@ -109,32 +113,41 @@ class RoutedBlock(ObjectMixin, nn.Module):
 
 
 class LayerRouting:
-    """The routers and modules of one layer.
+    """The routers and modules of one layer, which it makes a routed one.
 
     Attributes:
-        index, path: the layer's place in the stack, and its path in the base model.
+        path: the layer's in the base model.
         now: the state of the thread.
         modules: path within the layer -> module, of every module that is an expert of any adapter, in order.
     """
 
-    def __init__(self, index: int, path: str, tracker: RequestTracker) -> None:
-        self.index, self.path, self.now = index, path, tracker.now
+    def __init__(self, layer: Layer, tracker: RequestTracker) -> None:
+        self.path, self.now = layer.path, tracker.now
         self.modules: dict[str, RoutedLinear] = {}
         self._routers: dict[str, tuple[Router, tuple[str, ...], RoutedLoraConfig]] = {}
+        self._read = "encoder_hidden_states" if layer.reads_encoder else "hidden_states"
+        self._place = forward_arguments(layer.module).index(self._read) if layer.reads_encoder else 0
+        self._block = cast(Any, layer.module)
+        self._block.routing = self
+        add_mixin(self._block, RoutedBlock)
 
-    def install(self, block: Any) -> None:
-        """Makes a layer a routed one."""
-        block.routing = self
-        add_mixin(block, RoutedBlock)
+    def uninstall(self) -> None:
+        """The layer is what it was."""
+        del self._block.routing
+        remove_mixin(self._block)
 
-    def uninstall(self, block: Any) -> None:
-        """Undoes ``install``."""
-        del block.routing
-        remove_mixin(block)
+    def read_from(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The states by which the layer is routed, among its arguments."""
+        states = _argument(self._read, self._place, args, kwargs)
+        if not isinstance(states, Tensor):
+            raise GatewiseError(
+                f"layer {self.path} was run without the encoder's hidden states, by which it is routed: call the whole model"
+            )
+        return states
 
-    def refresh(self, block: nn.Module, configs: Mapping[str, Any]) -> None:
+    def refresh(self, configs: Mapping[str, Any]) -> None:
         """Finds modules and routers again after adapters were added or deleted."""
-        self.modules = {name: module for name, module in block.named_modules() if isinstance(module, RoutedLinear)}
+        self.modules = {name: module for name, module in self._block.named_modules() if isinstance(module, RoutedLinear)}
         self._routers = {}
         for layer in self.modules.values():
             layer.now = self.now
@@ -142,7 +155,7 @@ class LayerRouting:
                 experts = tuple(name for name, module in self.modules.items() if adapter in module.lora_A)
                 self._routers[adapter] = (cast(Router, router), experts, configs[adapter])
 
-    def enter(self, block: nn.Module, hidden: Tensor) -> Pass:
+    def enter(self, block: nn.Module, states: Tensor) -> Pass:
         """The pass that the layer runs in; called outside of what gradient checkpointing runs twice."""
         running = self.now.current
         if running is None:
@@ -150,9 +163,9 @@ class LayerRouting:
                 f"layer {self.path} was run outside the forward of its model, so there is no prompt to route it by: call the model "
                 "(old model code whose gradient checkpointing calls layers again by itself is not supported)"
             )
-        if self.index in running.seen:
+        if self.path in running.seen:
             raise GatewiseError(f"layer {self.path} runs more than once in a forward: models that share layers cannot be routed")
-        running.seen.add(self.index)
+        running.seen.add(self.path)
         is_checkpointed = getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled()
         if is_checkpointed and not running.continues:
             request = running.request
@@ -160,32 +173,32 @@ class LayerRouting:
                 # The decision inside is cut off from this graph (re-entrant checkpointing), so the balance loss has this one. Not
                 # where there is no such loss: nothing would then run backwards through it, and it would keep H until the next
                 # request.
-                request.decided[self.index] = self._route(hidden, request, again_in_backward=True)
+                request.decided[self.path] = self._route(states, request, again_in_backward=True)
         return running
 
-    def decide(self, hidden: Tensor, running: Pass) -> LayerDecision:
+    def decide(self, states: Tensor, running: Pass) -> LayerDecision:
         """The layer's decision for the pass: the one of its request, or a new one from H (b, t, d)."""
         request = running.request
-        if running.continues:
-            kept: LayerDecision = request.decided[self.index]
+        if running.continues and self.path in request.decided:
+            kept: LayerDecision = request.decided[self.path]
             return kept
-        made = self._route(hidden, request)
-        if self.index not in request.decided:
-            request.decided[self.index] = made if request.training or running.is_inference else _without_graph(made)
+        made = self._route(states, request)
+        if self.path not in request.decided:
+            request.decided[self.path] = made if request.training or running.is_inference else _without_graph(made)
         return made
 
-    def _route(self, hidden: Tensor, request: Request, again_in_backward: bool = False) -> LayerDecision:
+    def _route(self, states: Tensor, request: Request, again_in_backward: bool = False) -> LayerDecision:
         decisions = []
         shares: dict[str, Shares] = dict.fromkeys(self.modules, ())
         for adapter, places in request.groups.items():
             if adapter not in self._routers:
                 continue
             router, experts, config = self._routers[adapter]
-            rows = None if places is None else torch.tensor(places, device=hidden.device)
-            own, prompt = (hidden, request.prompt) if rows is None else (hidden[rows], request.prompt[places])
+            rows = None if places is None else torch.tensor(places, device=states.device)
+            own, prompt = (states, request.prompt) if rows is None else (states[rows], request.prompt[places])
             centring = None  # in inference, what the router takes off now
             if request.training:
-                key = (self.index, adapter)
+                key = (self.path, adapter)
                 if key not in request.centrings:  # each prompt is observed once
                     if router.observes:
                         router.observe(own, prompt)
@@ -203,6 +216,10 @@ class LayerRouting:
                 if kept[column]:
                     shares[name] += (Share(adapter, rows, gates[:, column]),)
         return LayerDecision(tuple(decisions), shares)
+
+
+def _argument(name: str, place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
 
 
 class RoutedLinear(nn.Module, LoraLayer):

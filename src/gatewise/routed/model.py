@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import Call, keeps_a_state
 from gatewise.internals.layer_stack import Stack, models_around
+from gatewise.internals.library_attributes import divides_by_items
 from gatewise.losses import IGNORED, LossKind, loss_kind
 from gatewise.routed.config import RoutedLoraConfig
-from gatewise.routed.layer import NO_MERGE, UNLOAD_FIRST, LayerDecision, LayerRouting, RoutedLinear
+from gatewise.routed.layer import NO_MERGE, UNLOAD_FIRST, LayerRouting, RoutedLinear
 from gatewise.routed.request import Request, RequestTracker
 from gatewise.routed.router import Router, balance
 from gatewise.routed.statistics import Routing, RoutingStatistics, routing_of, statistics_of
@@ -32,8 +33,9 @@ class RoutedLoraModel(LoraModel):
 
     A prompt is what the model is called with: without padding, and in a causal model without the answer, that is, before the first
     label that is not -100, or all that ``generate`` was given. A row with labels from its start on (plain language modelling) is
-    its own prompt. The decision holds for the whole row, and for every token that is added with its key-value cache, in
-    ``generate`` and in loops of one's own. A cache that already holds tokens brings the decision of the prompt that filled it;
+    its own prompt. In an encoder-decoder model it is what the encoder reads, whether that runs in the same call or its
+    ``encoder_outputs`` are given. The decision holds for the whole row, and for every token that is added with its key-value cache,
+    in ``generate`` and in loops of one's own. A cache that already holds tokens brings the decision of the prompt that filled it;
     start with an empty one to route anew. Loops without a cache start a request with every call: run them under
     ``prompt_positions``. Several threads may call the model at a time: each has its own calls and contexts, and ``routing`` and the
     like tell of the last call of their thread, or of any if it has made none.
@@ -55,7 +57,7 @@ class RoutedLoraModel(LoraModel):
     _tracker: RequestTracker
     _enabled: bool
     _kind: LossKind
-    _routers_to_add: dict[str, int]
+    _routers_to_add: dict[str, tuple[int, int]]
 
     # ---- putting adapters on, and taking them off ----
 
@@ -63,11 +65,6 @@ class RoutedLoraModel(LoraModel):
         if not isinstance(model, PreTrainedModel):
             raise GatewiseError(f"routed adapters go on Transformers models, not on a {type(model).__name__}")
         kind = loss_kind(model)
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise GatewiseError(
-                f"{type(model).__name__} is an encoder-decoder model, but a routed adapter chooses in one stack of layers: use a "
-                "decoder (causal language model) or an encoder, or a plain LoraConfig"
-            )
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise GatewiseError(
                 "the base model carries an adapter already: add routed adapters to a routed PeftModel with add_adapter or "
@@ -84,13 +81,12 @@ class RoutedLoraModel(LoraModel):
         self._stack = Stack(model)
 
     def _install(self, model: nn.Module) -> None:
-        around = models_around(model, self._stack.layers[0])
-        self._tracker = RequestTracker(around, self._kind == "causal", self._routed_adapters, self._finish)
-        self._layers = [
-            LayerRouting(index, f"{self._stack.path}.{index}", self._tracker) for index in range(len(self._stack.layers))
-        ]
-        for block, layer in zip(self._stack.layers, self._layers, strict=True):
-            layer.install(block)
+        layers = self._stack.layers.values()
+        around = models_around(model, *(layer.module for layer in layers))
+        decoders = models_around(model, *(layer.module for layer in layers if layer.reads_encoder))
+        encoders = [one for one in around if one not in decoders] if decoders else []
+        self._tracker = RequestTracker(around, encoders, self._kind == "causal", self._routed_adapters, self._finish)
+        self._layers = [LayerRouting(layer, self._tracker) for layer in layers]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
@@ -99,12 +95,10 @@ class RoutedLoraModel(LoraModel):
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = set(self._stack.linear_modules(model))  # type: ignore[assignment]
         experts = self._stack.experts(model, config)
-        for index, paths in experts.items():
+        for layer, paths in experts.items():
             if config.top_k > len(paths):
-                raise GatewiseError(
-                    f"top_k is {config.top_k}, but layer {self._stack.path}.{index} has {len(paths)} experts: give at most that"
-                )
-        self._routers_to_add = {paths[0]: len(paths) for paths in experts.values()}
+                raise GatewiseError(f"top_k is {config.top_k}, but layer {layer} has {len(paths)} experts: give at most that")
+        self._routers_to_add = {paths[0]: (self._stack.layers[layer].width, len(paths)) for layer, paths in experts.items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not hasattr(self, "_tracker"):
             self._install(model)
@@ -114,13 +108,11 @@ class RoutedLoraModel(LoraModel):
         self, lora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **kwargs: Any
     ) -> None:
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        experts = self._routers_to_add.get(current_key)
-        if experts is not None:
+        sizes = self._routers_to_add.get(current_key)
+        if sizes is not None:
             layer = getattr(parent, target_name)
-            width = self.model.config.get_text_config().hidden_size
             router = Router(
-                width,
-                experts,
+                *sizes,
                 lora_config.pooler,
                 lora_config.activation,
                 lora_config.normalize_states,
@@ -148,8 +140,8 @@ class RoutedLoraModel(LoraModel):
         """The base model as it was, without adapters, hooks or routed layers."""
         model = super().unload()
         self._tracker.remove()
-        for block, layer in zip(self._stack.layers, self._layers, strict=True):
-            layer.uninstall(block)
+        for layer in self._layers:
+            layer.uninstall()
         return model
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -158,8 +150,8 @@ class RoutedLoraModel(LoraModel):
 
     def _refresh(self) -> None:
         self._tracker.adapters_changed()
-        for block, layer in zip(self._stack.layers, self._layers, strict=True):
-            layer.refresh(block, self.peft_config)
+        for layer in self._layers:
+            layer.refresh(self.peft_config)
 
     # ---- what cannot be done ----
 
@@ -253,7 +245,7 @@ class RoutedLoraModel(LoraModel):
         Raises:
             GatewiseError: no prompt has been routed yet.
         """
-        return routing_of(*self._last())
+        return routing_of(self._last())
 
     def routing_statistics(self) -> RoutingStatistics:
         """Share of every expert, balance loss and entropy of the last call's decision.
@@ -261,7 +253,7 @@ class RoutedLoraModel(LoraModel):
         Raises:
             GatewiseError: no prompt has been routed yet.
         """
-        return statistics_of(*self._last())
+        return statistics_of(self._last())
 
     def balance_loss(self) -> Tensor:
         """balance_weight · mean over layers of L_lb for the last call's prompts, with its graph: a scalar, for a batch's mean loss.
@@ -274,7 +266,7 @@ class RoutedLoraModel(LoraModel):
         if request is None or not request.training:
             return total
         for adapter in request.groups:
-            made = [one for layer in request.decided.values() for one in layer.decisions if one.adapter == adapter]
+            made = [one for layer in request.all_decided().values() for one in layer.decisions if one.adapter == adapter]
             losses = [balance(one.probabilities).to(total.device) for one in made]
             if losses:
                 total = total + self._balance_weight(adapter) * torch.stack(losses).mean()
@@ -291,15 +283,17 @@ class RoutedLoraModel(LoraModel):
         assert isinstance(config, RoutedLoraConfig)
         return config.balance_weight
 
-    def _last(self) -> tuple[Request, dict[str, LayerDecision]]:
+    def _last(self) -> Request:
         request = self._tracker.last
         if request is None or not request.decided:
             raise GatewiseError("no prompt has been routed yet: call the model, with a routed adapter active, and ask again")
-        return request, {self._layers[index].path: made for index, made in sorted(request.decided.items())}
+        return request
 
     def _finish(self, request: Request, arguments: Mapping[str, Any], output: Any) -> Any:
         if not any(map(self._balance_weight, request.groups)):
             return None
+        if self._kind == "seq2seq" and not divides_by_items(self.model):
+            arguments = {name: value for name, value in arguments.items() if name != "num_items_in_batch"}
         return with_balance(output, self.balance_loss(), arguments, self._kind)
 
 

@@ -5,9 +5,14 @@ request is one batch of prompts with its decisions; a pass is one forward of the
 filled its key-value cache. So the cache carries the request with it, and what was prepared for it: through beams, through copies,
 and apart from other caches. A pass without cached tokens starts a request.
 
+In an encoder-decoder model the prompt is what the encoder reads, and a forward of the whole model is one request. Where the encoder
+runs by itself first, as in ``generate``, that is a request for its layers, and what the decoder does with its output is another one
+for the decoder's, whose ``source`` is the encoder's.
+
 Shapes: b batch, t tokens, n rows of one adapter, m experts of a layer.
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.call_tracking import Call, CallState, CallTracker, cache_of, cached_tokens, text_inputs
+from gatewise.internals.call_tracking import Call, CallState, CallTracker, cache_of, cached_tokens, read_by_encoder, text_inputs
 from gatewise.internals.torch_modules import WeightSnapshot
 from gatewise.serving import products
 from gatewise.serving.products import BASE
@@ -51,9 +56,13 @@ class Request:
 
     Attributes:
         version: of the adapters at its start, see ``RequestTracker``.
-        decided: by the index of the layer, whatever its layer made of the decisions.
+        decided: by the path of the layer, whatever its layer made of the decisions.
         centrings: by layer and adapter, what a router took off in training: a layer that is run again decides as before, whatever
             prompts were observed since.
+        call: in which it was started, None outside of PEFT's ``forward`` and of ``generate``.
+        encodes: the encoder of an encoder-decoder model ran in its first pass.
+        encoded: where that ran alone, what finds its last hidden states (b, t, d) as long as anybody keeps them.
+        source: where it did not run, the request in which it had, whose rows this one may repeat; None if that is not known.
     """
 
     tracker: "RequestTracker"
@@ -61,12 +70,23 @@ class Request:
     groups: Groups
     training: bool
     version: int = 0
-    decided: dict[int, Any] = field(default_factory=dict)
-    centrings: dict[tuple[int, str], Any] = field(default_factory=dict)
+    decided: dict[str, Any] = field(default_factory=dict)
+    centrings: dict[tuple[str, str], Any] = field(default_factory=dict)
+    call: Call | None = None
+    encodes: bool = True
+    encoded: Callable[[], Tensor | None] | None = None
+    source: "Request | None" = None
+
+    def all_decided(self) -> dict[str, Any]:
+        """By the path of the layer, those of ``source`` first."""
+        return {**(self.source.decided if self.source else {}), **self.decided}
 
     def __deepcopy__(self, memo: object) -> "Request":
         # A copied model has this as its last one too: decisions may have a graph, which cannot be copied.
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "call": None, "encoded": None}  # of this process
 
 
 class PreparedRequest:
@@ -115,7 +135,7 @@ class Pass:
     """One forward of the base model.
 
     Attributes:
-        continues: the decisions are there already.
+        continues: the decisions are there already, those of an encoder's layers only where it ran before.
         is_inference: in evaluation mode and without gradients.
         is_settled: and all that any module runs is known, so that layers have nothing to do.
         seen: the layers that have run.
@@ -126,7 +146,7 @@ class Pass:
     continues: bool
     is_inference: bool
     is_settled: bool
-    seen: set[int] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
 
 
 class RoutingState(CallState):
@@ -155,6 +175,7 @@ class RequestTracker(CallTracker):
 
     Args:
         models, causal: as in ``CallTracker``.
+        encoders: those of an encoder-decoder model's that hold the encoder alone; none of another model.
         active: names of the adapters in use, none while they are disabled.
         finish: called with (request, arguments of the forward, output) when a pass in training ends; what it returns replaces the
             output.
@@ -165,12 +186,13 @@ class RequestTracker(CallTracker):
     def __init__(
         self,
         models: Sequence[nn.Module],
+        encoders: Sequence[nn.Module],
         causal: bool,
         active: Callable[[], Sequence[str]],
         finish: Callable[[Request, Mapping[str, Any], Any], Any],
     ) -> None:
         super().__init__(models, RoutingState(), "routed adapters", "routers", causal)
-        self._active, self._finish = active, finish
+        self._encoders, self._active, self._finish = list(encoders), active, finish
         self._version, self._deleted = 0, dict[str, int]()
         self._newest: Request | None = None
 
@@ -195,9 +217,12 @@ class RequestTracker(CallTracker):
 
     def begin(self, arguments: Mapping[str, Any], module: Any) -> Pass:
         """The pass that a forward opens: of the request that its cache belongs to, or of a new one."""
-        now, inputs, cache = self.now, text_inputs(arguments, "routed adapters"), cache_of(arguments)
+        now, cache = self.now, cache_of(arguments)
+        arguments = read_by_encoder(arguments) if self._encoders else arguments
+        inputs = text_inputs(arguments, "routed adapters")
         groups, training, has_gradients = self._groups(len(inputs)), module.training, torch.is_grad_enabled()
         continues = bool(groups and cached_tokens(cache))
+        runs_encoder = bool(self._encoders) and "input_ids" in arguments
         if continues:
             prepared = self._prepared_before(cache, len(inputs), groups)
         else:
@@ -207,7 +232,11 @@ class RequestTracker(CallTracker):
                 # A row without a prompt (plain language modelling) is its own.
                 prompt = torch.where(text.prompt.any(dim=1, keepdim=True), text.prompt, text.present)
                 prompt = prompt | ~prompt.any(dim=1, keepdim=True)
-            prepared = PreparedRequest(Request(self, prompt, groups, training, self._version), self._version)
+            source = self._encoded_by(inputs) if self._encoders and not runs_encoder else None
+            encodes = runs_encoder or not self._encoders
+            prepared = PreparedRequest(
+                Request(self, prompt, groups, training, self._version, call=now.call, encodes=encodes, source=source), self._version
+            )
         request = prepared.request
         if groups:
             now.last = self._newest = request
@@ -219,9 +248,10 @@ class RequestTracker(CallTracker):
             prepared.refresh(self._version)
             prepared.checked_in = now.call
         now.runs, now.base_only, now.tokens = prepared.runs, not groups, inputs.shape[1]
-        return Pass(request, prepared, continues, is_inference=True, is_settled=prepared.complete or not groups)
+        is_settled = not groups or (prepared.complete and (request.encodes or not runs_encoder))
+        return Pass(request, prepared, continues, is_inference=True, is_settled=is_settled)
 
-    def end(self, done: Pass, arguments: Mapping[str, Any], output: Any) -> Any:
+    def end(self, done: Pass, arguments: Mapping[str, Any], output: Any, module: Any) -> Any:
         """The cache comes to know its request, and the training loss the load-balancing one."""
         done.prepared.complete |= done.is_inference
         if done.request.groups:
@@ -229,6 +259,8 @@ class RequestTracker(CallTracker):
             for value in (cache_of(arguments), *outputs):
                 if hasattr(value, "get_seq_length"):
                     setattr(value, _ON_CACHE, done.prepared)
+            if module in self._encoders:
+                done.request.encoded = weakref.ref(output[0])
         return self._finish(done.request, arguments, output) if done.request.training else None
 
     def learns_without_labels(self) -> None:
@@ -254,6 +286,15 @@ class RequestTracker(CallTracker):
                 assert rows is not None
                 rows.append(row)
         return groups
+
+    def _encoded_by(self, states: Tensor) -> Request | None:
+        """The request of the encoder that has made these states or, in the same ``generate``, those that they repeat."""
+        last, call = self.now.last, self.now.call
+        if last is not None and last.encoded is None:
+            last = last.source
+        if last is None or last.encoded is None or len(states) % len(last.prompt):
+            return None
+        return last if last.encoded() is states or (call is not None and last.call is call) else None
 
     def _prepared_before(self, cache: Any, batch: int, groups: Groups) -> PreparedRequest:
         """What a cache with tokens carries, which must be of these adapters and of as many rows."""

@@ -3,7 +3,6 @@
 Shapes: b batch, l layers that have experts, m experts of the layer that has most.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +50,19 @@ class RoutingStatistics:
         return logs
 
 
-def routing_of(request: Request, made: Mapping[str, LayerDecision]) -> Routing:
-    """A request's decisions, by path of the layer, as one tensor."""
-    batch = len(request.prompt)
+def routing_of(request: Request) -> Routing:
+    """A request's decisions as one tensor, those that were made for its encoder repeated for each of its rows."""
+    batch, made = len(request.prompt), request.all_decided()
     modules = {path: _experts(decision) for path, decision in made.items() if decision.decisions}
     gates = torch.zeros(batch, len(modules), max(map(len, modules.values()), default=0))
     for index, (path, names) in enumerate(modules.items()):
+        decided_by = request if path in request.decided or request.source is None else request.source
+        own = torch.zeros(len(decided_by.prompt), gates.shape[-1])
         for one in made[path].decisions:
-            rows = torch.arange(batch) if one.rows is None else one.rows.cpu()
+            rows = torch.arange(len(own)) if one.rows is None else one.rows.cpu()
             at = torch.tensor([names.index(name) for name in one.experts])
-            gates[rows[:, None], index, at] = one.gates.detach().float().cpu()
+            own[rows[:, None], at] = one.gates.detach().float().cpu()
+        gates[:, index] = own.repeat_interleave(batch // len(own), dim=0)
     return Routing(gates, tuple(modules), tuple(modules.values()))
 
 
@@ -69,11 +71,13 @@ def _experts(made: LayerDecision) -> tuple[str, ...]:
     return tuple(name for name in made.shares if any(name in one.experts for one in made.decisions))
 
 
-def statistics_of(request: Request, made: Mapping[str, LayerDecision]) -> RoutingStatistics:
-    """The statistics of a request's decisions, by path of the layer."""
-    routing = routing_of(request, made)
+def statistics_of(request: Request) -> RoutingStatistics:
+    """The statistics of a request's decisions."""
+    routing = routing_of(request)
     shares = (routing.gates > 0).float().mean(dim=0).tolist()
-    probabilities = [one.probabilities.detach().float() for decision in made.values() for one in decision.decisions]
+    probabilities = [
+        one.probabilities.detach().float() for decision in request.all_decided().values() for one in decision.decisions
+    ]
     entropies = [torch.special.entr(p).sum(dim=-1).cpu() for p in probabilities]
     return RoutingStatistics(
         share={
