@@ -1,10 +1,12 @@
 """Prompts in the encoder of a model whose decoder writes: forwards, generation, training and searches."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import prompt_reference as reference
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from prompted_models import ENCODER_DECODERS, arguments, hyper, prompt_config, prompted
 from test_forward import padded
 from tiny_models import word_tokenizer
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from gatewise import prompts
+from gatewise import WholeAdapter, prompts
 from gatewise.losses import row_losses
 from gatewise.prompts.darts import SearchMixin, SearchTrainer
 
@@ -210,6 +212,21 @@ def test_gradient_checkpointing(texts: list[Tensor], family: str, layers: Any, r
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_what_fsdp_leaves_whole(monkeypatch: Any, family: str) -> None:
+    """Prompts read T5's biases where the layer that has them is not running."""
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False, ignored_modules=None, state_dict_type=None)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+    model = prompted(family, prompt_layers=[1])
+    args = SimpleNamespace(device=torch.device("cpu"), load_best_model_at_end=False)
+    WholeAdapter().on_init_end(args, None, None, model=model)  # type: ignore[arg-type]
+    whole = {parameter for module in plugin.ignored_modules for parameter in module.parameters()}
+    names = [name for name, parameter in model.named_parameters() if parameter in whole]
+    own = [name for name in names if "spt_" not in name]
+    assert [name.split(".")[-2] for name in own] == (["shared", "relative_attention_bias"] if family == "t5" else ["shared"])
+    assert len(names) == len(own) + 2
 
 
 @pytest.fixture

@@ -30,7 +30,9 @@ class WholeAdapter(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tells FSDP what to leave out, before it wraps the model."""
         model = kwargs["model"]
-        left_out = dict.fromkeys([*_trained(model), *tied_weights(model)])
+        # A method of gatewise may read weights where their layer is not running, so FSDP has not gathered them.
+        read_elsewhere: list[nn.Parameter] = getattr(model, "weights_read_elsewhere", list)()
+        left_out = dict.fromkeys([*_trained(model), *tied_weights(model), *read_elsewhere])
         leave_out_of_sharding(list(left_out), args.device, args.load_best_model_at_end)
         check_settings(model)
 

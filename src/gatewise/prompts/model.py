@@ -218,6 +218,11 @@ class SelectivePromptModel(BaseTuner):
         """
         return self._tracker.prompt_positions(prompt)
 
+    def weights_read_elsewhere(self) -> list[nn.Parameter]:
+        """The base model's weights that are read where their layer is not running: T5's relative position biases."""
+        biases: Any = self._transformer.biases
+        return [] if biases is None else list(biases.relative_attention_bias.parameters())
+
     def _active(self) -> AdapterInUse | None:
         names = self.active_adapters if self._enabled else []
         if not names:
