@@ -560,6 +560,15 @@ def test_a_score_that_is_not_a_number_is_one_sentence(run):
         run(allocation={"score": broken})
 
 
+@pytest.mark.parametrize("score", ["path_moments", "taylor"])
+def test_the_loss_before_a_round_is_that_of_all_ranks(run, score):
+    """Measured by the round, or told by the score that meets it: a round that prunes nothing leaves it as it is."""
+    _, allocation, _ = run(allocation={"score": score, "rounds": 1, "min_rank": 8})
+    (one,) = allocation.history
+    assert not one.pruned
+    assert one.loss_before == pytest.approx(one.loss_after, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("score", "given", "float32"),
     [(score, {"float32": asked}, asked) for score in ("ablation", "path_moments") for asked in (True, False)]
@@ -567,7 +576,7 @@ def test_a_score_that_is_not_a_number_is_one_sentence(run):
     + [("ablation", {}, True), ("path_moments", {}, False), ("taylor", {}, False)],
 )
 def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypatch, score, given, float32):
-    """Twice is there and back; ``score_options={"float32": False}`` holds for the two losses of a round too."""
+    """Twice is there and back; ``score_options={"float32": False}`` holds for the losses of a round too."""
     monkeypatch.setattr(scoring, "has_bfloat16", lambda device: True)
     seen = []
     found = scoring._half_precision
@@ -589,7 +598,8 @@ def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypa
     options = {"score": score, "rounds": 1, "score_options": given}
     model, _, _ = run(allocation=options, base_dtype=torch.bfloat16)
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
-    assert dtypes == [torch.float32 if float32 else torch.bfloat16] * 2
+    # path_moments tells the loss before the round, which it meets on its way.
+    assert dtypes == [torch.float32 if float32 else torch.bfloat16] * (1 if score == "path_moments" else 2)
     assert sum(count > 0 for count in seen) == float32
 
 

@@ -102,16 +102,20 @@ def run_round(
     # Opened once: each opening may convert a half-precision model to float32, and back.
     with scoring(model, _float32(rules)):
         parts = parts_of(model, batch)
-        loss_before = parts.loss(model)
+        options, takes = dict(rules.score_options), inspect.signature(rules.score).parameters
+        if "prune" in takes:
+            options.setdefault("prune", count)
+        told: list[float] = []  # by a score that meets the loss with all ranks on its way
+        if "on_loss" in takes:
+            options["on_loss"] = told.append
+        found = rules.score(model, batch, adapter=adapter, **options)
+        loss_before = told[0] if told else parts.loss(model)
         if not math.isfinite(loss_before):
             raise GatewiseError(
                 f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
                 "lower the learning rate and resume from the last checkpoint"
             )
-        options = dict(rules.score_options)
-        if "prune" in inspect.signature(rules.score).parameters:
-            options.setdefault("prune", count)
-        scores = _agreed(rules.score(model, batch, adapter=adapter, **options), layers, live, rules.score_name)
+        scores = _agreed(found, layers, live, rules.score_name)
         try:
             plan = plan_round(
                 smoothed(history, live, scores, rules.smoothing),

@@ -8,6 +8,7 @@ Read in torch 2.13 and Accelerate 1.15.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -75,7 +76,10 @@ def tied_weights(model: nn.Module) -> list[nn.Parameter]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append(module)
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    ends = []
+    for end in ("input", "output"):
+        with suppress(AttributeError, NotImplementedError):  # models of sounds have no embedding
+            ends.append(getattr(model, f"get_{end}_embeddings")())
     return [parameter for parameter, found in owners.items() if len(found) > 1 and not all(one in ends for one in found)]
 
 

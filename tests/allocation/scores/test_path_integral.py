@@ -39,7 +39,9 @@ def reference(model, data, nodes, weights):
 
 
 @pytest.mark.parametrize(("family", "lora"), ALL_KINDS)
-@pytest.mark.parametrize(("rule", "points"), [("gauss-legendre", 1), ("gauss-legendre", 4), ("trapezoid", 2), ("trapezoid", 5)])
+@pytest.mark.parametrize(
+    ("rule", "points"), [("gauss-legendre", 1), ("gauss-legendre", 4), ("gauss-radau", 2), ("trapezoid", 2), ("trapezoid", 5)]
+)
 def test_equals_the_formula(adapted, batch, family, lora, rule, points):
     model, data = adapted(family, **lora), batch(family)
     if rule == "gauss-legendre":
@@ -47,6 +49,8 @@ def test_equals_the_formula(adapted, batch, family, lora, rule, points):
             [0.0694318442029737, 0.3300094782075719, 0.6699905217924281, 0.9305681557970263],
             [0.1739274225687269, 0.3260725774312731, 0.3260725774312731, 0.1739274225687269],
         )}[points]  # fmt: skip
+    elif rule == "gauss-radau":
+        nodes, weights = [1 / 3, 1.0], [3 / 4, 1 / 4]
     else:
         nodes = [i / (points - 1) for i in range(points)]
         weights = [1 / (points - 1)] * points
@@ -174,7 +178,7 @@ def test_progress_counts_points(adapted, batch):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-@pytest.mark.parametrize("rule", ["gauss-legendre", "trapezoid"])
+@pytest.mark.parametrize("rule", ["gauss-legendre", "gauss-radau", "trapezoid"])
 @pytest.mark.parametrize("points", [2, 5, 16])
 def test_quadrature_integrates_lines(rule, points):
     nodes, weights = quadrature(points, rule)
@@ -194,9 +198,18 @@ def test_gauss_legendre_integrates_degree_seven_with_four_points():
         (1, "trapezoid", "points is 1; expected a whole number of at least 2 with the trapezoid rule"),
         (0, "gauss-legendre", "points is 0; expected a whole number of at least 1"),
         (2.5, "gauss-legendre", "points is 2.5; expected a whole number"),
-        (4, "simpson", "quadrature rule 'simpson' is not known; expected one of gauss-legendre, trapezoid"),
+        (4, "simpson", "quadrature rule 'simpson' is not known; expected one of gauss-legendre, gauss-radau, trapezoid"),
     ],
 )
 def test_bad_settings(adapted, batch, points, rule, message):
     with pytest.raises(GatewiseError, match=message.replace("(", r"\(")):
         path_integral(adapted(), batch(), points, rule)
+
+
+@pytest.mark.parametrize("points", [1, 2, 3, 6])
+def test_radau_has_the_upper_end_and_is_exact_as_far_as_it_says(points):
+    nodes, weights = quadrature(points, "gauss-radau")
+    assert nodes[-1] == 1.0
+    assert all(0 < node <= 1 for node in nodes)
+    for degree in range(2 * points - 1):
+        assert sum(w * x**degree for x, w in zip(nodes, weights, strict=True)) == pytest.approx(1 / (degree + 1), abs=1e-12)

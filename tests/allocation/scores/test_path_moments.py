@@ -9,10 +9,11 @@ from tiny_models import ALL_KINDS
 from gatewise.allocation import slots
 from gatewise.allocation.gates import GateBank
 from gatewise.errors import GatewiseError
+from gatewise.losses import mean_loss
 from gatewise.scores import path_integral, path_moments
 
-# Gauss-Legendre on [0, 1]: nodes and weights.
-NODES = {1: ([0.5], [1.0]), 2: ([0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5], [0.5, 0.5])}
+# Gauss-Radau on [0, 1] with the node 1: nodes and weights.
+NODES = {1: ([1.0], [1.0]), 2: ([1 / 3, 1.0], [3 / 4, 1 / 4])}
 
 
 def reference(model, data, start, points):
@@ -79,6 +80,14 @@ def test_examples_do_not_cancel(adapted, batch):
     moments = torch.cat(list(path_moments(model, same).values()))
     assert (signed <= 0).float().mean() > 0.3
     assert (moments <= 0).float().mean() < (signed <= 0).float().mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_it_tells_the_loss_with_all_ranks(adapted, batch, family):
+    model, data, told = adapted(family), batch(family), []
+    path_moments(model, data, on_loss=told.append)
+    with torch.no_grad():
+        assert told == [pytest.approx(mean_loss(model.eval(), [data]), rel=1e-5)]
 
 
 def test_a_newborn_rank_scores_zero(adapted, batch):

@@ -25,7 +25,7 @@ MEANING = "its share of the loss that the adapter takes away"
 UNIT = "nats"
 FROM_BASE = False
 
-Rule = Literal["gauss-legendre", "trapezoid"]
+Rule = Literal["gauss-legendre", "gauss-radau", "trapezoid"]
 RULES: tuple[str, ...] = get_args(Rule)
 
 
@@ -89,13 +89,14 @@ def path_integral(
     """Path-integral score of every live rank (a reconstruction of PI-LoRA's, see the module).
 
     Cost: ``points`` forward and backward passes over the batch, whatever the number of ranks; the gates are the leaves, so memory
-    does not grow with it either. Convergence costs two more forwards with Gauss-Legendre, none with the trapezoid.
+    does not grow with it either. Convergence costs one more forward for each end that is no node.
 
     Args:
         batch: one batch (b, t) with labels, or several.
         points: nodes of the quadrature.
-        rule: "gauss-legendre" (no node at the ends, exact for polynomials of degree 2 points - 1) or "trapezoid" (evenly spaced
-            nodes, both ends among them, so at least two points).
+        rule: "gauss-legendre" (no node at the ends, exact for polynomials of degree 2 points - 1), "gauss-radau" (the upper end is
+            a node, exact up to degree 2 points - 2) or "trapezoid" (evenly spaced nodes, both ends among them, so at least two
+            points).
         return_convergence: also return how far the scores are from adding up to the loss the ranks take away.
         float32: whether half-precision weights are scored in float32; None where that is needed, see ``scoring``.
         progress: called with (points done, points to do).
@@ -144,7 +145,15 @@ def quadrature(points: int, rule: str = "gauss-legendre") -> tuple[list[float], 
     if rule == "trapezoid":
         step = 1 / (points - 1)
         return [i * step for i in range(points - 1)] + [1.0], [step / 2, *[step] * (points - 2), step / 2]
-    nodes, weights = np.polynomial.legendre.leggauss(points)
+    if rule == "gauss-radau":
+        # The roots of P_(n-1) + P_n, mirrored so that the end among them is the upper one.
+        nodes = np.polynomial.legendre.legroots([0.0] * (points - 1) + [1.0, 1.0]).real
+        nodes[0] = -1.0
+        weights = (1 - nodes) / (points * np.polynomial.legendre.legval(nodes, [0.0] * (points - 1) + [1.0])) ** 2
+        nodes, weights = -nodes[::-1], weights[::-1]
+        nodes[-1] = 1.0
+    else:
+        nodes, weights = np.polynomial.legendre.leggauss(points)
     return ((nodes + 1) / 2).tolist(), (weights / 2).tolist()
 
 

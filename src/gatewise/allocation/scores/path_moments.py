@@ -42,17 +42,20 @@ def path_moments(
     adapter: str | None = None,
     float32: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_loss: Callable[[float], None] | None = None,
 ) -> Scores:
     """Mean and root mean square over examples of every live rank's path gradient, each standardised, and added.
 
-    Cost: ``points`` forward and backward passes over the batch, whatever the number of ranks.
+    Cost: ``points`` forward and backward passes over the batch, whatever the number of ranks. The last of them is with all ranks
+    on, so that a round has its loss for nothing.
 
     Args:
         batch: one batch (b, t) with labels, or several. An example is a row; its loss is the sum over its labels.
         start: where on the path the integral begins; it ends at 1, all ranks on.
-        points: Gauss-Legendre nodes in [start, 1].
+        points: Gauss-Radau nodes in [start, 1], of which 1 is one.
         float32: whether half-precision weights are scored in float32; None where that is needed, see ``scoring``.
         progress: called with (microbatches done, microbatches to do).
+        on_loss: called with the mean cross-entropy (nats) over the labels of the batch, all ranks on.
 
     Returns:
         Path -> (live ranks,) scores without a unit. 0 for a rank that does nothing, below 0 for one that mostly does harm.
@@ -61,23 +64,29 @@ def path_moments(
         GatewiseError: ``start`` outside [0, 1], too few points, or a batch without labels.
     """
     check_options(start, points)
-    nodes, weights = quadrature(points)
+    nodes, weights = quadrature(points, "gauss-radau")
     with scoring(model, float32), GateBank(model, adapter) as gates:
         parts, apart = _parts(model, gates, batch)
         first: dict[str, Tensor] = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
         second = {path: torch.zeros_like(gate) for path, gate in first.items()}
+        loss = torch.zeros(2, dtype=torch.float32 if parts.device.type == "mps" else torch.float64)  # summed, and labels
         for done, part in enumerate(parts.own, start=1):
             own: dict[str, Tensor] = {}
             for node, weight in zip(nodes, weights, strict=True):
-                for path, gradient in _row_gradients(model, gates, part, start + (1 - start) * node, apart).items():
+                gradients, sums, counts = _row_gradients(model, gates, part, start + (1 - start) * node, apart)
+                for path, gradient in gradients.items():
                     own[path] = own[path] - weight * gradient if path in own else -weight * gradient
+            loss += torch.tensor([float(sums.sum()), float(counts.sum())], dtype=loss.dtype)  # of the last node, which is 1
             for path, value in own.items():
                 first[path] += value.sum(dim=0)
                 second[path] += value.square().sum(dim=0)
             if progress:
                 progress(done, len(parts.own))
+        (loss,) = parts.total(loss)
         first, second = (dict(zip(sums, parts.total(*sums.values()), strict=True)) for sums in (first, second))
         mean, size = live_only(gates, first), live_only(gates, {path: total.sqrt() for path, total in second.items()})
+    if on_loss:
+        on_loss(float(loss[0] / loss[1]))
     return {path: mean[path] / _spread(mean) + size[path] / _spread(size) for path in mean}
 
 
@@ -100,18 +109,21 @@ def _parts(model: nn.Module, gates: GateBank, batch: Batches) -> tuple[Parts, bo
 
 
 @torch.enable_grad()
-def _row_gradients(model: nn.Module, gates: GateBank, part: dict[str, Any], node: float, apart: bool) -> dict[str, Tensor]:
-    """Path -> (b, r_max) gradient of every row's summed loss in the module's gates, all gates at ``node``."""
+def _row_gradients(
+    model: nn.Module, gates: GateBank, part: dict[str, Any], node: float, apart: bool
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Path -> (b, r_max) gradient of each row's summed loss in the module's gates, all at ``node``; losses and labels (b,)."""
     leaves = gates.fill(node, requires_grad=not apart)
     if apart:
         rows = len(part["labels"])
         leaves = {path: gate.expand(rows, 1, -1).clone().requires_grad_() for path, gate in leaves.items()}
         for path, leaf in leaves.items():
             gates.assign(path, leaf)
-    sums, _ = row_losses(model, part)
+    sums, counts = row_losses(model, part)
     gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True)
     found = zip(leaves.items(), gradients, strict=True)
-    return {p: (torch.zeros_like(leaf) if g is None else g).reshape(-1, leaf.shape[-1]) for (p, leaf), g in found}
+    of_rows = {p: (torch.zeros_like(leaf) if g is None else g).reshape(-1, leaf.shape[-1]) for (p, leaf), g in found}
+    return of_rows, sums.detach(), counts
 
 
 def check_options(start: float = 0.5, points: int = 2, **_: Any) -> None:
