@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -276,14 +276,17 @@ def test_a_best_checkpoint_that_has_gone_leaves_the_last_weights_and_their_histo
     assert slots.ranks(model) == {path: rank for path, rank in allocation.history[-1].ranks.items() if rank}
 
 
+@pytest.mark.parametrize("active", [["named"], ["named", "default"]])
 @pytest.mark.parametrize("beside", [False, True])
-def test_best_checkpoint_of_a_named_adapter(adapted, examples, tmp_path, beside):
+def test_best_checkpoint_of_a_named_adapter(adapted, examples, tmp_path, beside, active):
     """Its folder lies in the checkpoint, where Transformers loads nothing, or the weights of the adapter called "default"."""
     named = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
     if beside:
-        model = adapted(r=6)
+        model = adapted(r=5)  # whose weights do not fit the other
         model.add_adapter("named", named)
-        model.set_adapter("named")
+        model.base_model.set_adapter(active)
+    elif len(active) > 1:
+        pytest.skip("there is one adapter")
     else:
         model = get_peft_model(tiny_base("llama"), named, adapter_name="named")
     data = examples()
@@ -293,18 +296,21 @@ def test_best_checkpoint_of_a_named_adapter(adapted, examples, tmp_path, beside)
         metric_for_best_model="eval_loss", greater_is_better=True,
     )  # fmt: skip
     held_out = {key: torch.stack([row[key] for row in data[:6]]) for key in data[0]}
-    allocation = RankAllocation(score="taylor", rounds=2, first_round=3, recover=2, validation_batch=held_out)
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:8], callbacks=[allocation])
+    settings = {"score": "taylor", "rounds": 2, "first_round": 3, "recover": 2, "validation_batch": held_out}
+    allocations = [RankAllocation(adapter=one, **settings) for one in active]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:8], callbacks=allocations)
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best.endswith("checkpoint-2")
-    assert allocation.history == []
-    weights = load_file(f"{best}/named/adapter_model.safetensors")
-    for path, layer in slots.lora_layers(model, "named").items():
-        for name, part in zip(("lora_A", "lora_B"), slots.factors(layer, "named"), strict=True):
-            saved = weights[f"base_model.model.{path}.{name}.weight"]
-            assert part.shape[name == "lora_B"] == 3
-            assert torch.equal(part, saved[:3] if name == "lora_A" else saved[:, :3])
+    for allocation, adapter in zip(allocations, active, strict=True):
+        assert allocation.history == []
+        weights = load_file(f"{best}/{'' if adapter == 'default' else adapter}/adapter_model.safetensors")
+        for path, layer in slots.lora_layers(model, adapter).items():
+            for name, part in zip(("lora_A", "lora_B"), slots.factors(layer, adapter), strict=True):
+                saved = weights[f"base_model.model.{path}.{name}.weight"]
+                rank = model.peft_config[adapter].r
+                assert part.shape[name == "lora_B"] == rank
+                assert torch.equal(part, saved[:rank] if name == "lora_A" else saved[:, :rank])
 
 
 def test_history_says_why(run):
@@ -603,8 +609,11 @@ def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypa
     assert sum(count > 0 for count in seen) == float32
 
 
-def test_two_callbacks_in_one_trainer_keep_their_histories(adapted, examples, tmp_path):
-    """Each moves the ranks of its own adapter, and finds its own history in a checkpoint."""
+def test_two_callbacks_in_one_trainer_resume_bit_for_bit(adapted, examples, tmp_path):
+    """Each moves the ranks of its own adapter, and finds its own history in a checkpoint, where Transformers alone resumes one."""
+
+    def rounds(allocation):
+        return [replace(one, seconds=0) for one in allocation.history]
 
     def trainer():
         torch.manual_seed(0)
@@ -637,14 +646,14 @@ def test_two_callbacks_in_one_trainer_keep_their_histories(adapted, examples, tm
     loaded.load_adapter(tmp_path / "saved" / "other", "other")
     loaded.base_model.set_adapter(["default", "other"])
     torch.testing.assert_close(logits(loaded, examples()), logits(whole.model, examples()))
-    # Transformers resumes a Trainer with one active adapter only: what is resumed here is what the callbacks are told.
+    # What is trained is all there again, and goes on as if nothing had happened.
     again, second = trainer()
-    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-6" / "trainer_state.json"))
-    for one in second:
-        one.on_train_begin(again.args, state, again.control, model=again.model, train_dataloader=again.get_train_dataloader())
-    for one, other in zip(first, second, strict=True):
-        assert other.history == [done for done in one.history if done.step <= 6]
-        assert other.budget == one.budget
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert [rounds(one) for one in second] == [rounds(one) for one in first]
+    assert [one.budget for one in second] == [one.budget for one in first]
+    expected = dict(whole.model.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in again.model.named_parameters())
+    assert again.model.active_adapters == ["default", "other"]
 
 
 def test_an_adapter_that_is_not_trained_is_refused_before_training(run, examples, tmp_path):

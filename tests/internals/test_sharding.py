@@ -28,16 +28,16 @@ def test_exactly_the_parameters_given_are_left_out(monkeypatch):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     others = nn.Linear(1, 1)
     made = plugin(monkeypatch, ignored_modules=[others])
-    sharding.leave_out_of_sharding([model[1].weight], CPU)
+    sharding.leave_out_of_sharding(model, [model[1].weight], CPU)
     left_out = {id(parameter) for module in made.ignored_modules for parameter in module.parameters()}
     assert left_out == {id(parameter) for parameter in (model[1].weight, *others.parameters())}
 
 
 def test_a_best_checkpoint_in_pieces_is_refused(monkeypatch):
     plugin(monkeypatch, state_dict_type=StateDictType.SHARDED_STATE_DICT)
-    sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], CPU)
+    sharding.leave_out_of_sharding(nn.Linear(1, 1), [nn.Parameter(torch.ones(1))], CPU)
     with pytest.raises(GatewiseError, match=r"SHARDED_STATE_DICT.* take FULL_STATE_DICT"):
-        sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], CPU, loads_best=True)
+        sharding.leave_out_of_sharding(nn.Linear(1, 1), [nn.Parameter(torch.ones(1))], CPU, loads_best=True)
 
 
 def test_they_go_to_the_device_of_the_process(monkeypatch):
@@ -46,7 +46,7 @@ def test_they_go_to_the_device_of_the_process(monkeypatch):
     monkeypatch.setattr(nn.ParameterList, "to", lambda self, device: moved.append((list(self), device)) or self)
     plugin(monkeypatch)
     weight = nn.Parameter(torch.ones(1))
-    sharding.leave_out_of_sharding([weight], torch.device("cuda:1"))
+    sharding.leave_out_of_sharding(nn.Linear(1, 1), [weight], torch.device("cuda:1"))
     assert moved == [([weight], torch.device("cuda:1"))]
 
 
@@ -59,7 +59,7 @@ def test_weights_of_more_modules_than_embedding_and_head_are_tied(family):
 
 def test_without_fsdp_nothing_is_told(monkeypatch):
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", None)
-    sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], CPU)
+    sharding.leave_out_of_sharding(nn.Linear(1, 1), [nn.Parameter(torch.ones(1))], CPU)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_without_fsdp_nothing_is_told(monkeypatch):
 def test_settings_that_contradict_it_are_refused(monkeypatch, changes, sentence):
     plugin(monkeypatch, **changes)
     with pytest.raises(GatewiseError, match=sentence.replace("*", r"\*")):
-        sharding.leave_out_of_sharding([nn.Parameter(torch.ones(1))], CPU)
+        sharding.leave_out_of_sharding(nn.Linear(1, 1), [nn.Parameter(torch.ones(1))], CPU)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.sharding import average_gradients, fsdp_plugin, leave_out_of_sharding, tied_weights
+from gatewise.internals.sharding import average_gradients, fsdp_plugin, leave_out_of_sharding
 from gatewise.internals.zero import check_settings, zero_of
 from gatewise.processes import is_sharded
 
@@ -32,8 +32,7 @@ class WholeAdapter(TrainerCallback):
         model = kwargs["model"]
         # A method of gatewise may read weights where their layer is not running, so FSDP has not gathered them.
         read_elsewhere: list[nn.Parameter] = getattr(model, "weights_read_elsewhere", list)()
-        left_out = dict.fromkeys([*_trained(model), *tied_weights(model), *read_elsewhere])
-        leave_out_of_sharding(list(left_out), args.device, args.load_best_model_at_end)
+        leave_out_of_sharding(model, [*_trained(model), *read_elsewhere], args.device, args.load_best_model_at_end)
         check_settings(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

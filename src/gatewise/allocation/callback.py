@@ -34,6 +34,7 @@ from gatewise.allocation.scoring import Batches, Scores, as_batches
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
+from gatewise.internals.several_adapters import folder_of, load_all_active_adapters
 from gatewise.internals.zero import Zero, zero_of
 from gatewise.processes import is_sharded
 
@@ -192,6 +193,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         room = self.r_max if self.schedule == "constant-budget" else start
         self._capacity = slots.widen(model, room, self._adapter)
         self._write_beside(model)
+        load_all_active_adapters()
         self._whole.on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -246,11 +248,9 @@ class RankAllocation(TrainerCallback, ExportableState):
         if self._unhook is not None:
             self._unhook()
             self._unhook = None
-        best_folder = Path(state.best_model_checkpoint or "") / self._subfolder
+        best_folder = folder_of(state.best_model_checkpoint or "", self._name)
         # Where that has gone, the Trainer says so and keeps the last weights.
         if args.load_best_model_at_end and state.best_model_checkpoint and (best_folder / WEIGHTS_FILE).is_file():
-            if self._subfolder:  # where the Trainer does not look: it leaves the weights, or loads those of another adapter
-                kwargs["model"].load_adapter(str(best_folder), self._name, is_trainable=True)
             # The weights are those of the best checkpoint again: rounds after it have not happened to them.
             best = int(state.best_model_checkpoint.rsplit("-", 1)[-1])
             self.history = [one for one in self.history if one.step <= best]
@@ -262,7 +262,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             self._run_round(kwargs["model"], None, state.global_step, last=True)
         self.finish(kwargs["model"])
         if state.is_world_process_zero and args.output_dir:
-            self.save(Path(args.output_dir) / self._subfolder)
+            self.save(folder_of(args.output_dir, self._name))
 
     # The same for training loops of one's own.
 
@@ -401,11 +401,6 @@ class RankAllocation(TrainerCallback, ExportableState):
         return sum(min(rank, floor) for rank in start.values())
 
     @property
-    def _subfolder(self) -> str:
-        """Where PEFT saves the adapter: one that is not called "default" has a folder of its own."""
-        return "" if self._name == "default" else self._name
-
-    @property
     def _name(self) -> str:
         assert self._adapter is not None
         return self._adapter
@@ -420,7 +415,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             result = getattr(original, "__func__", type(it).save_pretrained)(it, save_directory, *args, **kwargs)
             given = parameters.bind(it, save_directory, *args, **kwargs).arguments
             if given.get("is_main_process", True) and self._name in (given.get("selected_adapters") or it.peft_config):
-                self.save(Path(save_directory) / self._subfolder)
+                self.save(folder_of(save_directory, self._name))
             return result
 
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]

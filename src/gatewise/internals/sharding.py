@@ -28,8 +28,10 @@ def fsdp_plugin() -> Any | None:
     return AcceleratorState._shared_state.get("fsdp_plugin")
 
 
-def leave_out_of_sharding(parameters: Sequence[nn.Parameter], device: torch.device, loads_best: bool = False) -> None:
-    """Has FSDP2 leave these parameters whole in every process. Without FSDP nothing happens.
+def leave_out_of_sharding(
+    model: nn.Module, parameters: Sequence[nn.Parameter], device: torch.device, loads_best: bool = False
+) -> None:
+    """Has FSDP2 leave these parameters whole in every process, and weights that it cannot cut up. Without FSDP nothing happens.
 
     Call it when the Trainer is made and has not wrapped its model yet.
 
@@ -64,7 +66,8 @@ def leave_out_of_sharding(parameters: Sequence[nn.Parameter], device: torch.devi
             f"fsdp_ignored_modules is {plugin.ignored_modules!r}, but gatewise sets it to keep the adapter whole: leave it out"
         )
     # A list of modules is what Accelerate takes; a ParameterList is one with exactly these parameters. FSDP does not move them.
-    plugin.ignored_modules = [*(plugin.ignored_modules or ()), nn.ParameterList(parameters).to(device)]
+    whole = nn.ParameterList(dict.fromkeys([*parameters, *tied_weights(model)])).to(device)
+    plugin.ignored_modules = [*(plugin.ignored_modules or ()), whole]
 
 
 def tied_weights(model: nn.Module) -> list[nn.Parameter]:
