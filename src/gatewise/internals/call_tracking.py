@@ -23,7 +23,8 @@ from transformers import GenerationMixin
 from gatewise.errors import GatewiseError
 from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
 from gatewise.internals.layer_stack import forward_arguments
-from gatewise.losses import IGNORED, before_first
+from gatewise.internals.library_attributes import attention_implementation
+from gatewise.losses import prompts_by_labels, text_starts
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +70,48 @@ class Call:
         return [name for name in names for _ in range(batch // given)]
 
 
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the n texts lie of rows that hold several, one after the other.
+
+    Attributes:
+        of_token: (b, t), the number of each token's text, from 0 over all rows.
+        places: (n, w), where the tokens of each text are among all b · t; anywhere beyond its end.
+        there: (n, w), true up to its end.
+        by_kernel: the attention's kernel keeps texts apart, and gets no mask.
+    """
+
+    of_token: Tensor
+    places: Tensor
+    there: Tensor
+    by_kernel: bool
+
+    def apart(self, rows: Tensor) -> Tensor:
+        """(n, w, ...) of (b, t, ...): each text in a row of its own, anything beyond its end."""
+        return rows.flatten(0, 1)[self.places.to(rows.device)]
+
+    def is_kept_by(self, mask: Any) -> bool:
+        """Whether no token sees one of another text in an attention with this mask (b, h, t, t)."""
+        of_token = self.of_token
+        if self.by_kernel:
+            return mask is None
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[2:] != (of_token.shape[1],) * 2:
+            return False
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        others = of_token.unsqueeze(2) != of_token.unsqueeze(1)
+        return not bool((seen & others.unsqueeze(1).to(seen.device)).any())
+
+
 @dataclass(frozen=True)
 class Text:
-    """A batch: ``present`` (b, t) is true at its tokens, ``prompt`` (b, t) at those that are prompt; a row may have none."""
+    """A batch: ``present`` (b, t) is true at its tokens, ``prompt`` (b, t) at those that are prompt; a row may have none.
+
+    Of packed rows both are (n, w), a text in a row of its own.
+    """
 
     present: Tensor
     prompt: Tensor
+    packing: Packing | None = None
 
 
 class CallState(ThreadState):
@@ -110,7 +147,12 @@ class CallTracker:
         state: what the passes of each thread keep.
         adapters, readers: what the adapters and what reads the prompt are called in messages.
         causal: whether the model writes answers, so that labels tell prompt from answer.
+
+    Attributes:
+        unpacks: the adapters can read several texts a row.
     """
+
+    unpacks: ClassVar[bool] = False
 
     def __init__(self, models: Sequence[nn.Module], state: CallState, adapters: str, readers: str, causal: bool) -> None:
         self.now = state
@@ -217,13 +259,18 @@ class CallTracker:
         have no label (the next turn of a chat): nobody may read what it is used to predict. What classifier-free guidance compares
         a prompt with is one by itself. In other models the whole text is the prompt.
 
+        The same for each of several texts in a row.
+
         Args:
             inputs: the ids or embeddings, see ``text_inputs``.
             training: whether the model learns from this forward.
 
         Raises:
-            GatewiseError: shapes that do not fit, packed rows, or a prompt in chunks.
+            GatewiseError: shapes that do not fit, packed rows that these adapters cannot read, or a prompt in chunks.
         """
+        starts = text_starts(arguments, *inputs.shape[:2])
+        if starts is not None:
+            return self._read_packed(arguments, starts.to(inputs.device), training)
         call, cache = self.now.call or Call(), cache_of(arguments)
         batch, tokens = inputs.shape[:2]
         if cache is not None and call.width is not None and tokens < call.width:
@@ -240,7 +287,7 @@ class CallTracker:
         if not self._causal:
             return Text(present, present)
         if isinstance(labels, Tensor) and labels.shape == (batch, tokens):
-            return Text(present, present & before_first(labels != IGNORED).to(present.device))
+            return Text(present, present & prompts_by_labels(labels).to(present.device))
         if training:
             self.learns_without_labels()
         elif call.width is None and not self._warned_of_answers and not is_compiling() and seems_to_hold_answers(arguments):
@@ -253,6 +300,26 @@ class CallTracker:
             )
         width = tokens if call.width is None else call.width
         return Text(present, present & (torch.arange(tokens, device=present.device) < width))
+
+    def _read_packed(self, arguments: Mapping[str, Any], starts: Tensor, training: bool) -> Text:
+        """``read_text`` of several texts a row."""
+        if not (self.unpacks and self._causal):
+            raise GatewiseError(
+                f"a row holds several packed samples, but {self._adapters} read one text a row: train without packing and "
+                "padding_free batches"
+            )
+        model, labels = self._models[-1], arguments.get("labels")
+        by_kernel = "flash" in attention_implementation(model) and all(map(_is_attention, _kinds_of_layers(model)))
+        packing = packing_of(starts, by_kernel and len(starts) == 1)
+        if self.now.prompt is not None:
+            prompt = fitted(self.now.prompt, *starts.shape)
+        elif isinstance(labels, Tensor) and labels.shape == starts.shape:
+            prompt = prompts_by_labels(labels, starts)
+        else:
+            prompt = torch.ones_like(starts)
+            if training:
+                self.learns_without_labels()
+        return Text(packing.there, packing.there & packing.apart(prompt.to(starts.device)), packing)
 
     def learns_without_labels(self) -> None:
         """A causal model is trained without a word on where its prompts lie."""
@@ -303,13 +370,6 @@ class CallTracker:
             given = call.attention_mask
             mask = seen_by_the_last_token(mask, tokens) if given is None else call.by_row(given, batch)
         if mask is None:
-            positions = arguments.get("position_ids")
-            starts_over = isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any())
-            if starts_over or arguments.get("cu_seq_lens_q") is not None:
-                raise GatewiseError(
-                    f"a row holds several packed samples, but {self._adapters} read one text a row: train without packing and "
-                    "padding_free batches"
-                )
             return torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
         return mask[:, -tokens:].to(inputs.device).bool()
 
@@ -377,6 +437,17 @@ def text_inputs(arguments: Mapping[str, Any], adapters: str) -> Tensor:
     return inputs
 
 
+def packing_of(starts: Tensor, by_kernel: bool) -> Packing:
+    """Where texts lie that begin where ``starts`` (b, t) is true, as it is in the first column."""
+    of_token = starts.flatten().cumsum(dim=0) - 1
+    lengths = of_token.bincount()
+    along = torch.arange(len(of_token), device=starts.device)
+    columns = along - (lengths.cumsum(dim=0) - lengths)[of_token]
+    there = torch.arange(int(lengths.max()), device=starts.device) < lengths.unsqueeze(1)
+    places = torch.zeros_like(there, dtype=torch.long).index_put((of_token, columns), along)
+    return Packing(of_token.view(starts.shape), places, there, by_kernel)
+
+
 def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The key-value cache among a forward's arguments, under the name of this or of older versions of Transformers."""
     cache = arguments.get("cache")
@@ -400,9 +471,17 @@ def cached_tokens(cache: Any) -> int:
 
 def keeps_a_state(model: Any) -> bool:
     """Whether a model keeps its past in a recurrent state (Mamba, RWKV), where no cached tokens can be counted."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    attends = any(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
-    return (bool(kinds) and not attends) or "state" in inspect.signature(type(model).forward).parameters
+    kinds = _kinds_of_layers(model)
+    return (bool(kinds) and not any(map(_is_attention, kinds))) or "state" in inspect.signature(type(model).forward).parameters
+
+
+def _kinds_of_layers(model: Any) -> Sequence[str]:
+    """Those that the model's configuration names, if it does."""
+    return getattr(model.config.get_text_config(), "layer_types", None) or ()
+
+
+def _is_attention(kind: str) -> bool:
+    return kind.endswith("attention") and kind != "linear_attention"
 
 
 def seems_to_hold_answers(arguments: Mapping[str, Any]) -> bool:

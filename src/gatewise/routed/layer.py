@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gatewise.errors import GatewiseError
+from gatewise.internals.call_tracking import Packing
 from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
 from gatewise.internals.layer_stack import Layer, forward_arguments
 from gatewise.internals.torch_modules import WeightSnapshot, has_forward_hooks, is_plain
@@ -44,7 +45,10 @@ UNLOAD_FIRST = "call unload() on the routed PeftModel first, and give what it re
 
 @dataclass(frozen=True)
 class Share:
-    """What one adapter adds in one module to the ``rows`` (n,) of a batch, None for all of them: its gates ``gate`` (n,)."""
+    """What one adapter adds in one module to the ``rows`` (n,) of a batch, None for all of them.
+
+    Its gates ``gate`` are (n,), or (b, t) where packed rows have a gate for each of their texts.
+    """
 
     adapter: str
     rows: Tensor | None
@@ -82,7 +86,7 @@ class RoutedBlock(ObjectMixin, nn.Module):
         running = self.routing.now.current
         if running is not None and running.is_settled:
             return super().__call__(*args, **kwargs)
-        running = self.routing.enter(self, self.routing.read_from(args, kwargs))
+        running = self.routing.enter(self, args, kwargs)
         return super().__call__(*args, routed_pass=running, **kwargs)
 
     def forward(self, *args: Any, routed_pass: Pass | None = None, **kwargs: Any) -> Any:
@@ -90,9 +94,8 @@ class RoutedBlock(ObjectMixin, nn.Module):
         now = routing.now
         if routed_pass is None and now.current is not None and now.current.is_settled:
             return super().forward(*args, **kwargs)
-        states = routing.read_from(args, kwargs)
-        running = routed_pass or routing.enter(self, states)
-        shares = routing.decide(states, running).shares
+        running = routed_pass or routing.enter(self, args, kwargs)
+        shares = routing.decide(routing.read_from(args, kwargs), running).shares
         if running.is_inference:
             for name, module in routing.modules.items():
                 kept = shares.get(name)
@@ -126,7 +129,9 @@ class LayerRouting:
         self.modules: dict[str, RoutedLinear] = {}
         self._routers: dict[str, tuple[Router, tuple[str, ...], RoutedLoraConfig]] = {}
         self._read = "encoder_hidden_states" if layer.reads_encoder else "hidden_states"
-        self._place = forward_arguments(layer.module).index(self._read) if layer.reads_encoder else 0
+        names = forward_arguments(layer.module)
+        self._place = names.index(self._read) if layer.reads_encoder else 0
+        self._mask_place = names.index("attention_mask") if "attention_mask" in names else len(names)
         self._block = cast(Any, layer.module)
         self._block.routing = self
         add_mixin(self._block, RoutedBlock)
@@ -155,7 +160,7 @@ class LayerRouting:
                 experts = tuple(name for name, module in self.modules.items() if adapter in module.lora_A)
                 self._routers[adapter] = (cast(Router, router), experts, configs[adapter])
 
-    def enter(self, block: nn.Module, states: Tensor) -> Pass:
+    def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
         """The pass that the layer runs in; called outside of what gradient checkpointing runs twice."""
         running = self.now.current
         if running is None:
@@ -173,7 +178,16 @@ class LayerRouting:
                 # The decision inside is cut off from this graph (re-entrant checkpointing), so the balance loss has this one. Not
                 # where there is no such loss: nothing would then run backwards through it, and it would keep H until the next
                 # request.
-                request.decided[self.path] = self._route(states, request, again_in_backward=True)
+                request.decided[self.path] = self._route(self.read_from(args, kwargs), request, again_in_backward=True)
+        packing, mask = running.request.packing, _argument("attention_mask", self._mask_place, args, kwargs)
+        if packing is not None and not any(mask is one for one in running.masks):
+            if not packing.is_kept_by(mask):
+                raise GatewiseError(
+                    "a row holds several packed samples, but the model's attention does not keep them apart, which it does by "
+                    "position_ids in sdpa and eager attention without a cache, or in flash attention of one row: give "
+                    "use_cache=False, or train without packing and padding_free batches"
+                )
+            running.masks.append(mask)
         return running
 
     def decide(self, states: Tensor, running: Pass) -> LayerDecision:
@@ -196,26 +210,36 @@ class LayerRouting:
             router, experts, config = self._routers[adapter]
             rows = None if places is None else torch.tensor(places, device=states.device)
             own, prompt = (states, request.prompt) if rows is None else (states[rows], request.prompt[places])
+            packing = request.packing
             centring = None  # in inference, what the router takes off now
             if request.training:
                 key = (self.path, adapter)
                 if key not in request.centrings:  # each prompt is observed once
                     if router.observes:
-                        router.observe(own, prompt)
+                        router.observe(own if packing is None else packing.apart(own), prompt)
                     request.centrings[key] = router.centring()
                 centring = request.centrings[key]
             if again_in_backward:  # or its float32 copy of H would be kept, which checkpointing is there to avoid
-                probabilities = checkpoint(router, own, prompt, centring, use_reentrant=False, preserve_rng_state=False)
+                probabilities = checkpoint(
+                    _read, router, own, prompt, centring, packing, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                probabilities = router(own, prompt, centring)
+                probabilities = _read(router, own, prompt, centring, packing)
             gates = gates_of(probabilities, config.top_k, config.normalize_gates)
             decisions.append(Decision(adapter, rows, experts, probabilities, gates))
             # In training all experts stay in the graph, as data-parallel training demands.
             kept = [True] * len(experts) if request.training else (gates > 0).any(dim=0).tolist()
+            by_token = gates if packing is None else gates[packing.of_token.to(gates.device)]
             for column, name in enumerate(experts):
                 if kept[column]:
-                    shares[name] += (Share(adapter, rows, gates[:, column]),)
+                    shares[name] += (Share(adapter, rows, by_token[..., column]),)
         return LayerDecision(tuple(decisions), shares)
+
+
+def _read(router: Router, states: Tensor, prompt: Tensor, centring: Any, packing: Packing | None) -> Tensor:
+    """The probabilities of each row's experts or, in packed rows, each text's."""
+    probabilities: Tensor = router(states if packing is None else packing.apart(states), prompt, centring)
+    return probabilities
 
 
 def _argument(name: str, place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -286,7 +310,7 @@ class RoutedLinear(nn.Module, LoraLayer):
             rows, gate = share.rows, share.gate
             if len(x) != batch:
                 self.check_flattened(x, batch, tokens)
-                gate = gate.repeat_interleave(tokens)
+                gate = gate.flatten() if gate.ndim > 1 else gate.repeat_interleave(tokens)
                 if rows is not None:
                     rows = (rows[:, None] * tokens + torch.arange(tokens, device=rows.device)).flatten()
             delta = self.delta(x if rows is None else x[rows], share.adapter, gate)
@@ -302,11 +326,11 @@ class RoutedLinear(nn.Module, LoraLayer):
 
         Args:
             x: (n, ..., d_in).
-            gate: (n,).
+            gate: (n,), or (n, t) for x (n, t, d_in).
         """
         first, second = cast(nn.Linear, self.lora_A[adapter]), self.lora_B[adapter]
         ranks = first(self.lora_dropout[adapter](self._cast_input_dtype(x, first.weight.dtype)))
-        scale = (self.scaling[adapter] * gate).to(ranks.device).view(-1, *[1] * (ranks.ndim - 1))
+        scale = (self.scaling[adapter] * gate).to(ranks.device).view(*gate.shape, *[1] * (ranks.ndim - gate.ndim))
         return second((ranks * scale).to(ranks.dtype))
 
     def check_flattened(self, x: Tensor, batch: int, tokens: int) -> None:

@@ -34,7 +34,8 @@ class RoutedLoraModel(LoraModel):
     A prompt is what the model is called with: without padding, and in a causal model without the answer, that is, before the first
     label that is not -100, or all that ``generate`` was given. A row with labels from its start on (plain language modelling) is
     its own prompt. In an encoder-decoder model it is what the encoder reads, whether that runs in the same call or its
-    ``encoder_outputs`` are given. The decision holds for the whole row, and for every token that is added with its key-value cache,
+    ``encoder_outputs`` are given. In packed rows (``position_ids`` that begin anew, no attention mask) each text has a prompt and a
+    decision of its own. The decision holds for the whole row, and for every token that is added with its key-value cache,
     in ``generate`` and in loops of one's own. A cache that already holds tokens brings the decision of the prompt that filled it;
     start with an empty one to route anew. Loops without a cache start a request with every call: run them under
     ``prompt_positions``. Several threads may call the model at a time: each has its own calls and contexts, and ``routing`` and the

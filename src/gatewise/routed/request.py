@@ -9,7 +9,9 @@ In an encoder-decoder model the prompt is what the encoder reads, and a forward 
 runs by itself first, as in ``generate``, that is a request for its layers, and what the decoder does with its output is another one
 for the decoder's, whose ``source`` is the encoder's.
 
-Shapes: b batch, t tokens, n rows of one adapter, m experts of a layer.
+Packed rows hold several texts, and each is a prompt with decisions of its own.
+
+Shapes: b batch (of packed rows, their texts), t tokens, n rows of one adapter, m experts of a layer.
 """
 
 import weakref
@@ -21,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.call_tracking import Call, CallState, CallTracker, cache_of, cached_tokens, read_by_encoder, text_inputs
+from gatewise.internals.call_tracking import (
+    Call,
+    CallState,
+    CallTracker,
+    Packing,
+    cache_of,
+    cached_tokens,
+    read_by_encoder,
+    text_inputs,
+)
 from gatewise.internals.torch_modules import WeightSnapshot
 from gatewise.serving import products
 from gatewise.serving.products import BASE
@@ -63,6 +74,7 @@ class Request:
         encodes: the encoder of an encoder-decoder model ran in its first pass.
         encoded: where that ran alone, what finds its last hidden states (b, t, d) as long as anybody keeps them.
         source: where it did not run, the request in which it had, whose rows this one may repeat; None if that is not known.
+        packing: where the texts lie of rows that hold several.
     """
 
     tracker: "RequestTracker"
@@ -76,6 +88,7 @@ class Request:
     encodes: bool = True
     encoded: Callable[[], Tensor | None] | None = None
     source: "Request | None" = None
+    packing: Packing | None = None
 
     def all_decided(self) -> dict[str, Any]:
         """By the path of the layer, those of ``source`` first."""
@@ -136,9 +149,10 @@ class Pass:
 
     Attributes:
         continues: the decisions are there already, those of an encoder's layers only where it ran before.
-        is_inference: in evaluation mode and without gradients.
+        is_inference: in evaluation mode, without gradients and without packed texts.
         is_settled: and all that any module runs is known, so that layers have nothing to do.
         seen: the layers that have run.
+        masks: of attention, that keep packed texts apart.
     """
 
     request: Request
@@ -147,6 +161,7 @@ class Pass:
     is_inference: bool
     is_settled: bool
     seen: set[str] = field(default_factory=set)
+    masks: list[Any] = field(default_factory=list)
 
 
 class RoutingState(CallState):
@@ -182,6 +197,7 @@ class RequestTracker(CallTracker):
     """
 
     now: RoutingState
+    unpacks = True
 
     def __init__(
         self,
@@ -226,21 +242,27 @@ class RequestTracker(CallTracker):
         if continues:
             prepared = self._prepared_before(cache, len(inputs), groups)
         else:
-            prompt = inputs[:, :0]  # nobody reads any
+            prompt, packing = inputs[:, :0], None  # nobody reads any
             if groups:
                 text = self.read_text(arguments, inputs, training and has_gradients)
                 # A row without a prompt (plain language modelling) is its own.
                 prompt = torch.where(text.prompt.any(dim=1, keepdim=True), text.prompt, text.present)
                 prompt = prompt | ~prompt.any(dim=1, keepdim=True)
+                packing = text.packing
+                if packing is not None and any(rows is not None for rows in groups.values()):
+                    raise GatewiseError(
+                        "adapter_names was given for rows that hold several packed samples: give each text a row of its own, padded"
+                    )
             source = self._encoded_by(inputs) if self._encoders and not runs_encoder else None
             encodes = runs_encoder or not self._encoders
-            prepared = PreparedRequest(
-                Request(self, prompt, groups, training, self._version, call=now.call, encodes=encodes, source=source), self._version
+            request = Request(
+                self, prompt, groups, training, self._version, call=now.call, encodes=encodes, source=source, packing=packing
             )
+            prepared = PreparedRequest(request, self._version)
         request = prepared.request
         if groups:
             now.last = self._newest = request
-        if training or has_gradients:
+        if training or has_gradients or request.packing is not None:
             self._version += 1  # weights may be trained next, by optimisers that leave no trace on them
             return Pass(request, prepared, continues, is_inference=False, is_settled=False)
         # At the first pass in a call: looking at all weights takes as long as some of their products.
