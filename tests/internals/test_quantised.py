@@ -3,8 +3,11 @@
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from gatewise import RoutedLoraConfig, SelectivePromptConfig
 from gatewise.internals.quantised import computing_as_in_training, is_quantised, never_pack
 
 
@@ -68,6 +71,53 @@ def test_in_evaluation_layers_compute_as_in_training(layer):
     assert torch.equal(found[1], expected[1])
     assert [layer.training, eight.training] == [False, True]
     assert eight.weight.data_ptr() == places[1]
+
+
+def four_bit_model():
+    """In which each layer thinks itself on such a processor."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=60, pad_token_id=0, **sizes))
+    for path, plain in list(model.model.named_modules()):
+        if isinstance(plain, nn.Linear):
+            four = bnb.nn.Linear4bit(plain.in_features, plain.out_features, False, torch.float32, quant_type="nf4")
+            four.load_state_dict(plain.state_dict())
+            four.support_avx512bf16_for_cpu = True
+            model.model.set_submodule(path, four.to("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("packed_before", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        RoutedLoraConfig(r=2, target_modules=["q_proj", "v_proj"], top_k=1, init_lora_weights=False, task_type="CAUSAL_LM"),
+        SelectivePromptConfig(num_prompt_tokens=3, prompt_layers=[0, 1], task_type="CAUSAL_LM"),
+    ],
+    ids=["routed", "prompts"],
+)
+def test_an_adapter_learns_as_before_after_an_evaluation(config, packed_before):
+    base = four_bit_model()
+    four_bits = [module for module in base.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    if packed_before:
+        for module in four_bits:
+            pack(module)
+    model = get_peft_model(base, config)
+    assert not any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in four_bits)
+    ids = torch.randint(1, 60, (3, 8))
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(8) < 4, -100)}
+
+    def gradients():
+        model.zero_grad()
+        model.train()(**batch).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected = gradients()
+    with torch.no_grad():
+        model.eval()(**batch)
+    found = gradients()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_what_is_quantised():

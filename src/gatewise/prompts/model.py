@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import Call
+from gatewise.internals.quantised import never_pack
 from gatewise.losses import loss_kind
 from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.families import Transformer
@@ -92,6 +93,8 @@ class SelectivePromptModel(BaseTuner):
         if config.phm is not None and width % config.phm:
             raise GatewiseError(f"phm is {config.phm}, which does not divide the model's hidden size {width}: expected a divisor")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not config.inference_mode:
+            never_pack(model)  # or an evaluation would break the training that follows it
         if not hasattr(self, "_tracker"):
             answers = loss_kind(model) == "causal" and model.get_output_embeddings() is not None  # type: ignore[operator]
             self._tracker = PassTracker(self._transformer, self._transformer.family.causal and answers, self._active, self._now)

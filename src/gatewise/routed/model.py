@@ -19,6 +19,7 @@ from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import Call, keeps_a_state
 from gatewise.internals.layer_stack import Stack, models_around
 from gatewise.internals.library_attributes import divides_by_items
+from gatewise.internals.quantised import never_pack
 from gatewise.losses import IGNORED, LossKind, loss_kind
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.routed.layer import NO_MERGE, UNLOAD_FIRST, LayerRouting, RoutedLinear
@@ -101,6 +102,8 @@ class RoutedLoraModel(LoraModel):
                 raise GatewiseError(f"top_k is {config.top_k}, but layer {layer} has {len(paths)} experts: give at most that")
         self._routers_to_add = {paths[0]: (self._stack.layers[layer].width, len(paths)) for layer, paths in experts.items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not config.inference_mode:
+            never_pack(model)  # or an evaluation would break the training that follows it
         if not hasattr(self, "_tracker"):
             self._install(model)
         self._refresh()
