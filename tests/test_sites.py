@@ -2,7 +2,7 @@
 
 import pytest
 
-from gatewise.sites import KIND_ORDER, kind_key, site, sites_in_order
+from gatewise.sites import KIND_ORDER, kind_key, layer_path, site, sites_in_order
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,16 @@ from gatewise.sites import KIND_ORDER, kind_key, site, sites_in_order
 def test_layer_and_kind(path, layer, kind):
     found = site(path)
     assert (found.path, found.layer, found.kind) == (path, layer, kind)
+
+
+def test_the_layer_that_a_module_lies_in():
+    paths = [
+        "model.layers.11.self_attn.q_proj",
+        "encoder.block.1.layer.0.SelfAttention.q",
+        "decoder.block.1.layer.2.DenseReluDense.wo",
+    ]
+    assert [layer_path(path) for path in paths] == ["model.layers.11", "encoder.block.1", "decoder.block.1"]
+    assert layer_path("lm_head") == ""
 
 
 def test_kinds_sort_in_reading_order_with_unknown_ones_last():

@@ -82,6 +82,12 @@ def site(path: str) -> Site:
     return Site(path, int(found.group(1)) if found else None, kind)
 
 
+def layer_path(path: str) -> str:
+    """The path of the Transformer layer that a module lies in, which tells an encoder's from a decoder's; "" outside of them."""
+    found = _LAYER_INDEX.search(path)
+    return path[: found.end() - 1] if found else ""
+
+
 def sites_in_order(paths: Iterable[str]) -> list[Site]:
     """The places of module paths as they are listed everywhere: by layer (those outside the stack last), then kind, then path."""
     places = [site(path) for path in paths]

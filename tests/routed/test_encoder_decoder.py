@@ -25,6 +25,7 @@ from transformers import (
 from gatewise.bilevel import BilevelMixin
 from gatewise.errors import GatewiseError
 from gatewise.inspection.routing import routing_of_rows
+from gatewise.inspection.text import routing_lines
 from gatewise.losses import row_losses
 from gatewise.routed import ACTIVATION_PARAMETERS, RoutingLog
 
@@ -277,6 +278,7 @@ def test_trained_by_seq2seq_trainer(tmp_path, family, checkpointing):
     found = routing_of_rows(model, word_tokenizer(), data, batch_size=8)
     assert len(found.modules) == (36 if family == "t5" else 32)
     assert sum(one.share for one in found.modules) == pytest.approx(4 * 3)
+    assert f"kept: 3 of {9 if family == 't5' else 8} modules a layer" in routing_lines(found)[2]
 
 
 def test_models_whose_encoder_reads_no_text_are_refused():

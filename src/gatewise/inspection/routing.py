@@ -65,7 +65,7 @@ class RoutingMap:
         return {kind: share or 0.0 for kind, share in zip(self.grid().kinds, self.grid().columns, strict=True)}
 
     def grid(self) -> Grid:
-        """Shares by layer and kind, with means at the margins."""
+        """Shares by layer and kind, with means at the margins, and for modules at the same place (in encoder and decoder)."""
         return grid_of(
             self.modules,
             _mean_share,

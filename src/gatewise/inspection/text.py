@@ -14,6 +14,7 @@ from gatewise.files import finite
 from gatewise.inspection.budget import BudgetMap, Value
 from gatewise.inspection.grid import OTHER, Grid, percent
 from gatewise.inspection.prompts import PromptMap
+from gatewise.sites import layer_path
 
 if TYPE_CHECKING:
     from gatewise.inspection.importance import Importance
@@ -219,7 +220,7 @@ def routing_lines(routing: "RoutingMap") -> list[str]:
     """The map in a few lines of plain text."""
     kinds = ", ".join(f"{kind} {percent(share)}" for kind, share in routing.by_kind.items())
     k = routing.top_k
-    experts = len(routing.modules) / max(1, len({module.layer for module in routing.modules}))
+    experts = len(routing.modules) / max(1, len({layer_path(module.path) for module in routing.modules}))
     return [
         f"base model: {routing.base_model or 'not named'}",
         f"prompts: {routing.prompts:,}" + (f" of {routing.data}" if routing.data else ""),

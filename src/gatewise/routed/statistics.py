@@ -15,7 +15,7 @@ from gatewise.routed.router import balance
 
 @dataclass(frozen=True)
 class Routing:
-    """The decision of one call.
+    """The decision of one call. In packed rows b counts their texts.
 
     Attributes:
         gates: (b, l, m), float32 and without a graph; zero where a row does not keep an expert, or a layer has none.
