@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from gatewise.allocation import scoring, slots
+from gatewise.allocation import fast_ablation, scoring, slots
 from gatewise.allocation.callback import RankAllocation
 from gatewise.errors import GatewiseError
+from gatewise.losses import padded_tokens
 
 
 @pytest.fixture
@@ -311,6 +313,27 @@ def test_best_checkpoint_of_a_named_adapter(adapted, examples, tmp_path, beside,
                 rank = model.peft_config[adapter].r
                 assert part.shape[name == "lora_B"] == rank
                 assert torch.equal(part, saved[:rank] if name == "lora_A" else saved[:, :rank])
+
+
+@pytest.mark.parametrize("score", ["path_moments", "ablation", "path_integral"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_round_takes_no_more_tokens_at_once_than_training_does(run, monkeypatch, family, score):
+    """On an accelerator, for which the CPU stands in here: as many rows as a training step, each like the longest."""
+    taken = {True: [], False: []}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            def look(module, _, inputs):
+                taken[module.training].append(padded_tokens(inputs, "seq2seq" if family == "t5" else "causal"))
+
+            model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
+
+    of_an_accelerator = partial(scoring.step_tokens, torch.device("cuda"))
+    for module in (scoring, fast_ablation):
+        monkeypatch.setattr(module, "step_tokens", lambda device: of_an_accelerator())
+    run(family, allocation={"score": score, "rounds": 1}, training={"per_device_train_batch_size": 2}, callbacks=[Watch()])
+    assert max(taken[True]) >= max(taken[False]) > min(taken[True]) // 2
+    assert of_an_accelerator() == 8192
 
 
 def test_history_says_why(run):

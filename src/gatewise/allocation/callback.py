@@ -30,12 +30,13 @@ from gatewise.allocation.algorithm import Round, Rules, cubic_budget, run_round
 from gatewise.allocation.growth import DeadSlots, Place, YoungSlots
 from gatewise.allocation.refusals import refuse_what_cannot_work
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
-from gatewise.allocation.scoring import Batches, Scores, as_batches
+from gatewise.allocation.scoring import Batches, Scores, as_batches, in_steps_of
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
 from gatewise.internals.several_adapters import folder_of, load_all_active_adapters
 from gatewise.internals.zero import Zero, zero_of
+from gatewise.losses import loss_kind
 from gatewise.processes import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._adapter = adapter
         self._capacity: dict[str, int] = {}
         self._steps: list[int] = []
+        self._rows = 1
         self._young = YoungSlots()
         self._dead = DeadSlots()
         self._whole = WholeAdapter()
@@ -224,6 +226,8 @@ class RankAllocation(TrainerCallback, ExportableState):
             zero = self._zero.optimizer
             self._unhook = self._zero.after_each_step(lambda: self._young.correct(zero, state.global_step + 1))
         self._steps = self._plan(args, state, kwargs.get("train_dataloader"))
+        # The Trainer may have looked for a number that fits into memory.
+        self._rows = (state.train_batch_size or args.train_batch_size) // max(1, args.n_gpu)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Makes the step of ranks that were grown not long ago that of a new adapter, and that of dead ones none."""
@@ -352,7 +356,8 @@ class RankAllocation(TrainerCallback, ExportableState):
             count = max(0, sum(slots.ranks(model, self._name).values()) - budget)
         else:
             budget, count = self.budget, max(1, round(self.prune_fraction * self.budget))
-        with self._whole_state(model, optimizer) as whole:
+        limit = in_steps_of(self._rows, self.validation_batch, loss_kind(model))
+        with self._whole_state(model, optimizer) as whole, limit:
             done = run_round(
                 model, self._name, whole, self.validation_batch, self.rules, self.history, step, count, budget, self._capacity
             )

@@ -6,6 +6,7 @@ worth keeping. Every score takes ``(model, batch, adapter=None, ...)`` where ``b
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,9 +46,23 @@ def as_read(batch: Batch, model: nn.Module) -> dict[str, Any]:
     return {key: read(key, value) for key, value in batch.items()}
 
 
+_most_tokens: ContextVar[int] = ContextVar("most_tokens", default=8192)
+
+
 def step_tokens(device: torch.device) -> int:
-    """Padded tokens a scoring step takes at once: what a CPU's caches like, or what keeps an accelerator busy."""
-    return 384 if device.type == "cpu" else 8192
+    """Padded tokens a scoring step takes at once: what a CPU's caches like, or what keeps an accelerator busy and fits into it."""
+    return 384 if device.type == "cpu" else _most_tokens.get()
+
+
+@contextmanager
+def in_steps_of(rows: int, batches: Batches, kind: LossKind) -> Iterator[None]:
+    """While open, a scoring step takes no more memory on an accelerator than training on so many rows like the longest of these."""
+    longest = max(padded_tokens(one, kind) // _rows(one) for one in as_batches(batches))
+    token = _most_tokens.set(min(rows * longest, _most_tokens.get()))
+    try:
+        yield
+    finally:
+        _most_tokens.reset(token)
 
 
 @dataclass(frozen=True)
