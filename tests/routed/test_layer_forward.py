@@ -364,3 +364,10 @@ def test_compiled(routed, batch, family):
     got, wanted = (torch.autograd.grad(loss, parameters) for loss in losses)
     for name, one, other in zip(names, got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_compiled_after_it_ran_in_training_mode(routed, batch):
+    torch._dynamo.reset()
+    model, data = routed("llama").train(), batch("llama")
+    expected = model(**data).loss
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**data).loss, expected, rtol=1e-4, atol=1e-4)

@@ -190,6 +190,8 @@ class LayerRouting:
             running.masks.append(mask)
         return running
 
+    # Traced with what follows it, modules would not find what they are to run: torch.compile keeps that back until the layer ends.
+    @torch.compiler.disable
     def decide(self, states: Tensor, running: Pass) -> LayerDecision:
         """The layer's decision for the pass: the one of its request, or a new one from H (b, t, d)."""
         request = running.request
