@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
+from torch.distributed.utils import _apply_to_tensors
 
 from gatewise.errors import GatewiseError
 from gatewise.routed.layer import RoutedLinear
@@ -345,3 +346,12 @@ def test_a_call_stopped_from_the_keyboard(routed, batch):
     with torch.no_grad():
         model.get_base_model().model(**prompts)
     assert model.generate(**prompts, **WRITE).tolist() == expected
+
+
+def test_fsdp_gives_layers_the_pass_itself(routed, batch):
+    """Of dataclasses among a layer's arguments it makes new ones, and what was decided would be lost with them."""
+    model, given = routed("llama"), []
+    model.base_model._layers[0].enter = lambda *args: given.append(tracker_of(model).now.current) or given[-1]
+    model(**batch())
+    moved = _apply_to_tensors(torch.clone, {"routed_pass": given[0], "hidden_states": torch.ones(1)})
+    assert moved["routed_pass"] is given[0]

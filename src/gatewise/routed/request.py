@@ -143,9 +143,10 @@ class PreparedRequest:
         return type(None), ()
 
 
-@dataclass(eq=False)
 class Pass:
     """One forward of the base model.
+
+    Not a dataclass: layers are given it as an argument, and of those FSDP makes new ones.
 
     Attributes:
         continues: the decisions are there already, those of an encoder's layers only where it ran before.
@@ -155,13 +156,13 @@ class Pass:
         masks: of attention, that keep packed texts apart.
     """
 
-    request: Request
-    prepared: PreparedRequest
-    continues: bool
-    is_inference: bool
-    is_settled: bool
-    seen: set[str] = field(default_factory=set)
-    masks: list[Any] = field(default_factory=list)
+    def __init__(
+        self, request: Request, prepared: PreparedRequest, continues: bool, *, is_inference: bool, is_settled: bool
+    ) -> None:
+        self.request, self.prepared, self.continues = request, prepared, continues
+        self.is_inference, self.is_settled = is_inference, is_settled
+        self.seen: set[str] = set()
+        self.masks: list[Any] = []
 
 
 class RoutingState(CallState):
