@@ -44,7 +44,9 @@ SETTINGS: dict[str, Any] = {
     "training.save_every": 25,
 }
 LANGUAGES: dict[str, dict[str, Any]] = {"en": {"model": "smollm2-135m-instruct"}, "zh": {"model": "gemma3-270m"}}
-ROUNDS: dict[str, Any] = {"allocation.rounds": 3, "allocation.first_round": 0.5, "allocation.recover": 0.125}
+ROUNDS: dict[str, Any] = {
+    "allocation.budget": "ranks", "allocation.rounds": 3, "allocation.first_round": 0.5, "allocation.recover": 0.125,
+}  # fmt: skip
 # Each named for its recipe, a variant with more after it.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -186,6 +186,7 @@ def allocation_of(method: str, s: dict[str, Any], batch: Any, seed: int) -> Any:
         first_round=s["first_round"],
         recover=s["recover"],
         prune_fraction=s["prune_fraction"],
+        budget="ranks",
         validation_batch=batch,
         seed=seed,
         on_round=lambda one: print(

@@ -150,7 +150,7 @@ def price(data_dir: Path, float32: bool) -> None:
     model = adapted(base, "lora", SETTINGS)
     allocation = RankAllocation(
         rounds=SETTINGS["rounds"], first_round=SETTINGS["first_round"], recover=SETTINGS["recover"],
-        validation_batch=collator(held_out[:32]), score_options={"float32": True} if float32 else {},
+        validation_batch=collator(held_out[:32]), score_options={"float32": True} if float32 else {}, budget="ranks",
     )  # fmt: skip
     steps: list[float] = []
 

@@ -26,7 +26,7 @@ def budget_stack(layers: int, rank: int | None = None, parameters: int = 100) ->
 
 def module(path: str, *scores: float) -> ModuleImportance:
     place = site(path)
-    return ModuleImportance(path, place.layer, place.kind, scores, 2.0, 64)
+    return ModuleImportance(path, place.layer, place.kind, scores, 2.0, 64, 100)
 
 
 def importance(*modules: ModuleImportance, **changes: Any) -> Importance:

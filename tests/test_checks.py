@@ -1,8 +1,9 @@
-"""What counts as a number."""
+"""What counts as a number, and what numbers texts mean."""
 
 import pytest
 
-from gatewise.checks import is_number, is_whole
+from gatewise.checks import is_number, is_whole, number_of
+from gatewise.errors import GatewiseError
 
 
 @pytest.mark.parametrize(
@@ -12,3 +13,17 @@ from gatewise.checks import is_number, is_whole
 )
 def test_numbers(value, number, whole):
     assert (is_number(value), is_whole(value)) == (number, whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("500000", 500_000), (" 500,000 ", 500_000), ("2_440_000", 2_440_000), ("500k", 500_000), ("1.1M", 1_100_000)],
+)
+def test_the_number_of_a_text(text, number):
+    assert number_of(text, "--suggest") == number
+
+
+@pytest.mark.parametrize("text", ["", "-3", "1.5", "k", "1e6", "5 kk", "nan", "1.M"])
+def test_texts_that_mean_no_number(text):
+    with pytest.raises(GatewiseError, match=r"^--suggest is '.*': expected a number such as 500000, 500k or 1\.5M$"):
+        number_of(text, "--suggest")

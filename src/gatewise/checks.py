@@ -1,7 +1,10 @@
-"""Checks of values that a user gives: whole numbers, numbers, and text that can be written."""
+"""Checks of values that a user gives: whole numbers, numbers, and text that can be written or means a number."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
+
+from gatewise.errors import GatewiseError
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -12,6 +15,21 @@ def is_whole(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is a number, not a number (NaN) and infinity among them."""
     return is_whole(value) or isinstance(value, float)
+
+
+def number_of(text: str, name: str) -> int:
+    """The whole number that a text means: 500000, "500,000", "500k" or "1.5M".
+
+    Args:
+        name: of the option that it was given for, for the error.
+
+    Raises:
+        GatewiseError: it means none.
+    """
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([kKmM])", text.strip().replace(",", "").replace("_", ""))
+    if match is None:
+        raise GatewiseError(f"{name} is {text!r}: expected a number such as 500000, 500k or 1.5M")
+    return int(match[1]) if match[1] else round(float(match[2]) * {"k": 1_000, "m": 1_000_000}[match[3].lower()])
 
 
 HALF_A_PAIR = "has half of a surrogate pair, which is no character"

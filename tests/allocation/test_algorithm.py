@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gatewise.allocation.algorithm import Round, cubic_budget, plan_round, prune_lowest, smoothed, spared, spread
+from gatewise.allocation.algorithm import (
+    Plan,
+    Round,
+    cubic_budget,
+    plan_modules,
+    plan_round,
+    prune_lowest,
+    smoothed,
+    spared,
+    spread,
+)
 
 finite = st.floats(-1, 1, allow_nan=False)
 module_scores = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.lists(finite, max_size=6), min_size=1, max_size=7)
@@ -108,6 +118,96 @@ def test_module_pruning_keeps_a_rank_of_what_is_worth_something(scores, count):
         assert values or module not in plan.grown
     live = sum(map(len, scores.values()))
     assert sum(map(len, plan.pruned.values())) <= min(count, max(0, live - 1))
+
+
+def plan_by_the_rule(scores, count, capacity, budget, costs, min_rank=0):
+    """A round with costs, rank by rank: the slow reference."""
+    modules = list(scores)
+    left = {module: set(range(len(values))) for module, values in scores.items()}
+
+    def live():
+        return sum(len(left[module]) * costs[module] for module in modules)
+
+    count = min(count, live() - max((costs[m] for m in modules if scores[m]), default=0))
+    freed, pruned = 0, {}
+    while freed < count:
+        open_to_all = [(scores[m][i] / costs[m], at, i) for at, m in enumerate(modules) if len(left[m]) > min_rank for i in left[m]]
+        if not open_to_all:
+            break
+        _, at, i = min(open_to_all)
+        left[modules[at]].remove(i)
+        pruned.setdefault(at, []).append(i)
+        freed += costs[modules[at]]
+
+    def worth(module):
+        return sum(scores[module]) / len(scores[module]) / costs[module] if scores[module] else -math.inf
+
+    takers = sorted((m for at, m in enumerate(modules) if at not in pruned), key=worth, reverse=True)
+    rest, grown = budget - live(), dict.fromkeys(takers, 0)
+    took = True
+    while took:
+        took = False
+        for module in takers:
+            if costs[module] <= rest and len(scores[module]) + grown[module] < capacity[module]:
+                rest, grown[module], took = rest - costs[module], grown[module] + 1, True
+    return Plan({modules[at]: sorted(pruned[at]) for at in sorted(pruned)}, {m: grown[m] for m in modules if grown.get(m)})
+
+
+# Sixty-fourths, whose sums are exact in any order.
+exact_scores = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=3),
+    st.lists(st.integers(-64, 64).map(lambda n: n / 64), max_size=6),
+    min_size=1,
+    max_size=7,
+)
+
+
+@given(exact_scores, st.integers(0, 300), st.integers(0, 100), st.integers(0, 6), st.integers(0, 2), st.data())
+def test_a_round_with_costs_is_the_rule_applied_rank_by_rank(scores, count, unused, spare, min_rank, data):
+    costs = {module: data.draw(st.sampled_from([1, 8, 16, 24, 40])) for module in scores}
+    capacity = {module: len(values) + data.draw(st.integers(0, spare)) for module, values in scores.items()}
+    live = sum(len(values) * costs[module] for module, values in scores.items())
+    plan = plan_round(scores, count, capacity, live + unused, min_rank, costs=costs)
+    assert plan == plan_by_the_rule(scores, count, capacity, live + unused, costs, min_rank)
+    after = {m: len(v) - len(plan.pruned.get(m, [])) + plan.grown.get(m, 0) for m, v in scores.items()}
+    assert all(0 <= after[module] <= capacity[module] for module in scores)
+    assert sum(after[module] * costs[module] for module in scores) <= live + unused
+    assert not plan.pruned.keys() & plan.grown.keys()
+    assert not live or sum(len(v) - len(plan.pruned.get(m, [])) for m, v in scores.items()) > 0
+
+
+@given(module_scores, st.integers(0, 30), st.integers(0, 6), st.booleans())
+def test_costs_of_one_are_the_papers_rule_while_the_budget_is_whole(scores, count, spare, module_pruning):
+    capacity = {module: len(values) + spare for module, values in scores.items()}
+    live, ones = sum(map(len, scores.values())), dict.fromkeys(scores, 1)
+    counted = plan_round(scores, count, capacity, live, module_pruning=module_pruning)
+    assert plan_round(scores, count, capacity, live, module_pruning=module_pruning, costs=ones) == counted
+
+
+def test_a_rank_is_judged_by_what_it_costs():
+    scores, costs = {"small": [0.1, 0.2], "large": [0.3, 0.3], "other": [9.0]}, {"small": 10, "large": 40, "other": 20}
+    capacity = dict.fromkeys(scores, 8)
+    # 0.3 / 40 is less than 0.1 / 10. In their turns "other" takes 20 and "small" 10, and into the last 10 only "small" fits.
+    assert plan_round(scores, 10, capacity, 120, costs=costs) == Plan({"large": [0]}, {"other": 1, "small": 2})
+    # What was left before is there too: 40 and 30 make 70.
+    assert plan_round(scores, 10, capacity, 150, costs=costs) == Plan({"large": [0]}, {"other": 2, "small": 3})
+    # 50 are two of "large".
+    assert plan_round(scores, 50, capacity, 120, costs=costs).pruned == {"large": [0, 1]}
+
+
+def test_a_worthless_module_goes_whole_where_its_cost_fits():
+    scores, costs = {"good": [5.0], "bad": [-1.0, 0.5], "worse": [-2.0]}, {"good": 10, "bad": 10, "worse": 30}
+    plan = plan_round(scores, 20, dict.fromkeys(scores, 4), 60, module_pruning=True, costs=costs)
+    assert plan == Plan({"bad": [0, 1]}, {"good": 2})
+
+
+def test_whole_modules_with_the_lowest_sums_go():
+    scores = {"a": [0.5, 0.5], "b": [2.0], "none": [], "c": [-1.0, 1.5], "d": [-3.0]}
+    assert plan_modules(scores, 2) == Plan({"c": [0, 1], "d": [0]})
+    assert plan_modules(scores, 0) == Plan()
+    assert plan_modules(scores, 9) == Plan({"a": [0, 1], "c": [0, 1], "d": [0]})  # one is left
+    with pytest.raises(ValueError, match="module b"):
+        plan_modules({"a": [0.1], "b": [math.nan]}, 1)
 
 
 def test_cubic_budget():

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -116,14 +117,21 @@ def logits(model, rows):
         ("bart", {"use_dora": True}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
     ],
 )
-@pytest.mark.parametrize("score", ["ablation", "path_integral", "sensitivity"])
-def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest_base, family, peft, training, score):
-    model, allocation, _ = run(family, peft=peft, allocation={"score": score}, training=training)
+@pytest.mark.parametrize(
+    ("score", "budget"),
+    [("ablation", "ranks"), ("path_integral", "ranks"), ("sensitivity", "ranks"), ("taylor", "parameters")],
+)
+def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest_base, family, peft, training, score, budget):
+    model, allocation, _ = run(family, peft=peft, allocation={"score": score, "budget": budget}, training=training)
     assert [one.step for one in allocation.history] == [3, 5, 7]
+    ranks_at_start = dict.fromkeys(allocation.history[0].ranks, 3)
+    cost = numbers_of_a_rank(conftest_base(family), ranks_at_start) if budget == "parameters" else dict.fromkeys(ranks_at_start, 1)
     start = allocation.budget
+    assert start == sum(3 * cost[path] for path in ranks_at_start)
     for one in allocation.history:
-        assert sum(one.ranks.values()) <= start
-        assert sum(map(len, one.pruned.values())) == round(start / 6)
+        assert sum(rank * cost[path] for path, rank in one.ranks.items()) <= start
+        freed = sum(cost[path] * len(dead) for path, dead in one.pruned.items())
+        assert round(start / 6) <= freed < round(start / 6) + max(cost.values())
         assert not one.pruned.keys() & one.grown.keys()
         assert torch.isfinite(torch.tensor([one.loss_before, one.loss_after])).all()
     live = {path: rank for path, rank in slots.ranks(model).items() if rank}  # an expert stays with its fellows without
@@ -142,6 +150,16 @@ def test_ends_as_a_plain_adapter_within_budget(run, examples, tmp_path, conftest
             dict.fromkeys(slots.ranks(model), 6 / 3**0.5 if peft.get("use_rslora") else 2.0)
         )
         torch.testing.assert_close(logits(loaded, examples(family)), expected, rtol=1e-5, atol=1e-5)
+
+
+def numbers_of_a_rank(base, paths):
+    """Path -> numbers of a row of A and a column of B, from the shape of what they adapt."""
+    shapes = {}
+    for path in paths:
+        holder, _, name = path.partition("[")[0].rpartition(".")
+        adapted = getattr(base.get_submodule(holder), name)
+        shapes[path] = adapted.shape[1:] if isinstance(adapted, torch.nn.Parameter) else adapted.weight.shape
+    return {path: shape[0] + math.prod(shape[1:]) for path, shape in shapes.items()}
 
 
 @pytest.fixture
@@ -251,7 +269,7 @@ def test_best_checkpoint_is_the_one_compacted_and_described(run, worst, rounds):
         "metric_for_best_model": "eval_loss",
         "greater_is_better": worst,
     }
-    model, allocation, trainer = run(training=training)
+    model, allocation, trainer = run(training=training, allocation={"budget": "ranks"})
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2" if worst else "checkpoint-10")
     assert len(allocation.history) == len(allocation.to_json()["rounds"]) == rounds
     expected = allocation.history[-1].ranks if rounds else dict.fromkeys(slots.ranks(model), 3)
@@ -337,7 +355,7 @@ def test_a_round_takes_no_more_tokens_at_once_than_training_does(run, monkeypatc
 
 
 def test_history_says_why(run):
-    _, allocation, _ = run(allocation={"score": "ablation", "score_options": {"mode": "exact"}})
+    _, allocation, _ = run(allocation={"score": "ablation", "score_options": {"mode": "exact"}, "budget": "ranks"})
     one = allocation.history[0]
     flat = sorted((score, path, slot) for path in one.scores for score, slot in zip(one.scores[path], one.slots[path], strict=True))
     lowest = {(path, slot) for _, path, slot in flat[: round(allocation.budget / 6)]}
@@ -376,7 +394,7 @@ def test_a_score_of_ones_own_may_give_lists(run):
 
 def test_cubic_budget_ends_at_its_target(run, caplog):
     """42 ranks down to 28 in three rounds, nothing grown, and stock LoRA's width until the first."""
-    settings = {"score": "path_integral", "schedule": "cubic", "target_rank": 2}
+    settings = {"score": "path_integral", "schedule": "cubic", "target_rank": 2, "budget": "ranks"}
     model, allocation, _ = run(allocation=settings)
     assert (allocation.budget, allocation.target) == (42, 28)
     assert set(allocation.to_json()["r_max"].values()) == {3}
@@ -396,10 +414,126 @@ def test_cubic_budget_is_met_when_training_ends_early(run, caplog):
             control.should_training_stop = state.global_step == 6
 
     with caplog.at_level(logging.WARNING, logger="gatewise"):
-        model, allocation, _ = run(allocation={"schedule": "cubic", "target_rank": 2}, callbacks=[Stop()])
+        settings = {"schedule": "cubic", "target_rank": 2, "budget": "ranks"}
+        model, allocation, _ = run(allocation=settings, callbacks=[Stop()])
     assert [one.step for one in allocation.history] == [3, 5, 6]
     assert sum(slots.ranks(model).values()) == 28
     assert "before the budget was down to its target of 28 ranks" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "mixtral"])
+def test_a_cubic_budget_of_parameters_ends_just_below_its_target(run, conftest_base, family):
+    peft = EXPERTS if family == "mixtral" else {"fan_in_fan_out": family == "gpt2"}
+    _, allocation, _ = run(family, peft=peft, allocation={"schedule": "cubic", "target_rank": 2})
+    cost = numbers_of_a_rank(conftest_base(family), allocation.history[0].ranks)
+    assert (allocation.budget, allocation.target) == (3 * sum(cost.values()), 2 * sum(cost.values()))
+    for done, one in enumerate(allocation.history, 1):
+        wanted = allocation.target + round((allocation.budget - allocation.target) * (1 - done / 3) ** 3)
+        assert wanted - max(cost.values()) < sum(rank * cost[path] for path, rank in one.ranks.items()) <= wanted
+        assert not one.grown
+
+
+def test_parameters_that_no_rank_fitted_into_are_there_for_the_next_round(run, conftest_base):
+    """As long as a module can take more, less than a rank is left of the budget after each round."""
+    _, allocation, _ = run(allocation={"rounds": 6, "recover": 1.0 / 6, "prune_fraction": 1 / 20, "r_max": 16})
+    cost = numbers_of_a_rank(conftest_base("llama"), allocation.history[0].ranks)
+    assert len(allocation.history) == 6
+    for one in allocation.history:
+        left = allocation.budget - sum(rank * cost[path] for path, rank in one.ranks.items())
+        assert 0 <= left < min(cost[path] for path in one.grown)
+    assert any(one.pruned.keys() & {p for p in cost if cost[p] == 40} for one in allocation.history)  # unlike sizes took part
+
+
+def test_a_budget_of_modules_takes_those_that_are_worth_least(run, conftest_base):
+    """Down to five of fourteen on the cubic curve; those that are left keep their ranks, those that go are the base's again."""
+    settings = {"score": "taylor", "budget": "modules", "schedule": "cubic", "target_modules": 5}
+    model, allocation, _ = run(allocation=settings)
+    assert (allocation.budget, allocation.target, allocation.to_json()["unit"]) == (14, 5, "modules")
+    assert [sum(rank > 0 for rank in one.ranks.values()) for one in allocation.history] == [5 + round(9 * 8 / 27), 5, 5]
+    for one in allocation.history:
+        total = {path: sum(scores) for path, scores in one.scores.items() if scores}
+        lowest = sorted(total, key=total.__getitem__)[: len(one.pruned)]
+        assert one.pruned == {path: [0, 1, 2] for path in total if path in lowest}
+        assert not one.grown
+    assert slots.ranks(model) == {path: 3 for path, rank in allocation.history[-1].ranks.items() if rank}
+    assert len(slots.ranks(model)) == 5
+
+
+def test_a_budget_of_modules_is_met_when_training_ends_early(run, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    with caplog.at_level(logging.WARNING, logger="gatewise"):
+        model, _, _ = run(allocation={"budget": "modules", "schedule": "cubic", "target_modules": 5}, callbacks=[Stop()])
+    assert len(slots.ranks(model)) == 5
+    assert "before the budget was down to its target of 5 modules" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "peft", "stays"),
+    [
+        ("llama", {"use_dora": True}, r"model\.layers\.0\.self_attn\.q_proj"),
+        ("bert", {"bias": "lora_only"}, r"bert\.encoder"),
+        ("llama", {"lora_bias": True}, r"model\.layers\.0\.self_attn\.q_proj"),
+        ("mixtral", EXPERTS, r"model\.layers\.0\.mlp\.experts"),
+    ],
+)
+def test_modules_that_cannot_go_are_refused(run, family, peft, stays):
+    with pytest.raises(GatewiseError, match=rf"budget 'modules' takes whole modules out of the adapter, but {stays}.* cannot go"):
+        run(family, peft=peft, allocation={"budget": "modules", "schedule": "cubic", "target_modules": 5})
+
+
+@pytest.mark.parametrize("score", ["taylor", "ablation"])
+def test_a_rank_that_does_nothing_scores_zero_where_scores_are_weighed_by_cost(run, score):
+    """AB-LoRA's own number for it is far below zero, and would send the smallest modules first."""
+    idle = []
+
+    class Idle(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            layer = slots.lora_layers(kwargs["model"])["model.layers.1.mlp.up_proj"]
+            with torch.no_grad():
+                layer.lora_B["default"].weight[:, 1] = 0
+                layer.lora_A["default"].weight[1] = 1e-30  # alive, and too small to learn within a step
+            layer.lora_A["default"].weight.grad = None
+            idle.append(state.global_step)
+
+    options = {"learning_rate": 0.0, "max_steps": 4}
+    for budget in ("parameters", "ranks"):
+        settings = {
+            "score": score,
+            "budget": budget,
+            "rounds": 1,
+            **({} if score == "taylor" else {"score_options": {"mode": "exact"}}),
+        }
+        _, allocation, _ = run(peft={"init_lora_weights": False}, allocation=settings, training=options, callbacks=[Idle()])
+        (one,) = allocation.history
+        got = one.scores["model.layers.1.mlp.up_proj"][1]
+        if budget == "parameters":
+            shifted = one.scores
+            assert got == pytest.approx(0, abs=1e-6)
+        else:
+            assert abs(got) > 1e-3
+            for path, scores in one.scores.items():
+                assert [value - got for value in scores] == pytest.approx(shifted[path], abs=1e-5)
+
+
+def test_a_checkpoint_of_another_budget_is_refused(run, tmp_path):
+    training = {"save_strategy": "steps", "save_steps": 4}
+    run(training=training)
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    with pytest.raises(
+        GatewiseError, match=r"checkpoint's budget counts parameters, but budget is 'ranks': resume with budget='para"
+    ):
+        run(training=training, allocation={"budget": "ranks"}, resume=str(checkpoint))
+    # One from before there were other budgets counts ranks, as all did.
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["RankAllocation"]["attributes"]["unit"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(GatewiseError, match=r"budget counts ranks, but budget is 'parameters': resume with budget='ranks'"):
+        run(training=training, resume=str(checkpoint))
+    run(training=training, allocation={"budget": "ranks"}, resume=str(checkpoint))
 
 
 def test_module_pruning_takes_whole_modules_for_good(run):
@@ -410,7 +544,7 @@ def test_module_pruning_takes_whole_modules_for_good(run):
         layers = slots.lora_layers(model, adapter)
         return {p: torch.full((len(slots.live_slots(la, adapter)),), -1.0 if p == hated else 1.0) for p, la in layers.items()}
 
-    model, allocation, _ = run(allocation={"score": score, "module_pruning": True, "prune_fraction": 4 / 42})
+    model, allocation, _ = run(allocation={"score": score, "module_pruning": True, "prune_fraction": 4 / 42, "budget": "ranks"})
     first = allocation.history[0]
     assert first.pruned[hated] == [0, 1, 2]
     assert sum(map(len, first.pruned.values())) == 4
@@ -454,9 +588,38 @@ def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
         ({"recover": 0}, "recover 0"),
         ({"schedule": "square"}, "schedule 'square' is not known; expected one of constant-budget, cubic"),
         ({"schedule": "cubic"}, "needs target_rank"),
-        ({"schedule": "cubic", "target_rank": 3}, "target_rank is 3 a module, 42 ranks in all, but the adapter starts with 42"),
+        (
+            {"schedule": "cubic", "target_rank": 3, "budget": "ranks"},
+            "target_rank is 3 a module, 42 ranks in all, but the adapter starts with 42",
+        ),
+        ({"schedule": "cubic", "target_rank": 3}, "target_rank is 3 a module, 1392 parameters in all, but .* starts with 1392"),
+        ({"schedule": "cubic", "target_rank": 0.05}, "23 parameters in all, but one rank of the largest module has 40"),
+        ({"budget": "layers"}, "budget 'layers' is not known; expected one of parameters, ranks, modules"),
+        ({"budget": "modules"}, "budget 'modules' only comes down, but schedule 'constant-budget' keeps the budget"),
+        ({"budget": "modules", "schedule": "cubic"}, "target_modules is None, but budget 'modules' needs how many"),
+        ({"budget": "modules", "schedule": "cubic", "target_modules": 0}, "target_modules is 0, but budget 'modules' needs"),
+        (
+            {"budget": "modules", "schedule": "cubic", "target_modules": 14},
+            "target_modules is 14, but the adapter starts with ranks in 14: give a smaller number",
+        ),
+        (
+            {"budget": "modules", "schedule": "cubic", "target_modules": 4, "target_rank": 2},
+            "target_rank is 2, but with budget 'modules' a module keeps all of its ranks or none",
+        ),
+        (
+            {"budget": "modules", "schedule": "cubic", "target_modules": 4, "min_rank": 1},
+            "min_rank is 1, but with budget 'modules'",
+        ),
+        ({"target_modules": 4}, "target_modules is 4, but budget 'parameters' counts parameters: give budget='modules'"),
         ({"schedule": "cubic", "target_rank": 2, "r_max": 4}, "r_max is 4, but schedule 'cubic' grows no ranks"),
-        ({"schedule": "cubic", "target_rank": 1, "min_rank": 2}, "14 ranks in all, but min_rank, DoRA or a LoRA bias keep 28"),
+        (
+            {"schedule": "cubic", "target_rank": 1, "min_rank": 2},
+            "464 parameters in all, but min_rank, DoRA or a LoRA bias keep 928",
+        ),
+        (
+            {"schedule": "cubic", "target_rank": 1, "min_rank": 2, "budget": "ranks"},
+            "14 ranks in all, but min_rank, DoRA or a LoRA bias keep 28",
+        ),
         ({"target_rank": 2}, "target_rank is 2, but schedule 'constant-budget' keeps the budget"),
         ({"smoothing": 1.0}, "smoothing is 1.0"),
         ({"grace_rounds": -1}, "grace_rounds is -1"),
@@ -538,7 +701,7 @@ def test_several_adapters_only_the_active_one_changes(adapted, examples, batch, 
     )
     allocation = RankAllocation(score="taylor", rounds=2, first_round=2, recover=2, validation_batch=batch())
     Trainer(model=model, args=arguments, train_dataset=examples(), callbacks=[allocation]).train()
-    assert allocation.budget == 8
+    assert allocation.budget == 2 * 2 * (16 + 16) + 2 * 2 * (16 + 8)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if ".default." in name)
     model.save_pretrained(tmp_path / "adapter", selected_adapters=["second"])
     assert (tmp_path / "adapter" / "second" / "allocation.json").is_file()
@@ -627,8 +790,10 @@ def test_a_round_converts_a_half_precision_base_once_or_not_at_all(run, monkeypa
     options = {"score": score, "rounds": 1, "score_options": given}
     model, _, _ = run(allocation=options, base_dtype=torch.bfloat16)
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
-    # path_moments tells the loss before the round, which it meets on its way.
-    assert dtypes == [torch.float32 if float32 else torch.bfloat16] * (1 if score == "path_moments" else 2)
+    # path_moments tells the loss before the round, which it meets on its way. AB-LoRA's scores are counted from no rank, where
+    # their order is by cost: at the end, and for the cut that "screened" looks for.
+    losses = {"path_moments": 1, "taylor": 3, "ablation": 5}[score]
+    assert dtypes == [torch.float32 if float32 else torch.bfloat16] * losses
     assert sum(count > 0 for count in seen) == float32
 
 

@@ -83,25 +83,35 @@ def test_every_setting_reaches_the_score(inspect: Inspect, saved: Path, data: Pa
 
 
 def test_json_is_alone_on_stdout_and_holds_the_suggestion(inspect: Inspect, data: Path, tmp_path: Path) -> None:
-    result = inspect("--scores", "--data", data, "--json", "--suggest", 20, "--out", "pattern.json", "--plot", "map.svg")
+    result = inspect("--scores", "--data", data, "--json", "--suggest", "0.3k", "--out", "pattern.json", "--plot", "map.svg")
     told = json.loads(result.stdout)
     assert told["suggestion"] == json.loads((tmp_path / "pattern.json").read_text())
     assert (tmp_path / "map.svg").is_file()
-    assert json.loads(inspect("--scores", "--data", data, "--json", "--suggest", 20).stdout) == told
+    assert json.loads(inspect("--scores", "--data", data, "--json", "--suggest", 300).stdout) == told
 
 
 def test_the_suggestion_is_a_lora_config_for_the_base_model(inspect: Inspect, saved: Path, data: Path, tmp_path: Path) -> None:
-    shown = inspect("--scores", "--data", data, "--suggest", 20)
+    shown = inspect("--scores", "--data", data, "--suggest", 20, "--budget", "ranks")
     text, brace, rest = shown.stdout.partition("{\n")
     printed = json.loads(brace + rest)
-    assert "suggestion: 20 ranks in " in text
-    written = inspect("--scores", "--data", data, "--suggest", 20, "--out", "new/pattern.json")
+    assert " parameters, 20 ranks in " in text
+    words = ("--suggest", 20, "--budget", "ranks", "--out", "new/pattern.json")
+    written = inspect("--scores", "--data", data, *words)
     assert written.stdout.rstrip().endswith(", written: new/pattern.json")
     assert json.loads((tmp_path / "new" / "pattern.json").read_text()) == printed
     base = AutoModelForCausalLM.from_pretrained(saved.parent / "base")
     layers = lora_layers(get_peft_model(base, LoraConfig(**printed)))
     assert sum(len(factors(layer, "default")[0]) for layer in layers.values()) == 20
     assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+
+
+def test_a_suggestion_has_at_most_the_parameters_asked_for(inspect: Inspect, saved: Path, data: Path) -> None:
+    text, brace, rest = inspect("--scores", "--data", data, "--suggest", "0.5k").stdout.partition("{\n")
+    base = AutoModelForCausalLM.from_pretrained(saved.parent / "base")
+    model = get_peft_model(base, LoraConfig(**json.loads(brace + rest)))
+    stored = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert 500 - 40 < stored <= 500
+    assert f"suggestion: {stored} parameters, " in text
 
 
 def test_the_help_names_every_score(inspect: Inspect) -> None:
@@ -138,11 +148,18 @@ def test_the_plot_is_drawn_by_its_name(name: str, begins: bytes, inspect: Inspec
         ("--scores --data DATA --score pathintegral", "score 'pathintegral' is not known; expected one of ablation, path_integral"),
         ("--scores --data DATA --score pathintegral", "did you mean path_integral?"),
         ("--scores --data DATA --rows 0", "0 rows to score on were asked for: expected at least 1"),
-        ("--scores --data DATA --suggest 0", "a budget of 0 ranks was asked for"),
-        ("--scores --data DATA --suggest -3", "a budget of -3 ranks was asked for"),
-        ("--scores --data DATA --suggest 1000000", "a budget of 1,000,000 ranks was asked for"),
+        ("--scores --data DATA --budget ranks", "--budget was given without --suggest"),
+        ("--budget ranks", "--budget was given without --scores"),
+        ("--routing --data DATA --budget ranks", "--budget was given with --routing"),
+        ("--scores --data DATA --suggest 0", "a budget of 0 parameters was asked for"),
+        ("--scores --data DATA --suggest 0 --budget ranks", "a budget of 0 ranks was asked for"),
+        ("--scores --data DATA --suggest -3", "--suggest is '-3': expected a number such as 500000, 500k or 1.5M"),
+        ("--scores --data DATA --suggest many", "--suggest is 'many': expected a number such as 500000, 500k or 1.5M"),
+        ("--scores --data DATA --suggest 9", "a budget of 9 parameters was asked for, but one rank of the smallest module"),
+        ("--scores --data DATA --suggest 1M", "a budget of 1,000,000 parameters was asked for"),
+        ("--scores --data DATA --suggest 1M --budget ranks", "a budget of 1,000,000 ranks was asked for"),
         ("--scores --data DATA --plot map.pdf", "cannot plot to map.pdf"),
-        ("--scores --data DATA --suggest 9 --out DATA/pattern.json", "rows.jsonl/pattern.json"),
+        ("--scores --data DATA --suggest 99 --out DATA/pattern.json", "rows.jsonl/pattern.json"),
         ("--scores --data DATA --plot DATA/map.png", "rows.jsonl/map.png"),
         ("--scores --data none.jsonl", "none.jsonl: there is no such file"),
         ("--scores --data DATA --base ./none", "none' is not a folder"),
@@ -164,7 +181,7 @@ def test_what_is_wrong_is_said_in_one_sentence(words: str, said: str, inspect: I
 
 def test_what_can_be_refused_early_is_not_scored_first(inspect: Inspect, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gatewise.importance.load_with_data", lambda *_, **__: pytest.fail("the adapter was loaded"))
-    for words in (("--suggest", 0), ("--plot", "map.pdf"), ("--rows", 0), ("--score", "none")):
+    for words in (("--suggest", 0), ("--suggest", "x"), ("--plot", "map.pdf"), ("--rows", 0), ("--score", "none")):
         assert inspect("--scores", "--data", data, *words).exit_code == 2
 
 

@@ -66,7 +66,7 @@ def test_the_page_shows_scores_ranks_and_what_is_suggested(tmp_path: Path) -> No
 
 def test_the_page_of_importance_escapes_whatever_it_is_given(tmp_path: Path) -> None:
     evil = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
-    bad = ModuleImportance(f'layers.0.{evil}"', 0, evil, (-1.0,), 1.0, 4)
+    bad = ModuleImportance(f'layers.0.{evil}"', 0, evil, (-1.0,), 1.0, 4, 8)
     found = importance(bad, base_model=evil, data=evil, score=evil, unscored=(evil,))
     page = Page(plot_importance(found, tmp_path / "map.html", {bad.path: 1}, title=evil).read_text())
     assert page.tags.count("script") == 1

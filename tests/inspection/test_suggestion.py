@@ -18,12 +18,12 @@ from gatewise.inspection.importance import importance_of
 from gatewise.inspection.suggestion import divide, suggest, suggested_ranks
 
 
-def scored(totals: Sequence[float], room: int | Sequence[int] = 16) -> Importance:
-    """An adapter whose modules have two ranks with these totals."""
+def scored(totals: Sequence[float], room: int | Sequence[int] = 16, costs: Sequence[int] | None = None) -> Importance:
+    """An adapter whose modules have two ranks with these totals, of 40 parameters each unless told otherwise."""
     rooms = [room] * len(totals) if isinstance(room, int) else room
     modules = tuple(
-        ModuleImportance(f"layers.{index}.q_proj", index, "q", (total + 1, -1.0), 2.0, most)
-        for index, (total, most) in enumerate(zip(totals, rooms, strict=True))
+        ModuleImportance(f"layers.{index}.q_proj", index, "q", (total + 1, -1.0), 2.0, most, cost)
+        for index, (total, most, cost) in enumerate(zip(totals, rooms, costs or [40] * len(totals), strict=True))
     )
     return Importance(modules, "path_integral", 8, 2.0, 1.0)
 
@@ -39,10 +39,42 @@ def best(totals: Sequence[float], rooms: Sequence[int], budget: int) -> float:
 def test_no_other_division_is_worth_more(modules: list[tuple[float, int]], data: st.DataObject) -> None:
     totals, rooms = zip(*modules, strict=True)
     budget = data.draw(st.integers(1, sum(rooms)))
-    shares = divide(totals, rooms, budget)
+    shares = divide(totals, rooms, budget, [1] * len(totals))
     assert sum(shares) == budget
     worth = sum(t * r / (r + 1) for t, r in zip(totals, shares, strict=True))
     assert worth == pytest.approx(best(totals, rooms, budget))
+
+
+def best_that_costs(totals: Sequence[float], rooms: Sequence[int], costs: Sequence[int], most: int) -> float:
+    """The largest sum of total * r / (r + 1) over all ways that cost no more than ``most``."""
+    ways = itertools.product(*(range(room + 1) for room in rooms))
+    fit = [way for way in ways if sum(c * r for c, r in zip(costs, way, strict=True)) <= most]
+    return max(sum(t * r / (r + 1) for t, r in zip(totals, way, strict=True)) for way in fit)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=4), st.data())
+@settings(deadline=None)
+def test_ranks_that_cost_are_as_good_as_any_for_less_than_one_rank_less(
+    modules: list[tuple[float, int, int]], data: st.DataObject
+) -> None:
+    totals, rooms, costs = zip(*modules, strict=True)
+    budget = data.draw(st.integers(max(costs), sum(r * c for r, c in zip(rooms, costs, strict=True))))
+    shares = divide(totals, rooms, budget, costs)
+    left = budget - sum(c * r for c, r in zip(costs, shares, strict=True))
+    assert left >= 0
+    assert all(share <= room for share, room in zip(shares, rooms, strict=True))
+    assert not any(cost <= left and share < room for cost, share, room in zip(costs, shares, rooms, strict=True))
+    worth = sum(t * r / (r + 1) for t, r in zip(totals, shares, strict=True))
+    assert worth >= best_that_costs(totals, rooms, costs, budget - max(costs)) - 1e-9
+
+
+def test_parameters_go_where_each_is_worth_most() -> None:
+    # The second module is worth as much and costs a fourth, so that it gets ranks first, and twice as many.
+    ranks = suggested_ranks(scored([1.0, 1.0, -1.0], room=1000, costs=[400, 100, 1]), 40_000)
+    assert list(ranks.values()) == [66, 136, 0]
+    assert list(suggested_ranks(scored([1.0, 1.0], costs=[400, 100]), 350).values()) == [0, 3]
+    # 60 is too little for the better module.
+    assert list(suggested_ranks(scored([9.0, 1.0], costs=[100, 50]), 60).values()) == [0, 1]
 
 
 @given(st.lists(st.tuples(st.floats(-10, 10), st.integers(1, 40)), min_size=1, max_size=12), st.integers(1, 200))
@@ -53,9 +85,11 @@ def test_what_holds_for_any_scores(modules: list[tuple[float, int]], budget: int
     exact = [module.total for module in importance.modules]  # rounded as sums of floats are
     if budget > sum(room for total, room in zip(exact, rooms, strict=True) if total > 0):
         with pytest.raises(GatewiseError):
-            suggested_ranks(importance, budget)
+            suggested_ranks(importance, budget, "ranks")
         return
-    ranks = list(suggested_ranks(importance, budget).values())
+    ranks = list(suggested_ranks(importance, budget, "ranks").values())
+    # Where all ranks cost alike, budgets of parameters say the same.
+    assert list(suggested_ranks(importance, 40 * budget).values()) == ranks
     assert sum(ranks) == budget
     assert all(0 <= rank <= room for rank, room in zip(ranks, rooms, strict=True))
     assert not any(rank for rank, total in zip(ranks, exact, strict=True) if total <= 0)
@@ -65,17 +99,17 @@ def test_what_holds_for_any_scores(modules: list[tuple[float, int]], budget: int
         elif exact[one] == exact[other] > 0:
             assert abs(ranks[one] - ranks[other]) <= 1 or rooms[one] != rooms[other]
     if budget > 1:
-        smaller = suggested_ranks(importance, budget - 1).values()
+        smaller = suggested_ranks(importance, budget - 1, "ranks").values()
         assert all(less <= rank for less, rank in zip(smaller, ranks, strict=True))
 
 
 def test_ranks_go_with_the_square_root_of_the_totals() -> None:
-    assert list(suggested_ranks(scored([1.0, 4.0, 9.0, 0.0, -3.0], room=1000), 600).values()) == [100, 200, 300, 0, 0]
+    assert list(suggested_ranks(scored([1.0, 4.0, 9.0, 0.0, -3.0], room=1000), 600, "ranks").values()) == [100, 200, 300, 0, 0]
 
 
 def test_a_module_worth_next_to_nothing_gets_none_while_others_can_use_it() -> None:
-    assert list(suggested_ranks(scored([1.0, 0.001]), 16).values()) == [16, 0]
-    assert list(suggested_ranks(scored([1.0, 0.001]), 32).values()) == [16, 16]
+    assert list(suggested_ranks(scored([1.0, 0.001]), 16, "ranks").values()) == [16, 0]
+    assert list(suggested_ranks(scored([1.0, 0.001]), 32, "ranks").values()) == [16, 16]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +123,25 @@ def test_a_module_worth_next_to_nothing_gets_none_while_others_can_use_it() -> N
 )
 def test_budgets_that_make_no_sense(totals: list[float], budget: int, said: str) -> None:
     with pytest.raises(GatewiseError, match=said):
-        suggest(scored(totals), budget)
+        suggest(scored(totals), budget, "ranks")
+
+
+@pytest.mark.parametrize(
+    ("budget", "unit", "said"),
+    [
+        (0, "parameters", "a budget of 0 parameters was asked for: expected the parameters of all modules together, at least 1"),
+        (
+            1281,
+            "parameters",
+            "but the 2 modules worth more than nothing have room for 1,280, the smaller side of each weight, in par",
+        ),
+        (39, "parameters", "39 parameters was asked for, but one rank of the smallest module worth more than nothing has 40"),
+        (9, "modules", "the unit of a budget is 'modules', expected one of parameters, ranks"),
+    ],
+)
+def test_budgets_of_parameters_that_make_no_sense(budget: int, unit: Any, said: str) -> None:
+    with pytest.raises(GatewiseError, match=said):
+        suggest(scored([1.0, -1.0, 2.0]), budget, unit)
 
 
 @pytest.mark.parametrize("budget", [1, 9, 200])
@@ -101,9 +153,9 @@ def test_a_stock_lora_config_makes_exactly_these_ranks(family: str, config: dict
     (scaling,) = {layer.scaling["default"] for layer in lora_layers(model).values()}
     importance = importance_of(model, batch(family))
     budget = min(budget, sum(module.room for module in importance.modules if module.total > 0))
-    expected = {path: rank for path, rank in suggested_ranks(importance, budget).items() if rank}
+    expected = {path: rank for path, rank in suggested_ranks(importance, budget, "ranks").items() if rank}
     # As a user would: out of the JSON file, onto the base model as it came.
-    suggestion = json.loads(json.dumps(suggest(importance, budget)))
+    suggestion = json.loads(json.dumps(suggest(importance, budget, "ranks")))
     assert set(suggestion) == {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
     fresh = get_peft_model(tiny_base(family), LoraConfig(**suggestion))
     layers = lora_layers(fresh)
@@ -114,9 +166,22 @@ def test_a_stock_lora_config_makes_exactly_these_ranks(family: str, config: dict
     assert suggestion["lora_alpha"] / suggestion["r"] == pytest.approx(scaling)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "wav2vec2"])
+def test_a_stock_lora_config_has_at_most_these_parameters(family: str, batch: Any) -> None:
+    targets = ["conv_layers.0.conv", "conv_layers.1.conv", "q_proj"] if family == "wav2vec2" else "all-linear"
+    task = "SEQ_CLS" if family == "bert" else None
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type=task)
+    importance = importance_of(random_adapter(get_peft_model(tiny_base(family), config)), batch(family))
+    worthy = [module for module in importance.modules if module.total > 0]
+    budget = min(500, sum(module.room * module.cost for module in worthy))
+    fresh = get_peft_model(tiny_base(family), LoraConfig(**suggest(importance, budget), task_type=task))
+    stored = sum(p.numel() for name, p in fresh.named_parameters() if "lora_" in name)
+    assert budget - max(module.cost for module in worthy) < stored <= budget
+
+
 def test_modules_keep_scalings_of_their_own(batch: Any) -> None:
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 12})
     model = random_adapter(get_peft_model(tiny_base("llama"), config))
-    fresh = get_peft_model(tiny_base("llama"), LoraConfig(**suggest(importance_of(model, batch()), 20)))
+    fresh = get_peft_model(tiny_base("llama"), LoraConfig(**suggest(importance_of(model, batch()), 20, "ranks")))
     scalings = {path.rpartition(".")[2]: layer.scaling["default"] for path, layer in lora_layers(fresh).items()}
     assert scalings == pytest.approx({name: {"q_proj": 1.0, "v_proj": 3.0}[name] for name in scalings})

@@ -63,7 +63,12 @@ def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(
 def test_a_cubic_budget_comes_down_to_loras(tmp_path: Path) -> None:
     """Twice the ranks at the start, those of plain LoRA and LoRA's scale at the end."""
     section = {"schedule": "cubic", "init_r": 4, "rounds": 3, "first_round": 2, "recover": 2, "validation_rows": 6}
-    result = train(write_recipe(tmp_path, "pi-lora", allocation=section), tmp_path / "out")
+    recipe = write_recipe(tmp_path, "pi-lora", allocation=section)
+    plain = train(write_recipe(tmp_path), tmp_path / "plain").parameters["adapter"]
+    cheaper = train(recipe, tmp_path / "parameters")
+    assert plain - 40 < cheaper.parameters["adapter"] <= plain
+    assert json.loads((cheaper.adapter / "allocation.json").read_text())["target"] == plain
+    result = train(recipe, tmp_path / "out", "allocation.budget=ranks")
     record = json.loads((result.adapter / "allocation.json").read_text())
     assert (record["score"], record["schedule"], record["budget"], record["target"]) == ("path_integral", "cubic", 56, 28)
     # 28 + 28 (1 - i/3)^3
@@ -73,9 +78,18 @@ def test_a_cubic_budget_comes_down_to_loras(tmp_path: Path) -> None:
     assert {layer.scaling["default"] for layer in lora_layers(model, "default").values()} == {2.0}
 
 
+def test_a_budget_of_modules_leaves_so_many_as_they_were(tmp_path: Path) -> None:
+    section = {"schedule": "cubic", "budget": "modules", "target_modules": 5, "rounds": 2, "first_round": 3, "recover": 3}
+    result = train(write_recipe(tmp_path, "pi-lora", allocation=section), tmp_path / "out")
+    assert sorted(result.ranks.values()) == [0] * 9 + [2] * 5
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), str(result.adapter))
+    assert [layer.scaling["default"] for layer in lora_layers(model, "default").values()] == [2.0] * 5
+
+
 @pytest.mark.parametrize("method", ["lora", "alora", "adalora"])
 def test_the_adapter_is_plain_lora_that_peft_loads(method: str, tmp_path: Path) -> None:
-    result = train(write_recipe(tmp_path, method), tmp_path / "out")
+    changed = ["allocation.budget=ranks"] if method == "alora" else []
+    result = train(write_recipe(tmp_path, method), tmp_path / "out", *changed)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), str(result.adapter))
     assert model.peft_config["default"].peft_type == "LORA"
     assert sum(result.ranks.values()) == 2 * 14  # two layers of seven modules

@@ -18,6 +18,10 @@ Schedule = Literal["constant-budget", "cubic"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 """How the budget goes over the rounds: ALoRA's, which gives away what it takes, and AdaLoRA's, which only comes down."""
 
+Unit = Literal["parameters", "ranks", "modules"]
+UNITS: tuple[str, ...] = get_args(Unit)
+"""What a budget counts: numbers of live ranks, live ranks (ALoRA's), or modules that have any."""
+
 
 def __getattr__(name: str) -> Any:
     # RankAllocation brings Transformers' Trainer; the schedules and scores' names do without.

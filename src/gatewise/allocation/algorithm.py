@@ -4,6 +4,9 @@ ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187, algorithm 1): score every live 
 the whole model, and grow as many in the modules that lost none. ``run_round`` does that to a model. What follows it decides, in
 functions that know no model: modules are names, a module's scores are listed by its live ranks, and the answer is positions in
 those lists, or counts. Ties are broken by the order of the modules and then of the ranks: the same input gives the same answer.
+
+The paper counts ranks. With ``costs``, module -> what one of its ranks costs, the same rules count what ranks cost: a rank is
+judged by its score per cost, and budgets and what is to be pruned are in that unit. That is gatewise's own.
 """
 
 import inspect
@@ -17,18 +20,23 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from gatewise.allocation import slots
-from gatewise.allocation.scoring import Batches, Scores, parts_of, scoring
+from gatewise.allocation import Unit, slots
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scoring import Batches, Scores, from_nothing, parts_of, scoring
 from gatewise.errors import GatewiseError
 from gatewise.processes import count as processes
 from gatewise.processes import summed
 
 ModuleScores = Mapping[str, Sequence[float]]
+Costs = Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How rounds score and decide: see ``RankAllocation``, which has the same settings."""
+    """How rounds score and decide: see ``RankAllocation``, which has the same settings; ``unit`` is its ``budget``.
+
+    ``from_base`` says that a rank which does nothing does not score zero: see ``gatewise.allocation.scores``.
+    """
 
     score: Callable[..., Scores]
     score_name: str
@@ -38,6 +46,8 @@ class Rules:
     module_pruning: bool = False
     grace_rounds: int = 0
     seed: int = 0
+    unit: Unit = "ranks"
+    from_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,8 @@ class Round:
     Attributes:
         round: 1 for the first.
         step: the optimiser step after which it ran.
-        scores: path -> score of each rank that was live, in the order of ``slots``, before any smoothing.
+        scores: path -> score of each rank that was live, in the order of ``slots``, before any smoothing. Unless the budget counts
+            ranks they are counted from a rank that does nothing.
         slots: path -> the slots that were live.
         pruned: path -> slots switched off.
         grown: path -> slots brought to life.
@@ -79,6 +90,7 @@ def run_round(
     count: int,
     budget: int,
     capacity: Mapping[str, int],
+    costs: Costs | None = None,
 ) -> Round:
     """One round on a model in training: its LoRA factors and the optimiser's state of them change, nothing else.
 
@@ -87,9 +99,10 @@ def run_round(
         batch: the validation batch, or several.
         history: the rounds before.
         step: the optimiser step after which it runs.
-        count: ranks to prune.
-        budget: most live ranks after the round.
+        count: what to prune, in the unit of ``rules``.
+        budget: the most that lives after the round, in that unit.
         capacity: path -> slots.
+        costs: path -> what one of its ranks costs; None for 1 each.
 
     Raises:
         GatewiseError: a loss or a score that is not a finite number, or scores of other modules or ranks than the live ones.
@@ -103,8 +116,10 @@ def run_round(
     with scoring(model, _float32(rules)):
         parts = parts_of(model, batch)
         options, takes = dict(rules.score_options), inspect.signature(rules.score).parameters
-        if "prune" in takes:
+        if "prune" in takes and rules.unit != "modules":
             options.setdefault("prune", count)
+            if costs is not None and "costs" in takes:
+                options.setdefault("costs", costs)
         told: list[float] = []  # by a score that meets the loss with all ranks on its way
         if "on_loss" in takes:
             options["on_loss"] = told.append
@@ -115,16 +130,26 @@ def run_round(
                 f"the loss on the validation batch is {loss_before} at step {step}: training has diverged; "
                 "lower the learning rate and resume from the last checkpoint"
             )
+        if rules.from_base and rules.unit != "ranks":
+            # A constant on every rank changes no order of ranks, but that by score per cost, and sums over modules.
+            with GateBank(model, adapter) as gates, gates.only(set()):
+                found = from_nothing(found, parts.loss(model) - loss_before)
         scores = _agreed(found, layers, live, rules.score_name)
         try:
-            plan = plan_round(
-                smoothed(history, live, scores, rules.smoothing),
-                count,
-                capacity,
-                budget,
-                max(rules.min_rank, int(keeps_one)),
-                spared(history, live, rules.grace_rounds),
-                rules.module_pruning,
+            decided_by = smoothed(history, live, scores, rules.smoothing)
+            plan = (
+                plan_modules(decided_by, count)
+                if rules.unit == "modules"
+                else plan_round(
+                    decided_by,
+                    count,
+                    capacity,
+                    budget,
+                    max(rules.min_rank, int(keeps_one)),
+                    spared(history, live, rules.grace_rounds),
+                    rules.module_pruning,
+                    costs,
+                )
             )
         except ValueError as error:
             raise GatewiseError(f"score {rules.score_name!r} at step {step}: {error}; the round was not carried out") from error
@@ -200,43 +225,75 @@ def plan_round(
     min_rank: int = 0,
     spared: Mapping[str, Collection[int]] | None = None,
     module_pruning: bool = False,
+    costs: Costs | None = None,
 ) -> Plan:
     """One round of ALoRA: prune the ``count`` lowest ranks of the whole model, give as many to modules that lost none.
 
     If every module lost a rank nothing is given and the budget shrinks; it never grows past ``budget``. One rank is always left.
 
+    With ``costs`` ranks go by score per cost until ``count`` is freed, and new ones are given while what they cost fits into
+    ``budget``. What no rank fits into, or no module could take, is left for the next round.
+
     With ``module_pruning`` (PI-LoRA, arXiv 2510.04655, reconstructed) whole modules go first: those whose scores add up to zero or
     less, the lowest sum first, as far as they fit into ``count``. They get nothing back, and every other module keeps a rank.
 
     Args:
-        scores: module -> score of each live rank; higher is worth more.
-        count: ranks to prune.
+        scores: module -> score of each live rank; higher is worth more. With ``costs`` zero must be a rank that does nothing.
+        count: ranks to prune, or what their costs must add up to at least.
         capacity: module -> most ranks it can hold.
-        budget: most live ranks over the whole model after the round.
+        budget: most live ranks over the whole model after the round, or the most they may cost.
         min_rank: ranks a module keeps whatever their scores.
         spared: module -> positions of ranks that are not pruned this time.
+        costs: module -> what one of its ranks costs; None for 1 each, the paper's rule.
 
     Raises:
         ValueError: a score is not a finite number.
     """
-    live = sum(map(len, scores.values()))
-    # Without any rank left nothing has a gradient and nothing could grow again.
-    count = min(count, max(0, live - 1))
+    live = cost_of({module: len(values) for module, values in scores.items()}, costs)
+    # Without any rank left nothing has a gradient and nothing could grow again. The last one pruned may free more than was asked.
+    largest = max((cost_of({module: 1}, costs) for module, values in scores.items() if values), default=0)
+    count = min(count, max(0, live - largest))
     spared = spared or {}
-    gone = _worthless(scores, count, min_rank, spared) if module_pruning else {}
+    gone = _worthless(scores, count, min_rank, spared, costs) if module_pruning else {}
     rest = {module: values for module, values in scores.items() if module not in gone}
     floor = max(min_rank, 1) if module_pruning else min_rank
-    some = prune_lowest(rest, count - sum(map(len, gone.values())), floor, spared)
+    freed = cost_of({module: len(positions) for module, positions in gone.items()}, costs)
+    some = prune_lowest(rest, count - freed, floor, spared, costs)
     pruned = {module: gone.get(module) or some[module] for module in scores if module in gone or module in some}
-    lost = sum(map(len, pruned.values()))
+    lost = cost_of({module: len(positions) for module, positions in pruned.items()}, costs)
     takers = [module for module, values in scores.items() if module not in pruned and (values or not module_pruning)]
     room = {module: capacity[module] - len(scores[module]) for module in takers}
-    means = {module: math.fsum(scores[module]) / len(scores[module]) if scores[module] else -math.inf for module in room}
-    return Plan(pruned, spread(min(lost, max(0, budget - (live - lost))), room, means))
+    means = {
+        module: math.fsum(scores[module]) / len(scores[module]) / cost_of({module: 1}, costs) if scores[module] else -math.inf
+        for module in room
+    }
+    free = max(0, budget - (live - lost))
+    return Plan(pruned, spread(min(lost, free) if costs is None else free, room, means, costs))
+
+
+def plan_modules(scores: ModuleScores, count: int) -> Plan:
+    """Prunes all ranks of ``count`` modules, those with the lowest sums of scores; one module is always left, and nothing grows.
+
+    Gatewise's own, for budgets that count modules. Zero must be a rank that does nothing.
+
+    Raises:
+        ValueError: a score is not a finite number.
+    """
+    _check_finite(scores)
+    totals = {module: math.fsum(values) for module, values in scores.items() if values}
+    gone = sorted(totals, key=lambda module: totals[module])[: max(0, min(count, len(totals) - 1))]
+    return Plan({module: list(range(len(values))) for module, values in scores.items() if module in gone})
+
+
+def cost_of(ranks: Mapping[str, int], costs: Costs | None) -> int:
+    """What ranks (module -> how many) cost together: their number without ``costs``."""
+    return sum(ranks.values()) if costs is None else sum(count * costs[module] for module, count in ranks.items())
 
 
 def cubic_budget(start: int, target: int, done: int, rounds: int) -> int:
     """The budget after ``done`` of ``rounds`` rounds: from ``start`` down to ``target``, fast at first (AdaLoRA's cubic schedule).
+
+    The same in any unit.
 
     target + (start - target) (1 - done / rounds)^3, the target itself from the last round on.
     """
@@ -249,8 +306,10 @@ def prune_lowest(
     count: int,
     min_rank: int = 0,
     spared: Mapping[str, Collection[int]] | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, list[int]]:
-    """Positions of the ``count`` lowest scores over all modules, by module.
+    """Positions of the ``count`` lowest scores over all modules, by module; with ``costs``, of the lowest scores per cost, so many
+    that they cost at least ``count``.
 
     A module never falls below ``min_rank``, and ranks that are ``spared`` stay; where that protects too many, fewer than
     ``count`` are pruned.
@@ -262,8 +321,11 @@ def prune_lowest(
         raise ValueError(f"cannot prune {count} ranks")
     _check_finite(scores)
     spared = spared or {}
-    order = sorted((value, at, position) for at, values in enumerate(scores.values()) for position, value in enumerate(values))
     modules = list(scores)
+    each = [cost_of({module: 1}, costs) for module in modules]
+    order = sorted(
+        (value / each[at], at, position) for at, values in enumerate(scores.values()) for position, value in enumerate(values)
+    )
     left = {module: len(values) for module, values in scores.items()}
     chosen: dict[str, list[int]] = {}
     for _, at, position in order:
@@ -271,21 +333,23 @@ def prune_lowest(
         if count > 0 and left[module] > min_rank and position not in spared.get(module, ()):
             chosen.setdefault(module, []).append(position)
             left[module] -= 1
-            count -= 1
+            count -= each[at]
     return {module: sorted(chosen[module]) for module in modules if module in chosen}
 
 
-def _worthless(scores: ModuleScores, count: int, min_rank: int, spared: Mapping[str, Collection[int]]) -> dict[str, list[int]]:
+def _worthless(
+    scores: ModuleScores, count: int, min_rank: int, spared: Mapping[str, Collection[int]], costs: Costs | None
+) -> dict[str, list[int]]:
     """All positions (but ``min_rank``) of the modules whose total is not above zero, the lowest totals first, at most ``count``."""
     _check_finite(scores)
     totals = {module: math.fsum(values) for module, values in scores.items() if len(values) > min_rank}
     chosen: dict[str, list[int]] = {}
     for module in sorted((m for m in totals if totals[m] <= 0 and not spared.get(m)), key=lambda m: totals[m]):
         size = len(scores[module]) - min_rank
-        if size <= count:
+        if (cost := cost_of({module: size}, costs)) <= count:
             lowest = sorted(range(len(scores[module])), key=lambda position: scores[module][position])[:size]
             chosen[module] = sorted(lowest)
-            count -= size
+            count -= cost
     return chosen
 
 
@@ -295,21 +359,23 @@ def _check_finite(scores: ModuleScores) -> None:
             raise ValueError(f"a score of module {module} is not a finite number: {list(values)}")
 
 
-def spread(count: int, room: Mapping[str, int], means: Mapping[str, float]) -> dict[str, int]:
+def spread(count: int, room: Mapping[str, int], means: Mapping[str, float], costs: Costs | None = None) -> dict[str, int]:
     """Spreads ``count`` new ranks evenly over modules, the remainder to those with the highest mean score.
 
     Eight ranks over m1 > m2 > m3 give 3, 3, 2. A module takes no more than its ``room``; what it cannot take is spread over the
-    others in the same way, and what no module can take is not given.
+    others in the same way, and what no module can take is not given. With ``costs`` the ranks given cost at most ``count``: in its
+    turn a module takes one if its cost still fits, until none fits any more.
     """
     modules = list(room)
+    each = {module: cost_of({module: 1}, costs) for module in modules}
     order = sorted((m for m in modules if room[m] > 0), key=lambda m: (-means[m], modules.index(m)))
     given = dict.fromkeys(modules, 0)
-    while count > 0 and order:
-        turn = order[:count]
-        for module in turn:
-            given[module] += 1
-        count -= len(turn)
-        order = [module for module in order if given[module] < room[module]]
+    while order:
+        for module in order:
+            if each[module] <= count:
+                given[module] += 1
+                count -= each[module]
+        order = [module for module in order if given[module] < room[module] and each[module] <= count]
     return {module: n for module, n in given.items() if n > 0}
 
 

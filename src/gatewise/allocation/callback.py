@@ -3,6 +3,7 @@
 ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187, algorithm 1) on stock PEFT LoRA: train, then up to ``rounds`` times score every
 live rank on a validation batch, prune the lowest over the whole model, grow the modules that lost none, and train on. PI-LoRA
 (Li et al., arXiv 2510.04655, reconstructed) is the same with path-integral scores and, if wanted, the pruning of whole modules.
+Both count ranks, whatever the size of their module; by default gatewise counts what the user pays for, parameters.
 """
 
 import inspect
@@ -25,12 +26,13 @@ from transformers.trainer_callback import ExportableState
 
 from gatewise.adapters.files import ALLOCATION_FILE, WEIGHTS_FILE
 from gatewise.adapters.whole import WholeAdapter
-from gatewise.allocation import SCHEDULES, Schedule, slots
-from gatewise.allocation.algorithm import Round, Rules, cubic_budget, run_round
+from gatewise.allocation import SCHEDULES, UNITS, Schedule, Unit, slots
+from gatewise.allocation.algorithm import Round, Rules, cost_of, cubic_budget, run_round
 from gatewise.allocation.growth import DeadSlots, Place, YoungSlots
 from gatewise.allocation.refusals import refuse_what_cannot_work
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import Batches, Scores, as_batches, in_steps_of
+from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
@@ -54,7 +56,7 @@ class RankAllocation(TrainerCallback, ExportableState):
     Args:
         score: "path_moments" (gatewise's own, see docs/scores.md), "ablation" (AB-LoRA, the score of ALoRA), "taylor" (the same to
             first order), "path_integral" (PI-LoRA), "sensitivity" (AdaLoRA), or a function (model, batch, adapter=...) -> path ->
-            one number a live rank, higher for ranks worth keeping.
+            one number a live rank, higher for ranks worth keeping, and zero for one that does nothing.
         rounds: most rounds to run (the paper's N_A). Those that would fall on or after the last step are left out: what they
             grow could not learn any more.
         prune_fraction: share of the budget pruned in a round (n_A).
@@ -69,19 +71,27 @@ class RankAllocation(TrainerCallback, ExportableState):
         adapter: which adapter; None for the active one.
         on_round: called with each finished ``Round``.
         schedule: "constant-budget" is ALoRA's: what is pruned is given to other modules. "cubic" starts from an adapter with more
-            ranks than wanted and only prunes, down to ``target_rank`` on AdaLoRA's cubic curve; ``prune_fraction`` is not used.
-        target_rank: with "cubic", the mean rank of a module at the end.
+            ranks than wanted and only prunes, down to the target on AdaLoRA's cubic curve; ``prune_fraction`` is not used.
+        target_rank: with "cubic", what makes the target: so many ranks a module, or the parameters of an adapter that has this rank
+            everywhere.
         smoothing: of the scores over rounds: each round decides by smoothing * (what the last one decided by) + (1 - smoothing) *
             (its own scores). 0 for none. A rank that was not there in the last round starts with its own score.
         module_pruning: modules whose scores add up to zero or less lose all their ranks, as far as they fit into the round's
             number, get none back and leave the adapter; all others keep at least one. For scores that are signed and complete.
         grace_rounds: for so many rounds a new rank is not pruned. It starts with B at zero, so that in a short round it has no
             time to earn a score; 0, the paper's rule, prunes it like any other.
+        budget: what is counted. "parameters": the numbers of live ranks, d_in + d_out a rank of a linear layer; ranks are pruned by
+            score per parameter, and what no rank fits into is left for the next round. "ranks" is the rule of the papers, by which
+            ranks that move to larger modules make a larger adapter. "modules", with "cubic" only: whole modules go, those whose
+            scores add up to least, until ``target_modules`` are left, which keep their ranks. A LoRA bias and DoRA's magnitude stay
+            and do not count.
+        target_modules: with budget "modules", how many are left at the end.
 
     Attributes:
         history: the rounds so far.
-        budget: the number of live ranks at the start, which is never exceeded.
-        target: the number of live ranks at the end: ``budget``, or with "cubic" what ``target_rank`` makes of it.
+        unit: what ``budget`` and ``target`` count: "parameters", "ranks" or "modules".
+        budget: how many of them the adapter starts with, which is never exceeded.
+        target: the most of them at the end: ``budget``, or with "cubic" what ``target_rank`` or ``target_modules`` makes of it.
     """
 
     def __init__(
@@ -103,6 +113,8 @@ class RankAllocation(TrainerCallback, ExportableState):
         smoothing: float = 0.0,
         module_pruning: bool = False,
         grace_rounds: int = 0,
+        budget: Unit = "parameters",
+        target_modules: int | None = None,
     ) -> None:
         if isinstance(score, str):
             check_score(score, score_options)
@@ -112,7 +124,8 @@ class RankAllocation(TrainerCallback, ExportableState):
             raise GatewiseError(f"rounds is {rounds} and min_rank {min_rank}; expected numbers of at least 0")
         if first_round <= 0 or recover <= 0:
             raise GatewiseError(f"first_round is {first_round} and recover {recover}; expected epochs or steps above 0")
-        _check_schedule(schedule, target_rank, r_max)
+        _check_schedule(schedule, r_max)
+        _check_budget(budget, schedule, target_rank, target_modules, min_rank)
         if not 0 <= smoothing < 1:
             raise GatewiseError(f"smoothing is {smoothing}; expected a number from 0 (none) to below 1, such as 0.5")
         if grace_rounds < 0:
@@ -120,8 +133,9 @@ class RankAllocation(TrainerCallback, ExportableState):
         if module_pruning and min_rank:
             raise GatewiseError(f"min_rank is {min_rank}, but module_pruning takes all ranks of a module: leave one of them out")
         self.score_name = score if isinstance(score, str) else getattr(score, "__name__", "custom")
+        function = SCORES[score] if isinstance(score, str) else score
         self.rules = Rules(
-            score=SCORES[score] if isinstance(score, str) else score,
+            score=function,
             score_name=self.score_name,
             score_options={**(about(score).in_rounds if isinstance(score, str) else {}), **(score_options or {})},
             min_rank=min_rank,
@@ -129,6 +143,8 @@ class RankAllocation(TrainerCallback, ExportableState):
             module_pruning=module_pruning,
             grace_rounds=grace_rounds,
             seed=seed,
+            unit=budget,
+            from_base=SCORES.get(self.score_name) is function and about(self.score_name).from_base,
         )
         self.rounds = rounds
         self.prune_fraction = prune_fraction
@@ -139,11 +155,14 @@ class RankAllocation(TrainerCallback, ExportableState):
         self.on_round = on_round
         self.schedule = schedule
         self.target_rank = target_rank
+        self.target_modules = target_modules
+        self.unit = budget
         self.history: list[Round] = []
         self.budget = 0
         self.target = 0
         self._adapter = adapter
         self._capacity: dict[str, int] = {}
+        self._costs: dict[str, int] | None = None
         self._steps: list[int] = []
         self._rows = 1
         self._young = YoungSlots()
@@ -177,20 +196,9 @@ class RankAllocation(TrainerCallback, ExportableState):
         start = slots.ranks(model, self._adapter)
         if not start:
             raise GatewiseError(f"adapter {self._adapter!r} has no LoRA layer to place ranks in")
-        self.budget = self.target = sum(start.values())
-        if self.target_rank is not None:
-            self.target = round(self.target_rank * len(start))
-            if not 0 < self.target < self.budget:
-                raise GatewiseError(
-                    f"target_rank is {self.target_rank} a module, {self.target} ranks in all, but the adapter starts with "
-                    f"{self.budget}: schedule 'cubic' comes down, so start with a larger r or give a smaller target_rank"
-                )
-            least = self._least_ranks(model, start)
-            if self.target < least:
-                raise GatewiseError(
-                    f"target_rank is {self.target_rank} a module, {self.target} ranks in all, but min_rank, DoRA or a LoRA bias "
-                    f"keep {least}: give a larger target_rank or a smaller min_rank"
-                )
+        self._costs = slots.costs(model, self._adapter) if self.unit == "parameters" else None
+        self.budget = self.target = self._counted(start)
+        self._set_target(model, start)
         # A budget that only comes down needs no room to grow.
         room = self.r_max if self.schedule == "constant-budget" else start
         self._capacity = slots.widen(model, room, self._adapter)
@@ -258,10 +266,10 @@ class RankAllocation(TrainerCallback, ExportableState):
             # The weights are those of the best checkpoint again: rounds after it have not happened to them.
             best = int(state.best_model_checkpoint.rsplit("-", 1)[-1])
             self.history = [one for one in self.history if one.step <= best]
-        if self.schedule == "cubic" and sum(slots.ranks(kwargs["model"], self._adapter).values()) > self.target:
+        if self.schedule == "cubic" and self._counted(slots.ranks(kwargs["model"], self._adapter)) > self.target:
             logger.warning(
-                "training ended (or its best checkpoint lies) before the budget was down to its target of %d ranks: the rest is "
-                "pruned now, and nothing recovers from it; run the rounds earlier", self.target,
+                "training ended (or its best checkpoint lies) before the budget was down to its target of %d %s: the rest is "
+                "pruned now, and nothing recovers from it; run the rounds earlier", self.target, self.unit,
             )  # fmt: skip
             self._run_round(kwargs["model"], None, state.global_step, last=True)
         self.finish(kwargs["model"])
@@ -296,6 +304,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             "score": self.score_name,
             "budget": self.budget,
             "target": self.target,
+            "unit": self.unit,
             "schedule": self.schedule,
             "prune_fraction": self.prune_fraction,
             "smoothing": self.rules.smoothing,
@@ -309,7 +318,8 @@ class RankAllocation(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a Trainer checkpoint keeps of this callback."""
         history = [asdict(one) for one in self.history]
-        return {"args": {}, "attributes": {"adapter": self._adapter, "budget": self.budget, "history": history}}
+        kept = {"adapter": self._adapter, "budget": self.budget, "unit": self.unit, "history": history}
+        return {"args": {}, "attributes": kept}
 
     def _restore(self, state: TrainerState) -> None:
         self.history = []
@@ -321,6 +331,12 @@ class RankAllocation(TrainerCallback, ExportableState):
         entries = [one["attributes"] for one in (stored if isinstance(stored, list) else [stored]) if isinstance(one, dict)]
         for entry in entries:
             if entry.get("adapter", self._adapter) == self._adapter:
+                unit = entry.get("unit", "ranks")  # which all counted before there were others
+                if unit != self.unit:
+                    raise GatewiseError(
+                        f"the checkpoint's budget counts {unit}, but budget is {self.unit!r}: resume with budget={unit!r} "
+                        f"(allocation.budget: {unit} in a recipe)"
+                    )
                 self.budget = entry["budget"]
                 self.history = [Round(**one) for one in entry["history"]]
 
@@ -350,24 +366,39 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def _run_round(self, model: PeftModel, optimizer: torch.optim.Optimizer | None, step: int, last: bool = False) -> None:
         assert self.validation_batch is not None
+        capacity = self._capacity
         if self.schedule == "cubic":
+            capacity = slots.ranks(model, self._name)  # so that nothing grows into what no rank fits of the budget
             rounds_done = len(self._steps) if last else len(self.history) + 1
             budget = cubic_budget(self.budget, self.target, rounds_done, len(self._steps))
-            count = max(0, sum(slots.ranks(model, self._name).values()) - budget)
+            count = max(0, self._counted(capacity) - budget)
         else:
             budget, count = self.budget, max(1, round(self.prune_fraction * self.budget))
         limit = in_steps_of(self._rows, self.validation_batch, loss_kind(model))
         with self._whole_state(model, optimizer) as whole, limit:
             done = run_round(
-                model, self._name, whole, self.validation_batch, self.rules, self.history, step, count, budget, self._capacity
+                model,
+                self._name,
+                whole,
+                self.validation_batch,
+                self.rules,
+                self.history,
+                step,
+                count,
+                budget,
+                capacity,
+                self._costs,
             )
         self.history.append(done)
         self._follow(model, optimizer)
         pruned, grown = (sum(map(len, changed.values())) for changed in (done.pruned, done.grown))
-        if self.schedule == "constant-budget" and grown < pruned:
+        freed, given = (
+            cost_of({path: len(some) for path, some in changed.items()}, self._costs) for changed in (done.pruned, done.grown)
+        )
+        if self.schedule == "constant-budget" and freed - given >= max((self._costs or {"": 1}).values()):
             logger.warning(
-                "round %d gave back %d of %d ranks: too few modules lost none; a smaller prune_fraction or a larger r_max helps",
-                done.round, grown, pruned,
+                "round %d gave back %d of %d %s: too few modules lost none; a smaller prune_fraction or a larger r_max helps",
+                done.round, given, freed, self.unit,
             )  # fmt: skip
         logger.info(
             "round %d at step %d: %d ranks pruned, %d grown, %d live; loss %.4f -> %.4f; %.1f s",
@@ -398,12 +429,43 @@ class RankAllocation(TrainerCallback, ExportableState):
         pairs = slots.all_factors(slots.lora_layers(model, self._adapter), self._name)
         return list(dict.fromkeys(factor for pair in pairs.values() for factor in pair))
 
-    def _least_ranks(self, model: PeftModel, start: Mapping[str, int]) -> int:
-        """The ranks that no round can prune."""
+    def _counted(self, ranks: Mapping[str, int]) -> int:
+        """What live ranks, by path, come to in the unit of the budget."""
+        return sum(rank > 0 for rank in ranks.values()) if self.unit == "modules" else cost_of(ranks, self._costs)
+
+    def _set_target(self, model: PeftModel, start: Mapping[str, int]) -> None:
+        if self.target_modules is not None:
+            self.target = self.target_modules
+            if self.target >= self.budget:
+                raise GatewiseError(
+                    f"target_modules is {self.target}, but the adapter starts with ranks in {self.budget}: give a smaller number"
+                )
+            if staying := slots.stay_without_ranks(model, self._name):
+                raise GatewiseError(
+                    f"budget 'modules' takes whole modules out of the adapter, but {staying[0]} cannot go, because it has more "
+                    "than ranks (DoRA's magnitude, a bias) or is an adapted parameter: leave that out, or take another budget"
+                )
+        if self.target_rank is None:
+            return
+        self.target = round(self.target_rank * self._counted(dict.fromkeys(start, 1)))
+        told = f"target_rank is {self.target_rank} a module, {self.target} {self.unit} in all, but"
+        if not 0 < self.target < self.budget:
+            raise GatewiseError(
+                f"{told} the adapter starts with {self.budget}: schedule 'cubic' comes down, so start with a larger r or give a "
+                "smaller target_rank"
+            )
         layers = slots.lora_layers(model, self._adapter)
         keeps_one = any(slots.carries_more_than_ranks(layer, self._name) for layer in layers.values())
         floor = max(self.rules.min_rank, int(keeps_one))
-        return sum(min(rank, floor) for rank in start.values())
+        least = self._counted({path: min(rank, floor) for path, rank in start.items()})
+        if self.target < least:
+            raise GatewiseError(
+                f"{told} min_rank, DoRA or a LoRA bias keep {least}: give a larger target_rank or a smaller min_rank"
+            )
+        # The last rank of the model stays, whichever it is.
+        largest = max(self._counted({path: 1}) for path, rank in start.items() if rank)
+        if self.target < largest:
+            raise GatewiseError(f"{told} one rank of the largest module has {largest}: give a larger target_rank")
 
     @property
     def _name(self) -> str:
@@ -484,12 +546,30 @@ def _check_sharded(layers: Mapping[str, LoraLinear], name: str, zero: bool) -> N
             )
 
 
-def _check_schedule(schedule: str, target_rank: float | None, r_max: int | None) -> None:
+def _check_schedule(schedule: str, r_max: int | None) -> None:
     if schedule not in SCHEDULES:
         raise GatewiseError(f"schedule {schedule!r} is not known; expected one of {', '.join(SCHEDULES)}")
-    if schedule == "cubic" and target_rank is None:
-        raise GatewiseError("schedule 'cubic' needs target_rank: the mean rank of a module at the end")
     if schedule == "cubic" and r_max is not None:
         raise GatewiseError(f"r_max is {r_max}, but schedule 'cubic' grows no ranks: leave it out")
+
+
+def _check_budget(unit: str, schedule: str, target_rank: float | None, target_modules: int | None, min_rank: int) -> None:
+    if unit not in UNITS:
+        raise GatewiseError(f"budget {unit!r} is not known; expected one of {', '.join(UNITS)}")
     if schedule != "cubic" and target_rank is not None:
         raise GatewiseError(f"target_rank is {target_rank}, but schedule {schedule!r} keeps the budget: give schedule='cubic'")
+    if unit != "modules":
+        if target_modules is not None:
+            raise GatewiseError(f"target_modules is {target_modules}, but budget {unit!r} counts {unit}: give budget='modules'")
+        if schedule == "cubic" and target_rank is None:
+            raise GatewiseError("schedule 'cubic' needs target_rank: the mean rank of a module at the end")
+        return
+    if schedule != "cubic":
+        raise GatewiseError(f"budget 'modules' only comes down, but schedule {schedule!r} keeps the budget: give schedule='cubic'")
+    if not is_whole(target_modules) or target_modules < 1:
+        raise GatewiseError(
+            f"target_modules is {target_modules}, but budget 'modules' needs how many modules are left at the end, at least 1"
+        )
+    if target_rank is not None or min_rank:
+        name, value = ("min_rank", min_rank) if target_rank is None else ("target_rank", target_rank)
+        raise GatewiseError(f"{name} is {value}, but with budget 'modules' a module keeps all of its ranks or none: leave it out")

@@ -34,6 +34,7 @@ def screened(
     *,
     prune: int | None = None,
     max_exact: int | None = None,
+    costs: Mapping[str, int] | None = None,
     adapter: str | None = None,
     float32: bool = True,
     progress: Progress | None = None,
@@ -45,19 +46,34 @@ def screened(
 
     Args:
         ranks: all live ranks, in module order.
-        prune, max_exact: as in ``ablation``.
+        prune, max_exact, costs: as in ``ablation``.
     """
     scores = torch.cat(list(taylor(model, batch, adapter=adapter, float32=float32).values())).double()
-    cut = len(ranks) // 8 if prune is None else prune
     limit = max(16, len(ranks) // 64) if max_exact is None else max_exact
+    each, nothing = torch.ones_like(scores), 0.0
+    if costs is not None:
+        each = scores.new_tensor([costs[path] for path, _ in ranks])
+        nothing = _nothing(model, batch, adapter, float32)  # what a rank that does nothing scores
+    worth = (scores - nothing) / each
+    order = worth.argsort(stable=True)
+    wanted = int(each.sum()) // 8 if prune is None else prune
+    cut = int((each[order].cumsum(0) < wanted).sum()) + 1 if wanted else 0
     if 0 < cut < len(ranks) and limit > 0:
-        ordered = scores.sort().values
-        middle = (ordered[cut - 1] + ordered[cut]) / 2
-        near = (scores - middle).abs().argsort(stable=True)[:limit]
+        middle = (worth[order[cut - 1]] + worth[order[cut]]) / 2
+        near = ((worth - middle).abs() * each).argsort(stable=True)[:limit]
         ablated = exact(model, batch, [ranks[i] for i in near], adapter=adapter, float32=float32, progress=progress)
         scores += (ablated - scores[near]).median()
         scores[near] = ablated
     return scores
+
+
+def _nothing(model: nn.Module, batch: Batches, adapter: str | None, float32: bool) -> float:
+    """AB-LoRA's score of a rank that does nothing: CE(all ranks) - CE(no rank)."""
+    with scoring(model, float32), GateBank(model, adapter) as gates:
+        parts = parts_of(model, batch)
+        with gates.only(set()):
+            without = parts.loss(model)
+        return parts.loss(model) - without
 
 
 def exact(

@@ -138,6 +138,16 @@ def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
     return {path: values[path].detach()[live_mask(layer, bank.adapter)].float().cpu() for path, layer in bank.layers.items()}
 
 
+def from_nothing(scores: Mapping[str, Tensor], shift: float) -> Scores:
+    """Scores, float64 on the CPU, on which a rank that does nothing has zero, where it had ``-shift``: CE(all ranks) - CE(no rank).
+
+    What float32 scores so far from zero cannot tell from it becomes zero.
+    """
+    noise = 4 * torch.finfo(torch.float32).eps * abs(shift)
+    moved = {path: torch.as_tensor(values).cpu().double() + shift for path, values in scores.items()}  # MPS has no float64
+    return {path: values.masked_fill(values.abs() < noise, 0.0) for path, values in moved.items()}
+
+
 @torch.enable_grad()
 def gate_gradients(
     model: nn.Module,

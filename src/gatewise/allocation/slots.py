@@ -145,9 +145,29 @@ def by_slot(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> tuple[Tens
     return a.flatten(1), b.transpose(0, 1).flatten(1)
 
 
+def costs(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
+    """Path -> the numbers of one of its ranks, a row of A and a column of B: d_in + d_out of a linear layer."""
+    name = active_adapter(model, adapter)
+    of_slots = {path: by_slot(layer, name, *factors(layer, name)) for path, layer in _layers(model, name).items()}
+    return {path: rows.shape[1] + columns.shape[1] for path, (rows, columns) in of_slots.items()}
+
+
 def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
     """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
     return adapter in layer.lora_variant or (adapter in layer.lora_B and layer.lora_B[adapter].bias is not None)
+
+
+def stay_without_ranks(model: PeftModel, adapter: str | None = None) -> list[str]:
+    """Paths of what stays in an adapter when it has no live rank: see ``compact``."""
+    name = active_adapter(model, adapter)
+    return [path for path, layer in _holders(model, name).items() if _stays_without_ranks(model, layer, name)]
+
+
+def _stays_without_ranks(model: PeftModel, layer: LoraLinear, name: str) -> bool:
+    # PEFT trains the biases of the base modules that have LoRA, and saves them only there.
+    own_biases = cast(LoraConfig, model.peft_config[name]).bias == "lora_only"
+    has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
+    return carries_more_than_ranks(layer, name) or (own_biases and has_bias) or isinstance(layer, ParamWrapper)
 
 
 def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
@@ -318,16 +338,12 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
     name = active_adapter(model, adapter)
     if not any(live_slots(layer, name) for layer in _layers(model, name).values()):
         raise GatewiseError(f"adapter {name!r} has no live rank left in any module: there is nothing to save")
-    # PEFT trains the biases of the base modules that have LoRA, and saves them only there.
-    own_biases = cast(LoraConfig, model.peft_config[name]).bias == "lora_only"
     kept: dict[str, int] = {}
     for path, layer in _holders(model, name).items():
         modules = dict(_modules_of(path, layer))
         live = [live_slots(module, name) for module in modules.values()]
         most = max(map(len, live))
-        has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
-        stays = carries_more_than_ranks(layer, name) or (own_biases and has_bias) or isinstance(layer, ParamWrapper)
-        if not most and not stays:
+        if not most and not _stays_without_ranks(model, layer, name):
             _remove_layer(model, path, name)
             continue
         # A module that must stay keeps a slot, which is zero.

@@ -4,15 +4,19 @@ import json
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.scores import DEFAULT, NAMES
+from gatewise.checks import number_of
 from gatewise.cli.options import JsonOption, takes_data_options
 from gatewise.errors import GatewiseError
+
+if TYPE_CHECKING:
+    from gatewise.inspection.suggestion import Unit
 
 
 class Value(StrEnum):
@@ -21,6 +25,13 @@ class Value(StrEnum):
     rank = "rank"
     norm = "norm"
     parameters = "parameters"
+
+
+class Budget(StrEnum):
+    """What a suggestion counts."""
+
+    parameters = "parameters"
+    ranks = "ranks"
 
 
 @takes_data_options(leave_out="limit")
@@ -41,8 +52,12 @@ def inspect(
     *,
     options: DataOptions,
     suggest: Annotated[
-        int | None, typer.Option(metavar="BUDGET", help="Suggest a LoraConfig with this many ranks in all, placed by the scores.")
+        str | None,
+        typer.Option(
+            metavar="BUDGET", help="Suggest a LoraConfig of this size, such as 500k or 1.5M, with ranks placed by the scores."
+        ),
     ] = None,
+    budget: Annotated[Budget | None, typer.Option(help="What BUDGET counts. [default: parameters]")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the suggestion to this JSON file, not to stdout.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,11 +70,12 @@ def inspect(
     \b
     Examples:
       gatewise inspect runs/quickstart/adapter --plot ranks.html
-      gatewise inspect runs/quickstart/adapter --scores --data sample:support-dev --suggest 1680 --out pattern.json
+      gatewise inspect runs/quickstart/adapter --scores --data sample:support-dev --suggest 2.4M --out pattern.json
       gatewise inspect runs/milora-support/adapter --routing --data sample:support-dev --plot routing.png
     """
     if routing:
-        for name, unfit in {"scores": scores or None, "score": score, "suggest": suggest, "out": out, "value": value}.items():
+        unfits = {"scores": scores or None, "score": score, "suggest": suggest, "budget": budget, "out": out, "value": value}
+        for name, unfit in unfits.items():
             if unfit is not None:
                 raise GatewiseError(f"--{name} was given with --routing, where it means nothing: leave one of the two out")
         if data is None:
@@ -77,6 +93,7 @@ def inspect(
             "labels": options.labels,
             "device": None if options.device == DataOptions().device else options.device,
             "suggest": suggest,
+            "budget": budget,
             "out": out,
         }
         for name, given in needs_scores.items():
@@ -88,9 +105,12 @@ def inspect(
         raise GatewiseError("--scores was given without --data: name the rows to score on, such as --data sample:support-dev")
     if value is not None:
         raise GatewiseError(f"--value {value} was given with --scores, which shows scores: leave one of the two out")
-    if out is not None and suggest is None:
-        raise GatewiseError("--out was given without --suggest: add --suggest BUDGET, the number of ranks to place")
-    _show_scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows, plot, suggest, out, as_json)
+    for name, given in {"out": out, "budget": budget}.items():
+        if given is not None and suggest is None:
+            raise GatewiseError(f"--{name} was given without --suggest: add --suggest BUDGET, the size of the next adapter")
+    size = None if suggest is None else number_of(suggest, "--suggest")
+    unit: Unit = "ranks" if budget is Budget.ranks else "parameters"
+    _show_scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows, plot, size, unit, out, as_json)
 
 
 def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
@@ -141,6 +161,7 @@ def _show_scores(
     rows: int,
     plot: Path | None,
     budget: int | None,
+    unit: "Unit",
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -154,13 +175,13 @@ def _show_scores(
     if plot:
         inspection.check_suffix(plot)
     if budget is not None:
-        check_budget(budget)
+        check_budget(budget, unit)
     kind = peft_type(adapter)
     if kind != "LORA":
         hint = "; --routing shows which of its modules prompts choose" if kind == "ROUTED_LORA" else ""
         raise GatewiseError(f"{adapter} is of peft_type {kind!r}, but only plain LoRA has ranks that can be scored{hint}")
     importance = score_adapter(adapter, data, options, score=score, rows=rows)
-    ranks = None if budget is None else suggested_ranks(importance, budget)
+    ranks = None if budget is None else suggested_ranks(importance, budget, unit)
     suggestion = None if ranks is None else lora_settings(importance, ranks)
     if out:
         write_json(out, suggestion)
@@ -181,8 +202,9 @@ def _show_scores(
         typer.echo(f"drawn: {plot}")
     if ranks is not None:
         kept = [rank for rank in ranks.values() if rank]
+        parameters = sum(module.cost * ranks[module.path] for module in importance.modules)
         where = f"{len(kept):,} of {len(ranks):,} modules, ranks from {min(kept)} to {max(kept)}"
-        typer.echo(f"suggestion: {sum(kept):,} ranks in {where}" + (f", written: {out}" if out else ""))
+        typer.echo(f"suggestion: {parameters:,} parameters, {sum(kept):,} ranks in {where}" + (f", written: {out}" if out else ""))
         if not out:
             typer.echo(json.dumps(suggestion, indent=2, ensure_ascii=False))
 

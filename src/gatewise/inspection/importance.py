@@ -18,8 +18,8 @@ from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
-from gatewise.allocation.scoring import parts_of, scoring
-from gatewise.allocation.slots import factors, lora_layers
+from gatewise.allocation.scoring import from_nothing, parts_of, scoring
+from gatewise.allocation.slots import costs, factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
 from gatewise.losses import Batch, loss_kind
@@ -40,11 +40,13 @@ class ModuleImportance(Site):
         scores: one number for each live rank, in the order of the slots; zero is a rank that does nothing.
         scaling: what B @ A is multiplied by.
         room: the most ranks that make sense here, min(d_in, d_out).
+        cost: the numbers of one rank, d_in + d_out.
     """
 
     scores: tuple[float, ...]
     scaling: float
     room: int
+    cost: int
 
     @property
     def rank(self) -> int:
@@ -243,12 +245,11 @@ def importance_of(
     # AB-LoRA gives a rank that does nothing CE(all ranks) - CE(no rank), far below zero for a good adapter: a sum over the ranks of
     # a module would mostly count them. Less that constant, zero is a rank that does nothing.
     shift = loss_base - loss_adapted if about(score).from_base else 0.0
-    noise = 4 * torch.finfo(torch.float32).eps * abs(shift)  # what float32 scores this far from zero cannot tell from it
+    shifted, cost = from_nothing(scores, shift), costs(model, name)
     modules = []
     for place in sites_in_order(layers):
         path, layer = place.path, layers[place.path]
-        values = scores[path].cpu().double() + shift  # MPS has no float64
-        values[values.abs() < noise] = 0.0
+        values = shifted[path]
         if not bool(torch.isfinite(values).all()):
             raise GatewiseError(
                 f"the {score} scores of {path} are not finite: look for numbers that are not in the adapter and its base model, "
@@ -263,6 +264,7 @@ def importance_of(
                 scores=tuple(float(f"{value:.9g}") for value in values.tolist()),
                 scaling=layer.scaling[name],
                 room=min(a[0].numel(), len(b)),
+                cost=cost[path],
             )
         )
     return Importance(

@@ -108,9 +108,10 @@ def _lora(recipe: Recipe, base: PreTrainedModel, steps: int) -> LoraConfig:
         "task_type": _task_type(recipe),
     }
     r = peft.r
-    if recipe.allocation is not None and recipe.allocation.schedule == "cubic":
+    allocation = recipe.allocation
+    if allocation is not None and allocation.schedule == "cubic" and allocation.budget != "modules":
         # More ranks at the start, the scale of those wanted at the end.
-        r = _initial_rank(recipe.allocation, peft.r)
+        r = _initial_rank(allocation, peft.r)
         common["lora_alpha"] = peft.lora_alpha * ((r / peft.r) ** 0.5 if peft.use_rslora else r / peft.r)
     if recipe.method == "adalora":
         return AdaLoraConfig(target_r=peft.r, **_adalora_schedule(recipe, steps), **common)

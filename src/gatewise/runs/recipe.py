@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from gatewise.allocation import Schedule
+from gatewise.allocation import Schedule, Unit
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
@@ -155,11 +155,14 @@ class AllocationSection(Section):
 
     ``score`` names a file in ``gatewise/allocation/scores``. With pi-lora, ``score`` left out is path_integral and
     ``module_pruning`` left out is true. With ``schedule: cubic`` every module starts with ``init_r`` ranks (left out: one and a
-    half times ``peft.r``) and ``peft.r`` is the mean rank at the end.
+    half times ``peft.r``), and the adapter ends with the parameters (or ranks, see ``budget``) that ``peft.r`` everywhere would
+    have. With ``budget: modules`` all start with ``peft.r`` ranks, and ``target_modules`` modules keep them.
     """
 
     score: Score = DEFAULT
     schedule: Schedule = "constant-budget"
+    budget: Unit = "parameters"
+    target_modules: Count | None = None
     rounds: Count = 8
     prune_fraction: Fraction = 0.125
     first_round: Span = 1.0
@@ -421,6 +424,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if allocation is not None and allocation.schedule == "cubic" and allocation.r_max is not None:
         yield "allocation.r_max", "is for schedule constant-budget: a cubic budget starts with init_r and only comes down"
+    if allocation is not None:
+        yield from _contradictions_of_budgets(allocation)
     if allocation is not None and allocation.schedule != "cubic" and allocation.init_r is not None:
         yield "allocation.init_r", f"is for schedule cubic, but the schedule is {allocation.schedule}: remove the key"
     if allocation is not None and allocation.init_r is not None and allocation.init_r <= recipe.peft.r:
@@ -437,6 +442,25 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "peft.use_rslora", "is true, but AdaLoRA scales by lora_alpha / init_r: remove the key"
     if method == "adalora" and recipe.peft.init_lora_weights is not True:
         yield "peft.init_lora_weights", "is for the other methods: AdaLoRA has its own start, so remove the key"
+
+
+def _contradictions_of_budgets(allocation: AllocationSection) -> Iterator[tuple[str, str]]:
+    if allocation.budget != "modules":
+        if allocation.target_modules is not None:
+            yield "allocation.target_modules", f"is for budget modules, but the budget is {allocation.budget}: remove the key"
+        return
+    if allocation.schedule != "cubic":
+        yield (
+            "allocation.budget",
+            f"is modules, which only come down, but the schedule is {allocation.schedule}: set schedule: cubic",
+        )
+    if allocation.target_modules is None:
+        yield "allocation.target_modules", "is needed with budget modules: how many modules keep their ranks"
+    if allocation.init_r is not None:
+        yield (
+            "allocation.init_r",
+            "is for budgets that take single ranks: with budget modules all start with peft.r, so remove the key",
+        )
 
 
 def _contradictions_of_prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -354,7 +354,7 @@ def _allocation(recipe: Recipe, prepared: _Prepared, progress: RunProgress) -> R
         )
     batch = PadCollator(prepared.tokenizer)(prepared.held_out)
     settings = section.model_dump(exclude={"validation_rows", "init_r"})
-    if section.schedule == "cubic":
+    if section.schedule == "cubic" and section.budget != "modules":
         settings["target_rank"] = recipe.peft.r
     return RankAllocation(**settings, validation_batch=batch, seed=recipe.seed, on_round=progress.say_round)
 

@@ -131,6 +131,32 @@ def test_screened_prunes_what_exact_prunes_near_the_cut(adapted, batch):
     assert (torch.isclose(nearest, exact, rtol=0, atol=1e-6)).sum() >= 4
 
 
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_with_costs_screened_ablates_near_the_cut_by_score_per_cost(adapted, batch, share):
+    """Scores counted from a rank that does nothing, by cost: the reference looks for the cut one rank at a time."""
+    model, data = adapted(), batch()
+    layers = lora_layers(model)
+    ranks = [(path, slot) for path, layer in layers.items() for slot in live_slots(layer, "default")]
+    costs = {path: 1 + 7 * index % 5 for index, path in enumerate(layers)}
+    exact, first = (torch.cat(list(scores.values())).double() for scores in (ablation(model, data), taylor(model, data)))
+    with torch.no_grad():
+        model.eval()
+        on = model(**data).loss.item()
+        with model.disable_adapter():
+            off = model(**data).loss.item()
+    worth = [(float(first[i]) - (on - off)) / costs[path] for i, (path, _) in enumerate(ranks)]
+    wanted, order = int(share * sum(costs[path] for path, _ in ranks)), sorted(range(len(ranks)), key=worth.__getitem__)
+    number = 0
+    while sum(costs[ranks[i][0]] for i in order[:number]) < wanted:
+        number += 1
+    middle = (worth[order[number - 1]] + worth[order[number]]) / 2
+    near = sorted(range(len(ranks)), key=lambda i: abs(worth[i] - middle) * costs[ranks[i][0]])[:6]
+    got = torch.cat(list(ablation(model, data, mode="screened", prune=wanted, max_exact=6, costs=costs).values())).double()
+    expected = first + (exact[near] - first[near]).median()
+    expected[near] = exact[near]
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
 def test_model_is_as_it_was(adapted, batch):
     model = adapted(lora_dropout=0.3)
     model.train()

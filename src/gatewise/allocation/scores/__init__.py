@@ -11,7 +11,8 @@ for tables and pages:
 
 It may also have ``IN_ROUNDS``, options that rounds and ``inspect --scores`` give it unless told otherwise, and
 ``check_options(**options)``, which raises ``GatewiseError`` for options that can be seen to be wrong before training. A score with
-an argument ``prune`` is told how many ranks the round will prune; one with ``progress`` may report (done, total); one with
+an argument ``prune`` is told how many ranks the round will prune; one that has ``costs`` too is told, where the budget counts
+parameters, what a rank of each module costs, and ``prune`` in that unit. One with ``progress`` may report (done, total); one with
 ``on_loss`` may tell the mean loss with all ranks on, which the round then need not measure.
 """
 
@@ -81,7 +82,7 @@ def check_score(name: str, options: Mapping[str, Any] | None = None) -> None:
     if not options:
         return
     arguments = inspect.signature(SCORES[name]).parameters
-    known = [key for key in arguments if key not in ("model", "batch", "adapter", "on_loss")]
+    known = [key for key in arguments if key not in ("model", "batch", "adapter", "on_loss", "costs")]
     for key, value in options.items():
         if key not in known:
             raise GatewiseError(f"score_options has {key!r}, but score {name!r} takes {', '.join(known)}{_near(key, known)}")

@@ -8,7 +8,7 @@ S(M) is the same for every rank, so a score here is CE(M\\r) - CE(M_r). This fil
 kept as the reference. ``gatewise.allocation.fast_ablation`` comes to the same numbers faster.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,6 +40,7 @@ def ablation(
     adapter: str | None = None,
     prune: int | None = None,
     max_exact: int | None = None,
+    costs: Mapping[str, int] | None = None,
     float32: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
@@ -50,6 +51,7 @@ def ablation(
         mode: "naive" is the paper's loop; "exact" gives the same numbers faster; "screened" gives first-order numbers, shifted to
             agree with the exact ones of the ranks near the cut, which alone it ablates.
         prune: where "screened" puts the cut: the number of ranks to be pruned; None for an eighth of the live ranks.
+        costs: path -> what a rank costs: the cut is then by score per cost, and ``prune`` what the pruned ranks cost at least.
         max_exact: at most this many ranks are ablated by "screened"; None for a 64th of the live ranks, at least 16.
         float32: score in float32 even if the weights are in half precision.
         progress: called with (ranks done, ranks to do) while ranks are ablated.
@@ -69,7 +71,7 @@ def ablation(
     elif mode == "exact":
         values = fast_ablation.exact(model, batch, ranks, **settings)
     else:
-        values = fast_ablation.screened(model, batch, ranks, prune=prune, max_exact=max_exact, **settings)
+        values = fast_ablation.screened(model, batch, ranks, prune=prune, max_exact=max_exact, costs=costs, **settings)
     parts = values.float().split([sum(path == at for at, _ in ranks) for path in layers])
     return dict(zip(layers, parts, strict=True))
 
