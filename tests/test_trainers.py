@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_base, word_tokenizer
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from gatewise import RankAllocation, RoutedLoraConfig, SelectivePromptConfig, ranks
+from gatewise import RankAllocation, RoutedLoraConfig, SelectivePromptConfig
 from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import CallTracker
 
@@ -133,7 +133,8 @@ def check(trainer: Any, folder: Path, fresh: Any) -> None:
     if allocation:
         assert [one.step for one in allocation.history] == [2, 4]
         assert all(one.pruned and one.grown for one in allocation.history)
-        assert sum(ranks(model).values()) == allocation.budget == 42
+        stored = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+        assert 1392 - 40 < stored <= allocation.budget == 1392  # the largest rank has 40
     model.eval()
     data = {"input_ids": batch()["input_ids"], "attention_mask": batch()["attention_mask"]}
     with torch.no_grad():

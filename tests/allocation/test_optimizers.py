@@ -83,6 +83,7 @@ def run(tmp_path):
             first_round=4,
             recover=4,
             prune_fraction=1 / 16,
+            budget="ranks",
             validation_batch={"input_ids": ids[:6], "labels": ids[:6]},
             on_round=lambda one: factors.update(grown=factors_of(model)),
         )

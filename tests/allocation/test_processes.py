@@ -15,7 +15,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gatewise import RankAllocation, processes
 from gatewise.allocation.scoring import parts_of
-from gatewise.allocation.slots import ranks
 from gatewise.internals.sharding import share_cpu_models
 from gatewise.internals.zero import without_compiling
 
@@ -82,7 +81,9 @@ def trained(
     task = "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM"
     model = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type=task))
     rows, scored = data()
-    allocation = RankAllocation(score=score, rounds=2, first_round=2, recover=2, validation_batch=scored)
+    # Counted from no rank, AB-LoRA's differences of losses are a few of float32's steps here, too few to compare.
+    budget: Any = "ranks" if score == "ablation" else "parameters"
+    allocation = RankAllocation(score=score, rounds=2, first_round=2, recover=2, validation_batch=scored, budget=budget)
     accumulate = settings.get("gradient_accumulation_steps", 1)
     arguments = TrainingArguments(
         output_dir=folder,
@@ -218,7 +219,7 @@ def test_two_processes_train_the_adapter_of_one(one: dict[str, Any], two: list[d
     assert state.keys() == two[0][name]["state"].keys()
     for key, value in state.items():
         torch.testing.assert_close(value.detach(), two[0][name]["state"][key])
-    assert sum(ranks(loaded).values()) == 42
+    assert 1392 - 40 < sum(p.numel() for p in state.values()) <= 1392  # the largest rank has 40
 
 
 @pytest.mark.parametrize("name", OF_FOUR)

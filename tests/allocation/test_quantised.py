@@ -145,7 +145,7 @@ def test_ends_as_a_plain_adapter_on_an_untouched_base(base, rows, held_out, tmp_
         while_scoring.append(places(of_the_base(model)))
         return scores.path_moments(model, batch, adapter=adapter)
 
-    allocation = RankAllocation(score=looking_score, rounds=2, first_round=3, recover=3, validation_batch=held_out)
+    allocation = RankAllocation(score=looking_score, rounds=2, first_round=3, recover=3, validation_batch=held_out, budget="ranks")
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"),
         max_steps=9,

@@ -37,7 +37,7 @@ def trainer(batch, tmp_path):
     def make(model):
         data = batch(rows=8)
         rows = [{key: value[row] for key, value in data.items()} for row in range(8)]
-        allocation = RankAllocation(rounds=2, first_round=3, recover=3, prune_fraction=1 / 6, validation_batch=data)
+        allocation = RankAllocation(rounds=2, first_round=3, recover=3, prune_fraction=1 / 6, validation_batch=data, budget="ranks")
         arguments = TrainingArguments(
             output_dir=str(tmp_path / "run"),
             max_steps=9,
