@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from gatewise.errors import GatewiseError
 
 _PREFIX = 40  # of a name that is as long as names can be, no longer one could be made
@@ -149,7 +151,7 @@ def _temporary(path: str | Path, parent: Path) -> Iterator[Path]:
         raise GatewiseError(f"cannot write {path}: {error.strerror or error}; give a path that can be written") from error
     try:
         yield folder
-    except OSError as error:
-        raise GatewiseError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        raise GatewiseError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; nothing was changed") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

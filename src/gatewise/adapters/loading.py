@@ -42,6 +42,7 @@ def load_with_data(
     data: str,
     options: DataOptions = DataOptions(),
     *,
+    trainable: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Loaded:
     """Loads an adapter and the data it is to be run on.
@@ -49,23 +50,30 @@ def load_with_data(
     Args:
         data: a .jsonl, .json or .csv file, ``sample:NAME``, or a data set's name.
         options: how to read the data, and where the model runs.
+        trainable: leave the adapter's own parameters free.
         say: told in a line what happens now.
 
     Raises:
         GatewiseError: adapter, base model and data cannot be read or do not fit each other, or there is no such device.
     """
     adapter = Path(adapter)
-    note = read_note(adapter)
     device = pick_device(options.device)
+    records, template, max_length = read_data(adapter, data, options)
+    model, tokenizer, base_name = load_as_trained(adapter, base=options.base, device=device, trainable=trainable, say=say)
+    return Loaded(model, tokenizer, base_name, records, template, max_length)
+
+
+def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, Template | None, int]:
+    """The part of ``load_with_data`` that needs no model: rows, how prompts are written, and the most tokens of a sequence."""
+    note = read_note(adapter)
     names, words = _labels(options.labels) if options.labels else (note.get("labels"), note.get("label_words"))
     records = load_like(data, names, split=options.split, limit=options.limit)
     check_labels(records, "give --labels with all of them")
-    model, tokenizer, base_name = load_as_trained(adapter, base=options.base, device=device, say=say)
     template = None
     if note.get("task", "causal") == "causal":
         prompt = options.prompt or note.get("template") or default_template(records).prompt
         template = Template(prompt, words if records.labels is not None else None)
-    return Loaded(model, tokenizer, base_name, records, template, int(note.get("max_length", 512)))
+    return records, template, int(note.get("max_length", 512))
 
 
 def load_as_trained(
@@ -73,6 +81,7 @@ def load_as_trained(
     *,
     base: str | Path | None = None,
     device: torch.device | str = "auto",
+    trainable: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """``load_adapter`` in the precision that the adapter's recipe asked for; one that left it open leaves it to this device too."""
@@ -82,7 +91,7 @@ def load_as_trained(
     dtype = torch.float32 if classifier else pick_dtype(asked if asked in DTYPES else "auto", device, say)
     if say:
         say(f"loading {adapter} in {str(dtype).removeprefix('torch.')} on {device}")
-    return load_adapter(adapter, base=base, dtype=dtype, device=device)
+    return load_adapter(adapter, base=base, dtype=dtype, device=device, trainable=trainable)
 
 
 def _labels(text: str) -> tuple[list[str], dict[str, str] | None]:

@@ -54,7 +54,7 @@ class GateBank:
         self._gates: dict[str, Tensor] = {}
         slots, pairs = capacities(self.layers, self.adapter), all_factors(self.layers, self.adapter)
         self._shapes = {path: _GateShape(slots[path], a.device, a.ndim - 2) for path, (a, _) in pairs.items()}
-        self._watchers: list[Callable[[str, torch.Size], None]] = []
+        self._watchers: list[Callable[[str, Tensor], None]] = []
         self._undo = ExitStack()
         for path, layer in self.layers.items():
             if layer.merged:
@@ -121,12 +121,18 @@ class GateBank:
             apart = apart and not any(isinstance(layer, Expert) for layer in self.layers.values())
             return self.plain and self._head not in map(id, self.layers.values()) and apart
 
-        def look(path: str, shape: torch.Size) -> None:
-            seen.append((path, shape))
+        with self.looking(lambda path, hidden: seen.append((path, hidden.shape))):
+            yield answer
 
+    @contextmanager
+    def looking(self, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """While open, ``look(path, hidden)`` is called with what A gives, (b, t, r) or (b, r, *pixels), before the module's gate.
+
+        Not for stacked experts, nor for DoRA of embeddings and convolutions, whose gates lie in A itself.
+        """
         self._watchers.append(look)
         try:
-            yield answer
+            yield
         finally:
             self._watchers.remove(look)
 
@@ -154,6 +160,10 @@ class GateBank:
                     stack.callback(self._gates.pop, path)
             yield
 
+    def by_rank(self, path: str, hidden: Tensor) -> Tensor:
+        """What A gives, as ``looking`` shows it, as (tokens or pixels, r)."""
+        return (hidden.movedim(1, -1) if self._shapes[path].pixels else hidden).flatten(0, -2)
+
     def _put_gate(self, path: str, layer: LoraLinear) -> Callable[[], None]:
         """Has a module's gate, once it has one, multiply its ranks; returns what undoes it."""
         embedding = self.adapter in layer.lora_embedding_A
@@ -170,7 +180,7 @@ class GateBank:
     def _gated(self, path: str, hidden: Tensor) -> Tensor:
         """What A gives, (b, t, r) or (b, r, *pixels) in a convolution, by the module's gate."""
         for look in self._watchers:
-            look(path, hidden.shape)
+            look(path, hidden)
         gate = self._gates.get(path)
         if gate is None:
             return hidden

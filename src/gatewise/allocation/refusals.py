@@ -57,7 +57,7 @@ def _refuse_variant(name: str) -> None:
     if name.startswith(_WORKING):
         return
     reason = next((reason for start, reason in _REASONS.items() if name.startswith(start)), f"{name} is not known to gatewise")
-    raise GatewiseError(f"RankAllocation cannot move the ranks of this LoRA variant: {reason}; leave it out of the LoraConfig")
+    raise GatewiseError(f"the ranks of this LoRA variant cannot be moved or taken away: {reason}; leave it out of the LoraConfig")
 
 
 def _passes_gradients(base: Any, width: Any, dtype: torch.dtype) -> bool:

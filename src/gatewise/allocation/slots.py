@@ -152,6 +152,18 @@ def costs(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
     return {path: rows.shape[1] + columns.shape[1] for path, (rows, columns) in of_slots.items()}
 
 
+def set_slots(layer: LoraLinear, adapter: str, rows: Tensor, columns: Tensor) -> None:
+    """Writes all slots of a layer: the numbers of its A and B as ``by_slot`` gives them."""
+    a, b = (factor.detach() for factor in factors(layer, adapter))
+    if isinstance(layer, Expert):
+        experts = layer.layer.num_experts
+        a.unflatten(0, (experts, -1))[layer.number].copy_(rows)
+        b.unflatten(1, (-1, experts))[..., layer.number].copy_(columns.T)
+        return
+    a.copy_(rows.view(a.shape))
+    b.copy_(columns.view(b.shape[1], b.shape[0], *b.shape[2:]).transpose(0, 1))
+
+
 def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
     """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
     return adapter in layer.lora_variant or (adapter in layer.lora_B and layer.lora_B[adapter].bias is not None)
@@ -221,7 +233,7 @@ def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapte
     """
     name = active_adapter(model, adapter)
     layers = _holders(model, name)
-    _check_not_tied(layers, name)
+    check_not_tied(model, name)
     slots: dict[str, int] = {}
     for held_at, layer in layers.items():
         modules = dict(_modules_of(held_at, layer))
@@ -249,10 +261,14 @@ def _move_slots(layer: LoraLinear, name: str, modules: Sequence[LoraLinear], kep
                 parameter.index_copy_(dim, index, value)
 
 
-def _check_not_tied(layers: Mapping[str, LoraLinear], name: str) -> None:
-    """With ``ensure_weight_tying`` the LoRA of an LM head is that of the embedding, transposed."""
+def check_not_tied(model: nn.Module, name: str) -> None:
+    """Refuses an adapter whose layers share ranks: ``ensure_weight_tying`` gives an LM head those of the embedding, transposed.
+
+    Raises:
+        GatewiseError: there are some.
+    """
     owners: dict[int, str] = {}
-    for path, layer in layers.items():
+    for path, layer in _holders(model, name).items():
         for factor in factors(layer, name):
             if factor.device.type != "meta" and owners.setdefault(factor.data_ptr(), path) != path:
                 raise GatewiseError(

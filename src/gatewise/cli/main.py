@@ -1,4 +1,4 @@
-"""The command line: train, eval, inspect, export, models. Thin: every command calls one function of the library.
+"""The command line: train, eval, inspect, compress, export, models. Thin: every command calls one function of the library.
 
 What a user can put right ends in one sentence on stderr and exit code 2; an interrupt ends in 130. Everything else is a bug, and
 shows its traceback. Torch and Transformers are imported inside the commands, so that ``gatewise --help`` is quick.
@@ -24,6 +24,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from gatewise.adapters.data_options import DataOptions
+from gatewise.cli.compress import compress
 from gatewise.cli.inspect import inspect
 from gatewise.cli.mdt import mdt_app
 from gatewise.cli.options import JsonOption, takes_data_options
@@ -207,6 +208,9 @@ def eval_(
 
 
 app.command()(inspect)
+
+
+app.command()(compress)
 
 
 @app.command()

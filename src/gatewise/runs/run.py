@@ -307,6 +307,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
             "trained_in": _name(dtype),
             "label_words": template.labels if template else None,
             "max_length": max_length,
+            "training": recipe.training.model_dump(include={"learning_rate", "batch_size", "weight_decay", "max_grad_norm"}),
         },
         held_out=held_out,
         fresh_base=fresh_base,

@@ -1,0 +1,48 @@
+"""Turns every module's B A into its singular basis, so that a rank is a singular direction of what the module adds.
+
+How B A is cut into ranks is chance: any invertible R gives the same update as (B R^-1)(R A). What is dropped rank by rank should
+not depend on it. With thin QR factorisations B = Q_b R_b and A^T = Q_a R_a and the singular value decomposition of the small core
+R_b R_a^T = U S V^T (r, r), the update is B A = (Q_b U) S (Q_a V)^T. The new factors are B' = Q_b U S^1/2 and A' = S^1/2 (Q_a V)^T:
+rank i is the i-th singular direction, the largest first, and shares its size evenly between both factors.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gatewise.adapters.lora import active_adapter
+from gatewise.allocation.slots import by_slot, check_not_tied, factors, lora_layers, set_slots
+
+
+def to_singular_basis(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """Rewrites the factors of every LoRA layer in its singular basis. The function computed does not change.
+
+    Slots that B A does not need (dead ones, and those of more ranks than its true one) are zero afterwards, behind the others.
+
+    Returns:
+        Path -> (r,) singular values of scaling * B A, descending, in float64 on the CPU.
+
+    Raises:
+        GatewiseError: no LoRA adapter, or layers that share their factors.
+    """
+    name = active_adapter(model, adapter)
+    check_not_tied(model, name)
+    found: dict[str, Tensor] = {}
+    for path, layer in lora_layers(model, name).items():
+        rows, columns = by_slot(layer, name, *(factor.detach().cpu().double() for factor in factors(layer, name)))
+        rows, columns, values = _turned(rows, columns)
+        set_slots(layer, name, rows, columns)
+        found[path] = values * abs(layer.scaling[name])
+    return found
+
+
+def _turned(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A (r, d_in) and B^T (r, d_out) in the singular basis of B A, and its singular values (r,)."""
+    (q_a, r_a), (q_b, r_b) = (torch.linalg.qr(factor.T) for factor in (rows, columns))
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    # What float32 factors cannot hold beside the largest direction is rounding: such a rank is none.
+    s = torch.where(s > s.max() * len(rows) * torch.finfo(torch.float32).eps, s, 0.0)
+    root = s.sqrt()[:, None]
+    turned = root * (v @ q_a.T), root * (q_b @ u).T
+    missing = len(rows) - len(s)  # more ranks than the module has dimensions
+    new_rows, new_columns = (torch.cat([one, one.new_zeros(missing, one.shape[1])]) for one in turned)
+    return new_rows, new_columns, torch.cat([s, s.new_zeros(missing)])

@@ -1,0 +1,149 @@
+"""A finished LoRA adapter -> the smallest one that is as good on some data.
+
+1. Every module is turned into its singular basis (``basis``), so that a rank is a singular direction.
+2. Ranks are valued on rows of their own, and all that can be dropped is put into one order by value a unit of cost (``order``).
+3. The whole adapter and what is left without any rank are measured on held-out rows (``quality``).
+4. Bisection over the order finds how far one can go (``search``). Each candidate is measured on the same held-out rows; what does
+   not hold is trained on for some steps where there are rows to do so (``recovery``), and measured again.
+5. The winner is written as plain LoRA at its true ranks, with what engines need to know, loaded again and compared (``writing``).
+
+The idea is gatewise's own, not a paper's; the parts that are others' (the scores, low-rank rotations) are named where they stand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+
+from gatewise import __version__
+from gatewise.adapters.data_options import DataOptions
+from gatewise.adapters.files import read_note, read_tensors, weights_of
+from gatewise.adapters.loading import Loaded, load_with_data
+from gatewise.adapters.lora import active_adapter
+from gatewise.compress.goal import Compressed, Goal
+from gatewise.compress.order import DEFAULT, ORDERS
+from gatewise.compress.quality import MEASURES, Measure
+from gatewise.compress.recovery import Recovery
+from gatewise.compress.search import Rows, Search, left_as_it_was, rows_for
+from gatewise.compress.work import Work, fingerprint_of
+from gatewise.compress.writing import written
+from gatewise.errors import GatewiseError
+from gatewise.files import check_new_folder
+from gatewise.progress import ConsoleProgress, quiet
+from gatewise.tasks import Records
+from gatewise.tasks.records import load_like
+
+WITHIN = Goal()
+
+
+def compress(
+    model_or_dir: PeftModel | str | Path,
+    data: str | Records,
+    out: str | Path,
+    goal: Goal = WITHIN,
+    *,
+    options: DataOptions = DataOptions(),
+    recovery: Recovery | None = None,
+    order: str = DEFAULT,
+    measure: Measure | None = None,
+    score_rows: int = 128,
+    refitted: bool = True,
+    looks: int = 7,
+    seed: int = 0,
+    tokenizer: Any = None,
+    template: Any = None,
+    adapter: str | None = None,
+    console: Console | None = None,
+) -> Compressed:
+    """Gives back the smallest adapter that is as good on the data, or the best of a given size, and writes it.
+
+    Args:
+        model_or_dir: the folder of any LoRA adapter that PEFT loads, or a model in memory, which is afterwards as it was.
+        data: rows that measure, of which the scored ones are taken out unless there are rows to recover on; with a model in memory
+            a file, a sample or ``Records``.
+        out: the folder to write, new or empty. Beside it lies OUT.work while this runs: what was measured, so that the same call
+            goes on after an interruption. Not for a model in memory.
+        goal: what the smaller adapter is to be.
+        options: how to read the data, and where the model runs.
+        recovery: rows to train on after ranks are gone. Without them nothing is trained but one number a rank.
+        order: how ranks are valued, see ``rank_values``.
+        measure: "right" answers, or "loss"; None for right answers where there are some.
+        score_rows: rows that value ranks, and that single numbers are fitted on.
+        refitted: whether to fit one number a rank after ranks are gone.
+        looks: candidates that bisection measures at most.
+        seed: of all draws.
+        tokenizer, template: of a model in memory; ``adapter``: which of its adapters, None for the active one.
+        console: where progress is shown; stderr by default.
+
+    Raises:
+        GatewiseError: adapter, model or data cannot be read or do not fit; too few rows; an adapter that does nothing here; a
+            target or tolerance that nothing meets.
+    """
+    if order not in ORDERS:
+        raise GatewiseError(f"order {order!r} is not known; expected one of {', '.join(ORDERS)}")
+    if measure is not None and measure not in MEASURES:
+        raise GatewiseError(f"measure {measure!r} is not known; expected one of {', '.join(MEASURES)}")
+    if score_rows < 1 or looks < 1:
+        raise GatewiseError(f"score_rows is {score_rows} and looks is {looks}: expected at least 1 of each")
+    check_new_folder(out)
+    source = None if isinstance(model_or_dir, PeftModel) else Path(model_or_dir)
+    progress = ConsoleProgress(console or Console(stderr=True))
+    with quiet(bars=True):
+        loaded, note = _loaded(model_or_dir, data, options, tokenizer, template, recovery is not None, progress)
+        rows = rows_for(loaded, measure, goal, recovery, score_rows, seed, progress.say)
+        settings = {
+            "goal": asdict(goal), "recovery": asdict(recovery) if recovery else None, "order": order, "refitted": refitted,
+            "looks": looks, "seed": seed,
+        }  # fmt: skip
+        work = Work(None) if source is None else _work(Path(out), source, settings, loaded, rows, note)
+        name = active_adapter(loaded.model, adapter)
+        with left_as_it_was(loaded.model, name):
+            dtype = torch.float32 if source is None else stored_dtype(source)
+            search = Search(loaded, name, rows, goal, recovery, refitted, order, seed, note, work, progress, dtype)
+            search.prepare()
+            chosen = search.of_size() if goal.has_target else search.smallest(looks)
+            return written(chosen, Path(out), search, source)
+
+
+def _loaded(
+    model_or_dir: PeftModel | str | Path,
+    data: str | Records,
+    options: DataOptions,
+    tokenizer: Any,
+    template: Any,
+    trainable: bool,
+    progress: ConsoleProgress,
+) -> tuple[Loaded, Mapping[str, Any]]:
+    if not isinstance(model_or_dir, PeftModel):
+        if not isinstance(data, str):
+            raise GatewiseError(
+                "data is Records, which go with a model in memory: give the name of a file with an adapter's folder"
+            )
+        return load_with_data(model_or_dir, data, options, trainable=trainable, say=progress.say), read_note(model_or_dir)
+    if tokenizer is None:
+        raise GatewiseError("a model in memory was given without its tokenizer: pass tokenizer=")
+    records = data if isinstance(data, Records) else load_like(data, None, split=options.split, limit=options.limit)
+    return Loaded(model_or_dir, tokenizer, "", records, template, 512), {}
+
+
+def _work(out: Path, source: Path, settings: Mapping[str, Any], loaded: Loaded, rows: Rows, note: Mapping[str, Any]) -> Work:
+    """What an interrupted call with the same settings, data, adapter and base left beside the folder to write."""
+    out = out.resolve()
+    weight: Any = next(loaded.model.parameters())
+    read = {
+        "template": None if loaded.template is None else [loaded.template.prompt, loaded.template.labels],
+        "max_length": loaded.max_length, "base": loaded.base, "dtype": str(weight.dtype), "device": str(weight.device),
+        "note": note, "measure": rows.measure, "version": __version__,
+        "rows": [one.rows if one else None for one in (rows.held_out, rows.scored, rows.train)],
+    }  # fmt: skip
+    return Work(out.with_name(f"{out.name}.work"), fingerprint_of({**settings, **read}, source))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format of an adapter's factors on disk."""
+    tensors, _ = read_tensors(weights_of(folder))
+    return next((tensor.dtype for name, tensor in tensors.items() if ".lora_" in name), torch.float32)

@@ -1,0 +1,438 @@
+"""The search itself: one order of all that can go, and how far along it one can go."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from gatewise.adapters.loading import Loaded
+from gatewise.adapters.lora import takes_out_of_base
+from gatewise.allocation.refusals import refuse_what_cannot_work
+from gatewise.allocation.slots import Expert, factors, live_slots, lora_layers, prune
+from gatewise.compress.basis import to_singular_basis
+from gatewise.compress.goal import Candidate, Goal, Size
+from gatewise.compress.order import Cost, Move, above_cap, module_costs, moves, parameter_costs, rank_values
+from gatewise.compress.quality import Difference, Measure, check_rows, difference, encoded, measure_for, qualities, split
+from gatewise.compress.recovery import Recovery, recover, refit
+from gatewise.compress.timing import seconds_a_step, time_costs
+from gatewise.compress.work import Work
+from gatewise.errors import GatewiseError
+from gatewise.losses import mean_loss
+from gatewise.progress import ConsoleProgress
+from gatewise.tasks import PadCollator, Records, Template
+from gatewise.tasks.records import load_like
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows for three purposes, none of them in two: those that measure, those that value ranks, and those to train on."""
+
+    held_out: Records
+    scored: Records
+    train: Records | None
+    measure: Measure
+
+
+def rows_for(
+    loaded: Loaded,
+    measure: Measure | None,
+    goal: Goal,
+    recovery: Recovery | None,
+    score_rows: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> Rows:
+    """Deals out the rows. Rows that say the same are one row: they would measure what they chose.
+
+    Raises:
+        GatewiseError: too few rows, or rows that cannot be measured so.
+    """
+    records, train = _without_repeats(loaded.records, loaded.template, set(), say), None
+    measure = measure or measure_for(records)
+    if measure == "right" and records.kind == "generation":
+        raise GatewiseError(f"{records.source} has free text, of which none is right or wrong: take --measure loss")
+    if recovery is None:
+        if len(records) < 2:
+            raise GatewiseError(f"{records.source} has {len(records)} row: expected some to value ranks on and some to measure on")
+        scored, held_out = split(records, min(score_rows, max(1, len(records) // 4)), seed)
+    else:
+        held_out = records
+        train = load_like(recovery.data, records.labels)
+        if train.kind != records.kind:
+            raise GatewiseError(f"{recovery.data} has {train.kind} rows, but {records.source} has {records.kind} rows")
+        try:
+            train = _without_repeats(train, loaded.template, {_said(row, loaded.template) for row in records.rows}, say)
+        except GatewiseError:
+            train = None
+        if train is None or len(train) < 2:
+            raise GatewiseError(
+                f"all rows of {recovery.data} are in {held_out.source} too, which measures: train (--recover) on other rows"
+            )
+        scored, train = split(train, min(score_rows, max(1, len(train) // 4)), seed)
+    if not goal.has_target:
+        check_rows(held_out, measure, goal.tolerance)
+    return Rows(held_out, scored, train, measure)
+
+
+def _said(row: Mapping[str, Any], template: Template | None) -> str:
+    """What a model is shown of a row and is to answer, whatever the spacing; further fields such as an id do not count."""
+    shown = [template.render(dict(row))] if template else [row.get(name) for name in ("text", "premise", "hypothesis")]
+    answers = [row.get(name) for name in ("label", "choices", "answer", "target", "targets")]
+    return json.dumps([" ".join(str(one).split()) for one in (*shown, *answers)])
+
+
+def _without_repeats(records: Records, template: Template | None, seen: set[str], say: Callable[[str], None]) -> Records:
+    """The rows that say what no row before them says, nor any that was ``seen``."""
+    kept = []
+    for row in records.rows:
+        if (said := _said(row, template)) not in seen:
+            seen.add(said)
+            kept.append(row)
+    if len(kept) < len(records):
+        say(f"{len(records) - len(kept)} rows of {records.source} say what other rows say and are left out")
+    return replace(records, rows=kept)
+
+
+# ---------------------------------------------------------------- models
+
+
+@contextmanager
+def left_as_it_was(model: PeftModel, name: str) -> Iterator[None]:
+    """Makes an adapter the active one for a while; puts back its weights, what was active and trained, and training modes."""
+    active, trained = model.active_adapter, {key: value.requires_grad for key, value in model.named_parameters()}
+    modes = [(module, module.training) for module in model.modules()]
+    if active != name:
+        model.set_adapter(name)
+    before = _copied(model, name)
+    model.eval()
+    try:
+        yield
+    finally:
+        _put(model, name, before)
+        if active != name:
+            model.set_adapter(active)
+        for key, value in model.named_parameters():
+            value.requires_grad_(trained[key])
+        for module, mode in modes:
+            module.training = mode
+
+
+def _own(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """What belongs to the adapter: the factors, and what else is trained, such as a head."""
+    held = {id(factor) for layer in lora_layers(model, name).values() for factor in factors(layer, name)}
+    return {key: value for key, value in model.named_parameters() if value.requires_grad or id(value) in held}
+
+
+def _copied(model: PeftModel, name: str) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in _own(model, name).items()}
+
+
+def _put(model: PeftModel, name: str, values: Mapping[str, Tensor]) -> None:
+    own = _own(model, name)
+    with torch.no_grad():
+        for key, value in values.items():
+            own[key].copy_(value)
+
+
+# ---------------------------------------------------------------- the search
+
+
+@dataclass
+class Search:
+    """The adapter in its singular basis, the order in which things go, and what was measured so far."""
+
+    loaded: Loaded
+    name: str
+    rows: Rows
+    goal: Goal
+    recovery: Recovery | None
+    refitted: bool
+    order: str
+    seed: int
+    note: Mapping[str, Any]
+    work: Work
+    progress: ConsoleProgress
+    dtype: torch.dtype = torch.float32  # of the adapter's file, in which the smaller one is written too
+    candidates: list[Candidate] = field(default_factory=list)
+
+    def activate(self) -> None:
+        """Makes the adapter the active one, of a model that may have several."""
+        if self.loaded.model.active_adapter != self.name:
+            self.loaded.model.set_adapter(self.name)
+            self.loaded.model.eval()
+
+    def prepare(self) -> None:
+        """Turns the adapter into its singular basis, puts all that can be dropped into an order, and measures both of its ends."""
+        self.activate()
+        model, name = self.loaded.model, self.name
+        _refuse(model, name)
+        self.layers = lora_layers(model, name)
+        to_singular_basis(model, name)
+        self.whole = _copied(model, name)
+        self.live = {path: live_slots(layer, name) for path, layer in self.layers.items()}
+        if not any(self.live.values()):
+            raise GatewiseError(f"adapter {name!r} has no LoRA with a live rank: there is nothing to make smaller")
+        self.batch = PadCollator(self.loaded.tokenizer)(self._encoded(self.rows.scored))
+        self._make_order()
+        if not self.moves:
+            raise GatewiseError("nothing can go: every module has a magnitude or a bias that keeps it, and no rank to spare")
+        self.whole_rows = self._measured("whole")
+        for path, layer in self.layers.items():
+            prune(layer, name, self.live[path])
+        self.base_rows = self._measured("without a rank")
+        self.back()
+        gap = self._gap(self.base_rows)
+        if not self.goal.has_target and gap.within(self.goal.tolerance):
+            raise GatewiseError(
+                f"without any rank the model is as good on these {gap.rows} rows ({_mean(self.base_rows):.4f}, with the adapter "
+                f"{_mean(self.whole_rows):.4f}): the adapter does nothing here, and the smallest is none; give other data, or a "
+                "size (--parameters, --modules)"
+            )
+
+    def back(self) -> None:
+        """Makes the model the whole adapter again."""
+        _put(self.loaded.model, self.name, self.whole)
+
+    def _encoded(self, records: Records) -> list[dict[str, Any]]:
+        return encoded(self.loaded.model, self.loaded.tokenizer, records, self.loaded.template, self.loaded.max_length)
+
+    def _costs(self) -> tuple[dict[str, Cost], float]:
+        """What each module costs, and the seconds of a step with all of them where time is what counts."""
+        model = self.loaded.model
+        if self.goal.unit != "time":
+            return (parameter_costs if self.goal.unit == "parameters" else module_costs)(model, self.name), 0.0
+        self.progress.say("measuring what each module costs in time")
+        return time_costs(model, self.name), seconds_a_step(model)
+
+    def _make_order(self) -> None:
+        """What goes first, and after each step the size and the cost of what is left."""
+        held = self.work.order()
+        if held is None:
+            self.progress.say(f"valuing ranks on {len(self.rows.scored)} rows by {self.order}")
+            with self.progress.counting("valuing") as count:
+                found = rank_values(self.loaded.model, self.batch, self.order, adapter=self.name, seed=self.seed, progress=count)
+            held = ({path: own.tolist() for path, own in found.items()}, *self._costs())
+            self.work.keep_order(*held)
+        values, costs, seconds = held
+        self.values = values
+        self.capped = above_cap(values, self.goal.rank_cap) if self.goal.rank_cap else {}
+        self.arrange(moves(values, costs, self.capped), costs, seconds)
+
+    def arrange(self, order: Sequence[Move], costs: Mapping[str, Cost], seconds: float = 0.0) -> None:
+        """Takes an order, and works out the size and the cost of what is left after each step of it."""
+        self.moves = order
+        each = {path: cost.each for path, cost in parameter_costs(self.loaded.model, self.name).items()}
+        left = {path: len(live) - len(self.capped.get(path, ())) for path, live in self.live.items()}
+        self.sizes, self.costs = [], []
+        for move in [None, *order]:
+            if move is not None and move.path in left:
+                left[move.path] -= len(move.ranks)
+                if not left[move.path]:
+                    seconds -= costs[move.path].fixed
+            parameters = round(sum(each[path] * count for path, count in _stored(left, self.layers).items()))
+            ranks = [count for count in left.values() if count]
+            self.sizes.append(Size(parameters, len(ranks), sum(ranks), max(ranks, default=0)))
+            self.costs.append({"parameters": parameters, "modules": len(ranks), "time": max(seconds, 1e-9)}[self.goal.unit])
+
+    def _measured(self, key: str) -> Tensor:
+        """(n,) qualities of the model as it is now, or as they were measured before an interruption."""
+        held = self.work.rows(key)
+        if held is None:
+            with self.progress.counting(f"measuring {key}") as count:
+                loaded = self.loaded
+                held = qualities(
+                    loaded.model, loaded.tokenizer, self.rows.held_out, loaded.template, self.rows.measure,
+                    max_length=loaded.max_length, progress=count,
+                )  # fmt: skip
+            if not bool(torch.isfinite(held).all()):
+                raise GatewiseError(f"the loss on {self.rows.held_out.source} is not finite: train with a lower learning rate")
+            self.work.keep_rows(key, held)
+        return held
+
+    def smallest(self, looks: int) -> Candidate:
+        """The smallest adapter that is within the tolerance, as far as bisection finds it with ``looks`` candidates."""
+        last = max(at for at, size in enumerate(self.sizes) if size.ranks)
+        held: dict[int, Candidate] = {}
+
+        def holds(at: int) -> bool:
+            held[at] = self.tried(at)
+            return held[at].difference.within(self.goal.tolerance)
+
+        at = furthest(self.costs[: last + 1], looks, holds, first=bool(self.capped))
+        if at is None:
+            raise self._nothing_holds(max(held.values(), key=lambda one: one.size.parameters))
+        return held[at]
+
+    def _nothing_holds(self, best: Candidate) -> GatewiseError:
+        more = "" if self.recovery else ", rows to train on afterwards (--recover)"
+        return GatewiseError(
+            f"no smaller adapter is within {self.goal.tolerance:g} of the whole one with 95% confidence on these "
+            f"{best.difference.rows} rows: one with {best.size.parameters:,} of {self.sizes[0].parameters:,} parameters is worse "
+            f"by {best.difference.mean:.4f}, at most by {best.difference.high:.4f}; give more rows{more} or a larger tolerance"
+        )
+
+    def of_size(self) -> Candidate:
+        """The first of the order that is as small as was asked for."""
+        goal, last = self.goal, max(at for at, size in enumerate(self.sizes) if size.ranks)
+        asked = goal.parameters or goal.modules or self.costs[0] / (goal.speed or 1.0)
+        at = next((at for at, cost in enumerate(self.costs[: last + 1]) if cost <= asked), None)
+        if at is None:
+            least = self.costs[last]
+            if goal.speed is not None:
+                raise GatewiseError(
+                    f"{goal.speed:g} times as fast was asked for, but with one module left a step is "
+                    f"{self.costs[0] / least:.2f} times as fast here: ask for less (--speed)"
+                )
+            raise GatewiseError(
+                f"{asked:,} {goal.unit} were asked for, but the smallest adapter of this order has {least:,}: ask for more"
+            )
+        return self.tried(at)
+
+    def tried(self, at: int) -> Candidate:
+        """Measures what is left after ``at`` steps of the order, and trains it on where that is not as good."""
+        what = f"{self.sizes[at].parameters:,} parameters in {self.sizes[at].modules} modules"
+        self._cut(at)
+        tried = self._candidate(at, False, self._measured(str(at)))
+        holds = tried.difference.within(self.goal.tolerance)
+        if self.recovery is not None and not (holds and not self.goal.has_target) and self._recover(at):
+            self.candidates.append(tried)
+            tried = self._candidate(at, True, self._measured(f"{at} recovered"))
+            holds = tried.difference.within(self.goal.tolerance)
+        self.candidates.append(tried)
+        judged = "" if self.goal.has_target else "; within the tolerance" if holds else "; not within the tolerance"
+        self.progress.say(
+            f"{what}: worse by {tried.difference.mean:.4f}, at most by {tried.difference.high:.4f}"
+            f"{' after recovery' if tried.recovered else ''}{judged}"
+        )
+        return tried
+
+    def _candidate(self, at: int, recovered: bool, rows: Tensor) -> Candidate:
+        return Candidate(at, self.sizes[at], recovered, _mean(rows), self._gap(rows))
+
+    def _gap(self, rows: Tensor) -> Difference:
+        return difference(self.whole_rows, rows, self.rows.measure, self.seed)
+
+    def _cut(self, at: int) -> None:
+        """Makes the model the whole adapter without what goes in the first ``at`` steps."""
+        self.activate()
+        self.back()
+        gone: dict[str, list[int]] = {path: list(ranks) for path, ranks in self.capped.items()}
+        for move in self.moves[:at]:
+            gone.setdefault(move.path, []).extend(move.ranks)
+        for path in gone.keys() & self.layers.keys():
+            prune(self.layers[path], self.name, [self.live[path][rank] for rank in gone[path]])
+        if self.refitted and gone:
+            refit(self.loaded.model, self.batch, self.name)
+        self._round()
+
+    def _round(self) -> None:
+        """To the numbers that the file will hold, so that what is measured is what is written."""
+        if self.dtype != torch.float32:
+            with torch.no_grad():
+                for layer in self.layers.values():
+                    for factor in factors(layer, self.name):
+                        factor.copy_(factor.to(self.dtype))
+
+    def _recover(self, at: int) -> bool:
+        """Trains what is left after ``at`` steps; whether that lowers the loss on the rows that valued ranks.
+
+        Where it does not, all is as before.
+        """
+        assert self.recovery is not None
+        assert self.rows.train is not None
+        held = self.work.weights(at)
+        if held is None:
+            self.progress.say(f"recovering for {self.recovery.steps} steps on {len(self.rows.train)} rows")
+            model, name = self.loaded.model, self.name
+            before, loss = _copied(model, name), self._scored_loss()
+            recover(model, self.loaded.tokenizer, self._encoded(self.rows.train), self.recovery, self.note, self.seed)
+            self._round()
+            if not self._scored_loss() < loss:
+                self.progress.say("recovery made it no better on the rows that valued ranks, and is left out")
+                _put(model, name, before)
+            held = _copied(model, name)
+            self.work.keep_weights(at, held)
+            return not all(torch.equal(held[key], value) for key, value in before.items())
+        before = _copied(self.loaded.model, self.name)
+        _put(self.loaded.model, self.name, held)
+        return not all(torch.equal(held[key], value) for key, value in before.items())
+
+    def _scored_loss(self) -> float:
+        device = next(self.loaded.model.parameters()).device
+        return mean_loss(self.loaded.model.eval(), [{key: value.to(device) for key, value in self.batch.items()}])
+
+    def take(self, chosen: Candidate) -> None:
+        """Makes the model the chosen adapter."""
+        self._cut(chosen.dropped)
+        if chosen.recovered:
+            self._recover(chosen.dropped)
+
+
+def _refuse(model: PeftModel, name: str) -> None:
+    """Refuses an adapter whose ranks cannot go, before long work."""
+    refuse_what_cannot_work(model, name)
+    config: Any = model.peft_config[name]
+    if takes_out_of_base(config.init_lora_weights):
+        raise GatewiseError(
+            f"the adapter has init_lora_weights {config.init_lora_weights!r}, for which PEFT changes the base model by the rank "
+            "when it loads it: convert it first (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if config.bias != "none":
+        raise GatewiseError(f"the adapter trained biases of the base model too (bias={config.bias!r}), which no smaller LoRA holds")
+    for path, layer in lora_layers(model, name).items():
+        if not all(bool(torch.isfinite(factor).all()) for factor in factors(layer, name)):
+            raise GatewiseError(f"the LoRA factors of {path} have numbers that are none (NaN or infinite): the adapter is damaged")
+
+
+def _stored(left: Mapping[str, int], layers: Mapping[str, Any]) -> dict[str, int]:
+    """Path -> ranks that PEFT stores: all experts of a parameter have the rank of the one that has most, at least one."""
+    stored = dict(left)
+    together: dict[str, list[str]] = {}
+    for path in left:
+        if isinstance(layers[path], Expert):
+            together.setdefault(path.rpartition("[")[0], []).append(path)
+    for paths in together.values():
+        stored |= dict.fromkeys(paths, max(1, max(left[path] for path in paths)))
+    return stored
+
+
+def furthest(costs: Sequence[float], looks: int, holds: Callable[[int], bool], first: bool = False) -> int | None:
+    """The last step of an order that holds, as far as bisection finds it: what holds at a step is taken to hold at those before.
+
+    Args:
+        costs: after each step, from the whole adapter down; all above zero.
+        looks: steps that are tried at most.
+        first: whether step 0 has to be tried too; otherwise it is the whole adapter.
+
+    Returns:
+        The step; None where none holds but the whole adapter.
+    """
+    good, bad = 0, len(costs)
+    found: int | None = None
+    if first:
+        if not holds(0):
+            return None
+        found = 0
+    for _ in range(looks):
+        if bad - good < 2:
+            break
+        # Half as many times as large: between a few ranks and thousands lie many sizes that are nearly the same.
+        wanted = math.sqrt(costs[good] * (costs[bad] if bad < len(costs) else costs[-1] / 2))
+        at = min(range(good + 1, bad), key=lambda at: (abs(math.log(costs[at] / wanted)), at))
+        if holds(at):
+            good = found = at
+        else:
+            bad = at
+    return found
+
+
+def _mean(rows: Tensor) -> float:
+    return float(rows.mean())

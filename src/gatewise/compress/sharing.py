@@ -1,0 +1,241 @@
+"""Several adapters of one base made smaller together, so that they all adapt the same few modules.
+
+An engine that serves many adapters runs LoRA kernels on every module that any of them adapts, and reserves room there for all of
+them at the largest rank. What it pays for is the union. So modules go in one order for all adapters, by the sum of what they are
+worth to each, and an adapter that would have kept other modules by itself gives them up where the others do not need them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from gatewise.adapters.data_options import DataOptions
+from gatewise.adapters.files import read_config, read_lora, read_note
+from gatewise.adapters.loading import Loaded, load_with_data, read_data
+from gatewise.compress.goal import Compressed, Goal
+from gatewise.compress.order import DEFAULT, Cost, Move, moves, parameter_costs
+from gatewise.compress.quality import Measure
+from gatewise.compress.search import Search, furthest, rows_for
+from gatewise.compress.work import Work
+from gatewise.compress.writing import SERVING_FILE, serving_settings, settings_together, written
+from gatewise.errors import GatewiseError
+from gatewise.files import check_new_folder, whole_folder, write_json
+from gatewise.progress import ConsoleProgress, quiet
+
+FEWEST = Goal(least="modules")
+
+
+@dataclass(frozen=True)
+class Union:
+    """What an engine pays for that serves all adapters.
+
+    Attributes:
+        modules: that any of them adapts.
+        rank: the largest of any.
+        numbers: that are reserved: for each adapter the factors of all these modules at that rank.
+    """
+
+    modules: int
+    rank: int
+    numbers: int
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What ``compress_shared`` did.
+
+    Attributes:
+        out: the folder with a folder for each adapter.
+        adapters: folder name -> its compression.
+        before, after: what an engine pays for.
+    """
+
+    out: Path
+    adapters: Mapping[str, Compressed]
+    before: Union
+    after: Union
+
+
+def compress_shared(
+    adapters: Sequence[str | Path],
+    data: Sequence[str],
+    out: str | Path,
+    goal: Goal = FEWEST,
+    *,
+    options: DataOptions = DataOptions(),
+    order: str = DEFAULT,
+    measure: Measure | None = None,
+    score_rows: int = 128,
+    refitted: bool = True,
+    looks: int = 7,
+    seed: int = 0,
+    console: Console | None = None,
+) -> Shared:
+    """Makes several LoRA adapters of one base smaller together: the fewest modules in all with which each is as good on its data.
+
+    A module is worth the sum over the adapters of its values there, each adapter's divided by the sum of their sizes, so that none
+    outweighs the others. Each adapter is within the tolerance of its own whole one.
+
+    Args:
+        adapters: their folders, at least two, on the same base model.
+        data: rows that measure, for each adapter or one for all.
+        out: the folder to write; each adapter gets a folder in it.
+        goal: with ``least`` "modules" or "time", or a target of ``modules``: of all adapters together.
+        Others: as for ``compress``.
+
+    Raises:
+        GatewiseError: as ``compress``; adapters of different bases; a goal that is no number of modules.
+    """
+    names = _names(adapters)
+    if len(names) < 2:
+        raise GatewiseError("one adapter was given to be made smaller with others: give at least two, or leave --shared out")
+    if len(data) not in (1, len(names)):
+        raise GatewiseError(f"{len(data)} data were given for {len(names)} adapters: give one for all, or one for each in order")
+    if goal.unit == "parameters" or goal.speed is not None:
+        raise GatewiseError("adapters share modules: take --least modules or time, or --modules")
+    check_new_folder(out)
+    progress = ConsoleProgress(console or Console(stderr=True))
+    folders = [Path(one) for one in adapters]
+    sources = list(data) if len(data) == len(folders) else list(data) * len(folders)
+    with quiet(bars=True):
+        searches = _searches(folders, names, sources, goal, options, order, measure, score_rows, refitted, seed, progress)
+        shared, costs = _shared_order(searches)
+        for search in searches:
+            own = {
+                path: tuple(at for at in range(len(values)) if at not in search.capped.get(path, ()))
+                for path, values in search.values.items()
+            }
+            search.arrange([Move(path, own.get(path, ())) for path in shared], costs)
+        # Every adapter keeps something.
+        last = min(max(at for at, size in enumerate(search.sizes) if size.ranks) for search in searches)
+        union = [sum(costs[path].fixed for path in shared[at:]) for at in range(last + 1)]
+
+        def holds(at: int) -> bool:
+            return all(search.tried(at).difference.within(goal.tolerance) for search in searches)
+
+        at: int | None
+        if goal.modules is not None:
+            at = max(0, len(shared) - goal.modules)
+            if at > last:
+                raise GatewiseError(
+                    f"{goal.modules} modules were asked for, but with fewer than {len(shared) - last} an adapter has none: "
+                    "ask for more"
+                )
+            for search in searches:
+                search.tried(at)
+        else:
+            at = furthest(union, looks, holds, first=any(search.capped for search in searches))
+        if at is None:
+            raise _nothing_holds(names, searches, goal.tolerance)
+        before, found = _union(searches, 0), {}
+        with whole_folder(out) as part:
+            for name, search, folder in zip(names, searches, folders, strict=True):
+                chosen = next(one for one in reversed(search.candidates) if one.dropped == at)
+                found[name] = replace(written(chosen, part / name, search, folder), out=Path(out) / name)
+            after = _union(searches, at)
+            settings = [serving_settings(read_lora(part / name)) for name in names]
+            write_json(part / SERVING_FILE, settings_together(settings))
+    return Shared(Path(out), found, before, after)
+
+
+def _nothing_holds(names: Sequence[str], searches: Sequence[Search], tolerance: float) -> GatewiseError:
+    tried = [(search.candidates[-1].difference, name) for name, search in zip(names, searches, strict=True) if search.candidates]
+    gap, name = max(tried, key=lambda one: one[0].high)
+    return GatewiseError(
+        f"no smaller set of modules keeps all {len(names)} adapters within {tolerance:g} with 95% confidence ({name} is worse by "
+        f"{gap.mean:.4f}, at most by {gap.high:.4f}): give more rows, or a larger tolerance"
+    )
+
+
+def _names(adapters: Sequence[str | Path]) -> list[str]:
+    """A name for each adapter: its folder's, or where that is taken or just "adapter", with the folder's above."""
+    paths = [Path(one).resolve() for one in adapters]
+    names = [path.parent.name if path.name == "adapter" else path.name for path in paths]
+    for at, name in enumerate(names):
+        if names.count(name) > 1:
+            names[at] = f"{paths[at].parent.name}-{name}"
+    if len(set(names)) < len(names):
+        raise GatewiseError("two adapters have the same name, and would be written into the same folder: rename one")
+    return [name.replace(".", "_") for name in names]  # PEFT takes no dots
+
+
+def _searches(
+    folders: Sequence[Path],
+    names: Sequence[str],
+    data: Sequence[str],
+    goal: Goal,
+    options: DataOptions,
+    order: str,
+    measure: Measure | None,
+    score_rows: int,
+    refitted: bool,
+    seed: int,
+    progress: ConsoleProgress,
+) -> list[Search]:
+    """All adapters on one model, each valued and measured."""
+    first: Loaded | None = None
+    searches: list[Search] = []
+    for folder, name, source in zip(folders, names, data, strict=True):
+        base = options.base or read_config(folder).get("base_model_name_or_path")
+        if first is None:
+            first = loaded = load_with_data(folder, source, options, say=progress.say)
+        else:
+            if base != first.base:
+                raise GatewiseError(f"{folder} adapts {base}, but {folders[0]} adapts {first.base}: give adapters of one base")
+            records, template, max_length = read_data(folder, source, options)
+            loaded = Loaded(first.model, first.tokenizer, first.base, records, template, max_length)
+            try:
+                first.model.load_adapter(str(folder), name)
+            except (RuntimeError, ValueError) as error:
+                raise GatewiseError(f"{folder} does not fit the base of {folders[0]}: {str(error).splitlines()[0]}") from error
+        progress.say(f"{name}:")
+        rows = rows_for(loaded, measure, goal, None, score_rows, seed, progress.say)
+        search = Search(
+            loaded,
+            name if searches else "default",
+            rows,
+            goal,
+            None,
+            refitted,
+            order,
+            seed,
+            read_note(folder),
+            Work(None),
+            progress,
+        )
+        search.prepare()
+        searches.append(search)
+    return searches
+
+
+def _shared_order(searches: Sequence[Search]) -> tuple[list[str], dict[str, Cost]]:
+    """The modules of all adapters, what is worth least to all of them first; and what each costs."""
+    worth: dict[str, float] = {}
+    costs: dict[str, Cost] = {}
+    for search in searches:
+        totals = {
+            path: math.fsum(value for at, value in enumerate(values) if at not in search.capped.get(path, ()))
+            for path, values in search.values.items()
+        }
+        size = math.fsum(map(abs, totals.values())) or 1.0
+        for path, total in totals.items():
+            worth[path] = worth.get(path, 0.0) + total / size
+        held = search.work.order()
+        assert held is not None
+        for path, cost in held[1].items():
+            if cost.stays:
+                raise GatewiseError(f"an adapter has a magnitude or a bias at {path}, which keeps its module: leave it out")
+            costs[path] = max(cost, costs.get(path, cost), key=lambda one: one.fixed)
+    return [move.path for move in moves({path: [value] for path, value in worth.items()}, costs)], costs
+
+
+def _union(searches: Sequence[Search], at: int) -> Union:
+    paths = dict.fromkeys(path for search in searches for path in search.layers)
+    gone = {move.path for move in searches[0].moves[:at]}
+    each = {path: cost.each for search in searches for path, cost in parameter_costs(search.loaded.model, search.name).items()}
+    kept = [path for path in paths if path not in gone]
+    rank = max(search.sizes[at].largest for search in searches)
+    return Union(len(kept), rank, round(len(searches) * rank * sum(each[path] for path in kept)))

@@ -1,0 +1,121 @@
+"""What an interrupted compression goes on with."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gatewise.adapters.files import CONFIG_FILE, read_tensors, weights_of
+from gatewise.compress.order import Cost
+from gatewise.errors import GatewiseError
+from gatewise.files import whole_file, write_json
+
+_STATE_FILE = "state.json"
+_FORMAT = 1
+
+
+def fingerprint_of(asked: Mapping[str, Any], adapter: Path) -> str:
+    """Of everything that measurements rest on: a call with another fingerprint must not go on with them.
+
+    Args:
+        asked: settings, rows, and how they are read, as JSON can hold them.
+        adapter: its folder.
+    """
+    told = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
+    told.update(weights_of(adapter).read_bytes())
+    told.update((adapter / CONFIG_FILE).read_bytes())
+    return told.hexdigest()
+
+
+class Work:
+    """The folder OUT.work: the order, qualities of what was measured, weights of what was trained on. Removed at the end.
+
+    Args:
+        folder: None for a model in memory, of which all is kept in memory.
+
+    Raises:
+        GatewiseError: something else is there, or what another compression left.
+    """
+
+    def __init__(self, folder: Path | None, fingerprint: str = "") -> None:
+        self.folder = folder
+        self._state: dict[str, Any] = {"format": _FORMAT, "fingerprint": fingerprint, "order": None, "rows": {}}
+        self._weights: dict[int, dict[str, Tensor]] = {}
+        if folder is None or not folder.exists():
+            return
+        try:
+            found = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+            if found["format"] != _FORMAT or not isinstance(found["rows"], dict) or "order" not in found:
+                raise ValueError("unknown format")
+            other = found["fingerprint"] != fingerprint
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GatewiseError(
+                f"{folder} is in the way, and is not what an interrupted compression left: move it, or give another --out"
+            ) from error
+        if other:
+            raise GatewiseError(
+                f"{folder} is what an interrupted compression with other settings, data or adapter left: give the same command "
+                "again to go on with it, or remove the folder"
+            )
+        self._state = found
+
+    def order(self) -> tuple[dict[str, list[float]], dict[str, Cost], float] | None:
+        """Values of ranks, costs of modules, and the seconds of a step, which would not be measured alike again."""
+        held = self._state["order"]
+        if held is None:
+            return None
+        return held["values"], {path: Cost(**cost) for path, cost in held["costs"].items()}, held["seconds"]
+
+    def keep_order(self, values: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], seconds: float) -> None:
+        """Keeps what ``order`` gives."""
+        told = {path: asdict(cost) for path, cost in costs.items()}
+        self._keep(order={"values": dict(values), "costs": told, "seconds": seconds})
+
+    def rows(self, key: str) -> Tensor | None:
+        """(n,) qualities that were measured under a key; None where none were."""
+        held = self._state["rows"].get(key)
+        return None if held is None else torch.tensor(held, dtype=torch.float64)
+
+    def keep_rows(self, key: str, rows: Tensor) -> None:
+        """Keeps what ``rows`` gives."""
+        self._keep(rows=self._state["rows"] | {key: rows.tolist()})
+
+    def weights(self, at: int) -> dict[str, Tensor] | None:
+        """Weights that were trained on after ``at`` steps of the order; None where none were."""
+        if self.folder is None:
+            return self._weights.get(at)
+        path = self._weights_file(at)
+        return read_tensors(path)[0] if path.is_file() else None
+
+    def keep_weights(self, at: int, weights: dict[str, Tensor]) -> None:
+        """Keeps what ``weights`` gives."""
+        if self.folder is None:
+            self._weights[at] = weights
+            return
+        with whole_file(self._weights_file(at)) as part:
+            save_file({key: value.contiguous() for key, value in weights.items()}, part)
+
+    def _weights_file(self, at: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"trained-{at}.safetensors"
+
+    def _keep(self, **changes: Any) -> None:
+        self._state |= changes
+        if self.folder is not None:
+            write_json(self.folder / _STATE_FILE, self._state)
+
+    def remove(self) -> None:
+        """Removes what was kept, and the folder if nothing else is in it."""
+        if self.folder is None:
+            return
+        for path in [self.folder / _STATE_FILE, *self.folder.glob("trained-*.safetensors")]:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()

@@ -1,0 +1,414 @@
+"""``compress`` as a whole, on an adapter that was trained: what it finds, writes, refuses and goes on with."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from tiny_models import EXPERTS, random_adapter, tiny_base, word_tokenizer
+from tiny_run import weights, write_adapter, write_base, write_recipe, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gatewise.adapters.data_options import DataOptions
+from gatewise.adapters.files import read_config
+from gatewise.adapters.loading import load_adapter
+from gatewise.allocation.slots import lora_layers
+from gatewise.compress import Compressed, Goal, Recovery, compress, search, writing
+from gatewise.errors import GatewiseError
+from gatewise.runs.recipe import load_recipe
+from gatewise.runs.run import train
+from gatewise.tasks import Records, load_records
+
+TOLERANCE = 0.05
+
+
+@pytest.fixture(scope="module", params=["llama", "bert"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose adapter tells nice from poor, and rows to measure and to train on. Queries do nothing: their B is tiny."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    recipe = write_recipe(folder, family=request.param, training={"max_steps": 120, "batch_size": 8, "learning_rate": 0.02})
+    write_rows(folder / "train.jsonl", 200, seed=1)
+    write_rows(folder / "rows.jsonl", 240, seed=3)
+    train(load_recipe(recipe), folder / "run")
+    model, _, _ = load_adapter(folder / "run" / "adapter")
+    with torch.no_grad():
+        for path, layer in lora_layers(model, "default").items():
+            if "q_proj" in path or "query" in path:
+                layer.lora_B["default"].weight.mul_(1e-6)
+    held = folder / "run" / "adapter"
+    model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    for name in ("gatewise.json", *(path.name for path in held.glob("tokenizer*"))):
+        shutil.copyfile(held / name, folder / "adapter" / name)
+    return folder
+
+
+WITHIN = Goal(tolerance=TOLERANCE)
+
+
+def small(folder: Path, out: Path, goal: Goal = WITHIN, **settings: Any) -> Compressed:
+    return compress(folder / "adapter", str(folder / "rows.jsonl"), out, goal, **{"measure": "loss", "score_rows": 30, **settings})
+
+
+def test_what_does_nothing_goes_and_the_rest_is_as_good(folder: Path, tmp_path: Path) -> None:
+    found = small(folder, tmp_path / "small")
+    kept = read_config(tmp_path / "small")["target_modules"]
+    assert not any("q_proj" in path or "query" in path for path in kept)
+    assert found.chosen.size.parameters < found.whole_size.parameters
+    assert found.chosen.size.modules == len(kept)
+    assert found.chosen.difference.within(TOLERANCE)
+    assert found.chosen.quality - found.whole_quality == pytest.approx(-found.chosen.difference.mean)
+    stored = sum(tensor.numel() for name, tensor in weights(tmp_path / "small").items() if "lora_" in name)
+    assert stored == found.chosen.size.parameters
+    assert not (tmp_path / "small.work").exists()
+
+
+def test_what_is_written_is_what_was_measured(folder: Path, tmp_path: Path) -> None:
+    found = small(folder, tmp_path / "small")
+    assert found.deviation["loaded"] < 1e-4
+    assert found.deviation["merged"] < 1e-3
+    model, tokenizer, _ = load_adapter(tmp_path / "small")  # with its tokenizer and head
+    rows = load_records(folder / "rows.jsonl")
+    from gatewise.adapters.loading import load_with_data
+    from gatewise.compress.quality import qualities, split
+
+    loaded = load_with_data(tmp_path / "small", str(folder / "rows.jsonl"))
+    _, held_out = split(rows, 30, 0)
+    again = qualities(model, tokenizer, held_out, loaded.template, "loss")
+    assert float(again.mean()) == pytest.approx(found.chosen.quality, abs=1e-4)
+    assert len(held_out) == found.rows == found.chosen.difference.rows
+
+
+def test_it_loads_in_plain_peft(folder: Path, tmp_path: Path) -> None:
+    if (folder / "bert").exists():
+        pytest.skip("one family is enough")
+    small(folder, tmp_path / "small")
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "small")).eval()
+    ids = AutoTokenizer.from_pretrained(folder / "llama")("very nice", return_tensors="pt")
+    ours, _, _ = load_adapter(tmp_path / "small")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**ids).logits, ours(**ids).logits)
+
+
+def test_serving_settings_name_the_modules_exactly(folder: Path, tmp_path: Path) -> None:
+    small(folder, tmp_path / "small")
+    told = json.loads((tmp_path / "small" / "serving.json").read_text())
+    config = read_config(tmp_path / "small")
+    assert told["modules"] == sorted(config["target_modules"])
+    assert told["largest_rank"] == max([config["r"], *config["rank_pattern"].values()])
+    if (folder / "bert").exists():
+        assert told["vllm"] is None  # the head was trained too, and vLLM takes LoRA alone
+        return
+    assert told["vllm"]["max_lora_rank"] == (1 if told["largest_rank"] == 1 else 8)
+    arguments = told["vllm"]["arguments"]
+    assert set(told["modules"]) <= set(arguments[arguments.index("--lora-target-modules") + 1 :])
+    if any(path.endswith("k_proj") for path in told["modules"]):
+        assert any(name.endswith("qkv_proj") for name in arguments)
+
+
+@pytest.mark.parametrize(
+    ("goal", "unit"),
+    [(Goal(parameters=150), "parameters"), (Goal(modules=3), "modules"), (Goal(modules=5, rank_cap=1), "modules")],
+    ids=["parameters", "modules", "capped"],
+)
+def test_a_size_that_is_asked_for_is_met(folder: Path, tmp_path: Path, goal: Goal, unit: str) -> None:
+    size = small(folder, tmp_path / "small", goal).chosen.size
+    assert getattr(size, unit) <= getattr(goal, unit)
+    if goal.rank_cap:
+        assert size.largest == 1
+    if unit == "modules":
+        assert size.modules == goal.modules
+
+
+def test_speed_drops_modules_by_what_they_cost_in_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With clocks that say: a step takes 1 s and 1 s more for each module."""
+    from gatewise.compress.order import Cost
+
+    def costs(model: Any, name: str) -> dict[str, Cost]:
+        return dict.fromkeys(lora_layers(model, name), Cost(1.0, 0.0))
+
+    def step(model: Any) -> float:
+        disabled = any(layer.disable_adapters for layer in lora_layers(model, "default").values())
+        if disabled:
+            return 1.0
+        return 1.0 + sum(bool(layer.lora_B["default"].weight.any()) for layer in lora_layers(model, "default").values())
+
+    monkeypatch.setattr(search, "time_costs", costs)
+    monkeypatch.setattr(search, "seconds_a_step", step)
+    monkeypatch.setattr(writing, "seconds_a_step", step)
+    found = small(folder, tmp_path / "small", Goal(speed=1.5))
+    assert found.seconds is not None
+    whole, smaller, none = found.seconds
+    assert whole == 1 + found.whole_size.modules
+    assert smaller == 1 + found.chosen.size.modules
+    assert none == 1
+    assert whole / smaller >= 1.5 > whole / (smaller + 1)
+    with pytest.raises(GatewiseError, match=r"1000 times as fast was asked for, but with one module left a step is"):
+        small(folder, tmp_path / "none", Goal(speed=1000))
+
+
+def test_recovery_trains_what_does_not_hold(folder: Path, tmp_path: Path) -> None:
+    recovery = Recovery(str(folder / "train.jsonl"), steps=30, learning_rate=0.01)
+    found = small(folder, tmp_path / "small", Goal(modules=2), recovery=recovery)
+    before, after = found.candidates
+    assert (before.recovered, after.recovered) == (False, True)
+    assert after == found.chosen
+    assert after.quality > before.quality
+    assert 200 < found.rows <= 240  # ranks were valued on rows of the training data
+
+
+def test_an_interrupted_search_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recovery = Recovery(str(folder / "train.jsonl"), steps=10, learning_rate=0.01)
+    wanted = small(folder, tmp_path / "whole", recovery=recovery, looks=4)
+    original = search.qualities
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(search, "qualities", counted)
+    with pytest.raises(KeyboardInterrupt):
+        small(folder, tmp_path / "small", recovery=recovery, looks=4)
+    assert not (tmp_path / "small").exists()
+    with pytest.raises(GatewiseError, match=r"small.work is what an interrupted compression with other settings"):
+        small(folder, tmp_path / "small", looks=4)
+    first = len(calls) - 1
+    found = small(folder, tmp_path / "small", recovery=recovery, looks=4)
+    measured = 2 + len(wanted.candidates)
+    assert len(calls) - 1 - first == measured - first  # what was measured before is not measured again
+    assert [one.difference for one in found.candidates] == [one.difference for one in wanted.candidates]
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "small")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_model_in_memory_is_left_as_it_was(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer, _ = load_adapter(folder / "adapter")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    records = load_records(folder / "rows.jsonl")
+    found = compress(model, records, tmp_path / "small", Goal(modules=4), tokenizer=tokenizer, measure="loss")
+    assert found.chosen.size.modules == 4
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapter == "default"
+
+
+def test_one_of_several_adapters_of_a_model(folder: Path, tmp_path: Path) -> None:
+    """Another is active; it and what is trained are so afterwards too."""
+    model, tokenizer, _ = load_adapter(folder / "adapter", trainable=True)
+    model.load_adapter(str(folder / "adapter"), "other")
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    records = load_records(folder / "rows.jsonl")
+    out = tmp_path / "small"
+    found = compress(model, records, out, Goal(modules=4), tokenizer=tokenizer, measure="loss", adapter="other")
+    assert found.deviation["loaded"] < 1e-4
+    assert model.active_adapter == "default"
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name][0])
+        assert value.requires_grad == before[name][1]
+    kept = read_config(out)["target_modules"]
+    assert len(kept) == 4
+
+
+def test_an_adapter_that_does_nothing_is_said_to(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer, _ = load_adapter(folder / "adapter")
+    with torch.no_grad():
+        for layer in lora_layers(model, "default").values():
+            layer.lora_B["default"].weight.mul_(1e-6)
+    records = load_records(folder / "rows.jsonl")
+    with pytest.raises(GatewiseError, match=r"without any rank the model is as good on these .* the adapter does nothing here"):
+        compress(model, records, tmp_path / "small", Goal(tolerance=TOLERANCE), tokenizer=tokenizer, measure="loss")
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_tolerance_that_nothing_meets_is_said_to(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter(range(100))
+    original = search.qualities
+    monkeypatch.setattr(search, "qualities", lambda *args, **kwargs: original(*args, **kwargs) - next(measured))
+    with pytest.raises(GatewiseError, match=r"no smaller adapter is within 0.05 of the whole one .* worse by .*, at most by"):
+        small(folder, tmp_path / "small")
+
+
+def test_rows_that_measure_are_not_trained_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = tmp_path / "both.jsonl"
+    both.write_text((folder / "rows.jsonl").read_text() + (folder / "train.jsonl").read_text())
+    small(folder, tmp_path / "small", Goal(modules=6), recovery=Recovery(str(both), steps=1))
+    assert f"rows of {both} say what other rows say and are left out" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(GatewiseError, match=r"all rows of .* are in .* too, which measures: train \(--recover\) on other rows"):
+        small(folder, tmp_path / "none", recovery=Recovery(str(folder / "rows.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"least": "bytes"}, "least is 'bytes'; expected one of parameters, modules, time"),
+        ({"tolerance": 0}, "the tolerance is 0: expected a number above zero"),
+        ({"modules": 3, "speed": 2}, "modules and speed were both given as targets: give one of them"),
+        ({"speed": 0.5}, "speed is 0.5: expected more than 1"),
+        ({"parameters": 0}, "parameters is 0: expected at least 1"),
+        ({"rank_cap": 0}, "the rank cap is 0: expected at least 1"),
+    ],
+)
+def test_goals_that_make_no_sense_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(GatewiseError, match=sentence):
+        Goal(**settings)
+
+
+def test_other_settings_that_make_no_sense_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match="order 'best' is not known"):
+        small(folder, tmp_path / "small", order="best")
+    with pytest.raises(GatewiseError, match="measure 'bleu' is not known; expected one of right, loss"):
+        small(folder, tmp_path / "small", measure="bleu")
+    with pytest.raises(GatewiseError, match=r"3 parameters were asked for, but the smallest adapter of this order has"):
+        small(folder, tmp_path / "small", Goal(parameters=3))
+    with pytest.raises(GatewiseError, match="0 recovery steps were asked for"):
+        Recovery("rows.jsonl", steps=0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    with pytest.raises(GatewiseError, match="is not empty"):
+        small(folder, tmp_path / "full")
+
+
+# ---------------------------------------------------------------- every LoRA that PEFT loads
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"down_proj": 9}},
+    "names": {"target_modules": ["q_proj", "v_proj"]},
+    "regular expression": {"target_modules": r".*\.(q_proj|up_proj)"},
+    "embedding": {"target_modules": ["embed_tokens", "o_proj"]},
+    "head": {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]},
+    "more ranks than dimensions": {"r": 20},
+    "bias on B": {"lora_bias": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+}
+
+
+def saved(folder: Path, half: bool = False, **settings: Any) -> tuple[Path, Path]:
+    """An adapter from elsewhere, which has no note, and rows for it."""
+    base = write_base(folder / "base")
+    adapter = write_adapter(folder / "adapter", base, **settings)
+    if half:
+        path = adapter / "adapter_model.safetensors"
+        save_file({name: tensor.bfloat16() for name, tensor in weights(adapter).items()}, path, metadata={"format": "pt"})
+    return adapter, write_rows(folder / "rows.jsonl", 80, seed=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_lora_is_written_as_it_was_measured(kind: str, tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path, **KINDS[kind])
+    goal = Goal(parameters={"dora": 700, "bias on B": 260}.get(kind, 180))  # modules that stay keep a rank
+    found = compress(adapter, str(rows), tmp_path / "small", goal, measure="loss", score_rows=16)
+    assert found.chosen.size.parameters <= (goal.parameters or 0)
+    assert found.deviation["loaded"] < 1e-4
+    kept = weights(tmp_path / "small")
+    assert {name for name in kept if "lora_" not in name} <= weights(adapter).keys()
+    factors = [name for name in kept if re.search(r"\.lora_(embedding_)?[AB](\.weight)?$", name)]
+    numbers = sum(kept[name].numel() for name in factors)
+    assert numbers == found.chosen.size.parameters
+    assert set(json.loads((tmp_path / "small" / "serving.json").read_text())["modules"]) == {
+        name.removeprefix("base_model.model.").partition(".lora_")[0] for name in kept if ".lora_" in name
+    }
+
+
+def test_half_precision_stays_so(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path, half=True)
+    found = compress(adapter, str(rows), tmp_path / "small", Goal(parameters=180), measure="loss", score_rows=16)
+    assert {tensor.dtype for tensor in weights(tmp_path / "small").values()} == {torch.bfloat16}
+    assert found.deviation["loaded"] < 1e-6  # it was measured with the numbers that were written
+
+
+def test_experts_are_counted_as_they_are_stored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, task_type="CAUSAL_LM", **EXPERTS)
+    model = random_adapter(get_peft_model(tiny_base("mixtral"), config)).eval()
+    rows = [{"text": f"w{i} w{i * 7 % 50}", "label": ("w3", "w4")[i % 2]} for i in range(30)]
+    records = Records("label", rows, ["w3", "w4"], "rows")
+    for number, goal in enumerate((Goal(parameters=900), Goal(modules=14))):
+        out = tmp_path / str(number)
+        found = compress(model, records, out, goal, tokenizer=word_tokenizer(), measure="loss", score_rows=8)
+        numbers = sum(tensor.numel() for name, tensor in weights(out).items() if ".lora_" in name)
+        assert numbers == found.chosen.size.parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"bias": "lora_only"}, r"trained biases of the base model too \(bias='lora_only'\)"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa', for which PEFT changes the base model"),
+        ({"use_dora": True, "r": 1}, "nothing can go: every module has a magnitude or a bias that keeps it, and no rank to spare"),
+    ],
+)
+def test_what_cannot_be_made_smaller_is_refused_before_the_search(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path, **settings)
+    with pytest.raises(GatewiseError, match=sentence):
+        compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="loss", score_rows=16)
+    assert not (tmp_path / "small").exists()
+
+
+def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path)
+    tensors = weights(adapter)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GatewiseError, match="have numbers that are none"):
+        compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="loss", score_rows=16)
+
+
+def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path)
+    mine = tmp_path / "small.work" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep")
+    with pytest.raises(GatewiseError, match=r"small.work is in the way, and is not what an interrupted compression left"):
+        compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="loss", score_rows=16)
+    assert mine.read_text() == "keep"
+
+
+def test_another_prompt_does_not_go_on_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, rows = saved(tmp_path)
+    goal, settings = Goal(parameters=180), {"measure": "loss", "score_rows": 16}
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "refit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(adapter, str(rows), tmp_path / "small", goal, **settings)
+    with pytest.raises(GatewiseError, match="with other settings, data or adapter"):
+        compress(adapter, str(rows), tmp_path / "small", goal, options=DataOptions(prompt="Say {text}:"), **settings)
+    compress(adapter, str(rows), tmp_path / "small", goal, **settings)
+
+
+def test_rows_that_say_the_same_count_once(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path)
+    lines = rows.read_text().splitlines()
+    again = [json.dumps({**json.loads(line), "id": at, "text": json.loads(line)["text"] + " "}) for at, line in enumerate(lines)]
+    rows.write_text("\n".join([*lines, *again]) + "\n")
+    found = compress(adapter, str(rows), tmp_path / "small", Goal(parameters=180), measure="loss", score_rows=16)
+    assert found.rows == 80 - 16
+    one = tmp_path / "one.jsonl"
+    one.write_text(f"{lines[0]}\n")
+    with pytest.raises(GatewiseError, match=r"one.jsonl has 1 row: expected some to value ranks on and some to measure on"):
+        compress(adapter, str(one), tmp_path / "none", Goal(parameters=180), options=DataOptions(labels="bad,good"), measure="loss")
+
+
+def test_recovery_that_harms_is_left_out(folder: Path, tmp_path: Path) -> None:
+    recovery = Recovery(str(folder / "train.jsonl"), steps=2, learning_rate=50.0)
+    found = small(folder, tmp_path / "small", Goal(modules=6), recovery=recovery)
+    assert not found.chosen.recovered
+    assert found.deviation["loaded"] < 1e-4
+
+
+def test_free_text_is_neither_right_nor_wrong(tmp_path: Path) -> None:
+    adapter, _ = saved(tmp_path)
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"source": f"a {i}", "target": f"b {i}"}) + "\n" for i in range(30)))
+    with pytest.raises(GatewiseError, match="has free text, of which none is right or wrong: take --measure loss"):
+        compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="right")

@@ -1,0 +1,102 @@
+"""Qualities by row, and the paired bootstrap."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import write_adapter, write_base, write_rows
+
+from gatewise.adapters.loading import Loaded, load_with_data
+from gatewise.compress.quality import check_rows, difference, measure_for, qualities, split
+from gatewise.errors import GatewiseError
+from gatewise.tasks import Records, evaluate
+
+
+@pytest.fixture(scope="module", params=["llama", "bert"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp(request.param)
+    rows = write_rows(folder / "rows.jsonl", 30)
+    adapter = write_adapter(folder / "adapter", write_base(folder / "base", request.param))
+    return load_with_data(adapter, str(rows))
+
+
+def test_means_over_rows_are_what_evaluate_says(loaded: Loaded) -> None:
+    wanted = evaluate(loaded.model, loaded.tokenizer, loaded.records, loaded.template)
+    right = qualities(loaded.model, loaded.tokenizer, loaded.records, loaded.template, "right")
+    assert set(right.tolist()) <= {0.0, 1.0}
+    assert float(right.mean()) == pytest.approx(wanted["accuracy"])
+    loss = qualities(loaded.model, loaded.tokenizer, loaded.records, loaded.template, "loss")
+    assert len(loss) == 30
+    if loaded.template is None:  # one label a row, as evaluate counts them
+        assert -float(loss.mean()) == pytest.approx(wanted["loss"], rel=1e-4)
+
+
+def test_losses_lie_with_their_rows(loaded: Loaded) -> None:
+    together = qualities(loaded.model, loaded.tokenizer, loaded.records, loaded.template, "loss")
+    for at in (0, 7, 29):
+        alone = Records(loaded.records.kind, [loaded.records.rows[at]], loaded.records.labels, "one")
+        found = qualities(loaded.model, loaded.tokenizer, alone, loaded.template, "loss")
+        assert float(found[0]) == pytest.approx(float(together[at]), rel=1e-4)
+
+
+def test_equal_answers_are_bounded_by_the_rule_of_three() -> None:
+    for n in (50, 300, 2000):
+        gap = difference(torch.ones(n), torch.ones(n))
+        assert gap.mean == 0
+        assert gap.high == pytest.approx(3 / n, rel=0.05)
+    assert difference(torch.ones(301), torch.ones(301)).within(0.01)
+    assert not difference(torch.ones(200), torch.ones(200)).within(0.01)
+
+
+def test_the_bound_holds_as_often_as_it_says() -> None:
+    """Rows drawn from a known law: the true difference is above the bound in about one of twenty draws, and not in more."""
+    generator = torch.Generator().manual_seed(0)
+    worse, missed, trials = 0.03, 0, 300
+    for trial in range(trials):
+        whole = (torch.rand(400, generator=generator) < 0.9).double()
+        flips = torch.rand(400, generator=generator)
+        smaller = torch.where(flips < 0.06 + worse, torch.zeros(()), torch.where(flips > 0.97, torch.ones(()), whole)).double()
+        truth = (0.06 + worse) * 0.9 - 0.03 * 0.1
+        missed += difference(whole, smaller, seed=trial).high < truth
+    assert missed / trials < 0.08
+
+
+def test_the_interval_of_losses_is_that_of_the_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(500, generator=generator).double()
+    gaps = torch.randn(500, generator=generator).double() * 0.2 + 0.05
+    found = difference(whole, whole - gaps, "loss")
+    error = float(gaps.std() / math.sqrt(500))
+    assert found.mean == pytest.approx(float(gaps.mean()))
+    assert found.high == pytest.approx(float(gaps.mean()) + 1.645 * error, abs=0.2 * error)
+    assert found.low == pytest.approx(float(gaps.mean()) - 1.645 * error, abs=0.2 * error)
+    assert found == difference(whole, whole - gaps, "loss")
+
+
+def test_losses_that_do_not_differ_are_the_same() -> None:
+    assert difference(torch.randn(60).double(), torch.zeros(60).double(), "loss").high > 0
+    same = torch.randn(60).double()
+    assert difference(same, same, "loss").high == 0
+
+
+def test_too_few_rows_are_refused_with_what_would_do() -> None:
+    few = Records("label", [{"text": "a", "label": "x"}] * 100, ["x", "y"], "dev.jsonl")
+    with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 301"):
+        check_rows(few, "right", 0.01)
+    check_rows(few, "right", 0.05)
+    with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 150"):
+        check_rows(few, "loss", 0.01)
+
+
+def test_free_text_is_measured_by_its_loss(tmp_path: Path) -> None:
+    assert measure_for(Records("generation", [{"source": "a", "target": "b"}], None, "x")) == "loss"
+    assert measure_for(Records("choice", [{"question": "a", "choices": ["b"], "answer": 0}], None, "x")) == "right"
+
+
+def test_rows_are_split_apart() -> None:
+    records = Records("label", [{"text": str(i), "label": "x"} for i in range(20)], ["x"], "rows")
+    one, rest = split(records, 6, seed=1)
+    assert (len(one), len(rest)) == (6, 14)
+    assert sorted(int(row["text"]) for row in (*one.rows, *rest.rows)) == list(range(20))
+    assert split(records, 6, seed=1)[0].rows == one.rows != split(records, 6, seed=2)[0].rows

@@ -1,0 +1,97 @@
+"""Several adapters made smaller together."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import write_adapter, write_base, write_recipe, write_rows
+from typer.testing import CliRunner
+
+from gatewise.adapters.files import read_config
+from gatewise.adapters.loading import load_adapter
+from gatewise.allocation.slots import lora_layers
+from gatewise.cli.main import app
+from gatewise.compress import Goal, compress_shared
+from gatewise.errors import GatewiseError
+from gatewise.runs.recipe import load_recipe
+from gatewise.runs.run import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters of one base, "one" and "two", trained on unlike seeds, and rows for each. Queries do nothing in either."""
+    folder = tmp_path_factory.mktemp("shared")
+    for seed, name in enumerate(("one", "two")):
+        recipe = write_recipe(folder, training={"max_steps": 100, "batch_size": 8, "learning_rate": 0.02}, seed=seed)
+        write_rows(folder / "train.jsonl", 200, seed=1 + seed)
+        write_rows(folder / f"{name}.jsonl", 240, seed=5 + seed)
+        train(load_recipe(recipe), folder / f"run-{name}")
+        model, _, _ = load_adapter(folder / f"run-{name}" / "adapter")
+        with torch.no_grad():
+            for path, layer in lora_layers(model, "default").items():
+                if "q_proj" in path:
+                    layer.lora_B["default"].weight.mul_(1e-6)
+        model.save_pretrained(str(folder / name), save_embedding_layers=False)
+        shutil.copyfile(folder / f"run-{name}" / "adapter" / "gatewise.json", folder / name / "gatewise.json")
+    return folder
+
+
+def together(folder: Path, out: Path, goal: Goal, **settings: Any) -> Any:
+    data = [str(folder / "one.jsonl"), str(folder / "two.jsonl")]
+    return compress_shared([folder / "one", folder / "two"], data, out, goal, measure="loss", score_rows=30, **settings)
+
+
+def test_all_adapters_keep_the_same_modules(folder: Path, tmp_path: Path) -> None:
+    found = together(folder, tmp_path / "out", Goal(least="modules", tolerance=0.05))
+    kept = {name: set(read_config(tmp_path / "out" / name)["target_modules"]) for name in ("one", "two")}
+    union = set.union(*kept.values())
+    assert not any("q_proj" in path for path in union)
+    assert found.after.modules == len(union) < found.before.modules == 14
+    for name, one in found.adapters.items():
+        assert one.chosen.difference.within(0.05)
+        assert one.deviation["loaded"] < 1e-4
+        assert one.chosen.size.modules == len(kept[name])
+        model, _, _ = load_adapter(tmp_path / "out" / name)
+        assert set(lora_layers(model, "default")) == kept[name]
+    told = json.loads((tmp_path / "out" / "serving.json").read_text())
+    assert set(told["modules"]) == union
+    assert told["largest_rank"] == found.after.rank
+    # Room for both adapters at all modules that either has, at the largest rank.
+    sizes = {"q_proj": 32, "o_proj": 32, "k_proj": 32, "v_proj": 32, "gate_proj": 40, "up_proj": 40, "down_proj": 40}
+    assert found.after.numbers == 2 * found.after.rank * sum(sizes[path.rpartition(".")[2]] for path in union)
+
+
+def test_a_number_of_modules_is_that_of_all(folder: Path, tmp_path: Path) -> None:
+    found = together(folder, tmp_path / "out", Goal(modules=4, rank_cap=1))
+    assert found.after.modules == 4
+    assert found.after.rank == 1
+    with pytest.raises(GatewiseError, match="give at least two, or leave --shared out"):
+        compress_shared([folder / "one"], ["rows"], tmp_path / "none")
+    with pytest.raises(GatewiseError, match="3 data were given for 2 adapters: give one for all, or one for each in order"):
+        compress_shared([folder / "one", folder / "two"], ["a", "b", "c"], tmp_path / "none")
+    with pytest.raises(GatewiseError, match="adapters share modules: take --least modules or time, or --modules"):
+        together(folder, tmp_path / "none", Goal(parameters=100))
+
+
+def test_adapters_of_other_bases_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "other", write_base(tmp_path / "base"))
+    shutil.copyfile(folder / "one" / "gatewise.json", other / "gatewise.json")
+    rows = str(folder / "one.jsonl")
+    with pytest.raises(GatewiseError, match=r"other adapts .*base, but .*one adapts .*llama: give adapters of one base"):
+        compress_shared([folder / "one", other], [rows], tmp_path / "out", Goal(modules=4))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    given = ["compress", str(folder / "one"), str(folder / "two"), "--data", str(folder / "one.jsonl"), "--measure", "loss"]
+    result = CliRunner().invoke(app, [*given, "--shared", "--modules", "5", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "modules of any: 5 of 14" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one", "serving.json", "two"]
+    result = CliRunner().invoke(app, [*given, "--out", str(tmp_path / "none")])
+    assert result.exit_code == 2
+    assert "2 adapters and 1 data were given: give one of each, or add --shared" in result.stderr
