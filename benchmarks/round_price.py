@@ -37,6 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"float32": False},
     "float32, 1 point": {"points": 1},
+    "float32, 6 points": {"points": 6},
     "bfloat16, 1 point": {"float32": False, "points": 1},
 }
 SCORES_OF = ("path_moments", "taylor", "path_integral", "sensitivity")
