@@ -68,7 +68,7 @@ def logits(model, data):
     ],
 )
 def test_variants_whose_ranks_cannot_be_moved_are_refused(trainer, settings, reason):
-    with pytest.raises(GatewiseError, match=rf"^RankAllocation cannot move the ranks of this LoRA variant: .*{reason}"):
+    with pytest.raises(GatewiseError, match=rf"^the ranks of this LoRA variant cannot be moved or taken away: .*{reason}"):
         trainer(made(**settings))
 
 
