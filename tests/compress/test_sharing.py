@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import write_adapter, write_base, write_recipe, write_rows
+from safetensors.torch import save_file
+from tiny_run import weights, write_adapter, write_base, write_recipe, write_rows
 from typer.testing import CliRunner
 
 from gatewise.adapters.files import read_config
@@ -95,3 +96,16 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     result = CliRunner().invoke(app, [*given, "--out", str(tmp_path / "none")])
     assert result.exit_code == 2
     assert "2 adapters and 1 data were given: give one of each, or add --shared" in result.stderr
+
+
+def test_half_precision_stays_so(folder: Path, tmp_path: Path) -> None:
+    halves = []
+    for name in ("one", "two"):
+        halves.append(Path(shutil.copytree(folder / name, tmp_path / name)))
+        tensors = {key: value.bfloat16() for key, value in weights(halves[-1]).items()}
+        save_file(tensors, halves[-1] / "adapter_model.safetensors", metadata={"format": "pt"})
+    rows = [str(folder / "one.jsonl")]
+    found = compress_shared(halves, rows, tmp_path / "out", Goal(modules=5), measure="loss", score_rows=30)
+    for name, one in found.adapters.items():
+        assert {value.dtype for value in weights(tmp_path / "out" / name).values()} == {torch.bfloat16}
+        assert one.deviation["loaded"] < 1e-6

@@ -15,8 +15,10 @@ from rich.console import Console
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config, read_lora, read_note
 from gatewise.adapters.loading import Loaded, load_with_data, read_data
+from gatewise.allocation import slots
+from gatewise.compress.compressing import stored_dtype
 from gatewise.compress.goal import Compressed, Goal
-from gatewise.compress.order import DEFAULT, Cost, Move, moves, parameter_costs
+from gatewise.compress.order import DEFAULT, Cost, Move, moves
 from gatewise.compress.quality import Measure
 from gatewise.compress.search import Search, furthest, rows_for
 from gatewise.compress.work import Work
@@ -205,6 +207,7 @@ def _searches(
             read_note(folder),
             Work(None),
             progress,
+            stored_dtype(folder),
         )
         search.prepare()
         searches.append(search)
@@ -235,7 +238,7 @@ def _shared_order(searches: Sequence[Search]) -> tuple[list[str], dict[str, Cost
 def _union(searches: Sequence[Search], at: int) -> Union:
     paths = dict.fromkeys(path for search in searches for path in search.layers)
     gone = {move.path for move in searches[0].moves[:at]}
-    each = {path: cost.each for search in searches for path, cost in parameter_costs(search.loaded.model, search.name).items()}
+    each = {path: numbers for search in searches for path, numbers in slots.costs(search.loaded.model, search.name).items()}
     kept = [path for path in paths if path not in gone]
     rank = max(search.sizes[at].largest for search in searches)
     return Union(len(kept), rank, round(len(searches) * rank * sum(each[path] for path in kept)))
