@@ -10,6 +10,16 @@ from gatewise import RoutedLoraConfig
 
 ENCODER_DECODERS = ("t5", "bart")
 
+MODES: list[dict[str, Any]] = [
+    {},
+    {"use_cache": False},
+    {"num_beams": 3},
+    {"num_beams": 3, "use_cache": False},
+    {"num_beams": 3, "num_return_sequences": 2},
+    {"cache_implementation": "static"},
+]
+"""Ways of writing, as arguments of ``generate``."""
+
 
 def routed_base(family: str) -> Any:
     """A tiny base model with embeddings as large as trained ones, so that prompts differ, and no dropout."""

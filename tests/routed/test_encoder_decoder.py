@@ -10,7 +10,7 @@ import pytest
 import routed_reference as reference
 import torch
 from peft import get_peft_model
-from routed_models import ENCODER_DECODERS, routed_base, routed_config, trained_routers
+from routed_models import ENCODER_DECODERS, MODES, routed_base, routed_config, trained_routers
 from tiny_models import random_adapter, tiny_base, word_tokenizer
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -89,18 +89,7 @@ def test_both_stacks_are_routed_by_the_formula(routed, family, left, more):
 
 
 @families
-@pytest.mark.parametrize(
-    "mode",
-    [
-        {},
-        {"use_cache": False},
-        {"num_beams": 3},
-        {"num_beams": 3, "use_cache": False},
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"cache_implementation": "static"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_generation_is_that_of_the_prompts_decision(routed, family, mode):
     model, data = routed(family), prompts()
     written = model.generate(**data, **settings(**mode))

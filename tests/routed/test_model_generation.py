@@ -7,7 +7,7 @@ import pytest
 import routed_reference as reference
 import torch
 from peft import get_peft_model
-from routed_models import routed_base, routed_config, trained_routers
+from routed_models import MODES, routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
 from transformers import StaticCache
 
@@ -43,19 +43,7 @@ def expected_rows(model, family, prompts, adapters=None, **more):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize(
-    "mode",
-    [
-        {},
-        {"use_cache": False},
-        {"num_beams": 3},
-        {"num_beams": 3, "use_cache": False},
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 2},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("mode", [*MODES, {"prompt_lookup_num_tokens": 2}], ids=str)
 def test_generation_is_that_of_the_prompts_decision(routed, prompts, family, k, mode):
     model = routed(family, top_k=k)
     one_row_only = "prompt_lookup_num_tokens" in mode

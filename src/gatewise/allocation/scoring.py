@@ -148,6 +148,17 @@ def from_nothing(scores: Mapping[str, Tensor], shift: float) -> Scores:
     return {path: values.masked_fill(values.abs() < noise, 0.0) for path, values in moved.items()}
 
 
+def losses_without_and_with(
+    model: nn.Module, batch: Batches, adapter: str | None = None, float32: bool | None = True
+) -> tuple[float, float]:
+    """Mean cross-entropy (nats) over the labels of the batch without any rank and with all of them."""
+    with scoring(model, float32), GateBank(model, adapter) as gates:
+        parts = parts_of(model, batch)
+        with gates.only(set()):
+            without = parts.loss(model)
+        return without, parts.loss(model)
+
+
 @torch.enable_grad()
 def gate_gradients(
     model: nn.Module,

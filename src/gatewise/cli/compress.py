@@ -68,9 +68,9 @@ def compress(
 ) -> None:
     """Give back the smallest adapter that is as good on the data, as a plain LoRA adapter.
 
-    Ranks and modules go in the order of what they are worth by what they cost. Each candidate is measured on rows that nothing was
-    chosen by. It counts as good as the whole adapter when it is worse by at most the tolerance, with 95% confidence. An interrupted
-    compression goes on when the same command is given again.
+    Ranks and modules go in the order of what they are worth by what they cost. Each candidate is measured on rows that valued no
+    rank and trained nothing. It counts as good as the whole adapter when it is worse by at most the tolerance, with 95% confidence.
+    An interrupted compression goes on when the same command is given again.
 
     \b
     Examples:

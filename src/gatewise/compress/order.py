@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from gatewise.allocation import slots
 from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scores import SCORES, about
-from gatewise.allocation.scoring import Batches, Scores, live_only, parts_of, scoring
+from gatewise.allocation.scores import DEFAULT, SCORES, about
+from gatewise.allocation.scoring import Batches, Scores, from_nothing, live_only, losses_without_and_with, parts_of, scoring
 from gatewise.allocation.slots import Expert, by_slot, carries_more_than_ranks, factors, live_mask, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
@@ -26,7 +26,6 @@ from gatewise.sites import sites_in_order
 OWN = ("singular", "activation", "random", "last")
 """Orders that are no score of ``gatewise.scores``."""
 ORDERS: tuple[str, ...] = (*SCORES, *OWN)
-DEFAULT = "path_moments"
 
 
 def rank_values(
@@ -66,7 +65,8 @@ def rank_values(
         values = {path: scores.double() for path, scores in values.items()}
         if about(order).from_base:
             # Counted from CE(all ranks) - CE(no rank), a sum over the ranks of a module would mostly count them.
-            values = _from_zero(model, batch, adapter, values)
+            without, whole = losses_without_and_with(model, batch, adapter)
+            values = from_nothing(values, without - whole)
     elif order == "activation":
         values = _activation(model, batch, adapter)
     else:
@@ -77,15 +77,6 @@ def rank_values(
                 f"the {order} values of {path} are not finite: look for numbers that are not in the adapter and its base model"
             )
     return values
-
-
-def _from_zero(model: nn.Module, batch: Batches, adapter: str | None, values: Scores) -> Scores:
-    with scoring(model), GateBank(model, adapter) as gates:
-        parts = parts_of(model, batch)
-        with gates.only(set()):
-            shift = parts.loss(model)
-        shift -= parts.loss(model)
-    return {path: scores + shift for path, scores in values.items()}
 
 
 def _activation(model: nn.Module, batch: Batches, adapter: str | None) -> Scores:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gatewise.adapters.loading import Loaded
 from gatewise.adapters.lora import takes_out_of_base
+from gatewise.allocation import slots
 from gatewise.allocation.refusals import refuse_what_cannot_work
 from gatewise.allocation.slots import Expert, factors, live_slots, lora_layers, prune
 from gatewise.compress.basis import to_singular_basis
@@ -229,7 +230,7 @@ class Search:
     def arrange(self, order: Sequence[Move], costs: Mapping[str, Cost], seconds: float = 0.0) -> None:
         """Takes an order, and works out the size and the cost of what is left after each step of it."""
         self.moves = order
-        each = {path: cost.each for path, cost in parameter_costs(self.loaded.model, self.name).items()}
+        each = slots.costs(self.loaded.model, self.name)
         left = {path: len(live) - len(self.capped.get(path, ())) for path, live in self.live.items()}
         self.sizes, self.costs = [], []
         for move in [None, *order]:
@@ -348,21 +349,20 @@ class Search:
         """
         assert self.recovery is not None
         assert self.rows.train is not None
+        model, name = self.loaded.model, self.name
+        before = _copied(model, name)
         held = self.work.weights(at)
         if held is None:
             self.progress.say(f"recovering for {self.recovery.steps} steps on {len(self.rows.train)} rows")
-            model, name = self.loaded.model, self.name
-            before, loss = _copied(model, name), self._scored_loss()
+            loss = self._scored_loss()
             recover(model, self.loaded.tokenizer, self._encoded(self.rows.train), self.recovery, self.note, self.seed)
             self._round()
+            held = _copied(model, name)
             if not self._scored_loss() < loss:
                 self.progress.say("recovery made it no better on the rows that valued ranks, and is left out")
-                _put(model, name, before)
-            held = _copied(model, name)
+                held = before
             self.work.keep_weights(at, held)
-            return not all(torch.equal(held[key], value) for key, value in before.items())
-        before = _copied(self.loaded.model, self.name)
-        _put(self.loaded.model, self.name, held)
+        _put(model, name, held)
         return not all(torch.equal(held[key], value) for key, value in before.items())
 
     def _scored_loss(self) -> float:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import active_adapter
-from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
-from gatewise.allocation.scoring import from_nothing, parts_of, scoring
+from gatewise.allocation.scoring import from_nothing, losses_without_and_with
 from gatewise.allocation.slots import costs, factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
@@ -241,7 +240,7 @@ def importance_of(
     if progress and "progress" in inspect.signature(SCORES[score]).parameters:
         options["progress"] = progress
     scores: dict[str, Tensor] = SCORES[score](model, batch, adapter=name, **options)
-    loss_base, loss_adapted = _losses(model, batch, name, options.get("float32", True))
+    loss_base, loss_adapted = losses_without_and_with(model, batch, name, options.get("float32", True))
     # AB-LoRA gives a rank that does nothing CE(all ranks) - CE(no rank), far below zero for a good adapter: a sum over the ranks of
     # a module would mostly count them. Less that constant, zero is a rank that does nothing.
     shift = loss_base - loss_adapted if about(score).from_base else 0.0
@@ -292,15 +291,6 @@ def _batch(loaded: Loaded, rows: int, seed: int) -> dict[str, Tensor]:
         classification=classification,
         max_length=min(loaded.max_length, most_positions(loaded.model)),
     )
-
-
-def _losses(model: nn.Module, batch: Batch, adapter: str, float32: bool) -> tuple[float, float]:
-    """Mean cross-entropy (nats) without any rank and with all of them."""
-    with scoring(model, float32), GateBank(model, adapter) as gates:
-        parts = parts_of(model, batch)
-        with gates.only(set()):
-            without = parts.loss(model)
-        return without, parts.loss(model)
 
 
 def _targeted(model: PeftModel) -> list[str]:
