@@ -2,37 +2,56 @@
 
 For every task and seed a LoRA adapter (r = 8 on all linear layers) is trained. Then, for every order of ranks and every size, what
 is left is measured on the dev rows: as it is, with one number a rank fitted anew on 128 training rows, and after 60 more steps
-on the training rows. Against it stand random orders, singular values alone, the last layers, the whole adapter with the same 60
-steps, and LoRA of that size trained from the start for as many steps in all, at the best of several learning rates.
+on the training rows. Beside the orders of `gatewise compress` stand random ones, the last layers, and two that keep every module:
+"even" (as many ranks in each, the largest singular values) and "energy" (ranks until each module has one share of its squared
+singular values), which are what PEFT's `convert_to_lora` makes of an adapter for a whole rank and for a share. Further: the whole
+adapter with the same 60 steps, and LoRA of that size trained from the start for as many steps in all. The first seed tries several
+learning rates for it, the other seeds take the best of them.
 
     python benchmarks/compress.py --data-dir DATA --models minilm --tasks trec --seeds 0 1
     python benchmarks/compress.py --report
 
 Rows are appended to results/compress.jsonl as they come; what is there is not measured again. Trained adapters are kept in --work.
+SmolLM2 is measured on fewer dev rows and sizes (SETTINGS): it takes thirty times as long.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_data import TEMPLATES, load_task
+from benchmark_data import TEMPLATES, load_task, teacher_forced
 from campaign import append, claimed, read, spread
 
 RESULTS = Path(__file__).parent / "results" / "compress.jsonl"
+ORDERS = ("path_moments", "singular", "activation", "path_integral", "taylor", "random", "last")
+PER_MODULE = ("even", "energy")
+HALVES = (1 / 2, 1 / 3, 1 / 4, 1 / 8, 1 / 16)
+# cells: by order and unit the sizes that are measured as they are; refitted, recovered: (orders, sizes in parameters, in modules).
 SETTINGS: dict[str, dict[str, Any]] = {
-    "minilm": {"model": "minilm-l6", "task": "classification", "steps": 300, "learning_rate": 1e-3},
-    "smollm2": {"model": "smollm2-135m-instruct", "task": "causal", "steps": 120, "learning_rate": 5e-4},
-}
+    "minilm": {
+        "model": "minilm-l6", "task": "classification", "steps": 300, "learning_rate": 1e-3, "dev": 500,
+        "orders": (*ORDERS, *PER_MODULE), "sizes": {"parameters": HALVES, "modules": HALVES},
+        "refitted": (("path_moments", "singular", "activation"), (1 / 4, 1 / 8, 1 / 16), (1 / 2, 1 / 3, 1 / 4)),
+        "recovered": (("path_moments", "singular", "random"), (1 / 4, 1 / 16), (1 / 3,)),
+        "small": (2, 1), "rates": (1e-3, 2e-3, 4e-3),
+    },
+    "smollm2": {
+        "model": "smollm2-135m-instruct", "task": "causal", "steps": 120, "learning_rate": 5e-4, "dev": 200,
+        "orders": ("path_moments", "singular", "random", "last", "even"),
+        "sizes": {"parameters": (1 / 4, 1 / 16), "modules": (1 / 3,)},
+        "refitted": (("path_moments",), (1 / 4, 1 / 16), (1 / 3,)),
+        "recovered": (("path_moments",), (1 / 4, 1 / 16), (1 / 3,)),
+        "small": (2,), "rates": (5e-4, 1e-3, 2e-3),
+    },
+}  # fmt: skip
 BATCH, ALPHA, RANK, RECOVERY, SCORED = 16, 16, 8, 60, 128
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of the small LoRA that is trained from the start
-FRACTIONS = (1 / 2, 1 / 3, 1 / 4, 1 / 8, 1 / 16)
-ORDERS = ("path_moments", "path_integral", "taylor", "singular", "activation", "random", "last")
-RECOVERED = ("path_moments", "singular", "random")  # orders that are also trained on
-TASKS = ("trec", "subj", "mr", "sst2", "rte")
+SLOW_RATE, SLOW_SEEDS = 0.25, (0, 1)  # recovery at a quarter of the learning rate too, in the first two seeds
+TASKS = ("trec", "subj", "mr", "sst2", "rte", "text2mdt")
 
 
 class Case:
@@ -44,18 +63,16 @@ class Case:
         from gatewise.tasks.encoding import encode_classification
 
         self.name, self.task, self.seed, self.settings = name, task, seed, SETTINGS[name]
-        train, self.dev, template = load_task(task, data_dir)
+        train, dev, template = load_task(task, data_dir)
+        self.dev = replace(dev, rows=dev.rows[: self.settings["dev"]])
         self.template = None if self.settings["task"] == "classification" else template
         self.tokenizer = load_tokenizer(self.settings["model"])
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-        rows = [train.rows[at] for at in order]
-        from dataclasses import replace
-
-        shuffled = replace(train, rows=rows)
+        train = replace(train, rows=[train.rows[at] for at in order])
         if self.template is None:
-            features: list[Any] = list(encode_classification(shuffled, self.tokenizer, max_length=256))
+            features: list[Any] = list(encode_classification(train, self.tokenizer, max_length=256))
         else:
-            features = list(encode(shuffled, self.tokenizer, self.template))
+            features = list(encode(train, self.tokenizer, self.template))
         self.labels = train.labels
         self.collate = PadCollator(self.tokenizer)
         self.batch, self.features = self.collate(features[:SCORED]), features[SCORED:]
@@ -71,7 +88,7 @@ class Case:
         kind = self.settings["task"]
         dtype = torch.float32 if kind == "classification" else pick_dtype("auto")
         base = load_model(
-            self.settings["model"], task=kind, num_labels=len(self.labels) if kind == "classification" else None, dtype=dtype
+            self.settings["model"], task=kind, num_labels=len(self.labels or []) if kind == "classification" else None, dtype=dtype
         )
         config = LoraConfig(
             r=rank, lora_alpha=ALPHA * rank // RANK or 2, target_modules="all-linear",
@@ -85,8 +102,12 @@ class Case:
         recover(model, self.tokenizer, self.features, Recovery("", steps, learning_rate, BATCH), {}, self.seed)
 
     def measured(self, model: Any) -> dict[str, float]:
-        from gatewise.tasks import evaluate
+        """Accuracy and mean loss (nats) on the dev rows; of trees, the share of tokens that are likeliest after the right ones."""
+        from gatewise.tasks import encode, evaluate
 
+        if self.task == "text2mdt":
+            found = teacher_forced(model, list(encode(self.dev, self.tokenizer, self.template)), self.collate)
+            return {"accuracy": round(found["token_accuracy"], 5), "loss": round(found["loss"], 5)}
         found = evaluate(model, self.tokenizer, self.dev, self.template, batch_size=32)
         return {name: round(float(found[name]), 5) for name in ("accuracy", "loss")}
 
@@ -111,9 +132,10 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
     """Every measurement of a case that is missing."""
     from gatewise.allocation.slots import live_slots, lora_layers, prune
     from gatewise.compress.basis import to_singular_basis
-    from gatewise.compress.order import module_costs, moves, parameter_costs, rank_values
+    from gatewise.compress.order import Cost, module_costs, moves, parameter_costs, rank_values
     from gatewise.compress.recovery import refit
 
+    settings = case.settings
     model = trained(case, work)
     layers = lora_layers(model, "default")
     own = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -136,45 +158,82 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
         left = {path: len(live_slots(layer, "default")) for path, layer in layers.items()}
         return {"parameters": sum(each[path] * n for path, n in left.items()), "modules": sum(map(bool, left.values()))}
 
+    def stages(order: str, unit: str, fraction: float) -> list[str]:
+        found = ["as it is"]
+        for stage in ("refitted", "recovered"):
+            orders, *sizes = settings[stage]
+            if order in orders and fraction in sizes[unit == "modules"]:
+                found.append(stage)
+        if "recovered" in found and order == "path_moments" and case.seed in SLOW_SEEDS:
+            found.append("recovered slowly")
+        return found
+
+    def values_of(order: str) -> Mapping[str, Any]:
+        if order not in PER_MODULE:
+            return {path: one.tolist() for path, one in rank_values(model, case.batch, order, seed=case.seed).items()}
+        squares = {path: one.double() for path, one in rank_values(model, case.batch, "singular").items()}
+        if order == "even":
+            return {path: one.argsort(descending=True).argsort().neg().tolist() for path, one in squares.items()}
+        # The share of a module's squares that is gone when this rank and all below it are.
+        return {path: [float(one[one <= own].sum() / one.sum()) for own in one] for path, one in squares.items()}
+
+    def after(rate: float) -> dict[str, float]:
+        case.train(model, RECOVERY, rate * settings["learning_rate"])
+        return case.measured(model)
+
     if not done(row("whole", "parameters", 1, "as it is")):
         yield {**row("whole", "parameters", 1, "as it is"), **size(), **case.measured(model)}
-    if not done(row("whole", "parameters", 1, "recovered")):
-        case.train(model, RECOVERY, case.settings["learning_rate"])
-        yield {**row("whole", "parameters", 1, "recovered"), **size(), **case.measured(model)}
-        back()
-    for order in ORDERS:
+    for stage, rate in (("recovered", 1.0), *([("recovered slowly", SLOW_RATE)] if case.seed in SLOW_SEEDS else [])):
+        if not done(row("whole", "parameters", 1, stage)):
+            yield {**row("whole", "parameters", 1, stage), **size(), **after(rate)}
+            back()
+    for order in settings["orders"]:
         values: Mapping[str, Any] | None = None
-        for unit, costs_of in (("parameters", parameter_costs), ("modules", module_costs)):
-            for fraction in FRACTIONS:
-                stages = ["as it is", "refitted", *(["recovered"] if order in RECOVERED else [])]
-                stages = [stage for stage in stages if not done(row(order, unit, fraction, stage))]
-                if not stages:
+        for unit, sizes in settings["sizes"].items():
+            if order in PER_MODULE and unit == "modules":
+                continue
+            for fraction in sizes:
+                if order == "even" and RANK * fraction != int(RANK * fraction):
                     continue
-                if values is None:
-                    back()
-                    values = {path: one.tolist() for path, one in rank_values(model, case.batch, order, seed=case.seed).items()}
+                missing = [stage for stage in stages(order, unit, fraction) if not done(row(order, unit, fraction, stage))]
+                if not missing:
+                    continue
                 back()
-                costs = costs_of(model, "default")
-                left = total[unit]
+                values = values_of(order) if values is None else values
+                costs = (module_costs if unit == "modules" else parameter_costs)(model, "default")
+                if order in PER_MODULE:  # by rank, and no module goes
+                    costs = {path: Cost(0.0, 1.0, stays=True) for path in costs}
                 for move in moves(values, costs):
-                    if left <= fraction * total[unit]:
+                    if size()[unit] <= fraction * total[unit]:
                         break
                     prune(layers[move.path], "default", [live[move.path][rank] for rank in move.ranks])
-                    left -= costs[move.path].each * len(move.ranks) + (costs[move.path].fixed if unit == "modules" else 0)
-                if "as it is" in stages:
+                if "as it is" in missing:
                     yield {**row(order, unit, fraction, "as it is"), **size(), **case.measured(model)}
+                if missing == ["as it is"]:
+                    continue
                 refit(model, case.batch)
-                if "refitted" in stages:
+                if "refitted" in missing:
                     yield {**row(order, unit, fraction, "refitted"), **size(), **case.measured(model)}
-                if "recovered" in stages:
-                    case.train(model, RECOVERY, case.settings["learning_rate"])
-                    yield {**row(order, unit, fraction, "recovered"), **size(), **case.measured(model)}
+                fitted = {name: value.detach().clone() for name, value in own.items()}
+                for stage, rate in (("recovered", 1.0), ("recovered slowly", SLOW_RATE)):
+                    if stage in missing:
+                        yield {**row(order, unit, fraction, stage), **size(), **after(rate)}
+                        with torch.no_grad():
+                            for name, value in own.items():
+                                value.copy_(fitted[name])
 
 
-def small_ones(case: Case, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
+def small_ones(case: Case, results: Path, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
     """LoRA of a smaller rank trained from the start, for as many steps as the whole adapter and its recovery."""
-    for rank in (4, 2, 1):
-        for rate in RATES:
+    for rank in case.settings["small"]:
+        rates = case.settings["rates"]
+        if case.seed:
+            same = {"model": case.name, "task": case.task, "seed": 0, "stage": "trained", "fraction": rank / RANK}
+            tried = [one for one in read(results) if all(one[key] == value for key, value in same.items())]
+            if len(tried) < len(rates):
+                continue  # the first seed says which rate
+            rates = [max(tried, key=lambda one: (one["accuracy"], -one["loss"]))["learning_rate"]]
+        for rate in rates:
             row = {"model": case.name, "task": case.task, "seed": case.seed, "order": f"trained, {rate:g}", "unit": "parameters",
                    "fraction": round(rank / RANK, 4), "stage": "trained"}  # fmt: skip
             if done(row):
@@ -182,7 +241,7 @@ def small_ones(case: Case, done: Callable[[dict[str, Any]], bool]) -> Iterator[d
             model = case.fresh(rank)
             case.train(model, case.settings["steps"] + RECOVERY, rate)
             count = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
-            yield {**row, "parameters": count, "modules": 0, **case.measured(model)}
+            yield {**row, "learning_rate": rate, "parameters": count, **case.measured(model)}
 
 
 KEYS = ("model", "task", "seed", "order", "unit", "fraction", "stage")
@@ -229,12 +288,14 @@ def main() -> None:
         for seed in options.seeds:
             for name in options.models:
                 for task in options.tasks:
+                    if task == "text2mdt" and SETTINGS[name]["task"] == "classification":
+                        continue  # trees are written, which a model of MiniLM's kind cannot
                     with claimed((name, task, seed), options.results) as free:
                         if not free:
                             continue
                         case = Case(name, task, seed, options.data_dir)
                         found = [measurements(case, options.work, done)]
-                        for rows in [*found, *([] if options.skip_trained else [small_ones(case, done)])]:
+                        for rows in [*found, *([] if options.skip_trained else [small_ones(case, options.results, done)])]:
                             for row in rows:
                                 append(row, options.results)
                                 print(json.dumps(row), flush=True)
