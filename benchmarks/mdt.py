@@ -2,15 +2,15 @@
 
 A task is a language and a chain-of-thought level: en-cot0, en-cot1, en-cot2 with SmolLM2-135M, zh-cot0, zh-cot1, zh-cot2 with
 Gemma 3 270M (fetch it first: `gatewise models fetch gemma3-270m`). A run is what `gatewise train recipes/mdt-METHOD.yaml` does with
-other data, model and budget, on every passage and three copies of it with swapped phrases (gatewise.mdt.swapping). The dev
+other data, model and budget, on every passage and three copies of it with swapped phrases (gatewise.mdt.training.swapping). The dev
 passages are then read by the adapter it wrote, three times:
 
     free           what the model likes to write, read as well as it goes
     constrained    only what can still become a valid tree
     verbatim       that, and only subjects and objects that are whole words of the text
 
-Everything is measured on the dev split by all metrics of gatewise.mdt and by the errors of gatewise.mdt.mistakes, gold trees
-repaired as `gatewise mdt evaluate --repair` does; "as_published" has the metrics without that. Time is that of the processor: with
+Everything is measured on the dev split by all metrics and the errors of gatewise.mdt.evaluation, gold trees repaired as
+`gatewise mdt evaluate --repair` does; "as_published" has the metrics without that. Time is that of the processor: with
 OMP_NUM_THREADS=1 minutes of one core. A run that is stopped goes on where it was: its checkpoints and what was written for each
 passage are in runs/mdt, where they are kept to look at the errors.
 

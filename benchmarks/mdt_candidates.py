@@ -26,9 +26,9 @@ def draw(folder: Path, texts: list[str], language: Any, level: Any, temperature:
     import torch
 
     from gatewise.mdt import parse_lenient
-    from gatewise.mdt.course import Course
-    from gatewise.mdt.prompts import prompt
-    from gatewise.mdt.writing import Written, write
+    from gatewise.mdt.extraction.course import Course
+    from gatewise.mdt.extraction.prompts import prompt
+    from gatewise.mdt.extraction.writing import Written, write
     from gatewise.progress import quiet
 
     file = folder / f"drawn-{temperature}.jsonl"
@@ -63,7 +63,7 @@ def draw(folder: Path, texts: list[str], language: Any, level: Any, temperature:
 def measured(run: str, data_dir: Path, temperature: float, draws: int) -> dict[str, Any]:
     """The metrics of every number of candidates, and how right trees and wrong ones agree with the others."""
     from gatewise.mdt import DecisionTree, evaluate
-    from gatewise.mdt.consensus import most_alike
+    from gatewise.mdt.extraction.extractor import most_alike
     from gatewise.mdt.records import read_items
 
     task = run.partition("-cot")

@@ -125,7 +125,7 @@ def test_a_training_step_is_on_the_device(folder: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("second_device")
 def test_a_review_loads_its_model_there(folder: Path) -> None:
-    from gatewise.cli.mdt_review import _loaded
+    from gatewise.mdt.commands.review import _loaded
 
     pytest.importorskip("llguidance")
     extract = _loaded(folder / "lora", None, "cuda:1", max_new_tokens=20, pipeline=False, verbatim=False, candidates=1)

@@ -26,7 +26,6 @@ from typer.core import TyperGroup
 from gatewise.adapters.data_options import DataOptions
 from gatewise.cli.compress import compress
 from gatewise.cli.inspect import inspect
-from gatewise.cli.mdt import mdt_app
 from gatewise.cli.options import JsonOption, takes_data_options
 from gatewise.errors import GatewiseError
 
@@ -71,7 +70,13 @@ models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 
 
-app.add_typer(mdt_app, name="mdt")
+try:
+    from gatewise.mdt.commands import mdt_app
+except ModuleNotFoundError as error:  # the folder may be removed, and the rest still works
+    if error.name not in ("gatewise.mdt", "gatewise.mdt.commands"):
+        raise
+else:
+    app.add_typer(mdt_app, name="mdt")
 
 
 def main() -> None:

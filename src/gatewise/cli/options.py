@@ -12,15 +12,6 @@ from gatewise.adapters.data_options import DataOptions
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")]
 BaseOption = Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")]
-CandidatesOption = Annotated[int, typer.Option(help="Write so many trees, and keep the one most like the others.", min=1)]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written in one output.", min=1)]
-PipelineOption = Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")]
-VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
-
-RepairOption = Annotated[
-    bool,
-    typer.Option("--repair", help="Put right what has one plain meaning, such as 'and' over a single triple."),
-]
 
 # The command-line side of ``DataOptions``: a flag for each of its fields.
 _DATA_FLAGS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""From guideline text to medical decision trees (Text2MDT, arXiv 2401.02034): trees, files, metrics, and how people look at them.
+"""From guideline text to medical decision trees (Text2MDT, arXiv 2401.02034), and what people do with them.
 
     from gatewise import mdt
 
@@ -6,31 +6,58 @@
     print(record.tree.to_outline())
     mdt.write_view([record], "html", "tree.html")
 
-Extraction from text (``Extractor``, ``extract``, ``extract_files``, ``measure``) brings torch and Transformers when it is first
-asked for. Every tree, hand-written or extracted, needs review by a clinician.
+At the top lie what every room needs: ``tree`` with its rules (``checks``) and relations, its ``outline``, files of texts with trees
+(``records``), and where the phrases of a tree stand in its text (``spans``).
+
+| room          | its story                                                                              |
+|---------------|----------------------------------------------------------------------------------------|
+| ``formats``   | a tree becomes the lines that a model writes, and is read back; and what people look at and hand on |
+| ``documents`` | a guideline becomes passages                                                           |
+| ``evaluation``| trees against trees                                                                    |
+| ``extraction``| a passage becomes a tree                                                               |
+| ``training``  | trees become rows to train on                                                          |
+| ``review``    | a person corrects and approves trees                                                   |
+| ``commands``  | ``gatewise mdt``                                                                       |
+
+Names are imported when first used. Every tree, hand-written or extracted, needs review by a clinician.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gatewise.mdt.decide import Decision, Step, decide
-from gatewise.mdt.linearise import linearise
-from gatewise.mdt.metrics import TreeMetrics, evaluate, tree_edit_ratio
-from gatewise.mdt.mistakes import Mistake, count_mistakes, mistakes
-from gatewise.mdt.parse import Parsed, parse, parse_lenient
-from gatewise.mdt.prompts import training_rows
-from gatewise.mdt.records import TreeFile, TreeRecord, read_trees, write_trees
-from gatewise.mdt.relations import RELATIONS, relation_in
-from gatewise.mdt.samples import sample
-from gatewise.mdt.spans import Span, TripleSpans, in_text_order, locate, locate_tree
-from gatewise.mdt.swapping import swapped_copies
-from gatewise.mdt.tree import DecisionTree, Node, Path, Triple
-from gatewise.mdt.views import render, write_view
-
 if TYPE_CHECKING:
-    from gatewise.mdt.batch import extract_files
-    from gatewise.mdt.extraction import Extraction, Extractor, extract
-    from gatewise.mdt.steps import measure
+    from gatewise.mdt.evaluation.metrics import TreeMetrics, evaluate, tree_edit_ratio
+    from gatewise.mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
+    from gatewise.mdt.extraction.batch import extract_files
+    from gatewise.mdt.extraction.extractor import Extraction, Extractor, extract
+    from gatewise.mdt.extraction.measuring import measure
+    from gatewise.mdt.formats.lines import Parsed, linearise, parse, parse_lenient
+    from gatewise.mdt.formats.views import render, write_view
+    from gatewise.mdt.records import TreeFile, TreeRecord, read_trees, write_trees
+    from gatewise.mdt.relations import RELATIONS, relation_in
+    from gatewise.mdt.samples import sample
+    from gatewise.mdt.spans import Span, TripleSpans, in_text_order, locate, locate_tree
+    from gatewise.mdt.training.rows import training_rows
+    from gatewise.mdt.training.swapping import swapped_copies
+    from gatewise.mdt.tree import Decision, DecisionTree, Node, Path, Step, Triple, decide
 
+# Module -> the public names in it.
+_HOME = {
+    "evaluation.metrics": ("TreeMetrics", "evaluate", "tree_edit_ratio"),
+    "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
+    "extraction.batch": ("extract_files",),
+    "extraction.extractor": ("Extraction", "Extractor", "extract"),
+    "extraction.measuring": ("measure",),
+    "formats.lines": ("Parsed", "linearise", "parse", "parse_lenient"),
+    "formats.views": ("render", "write_view"),
+    "records": ("TreeFile", "TreeRecord", "read_trees", "write_trees"),
+    "relations": ("RELATIONS", "relation_in"),
+    "samples": ("sample",),
+    "spans": ("Span", "TripleSpans", "in_text_order", "locate", "locate_tree"),
+    "training.rows": ("training_rows",),
+    "training.swapping": ("swapped_copies",),
+    "tree": ("Decision", "DecisionTree", "Node", "Path", "Step", "Triple", "decide"),
+}
 __all__ = [
     "RELATIONS",
     "Decision",
@@ -72,18 +99,15 @@ __all__ = [
     "write_view",
 ]
 
-_LAZY = {
-    "Extraction": "extraction",
-    "Extractor": "extraction",
-    "extract": "extraction",
-    "extract_files": "batch",
-    "measure": "steps",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    module = next((module for module, names in _HOME.items() if name in names), None)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    value = getattr(import_module(f"gatewise.mdt.{module}"), name)
+    globals()[name] = value
+    return value
 
-    return getattr(import_module(f"gatewise.mdt.{_LAZY[name]}"), name)
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

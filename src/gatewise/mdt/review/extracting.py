@@ -14,7 +14,7 @@ from gatewise.mdt.review.passage import Passage, Version
 from gatewise.mdt.review.session import Session
 
 if TYPE_CHECKING:
-    from gatewise.mdt.extraction import Extraction, Extractor
+    from gatewise.mdt.extraction.extractor import Extraction, Extractor
 
 # Called with every token that was written.
 Tick = Callable[[], None]

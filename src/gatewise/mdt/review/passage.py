@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
-from gatewise.mdt.language import detect_language
+from gatewise.mdt.documents.language import detect_language
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import Language
 from gatewise.mdt.review.edits import Fault, Nodes, fault_of

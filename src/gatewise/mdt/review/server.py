@@ -19,12 +19,12 @@ from urllib.parse import parse_qs, urlsplit
 
 from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
+from gatewise.mdt.formats.page_parts import MARKING, STYLE
+from gatewise.mdt.formats.views import FORMATS
 from gatewise.mdt.review.extracting import Extracting
 from gatewise.mdt.review.passage import Passage
 from gatewise.mdt.review.session import OldPageError, Session
 from gatewise.mdt.review.shown import overview, whole
-from gatewise.mdt.views import FORMATS
-from gatewise.mdt.views.page_parts import MARKING, STYLE
 
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Gatewise-Token"

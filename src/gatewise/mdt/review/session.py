@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from gatewise.checks import is_whole, writable
 from gatewise.errors import GatewiseError
+from gatewise.mdt.formats.views import FORMATS, ONE_TREE, render
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review import edits
 from gatewise.mdt.review.files import Draft, ReviewFiles
 from gatewise.mdt.review.merging import merged
 from gatewise.mdt.review.passage import Passage, Version
 from gatewise.mdt.review.sources import pasted, path_of, read_source, source_of
-from gatewise.mdt.views import FORMATS, ONE_TREE, render
 
 _MOST_PASSAGES = 5000
 

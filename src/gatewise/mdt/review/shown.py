@@ -2,16 +2,16 @@
 
 from typing import Any
 
+from gatewise.mdt.formats.page import pieces_of
+from gatewise.mdt.formats.svg import main_subject, svg_of
+from gatewise.mdt.formats.views import FORMATS
+from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.relations import RELATIONS
 from gatewise.mdt.review.edits import drawable, empty_tree
 from gatewise.mdt.review.passage import Passage
 from gatewise.mdt.review.session import Session
 from gatewise.mdt.spans import locate_tree
 from gatewise.mdt.tree import DecisionTree
-from gatewise.mdt.views import FORMATS
-from gatewise.mdt.views.page import pieces_of
-from gatewise.mdt.views.svg import main_subject, svg_of
-from gatewise.mdt.views.words import words_for
 
 
 def overview(session: Session) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of
-from gatewise.mdt.passages import split_passages
-from gatewise.mdt.reading import document_of
+from gatewise.mdt.documents.passages import split_passages
+from gatewise.mdt.documents.reading import document_of
 from gatewise.mdt.records import SUFFIXES, TreeRecord, trees_of
 from gatewise.mdt.review.passage import Passage, others, version_of
 from gatewise.mdt.samples import NAME, sample

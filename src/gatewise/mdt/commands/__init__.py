@@ -1,0 +1,21 @@
+"""The ``mdt`` commands: extracting, showing, measuring and reviewing medical decision trees, and preparing rows to train on."""
+
+import typer
+
+from gatewise.mdt.commands import evaluate, extract, prepare, review, show
+
+mdt_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@mdt_app.callback()
+def mdt() -> None:
+    """Medical decision trees from guideline text. Every tree needs review by a clinician.
+
+    \b
+    Example:
+      gatewise mdt show sample:guidelines --record 1
+    """
+
+
+for command in (show.show, extract.extract, prepare.prepare, evaluate.evaluate, review.review):
+    mdt_app.command()(command)

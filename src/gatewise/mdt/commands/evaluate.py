@@ -1,0 +1,139 @@
+"""``gatewise mdt evaluate``: how good trees are, those of a file or those that an adapter extracts."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gatewise.cli.options import BaseOption, DeviceOption, JsonOption
+from gatewise.errors import GatewiseError
+from gatewise.mdt.commands.model import (
+    BatchOption,
+    CandidatesOption,
+    FreeOption,
+    LevelOption,
+    PipelineOption,
+    TokensOption,
+    VerbatimOption,
+    check_ways,
+    loaded,
+)
+from gatewise.mdt.commands.trees import RepairOption, read_file
+
+
+class StageName(StrEnum):
+    """A step of the pipeline."""
+
+    triples = "triples"
+    nodes = "nodes"
+    tree = "tree"
+
+
+def evaluate(
+    gold: Annotated[str, typer.Option(help="The right trees: a .json or .jsonl file, or sample:guidelines.", show_default=False)],
+    pred: Annotated[Path | None, typer.Option(help="The predicted trees, in the same order.", show_default=False)] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
+    base: BaseOption = None,
+    stage: Annotated[StageName | None, typer.Option(help="With --adapter: this step alone, from gold input.")] = None,
+    level: LevelOption = None,
+    pipeline: PipelineOption = False,
+    verbatim: VerbatimOption = False,
+    free: FreeOption = False,
+    candidates: CandidatesOption = 1,
+    max_new_tokens: TokensOption = 512,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    limit: Annotated[int | None, typer.Option(help="With --adapter: only the first records.", min=1)] = None,
+    errors: Annotated[bool, typer.Option("--errors", help="Show what is wrong with the trees, too, by kind.")] = False,
+    as_json: JsonOption = False,
+    repair: RepairOption = False,
+) -> None:
+    """Measure trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio.
+
+    The trees are those of a file, or are extracted with an adapter; then a step of the pipeline can be measured alone. Predictions
+    that are no trees count as wrong.
+
+    \b
+    Examples:
+      gatewise mdt evaluate --gold dev.json --pred predicted.json --errors
+      gatewise mdt evaluate --gold dev.json --adapter runs/mdt-steps/adapter --stage nodes
+    """
+    if (pred is None) == (adapter is None):
+        raise GatewiseError("give --pred, a file of predicted trees, or --adapter, to extract them now, and not both")
+    if adapter is not None:
+        from gatewise.mdt.extraction.measuring import measure as measure_adapter
+
+        check_ways(free, verbatim, level, pipeline)
+        read = read_file(gold, repair)
+        if read.faults:
+            raise GatewiseError(next(iter(read.faults.values())))
+        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
+        with loaded(adapter, base, device, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
+            records = read.records[:limit]
+            values = measure_adapter(extractor, records, stage.value if stage else None, count, errors=errors)
+    else:
+        assert pred is not None
+        values = _measure_file(gold, pred, repair, errors)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("metric", "precision", "recall", "F1"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name in ("triplet", "node", "path"):
+        if f"{name}_f1" in values:
+            table.add_row(name, *(f"{values[f'{name}_{kind}']:.4f}" for kind in ("precision", "recall", "f1")))
+    console = Console()
+    console.print(table)
+    if "ter" in values:
+        nonempty = f"{values['tree_acc_nonempty']:.4f} of the predictions that are not empty"
+        console.print(f"tree accuracy: {values['tree_acc']:.4f} ({nonempty})")
+        console.print(f"tree edit ratio: {values['ter']:.4f} (lower is better; 1 - TER is {1 - values['ter']:.4f})")
+        console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
+    else:
+        console.print(f"records: {values['n']}, of which nothing could be read for {values['failed']}")
+    if errors:
+        _show_errors(console, values["errors"])
+
+
+def _measure_file(gold: str, pred: Path, repair: bool, errors: bool) -> dict[str, Any]:
+    from gatewise.mdt.evaluation.metrics import evaluate as measure
+    from gatewise.mdt.evaluation.mistakes import count_mistakes
+    from gatewise.mdt.records import Broken, read_items
+
+    wanted = list(read_file(gold, repair).records) if gold.startswith("sample:") else read_items(gold)
+    found = read_items(pred)
+    for number, item in enumerate(wanted, start=1):
+        if isinstance(item, Broken):
+            raise GatewiseError(item.message)
+        if number <= len(found):
+            _check_same_text(item, found[number - 1], number, gold, pred)
+    if len(wanted) != len(found):
+        raise GatewiseError(
+            f"{gold} has {len(wanted)} trees and {pred} has {len(found)}: expected one prediction for each, in the same order"
+        )
+    metrics: dict[str, Any] = measure(wanted, found, repair=repair, source=gold).to_json()
+    return {**metrics, "errors": count_mistakes(wanted, found, repair=repair)} if errors else metrics
+
+
+def _check_same_text(gold: Any, pred: Any, number: int, gold_file: str, pred_file: Path) -> None:
+    """Predictions in another order would all count as wrong, which says nothing about them."""
+    given = [item.get("text") if isinstance(item, dict) else getattr(item, "text", None) for item in (gold, pred)]
+    texts = [text.strip() for text in given if isinstance(text, str) and text.strip()]
+    if len(texts) == 2 and texts[0] != texts[1]:
+        raise GatewiseError(f"record {number} of {pred_file} has another text than record {number} of {gold_file}: keep the order")
+
+
+def _show_errors(console: Console, counts: dict[str, dict[str, int]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="alone: trees that would be right without this kind")
+    for column in ("what is wrong", "times", "trees", "alone"):
+        table.add_column(column, justify="left" if column == "what is wrong" else "right")
+    for kind, one in sorted(counts.items(), key=lambda item: -item[1]["count"]):
+        if one["count"]:
+            table.add_row(kind, *(str(one[name]) for name in ("count", "trees", "alone")))
+    console.print(table if table.row_count else "nothing is wrong")

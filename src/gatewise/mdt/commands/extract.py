@@ -1,0 +1,126 @@
+"""``gatewise mdt extract``: documents to trees, with a trained adapter."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatewise.cli.options import BaseOption, DeviceOption
+from gatewise.errors import GatewiseError
+from gatewise.mdt.commands.model import (
+    BatchOption,
+    CandidatesOption,
+    FreeOption,
+    LevelOption,
+    PipelineOption,
+    TokensOption,
+    VerbatimOption,
+    check_ways,
+    loaded,
+)
+from gatewise.mdt.commands.trees import Format, OutOption, check_place, check_target, give, with_plans
+
+if TYPE_CHECKING:
+    from gatewise.mdt.records import TreeRecord
+
+
+class LanguageName(StrEnum):
+    """The languages that are known."""
+
+    en = "en"
+    zh = "zh"
+
+
+def extract(
+    files: Annotated[list[str], typer.Argument(help="Texts: .txt, .md, .pdf or .docx files; - is stdin.", show_default=False)],
+    adapter: Annotated[Path, typer.Option(help="The adapter's folder.", show_default=False)],
+    format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = Format.text,
+    out: OutOption = None,
+    base: BaseOption = None,
+    language: Annotated[LanguageName | None, typer.Option(help="The texts' language. [default: found out]")] = None,
+    population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
+    passage_characters: Annotated[
+        int | None, typer.Option(help="Most characters of a passage. [default: 800 in English, 300 in Chinese]", min=50)
+    ] = None,
+    level: LevelOption = None,
+    pipeline: PipelineOption = False,
+    verbatim: VerbatimOption = False,
+    free: FreeOption = False,
+    candidates: CandidatesOption = 1,
+    max_new_tokens: TokensOption = 512,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+) -> None:
+    """Extract decision trees from text with a trained adapter. Every tree needs review by a clinician.
+
+    Long documents are cut into passages under their headings, which say whom they are about. What cannot be read or gives no tree
+    does not stop the rest; what failed is said at the end, and the exit code is then 2. Ctrl-C gives what was found by then.
+
+    \b
+    Examples:
+      gatewise mdt extract guideline.pdf --adapter runs/mdt-pi-lora/adapter --format html --out trees.html
+      echo "adults with gout@For a flare, give colchicine." | gatewise mdt extract - --adapter runs/mdt-pi-lora/adapter
+    """
+    from gatewise.mdt.extraction.batch import Batch, extract_pieces, read_pieces
+    from gatewise.mdt.formats import fhir
+
+    check_ways(free, verbatim, level, pipeline)
+    if format == Format.fhir:
+        fhir.check_available()
+    check_target(out, files)
+    batch = Batch()
+    named: Any = language.value if language else None
+    pieces = read_pieces(files, batch, language=named, population=population, most_characters=passage_characters)
+    several = len(pieces) > 1
+    stopped: BaseException | None = None
+    if pieces:
+        check_place(format, out, several)
+        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
+        try:
+            with loaded(adapter, base, device, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (
+                extractor,
+                count,
+            ):
+                extract_pieces(pieces, extractor, batch, count)
+        except (KeyboardInterrupt, GatewiseError) as error:
+            stopped = error
+            if batch.read:
+                typer.echo(f"stopped after {batch.read} of {len(pieces)} passages", err=True)
+    faults = list(batch.faults)
+    written = None
+    try:
+        written = _give_found(batch.records, format, out, several, faults)
+    except GatewiseError as error:
+        stopped = stopped or error
+    for note in batch.notes:
+        typer.echo(f"note: {note}", err=True)
+    if written:
+        typer.echo(f"written: {written}")
+    for sentence in faults:
+        typer.echo(f"failed: {sentence}", err=True)
+    if stopped:
+        raise stopped
+    if batch.failed:
+        which = "the text" if len(files) == 1 else f"{len(batch.failed)} of the {len(files)} texts"
+        raise GatewiseError(f"{which} gave no tree: {', '.join(batch.failed)}")
+    if faults:
+        raise GatewiseError(f"{len(faults)} {'passage' if len(faults) == 1 else 'passages'} failed, named above")
+
+
+def _give_found(records: "Sequence[TreeRecord]", format: Format, out: Path | None, several: bool, faults: list[str]) -> Path | None:
+    """Gives what an extraction found; what cannot be given so is printed, so that the work is not lost."""
+    from gatewise.mdt.formats.views import render
+
+    without_plan: dict[int, str] = {}
+    given = with_plans(records, without_plan) if format == Format.fhir else records
+    faults += without_plan.values()
+    for one in records:
+        if one.number in without_plan:
+            typer.echo(render([one], "text"), err=True, nl=False)
+    try:
+        return give(given, format, out, several) if given else None
+    except GatewiseError as error:
+        typer.echo(render(given, "json"), nl=False)
+        raise GatewiseError(f"{error} (the trees are on stdout, as JSON)") from None

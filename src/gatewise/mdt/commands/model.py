@@ -1,0 +1,56 @@
+"""The model that a command extracts with: its options, and loading it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gatewise.errors import GatewiseError
+
+if TYPE_CHECKING:
+    from gatewise.mdt.extraction.extractor import Extractor
+
+LevelOption = Annotated[
+    int | None, typer.Option(help="Chain of thought: 0 tree, 1 triples first, 2 triples and nodes first.", min=0, max=2)
+]
+CandidatesOption = Annotated[int, typer.Option(help="Write so many trees, and keep the one most like the others.", min=1)]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written in one output.", min=1)]
+PipelineOption = Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")]
+VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
+FreeOption = Annotated[bool, typer.Option("--free", help="Let the model write what it likes, and read it as well as it goes.")]
+BatchOption = Annotated[int, typer.Option(help="Passages in one forward pass.", min=1)]
+
+
+def check_ways(free: bool, verbatim: bool, level: Any, pipeline: bool) -> None:
+    """Before a model is loaded for what the extractor refuses."""
+    if free and verbatim:
+        raise GatewiseError("--free and --verbatim exclude each other: verbatim phrases take constrained writing")
+    if level is not None and pipeline:
+        raise GatewiseError("--level and --pipeline exclude each other: the pipeline has no levels")
+
+
+@contextmanager
+def loaded(
+    adapter: Path, base: str | None, device: str, **settings: Any
+) -> "Iterator[tuple[Extractor, Callable[[str, int, int], None]]]":
+    """The extractor, and what shows its progress on stderr."""
+    from gatewise.mdt.extraction.extractor import Extractor
+    from gatewise.progress import ConsoleProgress, quiet
+
+    progress = ConsoleProgress(Console(stderr=True))
+    with quiet(bars=True):
+        extractor = Extractor.load(adapter, base=base, device=device, say=progress.say, **settings)
+        said: set[str] = set()
+
+        with progress.counting("writing") as count:
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in said and not progress.console.is_terminal:
+                    progress.say(f"writing {what} for {total} {'passage' if total == 1 else 'passages'}")
+                said.add(what)
+                count(done, total)
+
+            yield extractor, show

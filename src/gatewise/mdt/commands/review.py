@@ -1,0 +1,108 @@
+"""``gatewise mdt review``: a page on this machine to read trees against their text and correct them."""
+
+import os
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatewise.cli.options import BaseOption, DeviceOption
+from gatewise.errors import GatewiseError
+from gatewise.mdt.commands.model import CandidatesOption, PipelineOption, TokensOption, VerbatimOption
+from gatewise.mdt.commands.trees import RepairOption
+
+if TYPE_CHECKING:
+    from gatewise.mdt.review import Extract
+
+NO_ADAPTER = "no model was given: start the review with --adapter DIR to extract trees"
+
+
+def review(
+    file: Annotated[
+        str | None,
+        typer.Argument(help="A text (.txt, .md, .pdf, .docx), a file of trees, or sample:guidelines.", show_default=False),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter; without one, trees are only corrected.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "--output", "-o", help="The .jsonl file of corrections. [default: FILE.review.jsonl]"),
+    ] = None,
+    base: BaseOption = None,
+    language: Annotated[str | None, typer.Option(help="The texts' language, en or zh. [default: found out]")] = None,
+    population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
+    pipeline: PipelineOption = False,
+    verbatim: VerbatimOption = False,
+    candidates: CandidatesOption = 1,
+    max_new_tokens: TokensOption = 512,
+    device: DeviceOption = "auto",
+    port: Annotated[
+        int, typer.Option(help="Port on this machine. [default: a free one]", min=0, max=65535, show_default=False)
+    ] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, or only print its address.")] = True,
+    repair: RepairOption = False,
+) -> None:
+    """Review trees in the browser: read each against its text, correct it, approve it, save.
+
+    The page is served on this machine only. What is corrected or approved goes into a JSONL file in the published format, which is
+    training data; everything else, unfinished trees too, is kept in a draft beside it after every change. Ctrl-C ends.
+
+    \b
+    Examples:
+      gatewise mdt review guideline.pdf --adapter runs/mdt-pi-lora/adapter
+      gatewise mdt review trees.json
+    """
+    from gatewise.mdt.relations import check_language
+    from gatewise.mdt.review import Extracting, ReviewServer, Session
+
+    if language is not None:
+        check_language(language)
+    if adapter is not None and not os.path.exists(adapter):  # unlike a Path's own it takes any name
+        raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
+    session = Session.open(file, out, population=population, repair=repair)
+    extracting: Extracting | None = None
+    try:
+        for note in session.notes:
+            typer.echo(f"note: {note}", err=True)
+        if adapter is not None:
+            settings = {"max_new_tokens": max_new_tokens, "pipeline": pipeline, "verbatim": verbatim, "candidates": candidates}
+            named: Any = language
+            # The first candidate is written alone, the others together.
+            most = max_new_tokens * (1 if candidates == 1 else 2)
+            extracting = Extracting(session, _loaded(adapter, base, device, **settings), language=named, most=most)
+        with ReviewServer(session, extracting, port=port, reason="" if adapter else NO_ADAPTER) as server:
+            typer.echo(f"review: {server.url}")
+            typer.echo(f"corrections go to {session.files.out}; end with Ctrl-C", err=True)
+            if browser:
+                webbrowser.open(server.url)
+            _serve(server)
+        unsaved = session.unsaved
+        if unsaved:
+            what = "1 passage is" if unsaved == 1 else f"{unsaved} passages are"
+            typer.echo(f"{what} not in {session.files.out} as they stand; the draft keeps them for the next review", err=True)
+    finally:
+        if extracting is not None:
+            extracting.end()
+        session.close()
+
+
+def _serve(server: Any) -> None:
+    """Serves until Ctrl-C, which is how a review ends and no interruption of it."""
+    try:
+        server.serve_forever(poll_interval=0.2)
+    except KeyboardInterrupt:
+        typer.echo("review ended", err=True)
+
+
+def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extract":
+    from rich.console import Console
+
+    from gatewise.mdt.extraction.extractor import Extractor
+    from gatewise.mdt.review import model_extract
+    from gatewise.progress import ConsoleProgress, quiet
+
+    with quiet(bars=True):
+        say = ConsoleProgress(Console(stderr=True)).say
+        return model_extract(
+            Extractor.load(adapter, base=base, device=device, say=say, batch_size=settings["candidates"], **settings)
+        )

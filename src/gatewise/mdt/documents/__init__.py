@@ -1,0 +1,6 @@
+"""A guideline becomes passages.
+
+``reading`` takes a file by its suffix to ``plain_text``, ``markdown``, ``docx`` or ``pdf``, each of which makes a ``document`` of
+blocks; ``headings`` tells headings from sentences, and populations; ``passages`` cuts the document; ``language`` says which of the
+two it is in.
+"""

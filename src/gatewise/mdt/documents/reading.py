@@ -1,0 +1,133 @@
+"""Documents to extract from: plain text, Markdown, PDF and DOCX, read into headings and paragraphs with their places."""
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gatewise.errors import GatewiseError
+from gatewise.files import content_of
+from gatewise.mdt.documents.document import Block, Document, listed
+from gatewise.mdt.documents.docx import read_docx
+from gatewise.mdt.documents.headings import population_mark, without_text
+from gatewise.mdt.documents.markdown import read_markdown
+from gatewise.mdt.documents.pdf import read_pdf
+from gatewise.mdt.documents.plain_text import read_plain_text
+
+__all__ = ["STDIN", "Block", "Document", "document_of", "population_mark", "read_document"]
+
+STDIN = "-"
+
+
+def read_document(path: str | Path) -> Document:
+    """Reads a document by the suffix of its name; "-" is plain text or Markdown from standard input.
+
+    Raises:
+        GatewiseError: the file cannot be read, is of another kind, damaged, locked or empty, has no text but pictures of it, or its
+            reader (extra ``mdt``) is not installed.
+    """
+    if str(path) == STDIN:
+        return document_of(sys.stdin.buffer.read(), "stdin", ".md")
+    name, suffix = str(path), Path(path).suffix
+    if _is_folder(path):
+        raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
+    _check_suffix(suffix, name)
+    return document_of(content_of(path), name, suffix)
+
+
+def document_of(content: bytes, name: str, suffix: str) -> Document:
+    """Reads the content of a file.
+
+    Args:
+        name: what messages call it.
+        suffix: what kind of file it is, such as ".pdf"; case does not matter.
+
+    Raises:
+        GatewiseError: as :func:`read_document`.
+    """
+    _check_suffix(suffix, name)
+    if not content.strip():
+        raise GatewiseError(f"{name} is empty, expected a text in English or Chinese")
+    read = _READERS[suffix.lower()](content, name)
+    blocks = tuple(block for block in read.blocks if any(map(str.isalnum, block.text)))
+    if not any(any(map(str.isalpha, block.text)) for block in blocks):
+        raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
+    return replace(read, blocks=blocks, notes=(*read.notes, *_headings_alone(blocks, name)))
+
+
+def _headings_alone(blocks: Sequence[Block], name: str) -> list[str]:
+    alone = without_text(blocks)
+    if not alone:
+        return []
+    texts = listed([block.text for block in alone], [block.where for block in alone])
+    return [f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}"]
+
+
+def _text(content: bytes, name: str) -> Document:
+    return read_plain_text(_decoded(content, name), name)
+
+
+def _markdown(content: bytes, name: str) -> Document:
+    try:
+        return read_markdown(_decoded(content, name), name)
+    except ImportError:
+        raise _missing("markdown-it-py", name) from None
+
+
+def _pdf(content: bytes, name: str) -> Document:
+    try:
+        return read_pdf(content, name)
+    except ImportError:
+        raise _missing("pypdf", name) from None
+
+
+def _docx(content: bytes, name: str) -> Document:
+    try:
+        return read_docx(content, name)
+    except ImportError:
+        raise _missing("python-docx", name) from None
+
+
+_READERS: dict[str, Callable[[bytes, str], Document]] = {
+    ".txt": _text,
+    ".md": _markdown,
+    ".markdown": _markdown,
+    ".pdf": _pdf,
+    ".docx": _docx,
+}
+
+
+def _is_folder(path: str | Path) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise GatewiseError(
+                f"{str(path)[:60]}…: there is no such file, the name is too long for one; a text itself can be given on standard"
+                " input with -"
+            ) from None
+        raise GatewiseError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GatewiseError(f"{name}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from error
+    if "\x00" in text:
+        raise GatewiseError(f"{name}: not text (it has zero bytes), expected {_suffixes()}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_suffix(suffix: str, name: str) -> None:
+    if suffix.lower() not in _READERS:
+        raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {_suffixes()}")
+
+
+def _missing(library: str, name: str) -> GatewiseError:
+    return GatewiseError(f"{name} needs {library} to be read, which is not installed: install gatewise[mdt]")
+
+
+def _suffixes() -> str:
+    return ".txt, .md, .pdf or .docx"

@@ -1,0 +1,99 @@
+"""How well each step of the pipeline does alone: from gold input, so that one step's faults are not counted in the next.
+
+| step      | given                | measured                                                    |
+|-----------|----------------------|-------------------------------------------------------------|
+| `triples` | the text             | triplet precision, recall, F1                               |
+| `nodes`   | text, gold triples   | node precision, recall, F1                                  |
+| `tree`    | text, gold nodes     | all metrics of :mod:`gatewise.mdt.evaluation.metrics`                  |
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt.evaluation.metrics import evaluate, set_scores
+from gatewise.mdt.evaluation.mistakes import count_mistakes
+from gatewise.mdt.extraction.extractor import Asked, Extraction, Extractor, Progress
+from gatewise.mdt.extraction.prompts import STAGES, Stage, nodes_in_order
+from gatewise.mdt.formats.lines import triples_in_order
+from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.tree import Node, Triple
+
+
+def measure(
+    extractor: Extractor,
+    records: Sequence[TreeRecord],
+    stage: Stage | None = None,
+    progress: Progress | None = None,
+    *,
+    errors: bool = False,
+) -> dict[str, Any]:
+    """The metrics of a step on gold records, or of the whole way from text to tree. What fails counts as nothing found.
+
+    Args:
+        stage: a step of the pipeline; None for the whole way, end to end or through the pipeline as the extractor says.
+        errors: count mistakes by kind, too, see :mod:`gatewise.mdt.evaluation.mistakes`; not with the first two steps, which make
+            no trees.
+
+    Returns:
+        Metrics by name, with ``n``, the number of records, and ``failed``, for how many of them nothing could be read; with
+        ``errors``, also what :func:`gatewise.mdt.count_mistakes` counts.
+
+    Raises:
+        GatewiseError: there are no records, or none with a triple; the stage is unknown, makes no trees whose errors could be
+            counted, or was given with several candidates.
+    """
+    if stage is not None and stage not in STAGES:
+        raise GatewiseError(f"the stage is {stage!r}: expected one of {', '.join(STAGES)}")
+    if errors and stage in ("triples", "nodes"):
+        raise GatewiseError(f"errors by kind were asked for of stage {stage}, which makes no trees: leave one of the two out")
+    if stage is not None and extractor.candidates > 1:
+        raise GatewiseError(f"several candidates were asked for of stage {stage}, which writes one: leave one of the two out")
+    if not records:
+        raise GatewiseError("there are no gold trees, expected at least one")
+    if stage is None:
+        found = extractor(
+            [record.text for record in records], language=[record.tree.language for record in records], progress=progress
+        )
+        return _of_trees(records, found, errors)
+    # The first two steps have nothing to do for a tree without a triple, and the third has nothing to put together.
+    used = [record for record in records if record.tree.triples]
+    if not used:
+        raise GatewiseError("no gold tree has a triple, expected at least one that has")
+    asked = [
+        Asked(
+            record.text,
+            record.tree.language,
+            tuple(triples_in_order(record.text, record.tree)) if stage == "nodes" else (),
+            tuple(nodes_in_order(record.text, record.tree)) if stage == "tree" else (),
+        )
+        for record in used
+    ]
+    if stage == "tree":
+        return _of_trees(used, extractor.trees(asked, progress), errors)
+    step = extractor.triples if stage == "triples" else extractor.nodes
+    results = step(asked, progress)
+    sound = [one if isinstance(one, Asked) else Asked("", "en") for one in results]
+    if stage == "triples":
+        scores = set_scores([set(map(_plain, r.tree.triples)) for r in used], [set(map(_plain, one.triples)) for one in sound])
+    else:
+        gold = [{_plain_node(node) for node in record.tree.nodes if not node.is_empty} for record in used]
+        scores = set_scores(gold, [{_plain_node(node) for node in one.nodes} for one in sound])
+    name = "triplet" if stage == "triples" else "node"
+    made = {f"{name}_{kind}": value for kind, value in zip(("precision", "recall", "f1"), scores, strict=True)}
+    return {**made, "n": len(used), "failed": sum(isinstance(one, GatewiseError) for one in results)}
+
+
+def _of_trees(records: Sequence[TreeRecord], found: Sequence[Extraction | GatewiseError], errors: bool) -> dict[str, Any]:
+    trees: list[Any] = [one.tree if isinstance(one, Extraction) else [] for one in found]
+    gold = [record.tree for record in records]
+    metrics: dict[str, Any] = {**evaluate(gold, trees).to_json(), "failed": sum(isinstance(one, GatewiseError) for one in found)}
+    return {**metrics, "errors": count_mistakes(gold, trees)} if errors else metrics
+
+
+def _plain(triple: Triple) -> tuple[str, ...]:
+    return tuple(part.strip().lower() for part in triple)
+
+
+def _plain_node(node: Node) -> tuple[str, str, frozenset[tuple[str, ...]]]:
+    return node.role, node.logical_rel, frozenset(map(_plain, node.triples))

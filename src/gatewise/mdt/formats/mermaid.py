@@ -1,0 +1,59 @@
+"""A decision tree as a Mermaid flow chart, for Markdown pages and wikis that draw it."""
+
+import re
+from collections.abc import Sequence
+
+from gatewise.mdt.formats.svg import kind_of, label_of, main_subject
+from gatewise.mdt.formats.words import Words, words_for
+from gatewise.mdt.spans import absent_triples
+from gatewise.mdt.tree import DecisionTree, Node, Triple
+
+# What Mermaid or the HTML it makes would take for its own; written as the entity codes that Mermaid knows.
+_CODES = str.maketrans({character: f"#{ord(character)};" for character in '#"<>&;`\\*_~[]{}|()@%:'})
+# Line breaks of every kind would end the node's line; other control characters have no place in a chart.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_STYLES = {
+    "condition": "fill:#e8f0fb,stroke:#2f6db5,color:#18222d",
+    "decision": "fill:#e6f4ea,stroke:#2d7d46,color:#18222d",
+    "nothing": "fill:#f5f6f7,stroke:#7c8894,color:#55636f,stroke-dasharray:5 4",
+    "notice": "fill:#fff4e5,stroke:#9a4b00,color:#9a4b00",
+}
+
+
+def mermaid_of(tree: DecisionTree, text: str = "", warnings: Sequence[str] = ()) -> str:
+    """The chart's source: a node a line, then the edges, then the looks. The notice is a box of its own.
+
+    Args:
+        text: the passage; if given, what does not stand in it is marked.
+        warnings: of the extraction, to stand in the box of the notice.
+    """
+    absent = frozenset(absent_triples(text, tree)) if text.strip() else frozenset()
+    words, main = words_for(tree.language), main_subject(tree)
+    lines = ["flowchart TD"]
+    about = f"{_escaped(main)}<br/>" if main else ""
+    warned = f"<br/>{_escaped(words.warnings)}" if warnings else ""
+    warned += "".join(f"<br/>! {_escaped(warning)}" for warning in warnings)
+    lines.append(f'  notice["{about}{_escaped(words.notice)}{warned}"]:::notice')
+    for i, node in enumerate(tree.nodes):
+        opened, closed = ('("', '")') if node.is_condition else ('["', '"]')
+        lines.append(f"  n{i + 1}{opened}{_label(node, main, words, absent)}{closed}:::{kind_of(node)}")
+    for i, both in enumerate(tree.children):
+        if both is not None:
+            lines += [f"  n{i + 1} -->|{words.yes}| n{both[0] + 1}", f"  n{i + 1} -.->|{words.no}| n{both[1] + 1}"]
+    lines += [f"  classDef {name} {style}" for name, style in _STYLES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _label(node: Node, main: str, words: Words, absent: frozenset[Triple]) -> str:
+    if node.is_empty:
+        return _escaped(words.nothing)
+    join = f"<br/><i>{words.joins.get(node.logical_rel, '')}</i><br/>"
+    triples = join.join(
+        f"{_escaped(label_of(triple, main))}: <b>{_escaped(triple.object)}</b>" + f"<br/>({words.absent})" * (triple in absent)
+        for triple in node.triples
+    )
+    return f"{words.head(node)}<br/>{triples}"
+
+
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(" ", text).translate(_CODES)

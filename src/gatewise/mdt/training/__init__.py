@@ -1,0 +1,1 @@
+"""Trees become rows to train on (``rows``), and more of them than there are (``swapping``)."""

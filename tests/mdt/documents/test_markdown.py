@@ -1,0 +1,68 @@
+"""Markdown: what is no certain markup is text, and no word vanishes."""
+
+import pytest
+
+from gatewise.mdt.documents.passages import split_passages
+from gatewise.mdt.documents.reading import Document, document_of
+
+pytest.importorskip("markdown_it")
+
+
+def read(text: str) -> Document:
+    return document_of(text.encode(), "gout.md", ".md")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("Give it if eGFR <LLN and ALT >ULN in adults.", ["Give it if eGFR <LLN and ALT >ULN in adults."]),
+        ("ALT<ULN and eGFR>30", ["ALT<ULN and eGFR>30"]),
+        ("if a<b and c>3", ["if a<b and c>3"]),
+        ("<div>\nDo not give it.\n</div>\n\nGive <b>5</b> mg.", ["Do not give it.", "Give 5 mg."]),
+        ('<p class="x">Do not</p><p>give</p>', ["Do not give"]),
+        ("<table><tr><td>5 mg</td><td>daily</td></tr></table>", ["5 mg daily"]),
+        ("10<sup>9</sup>/L, CO<sub>2</sub>, m<sup>2</sup>", ["10^9/L, CO2, m2"]),
+        ("<del>500</del> 250 mg", ["<del>500</del> 250 mg"]),
+        ('![Not in pregnancy](a.png) <img src="a.png" alt="nor in infants">', ["Not in pregnancy nor in infants"]),
+        ("Give [it](5mg) as [here](https://x.org/a).", ["Give it (5mg) as here."]),
+        ("[Dose]: 5mg\n\nGive it.", ["[Dose]: 5mg", "Give it."]),
+        ("Give it [as here][1].\n\n[1]: https://x.org", ["Give it as here."]),
+        ("|a|b|\n|---|---|\n|x|5 mg|not in pregnancy|", ["a b", "x 5 mg not in pregnancy"]),
+        ("Treat until ANC\n> 500, then stop.", ["Treat until ANC > 500, then stop."]),
+        ("> 140/90: start it\n\n> ULN: stop it", ["> 140/90: start it", "> ULN: stop it"]),
+        ("> Do not\n> give it.\n>\n> - 5 mg", ["Do not give it.", "5 mg"]),
+        ("A dose of 5\n- 10 mg.", ["A dose of 5 - 10 mg."]),
+        ("Test HLA-B*57:01 and HLA-B*58:01.", ["Test HLA-B*57:01 and HLA-B*58:01."]),
+        ("\n".join("  " * depth + f"- level {depth}" for depth in range(30)), [f"level {depth}" for depth in range(30)]),
+    ],
+)
+def test_no_word_vanishes(source: str, said: list[str]) -> None:
+    assert [block.text for block in read(source).blocks] == said
+
+
+def test_a_line_under_a_sentence_makes_no_heading_of_it() -> None:
+    blocks = read("Gout in adults\n====\n\nIf she is pregnant, do not give methotrexate\n---\nOtherwise give it.").blocks
+    assert [(block.level, block.where) for block in blocks] == [(1, "line 1"), (0, "line 4"), (0, "line 6")]
+
+
+def test_comments_and_empty_headings_are_noted() -> None:
+    document = read(
+        "<!-- which\n\ndose? -->\n# Gout\n\nGive it.\n\n## Later\n\n# Do not give NSAIDs in renal failure\n\n# Sources\n"
+    )
+    assert document.notes == (
+        'gout.md: a comment was left out: "which dose?"',
+        'gout.md: headings were left out, as nothing stands under: "Later" (line 8), "Sources" (line 12)',
+    )
+    assert [block.where for block in document.blocks][:2] == ["line 4", "line 6"]
+    assert [one.text for one in split_passages(document)] == ["Gout@Give it.", "Do not give NSAIDs in renal failure"]
+
+
+def test_a_heading_that_tells_something_is_kept_with_the_headings_above() -> None:
+    (first, second) = split_passages(read("# Adults with gout\n\n## Do not give NSAIDs\n\n### Flares\n\nGive colchicine."))
+    assert first.text == "Adults with gout@Do not give NSAIDs"
+    assert second.headings == ("Adults with gout", "Do not give NSAIDs", "Flares")
+
+
+@pytest.mark.parametrize("text", ["Give O2.", "O2", "给氧"])
+def test_a_few_words_under_a_heading_are_a_passage(text: str) -> None:
+    assert [one.text for one in split_passages(read(f"# Hypoxia in adults\n\n{text}"))] == [f"Hypoxia in adults@{text}"]

@@ -1,0 +1,107 @@
+"""Pictures in a PDF, whose text no reader sees, are said to be there; logos, icons and what was recognised are not."""
+
+import io
+from collections.abc import Sequence
+
+import pytest
+from mdt_models import pdf
+
+from gatewise.mdt.documents.reading import document_of
+
+pypdf = pytest.importorskip("pypdf")
+
+WHOLE = "Adults with gout and normal kidneys should be given colchicine twice daily."
+
+
+def picture(writer, width: int = 300, height: int = 200):
+    """A grey picture in a document that is written."""
+    made = pypdf.generic.StreamObject()
+    made.set_data(bytes(width * height))
+    names = {"/Type": "/XObject", "/Subtype": "/Image", "/ColorSpace": "/DeviceGray"}
+    numbers = {"/Width": width, "/Height": height, "/BitsPerComponent": 8}
+    for key, name in names.items():
+        made[pypdf.generic.NameObject(key)] = pypdf.generic.NameObject(name)
+    for key, number in numbers.items():
+        made[pypdf.generic.NameObject(key)] = pypdf.generic.NumberObject(number)
+    return writer._add_object(made)
+
+
+def form(writer, drawn):
+    """A form that draws something."""
+    made = pypdf.generic.StreamObject()
+    made.set_data(b"/Drawing0 Do")
+    made[pypdf.generic.NameObject("/Subtype")] = pypdf.generic.NameObject("/Form")
+    draws(made, [drawn])
+    return writer._add_object(made)
+
+
+def draws(holder, drawings: Sequence) -> None:
+    """Gives a page or a form what it draws; of a page, it is drawn too."""
+    resources = holder.setdefault(pypdf.generic.NameObject("/Resources"), pypdf.generic.DictionaryObject()).get_object()
+    resources[pypdf.generic.NameObject("/XObject")] = pypdf.generic.DictionaryObject(
+        {pypdf.generic.NameObject(f"/Drawing{number}"): drawing for number, drawing in enumerate(drawings)}
+    )
+
+
+def notes(writer) -> tuple[str, ...]:
+    made = io.BytesIO()
+    writer.write(made)
+    document = document_of(made.getvalue(), "gout.pdf", ".pdf")
+    assert " ".join(block.text for block in document.blocks).count("colchicine") == len(writer.pages)
+    return document.notes
+
+
+def pages(count: int, text: str = WHOLE):
+    writer = pypdf.PdfWriter(io.BytesIO(pdf(*[text] * count)))
+    for page in writer.pages:
+        contents(writer, page, b"/Drawing0 Do /Drawing1 Do " + page.get_contents().get_data())
+    return writer
+
+
+def contents(writer, page, data: bytes) -> None:
+    stream = pypdf.generic.StreamObject()
+    stream.set_data(data)
+    page[pypdf.generic.NameObject("/Contents")] = writer._add_object(stream)
+
+
+def test_pages_with_pictures_are_named() -> None:
+    writer = pages(4)
+    logo, icon = picture(writer), picture(writer, 90, 400)
+    circle = form(writer, picture(writer))
+    draws(writer.pages[0], [logo, icon])
+    draws(writer.pages[1], [logo, picture(writer)])
+    draws(writer.pages[2], [logo, form(writer, circle)])
+    draws(writer.pages[3], [icon, picture(writer, 400, 90)])
+    (note,) = [one for one in notes(writer) if "pictures" in one]
+    assert note.startswith("gout.pdf has pictures on pages 2-3 of 4, which were not read: if they show text, such as a flow chart,")
+
+
+def test_a_form_that_draws_itself_and_a_damaged_picture_stop_nothing() -> None:
+    writer = pages(2)
+    circle = form(writer, picture(writer))
+    draws(circle.get_object(), [circle])
+    damaged = picture(writer)
+    del damaged.get_object()["/Width"]
+    draws(writer.pages[0], [circle])
+    draws(writer.pages[1], [damaged])
+    assert not [one for one in notes(writer) if "pictures" in one]
+
+
+def test_a_page_whose_text_was_recognised_has_been_read() -> None:
+    writer = pages(1)
+    draws(writer.pages[0], [picture(writer)])
+    assert "pictures" in notes(writer)[0]
+    page = writer.pages[0]
+    contents(writer, page, page.get_contents().get_data().replace(b"BT ", b"BT 3 Tr "))
+    assert notes(writer) == ()
+
+
+def test_pages_that_share_what_they_could_draw() -> None:
+    writer = pages(3)
+    shared = [picture(writer)]
+    for page in writer.pages:
+        draws(page, shared)
+    for number in (0, 2):
+        contents(writer, writer.pages[number], writer.pages[number].get_contents().get_data().replace(b"/Drawing0 Do", b""))
+    (note,) = [one for one in notes(writer) if "pictures" in one]
+    assert "pictures on page 2 of 3" in note

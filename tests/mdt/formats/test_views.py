@@ -1,0 +1,316 @@
+"""What people look at: layout, SVG, Mermaid, HTML."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from mdt_trees import TEXT, gout, node, preorders, properties, triple
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt import DecisionTree, TreeRecord, read_trees, render, sample, write_view
+from gatewise.mdt.formats.mermaid import mermaid_of
+from gatewise.mdt.formats.svg import place_boxes, svg_of, width_of, wrap
+from gatewise.mdt.formats.views import FORMATS, ONE_TREE
+
+TREE = DecisionTree.from_preorder(gout())
+RECORD = TreeRecord(TEXT, TREE)
+HOSTILE = "<script>alert(1)</script>\"'&--> ]]> \x00\x0b"
+NO_FHIR = [name for name in FORMATS if name != "fhir"]
+
+
+def hostile() -> TreeRecord:
+    """A record whose every text tries to be something else."""
+    nodes = [node("C", triple(HOSTILE, subject=HOSTILE + "1")), node("D", triple(HOSTILE + "2", "drug therapy")), node("D")]
+    return TreeRecord(f"{HOSTILE}@{HOSTILE} and more", DecisionTree.from_preorder(nodes), 1, {"note": HOSTILE})
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, and its text outside scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.elements)
+
+
+# Layout ---------------------------------------------------------------------------------------------------------------
+
+
+@properties
+@given(preorders(most_conditions=9))
+def test_no_box_is_over_another_and_children_are_on_their_sides(nodes: list[dict[str, Any]]) -> None:
+    tree = DecisionTree.from_preorder(nodes)
+    sizes = [(100.0, 20.0 + 10 * len(one["triples"])) for one in nodes]
+    places = place_boxes(tree, sizes, (10, 30))
+    assert min(place.x for place in places) == pytest.approx(0)
+    for i, one in enumerate(places):
+        for other in places[:i]:
+            apart_across = one.x + one.width + 9.9 <= other.x or other.x + other.width + 9.9 <= one.x
+            apart_down = one.y + one.height + 9.9 <= other.y or other.y + other.height + 9.9 <= one.y
+            assert apart_across or apart_down
+        if (both := tree.children[i]) is not None:
+            true, false = (places[child] for child in both)
+            assert true.middle < one.middle < false.middle
+            assert true.y == false.y >= one.y + one.height + 29.9
+            assert one.middle == pytest.approx((true.middle + false.middle) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("one two three", 60, ["one two", "three"]),
+        ("", 50, [""]),
+        ("a  b\nc", 200, ["a b c"]),
+        ("血压控制不佳，且无禁忌", 60, ["血压控制", "不佳，且无", "禁忌"]),  # the comma does not begin a line
+        ("antidisestablishment", 60, ["antidis", "establis", "hment"]),
+        ("piperacillin-tazobactam", 100, ["piperacillin-", "tazobactam"]),
+    ],
+)
+def test_text_is_wrapped(text: str, width: float, lines: list[str]) -> None:
+    found = wrap(text, width, 12)
+    assert "".join(found).replace(" ", "") == re.sub(r"\s", "", text)
+    assert all(width_of(line, 12) <= width + 12 for line in found)
+    assert len(found) == len(lines)
+    assert not any(line.startswith(("，", " ")) for line in found)
+
+
+# SVG ------------------------------------------------------------------------------------------------------------------
+
+
+def shown(svg: str) -> list[str]:
+    return [text.text or "" for text in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_svg_shows_the_whole_tree() -> None:
+    svg = svg_of(TREE, TEXT)
+    texts = shown(svg)
+    for text in ("adults with gout", "If all of these", "Then any of these", "acute flare", "and", "or", "No recommendation"):
+        assert text in texts
+    assert "colchicine \N{RIGHTWARDS ARROW} dosage and" in " ".join(texts)
+    # Two edges with their labels below each condition, and one of each in the legend.
+    assert (texts.count("yes"), texts.count("no")) == (3, 3)
+    for text in ("condition", "decision", "Needs review by a clinician. Not medical advice."):
+        assert text in texts
+    assert not re.search(r"(?:href|src|url)\s*[=(]", svg)
+    assert "not in the text" not in svg
+
+
+def test_svg_marks_what_is_not_in_the_text() -> None:
+    assert sum("not in the text" in text for text in shown(svg_of(TREE, TEXT.replace("naproxen", "ibuprofen")))) == 1
+    assert "not in the text" not in svg_of(TREE)
+
+
+def test_svg_in_chinese_speaks_chinese() -> None:
+    texts = shown(svg_of(TREE.in_language("zh")))
+    assert {"如果同时满足", "则任选其一", "是", "否", "无推荐", "条件", "决策"} <= set(texts)
+    assert any("须经临床医生审核" in text for text in texts)
+
+
+@properties
+@given(preorders(most_conditions=4))
+def test_svg_is_xml_whatever_the_texts(nodes: list[dict[str, Any]]) -> None:
+    tree = DecisionTree.from_preorder(nodes)
+    for focusable in (False, True):
+        root = ET.fromstring(svg_of(tree, "some text", focusable=focusable))
+        assert sum("node" in (group.get("class") or "").split() for group in root.iter()) == len(nodes)
+
+
+def test_boxes_and_texts_stay_inside_the_drawing() -> None:
+    for record in sample():
+        root = ET.fromstring(svg_of(record.tree, record.text))
+        width, height = float(root.get("width", 0)), float(root.get("height", 0))
+        for box in root.iter("{http://www.w3.org/2000/svg}rect"):
+            assert float(box.get("x", 0)) >= 0
+            assert float(box.get("x", 0)) + float(box.get("width", 0)) <= width
+            assert float(box.get("y", 0)) + float(box.get("height", 0)) <= height
+        for group in root.iter("{http://www.w3.org/2000/svg}g"):
+            box = group.find("{http://www.w3.org/2000/svg}rect")
+            if box is None or "node" not in (group.get("class") or "").split():
+                continue
+            left, top = float(box.get("x", 0)), float(box.get("y", 0))
+            for text in group.iter("{http://www.w3.org/2000/svg}text"):
+                assert top < float(text.get("y", 0)) < top + float(box.get("height", 0))
+                if text.get("text-anchor") is None:
+                    bold = text.get("font-weight") is not None
+                    right = float(text.get("x", 0)) + width_of(text.text or "", float(text.get("font-size", 0)), bold)
+                    assert right <= left + float(box.get("width", 0))
+
+
+# Mermaid --------------------------------------------------------------------------------------------------------------
+
+
+def test_mermaid_has_a_line_for_each_node_and_edge() -> None:
+    lines = mermaid_of(TREE).splitlines()
+    assert lines[0] == "flowchart TD"
+    assert "Needs review by a clinician" in lines[1]
+    assert sum(bool(re.match(r"  n\d+[\[(]", line)) for line in lines) == 5
+    assert sum("-->|yes|" in line for line in lines) == sum("-.->|no|" in line for line in lines) == 2
+    assert "  n3 -.->|no| n5" in lines
+
+
+def test_mermaid_takes_nothing_from_the_texts_for_its_own() -> None:
+    source = mermaid_of(hostile().tree)
+    assert "<script" not in source
+    for line in source.splitlines():
+        if re.match(r"  n\d+[\[(]", line):
+            assert line.count('"') == 2
+            assert re.fullmatch(r'  n\d(?:\("|\[").*(?:"\)|"\]):::\w+', line)
+
+
+# HTML -----------------------------------------------------------------------------------------------------------------
+
+
+def test_text_and_tree_of_the_page_name_each_other() -> None:
+    page = Page(render([RECORD], "html"))
+    marks = [attributes for tag, attributes in page.elements if tag == "mark"]
+    boxes = [attributes for tag, attributes in page.elements if "node" in (attributes.get("class") or "").split()]
+    parts = {attributes["data-triple"] for _, attributes in page.elements if "data-triple" in attributes}
+    assert [box["data-node"] for box in boxes] == ["0", "1", "2", "3", "4"]
+    assert all(item["tabindex"] == "0" for item in (*marks, *boxes))
+    assert all(box["aria-label"] for box in boxes)
+    named = {name for mark in marks for name in (mark["data-of"] or "").split()}
+    assert named == parts == {"0.0", "0.1", "1.0", "1.1", "1.2", "2.0", "3.0"}
+    assert page.open == []
+
+
+def test_the_page_shows_the_text_as_it_is() -> None:
+    page = Page(render([RECORD], "html"))
+    population, _, passage = TEXT.partition("@")
+    assert population in page.text
+    assert passage in page.text
+    assert "Needs review by a clinician" in page.text
+
+
+def test_the_page_asks_for_nothing_from_outside() -> None:
+    page = Page(render([RECORD, RECORD], "html"))
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "action", "srcset", "data", "poster"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, value)
+        assert not any(name.startswith("on") for name in attributes)
+    assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.elements)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+
+
+def test_script_in_a_text_stays_text() -> None:
+    content = render([hostile()], "html")
+    page = Page(content)
+    assert page.count("script") == 1
+    assert page.text.count("<script>alert(1)</script>") >= 5
+    assert page.open == []
+    assert "<script>alert" not in content
+
+
+@properties
+@given(preorders(most_conditions=3))
+def test_the_page_is_whole_whatever_the_texts(nodes: list[dict[str, Any]]) -> None:
+    tree = DecisionTree.from_preorder(nodes)
+    text = "@".join(part for one in tree.triples for part in (one.subject, one.object)) or "nothing"
+    page = Page(render([TreeRecord(text, tree)], "html"))
+    assert page.open == []
+    assert page.count("script") == 1
+
+
+# All formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NO_FHIR)
+def test_every_format_asks_for_a_clinicians_review(name: str) -> None:
+    for record in (RECORD, TreeRecord("仅此", TREE.in_language("zh"))):
+        content = render([record], name)
+        assert re.search("review by a clinician", content, re.IGNORECASE)
+        assert content.endswith("\n")
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
+    if name == "fhir":
+        pytest.importorskip("fhir.resources")
+    warnings = ["the output was brought to a close before its end", HOSTILE]
+    content = render([replace(RECORD, more={"warnings": warnings})], name)
+    # Mermaid needs its own entities for brackets, none of which are in the sentence; drawings wrap it at spaces.
+    plain = " ".join(shown(content)) if name == "svg" else content
+    assert "the output was brought to a close before its end" in plain
+    if name in ("html", "svg", "mermaid"):
+        assert "<script>alert" not in content
+    if name == "html":
+        page = Page(content)
+        assert "may be incomplete" in page.text
+        assert HOSTILE.split(" ")[0] in page.text
+        assert (page.count("script"), page.open) == (1, [])
+    for nothing in ([], ["", " "], "text", None, [3], {"a": 1}):
+        assert render([replace(RECORD, more={"warnings": nothing})], name).count("incomplete") == 0
+
+
+def test_text_with_warnings_is_read_back(tmp_path: Path) -> None:
+    record = replace(RECORD, more={"warnings": ["one\n---\ntext: x", "two"]})
+    path = write_view([record, record], "text", tmp_path / "trees.txt")
+    assert [(one.text, one.tree) for one in read_trees(path).records] == [(TEXT, TREE)] * 2
+
+
+@pytest.mark.parametrize("name", ["text", "json"])
+def test_text_and_json_are_read_back(tmp_path: Path, name: str) -> None:
+    path = write_view([RECORD, RECORD], name, tmp_path / f"trees{FORMATS[name]}")
+    assert [(record.text, record.tree) for record in read_trees(path).records] == [(TEXT, TREE)] * 2
+
+
+def test_json_has_the_places_of_all_phrases() -> None:
+    (made,) = json.loads(render([RECORD], "json"))
+    start, end = made["spans"][1][1]["object"]
+    assert TEXT[start:end] == "0.5 mg twice daily"
+    assert made["nested"]["false"]["false"]["triples"] == []
+
+
+def test_what_cannot_be_rendered_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match="'png': expected one of text, json"):
+        render([RECORD], "png")
+    with pytest.raises(GatewiseError, match="no tree"):
+        render([], "text")
+    with pytest.raises(GatewiseError, match="an SVG shows one tree, but 2"):
+        render([RECORD, RECORD], "svg")
+    with pytest.raises(GatewiseError):
+        write_view([RECORD], "png", tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", list(ONE_TREE))
+def test_formats_of_one_tree_refuse_several(name: str) -> None:
+    with pytest.raises(GatewiseError, match="shows one tree, but 2 were given"):
+        render([TreeRecord(TEXT, TREE)] * 2, name)
+
+
+def test_keys_of_a_record_take_the_place_of_nothing_of_ours() -> None:
+    more = {"notice": "Approved for clinical use", "nested": 1, "spans": 2, "source": "x", "score": float("nan")}
+    made = json.loads(render([TreeRecord(TEXT, TREE, 1, more)], "json"), parse_constant=pytest.fail)[0]
+    assert "review by a clinician" in made["notice"]
+    assert made["nested"] == TREE.to_nested()
+    assert len(made["spans"]) == len(TREE.nodes)
+    assert (made["source"], made["score"]) == ("x", None)

@@ -1,0 +1,60 @@
+"""The rooms of ``gatewise.mdt``: imports between them run one way, and the rest of gatewise works without them."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import gatewise
+from gatewise import mdt
+
+PACKAGE = Path(gatewise.__file__).parent
+# Each may import from those before it, and from the files at the top of mdt.
+ROOMS = ("formats", "documents", "evaluation", "extraction", "training", "review", "commands")
+
+
+def imported(file: Path) -> list[str]:
+    """The modules of mdt that a file imports, without "gatewise.mdt."."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gatewise.mdt"):
+            below = node.module.removeprefix("gatewise.mdt").removeprefix(".")
+            found += [below] if below else [alias.name for alias in node.names]
+    return found
+
+
+def test_rooms_import_from_those_before_them() -> None:
+    folders = {path.parent.name for path in (PACKAGE / "mdt").glob("*/__init__.py")}
+    assert folders == {*ROOMS, "samples"}
+    for place, room in enumerate(ROOMS):
+        for file in (PACKAGE / "mdt" / room).glob("*.py"):
+            for module in imported(file):
+                assert module.partition(".")[0] not in ROOMS[place + 1 :], f"{room}/{file.name} imports {module}"
+
+
+def test_the_top_imports_from_no_room() -> None:
+    for file in (PACKAGE / "mdt").glob("*.py"):
+        if file.name != "__init__.py":  # which names what is public, wherever it is
+            assert not [module for module in imported(file) if module.partition(".")[0] in ROOMS], file.name
+
+
+def test_public_names_are_where_they_are_said_to_be() -> None:
+    for module, names in mdt._HOME.items():
+        for name in names:
+            assert getattr(mdt, name) is getattr(import_module(f"gatewise.mdt.{module}"), name)
+    assert sorted(name for names in mdt._HOME.values() for name in names) == sorted(mdt.__all__)
+
+
+def test_the_rest_works_without_the_folder(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "gatewise", ignore=shutil.ignore_patterns("mdt", "__pycache__"))
+    code = (
+        "from typer.testing import CliRunner; from gatewise.cli.main import app; import gatewise; print(gatewise.__file__);"
+        "[print(CliRunner().invoke(app, words).exit_code) for words in (['--help'], ['train', '--help'], ['mdt'])];"
+        "print('mdt' in CliRunner().invoke(app, ['--help']).stdout)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [str(tmp_path / "gatewise" / "__init__.py"), "0", "0", "2", "False"]
