@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from mdt_trees import JUNK, gout, node, preorders, properties, published, triple
 from pydantic import ValidationError
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt import DecisionTree, Node, Triple, read_trees
-from gatewise.mdt.checks import MAX_DEPTH
+from gatewise.mdt import DecisionTree, Node, Triple, read_trees, tree_edit_ratio
+from gatewise.mdt.checks import MAX_DEPTH, TreeError, check_node, fitting_join, tree_parts
+from gatewise.mdt.review.edits import check_shape
 
 
 def test_importing_the_package_leaves_torch_alone() -> None:
@@ -201,3 +203,58 @@ def test_published_trees_are_read_and_only_their_joints_and_doubles_need_repair(
         for record in repaired.records:
             assert DecisionTree.from_outline(record.tree.to_outline()) == record.tree
             assert DecisionTree.from_nested(record.tree.to_nested()) == record.tree
+
+
+# One validation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda nodes: nodes.pop(),
+        lambda nodes: nodes.append(node("D")),
+        lambda nodes: nodes[3].update(role="E"),
+        lambda nodes: nodes[3].pop("triples"),
+        lambda nodes: nodes.__setitem__(3, "D"),
+        lambda nodes: nodes[3].update(triples={"a": 1}),
+        lambda nodes: nodes[3].update(logical_rel=3),
+        lambda nodes: nodes[3]["triples"].append(["a", "b"]),
+        lambda nodes: nodes[3]["triples"].__setitem__(0, "abc"),
+        lambda nodes: nodes[3]["triples"].__setitem__(0, triple(7)),  # type: ignore[arg-type]
+    ],
+)
+def test_trees_drafts_and_predictions_are_refused_in_the_same_words(spoil: Any) -> None:
+    nodes = gout()
+    spoil(nodes)
+    said = set()
+    for read in (DecisionTree.from_preorder, check_shape, lambda one: tree_edit_ratio(one, gout())):
+        with pytest.raises(GatewiseError) as caught:
+            read(nodes)
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
+def test_what_is_unfinished_or_foreign_is_held_to_fewer_rules() -> None:
+    empty, unknown = [node("D", triple(" "))], [node("D", triple("x", "cures"), triple("x", "cures"), joined="XOR")]
+    bare = [node("C"), node("D"), node("D")]
+    assert tree_parts(empty, unfinished=True) == tree_parts(empty, foreign=True)
+    tree_parts(bare, unfinished=True)
+    tree_parts(unknown, foreign=True)
+    tree_parts([node("d")], foreign=True)
+    for nodes, how in (
+        (empty, {}),
+        (bare, {"foreign": True}),
+        (unknown, {"unfinished": True}),
+        ([node("d")], {"unfinished": True}),
+    ):
+        with pytest.raises(TreeError):
+            tree_parts(nodes, **how)
+
+
+@properties
+@given(preorders(), st.sampled_from(["and", "or", "null"]))
+def test_a_join_that_fits_is_one_that_a_node_may_have(nodes: list[dict[str, Any]], joined: str) -> None:
+    for one in nodes:
+        fitting = fitting_join(joined, len(one["triples"]))
+        check_node(one["role"], [tuple(parts) for parts in one["triples"]], fitting)
+        assert fitting_join(fitting, len(one["triples"])) == fitting

@@ -3,6 +3,9 @@
 A tree is a complete pre-order of binary nodes: role ``C`` (condition) has exactly two children and at least one triple, role ``D``
 (decision) has no child and may be empty. ``logical_rel`` is "null" for at most one triple and "and" or "or" for more. A triple is
 three texts, the middle one a relation of :mod:`gatewise.mdt.relations`, and comes once in a node.
+
+:func:`tree_parts` is the one validation of trees. Two kinds of nodes are held to fewer rules: those that a person is still writing
+(``unfinished``), and those of another program that are only to be compared (``foreign``).
 """
 
 from collections.abc import Sequence
@@ -35,8 +38,12 @@ class TreeError(ValueError):
         return self.at("")
 
 
-def triple_parts(value: Any) -> TripleParts:
+def triple_parts(value: Any, *, unfinished: bool = False, foreign: bool = False) -> TripleParts:
     """The three texts of a triple, without the spaces around them.
+
+    Args:
+        unfinished: subject and object may still be empty.
+        foreign: each of the three may be any text.
 
     Raises:
         TreeError: it is not three texts that say something, or the relation is unknown.
@@ -48,12 +55,12 @@ def triple_parts(value: Any) -> TripleParts:
     for part, name in zip(value, ("subject", "relation", "object"), strict=True):
         if not isinstance(part, str):
             raise TreeError(f"the {name} of a triple is {shown(part)}, expected text")
-        if not part.strip():
+        if not (unfinished or foreign or part.strip()):
             raise TreeError(f"the {name} of the triple {shown(value)} is empty, expected text")
-        if has_half_a_pair(part):
+        if not foreign and has_half_a_pair(part):
             raise TreeError(f"the {name} of a triple {HALF_A_PAIR}")
     subject, relation, object_ = (part.strip() for part in value)
-    if not is_relation(relation):
+    if not foreign and not is_relation(relation):
         raise TreeError(f"the relation is {shown(relation)}, expected {expected_relations()}")
     return subject, relation, object_
 
@@ -65,8 +72,7 @@ def check_node(role: str, triples: Sequence[TripleParts], logical_rel: str) -> N
         TreeError: an empty condition, a triple that comes twice, or a logical_rel that does not fit the number of triples.
     """
     count = len(triples)
-    if role == "C" and not count:
-        raise TreeError("a condition (role C) without triples, expected at least one (only a decision, role D, may be empty)")
+    _check_condition(role, count)
     if len(set(triples)) < count:
         twice = next(triple for i, triple in enumerate(triples) if triple in triples[:i])
         raise TreeError(f"the triple {shown(list(twice))} comes twice, expected each triple once in a node")
@@ -74,6 +80,18 @@ def check_node(role: str, triples: Sequence[TripleParts], logical_rel: str) -> N
         raise TreeError(f'logical_rel is "{logical_rel}" with {_triples(count)}, expected "null" (it joins two or more)')
     if count > 1 and logical_rel == "null":
         raise TreeError(f'logical_rel is "null" with {_triples(count)}, expected "and" or "or"')
+
+
+def _check_condition(role: str, count: int) -> None:
+    if role == "C" and not count:
+        raise TreeError("a condition (role C) without triples, expected at least one (only a decision, role D, may be empty)")
+
+
+def fitting_join(logical_rel: Any, count: int) -> Any:
+    """The logical_rel that goes with the number of triples: "null" for at most one, "and" where nothing joins several."""
+    if count <= 1 and logical_rel in ("and", "or", None):
+        return "null"
+    return "and" if count > 1 and logical_rel in ("null", None) else logical_rel
 
 
 def check_preorder(roles: Sequence[str]) -> None:
@@ -118,8 +136,14 @@ def children_of(roles: Sequence[str]) -> tuple[tuple[int, int] | None, ...]:
     return tuple(children)
 
 
-def preorder_parts(nodes: Any) -> list[NodeParts]:
+def tree_parts(nodes: Any, *, unfinished: bool = False, foreign: bool = False) -> list[NodeParts]:
     """The checked parts of a tree in the published format.
+
+    Args:
+        unfinished: somebody is still writing it: phrases may be empty, a condition may have no triple yet, and what joins the
+            triples need not fit their number.
+        foreign: it is only to be compared: relations and logical_rel may be any texts, roles in small letters, phrases empty, and a
+            triple may come twice.
 
     Raises:
         TreeError: names the node.
@@ -129,28 +153,33 @@ def preorder_parts(nodes: Any) -> list[NodeParts]:
     checked = []
     for number, node in enumerate(nodes, start=1):
         try:
-            checked.append(_node_parts(node))
+            checked.append(_node_parts(node, unfinished, foreign))
         except TreeError as fault:
             raise TreeError(fault.message, number) from None
     check_preorder([role for role, _, _ in checked])
     return checked
 
 
-def _node_parts(node: Any) -> NodeParts:
+def _node_parts(node: Any, unfinished: bool, foreign: bool) -> NodeParts:
     if not isinstance(node, dict):
         raise TreeError(f"the node is {shown(node)}, expected an object with role, triples and logical_rel")
     for key in _NODE_KEYS:
         if key not in node:
             raise TreeError(f'the key "{key}" is missing, expected role, triples and logical_rel')
     role, triples, logical_rel = (node[key] for key in _NODE_KEYS)
+    if foreign and isinstance(role, str):
+        role = role.strip().upper()
     if role not in ("C", "D"):
         raise TreeError(f'role is {shown(role)}, expected "C" (condition) or "D" (decision)')
-    if logical_rel not in ("and", "or", "null"):
+    if logical_rel not in ("and", "or", "null") and not (foreign and isinstance(logical_rel, str)):
         raise TreeError(f'logical_rel is {shown(logical_rel)}, expected "and", "or" or "null"')
     if not isinstance(triples, list | tuple):
         raise TreeError(f"triples is {shown(triples)}, expected a list of triples")
-    parts = [triple_parts(triple) for triple in triples]
-    check_node(role, parts, logical_rel)
+    parts = [triple_parts(triple, unfinished=unfinished, foreign=foreign) for triple in triples]
+    if foreign:
+        _check_condition(role, len(parts))
+    elif not unfinished:
+        check_node(role, parts, logical_rel)
     return role, parts, logical_rel
 
 
@@ -172,13 +201,11 @@ def repaired_parts(nodes: Any) -> tuple[Any, list[str]]:
             else:
                 triples.append(plain)
         joined = node.get("logical_rel")
-        if len(triples) <= 1 and joined in ("and", "or", None):
-            notes.append(f'node {number}: logical_rel "{joined}" with {_triples(len(triples))} is read as "null"')
-            joined = "null"
-        elif len(triples) > 1 and joined in ("null", None):
-            notes.append(f'node {number}: logical_rel "null" with {_triples(len(triples))} is read as "and"')
-            joined = "and"
-        mended.append({**node, "triples": triples, "logical_rel": joined})
+        fitting = fitting_join(joined, len(triples))
+        if fitting is not joined:
+            was = "null" if joined is None and len(triples) > 1 else joined
+            notes.append(f'node {number}: logical_rel "{was}" with {_triples(len(triples))} is read as "{fitting}"')
+        mended.append({**node, "triples": triples, "logical_rel": fitting})
     return mended, notes
 
 
@@ -192,8 +219,11 @@ def _plain_relation(triple: Any) -> Any:
     return [subject, plain, object_]
 
 
-def flattened(root: Any) -> list[Any]:
+def flattened(root: Any, *, foreign: bool = False) -> list[Any]:
     """Nested JSON as a pre-order list, without the keys "true" and "false".
+
+    Args:
+        foreign: as for :func:`tree_parts`.
 
     Raises:
         TreeError: names the way from the root to the node.
@@ -214,7 +244,7 @@ def flattened(root: Any) -> list[Any]:
             raise TreeError(f'a decision (role D) has a child under "{given[0]}", expected none', way=way)
         own = {key: value for key, value in node.items() if key not in ("true", "false")}
         try:
-            _node_parts(own)
+            _node_parts(own, False, foreign)
         except TreeError as fault:
             raise TreeError(fault.message, way=way) from None
         nodes.append(own)

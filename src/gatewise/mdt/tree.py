@@ -202,7 +202,7 @@ class DecisionTree(BaseModel):
             GatewiseError: names the node (counted from 1), what was given and what was expected.
         """
         try:
-            checked = checks.preorder_parts(nodes)
+            checked = checks.tree_parts(nodes)
         except checks.TreeError as fault:
             raise GatewiseError(fault.at(where)) from None
         made = [

@@ -179,7 +179,7 @@ def test_objects_are_no_triples_whatever_they_hold() -> None:
     # Iterating over a dictionary gives its keys, which are the same in all.
     nodes = [node("D", {"subject": "a", "relation": "drug therapy", "object": "b"})]  # type: ignore[arg-type]
     assert evaluate([[node("D", triple("x"))]], [nodes]).malformed == 1
-    with pytest.raises(GatewiseError, match=r"record 1, node 1: .*lists of three texts"):
+    with pytest.raises(GatewiseError, match=r"record 1, node 1: a triple is .*expected a list of subject"):
         evaluate([nodes], [nodes])
 
 

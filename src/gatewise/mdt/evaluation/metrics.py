@@ -177,7 +177,11 @@ def _is_record(item: Any) -> bool:
 
 
 def plain_tree(item: Any, repair: bool) -> tuple[list[PlainNode], _Children]:
-    """Nodes and children of anything that is a tree; only what metrics rest on is checked, so that published data pass."""
+    """Nodes and children of anything that is a tree, if only a foreign one, so that published data pass.
+
+    Raises:
+        TreeError: it is none.
+    """
     if isinstance(item, TreeRecord):
         item = item.tree
     if isinstance(item, DecisionTree):
@@ -185,37 +189,13 @@ def plain_tree(item: Any, repair: bool) -> tuple[list[PlainNode], _Children]:
     if _is_record(item):
         item = item.get("tree")
     if isinstance(item, dict):
-        item = checks.flattened(item)
-    if not isinstance(item, list | tuple):
-        raise checks.TreeError(f"the tree is {checks.shown(item)}, expected a list of nodes in pre-order")
-    nodes = [_plain_node(node, number, repair) for number, node in enumerate(item, start=1)]
-    roles = [node[0] for node in nodes]
-    checks.check_preorder(roles)
-    return nodes, checks.children_of(roles)
-
-
-def _plain_node(node: Any, number: int, repair: bool) -> PlainNode:
-    try:
-        role, given, joined = node["role"], node["triples"], node["logical_rel"]
-        if not (isinstance(role, str) and isinstance(joined, str) and isinstance(given, list | tuple)):
-            raise checks.TreeError("expected role and logical_rel as text and triples as a list", number)
-        role, joined = role.strip().upper(), joined.strip().lower()
-        if not all(isinstance(triple, list | tuple) for triple in given):  # texts and objects have parts, too
-            raise checks.TreeError("expected triples as lists of three texts", number)
-        triples = frozenset((s.strip().lower(), r.strip().lower(), o.strip().lower()) for s, r, o in given)
-    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, checks.TreeError):
-            raise
-        raise checks.TreeError("expected an object with role, logical_rel and triples of three texts", number) from None
-    if role not in ("C", "D"):
-        raise checks.TreeError(f'role is {checks.shown(role)}, expected "C" or "D"', number)
-    if role == "C" and not triples:
-        raise checks.TreeError("a condition (role C) without triples, expected at least one", number)
-    if not triples:
-        joined = "null"  # in an empty leaf there is nothing to join
-    elif repair:
-        joined = "null" if len(triples) == 1 else "and" if joined == "null" else joined
-    return role, joined, triples
+        item = checks.flattened(item, foreign=True)
+    nodes: list[PlainNode] = []
+    for role, parts, joined in checks.tree_parts(item, foreign=True):
+        triples = frozenset((s.lower(), r.lower(), o.lower()) for s, r, o in parts)
+        join = joined.strip().lower() if triples else "null"  # in an empty leaf there is nothing to join
+        nodes.append((role, checks.fitting_join(join, len(triples)) if repair else join, triples))
+    return nodes, checks.children_of([role for role, _, _ in nodes])
 
 
 def _paths(nodes: list[PlainNode], children: _Children, known: dict[Any, int]) -> set[int]:

@@ -355,10 +355,7 @@ class _Reader:
     def mend(self, line: _Line) -> None:
         """Makes the join fit the number of triples."""
         joined = line.logical_rel
-        if len(line.triples) <= 1:
-            line.logical_rel = "null"
-        elif joined == "null":
-            line.logical_rel = "and"
+        line.logical_rel = checks.fitting_join(joined, len(line.triples))
         if line.logical_rel != joined:
             self.fault(line.number, f'"{joined}" does not fit the number of triples and is read as "{line.logical_rel}"')
 

@@ -4,13 +4,13 @@ Every step keeps the tree whole: each condition has two children, each decision 
 empty phrase or no triple; :func:`fault_of` says so, by the rules of :mod:`gatewise.mdt.checks` and no others.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from gatewise.checks import HALF_A_PAIR, has_half_a_pair, is_whole
+from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.mdt import checks
-from gatewise.mdt.relations import Language, is_relation, relation_in
+from gatewise.mdt.relations import Language, relation_in
 from gatewise.mdt.tree import DecisionTree, Node, Triple
 
 Nodes = list[dict[str, Any]]
@@ -35,7 +35,7 @@ def empty_tree() -> Nodes:
 def fault_of(nodes: Nodes) -> Fault | None:
     """The first thing that keeps nodes from being a tree; None for a sound one."""
     try:
-        checks.preorder_parts(nodes)
+        checks.tree_parts(nodes)
     except checks.TreeError as fault:
         return Fault(None if fault.node is None else fault.node - 1, fault.message)
     return None
@@ -61,19 +61,14 @@ def check_shape(nodes: Any) -> Nodes:
     """
     if not isinstance(nodes, list) or len(nodes) > _MOST_NODES:
         raise GatewiseError(f"the tree is {checks.shown(nodes)}, expected a list of at most {_MOST_NODES} nodes")
-    made: Nodes = []
-    for node in nodes:
-        if not isinstance(node, dict) or node.get("role") not in ("C", "D") or node.get("logical_rel") not in ("and", "or", "null"):
-            raise GatewiseError(f"a node is {checks.shown(node)}, expected an object with role, triples and logical_rel")
-        triples = node.get("triples")
-        if not isinstance(triples, list):
-            raise GatewiseError(f"triples is {checks.shown(triples)}, expected a list")
-        made.append({"role": node["role"], "triples": [_parts(triple) for triple in triples], "logical_rel": node["logical_rel"]})
     try:
-        checks.check_preorder([node["role"] for node in made])
+        checked = checks.tree_parts(nodes, unfinished=True)
     except checks.TreeError as fault:
         raise GatewiseError(str(fault)) from None
-    return made
+    return [
+        {"role": role, "triples": [_short(triple) for triple in triples], "logical_rel": logical_rel}
+        for role, triples, logical_rel in checked
+    ]
 
 
 def apply(nodes: Nodes, step: str, arguments: Mapping[str, Any], language: Language = "en") -> Nodes:
@@ -183,9 +178,7 @@ def _empty_leaf() -> dict[str, Any]:
 
 def _joined(node: dict[str, Any]) -> dict[str, Any]:
     """A node whose triples became one, or several, has the logical_rel that goes with it."""
-    if len(node["triples"]) < 2:
-        return {**node, "logical_rel": "null"}
-    return {**node, "logical_rel": "and" if node["logical_rel"] == "null" else node["logical_rel"]}
+    return {**node, "logical_rel": checks.fitting_join(node["logical_rel"], len(node["triples"]))}
 
 
 # ---- arguments ----
@@ -220,25 +213,26 @@ def _whole_triple(arguments: Mapping[str, Any], node: dict[str, Any], language: 
 
 def _new_triple(arguments: Mapping[str, Any], node: dict[str, Any], language: Language) -> list[str]:
     """The triple that was given, with what it leaves out as it mostly is in a node of its kind."""
-    given: Sequence[Any] = arguments.get("parts") or ["", "", ""]
-    if not isinstance(given, list) or len(given) != 3:
-        raise GatewiseError(f"a triple is {checks.shown(given)}, expected a list of subject, relation and object")
-    usual = "clinical manifestation" if node["role"] == "C" else "therapeutic schedule"
-    before = node["triples"][-1][1] if node["triples"] else relation_in(usual, language)
-    return _parts([given[0], given[1] or before, given[2]])
+    given = arguments.get("parts") or ["", "", ""]
+    if isinstance(given, list) and len(given) == 3 and not given[1]:
+        usual = "clinical manifestation" if node["role"] == "C" else "therapeutic schedule"
+        before = node["triples"][-1][1] if node["triples"] else relation_in(usual, language)
+        given = [given[0], before, given[2]]
+    return _parts(given)
 
 
 def _parts(value: Any) -> list[str]:
     """Three texts, of which the first and last may be empty meanwhile."""
-    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(part, str) for part in value):
-        raise GatewiseError(f"a triple is {checks.shown(value)}, expected a list of subject, relation and object")
-    if not is_relation(value[1]):
-        raise GatewiseError(f"the relation is {checks.shown(value[1])}, expected one of the known ones")
-    if any(len(part) > _MOST_CHARACTERS for part in value):
+    try:
+        return _short(checks.triple_parts(value, unfinished=True))
+    except checks.TreeError as fault:
+        raise GatewiseError(str(fault)) from None
+
+
+def _short(triple: checks.TripleParts) -> list[str]:
+    if any(len(part) > _MOST_CHARACTERS for part in triple):
         raise GatewiseError(f"a phrase is longer than {_MOST_CHARACTERS} characters, expected a few words of the text")
-    if any(has_half_a_pair(part) for part in value):
-        raise GatewiseError(f"a phrase {HALF_A_PAIR}")
-    return [part.strip() for part in value]
+    return list(triple)
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], dict[str, Any], Language], Any]] = {
