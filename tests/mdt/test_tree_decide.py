@@ -17,7 +17,7 @@ QUIET = (POPULATION, "clinical manifestation", "Without a flare")
 def test_the_way_taken_is_explained() -> None:
     decision = DecisionTree.from_preorder(gout()).decide({FLARE: True, KIDNEY: False, QUIET: True})
     assert decision.leaf == 3
-    assert [(step.node, step.holds) for step in decision.steps] == [(0, False), (2, True)]
+    assert [(turn.node, turn.holds) for turn in decision.turns] == [(0, False), (2, True)]
     first, second, leaf, notice = decision.explanation.splitlines()
     assert "node 1" in first
     assert "is false (acute flare: yes, normal kidney function: no)" in first
@@ -63,7 +63,7 @@ def test_the_decision_is_that_of_the_one_path_whose_conditions_hold(tree: Decisi
     ]
     assert len(holding) == 1
     assert holding[0].leaf == decision.node
-    assert [(node, turn) for node, turn in holding[0].turns] == [(step.condition, step.holds) for step in decision.steps]
+    assert [(node, turn) for node, turn in holding[0].turns] == [(one.condition, one.holds) for one in decision.turns]
 
 
 @pytest.mark.parametrize("joined", ["and", "or"])

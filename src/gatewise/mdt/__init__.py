@@ -19,6 +19,12 @@ At the top lie what every room needs: ``tree`` with its rules (``checks``) and r
 | ``review``    | a person corrects and approves trees                                                   |
 | ``commands``  | ``gatewise mdt``                                                                       |
 
+Each word has one meaning, in code, messages and documentation. A *passage* is a piece of a document with its population; a *record*
+is a passage with its tree in a file. A *stage* is a part of the pipeline, a *turn* a condition with the answer taken there, an *edit*
+a change in a review. A *fault* is what is wrong with something that was given (a document, a file, a tree), a *mistake* is where a
+prediction differs from the gold tree. A *note* says what was put right or left out of what was read, a *warning* what has to be known
+of an extraction.
+
 Names are imported when first used. Every tree, hand-written or extracted, needs review by a clinician.
 """
 
@@ -39,7 +45,7 @@ if TYPE_CHECKING:
     from gatewise.mdt.spans import Span, TripleSpans, in_text_order, locate, locate_tree
     from gatewise.mdt.training.rows import training_rows
     from gatewise.mdt.training.swapping import swapped_copies
-    from gatewise.mdt.tree import Decision, DecisionTree, Node, Path, Step, Triple, decide
+    from gatewise.mdt.tree import Decision, DecisionTree, Node, Path, Triple, Turn, decide
 
 # Module -> the public names in it.
 _HOME = {
@@ -56,7 +62,7 @@ _HOME = {
     "spans": ("Span", "TripleSpans", "in_text_order", "locate", "locate_tree"),
     "training.rows": ("training_rows",),
     "training.swapping": ("swapped_copies",),
-    "tree": ("Decision", "DecisionTree", "Node", "Path", "Step", "Triple", "decide"),
+    "tree": ("Decision", "DecisionTree", "Node", "Path", "Triple", "Turn", "decide"),
 }
 __all__ = [
     "RELATIONS",
@@ -69,12 +75,12 @@ __all__ = [
     "Parsed",
     "Path",
     "Span",
-    "Step",
     "TreeFile",
     "TreeMetrics",
     "TreeRecord",
     "Triple",
     "TripleSpans",
+    "Turn",
     "count_mistakes",
     "decide",
     "evaluate",

@@ -286,7 +286,7 @@ NOTICE = "Needs review by a clinician; not medical advice."
 
 
 @dataclass(frozen=True)
-class Step:
+class Turn:
     """One condition on the way.
 
     Attributes:
@@ -311,17 +311,17 @@ class Decision:
 
     leaf: int
     node: Node
-    steps: tuple[Step, ...]
+    turns: tuple[Turn, ...]
 
     @property
     def explanation(self) -> str:
         """The way taken, a condition a line, then the decision, then that it needs review by a clinician."""
         lines = []
-        for step in self.steps:
+        for turn in self.turns:
             facts = ", ".join(
-                f"{triple.object}: {'not known' if value is None else 'yes' if value else 'no'}" for triple, value in step.known
+                f"{triple.object}: {'not known' if value is None else 'yes' if value else 'no'}" for triple, value in turn.known
             )
-            lines.append(f"node {step.node + 1}: {joined_words(step.condition)} is {'true' if step.holds else 'false'} ({facts})")
+            lines.append(f"node {turn.node + 1}: {joined_words(turn.condition)} is {'true' if turn.holds else 'false'} ({facts})")
         lines.append(f"node {self.leaf + 1}: {leaf_words(self.node)}")
         return "\n".join([*lines, NOTICE])
 
@@ -340,7 +340,7 @@ def decide(tree: DecisionTree, facts: Facts) -> Decision:
         GatewiseError: a fact on which the way hangs is not known, a fact is no bool, or two facts contradict each other.
     """
     known = facts if callable(facts) else _look_up(facts)
-    steps: list[Step] = []
+    turns: list[Turn] = []
     at = 0
     while (both := tree.children[at]) is not None:
         node = tree.nodes[at]
@@ -349,9 +349,9 @@ def decide(tree: DecisionTree, facts: Facts) -> Decision:
         if holds is None:
             missing = "; ".join(str(triple) for triple, value in values if value is None)
             raise GatewiseError(f"node {at + 1}: it is not known whether this holds: {missing}; give it as true or false")
-        steps.append(Step(at, node, holds, values))
+        turns.append(Turn(at, node, holds, values))
         at = both[0] if holds else both[1]
-    return Decision(at, tree.nodes[at], tuple(steps))
+    return Decision(at, tree.nodes[at], tuple(turns))
 
 
 def _joined(values: list[bool | None], logical_rel: str) -> bool | None:

@@ -117,10 +117,10 @@ def test_evaluate_shows_errors_by_kind(gatewise: Gatewise, tmp_path: Path) -> No
     assert ["wrong", "span", "1", "1", "1"] in rows
     assert ["malformed", "1", "1", "1"] in rows
     assert "grouping" not in said
-    values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json", "--errors", "--json").stdout)
-    assert values["errors"]["wrong span"] == {"count": 1, "trees": 1, "alone": 1}
-    assert "nothing is wrong" in gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--errors").stdout
-    assert "errors" not in json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--json").stdout)
+    values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json", "--mistakes", "--json").stdout)
+    assert values["mistakes"]["wrong span"] == {"count": 1, "trees": 1, "alone": 1}
+    assert "nothing is wrong" in gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--mistakes").stdout
+    assert "mistakes" not in json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--json").stdout)
 
 
 def test_evaluate_takes_any_prediction_but_only_trees_as_gold(gatewise: Gatewise, tmp_path: Path) -> None:
@@ -188,11 +188,11 @@ def test_evaluate_reads_predictions_as_show_does(gatewise: Gatewise, tmp_path: P
     nested = json.loads(gatewise("show", "one.json", "-f", "json").stdout)[0]["nested"]
     (tmp_path / "nested.json").write_text(json.dumps([{"text": TEXT, "tree": nested}] * 2))
     for words in (("--gold", "good.json", "--pred", name), ("--gold", name, "--pred", "good.json")):
-        result = gatewise("evaluate", *words, "--errors", "--json")
+        result = gatewise("evaluate", *words, "--mistakes", "--json")
         assert result.exit_code == 0, result.output
         values = json.loads(result.stdout)
         assert (values["tree_acc"], values["malformed"]) == (1, 0)
-        assert not any(one["count"] for one in values["errors"].values())
+        assert not any(one["count"] for one in values["mistakes"].values())
 
 
 def test_an_outline_that_is_no_tree_is_a_fault_of_its_record(gatewise: Gatewise, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("llguidance")
 
 TREE = DecisionTree.from_preorder(gout())
 RECORD = TreeRecord(TEXT, TREE)
-STEPS = {
+STAGES_WRITTEN = {
     "Triples:": completion(RECORD, 0, "triples"),
     "Nodes:": completion(RECORD, 0, "nodes"),
     "Tree:": completion(RECORD, 0, "tree"),
@@ -52,21 +52,21 @@ def test_what_a_model_has_learnt_comes_through(level: int, constrained: bool) ->
 
 
 def test_the_pipeline_puts_its_steps_together() -> None:
-    model, tokenizer = dictated(STEPS)
+    model, tokenizer = dictated(STAGES_WRITTEN)
     found = extract(model, tokenizer, TEXT, pipeline=True, max_new_tokens=900)
     assert found.tree == TREE
-    assert found.written == tuple(STEPS.values())
+    assert found.written == tuple(STAGES_WRITTEN.values())
     assert found.warnings == ()
 
 
 def test_a_step_can_have_a_model_of_its_own() -> None:
-    wrong, tokenizer = dictated(STEPS | {"Tree:": "D"})
-    right, _ = dictated(STEPS)
+    wrong, tokenizer = dictated(STAGES_WRITTEN | {"Tree:": "D"})
+    right, _ = dictated(STAGES_WRITTEN)
     extractor = Extractor(wrong, tokenizer, pipeline=True, max_new_tokens=900)
     (found,) = extractor([TEXT])
     assert isinstance(found, Extraction)
     assert found.warnings == ("4 of the 4 nodes found have no place in the tree",)
-    (found,) = replace(extractor, steps={"tree": right})([TEXT])
+    (found,) = replace(extractor, stage_models={"tree": right})([TEXT])
     assert isinstance(found, Extraction)
     assert found.tree == TREE
 
@@ -161,7 +161,7 @@ def test_the_model_stays_as_it_was() -> None:
 
 
 def test_each_step_is_measured_alone_from_gold_input() -> None:
-    model, tokenizer = dictated(STEPS | {prompt(TEXT, "en"): linearise(TREE)})
+    model, tokenizer = dictated(STAGES_WRITTEN | {prompt(TEXT, "en"): linearise(TREE)})
     extractor = Extractor(model, tokenizer, max_new_tokens=900)
     records = [RECORD, TreeRecord("adults@Give nothing.", DecisionTree.from_preorder([node("D")]))]
     assert measure(extractor, records, "triples") == {
@@ -171,15 +171,17 @@ def test_each_step_is_measured_alone_from_gold_input() -> None:
     assert measure(extractor, records, "tree")["tree_acc"] == 1.0
     assert measure(extractor, records[:1])["path_f1"] == 1.0
 
-    halved, _ = dictated(STEPS | {"Triples:": STEPS["Triples:"].splitlines()[0], "Nodes:": "A. C: 1; 2 | and\nB. D: 3"})
+    halved, _ = dictated(
+        STAGES_WRITTEN | {"Triples:": STAGES_WRITTEN["Triples:"].splitlines()[0], "Nodes:": "A. C: 1; 2 | and\nB. D: 3"}
+    )
     worse = replace(extractor, model=halved)
     assert measure(worse, records, "triples")["triplet_recall"] == pytest.approx(1 / 7)
     assert measure(worse, records, "nodes")["node_recall"] == pytest.approx(1 / 4)
-    assert measure(extractor, records[:1], errors=True)["errors"]["missed triple"]["count"] == 0
-    short = replace(extractor, model=dictated(STEPS | {"Tree:": "A\nD\nD"})[0])
-    assert measure(short, records, "tree", errors=True)["errors"]["missed triple"] == {"count": 5, "trees": 1, "alone": 1}
+    assert measure(extractor, records[:1], mistakes=True)["mistakes"]["missed triple"]["count"] == 0
+    short = replace(extractor, model=dictated(STAGES_WRITTEN | {"Tree:": "A\nD\nD"})[0])
+    assert measure(short, records, "tree", mistakes=True)["mistakes"]["missed triple"] == {"count": 5, "trees": 1, "alone": 1}
     with pytest.raises(GatewiseError, match="stage nodes, which makes no trees"):
-        measure(extractor, records, "nodes", errors=True)
+        measure(extractor, records, "nodes", mistakes=True)
     with pytest.raises(GatewiseError, match="no gold trees"):
         measure(extractor, [])
     with pytest.raises(GatewiseError, match="stage is 'leaf'"):
@@ -187,7 +189,7 @@ def test_each_step_is_measured_alone_from_gold_input() -> None:
 
 
 def test_a_text_whose_words_are_too_long_does_not_stop_the_others() -> None:
-    model, tokenizer = dictated(STEPS)
+    model, tokenizer = dictated(STAGES_WRITTEN)
     extractor = Extractor(model, tokenizer, verbatim=True, pipeline=True, max_new_tokens=900)
     found = extractor(["a" * 300 + "b", TEXT], language="en")
     assert isinstance(found[0], GatewiseError)

@@ -1,4 +1,4 @@
-"""The steps of correcting a tree: each keeps it whole, changes what it says and nothing else."""
+"""The edits that correct a tree: each keeps it whole, changes what it says and nothing else."""
 
 from copy import deepcopy
 from typing import Any
@@ -12,7 +12,7 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree
 from gatewise.mdt.checks import check_preorder
 from gatewise.mdt.formats.svg import svg_of
-from gatewise.mdt.review.edits import STEPS, apply, check_shape, drawable, empty_tree, fault_of, subtree_end
+from gatewise.mdt.review.edits import EDITS, apply, check_shape, drawable, empty_tree, fault_of, subtree_end
 
 Nodes = list[dict[str, Any]]
 
@@ -31,14 +31,14 @@ def is_tree(nodes: Nodes) -> bool:
 
 @properties
 @given(preorders(), st.data())
-def test_every_step_keeps_the_tree_whole_and_the_given_nodes_as_they_are(nodes: Nodes, data: st.DataObject) -> None:
+def test_every_edit_keeps_the_tree_whole_and_the_given_nodes_as_they_are(nodes: Nodes, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         before = deepcopy(nodes)
         at = data.draw(st.integers(0, len(nodes) - 1))
         more = {"triple": 0, "parts": triple("x"), "join": "or", "side": data.draw(st.sampled_from(["true", "false"]))}
-        step = data.draw(st.sampled_from(sorted(STEPS)))
+        edit = data.draw(st.sampled_from(sorted(EDITS)))
         try:
-            made = apply(nodes, step, {"node": at, **more})
+            made = apply(nodes, edit, {"node": at, **more})
         except GatewiseError:
             assert not nodes[at]["triples"] or nodes[at]["role"] == "D"  # it has no triple, or no branches
             continue
@@ -120,9 +120,9 @@ def test_a_new_triple_has_the_relation_that_is_likely() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "arguments", "said"),
+    ("edit", "arguments", "said"),
     [
-        ("explode", {"node": 0}, "the step is 'explode': expected one of join, set_triple"),
+        ("explode", {"node": 0}, "the edit is 'explode': expected one of join, set_triple"),
         ("swap", {}, "no node None"),
         ("swap", {"node": 5}, "no node 5"),
         ("swap", {"node": True}, "no node True"),
@@ -137,9 +137,9 @@ def test_a_new_triple_has_the_relation_that_is_likely() -> None:
         ("add_triple", {"node": 0, "parts": "text"}, "expected a list"),
     ],
 )
-def test_what_does_not_fit_is_refused(step: str, arguments: dict[str, Any], said: str) -> None:
+def test_what_does_not_fit_is_refused(edit: str, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(GatewiseError, match=said):
-        apply(gout(), step, arguments)
+        apply(gout(), edit, arguments)
 
 
 @pytest.mark.parametrize("nodes", [None, {}, [1], [{"role": "X"}], [node("C")], gout()[:3], [{**node("D"), "triples": [["a"]]}]])

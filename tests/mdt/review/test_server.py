@@ -204,12 +204,12 @@ def test_bodies_that_are_no_json_object_are_refused(call: Caller, raw: bytes) ->
     ("path", "body", "said"),
     [
         ("edit", {}, "arguments"),
-        ("edit", {"number": "x", "changes": 0, "step": "swap", "arguments": {}}, "number is 'x'"),
-        ("edit", {"number": True, "changes": 0, "step": "swap", "arguments": {}}, "expected a number"),
-        ("edit", {"number": 1e400, "changes": 0, "step": "swap", "arguments": {}}, "expected a number"),
-        ("edit", {"number": 1, "changes": 0, "step": ["swap"], "arguments": {}}, "expected text"),
-        ("edit", {"number": 1, "changes": 0, "step": "swap", "arguments": {"node": -1}}, "no node -1"),
-        ("edit", {"number": 2, "changes": 0, "step": "swap", "arguments": {"node": 0}}, "no tree yet"),
+        ("edit", {"number": "x", "changes": 0, "edit": "swap", "arguments": {}}, "number is 'x'"),
+        ("edit", {"number": True, "changes": 0, "edit": "swap", "arguments": {}}, "expected a number"),
+        ("edit", {"number": 1e400, "changes": 0, "edit": "swap", "arguments": {}}, "expected a number"),
+        ("edit", {"number": 1, "changes": 0, "edit": ["swap"], "arguments": {}}, "expected text"),
+        ("edit", {"number": 1, "changes": 0, "edit": "swap", "arguments": {"node": -1}}, "no node -1"),
+        ("edit", {"number": 2, "changes": 0, "edit": "swap", "arguments": {"node": 0}}, "no tree yet"),
         ("undo", {"number": 99, "changes": 0}, "no passage 99"),
         ("undo", {"number": 1, "changes": 0}, "nothing to undo"),
         ("approve", {"number": 2, "changes": 0, "approved": True}, "no tree yet"),
@@ -289,7 +289,7 @@ def test_a_whole_review(call: Caller) -> None:
     assert "".join(piece for piece, _ in seen["passage"]) == TEXT.partition("@")[2]
     assert seen["nodes"][0]["children"] == [1, 2]
     assert (seen["fault"], seen["warnings"], seen["undo"]) == (None, [], 0)
-    edit = {"number": 1, "changes": 0, "step": "set_triple"}
+    edit = {"number": 1, "changes": 0, "edit": "set_triple"}
     arguments = {"node": 3, "triple": 0, "parts": ["adults with gout", "therapeutic schedule", HOSTILE]}
     status, answer = call("/api/edit", {**edit, "arguments": arguments})
     assert status == 200
@@ -297,7 +297,7 @@ def test_a_whole_review(call: Caller) -> None:
     assert "<script" not in answer["passage"]["drawing"]
     assert answer["session"]["unsaved"] == 1
     assert call("/api/edit", {**edit, "arguments": arguments})[0] == 409  # a page that shows the older tree
-    answer = call("/api/edit", {"number": 1, "changes": 1, "step": "to_condition", "arguments": {"node": 4}})[1]
+    answer = call("/api/edit", {"number": 1, "changes": 1, "edit": "to_condition", "arguments": {"node": 4}})[1]
     assert answer["passage"]["fault"]["node"] == 4
     assert "without triples" in answer["passage"]["fault"]["message"]
     answer = call("/api/undo", {"number": 1, "changes": 2})[1]

@@ -27,7 +27,7 @@ from gatewise.mdt.commands.trees import RepairOption, read_file
 
 
 class StageName(StrEnum):
-    """A step of the pipeline."""
+    """A stage of the pipeline."""
 
     triples = "triples"
     nodes = "nodes"
@@ -39,7 +39,7 @@ def evaluate(
     pred: Annotated[Path | None, typer.Option(help="The predicted trees, in the same order.", show_default=False)] = None,
     adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
     base: BaseOption = None,
-    stage: Annotated[StageName | None, typer.Option(help="With --adapter: this step alone, from gold input.")] = None,
+    stage: Annotated[StageName | None, typer.Option(help="With --adapter: this stage alone, from gold input.")] = None,
     level: LevelOption = None,
     pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
@@ -49,19 +49,21 @@ def evaluate(
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",
     limit: Annotated[int | None, typer.Option(help="With --adapter: only the first records.", min=1)] = None,
-    errors: Annotated[bool, typer.Option("--errors", help="Show what is wrong with the trees, too, by kind.")] = False,
+    mistakes: Annotated[
+        bool, typer.Option("--mistakes", "--errors", help="Show what is wrong with the trees, too, by kind.")
+    ] = False,
     as_json: JsonOption = False,
     repair: RepairOption = False,
 ) -> None:
     """Measure trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio.
 
-    The trees are those of a file, or are extracted with an adapter; then a step of the pipeline can be measured alone. Predictions
+    The trees are those of a file, or are extracted with an adapter; then a stage of the pipeline can be measured alone. Predictions
     that are no trees count as wrong.
 
     \b
     Examples:
-      gatewise mdt evaluate --gold dev.json --pred predicted.json --errors
-      gatewise mdt evaluate --gold dev.json --adapter runs/mdt-steps/adapter --stage nodes
+      gatewise mdt evaluate --gold dev.json --pred predicted.json --mistakes
+      gatewise mdt evaluate --gold dev.json --adapter runs/mdt-stages/adapter --stage nodes
     """
     if (pred is None) == (adapter is None):
         raise GatewiseError("give --pred, a file of predicted trees, or --adapter, to extract them now, and not both")
@@ -75,10 +77,10 @@ def evaluate(
         settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
         with loaded(adapter, base, device, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
             records = read.records[:limit]
-            values = measure_adapter(extractor, records, stage.value if stage else None, count, errors=errors)
+            values = measure_adapter(extractor, records, stage.value if stage else None, count, mistakes=mistakes)
     else:
         assert pred is not None
-        values = _measure_file(gold, pred, repair, errors)
+        values = _measure_file(gold, pred, repair, mistakes)
     if as_json:
         typer.echo(json.dumps(values))
         return
@@ -97,11 +99,11 @@ def evaluate(
         console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
     else:
         console.print(f"records: {values['n']}, of which nothing could be read for {values['failed']}")
-    if errors:
-        _show_errors(console, values["errors"])
+    if mistakes:
+        _show_mistakes(console, values["mistakes"])
 
 
-def _measure_file(gold: str, pred: Path, repair: bool, errors: bool) -> dict[str, Any]:
+def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[str, Any]:
     from gatewise.mdt.evaluation.metrics import evaluate as measure
     from gatewise.mdt.evaluation.mistakes import count_mistakes
     from gatewise.mdt.records import Broken, read_items
@@ -118,7 +120,7 @@ def _measure_file(gold: str, pred: Path, repair: bool, errors: bool) -> dict[str
             f"{gold} has {len(wanted)} trees and {pred} has {len(found)}: expected one prediction for each, in the same order"
         )
     metrics: dict[str, Any] = measure(wanted, found, repair=repair, source=gold).to_json()
-    return {**metrics, "errors": count_mistakes(wanted, found, repair=repair)} if errors else metrics
+    return {**metrics, "mistakes": count_mistakes(wanted, found, repair=repair)} if mistakes else metrics
 
 
 def _check_same_text(gold: Any, pred: Any, number: int, gold_file: str, pred_file: Path) -> None:
@@ -129,7 +131,7 @@ def _check_same_text(gold: Any, pred: Any, number: int, gold_file: str, pred_fil
         raise GatewiseError(f"record {number} of {pred_file} has another text than record {number} of {gold_file}: keep the order")
 
 
-def _show_errors(console: Console, counts: dict[str, dict[str, int]]) -> None:
+def _show_mistakes(console: Console, counts: dict[str, dict[str, int]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="alone: trees that would be right without this kind")
     for column in ("what is wrong", "times", "trees", "alone"):
         table.add_column(column, justify="left" if column == "what is wrong" else "right")

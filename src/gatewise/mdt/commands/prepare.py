@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class StageOrAll(StrEnum):
-    """A step of the pipeline, or all of them."""
+    """A stage of the pipeline, or all of them."""
 
     triples = "triples"
     nodes = "nodes"
@@ -28,7 +28,7 @@ def prepare(
     data: Annotated[str, typer.Argument(help="A .json, .jsonl or .txt file of trees, or sample:guidelines.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "--output", "-o", help="The .jsonl file of rows to write.", show_default=False)],
     level: LevelOption = None,
-    stage: Annotated[StageOrAll | None, typer.Option(help="Rows for a step of the pipeline, or for all three.")] = None,
+    stage: Annotated[StageOrAll | None, typer.Option(help="Rows for a stage of the pipeline, or for all three.")] = None,
     dev: Annotated[Path | None, typer.Option(help="Write the rows of every fifth record here instead.", show_default=False)] = None,
     swapped: Annotated[
         int,
@@ -36,7 +36,7 @@ def prepare(
     ] = 0,
     repair: RepairOption = False,
 ) -> None:
-    """Write the rows that `gatewise train` takes: prompts and what is to be written, end to end or for a step of the pipeline.
+    """Write the rows that `gatewise train` takes: prompts and what is to be written, end to end or for a stage of the pipeline.
 
     The recipe's template is "{source}", see recipes/mdt-pi-lora.yaml.
 
@@ -44,13 +44,13 @@ def prepare(
     Examples:
       gatewise mdt prepare sample:guidelines --out runs/mdt-data/train.jsonl --dev runs/mdt-data/dev.jsonl
       gatewise mdt prepare trees.json --swapped 3 --out train.jsonl
-      gatewise mdt prepare trees.json --stage all --out steps.jsonl
+      gatewise mdt prepare trees.json --stage all --out stages.jsonl
     """
     from gatewise.files import write_json_lines
     from gatewise.mdt.training.swapping import swapped_copies
 
     if level is not None and stage is not None:
-        raise GatewiseError("--level and --stage were both given: the steps of the pipeline have no levels, leave one out")
+        raise GatewiseError("--level and --stage were both given: the stages of the pipeline have no levels, leave one out")
     for path in filter(None, (out, dev)):
         if path.suffix.lower() != ".jsonl":
             raise GatewiseError(f"{path}: the name ends in {path.suffix!r}, expected .jsonl")

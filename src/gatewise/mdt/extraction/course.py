@@ -76,7 +76,7 @@ class Course:
     """The course of one output.
 
     Args:
-        stage: a step of the pipeline; None for the whole tree.
+        stage: of the pipeline; None for the whole tree.
         levels: the chain-of-thought levels the output may have; it shows with its first lines which it takes.
         within: the text in which subjects and objects have to stand word for word; None leaves them free.
         triples: for stage "nodes", how many triples there are to group.

@@ -1,4 +1,4 @@
-"""From a text to its decision tree with a causal model: end to end, or in the three steps of the pipeline.
+"""From a text to its decision tree with a causal model: end to end, or in the three stages of the pipeline.
 
     extractor = Extractor.load("runs/mdt-pi-lora/adapter")
     found = extractor(["adults with gout@For an acute flare, give colchicine."])[0]
@@ -48,7 +48,7 @@ class Extraction:
         text: as it was given, "population@passage".
         absent: the triples whose subject or object does not stand in the text.
         warnings: what was put right or left out in the model's output, and that candidates differ much, a sentence each.
-        written: what the model wrote, as it wrote it; in the pipeline one text a step.
+        written: what the model wrote, as it wrote it; in the pipeline one text a stage.
         agreement: of several candidates how alike the others are to the one that was kept, in [0, 1], 1 for all the same; None
             where there was but one.
     """
@@ -93,7 +93,7 @@ class Extractor:
             one most like the others (:func:`most_alike`).
         temperature, seed: of the draws.
         max_new_tokens: the most that is written in one output.
-        steps: models for steps of the pipeline, where they differ from ``model``; of the same tokenizer.
+        stage_models: of stages of the pipeline, where they differ from ``model``; of the same tokenizer.
 
     Raises:
         GatewiseError: the settings contradict each other, or llguidance is missing.
@@ -111,7 +111,7 @@ class Extractor:
     seed: int = 0
     max_new_tokens: int = 512
     batch_size: int = 8
-    steps: Mapping[Stage, Any] = field(default_factory=dict)
+    stage_models: Mapping[Stage, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.level not in (None, *LEVELS):
@@ -220,7 +220,7 @@ class Extractor:
             return self._write(asked, None, progress, self.temperature)
 
     def triples(self, asked: "Sequence[Asked]", progress: Progress | None = None) -> "list[Asked | GatewiseError]":
-        """The first step of the pipeline for each text: its triples. A text's fault is given back in its place."""
+        """The first stage of the pipeline for each text: its triples. A text's fault is given back in its place."""
         found: list[Asked | GatewiseError] = []
         for one, output in zip(asked, self._write(asked, "triples", progress), strict=True):
             parsed = parse_lenient(f"triples:\n{_text(output)}")
@@ -228,7 +228,7 @@ class Extractor:
         return found
 
     def nodes(self, asked: "Sequence[Asked]", progress: Progress | None = None) -> "list[Asked | GatewiseError]":
-        """The second step for each text with triples: its nodes."""
+        """The second stage for each text with triples: its nodes."""
         found: list[Asked | GatewiseError] = []
         for one, output in zip(asked, self._write(asked, "nodes", progress), strict=True):
             parsed = parse_lenient("\n".join(["triples:", *triple_lines(one.triples), "nodes:", _text(output)]))
@@ -236,7 +236,7 @@ class Extractor:
         return found
 
     def trees(self, asked: "Sequence[Asked]", progress: Progress | None = None) -> list[Extraction | GatewiseError]:
-        """The third step for each text with nodes: its tree."""
+        """The third stage for each text with nodes: its tree."""
         outputs = self._write(asked, "tree", progress)
         heads = ["\n".join(["nodes:", *node_lines(one.nodes), "tree:\n"]) for one in asked]
         return [self._tree(one, output, head + _text(output)) for one, output, head in zip(asked, outputs, heads, strict=True)]
@@ -248,7 +248,7 @@ class Extractor:
         courses = [self._course(one, stage) for one in asked] if self.constrained else None
         what = {None: "trees", "triples": "triples", "nodes": "nodes", "tree": "trees"}[stage]
         return write(
-            self.steps.get(stage, self.model) if stage else self.model,
+            self.stage_models.get(stage, self.model) if stage else self.model,
             self.tokenizer,
             prompts,
             courses,
@@ -339,10 +339,10 @@ def _kept(candidates: Sequence[Extraction | GatewiseError]) -> Extraction | Gate
 
 
 def _each(
-    states: Sequence[Asked | GatewiseError], step: Callable[[list[Asked]], Sequence[_Found | GatewiseError]]
+    states: Sequence[Asked | GatewiseError], run: Callable[[list[Asked]], Sequence[_Found | GatewiseError]]
 ) -> list[_Found | GatewiseError]:
-    """A step for all that have come so far; a fault stays in its place."""
-    found = iter(step([one for one in states if isinstance(one, Asked)]))
+    """A stage for all that have come so far; a fault stays in its place."""
+    found = iter(run([one for one in states if isinstance(one, Asked)]))
     return [next(found) if isinstance(one, Asked) else one for one in states]
 
 
@@ -354,13 +354,13 @@ def _known(
     triples: tuple[Triple, ...] | None = None,
     nodes: tuple[Node, ...] | None = None,
 ) -> Asked | GatewiseError:
-    """A text with what a step found in it."""
+    """A text with what a stage found in it."""
     if isinstance(output, GatewiseError):
         return output
     if not (triples or nodes):
         what = "triple" if nodes is None else "node"
         return GatewiseError(f"the model found no {what} in the text: give one that says what to do and when, or train it longer")
-    # The lines after the step's are still to come, so that the tree is missing says nothing.
+    # The lines after the stage's are still to come, so that the tree is missing says nothing.
     notes = tuple(note for note in parsed.notes if not note.startswith("no tree: "))
     return replace(
         one,

@@ -1,6 +1,6 @@
-"""How well each step of the pipeline does alone: from gold input, so that one step's faults are not counted in the next.
+"""How well each stage of the pipeline does alone: from gold input, so that one stage's mistakes are not counted in the next.
 
-| step      | given                | measured                                                    |
+| stage     | given                | measured                                                    |
 |-----------|----------------------|-------------------------------------------------------------|
 | `triples` | the text             | triplet precision, recall, F1                               |
 | `nodes`   | text, gold triples   | node precision, recall, F1                                  |
@@ -26,27 +26,27 @@ def measure(
     stage: Stage | None = None,
     progress: Progress | None = None,
     *,
-    errors: bool = False,
+    mistakes: bool = False,
 ) -> dict[str, Any]:
-    """The metrics of a step on gold records, or of the whole way from text to tree. What fails counts as nothing found.
+    """The metrics of a stage on gold records, or of the whole way from text to tree. What fails counts as nothing found.
 
     Args:
-        stage: a step of the pipeline; None for the whole way, end to end or through the pipeline as the extractor says.
-        errors: count mistakes by kind, too, see :mod:`gatewise.mdt.evaluation.mistakes`; not with the first two steps, which make
+        stage: of the pipeline; None for the whole way, end to end or through the pipeline as the extractor says.
+        mistakes: count them by kind, too, see :mod:`gatewise.mdt.evaluation.mistakes`; not with the first two stages, which make
             no trees.
 
     Returns:
         Metrics by name, with ``n``, the number of records, and ``failed``, for how many of them nothing could be read; with
-        ``errors``, also what :func:`gatewise.mdt.count_mistakes` counts.
+        ``mistakes``, also what :func:`gatewise.mdt.count_mistakes` counts.
 
     Raises:
-        GatewiseError: there are no records, or none with a triple; the stage is unknown, makes no trees whose errors could be
+        GatewiseError: there are no records, or none with a triple; the stage is unknown, makes no trees whose mistakes could be
             counted, or was given with several candidates.
     """
     if stage is not None and stage not in STAGES:
         raise GatewiseError(f"the stage is {stage!r}: expected one of {', '.join(STAGES)}")
-    if errors and stage in ("triples", "nodes"):
-        raise GatewiseError(f"errors by kind were asked for of stage {stage}, which makes no trees: leave one of the two out")
+    if mistakes and stage in ("triples", "nodes"):
+        raise GatewiseError(f"mistakes by kind were asked for of stage {stage}, which makes no trees: leave one of the two out")
     if stage is not None and extractor.candidates > 1:
         raise GatewiseError(f"several candidates were asked for of stage {stage}, which writes one: leave one of the two out")
     if not records:
@@ -55,8 +55,8 @@ def measure(
         found = extractor(
             [record.text for record in records], language=[record.tree.language for record in records], progress=progress
         )
-        return _of_trees(records, found, errors)
-    # The first two steps have nothing to do for a tree without a triple, and the third has nothing to put together.
+        return _of_trees(records, found, mistakes)
+    # The first two stages have nothing to do for a tree without a triple, and the third has nothing to put together.
     used = [record for record in records if record.tree.triples]
     if not used:
         raise GatewiseError("no gold tree has a triple, expected at least one that has")
@@ -70,9 +70,9 @@ def measure(
         for record in used
     ]
     if stage == "tree":
-        return _of_trees(used, extractor.trees(asked, progress), errors)
-    step = extractor.triples if stage == "triples" else extractor.nodes
-    results = step(asked, progress)
+        return _of_trees(used, extractor.trees(asked, progress), mistakes)
+    run = extractor.triples if stage == "triples" else extractor.nodes
+    results = run(asked, progress)
     sound = [one if isinstance(one, Asked) else Asked("", "en") for one in results]
     if stage == "triples":
         scores = set_scores([set(map(_plain, r.tree.triples)) for r in used], [set(map(_plain, one.triples)) for one in sound])
@@ -84,11 +84,11 @@ def measure(
     return {**made, "n": len(used), "failed": sum(isinstance(one, GatewiseError) for one in results)}
 
 
-def _of_trees(records: Sequence[TreeRecord], found: Sequence[Extraction | GatewiseError], errors: bool) -> dict[str, Any]:
+def _of_trees(records: Sequence[TreeRecord], found: Sequence[Extraction | GatewiseError], mistakes: bool) -> dict[str, Any]:
     trees: list[Any] = [one.tree if isinstance(one, Extraction) else [] for one in found]
     gold = [record.tree for record in records]
     metrics: dict[str, Any] = {**evaluate(gold, trees).to_json(), "failed": sum(isinstance(one, GatewiseError) for one in found)}
-    return {**metrics, "errors": count_mistakes(gold, trees)} if errors else metrics
+    return {**metrics, "mistakes": count_mistakes(gold, trees)} if mistakes else metrics
 
 
 def _plain(triple: Triple) -> tuple[str, ...]:

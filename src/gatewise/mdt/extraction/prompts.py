@@ -1,4 +1,4 @@
-"""What a causal model reads and what it is to write: for the whole tree at once, and for each step of the pipeline.
+"""What a causal model reads and what it is to write: for the whole tree at once, and for each stage of the pipeline.
 
 | stage     | the prompt shows       | the model writes                                                       |
 |-----------|------------------------|------------------------------------------------------------------------|
@@ -8,7 +8,7 @@
 | `tree`    | text, nodes            | the tree as the nodes' letters in pre-order, ``D`` for an empty leaf    |
 
 Everything written is of :mod:`gatewise.mdt.formats.lines`. The prompt of the whole tree is the same for all levels: an adapter was
-trained for one of them and begins as it learnt to. The steps' prompts list triples and nodes in the order of the text, never in
+trained for one of them and begins as it learnt to. The stages' prompts list triples and nodes in the order of the text, never in
 that of the tree, which would give the answer away.
 """
 
@@ -55,7 +55,7 @@ def prompt(
 
     Args:
         text: "population@passage"; without an "@" all of it is the passage.
-        stage: a step of the pipeline; None for the whole tree.
+        stage: of the pipeline; None for the whole tree.
         triples: for stage "nodes", the triples to group.
         nodes: for stage "tree", the nodes to put together.
     """

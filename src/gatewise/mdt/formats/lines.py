@@ -194,7 +194,7 @@ def parse_lenient(output: Any) -> Parsed:
     """The tree in a model's output, as well as it can be read. Raises nothing, whatever the output.
 
     Lines that say nothing are left out; relations may be misspelt; a triple that cannot be read is left out; children that are
-    missing at the end are taken as "no recommendation"; nodes after the tree is complete are left out. Every such step is noted. A
+    missing at the end are taken as "no recommendation"; nodes after the tree is complete are left out. All of this is noted. A
     condition that has no triple left gives no tree, as no side of it can be trusted.
     """
     if not isinstance(output, str):

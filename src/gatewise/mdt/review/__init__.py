@@ -2,7 +2,7 @@
 
 | module          | what it knows                                                            |
 |-----------------|--------------------------------------------------------------------------|
-| ``edits``       | the steps of correcting a tree, on plain nodes                           |
+| ``edits``       | how a tree is corrected, edit by edit, on plain nodes                    |
 | ``passage``     | one text with its tree: versions, undo, state                            |
 | ``sources``     | documents and files of trees that come in                                |
 | ``merging``     | what earlier reviews left of them                                        |

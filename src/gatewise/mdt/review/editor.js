@@ -1,10 +1,10 @@
-// The editor of one node. It asks for steps and shows what comes back; what a sound tree is, the server knows.
+// The editor of one node. It asks for edits and shows what comes back; what a sound tree is, the server knows.
 
 import { element } from "./calls.js";
 import { tr } from "./words.js";
 
-// step(name, arguments, node to show after it) asks the server; phrase() is what is selected in the text.
-export function showEditor(place, passage, at, { step, phrase }) {
+// edit(name, arguments, node to show after it) asks the server; phrase() is what is selected in the text.
+export function showEditor(place, passage, at, { edit, phrase }) {
   const node = passage.nodes && passage.nodes[at];
   place.hidden = !node;
   if (!node) {
@@ -15,14 +15,14 @@ export function showEditor(place, passage, at, { step, phrase }) {
   const condition = node.role === "C";
   const parts = [
     element("h2", { text: tr("Node {number}", { number: at + 1 }) }, element("small", { text: ` ${whereIs(passage, at)}` })),
-    kinds(node, at, step),
-    node.triples.length > 1 ? joins(node, at, step) : null,
-    ...node.triples.map((triple, i) => card(passage, at, i, triple, step, phrase)),
+    kinds(node, at, edit),
+    node.triples.length > 1 ? joins(node, at, edit) : null,
+    ...node.triples.map((triple, i) => card(passage, at, i, triple, edit, phrase)),
     element("button", {
       type: "button", id: "add-triple", text: tr("Add triple"),
-      onclick: () => step("add_triple", { parts: [passage.about, "", ""] }, at, `object-${node.triples.length}`),
+      onclick: () => edit("add_triple", { parts: [passage.about, "", ""] }, at, `object-${node.triples.length}`),
     }),
-    structure(passage, at, condition, step),
+    structure(passage, at, condition, edit),
   ];
   place.replaceChildren(...parts.filter(Boolean));
   giveBack(place, held);
@@ -39,27 +39,27 @@ function choice(name, value, label, checked, onchange) {
   return element("label", {}, element("input", { type: "radio", name, id: `${name}-${value}`, value, checked, onchange }), label);
 }
 
-function kinds(node, at, step) {
+function kinds(node, at, edit) {
   const condition = node.role === "C";
   return element("fieldset", { class: "row" },
     element("legend", { text: tr("Kind") }),
-    choice("kind", "C", tr("Condition"), condition, () => step("to_condition", {}, at)),
-    choice("kind", "D", tr("Decision"), !condition, () => step("to_decision", {}, at)));
+    choice("kind", "C", tr("Condition"), condition, () => edit("to_condition", {}, at)),
+    choice("kind", "D", tr("Decision"), !condition, () => edit("to_decision", {}, at)));
 }
 
-function joins(node, at, step) {
+function joins(node, at, edit) {
   const words = node.role === "C" ? [tr("all of these (and)"), tr("any of these (or)")] : [tr("do all (and)"), tr("do any (or)")];
   return element("fieldset", { class: "row" },
     element("legend", { text: tr("Triples joined by") }),
-    choice("join", "and", words[0], node.join === "and", () => step("join", { join: "and" }, at)),
-    choice("join", "or", words[1], node.join === "or", () => step("join", { join: "or" }, at)));
+    choice("join", "and", words[0], node.join === "and", () => edit("join", { join: "and" }, at)),
+    choice("join", "or", words[1], node.join === "or", () => edit("join", { join: "or" }, at)));
 }
 
-function card(passage, at, i, triple, step, phrase) {
+function card(passage, at, i, triple, edit, phrase) {
   const send = (which, value) => {
     const parts = [...triple.parts];
     parts[which] = value;
-    if (value !== triple.parts[which]) step("set_triple", { triple: i, parts }, at);
+    if (value !== triple.parts[which]) edit("set_triple", { triple: i, parts }, at);
   };
   const known = passage.relations.includes(triple.parts[1]) ? passage.relations : [...passage.relations, triple.parts[1]];
   const relation = element("select", { id: `relation-${i}`, onchange: event => send(1, event.target.value) },
@@ -72,7 +72,7 @@ function card(passage, at, i, triple, step, phrase) {
     element("button", {
       type: "button", class: "quiet delete", id: `remove-${i}`, text: tr("Delete triple"),
       "aria-label": tr("Delete triple {number}", { number: i + 1 }),
-      onclick: () => step("remove_triple", { triple: i }, at, "add-triple"),
+      onclick: () => edit("remove_triple", { triple: i }, at, "add-triple"),
     }));
 }
 
@@ -100,9 +100,9 @@ function part(id, label, value, absent, send, phrase) {
     absent && element("p", { class: "warn", id: `${id}-absent`, text: tr("! not in the text") }));
 }
 
-function structure(passage, at, condition, step) {
+function structure(passage, at, condition, edit) {
   const button = (id, text, name, more, node = at) =>
-    element("button", { type: "button", class: "quiet", id, text, onclick: () => step(name, more, node) });
+    element("button", { type: "button", class: "quiet", id, text, onclick: () => edit(name, more, node) });
   const empty = passage.nodes[at].role === "D" && !passage.nodes[at].triples.length;
   return element("details", { class: "structure", open: true },
     element("summary", { text: tr("Change the tree here") }),

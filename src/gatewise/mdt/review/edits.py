@@ -1,6 +1,6 @@
-"""The steps of correcting a tree, on plain nodes in pre-order, and what is still wrong with it.
+"""The edits that correct a tree, on plain nodes in pre-order, and what is still wrong with it.
 
-Every step keeps the tree whole: each condition has two children, each decision none. A node may be unfinished meanwhile, with an
+Every edit keeps the tree whole: each condition has two children, each decision none. A node may be unfinished meanwhile, with an
 empty phrase or no triple; :func:`fault_of` says so, by the rules of :mod:`gatewise.mdt.checks` and no others.
 """
 
@@ -71,20 +71,20 @@ def check_shape(nodes: Any) -> Nodes:
     ]
 
 
-def apply(nodes: Nodes, step: str, arguments: Mapping[str, Any], language: Language = "en") -> Nodes:
-    """The nodes after a step; the given ones stay as they are.
+def apply(nodes: Nodes, edit: str, arguments: Mapping[str, Any], language: Language = "en") -> Nodes:
+    """The nodes after an edit; the given ones stay as they are.
 
     Args:
-        step: a key of ``STEPS``.
-        arguments: ``node`` (from 0), and what the step takes besides.
+        edit: a key of ``EDITS``.
+        arguments: ``node`` (from 0), and what the edit takes besides.
         language: of the relation that a new triple begins with.
 
     Raises:
-        GatewiseError: there is no such step or node, or an argument does not fit.
+        GatewiseError: there is no such edit or node, or an argument does not fit.
     """
-    if step not in STEPS:
-        raise GatewiseError(f"the step is {checks.shown(step)}: expected one of {', '.join(STEPS)}")
-    function, wanted = STEPS[step]
+    if edit not in EDITS:
+        raise GatewiseError(f"the edit is {checks.shown(edit)}: expected one of {', '.join(EDITS)}")
+    function, wanted = EDITS[edit]
     at = _number(arguments, "node", len(nodes), "node")
     copy = [{**node, "triples": [list(triple) for triple in node["triples"]]} for node in nodes]
     made = function(copy, at, *(_READERS[name](arguments, copy[at], language) for name in wanted))
@@ -93,7 +93,7 @@ def apply(nodes: Nodes, step: str, arguments: Mapping[str, Any], language: Langu
     return [_joined(node) for node in made]
 
 
-# ---- steps at a node ----
+# ---- edits at a node ----
 
 
 def _join(nodes: Nodes, at: int, join: str) -> Nodes:
@@ -242,8 +242,8 @@ _READERS: dict[str, Callable[[Mapping[str, Any], dict[str, Any], Language], Any]
     "join": _which_join,
     "side": _which_side,
 }
-# step -> what carries it out, and the arguments that it takes after the node
-STEPS: dict[str, tuple[Callable[..., Nodes], tuple[str, ...]]] = {
+# edit -> what carries it out, and the arguments that it takes after the node
+EDITS: dict[str, tuple[Callable[..., Nodes], tuple[str, ...]]] = {
     "join": (_join, ("join",)),
     "set_triple": (_set_triple, ("triple", "parts")),
     "add_triple": (_add_triple, ("new",)),

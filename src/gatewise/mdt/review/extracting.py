@@ -32,7 +32,7 @@ def model_extract(extractor: "Extractor") -> Extract:
 
     def extract(text: str, language: Language | None, tick: Tick) -> "Extraction":
         # A model reads its embeddings once for every token it writes; `generate` has no place to stop it from another thread.
-        watched = [model.get_input_embeddings() for model in {extractor.model, *extractor.steps.values()}]
+        watched = [model.get_input_embeddings() for model in {extractor.model, *extractor.stage_models.values()}]
         handles = [module.register_forward_pre_hook(lambda *_: tick()) for module in watched]
         try:
             (found,) = extractor([text], language=language)

@@ -218,7 +218,7 @@ def _merged(row: _Row, notes: list[str]) -> Passage:
     differs = source.now.nodes is not None and source.now.nodes != old.now.nodes
     if differs and source.came != old.came and old.now.state in ("empty", "drafted"):  # the file has a new tree
         return Passage(0, source.text, source.now, source.more, None, came, [old.now] if old.now.nodes is not None else [])
-    # So that undoing leads back to what the file gave, though the steps in between are gone.
+    # So that undoing leads back to what the file gave, though the edits in between are gone.
     return Passage(0, source.text, old.now, old.more, None, came, [source.now] if differs else [])
 
 

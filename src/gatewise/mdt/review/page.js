@@ -51,8 +51,8 @@ function redo() {
   if (passage && passage.redo) change("/api/redo");
 }
 
-function step(name, more, show, focus) {
-  return change("/api/edit", { step: name, arguments: { node, ...more } }, () => { node = show; }).then(() => {
+function edit(name, more, show, focus) {
+  return change("/api/edit", { edit: name, arguments: { node, ...more } }, () => { node = show; }).then(() => {
     if (focus && at(focus)) at(focus).focus();
   });
 }
@@ -106,7 +106,7 @@ function showAll() {
   showList();
   showText();
   showTree();
-  showEditor(at("editor"), passage || {}, node, { step, phrase: () => phrase });
+  showEditor(at("editor"), passage || {}, node, { edit, phrase: () => phrase });
 }
 
 function showHead() {
@@ -281,7 +281,7 @@ function select(position, focus = false) {
   node = position;
   showText();
   showTree();
-  showEditor(at("editor"), passage, node, { step, phrase: () => phrase });
+  showEditor(at("editor"), passage, node, { edit, phrase: () => phrase });
   if (focus) focusNode();
   const box = at("tree").querySelector(`[data-node="${node}"]`);
   if (box) box.scrollIntoView({ block: "nearest", inline: "nearest" });
@@ -335,7 +335,7 @@ onClick("remove", () => {
   const { number, changes } = passage;
   if (confirm(tr("Take passage {number} out of the review?", { number }))) act("/api/remove", { number, changes }, () => {});
 });
-onClick("phrase-add", () => step("add_triple", { parts: [passage.about, "", phrase] }, node,
+onClick("phrase-add", () => edit("add_triple", { parts: [passage.about, "", phrase] }, node,
   `object-${passage.nodes[node].triples.length}`));
 at("phrase-add").addEventListener("mousedown", event => event.preventDefault());
 

@@ -90,15 +90,15 @@ class Passage:
         self.past.append(self.now)
         self._go(self.future.pop())
 
-    def edit(self, step: Callable[[Nodes], Nodes]) -> None:
-        """A step of correcting; an approved tree is approved no more.
+    def edit(self, change: Callable[[Nodes], Nodes]) -> None:
+        """Corrects the tree; an approved tree is approved no more.
 
         Raises:
-            GatewiseError: there is no tree, or the step does not fit it.
+            GatewiseError: there is no tree, or the edit does not fit it.
         """
         if self.now.nodes is None:
             raise GatewiseError("this passage has no tree yet: extract one, or begin with an empty one")
-        nodes = step(self.now.nodes)
+        nodes = change(self.now.nodes)
         if nodes != self.now.nodes:
             self.set(Version(nodes, "corrected", self.now.warnings))
 

@@ -231,8 +231,8 @@ def _json(value: Any) -> tuple[str, bytes]:
 def _edit(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
     arguments = asked.get("arguments")
     if not isinstance(arguments, dict):
-        raise GatewiseError("the arguments of the step are missing")
-    return _changed(server.session.edit(*_which(asked), _text(asked, "step"), arguments))
+        raise GatewiseError("the arguments of the edit are missing")
+    return _changed(server.session.edit(*_which(asked), _text(asked, "edit"), arguments))
 
 
 def _undo(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:

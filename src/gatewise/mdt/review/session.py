@@ -175,18 +175,18 @@ class Session:
 
     # ---- changing ----
 
-    def edit(self, number: int, changes: int, step: str, arguments: dict[str, Any]) -> Passage:
-        """A step of :data:`gatewise.mdt.review.edits.STEPS` on the tree of a passage.
+    def edit(self, number: int, changes: int, edit: str, arguments: dict[str, Any]) -> Passage:
+        """One of :data:`gatewise.mdt.review.edits.EDITS` on the tree of a passage.
 
         Args:
             changes: the passage's count of changes that the user sees.
 
         Raises:
             OldPageError: the passage has changed since.
-            GatewiseError: the step does not fit.
+            GatewiseError: the edit does not fit.
         """
         with self._changing(number, changes) as passage:
-            passage.edit(lambda nodes: edits.apply(nodes, step, arguments, passage.language))
+            passage.edit(lambda nodes: edits.apply(nodes, edit, arguments, passage.language))
         return passage
 
     def begin(self, number: int, changes: int) -> Passage:

@@ -1,4 +1,4 @@
-"""Rows for ``gatewise train``: a record's prompt and what is to be written after it, end to end or for a step of the pipeline."""
+"""Rows for ``gatewise train``: a record's prompt and what is to be written after it, end to end or for a stage of the pipeline."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from gatewise.mdt.records import TreeRecord
 
 
 def completion(record: TreeRecord, level: Level = 0, stage: Stage | None = None) -> str:
-    """What the model is to write for a record, see :func:`prompt`; empty for the first two steps of a tree without a triple.
+    """What the model is to write for a record, see :func:`prompt`; empty for the first two stages of a tree without a triple.
 
     Raises:
         GatewiseError: the level is unknown.
@@ -34,10 +34,10 @@ def training_rows(
 ) -> list[dict[str, Any]]:
     """Rows of kind "generation" for ``gatewise train``: ``source`` is the whole prompt, ``target`` what is to be written.
 
-    Its recipe says ``template: {prompt: "{source}"}``. A tree without any triple gives no row for a step of the pipeline.
+    Its recipe says ``template: {prompt: "{source}"}``. A tree without any triple gives no row for a stage of the pipeline.
 
     Args:
-        stage: a step of the pipeline, or "all" for the three of each record one after the other.
+        stage: of the pipeline, or "all" for the three of each record one after the other.
 
     Raises:
         GatewiseError: level or stage is unknown, or a tree without triples has a text that is in neither language.
@@ -46,15 +46,15 @@ def training_rows(
         raise GatewiseError(f"the level is {level!r}: expected 0 (tree), 1 (triples, tree) or 2 (triples, nodes, tree)")
     if stage is not None and stage not in (*STAGES, "all"):
         raise GatewiseError(f"the stage is {stage!r}: expected one of {', '.join(STAGES)}, or all")
-    steps: tuple[Stage | None, ...] = STAGES if stage == "all" else (stage,)
+    stages: tuple[Stage | None, ...] = STAGES if stage == "all" else (stage,)
     rows = []
     for record in records:
         language = record.tree.language if record.tree.triples else detect_language(record.text, f"record {record.number}")
         triples, nodes = triples_in_order(record.text, record.tree), nodes_in_order(record.text, record.tree)
-        for step in steps:
-            if step is not None and not triples:
+        for one in stages:
+            if one is not None and not triples:
                 continue
-            source = prompt(record.text, language, step, triples=triples, nodes=nodes)
-            kind = {"level": level} if step is None else {"stage": step}
-            rows.append({"source": source, "target": completion(record, level, step), "language": language, **kind})
+            source = prompt(record.text, language, one, triples=triples, nodes=nodes)
+            kind = {"level": level} if one is None else {"stage": one}
+            rows.append({"source": source, "target": completion(record, level, one), "language": language, **kind})
     return rows
