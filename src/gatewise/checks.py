@@ -1,4 +1,4 @@
-"""Checks of values that a user gives: whole numbers, numbers, and text that can be written or means a number."""
+"""Checks of values that a user gives: whole numbers, numbers, and text that can be written, printed or means a number."""
 
 import re
 from collections.abc import Mapping
@@ -38,6 +38,14 @@ HALF_A_PAIR = "has half of a surrogate pair, which is no character"
 def has_half_a_pair(text: str) -> bool:
     """Whether a text holds what is no character, as JSON's "\\ud800" makes it."""
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that a terminal would obey; tabs and line breaks stay."""
+    return _CONTROL.sub("", text)
 
 
 def writable(value: Any) -> Any:

@@ -5,8 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import gatewise
 from gatewise import mdt
@@ -58,3 +61,13 @@ def test_the_rest_works_without_the_folder(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines() == [str(tmp_path / "gatewise" / "__init__.py"), "0", "0", "2", "False"]
+
+
+def test_what_is_no_code_goes_into_the_package() -> None:
+    """Pages, style sheets, scripts and samples are named in pyproject.toml, without which an installed gatewise lacks them."""
+    project = PACKAGE.parents[1] / "pyproject.toml"
+    if not project.exists():
+        pytest.skip("gatewise is installed without its sources")
+    patterns = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]["gatewise"]
+    others = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert [path.as_posix() for path in others if not any(path.match(pattern) for pattern in patterns)] == []

@@ -24,6 +24,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from gatewise.adapters.data_options import DataOptions
+from gatewise.checks import printable
 from gatewise.cli.compress import compress
 from gatewise.cli.inspect import inspect
 from gatewise.cli.options import JsonOption, takes_data_options
@@ -47,7 +48,7 @@ class Commands(TyperGroup):
         except GatewiseError as error:
             if int(os.environ.get("RANK", "0")) > 0:  # the first of several processes says it, and then a launcher ends this one
                 time.sleep(SECONDS_FOR_OTHERS)
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {printable(str(error))}", err=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

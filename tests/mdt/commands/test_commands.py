@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mdt_trees import TEXT, gout, node
+from mdt_trees import TEXT, gout, node, triple
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
@@ -242,3 +243,22 @@ def test_other_keys_that_are_nested_deep(gatewise: Gatewise, tmp_path: Path, lev
         else:
             assert_refused(result, "1 of the 2 records")
             assert "record 1: its other keys are nested deeper than 200 levels" in result.stderr
+
+
+@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html", "fhir"])
+def test_a_terminal_is_told_nothing_by_a_tree(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
+    """Control characters of a file, which could colour, clear or rewrite what stands on a terminal, are not printed."""
+    if format == "fhir":
+        pytest.importorskip("fhir.resources")
+    escapes = "\x1b[31m\x1b]0;title\x07\x9b2J\x00\x08\x7f\r\u0085"
+    tree = [node("D", triple(f"rest{escapes} well", "therapeutic schedule"))]
+    records = [{"text": f"adults{escapes}@Then{escapes} rest.", "tree": tree, "warnings": [escapes]}, {"text": escapes, "tree": 3}]
+    (tmp_path / f"a{escapes[:5]}.json").write_text(json.dumps(records))
+    shown, refused = (
+        CliRunner().invoke(app, ["mdt", "show", f"a{escapes[:5]}.json", "--record", record, "--format", format], color=True)
+        for record in ("1", "2")
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "rest" in shown.stdout
+    assert "record 2" in refused.stderr
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown.output + refused.output)

@@ -1,5 +1,7 @@
 """What people look at: layout, SVG, Mermaid, HTML."""
 
+import base64
+import hashlib
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -15,7 +17,7 @@ from mdt_trees import TEXT, gout, node, preorders, properties, triple
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, TreeRecord, read_trees, render, sample, write_view
 from gatewise.mdt.formats.mermaid import mermaid_of
-from gatewise.mdt.formats.svg import place_boxes, svg_of, width_of, wrap
+from gatewise.mdt.formats.svg import drawing_of, place_boxes, width_of, wrap
 from gatewise.mdt.formats.views import FORMATS, ONE_TREE
 
 TREE = DecisionTree.from_preorder(gout())
@@ -109,7 +111,7 @@ def shown(svg: str) -> list[str]:
 
 
 def test_svg_shows_the_whole_tree() -> None:
-    svg = svg_of(TREE, TEXT)
+    svg = drawing_of(TREE, TEXT).svg
     texts = shown(svg)
     for text in ("adults with gout", "If all of these", "Then any of these", "acute flare", "and", "or", "No recommendation"):
         assert text in texts
@@ -123,12 +125,12 @@ def test_svg_shows_the_whole_tree() -> None:
 
 
 def test_svg_marks_what_is_not_in_the_text() -> None:
-    assert sum("not in the text" in text for text in shown(svg_of(TREE, TEXT.replace("naproxen", "ibuprofen")))) == 1
-    assert "not in the text" not in svg_of(TREE)
+    assert sum("not in the text" in text for text in shown(drawing_of(TREE, TEXT.replace("naproxen", "ibuprofen")).svg)) == 1
+    assert "not in the text" not in drawing_of(TREE).svg
 
 
 def test_svg_in_chinese_speaks_chinese() -> None:
-    texts = shown(svg_of(TREE.in_language("zh")))
+    texts = shown(drawing_of(TREE.in_language("zh")).svg)
     assert {"如果同时满足", "则任选其一", "是", "否", "无推荐", "条件", "决策"} <= set(texts)
     assert any("须经临床医生审核" in text for text in texts)
 
@@ -138,13 +140,13 @@ def test_svg_in_chinese_speaks_chinese() -> None:
 def test_svg_is_xml_whatever_the_texts(nodes: list[dict[str, Any]]) -> None:
     tree = DecisionTree.from_preorder(nodes)
     for focusable in (False, True):
-        root = ET.fromstring(svg_of(tree, "some text", focusable=focusable))
+        root = ET.fromstring(drawing_of(tree, "some text", focusable=focusable).svg)
         assert sum("node" in (group.get("class") or "").split() for group in root.iter()) == len(nodes)
 
 
 def test_boxes_and_texts_stay_inside_the_drawing() -> None:
     for record in sample():
-        root = ET.fromstring(svg_of(record.tree, record.text))
+        root = ET.fromstring(drawing_of(record.tree, record.text).svg)
         width, height = float(root.get("width", 0)), float(root.get("height", 0))
         for box in root.iter("{http://www.w3.org/2000/svg}rect"):
             assert float(box.get("x", 0)) >= 0
@@ -215,9 +217,21 @@ def test_the_page_asks_for_nothing_from_outside() -> None:
             value = attributes.get(name)
             assert value is None or value.startswith(("data:", "#")), (tag, value)
         assert not any(name.startswith("on") for name in attributes)
-    assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.elements)
+        assert "style" not in attributes
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
+
+
+def test_the_page_allows_its_own_style_and_script_and_no_others() -> None:
+    for records in ([RECORD], [RECORD, hostile()]):
+        content = render(records, "html")
+        (policy,) = [one for one in re.findall(r'content="([^"]*)"', content) if "default-src" in one]
+        assert "default-src 'none'; " in policy
+        assert "unsafe" not in policy
+        for tag, rule in (("style", "style-src"), ("script", "script-src")):
+            (inline,) = re.findall(f"<{tag}>(.*?)</{tag}>", content, flags=re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+            assert f"{rule} 'sha256-{digest}';" in policy
 
 
 def test_script_in_a_text_stays_text() -> None:
@@ -280,6 +294,13 @@ def test_text_with_warnings_is_read_back(tmp_path: Path) -> None:
 def test_text_and_json_are_read_back(tmp_path: Path, name: str) -> None:
     path = write_view([RECORD, RECORD], name, tmp_path / f"trees{FORMATS[name]}")
     assert [(record.text, record.tree) for record in read_trees(path).records] == [(TEXT, TREE)] * 2
+
+
+def test_json_escapes_all_that_a_terminal_obeys() -> None:
+    text = "".join(map(chr, range(1, 0xA0))) + "@If it hurts\x9b2J, rest."
+    content = render([TreeRecord(text, TREE)], "json")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", content)
+    assert json.loads(content)[0]["text"] == text
 
 
 def test_json_has_the_places_of_all_phrases() -> None:

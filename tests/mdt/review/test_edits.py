@@ -11,7 +11,7 @@ from mdt_trees import gout, node, preorders, properties, triple
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree
 from gatewise.mdt.checks import check_preorder
-from gatewise.mdt.formats.svg import svg_of
+from gatewise.mdt.formats.svg import drawing_of
 from gatewise.mdt.review.edits import EDITS, apply, check_shape, drawable, empty_tree, fault_of, subtree_end
 
 Nodes = list[dict[str, Any]]
@@ -45,7 +45,7 @@ def test_every_edit_keeps_the_tree_whole_and_the_given_nodes_as_they_are(nodes: 
         assert nodes == before
         check_preorder([one["role"] for one in made])
         assert check_shape(made) == made
-        svg_of(drawable(made), "some text", focusable=True)  # every draft can be drawn
+        drawing_of(drawable(made), "some text", focusable=True)  # every draft can be drawn
         assert (fault_of(made) is None) == is_tree(made)
         nodes = made
 

@@ -7,7 +7,6 @@ downloaded. GATEWISE_SCREENSHOTS names a folder for pictures of the page, of whi
 import io
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,23 +24,8 @@ from gatewise.mdt.review import Extracting, ReviewServer, Session
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'gatewise[dev]'")
 pytestmark = pytest.mark.browser
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
-# Nothing of the browser's own goes out to the network.
-QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-gpu"]
 HOSTILE = "women@For <script>document.title='broken'</script> & <b>pain</b>, give \"ibuprofen\"."
 ASTHMA = next(record for record in sample() if record.population == "Adults asthma" or "asthma" in record.population)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    found = os.environ.get("GATEWISE_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip("there is no Chromium here (Debian: apt install chromium), or name one in GATEWISE_CHROMIUM")
-    root = hasattr(os, "geteuid") and os.geteuid() == 0  # for whom Chromium has no sandbox
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=[*QUIET, *(["--no-sandbox"] if root else [])])
-        yield browser
-        browser.close()
 
 
 def tree_of(text: str) -> Any:

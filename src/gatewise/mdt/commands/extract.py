@@ -20,7 +20,7 @@ from gatewise.mdt.commands.model import (
     check_ways,
     loaded,
 )
-from gatewise.mdt.commands.trees import Format, OutOption, check_place, check_target, give, with_plans
+from gatewise.mdt.commands.trees import Format, OutOption, check_place, check_target, give, say, with_plans
 
 if TYPE_CHECKING:
     from gatewise.mdt.records import TreeRecord
@@ -87,7 +87,7 @@ def extract(
         except (KeyboardInterrupt, GatewiseError) as error:
             stopped = error
             if batch.read:
-                typer.echo(f"stopped after {batch.read} of {len(pieces)} passages", err=True)
+                say(f"stopped after {batch.read} of {len(pieces)} passages", err=True)
     faults = list(batch.faults)
     written = None
     try:
@@ -95,11 +95,11 @@ def extract(
     except GatewiseError as error:
         stopped = stopped or error
     for note in batch.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     if written:
-        typer.echo(f"written: {written}")
+        say(f"written: {written}")
     for sentence in faults:
-        typer.echo(f"failed: {sentence}", err=True)
+        say(f"failed: {sentence}", err=True)
     if stopped:
         raise stopped
     if batch.failed:
@@ -118,9 +118,9 @@ def _give_found(records: "Sequence[TreeRecord]", format: Format, out: Path | Non
     faults += without_plan.values()
     for one in records:
         if one.number in without_plan:
-            typer.echo(render([one], "text"), err=True, nl=False)
+            say(render([one], "text"), err=True, nl=False)
     try:
         return give(given, format, out, several) if given else None
     except GatewiseError as error:
-        typer.echo(render(given, "json"), nl=False)
+        say(render(given, "json"), nl=False)
         raise GatewiseError(f"{error} (the trees are on stdout, as JSON)") from None

@@ -9,7 +9,7 @@ import typer
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.commands.model import LevelOption
-from gatewise.mdt.commands.trees import RepairOption, check_target, chosen, read_file
+from gatewise.mdt.commands.trees import RepairOption, check_target, chosen, read_file, say
 
 if TYPE_CHECKING:
     from gatewise.mdt.records import TreeRecord
@@ -74,10 +74,10 @@ def prepare(
                 f"{data} gives no rows for {target}: expected {'five or more records' if dev else 'trees with triples'}"
             )
         write_json_lines(target, rows)
-        typer.echo(f"written: {target}, {len(rows)} rows")
+        say(f"written: {target}, {len(rows)} rows")
     if faults:
         for number in sorted(faults):
-            typer.echo(f"failed: {faults[number]}", err=True)
+            say(f"failed: {faults[number]}", err=True)
         raise GatewiseError(f"{len(faults)} of the {read.count} records of {data} give no rows and were left out")
 
 

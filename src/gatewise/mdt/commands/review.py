@@ -10,7 +10,7 @@ import typer
 from gatewise.cli.options import BaseOption, DeviceOption
 from gatewise.errors import GatewiseError
 from gatewise.mdt.commands.model import CandidatesOption, PipelineOption, TokensOption, VerbatimOption
-from gatewise.mdt.commands.trees import RepairOption
+from gatewise.mdt.commands.trees import RepairOption, say
 
 if TYPE_CHECKING:
     from gatewise.mdt.review import Extract
@@ -63,7 +63,7 @@ def review(
     extracting: Extracting | None = None
     try:
         for note in session.notes:
-            typer.echo(f"note: {note}", err=True)
+            say(f"note: {note}", err=True)
         if adapter is not None:
             settings = {"max_new_tokens": max_new_tokens, "pipeline": pipeline, "verbatim": verbatim, "candidates": candidates}
             named: Any = language
@@ -71,15 +71,15 @@ def review(
             most = max_new_tokens * (1 if candidates == 1 else 2)
             extracting = Extracting(session, _loaded(adapter, base, device, **settings), language=named, most=most)
         with ReviewServer(session, extracting, port=port, reason="" if adapter else NO_ADAPTER) as server:
-            typer.echo(f"review: {server.url}")
-            typer.echo(f"corrections go to {session.files.out}; end with Ctrl-C", err=True)
+            say(f"review: {server.url}")
+            say(f"corrections go to {session.files.out}; end with Ctrl-C", err=True)
             if browser:
                 webbrowser.open(server.url)
             _serve(server)
         unsaved = session.unsaved
         if unsaved:
             what = "1 passage is" if unsaved == 1 else f"{unsaved} passages are"
-            typer.echo(f"{what} not in {session.files.out} as they stand; the draft keeps them for the next review", err=True)
+            say(f"{what} not in {session.files.out} as they stand; the draft keeps them for the next review", err=True)
     finally:
         if extracting is not None:
             extracting.end()
@@ -91,7 +91,7 @@ def _serve(server: Any) -> None:
     try:
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
-        typer.echo("review ended", err=True)
+        say("review ended", err=True)
 
 
 def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extract":

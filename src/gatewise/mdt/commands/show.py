@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.commands.trees import Format, OutOption, RepairOption, check_target, chosen, give, read_file, with_plans
+from gatewise.mdt.commands.trees import Format, OutOption, RepairOption, check_target, chosen, give, read_file, say, with_plans
 
 
 def show(
@@ -41,12 +41,12 @@ def show(
             raise GatewiseError(next(iter(faults.values())))
     written = give(records, format, out, several=len(records) > 1)
     for note in read.notes if record is None else [note for note in read.notes if f", record {record}: " in note]:
-        typer.echo(f"repaired: {note}", err=True)
+        say(f"repaired: {note}", err=True)
     if written:
-        typer.echo(f"written: {written}")
+        say(f"written: {written}")
     if faults:
         for number in sorted(faults):
-            typer.echo(f"failed: {faults[number]}", err=True)
+            say(f"failed: {faults[number]}", err=True)
         numbers = ", ".join(map(str, sorted(faults)))
         hint = "" if repair else "; --repair may put them right"
         raise GatewiseError(f"{len(faults)} of the {read.count} records of {file} could not be shown: {numbers}{hint}")

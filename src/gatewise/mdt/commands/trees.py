@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gatewise.checks import printable
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ def check_place(format: Format, out: Path | None, several: bool) -> None:
         check_new_file(out)
 
 
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Prints a text of documents and trees, which may hold what a terminal would obey."""
+    typer.echo(printable(text), err=err, nl=nl)
+
+
 def give(records: "Sequence[TreeRecord]", format: Format, out: Path | None, several: bool) -> Path | None:
     """Prints, or writes and says where.
 
@@ -118,7 +124,7 @@ def give(records: "Sequence[TreeRecord]", format: Format, out: Path | None, seve
         return out
     if out is not None:
         return write_view(records, format, out)
-    typer.echo(render(records, format), nl=False)
+    say(render(records, format), nl=False)
     return None
 
 

@@ -1,84 +1,105 @@
-"""Trees as one HTML page that needs no network: the text on the left, the tree on the right, each marking the other."""
+"""Trees as one HTML page that needs no network: the text on the left, the tree on the right, each marking the other.
 
-import html
+The page is ``page.html``, its looks are ``page.css``, its script is ``marking.js``. Its Content-Security-Policy names the two by
+their hashes, so that a browser runs and applies nothing else, whatever the texts of the records hold.
+"""
+
+import hashlib
+from base64 import b64encode
 from collections.abc import Sequence
+from functools import cache
+from importlib import resources
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-from gatewise.mdt.formats.page_parts import ARTICLE, PAGE, SCRIPT, STYLE
-from gatewise.mdt.formats.svg import main_subject, svg_of
-from gatewise.mdt.formats.words import Words, words_for
+from gatewise.errors import GatewiseError
+from gatewise.mdt.formats.svg import drawing_of, main_subject
+from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.spans import locate_tree
 from gatewise.mdt.tree import DecisionTree
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_SMALLEST = 0.72  # a drawing shrinks to the room there is, as far as it stays readable
+
 
 def page_of(records: Sequence[TreeRecord]) -> str:
-    """A page with one section a record. Everything that comes from the records is escaped."""
-    words = words_for(records[0].tree.language)
-    title = words.title if len(records) > 1 else f"{words.title}: {_name(records[0])}"
-    links = "".join(
-        f'<li value="{record.number}"><a href="#record-{i + 1}">{html.escape(_name(record))}</a></li>'
-        for i, record in enumerate(records)
-    )
-    several = f"<nav><details><summary>{words.records} ({len(records)})</summary><ol>{links}</ol></details></nav>"
-    return PAGE.format(
-        language="zh-Hans" if words.language == "zh" else "en",
-        title=html.escape(title),
-        style=STYLE,
-        script=SCRIPT,
-        notice=html.escape(words.notice),
-        hint=html.escape(words.hint),
-        records=several if len(records) > 1 else "",
-        articles="".join(_article(record, i, named=len(records) > 1) for i, record in enumerate(records)),
+    """A page with one article a record. Everything that comes from the records is escaped.
+
+    Raises:
+        GatewiseError: Jinja2 is not installed (the extra ``mdt``).
+    """
+    words, several = words_for(records[0].tree.language), len(records) > 1
+    drawings = [drawing_of(one.tree, one.text, focusable=True, prefix=f"record-{i}-") for i, one in enumerate(records, start=1)]
+    widths = [f"#record-{i} svg{{min-width:{_SMALLEST * one.width:.0f}px}}\n" for i, one in enumerate(drawings, start=1)]
+    style, script = _content("page.css") + "".join(widths), _content("marking.js")
+    articles = [
+        {**_article(record), "id": f"record-{i}", "svg": drawing.svg}
+        for i, (record, drawing) in enumerate(zip(records, drawings, strict=True), start=1)
+    ]
+    return _template().render(
+        words=words,
+        several=several,
+        title=words.title if several else f"{words.title}: {_name(records[0])}",
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        articles=articles,
     )
 
 
-def _article(record: TreeRecord, i: int, named: bool) -> str:
+@cache
+def _template() -> "Template":
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise GatewiseError("the format html needs jinja2, which is not installed: pip install 'gatewise[mdt]'") from error
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(_content("page.html"))
+
+
+def _content(name: str) -> str:
+    return (resources.files("gatewise.mdt.formats") / name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    """A source of a Content-Security-Policy that allows an inline style sheet or script of this content and no other."""
+    return f"sha256-{b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+
+
+def _article(record: TreeRecord) -> dict[str, Any]:
+    """What the page says of a record."""
     words = words_for(record.tree.language)
-    prefix = f"record-{i + 1}"
     mark = record.text.find("@")
-    pieces = _marked(record, words.language)
-    population = "".join(piece for start, piece in pieces if start < mark)
-    passage = "".join(piece for start, piece in pieces if start > mark)
-    about = f"<h3>{words.population}</h3><p>{population.strip()}</p>" if mark >= 0 else ""
-    text = f"{about}<h3>{words.passage}</h3><p>{passage.strip()}</p>" if record.text.strip() else ""
+    pieces: list[dict[str, Any]] = [
+        {"start": start, "text": piece, "names": names, "label": _label(names, words.language)}
+        for start, piece, names in pieces_of(record.text, record.tree)
+    ]
     note = record.more.get("note")
-    return ARTICLE.format(
-        prefix=prefix,
-        heading=f"<h2>{record.number}. {html.escape(_name(record))}</h2>\n" if named else "",
-        text=text,
-        note=f'<p class="note">{html.escape(note)}</p>' if isinstance(note, str) else "",
-        warnings=_warnings(record, words),
-        tree=words.tree,
-        svg=svg_of(record.tree, record.text, focusable=True, prefix=f"{prefix}-"),
-        as_outline=words.as_outline,
-        outline=html.escape(record.tree.to_outline()),
-    )
+    return {
+        "words": words,
+        "number": record.number,
+        "name": _name(record),
+        "population": [piece for piece in pieces if piece["start"] < mark] if mark >= 0 else None,
+        "passage": [piece for piece in pieces if piece["start"] > mark] if record.text.strip() else None,
+        "note": note if isinstance(note, str) else "",
+        "warnings": record.warnings,
+        "outline": record.tree.to_outline(),
+    }
 
 
-def _warnings(record: TreeRecord, words: Words) -> str:
-    """The warnings of the extraction over the tree, so that one that was cut short cannot pass for a whole one."""
-    if not record.warnings:
-        return ""
-    items = "".join(f"<li>{html.escape(warning)}</li>" for warning in record.warnings)
-    return f'<section class="warnings"><h3>{html.escape(words.warnings)}</h3><ul>{items}</ul></section>\n'
+def _label(names: Sequence[str], language: str) -> str:
+    nodes = ", ".join(dict.fromkeys(str(int(name.split(".")[0]) + 1) for name in names))
+    return f"节点 {nodes}" if language == "zh" else f"node {nodes}"
 
 
 def _name(record: TreeRecord) -> str:
     return record.population or main_subject(record.tree) or words_for(record.tree.language).title
-
-
-def _marked(record: TreeRecord, language: str) -> list[tuple[int, str]]:
-    """The text in pieces, (start, HTML): plain ones, and those that a node rests on."""
-    made = []
-    for start, piece, names in pieces_of(record.text, record.tree):
-        shown = html.escape(piece)
-        if names:
-            nodes = ", ".join(dict.fromkeys(str(int(name.split(".")[0]) + 1) for name in names))
-            label = f"节点 {nodes}" if language == "zh" else f"node {nodes}"
-            shown = f'<mark tabindex="0" data-of="{" ".join(names)}" title="{label}">{shown}</mark>'
-        made.append((start, shown))
-    return made
 
 
 def pieces_of(text: str, tree: DecisionTree) -> list[tuple[int, str, list[str]]]:

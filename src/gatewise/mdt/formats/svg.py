@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gatewise.mdt.formats.words import Words, words_for
 from gatewise.mdt.relations import Language, relation_in
@@ -63,23 +64,28 @@ class Place:
         return self.x + self.width / 2
 
 
-def svg_of(
+class Drawing(NamedTuple):
+    """An SVG and its width in pixels."""
+
+    svg: str
+    width: float
+
+
+def drawing_of(
     tree: DecisionTree,
     text: str = "",
     *,
     warnings: Sequence[str] = (),
     focusable: bool = False,
-    styled: bool = True,
     language: Language | None = None,
     prefix: str = "",
-) -> str:
-    """The drawing of a tree.
+) -> Drawing:
+    """The drawing of a tree. It has no style attributes, which pages may not allow.
 
     Args:
         text: the passage, to mark triples that are not in it; without one nothing is marked.
         warnings: of the extraction, to stand under the drawing.
         focusable: the drawing is for a page, which has the title and answers to the Tab key: it stops at each box.
-        styled: False for a page that allows no style attributes, and has the rules itself.
         language: of the drawing's own words; None takes the tree's, which one without triples does not tell.
         prefix: begins every id, for a page with several drawings.
     """
@@ -96,12 +102,10 @@ def svg_of(
     places = [Place(p.x + (width - across) / 2, p.y + top, p.width, p.height) for p in places]
     bottom = max(place.y + place.height for place in places)
     legend, height = _legend(words, main, warnings, bottom + 30, width)
-    # On a page the drawing shrinks to the room there is, as far as it stays readable.
-    shrink = f' style="min-width:{0.72 * width:.0f}px"' if focusable and styled else ""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
         f' font-family="{FONT}" role="{"group" if focusable else "img"}"'
-        f'{shrink} aria-label="{_escaped(words.title + ": " + (main or words.nothing))}">',
+        f' aria-label="{_escaped(words.title + ": " + (main or words.nothing))}">',
         f"<title>{_escaped(words.title)}</title><desc>{_escaped(words.notice)}</desc>" if not focusable else "",
         f'<rect class="paper" width="{width:g}" height="{height:g}" fill="#ffffff"/>',
     ]
@@ -111,7 +115,7 @@ def svg_of(
     parts += [_edges(places[i], places[both[0]], places[both[1]], words) for i, both in enumerate(tree.children) if both]
     for i, node in enumerate(tree.nodes):
         parts.append(_box(i, node, boxes[i], places[i], words, focusable, prefix))
-    return "".join([*parts, *legend, "</svg>\n"])
+    return Drawing("".join([*parts, *legend, "</svg>\n"]), width)
 
 
 def main_subject(tree: DecisionTree) -> str:

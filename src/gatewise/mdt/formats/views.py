@@ -1,6 +1,7 @@
 """Trees as people look at them and hand them on: text, JSON, Mermaid, SVG, HTML, FHIR. Each asks for review by a clinician."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from gatewise.files import finite, whole_file
 from gatewise.mdt.formats.fhir import bundle_of
 from gatewise.mdt.formats.mermaid import mermaid_of
 from gatewise.mdt.formats.page import page_of
-from gatewise.mdt.formats.svg import svg_of
+from gatewise.mdt.formats.svg import drawing_of
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.outline import escaped
 from gatewise.mdt.records import TreeRecord, outlines_of
@@ -42,7 +43,7 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
         "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),
         "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, records[0].warnings),
-        "svg": lambda records: svg_of(records[0].tree, records[0].text, warnings=records[0].warnings),
+        "svg": lambda records: drawing_of(records[0].tree, records[0].text, warnings=records[0].warnings).svg,
         "html": page_of,
         "fhir": lambda records: _json(bundle_of(records)),
     }
@@ -89,4 +90,6 @@ def _pair(span: Span | None) -> list[int] | None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
+    made = json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
+    # JSON escapes only those below the space, and these a terminal obeys as well.
+    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", made)

@@ -19,7 +19,6 @@ from urllib.parse import parse_qs, urlsplit
 
 from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
-from gatewise.mdt.formats.page_parts import MARKING, STYLE
 from gatewise.mdt.formats.views import FORMATS
 from gatewise.mdt.review.extracting import Extracting
 from gatewise.mdt.review.passage import Passage
@@ -30,15 +29,17 @@ HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Gatewise-Token"
 MOST_BYTES = 40 * 2**20  # of a request: a document of 30 MB as Base64
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+# Address -> the room and the name of its file. The looks of trees are those of the HTML view.
 _PAGES = {
-    "/": "page.html",
-    "/page.js": "page.js",
-    "/editor.js": "editor.js",
-    "/calls.js": "calls.js",
-    "/words.js": "words.js",
-    "/page.css": "page.css",
+    "/": ("review", "page.html"),
+    "/page.js": ("review", "page.js"),
+    "/editor.js": ("review", "editor.js"),
+    "/calls.js": ("review", "calls.js"),
+    "/words.js": ("review", "words.js"),
+    "/page.css": ("review", "page.css"),
+    "/views.css": ("formats", "page.css"),
+    "/marking.js": ("formats", "marking.js"),
 }
-_PARTS = {"/marking.js": MARKING, "/views.css": STYLE}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:;"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -118,9 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self) -> tuple[str, bytes]:
         address = urlsplit(self.path)
         if address.path in _PAGES:
-            return _file(_PAGES[address.path])
-        if address.path in _PARTS:
-            return f"{_TYPES[address.path[address.path.rindex('.') :]]}; charset=utf-8", _PARTS[address.path].encode()
+            return _file(*_PAGES[address.path])
         if not address.path.startswith("/api/"):
             raise _RefusedError(404, "there is nothing at this address")
         self._check_token()
@@ -216,8 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-def _file(name: str) -> tuple[str, bytes]:
-    content = (resources.files("gatewise.mdt.review") / name).read_bytes()
+def _file(room: str, name: str) -> tuple[str, bytes]:
+    content = (resources.files(f"gatewise.mdt.{room}") / name).read_bytes()
     return f"{_TYPES[name[name.rindex('.') :]]}; charset=utf-8", content
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from gatewise.mdt.formats.page import pieces_of
-from gatewise.mdt.formats.svg import main_subject, svg_of
+from gatewise.mdt.formats.svg import drawing_of, main_subject
 from gatewise.mdt.formats.views import FORMATS
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.relations import RELATIONS
@@ -58,7 +58,7 @@ def whole(passage: Passage) -> dict[str, Any]:
         "about": main_subject(tree) or (passage.text[:mark].strip() if mark > 0 else ""),
         "place": ", ".join(str(part) for part in (passage.more.get("source"), passage.more.get("place")) if part),
         "nodes": _nodes(passage, tree) if has_tree else None,
-        "drawing": svg_of(tree, passage.text, focusable=True, styled=False, language=passage.language) if has_tree else "",
+        "drawing": drawing_of(tree, passage.text, focusable=True, language=passage.language).svg if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
         "warnings": list(passage.now.warnings),
         "undo": len(passage.past),
