@@ -36,9 +36,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minilm": {
         "model": "minilm-l6", "task": "classification", "steps": 300, "learning_rate": 1e-3, "dev": 500,
         "orders": (*ORDERS, *PER_MODULE), "sizes": {"parameters": HALVES, "modules": HALVES},
-        "refitted": (("path_moments", "singular", "activation"), (1 / 4, 1 / 8, 1 / 16), (1 / 2, 1 / 3, 1 / 4)),
-        "recovered": (("path_moments", "singular", "random"), (1 / 4, 1 / 16), (1 / 3,)),
-        "slowly": (0, 1), "small": (2, 1), "rates": (1e-3, 2e-3, 4e-3),
+        "refitted": (("path_moments", "singular", "activation"), (1 / 8, 1 / 16), (1 / 2, 1 / 3)),
+        "recovered": (("path_moments", "random"), (1 / 4,), (1 / 3,)),
+        "slowly": (0,), "small": (2,), "rates": (1e-3, 2e-3, 4e-3),
     },
     "smollm2": {
         "model": "smollm2-135m-instruct", "task": "causal", "steps": 120, "learning_rate": 5e-4, "dev": 200,
@@ -51,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BATCH, ALPHA, RANK, RECOVERY, SCORED = 16, 16, 8, 60, 128
 SLOW_RATE = 0.25  # of the learning rate, at which seeds in "slowly" recover too
+ONLY_SEEDS = {"path_integral": (0, 1), "taylor": (0, 1)}  # what these two seeds say of them is enough
 TASKS = ("trec", "subj", "mr", "sst2", "rte", "text2mdt")
 
 
@@ -188,6 +189,8 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
             yield {**row("whole", "parameters", 1, stage), **size(), **after(rate)}
             back()
     for order in settings["orders"]:
+        if case.seed not in ONLY_SEEDS.get(order, (case.seed,)):
+            continue
         values: Mapping[str, Any] | None = None
         for unit, sizes in settings["sizes"].items():
             if order in PER_MODULE and unit == "modules":

@@ -109,3 +109,35 @@ def test_half_precision_stays_so(folder: Path, tmp_path: Path) -> None:
     for name, one in found.adapters.items():
         assert {value.dtype for value in weights(tmp_path / "out" / name).values()} == {torch.bfloat16}
         assert one.deviation["loaded"] < 1e-6
+
+
+def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gatewise.compress import search
+
+    measured: list[int] = []
+    real = search.qualities
+
+    def counted(*given: Any, **more: Any) -> Any:
+        if len(measured) == stop_at:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return real(*given, **more)
+
+    monkeypatch.setattr(search, "qualities", counted)
+    goal, stop_at = Goal(least="modules", tolerance=0.05), 6
+    with pytest.raises(KeyboardInterrupt):
+        together(folder, tmp_path / "out", goal)
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in (tmp_path / "out.work").iterdir()) == ["one", "two"]
+    stop_at = -1
+    found = together(folder, tmp_path / "out", goal)
+    assert not (tmp_path / "out.work").exists()
+    total = len(measured)
+    again = together(folder, tmp_path / "again", goal)
+    assert len(measured) - total == total, "what was measured before the interruption was measured again"
+    for name, one in found.adapters.items():
+        assert one.chosen == again.adapters[name].chosen
+    (tmp_path / "more.work").mkdir()
+    (tmp_path / "more.work" / "state.json").write_text("{}")  # as compressing one adapter leaves it
+    with pytest.raises(GatewiseError, match=r"more.work is in the way, and is not what an interrupted compression of several"):
+        together(folder, tmp_path / "more", goal)

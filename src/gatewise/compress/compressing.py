@@ -99,14 +99,22 @@ def compress(
             "goal": asdict(goal), "recovery": asdict(recovery) if recovery else None, "order": order, "refitted": refitted,
             "looks": looks, "seed": seed,
         }  # fmt: skip
-        work = Work(None) if source is None else _work(Path(out), source, settings, loaded, rows, note)
+        work = Work(None) if source is None else Work(beside(out), fingerprint_with(settings, source, loaded, rows, note))
         name = active_adapter(loaded.model, adapter)
         with left_as_it_was(loaded.model, name):
             dtype = torch.float32 if source is None else stored_dtype(source)
             search = Search(loaded, name, rows, goal, recovery, refitted, order, seed, note, work, progress, dtype)
             search.prepare()
             chosen = search.of_size() if goal.has_target else search.smallest(looks)
-            return written(chosen, Path(out), search, source)
+            result = written(chosen, Path(out), search, source)
+            work.remove()
+            return result
+
+
+def beside(out: str | Path) -> Path:
+    """OUT.work."""
+    out = Path(out).resolve()
+    return out.with_name(f"{out.name}.work")
 
 
 def _loaded(
@@ -130,9 +138,8 @@ def _loaded(
     return Loaded(model_or_dir, tokenizer, "", records, template, 512), {}
 
 
-def _work(out: Path, source: Path, settings: Mapping[str, Any], loaded: Loaded, rows: Rows, note: Mapping[str, Any]) -> Work:
-    """What an interrupted call with the same settings, data, adapter and base left beside the folder to write."""
-    out = out.resolve()
+def fingerprint_with(settings: Mapping[str, Any], source: Path, loaded: Loaded, rows: Rows, note: Mapping[str, Any]) -> str:
+    """Of a call's settings, data, adapter and base: another call with the same may go on with what it measured."""
     weight: Any = next(loaded.model.parameters())
     read = {
         "template": None if loaded.template is None else [loaded.template.prompt, loaded.template.labels],
@@ -140,7 +147,7 @@ def _work(out: Path, source: Path, settings: Mapping[str, Any], loaded: Loaded, 
         "note": note, "measure": rows.measure, "version": __version__,
         "rows": [one.rows if one else None for one in (rows.held_out, rows.scored, rows.train)],
     }  # fmt: skip
-    return Work(out.with_name(f"{out.name}.work"), fingerprint_of({**settings, **read}, source))
+    return fingerprint_of({**settings, **read}, source)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

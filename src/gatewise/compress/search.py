@@ -163,6 +163,7 @@ class Search:
     progress: ConsoleProgress
     dtype: torch.dtype = torch.float32  # of the adapter's file, in which the smaller one is written too
     candidates: list[Candidate] = field(default_factory=list)
+    shared_order: str = ""  # of adapters that share one: what tells it from others, for what was measured along it
 
     def activate(self) -> None:
         """Makes the adapter the active one, of a model that may have several."""
@@ -301,11 +302,12 @@ class Search:
         """Measures what is left after ``at`` steps of the order, and trains it on where that is not as good."""
         what = f"{self.sizes[at].parameters:,} parameters in {self.sizes[at].modules} modules"
         self._cut(at)
-        tried = self._candidate(at, False, self._measured(str(at)))
+        key = f"{at} {self.shared_order}".rstrip()
+        tried = self._candidate(at, False, self._measured(key))
         holds = tried.difference.within(self.goal.tolerance)
         if self.recovery is not None and not (holds and not self.goal.has_target) and self._recover(at):
             self.candidates.append(tried)
-            tried = self._candidate(at, True, self._measured(f"{at} recovered"))
+            tried = self._candidate(at, True, self._measured(f"{key} recovered"))
             holds = tried.difference.within(self.goal.tolerance)
         self.candidates.append(tried)
         judged = "" if self.goal.has_target else "; within the tolerance" if holds else "; not within the tolerance"

@@ -5,9 +5,11 @@ them at the largest rank. What it pays for is the union. So modules go in one or
 worth to each, and an adapter that would have kept other modules by itself gives them up where the others do not need them.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,12 +18,12 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config, read_lora, read_note
 from gatewise.adapters.loading import Loaded, load_with_data, read_data
 from gatewise.allocation import slots
-from gatewise.compress.compressing import stored_dtype
+from gatewise.compress.compressing import beside, fingerprint_with, stored_dtype
 from gatewise.compress.goal import Compressed, Goal
 from gatewise.compress.order import DEFAULT, Cost, Move, moves
 from gatewise.compress.quality import Measure
 from gatewise.compress.search import Search, furthest, rows_for
-from gatewise.compress.work import Work
+from gatewise.compress.work import STATE_FILE, Work
 from gatewise.compress.writing import SERVING_FILE, serving_settings, settings_together, written
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder, whole_folder, write_json
@@ -99,11 +101,18 @@ def compress_shared(
     if goal.unit == "parameters" or goal.speed is not None:
         raise GatewiseError("adapters share modules: take --least modules or time, or --modules")
     check_new_folder(out)
+    if beside(out).is_file() or (beside(out) / STATE_FILE).exists():
+        raise GatewiseError(
+            f"{beside(out)} is in the way, and is not what an interrupted compression of several adapters left: remove it, or give "
+            "another --out"
+        )
     progress = ConsoleProgress(console or Console(stderr=True))
     folders = [Path(one) for one in adapters]
     sources = list(data) if len(data) == len(folders) else list(data) * len(folders)
     with quiet(bars=True):
-        searches = _searches(folders, names, sources, goal, options, order, measure, score_rows, refitted, seed, progress)
+        searches = _searches(
+            folders, names, sources, beside(out), goal, options, order, measure, score_rows, refitted, seed, progress
+        )
         shared, costs = _shared_order(searches)
         for search in searches:
             own = {
@@ -111,6 +120,7 @@ def compress_shared(
                 for path, values in search.values.items()
             }
             search.arrange([Move(path, own.get(path, ())) for path in shared], costs)
+            search.shared_order = hashlib.sha256("\n".join(shared).encode()).hexdigest()[:16]
         # Every adapter keeps something.
         last = min(max(at for at, size in enumerate(search.sizes) if size.ranks) for search in searches)
         union = [sum(costs[path].fixed for path in shared[at:]) for at in range(last + 1)]
@@ -140,6 +150,10 @@ def compress_shared(
             after = _union(searches, at)
             settings = [serving_settings(read_lora(part / name)) for name in names]
             write_json(part / SERVING_FILE, settings_together(settings))
+        for search in searches:
+            search.work.remove()
+        with suppress(OSError):
+            beside(out).rmdir()
     return Shared(Path(out), found, before, after)
 
 
@@ -168,6 +182,7 @@ def _searches(
     folders: Sequence[Path],
     names: Sequence[str],
     data: Sequence[str],
+    work: Path,
     goal: Goal,
     options: DataOptions,
     order: str,
@@ -194,7 +209,8 @@ def _searches(
             except (RuntimeError, ValueError) as error:
                 raise GatewiseError(f"{folder} does not fit the base of {folders[0]}: {str(error).splitlines()[0]}") from error
         progress.say(f"{name}:")
-        rows = rows_for(loaded, measure, goal, None, score_rows, seed, progress.say)
+        rows, note = rows_for(loaded, measure, goal, None, score_rows, seed, progress.say), read_note(folder)
+        settings = {"goal": asdict(goal), "order": order, "refitted": refitted, "seed": seed, "shared": True}
         search = Search(
             loaded,
             name if searches else "default",
@@ -204,8 +220,8 @@ def _searches(
             refitted,
             order,
             seed,
-            read_note(folder),
-            Work(None),
+            note,
+            Work(work / name, fingerprint_with(settings, folder, loaded, rows, note)),
             progress,
             stored_dtype(folder),
         )

@@ -17,7 +17,7 @@ from gatewise.compress.order import Cost
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file, write_json
 
-_STATE_FILE = "state.json"
+STATE_FILE = "state.json"
 _FORMAT = 1
 
 
@@ -51,7 +51,7 @@ class Work:
         if folder is None or not folder.exists():
             return
         try:
-            found = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+            found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             if found["format"] != _FORMAT or not isinstance(found["rows"], dict) or "order" not in found:
                 raise ValueError("unknown format")
             other = found["fingerprint"] != fingerprint
@@ -109,13 +109,13 @@ class Work:
     def _keep(self, **changes: Any) -> None:
         self._state |= changes
         if self.folder is not None:
-            write_json(self.folder / _STATE_FILE, self._state)
+            write_json(self.folder / STATE_FILE, self._state)
 
     def remove(self) -> None:
         """Removes what was kept, and the folder if nothing else is in it."""
         if self.folder is None:
             return
-        for path in [self.folder / _STATE_FILE, *self.folder.glob("trained-*.safetensors")]:
+        for path in [self.folder / STATE_FILE, *self.folder.glob("trained-*.safetensors")]:
             path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()

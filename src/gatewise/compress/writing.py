@@ -60,7 +60,6 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None) -
         )  # fmt: skip
         write_json(part / SERVING_FILE, serving_settings(read_lora(part)))
         write_json(part / REPORT_FILE, {"format": 1, **finite({**asdict(replace(result, out=Path())), "out": None})})
-    search.work.remove()
     return result
 
 
