@@ -227,7 +227,7 @@ def test_bodies_that_are_no_json_object_are_refused(call: Caller, raw: bytes) ->
         ("extract", {}, "missing"),
         ("export", {"format": "exe", "which": "all"}, "'exe': expected one of text"),
         ("export", {"format": "json", "which": {"a": 1}}, 'expected the number of a passage, "all"'),
-        ("export", {"format": "json", "which": 2}, "passage 2 has no sound tree"),
+        ("export", {"format": "json", "which": 2}, "passage 2 has no valid tree"),
     ],
 )
 def test_bad_requests_get_one_sentence(call: Caller, path: str, body: dict[str, Any], said: str) -> None:

@@ -100,7 +100,7 @@ def test_an_unfinished_tree_is_not_saved_and_not_lost(trees: Path) -> None:
     correct(session)
     session.save()
     session.edit(1, session.passage(1).changes, "to_condition", {"node": 4})
-    assert not session.passage(1).is_sound
+    assert not session.passage(1).is_valid
     assert session.unsaved == 1
     with pytest.raises(GatewiseError, match="cannot be approved yet: node 5: a condition"):
         session.approve(1, session.passage(1).changes)
@@ -111,7 +111,7 @@ def test_an_unfinished_tree_is_not_saved_and_not_lost(trees: Path) -> None:
     assert len(again.passage(1).now.nodes or ()) == 7
     assert again.passage(1).saved is not None
     again.undo(1, 0)  # back to what was saved
-    assert again.passage(1).is_sound
+    assert again.passage(1).is_valid
     assert again.unsaved == 0
 
 
@@ -270,7 +270,7 @@ def test_sources_of_all_kinds(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Give colchicine for a flare.")
     (tmp_path / "outline.txt").write_text(f"# notice\ntext: {TEXT}\nno recommendation\n")
     assert Session.open(str(tmp_path / "text.txt")).passages[0].now.nodes is None
-    assert Session.open(str(tmp_path / "outline.txt")).passages[0].is_sound
+    assert Session.open(str(tmp_path / "outline.txt")).passages[0].is_valid
     session = Session.open("sample:guidelines", tmp_path / "x.jsonl")
     assert len(session.passages) == len(sample())
     passages, faults = session.load(json.dumps([{"text": OTHER, "tree": gout()}, {"text": OTHER}]).encode(), "more.json")
@@ -330,7 +330,7 @@ def test_exports(trees: Path) -> None:
     correct(session)
     assert "cut short" not in session.export("html", 1).content
     session.edit(1, 1, "add_triple", {"node": 0})
-    with pytest.raises(GatewiseError, match="passage 1 has no sound tree"):
+    with pytest.raises(GatewiseError, match="passage 1 has no valid tree"):
         session.export("text", 1)
 
 

@@ -169,7 +169,7 @@ class Parsed:
         tree: the tree; None when there is none to be had, and the last note says why.
         notes: what was wrong, and what was done about it, each with its line; none for a clean output.
         triples: all triples read, in a tree or not, each once.
-        nodes: the nodes that were given a name, in their order (level 2 and the pipeline), as far as they are sound.
+        nodes: the nodes that were given a name, in their order (level 2 and the pipeline), as far as they are valid.
     """
 
     tree: DecisionTree | None

@@ -1,4 +1,4 @@
-// The editor of one node. It asks for edits and shows what comes back; what a sound tree is, the server knows.
+// The editor of one node. It asks for edits and shows what comes back; what a valid tree is, the server knows.
 
 import { element } from "./calls.js";
 import { tr } from "./words.js";

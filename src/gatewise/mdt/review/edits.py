@@ -33,7 +33,7 @@ def empty_tree() -> Nodes:
 
 
 def fault_of(nodes: Nodes) -> Fault | None:
-    """The first thing that keeps nodes from being a tree; None for a sound one."""
+    """The first thing that keeps nodes from being a tree; None for a valid one."""
     try:
         checks.tree_parts(nodes)
     except checks.TreeError as fault:

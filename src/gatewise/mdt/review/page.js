@@ -132,14 +132,14 @@ function showHead() {
   at("extract-all").title = session.extracts ? tr("All passages without a tree") : session.reason;
   at("save").textContent = session.unsaved ? tr("Save ({count})", { count: session.unsaved }) : tr("Save");
   at("save").title = tr("Ctrl+S: writes {path}", { path: session.out });
-  at("export").disabled = !session.passages.some(one => one.sound);
+  at("export").disabled = !session.passages.some(one => one.valid);
 }
 
 function stateOf(line) {
   const now = session.progress && session.progress.passage === line.number;
   if (line.waiting) return [now ? tr("writing…") : tr("waiting"), "waiting"];
   if (line.error) return [tr("failed"), "failed"];
-  if (line.state !== "empty" && !line.sound) return [tr("unfinished"), "failed"];
+  if (line.state !== "empty" && !line.valid) return [tr("unfinished"), "failed"];
   return [STATES[line.state], line.state];
 }
 
@@ -210,7 +210,7 @@ function showTree() {
   at("extract").title = session.extracts ? "" : session.reason;
   at("remove").hidden = !passage.removable;
   const approved = passage.state === "approved";
-  at("approve").disabled = !passage.sound;
+  at("approve").disabled = !passage.valid;
   at("approve").textContent = approved ? tr("Approved ✓") : tr("Approve");
   at("approve").setAttribute("aria-pressed", String(approved));
   showValidity();
@@ -363,7 +363,7 @@ onClick("add-go", async () => {
 });
 onClick("export", () => {
   at("export-error").textContent = "";
-  at("export-which").querySelector("[value=this]").disabled = !passage || !passage.sound;
+  at("export-which").querySelector("[value=this]").disabled = !passage || !passage.valid;
   at("export-format").replaceChildren(...session.formats.map(name => element("option", { value: name, text: name })));
   at("export-dialog").showModal();
 });

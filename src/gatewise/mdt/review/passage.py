@@ -106,7 +106,7 @@ class Passage:
         """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
 
         Raises:
-            GatewiseError: there is no tree, or it is not sound.
+            GatewiseError: there is no tree, or it is not valid.
         """
         if self.now.nodes is None:
             raise GatewiseError("this passage has no tree yet, so there is nothing to approve")
@@ -128,13 +128,13 @@ class Passage:
 
     @property
     def fault(self) -> Fault | None:
-        """What keeps the nodes from being a tree; None for a sound one, and where there are none yet."""
+        """What keeps the nodes from being a tree; None for a valid one, and where there are none yet."""
         if self._checked is None or self._checked[0] is not self.now:  # asked for more often than it changes
             self._checked = self.now, None if self.now.nodes is None else fault_of(self.now.nodes)
         return self._checked[1]
 
     @property
-    def is_sound(self) -> bool:
+    def is_valid(self) -> bool:
         return self.now.nodes is not None and self.fault is None
 
     @property
@@ -154,7 +154,7 @@ class Passage:
 
         Of a tree that is unfinished, or that nobody has corrected or approved, that is the one which the file already has, if any.
         """
-        if self.is_sound and (self.now.state in REVIEWED or self.saved is not None):
+        if self.is_valid and (self.now.state in REVIEWED or self.saved is not None):
             return self.now
         return self.saved
 
@@ -162,13 +162,13 @@ class Passage:
     def is_unsaved(self) -> bool:
         """Whether the file of corrections has something else than what a save would write, or the tree is unfinished."""
         touched = self.now.state in REVIEWED or self.saved is not None
-        return touched and (not self.is_sound or _content(self.kept) != _content(self.saved))
+        return touched and (not self.is_valid or _content(self.kept) != _content(self.saved))
 
     def record(self, version: Version | None = None) -> TreeRecord:
-        """A sound version as a record of the published format, the present one if none is given.
+        """A valid version as a record of the published format, the present one if none is given.
 
         Raises:
-            GatewiseError: it is not sound.
+            GatewiseError: it is not valid.
         """
         version = version or self.now
         more = others(self.more)

@@ -28,7 +28,7 @@ class Saved(NamedTuple):
 
     Attributes:
         records: how many the file has.
-        unfinished: numbers of the passages whose trees are not sound yet, so that the file does not have them as they stand.
+        unfinished: numbers of the passages whose trees are not valid yet, so that the file does not have them as they stand.
     """
 
     path: Path
@@ -229,7 +229,7 @@ class Session:
 
         Raises:
             OldPageError: the passage has changed since.
-            GatewiseError: its tree is not sound.
+            GatewiseError: its tree is not valid.
         """
         with self._changing(number, changes) as passage:
             passage.approve(approved)
@@ -266,7 +266,7 @@ class Session:
     # ---- giving away ----
 
     def save(self) -> Saved:
-        """Writes the file of corrections: what was corrected or approved and is sound, and what it had before.
+        """Writes the file of corrections: what was corrected or approved and is valid, and what it had before.
 
         Raises:
             GatewiseError: the file was changed by another program, or cannot be written.
@@ -284,7 +284,7 @@ class Session:
         """Trees in a format of :func:`gatewise.mdt.render`.
 
         Args:
-            which: the number of a passage, "all" for all with a sound tree, or "approved".
+            which: the number of a passage, "all" for all with a valid tree, or "approved".
 
         Raises:
             GatewiseError: there is no tree to export, or the format cannot hold it.
@@ -292,7 +292,7 @@ class Session:
         with self._lock:
             records = self._records(which)
         if not records:
-            what = "tree was approved yet" if which == "approved" else "passage has a sound tree yet"
+            what = "tree was approved yet" if which == "approved" else "passage has a valid tree yet"
             raise GatewiseError(f"no {what}, so there is nothing to export")
         if format in ONE_TREE and len(records) > 1:
             raise GatewiseError(f"{ONE_TREE[format]} shows one tree: export this passage alone, or take another format")
@@ -304,13 +304,13 @@ class Session:
     def _records(self, which: str | int) -> list[TreeRecord]:
         if isinstance(which, int):
             passage = self.passage(which)
-            if not passage.is_sound:
-                raise GatewiseError(f"passage {which} has no sound tree yet, so there is nothing to export")
+            if not passage.is_valid:
+                raise GatewiseError(f"passage {which} has no valid tree yet, so there is nothing to export")
             return [passage.record()]
         if which not in ("all", "approved"):
             raise GatewiseError(f'which is {which!r}, expected the number of a passage, "all" or "approved"')
         chosen = [passage for passage in self._passages.values() if which == "all" or passage.now.state == "approved"]
-        return [passage.record() for passage in chosen if passage.is_sound]
+        return [passage.record() for passage in chosen if passage.is_valid]
 
 
 def _same(out: Path, file: Path) -> bool:

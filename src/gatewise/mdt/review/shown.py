@@ -33,7 +33,7 @@ def _line(passage: Passage) -> dict[str, Any]:
         "title": (population if at else "").strip(),
         "begins": " ".join((rest if at else passage.text).split())[:120],
         "state": passage.now.state,
-        "sound": passage.is_sound,
+        "valid": passage.is_valid,
         "waiting": passage.waiting,
         "error": passage.error,
         "warned": bool(passage.now.warnings),
