@@ -17,15 +17,17 @@ SmolLM2 is measured on fewer dev rows and sizes (SETTINGS): it takes thirty time
 
 import argparse
 import json
+import random
+import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark_data import TEMPLATES, load_task, teacher_forced
-from campaign import append, claimed, read, spread
+from campaign import append, claimed, read
 
 RESULTS = Path(__file__).parent / "results" / "compress.jsonl"
 ORDERS = ("path_moments", "singular", "activation", "path_integral", "taylor", "random", "last")
@@ -247,26 +249,124 @@ def small_ones(case: Case, results: Path, done: Callable[[dict[str, Any]], bool]
             yield {**row, "learning_rate": rate, "parameters": count, **case.measured(model)}
 
 
+SPEED_CELLS = {
+    "1/4 of the parameters": ("parameters", 0.25), "1/16 of the parameters": ("parameters", 0.0625),
+    "1/3 of the modules": ("modules", 0.3333),
+}  # fmt: skip
+"""Sizes of benchmarks/compress_speed.py -> unit and fraction here."""
 KEYS = ("model", "task", "seed", "order", "unit", "fraction", "stage")
 
 
+WHOLE = ("whole", "parameters", 1, "as it is")
+
+
+def by_cell(rows: list[dict[str, Any]], model: str) -> dict[tuple[Any, ...], dict[tuple[str, int], dict[str, Any]]]:
+    """(order, unit, fraction, stage) -> (task, seed) -> row. Of LoRA trained small, the rate that is best in the first seed."""
+    own = [one for one in rows if one["model"] == model]
+    best: dict[tuple[str, float], dict[str, Any]] = {}
+    for one in own:
+        if one["stage"] == "trained" and not one["seed"]:
+            at = (one["task"], one["fraction"])
+            best[at] = max(best.get(at, one), one, key=lambda row: (row["accuracy"], -row["loss"]))
+    found: dict[tuple[Any, ...], dict[tuple[str, int], dict[str, Any]]] = {}
+    for one in own:
+        order = one["order"]
+        if one["stage"] == "trained":
+            if one["learning_rate"] != best.get((one["task"], one["fraction"]), one)["learning_rate"]:
+                continue
+            order = "small LoRA"
+        found.setdefault((order, one["unit"], one["fraction"], one["stage"]), {})[one["task"], one["seed"]] = one
+    return found
+
+
+def gaps(
+    cells: Mapping[tuple[Any, ...], Mapping[tuple[str, int], dict[str, Any]]], cell: tuple[Any, ...], measure: str
+) -> dict[tuple[str, int], float]:
+    """(task, seed) -> what a cell has more than the whole adapter: points of accuracy, or nats."""
+    whole = cells.get(WHOLE, {})
+    factor = 100 if measure == "accuracy" else 1
+    return {at: factor * (row[measure] - whole[at][measure]) for at, row in cells[cell].items() if at in whole}
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean and, of several, its 95% interval: the bootstrap over pairs of task and seed."""
+    draw = random.Random(0)
+    means = sorted(statistics.mean(draw.choices(values, k=len(values))) for _ in range(2000))
+    told = f" [{means[49]:+.1f}, {means[1949]:+.1f}]" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.1f}{told}"
+
+
 def report(rows: list[dict[str, Any]]) -> None:
-    """Accuracy by order and size, mean over tasks and seeds, and the loss beside it."""
+    """What is lost by order, size and stage, paired with the whole adapter; then by task for the order that is the default."""
+    print("Points of accuracy less than the whole adapter as it is, on the same tasks and seeds; 95% interval; nats; n")
     for model in SETTINGS:
+        cells = by_cell(rows, model)
         for unit in ("parameters", "modules"):
-            for stage in ("as it is", "refitted", "recovered", "trained"):
-                here = [one for one in rows if (one["model"], one["unit"], one["stage"]) == (model, unit, stage)]
-                if not here:
-                    continue
-                print(f"\n{model}, {unit}, {stage}: accuracy and loss")
-                for order in dict.fromkeys(one["order"] for one in here):
-                    cells = []
-                    for fraction in sorted({one["fraction"] for one in here}, reverse=True):
-                        own = [one for one in here if one["order"] == order and one["fraction"] == fraction]
-                        if own:
-                            accuracy, loss = ([one[name] for one in own] for name in ("accuracy", "loss"))
-                            cells.append(f"{fraction:.3g}: {spread([100 * a for a in accuracy], 1)} {spread(loss, 3)} n={len(own)}")
-                    print(f"  {order:22s} {'   '.join(cells)}")
+            for stage in ("as it is", "refitted", "recovered", "recovered slowly", "trained"):
+                here = [cell for cell in cells if (cell[1], cell[3]) == (unit, stage) and cell != WHOLE]
+                if here:
+                    print(f"\n{model}, {unit}, {stage}")
+                for order in dict.fromkeys(cell[0] for cell in here):
+                    told = []
+                    for cell in sorted((cell for cell in here if cell[0] == order), key=lambda cell: -cell[2]):
+                        points, nats = list(gaps(cells, cell, "accuracy").values()), gaps(cells, cell, "loss").values()
+                        if points:
+                            told.append(f"{cell[2]:.3g}: {interval(points)} {statistics.mean(nats):+.3f} n={len(points)}")
+                    print(f"  {order:14s} {'   '.join(told)}")
+        for unit, fraction in (("parameters", 0.25), ("modules", 0.3333)):
+            print(f"\n{model}, {fraction:.2g} of the {unit} by task: the whole adapter, and path_moments less that by stage")
+            for task in TASKS:
+                whole = [100 * row["accuracy"] for at, row in cells.get(WHOLE, {}).items() if at[0] == task]
+                told = []
+                for stage in ("as it is", "refitted", "recovered", "recovered slowly"):
+                    cell = ("path_moments", unit, fraction, stage)
+                    points = [gap for at, gap in gaps(cells, cell, "accuracy").items() if at[0] == task] if cell in cells else []
+                    if points:
+                        told.append(f"{stage} {interval(points)} n={len(points)}")
+                if whole:
+                    print(f"  {task:9s} {statistics.mean(whole):.1f}   {'   '.join(told)}")
+
+
+def plot(rows: list[dict[str, Any]], speeds: list[dict[str, Any]], out: Path) -> None:
+    """The frontier: points lost against parameters and against modules (MiniLM), and against decoding speed (SmolLM2)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    cells = by_cell(rows, "minilm")
+    lines = [(order, "as it is") for order in ("path_moments", "activation", "singular", "even", "last", "random")]
+    for axis, unit in zip(axes, ("parameters", "modules"), strict=False):
+        for order, stage in [*lines, ("path_moments", "recovered"), ("small LoRA", "trained")]:
+            here = sorted(cell for cell in cells if cell[:2] == (order, unit) and cell[3] == stage)
+            if here:
+                lost = [statistics.mean(gaps(cells, cell, "accuracy").values()) for cell in here]
+                style = "--o" if stage == "recovered" else "-o" if len(here) > 1 else "*"
+                label = order if stage in ("as it is", "trained") else f"{order}, {stage}"
+                axis.plot([cell[2] for cell in here], lost, style, label=label, markersize=4 if style != "*" else 10)
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set(xscale="log", xlabel=f"share of the {unit}", title=f"MiniLM-L6, by {unit}", ylim=(-25, 2))
+    axes[0].set_ylabel("points of accuracy, less the whole adapter's")
+    axes[0].legend(fontsize=7)
+    cells, whole = by_cell(rows, "smollm2"), []
+    speed: dict[str, list[float]] = {}
+    for one in speeds:
+        if one["part"] == "alone" and one["way"] == "PEFT" and one["batch"] == 8:
+            speed.setdefault(one["size"], []).append(statistics.mean(one["base"]) / one["seconds"])
+    if speed.get("whole"):
+        whole = speed["whole"]
+        axes[2].plot([1], [0], "ks", label="whole")
+    for name, cell in SPEED_CELLS.items():
+        for stage, mark in (("as it is", "o"), ("recovered", "^")):
+            at = ("path_moments", *cell, stage)
+            if whole and name in speed and at in cells:
+                faster = statistics.median(speed[name]) / statistics.median(whole)
+                axes[2].plot([faster], [statistics.mean(gaps(cells, at, "accuracy").values())], mark, label=f"{name}, {stage}")
+    axes[2].axhline(0, color="grey", linewidth=0.8)
+    axes[2].set(xlabel="decoding speed, times the whole adapter's in PEFT", title="SmolLM2-135M, batch 8")
+    axes[2].legend(fontsize=7)
+    figure.savefig(out, dpi=110)
 
 
 def main() -> None:
@@ -280,6 +380,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--skip-trained", action="store_true", help="without the LoRA that is trained small")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     if not options.report:
         if options.data_dir is None:
@@ -303,6 +404,8 @@ def main() -> None:
                                 append(row, options.results)
                                 print(json.dumps(row), flush=True)
     report(read(options.results))
+    if options.plot:
+        plot(read(options.results), read(RESULTS.with_name("compress_speed.jsonl")), options.plot)
 
 
 if __name__ == "__main__":
