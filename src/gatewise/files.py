@@ -33,7 +33,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises:
         GatewiseError: the place cannot be written.
     """
-    target, special = Path(os.path.realpath(path)), _is_special(path)
+    target, special = Path(os.path.realpath(path)), is_special(path)
     with _temporary(path, Path(tempfile.gettempdir()) if special else target.parent) as folder:
         part = folder / target.name
         yield part
@@ -118,10 +118,10 @@ class JsonLines:
         return rows
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows, all or none, and returns when they are on disk.
+        """Adds rows, all or none, and returns when they are on disk. A killed process may leave the first of several.
 
         Raises:
-            GatewiseError: they cannot be written, or another program has made the file shorter.
+            GatewiseError: they cannot be written, or another program has changed the file.
         """
         added = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows).encode()
         try:
@@ -164,7 +164,7 @@ def check_new_file(path: str | Path) -> None:
     """
     if os.path.isdir(path):
         raise GatewiseError(f"{path} is a folder, expected a file to write: give another path")
-    if not _is_special(path):
+    if not is_special(path):
         _try(path)
 
 
@@ -259,7 +259,8 @@ def _sync_renamed(path: str | Path, folder: Path) -> None:
         raise GatewiseError(f"{path} was written, but a power failure may undo it: {error.strerror or error}") from error
 
 
-def _is_special(path: str | Path) -> bool:
+def is_special(path: str | Path) -> bool:
+    """Whether a path is that of a device or a pipe, which can only be written into."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 

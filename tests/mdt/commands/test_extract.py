@@ -201,7 +201,7 @@ def test_what_was_found_before_a_stop_is_given(gatewise: Gatewise, monkeypatch: 
     def stopping(self: Extractor, texts: Any, **more: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 5:
             raise stop
         return whole(self, texts, **more)
 
@@ -211,6 +211,38 @@ def test_what_was_found_before_a_stop_is_given(gatewise: Gatewise, monkeypatch: 
     assert "stopped after 4 of 9 passages" in result.stderr
     assert len(json.loads(result.stdout)) == 4
     assert "gave no tree" not in result.stderr
+
+
+@pytest.mark.parametrize("format", ["json", "svg"])
+def test_the_same_command_goes_on_after_a_stop(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    whole, asked = Extractor.__call__, list[str]()
+    words = ("extract", "good.txt", "long.md", "long.md", "--batch-size", "2", "-f", format, "-o", "out")
+    expected = json.loads(gatewise(*words[:-4], "-f", "json").stdout)
+
+    def stopping(self: Extractor, texts: Any, **more: Any) -> Any:
+        asked.extend(texts)
+        if len(asked) > 2 and stop:
+            raise KeyboardInterrupt
+        return whole(self, texts, **more)
+
+    monkeypatch.setattr(Extractor, "__call__", stopping)
+    stop = True
+    result = gatewise(*words)
+    assert result.exit_code == 130, result.output
+    assert "the same command goes on from there; out.work.jsonl has what was found" in result.stderr
+    assert Path("out").exists() == (format == "json")
+    refused = gatewise(*words, "--candidates", "3")
+    assert_refused(refused, "out.work.jsonl is what an interrupted extraction with another candidates left")
+    stop = False
+    del asked[2:]
+    result = gatewise(*words)
+    assert result.exit_code == 0, result.output
+    assert len(asked) == 5  # none of them twice
+    assert not Path("out.work.jsonl").exists()
+    if format == "json":
+        assert json.loads(Path("out").read_text()) == expected
+    else:
+        assert len(list(Path("out").iterdir())) == 5
 
 
 def test_portions_give_what_one_would(gatewise: Gatewise) -> None:

@@ -1,6 +1,7 @@
 """``gatewise mdt extract``: documents to trees, with a trained adapter."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,15 +57,18 @@ def extract(
     """Extract decision trees from text with a trained adapter. Every tree needs review by a clinician.
 
     Long documents are cut into passages under their headings, which say whom they are about. What cannot be read or gives no tree
-    does not stop the rest; what failed is said at the end, and the exit code is then 2. Ctrl-C gives what was found by then.
+    does not stop the rest; what failed is said at the end, and the exit code is then 2. Ctrl-C gives what was found by then. With
+    --out, each passage is on disk as soon as it is done, in OUT.work.jsonl: the same command goes on after any interruption.
 
     \b
     Examples:
       gatewise mdt extract guideline.pdf --adapter runs/mdt-pi-lora/adapter --format html --out trees.html
       echo "adults with gout@For a flare, give colchicine." | gatewise mdt extract - --adapter runs/mdt-pi-lora/adapter
     """
-    from gatewise.mdt.extraction.batch import Batch, extract_pieces, read_pieces
+    from gatewise.files import is_special
+    from gatewise.mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
     from gatewise.mdt.formats import fhir
+    from gatewise.mdt.formats.views import ONE_TREE
 
     check_ways(free, verbatim, level, pipeline)
     if format == Format.fhir:
@@ -75,23 +79,38 @@ def extract(
     pieces = read_pieces(files, batch, language=named, population=population, most_characters=passage_characters)
     several = len(pieces) > 1
     stopped: BaseException | None = None
+    journal: Journal | None = None
     if pieces:
         check_place(format, out, several)
-        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
+        settings: dict[str, Any] = {
+            "level": level,
+            "pipeline": pipeline,
+            "constrained": not free,
+            "verbatim": verbatim,
+            "candidates": candidates,
+        }
+        if out is not None and not is_special(out):
+            known = {"adapter": _fingerprint(adapter), "base": base, "max_new_tokens": max_new_tokens, **settings}
+            journal = Journal(out.with_name(f"{out.name}.work.jsonl"), known)
         try:
             with loaded(adapter, base, device, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (
                 extractor,
                 count,
             ):
-                extract_pieces(pieces, extractor, batch, count)
+                extract_pieces(pieces, extractor, batch, count, journal)
         except (KeyboardInterrupt, GatewiseError) as error:
             stopped = error
             if batch.read:
                 say(f"stopped after {batch.read} of {len(pieces)} passages", err=True)
+                if journal:
+                    say(f"the same command goes on from there; {journal.path} has what was found", err=True)
     faults = list(batch.faults)
     written = None
     try:
-        written = _give_found(batch.records, format, out, several, faults)
+        if not (stopped and journal and several and format in ONE_TREE):  # a folder that is there would be in the way then
+            written = _give_found(batch.records, format, out, several, faults)
+        if journal and not stopped:
+            journal.remove()
     except GatewiseError as error:
         stopped = stopped or error
     for note in batch.notes:
@@ -107,6 +126,17 @@ def extract(
         raise GatewiseError(f"{which} gave no tree: {', '.join(batch.failed)}")
     if faults:
         raise GatewiseError(f"{len(faults)} {'passage' if len(faults) == 1 else 'passages'} failed, named above")
+
+
+def _fingerprint(adapter: Path) -> str | None:
+    """Of an adapter; None where there is none, which is told when it is loaded."""
+    import hashlib
+
+    from gatewise.adapters.files import CONFIG_FILE, weights_of
+
+    with suppress(GatewiseError, OSError):
+        return hashlib.sha256(weights_of(adapter).read_bytes() + (adapter / CONFIG_FILE).read_bytes()).hexdigest()
+    return None
 
 
 def _give_found(records: "Sequence[TreeRecord]", format: Format, out: Path | None, several: bool, faults: list[str]) -> Path | None:

@@ -1,20 +1,30 @@
-"""Documents to records: read, cut into passages, extracted, with everything that failed in its place."""
+"""Documents to records: read, cut into passages, extracted, with everything that failed in its place.
 
-from collections.abc import Sequence
+With a :class:`Journal`, what is found for a passage is on disk as soon as it is there, and an extraction that broke off, however it
+did, goes on from there.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
+from gatewise.files import JsonLines
 from gatewise.mdt.documents.language import detect_language
 from gatewise.mdt.documents.passages import Passage, split_passages
 from gatewise.mdt.documents.reading import STDIN, read_document
 from gatewise.mdt.extraction.extractor import Extraction, Extractor, Progress
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import Language
+from gatewise.mdt.spans import absent_triples
+from gatewise.mdt.tree import DecisionTree
 
-_BATCHES_AT_ONCE = 4  # enough to sort passages by length, few enough not to lose much to an interrupt
+_FORMAT = 1
+_BATCHES_AT_ONCE = 4  # among which passages are sorted by length: few, so that an interrupt leaves the first passages and no gaps
 
 
 @dataclass
@@ -50,6 +60,58 @@ class Piece:
         return ", ".join(filter(None, (self.name, self.passage.where)))
 
 
+class Journal:
+    """What was found for passages, a line each, written as it comes.
+
+    Args:
+        path: the file, which is made with the first passage.
+        settings: what the trees depend on beside the texts, as JSON holds it.
+
+    Raises:
+        GatewiseError: the file is no journal, is damaged, or is one of an extraction with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._lines, self._head = JsonLines(path), {"journal": _FORMAT, "settings": dict(settings)}
+        self._found: dict[tuple[str, str], deque[Extraction | GatewiseError]] = defaultdict(deque)
+        rows = self._lines.read()
+        self._begun = bool(rows)
+        if rows and rows[0].get("journal") != _FORMAT:
+            raise GatewiseError(
+                f"{path} is in the way, and is not what an interrupted extraction left: move it, or give another --out"
+            )
+        if rows and (held := rows[0].get("settings")) != self._head["settings"]:
+            raise GatewiseError(
+                f"{path} is what an interrupted extraction with another {_first_difference(held, settings)} left: give the same"
+                " command again to go on with it, or remove the file to begin anew"
+            )
+        for number, row in enumerate(rows[1:], start=2):
+            try:
+                self._found[row["language"], row["text"]].append(_extraction(row))
+            except (KeyError, TypeError, GatewiseError) as error:
+                raise GatewiseError(f"{path}, line {number} is damaged ({error}): remove the file to begin anew") from error
+
+    def take(self, piece: "Piece") -> Extraction | GatewiseError | None:
+        """What was found for a passage; each that was found is given once, as a text may come several times."""
+        found = self._found.get((piece.language, piece.passage.text))
+        return found.popleft() if found else None
+
+    def keep(self, pieces: "Sequence[Piece]", found: Sequence[Extraction | GatewiseError]) -> None:
+        """Returns when what was found for the passages is on disk.
+
+        Raises:
+            GatewiseError: it cannot be written.
+        """
+        rows = [_row(piece, one) for piece, one in zip(pieces, found, strict=True)]
+        self._lines.append(rows if self._begun else [self._head, *rows])
+        self._begun = True
+
+    def remove(self) -> None:
+        """At the end, when everything is where it belongs."""
+        self.path.unlink(missing_ok=True)
+
+
 def read_pieces(
     files: Sequence[str | Path],
     into: Batch,
@@ -83,6 +145,7 @@ def extract_files(
     population: str | None = None,
     most_characters: int | None = None,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Batch:
     """The trees of documents; what fails does not stop the rest.
 
@@ -92,40 +155,85 @@ def extract_files(
         population: of all passages, instead of what documents and headings say.
         most_characters: of a passage; None takes 800 of English and 300 of Chinese.
         progress: as for :class:`Extractor`.
+        journal: keeps what is found as it comes, and knows what was found before.
 
     Raises:
         GatewiseError: something is wrong that is no single document's fault.
     """
     batch = Batch()
     pieces = read_pieces(files, batch, language=language, population=population, most_characters=most_characters)
-    return extract_pieces(pieces, extractor, batch, progress)
+    return extract_pieces(pieces, extractor, batch, progress, journal)
 
 
-def extract_pieces(pieces: Sequence[Piece], extractor: Extractor, into: Batch, progress: Progress | None = None) -> Batch:
-    """The trees of passages, added to what a batch has portion by portion: what an interrupt leaves can be used."""
+def extract_pieces(
+    pieces: Sequence[Piece],
+    extractor: Extractor,
+    into: Batch,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> Batch:
+    """The trees of passages, added to what a batch has: what an interrupt leaves can be used."""
     with_trees: set[str] = set()
     at_once = _BATCHES_AT_ONCE * extractor.batch_size
     for start in range(0, len(pieces), at_once):
         portion = pieces[start : start + at_once]
-        texts, languages = [piece.passage.text for piece in portion], [piece.language for piece in portion]
-        told = partial(_tell, progress, start, len(pieces)) if progress else None
-        for piece, one in zip(portion, extractor(texts, language=languages, progress=told), strict=True):
-            into.read += 1
-            if isinstance(one, GatewiseError):
-                into.faults.append(f"{piece.where}: {one}")
-                continue
-            into.notes += [f"{piece.where}: {warning}" for warning in one.warnings]
-            if one.is_empty:
-                into.notes.append(f"{piece.where}: no decision was found in {_quoted(piece.passage.passage)}")
-                continue
-            with_trees.add(piece.name)
-            into.records.append(_record(one, piece, len(into.records) + 1))
+        found = [journal.take(piece) if journal else None for piece in portion]
+        left = sorted((i for i, one in enumerate(found) if one is None), key=lambda i: len(portion[i].passage.text))
+        try:
+            for at in range(0, len(left), extractor.batch_size):
+                now = left[at : at + extractor.batch_size]
+                asked = [portion[i] for i in now]
+                told = partial(_tell, progress, start + len(portion) - len(left) + at, len(pieces)) if progress else None
+                texts, languages = [piece.passage.text for piece in asked], [piece.language for piece in asked]
+                made = extractor(texts, language=languages, progress=told)
+                for i, one in zip(now, made, strict=True):
+                    found[i] = one
+                if journal:
+                    journal.keep(asked, made)
+        finally:
+            for piece, got in zip(portion, found, strict=True):
+                if got is not None:
+                    _add(piece, got, into, with_trees)
     for name in dict.fromkeys(piece.name for piece in pieces):
         if name not in with_trees:
             into.failed.append(name)
             count = sum(piece.name == name for piece in pieces)
             into.faults.append(f"{name}: no decision was found in its {'only passage' if count == 1 else f'{count} passages'}")
     return into
+
+
+def _add(piece: Piece, one: Extraction | GatewiseError, into: Batch, with_trees: set[str]) -> None:
+    into.read += 1
+    if isinstance(one, GatewiseError):
+        into.faults.append(f"{piece.where}: {one}")
+        return
+    into.notes += [f"{piece.where}: {warning}" for warning in one.warnings]
+    if one.is_empty:
+        into.notes.append(f"{piece.where}: no decision was found in {_quoted(piece.passage.passage)}")
+        return
+    with_trees.add(piece.name)
+    into.records.append(_record(one, piece, len(into.records) + 1))
+
+
+def _row(piece: Piece, one: Extraction | GatewiseError) -> dict[str, Any]:
+    """A passage and what was found as a line of a journal; where it stands in its document is read from that anew."""
+    key = {"language": piece.language, "text": piece.passage.text}
+    if isinstance(one, GatewiseError):
+        return {**key, "fault": writable(str(one))}
+    said = {"warnings": [writable(warning) for warning in one.warnings], "agreement": one.agreement}
+    return {**key, "tree": one.tree.to_preorder(), **said}
+
+
+def _extraction(row: Mapping[str, Any]) -> Extraction | GatewiseError:
+    if "fault" in row:
+        return GatewiseError(row["fault"])
+    tree = DecisionTree.from_preorder(row["tree"])
+    absent = absent_triples(row["text"], tree)
+    return Extraction(row["text"], tree, row["language"], absent, tuple(row["warnings"]), agreement=row["agreement"])
+
+
+def _first_difference(held: Any, settings: Mapping[str, Any]) -> str:
+    return next((name for name, value in settings.items() if not isinstance(held, dict) or held.get(name) != value), "settings")
 
 
 def _tell(progress: Progress, before: int, total: int, what: str, done: int, _: int) -> None:
