@@ -1,6 +1,9 @@
 """Word documents: no word of the body is lost, odd tables are read on, and what is left out is said."""
 
 import io
+import tracemalloc
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,3 +195,89 @@ def test_a_file_that_breaks_while_it_is_read_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setattr("gatewise.mdt.documents.docx._changes", broken)
     with pytest.raises(GatewiseError, match=r"gout\.docx cannot be read as DOCX \('no such part'\): save it again"):
         read(document)
+
+
+def with_style(document: Any, name: str, base: str, outline: int | None = None) -> str:
+    made = document.styles.add_style(name, 1)
+    made.base_style = document.styles[base]
+    if outline is not None:
+        made.element.get_or_add_pPr().append(element("outlineLvl", more=f'w:val="{outline}"'))
+    return name
+
+
+def test_headings_by_a_style_that_is_based_on_one_and_by_outline_level() -> None:
+    document = docx.Document()
+    based = with_style(document, "Deeper", with_style(document, "Own", "Heading 1"))
+    outlined = with_style(document, "Outlined", "Normal", 1)
+    document.add_paragraph("Adults with asthma", style=based)
+    document.add_paragraph("Renal failure", style=outlined)
+    document.add_paragraph("Do not give NSAIDs.")
+    direct = document.add_paragraph("Children with asthma")
+    direct._p.get_or_add_pPr().append(element("outlineLvl", more='w:val="0"'))
+    document.add_paragraph("Offer montelukast.")
+    circle = with_style(document, "Round", with_style(document, "And round", "Normal"))
+    document.styles["And round"].base_style = document.styles[circle]
+    document.add_paragraph("Go on with it.", style=circle)
+    assert [one.text for one in split_passages(read(document))] == [
+        "Adults with asthma@Renal failure: Do not give NSAIDs.",
+        "Children with asthma@Offer montelukast. Go on with it.",
+    ]
+
+
+def test_hidden_text_is_left_out_with_a_note() -> None:
+    hidden = run(" at twice the dose", "<w:vanish/>") + run(" daily", '<w:vanish w:val="0"/>')
+    document = with_paragraph(f"{run('Give it')}{hidden}{run('.')}")
+    document.add_paragraph("Ask the board.").runs[0].style = document.styles.add_style("Unseen", 2)
+    document.styles["Unseen"].font.hidden = True
+    assert texts(document) == ["Give it daily."]
+    assert read(document).notes == ('gout.docx: hidden text was left out: "at twice the dose", "Ask the board."',)
+
+
+def test_a_document_that_expands_to_too_much_is_refused_before_it_is_read() -> None:
+    document = docx.Document()
+    document.add_paragraph("Give it.")
+    made = io.BytesIO()
+    document.save(made)
+    large = io.BytesIO()
+    with zipfile.ZipFile(made) as old, zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.writestr("word/more.xml", b" " * (200 * 2**20))
+    assert len(large.getvalue()) < 300_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            GatewiseError, match=r"^gout\.docx expands to 200 MB, expected at most 40 MB of text: split the document"
+        ):
+            document_of(large.getvalue(), "gout.docx", ".docx")
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_bold_lines_are_headings_where_no_style_says_so_and_sentences_in_bold_are_not() -> None:
+    document = docx.Document()
+    for text, bold in [
+        ("Adults with gout", True),
+        ("Give colchicine.", False),
+        ("Do not give NSAIDs.", True),
+        ("Table 1. Doses in children", True),
+        ("Renal failure:", True),
+        ("Give prednisolone.", False),
+    ]:
+        document.add_paragraph().add_run(text).bold = bold
+    assert [block.level for block in read(document).blocks] == [1, 0, 0, 0, 1, 0]
+
+
+def test_footnotes_follow_what_refers_to_them_and_a_table_of_contents_is_left_out() -> None:
+    corpus = Path(__file__).parent / "corpus" / "warfarin-hidden.docx"
+    blocks = document_of(corpus.read_bytes(), "gout.docx", ".docx").blocks
+    assert [block.text for block in blocks[-2:]] == [
+        "Change to enoxaparin 1 mg/kg twice daily.",
+        "Footnote: Not in severe renal failure.",
+    ]
+    document = docx.Document()
+    document.add_paragraph("1 Adults 5", style=with_style(document, "toc 1", "Normal"))
+    document.add_paragraph("Give it.")
+    assert texts(document) == ["Give it."]
+    assert read(document).notes == ('gout.docx: a table of contents was left out: "1 Adults 5"',)

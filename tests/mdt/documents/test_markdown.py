@@ -27,7 +27,7 @@ def read(text: str) -> Document:
         ("Give [it](5mg) as [here](https://x.org/a).", ["Give it (5mg) as here."]),
         ("[Dose]: 5mg\n\nGive it.", ["[Dose]: 5mg", "Give it."]),
         ("Give it [as here][1].\n\n[1]: https://x.org", ["Give it as here."]),
-        ("|a|b|\n|---|---|\n|x|5 mg|not in pregnancy|", ["a b", "x 5 mg not in pregnancy"]),
+        ("|a|b|\n|---|---|\n|x|5 mg|not in pregnancy|", ["a: x. b: 5 mg. not in pregnancy."]),
         ("Treat until ANC\n> 500, then stop.", ["Treat until ANC > 500, then stop."]),
         ("> 140/90: start it\n\n> ULN: stop it", ["> 140/90: start it", "> ULN: stop it"]),
         ("> Do not\n> give it.\n>\n> - 5 mg", ["Do not give it.", "5 mg"]),
@@ -66,3 +66,32 @@ def test_a_heading_that_tells_something_is_kept_with_the_headings_above() -> Non
 @pytest.mark.parametrize("text", ["Give O2.", "O2", "给氧"])
 def test_a_few_words_under_a_heading_are_a_passage(text: str) -> None:
     assert [one.text for one in split_passages(read(f"# Hypoxia in adults\n\n{text}"))] == [f"Hypoxia in adults@{text}"]
+
+
+def test_headers_of_a_table_name_no_population_and_a_table_in_html_is_one() -> None:
+    html = (
+        "<table>\n<tr><th>Drug</th><th colspan=2>Children</th></tr>\n"
+        "<tr><td rowspan='2'>naproxen</td><td>5 mg</td><td>daily</td></tr>"
+        "\n<tr><td>10 mg</td><td>at night</td></tr>\n</table>"
+    )
+    document = read(f"# Gout\n\n| Adults | Dose |\n|---|---|\n| all | 5 mg |\n\n{html}\n\nThen stop.")
+    (only,) = split_passages(document)
+    assert only.text == (
+        "Gout@Adults: all. Dose: 5 mg. Drug: naproxen. Children: 5 mg. Children: daily. Drug: naproxen. Children: 10 mg."
+        " Children: at night. Then stop."
+    )
+    assert document.blocks[-1].where == "line 13"
+
+
+def test_a_bold_line_is_a_heading_and_a_footnote_follows_what_refers_to_it() -> None:
+    blocks = read(
+        "# Gout\n\n**Renal failure:**\n\nGive less.[^a]\n\n**Do not stop.**\n\n[^a]: Not\n  in infants.\n\n[^b]: 5 mg"
+    ).blocks
+    assert [(block.level, block.text) for block in blocks] == [
+        (1, "Gout"),
+        (2, "Renal failure:"),
+        (0, "Give less."),
+        (0, "Footnote: Not in infants."),
+        (0, "Do not stop."),
+        (0, "[^b]: 5 mg"),
+    ]

@@ -31,6 +31,7 @@ def form(writer, drawn):
     made = pypdf.generic.StreamObject()
     made.set_data(b"/Drawing0 Do")
     made[pypdf.generic.NameObject("/Subtype")] = pypdf.generic.NameObject("/Form")
+    made[pypdf.generic.NameObject("/BBox")] = pypdf.generic.ArrayObject(map(pypdf.generic.NumberObject, (0, 0, 595, 842)))
     draws(made, [drawn])
     return writer._add_object(made)
 

@@ -36,7 +36,7 @@ def said(found: list[Passage]) -> str:
     ],
 )
 def test_a_text_of_one_line_is_a_passage(line: str) -> None:
-    assert said(split_passages(text(line))) == line.replace("\n\n", " ")
+    assert said(split_passages(text(line))) == line.replace("\n\n", ". ")
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def test_numbered_headings_need_no_empty_line_before_their_text() -> None:
     )
     found = [(one.population, one.passage) for one in split_passages(document_of(text.encode(), "a.txt", ".txt"))]
     assert found == [
-        ("Gout in primary care", "Gout is common."),
-        ("Adults with normal renal function", "Give colchicine twice daily."),
-        ("Patients with chronic kidney disease", "Stage 3 Give prednisolone."),
-        ("儿童哮喘的治疗", "首选沙丁胺醇雾化吸入。"),
+        ("Gout in primary care", "Introduction: Gout is common."),
+        ("Adults with normal renal function", "Gout in primary care: Treatment: Give colchicine twice daily."),
+        ("Patients with chronic kidney disease", "Gout in primary care: Treatment: Stage 3 Give prednisolone."),
+        ("儿童哮喘的治疗", "Gout in primary care: 首选沙丁胺醇雾化吸入。"),
     ]
 
 
@@ -161,3 +161,28 @@ def test_numbered_headings_need_no_empty_line_before_their_text() -> None:
 def test_items_of_a_list_and_broken_lines_are_no_headings(text: str) -> None:
     (passage,) = split_passages(document_of(text.encode(), "a.txt", ".txt"))
     assert passage.passage == " ".join(text.split())
+
+
+def test_questions_and_names_with_a_colon_are_headings() -> None:
+    found = split_passages(
+        text(
+            "Adults with gout\n\nWhat if the kidneys fail?\n\nGive prednisolone.\n\nDialysis:\n\nGive less.\n\n"
+            "Children with gout\n\nGive the following:\n\nnaproxen and rest.\n\n儿童怎么办？\n\n首选布洛芬。"
+        )
+    )
+    assert [one.text for one in found] == [
+        "Adults with gout@What if the kidneys fail? Give prednisolone.",
+        "Adults with gout@What if the kidneys fail? Dialysis: Give less.",
+        "Children with gout@Give the following: naproxen and rest.",
+        "Children with gout@儿童怎么办？首选布洛芬。",
+    ]
+
+
+def test_items_of_a_list_are_told_apart_and_a_range_is_none() -> None:
+    blocks = text("Give one of these:\n- 5 mg\n- 10 mg daily\n\nA dose of 5\n- 10 mg.").blocks
+    assert [(block.kind, block.text) for block in blocks] == [
+        ("paragraph", "Give one of these:"),
+        ("item", "5 mg"),
+        ("item", "10 mg daily"),
+        ("paragraph", "A dose of 5 - 10 mg."),
+    ]

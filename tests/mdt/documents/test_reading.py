@@ -1,7 +1,10 @@
 """Documents of every kind, made here and read back; passages with their populations; and what is said of bad ones."""
 
 import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -47,10 +50,10 @@ def test_markdown_gives_passages_under_headings(tmp_path: Path) -> None:
     first, second, third = passages(file)
     assert first.text == "Gout@About the disease, in a few words."
     assert second.population == "Adults with gout"
-    assert second.passage == f"{FLARE} If the kidneys fail, give prednisolone: 30 mg daily for five days"
+    assert second.passage == f"Gout: {FLARE} If the kidneys fail, give prednisolone: 30 mg daily; for five days"
     assert second.where == "line 7"
     assert third.headings == ("Gout", "Adults with gout", "1.2 Treatment")
-    assert third.text == "Adults with gout@Without a flare, check uric acid. Drug Dose colchicine 0.5 mg"
+    assert third.text == "Adults with gout@Gout: Treatment: Without a flare, check uric acid. Drug: colchicine. Dose: 0.5 mg."
 
 
 def test_plain_text_has_a_population_before_the_at_sign_or_under_a_heading(tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_a_docx_comes_back_as_it_was_written(tmp_path: Path) -> None:
     cells[0].text, cells[1].text = "naproxen", "250 mg"
     document.save(str(tmp_path / "gout.docx"))
     (only,) = passages(tmp_path / "gout.docx")
-    assert only.text == f"Children with gout@{FLARE} naproxen 250 mg"
+    assert only.text == f"Children with gout@Gout: {FLARE} naproxen 250 mg"
     assert (only.headings, only.where) == (("Gout", "Children with gout"), "paragraph 3")
 
 
@@ -139,7 +142,7 @@ def test_a_missing_file_a_folder_and_a_missing_reader(tmp_path: Path, monkeypatc
         read_document(tmp_path / "none.txt")
     with pytest.raises(GatewiseError, match="is a folder"):
         read_document(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "pypdf", None)
+    monkeypatch.setitem(__import__("sys").modules, "pdfplumber", None)
     (tmp_path / "x.pdf").write_bytes(pdf(FLARE))
     with pytest.raises(GatewiseError, match=r"install gatewise\[mdt\]"):
         read_document(tmp_path / "x.pdf")
@@ -198,3 +201,29 @@ def test_a_text_in_place_of_a_file_is_answered_in_a_sentence(name: str) -> None:
     with pytest.raises(GatewiseError, match=r"there is no such file.*standard input with -") as raised:
         read_document(name)
     assert len(str(raised.value)) < 200
+
+
+def test_docling_reads_where_it_is_installed_and_is_named_where_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("markdown_it")
+    file = tmp_path / "gout.pdf"
+    file.write_bytes(pdf(FLARE))
+    for module in ("docling", "docling.datamodel", "docling.datamodel.base_models", "docling.document_converter"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(GatewiseError, match=r"read with docling, which is not installed: install gatewise\[docling\]"):
+        read_document(file, docling=True)
+
+    class Converter:
+        """Stands in for docling's: gives the name and the first bytes of what it is given as Markdown."""
+
+        def convert(self, source: Any) -> Any:
+            text = f"# Adults with gout\n\n{source.name} begins with {source.stream.read(4).decode()}"
+            return SimpleNamespace(document=SimpleNamespace(export_to_markdown=lambda: text))
+
+    monkeypatch.setitem(sys.modules, "docling.datamodel.base_models", SimpleNamespace(DocumentStream=SimpleNamespace))
+    monkeypatch.setitem(sys.modules, "docling.document_converter", SimpleNamespace(DocumentConverter=Converter))
+    document = read_document(file, docling=True)
+    assert split_passages(document)[0].text == "Adults with gout@gout.pdf begins with %PDF"
+    assert "was read with docling" in document.notes[0]
+    monkeypatch.setattr(Converter, "convert", lambda *_: 1 / 0)
+    with pytest.raises(GatewiseError, match=r"could not be read with docling \(division by zero\): leave --docling out"):
+        read_document(file, docling=True)

@@ -96,7 +96,7 @@ def test_what_was_found_is_not_asked_for_again(tmp_path: Path, files: list[Path]
     files[1].write_text(files[1].read_text() + "## More\n\nGive adults drug 77.\n")
     third = tmp_path / "third.txt"
     extracted(files, Slow(third), Journal(tmp_path / "w.jsonl", SETTINGS))
-    assert third.read_text() == "Adults@Give adults drug 77.\n"
+    assert third.read_text() == "Adults@More: Give adults drug 77.\n"
     journal.remove()
     assert not journal.path.exists()
 

@@ -234,14 +234,14 @@ def test_where_it_comes_from_tells_passages_apart_without_a_draft(tmp_path: Path
 
 def test_a_repeated_paragraph_of_a_text_keeps_its_tree_by_its_heading(tmp_path: Path) -> None:
     text = tmp_path / "guide.md"
-    text.write_text("# Adults\n\nGive colchicine to them.\n\n# Adults\n\n## Again\n\nGive colchicine to them.\n")
+    text.write_text("# Adults\n\nGive colchicine to them.\n\n# ADULTS\n\nGive colchicine to them.\n")
     session = Session.open(str(text), population="adults")
     assert [one.text for one in session.passages] == ["adults@Give colchicine to them."] * 2
     session.begin(2, 0)
     session.remove(1)
     left(session)
     again = Session.open(str(text), population="adults")
-    assert [(one.more["headings"], one.now.state) for one in again.passages] == [(["Adults", "Again"], "corrected")]
+    assert [(one.more["headings"], one.now.state) for one in again.passages] == [(["ADULTS"], "corrected")]
     again.close()
 
 

@@ -275,7 +275,7 @@ def test_sources_of_all_kinds(tmp_path: Path) -> None:
     assert len(session.passages) == len(sample())
     passages, faults = session.load(json.dumps([{"text": OTHER, "tree": gout()}, {"text": OTHER}]).encode(), "more.json")
     assert (len(passages), "record 2" in faults[0]) == (1, True)
-    assert session.load(b"# Adults\n\nGive naproxen.\n", "a.md", "men")[0][0].text == "men@Give naproxen."
+    assert session.load(b"# Adults\n\nGive naproxen.\n", "a.md", "men")[0][0].text == "men@Adults: Give naproxen."
 
 
 @pytest.mark.parametrize(

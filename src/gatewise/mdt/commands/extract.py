@@ -21,6 +21,7 @@ from gatewise.mdt.commands.model import (
     check_ways,
     loaded,
 )
+from gatewise.mdt.commands.passages import CharactersOption, DoclingOption, PopulationOption
 from gatewise.mdt.commands.trees import Format, OutOption, check_place, check_target, give, say, with_plans
 
 if TYPE_CHECKING:
@@ -41,10 +42,9 @@ def extract(
     out: OutOption = None,
     base: BaseOption = None,
     language: Annotated[LanguageName | None, typer.Option(help="The texts' language. [default: found out]")] = None,
-    population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
-    passage_characters: Annotated[
-        int | None, typer.Option(help="Most characters of a passage. [default: 800 in English, 300 in Chinese]", min=50)
-    ] = None,
+    population: PopulationOption = None,
+    passage_characters: CharactersOption = None,
+    docling: DoclingOption = False,
     level: LevelOption = None,
     pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
@@ -56,9 +56,10 @@ def extract(
 ) -> None:
     """Extract decision trees from text with a trained adapter. Every tree needs review by a clinician.
 
-    Long documents are cut into passages under their headings, which say whom they are about. What cannot be read or gives no tree
-    does not stop the rest; what failed is said at the end, and the exit code is then 2. Ctrl-C gives what was found by then. With
-    --out, each passage is on disk as soon as it is done, in OUT.work.jsonl: the same command goes on after any interruption.
+    Long documents are cut into passages under their headings, which say whom they are about: `gatewise mdt passages` shows them.
+    What cannot be read or gives no tree does not stop the rest; what failed is said at the end, and the exit code is then 2. Ctrl-C
+    gives what was found by then. With --out, each passage is on disk as soon as it is done, in OUT.work.jsonl: the same command
+    goes on after any interruption.
 
     \b
     Examples:
@@ -76,7 +77,8 @@ def extract(
     check_target(out, files)
     batch = Batch()
     named: Any = language.value if language else None
-    pieces = read_pieces(files, batch, language=named, population=population, most_characters=passage_characters)
+    cut: dict[str, Any] = {"population": population, "most_characters": passage_characters}
+    pieces = read_pieces(files, batch, language=named, docling=docling, **cut)
     several = len(pieces) > 1
     stopped: BaseException | None = None
     journal: Journal | None = None

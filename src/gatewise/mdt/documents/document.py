@@ -1,22 +1,37 @@
-"""What a document says: headings and paragraphs with their places, and the sections that they make."""
+"""What a document says: headings, paragraphs, items of lists and rows of tables with their places, and the sections they make."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Literal
+
+# No text of a document holds these: they stand around a superscript, and around the name of a footnote where it is referred to,
+# until all of a paragraph is known.
+RAISED, LOWERED, NOTE = "\x02", "\x03", "\x04"
+UNKNOWN = "\ufffd"
+"""Stands for a sign that a document gives no meaning to."""
+Kind = Literal["paragraph", "item", "row", "footnote"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A heading or a paragraph.
+    """A heading, or a piece of the text.
 
     Attributes:
-        level: of a heading, from 1; 0 for a paragraph.
+        level: of a heading, from 1; 0 for what is none.
         where: its place, such as "line 12" or "page 3".
+        kind: of text: a paragraph, an item of a list, a row of a table, or a footnote, which stands after what refers to it.
+        stem: of a row: its beginning, which is said again where the row does not fit into one passage.
+        notes: what has to be known of how it was read, a sentence each.
     """
 
     text: str
     level: int = 0
     where: str = ""
+    kind: Kind = "paragraph"
+    stem: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,11 @@ class Document:
     blocks: tuple[Block, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> str:
+        """The blocks' texts, a line each: what offsets of passages count in."""
+        return "\n".join(block.text for block in self.blocks)
+
 
 def sections(blocks: Sequence[Block]) -> Iterator[tuple[tuple[Block, ...], list[Block]]]:
     """The paragraphs directly under each heading, none for some, with the headings above them, the outermost first."""
@@ -46,6 +66,29 @@ def sections(blocks: Sequence[Block]) -> Iterator[tuple[tuple[Block, ...], list[
         above, held = (*(one for one in above if one.level < block.level), block), []
     if above or held:
         yield above, held
+
+
+def with_footnotes(block: Block, notes: Mapping[str, str]) -> Iterator[Block]:
+    """A block without the marks of footnotes, and then the footnotes that it refers to, a block each."""
+    found = re.findall(f"{NOTE}([^{NOTE}]*){NOTE}", block.text)
+    if not found:
+        yield block
+        return
+
+    def bare(text: str) -> str:
+        return re.sub(rf"\s*{NOTE}[^{NOTE}]*{NOTE}", "", text)
+
+    yield replace(block, text=" ".join(bare(block.text).split()), stem=bare(block.stem))
+    for note in dict.fromkeys(found):
+        said = "脚注：" if re.search("[\u4e00-\u9fff]", notes[note]) else "Footnote: "
+        yield Block(f"{said}{notes[note]}", 0, block.where, "footnote")
+
+
+def one_line(said: str) -> str:
+    """One line of text; a superscript after a number is marked, as 10 to the 9th is not 109."""
+    joined = said.replace(LOWERED + RAISED, "")
+    marked = re.sub(rf"(?<=\d){RAISED}(?=[-−–+]?\d)", "^", joined)
+    return " ".join(marked.replace(RAISED, "").replace(LOWERED, "").split())
 
 
 def listed(texts: Sequence[str], places: Sequence[str] = (), most: int = 20) -> str:

@@ -75,6 +75,16 @@ def detect_language(text: str, where: str = "") -> Language:
     return "en"
 
 
+def has_han(text: str) -> bool:
+    """Whether a text has Chinese characters."""
+    return bool(_HAN.search(text))
+
+
+def is_chinese(text: str) -> bool:
+    """Whether Chinese characters carry a text: one says about as much as three Latin letters."""
+    return 3 * len(_HAN.findall(text)) >= sum(map(str.isalpha, text)) > 0
+
+
 def _is_english(words: list[str]) -> bool:
     other_words = frozenset(_OTHERS.split())
     # "LA" and "DES" are abbreviations in English, and no articles.

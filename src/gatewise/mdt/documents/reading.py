@@ -1,12 +1,14 @@
 """Documents to extract from: plain text, Markdown, PDF and DOCX, read into headings and paragraphs with their places."""
 
 import errno
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import content_of
 from gatewise.mdt.documents.document import Block, Document, listed
 from gatewise.mdt.documents.docx import read_docx
@@ -20,8 +22,11 @@ __all__ = ["STDIN", "Block", "Document", "document_of", "population_mark", "read
 STDIN = "-"
 
 
-def read_document(path: str | Path) -> Document:
+def read_document(path: str | Path, *, docling: bool = False) -> Document:
     """Reads a document by the suffix of its name; "-" is plain text or Markdown from standard input.
+
+    Args:
+        docling: read PDF and DOCX with docling, which knows more layouts and reads scans, where it is installed.
 
     Raises:
         GatewiseError: the file cannot be read, is of another kind, damaged, locked or empty, has no text but pictures of it, or its
@@ -33,15 +38,16 @@ def read_document(path: str | Path) -> Document:
     if _is_folder(path):
         raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
     _check_suffix(suffix, name)
-    return document_of(content_of(path), name, suffix)
+    return document_of(content_of(path), name, suffix, docling=docling)
 
 
-def document_of(content: bytes, name: str, suffix: str) -> Document:
+def document_of(content: bytes, name: str, suffix: str, *, docling: bool = False) -> Document:
     """Reads the content of a file.
 
     Args:
         name: what messages call it.
         suffix: what kind of file it is, such as ".pdf"; case does not matter.
+        docling: as in :func:`read_document`.
 
     Raises:
         GatewiseError: as :func:`read_document`.
@@ -49,7 +55,8 @@ def document_of(content: bytes, name: str, suffix: str) -> Document:
     _check_suffix(suffix, name)
     if not content.strip():
         raise GatewiseError(f"{name} is empty, expected a text in English or Chinese")
-    read = _READERS[suffix.lower()](content, name)
+    reader = _docling if docling and suffix.lower() in (".pdf", ".docx") else _READERS[suffix.lower()]
+    read = reader(content, name)
     blocks = tuple(block for block in read.blocks if any(map(str.isalnum, block.text)))
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
         raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
@@ -79,7 +86,7 @@ def _pdf(content: bytes, name: str) -> Document:
     try:
         return read_pdf(content, name)
     except ImportError:
-        raise _missing("pypdf", name) from None
+        raise _missing("pdfplumber", name) from None
 
 
 def _docx(content: bytes, name: str) -> Document:
@@ -87,6 +94,22 @@ def _docx(content: bytes, name: str) -> Document:
         return read_docx(content, name)
     except ImportError:
         raise _missing("python-docx", name) from None
+
+
+def _docling(content: bytes, name: str) -> Document:
+    """What docling makes of a file, by way of its Markdown."""
+    try:
+        from docling.datamodel.base_models import DocumentStream
+        from docling.document_converter import DocumentConverter
+    except ImportError:
+        raise GatewiseError(f"{name} is to be read with docling, which is not installed: install gatewise[docling]") from None
+    try:
+        converted = DocumentConverter().convert(DocumentStream(name=Path(name).name, stream=io.BytesIO(content)))
+        text = converted.document.export_to_markdown()
+    except Exception as error:  # it has as many ways to fail as it has readers and models
+        raise GatewiseError(f"{name} could not be read with docling ({reason_of(error, 150)}): leave --docling out") from error
+    read = _markdown(text.encode(), name)
+    return replace(read, notes=(f"{name} was read with docling: lines are those of the Markdown that it made", *read.notes))
 
 
 _READERS: dict[str, Callable[[bytes, str], Document]] = {
@@ -117,7 +140,7 @@ def _decoded(content: bytes, name: str) -> str:
         raise GatewiseError(f"{name}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from error
     if "\x00" in text:
         raise GatewiseError(f"{name}: not text (it has zero bytes), expected {_suffixes()}")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub("[\x02-\x04]", "", text).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _check_suffix(suffix: str, name: str) -> None:

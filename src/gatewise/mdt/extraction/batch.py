@@ -119,16 +119,18 @@ def read_pieces(
     language: Language | None = None,
     population: str | None = None,
     most_characters: int | None = None,
+    docling: bool = False,
 ) -> list[Piece]:
     """The passages of documents; those that cannot be read go to the faults. Arguments are those of :func:`extract_files`."""
     pieces: list[Piece] = []
     for file in files:
         name = "stdin" if str(file) == STDIN else writable(str(file))
         try:
-            document = read_document(file)
+            document = read_document(file, docling=docling)
             whole = language or detect_language(" ".join(block.text for block in document.blocks), name)
             passages = split_passages(document, population=population, most=most_characters)
             into.notes += map(writable, document.notes)
+            into.notes += [f"{name}, {passage.where}: {writable(note)}" for passage in passages for note in passage.notes]
         except GatewiseError as error:
             into.faults.append(str(error))
             into.failed.append(name)
@@ -242,8 +244,7 @@ def _tell(progress: Progress, before: int, total: int, what: str, done: int, _: 
 
 
 def _record(found: Extraction, piece: Piece, number: int) -> TreeRecord:
-    place = {"source": piece.name, "place": piece.passage.where, "headings": list(piece.passage.headings)}
-    return found.record(number, place)
+    return found.record(number, piece.passage.origin(piece.name))
 
 
 def _of(passage: Passage, otherwise: Language) -> Language:

@@ -176,7 +176,9 @@ function showText() {
   at("population").lang = at("passage").lang = passage.language;
   at("population").replaceChildren(...marked(passage.population));
   at("passage").replaceChildren(...marked(passage.passage));
+  at("headings").textContent = passage.headings.join(" › ");
   at("place").textContent = passage.place;
+  at("reading-notes").replaceChildren(...passage.notes.map(text => element("li", { text })));
   showPhrase();
 }
 

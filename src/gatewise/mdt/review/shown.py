@@ -57,6 +57,8 @@ def whole(passage: Passage) -> dict[str, Any]:
         "passage": [[piece, names] for start, piece, names in pieces if start > mark],
         "about": main_subject(tree) or (passage.text[:mark].strip() if mark > 0 else ""),
         "place": ", ".join(str(part) for part in (passage.more.get("source"), passage.more.get("place")) if part),
+        "headings": _texts(passage.more.get("headings")),
+        "notes": _texts(passage.more.get("notes")),
         "nodes": _nodes(passage, tree) if has_tree else None,
         "drawing": drawing_of(tree, passage.text, focusable=True, language=passage.language).svg if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
@@ -66,6 +68,11 @@ def whole(passage: Passage) -> dict[str, Any]:
         "relations": [chinese if words.language == "zh" else english for english, chinese in RELATIONS.items()],
         "removable": passage.saved is None,
     }
+
+
+def _texts(held: object) -> list[str]:
+    """What a record holds under a key that is to be a list of texts; a file may have anything there."""
+    return [str(one) for one in held] if isinstance(held, list) else []
 
 
 def _nodes(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:

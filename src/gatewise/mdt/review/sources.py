@@ -95,9 +95,8 @@ def _document(content: bytes, name: str, suffix: str, population: str | None) ->
     document = document_of(content, name, suffix)
     made = []
     for passage in split_passages(document, population=population or None):
-        more: dict[str, Any] = {"source": name, "place": passage.where, "headings": list(passage.headings)}
         # A name of another encoding than UTF-8, and what a damaged PDF calls letters, may hold what no file takes.
-        held = {key: writable(value) for key, value in more.items() if value}
+        held: dict[str, Any] = {key: writable(value) for key, value in passage.origin(name).items() if value}
         made.append(Passage(0, writable(passage.text), more=held))
     return Source(made, [writable(note) for note in document.notes])
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from gatewise.mdt.documents.passages import split_passages
+from gatewise.mdt.documents.reading import read_document
+
 CORPUS = Path(__file__).parent / "corpus"
 NAMES = sorted(path.stem for path in CORPUS.glob("*.json"))
 
@@ -39,3 +42,40 @@ def test_each_document_has_its_maker(kind: str) -> None:
     makers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(makers)
     assert set(makers.DOCUMENTS) == {name for name in NAMES if file_of(name).suffix == f".{kind}"}
+
+
+def in_order(pieces: list[str], text: str) -> bool:
+    at = 0
+    for piece in pieces:
+        at = text.find(piece, at)
+        if at < 0:
+            return False
+        at += len(piece)
+    return True
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_must_be_found_is_found(name: str) -> None:
+    path = file_of(name)
+    pytest.importorskip({".md": "markdown_it", ".txt": "re", ".docx": "docx", ".pdf": "pdfplumber"}[path.suffix])
+    expected = json.loads((CORPUS / f"{name}.json").read_text(encoding="utf-8"))
+    document = read_document(path)
+    passages = split_passages(document)
+    for wanted in expected["passages"]:
+        fits = [
+            one
+            for one in passages
+            if in_order(wanted.get("says", []), one.text)
+            and one.headings == tuple(wanted.get("headings", one.headings))
+            and one.population == wanted.get("population", one.population)
+            and not any(piece in one.text for piece in wanted.get("lacks", []))
+            and all(any(note in said for said in one.notes) for note in wanted.get("notes", []))
+        ]
+        assert fits, wanted
+    texts = [one.text for one in passages]
+    for piece in expected.get("all", []):
+        assert any(piece in text for text in texts), piece
+    for piece in expected.get("never", []):
+        assert not any(piece in text for text in texts), piece
+    for note in expected["notes"]:
+        assert any(note in said for said in document.notes), note

@@ -1,0 +1,380 @@
+"""A printed page read as people do: column by column, with its tables and boxes in their places."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from gatewise.mdt.documents.document import LOWERED, RAISED, UNKNOWN
+from gatewise.mdt.documents.plain_text import joined
+from gatewise.mdt.documents.tables import Cell
+
+_BOLD = re.compile(r"bold|black|heavy|demi|semibold|[-,]bd\b", re.IGNORECASE)
+_MARK = re.compile(
+    r"(?:[•●▪■◦‣∙·○–*\uf0b7\uf0a7-]|\(?(?:\d+(?:\.\d+)*|[a-zA-Z]|[ivx]{1,4})[.)]?|[（(]?[一二三四五六七八九十]+[）)、]?)$"
+)
+_GUTTER = 8.0  # points between columns of text
+_APART = 1.6  # of the size of letters, between cells of a table without rules; words of a line are closer
+_LEAST_LINES = 4  # on each side of a gutter
+_WHOLE_PAGE = 0.7  # of it: what is ruled around more is a frame, not a box
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word, in points from the top left corner."""
+
+    text: str
+    x0: float
+    x1: float
+    top: float
+    bottom: float
+    size: float
+    bold: bool
+
+
+@dataclass(frozen=True)
+class PageLine:
+    """A line of a column.
+
+    Attributes:
+        bold: whether all of it is.
+        gap: points of white above it in its column; 0 for the first line.
+        full: characters of a line that is as long as the column is wide.
+        width: of the column, in points.
+    """
+
+    text: str
+    x0: float
+    x1: float
+    top: float
+    bottom: float
+    size: float
+    bold: bool
+    gap: float = 0.0
+    full: int = 0
+    width: float = 0.0
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table.
+
+    Attributes:
+        edges: where its columns begin, by which its continuation on the next page is known.
+    """
+
+    rows: list[list[Cell]]
+    x0: float
+    x1: float
+    top: float
+    bottom: float
+    edges: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PageBox:
+    """Text with a frame around it."""
+
+    lines: list[PageLine]
+    x0: float
+    x1: float
+    top: float
+    bottom: float
+
+
+PageItem = PageLine | PageTable | PageBox
+_Placed = Word | PageTable | PageBox
+
+
+def items_of(page: Any) -> list[PageItem]:
+    """Lines, tables and boxes of a pdfplumber page, in the order in which they are read."""
+    words = [
+        Word(
+            _known(word["text"]),
+            word["x0"],
+            word["x1"],
+            word["top"],
+            word["bottom"],
+            word["size"],
+            bool(_BOLD.search(word["fontname"])),
+        )
+        for word in page.filter(_upright).extract_words(x_tolerance_ratio=0.2, y_tolerance=2, extra_attrs=["fontname", "size"])
+    ]
+    placed: list[_Placed] = []
+    for ruled in _ruled(page, words):
+        placed.append(ruled)
+        words = [word for word in words if not _within(word, (ruled.x0, ruled.top, ruled.x1, ruled.bottom))]
+    return list(_read([*words, *placed]))
+
+
+def _known(text: str) -> str:
+    """A word in which letters that the file gives no meaning to are marked; one by itself is most often a bullet."""
+    return "•" if re.fullmatch(r"\(cid:\d+\)", text) else re.sub(r"\(cid:\d+\)", UNKNOWN, text)
+
+
+def _upright(thing: dict[str, Any]) -> bool:
+    return thing["object_type"] != "char" or bool(thing["upright"])
+
+
+def _within(word: Word, box: Sequence[float]) -> bool:
+    x, y = (word.x0 + word.x1) / 2, (word.top + word.bottom) / 2
+    return box[0] <= x <= box[2] and box[1] <= y <= box[3]
+
+
+# ---- tables with rules, and boxes ----
+
+
+def _ruled(page: Any, words: Sequence[Word]) -> Iterator[PageTable | PageBox]:
+    """What is ruled on a page; of what lies within another thing, only the outer one."""
+    finder = page.debug_tablefinder()
+    in_tables = {cell for table in finder.tables for cell in table.cells}
+    found = [(table.bbox, table) for table in finder.tables] + [(cell, None) for cell in finder.cells if cell not in in_tables]
+    taken: list[Sequence[float]] = []
+    for (x0, top, x1, bottom), table in sorted(found, key=lambda one: -_area(one[0])):
+        inside = _inside(words, (x0, top, x1, bottom))
+        if not inside or _area((x0, top, x1, bottom)) > _WHOLE_PAGE * page.width * page.height:
+            continue
+        if any(box[0] - 1 <= x0 and box[1] - 1 <= top and x1 <= box[2] + 1 and bottom <= box[3] + 1 for box in taken):
+            continue
+        edges = sorted({round(cell[0]) for row in table.rows for cell in row.cells if cell}) if table else [round(x0)]
+        if table is None or len(edges) == 1:
+            lines = list(_lines(inside))
+            if len(lines) < 2:  # a heading on a coloured ground
+                continue
+            yield PageBox(lines, x0, x1, top, bottom)
+        elif len(table.rows) == 1 and all(len(list(_lines(_inside(inside, cell)))) > 5 for cell in table.rows[0].cells if cell):
+            continue  # columns of text with a line between them
+        else:
+            yield PageTable(list(_rows(table, inside, edges)), x0, x1, top, bottom, tuple(edges))
+        taken.append((x0, top, x1, bottom))
+
+
+def _area(box: Sequence[float]) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _inside(words: Sequence[Word], box: Sequence[float]) -> list[Word]:
+    return [word for word in words if _within(word, box)]
+
+
+def _rows(table: Any, words: Sequence[Word], edges: Sequence[int]) -> Iterator[list[Cell]]:
+    """The rows of a table; a cell that goes over several rows stands in each."""
+    above: dict[int, tuple[float, Cell]] = {}  # column -> where its cell ends, and the cell
+    for row in table.rows:
+        cells: list[Cell] = []
+        for box in row.cells:
+            if not box:
+                continue
+            inside = _inside(words, box)
+            column = edges.index(round(box[0]))
+            span = max(1, sum(box[0] - 1 <= edge < box[2] - 1 for edge in edges))
+            text = joined([line.text for line in _lines(inside)])
+            cell = Cell(text, column, span, bool(inside) and all(word.bold for word in inside))
+            above[column] = box[3], cell
+            cells.append(cell)
+        bottom = max((box[3] for box in row.cells if box), default=0.0)
+        low = min((box[3] for box in row.cells if box), default=bottom)
+        known = {cell.column + place for cell in cells for place in range(cell.span)}
+        cells += [cell for column, (end, cell) in above.items() if column not in known and end > low - 1]
+        yield sorted(cells, key=lambda cell: cell.column)
+
+
+# ---- columns ----
+
+
+def _read(placed: Sequence[_Placed]) -> Iterator[PageItem]:
+    """What is placed in a part of a page, as it is read: what is above two columns, the left one, the right one, the rest."""
+    if not placed:
+        return
+    found = _gutter(placed)
+    if found is None:
+        yield from _column(placed)
+        return
+    x, top, bottom = found
+    above = [one for one in placed if (one.top + one.bottom) / 2 <= top]
+    below = [one for one in placed if (one.top + one.bottom) / 2 >= bottom]
+    between = [one for one in placed if top < (one.top + one.bottom) / 2 < bottom]
+    yield from _read(above)
+    yield from _read([one for one in between if one.x1 <= x])
+    yield from _read([one for one in between if one.x1 > x])
+    yield from _read(below)
+
+
+def _gutter(placed: Sequence[_Placed]) -> tuple[float, float, float] | None:
+    """The highest strip of white that parts two columns of running text: its x, and from where to where it goes."""
+    x0, x1 = min(one.x0 for one in placed), max(one.x1 for one in placed)
+    top, bottom = min(one.top for one in placed), max(one.bottom for one in placed)
+    best: tuple[float, float, float, float] | None = None
+    for x in range(int(x0 + 0.2 * (x1 - x0)), int(x0 + 0.8 * (x1 - x0)), 2):
+        crossing = sorted((one.top, one.bottom) for one in placed if one.x0 < x + _GUTTER and one.x1 > x)
+        at = top
+        for start, end in [*crossing, (bottom, bottom)]:
+            if best is None or start - at > best[0]:
+                sides = [
+                    [one for one in placed if at <= (one.top + one.bottom) / 2 <= start and (one.x1 <= x) == left]
+                    for left in (True, False)
+                ]
+                if all(map(_is_running_text, sides)):
+                    best = start - at, x + _GUTTER / 2, at, start
+            at = max(at, end)
+    return None if best is None else best[1:]
+
+
+def _is_running_text(placed: Sequence[_Placed]) -> bool:
+    """Whether words make a column of text: several lines, of which most are nearly as long as the column is wide."""
+    words = [one for one in placed if isinstance(one, Word)]
+    if len(words) < 3 * _LEAST_LINES:
+        return False
+    lines = list(_grouped(words))
+    x0, x1 = min(word.x0 for word in words), max(word.x1 for word in words)
+    long = sum(max(word.x1 for word in line) - min(word.x0 for word in line) > 0.65 * (x1 - x0) for line in lines)
+    return len(lines) >= _LEAST_LINES and 2 * long >= len(lines)
+
+
+# ---- lines, and tables without rules ----
+
+
+def _column(placed: Sequence[_Placed]) -> Iterator[PageItem]:
+    words = [one for one in placed if isinstance(one, Word)]
+    ruled = sorted((one for one in placed if not isinstance(one, Word)), key=lambda one: one.top)
+    items: list[PageItem] = [*_tables_in(list(_grouped(words)))]
+    for table in ruled:
+        place = next((number for number, item in enumerate(items) if item.top >= table.top), len(items))
+        items.insert(place, table)
+    yield from _with_gaps(items)
+
+
+def _with_gaps(items: Sequence[PageItem]) -> Iterator[PageItem]:
+    lines = [item for item in items if isinstance(item, PageLine)]
+    width = max((line.x1 for line in lines), default=0) - min((line.x0 for line in lines), default=0)
+    before = None
+    for item in items:
+        if isinstance(item, PageLine):
+            letters = max(len(item.text), 1)
+            full = int(letters * width / max(item.x1 - item.x0, 1))
+            item = replace(item, gap=max(0.0, item.top - before) if before is not None else 0.0, full=full, width=width)
+        yield item
+        before = item.bottom
+
+
+def _lines(words: Sequence[Word]) -> Iterator[PageLine]:
+    """Words as lines, without a look for tables."""
+    yield from (item for item in _with_gaps([_line(group) for group in _grouped(words)]) if isinstance(item, PageLine))
+
+
+def _grouped(words: Sequence[Word]) -> Iterator[list[Word]]:
+    """Words by lines from the top, each from the left. Small ones, as superscripts, go to the line that they stand in."""
+    lines: list[list[Word]] = []
+    for word in sorted(words, key=lambda one: (-round(one.size), one.top)):
+        for line in reversed(lines):
+            first = line[0]
+            shared = min(first.bottom, word.bottom) - max(first.top, word.top)
+            if shared > 0.55 * (word.bottom - word.top):
+                line.append(word)
+                break
+        else:
+            lines.append([word])
+    for line in sorted(lines, key=lambda one: one[0].top):
+        yield sorted(line, key=lambda one: one.x0)
+
+
+def _line(words: Sequence[Word]) -> PageLine:
+    """Words of a line; what is raised is marked."""
+    size = max({word.size for word in words}, key=lambda size: sum(len(word.text) for word in words if word.size == size))
+    base = median(word.bottom for word in words if word.size == size)
+    said, before = "", None
+    for word in words:
+        raised = word.size <= 0.85 * size and word.bottom < base - 0.12 * size
+        apart = before is not None and word.x0 - before.x1 > 0.15 * size
+        text = f"{RAISED}{word.text}{LOWERED}" if raised else word.text
+        said += f"{' ' if apart else ''}{text}"
+        before = word
+    x0, x1 = min(word.x0 for word in words), max(word.x1 for word in words)
+    main = [word for word in words if word.size == size]
+    top, bottom = min(word.top for word in main), max(word.bottom for word in main)
+    return PageLine(
+        said.replace(f"{LOWERED} {RAISED}", f"{LOWERED}{RAISED}"), x0, x1, top, bottom, size, all(word.bold for word in main)
+    )
+
+
+def _segments(words: Sequence[Word]) -> list[list[Word]]:
+    """A line in pieces that stand apart; a bullet or a number belongs to what follows it."""
+    pieces: list[list[Word]] = []
+    for word in words:
+        near = pieces and word.x0 - pieces[-1][-1].x1 < _APART * word.size
+        marks = pieces and len(pieces[-1]) == 1 and _MARK.match(pieces[-1][0].text)
+        if near or marks:
+            pieces[-1].append(word)
+        else:
+            pieces.append([word])
+    return pieces
+
+
+def _tables_in(lines: Sequence[list[Word]]) -> Iterator[PageLine | PageTable]:
+    """Lines of a column, of which those whose pieces stand one below the other make a table."""
+    pieces = [_segments(line) for line in lines]
+    at = 0
+    while at < len(lines):
+        end = _table_end(pieces, at)
+        if end:
+            yield _unruled(pieces[at:end])
+            at = end
+            continue
+        yield from map(_line, pieces[at])  # what stands far apart, as a footer and a page's number, is no sentence
+        at += 1
+
+
+def _table_end(pieces: Sequence[list[list[Word]]], at: int) -> int:
+    """Where a table that begins with this line ends; 0 if none begins."""
+    if len(pieces[at]) < 2:
+        return 0
+    columns = [piece[0].x0 for piece in pieces[at]]
+    size = pieces[at][0][0].size
+    rows, end = 1, at + 1
+    for place in range(at + 1, len(pieces)):
+        starts = [piece[0].x0 for piece in pieces[place]]
+        near = pieces[place][0][0].top - max(word.bottom for piece in pieces[place - 1] for word in piece) < 2 * size
+        if not near or any(all(abs(start - column) > 0.6 * size for column in columns) for start in starts):
+            break
+        if len(starts) == 1 and abs(starts[0] - columns[0]) <= 0.6 * size and pieces[place][0][-1].x1 > columns[1] - 0.3 * size:
+            break  # a paragraph below the table
+        rows += len(starts) > 1
+        end = place + 1
+    while end > at + 1 and len(pieces[end - 1]) == 1 and abs(pieces[end - 1][0][0].x0 - columns[0]) <= 0.6 * size:
+        end -= 1
+    return end if rows >= 3 else 0
+
+
+def _unruled(pieces: Sequence[list[list[Word]]]) -> PageTable:
+    columns = [piece[0].x0 for piece in pieces[0]]
+    tops = [min(word.top for piece in line for word in piece) for line in pieces]
+    bottoms = [max(word.bottom for piece in line for word in piece) for line in pieces]
+    rows: list[list[list[Word]]] = []
+    for number, line in enumerate(pieces):
+        opens = len(line) > 1 and abs(line[0][0].x0 - columns[0]) < abs(line[0][0].x0 - columns[1])
+        above = tops[number] - bottoms[number - 1] if number else 0.0
+        below = tops[number + 1] - bottoms[number] if number + 1 < len(pieces) else above
+        # A cell of several lines may begin above the others of its row, which stand beside its middle.
+        begins = bool(rows and rows[-1][0]) if opens else above > below + 0.2 * line[0][0].size
+        if begins or not rows:
+            rows.append([[] for _ in columns])
+        for piece in line:
+            column = min(range(len(columns)), key=lambda number: abs(columns[number] - piece[0].x0))
+            rows[-1][column] += piece
+    cells = [
+        [
+            Cell(joined([line.text for line in _lines(words)]), column, bold=bool(words) and all(word.bold for word in words))
+            for column, words in enumerate(row)
+        ]
+        for row in rows
+    ]
+    words = [word for line in pieces for piece in line for word in piece]
+    return PageTable(
+        cells,
+        min(word.x0 for word in words),
+        max(word.x1 for word in words),
+        min(word.top for word in words),
+        max(word.bottom for word in words),
+        tuple(round(column) for column in columns),
+    )
