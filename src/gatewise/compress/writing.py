@@ -1,7 +1,6 @@
 """What a compression writes: plain LoRA, what engines must be told of it, and a report."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,17 @@ import torch
 from safetensors.torch import save_file
 
 from gatewise.adapters.export import to_lora
-from gatewise.adapters.files import NOTE_FILE, WEIGHTS_FILE, LoraAdapter, read_lora, read_tensors
+from gatewise.adapters.files import NOTE_FILE, WEIGHTS_FILE, read_lora, read_tensors
 from gatewise.compress.goal import Candidate, Compressed
 from gatewise.compress.search import Search
 from gatewise.compress.timing import seconds_a_step
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_folder, write_json
 from gatewise.losses import scored
+from gatewise.serving.engines import SERVING_FILE, model_type_of, serving_settings
 from gatewise.tasks.metrics import measuring
 
 REPORT_FILE = "compress.json"
-SERVING_FILE = "serving.json"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM (0.32 and 0.33) takes as ``--max-lora-rank``."""
-_PACKED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 _CHECK = "gatewise-check"  # what the adapter as written is called, beside the one that was measured
 _BOUND = 0.02  # of the largest logit: more than rounding
 
@@ -58,7 +54,7 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None) -
             base_quality=float(search.base_rows.mean()), candidates=tuple(search.candidates), measure=search.rows.measure,
             order=search.order, goal=search.goal, rows=len(search.rows.held_out), seconds=seconds, deviation=deviation,
         )  # fmt: skip
-        write_json(part / SERVING_FILE, serving_settings(read_lora(part)))
+        write_json(part / SERVING_FILE, serving_settings(read_lora(part), model_type_of(model)))
         write_json(part / REPORT_FILE, {"format": 1, **finite({**asdict(replace(result, out=Path())), "out": None})})
     return result
 
@@ -128,35 +124,3 @@ def _compared(search: Search, folder: Path, merge: bool) -> tuple[dict[str, floa
             if _CHECK in model.peft_config:
                 model.delete_adapter(_CHECK)
     return found, seconds
-
-
-def serving_settings(adapter: LoraAdapter) -> dict[str, Any]:
-    """What serving engines must be told of an adapter.
-
-    vLLM runs its LoRA kernels on every module that any adapter could adapt, unless ``--lora-target-modules`` names those that are,
-    and reserves room for ``--max-lora-rank``. It packs queries, keys and values into one module, and gate and up projections into
-    another; both names are given. It takes no DoRA, no biases and no modules that were trained as a whole.
-    """
-    paths = sorted(module.path for module in adapter.modules)
-    rank = max(len(module.a) // (module.blocks if module.stacked else 1) for module in adapter.modules)
-    extra = any(module.others for module in adapter.modules) or bool(adapter.others)
-    return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), extra)
-
-
-def settings_together(settings: list[dict[str, Any]]) -> dict[str, Any]:
-    """The settings of an engine that serves several adapters of one base."""
-    modules = sorted({path for one in settings for path in one["modules"]})
-    rank = max(one["largest_rank"] for one in settings)
-    return _settings(modules, rank, settings[0]["base_model"], any(one["vllm"] is None for one in settings))
-
-
-def _settings(modules: list[str], rank: int, base: str | None, extra: bool) -> dict[str, Any]:
-    packed = {
-        f"{owner}.{_PACKED[kind]}" for owner, dot, kind in (path.rpartition(".") for path in modules) if dot and kind in _PACKED
-    }
-    allowed = next((one for one in VLLM_RANKS if one >= rank), None)
-    vllm: Mapping[str, Any] | None = None
-    if not extra and allowed is not None:
-        arguments = ["--enable-lora", "--max-lora-rank", str(allowed), "--lora-target-modules", *sorted({*modules, *packed})]
-        vllm = {"max_lora_rank": allowed, "arguments": arguments}
-    return {"format": 1, "base_model": base, "modules": modules, "largest_rank": rank, "vllm": vllm}

@@ -1,0 +1,79 @@
+"""The ``serving-check`` command: do adapters give in vLLM what they give in PEFT?"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gatewise.adapters.data_options import DataOptions
+from gatewise.cli.options import JsonOption, takes_data_options
+
+if TYPE_CHECKING:
+    from gatewise.serving.checking import Checked, Match
+
+DIFFERS = 1
+
+
+@takes_data_options(leave_out="limit")
+def serving_check(
+    adapters: Annotated[
+        list[Path], typer.Argument(help="The folders of LoRA adapters of one base, compressed or not.", show_default=False)
+    ],
+    data: Annotated[str, typer.Option(help="Rows to take prompts from: a file, sample:NAME or a data set.", show_default=False)],
+    options: DataOptions,
+    settings: Annotated[
+        Path | None, typer.Option(help="A serving.json. [default: what the adapters' own say together]", show_default=False)
+    ] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="The Python of an environment that has vLLM. [default: this one]", show_default=False)
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="The first rows that are answered.", min=1)] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens written after each prompt.", min=1)] = 16,
+    dtype: Annotated[str, typer.Option(help="Of the base model on both sides: float32 or bfloat16.")] = "float32",
+    tolerance: Annotated[float, typer.Option(help="How far log-probabilities may differ, in nats.", min=0.0)] = 1e-3,
+    as_json: JsonOption = False,
+) -> None:
+    """Start vLLM as serving.json says, and compare its greedy answers with PEFT's, unmerged and merged.
+
+    vLLM leaves out the LoRA of modules that it is not told of, or that it calls by another name, and says nothing. Exit code 1 says
+    that an answer differs, or that the prompts could not have shown it. In bfloat16 give a tolerance such as 0.2.
+
+    \b
+    Examples:
+      gatewise serving-check small --data dev.jsonl --python .venv-serve/bin/python
+      gatewise serving-check together/one together/two --data dev.jsonl --settings together/serving.json
+    """
+    from gatewise.serving.checking import check_in_vllm
+
+    found = check_in_vllm(
+        adapters, data, options=options, settings=settings, python=python or sys.executable, prompts=prompts, tokens=tokens,
+        dtype=dtype, tolerance=tolerance, say=lambda text: typer.echo(text, err=True),
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps([{**asdict(one), "adapter": str(one.adapter), "holds": one.holds} for one in found]))
+    else:
+        for one in found:
+            typer.echo(line_of(one))
+    if not all(one.holds for one in found):
+        raise typer.Exit(DIFFERS)
+
+
+def line_of(one: "Checked") -> str:
+    """An adapter's answers in a line, and why it does not hold if it does not."""
+    sides = [f"{_told(one.unmerged)} as in PEFT"]
+    sides.append("not merged" if one.merged is None else f"{_told(one.merged)} as merged")
+    line = f"{one.adapter.name}: vLLM {one.vllm} chose {', '.join(sides)}; without the adapter {_told(one.without)}"
+    if one.holds:
+        return line
+    if one.without.holds:
+        return f"{line}. CANNOT TELL: the adapter changes nothing that these prompts show, give others"
+    if not one.base.holds:
+        return f"{line}. DIFFERS: and so does the base model without an adapter ({_told(one.base)})"
+    return f"{line}. DIFFERS: vLLM calls some modules by other names than the settings do, or the adapter is not what it serves"
+
+
+def _told(match: "Match") -> str:
+    return f"{match.same} of {match.compared} tokens (log-probabilities within {match.difference:.1g})"

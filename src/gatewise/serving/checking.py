@@ -1,0 +1,246 @@
+"""Does vLLM, with the settings that ``serving.json`` gives, answer as PEFT does? Greedy tokens and their log-probabilities.
+
+Where a module is not among ``--lora-target-modules``, or has another name in vLLM, vLLM leaves its LoRA out and says nothing.
+So vLLM answers prompts, and PEFT, with the adapter unmerged and merged, says of each token whether it would have written it there.
+If it would at every position, its own greedy answers are the same.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig
+
+from gatewise.adapters.data_options import DataOptions
+from gatewise.adapters.files import CONFIG_FILE, read_config, read_lora
+from gatewise.adapters.loading import load_adapter, read_data
+from gatewise.errors import GatewiseError, reason_of
+from gatewise.models.cache import resolve
+from gatewise.models.loading import load_tokenizer
+from gatewise.serving import vllm_process
+from gatewise.serving.engines import SERVING_FILE, serving_settings, settings_together
+from gatewise.tasks.encoding import prompt_ids
+
+TOLERANCE = 1e-3
+"""In nats: what rounding in float32 stays well below, 30 layers deep."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """How alike vLLM and another model are on the same prompts, token by token of vLLM's answers.
+
+    Attributes:
+        same: tokens that the other model would have written too. Where it finds another one as likely, as far as the tolerance
+            goes, either is right.
+        compared: tokens in all.
+        difference: of their log-probabilities, the largest, in nats.
+        holds: all are the same, and no log-probability differs by more than the tolerance.
+    """
+
+    same: int
+    compared: int
+    difference: float
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An adapter in vLLM.
+
+    Attributes:
+        adapter: its folder.
+        vllm: the version.
+        unmerged, merged: vLLM beside PEFT; None for an adapter that PEFT cannot merge.
+        base: vLLM without the adapter beside the base model in Transformers.
+        without: vLLM without the adapter beside PEFT with it. Where that holds, these prompts cannot tell.
+    """
+
+    adapter: Path
+    vllm: str
+    unmerged: Match
+    merged: Match | None
+    base: Match
+    without: Match
+
+    @property
+    def holds(self) -> bool:
+        """Whether vLLM answers as PEFT does, and would not without the adapter."""
+        return self.unmerged.holds and (self.merged is None or self.merged.holds) and not self.without.holds
+
+
+def check_in_vllm(
+    adapters: Sequence[str | Path],
+    data: str,
+    *,
+    options: DataOptions = DataOptions(),
+    settings: str | Path | None = None,
+    python: str | Path = sys.executable,
+    prompts: int = 8,
+    tokens: int = 16,
+    dtype: str = "float32",
+    tolerance: float = TOLERANCE,
+    say: Callable[[str], None] | None = None,
+) -> list[Checked]:
+    """Answers prompts with LoRA adapters in PEFT and in vLLM, with the settings that were written for vLLM.
+
+    All adapters are in one engine, and their rows in one batch.
+
+    Args:
+        adapters: their folders, of one base. Any plain LoRA adapter, compressed or not.
+        data: where the first ``prompts`` rows are taken from.
+        options: how to read the data, and where PEFT runs; vLLM chooses by itself.
+        settings: a ``serving.json``; by default what the adapters' own say together, and for those that have none what
+            ``compress`` would write.
+        python: of an environment that has vLLM; gatewise need not be there.
+        tokens: that are written after each prompt.
+        dtype: of the base model on both sides.
+        tolerance: of log-probabilities, in nats. In half precision the two sides round differently, so that it has to be larger.
+        say: told in a line what happens now.
+
+    Raises:
+        GatewiseError: an adapter cannot be loaded, or is none that vLLM serves; there is no vLLM, or it refuses settings or
+            adapters.
+    """
+    say = say or (lambda _: None)
+    if dtype not in ("float32", "bfloat16"):
+        raise GatewiseError(f"dtype {dtype!r} is not known; expected float32 or bfloat16")
+    folders = [Path(one).resolve() for one in adapters]
+    base = _common_base(folders, options.base)
+    prompted = [_prompts(folder, base, data, replace(options, limit=prompts), tokens) for folder in folders]
+    served = _settings_of(folders, base, settings)["vllm"]
+    if served is None:
+        raise GatewiseError(
+            f"vLLM does not serve this: {SERVING_FILE} has no settings for it (DoRA, biases, modules that were trained as a whole, "
+            "or too large a rank)"
+        )
+    say(f"answering {prompts} prompts in vLLM")
+    arguments = [
+        "--model", resolve(base), "--dtype", dtype, "--enforce-eager", "--max-loras", str(len(folders)),
+        "--max-model-len", str(tokens + max(len(ids) for one in prompted for ids in one)), *served["arguments"],
+    ]  # fmt: skip
+    rows = [{"prompt": ids, "adapter": str(folder)} for folder, one in zip(folders, prompted, strict=True) for ids in one]
+    # Base rows are a batch of their own: beside rows with LoRA they get an adapter in vLLM 0.32 without GPU.
+    batches = [rows, [{**row, "adapter": None} for row in rows]]
+    found = run_vllm(python, {"arguments": arguments, "tokens": tokens, "batches": batches})
+    written, bare = (batch["rows"] for batch in found["batches"])
+    checked = []
+    for folder, asked in zip(folders, prompted, strict=True):
+        say(f"{folder.name}: comparing with PEFT")
+        model, _, _ = load_adapter(folder, base=base, dtype=dtype, device=options.device)
+        mine, written = written[: len(asked)], written[len(asked) :]
+        without, bare = bare[: len(asked)], bare[len(asked) :]
+        unmerged, told = _match(model, asked, mine, tolerance), _match(model, asked, without, tolerance)
+        with model.disable_adapter():
+            plain = _match(model, asked, without, tolerance)
+        merged = _match(model, asked, mine, tolerance) if _is_merged(model) else None
+        checked.append(Checked(folder, found["version"], unmerged, merged, plain, told))
+    return checked
+
+
+@torch.no_grad()
+def _match(model: PeftModel, prompts: Sequence[list[int]], answers: Sequence[Mapping[str, Any]], tolerance: float) -> Match:
+    same = compared = 0
+    difference = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        chosen, theirs = torch.tensor(answer["tokens"]), torch.tensor(answer["logprobs"])
+        ids = torch.tensor([[*prompt, *answer["tokens"]]], device=next(model.parameters()).device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+        ours = logits.log_softmax(-1)
+        likelihood = ours.gather(-1, chosen[:, None])[:, 0]
+        same += int((ours.max(-1).values - likelihood <= 2 * tolerance).sum())
+        compared += len(chosen)
+        difference = max(difference, float((likelihood - theirs).abs().max()))
+    return Match(same, compared, difference, same == compared and difference <= tolerance)
+
+
+def _common_base(folders: Sequence[Path], given: str | None) -> str:
+    if given is not None:
+        return given
+    bases = [read_config(folder).get("base_model_name_or_path") for folder in folders]
+    for folder, base in zip(folders, bases, strict=True):
+        if not base:
+            raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
+        if base != bases[0]:
+            raise GatewiseError(f"{folder} adapts {base}, but {folders[0]} adapts {bases[0]}: give adapters of one base")
+    return str(bases[0])
+
+
+def _prompts(folder: Path, base: str, data: str, options: DataOptions, tokens: int) -> list[list[int]]:
+    records, template, max_length = read_data(folder, data, options)
+    if template is None:
+        raise GatewiseError(f"{folder} is for classification: this check is for adapters that write text")
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base)
+    return prompt_ids(records, tokenizer, template, [max_length - tokens] * len(records), max_length)
+
+
+def _settings_of(folders: Sequence[Path], base: str, given: str | Path | None) -> dict[str, Any]:
+    if given is not None:
+        return _read_settings(Path(given))
+    found = []
+    for folder in folders:
+        if (folder / SERVING_FILE).is_file():
+            found.append(_read_settings(folder / SERVING_FILE))
+        elif read_config(folder).get("peft_type") == "LORA":
+            found.append(serving_settings(read_lora(folder), AutoConfig.from_pretrained(resolve(base)).model_type))
+        else:
+            raise GatewiseError(f"{folder} is no plain LoRA adapter, and vLLM serves no other")
+    return found[0] if len(found) == 1 else settings_together(found)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        assert read["vllm"] is None or isinstance(read["vllm"]["arguments"], list)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise GatewiseError(f"{path} is not what compress writes ({reason_of(error)}): compress again") from error
+    return read
+
+
+def _is_merged(model: PeftModel) -> bool:
+    with suppress(NotImplementedError, RuntimeError, TypeError, ValueError):  # layers that PEFT cannot merge
+        model.merge_adapter()
+        return True
+    return False
+
+
+def run_vllm(python: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs ``vllm_process.py``, where request and answer are described, by a Python that has vLLM.
+
+    Raises:
+        GatewiseError: there is no such Python, it has no vLLM, or vLLM ends with an error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered, log = (Path(folder) / name for name in ("request.json", "answer.json", "log"))
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        command = [str(python), str(Path(vllm_process.__file__)), str(asked), str(answered)]
+        try:
+            with log.open("wb") as stream:
+                code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+        except OSError as error:
+            raise GatewiseError(f"{python} could not be run ({reason_of(error)}): give the Python that has vLLM") from error
+        if code == vllm_process.NO_VLLM:
+            raise GatewiseError(f"{python} has no vLLM: give the Python of an environment that has it (--python)")
+        if code:
+            raise GatewiseError(f"vLLM ended with an error: {_reason_in(log.read_text(encoding='utf-8', errors='replace'))}")
+        found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+        return found
+
+
+# An error as Python prints it at the end of a traceback, after what vLLM's logger puts before a line.
+_ERROR = re.compile(r"(?:^|[\] ])((?:\w+\.)*\w*(?:Error|Exception)\b: ?.+)")
+
+
+def _reason_in(log: str) -> str:
+    """The first error of the log: the later ones say that a process that another one waits for is gone."""
+    errors = [found[1] for line in log.splitlines() if (found := _ERROR.search(line))]
+    lines = errors[:1] or log.strip().splitlines()[-1:] or ["it said nothing"]
+    return lines[0].strip()

@@ -1,0 +1,90 @@
+"""What vLLM is told of an adapter, against the names that its models have."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import EXPERTS, random_adapter, tiny_base
+
+from gatewise.adapters.files import LoraAdapter, LoraModule, read_lora
+from gatewise.serving.engines import serving_settings, settings_together
+
+
+def adapter(*paths: str, rank: int = 3, **others: Any) -> LoraAdapter:
+    modules = [
+        LoraModule(path, torch.ones(rank, 4), torch.ones(4, rank), ("a", "b"), 1.0, 1, False, None, others) for path in paths
+    ]
+    return LoraAdapter({"base_model_name_or_path": "base"}, modules, {}, {})
+
+
+def named(model_type: str | None, *paths: str) -> set[str]:
+    told = serving_settings(adapter(*paths), model_type)
+    arguments = told["vllm"]["arguments"]
+    assert arguments[:3] == ["--enable-lora", "--max-lora-rank", "8"]
+    assert arguments[3] == "--lora-target-modules"
+    return set(arguments[4:])
+
+
+QUERY, DOWN = "layers.3.self_attn.q_proj", "layers.0.mlp.down_proj"
+PACKED = "layers.3.self_attn.qkv_proj"
+
+
+def test_a_packed_module_is_named_beside_its_part() -> None:
+    assert named("llama", f"model.{QUERY}", f"model.{DOWN}") == {f"model.{QUERY}", f"model.{PACKED}", f"model.{DOWN}"}
+    linear = "model.layers.1.linear_attn"
+    assert f"{linear}.in_proj_qkvz" in named("qwen3_5_text", f"{linear}.in_proj_z")
+
+
+def test_the_layers_of_a_model_that_reads_images_lie_deeper_in_vllm() -> None:
+    inner = {f"language_model.model.{QUERY}", f"language_model.model.{PACKED}"}
+    assert named("gemma3", f"model.language_model.{QUERY}") == inner
+    # A text model that is a part of one: served as itself, or as the whole.
+    assert named("gemma3_text", f"model.{QUERY}") == {f"model.{QUERY}", f"model.{PACKED}", *inner}
+
+
+def test_what_reads_the_images_does_not_widen_the_rest() -> None:
+    """By kind, q_proj would be that of every layer of the decoder too."""
+    tower = "vision_tower.encoder.layers.0.self_attn"
+    assert named("gemma3", f"model.{tower}.q_proj") == {f"{tower}.q_proj", f"{tower}.qkv_proj"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path", "kind"),
+    [
+        ("gpt_oss", f"model.{QUERY}", "q_proj"),  # self_attn is attn in vLLM
+        (None, f"model.{DOWN}", "down_proj"),
+        ("gpt2", "transformer.h.0.attn.c_attn", "c_attn"),
+        ("llama", "lm_head", "lm_head"),
+        ("llava", "model.multi_modal_projector.linear_1", "linear_1"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.7.up_proj", "experts"),
+    ],
+)
+def test_where_the_names_are_not_known_kinds_are_given(model_type: str | None, path: str, kind: str) -> None:
+    assert named(model_type, path) == {kind}
+
+
+def test_stacked_experts_are_one_module(tmp_path: Path) -> None:
+    config: Any = LoraConfig(r=3, **EXPERTS)
+    random_adapter(get_peft_model(tiny_base("qwen3_moe"), config)).save_pretrained(str(tmp_path))
+    told = serving_settings(read_lora(tmp_path), "qwen3_moe")
+    assert told["largest_rank"] == 3
+    assert set(told["vllm"]["arguments"][4:]) == {"experts", "q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)])
+def test_the_smallest_rank_that_vllm_allows(rank: int, allowed: int | None) -> None:
+    told = serving_settings(adapter(f"model.{DOWN}", rank=rank), "llama")
+    assert (told["vllm"] and told["vllm"]["max_lora_rank"]) == allowed
+
+
+def test_several_adapters_need_the_union_and_the_largest_rank() -> None:
+    one, two = (serving_settings(adapter(f"model.{path}", rank=rank), "llama") for path, rank in ((QUERY, 3), (DOWN, 12)))
+    both = settings_together([one, two])
+    assert both["modules"] == sorted([f"model.{QUERY}", f"model.{DOWN}"])
+    assert both["vllm"]["max_lora_rank"] == 16
+    assert set(both["vllm"]["arguments"][4:]) == {f"model.{QUERY}", f"model.{PACKED}", f"model.{DOWN}"}
+    bad = serving_settings(adapter(f"model.{DOWN}", magnitude=torch.ones(4)), "llama")
+    assert bad["vllm"] is None
+    assert settings_together([one, bad])["vllm"] is None
