@@ -45,7 +45,7 @@ def refit(model: nn.Module, batch: Batch, adapter: str | None = None, steps: int
 
     The factors start at one and are trained by Adam on the mean cross-entropy of three quarters of the rows of a batch (b, t).
     Those of the step with the least loss on the last quarter are taken; that may be none, for a few rows are soon learned by heart.
-    It ends when three steps have brought nothing there. On MiniLM 8 steps at 0.05 gain what 20 at 0.02 do.
+    On MiniLM 8 steps at 0.05 gain what 20 at 0.02 do.
 
     Returns:
         The steps taken.
@@ -68,8 +68,6 @@ def refit(model: nn.Module, batch: Batch, adapter: str | None = None, steps: int
             loss = check.loss(model)
             if loss < least:
                 best, least, at = {path: leaf.detach().clone() for path, leaf in leaves.items()}, loss, step
-            elif step - at == 3:
-                break
         for path, layer in gates.layers.items():
             rows_of_a, columns = by_slot(layer, gates.adapter, *(factor.detach() for factor in factors(layer, gates.adapter)))
             set_slots(layer, gates.adapter, rows_of_a.clone(), columns * best[path][:, None].to(columns.dtype))
