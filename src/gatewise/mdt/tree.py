@@ -153,6 +153,15 @@ class DecisionTree(BaseModel):
         return tuple(dict.fromkeys(triple for node in self.nodes for triple in node.triples))
 
     @property
+    def facts(self) -> tuple[Triple, ...]:
+        """What has to be known to walk the tree: the triples of its conditions, of those with one :attr:`Triple.key` the first."""
+        conditions = (triple for node in self.nodes if node.is_condition for triple in node.triples)
+        first: dict[tuple[str, str, str], Triple] = {}
+        for triple in conditions:
+            first.setdefault(triple.key, triple)
+        return tuple(first.values())
+
+    @property
     def language(self) -> Language:
         """The language of the relations' names; English for a tree without a triple."""
         return language_of(self.triples[0].relation) if self.triples else "en"

@@ -14,6 +14,7 @@ from mdt_trees import TEXT, gout, node, triple
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
+from gatewise.mdt.formats.views import FORMATS
 
 Gatewise = Callable[..., Any]
 
@@ -46,7 +47,7 @@ def test_show_prints_the_outline(gatewise: Gatewise) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html", "fhir"])
+@pytest.mark.parametrize("format", list(FORMATS))
 def test_show_writes_every_format(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
     if format == "fhir":
         pytest.importorskip("fhir.resources")
@@ -56,6 +57,24 @@ def test_show_writes_every_format(gatewise: Gatewise, tmp_path: Path, format: st
     content = (tmp_path / "made" / "tree").read_text(encoding="utf-8")
     assert content == gatewise("show", "sample:guidelines", "--record", 3, "-f", format).stdout
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["tree"]
+
+
+def test_what_a_format_cannot_say_is_said_beside_it(gatewise: Gatewise, tmp_path: Path) -> None:
+    for record, format, said in ((1, "dmn", "joined by 'or'"), (28, "fhir-r4", "begins with a negation")):
+        result = gatewise("show", "sample:guidelines", "--record", record, "--format", format, "--out", "made")
+        assert result.exit_code == 0, result.output
+        assert result.stderr.startswith(f"note: record {record}, node")
+        assert said in result.stderr
+        assert said in (tmp_path / "made").read_text(encoding="utf-8")
+    assert gatewise("show", "sample:guidelines", "--record", 1, "--format", "fhir-r5").stderr == ""
+
+
+def test_a_workbook_needs_a_file(gatewise: Gatewise, tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl")
+    assert_refused(gatewise("show", "good.json", "--format", "dak"), "name a file with --out")
+    result = gatewise("show", "good.json", "--format", "dak", "--out", "trees.xlsx")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "trees.xlsx").read_bytes()[:2] == b"PK"
 
 
 def test_show_of_several_as_svg_fills_a_folder(gatewise: Gatewise, tmp_path: Path) -> None:
@@ -245,7 +264,7 @@ def test_other_keys_that_are_nested_deep(gatewise: Gatewise, tmp_path: Path, lev
             assert "record 1: its other keys are nested deeper than 200 levels" in result.stderr
 
 
-@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html", "fhir"])
+@pytest.mark.parametrize("format", list(FORMATS))
 def test_a_terminal_is_told_nothing_by_a_tree(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
     """Control characters of a file, which could colour, clear or rewrite what stands on a terminal, are not printed."""
     if format == "fhir":

@@ -45,7 +45,7 @@ def assert_refused(result: Any, *said: str) -> None:
         assert text in last
 
 
-@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html", "fhir"])
+@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html", "fhir", "fhir-r4", "dmn"])
 def test_extract_gives_every_format(gatewise: Gatewise, format: str) -> None:
     if format == "fhir":
         pytest.importorskip("fhir.resources")

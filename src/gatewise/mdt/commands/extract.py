@@ -22,7 +22,7 @@ from gatewise.mdt.commands.model import (
     loaded,
 )
 from gatewise.mdt.commands.passages import CharactersOption, DoclingOption, PopulationOption
-from gatewise.mdt.commands.trees import Format, OutOption, check_place, check_target, give, say, with_plans
+from gatewise.mdt.commands.trees import Format, OutOption, check_format, check_place, check_target, give, say, with_plans
 
 if TYPE_CHECKING:
     from gatewise.mdt.records import TreeRecord
@@ -68,12 +68,10 @@ def extract(
     """
     from gatewise.files import is_special
     from gatewise.mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
-    from gatewise.mdt.formats import fhir
     from gatewise.mdt.formats.views import ONE_TREE
 
     check_ways(free, verbatim, level, pipeline)
-    if format == Format.fhir:
-        fhir.check_available()
+    check_format(format, out)
     check_target(out, files)
     batch = Batch()
     named: Any = language.value if language else None

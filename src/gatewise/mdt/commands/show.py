@@ -5,7 +5,18 @@ from typing import Annotated
 import typer
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.commands.trees import Format, OutOption, RepairOption, check_target, chosen, give, read_file, say, with_plans
+from gatewise.mdt.commands.trees import (
+    Format,
+    OutOption,
+    RepairOption,
+    check_format,
+    check_target,
+    chosen,
+    give,
+    read_file,
+    say,
+    with_plans,
+)
 
 
 def show(
@@ -15,7 +26,10 @@ def show(
     out: OutOption = None,
     repair: RepairOption = False,
 ) -> None:
-    """Show trees as text, JSON, Mermaid, SVG, one HTML page, or FHIR R5.
+    """Show trees as text, JSON, Mermaid, SVG, one HTML page, or FHIR R5; or export them for systems that run them.
+
+    Systems run fhir-r4 and fhir-r5 (PlanDefinition with CQL), dmn (decision tables, DMN 1.3) and dak (WHO's workbooks, with --out).
+    What one of them cannot say is said in a note.
 
     A record with a fault does not stop the others; what failed is said at the end, and the exit code is then 2.
 
@@ -24,11 +38,9 @@ def show(
       gatewise mdt show sample:guidelines --record 3
       gatewise mdt show trees.json --record 3 --format html --out tree.html
       gatewise mdt show trees.json --format svg --out drawings
+      gatewise mdt show trees.json --format fhir-r4 --out bundle.json
     """
-    from gatewise.mdt.formats import fhir
-
-    if format == Format.fhir:
-        fhir.check_available()
+    check_format(format, out)
     check_target(out, [file])
     read = read_file(file, repair)
     faults = dict(read.faults)

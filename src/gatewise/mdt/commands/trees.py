@@ -36,6 +36,10 @@ class Format(StrEnum):
     svg = "svg"
     html = "html"
     fhir = "fhir"
+    fhir_r4 = "fhir-r4"
+    fhir_r5 = "fhir-r5"
+    dmn = "dmn"
+    dak = "dak"
 
 
 def read_file(file: str, repair: bool) -> "TreeFile":
@@ -71,6 +75,22 @@ def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:
     for one in inputs if out is not None and os.path.isfile(out) else ():
         if os.path.exists(one) and os.path.samefile(one, out):  # type: ignore[arg-type]
             raise GatewiseError(f"--out {out} is what is read, and would be lost: give another path")
+
+
+def check_format(format: Format, out: Path | None) -> None:
+    """Refuses before any work a format that cannot be made, or not be printed.
+
+    Raises:
+        GatewiseError: the library that the format needs is missing, or a workbook has no file to go to.
+    """
+    from gatewise.mdt.formats import fhir, tables
+
+    if format == Format.fhir:
+        fhir.check_available()
+    if format == Format.dak:
+        tables.check_workbooks()
+        if out is None:
+            raise GatewiseError("the format dak is a workbook, which cannot be printed: name a file with --out, such as trees.xlsx")
 
 
 def check_place(format: Format, out: Path | None, several: bool) -> None:
@@ -111,8 +131,10 @@ def give(records: "Sequence[TreeRecord]", format: Format, out: Path | None, seve
         GatewiseError: the place cannot be written, or the format cannot show the trees.
     """
     from gatewise.files import whole_folder
-    from gatewise.mdt.formats.views import FORMATS, ONE_TREE, render, write_view
+    from gatewise.mdt.formats.views import FORMATS, ONE_TREE, notes_of, render, write_view
 
+    for note in notes_of(records, format):
+        say(f"note: {note}", err=True)
     if several and format in ONE_TREE:
         if out is None:
             which = f"name one of these {len(records)} with --record, or a new folder with --out"

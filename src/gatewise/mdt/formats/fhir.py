@@ -29,35 +29,24 @@ def plan_of(record: TreeRecord) -> dict[str, Any]:
         GatewiseError: fhir.resources is not installed (the extra ``mdt``), or it refuses the resource, such as one of more than
             about 50 levels.
     """
-    tree, text = record.tree, _clean(record.text)
-    about = _clean(record.population) or (tree.triples[0].subject if tree.triples else "")
+    tree = record.tree
+    about = clean(record.population) or (tree.triples[0].subject if tree.triples else "")
     plan: dict[str, Any] = {
         "resourceType": "PlanDefinition",
         "language": tree.language,
         "name": f"DecisionTree{record.number}",
-        "title": _clean(about) or "Decision tree",
+        "title": clean(about) or "Decision tree",
         "type": {"coding": [{"system": _TYPE, "code": "clinical-protocol", "display": "Clinical Protocol"}]},
         "status": "draft",
         "experimental": True,
-        "description": _clean("\n\n".join([NOTICE, *(f"Warning of the extraction: {one}" for one in record.warnings)])),
+        "description": description_of(record),
         "purpose": "To show the decisions that the source text describes, for review.",
         "usage": NOTICE,
         "action": [_root_action(record)],
     }
     if about:
-        plan["subjectCodeableConcept"] = {"text": _clean(about)}
-    if text.strip():
-        data = base64.b64encode(text.encode()).decode()
-        plan["relatedArtifact"] = [
-            {
-                "type": "documentation",
-                "label": "source",
-                "display": "Source text",
-                "citation": text,
-                "document": {"contentType": "text/plain; charset=utf-8", "data": data},
-            }
-        ]
-    return _validated("PlanDefinition", plan)
+        plan["subjectCodeableConcept"] = {"text": clean(about)}
+    return _validated("PlanDefinition", plan | source_of(record))
 
 
 def bundle_of(records: Sequence[TreeRecord]) -> dict[str, Any]:
@@ -116,7 +105,7 @@ def _root_action(record: TreeRecord) -> dict[str, Any]:
 
 
 def _condition(node: Node, i: int, record: TreeRecord, children: list[dict[str, Any]]) -> dict[str, Any]:
-    words = _clean(joined_words(node))
+    words = clean(joined_words(node))
     sides = []
     for side, child, expression in (("true", children[0], words), ("false", children[1], f"not ({words})")):
         sides.append(
@@ -137,7 +126,7 @@ def _condition(node: Node, i: int, record: TreeRecord, children: list[dict[str, 
         "title": f"Condition: {words}",
         "groupingBehavior": "logical-group",
         "selectionBehavior": "exactly-one",
-        **_documentation(node.triples, record),
+        **documentation_of(node.triples, record),
         "action": sides,
     }
 
@@ -147,12 +136,12 @@ def _decision(node: Node, i: int, record: TreeRecord) -> dict[str, Any]:
     if node.is_empty:
         return {"linkId": link, "title": "No recommendation", "description": "The source text recommends nothing for this case."}
     actions = [
-        {"linkId": f"{link}-{number}", "title": _clean(_order(triple)), **_documentation([triple], record)}
+        {"linkId": f"{link}-{number}", "title": clean(_order(triple)), **documentation_of([triple], record)}
         for number, triple in enumerate(node.triples, start=1)
     ]
     return {
         "linkId": link,
-        "title": f"Decision: {_clean(joined_words(node))}",
+        "title": f"Decision: {clean(joined_words(node))}",
         "groupingBehavior": "logical-group",
         "selectionBehavior": "one-or-more" if node.logical_rel == "or" else "all",
         "action": actions,
@@ -165,19 +154,41 @@ def _order(triple: Triple) -> str:
     return f"{triple.object} ({triple.relation}; {triple.subject})"
 
 
-def _documentation(triples: Sequence[Triple], record: TreeRecord) -> dict[str, Any]:
-    """The phrases of the source text on which triples rest."""
+def description_of(record: TreeRecord, notes: Sequence[str] = ()) -> str:
+    """The notice, the warnings of the extraction, and notes about the export."""
+    warnings = [f"Warning of the extraction: {one}" for one in record.warnings]
+    return clean("\n\n".join([NOTICE, *warnings, *(f"Note of the export: {one}" for one in notes)]))
+
+
+def source_of(record: TreeRecord) -> dict[str, Any]:
+    """The text as the ``relatedArtifact`` of a resource; nothing where there is none."""
+    text = clean(record.text)
+    if not text.strip():
+        return {}
+    document = {"contentType": "text/plain; charset=utf-8", "data": encoded(text)}
+    source = {"type": "documentation", "label": "source", "display": "Source text", "citation": text, "document": document}
+    return {"relatedArtifact": [source]}
+
+
+def documentation_of(triples: Sequence[Triple], record: TreeRecord) -> dict[str, Any]:
+    """The phrases of the source text on which triples rest, as the ``documentation`` of an action."""
     phrases: dict[str, None] = {}
     for triple in triples:
         spans = locate(record.text, triple)
         for name, part, span in (("subject", triple.subject, spans.subject), ("object", triple.object, spans.object)):
             if span is not None:
                 quoted = record.text[span.start : span.end]
-                phrases[f"source text, characters {span.start + 1} to {span.end}: {_clean(quoted)}"] = None
+                phrases[f"source text, characters {span.start + 1} to {span.end}: {clean(quoted)}"] = None
             elif record.text.strip():
-                phrases[f"{name} not in the source text: {_clean(part)}"] = None
+                phrases[f"{name} not in the source text: {clean(part)}"] = None
     return {"documentation": [{"type": "documentation", "display": phrase} for phrase in phrases]} if phrases else {}
 
 
-def _clean(text: str) -> str:
+def encoded(text: str) -> str:
+    """A text as the data of an attachment."""
+    return base64.b64encode(text.encode()).decode()
+
+
+def clean(text: str) -> str:
+    """A text as FHIR may hold it."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

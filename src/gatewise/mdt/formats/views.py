@@ -1,4 +1,4 @@
-"""Trees as people look at them and hand them on: text, JSON, Mermaid, SVG, HTML, FHIR. Each asks for review by a clinician."""
+"""Trees as people look at them, hand them on and run them. Each format asks for review by a clinician."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file
+from gatewise.mdt.formats import cpg, tables
 from gatewise.mdt.formats.fhir import bundle_of
 from gatewise.mdt.formats.mermaid import mermaid_of
 from gatewise.mdt.formats.page import page_of
@@ -17,7 +18,20 @@ from gatewise.mdt.outline import escaped
 from gatewise.mdt.records import TreeRecord, outlines_of
 from gatewise.mdt.spans import Span, absent_triples, locate_tree
 
-FORMATS = {"text": ".txt", "json": ".json", "mermaid": ".mmd", "svg": ".svg", "html": ".html", "fhir": ".json"}
+FORMATS = {
+    "text": ".txt",
+    "json": ".json",
+    "mermaid": ".mmd",
+    "svg": ".svg",
+    "html": ".html",
+    "fhir": ".json",
+    "fhir-r4": ".r4.json",
+    "fhir-r5": ".r5.json",
+    "dmn": ".dmn",
+}
+"""Formats that are one text, with the suffix of a file."""
+WORKBOOKS = {"dak": ".xlsx"}
+"""Formats that are no text, and can only be written."""
 ONE_TREE = {"mermaid": "a Mermaid chart", "svg": "an SVG"}
 """Formats that show one tree, with what messages call them."""
 NOTICE = "Needs review by a clinician. Not medical advice."
@@ -28,15 +42,15 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
 
     Args:
         format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number: "json" and "text" can be read
-            back by :func:`gatewise.mdt.read_trees`, "fhir" makes a Bundle of several.
+            back by :func:`gatewise.mdt.read_trees`, "fhir" makes a Bundle of several. :func:`notes_of` says what "fhir-r4",
+            "fhir-r5" and "dmn" cannot hold.
 
     Raises:
-        GatewiseError: there is no record, the format is unknown or cannot hold several, or fhir.resources is missing.
+        GatewiseError: there is no record, the format is unknown, no text or cannot hold several, or fhir.resources is missing.
     """
-    if format not in FORMATS:
-        raise GatewiseError(f"the format is {format!r}: expected one of {', '.join(FORMATS)}")
-    if not records:
-        raise GatewiseError("there is no tree to show: give at least one record")
+    _check(records, format)
+    if format in WORKBOOKS:
+        raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file")
     if format in ONE_TREE and len(records) > 1:
         raise GatewiseError(f"{ONE_TREE[format]} shows one tree, but {len(records)} were given: name one of them")
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
@@ -46,19 +60,36 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
         "svg": lambda records: drawing_of(records[0].tree, records[0].text, warnings=records[0].warnings).svg,
         "html": page_of,
         "fhir": lambda records: _json(bundle_of(records)),
+        "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),
+        "fhir-r5": lambda records: _json(cpg.bundle_of(records, "R5")),
+        "dmn": tables.dmn_of,
     }
     return makers[format](records)
 
 
+def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
+    """What a format cannot say as the trees do, a sentence each, with the record's number. What is made of them says it, too."""
+    notes = {"fhir-r4": cpg.notes_of, "fhir-r5": cpg.notes_of, "dmn": tables.notes_of, "dak": tables.notes_of}.get(format)
+    return [f"record {record.number}, {note}" for record in records for note in notes(record)] if notes else []
+
+
+def _check(records: Sequence[TreeRecord], format: str) -> None:
+    if format not in {**FORMATS, **WORKBOOKS}:
+        raise GatewiseError(f"the format is {format!r}: expected one of {', '.join([*FORMATS, *WORKBOOKS])}")
+    if not records:
+        raise GatewiseError("there is no tree to show: give at least one record")
+
+
 def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> Path:
-    """Writes what :func:`render` gives, whole or not at all.
+    """Writes what :func:`render` gives, or the workbook "dak", whole or not at all.
 
     Raises:
-        GatewiseError: as :func:`render`, or the place cannot be written.
+        GatewiseError: as :func:`render`, openpyxl is missing, or the place cannot be written.
     """
-    content = render(records, format)
+    _check(records, format)
+    content = tables.dak_of(records) if format in WORKBOOKS else render(records, format).encode()
     with whole_file(path) as part:
-        part.write_text(content, encoding="utf-8", newline="\n")
+        part.write_bytes(content)
     return Path(path)
 
 

@@ -1,0 +1,245 @@
+"""A decision tree that a FHIR system runs, in R4 or R5, in the way of CPG-on-FHIR (https://hl7.org/fhir/uv/cpg/).
+
+A Bundle holds three kinds of resources for each record:
+
+- a ``Library`` with CQL: a Boolean parameter and a ``define`` for each fact (a triple of a condition), and for each condition one
+  ``define`` that joins them and one that is its ``not``. It runs as it is, with the facts given as parameters; who codes a fact
+  replaces the parameter in its ``define`` by a query.
+- a ``PlanDefinition``: each branch of a condition is an action that applies under one of these two, by its name
+  (``text/cql-identifier``). Branches are inside each other as in the tree. What recommends nothing has no action.
+- an ``ActivityDefinition`` for each order of a decision: a drug with its doses, a measure, or a drug with ``doNotPerform``.
+
+The resources name the profiles of FHIR itself (such as ``shareableplandefinition``). Those of CPG narrow them further, and are not
+claimed. Everything is a draft; populations and drugs are words without codes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from gatewise.mdt.formats.fhir import NOTICE, clean, description_of, documentation_of, encoded, source_of
+from gatewise.mdt.formats.orders import Order, order_words, orders_of
+from gatewise.mdt.formats.svg import main_subject
+from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.tree import DecisionTree, Node, joined_words
+
+Release = Literal["R4", "R5"]
+BASE = "http://example.org/fhir"
+"""What the canonical addresses begin with; who publishes the resources puts their own in its place."""
+_VERSIONS = {"R4": "4.0.1", "R5": "5.0.0"}
+_PROFILES = "http://hl7.org/fhir/StructureDefinition/"
+_PUBLISHER = "gatewise (a draft, not published)"
+_COMMENT = """\
+// Needs review by a clinician before any use. Drafted from a text by software; not medical advice.
+// A fact is given as a parameter. To read it from a record, put a query in place of the parameter in its define.
+"""
+
+
+def bundle_of(records: Sequence[TreeRecord], release: Release) -> dict[str, Any]:
+    """A ``Bundle`` of type collection with the resources of the records."""
+    entries = []
+    for record, name in zip(records, _names(records), strict=True):
+        for resource in _Resources(record, name, release).made():
+            entries.append({"fullUrl": resource["url"], "resource": resource})
+    return {"resourceType": "Bundle", "id": f"trees-{_hash(json.dumps(entries))}", "type": "collection", "entry": entries}
+
+
+def notes_of(record: TreeRecord) -> list[str]:
+    """What the resources of a record cannot say as the tree does, a sentence each."""
+    notes = []
+    if all(node.is_empty for node in record.tree.nodes if not node.is_condition):
+        notes.append("the tree recommends nothing, so the plan has no action")
+    for number, node in enumerate(record.tree.nodes, start=1):
+        if node.is_condition:
+            continue
+        orders = orders_of(node)
+        for order in orders:
+            if order.kind == "text":
+                notes.append(f"node {number}: {str(order.triple)!r} {order.why_text}; it is an action with this text and no more")
+        if node.logical_rel == "or" and len(orders) > 1 and any(order.kind == "avoid" for order in orders):
+            notes.append(
+                f"node {number}: its triples are joined by 'or'; prohibited drugs are none of the choices, but always hold"
+            )
+    return notes
+
+
+def library_of(tree: DecisionTree, name: str, version: str, release: Release) -> str:
+    """The CQL of a tree's conditions."""
+    facts = _facts(tree)
+    lines = [f"library {name} version '{version}'", "", _COMMENT, f"using FHIR version '{_VERSIONS[release]}'", ""]
+    lines += [f"parameter Fact{number} Boolean" for number, _ in facts.values()]
+    lines += ["", "context Patient"]
+    for number, words in facts.values():
+        lines += ["", f"define {words}:", f"  Fact{number}"]
+    for number, node in enumerate(tree.nodes, start=1):
+        if node.is_condition:
+            joined = f"\n    {node.logical_rel} ".join(facts[triple.key][1] for triple in node.triples)
+            lines += ["", f"define {_holds(number, True)}:", f"  {joined}"]
+            lines += ["", f"define {_holds(number, False)}:", f"  not {_holds(number, True)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(tree: DecisionTree) -> dict[tuple[str, str, str], tuple[int, str]]:
+    """For each fact its number and the identifier of its ``define``, by the key of the triple."""
+    return {fact.key: (number, _quoted(f"Fact {number}: {fact}")) for number, fact in enumerate(tree.facts, start=1)}
+
+
+def _holds(number: int, side: bool) -> str:
+    return f"Node{number}Holds" if side else f"Node{number}DoesNotHold"
+
+
+def _quoted(text: str) -> str:
+    """A quoted identifier of CQL."""
+    escaped = clean(text).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + escaped.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t") + '"'
+
+
+class _Resources:
+    """The resources of one record."""
+
+    def __init__(self, record: TreeRecord, name: str, release: Release) -> None:
+        self.record, self.tree, self.name, self.release = record, record.tree, name, release
+        # A number of the tree's content: another tree of the same text is another version. Larger is not later.
+        self.version = f"0.1.{int(_hash(json.dumps(self.tree.to_preorder()))[:7], 16)}"
+        about = clean(record.population or main_subject(self.tree))
+        self.title = about or "Decision tree"
+        focus = {"system": "http://terminology.hl7.org/CodeSystem/usage-context-type", "code": "focus", "display": "Clinical Focus"}
+        self.context = {"useContext": [{"code": focus, "valueCodeableConcept": {"text": about}}]} if about else {}
+        self.activities: dict[int, list[dict[str, Any]]] = {}
+
+    def made(self) -> Iterator[dict[str, Any]]:
+        plan = self._plan()
+        yield plan
+        yield self._library()
+        for number in sorted(self.activities):
+            yield from self.activities[number]
+
+    def _plan(self) -> dict[str, Any]:
+        plan = self._head("PlanDefinition", ("shareableplandefinition", "computableplandefinition"), self.name, self.title)
+        plan["type"] = _coded("plan-definition-type", "eca-rule")
+        plan["description"] = description_of(self.record, notes_of(self.record))
+        plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": NOTICE}
+        plan |= source_of(self.record) | {"library": [self._canonical("Library", self.name)]}
+        if (root := self._root()) is not None:
+            plan["action"] = [{**self._link("tree"), "title": self.title, **root}]
+        return plan
+
+    def _library(self) -> dict[str, Any]:
+        library = self._head("Library", ("shareablelibrary",), self.name, f"Conditions: {self.title}")
+        library["type"] = _coded("library-type", "logic-library")
+        library["description"] = NOTICE
+        parameters = [
+            {"name": f"Fact{number}", "use": "in", "min": 0, "max": "1", "documentation": clean(str(fact)), "type": "boolean"}
+            for number, fact in enumerate(self.tree.facts, start=1)
+        ]
+        if parameters:
+            library["parameter"] = parameters
+        cql = library_of(self.tree, self.name, self.version, self.release)
+        library["content"] = [{"contentType": "text/cql", "data": encoded(cql)}]
+        return library
+
+    def _root(self) -> dict[str, Any] | None:
+        """What is inside the action of the whole tree; None where it recommends nothing."""
+        made: dict[int, dict[str, Any] | None] = {}
+        for i in range(len(self.tree.nodes) - 1, -1, -1):  # children first, so that no depth is too deep
+            node, both = self.tree.nodes[i], self.tree.children[i]
+            if both is None:
+                made[i] = self._decision(node, i + 1)
+                continue
+            sides = [self._branch(i + 1, node, side, made.pop(child)) for side, child in zip((True, False), both, strict=True)]
+            made[i] = _group([one for one in sides if one is not None], "exactly-one" if all(sides) else "at-most-one")
+        return made[0]
+
+    def _branch(self, number: int, node: Node, side: bool, inside: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What is to be done when a condition holds, or when it does not. It is None where that is nothing."""
+        if inside is None:
+            return None
+        words = clean(joined_words(node))
+        words = words if side else f"not ({words})"
+        expression = {"description": words, "language": "text/cql-identifier", "expression": _holds(number, side)}
+        return {
+            **self._link(f"node-{number}-{'yes' if side else 'no'}"),
+            "title": f"If {words}",
+            **documentation_of(node.triples, self.record),
+            "condition": [{"kind": "applicability", "expression": expression}],
+            **inside,
+        }
+
+    def _decision(self, node: Node, number: int) -> dict[str, Any] | None:
+        orders = orders_of(node)
+        actions = [self._order(order, node.logical_rel, number, i) for i, order in enumerate(orders, start=1)]
+        if node.logical_rel != "or":
+            return _group(actions, "all")
+        # "Do not use A, or B" leaves no choice among what is not to be done.
+        choices = [action for action, order in zip(actions, orders, strict=True) if order.kind != "avoid"]
+        always = [action for action, order in zip(actions, orders, strict=True) if order.kind == "avoid"]
+        choice = _group(choices, "one-or-more")
+        if not always or choice is None:
+            return choice or _group(always, "all")
+        return _group([{**self._link(f"node-{number}-choice"), **choice}, *always], "all")
+
+    def _order(self, order: Order, join: str, number: int, place: int) -> dict[str, Any]:
+        title, link = clean(order_words(order, join)), f"node-{number}-order-{place}"
+        action = {**self._link(link), "title": title, **documentation_of((order.triple, *order.doses), self.record)}
+        if order.kind == "text":
+            return {**action, "textEquivalent": title}
+        name = f"{self.name}Node{number}Order{place}"
+        activity = self._head("ActivityDefinition", ("shareableactivitydefinition",), name, title)
+        activity |= {"description": NOTICE, **self.context}
+        what = {"text": clean(order.triple.object)}
+        if order.kind == "measure":
+            activity |= {"kind": "ServiceRequest", "code": what, "intent": "proposal"}
+        else:
+            activity |= {"kind": "MedicationRequest", "intent": "proposal"}
+            activity |= ({"doNotPerform": True} if order.kind == "avoid" else {}) | {"productCodeableConcept": what}
+            if order.doses:
+                # Several dosages of one activity would all be taken; what joins them can only be said in words.
+                activity["dosage"] = [{"text": clean(f" {join} ".join(dose.object for dose in order.doses))}]
+        self.activities.setdefault(number, []).append(activity)
+        return {**action, "definitionCanonical": self._canonical("ActivityDefinition", name)}
+
+    def _link(self, link: str) -> dict[str, Any]:
+        return {"id": link, "linkId": link} if self.release == "R5" else {"id": link}  # R4 has no linkId
+
+    def _canonical(self, kind: str, name: str) -> str:
+        return f"{BASE}/{kind}/{name}|{self.version}"
+
+    def _head(self, kind: str, profiles: Sequence[str], name: str, title: str) -> dict[str, Any]:
+        return {
+            "resourceType": kind,
+            "id": name,
+            "meta": {"profile": [_PROFILES + one for one in profiles]},
+            "language": self.tree.language,
+            "url": f"{BASE}/{kind}/{name}",
+            "version": self.version,
+            "name": name,
+            "title": title,
+            "status": "draft",
+            "experimental": True,
+            "publisher": _PUBLISHER,
+        }
+
+
+def _group(actions: list[dict[str, Any]], selection: str) -> dict[str, Any] | None:
+    if not actions:
+        return None
+    return {"groupingBehavior": "logical-group", "selectionBehavior": selection, "action": actions}
+
+
+def _coded(system: str, code: str) -> dict[str, Any]:
+    return {"coding": [{"system": f"http://terminology.hl7.org/CodeSystem/{system}", "code": code}]}
+
+
+def _names(records: Sequence[TreeRecord]) -> list[str]:
+    """A name for each record that its text decides, so that it stays when the tree is corrected; equal texts get a number."""
+    names: list[str] = []
+    for record in records:
+        name = f"Tree{_hash(record.text if record.text.strip() else json.dumps(record.tree.to_preorder()))}"
+        seen = sum(one == name or one.startswith(f"{name}No") for one in names)
+        names.append(f"{name}No{seen + 1}" if seen else name)
+    return names
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]

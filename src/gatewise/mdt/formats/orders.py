@@ -1,0 +1,69 @@
+"""What a decision asks a system to do: a drug with its doses, a drug that is not to be used, another measure, or plain text."""
+
+import re
+from typing import Literal, NamedTuple
+
+from gatewise.mdt.relations import relation_in
+from gatewise.mdt.tree import Node, Triple
+
+_DOSE = "dosage and administration"
+_KINDS: dict[str, Literal["drug", "avoid", "measure"]] = {
+    "drug therapy": "drug",
+    "prohibited drugs": "avoid",
+    "therapeutic schedule": "measure",
+}
+# An order of "no antibiotics" would be an order; only the relation says for certain that something is not to be done.
+_NEGATED = re.compile(
+    r"(?:do not|don['’]?t|no|not|never|neither|avoid|avoiding|without|contraindicated)\b|不|禁|勿|忌|避免|无需|无须", re.IGNORECASE
+)
+
+
+class Order(NamedTuple):
+    """One thing that a decision says.
+
+    Attributes:
+        triple: what it is about: the drug, the measure.
+        doses: of the drug, in the tree's order; what joins them is what joins the node.
+        why_text: why it is "text" and no order, for a note; else empty.
+    """
+
+    triple: Triple
+    kind: Literal["drug", "avoid", "measure", "text"]
+    doses: tuple[Triple, ...] = ()
+    why_text: str = ""
+
+
+def orders_of(node: Node) -> tuple[Order, ...]:
+    """The orders of a decision, in the order of its triples. A dose goes with the drug of the node that is its subject."""
+    drugs = {triple.key[2]: triple for triple in reversed(node.triples) if _kind(triple) == "avoid"}
+    drugs |= {triple.key[2]: triple for triple in reversed(node.triples) if _kind(triple) == "drug"}
+    doses: dict[Triple, list[Triple]] = {}
+    for triple in node.triples:
+        if _kind(triple) == "dose" and (drug := drugs.get(triple.key[0])) is not None:
+            doses.setdefault(drug, []).append(triple)
+    placed = {dose for several in doses.values() for dose in several}
+    return tuple(_order(triple, tuple(doses.get(triple, ()))) for triple in node.triples if triple not in placed)
+
+
+def _order(triple: Triple, doses: tuple[Triple, ...]) -> Order:
+    kind = _kind(triple)
+    if kind == "dose":
+        return Order(triple, "text", why_text="is a dose whose drug the decision does not name")
+    if kind == "fact":
+        return Order(triple, "text", why_text=f"is no order ({relation_in(triple.relation, 'en')})")
+    if kind != "avoid" and _NEGATED.match(triple.object):
+        return Order(triple, "text", doses, "begins with a negation, and only prohibited drugs are taken as something not to do")
+    return Order(triple, kind, doses)
+
+
+def _kind(triple: Triple) -> Literal["drug", "avoid", "measure", "dose", "fact"]:
+    relation = relation_in(triple.relation, "en")
+    return "dose" if relation == _DOSE else _KINDS.get(relation, "fact")
+
+
+def order_words(order: Order, join: str) -> str:
+    """An order on one line: what is done, or not to be done, the doses, then relation and subject."""
+    triple = order.triple
+    doses = f" {join} ".join(dose.object for dose in order.doses)
+    what = f"{triple.object}: {doses}" if doses else triple.object
+    return f"{'DO NOT USE: ' if order.kind == 'avoid' else ''}{what} ({triple.relation}; {triple.subject})"

@@ -1,0 +1,267 @@
+"""A decision tree as a decision table: DMN 1.3 (https://www.omg.org/spec/DMN/1.3) for engines, a workbook for WHO's DAKs.
+
+A column is a condition of the tree, a row one way from the root to a decision. Conditions that a way does not pass are left open,
+so that exactly one row applies (hit policy UNIQUE). In DMN a fact (a triple of a condition) is a Boolean input, ``tree_1_fact_2``,
+and a column the expression that joins facts. Where a fact that matters is not known (null), no row applies.
+
+Digital Adaptation Kits (DAKs) lay decision-support logic out as a sheet a decision: its ID, business rule and trigger, then inputs,
+output, action, annotations and references.
+"""
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt.formats.fhir import NOTICE
+from gatewise.mdt.formats.orders import order_words, orders_of
+from gatewise.mdt.formats.svg import main_subject
+from gatewise.mdt.formats.words import words_for
+from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.spans import locate
+from gatewise.mdt.tree import DecisionTree, Node, joined_words
+
+_DMN = "https://www.omg.org/spec/DMN/20191111/MODEL/"
+# What XML 1.0 has no way to write.
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_MOST_IN_A_CELL = 32_767  # Excel's limit; more would be cut without a word
+
+
+class Rule(NamedTuple):
+    """A way from the root to a decision.
+
+    Attributes:
+        answers: for each condition of the table whether it holds on this way; None where the way does not pass it.
+        leaf: the decision's position in the tree's pre-order, from 0.
+    """
+
+    answers: tuple[bool | None, ...]
+    leaf: int
+
+
+class Table(NamedTuple):
+    """A tree as a table.
+
+    Attributes:
+        conditions: their positions in the tree's pre-order, from 0.
+    """
+
+    conditions: tuple[int, ...]
+    rules: tuple[Rule, ...]
+
+
+def table_of(tree: DecisionTree) -> Table:
+    """The decision table of a tree; one without conditions has a single rule."""
+    conditions = tuple(i for i, node in enumerate(tree.nodes) if node.is_condition)
+    rules = []
+    to_do: list[tuple[int, dict[int, bool]]] = [(0, {})]
+    while to_do:
+        at, answers = to_do.pop()
+        if (both := tree.children[at]) is None:
+            rules.append(Rule(tuple(answers.get(i) for i in conditions), at))
+        else:
+            to_do += [(both[1], {**answers, at: False}), (both[0], {**answers, at: True})]
+    return Table(conditions, tuple(rules))
+
+
+def notes_of(record: TreeRecord) -> list[str]:
+    """What a table cannot say as the tree does, a sentence each."""
+    choices = [
+        number for number, node in enumerate(record.tree.nodes, start=1) if not node.is_condition and node.logical_rel == "or"
+    ]
+    if not choices:
+        return []
+    nodes = f"{'nodes' if len(choices) > 1 else 'node'} {', '.join(map(str, choices))}"
+    return [
+        f"{nodes}: a decision of a table is one text; that its parts are joined by 'or' is said in words and no engine offers them"
+    ]
+
+
+def _recommendation(node: Node) -> str:
+    """A decision on one line, each dose with its drug."""
+    if node.is_empty:
+        return "no recommendation"
+    return f" {node.logical_rel} ".join(order_words(order, node.logical_rel) for order in orders_of(node))
+
+
+def _expression(node: Node, tree: DecisionTree, prefix: str) -> str:
+    """A condition over the names of its facts, in FEEL (and as people read it)."""
+    numbers = {fact.key: number for number, fact in enumerate(tree.facts, start=1)}
+    return f" {node.logical_rel} ".join(f"{prefix}fact_{numbers[triple.key]}" for triple in node.triples)
+
+
+def _numbers(records: Sequence[TreeRecord]) -> list[int]:
+    """The records' numbers, or where these are not all different, their places."""
+    numbers = [record.number for record in records]
+    return numbers if len(set(numbers)) == len(numbers) else list(range(1, len(numbers) + 1))
+
+
+# ---- DMN ----
+
+
+def dmn_of(records: Sequence[TreeRecord]) -> str:
+    """DMN 1.3 with a decision for each record, its outputs being the leaf's ``node`` (from 1) and its ``recommendation``."""
+    ET.register_namespace("", _DMN)
+    root = ET.Element(_tag("definitions"), {"id": "trees", "name": "Decision trees", "namespace": "http://example.org/dmn"})
+    _text(root, "description", NOTICE)
+    for record, number in zip(records, _numbers(records), strict=True):
+        _add_decision(root, record, f"tree_{number}")
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
+    tree, prefix = record.tree, f"{name}_"
+    for number, fact in enumerate(tree.facts, start=1):
+        data = ET.SubElement(root, _tag("inputData"), {"id": f"{prefix}fact_{number}", "name": f"{prefix}fact_{number}"})
+        _text(data, "description", str(fact))
+        ET.SubElement(data, _tag("variable"), {"name": f"{prefix}fact_{number}", "typeRef": "boolean"})
+    decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": _xml(_about(record))})
+    _text(decision, "description", "\n\n".join(_described(record)))
+    ET.SubElement(decision, _tag("variable"), {"name": name})
+    for number in range(1, len(tree.facts) + 1):
+        needed = ET.SubElement(decision, _tag("informationRequirement"))
+        ET.SubElement(needed, _tag("requiredInput"), {"href": f"#{prefix}fact_{number}"})
+    table = table_of(tree)
+    made = ET.SubElement(decision, _tag("decisionTable"), {"id": f"{prefix}table", "hitPolicy": "UNIQUE"})
+    for i in table.conditions:
+        node = tree.nodes[i]
+        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}node_{i + 1}", "label": _xml(joined_words(node))})
+        expression = ET.SubElement(column, _tag("inputExpression"), {"typeRef": "boolean"})
+        _text(expression, "text", _expression(node, tree, prefix))
+    for output, type_ in (("node", "number"), ("recommendation", "string")):
+        ET.SubElement(made, _tag("output"), {"id": f"{prefix}{output}", "name": output, "typeRef": type_})
+    for rule in table.rules:
+        row = ET.SubElement(made, _tag("rule"), {"id": f"{prefix}rule_{rule.leaf + 1}"})
+        answers = ["-" if answer is None else str(answer).lower() for answer in rule.answers]
+        outputs = [str(rule.leaf + 1), _feel(_recommendation(tree.nodes[rule.leaf]))]
+        for kind, values in (("input", answers), ("output", outputs)):
+            for place, value in enumerate(values, start=1):
+                entry = ET.SubElement(row, _tag(f"{kind}Entry"), {"id": f"{row.get('id')}_{kind}_{place}"})  # engines ask for ids
+                _text(entry, "text", value)
+
+
+def _described(record: TreeRecord) -> list[str]:
+    warnings = [f"Warning of the extraction: {one}" for one in record.warnings]
+    notes = [f"Note of the export: {note}" for note in notes_of(record)]
+    population = [f"Population: {record.population}"] if record.population else []
+    passage = [f"Passage: {record.passage}"] if record.passage else []
+    return [NOTICE, *warnings, *notes, *population, *passage]
+
+
+def _about(record: TreeRecord) -> str:
+    return record.population or main_subject(record.tree) or words_for(record.tree.language).title
+
+
+def _feel(text: str) -> str:
+    """A string literal of FEEL, on one line."""
+    return '"' + " ".join(text.split()).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _tag(name: str) -> str:
+    return f"{{{_DMN}}}{name}"
+
+
+def _text(parent: ET.Element, name: str, text: str) -> None:
+    ET.SubElement(parent, _tag(name)).text = _xml(text)
+
+
+def _xml(text: str) -> str:
+    return _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+# ---- WHO DAK ----
+
+_HEADS = ("Output", "Action", "Annotations", "Reference(s)")
+_NO_TRIGGER = "To be filled in: the text does not say at which point of care this is decided."
+
+
+def dak_of(records: Sequence[TreeRecord]) -> bytes:
+    """A workbook with a sheet for each record, one with all inputs, and one that says how to read them.
+
+    Raises:
+        GatewiseError: openpyxl is not installed (the extra ``mdt``).
+    """
+    check_workbooks()
+    from openpyxl import Workbook
+
+    book = Workbook()
+    first = book.active
+    assert first is not None
+    first.title = "Read me"
+    inputs = book.create_sheet("Inputs")
+    _row(inputs, 1, ("Input", "Decision ID", "Subject", "Relation", "Object", "Type"), bold=True)
+    said = [NOTICE, "Each sheet is a decision, each row of its table one way to an output; exactly one row applies."]
+    said += ["An input is TRUE or FALSE, or - where it does not matter. The row above the table's names says how facts make it up."]
+    for record, number in zip(records, _numbers(records), strict=True):
+        name = f"tree_{number}"
+        _fill(book.create_sheet(f"DT {number}"), record, name)
+        for place, fact in enumerate(record.tree.facts, start=1):
+            _row(inputs, inputs.max_row + 1, (f"fact_{place}", name, *fact, "Boolean"))
+        said += [f"{name}: {one}" for one in _described(record)[1:] if not one.startswith(("Population", "Passage"))]
+    for place, sentence in enumerate(said, start=1):
+        _row(first, place, (sentence,))
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
+
+
+def check_workbooks() -> None:
+    """Refuses early where the library that writes workbooks is missing.
+
+    Raises:
+        GatewiseError: openpyxl is not installed.
+    """
+    try:
+        import openpyxl  # noqa: F401
+    except ImportError as error:
+        raise GatewiseError("the format dak needs openpyxl, which is not installed: pip install 'gatewise[mdt]'") from error
+
+
+def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
+    tree, table = record.tree, table_of(record.tree)
+    rule = f"{_about(record)}: {record.passage}" if record.passage else _about(record)
+    for place, row in enumerate((("Decision ID", name), ("Business rule", rule), ("Trigger", _NO_TRIGGER)), start=1):
+        _row(sheet, place, row)
+    _row(sheet, 4, ("Hit policy", "UNIQUE"))
+    conditions = [tree.nodes[i] for i in table.conditions]
+    _row(sheet, 6, [_expression(node, tree, "") for node in conditions])
+    _row(sheet, 7, [*(f"{joined_words(node)}" for node in conditions), *_HEADS], bold=True)
+    for place, rule_ in enumerate(table.rules, start=8):
+        node = tree.nodes[rule_.leaf]
+        answers = ["-" if answer is None else answer for answer in rule_.answers]
+        _row(sheet, place, [*answers, *_outputs(node, rule_.leaf, record)])
+    sheet.freeze_panes = "A8"
+
+
+def _outputs(node: Node, leaf: int, record: TreeRecord) -> tuple[str, str, str, str]:
+    actions = "\n".join(order_words(order, node.logical_rel) for order in orders_of(node))
+    annotation = f"node {leaf + 1}"
+    if node.logical_rel != "null":
+        annotation += "; any of the actions" if node.logical_rel == "or" else "; all of the actions"
+    spans = [locate(record.text, triple).object for triple in node.triples]
+    phrases = [f"characters {span.start + 1} to {span.end}: {record.text[span.start : span.end]}" for span in spans if span]
+    return _recommendation(node), actions, annotation, "\n".join(phrases)
+
+
+def _row(sheet: Any, place: int, values: Sequence[Any], *, bold: bool = False) -> None:
+    from openpyxl.styles import Alignment, Font
+
+    for column, value in enumerate(values, start=1):
+        cell = sheet.cell(place, column)
+        if isinstance(value, bool):
+            cell.value = value
+        else:
+            cell.value = _cut(_xml(value))
+            cell.data_type = "s"  # whatever it begins with, a text is no formula
+        cell.alignment = Alignment(wrap_text=True, vertical="top")
+        if bold:
+            cell.font = Font(bold=True)
+        sheet.column_dimensions[cell.column_letter].width = 32
+
+
+def _cut(text: str) -> str:
+    mark = " [cut: longer than a cell holds]"
+    return text if len(text) <= _MOST_IN_A_CELL else text[: _MOST_IN_A_CELL - len(mark)] + mark

@@ -1,0 +1,229 @@
+"""Trees as decision tables: DMN, on an engine and by hand, and workbooks."""
+
+import io
+import itertools
+import re
+import types
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from mdt_trees import TEXT, gout, node, preorders, properties, triple
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt import DecisionTree, TreeRecord, render, sample, write_view
+from gatewise.mdt.formats.tables import dak_of, dmn_of, notes_of, table_of
+
+TREE = DecisionTree.from_preorder(gout())
+RECORD = TreeRecord(TEXT, TREE)
+NS = {"": "https://www.omg.org/spec/DMN/20191111/MODEL/"}
+HOSTILE = "=1+1 <b>\"'&\\ ]]> \x00\ufffe { } ? \n"
+
+Run = Callable[[dict[str, bool]], dict[str, Any]]
+
+
+def combinations(tree: DecisionTree) -> Iterator[tuple[bool, ...]]:
+    return itertools.product((True, False), repeat=len(tree.facts))
+
+
+def wanted(tree: DecisionTree, values: tuple[bool, ...]) -> int:
+    """The number of the leaf that our own walk comes to."""
+    return tree.decide(dict(zip(tree.facts, values, strict=True))).leaf + 1
+
+
+def engine(xml: str) -> Run:
+    """SpiffWorkflow on a file of DMN with one decision. Its expressions are Python's, so FEEL's true and false are given to it."""
+    pytest.importorskip("SpiffWorkflow", reason="SpiffWorkflow is not installed: pip install 'gatewise[dev]'")
+    from lxml import etree
+    from SpiffWorkflow.bpmn.script_engine import PythonScriptEngine, TaskDataEnvironment
+    from SpiffWorkflow.dmn.engine.DMNEngine import DMNEngine
+    from SpiffWorkflow.dmn.parser.BpmnDmnParser import BpmnDmnParser
+
+    reader = BpmnDmnParser()
+    reader.add_dmn_xml(etree.fromstring(xml.encode()))
+    (parser,) = reader.dmn_parsers.values()
+    parser.parse()
+    (table,) = parser.decision.decisionTables
+    workflow = types.SimpleNamespace(script_engine=PythonScriptEngine(TaskDataEnvironment({"true": True, "false": False})))
+    return lambda facts: DMNEngine(table).result(types.SimpleNamespace(data=dict(facts), workflow=workflow))
+
+
+def by_hand(xml: str) -> Run:
+    """A decision table read off the XML: the one rule whose entries all fit. Expressions are names joined by one word."""
+    (table,) = ET.fromstring(xml).iter(f"{{{NS['']}}}decisionTable")
+    columns = [str(column.findtext("inputExpression/text", namespaces=NS)) for column in table.findall("input", NS)]
+    outputs = [output.attrib["name"] for output in table.findall("output", NS)]
+    rules = []
+    for rule in table.findall("rule", NS):
+        asked, made = (
+            [str(one.findtext("text", namespaces=NS)) for one in rule.findall(f"{kind}Entry", NS)] for kind in ("input", "output")
+        )
+        rules.append((asked, made))
+
+    def run(facts: dict[str, bool]) -> dict[str, Any]:
+        values = [(all if " and " in column else any)(facts[name] for name in re.split(" and | or ", column)) for column in columns]
+        fitting = [
+            made for asked, made in rules if all(one in ("-", str(value).lower()) for one, value in zip(asked, values, strict=True))
+        ]
+        ((number, words),) = fitting  # the hit policy UNIQUE
+        return dict(zip(outputs, (int(number), re.sub(r"\\(.)", r"\1", words[1:-1])), strict=True))
+
+    return run
+
+
+# DMN ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_condition_is_a_column_and_a_way_a_rule() -> None:
+    table = table_of(TREE)
+    assert table.conditions == (0, 2)
+    assert table.rules == (((True, None), 1), ((False, True), 3), ((False, False), 4))
+    root = ET.fromstring(dmn_of([RECORD]))
+    assert [one.attrib["name"] for one in root.findall("inputData", NS)] == ["tree_1_fact_1", "tree_1_fact_2", "tree_1_fact_3"]
+    assert root.findtext("inputData/description", namespaces=NS) == "adults with gout | clinical manifestation | acute flare"
+    columns = root.findall("decision/decisionTable/input", NS)
+    assert [one.findtext("inputExpression/text", namespaces=NS) for one in columns] == [
+        "tree_1_fact_1 and tree_1_fact_2",
+        "tree_1_fact_3",
+    ]
+    description = str(root.findtext("decision/description", namespaces=NS))
+    assert "review by a clinician" in description
+    assert TEXT.split("@")[1] in description
+
+
+@pytest.mark.parametrize("run", [engine, by_hand])
+def test_every_combination_of_facts_comes_to_our_own_decision(run: Callable[[str], Run]) -> None:
+    count = 0
+    for record in [*sample(), RECORD]:
+        evaluate = run(dmn_of([record]))
+        for values in combinations(record.tree):
+            facts = {f"tree_{record.number}_fact_{i}": value for i, value in enumerate(values, start=1)}
+            made = evaluate(facts)
+            assert made["node"] == wanted(record.tree, values)
+            leaf = record.tree.nodes[made["node"] - 1]
+            assert all(triple.object in made["recommendation"] for triple in leaf.triples)
+            count += 1
+    assert count > 400
+
+
+@pytest.mark.parametrize("run", [engine, by_hand])
+@properties
+@given(nodes=preorders(most_conditions=2))
+def test_any_tree_comes_to_our_own_decision(run: Callable[[str], Run], nodes: list[dict[str, Any]]) -> None:
+    tree = DecisionTree.from_preorder(nodes)
+    evaluate = run(dmn_of([TreeRecord("", tree)]))
+    for values in combinations(tree):
+        made = evaluate({f"tree_1_fact_{i}": value for i, value in enumerate(values, start=1)})
+        assert made["node"] == wanted(tree, values)
+
+
+@pytest.mark.parametrize("run", [engine, by_hand])
+def test_texts_stay_texts(run: Callable[[str], Run]) -> None:
+    nodes = [node("C", triple(HOSTILE, subject=HOSTILE)), node("D", triple(HOSTILE, "drug therapy", HOSTILE)), node("D")]
+    record = TreeRecord(f"{HOSTILE}@{HOSTILE}", DecisionTree.from_preorder(nodes), 1, {"warnings": [HOSTILE]})
+    evaluate = run(dmn_of([record]))
+    shown = " ".join(HOSTILE.replace("\x00", "\ufffd").replace("\ufffe", "\ufffd").split())
+    assert evaluate({"tree_1_fact_1": True})["recommendation"] == f"{shown} (drug therapy; {shown})"
+    assert evaluate({"tree_1_fact_1": False}) == {"node": 3, "recommendation": "no recommendation"}
+
+
+def test_several_trees_are_decisions_of_one_file() -> None:
+    root = ET.fromstring(dmn_of(sample()))
+    assert len(root.findall("decision", NS)) == len(sample())
+    ids = [one.attrib["id"] for one in root.iter() if "id" in one.attrib]
+    assert len(set(ids)) == len(ids)
+    needed = {one.attrib["href"][1:] for one in root.iter(f"{{{NS['']}}}requiredInput")}
+    assert needed == {one.attrib["id"] for one in root.findall("inputData", NS)}
+    assert len(ET.fromstring(dmn_of([RECORD, RECORD])).findall("decision", NS)) == 2
+
+
+def test_dmn_keeps_the_schema_of_dmn_1_3() -> None:
+    schema = Path(__file__).parent / "engines/node_modules/dmn-moddle/resources/dmn/xsd/DMN13.xsd"
+    if not schema.exists():
+        pytest.skip("the schema of DMN 1.3 is not here: npm install --ignore-scripts --prefix tests/mdt/formats/engines")
+    etree = pytest.importorskip("lxml.etree")
+    checker = etree.XMLSchema(etree.parse(schema))
+    nothing = TreeRecord("", DecisionTree.from_preorder([node("D")]), 99)
+    checker.assertValid(etree.fromstring(dmn_of([*sample(), nothing]).encode()))
+
+
+def test_a_choice_is_said_in_words_and_in_a_note() -> None:
+    (note,) = notes_of(RECORD)
+    assert note.startswith("node 2: ")
+    assert note in dmn_of([RECORD])
+    assert notes_of(TreeRecord("", DecisionTree.from_preorder([node("D")]))) == []
+
+
+# Workbooks ------------------------------------------------------------------------------------------------------------------
+
+
+def sheets(records: list[TreeRecord]) -> Any:
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install 'gatewise[mdt]'")
+    return openpyxl.load_workbook(io.BytesIO(dak_of(records)))
+
+
+def workbook_by_hand(sheet: Any) -> Run:
+    rows = [list(row) for row in sheet.iter_rows(values_only=True)]
+    count = rows[6].index("Output")
+    columns = [str(one) for one in rows[5][:count]]
+
+    def run(facts: dict[str, bool]) -> dict[str, Any]:
+        values = [(all if " and " in column else any)(facts[name] for name in re.split(" and | or ", column)) for column in columns]
+        (found,) = [row for row in rows[7:] if all(one in ("-", value) for one, value in zip(row, values, strict=False))]
+        return {"node": int(str(found[count + 2]).split(";")[0].removeprefix("node ")), "recommendation": found[count]}
+
+    return run
+
+
+def test_a_workbook_decides_as_we_do() -> None:
+    records = [*sample(), TreeRecord(TEXT, TREE, 99)]
+    book = sheets(records)
+    assert book.sheetnames[:2] == ["Read me", "Inputs"]
+    for record in records:
+        evaluate = workbook_by_hand(book[f"DT {record.number}"])
+        for values in combinations(record.tree):
+            made = evaluate({f"fact_{i}": value for i, value in enumerate(values, start=1)})
+            assert made["node"] == wanted(record.tree, values)
+
+
+def test_a_sheet_has_what_a_dak_asks_for() -> None:
+    book = sheets([RECORD])
+    rows = [list(row) for row in book["DT 1"].iter_rows(values_only=True)]
+    assert [row[0] for row in rows[:4]] == ["Decision ID", "Business rule", "Trigger", "Hit policy"]
+    assert rows[1][1] == TEXT.replace("@", ": ")
+    assert rows[6][2:] == ["Output", "Action", "Annotations", "Reference(s)"]
+    assert rows[7][:2] == [True, "-"]
+    assert rows[7][3].splitlines() == [
+        "colchicine: 0.5 mg twice daily (drug therapy; adults with gout)",
+        "naproxen (drug therapy; adults with gout)",
+    ]
+    assert "any of the actions" in rows[7][4]
+    assert "naproxen" in rows[7][5]
+    assert [row[0] for row in book["Inputs"].iter_rows(values_only=True)] == ["Input", "fact_1", "fact_2", "fact_3"]
+    said = [str(row[0]) for row in book["Read me"].iter_rows(values_only=True)]
+    assert "review by a clinician" in said[0]
+    assert any("joined by 'or'" in one for one in said)
+
+
+def test_no_text_is_a_formula_and_none_is_cut_without_a_word() -> None:
+    nodes = [node("C", triple(HOSTILE, subject="=A1")), node("D", triple("=cmd " + "x" * 40_000, "drug therapy")), node("D")]
+    book = sheets([TreeRecord("", DecisionTree.from_preorder(nodes), 1, {"warnings": [HOSTILE]})])
+    cells = [cell for sheet in book for row in sheet.iter_rows() for cell in row if cell.value is not None]
+    assert {cell.data_type for cell in cells} == {"s", "b"}
+    assert any(str(cell.value).endswith("[cut: longer than a cell holds]") for cell in cells)
+
+
+def test_a_workbook_is_written_and_not_shown(tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install 'gatewise[mdt]'")
+    with pytest.raises(GatewiseError, match="write it to a file"):
+        render([RECORD], "dak")
+    assert write_view([RECORD], "dak", tmp_path / "trees.xlsx").read_bytes()[:2] == b"PK"
+
+
+def test_without_openpyxl_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
+    with pytest.raises(GatewiseError, match=r"pip install 'gatewise\[mdt\]'"):
+        dak_of([RECORD])
