@@ -109,7 +109,8 @@ class Case:
         """Products in bfloat16 where the processor has instructions for it. Ranks are always valued without."""
         from gatewise.models.device import pick_dtype
 
-        return torch.autocast("cpu", torch.bfloat16, enabled=pick_dtype("auto") == torch.bfloat16)
+        # Without its cache: in training that would hold the factors as they were at first.
+        return torch.autocast("cpu", torch.bfloat16, enabled=pick_dtype("auto") == torch.bfloat16, cache_enabled=False)
 
     def measured(self, model: Any) -> dict[str, float]:
         """Accuracy and mean loss (nats) on the dev rows; of trees, the share of tokens that are likeliest after the right ones."""
