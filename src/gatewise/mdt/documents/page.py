@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -16,8 +17,9 @@ _MARK = re.compile(
 )
 _GUTTER = 8.0  # points between columns of text
 _APART = 1.6  # of the size of letters, between cells of a table without rules; words of a line are closer
+_TALLEST = 10  # lines of a cell above the middle of its row
 _LEAST_LINES = 4  # on each side of a gutter
-_WHOLE_PAGE = 0.7  # of it: what is ruled around more is a frame, not a box
+_WHOLE_PAGE = 0.5  # of it: what is ruled around more is a frame, not a box
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class PageLine:
         gap: points of white above it in its column; 0 for the first line.
         full: characters of a line that is as long as the column is wide.
         width: of the column, in points.
+        apart: it is a piece of a line whose pieces stand apart, though no table was found there.
     """
 
     text: str
@@ -54,6 +57,7 @@ class PageLine:
     gap: float = 0.0
     full: int = 0
     width: float = 0.0
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,20 +209,21 @@ def _gutter(placed: Sequence[_Placed]) -> tuple[float, float, float] | None:
     """The highest strip of white that parts two columns of running text: its x, and from where to where it goes."""
     x0, x1 = min(one.x0 for one in placed), max(one.x1 for one in placed)
     top, bottom = min(one.top for one in placed), max(one.bottom for one in placed)
-    best: tuple[float, float, float, float] | None = None
-    for x in range(int(x0 + 0.2 * (x1 - x0)), int(x0 + 0.8 * (x1 - x0)), 2):
+    least = _LEAST_LINES * median(one.bottom - one.top for one in placed)
+    strips: list[tuple[float, float, float, float]] = []
+    for place in range(int(x0 + 0.2 * (x1 - x0)), int(x0 + 0.8 * (x1 - x0)), 2):
+        x = float(place)
         crossing = sorted((one.top, one.bottom) for one in placed if one.x0 < x + _GUTTER and one.x1 > x)
         at = top
         for start, end in [*crossing, (bottom, bottom)]:
-            if best is None or start - at > best[0]:
-                sides = [
-                    [one for one in placed if at <= (one.top + one.bottom) / 2 <= start and (one.x1 <= x) == left]
-                    for left in (True, False)
-                ]
-                if all(map(_is_running_text, sides)):
-                    best = start - at, x + _GUTTER / 2, at, start
+            if start - at >= least:
+                strips.append((at - start, x, at, start))
             at = max(at, end)
-    return None if best is None else best[1:]
+    for _, x, start, end in sorted(strips):
+        between = [one for one in placed if start <= (one.top + one.bottom) / 2 <= end]
+        if _is_running_text([one for one in between if one.x1 <= x]) and _is_running_text([one for one in between if one.x1 > x]):
+            return x + _GUTTER / 2, start, end
+    return None
 
 
 def _is_running_text(placed: Sequence[_Placed]) -> bool:
@@ -316,52 +321,97 @@ def _tables_in(lines: Sequence[list[Word]]) -> Iterator[PageLine | PageTable]:
     pieces = [_segments(line) for line in lines]
     at = 0
     while at < len(lines):
-        end = _table_end(pieces, at)
-        if end:
-            yield _unruled(pieces[at:end])
-            at = end
+        table = _table_at(pieces, at)
+        if table is not None:
+            yield _unruled([_split_at(line, table[1]) for line in pieces[at : table[0]]], table[1])
+            at = table[0]
             continue
-        yield from map(_line, pieces[at])  # what stands far apart, as a footer and a page's number, is no sentence
+        # What stands far apart, as a footer and a page's number, is no sentence.
+        yield from (replace(_line(piece), apart=len(pieces[at]) > 1) for piece in pieces[at])
         at += 1
 
 
-def _table_end(pieces: Sequence[list[list[Word]]], at: int) -> int:
-    """Where a table that begins with this line ends; 0 if none begins."""
-    if len(pieces[at]) < 2:
-        return 0
-    columns = [piece[0].x0 for piece in pieces[at]]
-    size = pieces[at][0][0].size
-    rows, end = 1, at + 1
-    for place in range(at + 1, len(pieces)):
-        starts = [piece[0].x0 for piece in pieces[place]]
-        near = pieces[place][0][0].top - max(word.bottom for piece in pieces[place - 1] for word in piece) < 2 * size
-        if not near or any(all(abs(start - column) > 0.6 * size for column in columns) for start in starts):
+def _table_at(pieces: Sequence[list[list[Word]]], at: int) -> tuple[int, list[float]] | None:
+    """Where a table that begins with this line ends, and where its columns begin; None if none begins."""
+    anchor = next((place for place in range(at, min(at + _TALLEST, len(pieces))) if len(pieces[place]) > 1), None)
+    if anchor is None:
+        return None
+    columns = [piece[0].x0 for piece in pieces[anchor]]
+    size = pieces[anchor][0][0].size
+
+    def aligned(place: int, among: Sequence[float]) -> bool:
+        return all(any(abs(piece[0].x0 - column) <= 0.6 * size for column in among) for piece in pieces[place])
+
+    def gap(place: int) -> float:
+        return pieces[place][0][0].top - max(word.bottom for piece in pieces[place - 1] for word in piece)
+
+    # Above it only lines of a cell that is higher than its row's others, which stand beside its middle.
+    if not all(aligned(place, columns[1:]) and gap(place + 1) < 0.55 * size for place in range(at, anchor)):
+        return None
+    rows, end = 1, anchor + 1
+    for place in range(anchor + 1, len(pieces)):
+        alone = len(pieces[place]) == 1 and aligned(place, columns[:1])
+        paragraph = alone and pieces[place][0][-1].x1 > columns[1] - 0.3 * size  # below the table
+        if gap(place) >= 2 * size or not aligned(place, columns) or paragraph:
             break
-        if len(starts) == 1 and abs(starts[0] - columns[0]) <= 0.6 * size and pieces[place][0][-1].x1 > columns[1] - 0.3 * size:
-            break  # a paragraph below the table
-        rows += len(starts) > 1
+        rows += len(pieces[place]) > 1
         end = place + 1
-    while end > at + 1 and len(pieces[end - 1]) == 1 and abs(pieces[end - 1][0][0].x0 - columns[0]) <= 0.6 * size:
+    while end > anchor + 1 and len(pieces[end - 1]) == 1 and aligned(end - 1, columns[:1]):
         end -= 1
-    return end if rows >= 3 else 0
+    bold = [all(word.bold for piece in pieces[place] for word in piece) for place in range(anchor, min(anchor + 2, end))]
+    return (end, columns) if rows >= 3 or (rows == 2 and (len(columns) > 2 or bold == [True, False])) else None
 
 
-def _unruled(pieces: Sequence[list[list[Word]]]) -> PageTable:
-    columns = [piece[0].x0 for piece in pieces[0]]
+def _split_at(line: Sequence[list[Word]], columns: Sequence[float]) -> list[list[Word]]:
+    """The pieces of a line, cut where a column of its table begins: a cell may be filled to its edge."""
+    made: list[list[Word]] = []
+    for piece in line:
+        made.append(piece[:1])
+        for before, word in pairwise(piece):
+            begins = any(abs(word.x0 - column) < 1.5 for column in columns) and word.x0 - before.x1 > 0.5 * word.size
+            if begins:
+                made.append([word])
+            else:
+                made[-1].append(word)
+    return made
+
+
+def _nearest(x: float, columns: Sequence[float]) -> int:
+    return min(range(len(columns)), key=lambda number: abs(columns[number] - x))
+
+
+def _would_fit(before: Word, word: Word, edge: float) -> bool:
+    """Whether a word would have had its place after the last one of the line above: it is then no rest of a cell."""
+    return before.x1 + 0.3 * word.size + (word.x1 - word.x0) < edge - 0.5 * word.size
+
+
+def _unruled(pieces: Sequence[list[list[Word]]], columns: Sequence[float]) -> PageTable:
     tops = [min(word.top for piece in line for word in piece) for line in pieces]
     bottoms = [max(word.bottom for piece in line for word in piece) for line in pieces]
+    right = max(word.x1 for line in pieces for piece in line for word in piece)
     rows: list[list[list[Word]]] = []
+    last: dict[int, Word] = {}  # column -> the last word in its cell of this row
     for number, line in enumerate(pieces):
-        opens = len(line) > 1 and abs(line[0][0].x0 - columns[0]) < abs(line[0][0].x0 - columns[1])
+        placed: dict[int, list[Word]] = {}
+        for piece in line:
+            placed.setdefault(_nearest(piece[0].x0, columns), []).extend(piece)
+        size = line[0][0].size
         above = tops[number] - bottoms[number - 1] if number else 0.0
         below = tops[number + 1] - bottoms[number] if number + 1 < len(pieces) else above
-        # A cell of several lines may begin above the others of its row, which stand beside its middle.
-        begins = bool(rows and rows[-1][0]) if opens else above > below + 0.2 * line[0][0].size
+        if 0 in placed and len(line) > 1:
+            goes_on = above < 0.55 * size and not any(
+                column in last and _would_fit(last[column], piece[0], [*columns, right + size][column + 1])
+                for column, piece in placed.items()
+            )
+            begins = 0 in last and not goes_on
+        else:  # a cell of several lines may begin above the others of its row, which stand beside its middle
+            begins = above > below + 0.2 * size
         if begins or not rows:
             rows.append([[] for _ in columns])
-        for piece in line:
-            column = min(range(len(columns)), key=lambda number: abs(columns[number] - piece[0].x0))
+            last = {}
+        for column, piece in placed.items():
             rows[-1][column] += piece
+            last[column] = piece[-1]
     cells = [
         [
             Cell(joined([line.text for line in _lines(words)]), column, bold=bool(words) and all(word.bold for word in words))

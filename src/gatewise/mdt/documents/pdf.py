@@ -80,6 +80,11 @@ def read_pdf(content: bytes, name: str) -> Document:
     notes = [*_unread(pages, name)]
     first, said = _without_running_lines(pages, name)
     notes += said
+    if apart := [page.number for page in pages if any(line.apart for line in page.lines)]:
+        notes.append(
+            f"{name}: words stand apart on {_spans(apart)} as in a table, but none was found: compare the order in which they"
+            " were read"
+        )
     blocks = _blocks(pages)
     return Document(name, (*first, *blocks), (*notes, *_unknown(blocks, name)))
 
@@ -354,7 +359,7 @@ class _Reading:
 
     def _stands_out(self, line: PageLine) -> bool:
         size, bold = _look(line)
-        return size >= _LARGE * self.body[0] or (bold and not self.body[1] and size >= 0.97 * self.body[0])
+        return not line.apart and (size >= _LARGE * self.body[0] or (bold and not self.body[1] and size >= 0.97 * self.body[0]))
 
     def _close(self) -> None:
         self._close_heading()

@@ -1,0 +1,110 @@
+"""Pages laid out by a program: columns in their order, tables with and without rules, boxes, and what only looks like one."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from gatewise.mdt.documents.document import Block, Document
+from gatewise.mdt.documents.reading import document_of
+
+pytest.importorskip("pdfplumber")
+pytest.importorskip("reportlab")
+from reportlab.lib import colors  # noqa: E402
+from reportlab.lib.styles import ParagraphStyle  # noqa: E402
+from reportlab.platypus import BaseDocTemplate, Frame, FrameBreak, PageTemplate, Paragraph, Table  # noqa: E402
+
+BODY = ParagraphStyle("body", fontSize=9, leading=11, spaceAfter=4)
+HEAD = ParagraphStyle("head", fontName="Helvetica-Bold", fontSize=12, leading=15)
+BAND = ParagraphStyle("band", parent=HEAD, backColor=colors.lightblue)
+GRID = [("GRID", (0, 0), (-1, -1), 0.5, colors.black)]
+LONG = (
+    "the patient is asked about pain, fever and swelling at each visit, and the answers are written down in the record by the"
+    " nurse on duty, who tells the doctor."
+)
+ONE = [(50, 50, 495, 740)]
+
+
+def p(text: str, style: ParagraphStyle = BODY) -> Paragraph:
+    return Paragraph(text, style)
+
+
+def read(story: Sequence[Any], frames: Sequence[tuple[float, float, float, float]] = ONE) -> Document:
+    made = io.BytesIO()
+    document = BaseDocTemplate(made)
+    document.addPageTemplates([PageTemplate("page", [Frame(*frame, leftPadding=0, rightPadding=0) for frame in frames])])
+    document.build(list(story))
+    return document_of(made.getvalue(), "a.pdf", ".pdf")
+
+
+def texts(document: Document) -> list[str]:
+    return [block.text for block in document.blocks]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_columns_are_read_one_after_the_other_below_what_stands_over_them(count: int) -> None:
+    width, gap = (495 - (count - 1) * 12) / count, 12
+    frames = [(50, 720, 495, 60), *((50 + number * (width + gap), 50, width, 660) for number in range(count))]
+    story: list[Any] = [p("Gout in adults and children", HEAD)]
+    for number in range(count):
+        story += [FrameBreak(), p(f"{number} Part", BAND), *(p(f"In part {number}.{place} {LONG}") for place in range(4))]
+        story.append(Table([["Drug", "Dose"], [f"drug {number}", "5 mg"]], colWidths=[70, 60], style=GRID))
+        story += [p(f"In part {number}.{place} {LONG}") for place in range(4, 7)]
+    expected = ["Gout in adults and children"]
+    for number in range(count):
+        said = [f"In part {number}.{place} {LONG}" for place in range(7)]
+        expected += [f"{number} Part", *said[:4], f"Drug: drug {number}. Dose: 5 mg.", *said[4:]]
+    assert texts(read(story, frames)) == expected
+
+
+def test_cells_of_several_lines_are_read_whole_wherever_they_stand_in_their_row() -> None:
+    told = "If the saturation is below 90 per cent, give more oxygen and call the team of the intensive care unit to the bed."
+    rows = [[p("Step 1"), p("Give oxygen."), p("A")], [p("Step 2"), p(told), p("B")], [p("Step 3"), p(f"Wait. {told}"), p("C")]]
+    for place in ("TOP", "MIDDLE"):
+        document = read([Table(rows, colWidths=[80, 200, 60], style=[("VALIGN", (0, 0), (-1, -1), place)])])
+        assert texts(document) == ["Step 1: Give oxygen. A", f"Step 2: {told} B", f"Step 3: Wait. {told} C"]
+        assert document.notes == ()
+
+
+def test_rows_that_stand_close_are_not_taken_for_lines_of_one_cell() -> None:
+    close = [
+        ("TOPPADDING", (0, 0), (-1, -1), 0),
+        ("BOTTOMPADDING", (0, 0), (-1, -1), 0),
+        ("FONTNAME", (0, 0), (-1, 0), "Helvetica-Bold"),
+    ]
+    rows = [["Drug", "Dose"], ["morphine", "5 mg"], ["oxycodone", "2.5 mg"], ["fentanyl", "12 micrograms"]]
+    assert texts(read([Table(rows, colWidths=[90, 90], rowHeights=[11] * 4, style=close)])) == [
+        "Drug: morphine. Dose: 5 mg.",
+        "Drug: oxycodone. Dose: 2.5 mg.",
+        "Drug: fentanyl. Dose: 12 micrograms.",
+    ]
+
+
+def test_cells_over_columns_and_rows_keep_their_headers() -> None:
+    rows = [
+        ["Drug", "Adults", "", "Children"],
+        ["", "oral", "i.v.", ""],
+        ["amoxicillin", "500 mg", "1 g", "40 mg/kg"],
+        ["Penicillin allergy", "", "", ""],
+        ["doxycycline", "100 mg", "100 mg", "do not give"],
+    ]
+    spans = [("SPAN", (1, 0), (2, 0)), ("SPAN", (0, 0), (0, 1)), ("SPAN", (3, 0), (3, 1)), ("SPAN", (0, 3), (3, 3))]
+    blocks = read([Table(rows, colWidths=[100] * 4, style=[*GRID, *spans])]).blocks
+    assert [block.text for block in blocks] == [
+        "Drug: amoxicillin. Adults, oral: 500 mg. Adults, i.v.: 1 g. Children: 40 mg/kg.",
+        "Penicillin allergy. Drug: doxycycline. Adults, oral: 100 mg. Adults, i.v.: 100 mg. Children: do not give.",
+    ]
+
+
+def test_a_frame_makes_a_box_and_a_frame_around_the_page_none() -> None:
+    inner = Table([[[p("Red flags"), p("Call the team."), p("Do not wait.")]]], colWidths=[200], style=GRID)
+    story = [p("Adults", HEAD), p("Give oxygen."), inner, p("Then wait.")]
+    assert texts(read(story)) == ["Adults", "Give oxygen.", "Red flags:", "Call the team.", "Do not wait.", "Then wait."]
+    framed = Table([[story]], colWidths=[490], rowHeights=[700], style=GRID)
+    assert read([framed]).blocks[0] == Block("Adults", 1, "page 1")
+
+
+def test_words_that_stand_apart_without_a_table_are_noted() -> None:
+    (note,) = read([p(LONG), Table([["Signed by", "Dr. No"]], colWidths=[200, 200]), p(LONG)]).notes
+    assert note.startswith("a.pdf: words stand apart on page 1 as in a table, but none was found")
