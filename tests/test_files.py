@@ -170,7 +170,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     if sys.platform != "linux" or not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", place]).returncode:
         pytest.skip("only root can mount a small file system here")
     yield place
-    subprocess.run(["umount", place], check=True)
+    subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def test_a_disk_that_is_really_full(small_disk):

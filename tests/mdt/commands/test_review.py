@@ -121,7 +121,7 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
             found = re.fullmatch(r"review: http://(\S+)/#token=(\S+)\n", address)
             assert found, address
             connection = HTTPConnection(found[1], timeout=60)
-            approve = json.dumps({"number": 1, "changes": 0, "approved": True})
+            approve = json.dumps({"number": 1, "version": 0, "approved": True})
             headers = {"X-Gatewise-Token": found[2], "Content-Type": "application/json"}
             connection.request("POST", "/api/approve", approve, headers)
             assert connection.getresponse().read()  # and the connection stays open
@@ -133,8 +133,8 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
             process.kill()  # whatever went wrong, nothing waits for it for ever
     assert process.returncode == 0, said
     assert "Traceback" not in said
-    assert "1 passage is not in trees.json.review.jsonl as they stand; the draft keeps them" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["trees.json", "trees.json.review.draft.json"]
+    assert "1 passage is not in trees.json.review.jsonl as they stand; the history keeps them" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trees.json", "trees.json.review.history.jsonl"]
 
 
 def test_a_model_is_watched_and_stopped(tmp_path: Path) -> None:

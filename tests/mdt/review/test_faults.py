@@ -31,7 +31,7 @@ def file_of(folder: Path, *items: dict[str, Any]) -> str:
 
 def correct(session: Session, number: int = 1) -> None:
     arguments = {"node": 1, "triple": 0, "parts": triple("ibuprofen", "drug therapy")}
-    session.edit(number, session.passage(number).changes, "set_triple", arguments)
+    session.edit(number, session.passage(number).version, "set_triple", arguments)
 
 
 def found(*warnings: str) -> Any:
@@ -119,7 +119,11 @@ def test_a_full_disk_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             self.touch()  # the file is made, and nothing more fits
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+        def write(*_: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
         full.setattr(Path, "write_text", write_text)
+        full.setattr(os, "write", write)
         with pytest.raises(GatewiseError, match="No space left on device; nothing was changed"):
             session.save()
         correct(session)
@@ -140,15 +144,20 @@ def test_whatever_keeps_a_draft_from_being_written_is_said_and_stops_nobody(
 
     session = Session.open(file_of(tmp_path))
     extracting = Extracting(session, lambda *_: found())
-    monkeypatch.setattr(session.files, "write_draft", fail)
+    monkeypatch.setattr(session.files, "append", fail)
     correct(session)
-    assert session.trouble.startswith(f"cannot write {session.files.draft} ({type(error).__name__}")
+    assert session.trouble.startswith(f"cannot write {session.files.history} ({type(error).__name__}")
     extracting.ask(session.passages)
     assert_all_done(extracting)
-    assert [passage.now.nodes for passage in session.passages] == [gout(), gout()]
+    assert session.passage(2).now.nodes == gout()
+    assert session.passage(1).beside == Version(gout(), "drafted")
     monkeypatch.undo()
-    session.undo(1, session.passage(1).changes)
+    session.undo(1, session.passage(1).version)
     assert session.trouble == ""
+    assert [entry.action for entry in session._entries] == ["come", "come", "open", "edit", "extract", "undo"]
+    assert [json.loads(line)["action"] for line in session.files.history.read_text().splitlines()] == [
+        entry.action for entry in session._entries
+    ]
     extracting.end()
 
 
@@ -159,7 +168,7 @@ def test_a_review_that_has_ended_writes_nothing_any_more(tmp_path: Path) -> None
     session.close()
     again = Session.open(file)
     again.approve(2, 0)
-    kept = again.files.draft.read_bytes()
+    kept = again.files.history.read_bytes()
     session.put(1, Version(gout(), "drafted", ("late",)))
     assert "has ended" in session.trouble
     with pytest.raises(GatewiseError, match="has ended, so nothing is written any more"):
@@ -167,7 +176,7 @@ def test_a_review_that_has_ended_writes_nothing_any_more(tmp_path: Path) -> None
     session.close()  # once more, which must not give the next review's files free
     with pytest.raises(GatewiseError, match="open in another review"):
         Session.open(file)
-    assert again.files.draft.read_bytes() == kept
+    assert again.files.history.read_bytes() == kept
 
 
 # A model that fails ---------------------------------------------------------------------------------------------------
@@ -291,12 +300,12 @@ def test_an_approval_that_is_taken_back_leaves_what_was_before(tmp_path: Path) -
     session.approve(2, 2, approved=False)
     assert [passage.now.state for passage in session.passages] == ["drafted", "corrected"]
     session.approve(1, 2, approved=False)  # of what is not approved there is nothing to take back
-    assert session.passage(1).changes == 2
+    assert session.passage(1).version == 2
     assert session.save().records == 1
     session.approve(2, 3)
     session.close()
     again = Session.open(file)
-    again.approve(2, 0, approved=False)
+    again.approve(2, again.passage(2).version, approved=False)
     assert again.passage(2).now.state == "corrected"
 
 

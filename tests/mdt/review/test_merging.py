@@ -30,11 +30,11 @@ def trees(folder: Path, *names: str, **more: list[Any]) -> str:
 def edit(session: Session, number: int, name: str) -> None:
     """Corrects the tree of a passage so that it recommends another drug."""
     arguments = {"node": 0, "triple": 0, "parts": triple(name, "drug therapy")}
-    session.edit(number, session.passage(number).changes, "set_triple", arguments)
+    session.edit(number, session.passage(number).version, "set_triple", arguments)
 
 
 def approve(session: Session, number: int) -> None:
-    session.approve(number, session.passage(number).changes)
+    session.approve(number, session.passage(number).version)
 
 
 def name_of(nodes: Nodes | None) -> str:
@@ -50,7 +50,7 @@ def shown(session: Session) -> list[tuple[str, str, bool]]:
 def left(session: Session, lose_draft: bool = False) -> None:
     session.close()
     if lose_draft:
-        session.files.draft.unlink(missing_ok=True)
+        session.files.history.unlink(missing_ok=True)
 
 
 def records(session: Session) -> list[dict[str, Any]]:
@@ -181,7 +181,7 @@ def test_a_record_that_was_changed_by_another_program_stays_with_the_passage_tha
     again = Session.open(file)
     assert shown(again) == [("colchicine", "drafted", False), ("ibuprofen", "approved", True)]
     assert "another tree than before" in again.notes[0]
-    again.undo(2, 0)
+    again.undo(2, again.passage(2).version)
     assert shown(again)[1] == ("naproxen", "approved", True)
     again.close()
 
@@ -209,9 +209,9 @@ def test_a_review_that_broke_off_between_the_records_and_the_draft(tmp_path: Pat
     file = trees(tmp_path, "colchicine", "naproxen")
     session = Session.open(file)
     approve(session, 2)
-    draft = session.files.draft.read_bytes()
+    draft = session.files.history.read_bytes()
     session.save()
-    session.files.draft.write_bytes(draft)
+    session.files.history.write_bytes(draft)
     left(session)
     again = Session.open(file)
     assert shown(again) == [("colchicine", "drafted", False), ("naproxen", "approved", True)]
@@ -227,7 +227,7 @@ def test_where_it_comes_from_tells_passages_apart_without_a_draft(tmp_path: Path
     left(session, lose_draft=True)
     again = Session.open(file)
     assert shown(again) == [("colchicine", "drafted", False), ("ibuprofen", "corrected", True)]
-    again.undo(2, 0)
+    again.undo(2, again.passage(2).version)
     assert name_of(again.passage(2).now.nodes) == "naproxen"
     again.close()
 
@@ -252,25 +252,42 @@ def test_a_tree_that_was_extracted_again_is_not_replaced_by_that_of_the_file(tmp
     left(session)
     again = Session.open(file)
     assert shown(again) == [("ibuprofen", "drafted", False), ("naproxen", "drafted", False)]
-    again.undo(1, 0)
+    again.undo(1, again.passage(1).version)
     assert name_of(again.passage(1).now.nodes) == "colchicine"
     left(again)
     file = trees(tmp_path, "rest", "naproxen")  # the file was made anew
     assert shown(Session.open(file)) == [("rest", "drafted", False), ("naproxen", "drafted", False)]
 
 
-def test_a_draft_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    file = trees(tmp_path, "colchicine", "naproxen")
+@pytest.mark.parametrize("tells_what_came", [False, True])
+def test_a_draft_of_an_earlier_version_is_read(tmp_path: Path, tells_what_came: bool) -> None:
+    """It was written in place of the history, as here; of a tree that was extracted again it had only that, with its record."""
+    file = trees(tmp_path, *DRUGS)
+    approved = {"tree": drug("naproxen"), "state": "approved", "warnings": []}
+    again = {"tree": drug("aspirin"), "state": "drafted", "warnings": ["hurried"]}
+    items = [
+        {"text": TEXT, "now": {"tree": drug("colchicine"), "state": "drafted", "warnings": []}, "saved": None},
+        {"text": TEXT, "now": approved, "saved": None},
+        {"text": TEXT, "now": again, "saved": {"tree": drug("rest"), "state": "approved", "warnings": []}},
+    ]
+    for item, name in zip(items, DRUGS, strict=True):
+        item |= {"more": {}} | ({"came": drug(name)} if tells_what_came else {})
+    draft = tmp_path / "dup.json.review.draft.json"
+    draft.write_text(json.dumps({"format": 1, "passages": items, "removed": []}))
+    (tmp_path / "dup.json.review.jsonl").write_text(json.dumps(record("rest", review="approved")) + "\n")
     session = Session.open(file)
-    approve(session, 2)
-    held = json.loads(session.files.draft.read_text())
-    for item in held["passages"]:
-        del item["came"]
-    session.files.draft.write_text(json.dumps(held))
+    assert shown(session)[:3] == [("colchicine", "drafted", False), ("naproxen", "approved", False), ("aspirin", "drafted", True)]
+    session.save()
+    assert [(name_of(item["tree"]), item["review"]) for item in records(session)] == [
+        ("naproxen", "approved"),
+        ("rest", "approved"),
+    ]
     left(session)
-    again = Session.open(file)
-    assert shown(again) == [("colchicine", "drafted", False), ("naproxen", "approved", False)]
-    again.close()
+    written = draft.read_bytes()
+    again_open = Session.open(file)  # from the history now
+    assert [state for _, state, _ in shown(again_open)][:3] == ["drafted", "approved", "drafted"]
+    assert draft.read_bytes() == written
+    again_open.close()
 
 
 def test_a_removed_passage_is_the_one_that_stays_away(tmp_path: Path) -> None:

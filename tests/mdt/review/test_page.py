@@ -343,18 +343,158 @@ def test_a_long_extraction_can_be_watched_and_cancelled(review: Callable[..., Re
 
 
 def test_two_windows_and_an_address_without_the_token(review: Callable[..., Review]) -> None:
+    """What each of two people did stays: the second one is told of the first one's change, and makes theirs on it."""
     here = review("sample:guidelines")
-    other = here.opened(here.server.url)
+    page, other = here.page, here.opened(here.server.url)
     other.wait_for_selector("#tree svg")
+    here.node(2).click()
+    old = page.input_value("#object-0")
     other.click("#swap")
     sync_api.expect(other.locator("#state")).to_have_text("corrected")
-    here.page.click("#swap")  # on the older tree: refused, and the present one shown
-    sync_api.expect(here.page.locator("#said")).to_contain_text("has changed since")
+    page.fill("#object-0", "words of mine")
+    page.keyboard.press("Enter")  # on the older tree
+    said = page.locator("#conflict")
+    sync_api.expect(said).to_contain_text(f"{here.session.reviewer} changed the tree")
+    sync_api.expect(said).to_contain_text("words of mine")
+    here.wait_state("to review")  # still the tree that was being read
+    page.click("#add-triple")  # on the older tree too
+    sync_api.expect(said).to_contain_text("“words of mine”; a new triple.")
+    assert here.session.passage(1).version == 1
+    here.shot("review_conflict")
+    page.click("#conflict-look")
     here.wait_state("corrected")
+    page.click("#conflict-make")
+    sync_api.expect(said).to_be_hidden()
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of mine")
+    nodes = here.session.passage(1).now.nodes
+    phrases = [one[2] for node in nodes for one in node["triples"]]
+    assert "words of mine" in phrases
+    assert old not in phrases
+    assert [entry.action for entry in here.session.since(here.session.passage(1), 0)] == ["edit", "edit", "edit"]
+    # What can no longer be made is kept to be read until it is dropped.
+    page.click("#remove-0")
+    sync_api.expect(page.locator("#remove-0")).to_have_count(1)
+    other.reload()
+    other.wait_for_selector("#tree svg")
+    other.locator("#tree .node[data-node='0']").click()
+    target = page.locator("#tree .node[data-node='0']")
+    target.click()
+    other.fill("#object-0", "theirs")
+    other.keyboard.press("Enter")
+    sync_api.expect(other.locator("#tree")).to_contain_text("theirs")
+    page.fill("#object-0", "mine again")
+    page.keyboard.press("Enter")
+    sync_api.expect(said).to_contain_text("mine again")
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#object-0")).to_have_value("theirs")
+    assert page.is_disabled("#conflict-make")
+    page.click("#conflict-drop")
+    sync_api.expect(said).to_be_hidden()
     stranger = here.context.new_page()
     stranger.goto(here.server.url.partition("#")[0])
     sync_api.expect(stranger.locator("#trouble")).to_contain_text("open the address that the terminal shows")
     assert stranger.locator("#passages li").count() == 0
+
+
+@pytest.mark.parametrize("fast", ["double click", "two clicks at once"])
+def test_a_double_click_deletes_one_triple(review: Callable[..., Review], fast: str) -> None:
+    here = review()
+    page = here.page
+    add(here, "men with fever@Give paracetamol, rest and water.")
+    page.click("#begin")
+    for number, drug in enumerate(("paracetamol", "rest", "water")):
+        page.click("#add-triple")
+        page.fill(f"#object-{number}", drug)
+        page.keyboard.press("Enter")
+        sync_api.expect(here.node(1)).to_contain_text(drug)
+        page.wait_for_timeout(600)  # no double click
+    if fast == "double click":
+        page.dblclick("#remove-0", delay=10)
+    else:
+        page.evaluate("() => { const one = document.getElementById('remove-0'); one.click(); one.click(); }")
+    sync_api.expect(here.node(1)).not_to_contain_text("paracetamol")
+    page.wait_for_timeout(300)
+    assert [one[2] for one in here.session.passage(1).now.nodes[0]["triples"]] == ["rest", "water"]
+    assert page.is_hidden("#conflict")
+    page.dblclick("#approve", delay=10)
+    here.wait_state("approved")
+    page.wait_for_timeout(300)
+    assert here.state() == "approved"
+    # Keys that come fast are all meant.
+    page.evaluate("() => { for (let i = 0; i < 3; i++) document.getElementById('undo').click(); }")
+    sync_api.expect(page.locator("#redo")).to_be_enabled()
+    here.wait_state("corrected")
+    for _ in range(100):
+        if here.session.passage(1).future and len(here.session.passage(1).future) == 3:
+            break
+        page.wait_for_timeout(50)
+    assert len(here.session.passage(1).future) == 3
+
+
+def test_what_is_typed_fast_is_all_kept(review: Callable[..., Review]) -> None:
+    """The second field is left before the answer to the first one has come."""
+    here = review()
+    page = here.page
+    add(here, "men with fever@Give paracetamol, rest and water.")
+    page.click("#begin")
+    page.click("#add-triple")
+    sync_api.expect(page.locator("#object-0")).to_be_focused()
+    page.route("**/api/edit", lambda route: (time.sleep(0.4), route.continue_()))
+    page.fill("#subject-0", "boys")
+    page.keyboard.press("Tab")
+    page.fill("#object-0", "water")
+    page.keyboard.press("Tab")
+    page.click("#add-triple")
+    sync_api.expect(page.locator("#object-1")).to_be_visible()
+    triples = here.session.passage(1).now.nodes[0]["triples"]
+    assert [triples[0][0], triples[0][2], len(triples)] == ["boys", "water", 2]
+    assert page.is_hidden("#conflict")
+
+
+def test_an_extraction_lands_beside_what_a_person_did(review: Callable[..., Review], tmp_path: Path) -> None:
+    first = sample()[0]
+    here = review("sample:guidelines", slow=0.03)
+    page = here.page
+    here.wait_state("to review")
+    page.click("#extract")
+    page.wait_for_selector("#progress:not([hidden])")
+    page.click("#swap")  # while the model writes
+    here.wait_state("corrected")
+    page.wait_for_selector("#beside", state="visible")
+    assert here.state() == "corrected"
+    page.click("#undo")
+    here.wait_state("to review")
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#save")
+    sync_api.expect(page.locator("#save")).to_have_text("Save")
+    # Taken only when the reviewer says so; the approved tree stays in the file until another one is approved.
+    page.click("#beside summary")
+    sync_api.expect(page.locator("#beside-tree svg")).to_be_visible()
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.click("#beside-take")
+    assert here.state() == "approved"
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#beside-take")
+    here.wait_state("to review")
+    sync_api.expect(page.locator("#kept")).to_be_visible()
+    page.click("#save")
+    sync_api.expect(page.locator("#said")).to_contain_text("as it was approved before, until you approve it again: passage 1")
+    (record,) = read_trees(tmp_path / "out.jsonl").records
+    assert (record.tree, record.more["review"]) == (first.tree, "approved")
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#save")
+    sync_api.expect(page.locator("#save")).to_have_text("Save")
+    (record,) = read_trees(tmp_path / "out.jsonl").records
+    assert record.tree == tree_of(first.text).tree
+    # And one that is left goes.
+    page.click("#extract")
+    page.wait_for_selector("#beside", state="visible")
+    page.click("#beside summary") if not page.is_visible("#beside-leave") else None
+    page.click("#beside-leave")
+    page.wait_for_selector("#beside", state="hidden")
+    assert here.state() == "approved"
 
 
 def test_on_a_small_screen(review: Callable[..., Review]) -> None:

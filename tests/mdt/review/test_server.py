@@ -92,11 +92,11 @@ def test_nothing_is_told_without_the_token(call: Caller, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["edit", "undo", "approve", "paste", "save", "export", "extract", "cancel", "remove", "load", "begin"]
+    "path", ["edit", "undo", "approve", "paste", "save", "export", "extract", "cancel", "remove", "load", "begin", "take", "leave"]
 )
 def test_nothing_is_changed_without_the_token(call: Caller, path: str) -> None:
     before = call("/api/session")[1]
-    assert call(f"/api/{path}", {"number": 1, "changes": 0}, X_Gatewise_Token="wrong")[0] == 401
+    assert call(f"/api/{path}", {"number": 1, "version": 0}, X_Gatewise_Token="wrong")[0] == 401
     assert call("/api/session")[1] == before
 
 
@@ -132,7 +132,7 @@ def test_what_a_form_of_another_page_could_send_is_refused(call: Caller) -> None
 
 def test_all_words_of_the_page_are_there_in_chinese() -> None:
     folder = resources.files("gatewise.mdt.review")
-    scripts = "".join((folder / name).read_text(encoding="utf-8") for name in ("page.js", "editor.js", "calls.js"))
+    scripts = "".join((folder / name).read_text(encoding="utf-8") for name in ("page.js", "editor.js", "calls.js", "conflict.js"))
     known = set(re.findall(r'^  "(.+?)":', (folder / "words.js").read_text(encoding="utf-8"), re.MULTILINE))
     asked = set(re.findall(r'\btr\("([^"]+)"', scripts))
     page = re.sub(r"<(script|style).*?</\1>", "", (folder / "page.html").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -149,6 +149,7 @@ def test_every_answer_is_locked_up(call: Caller) -> None:
         "/page.js",
         "/editor.js",
         "/calls.js",
+        "/conflict.js",
         "/words.js",
         "/page.css",
         "/views.css",
@@ -204,16 +205,16 @@ def test_bodies_that_are_no_json_object_are_refused(call: Caller, raw: bytes) ->
     ("path", "body", "said"),
     [
         ("edit", {}, "arguments"),
-        ("edit", {"number": "x", "changes": 0, "edit": "swap", "arguments": {}}, "number is 'x'"),
-        ("edit", {"number": True, "changes": 0, "edit": "swap", "arguments": {}}, "expected a number"),
-        ("edit", {"number": 1e400, "changes": 0, "edit": "swap", "arguments": {}}, "expected a number"),
-        ("edit", {"number": 1, "changes": 0, "edit": ["swap"], "arguments": {}}, "expected text"),
-        ("edit", {"number": 1, "changes": 0, "edit": "swap", "arguments": {"node": -1}}, "no node -1"),
-        ("edit", {"number": 2, "changes": 0, "edit": "swap", "arguments": {"node": 0}}, "no tree yet"),
-        ("undo", {"number": 99, "changes": 0}, "no passage 99"),
-        ("undo", {"number": 1, "changes": 0}, "nothing to undo"),
-        ("approve", {"number": 2, "changes": 0, "approved": True}, "no tree yet"),
-        ("begin", {"number": 1, "changes": 0}, "a tree already"),
+        ("edit", {"number": "x", "version": 0, "edit": "swap", "arguments": {}}, "number is 'x'"),
+        ("edit", {"number": True, "version": 0, "edit": "swap", "arguments": {}}, "expected a number"),
+        ("edit", {"number": 1e400, "version": 0, "edit": "swap", "arguments": {}}, "expected a number"),
+        ("edit", {"number": 1, "version": 0, "edit": ["swap"], "arguments": {}}, "expected text"),
+        ("edit", {"number": 1, "version": 0, "edit": "swap", "arguments": {"node": -1}}, "no node -1"),
+        ("edit", {"number": 2, "version": 0, "edit": "swap", "arguments": {"node": 0}}, "no tree yet"),
+        ("undo", {"number": 99, "version": 0}, "no passage 99"),
+        ("undo", {"number": 1, "version": 0}, "nothing to undo"),
+        ("approve", {"number": 2, "version": 0, "approved": True}, "no tree yet"),
+        ("begin", {"number": 1, "version": 0}, "a tree already"),
         ("paste", {"text": ""}, "is empty"),
         ("paste", {"text": ["x"]}, "expected text"),
         ("paste", {"text": "\ud800 and some words"}, "surrogate"),
@@ -222,8 +223,15 @@ def test_bodies_that_are_no_json_object_are_refused(call: Caller, raw: bytes) ->
         ("load", {"name": "a.pdf", "content": base64.b64encode(b"no pdf").decode()}, "a.pdf cannot be read as PDF"),
         ("load", {"name": "../../etc/passwd", "content": "eA=="}, "expected a text"),
         ("load", {"name": "", "content": "eA=="}, "expected a text"),
-        ("extract", {"numbers": [1, "x"]}, "no passage 'x'"),
-        ("extract", {"numbers": [[1]]}, "no passage"),
+        ("extract", {"passages": [[1, 0], ["x", 0]]}, "no passage 'x'"),
+        ("extract", {"passages": [[[1], 0]]}, "no passage"),
+        ("extract", {"passages": [[1]]}, "missing"),
+        ("extract", {"passages": [[1, "0"]]}, "missing"),
+        ("take", {"number": 1, "version": 0, "extraction": 1}, "does not lie beside this tree"),
+        ("leave", {"number": 1, "version": 0, "extraction": 0}, "does not lie beside this tree"),
+        ("undo", {"number": 1, "version": 0, "window": 1}, "window is '1', expected text"),
+        ("approve", {"number": 1, "version": 0, "approved": True, "comment": "x" * 4001}, "the comment has 4001 characters"),
+        ("approve", {"number": 1, "version": 0, "approved": True, "comment": "\ud800"}, "surrogate"),
         ("extract", {}, "missing"),
         ("export", {"format": "exe", "which": "all"}, "'exe': expected one of text"),
         ("export", {"format": "json", "which": {"a": 1}}, 'expected the number of a passage, "all"'),
@@ -256,7 +264,7 @@ def test_nonsense_on_the_wire_does_not_end_it(call: Caller) -> None:
 
 
 def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def fail(self: Session) -> None:
+    def fail(self: Session, by: Any) -> None:
         raise RuntimeError("oh")
 
     monkeypatch.setattr(Session, "save", fail)
@@ -272,12 +280,12 @@ def test_a_busy_port_is_one_sentence(call: Caller, tmp_path: Path) -> None:
 
 
 def test_an_older_page_removes_nothing(call: Caller) -> None:
-    assert call("/api/begin", {"number": 2, "changes": 0})[0] == 200  # in another window
-    status, answer = call("/api/remove", {"number": 2, "changes": 0})
+    assert call("/api/begin", {"number": 2, "version": 0})[0] == 200  # in another window
+    status, answer = call("/api/remove", {"number": 2, "version": 0})
     assert (status, "has changed since the page showed it" in answer["error"]) == (409, True)
     assert call("/api/remove", {"number": 2})[0] == 400
     assert len(call("/api/session")[1]["passages"]) == 2
-    assert call("/api/remove", {"number": 2, "changes": 1})[0] == 200
+    assert call("/api/remove", {"number": 2, "version": 1})[0] == 200
 
 
 # What it does ---------------------------------------------------------------------------------------------------------
@@ -289,7 +297,7 @@ def test_a_whole_review(call: Caller) -> None:
     assert "".join(piece for piece, _ in seen["passage"]) == TEXT.partition("@")[2]
     assert seen["nodes"][0]["children"] == [1, 2]
     assert (seen["fault"], seen["warnings"], seen["undo"]) == (None, [], 0)
-    edit = {"number": 1, "changes": 0, "edit": "set_triple"}
+    edit = {"number": 1, "version": 0, "edit": "set_triple"}
     arguments = {"node": 3, "triple": 0, "parts": ["adults with gout", "therapeutic schedule", HOSTILE]}
     status, answer = call("/api/edit", {**edit, "arguments": arguments})
     assert status == 200
@@ -297,12 +305,12 @@ def test_a_whole_review(call: Caller) -> None:
     assert "<script" not in answer["passage"]["drawing"]
     assert answer["session"]["unsaved"] == 1
     assert call("/api/edit", {**edit, "arguments": arguments})[0] == 409  # a page that shows the older tree
-    answer = call("/api/edit", {"number": 1, "changes": 1, "edit": "to_condition", "arguments": {"node": 4}})[1]
+    answer = call("/api/edit", {"number": 1, "version": 1, "edit": "to_condition", "arguments": {"node": 4}})[1]
     assert answer["passage"]["fault"]["node"] == 4
     assert "without triples" in answer["passage"]["fault"]["message"]
-    answer = call("/api/undo", {"number": 1, "changes": 2})[1]
+    answer = call("/api/undo", {"number": 1, "version": 2})[1]
     assert (answer["passage"]["fault"], answer["passage"]["redo"]) == (None, 1)
-    assert call("/api/approve", {"number": 1, "changes": 3, "approved": True})[1]["passage"]["state"] == "approved"
+    assert call("/api/approve", {"number": 1, "version": 3, "approved": True})[1]["passage"]["state"] == "approved"
     saved = call("/api/save", {})[1]
     assert saved["saved"]["records"] == 1
     (record,) = (json.loads(line) for line in Path(saved["saved"]["path"]).read_text(encoding="utf-8").split("\n") if line)
@@ -313,7 +321,7 @@ def test_a_whole_review(call: Caller) -> None:
 
 
 def test_extraction_through_the_server(call: Caller) -> None:
-    status, answer = call("/api/extract", {"numbers": [2]})
+    status, answer = call("/api/extract", {"passages": [[2, 0]]})
     assert (status, answer["session"]["extracts"]) == (200, True)
     for _ in range(500):
         answer = call("/api/session")[1]
@@ -331,7 +339,7 @@ def test_without_a_model_the_reason_is_given(tmp_path: Path) -> None:
         thread.start()
         call = Caller(server)
         assert (call("/api/session")[1]["extracts"], call("/api/session")[1]["reason"]) == (False, "no model was given")
-        assert call("/api/extract", {"numbers": []}) == (400, {"error": "no model was given"})
+        assert call("/api/extract", {"passages": []}) == (400, {"error": "no model was given"})
         server.shutdown()
         thread.join()
     session.close()
@@ -347,5 +355,5 @@ def test_files_come_in_by_their_content_alone(call: Caller, tmp_path: Path) -> N
     assert (seen["language"], seen["population"][0][0], seen["relations"][1]) == ("zh", "老年人", "治疗药物")
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [
         "trees.json",
-        "trees.json.review.draft.json",
+        "trees.json.review.history.jsonl",
     ]

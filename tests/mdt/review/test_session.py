@@ -42,7 +42,7 @@ def trees(tmp_path: Path) -> Path:
 def correct(session: Session, number: int = 1) -> None:
     passage = session.passage(number)
     arguments = {"node": 1, "triple": 0, "parts": triple("naproxen or colchicine", "drug therapy")}
-    session.edit(number, passage.changes, "set_triple", arguments)
+    session.edit(number, passage.version, "set_triple", arguments)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -99,18 +99,18 @@ def test_an_unfinished_tree_is_not_saved_and_not_lost(trees: Path) -> None:
     session = Session.open(str(trees))
     correct(session)
     session.save()
-    session.edit(1, session.passage(1).changes, "to_condition", {"node": 4})
+    session.edit(1, session.passage(1).version, "to_condition", {"node": 4})
     assert not session.passage(1).is_valid
     assert session.unsaved == 1
     with pytest.raises(GatewiseError, match="cannot be approved yet: node 5: a condition"):
-        session.approve(1, session.passage(1).changes)
+        session.approve(1, session.passage(1).version)
     saved = session.save()
     assert (saved.records, saved.unfinished) == (1, [1])
     assert len(lines(saved.path)[0]["tree"]) == 5  # the version that was saved before
     again = reopened(session, trees)
     assert len(again.passage(1).now.nodes or ()) == 7
     assert again.passage(1).saved is not None
-    again.undo(1, 0)  # back to what was saved
+    again.undo(1, again.passage(1).version)  # back to what was saved
     assert again.passage(1).is_valid
     assert again.unsaved == 0
 
@@ -129,7 +129,7 @@ def test_a_file_that_another_program_changed_is_left_alone(trees: Path) -> None:
     again = reopened(session, trees)
     assert (again.passage(1).now.nodes or [])[1]["triples"][0][2] == "ibuprofen"
     assert "another tree than before" in again.notes[0]
-    again.undo(1, 0)
+    again.undo(1, again.passage(1).version)
     assert (again.passage(1).now.nodes or [])[1]["triples"][0][2] == "naproxen or colchicine"
     assert again.passage(2).now.state == "approved"
     assert again.save().records == 2
@@ -160,10 +160,10 @@ def test_saved_corrections_are_there_without_the_draft(trees: Path) -> None:
     correct(session)
     session.save()
     session.close()
-    session.files.draft.unlink()
+    session.files.history.unlink()
     again = Session.open(str(trees))
     assert [passage.now.state for passage in again.passages] == ["corrected", "drafted"]
-    again.undo(1, 0)
+    again.undo(1, again.passage(1).version)
     assert again.passage(1).now.nodes == gout()
 
 
@@ -175,7 +175,7 @@ def test_the_file_of_corrections_itself_can_be_reviewed(trees: Path) -> None:
     assert again.files.out == session.files.out
     assert len(again.passages) == 2  # the draft knows of the other
     again.close()
-    session.files.draft.unlink()
+    session.files.history.unlink()
     alone = Session.open(str(session.files.out))
     assert [passage.now.state for passage in alone.passages] == ["corrected"]
 
@@ -227,11 +227,11 @@ def test_removed_passages_stay_away_and_saved_ones_cannot_go(trees: Path) -> Non
 
 def test_that_the_draft_cannot_be_written_is_said(trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session.open(str(trees))
-    session.files.draft.mkdir()  # a folder is in its place
+    session.files.history.mkdir()  # a folder is in its place
     correct(session)
     assert "cannot write" in session.trouble
-    session.files.draft.rmdir()
-    session.undo(1, session.passage(1).changes)
+    session.files.history.rmdir()
+    session.undo(1, session.passage(1).version)
     assert session.trouble == ""
 
 
@@ -243,17 +243,17 @@ def test_undo_and_redo(trees: Path) -> None:
     correct(session)
     session.approve(1, 1)
     for state in ("corrected", "drafted"):
-        session.undo(1, session.passage(1).changes)
+        session.undo(1, session.passage(1).version)
         assert session.passage(1).now.state == state
     with pytest.raises(GatewiseError, match="nothing to undo"):
-        session.undo(1, session.passage(1).changes)
+        session.undo(1, session.passage(1).version)
     assert session.passage(1).now.warnings == ("cut short",)
     for state in ("corrected", "approved"):
-        session.redo(1, session.passage(1).changes)
+        session.redo(1, session.passage(1).version)
         assert session.passage(1).now.state == state
     with pytest.raises(GatewiseError, match="nothing to do again"):
-        session.redo(1, session.passage(1).changes)
-    session.edit(1, session.passage(1).changes, "swap", {"node": 0})
+        session.redo(1, session.passage(1).version)
+    session.edit(1, session.passage(1).version, "swap", {"node": 0})
     assert session.passage(1).now.state == "corrected"  # approved no more
 
 
@@ -306,16 +306,39 @@ def test_what_cannot_be_reviewed_is_refused(
         Session.open(None, Path("out.json"))
 
 
-def test_a_damaged_draft_is_refused_not_overwritten(trees: Path) -> None:
+def test_a_damaged_history_is_refused_not_overwritten(trees: Path) -> None:
     session = Session.open(str(trees))
     correct(session)
+    correct(session, 2)
     session.close()
-    whole = session.files.draft.read_text()
-    for damaged in ("", "[]", whole[:-20], whole.replace('"corrected"', '"great"'), whole.replace('"format": 1', '"format": 2')):
-        session.files.draft.write_text(damaged)
-        with pytest.raises(GatewiseError, match="the draft of a review, cannot be read"):
+    whole = session.files.history.read_text()
+    for old, new in (('"corrected"', '"great"'), ('"format": 2', '"format": 3'), ('{"time"', '"time"'), ('"reviewer"', '"x"')):
+        damaged = whole.replace(old, new)
+        session.files.history.write_text(damaged)
+        with pytest.raises(GatewiseError, match=r"history\.jsonl, which has the work of earlier reviews, cannot be read"):
             Session.open(str(trees))
-        assert session.files.draft.read_text() == damaged
+        assert session.files.history.read_text() == damaged
+
+
+def test_a_torn_end_of_the_history_costs_only_what_was_never_confirmed(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    before = session.files.history.read_bytes()
+    session.approve(2, 0)
+    whole = session.files.history.read_bytes()
+    session.close()
+    for end in range(len(before), len(whole), 37):
+        session.files.history.write_bytes(whole[:end])
+        again = Session.open(str(trees))
+        assert [passage.now.state for passage in again.passages] == ["corrected", "drafted"]
+        assert ("was torn by an interruption" in " ".join(again.notes)) == (end > len(before))
+        again.approve(2, 0)
+        third = reopened(again, trees)
+        assert [passage.now.state for passage in third.passages] == ["corrected", "approved"]
+        assert third.notes == []
+        third.close()
+    session.files.history.write_bytes(b"")  # the file was made, and no more
+    assert [passage.now.state for passage in Session.open(str(trees)).passages] == ["drafted", "drafted"]
 
 
 def test_exports(trees: Path) -> None:
@@ -378,8 +401,10 @@ def test_passages_are_extracted_one_after_another(tmp_path: Path) -> None:
     session.edit(1, 1, "swap", {"node": 0})
     extracting.ask([session.passage(1)])
     wait(extracting)
+    assert session.passage(1).now.state == "corrected"  # what a person did is not replaced
+    session.take(1, 2, extraction=1, replaced=True)
     assert session.passage(1).now.state == "drafted"
-    session.undo(1, session.passage(1).changes)  # the corrected tree is not lost
+    session.undo(1, session.passage(1).version)
     assert session.passage(1).now.state == "corrected"
     extracting.end()
 

@@ -41,11 +41,15 @@ def review(
     ] = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, or only print its address.")] = True,
     repair: RepairOption = False,
+    reviewer: Annotated[
+        str | None, typer.Option(help="Who reviews: the name that the history has beside each change. [default: the login name]")
+    ] = None,
 ) -> None:
     """Review trees in the browser: read each against its text, correct it, approve it, save.
 
     The page is served on this machine only. What is corrected or approved goes into a JSONL file in the published format, which is
-    training data; everything else, unfinished trees too, is kept in a draft beside it after every change. Ctrl-C ends.
+    training data; every change, of unfinished trees too, is kept in a history beside it as soon as it is made, with the reviewer's
+    name and the time. Ctrl-C ends.
 
     \b
     Examples:
@@ -59,7 +63,7 @@ def review(
         check_language(language)
     if adapter is not None and not os.path.exists(adapter):  # unlike a Path's own it takes any name
         raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
-    session = Session.open(file, out, population=population, repair=repair)
+    session = Session.open(file, out, population=population, repair=repair, reviewer=reviewer)
     extracting: Extracting | None = None
     try:
         for note in session.notes:
@@ -79,7 +83,7 @@ def review(
         unsaved = session.unsaved
         if unsaved:
             what = "1 passage is" if unsaved == 1 else f"{unsaved} passages are"
-            say(f"{what} not in {session.files.out} as they stand; the draft keeps them for the next review", err=True)
+            say(f"{what} not in {session.files.out} as they stand; the history keeps them for the next review", err=True)
     finally:
         if extracting is not None:
             extracting.end()

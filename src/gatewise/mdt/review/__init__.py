@@ -6,11 +6,12 @@
 | ``passage``     | one text with its tree: versions, undo, state                            |
 | ``sources``     | documents and files of trees that come in                                |
 | ``merging``     | what earlier reviews left of them                                        |
-| ``files``       | the corrections (JSONL in the published format) and the draft            |
-| ``session``     | the whole review; no HTTP, no model                                      |
+| ``files``       | the corrections (JSONL in the published format) and the history          |
+| ``session``     | the whole review: every change, checked, made and kept; no HTTP, no model |
 | ``extracting``  | a thread that asks the model, tells how far it is, and can be stopped    |
-| ``shown``       | what the page shows, as JSON                                             |
-| ``server``      | the page on 127.0.0.1                                                    |
+| ``shown``       | what the page shows of a review, as JSON                                 |
+| ``actions``     | what the page can ask for, by name, without HTTP                         |
+| ``server``      | the page on 127.0.0.1: HTTP, and whom it answers                         |
 """
 
 from gatewise.mdt.review.extracting import Extract, Extracting, model_extract

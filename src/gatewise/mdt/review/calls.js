@@ -16,10 +16,14 @@ function findToken() {
 
 const token = findToken();
 
+// Names this page, so that it knows its own changes among those of others.
+export const WINDOW = Math.random().toString(36).slice(2);
+
 export class Failed extends Error {
-  constructor(message, status) {
+  constructor(message, status, content = {}) {
     super(message);
     this.status = status;
+    this.content = content;
   }
 }
 
@@ -31,7 +35,7 @@ async function call(path, options) {
   } catch {
     throw new Failed(tr("The review has ended, or cannot be reached. Start it again; everything is kept."), 0);
   }
-  if (!answer.ok) throw new Failed(content.error || `The server answered ${answer.status}.`, answer.status);
+  if (!answer.ok) throw new Failed(content.error || `The server answered ${answer.status}.`, answer.status, content);
   return content;
 }
 
@@ -45,11 +49,11 @@ export function post(path, body) {
   return call(path, {
     method: "POST",
     headers: { ...headers, "Content-Type": "application/json" },
-    body: JSON.stringify(body),
+    body: JSON.stringify({ ...body, window: WINDOW }),
   });
 }
 
-// One change after another: each needs the count of changes that the one before it gave back.
+// One change after another: each is of the version that the one before it gave back.
 let last = Promise.resolve();
 
 export function inOrder(work) {
@@ -68,6 +72,16 @@ export function element(tag, attributes = {}, ...children) {
   }
   made.append(...children.filter(Boolean));
   return made;
+}
+
+// Whether a click is none of a double click, whose second one may meet what came into the place of the first one's button.
+let before = { time: -Infinity, x: 0, y: 0 };
+
+export function single(event) {
+  const now = { time: event.timeStamp, x: event.clientX, y: event.clientY };
+  const same = event.detail > 0 && now.time - before.time < 500 && Math.hypot(now.x - before.x, now.y - before.y) < 5;
+  before = now;
+  return event.detail < 2 && !same;
 }
 
 export async function base64(file) {

@@ -1,10 +1,11 @@
 // The editor of one node. It asks for edits and shows what comes back; what a valid tree is, the server knows.
 
-import { element } from "./calls.js";
+import { element, single } from "./calls.js";
 import { tr } from "./words.js";
 
-// edit(name, arguments, node to show after it) asks the server; phrase() is what is selected in the text.
-export function showEditor(place, passage, at, { edit, phrase }) {
+// ask(name, arguments, node to show after it, control to focus, version that it is of) asks the server; phrase() is what is selected
+// in the text.
+export function showEditor(place, passage, at, { ask, phrase }) {
   const node = passage.nodes && passage.nodes[at];
   place.hidden = !node;
   if (!node) {
@@ -12,6 +13,7 @@ export function showEditor(place, passage, at, { edit, phrase }) {
     return;
   }
   const held = heldInput(place);
+  const edit = (name, more, show, focus, version = passage.version) => ask(name, { node: at, ...more }, show, focus, version);
   const condition = node.role === "C";
   const parts = [
     element("h2", { text: tr("Node {number}", { number: at + 1 }) }, element("small", { text: ` ${whereIs(passage, at)}` })),
@@ -20,12 +22,13 @@ export function showEditor(place, passage, at, { edit, phrase }) {
     ...node.triples.map((triple, i) => card(passage, at, i, triple, edit, phrase)),
     element("button", {
       type: "button", id: "add-triple", text: tr("Add triple"),
-      onclick: () => edit("add_triple", { parts: [passage.about, "", ""] }, at, `object-${node.triples.length}`),
+      onclick: event => single(event)
+        && edit("add_triple", { parts: [passage.about, "", ""] }, at, `object-${node.triples.length}`),
     }),
     structure(passage, at, condition, edit),
   ];
   place.replaceChildren(...parts.filter(Boolean));
-  giveBack(place, held);
+  giveBack(place, held, passage);
 }
 
 function whereIs(passage, at) {
@@ -56,38 +59,39 @@ function joins(node, at, edit) {
 }
 
 function card(passage, at, i, triple, edit, phrase) {
-  const send = (which, value) => {
-    const parts = [...triple.parts];
+  // Only the part that was changed: another may be on its way. What was typed is of the version that was there when it was begun.
+  const send = (which, value, version) => {
+    const parts = [null, null, null];
     parts[which] = value;
-    if (value !== triple.parts[which]) edit("set_triple", { triple: i, parts }, at);
+    if (value !== triple.parts[which]) edit("set_triple", { triple: i, parts }, at, null, version);
   };
   const known = passage.relations.includes(triple.parts[1]) ? passage.relations : [...passage.relations, triple.parts[1]];
   const relation = element("select", { id: `relation-${i}`, onchange: event => send(1, event.target.value) },
     ...known.map(name => element("option", { value: name, text: name, selected: name === triple.parts[1] })));
   return element("fieldset", { class: "triple card", "data-triple": `${at}.${i}` },
     element("legend", { text: tr("Triple {number}", { number: i + 1 }) }),
-    part(`subject-${i}`, tr("Subject"), triple.parts[0], triple.absent[0], value => send(0, value), phrase),
+    part(`subject-${i}`, tr("Subject"), triple.parts[0], triple.absent[0], (value, version) => send(0, value, version), phrase, passage),
     element("div", { class: "part" }, element("label", { for: `relation-${i}`, text: tr("Relation") }), relation),
-    part(`object-${i}`, tr("Object"), triple.parts[2], triple.absent[1], value => send(2, value), phrase),
+    part(`object-${i}`, tr("Object"), triple.parts[2], triple.absent[1], (value, version) => send(2, value, version), phrase, passage),
     element("button", {
       type: "button", class: "quiet delete", id: `remove-${i}`, text: tr("Delete triple"),
       "aria-label": tr("Delete triple {number}", { number: i + 1 }),
-      onclick: () => edit("remove_triple", { triple: i }, at, "add-triple"),
+      onclick: event => single(event) && edit("remove_triple", { triple: i }, at, "add-triple"),
     }));
 }
 
-function part(id, label, value, absent, send, phrase) {
+function part(id, label, value, absent, send, phrase, passage) {
   const input = element("textarea", {
     id, rows: 1, spellcheck: "false", "aria-describedby": absent ? `${id}-absent` : null, "aria-invalid": !value && "true",
-    onchange: event => send(event.target.value.trim()),
+    onchange: event => send(event.target.value.trim(), Number(event.target.dataset.version)),
     onkeydown: event => {
       if (event.key !== "Enter" || event.isComposing) return;
       event.preventDefault();
-      send(event.target.value.trim());
+      send(event.target.value.trim(), Number(event.target.dataset.version));
     },
   });
   input.value = value;
-  input.dataset.given = value;
+  Object.assign(input.dataset, { given: value, version: passage.version, passage: passage.number });
   const take = element("button", {
     type: "button", class: "take", id: `take-${id}`, text: tr("From text"), disabled: !phrase(),
     title: tr("Take the words selected in the text"),
@@ -102,7 +106,7 @@ function part(id, label, value, absent, send, phrase) {
 
 function structure(passage, at, condition, edit) {
   const button = (id, text, name, more, node = at) =>
-    element("button", { type: "button", class: "quiet", id, text, onclick: () => edit(name, more, node) });
+    element("button", { type: "button", class: "quiet", id, text, onclick: event => single(event) && edit(name, more, node) });
   const empty = passage.nodes[at].role === "D" && !passage.nodes[at].triples.length;
   return element("details", { class: "structure", open: true },
     element("summary", { text: tr("Change the tree here") }),
@@ -119,13 +123,16 @@ function heldInput(place) {
   const active = document.activeElement;
   if (!active || !place.contains(active) || !active.id) return null;
   const typed = active.dataset.given !== undefined && active.value !== active.dataset.given;
-  return { id: active.id, value: typed ? active.value : null, at: active.selectionStart };
+  return { id: active.id, value: typed ? active.value : null, at: active.selectionStart, of: { ...active.dataset } };
 }
 
-function giveBack(place, held) {
+function giveBack(place, held, passage) {
   const input = held && place.querySelector(`#${CSS.escape(held.id)}`);
-  if (!input) return;
-  if (held.value !== null) input.value = held.value;
+  if (!input || (held.of.passage && Number(held.of.passage) !== passage.number)) return;
+  if (held.value !== null) {
+    input.value = held.value;
+    input.dataset.version = held.of.version;
+  }
   input.focus({ preventScroll: true });
   if (input.setSelectionRange && held.at !== null && held.at !== undefined) input.setSelectionRange(held.at, held.at);
 }

@@ -207,8 +207,12 @@ def _which_side(arguments: Mapping[str, Any], node: dict[str, Any], language: La
     return str(arguments["side"])
 
 
-def _whole_triple(arguments: Mapping[str, Any], node: dict[str, Any], language: Language) -> list[str]:
-    return _parts(arguments.get("parts"))
+def _some_parts(arguments: Mapping[str, Any], node: dict[str, Any], language: Language) -> list[str]:
+    """The triple with those parts that were given; null leaves a part as it is, which another edit may just have set."""
+    old, given = node["triples"][_which_triple(arguments, node, language)], arguments.get("parts")
+    if isinstance(given, list) and len(given) == 3:
+        given = [before if part is None else part for before, part in zip(old, given, strict=True)]
+    return _parts(given)
 
 
 def _new_triple(arguments: Mapping[str, Any], node: dict[str, Any], language: Language) -> list[str]:
@@ -237,7 +241,7 @@ def _short(triple: checks.TripleParts) -> list[str]:
 
 _READERS: dict[str, Callable[[Mapping[str, Any], dict[str, Any], Language], Any]] = {
     "triple": _which_triple,
-    "parts": _whole_triple,
+    "parts": _some_parts,
     "new": _new_triple,
     "join": _which_join,
     "side": _which_side,

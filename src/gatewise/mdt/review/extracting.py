@@ -3,15 +3,15 @@
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from threading import Condition, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.relations import Language
 from gatewise.mdt.review.passage import Passage, Version
-from gatewise.mdt.review.session import Session
+from gatewise.mdt.review.session import NOBODY, By, Session
 
 if TYPE_CHECKING:
     from gatewise.mdt.extraction.extractor import Extraction, Extractor
@@ -21,6 +21,14 @@ Tick = Callable[[], None]
 # The text, its language where it is known for sure, and what to call with every token.
 Extract = Callable[[str, Language | None, Tick], "Extraction"]
 NOTHING_FOUND = "no decision was found in this passage"
+
+
+class _Asked(NamedTuple):
+    """A passage in the queue, in the version that was seen when it was asked for, and who asked."""
+
+    number: int
+    version: int
+    by: By
 
 
 class CancelledError(BaseException):
@@ -57,30 +65,31 @@ class Extracting:
     def __init__(self, session: Session, extract: Extract, *, language: Language | None = None, most: int = 0) -> None:
         self.session, self.extract, self.language, self.most = session, extract, language, most
         self._news = Condition()
-        self._queue: list[int] = []
-        self._now: int | None = None
+        self._queue: list[_Asked] = []
+        self._now: _Asked | None = None
         self._done = self._tokens = 0
         self._started = 0.0
         self._cancelled = self._ended = False
         self._thread = Thread(target=self._run, name="extracting", daemon=True)
         self._thread.start()
 
-    def ask(self, passages: list[Passage]) -> None:
-        """Puts passages into the queue; those that are in it stay where they are."""
+    def ask(self, passages: Iterable[Passage], by: By = NOBODY) -> None:
+        """Puts passages into the queue, in the versions in which they are given; those that are in it stay where they are."""
         with self._news:
             if not self._queue and self._now is None:
                 self._done = 0
+            waiting = {asked.number for asked in (*self._queue, *filter(None, [self._now]))}
             for passage in passages:
-                if not passage.waiting:
-                    passage.waiting, passage.error = True, ""
-                    self._queue.append(passage.number)
+                if passage.number not in waiting:
+                    self.session.mark(passage.number, waiting=True, error="")
+                    self._queue.append(_Asked(passage.number, passage.version, by))
             self._news.notify_all()
 
     def cancel(self) -> None:
         """Empties the queue and stops what is written now. Trees that are done stay."""
         with self._news:
-            for number in self._queue:
-                self._stop_waiting(number)
+            for asked in self._queue:
+                self.session.mark(asked.number, waiting=False)
             self._queue.clear()
             self._cancelled = self._now is not None
 
@@ -99,7 +108,7 @@ class Extracting:
                 return None
             at = (0 if self._now is None else 1) + self._done
             return {
-                "passage": self._now,
+                "passage": self._now.number if self._now else None,
                 "at": at,
                 "of": self._done + len(self._queue) + (self._now is not None),
                 "tokens": self._tokens,
@@ -111,17 +120,15 @@ class Extracting:
     # ---- in the thread ----
 
     def _run(self) -> None:
-        while (number := self._next()) is not None:
-            try:
-                self._one(number)
-            finally:
-                with self._news:
-                    self._stop_waiting(number)
-                    self._now = None
-                    self._done += 1
-                    self._cancelled = False
+        while (asked := self._next()) is not None:
+            error = self._one(asked)
+            with self._news:
+                self.session.mark(asked.number, waiting=False, error=error)
+                self._now = None
+                self._done += 1
+                self._cancelled = False
 
-    def _next(self) -> int | None:
+    def _next(self) -> "_Asked | None":
         with self._news:
             while not self._queue and not self._ended:
                 self._news.wait()
@@ -131,31 +138,29 @@ class Extracting:
             self._tokens, self._started, self._cancelled = 0, time.monotonic(), False
             return self._now
 
-    def _one(self, number: int) -> None:
+    def _one(self, asked: "_Asked") -> str | None:
+        """Why there is no tree, a sentence; None where there is one, or nobody wants it any more."""
         try:
-            passage = self.session.passage(number)
+            passage = self.session.passage(asked.number)
         except GatewiseError:  # it was removed while it waited
-            return
+            return None
         try:
             found = self.extract(passage.text, self.language, self._tick)
             warnings = found.warnings if found.tree.triples else (*found.warnings, NOTHING_FOUND)
-            self.session.put(number, Version(found.tree.to_preorder(), "drafted", tuple(warnings)))
+            version = Version(found.tree.to_preorder(), "drafted", tuple(warnings))
+            self.session.put(asked.number, version, asked.version, asked.by)
         except CancelledError:
-            return
+            return None
         except GatewiseError as error:
-            passage.error = str(error)
+            return str(error)
         except BaseException as error:  # whatever it is, a panic of a library too: the others go on, and it says what happened
-            passage.error = f"the extraction failed ({type(error).__name__}: {error}): see the terminal, and write the tree by hand"
             with suppress(Exception):  # there may be no terminal any more
                 traceback.print_exc(file=sys.stderr)
+            return f"the extraction failed ({type(error).__name__}: {error}): see the terminal, and write the tree by hand"
+        return None
 
     def _tick(self) -> None:
         with self._news:
             if self._cancelled:
                 raise CancelledError
             self._tokens += 1
-
-    def _stop_waiting(self, number: int) -> None:
-        for passage in self.session.passages:
-            if passage.number == number:
-                passage.waiting = False

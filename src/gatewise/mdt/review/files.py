@@ -1,41 +1,77 @@
-"""The files of a review: the corrections, a JSONL in the published format, and beside it the draft of all that is not in there.
+"""The files of a review: the corrections, a JSONL in the published format, and beside it the history of all that was done.
 
-guideline.pdf                     what is reviewed
-guideline.pdf.review.jsonl        trees that a person corrected or approved: written by "save", read by every command
-guideline.pdf.review.draft.json   everything as it stands, unfinished trees too: written after every change
+guideline.pdf                        what is reviewed
+guideline.pdf.review.jsonl           trees that a person corrected or approved: written by "save", read by every command
+guideline.pdf.review.history.jsonl   who did what and when, a line each, with the tree that it led to: unfinished trees too
+guideline.pdf.review.draft.json      what earlier versions had in place of the history; only read, and while there is no history
+
+The history only grows: a line is added with every change, and nothing that is in there is ever written again. The state of a review
+is what its lines lead to, one after another, see :func:`_replayed`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
-from gatewise.files import whole_file
+from gatewise.files import JsonLines
 from gatewise.mdt.records import TreeRecord, read_trees, write_trees
 from gatewise.mdt.review.edits import check_shape
 from gatewise.mdt.review.passage import STATES, Passage, Version
 
 SUFFIX = ".review.jsonl"
-_FORMAT = 1
+_FORMAT = 2  # of the history; 1 is that of the drafts of earlier versions
+
+
+class Entry(NamedTuple):
+    """What was done, by whom and when, without the tree that it led to.
+
+    Attributes:
+        time: in UTC, as ISO 8601 writes it.
+        action: "edit", "undo", "approve", ...: the name of the method of the session, see there.
+        passage: its id; 0 where it is about no single one.
+        version: the number of the version that it led to.
+        comment: what the reviewer said of it, mostly nothing.
+        window: names the page that asked for it, so that a page knows its own changes; not kept on disk.
+    """
+
+    time: str
+    reviewer: str
+    action: str
+    passage: int = 0
+    version: int = 0
+    comment: str = ""
+    window: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a line of the history begins."""
+        held = {name: value for name, value in self._asdict().items() if name != "window"}
+        return {name: value for name, value in held.items() if value or name in ("time", "reviewer", "action")}
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a draft remembers.
+    """What earlier reviews left.
 
     Attributes:
         removed: the texts of passages that were taken out of the review.
+        entries: what was done, in its order.
+        last: the largest id that a passage ever had.
+        notes: what has to be said of it, a sentence each.
     """
 
     passages: list[Passage] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    last: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class ReviewFiles:
@@ -52,7 +88,8 @@ class ReviewFiles:
         if out.suffix.lower() != ".jsonl":
             raise GatewiseError(f"{out}: the name ends in {out.suffix!r}, expected .jsonl for the file of corrections")
         self.out = out
-        self.draft = out.with_suffix(".draft.json")
+        self.history, self.draft = out.with_suffix(".history.jsonl"), out.with_suffix(".draft.json")
+        self._lines = JsonLines(self.history)
         self._lock = FileLock(out.with_name(f".{out.name}.lock"), thread_local=False)  # the page is served by several
         self._digest: str | None = None
 
@@ -106,32 +143,49 @@ class ReviewFiles:
         """What the last review left.
 
         Raises:
-            GatewiseError: the draft is damaged.
+            GatewiseError: the history, or the draft of an earlier version, is damaged.
         """
-        if not self.draft.exists():
-            return Draft()
+        if self.history.exists():
+            return self._read(self.history, self._from_history)
+        return self._read(self.draft, self._from_draft) if self.draft.exists() else Draft()
+
+    def _read(self, path: Path, reading: Callable[[], Draft]) -> Draft:
         try:
-            held = writable(json.loads(self.draft.read_text(encoding="utf-8")))
-            if held["format"] != _FORMAT:
-                raise GatewiseError(f"its format is {held['format']!r}, expected {_FORMAT}")
-            passages = [_passage(item, number) for number, item in enumerate(held["passages"], start=1)]
-            return Draft(passages, [str(text) for text in held["removed"]])
+            return reading()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, GatewiseError) as error:
             said = str(error) or type(error).__name__
             raise GatewiseError(
-                f"{self.draft}, the draft of a review, cannot be read ({said}): move it away to begin anew"
+                f"{path}, which has the work of earlier reviews, cannot be read ({said}): move it away to begin anew"
             ) from error
 
-    def write_draft(self, passages: Iterable[Passage], removed: Sequence[str]) -> None:
-        """Keeps everything as it stands.
+    def _from_history(self) -> Draft:
+        draft = _replayed(writable(self._lines.read()))
+        if self._lines.cut:
+            draft.notes.append(
+                f"the last line of {self.history} was torn by an interruption, and is left out: its change was never confirmed"
+            )
+        return draft
+
+    def _from_draft(self) -> Draft:
+        held = writable(json.loads(self.draft.read_text(encoding="utf-8")))
+        if held["format"] != 1:
+            raise GatewiseError(f"its format is {held['format']!r}, expected 1")
+        passages = [_passage(item, number) for number, item in enumerate(held["passages"], start=1)]
+        # There an edit, or another extraction, made an approved tree one that a save would lose.
+        kept = [
+            replace(one, now=one.now._replace(approved=one.now.approved or one.saved.approved)) if one.saved else one
+            for one in passages
+        ]
+        return Draft(kept, [str(text) for text in held["removed"]])
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines to the history, and returns when they are on disk.
 
         Raises:
             GatewiseError: the place cannot be written, or the review has ended.
         """
         self._check_open()
-        held = {"format": _FORMAT, "passages": [_item(passage) for passage in passages], "removed": list(removed)}
-        with whole_file(self.draft) as part:
-            part.write_text(json.dumps(held, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+        self._lines.append(rows)
 
     def save(self, records: Sequence[TreeRecord]) -> None:
         """Writes the file of corrections, whole or not at all.
@@ -145,21 +199,72 @@ class ReviewFiles:
                 f"{self.out} was changed by another program since it was read, so it is left alone: end this review and start it"
                 " again; your edits are kept"
             )
-        write_trees(self.out, records)
-        self._digest = _digest(self.out)
+        try:
+            write_trees(self.out, records)
+        finally:  # an error may come after it was written
+            self._digest = _digest(self.out) if self.out.exists() else None
 
     def _check_open(self) -> None:
         if not self._lock.is_locked:
             raise GatewiseError(f"the review of {self.out} has ended, so nothing is written any more: start it again")
 
 
-def _item(passage: Passage) -> dict[str, Any]:
-    versions = {"now": _version(passage.now), "saved": _version(passage.saved), "came": passage.came}
-    return {"text": passage.text, **versions, "more": passage.more}
+# ---- lines of the history, beside what an entry says of each ----
+
+
+def opening_row(passages: Iterable[Passage], removed: Sequence[str]) -> dict[str, Any]:
+    """At the beginning: the passages in their order."""
+    return {"format": _FORMAT, "passages": [passage.id for passage in passages], "removed": list(removed)}
+
+
+def passage_row(passage: Passage) -> dict[str, Any]:
+    """A passage that comes into the review, or comes back another than it was."""
+    return {
+        "text": passage.text,
+        "more": passage.more,
+        "came": passage.came,
+        "saved": _version(passage.saved),
+        **change_row(passage),
+    }
+
+
+def change_row(passage: Passage) -> dict[str, Any]:
+    """What a change of a passage led to."""
+    beside = {"beside": _version(passage.beside), "extractions": passage.extractions} if passage.extractions else {}
+    return {"version": passage.version, "now": _version(passage.now), **beside}
+
+
+def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
+    """What the lines of a history lead to."""
+    held: dict[int, dict[str, Any]] = {}
+    removed: list[str] = []
+    entries: list[Entry] = []
+    last = 0
+    for row in rows:
+        entry = Entry(**{name: row[name] for name in Entry._fields if name in row})
+        entries.append(entry)
+        last = max(last, entry.passage)
+        if entry.action == "open":
+            if row["format"] != _FORMAT:
+                raise GatewiseError(f"its format is {row['format']!r}, expected {_FORMAT}")
+            held, removed = {number: held[number] for number in row["passages"]}, list(row["removed"])
+        elif entry.action == "save":
+            for number in row["saved"]:
+                held[number]["saved"] = _version(_passage(held[number], number).kept)
+        elif entry.action == "remove":
+            removed.append(held.pop(entry.passage)["text"])
+        else:
+            if entry.action == "add" and row["text"] in removed:
+                removed.remove(row["text"])
+            held.setdefault(entry.passage, {"id": entry.passage}).update(row)
+    return Draft([_passage(item, number) for number, item in enumerate(held.values(), start=1)], removed, entries, last)
 
 
 def _version(version: Version | None) -> dict[str, Any] | None:
-    return None if version is None else {"tree": version.nodes, "state": version.state, "warnings": list(version.warnings)}
+    if version is None:
+        return None
+    made = {"tree": version.nodes, "state": version.state, "warnings": list(version.warnings)}
+    return made if version.approved is None or version.state == "approved" else {**made, "approved": version.approved}
 
 
 def _passage(item: dict[str, Any], number: int) -> Passage:
@@ -170,7 +275,10 @@ def _passage(item: dict[str, Any], number: int) -> Passage:
         raise GatewiseError(f"passage {number} has no version")
     came = item.get("came", now.nodes if now.state == "drafted" else None)  # drafts of earlier versions do not tell
     came = None if came is None else check_shape(came)
-    return Passage(number, item["text"], now, item["more"], _read_version(item["saved"]), came=came)
+    beside, extractions = _read_version(item.get("beside")), int(item.get("extractions", 0))
+    made = Passage(number, item["text"], now, item["more"], _read_version(item["saved"]), came)
+    made = replace(made, version=int(item.get("version", 0)), id=int(item.get("id", 0)))
+    return replace(made, beside=beside, extractions=extractions)
 
 
 def _read_version(held: dict[str, Any] | None) -> Version | None:
@@ -179,7 +287,9 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
     if held["state"] not in STATES or (held["tree"] is None) != (held["state"] == "empty"):
         raise GatewiseError(f"the state {held['state']!r} does not fit its tree")
     nodes = None if held["tree"] is None else check_shape(held["tree"])
-    return Version(nodes, held["state"], tuple(str(warning) for warning in held["warnings"]))
+    approved = nodes if held["state"] == "approved" else held.get("approved")
+    approved = None if approved is None else check_shape(approved)
+    return Version(nodes, held["state"], tuple(str(warning) for warning in held["warnings"]), approved)
 
 
 def _digest(path: Path) -> str:

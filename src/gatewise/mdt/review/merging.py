@@ -200,7 +200,7 @@ def _merged(row: _Row, notes: list[str]) -> Passage:
         # What a file of corrections holds beside the tree is as old as the tree.
         more = {**(first.more if first else {}), **others(record.more)}
         if old is None:
-            past = [source.now] if source and source.now.nodes is not None and source.now.nodes != saved.nodes else []
+            past = (source.now,) if source and source.now.nodes is not None and source.now.nodes != saved.nodes else ()
             return Passage(0, record.text, saved, more, saved, came, past)
         known = [(version.nodes, version.state) for version in (old.now, old.saved) if version is not None]
         if (saved.nodes, saved.state) not in known:
@@ -208,8 +208,8 @@ def _merged(row: _Row, notes: list[str]) -> Passage:
                 f"the file of corrections has another tree than before for {_short(record.text)}, which is shown; undo brings back"
                 " yours"
             )
-            return Passage(0, record.text, saved, more, saved, came, [old.now])
-        return Passage(0, record.text, old.now, more, saved, came, [saved] if old.now != saved else [])
+            return _next(old, saved, more, saved, came, old.now)
+        return _next(old, old.now, more, saved, came, saved)
     if old is None:
         assert source is not None
         return source
@@ -217,9 +217,20 @@ def _merged(row: _Row, notes: list[str]) -> Passage:
         return replace(old, saved=None)
     differs = source.now.nodes is not None and source.now.nodes != old.now.nodes
     if differs and source.came != old.came and old.now.state in ("empty", "drafted"):  # the file has a new tree
-        return Passage(0, source.text, source.now, source.more, None, came, [old.now] if old.now.nodes is not None else [])
+        return _next(old, source.now._replace(approved=old.now.approved), source.more, None, came, old.now)
     # So that undoing leads back to what the file gave, though the edits in between are gone.
-    return Passage(0, source.text, old.now, old.more, None, came, [source.now] if differs else [])
+    return _next(old, old.now, old.more, None, came, source.now if differs else old.now)
+
+
+def _next(old: Passage, now: Version, more: dict[str, Any], saved: Version | None, came: Nodes | None, undone: Version) -> Passage:
+    """A passage of an earlier review as it is in the next one.
+
+    Args:
+        undone: the version that undoing leads to, if it is another than the present one and has a tree.
+    """
+    past = (undone,) if undone != now and undone.nodes is not None else ()
+    number = old.version + (now != old.now)
+    return replace(old, now=now, more=more, saved=saved, came=came, past=past, version=number)
 
 
 def _short(text: str) -> str:

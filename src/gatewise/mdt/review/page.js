@@ -1,6 +1,7 @@
 // The page of a review: the list of passages, the text, the tree, and what the buttons and keys do.
 
-import { Failed, base64, element, get, inOrder, post } from "./calls.js";
+import { Failed, WINDOW, base64, element, get, inOrder, post, single } from "./calls.js";
+import { fitted, saidOf, saidOfOthers } from "./conflict.js";
 import { showEditor } from "./editor.js";
 import { choose, language, tr, translatePage } from "./words.js";
 
@@ -27,32 +28,77 @@ function say(text, bad = false) {
 async function failed(error) {
   if (!(error instanceof Failed)) throw error;
   say(error.message, true);
-  if (error.status === 409) await show(passage.number);
+  if (error.status === 409 && passage) await show(passage.number);
 }
 
-// A change of the present passage, after the ones asked for before it.
-function change(path, body = {}, then = () => {}) {
-  const number = passage.number;
+// Our own changes: of which version each was and to which it led, and whether nodes and triples kept their places in it.
+const own = [];
+const STILL = ["join", "set_triple", "add_triple"];
+// The passages as they were shown, for what is asked for of one that is no longer shown.
+const shown = new Map();
+// What could not be done because somebody else had changed the passage: kept until it is done after all, or dropped.
+let conflict = null;
+
+// The version that a change is of, which was seen at an older one, if all changes in between are our own and left it what it meant.
+function forward(number, seen, relative) {
+  let version = seen;
+  for (const one of own) if (one.number === number && one.from === version && (one.still || relative)) version = one.to;
+  return version;
+}
+
+// A change of the present passage as it was seen, after the ones asked for before it.
+function change(action, body = {}, then = () => {}, seen = passage.version) {
+  const { number } = passage;
+  const relative = action === "undo" || action === "redo"; // of whatever is there then
   return inOrder(async () => {
-    const known = passage && passage.number === number ? passage.changes : (await get(`/api/passage?number=${number}`)).changes;
-    const answer = await post(path, { number, changes: known, ...body });
+    const version = forward(number, seen, relative);
+    let answer;
+    try {
+      answer = await post(`/api/${action}`, { number, version, ...body });
+    } catch (error) {
+      if (!(error instanceof Failed) || error.status !== 409) throw error;
+      await refused(error, { number, action, body, then, of: shown.get(`${number} ${seen}`) });
+      return;
+    }
+    own.push({ number, from: version, to: answer.passage.version,
+      still: action === "approve" || action === "leave" || STILL.includes(body.edit) });
     session = answer.session;
-    if (passage && passage.number === number) passage = answer.passage;
+    if (passage && passage.number === number) setPassage(answer.passage);
     then();
     showAll();
   }).catch(failed);
 }
 
+// A change of an older tree: our own second click is nothing to speak of, a change of somebody else is.
+async function refused(error, wanted) {
+  const others = error.content.since.filter(one => one.window !== WINDOW || one.action === "extract");
+  if (!others.length && error.content.since.length) {
+    await show(wanted.number);
+    return;
+  }
+  const before = conflict && conflict.number === wanted.number ? conflict.wanted : [];
+  const known = before.some(one => one.action === wanted.action && JSON.stringify(one.body) === JSON.stringify(wanted.body));
+  conflict = { number: wanted.number, wanted: known ? before : [...before, wanted], others, looked: false };
+  session = await get("/api/session");
+  showAll();
+}
+
+function setPassage(answer) {
+  passage = answer;
+  shown.set(`${answer.number} ${answer.version}`, answer);
+  if (shown.size > 50) shown.delete(shown.keys().next().value);
+}
+
 function undo() {
-  if (passage && passage.undo) change("/api/undo");
+  if (passage && passage.undo) change("undo");
 }
 
 function redo() {
-  if (passage && passage.redo) change("/api/redo");
+  if (passage && passage.redo) change("redo");
 }
 
-function edit(name, more, show, focus) {
-  return change("/api/edit", { edit: name, arguments: { node, ...more } }, () => { node = show; }).then(() => {
+function ask(name, more, show, focus, version) {
+  return change("edit", { edit: name, arguments: more }, () => { node = show; }, version).then(() => {
     if (focus && at(focus)) at(focus).focus();
   });
 }
@@ -63,7 +109,7 @@ async function show(number) {
     node = 0;
     phrase = "";
   }
-  passage = answer;
+  setPassage(answer);
   sessionStorage.setItem("gatewise-review-passage", number);
   showAll();
 }
@@ -79,7 +125,8 @@ async function refresh() {
   if (!passage && session.passages.length) {
     const before = Number(sessionStorage.getItem("gatewise-review-passage"));
     await show((session.passages.find(one => one.number === before) || session.passages[0]).number);
-  } else if (line && (line.changes !== passage.changes || line.error !== passage.error || line.waiting !== passage.waiting)) {
+  } else if (line && !(conflict && conflict.number === line.number && !conflict.looked)
+    && ["version", "beside", "error", "waiting"].some(name => line[name] !== passage[name])) {
     await show(passage.number);
   } else {
     showAll();
@@ -106,7 +153,7 @@ function showAll() {
   showList();
   showText();
   showTree();
-  showEditor(at("editor"), passage || {}, node, { edit, phrase: () => phrase });
+  showEditor(at("editor"), passage || {}, node, { ask, phrase: () => phrase });
 }
 
 function showHead() {
@@ -125,6 +172,7 @@ function showHead() {
   }
   at("trouble").hidden = !session.trouble;
   at("trouble").textContent = session.trouble && tr("Your edits are not kept on disk: {why}", { why: session.trouble });
+  showConflict();
   at("notes").hidden = !session.notes.length;
   at("notes").replaceChildren(...session.notes.map(note => element("p", { text: note })));
   const open = session.passages.filter(one => one.state === "empty" && !one.waiting);
@@ -133,6 +181,21 @@ function showHead() {
   at("save").textContent = session.unsaved ? tr("Save ({count})", { count: session.unsaved }) : tr("Save");
   at("save").title = tr("Ctrl+S: writes {path}", { path: session.out });
   at("export").disabled = !session.passages.some(one => one.valid);
+}
+
+function showConflict() {
+  at("conflict").hidden = !conflict;
+  if (!conflict) return;
+  const { number, wanted, others, looked } = conflict;
+  at("conflict-text").replaceChildren(
+    element("p", { text: tr("Passage {number} was changed while you were at work on it: {what}.",
+      { number, what: saidOfOthers(others) }) }),
+    element("p", { text: tr("Not done yet, and kept here: {what}.", { what: wanted.map(saidOf).join("; ") }) }));
+  at("conflict-look").hidden = looked;
+  const here = looked && passage && passage.number === number;
+  at("conflict-make").hidden = !looked;
+  at("conflict-make").disabled = !here || !wanted.some(one => fitted(one, passage));
+  at("conflict-make").title = at("conflict-make").disabled ? tr("What it was about is no longer in the tree") : "";
 }
 
 function stateOf(line) {
@@ -216,10 +279,22 @@ function showTree() {
   at("approve").textContent = approved ? tr("Approved ✓") : tr("Approve");
   at("approve").setAttribute("aria-pressed", String(approved));
   showValidity();
+  at("kept").hidden = !passage.kept;
+  showBeside();
   at("warnings").hidden = !passage.warnings.length;
   at("warnings").replaceChildren(element("h3", { text: tr("Warnings of the extraction: the tree may be incomplete") }),
     element("ul", {}, ...passage.warnings.map(warning => element("li", { text: warning }))));
   if (passage.nodes) draw(); else noTree();
+}
+
+function showBeside() {
+  const found = passage.extraction;
+  at("beside").hidden = !found;
+  at("beside-tree").replaceChildren();
+  if (!found) return;
+  const drawing = new DOMParser().parseFromString(found.drawing, "image/svg+xml").documentElement;
+  at("beside-tree").append(document.importNode(drawing, true),
+    element("ul", {}, ...found.warnings.map(warning => element("li", { text: warning }))));
 }
 
 function showValidity() {
@@ -271,7 +346,7 @@ function noTree() {
   at("tree").replaceChildren(element("div", { class: passage.error ? "welcome bad" : "welcome" },
     element("p", { text: why }),
     !session.extracts && element("p", { class: "hint", text: session.reason }),
-    element("button", { type: "button", id: "begin", text: tr("Begin with an empty tree"), onclick: () => change("/api/begin") })));
+    element("button", { type: "button", id: "begin", text: tr("Begin with an empty tree"), onclick: () => change("begin") })));
 }
 
 function focusNode() {
@@ -283,7 +358,7 @@ function select(position, focus = false) {
   node = position;
   showText();
   showTree();
-  showEditor(at("editor"), passage, node, { edit, phrase: () => phrase });
+  showEditor(at("editor"), passage, node, { ask, phrase: () => phrase });
   if (focus) focusNode();
   const box = at("tree").querySelector(`[data-node="${node}"]`);
   if (box) box.scrollIntoView({ block: "nearest", inline: "nearest" });
@@ -316,29 +391,61 @@ const save = () => act("/api/save", {}, ({ saved }) => {
   const values = { path: saved.path, count: saved.records, numbers: saved.unfinished.join(", ") };
   const what = saved.records ? tr("Saved: {path}, trees: {count}", values)
     : tr("Nothing is corrected or approved yet, so {path} has no trees", values);
-  say(what + (saved.unfinished.length ? tr("; not yet in it, because unfinished: passage {numbers}", values) : ""));
+  const kept = { numbers: saved.unapproved.join(", ") };
+  say(what + (saved.unfinished.length ? tr("; not yet in it, because unfinished: passage {numbers}", values) : "")
+    + (saved.unapproved.length ? tr("; as it was approved before, until you approve it again: passage {numbers}", kept) : ""));
 });
 
 onClick("previous", () => go(-1));
 onClick("next", () => go(1));
 onClick("undo", undo);
 onClick("redo", redo);
-onClick("approve", () => change("/api/approve", { approved: passage.state !== "approved" }));
+at("approve").addEventListener("click", event => {
+  if (single(event)) change("approve", { approved: passage.state !== "approved" });
+});
+onClick("beside-take", () => {
+  const reviewed = passage.state === "corrected" || passage.state === "approved";
+  if (reviewed && !confirm(tr("Put the extraction in the place of a tree that a person corrected or approved?"))) return;
+  change("take", { extraction: passage.extraction.number, replaced: reviewed }, () => { node = 0; });
+});
+onClick("beside-leave", () => change("leave", { extraction: passage.extraction.number }));
+onClick("conflict-look", () => {
+  conflict.looked = true;
+  open(conflict.number);
+});
+onClick("conflict-make", () => {
+  const { wanted } = conflict;
+  conflict = null;
+  for (const one of wanted) {
+    const body = fitted(one, passage);
+    if (body) change(one.action, body, one.then);
+  }
+  const left = wanted.filter(one => !fitted(one, passage));
+  if (left.length) conflict = { number: passage.number, wanted: left, others: [], looked: true };
+  showAll();
+});
+onClick("conflict-drop", () => {
+  const { number } = conflict;
+  conflict = null;
+  open(number);
+});
 onClick("save", save);
 onClick("fit", () => {
   fit = !fit;
   showTree();
 });
-onClick("extract", () => act("/api/extract", { numbers: [passage.number] }, () => {}));
+onClick("extract", () => act("/api/extract", { passages: [[passage.number, passage.version]] }, () => {
+  if (passage.state === "corrected" || passage.state === "approved") say(tr("The extraction will lie beside your tree."));
+}));
 onClick("extract-all", () => act("/api/extract",
-  { numbers: session.passages.filter(one => one.state === "empty").map(one => one.number) }, () => {}));
+  { passages: session.passages.filter(one => one.state === "empty").map(one => [one.number, one.version]) }, () => {}));
 onClick("cancel", () => act("/api/cancel", {}, () => say(tr("Cancelled; trees that are done stay."))));
 onClick("remove", () => {
-  const { number, changes } = passage;
-  if (confirm(tr("Take passage {number} out of the review?", { number }))) act("/api/remove", { number, changes }, () => {});
+  const { number, version } = passage;
+  if (confirm(tr("Take passage {number} out of the review?", { number }))) act("/api/remove", { number, version }, () => {});
 });
-onClick("phrase-add", () => edit("add_triple", { parts: [passage.about, "", phrase] }, node,
-  `object-${passage.nodes[node].triples.length}`));
+onClick("phrase-add", () => ask("add_triple", { node, parts: [passage.about, "", phrase] }, node,
+  `object-${passage.nodes[node].triples.length}`, passage.version));
 at("phrase-add").addEventListener("mousedown", event => event.preventDefault());
 
 onClick("add", () => {

@@ -1,7 +1,11 @@
-"""A passage under review: its tree as it is now, the trees before and after it, and how far the review has come."""
+"""A passage under review: its tree as it is now, the trees before and after it, and how far the review has come.
+
+Passages are values: a change makes a new one, so that whoever reads one sees it whole, whatever is done meanwhile.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 from gatewise.checks import writable
@@ -9,7 +13,7 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt.documents.language import detect_language
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import Language
-from gatewise.mdt.review.edits import Fault, Nodes, fault_of
+from gatewise.mdt.review.edits import Fault, Nodes, empty_tree, fault_of
 from gatewise.mdt.tree import DecisionTree
 
 # empty: no tree yet; drafted: as a model or a file gave it, seen by nobody; then what a person did.
@@ -23,17 +27,23 @@ _OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", REVIEW_KEY)
 
 
 class Version(NamedTuple):
-    """A tree at one moment, None where there is none, with its state and what its extraction warned of."""
+    """A tree at one moment, None where there is none, with its state and what its extraction warned of.
+
+    Attributes:
+        approved: the tree that was approved last, which is that of the file of corrections until another one is approved or the
+            approval is taken back.
+    """
 
     nodes: Nodes | None = None
     state: State = "empty"
     warnings: tuple[str, ...] = ()
+    approved: Nodes | None = None
 
 
 NOTHING = Version()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Passage:
     """A text with its tree, as far as it has come.
 
@@ -42,7 +52,11 @@ class Passage:
         more: other keys of its record.
         saved: the tree that the file of corrections has for it; None while it has none.
         came: the tree that the reviewed file had for it; None where that was a text.
-        changes: grows with every change, so that a page that shows an older tree is told.
+        version: the number of its present version, which grows with every change: whoever changes something names the one that
+            the change is of.
+        beside: a tree that was extracted, and waits for a reviewer's word.
+        extractions: how many trees have lain beside it, the number of the one that does.
+        id: names it in the history for good; 0 while it is not in there.
         waiting: an extraction was asked for.
         error: why there is no tree, a sentence.
     """
@@ -53,22 +67,22 @@ class Passage:
     more: dict[str, Any] = field(default_factory=dict)
     saved: Version | None = None
     came: Nodes | None = None
-    past: list[Version] = field(default_factory=list)
-    future: list[Version] = field(default_factory=list)
-    changes: int = 0
+    past: tuple[Version, ...] = ()
+    future: tuple[Version, ...] = ()
+    version: int = 0
+    beside: Version | None = None
+    extractions: int = 0
+    id: int = 0
     waiting: bool = False
     error: str = ""
-    _checked: tuple[Version, Fault | None] | None = field(default=None, repr=False, compare=False)
 
-    def set(self, version: Version) -> None:
+    def with_version(self, version: Version) -> "Passage":
         """A new version; the one before it can be had back."""
         if version == self.now:
-            return
-        self.past = [*self.past, self.now][-_MOST_STEPS:]
-        self.future = []
-        self._go(version)
+            return self
+        return self._at(version, past=(*self.past, self.now)[-_MOST_STEPS:], future=())
 
-    def undo(self) -> None:
+    def undone(self) -> "Passage":
         """Back to the version before.
 
         Raises:
@@ -76,10 +90,9 @@ class Passage:
         """
         if not self.past:
             raise GatewiseError("there is nothing to undo in this passage")
-        self.future.append(self.now)
-        self._go(self.past.pop())
+        return self._at(self.past[-1], past=self.past[:-1], future=(*self.future, self.now))
 
-    def redo(self) -> None:
+    def redone(self) -> "Passage":
         """Forward again to the version that was undone.
 
         Raises:
@@ -87,10 +100,19 @@ class Passage:
         """
         if not self.future:
             raise GatewiseError("there is nothing to do again in this passage")
-        self.past.append(self.now)
-        self._go(self.future.pop())
+        return self._at(self.future[-1], past=(*self.past, self.now), future=self.future[:-1])
 
-    def edit(self, change: Callable[[Nodes], Nodes]) -> None:
+    def begun(self) -> "Passage":
+        """With an empty tree, to be written by hand.
+
+        Raises:
+            GatewiseError: it has a tree.
+        """
+        if self.now.nodes is not None:
+            raise GatewiseError("this passage has a tree already")
+        return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected"))
+
+    def edited(self, change: Callable[[Nodes], Nodes]) -> "Passage":
         """Corrects the tree; an approved tree is approved no more.
 
         Raises:
@@ -99,10 +121,9 @@ class Passage:
         if self.now.nodes is None:
             raise GatewiseError("this passage has no tree yet: extract one, or begin with an empty one")
         nodes = change(self.now.nodes)
-        if nodes != self.now.nodes:
-            self.set(Version(nodes, "corrected", self.now.warnings))
+        return self if nodes == self.now.nodes else self.with_version(self.now._replace(nodes=nodes, state="corrected"))
 
-    def approve(self, approved: bool) -> None:
+    def judged(self, approved: bool) -> "Passage":
         """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
 
         Raises:
@@ -113,7 +134,9 @@ class Passage:
         if approved and (fault := self.fault) is not None:
             where = "" if fault.node is None else f"node {fault.node + 1}: "
             raise GatewiseError(f"the tree cannot be approved yet: {where}{fault.message}")
-        self.set(self.now._replace(state="approved" if approved else self._state_before))
+        if approved:
+            return self.with_version(self.now._replace(state="approved", approved=self.now.nodes))
+        return self.with_version(self.now._replace(state=self._state_before, approved=None))
 
     @property
     def _state_before(self) -> State:
@@ -121,17 +144,52 @@ class Passage:
         states = (one.state for one in (self.now, *reversed(self.past)) if one.nodes == self.now.nodes)
         return next((state for state in states if state != "approved"), "corrected")
 
-    def _go(self, version: Version) -> None:
-        self.now = version
-        self.changes += 1
-        self.error = ""
+    def extracted(self, version: Version, of: int) -> "Passage":
+        """With a tree that was extracted: in the place of one that no person touched, else beside it.
 
-    @property
+        Args:
+            of: the number of the version that there was when it was asked for.
+        """
+        if self.version == of and self.now.state not in REVIEWED:
+            return self.with_version(version._replace(approved=self.now.approved))
+        return replace(self, beside=version, extractions=self.extractions + 1, error="")
+
+    def taken(self, extraction: int, replaced: bool) -> "Passage":
+        """The tree that lies beside takes its place; an approved tree stays that of the file of corrections.
+
+        Args:
+            extraction: the number of the one that lies beside.
+            replaced: a reviewer says that the tree may go that a person corrected or approved.
+
+        Raises:
+            GatewiseError: another tree lies beside, or none; or a reviewed tree would go without a word.
+        """
+        self._check_beside(extraction)
+        assert self.beside is not None
+        if self.now.state in REVIEWED and not replaced:
+            raise GatewiseError(f"the tree was {self.now.state} by a person, so it is replaced only when a reviewer says so")
+        return replace(self.with_version(self.beside._replace(approved=self.now.approved)), beside=None)
+
+    def left(self, extraction: int) -> "Passage":
+        """Without the tree that lies beside.
+
+        Raises:
+            GatewiseError: another tree lies beside, or none.
+        """
+        self._check_beside(extraction)
+        return replace(self, beside=None)
+
+    def _check_beside(self, extraction: int) -> None:
+        if self.beside is None or self.extractions != extraction:
+            raise GatewiseError("that extraction does not lie beside this tree any more: look at what there is now")
+
+    def _at(self, version: Version, past: tuple[Version, ...], future: tuple[Version, ...]) -> "Passage":
+        return replace(self, now=version, past=past, future=future, version=self.version + 1, error="")
+
+    @cached_property
     def fault(self) -> Fault | None:
         """What keeps the nodes from being a tree; None for a valid one, and where there are none yet."""
-        if self._checked is None or self._checked[0] is not self.now:  # asked for more often than it changes
-            self._checked = self.now, None if self.now.nodes is None else fault_of(self.now.nodes)
-        return self._checked[1]
+        return None if self.now.nodes is None else fault_of(self.now.nodes)
 
     @property
     def is_valid(self) -> bool:
@@ -152,17 +210,23 @@ class Passage:
     def kept(self) -> Version | None:
         """The version that belongs into the file of corrections.
 
-        Of a tree that is unfinished, or that nobody has corrected or approved, that is the one which the file already has, if any.
+        That is what was approved last and not taken back since; else the tree if a person corrected it and it is valid; else what
+        the file already has, if any.
         """
-        if self.is_valid and (self.now.state in REVIEWED or self.saved is not None):
-            return self.now
-        return self.saved
+        now, saved = self.now, self.saved
+        if now.approved is not None:
+            return now if now.state == "approved" else Version(now.approved, "approved", (), now.approved)
+        if self.is_valid and (now.state == "corrected" or (saved is not None and now.nodes == saved.nodes)):
+            return now
+        if saved is not None and saved.state == "approved":  # which somebody took back
+            return saved._replace(state="corrected", approved=None)
+        return saved
 
     @property
     def is_unsaved(self) -> bool:
-        """Whether the file of corrections has something else than what a save would write, or the tree is unfinished."""
+        """Whether the file of corrections has something else than the tree as it stands."""
         touched = self.now.state in REVIEWED or self.saved is not None
-        return touched and (not self.is_valid or _content(self.kept) != _content(self.saved))
+        return touched and _content(self.now) != _content(self.saved)
 
     def record(self, version: Version | None = None) -> TreeRecord:
         """A valid version as a record of the published format, the present one if none is given.
@@ -181,8 +245,10 @@ class Passage:
 
 def version_of(record: TreeRecord, otherwise: State) -> Version:
     """The version that a record of a file holds; ``otherwise`` where it names no state."""
-    state = record.more.get(REVIEW_KEY)
-    return Version(record.tree.to_preorder(), state if state in REVIEWED else otherwise, tuple(map(writable, record.warnings)))
+    named = record.more.get(REVIEW_KEY)
+    state: State = named if named in REVIEWED else otherwise
+    nodes = record.tree.to_preorder()
+    return Version(nodes, state, tuple(map(writable, record.warnings)), nodes if state == "approved" else None)
 
 
 def others(more: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,6 @@ stands behind the "#" of the address (browsers never send that part anywhere), t
 server's (against DNS rebinding), and what changes something has to come as JSON (which a form of another page cannot send).
 """
 
-import base64
-import binascii
 import json
 import secrets
 import sys
@@ -17,13 +15,10 @@ from importlib import resources
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
-from gatewise.mdt.formats.views import FORMATS
+from gatewise.mdt.review.actions import NothingThereError, Review, refused
 from gatewise.mdt.review.extracting import Extracting
-from gatewise.mdt.review.passage import Passage
 from gatewise.mdt.review.session import OldPageError, Session
-from gatewise.mdt.review.shown import overview, whole
 
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Gatewise-Token"
@@ -35,6 +30,7 @@ _PAGES = {
     "/page.js": ("review", "page.js"),
     "/editor.js": ("review", "editor.js"),
     "/calls.js": ("review", "calls.js"),
+    "/conflict.js": ("review", "conflict.js"),
     "/words.js": ("review", "words.js"),
     "/page.css": ("review", "page.css"),
     "/views.css": ("formats", "page.css"),
@@ -77,7 +73,7 @@ class ReviewServer(ThreadingHTTPServer):
     allow_reuse_address = sys.platform != "win32"  # there it would share the port with another program
 
     def __init__(self, session: Session, extracting: Extracting | None = None, *, port: int = 0, reason: str = "") -> None:
-        self.session, self.extracting, self.reason = session, extracting, reason
+        self.session, self.review = session, Review(session, extracting, reason)
         self.token = secrets.token_urlsafe(24)
         try:
             super().__init__((HOST, port), _Handler)
@@ -124,11 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(404, "there is nothing at this address")
         self._check_token()
         asked = {name: values[-1] for name, values in parse_qs(address.query).items()}
-        if address.path == "/api/session":
-            return _json(self._overview())
-        if address.path == "/api/passage":
-            return _json(whole(self.server.session.passage(_integer(asked, "number"))))
-        raise _RefusedError(404, "there is nothing at this address")
+        return _json(self.server.review.shown(address.path.removeprefix("/api/"), asked))
 
     def _post(self) -> tuple[str, bytes]:
         self._check_token()
@@ -140,20 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(400, "the body is not valid JSON") from None
         if not isinstance(asked, dict):
             raise _RefusedError(400, "the body is not a JSON object")
-        action = _ACTIONS.get(urlsplit(self.path).path)
-        if action is None:
-            raise _RefusedError(404, "there is nothing at this address")
-        answer = action(self.server, asked)
-        return _json({**answer, "session": self._overview()})
-
-    def _overview(self) -> dict[str, Any]:
-        extracting = self.server.extracting
-        return {
-            **overview(self.server.session),
-            "progress": extracting.progress() if extracting else None,
-            "extracts": extracting is not None,
-            "reason": self.server.reason,
-        }
+        return _json(self.server.review.done(urlsplit(self.path).path.removeprefix("/api/"), asked))
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
@@ -193,8 +172,10 @@ class _Handler(BaseHTTPRequestHandler):
             kind, content = make()
         except _RefusedError as error:
             status, kind, content = error.status, *_json({"error": str(error)})
+        except NothingThereError as error:
+            status, kind, content = 404, *_json({"error": str(error)})
         except OldPageError as error:
-            status, kind, content = 409, *_json({"error": str(error)})
+            status, kind, content = 409, *_json({"error": str(error), **refused(error)})
         except GatewiseError as error:
             status, kind, content = 400, *_json({"error": str(error)})
         except (ConnectionError, TimeoutError):
@@ -222,119 +203,3 @@ def _file(room: str, name: str) -> tuple[str, bytes]:
 
 def _json(value: Any) -> tuple[str, bytes]:
     return "application/json; charset=utf-8", json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-
-
-# ---- what the page can ask for; each answers with what changed ----
-
-
-def _edit(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    arguments = asked.get("arguments")
-    if not isinstance(arguments, dict):
-        raise GatewiseError("the arguments of the edit are missing")
-    return _changed(server.session.edit(*_which(asked), _text(asked, "edit"), arguments))
-
-
-def _undo(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(server.session.undo(*_which(asked)))
-
-
-def _redo(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(server.session.redo(*_which(asked)))
-
-
-def _begin(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(server.session.begin(*_which(asked)))
-
-
-def _approve(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(server.session.approve(*_which(asked), asked.get("approved") is True))
-
-
-def _remove(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    server.session.remove(*_which(asked))
-    return {}
-
-
-def _paste(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    return _added(*server.session.paste(_text(asked, "text"), _text(asked, "population").strip()))
-
-
-def _load(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    try:
-        content = base64.b64decode(_text(asked, "content"), validate=True)
-    except (binascii.Error, ValueError):
-        raise GatewiseError("the file did not arrive whole: try again") from None
-    return _added(*server.session.load(content, _text(asked, "name"), _text(asked, "population").strip()))
-
-
-def _extract(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    if server.extracting is None:
-        raise GatewiseError(server.reason or "there is no model to extract with")
-    numbers = asked.get("numbers")
-    if not isinstance(numbers, list):
-        raise GatewiseError("the numbers of the passages are missing")
-    server.extracting.ask([server.session.passage(number) for number in numbers])
-    return {}
-
-
-def _cancel(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    if server.extracting is not None:
-        server.extracting.cancel()
-    return {}
-
-
-def _save(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    saved = server.session.save()
-    return {"saved": {"path": str(saved.path), "records": saved.records, "unfinished": saved.unfinished}}
-
-
-def _export(server: ReviewServer, asked: dict[str, Any]) -> dict[str, Any]:
-    format, which = _text(asked, "format"), asked.get("which")
-    if format not in FORMATS:
-        raise GatewiseError(f"the format is {format!r}: expected one of {', '.join(FORMATS)}")
-    made = server.session.export(format, which if is_whole(which) else str(which))
-    return {"file": {"name": made.name, "content": made.content}}
-
-
-_ACTIONS: dict[str, Callable[[ReviewServer, dict[str, Any]], dict[str, Any]]] = {
-    "/api/edit": _edit,
-    "/api/undo": _undo,
-    "/api/redo": _redo,
-    "/api/begin": _begin,
-    "/api/approve": _approve,
-    "/api/remove": _remove,
-    "/api/paste": _paste,
-    "/api/load": _load,
-    "/api/extract": _extract,
-    "/api/cancel": _cancel,
-    "/api/save": _save,
-    "/api/export": _export,
-}
-
-
-def _changed(passage: Passage) -> dict[str, Any]:
-    return {"passage": whole(passage)}
-
-
-def _added(passages: list[Passage], faults: list[str]) -> dict[str, Any]:
-    return {"added": [passage.number for passage in passages], "faults": faults}
-
-
-def _which(asked: dict[str, Any]) -> tuple[int, int]:
-    return _integer(asked, "number"), _integer(asked, "changes")
-
-
-def _integer(asked: dict[str, Any], name: str) -> int:
-    value = asked.get(name)
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
-        value = int(value)
-    if not is_whole(value):
-        raise GatewiseError(f"{name} is {str(value)[:40]!r}, expected a number")
-    return value
-
-
-def _text(asked: dict[str, Any], name: str) -> str:
-    value = asked.get(name, "")
-    if not isinstance(value, str):
-        raise GatewiseError(f"{name} is {str(value)[:40]!r}, expected text")
-    return value

@@ -1,26 +1,59 @@
-"""The state of a review: its passages, every change to them, saving and exporting. Nothing here knows of HTTP or of models."""
+"""The state of a review: its passages, every change to them, saving and exporting. Nothing here knows of HTTP or of models.
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+A change goes three ways, under one lock: it is checked against the version that it is of, made, and written into the history. Only
+then the caller is told. A change of an older version is refused with what was done since.
+"""
+
+import getpass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
-from gatewise.checks import is_whole, writable
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair, is_whole, printable, writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.formats.views import FORMATS, ONE_TREE, render
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review import edits
-from gatewise.mdt.review.files import Draft, ReviewFiles
+from gatewise.mdt.review.files import Draft, Entry, ReviewFiles, change_row, opening_row, passage_row
 from gatewise.mdt.review.merging import merged
 from gatewise.mdt.review.passage import Passage, Version
 from gatewise.mdt.review.sources import pasted, path_of, read_source, source_of
 
 _MOST_PASSAGES = 5000
+_LONGEST_NAME, _LONGEST_COMMENT = 100, 4000
 
 
 class OldPageError(GatewiseError):
-    """A change was asked for on a tree that is no longer the present one."""
+    """A change was asked for on a tree that is no longer the present one.
+
+    Attributes:
+        passage: as it is now.
+        since: what was done to it since the version that the change is of.
+    """
+
+    def __init__(self, passage: Passage, since: Sequence[Entry]) -> None:
+        super().__init__("this passage has changed since the page showed it, so your change was not made: look at the present tree")
+        self.passage, self.since = passage, list(since)
+
+
+class By(NamedTuple):
+    """Who asks for a change.
+
+    Attributes:
+        reviewer: their name; empty for the one who started the review.
+        window: names the page, so that it knows its own changes.
+        comment: what they say of it.
+    """
+
+    reviewer: str = ""
+    window: str = ""
+    comment: str = ""
+
+
+NOBODY = By()
 
 
 class Saved(NamedTuple):
@@ -29,11 +62,13 @@ class Saved(NamedTuple):
     Attributes:
         records: how many the file has.
         unfinished: numbers of the passages whose trees are not valid yet, so that the file does not have them as they stand.
+        unapproved: numbers of those of which the file keeps the tree that was approved, until the present one is.
     """
 
     path: Path
     records: int
     unfinished: list[int]
+    unapproved: list[int]
 
 
 class Export(NamedTuple):
@@ -47,19 +82,42 @@ class Session:
     """A review. Every method may be called from any thread.
 
     Attributes:
+        reviewer: who is at work, where a change does not say.
         notes: what has to be said of what was read, a sentence each.
-        trouble: why the draft could not be written, empty while it can.
+        trouble: why the history could not be written, empty while it can.
     """
 
-    def __init__(self, files: ReviewFiles, passages: Sequence[Passage] = (), notes: Sequence[str] = (), draft: Draft | None = None):
-        self.files, self.notes, self.trouble = files, list(notes), ""
+    def __init__(
+        self,
+        files: ReviewFiles,
+        passages: Sequence[Passage] = (),
+        notes: Sequence[str] = (),
+        draft: Draft | None = None,
+        reviewer: str | None = None,
+    ) -> None:
+        draft = draft or Draft()
+        self.files, self.notes, self.trouble = files, [*notes, *draft.notes], ""
+        self.reviewer = _checked_name(_login_name() if reviewer is None else reviewer)
         self._lock = RLock()
-        self._passages = {passage.number: passage for passage in passages}
-        self._removed = list(draft.removed) if draft else []
-        self._last = max(self._passages, default=0)
+        self._removed, self._entries = list(draft.removed), list(draft.entries)
+        self._last, self._last_id = len(passages), draft.last
+        self._passages = {passage.number: self._with_id(passage) for passage in passages}
+        # What the history does not have yet: it is made with the first change, and a line that could not be written waits.
+        known = {passage.id: passage_row(passage) for passage in draft.passages}
+        came = [("come", one, passage_row(one)) for one in self._passages.values() if known.get(one.id) != passage_row(one)]
+        self._waiting = [self._row(action, NOBODY, one, more) for action, one, more in came]
+        self._waiting.append(self._row("open", NOBODY, None, opening_row(self._passages.values(), self._removed)))
 
     @classmethod
-    def open(cls, file: str | None, out: Path | None = None, *, population: str | None = None, repair: bool = False) -> "Session":
+    def open(
+        cls,
+        file: str | None,
+        out: Path | None = None,
+        *,
+        population: str | None = None,
+        repair: bool = False,
+        reviewer: str | None = None,
+    ) -> "Session":
         """A review of a file, with all that earlier reviews left of it. :meth:`close` gives its files free.
 
         Args:
@@ -67,10 +125,13 @@ class Session:
             out: the file of corrections; None puts it beside ``file``.
             population: of all passages of a document, instead of what headings say.
             repair: put right in a file of trees what has one plain meaning.
+            reviewer: the name that stands in the history beside what is done; None takes the login name.
 
         Raises:
-            GatewiseError: a file cannot be read or is damaged, or another review is open on the same files.
+            GatewiseError: a file cannot be read or is damaged, another review is open on the same files, or the name cannot be one.
         """
+        if reviewer is not None:
+            _checked_name(reviewer)
         is_sample = file is not None and file.startswith("sample:")
         path = None if file is None or is_sample else path_of(file)
         files = ReviewFiles(out or ReviewFiles.default_out(Path("guidelines") if is_sample else path))
@@ -86,11 +147,13 @@ class Session:
         except BaseException:
             files.close()
             raise
-        return cls(files, passages, [*(source.faults if source else ()), *notes], draft)
+        return cls(files, passages, [*(source.faults if source else ()), *notes], draft, reviewer)
 
     def close(self) -> None:
-        """Gives the files free; the draft has everything already."""
+        """Gives the files free; the history has everything already."""
         with self._lock:  # a change that is on its way is kept first
+            if self.trouble:
+                self._keep([])
             self.files.close()
 
     # ---- reading ----
@@ -118,44 +181,50 @@ class Session:
         with self._lock:
             return sum(passage.is_unsaved for passage in self._passages.values())
 
+    def since(self, passage: Passage, version: int) -> list[Entry]:
+        """What was done to a passage after a version."""
+        with self._lock:
+            return [entry for entry in self._entries if entry.passage == passage.id and entry.version > version]
+
     # ---- adding and removing ----
 
-    def paste(self, text: str, population: str | None = None) -> tuple[list[Passage], list[str]]:
+    def paste(self, text: str, population: str | None = None, by: By = NOBODY) -> tuple[list[Passage], list[str]]:
         """Adds a text, cut into passages; and says what of it was left out.
 
         Raises:
             GatewiseError: there is no passage in it.
         """
         source = pasted(text, population)
-        return self._add(source.passages), source.faults
+        return self._add(source.passages, by), source.faults
 
-    def load(self, content: bytes, name: str, population: str | None = None) -> tuple[list[Passage], list[str]]:
+    def load(self, content: bytes, name: str, population: str | None = None, by: By = NOBODY) -> tuple[list[Passage], list[str]]:
         """Adds a document, or the records of a file of trees; and says what of it could not be read or was left out.
 
         Raises:
             GatewiseError: nothing could be read.
         """
         source = source_of(content, name, population=population)
-        return self._add(source.passages), source.faults
+        return self._add(source.passages, by), source.faults
 
-    def _add(self, passages: list[Passage]) -> list[Passage]:
+    def _add(self, passages: list[Passage], by: By) -> list[Passage]:
         with self._lock:
             if len(self._passages) + len(passages) > _MOST_PASSAGES:
                 raise GatewiseError(f"this would make more than {_MOST_PASSAGES} passages: start a review of its own for this text")
+            added = []
             for passage in passages:
                 self._last += 1
-                passage.number = self._last
-                self._passages[passage.number] = passage
+                added.append(self._with_id(replace(passage, number=self._last)))
                 if passage.text in self._removed:
                     self._removed.remove(passage.text)
-            self._keep()
-            return passages
+            self._passages |= {passage.number: passage for passage in added}
+            self._keep([self._row("add", by, passage, passage_row(passage)) for passage in added])
+            return added
 
-    def remove(self, number: int, changes: int | None = None) -> None:
+    def remove(self, number: int, version: int | None = None, by: By = NOBODY) -> None:
         """Takes a passage out of the review. One that the file of corrections holds stays there.
 
         Args:
-            changes: the passage's count of changes that the user sees; None removes whatever there is.
+            version: the number of the version that the user sees; None removes whatever there is.
 
         Raises:
             OldPageError: the passage has changed since.
@@ -163,122 +232,182 @@ class Session:
         """
         with self._lock:
             passage = self.passage(number)
-            if changes is not None:
-                _check_seen(passage, changes)
+            if version is not None:
+                self._check_seen(passage, version)
             if passage.saved is not None:
                 raise GatewiseError(
                     f"passage {number} is in {self.files.out}: take it out there, so that no correction is lost by a slip"
                 )
             del self._passages[number]
             self._removed.append(passage.text)
-            self._keep()
+            self._keep([self._row("remove", by, passage, {})])
 
-    # ---- changing ----
+    # ---- changing: each names the version that it is of ----
 
-    def edit(self, number: int, changes: int, edit: str, arguments: dict[str, Any]) -> Passage:
+    def edit(self, number: int, version: int, edit: str, arguments: dict[str, Any], by: By = NOBODY) -> Passage:
         """One of :data:`gatewise.mdt.review.edits.EDITS` on the tree of a passage.
 
         Args:
-            changes: the passage's count of changes that the user sees.
+            version: the number of the version that the user sees.
 
         Raises:
             OldPageError: the passage has changed since.
             GatewiseError: the edit does not fit.
         """
-        with self._changing(number, changes) as passage:
-            passage.edit(lambda nodes: edits.apply(nodes, edit, arguments, passage.language))
-        return passage
 
-    def begin(self, number: int, changes: int) -> Passage:
+        def change(passage: Passage) -> Passage:
+            return passage.edited(lambda nodes: edits.apply(nodes, edit, arguments, passage.language))
+
+        return self._change("edit", number, version, by, change, {"edit": edit})
+
+    def begin(self, number: int, version: int, by: By = NOBODY) -> Passage:
         """Gives a passage without a tree an empty one, to be written by hand.
 
         Raises:
             OldPageError: the passage has changed since.
             GatewiseError: it has a tree.
         """
-        with self._changing(number, changes) as passage:
-            if passage.now.nodes is not None:
-                raise GatewiseError("this passage has a tree already")
-            passage.set(Version(edits.empty_tree(), "corrected"))
-        return passage
+        return self._change("begin", number, version, by, Passage.begun)
 
-    def undo(self, number: int, changes: int) -> Passage:
+    def undo(self, number: int, version: int, by: By = NOBODY) -> Passage:
         """Takes the last change of a passage back.
 
         Raises:
             OldPageError: the passage has changed since.
             GatewiseError: there is none.
         """
-        with self._changing(number, changes) as passage:
-            passage.undo()
-        return passage
+        return self._change("undo", number, version, by, Passage.undone)
 
-    def redo(self, number: int, changes: int) -> Passage:
+    def redo(self, number: int, version: int, by: By = NOBODY) -> Passage:
         """Makes a change again that was taken back.
 
         Raises:
             OldPageError: the passage has changed since.
             GatewiseError: there is none.
         """
-        with self._changing(number, changes) as passage:
-            passage.redo()
-        return passage
+        return self._change("redo", number, version, by, Passage.redone)
 
-    def approve(self, number: int, changes: int, approved: bool = True) -> Passage:
+    def approve(self, number: int, version: int, approved: bool = True, by: By = NOBODY) -> Passage:
         """Marks a passage as read and right, or takes the mark away.
 
         Raises:
             OldPageError: the passage has changed since.
             GatewiseError: its tree is not valid.
         """
-        with self._changing(number, changes) as passage:
-            passage.approve(approved)
-        return passage
+        action = "approve" if approved else "withdraw"
+        return self._change(action, number, version, by, lambda passage: passage.judged(approved))
 
-    def put(self, number: int, version: Version) -> None:
-        """A tree that was extracted; a passage that was removed meanwhile gets none."""
-        said = tuple(map(writable, version.warnings))
+    def take(self, number: int, version: int, extraction: int, replaced: bool = False, by: By = NOBODY) -> Passage:
+        """Puts the extraction that lies beside a tree in its place, see :meth:`Passage.taken`.
+
+        Raises:
+            OldPageError: the passage has changed since.
+            GatewiseError: there is no such extraction, or a reviewed tree would go without a word.
+        """
+        return self._change("take", number, version, by, lambda passage: passage.taken(extraction, replaced))
+
+    def leave(self, number: int, version: int, extraction: int, by: By = NOBODY) -> Passage:
+        """Takes the extraction away that lies beside a tree. The history keeps it.
+
+        Raises:
+            OldPageError: the passage has changed since.
+            GatewiseError: there is no such extraction.
+        """
+        return self._change("leave", number, version, by, lambda passage: passage.left(extraction))
+
+    def put(self, number: int, found: Version, of: int | None = None, by: By = NOBODY) -> None:
+        """A tree that was extracted, see :meth:`Passage.extracted`; a passage that was removed meanwhile gets none.
+
+        Args:
+            of: the number of the version that there was when it was asked for; None is the present one.
+        """
+        found = found._replace(warnings=tuple(map(writable, found.warnings)))
         with self._lock:
-            passage = self._passages.get(number)
-            if passage is not None:
-                passage.set(version._replace(warnings=said))
-                self._keep()
+            if (passage := self._passages.get(number)) is not None:
+                self._change(
+                    "extract",
+                    number,
+                    passage.version,
+                    by,
+                    lambda passage: passage.extracted(found, passage.version if of is None else of),
+                )
 
-    @contextmanager
-    def _changing(self, number: int, changes: int) -> Iterator[Passage]:
-        """A change of a passage as the user saw it; kept in the draft when it went well."""
+    def mark(self, number: int, *, waiting: bool, error: str | None = None) -> None:
+        """Says that an extraction was asked for, or no more, and why it failed. That is of the moment, and not in the history."""
+        with self._lock:
+            if (passage := self._passages.get(number)) is not None:
+                said = passage.error if error is None else error
+                self._passages[number] = replace(passage, waiting=waiting, error=said)
+
+    def _change(
+        self,
+        action: str,
+        number: int,
+        version: int,
+        by: By,
+        change: Callable[[Passage], Passage],
+        more: Mapping[str, Any] | None = None,
+    ) -> Passage:
+        by = _checked(by)
         with self._lock:
             passage = self.passage(number)
-            _check_seen(passage, changes)
-            yield passage
-            self._keep()
+            self._check_seen(passage, version)
+            made = change(passage)
+            if made is not passage:
+                self._passages[number] = made
+                self._keep([self._row(action, by, made, {**(more or {}), **change_row(made)})])
+            return made
 
-    def _keep(self) -> None:
-        """Writes the draft. That it cannot be written stops nobody from working, but has to be seen."""
+    def _check_seen(self, passage: Passage, version: int) -> None:
+        if passage.version != version:
+            raise OldPageError(passage, self.since(passage, version))
+
+    # ---- the history ----
+
+    def _with_id(self, passage: Passage) -> Passage:
+        if passage.id:
+            return passage
+        self._last_id += 1
+        return replace(passage, id=self._last_id)
+
+    def _row(self, action: str, by: By, passage: Passage | None, more: Mapping[str, Any]) -> dict[str, Any]:
+        """A line of the history, and the entry of it for those who ask what was done."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        about = {} if passage is None else {"passage": passage.id, "version": passage.version}
+        entry = Entry(time, by.reviewer or self.reviewer, action, **about, comment=by.comment, window=by.window)
+        self._entries.append(entry)
+        return {**entry.to_json(), **more}
+
+    def _keep(self, rows: list[dict[str, Any]]) -> None:
+        """Adds to the history. That it cannot be written stops nobody from working, but has to be seen; it is tried again then."""
+        self._waiting += rows
         try:
-            self.files.write_draft(self._passages.values(), self._removed)
-            self.trouble = ""
+            self.files.append(self._waiting)
+            self._waiting, self.trouble = [], ""
         except GatewiseError as error:
             self.trouble = str(error)
         except Exception as error:  # whatever it is: the change itself was made, and goes on
-            self.trouble = f"cannot write {self.files.draft} ({type(error).__name__}: {error})"
+            self.trouble = f"cannot write {self.files.history} ({type(error).__name__}: {error})"
 
     # ---- giving away ----
 
-    def save(self) -> Saved:
-        """Writes the file of corrections: what was corrected or approved and is valid, and what it had before.
+    def save(self, by: By = NOBODY) -> Saved:
+        """Writes the file of corrections: what was approved, what was corrected and is valid, and what it had before.
 
         Raises:
             GatewiseError: the file was changed by another program, or cannot be written.
         """
+        by = _checked(by)
         with self._lock:
             kept = [(passage, version) for passage in self._passages.values() if (version := passage.kept) is not None]
             self.files.save([passage.record(version) for passage, version in kept])
-            for passage, version in kept:
-                passage.saved = version
-            self._keep()
-            unfinished = [passage.number for passage in self._passages.values() if passage.is_unsaved]
-            return Saved(self.files.out, len(kept), unfinished)
+            changed = [passage.id for passage, version in kept if passage.saved != version]
+            self._passages |= {passage.number: replace(passage, saved=version) for passage, version in kept}
+            if changed:
+                self._keep([self._row("save", by, None, {"saved": changed})])
+            left = [passage for passage in self._passages.values() if passage.is_unsaved]
+            unfinished = [passage.number for passage in left if not passage.is_valid]
+            return Saved(self.files.out, len(kept), unfinished, [one.number for one in left if one.is_valid])
 
     def export(self, format: str, which: str | int) -> Export:
         """Trees in a format of :func:`gatewise.mdt.render`.
@@ -320,6 +449,22 @@ def _same(out: Path, file: Path) -> bool:
         return False
 
 
-def _check_seen(passage: Passage, changes: int) -> None:
-    if passage.changes != changes:
-        raise OldPageError("this passage has changed since the page showed it; the present tree is shown now: look again")
+def _checked(by: By) -> By:
+    if has_half_a_pair(by.comment):
+        raise GatewiseError(f"the comment {HALF_A_PAIR}")
+    if len(by.comment) > _LONGEST_COMMENT:
+        raise GatewiseError(f"the comment has {len(by.comment)} characters, expected at most {_LONGEST_COMMENT}")
+    return by._replace(reviewer=_checked_name(by.reviewer)) if by.reviewer else by
+
+
+def _checked_name(name: str) -> str:
+    if not name.strip() or len(name) > _LONGEST_NAME or has_half_a_pair(name) or printable(name) != name or "\n" in name:
+        raise GatewiseError(f"the reviewer is {name[:40]!r}, expected a name of at most {_LONGEST_NAME} characters in one line")
+    return name.strip()
+
+
+def _login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # where the system has no names
+        return "unknown"

@@ -1,5 +1,6 @@
 """What the page shows of a review, as JSON."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from gatewise.mdt.formats.page import pieces_of
@@ -8,7 +9,8 @@ from gatewise.mdt.formats.views import FORMATS
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.relations import RELATIONS
 from gatewise.mdt.review.edits import drawable, empty_tree
-from gatewise.mdt.review.passage import Passage
+from gatewise.mdt.review.files import Entry
+from gatewise.mdt.review.passage import Passage, Version
 from gatewise.mdt.review.session import Session
 from gatewise.mdt.spans import locate_tree
 from gatewise.mdt.tree import DecisionTree
@@ -38,7 +40,8 @@ def _line(passage: Passage) -> dict[str, Any]:
         "error": passage.error,
         "warned": bool(passage.now.warnings),
         "unsaved": passage.is_unsaved,
-        "changes": passage.changes,
+        "version": passage.version,
+        "beside": passage.extractions if passage.beside is not None else 0,
     }
 
 
@@ -63,6 +66,8 @@ def whole(passage: Passage) -> dict[str, Any]:
         "drawing": drawing_of(tree, passage.text, focusable=True, language=passage.language).svg if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
         "warnings": list(passage.now.warnings),
+        "extraction": None if passage.beside is None else _beside(passage, passage.beside),
+        "kept": passage.now.approved is not None and passage.now.state != "approved",
         "undo": len(passage.past),
         "redo": len(passage.future),
         "relations": [chinese if words.language == "zh" else english for english, chinese in RELATIONS.items()],
@@ -73,6 +78,20 @@ def whole(passage: Passage) -> dict[str, Any]:
 def _texts(held: object) -> list[str]:
     """What a record holds under a key that is to be a list of texts; a file may have anything there."""
     return [str(one) for one in held] if isinstance(held, list) else []
+
+
+def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """What was done to a passage, by whom and when."""
+    return [
+        {"time": one.time, "reviewer": one.reviewer, "action": one.action, "comment": one.comment, "window": one.window}
+        for one in entries
+    ]
+
+
+def _beside(passage: Passage, version: Version) -> dict[str, Any]:
+    """The extraction that lies beside a tree, to be looked at."""
+    drawing = drawing_of(drawable(version.nodes or empty_tree()), passage.text, language=passage.language).svg
+    return {"number": passage.extractions, "drawing": drawing, "warnings": list(version.warnings)}
 
 
 def _nodes(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:

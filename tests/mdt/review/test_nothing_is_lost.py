@@ -1,0 +1,496 @@
+"""Nobody's work is lost: two who change one passage, an extraction that lands meanwhile, a server that is killed, a full disk.
+
+What "lost" means here: what was answered with success is there after any restart; a tree that was approved stays in the file of
+corrections until a reviewer approves another one or takes the approval back; and a change that was refused is one that was told so.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mdt_trees import TEXT, gout, node, triple
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt import DecisionTree, read_trees
+from gatewise.mdt.review import Extracting, ReviewServer, Session
+from gatewise.mdt.review.passage import Version
+from gatewise.mdt.review.session import NOBODY, By, OldPageError
+from gatewise.mdt.review.shown import whole
+
+OTHER = "children with fever@If the fever lasts, give paracetamol."
+DRAFT = [node("D", triple("rest", "therapeutic schedule"))]
+
+
+def file_of(folder: Path, count: int = 2) -> str:
+    file = folder / "trees.json"
+    file.write_text(json.dumps([{"text": f"{TEXT} ({i})", "tree": gout()} for i in range(count)]))
+    return str(file)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    opened = Session.open(file_of(tmp_path), reviewer="ada")
+    yield opened
+    opened.close()
+
+
+def correct(session: Session, number: int, words: str, by: By = NOBODY) -> None:
+    arguments = {"node": 1, "triple": 0, "parts": [None, None, words]}
+    session.edit(number, session.passage(number).version, "set_triple", arguments, by)
+
+
+def rows(session: Session) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in session.files.history.read_text(encoding="utf-8").splitlines()]
+
+
+def records(session: Session) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in session.files.out.read_text(encoding="utf-8").splitlines()]
+
+
+# An extraction that lands ---------------------------------------------------------------------------------------------
+
+
+def test_an_extraction_lands_beside_a_tree_that_was_edited_meanwhile(session: Session) -> None:
+    seen = session.passage(1).version
+    correct(session, 1, "ibuprofen")
+    session.put(1, Version(DRAFT, "drafted"), seen)
+    assert session.passage(1).now.nodes[1]["triples"][0][2] == "ibuprofen"  # type: ignore[index]
+    assert session.passage(1).beside == Version(DRAFT, "drafted")
+    session.undo(1, 1)  # a draft again, but not the version that the extraction was asked for
+    session.put(1, Version([*DRAFT], "drafted", ("hurried",)), seen)
+    assert session.passage(1).now.nodes == gout()
+    with pytest.raises(GatewiseError, match="does not lie beside this tree any more"):  # it is another one by now
+        session.take(1, 2, extraction=1)
+    session.take(1, 2, extraction=2)
+    assert session.passage(1).now == Version(DRAFT, "drafted", ("hurried",))
+    assert session.passage(1).beside is None
+
+
+def test_an_extraction_takes_the_place_of_what_nobody_touched(session: Session) -> None:
+    session.put(1, Version(DRAFT, "drafted"), 0)
+    assert (session.passage(1).now.nodes, session.passage(1).beside) == (DRAFT, None)
+    session.undo(1, 1)
+    assert session.passage(1).now.nodes == gout()
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_extract_again_then_save_leaves_the_approved_record(tmp_path: Path, reopen: bool) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen")
+    session.approve(1, 1)
+    session.save()
+    approved = records(session)
+    session.put(1, Version(DRAFT, "drafted"))
+    for taken in (False, True):
+        if taken:
+            with pytest.raises(
+                GatewiseError, match="the tree was approved by a person, so it is replaced only when a reviewer says"
+            ):
+                session.take(1, 2, extraction=1)
+            session.take(1, 2, extraction=1, replaced=True)
+            session.edit(1, 3, "add_triple", {"node": 0, "parts": ["x", "", "y"]})  # and goes on with it
+        if reopen:
+            session.close()
+            session = Session.open(file)
+        saved = session.save()
+        assert (saved.records, saved.unapproved) == (1, [1] if taken else [])
+        assert records(session) == approved
+        assert session.passage(1).version == (4 if taken else 2)
+    session.approve(1, session.passage(1).version)
+    session.save()
+    assert records(session)[0]["tree"][0]["triples"] == [DRAFT[0]["triples"][0], ["x", "therapeutic schedule", "y"]]
+    session.close()
+
+
+def test_only_a_word_of_the_reviewer_takes_an_approval_out_of_the_file(session: Session) -> None:
+    session.approve(1, 0)
+    session.save()
+    correct(session, 1, "ibuprofen")
+    assert session.save().unapproved == [1]
+    assert (records(session)[0]["review"], records(session)[0]["tree"]) == ("approved", gout())
+    session.approve(1, 2, approved=False)  # of a tree that was changed since
+    assert session.save().unapproved == []
+    assert (records(session)[0]["review"], session.passage(1).now.state) == ("corrected", "corrected")
+    session.approve(1, 3)
+    session.save()
+    session.approve(1, 4, approved=False)
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 5, extraction=1, replaced=True)
+    session.save()
+    assert records(session)[0]["review"] == "corrected"  # no longer approved, and no draft either
+    assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
+
+
+# Two who change one passage -------------------------------------------------------------------------------------------
+
+
+def test_a_stale_change_is_refused_with_what_was_done_since(session: Session) -> None:
+    correct(session, 1, "ibuprofen", By("ben", "w1", "see page 3"))
+    session.approve(1, 1, by=By("ben", "w1"))
+    for change in (
+        lambda: session.edit(1, 0, "swap", {"node": 0}),
+        lambda: session.undo(1, 1),
+        lambda: session.redo(1, 0),
+        lambda: session.approve(1, 0),
+        lambda: session.begin(1, 0),
+        lambda: session.take(1, 0, 1),
+        lambda: session.leave(1, 0, 1),
+        lambda: session.remove(1, 0),
+    ):
+        with pytest.raises(OldPageError, match="has changed since the page showed it, so your change was not made") as refused:
+            change()
+        assert refused.value.passage == session.passage(1)
+        assert refused.value.since[-1][1:3] == ("ben", "approve")
+    assert session.since(session.passage(1), 0)[0].comment == "see page 3"
+    assert session.passage(1).version == 2
+
+
+def test_the_history_says_who_did_what_and_when_and_only_grows(tmp_path: Path) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file, reviewer="Ada Müller")
+    correct(session, 1, "ibuprofen", By(comment="as on page 3"))
+    before = session.files.history.read_bytes()
+    session.approve(1, 1, by=By("Ben"))
+    session.save()
+    session.remove(2)
+    session.close()
+    again = Session.open(file, reviewer="Cleo")
+    again.undo(1, 2) if again.passage(1).past else again.approve(1, 2, approved=False)
+    assert again.files.history.read_bytes().startswith(before)
+    found = rows(again)
+    assert [(row["reviewer"], row["action"], row.get("passage"), row.get("version")) for row in found] == [
+        ("Ada Müller", "come", 1, 0),
+        ("Ada Müller", "come", 2, 0),
+        ("Ada Müller", "open", None, None),
+        ("Ada Müller", "edit", 1, 1),
+        ("Ben", "approve", 1, 2),
+        ("Ada Müller", "save", None, None),
+        ("Ada Müller", "remove", 2, None),
+        ("Cleo", "open", None, None),
+        ("Cleo", "withdraw", 1, 3),
+    ]
+    assert found[3]["comment"] == "as on page 3"
+    times = [row["time"] for row in found]
+    assert times == sorted(times)
+    assert all(time.endswith("+00:00") for time in times)
+    again.paste(OTHER)
+    assert rows(again)[-1]["passage"] == 3  # the id of one that was removed is not given again
+    again.close()
+
+
+@pytest.mark.parametrize("name", ["", " ", "x" * 101, "a\nb", "\x1b[2J", "\ud800"])
+def test_names_that_cannot_be(tmp_path: Path, name: str) -> None:
+    with pytest.raises(GatewiseError, match=r"the reviewer is .*, expected a name of at most 100 characters in one line"):
+        Session.open(file_of(tmp_path), reviewer=name)
+    Session.open(file_of(tmp_path)).close()
+
+
+def test_reading_never_fails_under_edits(session: Session) -> None:
+    """A passage was read while it changed: about one read in 900 failed."""
+    sys_interval = sys.getswitchinterval()
+    stop = threading.Event()
+
+    def edits() -> None:
+        while not stop.is_set():
+            one = session.passage(1)
+            if len(one.now.nodes or ()) > 5:
+                session.undo(1, one.version)
+            else:
+                session.edit(1, one.version, "to_condition", {"node": 4})
+
+    thread = threading.Thread(target=edits)
+    sys.setswitchinterval(1e-5)
+    session._keep = lambda rows: None  # type: ignore[method-assign]
+    thread.start()
+    try:
+        for _ in range(400):  # 12 of them failed
+            whole(session.passage(1))
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(sys_interval)
+    assert session.passage(1).version > 400
+
+
+# Over HTTP ------------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """A browser: asks as the page does."""
+
+    def __init__(self, port: int, token: str, window: str) -> None:
+        self.window = window
+        self.connection = HTTPConnection("127.0.0.1", port, timeout=30)
+        self.headers = {"X-Gatewise-Token": token, "Content-Type": "application/json"}
+
+    def get(self, path: str) -> Any:
+        self.connection.request("GET", f"/api/{path}", headers=self.headers)
+        return json.loads(self.connection.getresponse().read())
+
+    def __call__(self, action: str, **body: Any) -> tuple[int, Any]:
+        self.connection.request("POST", f"/api/{action}", json.dumps({**body, "window": self.window}), self.headers)
+        answer = self.connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+@pytest.fixture
+def served(session: Session) -> Iterator[Callable[[str], Client]]:
+    """served(window) -> a client of a review of two trees."""
+    found = SimpleNamespace(tree=DecisionTree.from_preorder(DRAFT), warnings=())
+    extracting = Extracting(session, lambda *_: found)
+    with ReviewServer(session, extracting) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield lambda window: Client(server.server_port, server.token, window)
+        server.shutdown()
+        thread.join()
+    extracting.end()
+
+
+def test_two_browsers(served: Callable[[str], Client], session: Session) -> None:
+    ada, ben = served("a"), served("b")
+    seen = [one.get("passage?number=1")["version"] for one in (ada, ben)]
+    change = {"number": 1, "edit": "set_triple"}
+    first = {"node": 1, "triple": 0, "parts": [None, None, "from ada"]}
+    second = {"node": 1, "triple": 2, "parts": [None, None, "from ben"]}
+    assert ada("edit", version=seen[0], arguments=first, comment="why not", **change)[0] == 200
+    status, answer = ben("edit", version=seen[1], arguments=second, **change)
+    assert status == 409
+    assert answer["passage"]["nodes"][1]["triples"][0]["parts"][2] == "from ada"
+    (done,) = answer["since"]
+    assert [done[name] for name in ("reviewer", "action", "window", "comment")] == ["ada", "edit", "a", "why not"]
+    assert ben("edit", version=answer["passage"]["version"], arguments=second, **change)[0] == 200
+    assert [one[2] for one in session.passage(1).now.nodes[1]["triples"]] == ["from ada", "0.5 mg twice daily", "from ben"]  # type: ignore[index]
+
+
+def test_many_changes_at_once_are_made_or_refused_each(served: Callable[[str], Client], session: Session) -> None:
+    made: list[list[str]] = [[], []]
+
+    def work(which: int) -> None:
+        client = served(str(which))
+        for i in range(25):
+            version = client.get("passage?number=1")["version"]
+            parts = ["x", "", f"{which}.{i}"]
+            status, answer = client("edit", number=1, version=version, edit="add_triple", arguments={"node": 3, "parts": parts})
+            assert status in (200, 409), answer
+            made[which] += [parts[2]] if status == 200 else []
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    held = [one[2] for one in session.passage(1).now.nodes[3]["triples"]][1:]  # type: ignore[index]
+    assert sorted(held) == sorted(made[0] + made[1])
+    assert session.passage(1).version == len(held) >= 25
+    assert [row["now"]["tree"][3]["triples"][-1][2] for row in rows(session) if row["action"] == "edit"] == held
+
+
+def test_the_second_request_of_a_double_click_is_refused(served: Callable[[str], Client], session: Session) -> None:
+    client = served("a")
+    delete = {"number": 1, "version": 0, "edit": "remove_triple", "arguments": {"node": 1, "triple": 0}}
+    assert client("edit", **delete)[0] == 200
+    status, answer = client("edit", **delete)
+    assert status == 409
+    assert [one["window"] for one in answer["since"]] == ["a"]  # so that the page says nothing of it
+    assert len(session.passage(1).now.nodes[1]["triples"]) == 2  # type: ignore[index]
+
+
+def test_an_extraction_over_http_says_of_which_version_it_is(served: Callable[[str], Client], session: Session) -> None:
+    client = served("a")
+    edit = {"edit": "swap", "arguments": {"node": 0}}
+    assert client("edit", number=1, version=0, **edit)[0] == 200
+    assert client("extract", passages=[[1, 0], [2, 0]])[0] == 200
+    for _ in range(500):
+        if client.get("session")["progress"] is None:
+            break
+        time.sleep(0.01)
+    first, second = client.get("session")["passages"]
+    assert (first["state"], first["beside"], second["state"], second["beside"]) == ("corrected", 1, "drafted", 0)
+    assert session.passage(2).now.nodes == DRAFT
+    assert client("take", number=1, version=1, extraction=1)[0] == 400
+    assert client("take", number=1, version=1, extraction=1, replaced=True)[1]["passage"]["state"] == "drafted"
+    assert client("undo", number=1, version=2)[1]["passage"]["state"] == "corrected"
+
+
+# A server that is killed ----------------------------------------------------------------------------------------------
+
+
+class Killed:
+    """A review in a process of its own, with two clients at work, that is killed after a moment.
+
+    Attributes:
+        told: (passage, version) -> the nodes and the state that were answered.
+        saved: passages that were approved before a save that was answered.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.told: dict[tuple[int, int], tuple[Any, str]] = {}
+        self.saved: set[int] = set()
+        self.answers = 0
+        self.faults: list[str] = []
+
+    def round(self, answers: int, seconds: float, seed: int) -> None:
+        """So many changes are answered, then it is killed after so many seconds."""
+        enough = self.answers + answers
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                server = ReviewServer(Session.open(self.file, reviewer="ada"))
+                os.write(writing, f"{server.server_port} {server.token}\n".encode())
+                server.serve_forever(poll_interval=0.02)
+            finally:
+                os._exit(1)
+        os.close(writing)
+        with os.fdopen(reading) as said:
+            port, token = said.readline().split()
+        clients = [threading.Thread(target=self.work, args=(Client(int(port), token, str(i)), seed + i)) for i in range(2)]
+        for one in clients:
+            one.start()
+        end = time.monotonic() + 20
+        while self.answers < enough and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for one in clients:
+            one.join()
+
+    def work(self, client: Client, seed: int) -> None:
+        """Changes at random until the server is gone; what is answered is noted."""
+        chance = random.Random(seed)
+        try:
+            while True:
+                self.step(client, chance)
+        except (OSError, HTTPException, json.JSONDecodeError):
+            return
+        except AssertionError as error:
+            self.faults.append(str(error))
+
+    def step(self, client: Client, chance: random.Random) -> None:
+        before = {one["number"] for one in client.get("session")["passages"] if one["state"] == "approved"}
+        number = chance.randint(1, 4)
+        version = client.get(f"passage?number={number}")["version"]
+        parts = [None, None, f"drug {chance.random()}"]
+        edit = {"edit": "set_triple", "arguments": {"node": 3, "triple": 0, "parts": parts}}
+        action, body = chance.choice([("edit", edit), ("edit", edit), ("approve", {"approved": True}), ("save", {})])
+        if action == "save":
+            status, answer = client("save")
+            assert status == 200, answer
+            if not answer["session"]["trouble"]:
+                self.saved |= before
+            return
+        status, answer = client(action, number=number, version=version, **body)
+        assert status in (200, 409), answer
+        if status == 200 and not answer["session"]["trouble"]:
+            self.answers += 1
+            shown = answer["passage"]
+            nodes = [[triple["parts"] for triple in one["triples"]] for one in shown["nodes"]]
+            self.told[number, shown["version"]] = (nodes, shown["state"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    file = file_of(tmp_path, 4)
+    review, chance = Killed(file), random.Random(7)
+    for i in range(12):
+        review.round(chance.randint(0, 12), chance.uniform(0, 0.03), 100 * i)
+        assert review.faults == []
+        session = Session.open(file)
+        held = {
+            (row["passage"], row["version"]): ([one["triples"] for one in row["now"]["tree"]], row["now"]["state"])
+            for row in rows_or_none(session)
+            if "now" in row and row["action"] != "come"
+        }
+        assert {key: held.get(key) for key in review.told} == review.told  # every change that was answered is there
+        for number in range(1, 5):
+            last = max((version for passage, version in review.told if passage == number), default=0)
+            assert session.passage(number).version >= last
+            if (number, session.passage(number).version) in review.told:
+                now = session.passage(number).now
+                assert ([one["triples"] for one in now.nodes or ()], now.state) == review.told[
+                    number, session.passage(number).version
+                ]
+        # What was approved and saved is in the file, as a tree that was approved at some time.
+        read = read_trees(session.files.out) if session.files.out.exists() else None
+        assert not (read and read.faults)
+        approved = {one.text: one.tree.to_preorder() for one in (read.records if read else ()) if one.more["review"] == "approved"}
+        texts = {one.number: one.text for one in session.passages}
+        assert {texts[number] for number in review.saved} <= approved.keys()
+        ever = [row["now"]["tree"] for row in rows_or_none(session) if row["action"] == "approve"]
+        assert all(tree in ever for tree in approved.values())
+        session.close()
+    assert review.answers > 50
+    assert review.saved
+
+
+def rows_or_none(session: Session) -> list[dict[str, Any]]:
+    if not session.files.history.exists():
+        return []
+    content = session.files.history.read_text(encoding="utf-8")
+    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+
+
+# A disk that is full --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KB."""
+    place, mount = tmp_path / "disk", shutil.which("mount")
+    place.mkdir()
+    if sys.platform != "linux" or not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", place]).returncode:
+        pytest.skip("only root can mount a small file system here")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path) -> None:
+    file, out = file_of(tmp_path), small_disk / "out.jsonl"
+    session = Session.open(file, out)
+    session.approve(1, 0)
+    session.save()
+    before, history = out.read_bytes(), session.files.history.read_bytes()
+    with (small_disk / "filler").open("wb", buffering=0) as filler:
+        for size in (4096, 512, 64, 1):
+            try:
+                while filler.write(b"x" * size) == size:
+                    pass
+            except OSError:
+                pass
+        for i in range(9):  # what the last block still holds may be enough for one
+            history = session.files.history.read_bytes()
+            correct(session, 2, f"{i} " + "naproxen " * 200)
+            if session.trouble:
+                break
+        assert session.trouble.startswith(f"cannot write {session.files.history}: No space left on device; nothing was changed")
+        edited = session.passage(2).version
+        session.approve(2, edited)
+        with pytest.raises(GatewiseError, match=r"cannot write .*out\.jsonl: No space left on device; nothing was changed"):
+            session.save()
+    assert (out.read_bytes(), session.files.history.read_bytes()) == (before, history)
+    assert [one.now.state for one in session.passages] == ["approved", "approved"]
+    (small_disk / "filler").unlink()
+    assert session.save().records == 2  # and the history has it all
+    assert session.trouble == ""
+    session.close()
+    again = Session.open(file, out)
+    assert [(one.now.state, one.is_unsaved) for one in again.passages] == [("approved", False)] * 2
+    assert [one.version for one in again.passages] == [1, edited + 1]
+    assert [row["action"] for row in rows(again)][-4:] == ["save", *["edit"] * edited, "approve", "save"][-4:]
+    again.close()
