@@ -22,7 +22,7 @@ from gatewise.mdt.spans import find
         ("eGFR ≥ 60 mL／min", "egfr ≥ 60 ml/min", ["eGFR ≥ 60 mL／min"]),
         ("400–800 IU", "400-800 iu", ["400–800 IU"]),
         ("the patient’s wish", "patient's wish", ["patient’s wish"]),
-        ("血压１４０／９０ｍｍＨｇ以上", "140/90mmhg", ["１４０／９０ｍｍＨｇ"]),
+        ("血压１４０／９０ｍｍＨｇ", "140/90mmhg", ["１４０／９０ｍｍＨｇ"]),
         ("每日口服 100 mg", "每日口服100mg", ["每日口服 100 mg"]),
         ("CAP患者，中度", "中度", ["中度"]),
         ("cafe\u0301 au lait", "café", ["cafe\u0301"]),
@@ -78,7 +78,7 @@ def test_what_is_not_in_the_text_has_no_span() -> None:
 @properties
 @given(trees, st.text(max_size=30))
 def test_a_text_made_of_the_phrases_has_them_all(tree: DecisionTree, between: str) -> None:
-    text = f" @{between} ".join(part for triple in tree.triples for part in (triple.subject, triple.object))
+    text = f" @{between}; ".join(part for triple in tree.triples for part in (triple.subject, triple.object))
     for node, row in zip(tree.nodes, locate_tree(text, tree), strict=True):
         for triple, spans in zip(node.triples, row, strict=True):
             for phrase, span in ((triple.subject, spans.subject), (triple.object, spans.object)):
@@ -118,7 +118,7 @@ def test_published_phrases_are_nearly_all_found() -> None:
         ("give 2.5 mg daily", "5 mg", False),
         ("give 2.5 mg daily", "2", False),
         ("give 2.5 mg daily", "2.5 mg", True),
-        ("give 0.5-1 mg", "1 mg", True),
+        ("give 0.5-1 mg", "1 mg", False),
         ("give 1,500 mg", "500 mg", False),
         ("give 1,500 mg", "1", False),
         ("give 1,500 mg", "1,500 mg", True),

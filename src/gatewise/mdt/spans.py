@@ -1,22 +1,16 @@
 """Where the phrases of a tree stand in its text.
 
-Text and phrase are compared without case, with runs of spaces as one, full-width and half-width forms alike (NFKD), and with the
-many dashes and quotation marks of typesetting as the plain ones. Spans are positions in the text as it was given.
+Text and phrase are compared without case, with runs of spaces as one, and full-width and half-width forms, the dashes and the
+quotation marks of typesetting alike. Spans are positions in the text as it was given.
 """
 
-import re
-import unicodedata
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from gatewise.mdt.tree import DecisionTree, Node, Triple
+from gatewise.mdt.wholes import cut
 
-_PLAIN = str.maketrans(dict.fromkeys("‐‑‒–—―−－﹣", "-") | dict.fromkeys("‘’‚‛′＇", "'") | dict.fromkeys("“”„‟″＂", '"'))
-_CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
-NUMBER = r"\d+(?:,\d{3}(?!\d))*(?:[.．·]\d+)*"
-"""A number with its decimals and thousands, of which no part is taken for a number of its own: "5 mg" is not in "2.5 mg"."""
-_NUMBER = re.compile(NUMBER)
 _MOST = 500  # occurrences of one phrase that are looked at; a passage has a handful
 _MOST_PAIRED = 60
 _OVERLAP = 10**9
@@ -36,24 +30,10 @@ class TripleSpans(NamedTuple):
     object: Span | None
 
 
-class _Folded(NamedTuple):
-    """A text made comparable: its characters, and for each the place that it came from.
-
-    Attributes:
-        inner: the characters in a number that are not its first: a phrase neither begins nor ends before one of them.
-    """
-
-    text: str
-    starts: list[int]
-    ends: list[int]
-    inner: frozenset[int]
-
-
 def locate(text: str, triple: Triple, near: Sequence[Span] = ()) -> TripleSpans:
     """The spans of a triple's subject and object.
 
     Of several occurrences those are taken that stand nearest to each other without overlap, the earliest of equally near ones.
-    A phrase that stands as words of its own is preferred to the beginning of a longer word.
 
     Args:
         near: places that the object should be near, too; they count thrice.
@@ -105,23 +85,26 @@ def in_text_order(text: str, tree: DecisionTree) -> DecisionTree:
 
 
 def find(text: str, phrase: str) -> list[Span]:
-    """All places where a phrase stands in a text, in order, possibly none: as words of its own, or else as the beginning of words.
+    """All places where a phrase stands in a text, in order, possibly none.
 
-    "antibiotic" is found in "antibiotics", but neither "iron" in "environment" nor "surgical" in "non-surgical". A number is found
-    whole or not at all: neither "5 mg" nor "2" is in "2.5 mg".
+    It stands there as one or more wholes of the text (:mod:`gatewise.mdt.wholes`), the last one possibly without the "s" of its
+    plural: "antibiotic" is found in "antibiotics", but neither "iron" in "environment", nor "surgical" in "non-surgical", nor
+    "5 mg" in "2.5 mg", "5 mg/kg" or "5-10 mg".
     """
-    folded, wanted = _fold(text), _fold(phrase).text.strip()
-    if not wanted:
-        return []
-    found = _occurrences(folded, wanted)
-    if not found and _CHINESE.search(wanted):
-        # Spaces between Chinese characters, and between them and numbers, are a matter of taste.
-        folded, wanted = _without_spaces(folded), wanted.replace(" ", "")
-        found = _occurrences(folded, wanted)
-    found = [at for at in found if not {at, at + len(wanted)} & folded.inner]
-    whole = [at for at in found if _begins(folded.text, at) and _ends(folded.text, at + len(wanted))]
-    pieces = [at for at in found if _begins(folded.text, at) or _is_compound(folded.text, at)]
-    return [Span(folded.starts[at], folded.ends[at + len(wanted) - 1]) for at in whole or pieces]
+    parts = cut(text)
+    return [
+        Span(parts.folded.starts[begin], parts.folded.ends[end - 1])
+        for begin, end in islice(((begin, end) for begin, end in _occurrences(text, phrase) if parts.is_whole(begin, end)), _MOST)
+    ]
+
+
+def part_of(text: str, phrase: str) -> str | None:
+    """The words of a text of which a phrase is a part that may not stand alone: "10-20 mg" for "20 mg"; None without such words."""
+    parts = cut(text)
+    for begin, end in _occurrences(text, phrase):
+        begin, end = parts.around(begin, end)
+        return " ".join(text[parts.folded.starts[begin] : parts.folded.ends[end - 1]].split())
+    return None
 
 
 def _gap(one: Span, other: Span) -> int:
@@ -130,75 +113,23 @@ def _gap(one: Span, other: Span) -> int:
     return gap if gap >= 0 else _OVERLAP
 
 
-def _occurrences(folded: _Folded, wanted: str) -> list[int]:
-    found: list[int] = []
-    at = folded.text.find(wanted)
-    while at >= 0 and len(found) < _MOST:
-        found.append(at)
-        at = folded.text.find(wanted, at + 1)
-    return found
+def _occurrences(text: str, phrase: str) -> Iterator[tuple[int, int]]:
+    """Where the letters of a phrase are in the folded text, as parts of words or not: as they are, and else with other spaces."""
+    parts, wanted = cut(text), cut(phrase.strip())
+    if not wanted.folded.text:
+        return
+    found = False
+    for begin in _places(parts.folded.text, wanted.folded.text):
+        found = found or parts.is_whole(begin, begin + len(wanted.folded.text))
+        yield begin, begin + len(wanted.folded.text)
+    if not found:
+        letters = "".join(wanted.folded.text[at] for at in wanted.squeezed)
+        for at in _places("".join(parts.folded.text[at] for at in parts.squeezed), letters):
+            yield parts.squeezed[at], parts.squeezed[at + len(letters) - 1] + 1
 
 
-def _begins(text: str, at: int) -> bool:
-    """Whether a word begins here."""
-    return not _joined(text[max(0, at - 2) : at][::-1], text[at])
-
-
-def _ends(text: str, at: int) -> bool:
-    """Whether a word ends here."""
-    return not _joined(text[at : at + 2], text[at - 1])
-
-
-def _is_compound(text: str, at: int) -> bool:
-    """Whether this is a later part of a word with a hyphen, but not the opposite of what it says alone."""
-    return text[max(0, at - 1) : at] == "-" and text[max(0, at - 4) : at] != "non-"
-
-
-def _joined(outside: str, inside: str) -> bool:
-    """Whether a phrase's end is of one word with what stands beside it (the nearest character first).
-
-    A hyphen joins as well: "surgical" is no word of its own in "non-surgical". Chinese is written without gaps, so its characters
-    never join.
-    """
-    hyphened = outside[1:] if outside[:1] == "-" else ""
-    beside = hyphened or outside[:1]
-    if not beside or _CHINESE.match(beside) or _CHINESE.match(inside):
-        return False
-    if hyphened:
-        return beside.isalnum() and inside.isalnum()
-    return beside.isalpha() and inside.isalpha()
-
-
-@lru_cache(maxsize=64)
-def _fold(text: str) -> _Folded:
-    characters: list[str] = []
-    starts: list[int] = []
-    ends: list[int] = []
-    for place, character in enumerate(text):
-        if character.isspace():
-            if characters and characters[-1] == " ":
-                ends[-1] = place + 1
-                continue
-            made = " "
-        else:
-            # By character, so that each keeps its place; decomposed, so that accents are apart on both sides.
-            made = unicodedata.normalize("NFKD", character.translate(_PLAIN)).casefold().translate(_PLAIN)
-            if unicodedata.category(character) == "Cf":  # soft hyphens, joiners, byte order marks: not to be seen
-                continue
-        for one in made:
-            characters.append(one)
-            starts.append(place)
-            ends.append(place + 1)
-    whole = "".join(characters)
-    inner = frozenset(i for number in _NUMBER.finditer(whole) for i in range(number.start() + 1, number.end()))
-    return _Folded(whole, starts, ends, inner)
-
-
-def _without_spaces(folded: _Folded) -> _Folded:
-    kept = [i for i, character in enumerate(folded.text) if character != " "]
-    return _Folded(
-        "".join(folded.text[i] for i in kept),
-        [folded.starts[i] for i in kept],
-        [folded.ends[i] for i in kept],
-        frozenset(place for place, i in enumerate(kept) if i in folded.inner),
-    )
+def _places(text: str, wanted: str) -> Iterator[int]:
+    at = text.find(wanted)
+    while at >= 0:
+        yield at
+        at = text.find(wanted, at + 1)

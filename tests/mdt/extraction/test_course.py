@@ -1,5 +1,6 @@
 """Constrained decoding: whatever a model prefers, what it writes is a valid tree, and every right answer can be written."""
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ from tiny_run import byte_tokenizer
 from gatewise.mdt import DecisionTree, TreeRecord, linearise, parse, parse_lenient, read_trees, sample
 from gatewise.mdt.extraction.course import Course, Limits
 from gatewise.mdt.extraction.prompts import STAGES, nodes_in_order
-from gatewise.mdt.formats.lines import node_lines, triple_lines, triples_in_order
-from gatewise.mdt.spans import absent_triples
+from gatewise.mdt.formats.lines import escaped, node_lines, triple_lines, triples_in_order
+from gatewise.mdt.spans import absent_triples, find
 from gatewise.mdt.training.rows import completion
 
 pytest.importorskip("llguidance")
-from gatewise.mdt.extraction.constraint import TreeConstraint
+from llguidance import LLMatcher
+
+from gatewise.mdt.extraction.constraint import TreeConstraint, _known
 
 TOKENIZER = byte_tokenizer()
 END = int(TOKENIZER.eos_token_id)
@@ -192,6 +195,32 @@ def test_any_text_can_be_written_from(text: str, seed: int) -> None:
         for triple in tree.triples:
             for part in (triple.subject, triple.object):
                 assert part in said
+
+
+BITS = (
+    "Give take or and to not non un- contra- anti- in adults daily antibiotics patches PPIs s 's x / - ~ ; | , . ( ) 5 mg 10mg"
+    " 1,000 0.5 10-20_mg ½_tablet 1_1/2_tablets 10⁹/L <_5 5_mg/kg every_8_hours twice_daily 患者 不宜使用 非糖尿病 每日 以上"
+)
+
+
+@properties
+@given(
+    st.lists(st.tuples(st.sampled_from(BITS.split()), st.sampled_from(["", " "])), min_size=1, max_size=8),
+    st.randoms(use_true_random=False),
+)
+@example([("antibiotics", " "), ("10-20 mg", ""), ("PPIs", "患者")], random.Random(0))
+def test_what_can_be_written_is_what_stands_in_the_text(bits: list[tuple[str, str]], draw: random.Random) -> None:
+    text = "".join(bit.replace("_", " ") + gap for bit, gap in bits).strip()
+    spans = [(begin, end) for begin in range(len(text)) for end in range(begin + 1, len(text) + 1)]
+    phrases = {text[begin:end].strip() for begin, end in spans} - {"", "~"}  # "~" alone stands for a subject
+    grammar = Course("en", within=text, levels=(0,)).grammar()
+    fresh = LLMatcher(_known(TOKENIZER, (END,), len(TOKENIZER)), LLMatcher.grammar_from_lark(grammar))
+    for phrase in draw.sample(sorted(phrases), min(len(phrases), 40)):
+        ids = TOKENIZER(f" D: {escaped(phrase)} | drug | {escaped(phrase)}", add_special_tokens=False)["input_ids"]
+        matcher = fresh.deep_copy()
+        written = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+        # Found as it is, for a phrase that stands there in capitals can only be written in capitals.
+        assert written == any(text[span.start : span.end] == phrase for span in find(text, phrase)), (text, phrase)
 
 
 def test_an_object_that_reads_like_a_join_is_none() -> None:

@@ -98,3 +98,9 @@ def test_a_tree_too_deep_for_the_library_is_refused_in_a_sentence() -> None:
     nodes = [node("C", triple(f"sign {i}")) for i in range(depth)] + [node("D")] * (depth + 1)
     with pytest.raises(GatewiseError, match="too deep for a FHIR PlanDefinition"):
         plan_of(TreeRecord("", DecisionTree.from_preorder(nodes)))
+
+
+def test_the_plan_says_of_which_words_a_dose_is_but_a_part() -> None:
+    dose = triple("20 mg", "dosage and administration", "colchicine")
+    record = TreeRecord("adults@give colchicine 10-20 mg", DecisionTree.from_preorder([node("D", dose)]))
+    assert "object in the source text only as part of '10-20 mg': 20 mg" in json.dumps(plan_of(record))

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -127,6 +128,20 @@ def test_svg_shows_the_whole_tree() -> None:
 def test_svg_marks_what_is_not_in_the_text() -> None:
     assert sum("not in the text" in text for text in shown(drawing_of(TREE, TEXT.replace("naproxen", "ibuprofen")).svg)) == 1
     assert "not in the text" not in drawing_of(TREE).svg
+
+
+def test_every_view_says_of_which_words_a_dose_is_but_a_part() -> None:
+    dose = triple("0.5 mg", "dosage and administration", "colchicine")
+    record = TreeRecord(TEXT.replace("0.5 mg", "0.5 mg/kg"), DecisionTree.from_preorder([node("D", dose)]))
+    said = "'0.5 mg' stands in the text only as part of '0.5 mg/kg'"
+    assert f"# {said}: colchicine | dosage and administration | 0.5 mg\n" in render([record], "text")
+    assert f"<br/>({said})" in render([record], "mermaid")
+    for format in ("svg", "html"):
+        assert said in " ".join(html.unescape(re.sub("<[^>]*>", " ", render([record], format))).split())
+    (found,) = json.loads(render([record], "json"))[0]["spans"][0]
+    assert (found["object"], found["object_part_of"]) == (None, "0.5 mg/kg")
+    chinese = TreeRecord("成人@口服10~20mg。", DecisionTree.from_preorder([node("D", triple("20mg", "用法用量", "成人"))]))
+    assert "# “20mg”在原文中只作为“10~20mg”的一部分出现: 成人 | 用法用量 | 20mg\n" in render([chinese], "text")
 
 
 def test_svg_in_chinese_speaks_chinese() -> None:

@@ -291,6 +291,13 @@ def test_an_older_page_removes_nothing(call: Caller) -> None:
 # What it does ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_page_is_told_of_which_words_a_dose_is_but_a_part(call: Caller) -> None:
+    arguments = {"node": 1, "triple": 1, "parts": ["colchicine", "dosage and administration", "5 mg"]}
+    answer = call("/api/edit", {"number": 1, "version": 0, "edit": "set_triple", "arguments": arguments})[1]
+    shown = answer["passage"]["nodes"][1]["triples"][1]
+    assert (shown["absent"], shown["part_of"]) == ([False, True], [None, "0.5 mg"])
+
+
 def test_a_whole_review(call: Caller) -> None:
     seen = call("/api/passage?number=1")[1]
     assert [piece for piece, _ in seen["population"]] == ["adults with gout"]

@@ -15,12 +15,9 @@ from dataclasses import dataclass, field
 from gatewise.mdt.extraction.prompts import Stage, parted
 from gatewise.mdt.formats.lines import Level, escaped, letters
 from gatewise.mdt.relations import RELATIONS, SHORT, Language
-from gatewise.mdt.spans import NUMBER
 from gatewise.mdt.tree import Node
+from gatewise.mdt.wholes import ENDING, pieces
 
-_HAN = r"[\u3400-\u9fff\uf900-\ufaff]"
-# What is taken whole or not at all: a word, a number, a Chinese character, a sign. Annotators choose phrases, not pieces of words.
-_CHUNKS = re.compile(rf"{_HAN}|(?:(?!{_HAN})[^\W\d_])+|{NUMBER}|\s+|.", re.DOTALL)
 # Neither blank, nor a mark of the format, nor "~" alone, which stands for a subject.
 _FREE = r"""
 PART: FIRST (INNER{0,%d} LAST)? | "\\~"
@@ -103,9 +100,14 @@ class Course:
         self.pieces: list[str] = []
         self._relations = list(RELATIONS.values()) if language == "zh" else list(SHORT.values())
         # A ";" promises one more triple, so there has to be one that was not taken: of any object there is one a relation.
-        objects = None if within is None else {chunk for part in parted(within) for chunk in _CHUNKS.findall(part)} - {" ", "~"}
-        self._different = 10**9 if objects is None else len(objects) * len(self._relations)
-        self._parts = _FREE % (self.limits.characters - 2) if within is None else _spans(within) + _SPAN % self.limits.characters
+        self._different, self._parts = 10**9, _FREE % (self.limits.characters - 2)
+        if within is not None:
+            wholes, plurals = _wholes(within)
+            objects = {whole for part in wholes for whole in part} - {" ", "~"} - ((plurals and {"s", "es"}) or set())
+            self._different, self._parts = (
+                len(objects) * len(self._relations),
+                _spans(wholes, plurals) + _SPAN % self.limits.characters,
+            )
         self._main: str | None = None
         self._listed: list[str] = []
         self._open: _Open | None = None
@@ -308,12 +310,24 @@ class Course:
         self.finished = not self._waiting
 
 
-def _spans(text: str) -> str:
-    """The Lark terminal SPAN: whole words that follow each other in the population, or in the passage."""
-    pieces = [[escaped(chunk) if chunk != "~" else chunk for chunk in _CHUNKS.findall(part)] for part in parted(text) if part]
-    named = [f'%regex {{ "substring_chunks": [{", ".join(map(_quoted, chunks))}] }}' for chunks in pieces]
-    terminals = "".join(f"SPAN{i}: {one}\n" for i, one in enumerate(named))
-    return f"{terminals}SPAN: {' | '.join(f'SPAN{i}' for i in range(len(named)))}\n"
+def _wholes(text: str) -> tuple[list[list[str]], bool]:
+    """The pieces of population and passage, as the prompt shows them, and whether there are plurals among them."""
+    parts = [part for part in parted(text) if part]
+    found, plurals = pieces("@".join(parts))
+    if len(parts) == 1:
+        return [found], plurals
+    mark = found.index("@")
+    return [found[:mark], found[mark + 1 :]], plurals
+
+
+def _spans(wholes: list[list[str]], plurals: bool) -> str:
+    """The Lark terminal SPAN: wholes that follow each other in the population, or in the passage."""
+    made = ""
+    for i, part in enumerate(wholes):
+        chunks = ", ".join(_quoted(escaped(chunk) if chunk != "~" else chunk) for chunk in part)
+        made += f'SPAN{i}: %regex {{ "substring_chunks": [{chunks}] }}\n'
+    begun = f" & ~/{ENDING}/" if plurals else ""
+    return f"{made}SPAN: ({' | '.join(f'SPAN{i}' for i in range(len(wholes)))}){begun}\n"
 
 
 def _quoted(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.records import TreeRecord
-from gatewise.mdt.spans import locate
+from gatewise.mdt.spans import locate, part_of
 from gatewise.mdt.tree import Node, Triple, joined_words
 
 NOTICE = "Needs review by a clinician before any use. Drafted from the text by software; not medical advice."
@@ -180,7 +180,9 @@ def documentation_of(triples: Sequence[Triple], record: TreeRecord) -> dict[str,
                 quoted = record.text[span.start : span.end]
                 phrases[f"source text, characters {span.start + 1} to {span.end}: {clean(quoted)}"] = None
             elif record.text.strip():
-                phrases[f"{name} not in the source text: {clean(part)}"] = None
+                whole = part_of(record.text, part)
+                only = "not in the source text" if whole is None else f"in the source text only as part of '{clean(whole)}'"
+                phrases[f"{name} {only}: {clean(part)}"] = None
     return {"documentation": [{"type": "documentation", "display": phrase} for phrase in phrases]} if phrases else {}
 
 

@@ -1,7 +1,7 @@
 """A decision tree as a Mermaid flow chart, for Markdown pages and wikis that draw it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gatewise.mdt.formats.svg import kind_of, label_of, main_subject
 from gatewise.mdt.formats.words import Words, words_for
@@ -27,8 +27,9 @@ def mermaid_of(tree: DecisionTree, text: str = "", warnings: Sequence[str] = ())
         text: the passage; if given, what does not stand in it is marked.
         warnings: of the extraction, to stand in the box of the notice.
     """
-    absent = frozenset(absent_triples(text, tree)) if text.strip() else frozenset()
+    missing = absent_triples(text, tree) if text.strip() else ()
     words, main = words_for(tree.language), main_subject(tree)
+    absent = {triple: words.why_absent(text, triple) for triple in missing}
     lines = ["flowchart TD"]
     about = f"{_escaped(main)}<br/>" if main else ""
     warned = f"<br/>{_escaped(words.warnings)}" if warnings else ""
@@ -44,12 +45,13 @@ def mermaid_of(tree: DecisionTree, text: str = "", warnings: Sequence[str] = ())
     return "\n".join(lines) + "\n"
 
 
-def _label(node: Node, main: str, words: Words, absent: frozenset[Triple]) -> str:
+def _label(node: Node, main: str, words: Words, absent: Mapping[Triple, str]) -> str:
     if node.is_empty:
         return _escaped(words.nothing)
     join = f"<br/><i>{words.joins.get(node.logical_rel, '')}</i><br/>"
     triples = join.join(
-        f"{_escaped(label_of(triple, main))}: <b>{_escaped(triple.object)}</b>" + f"<br/>({words.absent})" * (triple in absent)
+        f"{_escaped(label_of(triple, main))}: <b>{_escaped(triple.object)}</b>"
+        + (f"<br/>({_escaped(absent[triple])})" if triple in absent else "")
         for triple in node.triples
     )
     return f"{words.head(node)}<br/>{triples}"

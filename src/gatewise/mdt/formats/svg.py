@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from gatewise.mdt.formats.words import Words, words_for
 from gatewise.mdt.relations import Language, relation_in
-from gatewise.mdt.spans import TripleSpans, locate_tree
+from gatewise.mdt.spans import TripleSpans, locate_tree, part_of
 from gatewise.mdt.tree import DecisionTree, Node, Triple
 
 BOX, PAD, GAP, MARGIN = 264, 14, (28, 58), 24
@@ -92,7 +92,7 @@ def drawing_of(
     words = words_for(language or tree.language)
     main = main_subject(tree)
     spans = locate_tree(text, tree) if text.strip() else None
-    boxes = [_box_lines(node, main, words, spans[i] if spans else None) for i, node in enumerate(tree.nodes)]
+    boxes = [_box_lines(node, main, words, text, spans[i] if spans else None) for i, node in enumerate(tree.nodes)]
     sizes = [(float(BOX), _height(lines)) for lines in boxes]
     places = place_boxes(tree, sizes, GAP)
     across = max(place.x + place.width for place in places)
@@ -134,7 +134,7 @@ def label_of(triple: Triple, main: str) -> str:
     return triple.relation if triple.subject == main else f"{triple.subject} \N{RIGHTWARDS ARROW} {triple.relation}"
 
 
-def _box_lines(node: Node, main: str, words: Words, spans: list[TripleSpans] | None) -> list[_Line]:
+def _box_lines(node: Node, main: str, words: Words, text: str, spans: list[TripleSpans] | None) -> list[_Line]:
     if node.is_empty and not node.is_condition:  # an empty condition is one that somebody is still writing
         return [_Line(line, "nothing") for line in wrap(words.nothing, BOX - 2 * PAD, BODY)]
     lines = [_Line(words.head(node), "head")]
@@ -146,8 +146,13 @@ def _box_lines(node: Node, main: str, words: Words, spans: list[TripleSpans] | N
         lines += _wrapped(triple.object, "object", i, 0)
         if spans and None in spans[i]:
             lost = [part for part, span in zip((triple.subject, triple.object), spans[i], strict=True) if span is None]
-            quoted = words.comma.join(f"“{part}”" for part in lost)
-            lines += _wrapped(f"! {words.absent}" + (f": {quoted}" if lost != [triple.object] else ""), "warn", i, 1)
+            wholes = {part: part_of(text, part) for part in lost}
+            away = [part for part in lost if wholes[part] is None]
+            if away:
+                quoted = words.comma.join(f"“{part}”" for part in away)
+                lines += _wrapped(f"! {words.absent}" + (f": {quoted}" if away != [triple.object] else ""), "warn", i, 1)
+            for part, whole in wholes.items():
+                lines += _wrapped(f"! {words.part(part, whole)}", "warn", i, 1) if whole is not None else []
     return lines
 
 

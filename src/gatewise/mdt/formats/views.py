@@ -16,7 +16,8 @@ from gatewise.mdt.formats.svg import drawing_of
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.outline import escaped
 from gatewise.mdt.records import TreeRecord, outlines_of
-from gatewise.mdt.spans import Span, absent_triples, locate_tree
+from gatewise.mdt.spans import Span, TripleSpans, absent_triples, locate_tree, part_of
+from gatewise.mdt.tree import Triple
 
 FORMATS = {
     "text": ".txt",
@@ -100,20 +101,30 @@ def _with_comments(records: Sequence[TreeRecord]) -> str:
         missing = absent_triples(record.text, record.tree) if record.text.strip() else ()
         words = words_for(record.tree.language)
         comments = [f"{words.warnings}: {escaped(warning)}" for warning in record.warnings]
-        comments += [f"{words.absent}: {' | '.join(map(escaped, triple))}" for triple in missing]
+        comments += [f"{escaped(words.why_absent(record.text, triple))}: {' | '.join(map(escaped, triple))}" for triple in missing]
         made.append(outlines_of([record]) + "".join(f"# {comment}\n" for comment in comments))
     return "---\n".join(made)
 
 
 def _as_json(record: TreeRecord) -> dict[str, Any]:
     """The published format with what a program may want beside it: the nested tree and the phrases' places in the text."""
+    located = locate_tree(record.text, record.tree)
     spans = [
-        [{"subject": _pair(found.subject), "object": _pair(found.object)} for found in row]
-        for row in locate_tree(record.text, record.tree)
+        [_places(record.text, triple, found) for triple, found in zip(node.triples, row, strict=True)]
+        for node, row in zip(record.tree.nodes, located, strict=True)
     ]
     first = {"text": record.text, "tree": record.tree.to_preorder(), "notice": NOTICE}
     # What is ours comes twice: before a record's own keys, and after them, so that none of these takes its place.
     return {**first, **record.more, **first, "nested": record.tree.to_nested(), "spans": spans}
+
+
+def _places(text: str, triple: Triple, found: TripleSpans) -> dict[str, Any]:
+    """Where subject and object stand, and for one that is but a part of other words these words."""
+    places: dict[str, Any] = {"subject": _pair(found.subject), "object": _pair(found.object)}
+    for name, phrase in (("subject", triple.subject), ("object", triple.object)):
+        if places[name] is None and (whole := part_of(text, phrase)) is not None:
+            places[f"{name}_part_of"] = whole
+    return places
 
 
 def _pair(span: Span | None) -> list[int] | None:

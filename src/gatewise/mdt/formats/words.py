@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from gatewise.mdt.relations import Language
-from gatewise.mdt.tree import Node
+from gatewise.mdt.spans import find, part_of
+from gatewise.mdt.tree import Node, Triple
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Words:
     no: str
     nothing: str
     absent: str
+    only_part: str
     notice: str
     warnings: str
     condition: str
@@ -40,6 +42,17 @@ class Words:
         """What stands over the triples of a node."""
         return self.heads[node.role, node.logical_rel]
 
+    def part(self, phrase: str, whole: str) -> str:
+        """That a phrase stands in the text only as part of other words: "'20 mg' stands ... only as part of '10-20 mg'"."""
+        return self.only_part.format(phrase=phrase, whole=whole if len(whole) <= 80 else f"{whole[:79]}…")
+
+    def why_absent(self, text: str, triple: Triple) -> str:
+        """Why subject or object of a triple do not count as standing in a text; empty where both do."""
+        lost = [phrase for phrase in (triple.subject, triple.object) if not find(text, phrase)]
+        wholes = [part_of(text, phrase) for phrase in lost]
+        said = [self.absent if whole is None else self.part(phrase, whole) for phrase, whole in zip(lost, wholes, strict=True)]
+        return self.comma.join(dict.fromkeys(said))
+
 
 _ENGLISH = Words(
     language="en",
@@ -52,6 +65,7 @@ _ENGLISH = Words(
     no="no",
     nothing="No recommendation",
     absent="not in the text",
+    only_part="'{phrase}' stands in the text only as part of '{whole}'",
     notice="Needs review by a clinician. Not medical advice.",
     warnings="Warnings of the extraction: the tree may be incomplete",
     condition="condition",
@@ -81,6 +95,7 @@ _CHINESE = Words(
     no="否",
     nothing="无推荐",
     absent="原文中未找到",
+    only_part="“{phrase}”在原文中只作为“{whole}”的一部分出现",
     notice="须经临床医生审核，不构成医疗建议。 Needs review by a clinician.",
     warnings="提取过程有警告，决策树可能不完整",
     condition="条件",

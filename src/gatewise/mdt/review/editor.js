@@ -70,9 +70,9 @@ function card(passage, at, i, triple, edit, phrase) {
     ...known.map(name => element("option", { value: name, text: name, selected: name === triple.parts[1] })));
   return element("fieldset", { class: "triple card", "data-triple": `${at}.${i}` },
     element("legend", { text: tr("Triple {number}", { number: i + 1 }) }),
-    part(`subject-${i}`, tr("Subject"), triple.parts[0], triple.absent[0], (value, version) => send(0, value, version), phrase, passage),
+    part(`subject-${i}`, tr("Subject"), triple, 0, (value, version) => send(0, value, version), phrase, passage),
     element("div", { class: "part" }, element("label", { for: `relation-${i}`, text: tr("Relation") }), relation),
-    part(`object-${i}`, tr("Object"), triple.parts[2], triple.absent[1], (value, version) => send(2, value, version), phrase, passage),
+    part(`object-${i}`, tr("Object"), triple, 1, (value, version) => send(2, value, version), phrase, passage),
     element("button", {
       type: "button", class: "quiet delete", id: `remove-${i}`, text: tr("Delete triple"),
       "aria-label": tr("Delete triple {number}", { number: i + 1 }),
@@ -80,7 +80,8 @@ function card(passage, at, i, triple, edit, phrase) {
     }));
 }
 
-function part(id, label, value, absent, send, phrase, passage) {
+function part(id, label, triple, which, send, phrase, passage) {
+  const value = triple.parts[2 * which], absent = triple.absent[which], whole = triple.part_of[which];
   const input = element("textarea", {
     id, rows: 1, spellcheck: "false", "aria-describedby": absent ? `${id}-absent` : null, "aria-invalid": !value && "true",
     onchange: event => send(event.target.value.trim(), Number(event.target.dataset.version)),
@@ -101,7 +102,10 @@ function part(id, label, value, absent, send, phrase, passage) {
   });
   return element("div", { class: absent ? "part absent" : "part" },
     element("label", { for: id, text: label }), take, input,
-    absent && element("p", { class: "warn", id: `${id}-absent`, text: tr("! not in the text") }));
+    absent && element("p", {
+      class: "warn", id: `${id}-absent`,
+      text: whole ? tr("! in the text only as part of “{whole}”", { whole }) : tr("! not in the text"),
+    }));
 }
 
 function structure(passage, at, condition, edit) {

@@ -12,7 +12,7 @@ from gatewise.mdt.review.edits import drawable, empty_tree
 from gatewise.mdt.review.files import Entry
 from gatewise.mdt.review.passage import Passage, Version
 from gatewise.mdt.review.session import Session
-from gatewise.mdt.spans import locate_tree
+from gatewise.mdt.spans import locate_tree, part_of
 from gatewise.mdt.tree import DecisionTree
 
 
@@ -95,7 +95,7 @@ def _beside(passage: Passage, version: Version) -> dict[str, Any]:
 
 
 def _nodes(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
-    """The nodes, for each triple whether subject and object stand in the text, and the children's positions."""
+    """The nodes with their children's positions; for each triple whether subject and object stand in the text or are but a part."""
     found = locate_tree(passage.text, tree)
     made = []
     for node, rows, both in zip(passage.now.nodes or (), found, tree.children, strict=True):
@@ -103,6 +103,10 @@ def _nodes(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
             {
                 "parts": parts,
                 "absent": [bool(part) and span is None for part, span in zip((parts[0], parts[2]), spans, strict=True)],
+                "part_of": [
+                    part_of(passage.text, part) if span is None else None
+                    for part, span in zip((parts[0], parts[2]), spans, strict=True)
+                ],
             }
             for parts, spans in zip(node["triples"], rows, strict=True)
         ]

@@ -106,6 +106,7 @@ const CHINESE = {
   "Take the words selected in the text": "采用原文中选取的词语",
   "{part}: take the words selected in the text": "{part}：采用原文中选取的词语",
   "! not in the text": "! 原文中未找到",
+  "! in the text only as part of “{whole}”": "! 在原文中只作为“{whole}”的一部分出现",
   "Change the tree here": "在此处修改树的结构",
   "Swap the yes and no branches": "交换“是”“否”分支",
   "Drop this condition, keep its yes branch": "去掉此条件，保留“是”分支",
