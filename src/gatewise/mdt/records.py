@@ -59,7 +59,20 @@ class TreeRecord:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an extraction said of its tree: what was put right, left out or cut short."""
-        said = self.more.get("warnings")
+        return self._texts("warnings")
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """The headings above its passage in the document that it comes from, the outermost first."""
+        return self._texts("headings")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be known of how its passage was read."""
+        return self._texts("notes")
+
+    def _texts(self, key: str) -> tuple[str, ...]:
+        said = self.more.get(key)
         return tuple(one for one in said if isinstance(one, str) and one.strip()) if isinstance(said, list | tuple) else ()
 
     def to_json(self) -> dict[str, Any]:

@@ -30,7 +30,12 @@ NO_FHIR = [name for name in FORMATS if name != "fhir"]
 def hostile() -> TreeRecord:
     """A record whose every text tries to be something else."""
     nodes = [node("C", triple(HOSTILE, subject=HOSTILE + "1")), node("D", triple(HOSTILE + "2", "drug therapy")), node("D")]
-    return TreeRecord(f"{HOSTILE}@{HOSTILE} and more", DecisionTree.from_preorder(nodes), 1, {"note": HOSTILE})
+    return TreeRecord(
+        f"{HOSTILE}@{HOSTILE} and more",
+        DecisionTree.from_preorder(nodes),
+        1,
+        dict.fromkeys(("headings", "notes"), [HOSTILE]) | {"note": HOSTILE},
+    )
 
 
 class Page(HTMLParser):
@@ -350,3 +355,14 @@ def test_keys_of_a_record_take_the_place_of_nothing_of_ours() -> None:
     assert made["nested"] == TREE.to_nested()
     assert len(made["spans"]) == len(TREE.nodes)
     assert (made["source"], made["score"]) == ("x", None)
+
+
+@pytest.mark.parametrize("format", [name for name in NO_FHIR if name != "dmn"])
+def test_the_headings_of_a_passage_are_in_every_view(format: str) -> None:
+    more = {"headings": ["Asthma", "Renal failure"], "notes": ["no headers were found in the table"]}
+    shown = render([TreeRecord("adults@Asthma: Renal failure: rest.", TREE, 1, more)], format)
+    assert "Renal failure" in shown
+    if format in ("svg", "mermaid", "html"):
+        assert "Asthma › Renal failure" in shown
+    if format in ("html", "json"):
+        assert more["notes"][0] in shown

@@ -12,6 +12,7 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, read_trees, sample
 from gatewise.mdt.review.extracting import NOTHING_FOUND, Extracting
 from gatewise.mdt.review.session import OldPageError, Session
+from gatewise.mdt.review.shown import whole
 
 OTHER = "children with fever@If the fever lasts, give paracetamol."
 CHINESE = "高血压患者@若血压仍高，加用氨氯地平。"
@@ -445,3 +446,12 @@ def test_what_a_document_leaves_out_is_said(tmp_path: Path) -> None:
     session.close()
     (tmp_path / "a.txt").write_text(text)
     assert said in Session.open(str(tmp_path / "a.txt")).notes[0]
+
+
+def test_the_page_shows_the_headings_of_a_passage_and_how_it_was_read(tmp_path: Path) -> None:
+    pytest.importorskip("markdown_it")
+    (tmp_path / "a.md").write_text("# Adults\n\n## Renal failure\n\nOtherwise rest.\n")
+    shown = whole(Session.open(str(tmp_path / "a.md")).passages[0])
+    assert (shown["headings"], shown["place"]) == (["Adults", "Renal failure"], f"{tmp_path / 'a.md'}, line 5")
+    assert shown["notes"] == ['"Otherwise rest." refers to what is not under its heading']
+    assert "".join(piece for piece, _ in shown["passage"]) == "Renal failure: Otherwise rest."

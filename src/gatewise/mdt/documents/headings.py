@@ -25,8 +25,8 @@ _PEOPLE = re.compile(
 _GENERAL = re.compile(
     r"(?:(?:the|our|national|clinical|local|house|hospital|ward|trust|practice)\s+)*(?:guidelines?|handbook|protocols?|policy|policies)"
     r"(?:\s+\d+)?|(?:introduction|background|treatment|management|therapy|diagnosis|summary"
-    r"|recommendations?|methods|results|discussion|conclusions?|references|overview|contents|drugs?|medication|dosage|follow-up"
-    r"|monitoring|prevention|assessment|implementation|appendix(?:\s+\w+)?"
+    r"|recommendations?|methods|results|discussion|conclusions?|references|overview|drugs?|medication|dosage|follow-up"
+    r"|monitoring|prevention|assessment|implementation|appendix(?:\s+\w+)?|scope|purpose|aims?|key\s+points|definitions?|contents"
     r"|治疗|诊断|概述|前言|引言|背景|推荐意见|建议|方法|结果|讨论|结论|参考文献|目录|用药|药物治疗|随访)",
     re.IGNORECASE,
 )

@@ -88,6 +88,8 @@ def _article(record: TreeRecord) -> dict[str, Any]:
         "population": [piece for piece in pieces if piece["start"] < mark] if mark >= 0 else None,
         "passage": [piece for piece in pieces if piece["start"] > mark] if record.text.strip() else None,
         "note": note if isinstance(note, str) else "",
+        "headings": " › ".join(record.headings),
+        "notes": record.notes,
         "warnings": record.warnings,
         "outline": record.tree.to_outline(),
     }

@@ -76,6 +76,7 @@ def drawing_of(
     text: str = "",
     *,
     warnings: Sequence[str] = (),
+    headings: Sequence[str] = (),
     focusable: bool = False,
     language: Language | None = None,
     prefix: str = "",
@@ -85,6 +86,7 @@ def drawing_of(
     Args:
         text: the passage, to mark triples that are not in it; without one nothing is marked.
         warnings: of the extraction, to stand under the drawing.
+        headings: above the passage in its document, to stand there too.
         focusable: the drawing is for a page, which has the title and answers to the Tab key: it stops at each box.
         language: of the drawing's own words; None takes the tree's, which one without triples does not tell.
         prefix: begins every id, for a page with several drawings.
@@ -101,7 +103,7 @@ def drawing_of(
     top = MARGIN + (len(title) * TITLE * LINE + 14 if title else 0)
     places = [Place(p.x + (width - across) / 2, p.y + top, p.width, p.height) for p in places]
     bottom = max(place.y + place.height for place in places)
-    legend, height = _legend(words, main, warnings, bottom + 30, width)
+    legend, height = _legend(words, main, headings, warnings, bottom + 30, width)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
         f' font-family="{FONT}" role="{"group" if focusable else "img"}"'
@@ -223,8 +225,10 @@ def _edges(parent: Place, yes: Place, no: Place, words: Words) -> str:
     return "".join(parts)
 
 
-def _legend(words: Words, main: str, warnings: Sequence[str], y: float, width: float) -> tuple[list[str], float]:
-    """The legend, the warnings and the notice under the drawing, and the height of the whole."""
+def _legend(
+    words: Words, main: str, headings: Sequence[str], warnings: Sequence[str], y: float, width: float
+) -> tuple[list[str], float]:
+    """The legend, the headings, the warnings and the notice under the drawing, and the height of the whole."""
     parts = ['<g class="legend">']
     x = float(MARGIN)
     for kind, word in (("condition", words.condition), ("decision", words.decision), ("nothing", words.nothing)):
@@ -244,7 +248,8 @@ def _legend(words: Words, main: str, warnings: Sequence[str], y: float, width: f
         x += 32 + width_of(word, SMALL) + 18
     parts.append("</g>")
     y += 14
-    about = wrap(f"{words.about}: {main}", width - 2 * MARGIN, SMALL) if main else []
+    about = wrap(f"{words.headings}: {' › '.join(headings)}", width - 2 * MARGIN, SMALL) if headings else []
+    about += wrap(f"{words.about}: {main}", width - 2 * MARGIN, SMALL) if main else []
     for line in about:
         y += SMALL * 1.5
         parts.append(_text(line, MARGIN, y, SMALL, False, FAINT, "faint"))

@@ -57,8 +57,10 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
         "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),
-        "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, records[0].warnings),
-        "svg": lambda records: drawing_of(records[0].tree, records[0].text, warnings=records[0].warnings).svg,
+        "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, records[0].warnings, records[0].headings),
+        "svg": lambda records: (
+            drawing_of(records[0].tree, records[0].text, warnings=records[0].warnings, headings=records[0].headings).svg
+        ),
         "html": page_of,
         "fhir": lambda records: _json(bundle_of(records)),
         "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),

@@ -20,6 +20,8 @@ class Words:
     title: str
     about: str
     population: str
+    headings: str
+    notes: str
     passage: str
     tree: str
     yes: str
@@ -59,6 +61,8 @@ _ENGLISH = Words(
     title="Decision tree",
     about="Boxes that name no subject are about",
     population="Population",
+    headings="Headings",
+    notes="Notes on the reading",
     passage="Passage",
     tree="Tree",
     yes="yes",
@@ -89,6 +93,8 @@ _CHINESE = Words(
     title="诊疗决策树",
     about="未写明主体的内容均针对",
     population="适用人群",
+    headings="标题",
+    notes="读取说明",
     passage="原文",
     tree="决策树",
     yes="是",
