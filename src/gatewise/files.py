@@ -127,9 +127,9 @@ class JsonLines:
         try:
             new = not self.path.exists()
             with open(os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "rb+", buffering=0) as stream:
+                if new:
+                    _sync(self.path.parent)
                 self._append(stream.fileno(), added)
-            if new:
-                _sync(self.path.parent)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             said = getattr(error, "strerror", None) or error
             raise GatewiseError(f"cannot write {self.path}: {said}; nothing was changed") from error

@@ -50,7 +50,7 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
     result = gatewise("trees.json")
     assert result.exit_code == 0, result.output
     assert re.fullmatch(r"review: http://127\.0\.0\.1:\d+/#token=\S{32}\n", result.stdout)
-    assert "corrections go to trees.json.review.jsonl" in result.stderr
+    assert "corrections go to trees.json.review.jsonl, by " in result.stderr
     assert "note: trees.json, record 2, node 3: the tree ends after 3 nodes" in result.stderr
 
 
@@ -69,6 +69,7 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
         (["trees.json", "--out", "x" * 300 + ".jsonl"], "cannot write"),
         (["trees.json", "--adapter", "x" * 300], "there is no such folder"),
         (["."], ". is a folder"),
+        (["trees.json", "--reviewer", " "], "the reviewer is ' ', expected a name"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_sentence(gatewise: Gatewise, words: list[str], said: str) -> None:
@@ -106,7 +107,7 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     (tmp_path / "trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
     # Tests that run in the background inherit that interrupts are ignored.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from gatewise.cli.main import main; main()"
-    command = [sys.executable, "-c", heard, "mdt", "review", "trees.json", "--no-browser"]
+    command = [sys.executable, "-c", heard, "mdt", "review", "trees.json", "--no-browser", "--reviewer", "Ada"]
     with subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -135,6 +136,8 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     assert "Traceback" not in said
     assert "1 passage is not in trees.json.review.jsonl as they stand; the history keeps them" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trees.json", "trees.json.review.history.jsonl"]
+    last = json.loads((tmp_path / "trees.json.review.history.jsonl").read_text().splitlines()[-1])
+    assert (last["reviewer"], last["action"], last["now"]["state"]) == ("Ada", "approve", "approved")
 
 
 def test_a_model_is_watched_and_stopped(tmp_path: Path) -> None:

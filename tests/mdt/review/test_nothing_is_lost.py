@@ -78,6 +78,24 @@ def test_an_extraction_lands_beside_a_tree_that_was_edited_meanwhile(session: Se
     assert session.passage(1).beside is None
 
 
+def test_what_lies_beside_a_tree_is_there_after_a_restart(tmp_path: Path) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    session.approve(1, 0)
+    session.put(1, Version(DRAFT, "drafted", ("hurried",)))
+    for left in (False, True):
+        session.close()
+        session = Session.open(file)
+        assert session.passage(1).beside == (None if left else Version(DRAFT, "drafted", ("hurried",)))
+        if not left:
+            session.leave(1, 1, extraction=1)
+            session.put(2, Version(DRAFT, "drafted"))
+    assert [one.now.state for one in session.passages] == ["approved", "drafted"]
+    session.put(1, Version(DRAFT, "drafted"))
+    assert session.passage(1).extractions == 2
+    session.close()
+
+
 def test_an_extraction_takes_the_place_of_what_nobody_touched(session: Session) -> None:
     session.put(1, Version(DRAFT, "drafted"), 0)
     assert (session.passage(1).now.nodes, session.passage(1).beside) == (DRAFT, None)

@@ -451,6 +451,29 @@ def test_what_is_typed_fast_is_all_kept(review: Callable[..., Review]) -> None:
     assert page.is_hidden("#conflict")
 
 
+def test_an_extraction_that_lands_on_what_is_being_typed_keeps_the_words(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines", slow=0.03)
+    page = here.page
+    here.wait_state("to review")
+    page.click("#extract")
+    here.node(2).click()
+    page.fill("#object-0", "words of mine")  # and the field is not left
+    for _ in range(400):
+        if here.session.passage(1).version == 1:
+            break
+        page.wait_for_timeout(50)
+    sync_api.expect(page.locator("#progress")).to_be_hidden()
+    sync_api.expect(page.locator("#tree")).to_contain_text("paracetamol")  # what the model wrote
+    assert page.input_value("#object-0") == "words of mine"
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("had it extracted")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("words of mine")
+    page.click("#conflict-look")
+    assert page.is_disabled("#conflict-make")  # the triple is another one by now
+    page.click("#conflict-drop")
+    assert (here.session.passage(1).now.nodes or [])[1]["triples"][0][2] == "paracetamol"
+
+
 def test_an_extraction_lands_beside_what_a_person_did(review: Callable[..., Review], tmp_path: Path) -> None:
     first = sample()[0]
     here = review("sample:guidelines", slow=0.03)
@@ -471,6 +494,7 @@ def test_an_extraction_lands_beside_what_a_person_did(review: Callable[..., Revi
     # Taken only when the reviewer says so; the approved tree stays in the file until another one is approved.
     page.click("#beside summary")
     sync_api.expect(page.locator("#beside-tree svg")).to_be_visible()
+    here.shot("review_beside")
     page.once("dialog", lambda dialog: dialog.dismiss())
     page.click("#beside-take")
     assert here.state() == "approved"

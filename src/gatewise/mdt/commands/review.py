@@ -76,7 +76,7 @@ def review(
             extracting = Extracting(session, _loaded(adapter, base, device, **settings), language=named, most=most)
         with ReviewServer(session, extracting, port=port, reason="" if adapter else NO_ADAPTER) as server:
             say(f"review: {server.url}")
-            say(f"corrections go to {session.files.out}; end with Ctrl-C", err=True)
+            say(f"corrections go to {session.files.out}, by {session.reviewer}; end with Ctrl-C", err=True)
             if browser:
                 webbrowser.open(server.url)
             _serve(server)

@@ -3,6 +3,9 @@
 import { element, single } from "./calls.js";
 import { tr } from "./words.js";
 
+// While fields are taken away for new ones, which is no leaving of them by the user.
+let replacing = false;
+
 // ask(name, arguments, node to show after it, control to focus, version that it is of) asks the server; phrase() is what is selected
 // in the text.
 export function showEditor(place, passage, at, { ask, phrase }) {
@@ -27,7 +30,9 @@ export function showEditor(place, passage, at, { ask, phrase }) {
     }),
     structure(passage, at, condition, edit),
   ];
+  replacing = true;
   place.replaceChildren(...parts.filter(Boolean));
+  replacing = false;
   giveBack(place, held, passage);
 }
 
@@ -84,7 +89,11 @@ function part(id, label, triple, which, send, phrase, passage) {
   const value = triple.parts[2 * which], absent = triple.absent[which], whole = triple.part_of[which];
   const input = element("textarea", {
     id, rows: 1, spellcheck: "false", "aria-describedby": absent ? `${id}-absent` : null, "aria-invalid": !value && "true",
-    onchange: event => send(event.target.value.trim(), Number(event.target.dataset.version)),
+    // Not "change": a field that was filled with what had been typed into the one before it would be left without one.
+    onblur: event => {
+      const { value, dataset, isConnected } = event.target;
+      if (!replacing && isConnected && value !== dataset.given) send(value.trim(), Number(dataset.version));
+    },
     onkeydown: event => {
       if (event.key !== "Enter" || event.isComposing) return;
       event.preventDefault();
