@@ -7,6 +7,7 @@ too: what a bundle's entries are called, canonical references, and names of expr
 import base64
 import json
 import re
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,8 @@ class _Checker:
                 or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", value)
             ):
                 self.faults.append(f"{where}: {value!r} is no {type_}")
+            if type_ == "xhtml" and not _is_xml(value):
+                self.faults.append(f"{where}: {value!r} is no XHTML")
             if value not in rule.get("codes", [value]):
                 self.faults.append(f"{where}: {value!r} is none of the codes that are required")
 
@@ -145,6 +148,13 @@ class _Checker:
                 expression = condition["expression"]
                 if expression.get("language") == "text/cql-identifier" and expression.get("expression") not in defined:
                     self.faults.append(f"{plan.get('id')}: {expression.get('expression')} is not defined in the library")
+
+
+def _is_xml(text: str) -> bool:
+    try:
+        return ET.fromstring(text).tag == "{http://www.w3.org/1999/xhtml}div"
+    except ET.ParseError:
+        return False
 
 
 def _keys(name: str, rule: dict[str, Any]) -> list[tuple[str, str]]:

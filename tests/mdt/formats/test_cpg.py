@@ -286,6 +286,7 @@ def change(bundle: dict[str, Any], how: Callable[[dict[str, dict[str, Any]]], An
         (lambda one: one["Branch"]["condition"][0]["expression"].update(expression="Node9Holds"), "Node9Holds is not defined"),
         (lambda one: one["Branch"]["condition"][0]["expression"].pop("expression"), "exp-1"),
         (lambda one: one["Branch"].update(id="tree"), "two actions have one id"),
+        (lambda one: one["Library"]["text"].update(div="<div>a & b</div>"), "is no XHTML"),
         (lambda one: one["PlanDefinition"]["meta"].update(profile=["http://x"]), "profile http://x is not known"),
     ],
 )

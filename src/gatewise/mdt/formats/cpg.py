@@ -16,6 +16,7 @@ claimed. Everything is a draft; populations and drugs are words without codes.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from html import escape
 from typing import Any, Literal
 
 from gatewise.mdt.formats.fhir import NOTICE, clean, description_of, documentation_of, encoded, source_of
@@ -121,6 +122,7 @@ class _Resources:
         plan["description"] = description_of(self.record, notes_of(self.record))
         plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": NOTICE}
         plan |= source_of(self.record) | {"library": [self._canonical("Library", self.name)]}
+        plan["text"] = _narrative(self.title, self.tree.to_outline())
         if (root := self._root()) is not None:
             plan["action"] = [{**self._link("tree"), "title": self.title, **root}]
         return plan
@@ -136,6 +138,7 @@ class _Resources:
         if parameters:
             library["parameter"] = parameters
         cql = library_of(self.tree, self.name, self.version, self.release)
+        library["text"] = _narrative(library["title"], cql)
         library["content"] = [{"contentType": "text/cql", "data": encoded(cql)}]
         return library
 
@@ -186,7 +189,7 @@ class _Resources:
             return {**action, "textEquivalent": title}
         name = f"{self.name}Node{number}Order{place}"
         activity = self._head("ActivityDefinition", ("shareableactivitydefinition",), name, title)
-        activity |= {"description": NOTICE, **self.context}
+        activity |= {"description": NOTICE, "text": _narrative(title), **self.context}
         what = {"text": clean(order.triple.object)}
         if order.kind == "measure":
             activity |= {"kind": "ServiceRequest", "code": what, "intent": "proposal"}
@@ -225,6 +228,13 @@ def _group(actions: list[dict[str, Any]], selection: str) -> dict[str, Any] | No
     if not actions:
         return None
     return {"groupingBehavior": "logical-group", "selectionBehavior": selection, "action": actions}
+
+
+def _narrative(title: str, content: str = "") -> dict[str, str]:
+    """What a person reads where a system shows no more than text."""
+    pre = f"<pre>{escape(clean(content), quote=False)}</pre>" if content else ""
+    div = f'<div xmlns="http://www.w3.org/1999/xhtml"><p>{escape(title, quote=False)}</p><p>{NOTICE}</p>{pre}</div>'
+    return {"status": "generated", "div": div}
 
 
 def _coded(system: str, code: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from gatewise.mdt.tree import Node, Triple, joined_words
 
 NOTICE = "Needs review by a clinician before any use. Drafted from the text by software; not medical advice."
 _TYPE = "http://terminology.hl7.org/CodeSystem/plan-definition-type"
-# FHIR texts may hold tabs and line breaks, but no other control characters.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+# What XML has no way to write, in which FHIR's resources come as well as in JSON.
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def plan_of(record: TreeRecord) -> dict[str, Any]:
@@ -192,5 +192,5 @@ def encoded(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """A text as FHIR may hold it."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    """A text as FHIR and any other XML may hold it."""
+    return _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -9,13 +9,12 @@ output, action, annotations and references.
 """
 
 import io
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.formats.fhir import NOTICE
+from gatewise.mdt.formats.fhir import NOTICE, clean
 from gatewise.mdt.formats.orders import order_words, orders_of
 from gatewise.mdt.formats.svg import main_subject
 from gatewise.mdt.formats.words import words_for
@@ -24,8 +23,6 @@ from gatewise.mdt.spans import locate
 from gatewise.mdt.tree import DecisionTree, Node, joined_words
 
 _DMN = "https://www.omg.org/spec/DMN/20191111/MODEL/"
-# What XML 1.0 has no way to write.
-_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _MOST_IN_A_CELL = 32_767  # Excel's limit; more would be cut without a word
 
 
@@ -118,7 +115,7 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
         data = ET.SubElement(root, _tag("inputData"), {"id": f"{prefix}fact_{number}", "name": f"{prefix}fact_{number}"})
         _text(data, "description", str(fact))
         ET.SubElement(data, _tag("variable"), {"name": f"{prefix}fact_{number}", "typeRef": "boolean"})
-    decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": _xml(_about(record))})
+    decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(_about(record))})
     _text(decision, "description", "\n\n".join(_described(record)))
     ET.SubElement(decision, _tag("variable"), {"name": name})
     for number in range(1, len(tree.facts) + 1):
@@ -128,7 +125,7 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
     made = ET.SubElement(decision, _tag("decisionTable"), {"id": f"{prefix}table", "hitPolicy": "UNIQUE"})
     for i in table.conditions:
         node = tree.nodes[i]
-        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}node_{i + 1}", "label": _xml(joined_words(node))})
+        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}node_{i + 1}", "label": clean(joined_words(node))})
         expression = ET.SubElement(column, _tag("inputExpression"), {"typeRef": "boolean"})
         _text(expression, "text", _expression(node, tree, prefix))
     for output, type_ in (("node", "number"), ("recommendation", "string")):
@@ -165,11 +162,7 @@ def _tag(name: str) -> str:
 
 
 def _text(parent: ET.Element, name: str, text: str) -> None:
-    ET.SubElement(parent, _tag(name)).text = _xml(text)
-
-
-def _xml(text: str) -> str:
-    return _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+    ET.SubElement(parent, _tag(name)).text = clean(text)
 
 
 # ---- WHO DAK ----
@@ -254,7 +247,7 @@ def _row(sheet: Any, place: int, values: Sequence[Any], *, bold: bool = False) -
         if isinstance(value, bool):
             cell.value = value
         else:
-            cell.value = _cut(_xml(value))
+            cell.value = _cut(clean(value))
             cell.data_type = "s"  # whatever it begins with, a text is no formula
         cell.alignment = Alignment(wrap_text=True, vertical="top")
         if bold:

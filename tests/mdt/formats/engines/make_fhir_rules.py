@@ -10,7 +10,17 @@ from typing import Any
 HERE = Path(__file__).parent
 MODULES = HERE / "node_modules"
 RESOURCES = ("Bundle", "PlanDefinition", "Library", "ActivityDefinition")
-TYPES = ("Meta", "Coding", "CodeableConcept", "UsageContext", "RelatedArtifact", "Attachment", "Expression", "ParameterDefinition")
+TYPES = (
+    "Meta",
+    "Coding",
+    "CodeableConcept",
+    "UsageContext",
+    "RelatedArtifact",
+    "Attachment",
+    "Expression",
+    "ParameterDefinition",
+    "Narrative",
+)
 PROFILES = ("shareableplandefinition", "computableplandefinition", "shareablelibrary", "shareableactivitydefinition")
 PRIMITIVES = ("id", "uri", "url", "canonical", "code", "string", "markdown", "base64Binary", "boolean", "integer")
 MOST_CODES = 300
