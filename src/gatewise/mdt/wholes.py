@@ -151,9 +151,10 @@ _COUNT = _any(
     " twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million dozen half quarter"
 )
 _SPELT = rf"{_APART}(?<!-){_COUNT}(?:[- ](?:and )?(?:an? )?{_COUNT}){{0,6}}+{_NO_MORE}"
-_PER = (  # "/kg", "/ (kg·d)", "/24 h", "per day", "·d", ".min", " kg^-1"
+_PER = (  # "/kg", "/ (kg·d)", "/24 h", "per day", "weekly", "·d", ".min", " kg^-1"
     rf"(?: ?/ ?(?:{_NUMBER} ?)?(?:[(\[][^()\[\]@]{{1,30}}[)\]]|(?!{_FRACTION}|x? ?\d){_SIGN}++{_POWER}|{_HAN_UNIT})"
-    rf"| per (?:{_NUMBER} ?)?{_SIGN}++|·{_SIGN}++{_POWER}|\.{_UNIT_WORDS}{_POWER}{_NO_MORE}| {_UNIT_WORDS}\^?-[1-3](?!\d))"
+    rf"| per (?:{_NUMBER} ?)?{_SIGN}++| (?:week|month|year|hour)ly{_NO_MORE}|·{_SIGN}++{_POWER}"
+    rf"|\.{_UNIT_WORDS}{_POWER}{_NO_MORE}| {_UNIT_WORDS}\^?-[1-3](?!\d))"
 )
 _UNIT = (  # glued, anything is a unit; apart, what is known as one
     rf"(?:[ -]?{_UNIT_WORDS}{_POWER}{_NO_MORE}|(?!\d|x\d){_SIGN}++| ?(?:%|‰|°(?: ?[cf]{_NO_MORE})?)| ?{_HAN_UNIT}半?)"
@@ -167,7 +168,8 @@ _QUANTITY = (
 )
 _COMPARED = (  # "< ", "no more than ", "up to ", "every ", "不超过", "每日"
     rf"(?:[<>=≤≥≠≈≮≯]{{1,4}}+ ?|{_APART}(?:(?:not|no|never) (?:to )?)?(?:{_SIGN}++ than(?: or equal to)?|at least|at most"
-    rf"|at or (?:above|below)|up to|over|under|below|above|beyond|exceed(?:s|ing|ed)?|(?:minimum|maximum|max|min)(?: of)?|every|q)"
+    rf"|at or (?:above|below)|up to|over|under|below|above|beyond|exceed(?:s|ing|ed)?|every|q|within"
+    rf"|(?:minimum|maximum|max|min)(?: (?:daily |single |total )?(?:dose|dosage))?(?: of| is)?)"
     rf" (?:about |approximately |an? |the )?"
     rf"|[不未无]?(?:小于|大于|少于|多于|低于|高于|短于|长于|早于|晚于|超过|超出|至少|至多|最多|最少|不足|不到|不满|满)"
     rf"(?:或?等于)? ?"

@@ -267,6 +267,24 @@ def test_text_and_tree_mark_each_other(review: Callable[..., Review]) -> None:
     assert page.locator("#tree .triple.on").count() == 1
 
 
+def test_a_dose_that_is_but_a_part_is_said_to_be_one(review: Callable[..., Review]) -> None:
+    here = review()
+    page = here.page
+    add(here, "adults with gout@For a flare, give colchicine 10-20 mg.")
+    page.click("#extract-all")
+    sync_api.expect(page.locator("#passages .chip.drafted")).to_have_count(1)
+    page.click("#open-1")
+    page.click("#add-triple")
+    page.fill("#object-0", "20 mg")
+    page.keyboard.press("Enter")
+    here.validity("some phrases are not in the text")
+    sync_api.expect(page.locator("#object-0-absent")).to_have_text("! in the text only as part of “10-20 mg”")
+    sync_api.expect(page.locator("#tree")).to_contain_text("! '20 mg' stands in the text only")
+    page.fill("#object-0", "10-20mg")
+    page.keyboard.press("Enter")
+    here.validity("every phrase is in the text")
+
+
 def test_texts_stay_texts_and_passages_are_told_apart(review: Callable[..., Review]) -> None:
     here = review()
     page = here.page
