@@ -52,7 +52,9 @@ def compress(
         str | None, typer.Option(help="Rows to train on where ranks that went are missed.", show_default=False)
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of that training. [default: 60]", min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of that training. [default: the run's, or 1e-4]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of that training. [default: a quarter of the run's, or 1e-4]")
+    ] = None,
     order: Annotated[
         str | None,
         typer.Option(help="How ranks are valued: a score, singular, activation, random, last. [default: path_moments]"),

@@ -18,6 +18,10 @@ from gatewise.losses import Batch, scored
 from gatewise.tasks import PadCollator
 
 
+RATE_OF_RUN = 0.25
+"""Recovery's learning rate in shares of the run's. At the run's own an adapter that is nearly whole gets worse (docs/compress.md)."""
+
+
 @dataclass(frozen=True)
 class Recovery:
     """How an adapter is trained on after it lost ranks.
@@ -25,7 +29,8 @@ class Recovery:
     Attributes:
         data: rows to train on, as ``gatewise eval --data`` takes them.
         steps: optimiser steps, with a learning rate that falls to zero.
-        learning_rate, batch_size: None for those of the run that made the adapter, or 1e-4 and 16 where it does not say.
+        learning_rate: None for a quarter of that of the run that made the adapter, or 1e-4 where it does not say.
+        batch_size: None for the run's, or 16.
     """
 
     data: str
@@ -82,7 +87,7 @@ def recover(
     note: Mapping[str, Any],
     seed: int = 0,
 ) -> None:
-    """Trains what is left of an adapter: AdamW with the run's learning rate, falling to zero. Dead slots stay dead.
+    """Trains what is left of an adapter: AdamW with a learning rate that falls to zero. Dead slots stay dead.
 
     Args:
         features: encoded rows.
@@ -98,7 +103,7 @@ def recover(
             output_dir=folder,
             max_steps=recovery.steps,
             per_device_train_batch_size=recovery.batch_size or int(run.get("batch_size", 16)),
-            learning_rate=recovery.learning_rate or float(run.get("learning_rate", 1e-4)),
+            learning_rate=recovery.learning_rate or RATE_OF_RUN * float(run.get("learning_rate", 1e-4 / RATE_OF_RUN)),
             weight_decay=float(run.get("weight_decay", 0.0)),
             max_grad_norm=float(run.get("max_grad_norm", 1.0)),
             warmup_steps=min(5, recovery.steps // 10),
