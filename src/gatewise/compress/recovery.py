@@ -17,9 +17,8 @@ from gatewise.errors import GatewiseError
 from gatewise.losses import Batch, scored
 from gatewise.tasks import PadCollator
 
-
 RATE_OF_RUN = 0.25
-"""Recovery's learning rate in shares of the run's. At the run's own an adapter that is nearly whole gets worse (docs/compress.md)."""
+"""Recovery's learning rate in shares of the run's, at which an adapter that is nearly whole would get worse."""
 
 
 @dataclass(frozen=True)
