@@ -176,7 +176,7 @@ _COMPARED = (  # "< ", "no more than ", "up to ", "every ", "不超过", "每日
     rf"|[每隔一](?:日|天|晚|周|月|年|晨|早|夜) ?|[每隔] ?)"
 )
 _TO = (  # between two quantities: "-", " to ", "一" for a dash, " x ", "/", "+", ":"
-    r"(?: ?(?:--?|~|至|到) ?|一(?=\d)| (?:or )?(?:to|up to|through|until) | ?[x×*/] ?| ?(?:\+/-|\+|±) ?|(?<=\d):(?=\d)"
+    r"(?: ?(?:--?|~|至|到) ?|一(?=\d)| (?:or )?(?:to|up to|through|until) | ?[x×*/] ?| ?(?:\+/-|\+|±) ?|(?<=\d):(?=\d)| : (?=\d)"
     r"| ?[<>≤≥]=? ?)"
 )
 _BOUND = (
@@ -299,13 +299,13 @@ def _joined(signs: str) -> Iterator[tuple[int, int]]:
     for pattern in _WHOLE:
         yield from (match.span() for match in pattern.finditer(signs))
     for match in _CHAIN.finditer(signs):
-        words = match[0].split("-")
-        if _TURNED.fullmatch(match[0]):
+        words = match[0].split("-")  # "non-diabetic", "65-year-old", "twenty-five"
+        if _TURNED.fullmatch(match[0]) or words[0].isdigit() or _COUNTED.fullmatch(words[0]):
             yield match.span()
         begin = match.start()
         for word, following in pairwise(words):
-            # "IL-6", "5-ASA", "β-blocker", "twenty-five"
-            if word[-1].isdigit() or following[0].isdigit() or len(word) == 1 or _COUNTED.fullmatch(word):
+            # "IL-6", "β-blocker"
+            if word[-1].isdigit() or following[0].isdigit() or len(word) == 1:
                 yield begin, begin + len(word) + 1 + len(following)
             begin += len(word) + 1
 
