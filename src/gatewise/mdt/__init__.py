@@ -21,9 +21,9 @@ At the top lie what every room needs: ``tree`` with its rules (``checks``) and r
 
 Each word has one meaning, in code, messages and documentation. A *passage* is a piece of a document with its population; a
 *record* is a passage with its tree in a file. A *stage* is a part of the pipeline, a *turn* a condition with the answer taken
-there, an *edit* a change in a review. A *fault* is what is wrong with something that was given (a document, a file, a tree), a
-*mistake* is where a prediction differs from the gold tree. A *note* says what was put right or left out of what was read, a
-*warning* what has to be known of an extraction.
+there, an *edit* a change of a tree in a review, which makes a new *version* of the passage; the *history* has them all. A *fault*
+is what is wrong with something that was given (a document, a file, a tree), a *mistake* is where a prediction differs from the
+gold tree. A *note* says what was put right or left out of what was read, a *warning* what has to be known of an extraction.
 
 Names are imported when first used. Every tree, hand-written or extracted, needs review by a clinician.
 """

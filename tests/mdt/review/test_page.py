@@ -403,6 +403,17 @@ def test_two_windows_and_an_address_without_the_token(review: Callable[..., Revi
     page.fill("#object-0", "mine again")
     page.keyboard.press("Enter")
     sync_api.expect(said).to_contain_text("mine again")
+    # A second one, of another passage, takes nothing away from the first.
+    other.click("#open-2")
+    page.click("#open-2")
+    for one in (page, other):
+        sync_api.expect(one.locator("#title")).to_have_text("Passage 2")
+    other.click("#swap")
+    sync_api.expect(other.locator("#state")).to_have_text("corrected")
+    page.click("#swap")
+    sync_api.expect(said).to_contain_text("Passage 2 was changed")
+    page.click("#conflict-drop")
+    sync_api.expect(said).to_contain_text("mine again")
     page.click("#conflict-look")
     sync_api.expect(page.locator("#object-0")).to_have_value("theirs")
     assert page.is_disabled("#conflict-make")

@@ -36,8 +36,8 @@ const own = [];
 const STILL = ["join", "set_triple", "add_triple"];
 // The passages as they were shown, for what is asked for of one that is no longer shown.
 const shown = new Map();
-// What could not be done because somebody else had changed the passage: kept until it is done after all, or dropped.
-let conflict = null;
+// What could not be done because somebody else had changed the passage, by its number: kept until it is done after all, or dropped.
+const conflicts = new Map();
 
 // The version that a change is of, which was seen at an older one, if all changes in between are our own and left it what it meant.
 function forward(number, seen, relative) {
@@ -76,9 +76,9 @@ async function refused(error, wanted) {
     await show(wanted.number);
     return;
   }
-  const before = conflict && conflict.number === wanted.number ? conflict.wanted : [];
+  const before = conflicts.has(wanted.number) ? conflicts.get(wanted.number).wanted : [];
   const known = before.some(one => one.action === wanted.action && JSON.stringify(one.body) === JSON.stringify(wanted.body));
-  conflict = { number: wanted.number, wanted: known ? before : [...before, wanted], others, looked: false };
+  conflicts.set(wanted.number, { number: wanted.number, wanted: known ? before : [...before, wanted], others, looked: false });
   session = await get("/api/session");
   showAll();
 }
@@ -125,7 +125,7 @@ async function refresh() {
   if (!passage && session.passages.length) {
     const before = Number(sessionStorage.getItem("gatewise-review-passage"));
     await show((session.passages.find(one => one.number === before) || session.passages[0]).number);
-  } else if (line && !(conflict && conflict.number === line.number && !conflict.looked)
+  } else if (line && !(conflicts.has(line.number) && !conflicts.get(line.number).looked)
     && ["version", "beside", "error", "waiting"].some(name => line[name] !== passage[name])) {
     await show(passage.number);
   } else {
@@ -183,7 +183,13 @@ function showHead() {
   at("export").disabled = !session.passages.some(one => one.valid);
 }
 
+// That of the passage that is shown, else the oldest one.
+function presentConflict() {
+  return (passage && conflicts.get(passage.number)) || [...conflicts.values()][0];
+}
+
 function showConflict() {
+  const conflict = presentConflict();
   at("conflict").hidden = !conflict;
   if (!conflict) return;
   const { number, wanted, others, looked } = conflict;
@@ -410,23 +416,24 @@ onClick("beside-take", () => {
 });
 onClick("beside-leave", () => change("leave", { extraction: passage.extraction.number }));
 onClick("conflict-look", () => {
+  const conflict = presentConflict();
   conflict.looked = true;
   open(conflict.number);
 });
 onClick("conflict-make", () => {
-  const { wanted } = conflict;
-  conflict = null;
+  const { number, wanted } = presentConflict();
+  conflicts.delete(number);
   for (const one of wanted) {
     const body = fitted(one, passage);
     if (body) change(one.action, body, one.then);
   }
   const left = wanted.filter(one => !fitted(one, passage));
-  if (left.length) conflict = { number: passage.number, wanted: left, others: [], looked: true };
+  if (left.length) conflicts.set(number, { number, wanted: left, others: [], looked: true });
   showAll();
 });
 onClick("conflict-drop", () => {
-  const { number } = conflict;
-  conflict = null;
+  const { number } = presentConflict();
+  conflicts.delete(number);
   open(number);
 });
 onClick("save", save);
@@ -538,6 +545,7 @@ document.addEventListener("keydown", event => {
   }
 });
 
+window.addEventListener("beforeunload", event => { if (conflicts.size) event.preventDefault(); });
 window.addEventListener("focus", () => { if (session) watch(); });
 translatePage();
 at("language").value = language;
