@@ -125,7 +125,7 @@ class _Checker:
         known = {f"{one.get('url')}|{one.get('version')}": one for one in resources}
         used = set()
         for url, one in zip(urls, resources, strict=True):
-            if url is not None and not url.endswith(f"{one['resourceType']}/{one.get('id')}"):
+            if url is not None and not url.startswith("urn:uuid:") and not url.endswith(f"{one['resourceType']}/{one.get('id')}"):
                 self.faults.append(f"Bundle: the entry {url} is {one['resourceType']}/{one.get('id')}")
             for reference in _references(one):
                 used.add(reference)

@@ -109,6 +109,15 @@ def test_doses_that_are_alternatives_are_one_text() -> None:
     assert activity["dosage"] == [{"text": "1 mg or 2 mg"}]
 
 
+def test_a_dose_of_the_people_is_that_of_the_only_drug() -> None:
+    drugs, dose = [triple("a", "drug therapy"), triple("b", "drug therapy")], triple("1 mg", "dosage and administration")
+    (activity,) = resources(decision(drugs[0], dose, joined="and"), "ActivityDefinition")
+    assert activity["dosage"] == [{"text": "1 mg"}]
+    of_two = decision(*drugs, dose, joined="and")
+    assert not any("dosage" in one for one in resources(of_two, "ActivityDefinition"))
+    assert "not certain which drug" in notes_of(of_two)[0]
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_prohibited_drug_is_not_to_be_performed(language: Any) -> None:
     tree = DecisionTree.from_preorder([node("D", triple("naproxen", "prohibited drugs"))]).in_language(language)
@@ -135,7 +144,7 @@ def test_prohibitions_are_no_choice() -> None:
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        (triple("2 mg", "dosage and administration", "aspirin"), "is a dose whose drug"),
+        (triple("2 mg", "dosage and administration", "aspirin"), "is a dose of which it is not certain"),
         (triple("severe", "basic condition"), "is no order (basic condition)"),
         (triple("No antibiotic", "therapeutic schedule"), "begins with a negation"),
         (triple("do not give NSAIDs", "drug therapy"), "begins with a negation"),
@@ -240,6 +249,7 @@ def test_the_plan_to_read_keeps_the_rules_too() -> None:
     pytest.importorskip("fhir.resources")
     for record in sample():
         assert faults_of(plan_of(record), "R5") == []
+    assert faults_of(json.loads(render([RECORD, RECORD], "fhir")), "R5") == []
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -7,9 +7,11 @@ as documentation, each action names its phrases in it.
 """
 
 import base64
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
+from uuid import NAMESPACE_URL, uuid5
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.records import TreeRecord
@@ -58,7 +60,10 @@ def bundle_of(records: Sequence[TreeRecord]) -> dict[str, Any]:
     plans = [plan_of(record) for record in records]
     if len(plans) == 1:
         return plans[0]
-    return _validated("Bundle", {"resourceType": "Bundle", "type": "collection", "entry": [{"resource": plan} for plan in plans]})
+    entries = [
+        {"fullUrl": f"urn:uuid:{uuid5(NAMESPACE_URL, f'{i}{json.dumps(plan)}')}", "resource": plan} for i, plan in enumerate(plans)
+    ]
+    return _validated("Bundle", {"resourceType": "Bundle", "type": "collection", "entry": entries})
 
 
 def check_available() -> None:

@@ -34,21 +34,29 @@ class Order(NamedTuple):
 
 
 def orders_of(node: Node) -> tuple[Order, ...]:
-    """The orders of a decision, in the order of its triples. A dose goes with the drug of the node that is its subject."""
-    drugs = {triple.key[2]: triple for triple in reversed(node.triples) if _kind(triple) == "avoid"}
-    drugs |= {triple.key[2]: triple for triple in reversed(node.triples) if _kind(triple) == "drug"}
-    doses: dict[Triple, list[Triple]] = {}
+    """The orders of a decision, in the order of its triples.
+
+    A dose goes with the drug of the node that is its subject, or with the node's only drug where it has that drug's own subject
+    (a dose of "adults with gout"). Any other dose stands alone, as text.
+    """
+    drugs = [triple for kind in ("drug", "avoid") for triple in node.triples if _kind(triple) == kind]
+    doses: dict[Triple, list[Triple]] = {drug: [] for drug in drugs}
+    placed = set()
     for triple in node.triples:
-        if _kind(triple) == "dose" and (drug := drugs.get(triple.key[0])) is not None:
-            doses.setdefault(drug, []).append(triple)
-    placed = {dose for several in doses.values() for dose in several}
+        about = triple.key[0]
+        drug = next((drug for drug in drugs if drug.key[2] == about), None)
+        if drug is None and len(drugs) == 1 and drugs[0].key[0] == about:
+            drug = drugs[0]
+        if _kind(triple) == "dose" and drug is not None:
+            doses[drug].append(triple)
+            placed.add(triple)
     return tuple(_order(triple, tuple(doses.get(triple, ()))) for triple in node.triples if triple not in placed)
 
 
 def _order(triple: Triple, doses: tuple[Triple, ...]) -> Order:
     kind = _kind(triple)
     if kind == "dose":
-        return Order(triple, "text", why_text="is a dose whose drug the decision does not name")
+        return Order(triple, "text", why_text="is a dose of which it is not certain which drug of the decision it is of")
     if kind == "fact":
         return Order(triple, "text", why_text=f"is no order ({relation_in(triple.relation, 'en')})")
     if kind != "avoid" and _NEGATED.match(triple.object):

@@ -220,8 +220,9 @@ def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
         _row(sheet, place, row)
     _row(sheet, 4, ("Hit policy", "UNIQUE"))
     conditions = [tree.nodes[i] for i in table.conditions]
+    _row(sheet, 5, ("Inputs",) if conditions else (), bold=True)
     _row(sheet, 6, [_expression(node, tree, "") for node in conditions])
-    _row(sheet, 7, [*(f"{joined_words(node)}" for node in conditions), *_HEADS], bold=True)
+    _row(sheet, 7, [*(joined_words(node) for node in conditions), *_HEADS], bold=True)
     for place, rule_ in enumerate(table.rules, start=8):
         node = tree.nodes[rule_.leaf]
         answers = ["-" if answer is None else answer for answer in rule_.answers]
