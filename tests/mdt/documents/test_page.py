@@ -11,9 +11,9 @@ from gatewise.mdt.documents.reading import document_of
 
 pytest.importorskip("pdfplumber")
 pytest.importorskip("reportlab")
-from reportlab.lib import colors  # noqa: E402
-from reportlab.lib.styles import ParagraphStyle  # noqa: E402
-from reportlab.platypus import BaseDocTemplate, Frame, FrameBreak, PageTemplate, Paragraph, Table  # noqa: E402
+from reportlab.lib import colors
+from reportlab.lib.styles import ParagraphStyle
+from reportlab.platypus import BaseDocTemplate, Frame, FrameBreak, PageTemplate, Paragraph, Table
 
 BODY = ParagraphStyle("body", fontSize=9, leading=11, spaceAfter=4)
 HEAD = ParagraphStyle("head", fontName="Helvetica-Bold", fontSize=12, leading=15)

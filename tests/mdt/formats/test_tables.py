@@ -190,7 +190,7 @@ def test_a_workbook_decides_as_we_do() -> None:
 
 
 def test_a_sheet_has_what_a_dak_asks_for() -> None:
-    book = sheets([RECORD])
+    book = sheets([TreeRecord(TEXT, TREE, 1, {"headings": ["Gout", "Flares"]})])
     rows = [list(row) for row in book["DT 1"].iter_rows(values_only=True)]
     assert [row[0] for row in rows[:4]] == ["Decision ID", "Business rule", "Trigger", "Hit policy"]
     assert rows[1][1] == TEXT.replace("@", ": ")
@@ -206,6 +206,7 @@ def test_a_sheet_has_what_a_dak_asks_for() -> None:
     said = [str(row[0]) for row in book["Read me"].iter_rows(values_only=True)]
     assert "review by a clinician" in said[0]
     assert any("joined by 'or'" in one for one in said)
+    assert "tree_1: Headings: Gout › Flares" in said
 
 
 def test_no_text_is_a_formula_and_none_is_cut_without_a_word() -> None:

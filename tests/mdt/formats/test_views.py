@@ -34,7 +34,7 @@ def hostile() -> TreeRecord:
         f"{HOSTILE}@{HOSTILE} and more",
         DecisionTree.from_preorder(nodes),
         1,
-        dict.fromkeys(("headings", "notes"), [HOSTILE]) | {"note": HOSTILE},
+        {"headings": [HOSTILE], "notes": [HOSTILE], "note": HOSTILE},
     )
 
 
@@ -357,12 +357,12 @@ def test_keys_of_a_record_take_the_place_of_nothing_of_ours() -> None:
     assert (made["source"], made["score"]) == ("x", None)
 
 
-@pytest.mark.parametrize("format", [name for name in NO_FHIR if name != "dmn"])
+@pytest.mark.parametrize("format", NO_FHIR)
 def test_the_headings_of_a_passage_are_in_every_view(format: str) -> None:
     more = {"headings": ["Asthma", "Renal failure"], "notes": ["no headers were found in the table"]}
     shown = render([TreeRecord("adults@Asthma: Renal failure: rest.", TREE, 1, more)], format)
     assert "Renal failure" in shown
-    if format in ("svg", "mermaid", "html"):
+    if format not in ("text", "json"):
         assert "Asthma › Renal failure" in shown
-    if format in ("html", "json"):
+    if format not in ("text", "svg", "mermaid"):
         assert more["notes"][0] in shown

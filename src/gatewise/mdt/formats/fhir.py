@@ -160,9 +160,15 @@ def _order(triple: Triple) -> str:
 
 
 def description_of(record: TreeRecord, notes: Sequence[str] = ()) -> str:
-    """The notice, the warnings of the extraction, and notes about the export."""
-    warnings = [f"Warning of the extraction: {one}" for one in record.warnings]
-    return clean("\n\n".join([NOTICE, *warnings, *(f"Note of the export: {one}" for one in notes)]))
+    """What has to be known of a resource: the notice, the headings above the passage, warnings, and notes of the export."""
+    return clean("\n\n".join([NOTICE, *said_of(record), *(f"Note of the export: {one}" for one in notes)]))
+
+
+def said_of(record: TreeRecord) -> list[str]:
+    """What a record says of its passage and its tree beside these."""
+    headings = [f"Headings: {' › '.join(record.headings)}"] if record.headings else []
+    notes = [f"Note of the reading: {one}" for one in record.notes]
+    return [*headings, *notes, *(f"Warning of the extraction: {one}" for one in record.warnings)]
 
 
 def source_of(record: TreeRecord) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.formats.fhir import NOTICE, clean
+from gatewise.mdt.formats.fhir import NOTICE, clean, said_of
 from gatewise.mdt.formats.orders import order_words, orders_of
 from gatewise.mdt.formats.svg import main_subject
 from gatewise.mdt.formats.words import words_for
@@ -141,11 +141,13 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
 
 
 def _described(record: TreeRecord) -> list[str]:
-    warnings = [f"Warning of the extraction: {one}" for one in record.warnings]
-    notes = [f"Note of the export: {note}" for note in notes_of(record)]
     population = [f"Population: {record.population}"] if record.population else []
     passage = [f"Passage: {record.passage}"] if record.passage else []
-    return [NOTICE, *warnings, *notes, *population, *passage]
+    return [NOTICE, *_noted(record), *population, *passage]
+
+
+def _noted(record: TreeRecord) -> list[str]:
+    return [*said_of(record), *(f"Note of the export: {note}" for note in notes_of(record))]
 
 
 def _about(record: TreeRecord) -> str:
@@ -193,7 +195,7 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
         _fill(book.create_sheet(f"DT {number}"), record, name)
         for place, fact in enumerate(record.tree.facts, start=1):
             _row(inputs, inputs.max_row + 1, (f"fact_{place}", name, *fact, "Boolean"))
-        said += [f"{name}: {one}" for one in _described(record)[1:] if not one.startswith(("Population", "Passage"))]
+        said += [f"{name}: {one}" for one in _noted(record)]
     for place, sentence in enumerate(said, start=1):
         _row(first, place, (sentence,))
     content = io.BytesIO()
