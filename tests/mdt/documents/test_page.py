@@ -108,3 +108,30 @@ def test_a_frame_makes_a_box_and_a_frame_around_the_page_none() -> None:
 def test_words_that_stand_apart_without_a_table_are_noted() -> None:
     (note,) = read([p(LONG), Table([["Signed by", "Dr. No"]], colWidths=[200, 200]), p(LONG)]).notes
     assert note.startswith("a.pdf: words stand apart on page 1 as in a table, but none was found")
+
+
+def test_a_heading_at_the_left_of_what_comes_below_two_columns_stays_with_it() -> None:
+    frames = [(50, 420, 240, 370), (305, 420, 240, 370), (50, 50, 495, 370)]
+    story: list[Any] = [
+        p(f"Left {LONG}"),
+        p(f"More at the left {LONG}"),
+        p(f"Last at the left {LONG}"),
+        p("3 Doses", HEAD),
+        FrameBreak(),
+    ]
+    story += [p(f"Right {LONG}"), p(f"More at the right {LONG}"), p(f"The last {LONG}"[:330]), FrameBreak()]
+    story += [Table([["Drug", "Dose", "Note"], ["naproxen", "250 mg", "with food"]], colWidths=[165] * 3, style=GRID)]
+    said = texts(read(story, frames))
+    assert [text.split()[0] for text in said] == ["Left", "More", "Last", "Right", "More", "The", "3", "Drug:"]
+
+
+def test_a_table_without_rules_goes_on_over_a_page_even_in_a_cell() -> None:
+    long = "after two weeks, and then every four weeks until the uric acid has been below the target for as long as half a year"
+    rows = [[p("Risk", HEAD), p("Visit", HEAD), p("Blood test", HEAD)], [p("low"), p("after 3 months"), p("once")]]
+    rows += [[p("high"), p(long), p("each time")]]
+    table = Table(rows, colWidths=[60, 190, 50], style=[("VALIGN", (0, 0), (-1, -1), "MIDDLE")])
+    blocks = read([Table([[""]], rowHeights=[670]), table]).blocks
+    assert [(block.text, block.where) for block in blocks] == [
+        ("Risk: low. Visit: after 3 months. Blood test: once.", "page 1"),
+        (f"Risk: high. Visit: {long}. Blood test: each time.", "page 2"),
+    ]

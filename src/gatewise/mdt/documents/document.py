@@ -85,9 +85,11 @@ def with_footnotes(block: Block, notes: Mapping[str, str]) -> Iterator[Block]:
 
 
 def one_line(said: str) -> str:
-    """One line of text; a superscript after a number is marked, as 10 to the 9th is not 109."""
+    """One line of text; a superscript after a number is marked, as 10 to the 9th is not 109, and one that refers to a source."""
     joined = said.replace(LOWERED + RAISED, "")
     marked = re.sub(rf"(?<=\d){RAISED}(?=[-−–+]?\d)", "^", joined)
+    # After a word or a full stop it is a reference, unless the word is a unit: "visits[3]", and "30 kg/m2".
+    marked = re.sub(rf"([^\W\d_]{{3}}|[a-z)][.,;:?!]){RAISED}([\d,–-]+){LOWERED}", r"\1[\2]", marked)
     return " ".join(marked.replace(RAISED, "").replace(LOWERED, "").split())
 
 

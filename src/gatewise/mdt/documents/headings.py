@@ -129,6 +129,8 @@ def is_label(text: str) -> bool:
     """Whether a text that is set off in bold or in a larger size is a heading, not a sentence in bold."""
     if len(text) > _LONGEST_QUESTION or not any(map(str.isalpha, text)) or gives_dose(text) or is_caption(text):
         return False
+    if re.match(r"[a-z]+\b", unnumbered(text)):  # the rest of something
+        return False
     if _QUESTION_END.search(text) or _LABEL_END.search(text):
         return not _ENDS_INSIDE.search(unnumbered(text))
     return not (SENTENCE_END.search(text) or tells_what_to_do(text) or _ends_as_said(text))

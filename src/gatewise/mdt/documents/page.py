@@ -16,7 +16,8 @@ _MARK = re.compile(
     r"(?:[•●▪■◦‣∙·○–*\uf0b7\uf0a7-]|\(?(?:\d+(?:\.\d+)*|[a-zA-Z]|[ivx]{1,4})[.)]?|[（(]?[一二三四五六七八九十]+[）)、]?)$"
 )
 _GUTTER = 8.0  # points between columns of text
-_APART = 1.6  # of the size of letters, between cells of a table without rules; words of a line are closer
+# Of the size of letters: between cells of a table without rules, and between pieces of a line that are no sentence.
+_APART, _FAR = 1.1, 2.2
 _TALLEST = 10  # lines of a cell above the middle of its row
 _LEAST_LINES = 4  # on each side of a gutter
 _WHOLE_PAGE = 0.5  # of it: what is ruled around more is a frame, not a box
@@ -91,8 +92,12 @@ PageItem = PageLine | PageTable | PageBox
 _Placed = Word | PageTable | PageBox
 
 
-def items_of(page: Any) -> list[PageItem]:
-    """Lines, tables and boxes of a pdfplumber page, in the order in which they are read."""
+def items_of(page: Any, going: Sequence[float] = ()) -> list[PageItem]:
+    """Lines, tables and boxes of a pdfplumber page, in the order in which they are read.
+
+    Args:
+        going: where the columns of a table without rules begin that may go on from the page before.
+    """
     words = [
         Word(
             _known(word["text"]),
@@ -109,7 +114,7 @@ def items_of(page: Any) -> list[PageItem]:
     for ruled in _ruled(page, words):
         placed.append(ruled)
         words = [word for word in words if not _within(word, (ruled.x0, ruled.top, ruled.x1, ruled.bottom))]
-    return list(_read([*words, *placed]))
+    return list(_read([*words, *placed], going))
 
 
 def _known(text: str) -> str:
@@ -187,22 +192,22 @@ def _rows(table: Any, words: Sequence[Word], edges: Sequence[int]) -> Iterator[l
 # ---- columns ----
 
 
-def _read(placed: Sequence[_Placed]) -> Iterator[PageItem]:
+def _read(placed: Sequence[_Placed], going: Sequence[float]) -> Iterator[PageItem]:
     """What is placed in a part of a page, as it is read: what is above two columns, the left one, the right one, the rest."""
     if not placed:
         return
     found = _gutter(placed)
     if found is None:
-        yield from _column(placed)
+        yield from _column(placed, going)
         return
     x, top, bottom = found
     above = [one for one in placed if (one.top + one.bottom) / 2 <= top]
     below = [one for one in placed if (one.top + one.bottom) / 2 >= bottom]
     between = [one for one in placed if top < (one.top + one.bottom) / 2 < bottom]
-    yield from _read(above)
-    yield from _read([one for one in between if one.x1 <= x])
-    yield from _read([one for one in between if one.x1 > x])
-    yield from _read(below)
+    yield from _read(above, going)
+    yield from _read([one for one in between if one.x1 <= x], going)
+    yield from _read([one for one in between if one.x1 > x], going)
+    yield from _read(below, ())
 
 
 def _gutter(placed: Sequence[_Placed]) -> tuple[float, float, float] | None:
@@ -219,11 +224,22 @@ def _gutter(placed: Sequence[_Placed]) -> tuple[float, float, float] | None:
             if start - at >= least:
                 strips.append((at - start, x, at, start))
             at = max(at, end)
-    for _, x, start, end in sorted(strips):
+    for _, x, start, low in sorted(strips):
+        end = _without_tail(placed, x, start, low)
         between = [one for one in placed if start <= (one.top + one.bottom) / 2 <= end]
         if _is_running_text([one for one in between if one.x1 <= x]) and _is_running_text([one for one in between if one.x1 > x]):
             return x + _GUTTER / 2, start, end
     return None
+
+
+def _without_tail(placed: Sequence[_Placed], x: float, start: float, end: float) -> float:
+    """Where two columns end: before a heading at the left that is of what stands over both of them below."""
+    between = [one for one in placed if start <= (one.top + one.bottom) / 2 <= end and isinstance(one, Word)]
+    right = max((word.bottom for word in between if word.x0 > x), default=end)
+    tail = [word for word in between if word.x1 <= x and word.top >= right]
+    size = median(word.size for word in between) if between else 0.0
+    stands_out = tail and len(list(_grouped(tail))) <= 3 and all(word.bold or word.size > 1.1 * size for word in tail)
+    return min(word.top for word in tail) if stands_out and any(one.top >= end - 1 for one in placed) else end
 
 
 def _is_running_text(placed: Sequence[_Placed]) -> bool:
@@ -240,10 +256,10 @@ def _is_running_text(placed: Sequence[_Placed]) -> bool:
 # ---- lines, and tables without rules ----
 
 
-def _column(placed: Sequence[_Placed]) -> Iterator[PageItem]:
+def _column(placed: Sequence[_Placed], going: Sequence[float]) -> Iterator[PageItem]:
     words = [one for one in placed if isinstance(one, Word)]
     ruled = sorted((one for one in placed if not isinstance(one, Word)), key=lambda one: one.top)
-    items: list[PageItem] = [*_tables_in(list(_grouped(words)))]
+    items: list[PageItem] = [*_tables_in(list(_grouped(words)), going)]
     for table in ruled:
         place = next((number for number, item in enumerate(items) if item.top >= table.top), len(items))
         items.insert(place, table)
@@ -303,11 +319,11 @@ def _line(words: Sequence[Word]) -> PageLine:
     )
 
 
-def _segments(words: Sequence[Word]) -> list[list[Word]]:
-    """A line in pieces that stand apart; a bullet or a number belongs to what follows it."""
+def _segments(words: Sequence[Word], apart: float) -> list[list[Word]]:
+    """A line in pieces that stand apart, by so much of the size of letters; a bullet or a number belongs to what follows it."""
     pieces: list[list[Word]] = []
     for word in words:
-        near = pieces and word.x0 - pieces[-1][-1].x1 < _APART * word.size
+        near = pieces and word.x0 - pieces[-1][-1].x1 < apart * word.size
         marks = pieces and len(pieces[-1]) == 1 and _MARK.match(pieces[-1][0].text)
         if near or marks:
             pieces[-1].append(word)
@@ -316,25 +332,35 @@ def _segments(words: Sequence[Word]) -> list[list[Word]]:
     return pieces
 
 
-def _tables_in(lines: Sequence[list[Word]]) -> Iterator[PageLine | PageTable]:
+def _tables_in(lines: Sequence[list[Word]], going: Sequence[float]) -> Iterator[PageLine | PageTable]:
     """Lines of a column, of which those whose pieces stand one below the other make a table."""
-    pieces = [_segments(line) for line in lines]
+    pieces = [_segments(line, _APART) for line in lines]
     at = 0
     while at < len(lines):
-        table = _table_at(pieces, at)
-        if table is not None:
-            yield _unruled([_split_at(line, table[1]) for line in pieces[at : table[0]]], table[1])
-            at = table[0]
+        end = _end_of_going(pieces, at, going) if going and at < 3 else 0  # below a running header
+        end, columns = (end, going) if end else (_table_at(pieces, at) or (0, ()))
+        if end:
+            yield _unruled([_split_at(line, columns) for line in pieces[at:end]], columns)
+            at, going = end, ()
             continue
         # What stands far apart, as a footer and a page's number, is no sentence.
-        yield from (replace(_line(piece), apart=len(pieces[at]) > 1) for piece in pieces[at])
+        far = _segments(lines[at], _FAR)
+        yield from (replace(_line(piece), apart=len(far) > 1) for piece in far)
         at += 1
 
 
 def _table_at(pieces: Sequence[list[list[Word]]], at: int) -> tuple[int, list[float]] | None:
     """Where a table that begins with this line ends, and where its columns begin; None if none begins."""
-    anchor = next((place for place in range(at, min(at + _TALLEST, len(pieces))) if len(pieces[place]) > 1), None)
-    if anchor is None:
+
+    def gap(place: int) -> float:
+        return pieces[place][0][0].top - max(word.bottom for piece in pieces[place - 1] for word in piece)
+
+    # The first line with the most pieces has all columns; a cell of several lines may begin above the others of its row.
+    near = at + 1
+    while near < min(at + _TALLEST, len(pieces)) and gap(near) < 2 * pieces[at][0][0].size:
+        near += 1
+    anchor = max(range(at, near), key=lambda place: (len(pieces[place]), -place))
+    if len(pieces[anchor]) < 2:
         return None
     columns = [piece[0].x0 for piece in pieces[anchor]]
     size = pieces[anchor][0][0].size
@@ -342,13 +368,10 @@ def _table_at(pieces: Sequence[list[list[Word]]], at: int) -> tuple[int, list[fl
     def aligned(place: int, among: Sequence[float]) -> bool:
         return all(any(abs(piece[0].x0 - column) <= 0.6 * size for column in among) for piece in pieces[place])
 
-    def gap(place: int) -> float:
-        return pieces[place][0][0].top - max(word.bottom for piece in pieces[place - 1] for word in piece)
-
-    # Above it only lines of a cell that is higher than its row's others, which stand beside its middle.
-    if not all(aligned(place, columns[1:]) and gap(place + 1) < 0.55 * size for place in range(at, anchor)):
+    # What stands alone above, in the first column, is a paragraph.
+    if not all(aligned(place, columns if len(pieces[place]) > 1 else columns[1:]) for place in range(at, anchor)):
         return None
-    rows, end = 1, anchor + 1
+    rows, end = 1 + sum(len(pieces[place]) > 1 for place in range(at, anchor)), anchor + 1
     for place in range(anchor + 1, len(pieces)):
         alone = len(pieces[place]) == 1 and aligned(place, columns[:1])
         paragraph = alone and pieces[place][0][-1].x1 > columns[1] - 0.3 * size  # below the table
@@ -358,8 +381,26 @@ def _table_at(pieces: Sequence[list[list[Word]]], at: int) -> tuple[int, list[fl
         end = place + 1
     while end > anchor + 1 and len(pieces[end - 1]) == 1 and aligned(end - 1, columns[:1]):
         end -= 1
-    bold = [all(word.bold for piece in pieces[place] for word in piece) for place in range(anchor, min(anchor + 2, end))]
+    bold = [all(word.bold for piece in pieces[place] for word in piece) for place in (at, end - 1)]
     return (end, columns) if rows >= 3 or (rows == 2 and (len(columns) > 2 or bold == [True, False])) else None
+
+
+def _end_of_going(pieces: Sequence[list[list[Word]]], at: int, columns: Sequence[float]) -> int:
+    """Where a table ends that goes on here with columns that are known; 0 if it does not."""
+    rows, end = 0, at
+    for line in pieces[at:]:
+        split = _split_at(line, columns)
+        size = split[0][0].size
+        places = [next((n for n, column in enumerate(columns) if abs(piece[0].x0 - column) < 0.3 * size), None) for piece in split]
+        runs_over = any(
+            place is not None and place + 1 < len(columns) and piece[-1].x1 > columns[place + 1]
+            for place, piece in zip(places, split, strict=True)
+        )
+        if None in places or runs_over or (end > at and split[0][0].top - pieces[end - 1][0][0].bottom > 2 * size):
+            break
+        rows += len(split) > 1
+        end += 1
+    return end if rows else 0
 
 
 def _split_at(line: Sequence[list[Word]], columns: Sequence[float]) -> list[list[Word]]:

@@ -43,6 +43,12 @@ class _Page:
         return f"page {self.number}"
 
     @property
+    def going(self) -> tuple[float, ...]:
+        """The columns of a table at its foot, which may go on; none without one."""
+        inner = [item for item in self.items if item.top < (1 - _EDGE) * self.height]
+        return inner[-1].edges if inner and isinstance(inner[-1], PageTable) else ()
+
+    @property
     def lines(self) -> list[PageLine]:
         return [item for item in self.items if isinstance(item, PageLine)]
 
@@ -70,7 +76,9 @@ def read_pdf(content: bytes, name: str) -> Document:
 
     try:
         with _quiet(), pdfplumber.open(io.BytesIO(content)) as opened:
-            pages = [_page(page) for page in opened.pages]
+            pages: list[_Page] = []
+            for page in opened.pages:
+                pages.append(_page(page, pages[-1].going if pages else ()))
     except Exception as error:  # a damaged file fails in as many ways as there are damages
         if isinstance(error, PDFPasswordIncorrect) or any(isinstance(one, PDFPasswordIncorrect) for one in error.args):
             raise GatewiseError(f"{name} is locked with a password: save it without one") from None
@@ -101,10 +109,10 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _page(page: Any) -> _Page:
+def _page(page: Any, going: Sequence[float]) -> _Page:
     try:
         turned = "".join(one["text"] for one in page.chars if not one["upright"])
-        return _Page(page.page_number, float(page.height), items_of(page), _pictures(page), turned)
+        return _Page(page.page_number, float(page.height), items_of(page, going), _pictures(page), turned)
     finally:
         page.close()
 
