@@ -69,9 +69,12 @@ def test_killed_at_random_moments(tmp_path: Path, files: list[Path]) -> None:
         child = os.fork()
         if child == 0:
             batch = extracted(files, Slow(done, 0.004), Journal(work, SETTINGS))
-            result.write_text(json.dumps([[one.to_json() for one in batch.records], batch.faults, batch.notes, batch.failed]))
+            told = json.dumps([[one.to_json() for one in batch.records], batch.faults, batch.notes, batch.failed])
+            part = tmp_path / "part"
+            part.write_text(told)
+            part.replace(result)
             os._exit(0)
-        time.sleep(chance.uniform(0.005, 0.1))
+        time.sleep(chance.uniform(0.005, 0.1 * (1 + kills / 20)))  # later and later, so that a busy machine gets there too
         os.kill(child, signal.SIGKILL)
         kills += 1
         os.waitpid(child, 0)
