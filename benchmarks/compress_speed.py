@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from benchmark_data import TEMPLATES
 from campaign import RESULTS, append, read
-from compress import SETTINGS, Case
+from compress import SETTINGS, Case, trained
 from decoding import Bench
 from peft import PeftModel
 
 from gatewise import fast_lora
+from gatewise.adapters.data_options import DataOptions
 from gatewise.compress import Goal, compress, compress_shared
 from gatewise.files import write_json
 from gatewise.models import load_model
@@ -52,8 +53,11 @@ def whole_adapter(task: str, seed: int, steps: int, rate: float, options: argpar
     if not (folder / "adapter_config.json").is_file():
         print(f"training {folder.name}", flush=True)
         case = Case("smollm2", task, seed, options.data_dir)
-        model = case.fresh(8)
-        case.train(model, steps, rate)
+        if steps == SETTINGS["smollm2"]["steps"]:  # that of the campaign, if it is in --work
+            model = trained(case, options.work)
+        else:
+            model = case.fresh(8)
+            case.train(model, steps, rate)
         model.save_pretrained(str(folder))
         case.tokenizer.save_pretrained(str(folder))
         note = {"task": "causal", "template": TEMPLATES[task], "labels": case.labels, "max_length": 512}
@@ -71,8 +75,9 @@ def smaller(whole: Path, data: Path, options: argparse.Namespace) -> dict[str, P
             if not config["parameters"]:
                 config = _size(whole)
             print(f"compressing to {name}", flush=True)
-            asked: dict[str, int] = {unit: int(share * config[unit])}
-            compress(whole, str(data), out, Goal(**asked), refitted=True)  # type: ignore[arg-type]
+            size = int(share * config[unit])
+            goal = Goal(parameters=size) if unit == "parameters" else Goal(modules=size)
+            compress(whole, str(data), out, goal, options=DataOptions(limit=200))
         found[name] = out
     return found
 
@@ -148,8 +153,6 @@ def sixteen(options: argparse.Namespace, run: str) -> None:
     data = [str(options.data_dir / task / "dev.jsonl") for task, _ in SIXTEEN]
     shared = options.work / "shared"
     if not shared.exists():
-        from gatewise.adapters.data_options import DataOptions
-
         result = compress_shared(whole, data, shared, Goal(least="modules", tolerance=TOLERANCE), options=DataOptions(limit=400))
         for name, union in (("whole", result.before), ("shared", result.after)):
             row = {
