@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import weights, write_adapter, write_base, write_recipe, write_rows
+from tiny_run import byte_tokenizer, weights, write_adapter, write_base, write_recipe, write_rows
 from typer.testing import CliRunner
 
-from gatewise.adapters.files import read_config
+from gatewise.adapters.files import read_config, read_lora
 from gatewise.adapters.loading import load_adapter
 from gatewise.allocation.slots import lora_layers
 from gatewise.cli.main import app
-from gatewise.compress import Goal, compress_shared
+from gatewise.compress import Goal, compress, compress_shared
+from gatewise.compress.work import alone
 from gatewise.errors import GatewiseError
 from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
@@ -69,6 +70,8 @@ def test_a_number_of_modules_is_that_of_all(folder: Path, tmp_path: Path) -> Non
     found = together(folder, tmp_path / "out", Goal(modules=4, rank_cap=1))
     assert found.after.modules == 4
     assert found.after.rank == 1
+    assert found.before.rank == 2, "what an engine paid for before no rank was capped"
+    assert {one.whole_size.largest for one in found.adapters.values()} == {2}
     with pytest.raises(GatewiseError, match="give at least two, or leave --shared out"):
         compress_shared([folder / "one"], ["rows"], tmp_path / "none")
     with pytest.raises(GatewiseError, match="3 data were given for 2 adapters: give one for all, or one for each in order"):
@@ -84,6 +87,47 @@ def test_adapters_of_other_bases_are_refused(folder: Path, tmp_path: Path) -> No
     with pytest.raises(GatewiseError, match=r"other adapts .*base, but .*one adapts .*llama: give adapters of one base"):
         compress_shared([folder / "one", other], [rows], tmp_path / "out", Goal(modules=4))
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_may_have_any_name(folder: Path, tmp_path: Path) -> None:
+    """That of PEFT's first adapter, that of a module, one with a dot: each adapter stays what it is, and finds its own folder."""
+    base, rows = folder / "llama", [str(write_rows(tmp_path / "rows.jsonl", 24))]
+    names = ["one", "default", "q_proj", "my.two", "my_two"]
+    targets = ["all-linear", ["q_proj", "down_proj"], ["q_proj"], ["up_proj"], ["v_proj"]]
+    given = [write_adapter(tmp_path / name, base, target_modules=to) for name, to in zip(names, targets, strict=True)]
+    before = [{module.path: module for module in read_lora(one).modules} for one in given]
+    compress_shared(given, rows, tmp_path / "out", Goal(modules=14), measure="loss", score_rows=4, refitted=False)
+    for name, whole in zip(names, before, strict=True):
+        written = {module.path: module for module in read_lora(tmp_path / "out" / name).modules}
+        assert written.keys() == whole.keys(), name
+        for path, module in written.items():
+            one, other = ((of.b @ of.a) * of.scaling for of in (module, whole[path]))
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_every_adapter_is_read_whole_and_with_its_own_tokenizer(folder: Path, tmp_path: Path) -> None:
+    rows = [str(write_rows(tmp_path / "rows.jsonl", 24))]
+    two = Path(shutil.copytree(folder / "two", tmp_path / "two"))
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "</s>"
+    tokenizer.save_pretrained(two)
+    compress_shared([folder / "one", two], rows, tmp_path / "out", Goal(modules=14), measure="loss", score_rows=4)
+    assert json.loads((tmp_path / "out" / "two" / "tokenizer_config.json").read_text())["pad_token"] == "</s>"
+    tensors = weights(two)
+    del tensors[next(name for name in tensors if "layers.1.mlp.up_proj.lora_B" in name)]
+    save_file(tensors, two / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GatewiseError, match=r"two does not fit the base model .*: the adapter has no weights for .*up_proj"):
+        compress_shared([folder / "one", two], rows, tmp_path / "none", Goal(modules=14), measure="loss", score_rows=4)
+
+
+def test_two_commands_do_not_share_a_place(folder: Path, tmp_path: Path) -> None:
+    """Each would go on with what the other one trains."""
+    with alone(tmp_path / "out"):
+        with pytest.raises(GatewiseError, match=r"another command is compressing to .*out now"):
+            together(folder, tmp_path / "out", Goal(modules=4))
+        with pytest.raises(GatewiseError, match=r"another command is compressing to .*out now"):
+            compress(folder / "one", str(folder / "one.jsonl"), tmp_path / "out", Goal(modules=4))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
@@ -154,14 +155,43 @@ def load_adapter(
             result = adapted.load_adapter(str(folder), "default", is_trainable=trainable, torch_device="cpu")
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise _misfit(folder, base_name, _why_not(error)) from error
-    # PEFT itself passes over tensors that found no module, and modules that found no tensor.
+    _check_all_found(result, config, folder, base_name)
+    if not trainable:  # PEFT leaves soft prompts and biases free
+        adapted.requires_grad_(False)
+    return adapted.to(place).eval(), tokenizer, base_name
+
+
+def load_beside(model: PeftModel, adapter_dir: str | Path, name: str, base_name: str) -> PreTrainedTokenizerBase:
+    """Loads one more adapter, frozen and not active, into a model that has some.
+
+    Args:
+        name: what PEFT is to call it.
+        base_name: the base model's.
+
+    Returns:
+        The tokenizer: the adapter's own if its folder has one.
+
+    Raises:
+        GatewiseError: the folder is no adapter, a file is damaged, or the adapter does not fit the base.
+    """
+    folder = Path(adapter_dir)
+    config = _peft_config(folder)
+    tensor_shapes(weights_of(folder))
+    try:
+        with quiet():
+            result = model.load_adapter(str(folder), name, torch_device="cpu")
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise _misfit(folder, base_name, _why_not(error)) from error
+    _check_all_found(result, config, folder, base_name)
+    return load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
+
+
+def _check_all_found(result: Any, config: PeftConfig, folder: Path, base_name: str) -> None:
+    """PEFT itself passes over tensors that found no module, and modules that found no tensor."""
     if result.missing_keys:
         raise _misfit(folder, base_name, f"the adapter has no weights for {some(sorted(result.missing_keys), 1)}")
     if result.unexpected_keys and not config.is_prompt_learning:  # a soft prompt is loaded apart from the modules
         raise _misfit(folder, base_name, f"the base has no module for the adapter's {some(sorted(result.unexpected_keys), 1)}")
-    if not trainable:  # PEFT leaves soft prompts and biases free
-        adapted.requires_grad_(False)
-    return adapted.to(place).eval(), tokenizer, base_name
 
 
 def _peft_config(folder: Path) -> PeftConfig:

@@ -29,7 +29,7 @@ from gatewise.compress.order import DEFAULT, ORDERS
 from gatewise.compress.quality import MEASURES, Measure
 from gatewise.compress.recovery import Recovery
 from gatewise.compress.search import Rows, Search, left_as_it_was, rows_for
-from gatewise.compress.work import Work, fingerprint_of
+from gatewise.compress.work import Work, alone, beside, fingerprint_of
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder
@@ -92,7 +92,7 @@ def compress(
     check_new_folder(out)
     source = None if isinstance(model_or_dir, PeftModel) else Path(model_or_dir)
     progress = ConsoleProgress(console or Console(stderr=True))
-    with quiet(bars=True):
+    with alone(out), quiet(bars=True):
         loaded, note = _loaded(model_or_dir, data, options, tokenizer, template, recovery is not None, progress)
         rows = rows_for(loaded, measure, goal, recovery, score_rows, seed, progress.say)
         settings = {
@@ -109,12 +109,6 @@ def compress(
             result = written(chosen, Path(out), search, source)
             work.remove()
             return result
-
-
-def beside(out: str | Path) -> Path:
-    """OUT.work."""
-    out = Path(out).resolve()
-    return out.with_name(f"{out.name}.work")
 
 
 def _loaded(

@@ -176,10 +176,11 @@ class Search:
         self.activate()
         model, name = self.loaded.model, self.name
         _refuse(model, name)
-        self.layers = lora_layers(model, name)
+        self.layers, self.each = lora_layers(model, name), slots.costs(model, name)
         to_singular_basis(model, name)
         self.whole = _copied(model, name)
         self.live = {path: live_slots(layer, name) for path, layer in self.layers.items()}
+        self.whole_size = self._size({path: len(live) for path, live in self.live.items()})
         if not any(self.live.values()):
             raise GatewiseError(f"adapter {name!r} has no LoRA with a live rank: there is nothing to make smaller")
         self.batch = PadCollator(self.loaded.tokenizer)(self._encoded(self.rows.scored))
@@ -231,7 +232,6 @@ class Search:
     def arrange(self, order: Sequence[Move], costs: Mapping[str, Cost], seconds: float = 0.0) -> None:
         """Takes an order, and works out the size and the cost of what is left after each step of it."""
         self.moves = order
-        each = slots.costs(self.loaded.model, self.name)
         left = {path: len(live) - len(self.capped.get(path, ())) for path, live in self.live.items()}
         self.sizes, self.costs = [], []
         for move in [None, *order]:
@@ -239,10 +239,15 @@ class Search:
                 left[move.path] -= len(move.ranks)
                 if not left[move.path]:
                     seconds -= costs[move.path].fixed
-            parameters = round(sum(each[path] * count for path, count in _stored(left, self.layers).items()))
-            ranks = [count for count in left.values() if count]
-            self.sizes.append(Size(parameters, len(ranks), sum(ranks), max(ranks, default=0)))
-            self.costs.append({"parameters": parameters, "modules": len(ranks), "time": max(seconds, 1e-9)}[self.goal.unit])
+            size = self._size(left)
+            self.sizes.append(size)
+            self.costs.append({"parameters": size.parameters, "modules": size.modules, "time": max(seconds, 1e-9)}[self.goal.unit])
+
+    def _size(self, left: Mapping[str, int]) -> Size:
+        """Of what has so many ranks left, module by module."""
+        parameters = round(sum(self.each[path] * count for path, count in _stored(left, self.layers).items()))
+        ranks = [count for count in left.values() if count]
+        return Size(parameters, len(ranks), sum(ranks), max(ranks, default=0))
 
     def _measured(self, key: str) -> Tensor:
         """(n,) qualities of the model as it is now, or as they were measured before an interruption."""
@@ -277,7 +282,7 @@ class Search:
         more = "" if self.recovery else ", rows to train on afterwards (--recover)"
         return GatewiseError(
             f"no smaller adapter is within {self.goal.tolerance:g} of the whole one with 95% confidence on these "
-            f"{best.difference.rows} rows: one with {best.size.parameters:,} of {self.sizes[0].parameters:,} parameters is worse "
+            f"{best.difference.rows} rows: one with {best.size.parameters:,} of {self.whole_size.parameters:,} parameters is worse "
             f"by {best.difference.mean:.4f}, at most by {best.difference.high:.4f}; give more rows{more} or a larger tolerance"
         )
 

@@ -17,14 +17,13 @@ from rich.console import Console
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config, read_note
-from gatewise.adapters.loading import Loaded, load_with_data, read_data
-from gatewise.allocation import slots
-from gatewise.compress.compressing import beside, fingerprint_with, stored_dtype
-from gatewise.compress.goal import Compressed, Goal
+from gatewise.adapters.loading import Loaded, load_beside, load_with_data, read_data
+from gatewise.compress.compressing import fingerprint_with, stored_dtype
+from gatewise.compress.goal import Compressed, Goal, Size
 from gatewise.compress.order import DEFAULT, Cost, Move, moves
 from gatewise.compress.quality import Measure
 from gatewise.compress.search import Search, furthest, rows_for
-from gatewise.compress.work import STATE_FILE, Work
+from gatewise.compress.work import STATE_FILE, Work, alone, beside
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder, whole_folder, write_json
@@ -111,7 +110,7 @@ def compress_shared(
     progress = ConsoleProgress(console or Console(stderr=True))
     folders = [Path(one) for one in adapters]
     sources = list(data) if len(data) == len(folders) else list(data) * len(folders)
-    with quiet(bars=True):
+    with alone(out), quiet(bars=True):
         searches = _searches(
             folders, names, sources, beside(out), goal, options, order, measure, score_rows, refitted, seed, progress
         )
@@ -144,12 +143,13 @@ def compress_shared(
             at = furthest(union, looks, holds, first=any(search.capped for search in searches))
         if at is None:
             raise _nothing_holds(names, searches, goal.tolerance)
-        before, found = _union(searches, 0), {}
+        before, found = _union(searches, [search.whole_size for search in searches], set()), {}
         with whole_folder(out) as part:
             for name, search, folder in zip(names, searches, folders, strict=True):
                 chosen = next(one for one in reversed(search.candidates) if one.dropped == at)
                 found[name] = replace(written(chosen, part / name, search, folder), out=Path(out) / name)
-            after = _union(searches, at)
+            gone = {move.path for move in searches[0].moves[:at]}
+            after = _union(searches, [search.sizes[at] for search in searches], gone)
             settings = [json.loads((part / name / SERVING_FILE).read_text(encoding="utf-8")) for name in names]
             write_json(part / SERVING_FILE, settings_together(settings))
         for search in searches:
@@ -177,7 +177,7 @@ def _names(adapters: Sequence[str | Path]) -> list[str]:
             names[at] = f"{paths[at].parent.name}-{name}"
     if len(set(names)) < len(names):
         raise GatewiseError("two adapters have the same name, and would be written into the same folder: rename one")
-    return [name.replace(".", "_") for name in names]  # PEFT takes no dots
+    return names
 
 
 def _searches(
@@ -196,6 +196,7 @@ def _searches(
 ) -> list[Search]:
     """All adapters on one model, each valued and measured."""
     first: Loaded | None = None
+    called = "default"  # what PEFT calls the adapter
     searches: list[Search] = []
     for folder, name, source in zip(folders, names, data, strict=True):
         base = options.base or read_config(folder).get("base_model_name_or_path")
@@ -204,18 +205,17 @@ def _searches(
         else:
             if base != first.base:
                 raise GatewiseError(f"{folder} adapts {base}, but {folders[0]} adapts {first.base}: give adapters of one base")
+            # Not the folder's name: it may be that of the first one, or of a part of the model.
+            called = f"gatewise-{len(searches):03d}"
             records, template, max_length = read_data(folder, source, options)
-            loaded = Loaded(first.model, first.tokenizer, first.base, records, template, max_length)
-            try:
-                first.model.load_adapter(str(folder), name)
-            except (RuntimeError, ValueError) as error:
-                raise GatewiseError(f"{folder} does not fit the base of {folders[0]}: {str(error).splitlines()[0]}") from error
+            tokenizer = load_beside(first.model, folder, called, first.base)
+            loaded = Loaded(first.model, tokenizer, first.base, records, template, max_length)
         progress.say(f"{name}:")
         rows, note = rows_for(loaded, measure, goal, None, score_rows, seed, progress.say), read_note(folder)
         settings = {"goal": asdict(goal), "order": order, "refitted": refitted, "seed": seed, "shared": True}
         search = Search(
             loaded,
-            name if searches else "default",
+            called,
             rows,
             goal,
             None,
@@ -253,10 +253,8 @@ def _shared_order(searches: Sequence[Search]) -> tuple[list[str], dict[str, Cost
     return [move.path for move in moves({path: [value] for path, value in worth.items()}, costs)], costs
 
 
-def _union(searches: Sequence[Search], at: int) -> Union:
-    paths = dict.fromkeys(path for search in searches for path in search.layers)
-    gone = {move.path for move in searches[0].moves[:at]}
-    each = {path: numbers for search in searches for path, numbers in slots.costs(search.loaded.model, search.name).items()}
-    kept = [path for path in paths if path not in gone]
-    rank = max(search.sizes[at].largest for search in searches)
+def _union(searches: Sequence[Search], sizes: Sequence[Size], gone: set[str]) -> Union:
+    each = {path: numbers for search in searches for path, numbers in search.each.items()}
+    kept = [path for path in each if path not in gone]
+    rank = max(size.largest for size in sizes)
     return Union(len(kept), rank, round(len(searches) * rank * sum(each[path] for path in kept)))

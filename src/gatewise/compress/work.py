@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +33,35 @@ def fingerprint_of(asked: Mapping[str, Any], adapter: Path) -> str:
     told.update(weights_of(adapter).read_bytes())
     told.update((adapter / CONFIG_FILE).read_bytes())
     return told.hexdigest()
+
+
+def beside(out: str | Path) -> Path:
+    """OUT.work."""
+    out = Path(out).resolve()
+    return out.with_name(f"{out.name}.work")
+
+
+@contextmanager
+def alone(out: str | Path) -> Iterator[None]:
+    """Keeps other compressions away that would write to the same place, and go on with what this one trains.
+
+    Raises:
+        GatewiseError: another one is at work.
+    """
+    path = beside(out).with_name(f".{beside(out).name}.lock")
+    lock = FileLock(str(path))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise GatewiseError(f"another command is compressing to {out} now: wait for it, or give another --out") from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
 
 
 class Work:

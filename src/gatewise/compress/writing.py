@@ -50,7 +50,7 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None) -
                 write_json(part / NOTE_FILE, search.note)
         deviation, seconds = _compared(search, part, merge=source is not None)
         result = Compressed(
-            out=out, chosen=chosen, whole_size=search.sizes[0], whole_quality=float(search.whole_rows.mean()),
+            out=out, chosen=chosen, whole_size=search.whole_size, whole_quality=float(search.whole_rows.mean()),
             base_quality=float(search.base_rows.mean()), candidates=tuple(search.candidates), measure=search.rows.measure,
             order=search.order, goal=search.goal, rows=len(search.rows.held_out), seconds=seconds, deviation=deviation,
         )  # fmt: skip
