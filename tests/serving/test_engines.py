@@ -79,6 +79,13 @@ def test_the_smallest_rank_that_vllm_allows(rank: int, allowed: int | None) -> N
     assert (told["vllm"] and told["vllm"]["max_lora_rank"]) == allowed
 
 
+def test_vllm_takes_the_configuration_at_its_word() -> None:
+    """It refuses an adapter whose configuration speaks of a larger rank than any module has."""
+    told = adapter(f"model.{DOWN}", rank=3)
+    told.config.update(r=4, rank_pattern={"gone": 9}, alpha_pattern={})
+    assert serving_settings(told, "llama")["vllm"]["max_lora_rank"] == 16
+
+
 def test_several_adapters_need_the_union_and_the_largest_rank() -> None:
     one, two = (serving_settings(adapter(f"model.{path}", rank=rank), "llama") for path, rank in ((QUERY, 3), (DOWN, 12)))
     both = settings_together([one, two])

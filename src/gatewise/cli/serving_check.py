@@ -10,6 +10,7 @@ import typer
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.cli.options import JsonOption, takes_data_options
+from gatewise.files import finite
 
 if TYPE_CHECKING:
     from gatewise.serving.checking import Checked, Match
@@ -39,7 +40,8 @@ def serving_check(
     """Start vLLM as serving.json says, and compare its greedy answers with PEFT's, unmerged and merged.
 
     vLLM leaves out the LoRA of modules that it is not told of, or that it calls by another name, and says nothing. Exit code 1 says
-    that an answer differs, or that the prompts could not have shown it. In bfloat16 give a tolerance such as 0.2.
+    that an answer differs, or that the prompts could not have shown it. Bfloat16 needs a tolerance such as 0.2, and then modules
+    that change no answer by more may be missing: check in float32 where memory allows.
 
     \b
     Examples:
@@ -53,7 +55,7 @@ def serving_check(
         dtype=dtype, tolerance=tolerance, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps([{**asdict(one), "adapter": str(one.adapter), "holds": one.holds} for one in found]))
+        typer.echo(json.dumps([finite({**asdict(one), "adapter": str(one.adapter), "holds": one.holds}) for one in found]))
     else:
         for one in found:
             typer.echo(line_of(one))
@@ -65,11 +67,12 @@ def line_of(one: "Checked") -> str:
     """An adapter's answers in a line, and why it does not hold if it does not."""
     sides = [f"{_told(one.unmerged)} as in PEFT"]
     sides.append("not merged" if one.merged is None else f"{_told(one.merged)} as merged")
-    line = f"{one.adapter.name}: vLLM {one.vllm} chose {', '.join(sides)}; without the adapter {_told(one.without)}"
+    name = f"{one.adapter.parent.name}/{one.adapter.name}"  # runs call all their adapters "adapter"
+    line = f"{name}: vLLM {one.vllm} chose {', '.join(sides)}; without the adapter {_told(one.without)}"
     if one.holds:
         return line
     if one.without.holds:
-        return f"{line}. CANNOT TELL: the adapter changes nothing that these prompts show, give others"
+        return f"{line}. CANNOT TELL: the adapter changes little that these prompts show, give others"
     if not one.base.holds:
         return f"{line}. DIFFERS: and so does the base model without an adapter ({_told(one.base)})"
     return f"{line}. DIFFERS: vLLM calls some modules by other names than the settings do, or the adapter is not what it serves"

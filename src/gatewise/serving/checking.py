@@ -6,7 +6,9 @@ If it would at every position, its own greedy answers are the same.
 """
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from peft import PeftModel
@@ -61,7 +63,8 @@ class Checked:
         vllm: the version.
         unmerged, merged: vLLM beside PEFT; None for an adapter that PEFT cannot merge.
         base: vLLM without the adapter beside the base model in Transformers.
-        without: vLLM without the adapter beside PEFT with it. Where that holds, these prompts cannot tell.
+        without: vLLM without the adapter beside PEFT with it, at thrice the tolerance. Where that holds, these prompts cannot tell:
+            of an adapter that changes less, vLLM could leave all out and yet be within the tolerance, where both sides round.
     """
 
     adapter: Path
@@ -115,14 +118,16 @@ def check_in_vllm(
         raise GatewiseError(f"dtype {dtype!r} is not known; expected float32 or bfloat16")
     folders = [Path(one).resolve() for one in adapters]
     base = _common_base(folders, options.base)
-    prompted = [_prompts(folder, base, data, replace(options, limit=prompts), tokens) for folder in folders]
-    served = _settings_of(folders, base, settings)["vllm"]
+    config = _config_of(base)
+    positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
+    prompted = [_prompts(folder, base, positions, data, replace(options, limit=prompts), tokens) for folder in folders]
+    served = _settings_of(folders, config.model_type, settings)["vllm"]
     if served is None:
         raise GatewiseError(
             f"vLLM does not serve this: {SERVING_FILE} has no settings for it (DoRA, biases, modules that were trained as a whole, "
             "or too large a rank)"
         )
-    say(f"answering {prompts} prompts in vLLM")
+    say(f"answering {max(map(len, prompted))} prompts in vLLM")
     arguments = [
         "--model", resolve(base), "--dtype", dtype, "--enforce-eager", "--max-loras", str(len(folders)),
         "--max-model-len", str(tokens + max(len(ids) for one in prompted for ids in one)), *served["arguments"],
@@ -134,11 +139,11 @@ def check_in_vllm(
     written, bare = (batch["rows"] for batch in found["batches"])
     checked = []
     for folder, asked in zip(folders, prompted, strict=True):
-        say(f"{folder.name}: comparing with PEFT")
+        say(f"{folder.parent.name}/{folder.name}: comparing with PEFT")
         model, _, _ = load_adapter(folder, base=base, dtype=dtype, device=options.device)
         mine, written = written[: len(asked)], written[len(asked) :]
         without, bare = bare[: len(asked)], bare[len(asked) :]
-        unmerged, told = _match(model, asked, mine, tolerance), _match(model, asked, without, tolerance)
+        unmerged, told = _match(model, asked, mine, tolerance), _match(model, asked, without, 3 * tolerance)
         with model.disable_adapter():
             plain = _match(model, asked, without, tolerance)
         merged = _match(model, asked, mine, tolerance) if _is_merged(model) else None
@@ -149,7 +154,7 @@ def check_in_vllm(
 @torch.no_grad()
 def _match(model: PeftModel, prompts: Sequence[list[int]], answers: Sequence[Mapping[str, Any]], tolerance: float) -> Match:
     same = compared = 0
-    difference = 0.0
+    gaps = []
     for prompt, answer in zip(prompts, answers, strict=True):
         chosen, theirs = torch.tensor(answer["tokens"]), torch.tensor(answer["logprobs"])
         ids = torch.tensor([[*prompt, *answer["tokens"]]], device=next(model.parameters()).device)
@@ -158,7 +163,8 @@ def _match(model: PeftModel, prompts: Sequence[list[int]], answers: Sequence[Map
         likelihood = ours.gather(-1, chosen[:, None])[:, 0]
         same += int((ours.max(-1).values - likelihood <= 2 * tolerance).sum())
         compared += len(chosen)
-        difference = max(difference, float((likelihood - theirs).abs().max()))
+        gaps.append((likelihood - theirs).abs())
+    difference = float(torch.cat(gaps).max())  # NaN where any of them is, unlike Python's max
     return Match(same, compared, difference, same == compared and difference <= tolerance)
 
 
@@ -174,15 +180,23 @@ def _common_base(folders: Sequence[Path], given: str | None) -> str:
     return str(bases[0])
 
 
-def _prompts(folder: Path, base: str, data: str, options: DataOptions, tokens: int) -> list[list[int]]:
+def _prompts(folder: Path, base: str, positions: int, data: str, options: DataOptions, tokens: int) -> list[list[int]]:
     records, template, max_length = read_data(folder, data, options)
+    max_length = min(max_length, positions)
     if template is None:
         raise GatewiseError(f"{folder} is for classification: this check is for adapters that write text")
     tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base)
     return prompt_ids(records, tokenizer, template, [max_length - tokens] * len(records), max_length)
 
 
-def _settings_of(folders: Sequence[Path], base: str, given: str | Path | None) -> dict[str, Any]:
+def _config_of(base: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(resolve(base), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise GatewiseError(f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}") from error
+
+
+def _settings_of(folders: Sequence[Path], model_type: str, given: str | Path | None) -> dict[str, Any]:
     if given is not None:
         return _read_settings(Path(given))
     found = []
@@ -190,7 +204,7 @@ def _settings_of(folders: Sequence[Path], base: str, given: str | Path | None) -
         if (folder / SERVING_FILE).is_file():
             found.append(_read_settings(folder / SERVING_FILE))
         elif read_config(folder).get("peft_type") == "LORA":
-            found.append(serving_settings(read_lora(folder), AutoConfig.from_pretrained(resolve(base)).model_type))
+            found.append(serving_settings(read_lora(folder), model_type))
         else:
             raise GatewiseError(f"{folder} is no plain LoRA adapter, and vLLM serves no other")
     return found[0] if len(found) == 1 else settings_together(found)
@@ -215,8 +229,10 @@ def _is_merged(model: PeftModel) -> bool:
 def run_vllm(python: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Runs ``vllm_process.py``, where request and answer are described, by a Python that has vLLM.
 
+    All processes that vLLM starts are gone at the end, also where this one is interrupted or killed.
+
     Raises:
-        GatewiseError: there is no such Python, it has no vLLM, or vLLM ends with an error.
+        GatewiseError: there is no such Python, it has no vLLM, or vLLM ends with an error or without an answer.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered, log = (Path(folder) / name for name in ("request.json", "answer.json", "log"))
@@ -224,23 +240,39 @@ def run_vllm(python: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
         command = [str(python), str(Path(vllm_process.__file__)), str(asked), str(answered)]
         try:
             with log.open("wb") as stream:
-                code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+                code = _run_as_group(command, stream)
         except OSError as error:
             raise GatewiseError(f"{python} could not be run ({reason_of(error)}): give the Python that has vLLM") from error
         if code == vllm_process.NO_VLLM:
             raise GatewiseError(f"{python} has no vLLM: give the Python of an environment that has it (--python)")
-        if code:
-            raise GatewiseError(f"vLLM ended with an error: {_reason_in(log.read_text(encoding='utf-8', errors='replace'))}")
+        if code or not answered.exists():
+            said = _reason_in(log.read_text(encoding="utf-8", errors="replace"))
+            if code < 0:
+                raise GatewiseError(f"vLLM was killed by signal {-code}, as where memory runs out; the last it said: {said}")
+            raise GatewiseError(f"vLLM ended with an error: {said}" if code else f"{python} gave no answer of vLLM: {said}")
         found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
         return found
 
 
-# An error as Python prints it at the end of a traceback, after what vLLM's logger puts before a line.
+def _run_as_group(command: Sequence[str], log: IO[bytes]) -> int:
+    """Runs a command that leads a group of processes, and then kills what is left of the group."""
+    # The pipe, which nobody writes into, ends with this process: see vllm_process.py.
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            return process.wait()
+        finally:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+# An error as Python prints it at the end of a traceback, after what vLLM's logger puts before a line; and lines of that logger
+# that tell of an error with which vLLM went on.
 _ERROR = re.compile(r"(?:^|[\] ])((?:\w+\.)*\w*(?:Error|Exception)\b: ?.+)")
+_NO_ERROR = re.compile(r"(?:^|\) )(?:DEBUG|INFO|WARNING) ")
 
 
 def _reason_in(log: str) -> str:
     """The first error of the log: the later ones say that a process that another one waits for is gone."""
-    errors = [found[1] for line in log.splitlines() if (found := _ERROR.search(line))]
+    errors = [found[1] for line in log.splitlines() if not _NO_ERROR.search(line) and (found := _ERROR.search(line))]
     lines = errors[:1] or log.strip().splitlines()[-1:] or ["it said nothing"]
     return lines[0].strip()

@@ -42,6 +42,8 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
     """
     paths = sorted(module.path for module in adapter.modules)
     rank = max(len(module.a) // (module.blocks if module.stacked else 1) for module in adapter.modules)
+    declared = [adapter.config.get("r"), *(adapter.config.get("rank_pattern") or {}).values()]  # vLLM refuses more of these too
+    rank = max(rank, *(one for one in declared if isinstance(one, int)), 1)
     extra = any(module.others for module in adapter.modules) or bool(adapter.others)
     return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra)
 

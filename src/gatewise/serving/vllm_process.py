@@ -2,6 +2,8 @@
 
     python vllm_process.py REQUEST.json ANSWER.json
 
+It leads a group of processes, and kills it when its standard input ends: whoever started it is gone then, however that came.
+
 The request has ``arguments``, those of vLLM's command line; ``tokens``, how many to write after each prompt; and ``batches``,
 lists of rows with ``prompt``, token ids, and ``adapter``, a folder or null. The answer has the ``version`` of vLLM, and for each of
 the ``batches`` its ``rows``, with the ``tokens`` chosen greedily and their ``logprobs``, and the ``seconds`` of processor time that
@@ -10,7 +12,9 @@ all of vLLM's processes took.
 
 import json
 import os
+import signal
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,7 +60,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"version": __version__, "batches": batches}
 
 
+def die_with_input() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock a forked process would inherit
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
 if __name__ == "__main__":
     if find_spec("vllm") is None:
         sys.exit(NO_VLLM)
+    threading.Thread(target=die_with_input, daemon=True).start()
     Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))), encoding="utf-8")
