@@ -126,6 +126,20 @@ def test_evaluate_prints_a_table_or_json(gatewise: Gatewise, tmp_path: Path) -> 
     assert values["triplet_f1"] == pytest.approx(2 / 3)
     assert values["malformed"] == 1
     assert values["n"] == 2
+    # Both right, one or none: a draw of two passages is enough to say nothing.
+    assert values["intervals"]["triplet_f1"] == {"low": 0, "high": 1}
+    assert "0.6667 (0.000-1.000)" in result.stdout
+    assert "95% intervals, from 2,000 bootstrap draws of the 2 passages" in result.stdout
+    alone = gatewise("evaluate", "--gold", "one.json", "--pred", "one.json")
+    assert "(" not in alone.stdout.split("trees:")[0]
+
+
+def test_evaluate_fits_a_narrow_terminal(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json").stdout.splitlines()
+    assert [
+        len(re.findall(r"1\.0000 \(1\.000-1\.000\)", line)) for line in lines if line.startswith((" triplet", " node", " path"))
+    ] == [3] * 3
 
 
 def test_evaluate_shows_errors_by_kind(gatewise: Gatewise, tmp_path: Path) -> None:
@@ -153,6 +167,50 @@ def test_evaluate_takes_any_prediction_but_only_trees_as_gold(gatewise: Gatewise
     assert_refused(gatewise("evaluate", "--gold", "good.json", "--pred", "one.json"), "has 2 trees", "has 1")
     (tmp_path / "other.json").write_text(json.dumps([{"text": "something else", "tree": gout()}]))
     assert_refused(gatewise("evaluate", "--gold", "one.json", "--pred", "other.json"), "record 1 of other.json has another text")
+
+
+def test_prepare_takes_only_what_was_approved(gatewise: Gatewise, tmp_path: Path) -> None:
+    states = ["approved", None, "corrected", "approved", "approval", True]
+    items = [{"text": f"{TEXT} {i}", "tree": gout(), **({"review": one} if one else {})} for i, one in enumerate(states)]
+    (tmp_path / "a.review.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    result = gatewise("prepare", "a.review.jsonl", "--only", "approved", "--out", "train.jsonl")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "left out: 4 of 6 records, which no reviewer approved",
+        "written: train.jsonl, 2 rows of 2 passages of 2 documents",
+    ]
+    rows = [json.loads(line)["source"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [f"{TEXT.partition('@')[2]} {i}" in row for i, row in zip((0, 3), rows, strict=True)] == [True, True]
+    assert_refused(
+        gatewise("prepare", "good.json", "--only", "approved", "--out", "none.jsonl"), "none of the 2 records", "leave --only out"
+    )
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_prepare_splits_by_document(gatewise: Gatewise, tmp_path: Path) -> None:
+    names = ["a.pdf"] * 6 + ["b.pdf"] * 2 + ["c.pdf"] * 2
+    items = [{"text": f"{TEXT} {name} {i}", "tree": gout(), "source": name} for i, name in enumerate(names)]
+    (tmp_path / "trees.json").write_text(json.dumps(items))
+    words = ("prepare", "trees.json", "--out", "train.jsonl", "--dev", "dev.jsonl")
+    result = gatewise(*words, "--swapped", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "written: dev.jsonl, 2 rows of 2 passages of 1 document",
+        "written: train.jsonl, 16 rows of 8 passages of 2 documents",
+    ]
+    dev = (tmp_path / "dev.jsonl").read_text()
+    name = "b.pdf" if "b.pdf" in dev else "c.pdf"
+    assert dev.count(name) == 2
+    assert name not in (tmp_path / "train.jsonl").read_text()
+    assert "4 passages of 2 documents" in gatewise(*words, "--dev-share", 0.4).stdout
+    seeds = {gatewise(*words, "--seed", seed).stdout + (tmp_path / "dev.jsonl").read_text() for seed in range(6)}
+    assert len(seeds) == 2
+    assert_refused(gatewise(*words, "--dev-share", 1), "the share of dev is 1", "between 0 and 1")
+    assert_refused(gatewise(*words[:4], "--dev-share", 0.2), "--dev-share was given without --dev")
+    (tmp_path / "trees.json").write_text(json.dumps(items[:6]))
+    (tmp_path / "dev.jsonl").unlink()
+    assert_refused(gatewise(*words), "all 6 records are of one document", "leave --dev out")
+    assert not (tmp_path / "dev.jsonl").exists()
 
 
 @pytest.mark.parametrize("link", [False, True])

@@ -165,8 +165,9 @@ def test_each_step_is_measured_alone_from_gold_input() -> None:
     extractor = Extractor(model, tokenizer, max_new_tokens=900)
     records = [RECORD, TreeRecord("adults@Give nothing.", DecisionTree.from_preorder([node("D")]))]
     assert measure(extractor, records, "triples") == {
-        "triplet_precision": 1.0, "triplet_recall": 1.0, "triplet_f1": 1.0, "n": 1, "failed": 0,
+        "triplet_precision": 1.0, "triplet_recall": 1.0, "triplet_f1": 1.0, "n": 1, "failed": 0, "intervals": {},
     }  # fmt: skip
+    assert measure(extractor, [RECORD, RECORD], "nodes")["intervals"]["node_f1"] == {"low": 1, "high": 1}
     assert measure(extractor, records, "nodes")["node_f1"] == 1.0
     assert measure(extractor, records, "tree")["tree_acc"] == 1.0
     assert measure(extractor, records[:1])["path_f1"] == 1.0

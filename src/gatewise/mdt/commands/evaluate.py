@@ -55,7 +55,7 @@ def evaluate(
     as_json: JsonOption = False,
     repair: RepairOption = False,
 ) -> None:
-    """Measure trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio.
+    """Measure trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio, with 95% bootstrap intervals.
 
     The trees are those of a file, or are extracted with an adapter; then a stage of the pipeline can be measured alone. Predictions
     that are no trees count as wrong.
@@ -84,27 +84,38 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(values))
         return
+    from gatewise.mdt.evaluation.intervals import DRAWS
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("metric", "precision", "recall", "F1"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name in ("triplet", "node", "path"):
         if f"{name}_f1" in values:
-            table.add_row(name, *(f"{values[f'{name}_{kind}']:.4f}" for kind in ("precision", "recall", "f1")))
+            table.add_row(name, *(_shown(values, f"{name}_{kind}") for kind in ("precision", "recall", "f1")))
     console = Console()
     console.print(table)
     if "ter" in values:
-        nonempty = f"{values['tree_acc_nonempty']:.4f} of the predictions that are not empty"
-        console.print(f"tree accuracy: {values['tree_acc']:.4f} ({nonempty})")
-        console.print(f"tree edit ratio: {values['ter']:.4f} (lower is better; 1 - TER is {1 - values['ter']:.4f})")
+        console.print(f"tree accuracy: {_shown(values, 'tree_acc')}")
+        console.print(f"tree accuracy of the predictions that are not empty: {_shown(values, 'tree_acc_nonempty')}")
+        console.print(f"tree edit ratio: {_shown(values, 'ter')}, lower is better; 1 - TER is {1 - values['ter']:.4f}")
         console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
     else:
         console.print(f"records: {values['n']}, of which nothing could be read for {values['failed']}")
+    if values["intervals"]:
+        console.print(f"in brackets: 95% intervals, from {DRAWS:,} bootstrap draws of the {values['n']} passages")
     if mistakes:
         _show_mistakes(console, values["mistakes"])
 
 
+def _shown(values: dict[str, Any], name: str) -> str:
+    """A metric, and its interval in brackets if it has one."""
+    ends = values["intervals"].get(name)
+    return f"{values[name]:.4f}" + (f" ({ends['low']:.3f}-{ends['high']:.3f})" if ends else "")
+
+
 def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[str, Any]:
-    from gatewise.mdt.evaluation.metrics import evaluate as measure
+    from gatewise.mdt.evaluation.intervals import intervals
+    from gatewise.mdt.evaluation.metrics import count_trees, metrics_of
     from gatewise.mdt.evaluation.mistakes import count_mistakes
     from gatewise.mdt.records import Broken, read_items
 
@@ -119,7 +130,8 @@ def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[s
         raise GatewiseError(
             f"{gold} has {len(wanted)} trees and {pred} has {len(found)}: expected one prediction for each, in the same order"
         )
-    metrics: dict[str, Any] = measure(wanted, found, repair=repair, source=gold).to_json()
+    counts = count_trees(wanted, found, repair=repair, source=gold)
+    metrics = {**metrics_of(counts).to_json(), "intervals": intervals(counts)}
     return {**metrics, "mistakes": count_mistakes(wanted, found, repair=repair)} if mistakes else metrics
 
 

@@ -23,6 +23,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gatewise.errors import GatewiseError
 from gatewise.mdt import checks
 from gatewise.mdt.records import TreeRecord
@@ -31,6 +34,8 @@ from gatewise.mdt.tree import DecisionTree
 PlainTriple = tuple[str, str, str]
 PlainNode = tuple[str, str, frozenset[PlainTriple]]
 """What is compared of a node: role, logical_rel and triples."""
+Counts = dict[str, NDArray[Any]]
+"""By name, what was counted: (n,), a number for each record, or sums over records."""
 _Children = tuple[tuple[int, int] | None, ...]
 
 
@@ -79,12 +84,16 @@ def evaluate(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool = Fa
     Raises:
         GatewiseError: the numbers of trees differ, there is none, or a gold tree is none: names the record, counted from 1.
     """
+    return metrics_of(count_trees(gold, predicted, repair=repair, source=source))
+
+
+def count_trees(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool = False, source: str = "gold") -> Counts:
+    """What :func:`metrics_of` sums up, by record; arguments and errors are those of :func:`evaluate`."""
     if len(gold) != len(predicted):
         raise GatewiseError(f"{len(gold)} gold trees and {len(predicted)} predictions, expected one prediction for each gold tree")
     if not gold:
         raise GatewiseError("there are no gold trees, expected at least one")
-    triples, nodes, paths = _Overlap(), _Overlap(), _Overlap()
-    right = malformed = empty = distance = weight = 0
+    rows = []
     for number, (gold_item, item) in enumerate(zip(gold, predicted, strict=True), start=1):
         try:
             wanted, wanted_children = plain_tree(gold_item, repair)
@@ -92,29 +101,61 @@ def evaluate(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool = Fa
             raise GatewiseError(fault.at(f"{source}, record {number}")) from None
         found: list[PlainNode] = []
         found_children: _Children = ()
+        malformed = False
         try:
             found, found_children = plain_tree(item, repair)
         except checks.TreeError:
-            malformed += 1
-            empty += _is_empty(item)
-        right += found == wanted
-        triples.add({triple for node in found for triple in node[2]}, {triple for node in wanted for triple in node[2]})
-        nodes.add(Counter(node for node in found if node[2]), Counter(node for node in wanted if node[2]))
+            malformed = True
         known: dict[Any, int] = {}
-        paths.add(_paths(found, found_children, known), _paths(wanted, wanted_children, known))
-        distance += _distance(found, found_children, wanted, wanted_children)
-        weight += sum(len(node[2]) + 2 for node in (*found, *wanted) if node[2])
-    return TreeMetrics(
-        *triples.scores(),
-        *nodes.scores(),
-        *paths.scores(),
-        tree_acc=right / len(gold),
-        tree_acc_nonempty=_share(right, len(gold) - empty),
-        ter=_share(distance, weight),
-        n=len(gold),
-        malformed=malformed,
-        empty=empty,
-    )
+        rows.append(
+            {
+                **_overlap(
+                    "triplet",
+                    {triple for node in wanted for triple in node[2]},
+                    {triple for node in found for triple in node[2]},
+                ),
+                **_overlap("node", Counter(node for node in wanted if node[2]), Counter(node for node in found if node[2])),
+                **_overlap("path", _paths(wanted, wanted_children, known), _paths(found, found_children, known)),
+                "trees": 1,
+                "right": found == wanted,
+                "malformed": malformed,
+                "empty": malformed and _is_empty(item),
+                "distance": _distance(found, found_children, wanted, wanted_children),
+                "weight": sum(len(node[2]) + 2 for node in (*found, *wanted) if node[2]),
+            }
+        )
+    return _columns(rows)
+
+
+def count_sets(name: str, gold: Sequence[set[Any]], predicted: Sequence[set[Any]]) -> Counts:
+    """What :func:`rates` needs for the precision, recall and F1 called ``name``, "triplet" or "node": one pair of sets a record."""
+    return _columns([_overlap(name, wanted, found) for wanted, found in zip(gold, predicted, strict=True)])
+
+
+def metrics_of(counts: Counts) -> TreeMetrics:
+    """The metrics of records that :func:`count_trees` counted."""
+    totals = {name: column.sum() for name, column in counts.items()}
+    shares = {name: float(value) for name, value in rates(totals).items()}
+    return TreeMetrics(**shares, n=int(totals["trees"]), malformed=int(totals["malformed"]), empty=int(totals["empty"]))
+
+
+def rates(totals: Counts) -> Counts:
+    """All metrics that are shares, of counts summed up over records: arrays of one shape, such as a sum for each draw of records.
+
+    Precision, recall and F1 are 1 where there was nothing to find and nothing was found.
+    """
+    made: Counts = {}
+    for name in ("triplet", "node", "path"):
+        if f"{name}_both" not in totals:
+            continue
+        found, wanted, both = (totals[f"{name}_{what}"] for what in ("found", "wanted", "both"))
+        for kind, part, whole in (("precision", both, found), ("recall", both, wanted), ("f1", 2 * both, found + wanted)):
+            made[f"{name}_{kind}"] = np.where(found + wanted == 0, 1.0, _share(part, whole))
+    if "trees" in totals:
+        made["tree_acc"] = _share(totals["right"], totals["trees"])
+        made["tree_acc_nonempty"] = _share(totals["right"], totals["trees"] - totals["empty"])
+        made["ter"] = _share(totals["distance"], totals["weight"])
+    return made
 
 
 def tree_edit_ratio(one: Any, other: Any) -> float:
@@ -127,45 +168,25 @@ def tree_edit_ratio(one: Any, other: Any) -> float:
         (a, a_children), (b, b_children) = plain_tree(one, False), plain_tree(other, False)
     except checks.TreeError as fault:
         raise GatewiseError(str(fault)) from None
-    return _share(_distance(a, a_children, b, b_children), sum(len(node[2]) + 2 for node in (*a, *b) if node[2]))
+    return float(_share(_distance(a, a_children, b, b_children), sum(len(node[2]) + 2 for node in (*a, *b) if node[2])))
 
 
-def set_scores(gold: Sequence[set[Any]], predicted: Sequence[set[Any]]) -> tuple[float, float, float]:
-    """Precision, recall and F1 of sets, micro-averaged: one pair of sets a record."""
-    overlap = _Overlap()
-    for wanted, found in zip(gold, predicted, strict=True):
-        overlap.add(found, wanted)
-    return overlap.scores()
+def _overlap(name: str, wanted: set[Any] | Counter[Any], found: set[Any] | Counter[Any]) -> dict[str, int]:
+    both = found & wanted  # type: ignore[operator]
+    return {f"{name}_found": _size(found), f"{name}_wanted": _size(wanted), f"{name}_both": _size(both)}
 
 
-class _Overlap:
-    """Counts what was found, what was wanted and what is in both, over all records."""
-
-    def __init__(self) -> None:
-        self.found = self.wanted = self.both = 0
-
-    def add(self, found: set[Any] | Counter[Any], wanted: set[Any] | Counter[Any]) -> None:
-        self.found += _size(found)
-        self.wanted += _size(wanted)
-        self.both += _size(found & wanted)  # type: ignore[operator]
-
-    def scores(self) -> tuple[float, float, float]:
-        """Precision, recall and F1; 1 where there was nothing to find and nothing was found."""
-        if not self.found and not self.wanted:
-            return 1.0, 1.0, 1.0
-        return (
-            _share(self.both, self.found),
-            _share(self.both, self.wanted),
-            2 * self.both / (self.found + self.wanted),
-        )
+def _columns(rows: Sequence[dict[str, int]]) -> Counts:
+    return {name: np.array([row[name] for row in rows], dtype=np.int64) for name in rows[0]}
 
 
 def _size(things: set[Any] | Counter[Any]) -> int:
     return things.total() if isinstance(things, Counter) else len(things)
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _share(part: Any, whole: Any) -> NDArray[Any]:
+    """0 where the whole is 0."""
+    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=np.asarray(whole) != 0)
 
 
 def _is_empty(item: Any) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.evaluation.metrics import evaluate, set_scores
+from gatewise.mdt.evaluation.intervals import intervals
+from gatewise.mdt.evaluation.metrics import count_sets, count_trees, metrics_of, rates
 from gatewise.mdt.evaluation.mistakes import count_mistakes
 from gatewise.mdt.extraction.extractor import Asked, Extraction, Extractor, Progress
 from gatewise.mdt.extraction.prompts import STAGES, Stage, nodes_in_order
@@ -36,8 +37,9 @@ def measure(
             no trees.
 
     Returns:
-        Metrics by name, with ``n``, the number of records, and ``failed``, for how many of them nothing could be read; with
-        ``mistakes``, also what :func:`gatewise.mdt.count_mistakes` counts.
+        Metrics by name, with ``n``, the number of records, ``failed``, for how many of them nothing could be read, and
+        ``intervals``, see :mod:`gatewise.mdt.evaluation.intervals`; with ``mistakes``, also what
+        :func:`gatewise.mdt.count_mistakes` counts.
 
     Raises:
         GatewiseError: there are no records, or none with a triple; the stage is unknown, makes no trees whose mistakes could be
@@ -75,19 +77,22 @@ def measure(
     results = run(asked, progress)
     sound = [one if isinstance(one, Asked) else Asked("", "en") for one in results]
     if stage == "triples":
-        scores = set_scores([set(map(_plain, r.tree.triples)) for r in used], [set(map(_plain, one.triples)) for one in sound])
+        wanted = [set(map(_plain, record.tree.triples)) for record in used]
+        counts = count_sets("triplet", wanted, [set(map(_plain, one.triples)) for one in sound])
     else:
         gold = [{_plain_node(node) for node in record.tree.nodes if not node.is_empty} for record in used]
-        scores = set_scores(gold, [{_plain_node(node) for node in one.nodes} for one in sound])
-    name = "triplet" if stage == "triples" else "node"
-    made = {f"{name}_{kind}": value for kind, value in zip(("precision", "recall", "f1"), scores, strict=True)}
-    return {**made, "n": len(used), "failed": sum(isinstance(one, GatewiseError) for one in results)}
+        counts = count_sets("node", gold, [{_plain_node(node) for node in one.nodes} for one in sound])
+    made = {name: float(value) for name, value in rates({name: column.sum() for name, column in counts.items()}).items()}
+    failed = sum(isinstance(one, GatewiseError) for one in results)
+    return {**made, "n": len(used), "failed": failed, "intervals": intervals(counts)}
 
 
 def _of_trees(records: Sequence[TreeRecord], found: Sequence[Extraction | GatewiseError], mistakes: bool) -> dict[str, Any]:
     trees: list[Any] = [one.tree if isinstance(one, Extraction) else [] for one in found]
     gold = [record.tree for record in records]
-    metrics: dict[str, Any] = {**evaluate(gold, trees).to_json(), "failed": sum(isinstance(one, GatewiseError) for one in found)}
+    counts = count_trees(gold, trees)
+    failed = sum(isinstance(one, GatewiseError) for one in found)
+    metrics = {**metrics_of(counts).to_json(), "failed": failed, "intervals": intervals(counts)}
     return {**metrics, "mistakes": count_mistakes(gold, trees)} if mistakes else metrics
 
 
