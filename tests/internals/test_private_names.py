@@ -25,7 +25,18 @@ LIBRARIES = {"torch", "peft", "transformers", "accelerate", "deepspeed"}
 LISTED = {one.name for one in PRIVATE_NAMES}
 ATTRIBUTES = {"getattr", "setattr", "hasattr", "delattr"}
 # Python's own: the end of a process, the enum that our methods join, named tuples, and streams.
-OF_PYTHON = {"_exit", "_replace", "_name_", "_value_", "_sort_order_", "_member_names_", "_member_map_", "_value2member_map_"}
+OF_PYTHON = {
+    "_exit",
+    "_asdict",
+    "_fields",
+    "_replace",
+    "_name_",
+    "_value_",
+    "_sort_order_",
+    "_member_names_",
+    "_member_map_",
+    "_value2member_map_",
+}
 # Attributes that gatewise itself puts on objects of others.
 ON_OTHERS = {"_gatewise_request", "_adapters_allocated", "_gatewise"}
 

@@ -74,14 +74,21 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// Whether a click is none of a double click, whose second one may meet what came into the place of the first one's button.
+// The second clicks of double clicks: soon after another one at the same place, with no other click and no key between.
+const second = new WeakSet();
 let before = { time: -Infinity, x: 0, y: 0 };
 
-export function single(event) {
+addEventListener("click", event => {
   const now = { time: event.timeStamp, x: event.clientX, y: event.clientY };
   const same = event.detail > 0 && now.time - before.time < 500 && Math.hypot(now.x - before.x, now.y - before.y) < 5;
+  if (event.detail > 1 || same) second.add(event);
   before = now;
-  return event.detail < 2 && !same;
+}, true);
+addEventListener("keydown", () => { before.time = -Infinity; }, true);
+
+// Whether a click is none of a double click, whose second one may meet what came into the place of the first one's button.
+export function single(event) {
+  return !second.has(event);
 }
 
 export async function base64(file) {
