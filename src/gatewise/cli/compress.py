@@ -13,8 +13,9 @@ from rich.table import Table
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import number_of
-from gatewise.cli.options import JsonOption, takes_data_options
+from gatewise.cli.options import takes_data_options
 from gatewise.errors import GatewiseError
+from gatewise.flags import JsonOption
 
 if TYPE_CHECKING:
     from gatewise.compress import Compressed, Shared, Size

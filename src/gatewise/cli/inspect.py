@@ -12,8 +12,9 @@ from rich.console import Console
 from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import number_of
-from gatewise.cli.options import JsonOption, takes_data_options
+from gatewise.cli.options import takes_data_options
 from gatewise.errors import GatewiseError
+from gatewise.flags import JsonOption
 
 if TYPE_CHECKING:
     from gatewise.inspection.suggestion import Unit

@@ -27,9 +27,10 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import printable
 from gatewise.cli.compress import compress
 from gatewise.cli.inspect import inspect
-from gatewise.cli.options import JsonOption, takes_data_options
+from gatewise.cli.options import takes_data_options
 from gatewise.cli.serving_check import serving_check
 from gatewise.errors import GatewiseError
+from gatewise.flags import JsonOption
 
 if TYPE_CHECKING:
     from gatewise.runs.run import RunResult

@@ -1,4 +1,4 @@
-"""Command-line options that several commands share, each defined once."""
+"""The options of commands that read rows with a saved adapter: a flag for each field of ``DataOptions``."""
 
 import inspect
 from collections.abc import Callable
@@ -8,10 +8,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from gatewise.adapters.data_options import DataOptions
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-DeviceOption = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")]
-BaseOption = Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")]
+from gatewise.flags import BaseOption, DeviceOption
 
 # The command-line side of ``DataOptions``: a flag for each of its fields.
 _DATA_FLAGS: dict[str, Any] = {

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.cli.options import JsonOption, takes_data_options
+from gatewise.cli.options import takes_data_options
 from gatewise.files import finite
+from gatewise.flags import JsonOption
 
 if TYPE_CHECKING:
     from gatewise.serving.checking import Checked, Match

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from mdt_trees import TEXT, gout, node, triple
+from refusals import assert_refused
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
@@ -29,14 +30,6 @@ def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gatewise:
     for name, items in {"good": [good, good], "one": [good], "mixed": [good, wrong, good, joined], "wrong": [wrong]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(items))
     return lambda *words: CliRunner().invoke(app, ["mdt", *map(str, words)])
-
-
-def assert_refused(result: Any, *said: str) -> None:
-    assert result.exit_code == 2, result.output
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    for text in said:
-        assert text in last
 
 
 def test_show_prints_the_outline(gatewise: Gatewise) -> None:

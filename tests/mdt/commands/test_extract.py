@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from mdt_models import pdf, random_adapter_folder
 from mdt_trees import TEXT, gout
+from refusals import assert_refused
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
@@ -35,14 +36,6 @@ def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Path) -> 
     Path("gold.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
     few = ["--max-new-tokens", "150", "--verbatim"]
     return lambda *words, **more: CliRunner().invoke(app, ["mdt", *map(str, words), "--adapter", str(adapter), *few], **more)
-
-
-def assert_refused(result: Any, *said: str) -> None:
-    assert result.exit_code == 2, result.output
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    for text in said:
-        assert text in last
 
 
 @pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html", "fhir", "fhir-r4", "dmn"])

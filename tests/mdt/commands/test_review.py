@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from mdt_models import random_adapter_folder
 from mdt_trees import TEXT, gout
+from refusals import assert_refused
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
@@ -36,14 +37,6 @@ def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gatewise:
     Path("trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}, {"text": TEXT, "tree": gout()[:3]}]))
     Path("trees.txt").write_text("text: x\nif:\n")
     return lambda *words: CliRunner().invoke(app, ["mdt", "review", *map(str, words)])
-
-
-def assert_refused(result: Any, *said: str) -> None:
-    assert result.exit_code == 2, result.output
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    for text in said:
-        assert text in last
 
 
 def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) -> None:

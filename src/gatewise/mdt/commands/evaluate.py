@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gatewise.cli.options import BaseOption, DeviceOption, JsonOption
 from gatewise.errors import GatewiseError
+from gatewise.flags import BaseOption, DeviceOption, JsonOption
 from gatewise.mdt.commands.model import (
     BatchOption,
     CandidatesOption,

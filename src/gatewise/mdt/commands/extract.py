@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gatewise.cli.options import BaseOption, DeviceOption
 from gatewise.errors import GatewiseError
+from gatewise.flags import BaseOption, DeviceOption
 from gatewise.mdt.commands.model import (
     BatchOption,
     CandidatesOption,

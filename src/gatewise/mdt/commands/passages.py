@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gatewise.checks import writable
-from gatewise.cli.options import JsonOption
+from gatewise.flags import JsonOption
 from gatewise.mdt.commands.trees import say
 
 if TYPE_CHECKING:

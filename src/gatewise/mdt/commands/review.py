@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gatewise.cli.options import BaseOption, DeviceOption
 from gatewise.errors import GatewiseError
+from gatewise.flags import BaseOption, DeviceOption
 from gatewise.mdt.commands.model import CandidatesOption, PipelineOption, TokensOption, VerbatimOption
 from gatewise.mdt.commands.trees import RepairOption, say
 

@@ -1,0 +1,9 @@
+"""Command-line options that the commands of several rooms share, each defined once."""
+
+from typing import Annotated
+
+import typer
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1 or mps.")]
+BaseOption = Annotated[str | None, typer.Option(help="The base model, if not the one the adapter names.")]
