@@ -2,7 +2,7 @@
 
 import typer
 
-from gatewise.mdt.commands import evaluate, extract, passages, prepare, review, show
+from gatewise.mdt.commands import carry, evaluate, extract, passages, prepare, review, show
 
 mdt_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -17,5 +17,5 @@ def mdt() -> None:
     """
 
 
-for command in (show.show, passages.passages, extract.extract, prepare.prepare, evaluate.evaluate, review.review):
+for command in (show.show, passages.passages, extract.extract, prepare.prepare, evaluate.evaluate, review.review, carry.carry):
     mdt_app.command()(command)

@@ -16,7 +16,7 @@ from gatewise.checks import HALF_A_PAIR, has_half_a_pair, is_whole, printable, w
 from gatewise.errors import GatewiseError
 from gatewise.mdt.formats.views import FORMATS, ONE_TREE, render
 from gatewise.mdt.records import TreeRecord
-from gatewise.mdt.review import edits
+from gatewise.mdt.review import carrying, edits
 from gatewise.mdt.review.files import Draft, Entry, ReviewFiles, change_row, opening_row, passage_row
 from gatewise.mdt.review.merging import merged
 from gatewise.mdt.review.passage import Passage, Version
@@ -241,6 +241,23 @@ class Session:
             del self._passages[number]
             self._removed.append(passage.text)
             self._keep([self._row("remove", by, passage, {})])
+
+    def carry(self, records: Sequence[TreeRecord], source: str, by: By = NOBODY) -> carrying.Carried:
+        """Carries what a review of an older version of the guideline decided over to the passages of this one, see
+        :mod:`gatewise.mdt.review.carrying`. Doing it again changes nothing.
+
+        Args:
+            records: of the older review's file of corrections.
+            source: the name of that file.
+        """
+        by = _checked(by)
+        with self._lock:
+            made, done = carrying.carry(self.passages, records, source)
+            changed = [one for one in made if one != self._passages[one.number]]
+            self._passages |= {passage.number: passage for passage in changed}
+            if changed:
+                self._keep([self._row("carry", by, one, {"source": source, **passage_row(one)}) for one in changed])
+            return done
 
     # ---- changing: each names the version that it is of ----
 

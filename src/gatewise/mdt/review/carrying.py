@@ -1,0 +1,215 @@
+"""What a review of an older version of a guideline is worth for the newer one.
+
+A passage whose text is the same in both is carried over with all that was decided: its tree, its state, who approved it and when.
+One whose text changed gets the old tree as a draft, to be read against the new text, and keeps the old text so that the change can
+be shown. What has no counterpart is new, or gone. Nothing that a person did in the newer review is touched.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
+
+from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.review.passage import NOTHING, REVIEWED, Passage, State, others, version_of
+from gatewise.mdt.wholes import pieces
+
+CARRIED_KEY = "carried"
+"""The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
+"place" those of its document where they are known, and "text" the text that the tree was made for, where that was another one."""
+ALIKE = 0.6
+"""From this share of words in common on, a passage passes for a changed one and not for a new one."""
+# What a record says of its place in its document; the newer one has its own.
+_OF_THE_DOCUMENT = ("source", "place", "headings", "offsets", "notes", "sha256", CARRIED_KEY)
+_CLOSEST = 5  # of the older passages with the most words in common, so many are compared word for word
+Kind = Literal["same", "gone", "new"]
+
+
+class Match(NamedTuple):
+    """An older record and the newer passage that it is of, by position.
+
+    Attributes:
+        same: the texts are the same, and the tree was made for no other text.
+    """
+
+    record: int
+    passage: int
+    same: bool
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What was carried over, by the numbers of the newer passages.
+
+    Attributes:
+        approved, corrected, drafted: passages with the same text, and the state that their trees came with.
+        changed: passages whose text changed, and that have the old tree as a draft now.
+        beside: passages whose text changed and that have a newer draft: the old tree lies beside it.
+        kept: passages with a tree that a person corrected or approved in the newer review; it stays.
+        new: passages that the older review has nothing for.
+        gone: records of the older review that no passage of the newer one is like.
+    """
+
+    approved: list[int]
+    corrected: list[int]
+    drafted: list[int]
+    changed: list[int]
+    beside: list[int]
+    kept: list[int]
+    new: list[int]
+    gone: list[TreeRecord]
+
+
+def matches(passages: Sequence[Passage], records: Sequence[TreeRecord]) -> list[Match]:
+    """Which older record is of which newer passage.
+
+    Those with the same text (up to white space) go together in their order. Where a text comes a different number of times than
+    before, and had different trees, nothing says which of them is of which place: then none of them counts as the same. Of the
+    rest, the likest pair goes together first, down to :data:`ALIKE`; among equals, the one that stands in its place.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for i, record in enumerate(records):
+        places[_plain(record.text)].append(i)
+    found: list[Match] = []
+    by_text: dict[str, list[int]] = defaultdict(list)
+    for j, passage in enumerate(passages):
+        by_text[_plain(passage.text)].append(j)
+    for text, newer in by_text.items():
+        older = places.get(text, [])
+        trees = {_content(records[i]) for i in older}
+        sure = len(older) == len(newer) or len(trees) == 1
+        if sure and older:  # as many as there are; of one tree for all, all
+            found += [Match(older[min(at, len(older) - 1)], j, True) for at, j in enumerate(newer)]
+        else:
+            found += [Match(i, j, False) for i, j in zip(older, newer, strict=False)]
+    taken, done = {one.record for one in found}, {one.passage for one in found}
+    known = {text for text, newer in by_text.items() if newer}
+    left = [i for i, record in enumerate(records) if i not in taken and _plain(record.text) not in known]
+    return sorted([*found, *_alike(passages, records, left, done)], key=lambda one: one.passage)
+
+
+def _alike(passages: Sequence[Passage], records: Sequence[TreeRecord], left: Sequence[int], done: set[int]) -> list[Match]:
+    older = {i: _words(records[i].text) for i in left}
+    kinds = {i: set(words) for i, words in older.items()}
+    pairs: list[tuple[float, float, int, int]] = []
+    for j, passage in enumerate(passages):
+        if j in done:
+            continue
+        words = _words(passage.text)
+        own = set(words)
+        near = Counter({i: 2 * len(own & kind) / (len(own) + len(kind)) for i, kind in kinds.items() if own & kind})
+        for i, _ in near.most_common(_CLOSEST):
+            ratio = SequenceMatcher(None, older[i], words, autojunk=False).ratio()
+            if ratio >= ALIKE:
+                moved = abs(i / len(records) - j / len(passages))
+                pairs.append((-ratio, moved, i, j))
+    made: list[Match] = []
+    used: set[int] = set()
+    for _, _, i, j in sorted(pairs):
+        if i not in used and j not in done:
+            made.append(Match(i, j, False))
+            used.add(i)
+            done.add(j)
+    return made
+
+
+def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: str) -> tuple[list[Passage], Carried]:
+    """The passages of a newer version with what an older review has for them, and what was done.
+
+    A passage that a person has been at work on stays as it is. Where there is a newer draft of a changed text, the old tree lies
+    beside it.
+
+    Args:
+        records: of the older review's file of corrections.
+        source: the name of that file.
+    """
+    found = matches(passages, records)
+    made = list(passages)
+    done: dict[str, list[int]] = defaultdict(list)
+    for record, at, same in found:
+        passage = passages[at]
+        if passage.now.state in REVIEWED or passage.saved is not None:
+            done["kept"].append(passage.number)
+            continue
+        made[at] = _carried(passage, records[record], same, source)
+        laid_beside = made[at].beside is not None and made[at].now == passage.now != NOTHING
+        what = version_of(records[record], "drafted").state if same else "beside" if laid_beside else "changed"
+        done[what].append(passage.number)
+    matched = {one.passage for one in found}
+    done["new"] = [passage.number for at, passage in enumerate(passages) if at not in matched]
+    return made, Carried(**{name: done[name] for name in _LISTS}, gone=_gone(records, found))
+
+
+_LISTS = ("approved", "corrected", "drafted", "changed", "beside", "kept", "new")
+
+
+def _gone(records: Sequence[TreeRecord], found: Sequence[Match]) -> list[TreeRecord]:
+    """The records of which the newer version has nothing: no text like theirs, or no place for their tree."""
+    taken = {one.record for one in found}
+    kept = {_content(records[one.record]) for one in found if one.same}
+    return [record for i, record in enumerate(records) if i not in taken and _content(record) not in kept]
+
+
+def _carried(passage: Passage, record: TreeRecord, same: bool, source: str) -> Passage:
+    version = version_of(record, "drafted")
+    if not same:
+        version = version._replace(state="drafted", approved=None)
+    origin: dict[str, Any] = {"from": source}
+    origin |= {key: record.more[key] for key in ("sha256", "place") if isinstance(record.more.get(key), str)}
+    if _plain(record.text) != _plain(passage.text):
+        origin["text"] = record.text
+    more = {**passage.more, CARRIED_KEY: origin}
+    if same:
+        more = {key: value for key, value in others(record.more).items() if key not in _OF_THE_DOCUMENT} | more
+    if same or passage.now == NOTHING or passage.now.nodes == version.nodes:
+        return replace(passage.with_version(version), more=more)
+    if passage.beside is not None and passage.beside.nodes == version.nodes:
+        return passage
+    return replace(passage.extracted(version, -1), more=more)
+
+
+def difference(old: str, new: str) -> list[tuple[Kind, str]]:
+    """Two texts in pieces that both have, that only the old one has, and that only the new one has, in the order of reading.
+
+    Words, numbers with their units, ranges and fractions are taken whole (:mod:`gatewise.mdt.wholes`): "5 mg" became "50 mg", and
+    not "5" "50".
+    """
+    before, after = pieces(old)[0], pieces(new)[0]
+    made: list[tuple[Kind, str]] = []
+    for operation, i, k, j, m in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if operation == "equal":
+            made.append(("same", "".join(before[i:k])))
+        else:
+            made += [("gone", "".join(before[i:k])), ("new", "".join(after[j:m]))]
+    return _joined([one for one in made if one[1]])
+
+
+def _joined(parts: list[tuple[Kind, str]]) -> list[tuple[Kind, str]]:
+    """With changes in one piece where only a space is between them, so that phrases are read as phrases."""
+    spread: list[tuple[Kind, str]] = []
+    for at, (kind, text) in enumerate(parts):
+        inside = 0 < at < len(parts) - 1 and not text.strip()
+        spread += [("gone", text), ("new", text)] if kind == "same" and inside else [(kind, text)]
+    made: list[tuple[Kind, str]] = []
+    for is_same, group in groupby(spread, key=lambda one: one[0] == "same"):
+        held = list(group)
+        kinds: tuple[Kind, ...] = ("same",) if is_same else ("gone", "new")
+        made += [(kind, text) for kind in kinds if (text := "".join(piece for its, piece in held if its == kind))]
+    return made
+
+
+def _content(record: TreeRecord) -> tuple[str, str, State]:
+    version = version_of(record, "drafted")
+    return _plain(record.text), json.dumps(version.nodes, sort_keys=True), version.state
+
+
+def _words(text: str) -> list[str]:
+    return [piece.casefold() for piece in pieces(text)[0] if piece.strip()]
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
