@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -559,6 +560,29 @@ def test_on_a_small_screen(review: Callable[..., Review]) -> None:
     here.page.locator("#object-0").scroll_into_view_if_needed()
     assert here.page.is_visible("#object-0")
     here.shot("review_small", full_page=True)
+
+
+def test_what_was_carried_over_from_an_older_version(review: Callable[..., Review], tmp_path: Path) -> None:
+    old = sample()[:2]
+    record = [replace(one, more={"review": "approved", "place": "page 3"}) for one in old]
+    file = tmp_path / "new.txt"
+    file.write_text(f"{old[0].text.replace('140/90 mmHg', '130/80 mmHg')}\n\n{old[1].text}\n")
+    here = review(file)
+    page = here.page
+    here.session.carry(record, "old.review.jsonl")
+    page.reload()
+    here.wait_state("to review")
+    sync_api.expect(page.locator("#carried-head")).to_have_text(
+        "Carried over from old.review.jsonl, page 3; the text has changed since"
+    )
+    assert page.inner_text("#carried-difference del") == "at or above 140/90 mmHg"
+    assert page.inner_text("#carried-difference ins") == "at or above 130/80 mmHg"
+    assert page.evaluate("document.getElementById('carried').open")
+    here.shot("review_carried", full_page=True)
+    page.click("#open-2")
+    here.wait_state("approved")
+    sync_api.expect(page.locator("#carried-head")).to_have_text("Carried over from old.review.jsonl, page 3; the text is the same")
+    assert not page.evaluate("document.getElementById('carried').open")
 
 
 def test_the_page_speaks_chinese(review: Callable[..., Review]) -> None:

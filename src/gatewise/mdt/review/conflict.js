@@ -3,7 +3,8 @@
 import { tr } from "./words.js";
 
 const ACTIONS = { edit: tr("changed the tree"), begin: tr("began a tree"), undo: tr("took a change back"), redo: tr("made a change again"),
-  approve: tr("approved it"), withdraw: tr("took the approval back"), extract: tr("had it extracted"), take: tr("took an extraction") };
+  approve: tr("approved it"), withdraw: tr("took the approval back"), extract: tr("had it extracted"), take: tr("took the other tree"),
+  carry: tr("carried it over") };
 
 // Who did what, and when.
 export function saidOfOthers(entries) {

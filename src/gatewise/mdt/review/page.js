@@ -248,7 +248,22 @@ function showText() {
   at("headings").textContent = passage.headings.join(" › ");
   at("place").textContent = passage.place;
   at("reading-notes").replaceChildren(...passage.notes.map(text => element("li", { text })));
+  showCarried();
   showPhrase();
+}
+
+// Where the tree was carried over from; a change of the text is open until the tree was read against it.
+function showCarried() {
+  const { carried } = passage;
+  at("carried").hidden = !carried;
+  if (!carried) return;
+  const changed = carried.difference !== null;
+  const head = changed ? "Carried over from {from}; the text has changed since" : "Carried over from {from}; the text is the same";
+  at("carried-head").textContent = tr(head, { from: carried.from });
+  at("carried").open = changed && passage.state !== "approved";
+  at("carried-difference").lang = passage.language;
+  at("carried-difference").replaceChildren(...(carried.difference || []).map(([kind, text]) =>
+    kind === "same" ? text : element(kind === "gone" ? "del" : "ins", { text })));
 }
 
 function nodeOf(name) {
@@ -411,7 +426,7 @@ at("approve").addEventListener("click", event => {
 });
 onClick("beside-take", () => {
   const reviewed = passage.state === "corrected" || passage.state === "approved";
-  if (reviewed && !confirm(tr("Put the extraction in the place of a tree that a person corrected or approved?"))) return;
+  if (reviewed && !confirm(tr("Put it in the place of a tree that a person corrected or approved?"))) return;
   change("take", { extraction: passage.extraction.number, replaced: reviewed }, () => { node = 0; });
 });
 onClick("beside-leave", () => change("leave", { extraction: passage.extraction.number }));

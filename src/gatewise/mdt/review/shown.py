@@ -8,6 +8,7 @@ from gatewise.mdt.formats.svg import drawing_of, main_subject
 from gatewise.mdt.formats.views import FORMATS
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.relations import RELATIONS
+from gatewise.mdt.review.carrying import CARRIED_KEY, difference
 from gatewise.mdt.review.edits import drawable, empty_tree
 from gatewise.mdt.review.files import Entry
 from gatewise.mdt.review.passage import Passage, Version
@@ -62,6 +63,7 @@ def whole(passage: Passage) -> dict[str, Any]:
         "place": ", ".join(str(part) for part in (passage.more.get("source"), passage.more.get("place")) if part),
         "headings": _texts(passage.more.get("headings")),
         "notes": _texts(passage.more.get("notes")),
+        "carried": _carried(passage),
         "nodes": _nodes(passage, tree) if has_tree else None,
         "drawing": drawing_of(tree, passage.text, focusable=True, language=passage.language).svg if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
@@ -78,6 +80,18 @@ def whole(passage: Passage) -> dict[str, Any]:
 def _texts(held: object) -> list[str]:
     """What a record holds under a key that is to be a list of texts; a file may have anything there."""
     return [str(one) for one in held] if isinstance(held, list) else []
+
+
+def _carried(passage: Passage) -> dict[str, Any] | None:
+    """Where a tree was carried over from, and how the text was changed since."""
+    held = passage.more.get(CARRIED_KEY)
+    if not isinstance(held, dict):
+        return None
+    old = held.get("text")
+    return {
+        "from": ", ".join(_texts([held[key] for key in ("from", "place") if held.get(key)])),
+        "difference": difference(old, passage.text) if isinstance(old, str) else None,
+    }
 
 
 def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
