@@ -1,5 +1,6 @@
 """``gatewise mdt passages``: what will be read, as text and as JSON, and what is said of a file that cannot be."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def test_json_holds_all_of_it(file: str) -> None:
     (only,) = made["passages"]
     assert code == 0
     assert made["document"] == file
+    assert made["sha256"] == hashlib.sha256(SOURCE.encode()).hexdigest()
     assert made["characters"] == 74
     assert "dose?" in made["notes"][0]
     assert only == {

@@ -5,13 +5,15 @@ the model reads, in their order, what must not stand in it, and its notes; and f
 ("all"), what must be in none ("never"), and its notes.
 """
 
+import hashlib
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-from gatewise.mdt.documents.passages import split_passages
+from gatewise.mdt.documents.passages import Passage, split_passages
 from gatewise.mdt.documents.reading import read_document
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -79,3 +81,36 @@ def test_what_must_be_found_is_found(name: str) -> None:
         assert not any(piece in text for text in texts), piece
     for note in expected["notes"]:
         assert any(note in said for said in document.notes), note
+
+
+def letters(text: str) -> str:
+    """Without what stands between the pieces of a passage: spaces, full stops, ends of lines."""
+    return "".join(filter(str.isalnum, text))
+
+
+@pytest.mark.parametrize("most", [None, 120])
+@pytest.mark.parametrize("name", NAMES)
+def test_offsets_are_of_what_the_passage_says_itself(name: str, most: int | None) -> None:
+    """Before it come headings, and what is said again; and nothing of the document is in two passages."""
+    path = file_of(name)
+    pytest.importorskip({".md": "markdown_it", ".txt": "re", ".docx": "docx", ".pdf": "pdfplumber"}[path.suffix])
+    document = read_document(path)
+    found = split_passages(document, most=most)
+    for one in found:
+        own = letters(document.text[one.start : one.end])
+        assert own
+        assert letters(one.passage).endswith(own)
+        before = letters(one.passage).removesuffix(own)
+        assert said_before(one, before), before
+    by_place = sorted((one.start, one.end) for one in found)
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(by_place))
+    assert {one.origin("x")["sha256"] for one in found} == {hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def said_before(one: Passage, before: str) -> bool:
+    """Whether headings or, with a note, something said again is all that stands before a passage's own text."""
+    left = before
+    for heading in one.headings:
+        plain = letters(heading).lstrip("0123456789.一二三四五六七八九十")
+        left = left.replace(plain, "", 1)
+    return not left or any("said again" in note for note in one.notes)

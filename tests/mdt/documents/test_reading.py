@@ -1,5 +1,6 @@
 """Documents of every kind, made here and read back; passages with their populations; and what is said of bad ones."""
 
+import hashlib
 import io
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from mdt_trees import properties
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.documents.passages import Passage, split_passages
-from gatewise.mdt.documents.reading import Block, Document, population_mark, read_document
+from gatewise.mdt.documents.reading import Block, Document, document_of, population_mark, read_document
 
 FLARE = "For an acute flare, give colchicine 0.5 mg twice daily."
 MARKDOWN = f"""# Gout
@@ -227,3 +228,20 @@ def test_docling_reads_where_it_is_installed_and_is_named_where_it_is_not(tmp_pa
     monkeypatch.setattr(Converter, "convert", lambda *_: 1 / 0)
     with pytest.raises(GatewiseError, match=r"could not be read with docling \(division by zero\): leave --docling out"):
         read_document(file, docling=True)
+
+
+@pytest.mark.parametrize("content", [FLARE.encode(), b"\xef\xbb\xbf" + FLARE.encode(), FLARE.encode() + b"\r\n"])
+def test_a_document_knows_which_bytes_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(content)
+    expected = hashlib.sha256(content).hexdigest()
+    assert read_document(file).sha256 == document_of(content, "b", ".TXT").sha256 == expected
+    pytest.importorskip("markdown_it")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    (only,) = split_passages(read_document("-"))
+    assert only.origin("stdin")["sha256"] == expected
+
+
+def test_what_is_made_of_no_bytes_has_no_hash() -> None:
+    (only,) = split_passages(Document("x", (Block(FLARE),)))
+    assert "sha256" not in only.origin("x")

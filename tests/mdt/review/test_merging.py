@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from mdt_trees import TEXT, node, triple
 
+from gatewise.mdt.documents.passages import split_passages
+from gatewise.mdt.documents.reading import document_of
 from gatewise.mdt.review.passage import Version
 from gatewise.mdt.review.session import Session
 
@@ -296,3 +298,118 @@ def test_a_removed_passage_is_the_one_that_stays_away(tmp_path: Path) -> None:
     session.remove(1)
     left(session)
     assert shown(Session.open(file)) == [("naproxen", "drafted", False)]
+
+
+# ---- documents: the same one, one that was saved anew, and one of a review of an earlier gatewise ----
+
+GUIDE = "# Adults\n\nGive colchicine to them.\n\n# ADULTS\n\nGive colchicine to them.\n\n# Children\n\nGive rest to them.\n"
+
+
+def guide(folder: Path, text: str = GUIDE) -> str:
+    file = folder / "guide.md"
+    file.write_text(text)
+    return str(file)
+
+
+def open_guide(file: str) -> Session:
+    pytest.importorskip("markdown_it")
+    return Session.open(file, population="people")
+
+
+def headings(session: Session) -> list[tuple[str, str]]:
+    """The heading and the state of every passage."""
+    return [("›".join(one.more["headings"]), one.now.state) for one in session.passages]
+
+
+def write_and_approve(session: Session, number: int, name: str) -> None:
+    held = session.begin(number, session.passage(number).version)
+    session.edit(number, held.version, "add_triple", {"node": 0, "parts": triple(name, "drug therapy")})
+    approve(session, number)
+
+
+def as_an_earlier_gatewise_wrote_them(session: Session) -> None:
+    """Takes out of the files what records of documents did not say then."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without(one) for one in value]
+        return {key: without(one) for key, one in value.items() if key != "sha256"} if isinstance(value, dict) else value
+
+    for file in (session.files.out, session.files.history):
+        if file.exists():
+            rows = [without(json.loads(line)) for line in file.read_text().splitlines()]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+PREFACE = "# Preface\n\nGive all of it to people.\n\n"
+
+
+@pytest.mark.parametrize("text", [GUIDE, f"{GUIDE}\n\n", PREFACE + GUIDE])
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("earlier", [True, False])
+@pytest.mark.parametrize("removed", [True, False])
+def test_passages_of_a_document_that_was_saved_anew_are_the_same(
+    tmp_path: Path, text: str, saved: bool, earlier: bool, removed: bool
+) -> None:
+    """``earlier``: the review is one of a gatewise whose records did not say of which bytes they are."""
+    session = open_guide(guide(tmp_path))
+    write_and_approve(session, 2, "colchicine")
+    if removed:
+        session.remove(1)
+    if saved:
+        session.save()
+    left(session)
+    if earlier:
+        as_an_earlier_gatewise_wrote_them(session)
+    again = open_guide(guide(tmp_path, text))
+    there = [("Adults", "empty"), ("ADULTS", "approved"), ("Children", "empty")][removed:]
+    assert headings(again) == [("Preface", "empty")] * (PREFACE in text) + there
+    assert again.notes == []
+    again.save()
+    assert [name_of(one["tree"]) for one in records(again)] == ["colchicine"]
+    again.close()
+
+
+@pytest.mark.parametrize("text", [GUIDE, f"{GUIDE}\n\n", PREFACE + GUIDE])
+def test_a_record_is_found_by_its_headings_without_a_history(tmp_path: Path, text: str) -> None:
+    session = open_guide(guide(tmp_path))
+    write_and_approve(session, 2, "colchicine")
+    session.save()
+    left(session, lose_draft=True)
+    as_an_earlier_gatewise_wrote_them(session)
+    again = open_guide(guide(tmp_path, text))
+    assert [one for one in headings(again) if one[1] == "approved"] == [("ADULTS", "approved")]
+    assert len(again.passages) == 3 + (PREFACE in text)
+    again.close()
+
+
+def test_offsets_of_another_version_of_the_document_are_not_compared(tmp_path: Path) -> None:
+    """The first of two passages that are the same in all else moves to just where the second was."""
+    pytest.importorskip("markdown_it")
+    text = "# Adults\n\nGive rest.\n\n# Children\n\nGive nothing.\n\n# Adults\n\nGive rest.\n"
+    session = open_guide(guide(tmp_path, text))
+    for number, name in ((1, "colchicine"), (3, "naproxen")):
+        write_and_approve(session, number, name)
+    first, _, third = (one.more["offsets"] for one in session.passages)
+    left(session)
+    before = "# All\n\nGive ." + "x" * (third[0] - first[0] - len("All\nGive .\n")) + "\n\n"
+    again = open_guide(guide(tmp_path, before + text))
+    moved = split_passages(document_of((before + text).encode(), "a.md", ".md"))
+    assert [moved[1].start, moved[1].end] == third
+    assert [name_of(one.now.nodes) for one in again.passages if one.now.nodes] == ["colchicine", "naproxen"]
+    assert [one.now.state for one in again.passages] == ["empty", "approved", "empty", "approved"]
+    again.close()
+
+
+def test_a_file_that_was_renamed_is_the_same_document(tmp_path: Path) -> None:
+    session = open_guide(guide(tmp_path))
+    write_and_approve(session, 2, "colchicine")
+    session.save()
+    left(session)
+    other = tmp_path / "other.md"
+    Path(guide(tmp_path)).rename(other)
+    for file in (session.files.out, session.files.history):
+        file.rename(tmp_path / file.name.replace("guide.md", "other.md"))
+    again = open_guide(str(other))
+    assert headings(again) == [("Adults", "empty"), ("ADULTS", "approved"), ("Children", "empty")]
+    again.close()

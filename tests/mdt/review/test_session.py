@@ -1,5 +1,6 @@
 """A review without its page: what is kept, what is saved, and that nothing is lost between two of them."""
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -455,3 +456,11 @@ def test_the_page_shows_the_headings_of_a_passage_and_how_it_was_read(tmp_path: 
     assert (shown["headings"], shown["place"]) == (["Adults", "Renal failure"], f"{tmp_path / 'a.md'}, line 5")
     assert shown["notes"] == ['"Otherwise rest." refers to what is not under its heading']
     assert "".join(piece for piece, _ in shown["passage"]) == "Renal failure: Otherwise rest."
+
+
+def test_a_pasted_text_has_a_hash_too(tmp_path: Path) -> None:
+    session = Session.open(None, tmp_path / "a.review.jsonl")
+    ((added,), _) = session.paste("men@Give naproxen to them.")
+    assert added.more["sha256"] == hashlib.sha256(b"men@Give naproxen to them.").hexdigest()
+    assert added.more["offsets"] == [4, 26]
+    session.close()

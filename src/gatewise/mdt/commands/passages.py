@@ -30,7 +30,7 @@ def passages(
 
     A passage is "population@text". The text begins with the headings that name no people, and each row of a table says
     "header: cell". Offsets count characters of the document's text as it was read: a line for each heading, paragraph, item
-    and row.
+    and row. With --json stands the SHA-256 of the document, which trees that are extracted from it carry too.
 
     \b
     Examples:
@@ -46,6 +46,7 @@ def passages(
     if as_json:
         made = {
             "document": name,
+            "sha256": document.sha256,
             "characters": len(document.text),
             "notes": [writable(note) for note in document.notes],
             "passages": [_as_json(number, passage) for number, passage in enumerate(found, start=1)],

@@ -41,15 +41,22 @@ class Document:
     Attributes:
         name: the file as it was given; "stdin" for "-".
         notes: what could not be read or was left out, a whole sentence each that names the file.
+        sha256: of the bytes that it was read from, in hexadecimal digits: which version of the file it is; empty where it was not
+            read from any.
     """
 
     name: str
     blocks: tuple[Block, ...]
     notes: tuple[str, ...] = ()
+    sha256: str = ""
 
     @property
     def text(self) -> str:
-        """The blocks' texts, a line each: what offsets of passages count in."""
+        """The text as gatewise reads it: the blocks' texts, a line each.
+
+        Offsets of passages count its characters (Unicode code points, as Python counts them), and not the bytes or characters of
+        the file: marks of Markdown, the layout of a PDF and the like are not in it, and a row of a table reads "header: cell".
+        """
         return "\n".join(block.text for block in self.blocks)
 
 

@@ -46,8 +46,10 @@ class Passage:
         population: whom it is about; empty where neither the text nor a heading says.
         headings: all headings above it, the outermost first.
         where: its place in the document, such as "page 3".
-        start, end: the characters of the document's text (:attr:`Document.text`) that it is made of.
+        start, end: the characters of the document's text as gatewise reads it (:attr:`Document.text`) that it is made of: from the
+            first to the one after the last. Headings that are said before it, and what is said again, stand elsewhere.
         notes: what has to be known of how it was read and cut, a sentence each.
+        sha256: of the document's bytes, see :class:`Document`.
     """
 
     passage: str
@@ -57,6 +59,7 @@ class Passage:
     start: int = 0
     end: int = 0
     notes: tuple[str, ...] = ()
+    sha256: str = ""
 
     @property
     def text(self) -> str:
@@ -65,8 +68,12 @@ class Passage:
         return f"{self.population}@{self.passage}" if self.population or "@" in self.passage else self.passage
 
     def origin(self, source: str) -> dict[str, Any]:
-        """Where it comes from and what has to be known of it, as the records of its trees say it beside their text."""
-        said = {"source": source, "place": self.where, "headings": list(self.headings), "offsets": [self.start, self.end]}
+        """Where it comes from and what has to be known of it, as the records of its trees say it beside their text.
+
+        "sha256" names the document's bytes, and "offsets" are ``[start, end]``, which count characters of :attr:`Document.text`.
+        """
+        document = {"source": source, **({"sha256": self.sha256} if self.sha256 else {})}
+        said = {**document, "place": self.where, "headings": list(self.headings), "offsets": [self.start, self.end]}
         return {**said, "notes": list(self.notes)} if self.notes else said
 
 
@@ -120,7 +127,7 @@ def split_passages(document: Document, *, population: str | None = None, most: i
         raise GatewiseError(
             f"{document.name} has no passage, only headings or a few words: expected a text that says what to do and when"
         )
-    return found
+    return [replace(one, sha256=document.sha256) for one in found]
 
 
 def _starts(blocks: Sequence[Block]) -> dict[int, int]:

@@ -1,6 +1,7 @@
 """Documents to extract from: plain text, Markdown, PDF and DOCX, read into headings and paragraphs with their places."""
 
 import errno
+import hashlib
 import io
 import re
 import sys
@@ -42,7 +43,7 @@ def read_document(path: str | Path, *, docling: bool = False) -> Document:
 
 
 def document_of(content: bytes, name: str, suffix: str, *, docling: bool = False) -> Document:
-    """Reads the content of a file.
+    """Reads the content of a file; the document knows the SHA-256 of just these bytes.
 
     Args:
         name: what messages call it.
@@ -60,7 +61,8 @@ def document_of(content: bytes, name: str, suffix: str, *, docling: bool = False
     blocks = tuple(block for block in read.blocks if any(map(str.isalnum, block.text)))
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
         raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
-    return replace(read, blocks=blocks, notes=(*read.notes, *_headings_alone(blocks, name)))
+    notes = (*read.notes, *_headings_alone(blocks, name))
+    return replace(read, blocks=blocks, notes=notes, sha256=hashlib.sha256(content).hexdigest())
 
 
 def _headings_alone(blocks: Sequence[Block], name: str) -> list[str]:

@@ -18,6 +18,7 @@ from gatewise.mdt.review.passage import Passage, Version, others, version_of
 L = TypeVar("L")
 R = TypeVar("R")
 Key = tuple[Any, ...] | None
+Place = Callable[[dict[str, Any]], str | None]
 
 
 class _Row(NamedTuple):
@@ -84,8 +85,12 @@ def _rows(sources: list[Passage], saved: Sequence[TreeRecord], draft: Draft) -> 
 def _drafts_of(sources: Sequence[Passage], drafted: Sequence[Passage]) -> dict[int, int]:
     """What the draft has of the passages that come in."""
     found: dict[int, int] = {}
-    for key in (_tree_and_place, _tree, _place, _text):
-        _join(found, sources, drafted, key, key)
+    for left, right in _PLACES:
+        _join(found, sources, drafted, _tree_at(left), _tree_at(right))
+    _join(found, sources, drafted, _tree, _tree)
+    for left, right in _PLACES:
+        _join(found, sources, drafted, _at(left), _at(right))
+    _join(found, sources, drafted, _text, _text)
     return found
 
 
@@ -100,9 +105,11 @@ def _drafts_with(saved: Sequence[TreeRecord], drafted: Sequence[Passage]) -> dic
     def like(old: Passage) -> Key:
         return _version(old.text, old.now), _version(old.text, old.saved)
 
-    _join(found, saved, drafted, _record_place, lambda old: old.saved and _place(old), like)
-    _join(found, saved, drafted, _text, lambda old: old.saved and _text(old), like)
-    _join(found, saved, drafted, _record_place, _place, like)
+    for left, right in _PLACES:
+        _join(found, saved, drafted, _record_at(left), _saved(_at(right)), like)
+    _join(found, saved, drafted, _text, _saved(_text), like)
+    for left, right in _PLACES:
+        _join(found, saved, drafted, _record_at(left), _at(right), like)
     _join(found, saved, drafted, _text, _text, like)
     return found
 
@@ -110,10 +117,13 @@ def _drafts_with(saved: Sequence[TreeRecord], drafted: Sequence[Passage]) -> dic
 def _sources_with(saved: Sequence[TreeRecord], sources: Sequence[Passage]) -> dict[int, int]:
     """The passages that come in, and are in no draft, that records are of."""
     found: dict[int, int] = {}
-    _join(found, saved, sources, lambda record: (*_record_tree(record), *_record_place(record)), _tree_and_place)
+    like = _tree_at(_held)
+    for left, right in _PLACES:
+        _join(found, saved, sources, _record_tree_at(left), _tree_at(right))
     _join(found, saved, sources, _record_tree, _tree)
-    _join(found, saved, sources, _record_place, _place, _tree_and_place)
-    _join(found, saved, sources, _text, _text, _tree_and_place)
+    for left, right in _PLACES:
+        _join(found, saved, sources, _record_at(left), _at(right), like)
+    _join(found, saved, sources, _text, _text, like)
     return found
 
 
@@ -156,20 +166,8 @@ def _tree(passage: Passage) -> Key:
     return None if passage.came is None else (passage.text, _nodes(passage.came))
 
 
-def _place(passage: Passage) -> Key:
-    return passage.text, _held(passage.more)
-
-
-def _tree_and_place(passage: Passage) -> Key:
-    return passage.text, _nodes(passage.came), passage.text, _held(passage.more)
-
-
-def _record_tree(record: TreeRecord) -> tuple[str, str]:
+def _record_tree(record: TreeRecord) -> Key:
     return record.text, _nodes(record.tree.to_preorder())
-
-
-def _record_place(record: TreeRecord) -> tuple[str, str]:
-    return record.text, _held(others(record.more))
 
 
 def _record_version(record: TreeRecord) -> Key:
@@ -184,8 +182,67 @@ def _nodes(nodes: Nodes | None) -> str:
     return json.dumps(nodes, sort_keys=True)
 
 
-def _held(more: dict[str, Any]) -> str:
-    return json.dumps(more, sort_keys=True)
+# ---- where a passage comes from, as the other keys of its record say it ----
+
+
+def _at(place: Place) -> Callable[[Passage], Key]:
+    """The text and where it comes from."""
+    return lambda passage: _both((passage.text,), place(passage.more))
+
+
+def _tree_at(place: Place) -> Callable[[Passage], Key]:
+    """The text, the tree that came with it, and where they come from."""
+    return lambda passage: _both((passage.text, _nodes(passage.came)), place(passage.more))
+
+
+def _saved(key: Callable[[Passage], Key]) -> Callable[[Passage], Key]:
+    return lambda passage: key(passage) if passage.saved else None
+
+
+def _record_at(place: Place) -> Callable[[TreeRecord], Key]:
+    return lambda record: _both((record.text,), place(others(record.more)))
+
+
+def _record_tree_at(place: Place) -> Callable[[TreeRecord], Key]:
+    return lambda record: _both(_record_tree(record), place(others(record.more)))
+
+
+def _both(said: Key, place: str | None) -> Key:
+    return None if said is None or place is None else (*said, place)
+
+
+def _held(more: dict[str, Any], *but: str) -> str:
+    return json.dumps({key: value for key, value in more.items() if key not in but}, sort_keys=True)
+
+
+def _in_document(more: dict[str, Any]) -> str:
+    """The place in a document of these very bytes, whatever its file is called, and however it was read."""
+    return _held(more, "source", "notes")
+
+
+def _in_any_document(more: dict[str, Any]) -> str:
+    return _held(more, "source", "notes", "sha256")
+
+
+def _in_unknown_document(more: dict[str, Any]) -> str | None:
+    """The same of a record that does not say of which bytes: those of earlier versions of gatewise do not."""
+    return None if "sha256" in more else _in_any_document(more)
+
+
+def _under_headings(more: dict[str, Any]) -> str:
+    """Without what moves when a document is changed in front of it."""
+    return _held(more, "source", "notes", "sha256", "place", "offsets")
+
+
+# From what tells passages of one text apart for sure to what does at all: of what is on the left, and on the right. Of two versions
+# of a document the offsets are not compared: there they may be those of another passage that moved.
+_PLACES: tuple[tuple[Place, Place], ...] = (
+    (_held, _held),
+    (_in_document, _in_document),
+    (_in_unknown_document, _in_any_document),
+    (_in_any_document, _in_unknown_document),
+    (_under_headings, _under_headings),
+)
 
 
 # ---- one passage ----
