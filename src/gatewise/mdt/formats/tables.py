@@ -4,8 +4,9 @@ A column is a condition of the tree, a row one way from the root to a decision. 
 so that exactly one row applies (hit policy UNIQUE). In DMN a fact (a triple of a condition) is a Boolean input, ``tree_1_fact_2``,
 and a column the expression that joins facts. Where a fact that matters is not known (null), no row applies.
 
-Digital Adaptation Kits (DAKs) lay decision-support logic out as a sheet a decision: its ID, business rule and trigger, then inputs,
-output, action, annotations and references.
+Digital Adaptation Kits (DAKs) lay decision-support logic out as a workbook: a sheet COVER that lists the decisions, and for each a
+table with its ID, business rule and trigger, then inputs, output, guidance for the health worker, annotations and references. Names
+and places are those that WHO's own reader of such workbooks looks for (``dt_extractor.py`` in WorldHealthOrganization/smart-base).
 """
 
 import io
@@ -169,12 +170,20 @@ def _text(parent: ET.Element, name: str, text: str) -> None:
 
 # ---- WHO DAK ----
 
-_HEADS = ("Output", "Action", "Annotations", "Reference(s)")
+_COVER = (
+    "Activity ID.Activity name",
+    "Tab name",
+    "Decision-support table (DT), contraindications table and scheduling-logic table (S) identification (ID)",
+    "Table description",
+    "Reference/source",
+)
+_HEADS = ("Output", "Guidance displayed to health worker", "Annotations", "Reference(s)")
 _NO_TRIGGER = "To be filled in: the text does not say at which point of care this is decided."
+_ONE_ROW = "Hit policy UNIQUE: exactly one of the rows below applies."
 
 
 def dak_of(records: Sequence[TreeRecord]) -> bytes:
-    """A workbook with a sheet for each record, one with all inputs, and one that says how to read them.
+    """A workbook with a sheet that lists the decisions and says how to read them, one for each record, and one with all facts.
 
     Raises:
         GatewiseError: openpyxl is not installed (the extra ``mdt``).
@@ -183,21 +192,26 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
     from openpyxl import Workbook
 
     book = Workbook()
-    first = book.active
-    assert first is not None
-    first.title = "Read me"
-    inputs = book.create_sheet("Inputs")
-    _row(inputs, 1, ("Input", "Decision ID", "Subject", "Relation", "Object", "Type"), bold=True)
-    said = [NOTICE, "Each sheet is a decision, each row of its table one way to an output; exactly one row applies."]
-    said += ["An input is TRUE or FALSE, or - where it does not matter. The row above the table's names says how facts make it up."]
+    cover = book.active
+    assert cover is not None
+    cover.title = "COVER"
+    _row(cover, 1, (NOTICE,))
+    _row(cover, 3, _COVER, bold=True)
+    facts = book.create_sheet("Facts")
+    _row(facts, 1, ("Fact", "Decision ID", "Subject", "Relation", "Object", "Type"), bold=True)
+    said = ["A row of a table is one way to an output. An input has a name and, below it, what it is made of; - does not matter."]
+    said += ["The facts, which are TRUE or FALSE, are in the sheet Facts."]
     for record, number in zip(records, _numbers(records), strict=True):
-        name = f"tree_{number}"
-        _fill(book.create_sheet(f"DT {number}"), record, name)
+        name, tab = f"tree_{number}", f"DT {number}"
+        _fill(book.create_sheet(tab), record, name)
+        about = _line(_about(record))
+        source = ", ".join(str(record.more[key]) for key in ("source", "place") if record.more.get(key))
+        _row(cover, cover.max_row + 1, (f"{name} {about}", tab, name, about, source or "-"))
         for place, fact in enumerate(record.tree.facts, start=1):
-            _row(inputs, inputs.max_row + 1, (f"fact_{place}", name, *fact, "Boolean"))
+            _row(facts, facts.max_row + 1, (f"fact_{place}", name, *fact, "Boolean"))
         said += [f"{name}: {one}" for one in _noted(record)]
-    for place, sentence in enumerate(said, start=1):
-        _row(first, place, (sentence,))
+    for place, sentence in enumerate(said, start=cover.max_row + 2):  # the list ends with an empty row
+        _row(cover, place, (sentence,))
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()
@@ -217,41 +231,50 @@ def check_workbooks() -> None:
 
 def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
     tree, table = record.tree, table_of(record.tree)
-    rule = f"{_about(record)}: {record.passage}" if record.passage else _about(record)
-    for place, row in enumerate((("Decision ID", name), ("Business rule", rule), ("Trigger", _NO_TRIGGER)), start=1):
+    business = f"{_about(record)}: {record.passage}" if record.passage else _about(record)
+    for place, row in enumerate((("Decision ID", name), ("Business rule", business), ("Trigger", _NO_TRIGGER)), start=1):
         _row(sheet, place, row)
-    _row(sheet, 4, ("Hit policy", "UNIQUE"))
-    conditions = [tree.nodes[i] for i in table.conditions]
-    _row(sheet, 5, ("Inputs",) if conditions else (), bold=True)
-    _row(sheet, 6, [_expression(node, tree, "") for node in conditions])
-    _row(sheet, 7, [*(joined_words(node) for node in conditions), *_HEADS], bold=True)
-    for place, rule_ in enumerate(table.rules, start=8):
-        node = tree.nodes[rule_.leaf]
-        answers = ["-" if answer is None else answer for answer in rule_.answers]
-        _row(sheet, place, [*answers, *_outputs(node, rule_.leaf, record)])
-    sheet.freeze_panes = "A8"
+    inputs = [(_line(joined_words(node)), _expression(node, tree, "")) for node in (tree.nodes[i] for i in table.conditions)]
+    inputs = inputs or [(_line(_about(record)), "always TRUE: the text names no condition")]
+    _row(sheet, 4, ["Inputs", *[""] * (len(inputs) - 1), *_HEADS], bold=True)
+    # Without the annotation, that reader takes the names of a table's only input for one.
+    _row(sheet, 5, [*(f"{words}\n{facts}" for words, facts in inputs), "", "", _ONE_ROW], bold=True)
+    for place, rule in enumerate(table.rules, start=6):
+        answers = rule.answers or (None,)
+        cells = [_answer(*one, answer) for one, answer in zip(inputs, answers, strict=True)]
+        _row(sheet, place, [*cells, *_outputs(tree.nodes[rule.leaf], rule.leaf, record, name)])
+    sheet.freeze_panes = "A6"
 
 
-def _outputs(node: Node, leaf: int, record: TreeRecord) -> tuple[str, str, str, str]:
+def _answer(words: str, facts: str, answer: bool | None) -> str:
+    """An input of a row: a name of its own for each answer, and what it asks of the facts."""
+    if answer is None:
+        return "-"
+    asked = f"({facts})" if " " in facts else facts
+    return f"{words}\n{asked} = TRUE" if answer else f"Not: {words}\n{asked} = FALSE"
+
+
+def _outputs(node: Node, leaf: int, record: TreeRecord, name: str) -> tuple[str, str, str, str]:
     actions = "\n".join(order_words(order, node.logical_rel) for order in orders_of(node))
     annotation = f"node {leaf + 1}"
     if node.logical_rel != "null":
         annotation += "; any of the actions" if node.logical_rel == "or" else "; all of the actions"
     spans = [locate(record.text, triple).object for triple in node.triples]
     phrases = [f"characters {span.start + 1} to {span.end}: {record.text[span.start : span.end]}" for span in spans if span]
-    return _recommendation(node), actions, annotation, "\n".join(phrases)
+    return f"{_line(_recommendation(node))}\nnode {leaf + 1} of {name}", actions, annotation, "\n".join(phrases)
 
 
-def _row(sheet: Any, place: int, values: Sequence[Any], *, bold: bool = False) -> None:
+def _line(text: str) -> str:
+    return " ".join(clean(text).split())
+
+
+def _row(sheet: Any, place: int, values: Sequence[str], *, bold: bool = False) -> None:
     from openpyxl.styles import Alignment, Font
 
     for column, value in enumerate(values, start=1):
         cell = sheet.cell(place, column)
-        if isinstance(value, bool):
-            cell.value = value
-        else:
-            cell.value = _cut(clean(value))
-            cell.data_type = "s"  # whatever it begins with, a text is no formula
+        cell.value = _cut(clean(value)) or None
+        cell.data_type = "s"  # whatever it begins with, a text is no formula
         cell.alignment = Alignment(wrap_text=True, vertical="top")
         if bold:
             cell.font = Font(bold=True)
