@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from gatewise.cli.main import app
 from gatewise.mdt import Extraction
 from gatewise.mdt.review.extracting import CancelledError, model_extract
+from gatewise.mdt.review.users import UserFile
 
 Gatewise = Callable[..., Any]
 
@@ -63,6 +64,13 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
         (["trees.json", "--adapter", "x" * 300], "there is no such folder"),
         (["."], ". is a folder"),
         (["trees.json", "--reviewer", " "], "the reviewer is ' ', expected a name"),
+        (["trees.json", "--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: give --users FILE"),
+        (["trees.json", "--host", "nowhere.invalid"], "--host is 'nowhere.invalid'"),
+        (["trees.json", "--allow-host", "https://x.example"], "--allow-host is 'https://x.example', expected the name"),
+        (["trees.json", "--users", "none.json"], "none.json: there is no such file"),
+        (["trees.json", "--users", "trees.json"], "trees.json holds no JSON object"),
+        (["--add-user", "Ada"], "--add-user needs --users FILE"),
+        (["--add-user", " ", "--users", "new.json"], "expected a name"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_sentence(gatewise: Gatewise, words: list[str], said: str) -> None:
@@ -70,6 +78,36 @@ def test_what_a_user_can_put_right_is_one_sentence(gatewise: Gatewise, words: li
         pytest.importorskip("llguidance")
     assert_refused(gatewise(*words), said)
     assert_refused(gatewise(*words), said)  # nothing stays locked
+
+
+def test_reviewers_are_added_and_come_in_with_their_tokens(gatewise: Gatewise) -> None:
+    tokens = []
+    for name, words in (("Ada", ()), ("Bea", ("--allow-host", "review.clinic.example"))):
+        result = gatewise("--users", "users.json", "--add-user", name, *words)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("https://review.clinic.example/#token=" if words else "/#token=")
+        assert f"{name}: it is shown once" in result.stderr
+        tokens.append(result.stdout.strip().partition("#token=")[2])
+    assert_refused(gatewise("--users", "users.json", "--add-user", "ADA"), "users.json has a reviewer 'Ada' already")
+    users = UserFile(Path("users.json"))
+    assert [users.who(token) for token in tokens] == ["Ada", "Bea"]
+    result = gatewise("trees.json", "--users", "users.json", "--host", "0.0.0.0", "--allow-host", "review.clinic.example")
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"review: http://127\.0\.0\.1:\d+/\n", result.stdout)
+    assert "by whoever has a token of users.json; end with Ctrl-C" in result.stderr
+    assert "tokens and texts go to them unencrypted" in result.stderr
+    assert "unencrypted" not in gatewise("trees.json", "--users", "users.json").stderr
+    Path("users.json").write_text("{}")
+    assert_refused(gatewise("trees.json", "--users", "users.json"), "users.json has no reviewer yet")
+
+
+@pytest.mark.parametrize("name", ["starlette", "uvicorn"])
+def test_without_the_extra_it_says_what_to_install(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for module in [each for each in sys.modules if each == "gatewise.mdt.review.server" or each.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    assert_refused(gatewise("trees.json"), f"a review needs {name}, which is not installed: pip install 'gatewise[mdt]'")
+    assert sorted(os.listdir()) == ["trees.json", "trees.txt"]
 
 
 def test_nothing_is_made_for_what_is_not_there(gatewise: Gatewise) -> None:

@@ -21,11 +21,13 @@ from typing import Any
 
 import pytest
 from mdt_trees import TEXT, gout, node, triple
+from review_serving import serving
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, read_trees
-from gatewise.mdt.review import Extracting, ReviewServer, Session
+from gatewise.mdt.review import Extracting, Review, Session
 from gatewise.mdt.review.passage import Version
+from gatewise.mdt.review.server import ReviewServer
 from gatewise.mdt.review.session import NOBODY, By, OldPageError
 from gatewise.mdt.review.shown import whole
 
@@ -269,12 +271,8 @@ def served(session: Session) -> Iterator[Callable[[str], Client]]:
     """served(window) -> a client of a review of two trees."""
     found = SimpleNamespace(tree=DecisionTree.from_preorder(DRAFT), warnings=())
     extracting = Extracting(session, lambda *_: found)
-    with ReviewServer(session, extracting) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield lambda window: Client(server.server_port, server.token, window)
-        server.shutdown()
-        thread.join()
+    with serving(Review(session, extracting)) as server:
+        yield lambda window: Client(server.port, server.url.partition("#token=")[2], window)
     extracting.end()
 
 
@@ -369,9 +367,9 @@ class Killed:
         child = os.fork()
         if child == 0:
             try:
-                server = ReviewServer(Session.open(self.file, reviewer="ada"))
-                os.write(writing, f"{server.server_port} {server.token}\n".encode())
-                server.serve_forever(poll_interval=0.02)
+                server = ReviewServer(Review(Session.open(self.file, reviewer="ada")))
+                os.write(writing, f"{server.port} {server.url.partition('#token=')[2]}\n".encode())
+                server.run()
             finally:
                 os._exit(1)
         os.close(writing)

@@ -20,7 +20,9 @@ from PIL import Image
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, read_trees, sample
-from gatewise.mdt.review import Extracting, ReviewServer, Session
+from gatewise.mdt.review import Extracting, Session
+from gatewise.mdt.review import Review as Reviewed
+from gatewise.mdt.review.server import ReviewServer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'gatewise[dev]'")
 pytestmark = pytest.mark.browser
@@ -46,8 +48,8 @@ class Review:
         self.session = session
         self.slow = slow
         self.extracting = Extracting(session, self.extract, most=100)
-        self.server = ReviewServer(session, self.extracting)
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.server = ReviewServer(Reviewed(session, self.extracting))
+        self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         self.context = chromium.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True, reduced_motion="reduce")
         self.context.set_default_timeout(20_000)
@@ -79,9 +81,8 @@ class Review:
 
     def end(self) -> None:
         self.context.close()
-        self.server.shutdown()
+        self.server.end()
         self.thread.join()
-        self.server.server_close()
         self.extracting.end()
         self.session.close()
 
@@ -120,7 +121,7 @@ def review(tmp_path: Path, chromium: Any) -> Iterator[Callable[..., Review]]:
             one.end()
         assert one.errors == []
         # Nothing comes from anywhere else, and the token is in no address.
-        assert all(url.startswith((f"http://127.0.0.1:{one.server.server_port}/", "blob:", "data:")) for url in one.asked)
+        assert all(url.startswith((f"http://127.0.0.1:{one.server.port}/", "blob:", "data:")) for url in one.asked)
         assert not any("token=" in url.partition("#")[0] for url in one.asked)
 
 

@@ -4,8 +4,9 @@ import base64
 import json
 import re
 import socket
-import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from importlib import resources
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 from mdt_trees import TEXT, gout
+from review_serving import serving
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree
-from gatewise.mdt.review import Extracting, ReviewServer, Session
-from gatewise.mdt.review.server import MOST_BYTES
+from gatewise.mdt.review import Extracting, Review, Session
+from gatewise.mdt.review import server as server_module
+from gatewise.mdt.review.server import MOST_BYTES, ReviewServer
 
 HOSTILE = "<script>alert(1)</script>\"'&\u2028 \U0001f600"
 
@@ -27,7 +30,7 @@ class Caller:
     """Asks a server as its page does, unless told otherwise."""
 
     def __init__(self, server: ReviewServer) -> None:
-        self.server = server
+        self.server, self.token = server, server.url.partition("#token=")[2]
 
     def __call__(self, path: str, body: Any = None, *, method: str = "", raw: bytes | None = None, **headers: str | None) -> Any:
         """(status, parsed answer); a header of None is left out, underscores in names are hyphens."""
@@ -35,10 +38,10 @@ class Caller:
         return status, json.loads(content)
 
     def whole(self, path: str, body: Any = None, *, method: str = "", raw: bytes | None = None, **headers: str | None) -> Any:
-        sent: dict[str, str | None] = {"X-Gatewise-Token": self.server.token, "Content-Type": "application/json"}
+        sent: dict[str, str | None] = {"X-Gatewise-Token": self.token, "Content-Type": "application/json"}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         content = raw if raw is not None else None if body is None else json.dumps(body).encode()
-        connection = HTTPConnection("127.0.0.1", self.server.server_port, timeout=30)
+        connection = HTTPConnection("127.0.0.1", self.server.port, timeout=30)
         try:
             connection.putrequest(
                 method or ("GET" if content is None else "POST"), path, skip_host="Host" in sent, skip_accept_encoding=True
@@ -55,53 +58,63 @@ class Caller:
             connection.close()
 
 
-@pytest.fixture
-def call(tmp_path: Path) -> Iterator[Caller]:
+@contextmanager
+def calling(folder: Path) -> Iterator[Caller]:
     """A running review of one tree and of a passage without one, with a model that always writes the same tree."""
-    (tmp_path / "trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
-    session = Session.open(str(tmp_path / "trees.json"))
+    (folder / "trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
+    session = Session.open(str(folder / "trees.json"))
     session.paste("men@Give colchicine to them.")
     found = SimpleNamespace(tree=DecisionTree.from_preorder(gout()), warnings=("hurried",))
     extracting = Extracting(session, lambda text, language, tick: found)
-    with ReviewServer(session, extracting) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with serving(Review(session, extracting)) as server:
         yield Caller(server)
-        server.shutdown()
-        thread.join()
     extracting.end()
     session.close()
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Iterator[Caller]:
+    with calling(tmp_path) as caller:
+        yield caller
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+    """The same, for all that changes nothing."""
+    with calling(tmp_path_factory.mktemp("asked")) as caller:
+        yield caller
 
 
 # Whom it answers ------------------------------------------------------------------------------------------------------
 
 
-def test_it_listens_on_this_machine_only(call: Caller) -> None:
-    assert call.server.server_address[0] == "127.0.0.1"
-    assert call.server.url == f"http://127.0.0.1:{call.server.server_port}/#token={call.server.token}"
-    assert len(call.server.token) >= 32
+def test_it_listens_on_this_machine_only(ask: Caller) -> None:
+    assert ask.server.socket.getsockname()[0] == "127.0.0.1"
+    assert ask.server.is_local
+    assert ask.server.url == f"http://127.0.0.1:{ask.server.port}/#token={ask.token}"
+    assert len(ask.token) >= 32
 
 
 @pytest.mark.parametrize("path", ["/api/session", "/api/passage?number=1"])
-def test_nothing_is_told_without_the_token(call: Caller, path: str) -> None:
-    assert call(path)[0] == 200
-    for token in (None, "", "x", call.server.token[:-1], "Ünïcode"):
-        status, answer = call(path, X_Gatewise_Token=None if token is None else token.encode("utf-8").decode("latin-1"))
+def test_nothing_is_told_without_the_token(ask: Caller, path: str) -> None:
+    assert ask(path)[0] == 200
+    for token in (None, "", "x", ask.token[:-1], "Ünïcode"):
+        status, answer = ask(path, X_Gatewise_Token=None if token is None else token.encode("utf-8").decode("latin-1"))
         assert (status, "no token" in answer["error"]) == (401, True)
-    assert call(f"{path}{'&' if '?' in path else '?'}token={call.server.token}", X_Gatewise_Token=None)[0] == 401
+    assert ask(f"{path}{'&' if '?' in path else '?'}token={ask.token}", X_Gatewise_Token=None)[0] == 401
 
 
 @pytest.mark.parametrize(
     "path", ["edit", "undo", "approve", "paste", "save", "export", "extract", "cancel", "remove", "load", "begin", "take", "leave"]
 )
-def test_nothing_is_changed_without_the_token(call: Caller, path: str) -> None:
-    before = call("/api/session")[1]
-    assert call(f"/api/{path}", {"number": 1, "version": 0}, X_Gatewise_Token="wrong")[0] == 401
-    assert call("/api/session")[1] == before
+def test_nothing_is_changed_without_the_token(ask: Caller, path: str) -> None:
+    before = ask("/api/session")[1]
+    assert ask(f"/api/{path}", {"number": 1, "version": 0}, X_Gatewise_Token="wrong")[0] == 401
+    assert ask("/api/session")[1] == before
 
 
 def test_other_names_and_other_sites_are_refused(call: Caller) -> None:
-    port = call.server.server_port
+    port = call.server.port
     for host in (
         "evil.example",
         f"evil.example:{port}",
@@ -143,7 +156,7 @@ def test_all_words_of_the_page_are_there_in_chinese() -> None:
     assert known - asked - standing == set()  # and none is left over
 
 
-def test_every_answer_is_locked_up(call: Caller) -> None:
+def test_every_answer_is_locked_up(ask: Caller) -> None:
     for path in (
         "/",
         "/page.js",
@@ -157,14 +170,14 @@ def test_every_answer_is_locked_up(call: Caller) -> None:
         "/api/session",
         "/none",
     ):
-        _, content, headers = call.whole(path)
+        _, content, headers = ask.whole(path)
         policy = headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
         assert "frame-ancestors 'none'" in policy
         assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
         assert headers["Cache-Control"] == "no-store"
-        assert call.server.token not in content.decode()
+        assert ask.token not in content.decode()
         assert b"http://" not in content.replace(b"http://www.w3.org/", b"")
         assert b"https://" not in content
 
@@ -190,15 +203,15 @@ def test_every_answer_is_locked_up(call: Caller) -> None:
         "/%00",
     ],
 )
-def test_only_its_own_pages_are_served(call: Caller, path: str) -> None:
-    assert call(path)[0] == 404
-    assert call(path, {})[0] == 404
+def test_only_its_own_pages_are_served(ask: Caller, path: str) -> None:
+    assert ask(path)[0] == 404
+    assert ask(path, {})[0] == 404
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"number": NaN'])
-def test_bodies_that_are_no_json_object_are_refused(call: Caller, raw: bytes) -> None:
-    assert call("/api/undo", raw=raw)[0] == 400
-    assert call("/api/session")[0] == 200
+def test_bodies_that_are_no_json_object_are_refused(ask: Caller, raw: bytes) -> None:
+    assert ask("/api/undo", raw=raw)[0] == 400
+    assert ask("/api/session")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -238,29 +251,72 @@ def test_bodies_that_are_no_json_object_are_refused(call: Caller, raw: bytes) ->
         ("export", {"format": "json", "which": 2}, "passage 2 has no valid tree"),
     ],
 )
-def test_bad_requests_get_one_sentence(call: Caller, path: str, body: dict[str, Any], said: str) -> None:
-    before = call("/api/session")[1]
-    status, answer = call(f"/api/{path}", body)
+def test_bad_requests_get_one_sentence(ask: Caller, path: str, body: dict[str, Any], said: str) -> None:
+    before = ask("/api/session")[1]
+    status, answer = ask(f"/api/{path}", body)
     assert status == 400
     assert said in answer["error"]
-    assert call("/api/session")[1] == before
+    assert ask("/api/session")[1] == before
 
 
-def test_large_bodies_and_odd_lengths_are_refused_unread(call: Caller) -> None:
-    status, answer = call("/api/paste", raw=b"{}", Content_Length=str(MOST_BYTES + 1))
+def test_large_bodies_and_odd_lengths_are_refused_unread(ask: Caller) -> None:
+    status, answer = ask("/api/paste", raw=b"{}", Content_Length=str(MOST_BYTES + 1))
     assert (status, "at most 30 MB" in answer["error"]) == (413, True)
-    for length in ("-1", "x", "1e3", "", None, "²"):
+    for length in ("-1", "x", "1e3", "", None, "²", "9" * 5000):
         encoded = None if length is None else length.encode("utf-8").decode("latin-1")
-        assert call("/api/paste", raw=b"{}", Content_Length=encoded)[0] == 411
-    assert call("/api/paste", raw=b"2\r\n{}\r\n0\r\n\r\n", Content_Length=None, Transfer_Encoding="chunked")[0] == 411
-    assert call("/api/session")[0] == 200
+        assert ask("/api/paste", raw=b"{}", Content_Length=encoded)[0] == 400
+    assert ask("/api/session")[0] == 200
 
 
-def test_nonsense_on_the_wire_does_not_end_it(call: Caller) -> None:
+def test_a_body_in_chunks_is_read_up_to_the_same_size(ask: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunked: dict[str, str | None] = {"Content_Length": None, "Transfer_Encoding": "chunked"}
+    status, answer = ask("/api/paste", raw=b"2\r\n{}\r\n0\r\n\r\n", **chunked)
+    assert (status, "is empty" in answer["error"]) == (400, True)
+    monkeypatch.setattr(server_module, "MOST_BYTES", 1000)
+    chunk = b"1f4\r\n" + b" " * 500 + b"\r\n"
+    assert ask("/api/paste", raw=3 * chunk, **chunked)[0] == 413  # though no end of it comes
+    assert ask("/api/paste", raw=2 * chunk + b"0\r\n\r\n", **chunked)[0] == 400
+    assert ask("/api/paste", raw=b"zz\r\n{}\r\n", **chunked)[0] == 400
+    assert ask("/api/session")[0] == 200
+
+
+def test_a_silent_connection_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, in and after a request; one that waits for an answer stays."""
+    monkeypatch.setattr(server_module, "SILENCE", 0.3)
+
+    def save(self: Session, by: Any) -> Any:
+        time.sleep(0.8)
+        raise GatewiseError("late")
+
+    monkeypatch.setattr(Session, "save", save)
+    with calling(tmp_path) as call:
+        head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
+        page, body = f"GET / HTTP/1.1\r\n{head}\r\n", f"POST /api/save HTTP/1.1\r\n{head}Content-Length: 9\r\n\r\n"
+        for sent, answer in (("", b""), ("GET / HT", b""), (body + "{", b" 408 "), (page, b" 200 "), (page + "GET", b" 200 ")):
+            with socket.create_connection(("127.0.0.1", call.server.port), timeout=20) as connection:
+                connection.sendall(sent.encode())
+                got = b"".join(iter(lambda: connection.recv(65536), b""))
+                assert answer in got
+        assert call("/api/save", {}) == (400, {"error": "late"})
+
+
+def test_what_one_sends_slowly_keeps_nobody_waiting(call: Caller) -> None:
+    head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
+    slow = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(50)]
+    for connection in slow:
+        connection.sendall(f"POST /api/save HTTP/1.1\r\n{head}Content-Length: 2\r\n\r\n{{".encode())
+    assert call("/api/begin", {"number": 2, "version": 0})[0] == 200
+    for connection in slow:
+        connection.sendall(b"}")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+        connection.close()
+
+
+def test_nonsense_on_the_wire_does_not_end_it(ask: Caller) -> None:
     for sent in (b"", b"\x00\xff" * 50, b"GET", b"POST /api/save HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x"):
-        with socket.create_connection(("127.0.0.1", call.server.server_port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", ask.server.port), timeout=10) as connection:
             connection.sendall(sent)
-    assert call("/api/session")[0] == 200
+    assert ask("/api/session")[0] == 200
 
 
 def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -274,9 +330,9 @@ def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: 
     assert call("/api/session")[0] == 200
 
 
-def test_a_busy_port_is_one_sentence(call: Caller, tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match=f"port {call.server.server_port} cannot be had"):
-        ReviewServer(call.server.session, port=call.server.server_port)
+def test_a_busy_port_is_one_sentence(ask: Caller, tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match=f"port {ask.server.port} cannot be had"):
+        ReviewServer(ask.server.review, port=ask.server.port)
 
 
 def test_an_older_page_removes_nothing(call: Caller) -> None:
@@ -341,14 +397,10 @@ def test_extraction_through_the_server(call: Caller) -> None:
 
 def test_without_a_model_the_reason_is_given(tmp_path: Path) -> None:
     session = Session.open(None, tmp_path / "x.jsonl")
-    with ReviewServer(session, reason="no model was given") as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with serving(Review(session, reason="no model was given")) as server:
         call = Caller(server)
         assert (call("/api/session")[1]["extracts"], call("/api/session")[1]["reason"]) == (False, "no model was given")
         assert call("/api/extract", {"passages": []}) == (400, {"error": "no model was given"})
-        server.shutdown()
-        thread.join()
     session.close()
 
 

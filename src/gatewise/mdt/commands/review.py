@@ -14,8 +14,13 @@ from gatewise.mdt.commands.trees import RepairOption, say
 
 if TYPE_CHECKING:
     from gatewise.mdt.review import Extract
+    from gatewise.mdt.review.users import UserFile
 
 NO_ADAPTER = "no model was given: start the review with --adapter DIR to extract trees"
+OPEN = (
+    "note: other machines reach this review, and tokens and texts go to them unencrypted: outside a network that you trust, put a"
+    " proxy with TLS in front of it (docs/review.md)"
+)
 
 
 def review(
@@ -39,6 +44,19 @@ def review(
     port: Annotated[
         int, typer.Option(help="Port on this machine. [default: a free one]", min=0, max=65535, show_default=False)
     ] = 0,
+    host: Annotated[
+        str, typer.Option(help="Address of this machine to serve at: 0.0.0.0 for all, which needs --users.")
+    ] = "127.0.0.1",
+    users: Annotated[
+        Path | None, typer.Option(help="The file of the reviewers, a token each; without one there is one reviewer.")
+    ] = None,
+    add_user: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Add a reviewer to the file of --users, print their token, and end.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:PORT]", help="A name by which browsers reach the review, such as that of a proxy; repeatable."),
+    ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, or only print its address.")] = True,
     repair: RepairOption = False,
     reviewer: Annotated[
@@ -47,18 +65,33 @@ def review(
 ) -> None:
     """Review trees in the browser: read each against its text, correct it, approve it, save.
 
-    The page is served on this machine only. What is corrected or approved goes into a JSONL file in the published format, which is
-    training data; every change, of unfinished trees too, is kept in a history beside it as soon as it is made, with the reviewer's
-    name and the time. Ctrl-C ends.
+    The page is served on this machine only, unless --host says otherwise; with --users several people review at once. What is
+    corrected or approved goes into a JSONL file in the published format, which is training data; every change, of unfinished trees
+    too, is kept in a history beside it as soon as it is made, with the reviewer's name and the time. Ctrl-C ends.
 
     \b
     Examples:
       gatewise mdt review guideline.pdf --adapter runs/mdt-pi-lora/adapter
       gatewise mdt review trees.json
+      gatewise mdt review --users users.json --add-user Ada
+      gatewise mdt review trees.json --users users.json --port 8000 --allow-host review.clinic.example
     """
     from gatewise.mdt.relations import check_language
-    from gatewise.mdt.review import Extracting, ReviewServer, Session
+    from gatewise.mdt.review import Extracting, Review, Session
+    from gatewise.mdt.review.users import UserFile
 
+    people = None if users is None else UserFile(users)
+    if add_user is not None:
+        _add(people, add_user, allow_host)
+        return
+    if people is not None and not people.read():
+        raise GatewiseError(f"{users} has no reviewer yet: --add-user NAME adds one")
+    try:
+        from gatewise.mdt.review.server import ReviewServer
+    except ModuleNotFoundError as error:
+        raise GatewiseError(
+            f"a review needs {(error.name or '').partition('.')[0]}, which is not installed: pip install 'gatewise[mdt]'"
+        ) from error
     if language is not None:
         check_language(language)
     if adapter is not None and not os.path.exists(adapter):  # unlike a Path's own it takes any name
@@ -74,10 +107,14 @@ def review(
             # The first candidate is written alone, the others together.
             most = max_new_tokens * (1 if candidates == 1 else 2)
             extracting = Extracting(session, _loaded(adapter, base, device, **settings), language=named, most=most)
-        with ReviewServer(session, extracting, port=port, reason="" if adapter else NO_ADAPTER) as server:
+        page = Review(session, extracting, "" if adapter else NO_ADAPTER)
+        with ReviewServer(page, people, host=host, port=port, allowed=allow_host or ()) as server:
             say(f"review: {server.url}")
-            say(f"corrections go to {session.files.out}, by {session.reviewer}; end with Ctrl-C", err=True)
-            if browser:
+            by = session.reviewer if people is None else f"whoever has a token of {users}"
+            say(f"corrections go to {session.files.out}, by {by}; end with Ctrl-C", err=True)
+            if not server.is_local:
+                say(OPEN, err=True)
+            if browser and people is None:  # nobody's token is known here
                 webbrowser.open(server.url)
             _serve(server)
         unsaved = session.unsaved
@@ -93,9 +130,19 @@ def review(
 def _serve(server: Any) -> None:
     """Serves until Ctrl-C, which is how a review ends and no interruption of it."""
     try:
-        server.serve_forever(poll_interval=0.2)
+        server.run()
     except KeyboardInterrupt:
         say("review ended", err=True)
+
+
+def _add(people: "UserFile | None", name: str, names: list[str] | None) -> None:
+    """Adds a reviewer; what to put behind the address of the review goes to stdout, once."""
+    if people is None:
+        raise GatewiseError("--add-user needs --users FILE, the file to add the reviewer to")
+    token = people.add(name)
+    say(f"{f'https://{names[0]}' if names else ''}/#token={token}")
+    where = "the address of" if names else "what stands behind the review's address for"
+    say(f"this is {where} {name.strip()}: it is shown once, give it to nobody else; {people.path} keeps only its SHA-256", err=True)
 
 
 def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extract":

@@ -12,11 +12,12 @@
 | ``extracting``  | a thread that asks the model, tells how far it is, and can be stopped    |
 | ``shown``       | what the page shows of a review, as JSON                                 |
 | ``actions``     | what the page can ask for, by name, without HTTP                         |
-| ``server``      | the page on 127.0.0.1: HTTP, and whom it answers                         |
+| ``users``       | who may come in: names and tokens                                        |
+| ``server``      | the page over HTTP (Starlette, uvicorn), and whom it answers             |
 """
 
+from gatewise.mdt.review.actions import Review
 from gatewise.mdt.review.extracting import Extract, Extracting, model_extract
-from gatewise.mdt.review.server import ReviewServer
 from gatewise.mdt.review.session import Session
 
-__all__ = ["Extract", "Extracting", "ReviewServer", "Session", "model_extract"]
+__all__ = ["Extract", "Extracting", "Review", "Session", "model_extract"]

@@ -33,14 +33,17 @@ class Review:
     def __init__(self, session: Session, extracting: Extracting | None = None, reason: str = "") -> None:
         self.session, self.extracting, self.reason = session, extracting, reason
 
-    def shown(self, what: str, asked: dict[str, Any]) -> dict[str, Any]:
+    def shown(self, what: str, asked: dict[str, Any], reviewer: str = "") -> dict[str, Any]:
         """Something to look at: "session", or "passage" with its ``number``.
+
+        Args:
+            reviewer: who asks; empty for the one who started the review.
 
         Raises:
             GatewiseError: there is no such thing.
         """
         if what == "session":
-            return self.overview()
+            return self.overview(reviewer)
         if what == "passage":
             return whole(self.session.passage(_integer(asked, "number")))
         raise NothingThereError("there is nothing at this address")
@@ -58,12 +61,13 @@ class Review:
         if action not in _ACTIONS:
             raise NothingThereError("there is nothing at this address")
         by = By(reviewer, _text(asked, "window"), _text(asked, "comment"))
-        return {**_ACTIONS[action](self, by, asked), "session": self.overview()}
+        return {**_ACTIONS[action](self, by, asked), "session": self.overview(reviewer)}
 
-    def overview(self) -> dict[str, Any]:
-        """The passages, and how far the extraction is."""
+    def overview(self, reviewer: str = "") -> dict[str, Any]:
+        """The passages, how far the extraction is, and who asks."""
         return {
             **overview(self.session),
+            "you": reviewer or self.session.reviewer,
             "progress": self.extracting.progress() if self.extracting else None,
             "extracts": self.extracting is not None,
             "reason": self.reason,

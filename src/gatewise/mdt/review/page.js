@@ -54,7 +54,7 @@ function change(action, body = {}, then = () => {}, seen = passage.version) {
     const version = forward(number, seen, relative);
     let answer;
     try {
-      answer = await post(`/api/${action}`, { number, version, ...body });
+      answer = await post(`api/${action}`, { number, version, ...body });
     } catch (error) {
       if (!(error instanceof Failed) || error.status !== 409) throw error;
       await refused(error, { number, action, body, then, of: shown.get(`${number} ${seen}`) });
@@ -79,7 +79,7 @@ async function refused(error, wanted) {
   const before = conflicts.has(wanted.number) ? conflicts.get(wanted.number).wanted : [];
   const known = before.some(one => one.action === wanted.action && JSON.stringify(one.body) === JSON.stringify(wanted.body));
   conflicts.set(wanted.number, { number: wanted.number, wanted: known ? before : [...before, wanted], others, looked: false });
-  session = await get("/api/session");
+  session = await get("api/session");
   showAll();
 }
 
@@ -104,7 +104,7 @@ function ask(name, more, show, focus, version) {
 }
 
 async function show(number) {
-  const answer = await get(`/api/passage?number=${number}`);
+  const answer = await get(`api/passage?number=${number}`);
   if (!passage || passage.number !== number) {
     node = 0;
     phrase = "";
@@ -119,7 +119,7 @@ function open(number) {
 }
 
 async function refresh() {
-  session = await get("/api/session");
+  session = await get("api/session");
   const line = passage && session.passages.find(one => one.number === passage.number);
   if (passage && !line) passage = null;
   if (!passage && session.passages.length) {
@@ -408,7 +408,7 @@ async function act(path, body, then) {
   }
 }
 
-const save = () => act("/api/save", {}, ({ saved }) => {
+const save = () => act("api/save", {}, ({ saved }) => {
   const values = { path: saved.path, count: saved.records, numbers: saved.unfinished.join(", ") };
   const what = saved.records ? tr("Saved: {path}, trees: {count}", values)
     : tr("Nothing is corrected or approved yet, so {path} has no trees", values);
@@ -456,15 +456,15 @@ onClick("fit", () => {
   fit = !fit;
   showTree();
 });
-onClick("extract", () => act("/api/extract", { passages: [[passage.number, passage.version]] }, () => {
+onClick("extract", () => act("api/extract", { passages: [[passage.number, passage.version]] }, () => {
   if (passage.state === "corrected" || passage.state === "approved") say(tr("The extraction will lie beside your tree."));
 }));
-onClick("extract-all", () => act("/api/extract",
+onClick("extract-all", () => act("api/extract",
   { passages: session.passages.filter(one => one.state === "empty").map(one => [one.number, one.version]) }, () => {}));
-onClick("cancel", () => act("/api/cancel", {}, () => say(tr("Cancelled; trees that are done stay."))));
+onClick("cancel", () => act("api/cancel", {}, () => say(tr("Cancelled; trees that are done stay."))));
 onClick("remove", () => {
   const { number, version } = passage;
-  if (confirm(tr("Take passage {number} out of the review?", { number }))) act("/api/remove", { number, version }, () => {});
+  if (confirm(tr("Take passage {number} out of the review?", { number }))) act("api/remove", { number, version }, () => {});
 });
 onClick("phrase-add", () => ask("add_triple", { node, parts: [passage.about, "", phrase] }, node,
   `object-${passage.nodes[node].triples.length}`, passage.version));
@@ -479,8 +479,8 @@ onClick("add-go", async () => {
   const file = at("add-file").files[0];
   try {
     const answer = file
-      ? await post("/api/load", { name: file.name, content: await base64(file), population })
-      : await post("/api/paste", { text: at("add-text").value, population });
+      ? await post("api/load", { name: file.name, content: await base64(file), population })
+      : await post("api/paste", { text: at("add-text").value, population });
     at("add-dialog").close();
     for (const field of ["add-text", "add-file", "add-population"]) at(field).value = "";
     session = answer.session;
@@ -502,7 +502,7 @@ onClick("export-go", async () => {
   const which = at("export-which").value;
   try {
     const body = { format: at("export-format").value, which: which === "this" ? passage.number : which };
-    const { file } = await post("/api/export", body);
+    const { file } = await post("api/export", body);
     const address = URL.createObjectURL(new Blob([file.content], { type: "text/plain;charset=utf-8" }));
     element("a", { href: address, download: file.name }).click();
     setTimeout(() => URL.revokeObjectURL(address), 10000);

@@ -1,28 +1,45 @@
-"""The review as a page on this machine: a server bound to 127.0.0.1 that answers nobody but the page it opened.
+"""The page of a review over HTTP: whom it answers, and how. A Starlette app, served by uvicorn.
 
 Other pages in the same browser, and other users of the machine, can reach the port as well. So every call needs the token that
 stands behind the "#" of the address (browsers never send that part anywhere), the names in ``Host`` and ``Origin`` have to be this
-server's (against DNS rebinding), and what changes something has to come as JSON (which a form of another page cannot send).
+server's (against DNS rebinding), and what changes something has to come as JSON (which a form of another page cannot send). A token
+says who asks. TLS is the task of a proxy in front of it.
 """
 
+import asyncio
+import ipaddress
 import json
-import secrets
+import re
+import socket
 import sys
 import traceback
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterable
 from importlib import resources
-from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from typing import Any, NamedTuple
+
+import uvicorn
+from h11 import IDLE, SEND_RESPONSE, Data, EndOfMessage
+from h11 import Response as Head
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.review.actions import NothingThereError, Review, refused
-from gatewise.mdt.review.extracting import Extracting
-from gatewise.mdt.review.session import OldPageError, Session
+from gatewise.mdt.review.session import OldPageError
+from gatewise.mdt.review.users import OneUser, UserFile
 
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Gatewise-Token"
 MOST_BYTES = 40 * 2**20  # of a request: a document of 30 MB as Base64
+SILENCE = 60  # seconds that a connection may be silent while it is its turn
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 # Address -> the room and the name of its file. The looks of trees are those of the HTML view.
 _PAGES = {
@@ -45,161 +62,284 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_NAME = re.compile(r"(?P<name>[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.IGNORECASE)
 
 
-class _RefusedError(Exception):
-    """A request that is not answered, with its HTTP status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class ReviewServer(ThreadingHTTPServer):
-    """Serves a session.
-
-    Args:
-        port: 0 takes a free one.
-        extracting: None where there is no model; ``reason`` then says why.
+class Names(NamedTuple):
+    """Under which names a server is reached.
 
     Attributes:
-        url: what to open, with the token.
-
-    Raises:
-        GatewiseError: the port is taken.
+        hosts: what may stand in ``Host``.
+        origins: of which pages it answers: those that it serves itself by http, those behind a proxy by https too.
     """
 
-    daemon_threads = True
-    allow_reuse_address = sys.platform != "win32"  # there it would share the port with another program
+    hosts: frozenset[str]
+    origins: frozenset[str]
 
-    def __init__(self, session: Session, extracting: Extracting | None = None, *, port: int = 0, reason: str = "") -> None:
-        self.session, self.review = session, Review(session, extracting, reason)
-        self.token = secrets.token_urlsafe(24)
+    @classmethod
+    def of(cls, port: int, allowed: Iterable[str] = (), host: str = HOST) -> "Names":
+        """The loopback names and the host with this port, and what is allowed beside them.
+
+        Args:
+            allowed: each "name" (with this port, or that which its proxy's scheme has) or "name:port".
+
+        Raises:
+            GatewiseError: one of them is no name.
+        """
+        # Browsers leave out the port that http has.
+        own = {f"{name}{end}" for name in (HOST, "localhost", "[::1]", host) for end in (f":{port}", "")[: 1 + (port == 80)]}
+        others: set[str] = set()
+        for given in allowed:
+            found = _NAME.fullmatch(given)
+            if found is None:
+                raise GatewiseError(
+                    f"--allow-host is {given[:100]!r}, expected the name by which browsers reach the review, such as"
+                    " review.clinic.example or review.clinic.example:8443"
+                )
+            name = given.lower()
+            others |= {name} if found["port"] else {name, f"{name}:{port}"}
+        origins = {f"http://{name}" for name in own | others} | {f"https://{name}" for name in others}
+        return cls(frozenset(own | others), frozenset(origins))
+
+    def refusal(self, headers: Headers) -> str:
+        """Why a request with these headers is not answered; empty for one that is."""
+        if headers.get("host", "").lower() not in self.hosts:
+            return "this server answers only to the address that the terminal shows, and to the names given with --allow-host"
+        if any(origin.lower() not in self.origins for origin in headers.getlist("origin")):
+            return "a page of another site asked, which is not answered"
+        return ""
+
+
+def app(review: Review, users: OneUser | UserFile, names: Names) -> Starlette:
+    """The app: the page, "/api/NAME" by GET for what :meth:`Review.shown` shows, and by POST for what :meth:`Review.done` does."""
+
+    def who(request: Request) -> str:
         try:
-            super().__init__((HOST, port), _Handler)
-        except OverflowError:
-            raise GatewiseError(f"the port is {port}, expected a number from 0 to 65535") from None
-        except OSError as error:
-            raise GatewiseError(
-                f"port {port} cannot be had ({error.strerror or error}): leave --port out for a free one"
-            ) from error
-        self.names = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.server_port}/#token={self.token}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that closes a connection early is nothing to report."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: ReviewServer
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "gatewise", ""
-    timeout = 60  # seconds that a connection may be silent
-
-    def do_GET(self) -> None:
-        self._answer(self._get)
-
-    def do_POST(self) -> None:
-        self._answer(self._post)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """The terminal is for what the user has to know."""
-
-    # ---- requests ----
-
-    def _get(self) -> tuple[str, bytes]:
-        address = urlsplit(self.path)
-        if address.path in _PAGES:
-            return _file(*_PAGES[address.path])
-        if not address.path.startswith("/api/"):
-            raise _RefusedError(404, "there is nothing at this address")
-        self._check_token()
-        asked = {name: values[-1] for name, values in parse_qs(address.query).items()}
-        return _json(self.server.review.shown(address.path.removeprefix("/api/"), asked))
-
-    def _post(self) -> tuple[str, bytes]:
-        self._check_token()
-        if self.headers.get_content_type() != "application/json":
-            raise _RefusedError(415, "expected a body of type application/json")
-        try:
-            asked = json.loads(self._body())
-        except (ValueError, RecursionError):
-            raise _RefusedError(400, "the body is not valid JSON") from None
-        if not isinstance(asked, dict):
-            raise _RefusedError(400, "the body is not a JSON object")
-        return _json(self.server.review.done(urlsplit(self.path).path.removeprefix("/api/"), asked))
-
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
-            raise _RefusedError(411, "expected a body with its Content-Length")
-        if int(length) > MOST_BYTES:
-            raise _RefusedError(413, f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB")
-        self._unread = False
-        return self.rfile.read(int(length))
-
-    def _drain(self) -> None:
-        """Reads what came with a request that is refused, if it is little: unread, it could cut the answer off."""
-        length = self.headers.get("Content-Length", "")
-        if self._unread and length.isascii() and length.isdigit() and len(length) < 7:
-            self.rfile.read(int(length))
-        elif self._unread:
-            self.close_connection = True
-
-    def _check_caller(self) -> None:
-        if self.headers.get("Host", "") not in self.server.names:
-            raise _RefusedError(403, "this server answers only to the address that the terminal shows")
-        origin = self.headers.get("Origin")
-        if origin is not None and origin.removeprefix("http://") not in self.server.names:
-            raise _RefusedError(403, "a page of another site asked, which is not answered")
-
-    def _check_token(self) -> None:
-        given = self.headers.get(TOKEN_HEADER, "")
-        if not secrets.compare_digest(given.encode("utf-8", "replace"), self.server.token.encode()):
-            raise _RefusedError(401, "this page has no token of the running review: open the address that the terminal shows")
-
-    # ---- answers ----
-
-    def _answer(self, make: Callable[[], tuple[str, bytes]]) -> None:
-        status, self._unread = 200, True
-        try:
-            self._check_caller()
-            kind, content = make()
-        except _RefusedError as error:
-            status, kind, content = error.status, *_json({"error": str(error)})
-        except NothingThereError as error:
-            status, kind, content = 404, *_json({"error": str(error)})
-        except OldPageError as error:
-            status, kind, content = 409, *_json({"error": str(error), **refused(error)})
+            reviewer = users.who(request.headers.get(TOKEN_HEADER, ""))
         except GatewiseError as error:
-            status, kind, content = 400, *_json({"error": str(error)})
-        except (ConnectionError, TimeoutError):
-            raise  # the browser is gone
-        except Exception as error:  # a fault of ours must not look like one of the user's, nor end the review
-            traceback.print_exc(file=sys.stderr)
-            status, kind, content = 500, *_json({"error": f"a fault in gatewise ({type(error).__name__}): see the terminal"})
-        if self.command == "POST":
-            self._drain()
-        self.send_response(status)
-        for name, value in _HEADERS.items():
-            self.send_header(name, value)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(content)
+            print(f"error: nobody can be let in: {error}", file=sys.stderr)
+            raise HTTPException(503, "the list of reviewers cannot be read at the moment: see the terminal") from error
+        if reviewer is None:
+            raise HTTPException(
+                401,
+                "this page has no token of the running review: open the address that the terminal shows, or that you were given",
+            )
+        return reviewer
+
+    def shown(request: Request) -> Response:
+        return _json(review.shown(request.path_params["name"], dict(request.query_params), who(request)))
+
+    async def done(request: Request) -> Response:
+        reviewer = await run_in_threadpool(who, request)
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "expected a body of type application/json")
+        content = await _body(request)
+        # A change waits for its turn and for the disk, and neither may keep others from being heard.
+        return await run_in_threadpool(lambda: _json(review.done(request.path_params["name"], _object(content), reviewer)))
+
+    made = Starlette(
+        routes=[
+            *(Route(address, _page, methods=["GET"]) for address in _PAGES),
+            Route("/api/{name}", shown, methods=["GET"]),
+            Route("/api/{name}", done, methods=["POST"]),
+        ],
+        middleware=[Middleware(_Guard, names=names)],
+        exception_handlers={HTTPException: _told, ClientDisconnect: _told, GatewiseError: _told, Exception: _fault},
+    )
+    made.router.redirect_slashes = False
+    return made
 
 
-def _file(room: str, name: str) -> tuple[str, bytes]:
+class _Guard:
+    """Lets through what was asked under one of the names of the server."""
+
+    def __init__(self, app: ASGIApp, names: Names) -> None:
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self.names.refusal(Headers(scope=scope))
+        answer = _json({"error": refusal}, 403) if refusal else self.app
+        await answer(scope, receive, send)
+
+
+async def _body(request: Request) -> bytes:
+    """The body, of which no more is held than is allowed, whatever its length is said to be."""
+    content, large = bytearray(), f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB"
+    if int(request.headers.get("Content-Length", 0)) > MOST_BYTES:  # h11 lets nothing through but digits
+        raise HTTPException(413, large)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(SILENCE) as silence:
+            async for piece in request.stream():
+                content += piece
+                if len(content) > MOST_BYTES:
+                    raise HTTPException(413, large)
+                silence.reschedule(loop.time() + SILENCE)
+    except TimeoutError:
+        raise HTTPException(408, "the request did not come whole: try again") from None
+    return bytes(content)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        asked = json.loads(content)
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "the body is not valid JSON") from None
+    if not isinstance(asked, dict):
+        raise HTTPException(400, "the body is not a JSON object")
+    return asked
+
+
+# ---- answers ----
+
+
+def _page(request: Request) -> Response:
+    room, name = _PAGES[request.scope["path"]]
     content = (resources.files(f"gatewise.mdt.{room}") / name).read_bytes()
-    return f"{_TYPES[name[name.rindex('.') :]]}; charset=utf-8", content
+    return Response(content, headers={**_HEADERS, "Content-Type": f"{_TYPES[name[name.rindex('.') :]]}; charset=utf-8"})
 
 
-def _json(value: Any) -> tuple[str, bytes]:
-    return "application/json; charset=utf-8", json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+def _json(value: Any, status: int = 200) -> Response:
+    content = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    return Response(content, status, {**_HEADERS, "Content-Type": "application/json; charset=utf-8"})
+
+
+def _told(request: Request, error: Exception) -> Response:
+    """What the one who asked can put right, a sentence."""
+    if isinstance(error, HTTPException):
+        said = "there is nothing at this address" if error.status_code in (404, 405) else error.detail
+        return _json({"error": said}, error.status_code)
+    if isinstance(error, OldPageError):
+        return _json({"error": str(error), **refused(error)}, 409)
+    return _json({"error": str(error)}, 404 if isinstance(error, NothingThereError) else 400)
+
+
+def _fault(request: Request, error: Exception) -> Response:
+    """A fault of ours, which must not look like one of the user's, nor end the review."""
+    traceback.print_exception(error, file=sys.stderr)
+    return _json({"error": f"a fault in gatewise ({type(error).__name__}): see the terminal"}, 500)
+
+
+# ---- serving ----
+
+
+class ReviewServer:
+    """A review at an address of its own. What asks between its making and :meth:`run` waits.
+
+    Args:
+        users: who may come in; None makes a token for the one who started it, which stands in ``url``.
+        host: a name or an address of this machine; without ``users`` one that other machines cannot reach.
+        port: 0 takes a free one.
+        allowed: other names under which it is reached, see :meth:`Names.of`.
+
+    Attributes:
+        url: what to open; a token of ``users`` has to be added.
+        is_local: whether other machines cannot reach it.
+
+    Raises:
+        GatewiseError: the host or the port cannot be had, or would let everybody in.
+    """
+
+    def __init__(
+        self, review: Review, users: UserFile | None = None, *, host: str = HOST, port: int = 0, allowed: Iterable[str] = ()
+    ) -> None:
+        if not 0 <= port <= 65535:
+            raise GatewiseError(f"the port is {port}, expected a number from 0 to 65535")
+        self.review = review
+        self.users: OneUser | UserFile = users or OneUser()
+        family, address = _resolved(host, port)
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        self.is_local = ip.is_loopback
+        if users is None and not self.is_local:
+            raise GatewiseError(
+                f"--host {host} lets other machines in: give --users FILE, so that each reviewer has a token (--add-user makes one)"
+            )
+        allowed = list(allowed)
+        Names.of(port, allowed)  # refused before anything is bound
+        try:
+            both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+            self.socket = socket.create_server((address, port), family=family, backlog=128, dualstack_ipv6=both)
+        except OSError as error:
+            what = f"port {port} cannot be had" if host == HOST else f"port {port} of {host} cannot be had"
+            raise GatewiseError(f"{what} ({error.strerror or error}): leave --port out for a free one") from error
+        self.port: int = self.socket.getsockname()[1]
+        shown = host if not ip.is_unspecified else HOST
+        shown = f"[{shown}]" if ":" in shown else shown
+        self.url = f"http://{shown}:{self.port}/" + (f"#token={self.users.token}" if isinstance(self.users, OneUser) else "")
+        self.names = Names.of(self.port, allowed, shown.lower())
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app(review, self.users, self.names),
+                http=_Protocol,
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",  # what the user has to know is printed by _fault
+                access_log=False,
+                proxy_headers=False,  # nothing is asked of who a proxy says that it asks for
+                server_header=False,
+                timeout_keep_alive=SILENCE,
+                timeout_graceful_shutdown=5,
+            )
+        )
+
+    def run(self) -> None:
+        """Serves until :meth:`end`, or until an interrupt, which is raised when the answers under way have been given."""
+        self._server.run(sockets=[self.socket])
+
+    def end(self) -> None:
+        """Ends :meth:`run`, from another thread."""
+        self._server.should_exit = True
+
+    def __enter__(self) -> "ReviewServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which waits for ever for the end of a request's head, and answers what is no HTTP without our headers."""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]  # a transport of a socket
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._wait()
+
+    def _wait(self) -> None:
+        """A clock runs from the first byte of a head, or the beginning of the connection, until the head is whole."""
+        ours = self.cycle is not None and not self.cycle.response_complete
+        if ours or self.transport.is_closing():
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
+        elif self._patience is None:
+            self._patience = self.loop.call_later(SILENCE, self.transport.close)
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (IDLE, SEND_RESPONSE):
+            answer = _json({"error": "this is no HTTP request that can be read"}, 400)
+            head = Head(status_code=400, headers=[*answer.raw_headers, (b"Connection", b"close")], reason=b"Bad Request")
+            for event in (head, Data(data=bytes(answer.body)), EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, str]:
+    try:
+        found = socket.getaddrinfo(host or "?", port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise GatewiseError(f"--host is {host[:100]!r}, expected an address or a name of this machine ({said})") from error
+    family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    return family, str(address[0])

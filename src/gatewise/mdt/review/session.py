@@ -97,7 +97,7 @@ class Session:
     ) -> None:
         draft = draft or Draft()
         self.files, self.notes, self.trouble = files, [*notes, *draft.notes], ""
-        self.reviewer = _checked_name(_login_name() if reviewer is None else reviewer)
+        self.reviewer = checked_name(_login_name() if reviewer is None else reviewer)
         self._lock = RLock()
         self._removed, self._entries = list(draft.removed), list(draft.entries)
         self._last, self._last_id = len(passages), draft.last
@@ -131,7 +131,7 @@ class Session:
             GatewiseError: a file cannot be read or is damaged, another review is open on the same files, or the name cannot be one.
         """
         if reviewer is not None:
-            _checked_name(reviewer)
+            checked_name(reviewer)
         is_sample = file is not None and file.startswith("sample:")
         path = None if file is None or is_sample else path_of(file)
         files = ReviewFiles(out or ReviewFiles.default_out(Path("guidelines") if is_sample else path))
@@ -471,10 +471,15 @@ def _checked(by: By) -> By:
         raise GatewiseError(f"the comment {HALF_A_PAIR}")
     if len(by.comment) > _LONGEST_COMMENT:
         raise GatewiseError(f"the comment has {len(by.comment)} characters, expected at most {_LONGEST_COMMENT}")
-    return by._replace(reviewer=_checked_name(by.reviewer)) if by.reviewer else by
+    return by._replace(reviewer=checked_name(by.reviewer)) if by.reviewer else by
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name of a reviewer without blanks around it.
+
+    Raises:
+        GatewiseError: it cannot be one.
+    """
     if not name.strip() or len(name) > _LONGEST_NAME or has_half_a_pair(name) or printable(name) != name or "\n" in name:
         raise GatewiseError(f"the reviewer is {name[:40]!r}, expected a name of at most {_LONGEST_NAME} characters in one line")
     return name.strip()
