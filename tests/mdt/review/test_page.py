@@ -307,6 +307,7 @@ def test_texts_stay_texts_and_passages_are_told_apart(review: Callable[..., Revi
     sync_api.expect(page.locator("#population")).to_have_text("高血压患者")
     page.click("#add-triple")
     page.select_option("#relation-0", "治疗药物")
+    sync_api.expect(here.node(1)).to_contain_text("治疗药物")  # what comes later would take the selection away
     select_in_text(page, "氨氯地平")
     page.click("#take-object-0")
     here.validity("every phrase is in the text")

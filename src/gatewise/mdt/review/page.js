@@ -258,8 +258,9 @@ function showCarried() {
   at("carried").hidden = !carried;
   if (!carried) return;
   const changed = carried.difference !== null;
-  const head = changed ? "Carried over from {from}; the text has changed since" : "Carried over from {from}; the text is the same";
-  at("carried-head").textContent = tr(head, { from: carried.from });
+  const { from } = carried;
+  at("carried-head").textContent = changed ? tr("Carried over from {from}; the text has changed since", { from })
+    : tr("Carried over from {from}; the text is the same", { from });
   at("carried").open = changed && passage.state !== "approved";
   at("carried-difference").lang = passage.language;
   at("carried-difference").replaceChildren(...(carried.difference || []).map(([kind, text]) =>
