@@ -32,6 +32,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gatewise.mdt.evaluation.agreement import Agreement, agree
     from gatewise.mdt.evaluation.metrics import TreeMetrics, evaluate, tree_edit_ratio
     from gatewise.mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
     from gatewise.mdt.extraction.batch import extract_files
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 # Module -> the public names in it.
 _HOME = {
+    "evaluation.agreement": ("Agreement", "agree"),
     "evaluation.metrics": ("TreeMetrics", "evaluate", "tree_edit_ratio"),
     "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
     "extraction.batch": ("extract_files",),
@@ -66,6 +68,7 @@ _HOME = {
 }
 __all__ = [
     "RELATIONS",
+    "Agreement",
     "Decision",
     "DecisionTree",
     "Extraction",
@@ -81,6 +84,7 @@ __all__ = [
     "Triple",
     "TripleSpans",
     "Turn",
+    "agree",
     "count_mistakes",
     "decide",
     "evaluate",

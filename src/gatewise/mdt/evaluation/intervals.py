@@ -7,6 +7,8 @@ Passages of one document are alike and are drawn one by one, so that an interval
 passages, or where all are right or all wrong, it is too narrow.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from gatewise.mdt.evaluation.metrics import Counts, rates
@@ -15,14 +17,18 @@ DRAWS = 2000
 _AT_ONCE = 2_000_000  # passages drawn at once, which bounds the memory
 
 
-def intervals(counts: Counts, *, draws: int = DRAWS, seed: int = 0) -> dict[str, dict[str, float]]:
+def intervals(
+    counts: Counts, *, of: Callable[[Counts], Counts] = rates, draws: int = DRAWS, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Metric -> its interval, as ``low`` and ``high``; equal for equal seeds.
 
     Args:
         counts: of n passages, from :func:`gatewise.mdt.evaluation.metrics.count_trees` or ``count_sets``.
+        of: the metrics of summed up counts, NaN where one is not defined.
 
     Returns:
-        Nothing at all for a single passage, of which every draw is the same.
+        Nothing at all for a single passage, of which every draw is the same. A draw in which a metric is not defined does not
+        count for it, and a metric that is defined in none is left out.
     """
     table = np.stack(list(counts.values()), axis=1).astype(np.float64)  # (n, counts); sums of whole numbers stay exact
     n = len(table)
@@ -35,5 +41,6 @@ def intervals(counts: Counts, *, draws: int = DRAWS, seed: int = 0) -> dict[str,
         drawn = random.integers(n, size=(some, n)) + n * np.arange(some)[:, None]
         sums.append(np.bincount(drawn.ravel(), minlength=some * n).reshape(some, n) @ table)
     totals = dict(zip(counts, np.concatenate(sums).T, strict=True))
-    ends = {name: np.percentile(values, (2.5, 97.5)) for name, values in rates(totals).items()}
+    defined = {name: values[~np.isnan(values)] for name, values in of(totals).items()}
+    ends = {name: np.percentile(values, (2.5, 97.5)) for name, values in defined.items() if len(values)}
     return {name: {"low": float(low), "high": float(high)} for name, (low, high) in ends.items()}

@@ -90,11 +90,15 @@ def mistakes(gold: Any, predicted: Any, *, repair: bool = False) -> list[Mistake
         found, found_children = plain_tree(predicted, repair)
     except checks.TreeError as fault:
         return [Mistake("malformed", predicted=str(fault))]
-    all_wanted = dict.fromkeys(triple for node in wanted for triple in sorted(node[2]))
-    all_found = dict.fromkeys(triple for node in found for triple in sorted(node[2]))
-    triples = list(_of_triples([t for t in all_wanted if t not in all_found], [t for t in all_found if t not in all_wanted]))
-    right = {triple for triple in all_wanted if triple in all_found}
-    return [*triples, *_of_nodes(_placed(wanted, wanted_children, right), _placed(found, found_children, right))]
+    shared = shared_triples(wanted, found)
+    of_triples = [
+        Mistake(kind, " | ".join(one or ()), " | ".join(other or ())) for kind, one, other in unlike_triples(wanted, found)
+    ]
+    of_nodes = [
+        Mistake(kind, one.shown if one else "", " + ".join(other.shown for other in others))
+        for kind, one, others in unlike_nodes(placed(wanted, wanted_children, shared), placed(found, found_children, shared))
+    ]
+    return [*of_triples, *of_nodes]
 
 
 def count_mistakes(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool = False) -> dict[str, dict[str, int]]:
@@ -122,18 +126,34 @@ def count_mistakes(gold: Sequence[Any], predicted: Sequence[Any], *, repair: boo
 # ---- triples ----
 
 
-def _of_triples(missing: list[PlainTriple], over: list[PlainTriple]) -> Iterator[Mistake]:
+def shared_triples(wanted: Sequence[PlainNode], found: Sequence[PlainNode]) -> frozenset[PlainTriple]:
+    """The triples that stand in both trees."""
+    all_wanted, all_found = (frozenset(triple for node in nodes for triple in node[2]) for nodes in (wanted, found))
+    return all_wanted & all_found
+
+
+def unlike_triples(
+    wanted: Sequence[PlainNode], found: Sequence[PlainNode]
+) -> Iterator[tuple[str, PlainTriple | None, PlainTriple | None]]:
+    """The triples that stand in one tree only, by kind, those that are alike in pairs."""
+    shared = shared_triples(wanted, found)
+    missing, over = (
+        [one for one in dict.fromkeys(triple for node in nodes for triple in sorted(node[2])) if one not in shared]
+        for nodes in (wanted, found)
+    )
     pairs = [(*rank, i, j) for i, one in enumerate(missing) for j, other in enumerate(over) if (rank := _likeness(one, other))]
     paired: dict[int, tuple[str, int]] = {}
+    taken: set[int] = set()
     for _, _, kind, i, j in sorted(pairs):
-        if i not in paired and all(j != other for _, other in paired.values()):
+        if i not in paired and j not in taken:
             paired[i] = kind, j
+            taken.add(j)
     for i, triple in enumerate(missing):
         kind, other = paired.get(i, ("missed triple", None))
-        yield Mistake(kind, " | ".join(triple), "" if other is None else " | ".join(over[other]))
+        yield kind, triple, None if other is None else over[other]
     for j, triple in enumerate(over):
-        if all(j != other for _, other in paired.values()):
-            yield Mistake("invented triple", predicted=" | ".join(triple))
+        if j not in taken:
+            yield "invented triple", None, triple
 
 
 def _likeness(one: PlainTriple, other: PlainTriple) -> tuple[int, float, str] | None:
@@ -165,59 +185,63 @@ def _alike(one: str, other: str) -> float:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Placed:
     """A node in its tree.
 
     Attributes:
+        at: its position in the pre-order.
         joined: its logical_rel; empty where triples were left out, of whose join nothing can be said.
         triples: those that are right.
-        way: the turns that lead to it.
+        way: the turns that lead to it, "L" for true and "R" for false.
         shown: the whole node.
     """
 
+    at: int
     role: str
     joined: str
     triples: frozenset[PlainTriple]
     way: str
     shown: str
 
-    def has_triples_of(self, other: "_Place") -> bool:
+    def has_triples_of(self, other: "Placed") -> bool:
         return self.triples == other.triples
 
-    def is_but_for_join(self, other: "_Place") -> bool:
+    def is_but_for_join(self, other: "Placed") -> bool:
         return self.has_triples_of(other) and self.role == other.role
 
-    def is_same(self, other: "_Place") -> bool:
+    def is_same(self, other: "Placed") -> bool:
         return self.is_but_for_join(other) and (self.joined == other.joined or not (self.joined and other.joined))
 
-    def is_as_deep(self, other: "_Place") -> bool:
+    def is_as_deep(self, other: "Placed") -> bool:
         return self.is_same(other) and len(self.way) == len(other.way)
 
-    def is_in_place(self, other: "_Place") -> bool:
+    def is_in_place(self, other: "Placed") -> bool:
         return self.is_same(other) and self.way == other.way
 
 
-def _placed(nodes: list[PlainNode], children: tuple[tuple[int, int] | None, ...], right: set[PlainTriple]) -> list[_Place]:
+def placed(nodes: Sequence[PlainNode], children: Sequence[tuple[int, int] | None], right: frozenset[PlainTriple]) -> list[Placed]:
     """The nodes with right triples."""
     ways = [""] * len(nodes)
     for i, both in enumerate(children):
         for child, turn in zip(both or (), "LR", strict=False):
             ways[child] = ways[i] + turn
     return [
-        _Place(role, joined if triples <= right else "", triples & right, way, _shown(role, joined, triples, way))
-        for (role, joined, triples), way in zip(nodes, ways, strict=True)
+        Placed(i, role, joined if triples <= right else "", triples & right, way, _shown(role, joined, triples, way))
+        for i, ((role, joined, triples), way) in enumerate(zip(nodes, ways, strict=True))
         if triples & right
     ]
 
 
-def _of_nodes(wanted: list[_Place], found: list[_Place]) -> Iterator[Mistake]:
+def unlike_nodes(wanted: Sequence[Placed], found: Sequence[Placed]) -> Iterator[tuple[str, Placed | None, list[Placed]]]:
+    """The nodes that differ, by kind: one of the gold tree, and what stands in its place, several nodes for a wrong grouping."""
+    wanted, found = list(wanted), list(found)
     # The least wrong explanation first, so that twins of a node do not take each other's place.
-    explanations: tuple[tuple[str, Callable[[_Place, _Place], bool]], ...] = (
-        ("", _Place.is_in_place),
-        ("wrong side", _Place.is_as_deep),
-        ("wrong depth", _Place.is_same),
-        ("wrong join", _Place.is_but_for_join),
-        ("wrong role", _Place.has_triples_of),
+    explanations: tuple[tuple[str, Callable[[Placed, Placed], bool]], ...] = (
+        ("", Placed.is_in_place),
+        ("wrong side", Placed.is_as_deep),
+        ("wrong depth", Placed.is_same),
+        ("wrong join", Placed.is_but_for_join),
+        ("wrong role", Placed.has_triples_of),
     )
     for kind, fits in explanations:
         for one in list(wanted):
@@ -226,13 +250,13 @@ def _of_nodes(wanted: list[_Place], found: list[_Place]) -> Iterator[Mistake]:
                 wanted.remove(one)
                 found.remove(other)
                 if kind:
-                    yield Mistake(kind, one.shown, other.shown)
+                    yield kind, one, [other]
     for one in wanted:
-        company = [other.shown for other in found if other.triples & one.triples]
-        yield Mistake("wrong grouping" if company else "missed node", one.shown, " + ".join(company))
+        company = [other for other in found if other.triples & one.triples]
+        yield "wrong grouping" if company else "missed node", one, company
     for other in found:
         if not any(other.triples & one.triples for one in wanted):
-            yield Mistake("extra node", predicted=other.shown)
+            yield "extra node", None, [other]
 
 
 def _shown(role: str, joined: str, triples: frozenset[PlainTriple], way: str) -> str:

@@ -22,7 +22,7 @@ from gatewise.mdt.tree import DecisionTree
 if TYPE_CHECKING:
     from jinja2 import Template
 
-_SMALLEST = 0.72  # a drawing shrinks to the room there is, as far as it stays readable
+SMALLEST = 0.72  # a drawing shrinks to the room there is, as far as it stays readable
 
 
 def page_of(records: Sequence[TreeRecord]) -> str:
@@ -33,26 +33,31 @@ def page_of(records: Sequence[TreeRecord]) -> str:
     """
     words, several = words_for(records[0].tree.language), len(records) > 1
     drawings = [drawing_of(one.tree, one.text, focusable=True, prefix=f"record-{i}-") for i, one in enumerate(records, start=1)]
-    widths = [f"#record-{i} svg{{min-width:{_SMALLEST * one.width:.0f}px}}\n" for i, one in enumerate(drawings, start=1)]
-    style, script = _content("page.css") + "".join(widths), _content("marking.js")
+    widths = [f"#record-{i} svg{{min-width:{SMALLEST * one.width:.0f}px}}\n" for i, one in enumerate(drawings, start=1)]
+    style, script = content_of(__package__, "page.css") + "".join(widths), content_of(__package__, "marking.js")
     articles = [
         {**_article(record), "id": f"record-{i}", "svg": drawing.svg}
         for i, (record, drawing) in enumerate(zip(records, drawings, strict=True), start=1)
     ]
-    return _template().render(
+    return template_of(content_of(__package__, "page.html")).render(
         words=words,
         several=several,
         title=words.title if several else f"{words.title}: {_name(records[0])}",
         style=style,
         script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=source_of_policy(style),
+        script_hash=source_of_policy(script),
         articles=articles,
     )
 
 
 @cache
-def _template() -> "Template":
+def template_of(content: str) -> "Template":
+    """A Jinja2 template in which everything is escaped that does not say otherwise.
+
+    Raises:
+        GatewiseError: Jinja2 is not installed (the extra ``mdt``).
+    """
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
@@ -60,14 +65,15 @@ def _template() -> "Template":
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return environment.from_string(_content("page.html"))
+    return environment.from_string(content)
 
 
-def _content(name: str) -> str:
-    return (resources.files("gatewise.mdt.formats") / name).read_text(encoding="utf-8")
+def content_of(room: str, name: str) -> str:
+    """A page, style sheet or script that lies in a room of the package, such as "gatewise.mdt.formats"."""
+    return (resources.files(room) / name).read_text(encoding="utf-8")
 
 
-def _hash(content: str) -> str:
+def source_of_policy(content: str) -> str:
     """A source of a Content-Security-Policy that allows an inline style sheet or script of this content and no other."""
     return f"sha256-{b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
