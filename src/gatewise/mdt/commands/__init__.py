@@ -1,8 +1,8 @@
-"""The ``mdt`` commands: extracting, showing, measuring and reviewing medical decision trees, and preparing rows to train on."""
+"""The ``mdt`` commands: extracting, showing, measuring, reviewing and comparing trees, and preparing rows to train on."""
 
 import typer
 
-from gatewise.mdt.commands import carry, evaluate, extract, passages, prepare, review, show
+from gatewise.mdt.commands import agree, carry, evaluate, extract, passages, prepare, review, show
 
 mdt_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -17,5 +17,14 @@ def mdt() -> None:
     """
 
 
-for command in (show.show, passages.passages, extract.extract, prepare.prepare, evaluate.evaluate, review.review, carry.carry):
+for command in (
+    show.show,
+    passages.passages,
+    extract.extract,
+    prepare.prepare,
+    evaluate.evaluate,
+    review.review,
+    agree.agree,
+    carry.carry,
+):
     mdt_app.command()(command)

@@ -7,6 +7,7 @@
 | ``sources``     | documents and files of trees that come in                                |
 | ``merging``     | what earlier reviews left of them                                        |
 | ``carrying``    | what a review of an older version of the guideline is worth for this one |
+| ``adjudication``| a third person decides where two reviewers differ                        |
 | ``files``       | the corrections (JSONL in the published format) and the history          |
 | ``session``     | the whole review: every change, checked, made and kept; no HTTP, no model |
 | ``extracting``  | a thread that asks the model, tells how far it is, and can be stopped    |

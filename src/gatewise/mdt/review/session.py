@@ -206,18 +206,28 @@ class Session:
         source = source_of(content, name, population=population)
         return self._add(source.passages, by), source.faults
 
-    def _add(self, passages: list[Passage], by: By) -> list[Passage]:
+    def _add(self, passages: Sequence[Passage], by: By) -> list[Passage]:
+        return self.add([(passage, by.comment) for passage in passages], by)
+
+    def add(self, passages: Sequence[tuple[Passage, str]], by: By = NOBODY) -> list[Passage]:
+        """Adds passages with their trees, and with what the history is to say of each.
+
+        Raises:
+            GatewiseError: there would be too many.
+        """
+        by = _checked(by)
         with self._lock:
             if len(self._passages) + len(passages) > _MOST_PASSAGES:
                 raise GatewiseError(f"this would make more than {_MOST_PASSAGES} passages: start a review of its own for this text")
             added = []
-            for passage in passages:
+            for passage, _ in passages:
                 self._last += 1
                 added.append(self._with_id(replace(passage, number=self._last)))
                 if passage.text in self._removed:
                     self._removed.remove(passage.text)
             self._passages |= {passage.number: passage for passage in added}
-            self._keep([self._row("add", by, passage, passage_row(passage)) for passage in added])
+            said = [by._replace(comment=comment) for _, comment in passages]
+            self._keep([self._row("add", one, passage, passage_row(passage)) for one, passage in zip(said, added, strict=True)])
             return added
 
     def remove(self, number: int, version: int | None = None, by: By = NOBODY) -> None:

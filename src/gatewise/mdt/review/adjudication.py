@@ -1,0 +1,108 @@
+"""A review in which a third person decides where two reviewers differ.
+
+It has all passages of both. Where the trees are the same there is one, approved if both approved it. Where they differ A's tree is
+to review, and B's lies beside it, to be taken, left or written anew from. The history begins with whose trees they are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt.evaluation.agreement import Agreement
+from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.review.files import ReviewFiles
+from gatewise.mdt.review.passage import Passage, others, version_of
+from gatewise.mdt.review.session import Session
+
+ADJUDICATED_KEY = "adjudicated"
+"""The key of a record that says what its review began with: "files" and "names", those of A and B, or of the one who has the
+passage, and "agreed", whether both had the same tree."""
+
+
+class Prepared(NamedTuple):
+    """What was prepared: passages with the same tree, those of them that both approved, that differ, and that only one has."""
+
+    out: Path
+    same: int
+    approved: int
+    differing: int
+    alone: int
+
+    @property
+    def said(self) -> list[str]:
+        """What was written, and what to do with it, a line each."""
+        decide = "1 passage" if self.differing == 1 else f"{self.differing} passages"
+        alone = f", {self.alone} that only one has" if self.alone else ""
+        return [
+            f"written: {self.out}: {decide} to decide, {self.same} with the same tree ({self.approved} approved by both){alone}",
+            f"to adjudicate: gatewise mdt review {self.out}",
+        ]
+
+
+def check_new(out: Path) -> None:
+    """Refuses a file of corrections that is there, or that a history is there for: it may hold what an adjudicator decided.
+
+    Raises:
+        GatewiseError: one of the files is there, or the name cannot be one.
+    """
+    files = ReviewFiles(out)
+    for path in (files.out, files.history, files.draft):
+        if path.exists():
+            raise GatewiseError(
+                f"{path} is there already, and may hold an adjudicator's work: open it with gatewise mdt review {out}, or name"
+                " another file with --adjudicate"
+            )
+
+
+def prepare(agreement: Agreement, out: Path, reviewer: str | None = None) -> Prepared:
+    """Writes the review of an agreement, for ``gatewise mdt review OUT``.
+
+    Args:
+        out: the file of corrections, which must be new, as its history must.
+        reviewer: who prepares it, for the history; None takes the login name.
+
+    Raises:
+        GatewiseError: one of the files is there already, or cannot be written.
+    """
+    check_new(out)
+    made = list(_passages(agreement))
+    session = Session.open(None, out, reviewer=reviewer)
+    try:
+        check_new(out)  # again, now that nobody else has the files
+        session.add(made)
+        if session.trouble:
+            raise GatewiseError(f"the review could not be prepared: {session.trouble}")
+        saved = session.save()  # last: a file of corrections is there when its whole history is
+    finally:
+        session.close()
+    same = sum(passage.same for passage in agreement.passages)
+    alone = len(agreement.only_a) + len(agreement.only_b)
+    return Prepared(out, same, saved.records, len(agreement.passages) - same, alone)
+
+
+def _passages(agreement: Agreement) -> Iterator[tuple[Passage, str]]:
+    """The passages, each with whose trees it has."""
+    a, b = agreement.names
+    both = {"files": list(agreement.files), "names": [a, b]}
+    for passage in agreement.passages:
+        approved = all(version_of(record, "drafted").state == "approved" for record in (passage.a, passage.b))
+        origin = {**both, "agreed": passage.same}
+        made = _passage(passage.a, origin, approved=passage.same and approved)
+        if passage.same:
+            yield made, f"the tree of {a} and {b}"
+            continue
+        other = version_of(passage.b, "drafted")._replace(state="drafted", approved=None)
+        yield replace(made, beside=other, extractions=1), f"{a}'s tree; beside it {b}'s tree"
+    for i, records in enumerate((agreement.only_a, agreement.only_b)):
+        alone = {"files": [agreement.files[i]], "names": [agreement.names[i]], "agreed": False}
+        for record in records:
+            yield _passage(record, alone, approved=False), f"{agreement.names[i]}'s tree; there is no other"
+
+
+def _passage(record: TreeRecord, origin: dict[str, Any], *, approved: bool) -> Passage:
+    version = version_of(record, "drafted")
+    if not approved:
+        version = version._replace(state="drafted", approved=None)
+    return Passage(0, record.text, version, {**others(record.more), ADJUDICATED_KEY: origin}, came=version.nodes)
