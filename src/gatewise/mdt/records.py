@@ -71,6 +71,27 @@ class TreeRecord:
         """What has to be known of how its passage was read."""
         return self._texts("notes")
 
+    @property
+    def sha256(self) -> str:
+        """Of the bytes of the document that its passage is of; empty where it is not known."""
+        said = self.more.get("sha256")
+        return said if isinstance(said, str) else ""
+
+    @property
+    def extraction(self) -> dict[str, Any] | None:
+        """What a model's tree was made with, see :attr:`gatewise.mdt.Extraction.made_with`; None for other trees."""
+        return self._object("extraction")
+
+    @property
+    def reviewed(self) -> dict[str, Any] | None:
+        """Who approved or corrected the tree last: "by", "at" (UTC), "comment" where there was one, and "sha256", the document that
+        they read, where it is known. None where it is not known, or nobody did."""
+        return self._object("reviewed")
+
+    def _object(self, key: str) -> dict[str, Any] | None:
+        said = self.more.get(key)
+        return said if isinstance(said, dict) else None
+
     def _texts(self, key: str) -> tuple[str, ...]:
         said = self.more.get(key)
         return tuple(one for one in said if isinstance(one, str) and one.strip()) if isinstance(said, list | tuple) else ()

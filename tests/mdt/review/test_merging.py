@@ -11,7 +11,7 @@ from mdt_trees import TEXT, node, triple
 from gatewise.mdt.documents.passages import split_passages
 from gatewise.mdt.documents.reading import document_of
 from gatewise.mdt.review.passage import Version
-from gatewise.mdt.review.session import Session
+from gatewise.mdt.review.session import By, Session
 
 Nodes = list[dict[str, Any]]
 DRUGS = ("colchicine", "naproxen", "rest")
@@ -333,7 +333,12 @@ def as_an_earlier_gatewise_wrote_them(session: Session) -> None:
     def without(value: Any) -> Any:
         if isinstance(value, list):
             return [without(one) for one in value]
-        return {key: without(one) for key, one in value.items() if key != "sha256"} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        held = {key: without(one) for key, one in value.items() if key not in ("sha256", "reviewed", "extraction")}
+        if isinstance(held.get("approved"), dict):  # it had but the nodes of a tree that was approved
+            held["approved"] = held["approved"]["tree"]
+        return held | ({"format": 2} if "format" in held else {})
 
     for file in (session.files.out, session.files.history):
         if file.exists():
@@ -413,3 +418,58 @@ def test_a_file_that_was_renamed_is_the_same_document(tmp_path: Path) -> None:
     again = open_guide(str(other))
     assert headings(again) == [("Adults", "empty"), ("ADULTS", "approved"), ("Children", "empty")]
     again.close()
+
+
+def test_a_history_of_an_earlier_gatewise_keeps_its_approved_trees(tmp_path: Path) -> None:
+    """With a tree that was corrected after it was approved, and one that was withdrawn; nobody's name is made up for them."""
+    file = trees(tmp_path, *DRUGS)
+    session = Session.open(file)
+    for number in (1, 2, 3):
+        approve(session, number)
+    edit(session, 1, "ibuprofen")
+    session.approve(2, session.passage(2).version, approved=False)
+    session.save()
+    left(session)
+    as_an_earlier_gatewise_wrote_them(session)
+    assert '"approved": [' in session.files.history.read_text()
+    again = Session.open(file)
+    assert (again.notes, again.unsaved) == ([], 1)
+    assert shown(again) == [("ibuprofen", "corrected", True), ("naproxen", "drafted", False), ("rest", "approved", True)]
+    again.save()
+    assert [(name_of(one["tree"]), one.get("review"), one.get("reviewed")) for one in records(again)] == [
+        ("colchicine", "approved", None),
+        ("rest", "approved", None),
+    ]
+    again.approve(1, again.passage(1).version, by=By("Ada"))
+    again.save()
+    assert records(again)[0]["reviewed"]["by"] == "Ada"
+    left(again)
+    third = Session.open(file)
+    assert records(third)[0] == third.passage(1).record().to_json()
+    third.close()
+
+
+def test_who_approved_read_the_document_as_it_was_then(tmp_path: Path) -> None:
+    session = open_guide(guide(tmp_path))
+    write_and_approve(session, 2, "colchicine")
+    session.save()
+    first = session.passage(2).more
+    assert records(session)[0]["reviewed"]["sha256"] == first["sha256"]
+    left(session)
+    again = open_guide(guide(tmp_path, PREFACE + GUIDE))
+    moved = again.passage(3).more
+    assert moved["sha256"] != first["sha256"]
+    assert moved["offsets"] == [at + len("Preface\nGive all of it to people.\n") for at in first["offsets"]]
+    assert again.unsaved == 0  # no decision has changed
+    again.save()
+    (record,) = records(again)  # where the passage is now, and what was read when it was approved
+    assert {key: record[key] for key in moved} == moved
+    assert record["reviewed"]["sha256"] == first["sha256"]
+    approve(again, 3)
+    assert again.unsaved == 1
+    again.save()
+    assert records(again)[0]["reviewed"]["sha256"] == moved["sha256"]
+    left(again, lose_draft=True)
+    third = open_guide(guide(tmp_path, PREFACE + GUIDE))
+    assert third.passage(3).record().to_json() == {**records(third)[0], "review": "approved"}
+    third.close()

@@ -154,6 +154,79 @@ def test_only_a_word_of_the_reviewer_takes_an_approval_out_of_the_file(session: 
     assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
 
 
+# Who stands for a tree ----------------------------------------------------------------------------------------------
+
+
+def stands(session: Session, number: int = 1) -> tuple[Any, ...] | None:
+    """Who, when and with what words stands for what the file of corrections gets."""
+    kept = session.passage(number).kept
+    return None if kept is None or kept.reviewed is None else tuple(kept.reviewed.get(key) for key in ("by", "at", "comment"))
+
+
+def test_the_last_who_corrected_or_approved_a_tree_stands_for_it(session: Session) -> None:
+    assert stands(session) is None
+    correct(session, 1, "ibuprofen", By("ben", comment="see page 3"))
+    assert stands(session) == ("ben", rows(session)[-1]["time"], "see page 3")
+    assert whole(session.passage(1))["reviewed"] == session.passage(1).now.reviewed
+    session.approve(1, 1, by=By("cleo"))
+    approval = ("cleo", rows(session)[-1]["time"], None)
+    assert stands(session) == approval
+    correct(session, 1, "rest", By("ben"))  # the approved tree stays hers, until another is approved
+    assert stands(session) == approval
+    assert session.passage(1).now.reviewed != session.passage(1).kept.reviewed  # type: ignore[union-attr]
+    session.save()
+    assert records(session)[0]["reviewed"] == {"by": "cleo", "at": approval[1]}
+    session.undo(1, 3, by=By("ben"))
+    assert stands(session) == approval
+    session.redo(1, 4, by=By("cleo"))
+    assert session.passage(1).now.reviewed["by"] == "ben"  # type: ignore[index]
+    session.approve(1, 5, approved=False, by=By("cleo"))  # now it is a correction of ben's
+    assert stands(session)[0] == "ben"  # type: ignore[index]
+    session.approve(1, 6, by=By("cleo"))
+    session.approve(1, 7, by=By("dora"))  # who approves it too
+    assert stands(session)[0] == "dora"  # type: ignore[index]
+
+
+def test_nobody_stands_for_a_draft_whose_approval_was_taken_back(session: Session) -> None:
+    session.approve(1, 0, by=By("ben"))
+    session.save()
+    session.approve(1, 1, approved=False, by=By("ben"))
+    assert (session.passage(1).now.state, stands(session)) == ("drafted", None)
+    session.save()
+    assert "reviewed" not in records(session)[0]
+    session.approve(1, 2, by=By("ben"))
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 3, extraction=1, replaced=True)
+    assert stands(session)[0] == "ben"  # type: ignore[index]  # of the tree that he approved
+    session.save()
+    session.approve(1, 4, approved=False, by=By("cleo"))  # that of the file is approved no more, and she did not correct it
+    session.save()
+    assert (records(session)[0]["review"], records(session)[0].get("reviewed")) == ("corrected", None)
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_who_stands_for_a_tree_is_there_after_a_restart(tmp_path: Path, save: bool) -> None:
+    file = file_of(tmp_path, 3)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen", By("ben", comment="see page 3"))
+    session.approve(2, 0, by=By("cleo"))
+    correct(session, 2, "rest", By("ben"))
+    if save:
+        session.save()
+    before = [(one.now, one.kept) for one in session.passages]
+    session.close()
+    again = Session.open(file)
+    assert [(one.now, one.kept) for one in again.passages] == before
+    assert again.unsaved == (1 if save else 2)
+    again.save()
+    written = records(again)
+    again.close()
+    again.files.history.unlink()
+    third = Session.open(file)  # from what was saved alone
+    assert [one.record().to_json() for one in third.passages if one.now.state != "drafted"] == written
+    third.close()
+
+
 # Two who change one passage -------------------------------------------------------------------------------------------
 
 

@@ -71,7 +71,7 @@ def test_only_what_a_person_saw_is_saved_in_the_published_format(trees: Path) ->
     assert (saved.path, saved.records, saved.unfinished, session.unsaved) == (trees.with_name("trees.json.review.jsonl"), 2, [], 0)
     first, second = lines(saved.path)
     # What was true of the extracted tree is not said of the corrected one; where it comes from is.
-    assert first.keys() == {"text", "tree", "source", "review"}
+    assert first.keys() == {"text", "tree", "source", "review", "reviewed"}
     assert (first["text"], first["review"], second["review"]) == (TEXT, "corrected", "approved")
     assert first["tree"][1]["triples"][0][2] == "naproxen or colchicine"
     read = read_trees(saved.path)
@@ -314,7 +314,7 @@ def test_a_damaged_history_is_refused_not_overwritten(trees: Path) -> None:
     correct(session, 2)
     session.close()
     whole = session.files.history.read_text()
-    for old, new in (('"corrected"', '"great"'), ('"format": 2', '"format": 3'), ('{"time"', '"time"'), ('"reviewer"', '"x"')):
+    for old, new in (('"corrected"', '"great"'), ('"format": 3', '"format": 4'), ('{"time"', '"time"'), ('"reviewer"', '"x"')):
         damaged = whole.replace(old, new)
         session.files.history.write_text(damaged)
         with pytest.raises(GatewiseError, match=r"history\.jsonl, which has the work of earlier reviews, cannot be read"):

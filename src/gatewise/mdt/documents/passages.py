@@ -37,6 +37,10 @@ _DEPENDENT = re.compile(
 _REFERS = re.compile(r"(?:otherwise|else|if\s+(?:not|so)|in\s+(?:this|that)\s+case)\b|否则|不然|反之", re.IGNORECASE)
 
 
+# What a record says of the document that its passage is of, see `Passage.origin`.
+ORIGIN = ("source", "sha256", "place", "headings", "offsets", "notes")
+
+
 @dataclass(frozen=True)
 class Passage:
     """A piece of a document.

@@ -14,6 +14,7 @@ from difflib import SequenceMatcher
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
+from gatewise.mdt.documents.passages import ORIGIN
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review.passage import NOTHING, REVIEWED, Passage, State, others, version_of
 from gatewise.mdt.wholes import pieces
@@ -24,7 +25,7 @@ CARRIED_KEY = "carried"
 ALIKE = 0.6
 """From this share of words in common on, a passage passes for a changed one and not for a new one."""
 # What a record says of its place in its document; the newer one has its own.
-_OF_THE_DOCUMENT = ("source", "place", "headings", "offsets", "notes", "sha256", CARRIED_KEY)
+_OF_THE_DOCUMENT = (*ORIGIN, CARRIED_KEY)
 _CLOSEST = 5  # of the older passages with the most words in common, so many are compared word for word
 Kind = Literal["same", "gone", "new"]
 
@@ -157,7 +158,7 @@ def _gone(records: Sequence[TreeRecord], found: Sequence[Match]) -> list[TreeRec
 def _carried(passage: Passage, record: TreeRecord, same: bool, source: str) -> Passage:
     version = version_of(record, "drafted")
     if not same:
-        version = version._replace(state="drafted", approved=None)
+        version = version._replace(state="drafted", reviewed=None)
     origin: dict[str, Any] = {"from": source}
     origin |= {key: record.more[key] for key in ("sha256", "place") if isinstance(record.more.get(key), str)}
     if _plain(record.text) != _plain(passage.text):

@@ -27,7 +27,8 @@ from gatewise.mdt.review.edits import check_shape
 from gatewise.mdt.review.passage import STATES, Passage, Version
 
 SUFFIX = ".review.jsonl"
-_FORMAT = 2  # of the history; 1 is that of the drafts of earlier versions
+_FORMAT = 3  # of the history
+_FORMATS = (2, _FORMAT)  # that are read; 2 has no names beside trees, 1 is that of the drafts of earlier versions
 
 
 class Entry(NamedTuple):
@@ -172,10 +173,7 @@ class ReviewFiles:
             raise GatewiseError(f"its format is {held['format']!r}, expected 1")
         passages = [_passage(item, number) for number, item in enumerate(held["passages"], start=1)]
         # There an edit, or another extraction, made an approved tree one that a save would lose.
-        kept = [
-            replace(one, now=one.now._replace(approved=one.now.approved or one.saved.approved)) if one.saved else one
-            for one in passages
-        ]
+        kept = [replace(one, now=one.now.after(one.saved)) if one.saved and one.now.approved is None else one for one in passages]
         return Draft(kept, [str(text) for text in held["removed"]])
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -245,7 +243,7 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
         entries.append(entry)
         last = max(last, entry.passage)
         if entry.action == "open":
-            if row["format"] != _FORMAT:
+            if row["format"] not in _FORMATS:
                 raise GatewiseError(f"its format is {row['format']!r}, expected {_FORMAT}")
             held, removed = {number: held[number] for number in row["passages"]}, list(row["removed"])
         elif entry.action == "save":
@@ -263,8 +261,9 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
 def _version(version: Version | None) -> dict[str, Any] | None:
     if version is None:
         return None
-    made = {"tree": version.nodes, "state": version.state, "warnings": list(version.warnings)}
-    return made if version.approved is None or version.state == "approved" else {**made, "approved": version.approved}
+    made: dict[str, Any] = {"tree": version.nodes, "state": version.state, "warnings": list(version.warnings)}
+    more = {"extraction": version.extraction, "reviewed": version.reviewed, "approved": _version(version.approved)}
+    return made | {name: value for name, value in more.items() if value is not None}
 
 
 def _passage(item: dict[str, Any], number: int) -> Passage:
@@ -287,9 +286,21 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
     if held["state"] not in STATES or (held["tree"] is None) != (held["state"] == "empty"):
         raise GatewiseError(f"the state {held['state']!r} does not fit its tree")
     nodes = None if held["tree"] is None else check_shape(held["tree"])
-    approved = nodes if held["state"] == "approved" else held.get("approved")
-    approved = None if approved is None else check_shape(approved)
-    return Version(nodes, held["state"], tuple(str(warning) for warning in held["warnings"]), approved)
+    warnings = tuple(str(warning) for warning in held["warnings"])
+    made = Version(nodes, held["state"], warnings, None, _object(held.get("extraction")), _object(held.get("reviewed")))
+    approved = held.get("approved")
+    if approved is None or made.state == "approved":
+        return made
+    # Format 2 has the nodes alone.
+    return made._replace(
+        approved=Version(check_shape(approved), "approved") if isinstance(approved, list) else _read_version(approved)
+    )
+
+
+def _object(held: Any) -> dict[str, Any] | None:
+    if held is not None and not isinstance(held, dict):
+        raise GatewiseError("what is said of a tree is no object")
+    return held
 
 
 def _digest(path: Path) -> str:

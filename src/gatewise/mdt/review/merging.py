@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
+from gatewise.mdt.documents.passages import ORIGIN
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review.edits import Nodes
 from gatewise.mdt.review.files import Draft
@@ -255,7 +256,7 @@ def _merged(row: _Row, notes: list[str]) -> Passage:
     if record is not None:
         saved = version_of(record, "drafted")
         # What a file of corrections holds beside the tree is as old as the tree.
-        more = {**(first.more if first else {}), **others(record.more)}
+        more = _placed({**(first.more if first else {}), **others(record.more)}, source)
         if old is None:
             past = (source.now,) if source and source.now.nodes is not None and source.now.nodes != saved.nodes else ()
             return Passage(0, record.text, saved, more, saved, came, past)
@@ -274,9 +275,19 @@ def _merged(row: _Row, notes: list[str]) -> Passage:
         return replace(old, saved=None)
     differs = source.now.nodes is not None and source.now.nodes != old.now.nodes
     if differs and source.came != old.came and old.now.state in ("empty", "drafted"):  # the file has a new tree
-        return _next(old, source.now._replace(approved=old.now.approved), source.more, None, came, old.now)
+        return _next(old, source.now.after(old.now), source.more, None, came, old.now)
     # So that undoing leads back to what the file gave, though the edits in between are gone.
-    return _next(old, old.now, old.more, None, came, source.now if differs else old.now)
+    return _next(old, old.now, _placed(old.more, source), None, came, source.now if differs else old.now)
+
+
+def _placed(more: dict[str, Any], source: Passage | None) -> dict[str, Any]:
+    """What is held beside a tree, with the place of its passage in the document as it is now.
+
+    Which version of the document a person read who approved the tree is said by :attr:`Version.reviewed`.
+    """
+    if source is None or "source" not in source.more:
+        return more
+    return {**source.more, **{key: value for key, value in more.items() if key not in ORIGIN}}
 
 
 def _next(old: Passage, now: Version, more: dict[str, Any], saved: Version | None, came: Nodes | None, undone: Version) -> Passage:

@@ -20,24 +20,42 @@ from gatewise.mdt.tree import DecisionTree
 State = Literal["empty", "drafted", "corrected", "approved"]
 STATES: tuple[State, ...] = get_args(State)
 REVIEWED: tuple[State, ...] = ("corrected", "approved")
-REVIEW_KEY = "review"
+REVIEW_KEY, REVIEWED_KEY, EXTRACTION_KEY = "review", "reviewed", "extraction"
 _MOST_STEPS = 200
 # What `gatewise mdt extract` writes beside a tree is no longer true of a corrected one.
 _OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", REVIEW_KEY)
+# These are of one version of the tree.
+_MADE = (EXTRACTION_KEY, REVIEWED_KEY)
 
 
 class Version(NamedTuple):
     """A tree at one moment, None where there is none, with its state and what its extraction warned of.
 
     Attributes:
-        approved: the tree that was approved last, which is that of the file of corrections until another one is approved or the
-            approval is taken back.
+        approved: of one that is not approved itself, the version that was approved last, which is that of the file of corrections
+            until another one is approved or the approval is taken back.
+        extraction: what a model's tree was made with, see :attr:`gatewise.mdt.Extraction.made_with`; it stays when the tree is
+            corrected. None for one that was written by hand, and where it is not known.
+        reviewed: who approved or corrected the tree last, as it stands: "by", "at" (the time in UTC that the history has),
+            "comment" where there was one, and "sha256", which document they read, where it is known. None where nobody did, and for
+            what was reviewed before gatewise noted it.
     """
 
     nodes: Nodes | None = None
     state: State = "empty"
     warnings: tuple[str, ...] = ()
-    approved: Nodes | None = None
+    approved: "Version | None" = None
+    extraction: dict[str, Any] | None = None
+    reviewed: dict[str, Any] | None = None
+
+    @property
+    def standing(self) -> "Version | None":
+        """The version that a person stands for: this one, if it is approved, or the one that was."""
+        return self if self.state == "approved" else self.approved
+
+    def after(self, before: "Version") -> "Version":
+        """In the place of another version, whose approved tree stays that of the file of corrections."""
+        return self if self.state == "approved" else self._replace(approved=before.standing)
 
 
 NOTHING = Version()
@@ -102,18 +120,24 @@ class Passage:
             raise GatewiseError("there is nothing to do again in this passage")
         return self._at(self.future[-1], past=(*self.past, self.now), future=self.future[:-1])
 
-    def begun(self) -> "Passage":
+    def begun(self, reviewed: dict[str, Any] | None = None) -> "Passage":
         """With an empty tree, to be written by hand.
+
+        Args:
+            reviewed: who does it and when, see :class:`Version`.
 
         Raises:
             GatewiseError: it has a tree.
         """
         if self.now.nodes is not None:
             raise GatewiseError("this passage has a tree already")
-        return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected"))
+        return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected", reviewed=reviewed))
 
-    def edited(self, change: Callable[[Nodes], Nodes]) -> "Passage":
+    def edited(self, change: Callable[[Nodes], Nodes], reviewed: dict[str, Any] | None = None) -> "Passage":
         """Corrects the tree; an approved tree is approved no more.
+
+        Args:
+            reviewed: who does it and when, see :class:`Version`.
 
         Raises:
             GatewiseError: there is no tree, or the edit does not fit it.
@@ -121,10 +145,15 @@ class Passage:
         if self.now.nodes is None:
             raise GatewiseError("this passage has no tree yet: extract one, or begin with an empty one")
         nodes = change(self.now.nodes)
-        return self if nodes == self.now.nodes else self.with_version(self.now._replace(nodes=nodes, state="corrected"))
+        if nodes == self.now.nodes:
+            return self
+        return self.with_version(self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed).after(self.now))
 
-    def judged(self, approved: bool) -> "Passage":
+    def judged(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
         """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
+
+        Args:
+            reviewed: who approves it and when, see :class:`Version`. One that is approved already is then approved by them.
 
         Raises:
             GatewiseError: there is no tree, or it is not valid.
@@ -135,14 +164,18 @@ class Passage:
             where = "" if fault.node is None else f"node {fault.node + 1}: "
             raise GatewiseError(f"the tree cannot be approved yet: {where}{fault.message}")
         if approved:
-            return self.with_version(self.now._replace(state="approved", approved=self.now.nodes))
-        return self.with_version(self.now._replace(state=self._state_before, approved=None))
+            return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed))
+        state, by = self._before
+        return self.with_version(self.now._replace(state=state, approved=None, reviewed=by))
 
     @property
-    def _state_before(self) -> State:
-        """The state without the approval. Of one of an earlier review nothing tells; "corrected" is what no extraction replaces."""
-        states = (one.state for one in (self.now, *reversed(self.past)) if one.nodes == self.now.nodes)
-        return next((state for state in states if state != "approved"), "corrected")
+    def _before(self) -> tuple[State, dict[str, Any] | None]:
+        """The state without the approval, and who corrected the tree then.
+
+        Of one of an earlier review nothing tells; "corrected" is what no extraction replaces.
+        """
+        same = (one for one in (self.now, *reversed(self.past)) if one.nodes == self.now.nodes and one.state != "approved")
+        return next(((one.state, one.reviewed) for one in same), ("corrected", None))
 
     def extracted(self, version: Version, of: int) -> "Passage":
         """With a tree that was extracted: in the place of one that no person touched, else beside it.
@@ -151,7 +184,7 @@ class Passage:
             of: the number of the version that there was when it was asked for.
         """
         if self.version == of and self.now.state not in REVIEWED:
-            return self.with_version(version._replace(approved=self.now.approved))
+            return self.with_version(version.after(self.now))
         return replace(self, beside=version, extractions=self.extractions + 1, error="")
 
     def taken(self, extraction: int, replaced: bool) -> "Passage":
@@ -168,7 +201,7 @@ class Passage:
         assert self.beside is not None
         if self.now.state in REVIEWED and not replaced:
             raise GatewiseError(f"the tree was {self.now.state} by a person, so it is replaced only when a reviewer says so")
-        return replace(self.with_version(self.beside._replace(approved=self.now.approved)), beside=None)
+        return replace(self.with_version(self.beside.after(self.now)), beside=None)
 
     def left(self, extraction: int) -> "Passage":
         """Without the tree that lies beside.
@@ -214,12 +247,12 @@ class Passage:
         the file already has, if any.
         """
         now, saved = self.now, self.saved
-        if now.approved is not None:
-            return now if now.state == "approved" else Version(now.approved, "approved", (), now.approved)
+        if now.standing is not None:
+            return now.standing
         if self.is_valid and (now.state == "corrected" or (saved is not None and now.nodes == saved.nodes)):
             return now
         if saved is not None and saved.state == "approved":  # which somebody took back
-            return saved._replace(state="corrected", approved=None)
+            return saved._replace(state="corrected", reviewed=None)
         return saved
 
     @property
@@ -238,8 +271,11 @@ class Passage:
         more = others(self.more)
         if version.warnings and version.state not in REVIEWED:
             more["warnings"] = list(version.warnings)
+        if version.extraction is not None:
+            more[EXTRACTION_KEY] = version.extraction
         if version.state in REVIEWED:
             more[REVIEW_KEY] = version.state
+            more |= {} if version.reviewed is None else {REVIEWED_KEY: version.reviewed}
         return TreeRecord(self.text, DecisionTree.from_preorder(version.nodes, f"passage {self.number}"), self.number, more)
 
 
@@ -247,14 +283,17 @@ def version_of(record: TreeRecord, otherwise: State) -> Version:
     """The version that a record of a file holds; ``otherwise`` where it names no state."""
     named = record.more.get(REVIEW_KEY)
     state: State = named if named in REVIEWED else otherwise
-    nodes = record.tree.to_preorder()
-    return Version(nodes, state, tuple(map(writable, record.warnings)), nodes if state == "approved" else None)
+    warnings = tuple(map(writable, record.warnings))
+    reviewed = record.reviewed if state in REVIEWED else None
+    return Version(record.tree.to_preorder(), state, warnings, None, writable(record.extraction), writable(reviewed))
 
 
 def others(more: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a record that stay true when its tree is corrected, as a file can hold them."""
-    return dict(writable({key: value for key, value in more.items() if key not in _OF_THE_TREE}))
+    held = {key: value for key, value in more.items() if key not in _OF_THE_TREE}
+    # What a file of somebody else's has under these names, and is not what gatewise writes, is theirs.
+    return dict(writable({key: value for key, value in held.items() if key not in _MADE or not isinstance(value, dict)}))
 
 
-def _content(version: Version | None) -> tuple[Nodes | None, State] | None:
-    return None if version is None else (version.nodes, version.state)
+def _content(version: Version | None) -> tuple[Nodes | None, State, dict[str, Any] | None] | None:
+    return None if version is None else (version.nodes, version.state, version.reviewed)

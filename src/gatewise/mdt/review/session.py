@@ -282,8 +282,8 @@ class Session:
             GatewiseError: the edit does not fit.
         """
 
-        def change(passage: Passage) -> Passage:
-            return passage.edited(lambda nodes: edits.apply(nodes, edit, arguments, passage.language))
+        def change(passage: Passage, reviewed: dict[str, Any]) -> Passage:
+            return passage.edited(lambda nodes: edits.apply(nodes, edit, arguments, passage.language), reviewed)
 
         return self._change("edit", number, version, by, change, {"edit": edit})
 
@@ -303,7 +303,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is none.
         """
-        return self._change("undo", number, version, by, Passage.undone)
+        return self._change("undo", number, version, by, lambda passage, _: passage.undone())
 
     def redo(self, number: int, version: int, by: By = NOBODY) -> Passage:
         """Makes a change again that was taken back.
@@ -312,7 +312,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is none.
         """
-        return self._change("redo", number, version, by, Passage.redone)
+        return self._change("redo", number, version, by, lambda passage, _: passage.redone())
 
     def approve(self, number: int, version: int, approved: bool = True, by: By = NOBODY) -> Passage:
         """Marks a passage as read and right, or takes the mark away.
@@ -322,7 +322,7 @@ class Session:
             GatewiseError: its tree is not valid.
         """
         action = "approve" if approved else "withdraw"
-        return self._change(action, number, version, by, lambda passage: passage.judged(approved))
+        return self._change(action, number, version, by, lambda passage, reviewed: passage.judged(approved, reviewed))
 
     def take(self, number: int, version: int, extraction: int, replaced: bool = False, by: By = NOBODY) -> Passage:
         """Puts the extraction that lies beside a tree in its place, see :meth:`Passage.taken`.
@@ -331,7 +331,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is no such extraction, or a reviewed tree would go without a word.
         """
-        return self._change("take", number, version, by, lambda passage: passage.taken(extraction, replaced))
+        return self._change("take", number, version, by, lambda passage, _: passage.taken(extraction, replaced))
 
     def leave(self, number: int, version: int, extraction: int, by: By = NOBODY) -> Passage:
         """Takes the extraction away that lies beside a tree. The history keeps it.
@@ -340,7 +340,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is no such extraction.
         """
-        return self._change("leave", number, version, by, lambda passage: passage.left(extraction))
+        return self._change("leave", number, version, by, lambda passage, _: passage.left(extraction))
 
     def put(self, number: int, found: Version, of: int | None = None, by: By = NOBODY) -> None:
         """A tree that was extracted, see :meth:`Passage.extracted`; a passage that was removed meanwhile gets none.
@@ -348,7 +348,7 @@ class Session:
         Args:
             of: the number of the version that there was when it was asked for; None is the present one.
         """
-        found = found._replace(warnings=tuple(map(writable, found.warnings)))
+        found = found._replace(warnings=tuple(map(writable, found.warnings)), extraction=writable(found.extraction))
         with self._lock:
             if (passage := self._passages.get(number)) is not None:
                 self._change(
@@ -356,7 +356,7 @@ class Session:
                     number,
                     passage.version,
                     by,
-                    lambda passage: passage.extracted(found, passage.version if of is None else of),
+                    lambda passage, _: passage.extracted(found, passage.version if of is None else of),
                 )
 
     def mark(self, number: int, *, waiting: bool, error: str | None = None) -> None:
@@ -372,18 +372,24 @@ class Session:
         number: int,
         version: int,
         by: By,
-        change: Callable[[Passage], Passage],
+        change: Callable[[Passage, dict[str, Any]], Passage],
         more: Mapping[str, Any] | None = None,
     ) -> Passage:
         by = _checked(by)
         with self._lock:
             passage = self.passage(number)
             self._check_seen(passage, version)
-            made = change(passage)
+            time = _now()
+            made = change(passage, self._reviewed(by, passage, time))
             if made is not passage:
                 self._passages[number] = made
-                self._keep([self._row(action, by, made, {**(more or {}), **change_row(made)})])
+                self._keep([self._row(action, by, made, {**(more or {}), **change_row(made)}, time)])
             return made
+
+    def _reviewed(self, by: By, passage: Passage, time: str) -> dict[str, Any]:
+        """What a version says of a change that makes a person stand for its tree, see :class:`Version`."""
+        said = {"by": by.reviewer or self.reviewer, "at": time, "comment": by.comment, "sha256": passage.more.get("sha256")}
+        return {name: value for name, value in said.items() if isinstance(value, str) and value}
 
     def _check_seen(self, passage: Passage, version: int) -> None:
         if passage.version != version:
@@ -397,11 +403,12 @@ class Session:
         self._last_id += 1
         return replace(passage, id=self._last_id)
 
-    def _row(self, action: str, by: By, passage: Passage | None, more: Mapping[str, Any]) -> dict[str, Any]:
+    def _row(
+        self, action: str, by: By, passage: Passage | None, more: Mapping[str, Any], time: str | None = None
+    ) -> dict[str, Any]:
         """A line of the history, and the entry of it for those who ask what was done."""
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
         about = {} if passage is None else {"passage": passage.id, "version": passage.version}
-        entry = Entry(time, by.reviewer or self.reviewer, action, **about, comment=by.comment, window=by.window)
+        entry = Entry(time or _now(), by.reviewer or self.reviewer, action, **about, comment=by.comment, window=by.window)
         self._entries.append(entry)
         return {**entry.to_json(), **more}
 
@@ -467,6 +474,10 @@ class Session:
             raise GatewiseError(f'which is {which!r}, expected the number of a passage, "all" or "approved"')
         chosen = [passage for passage in self._passages.values() if which == "all" or passage.now.state == "approved"]
         return [passage.record() for passage in chosen if passage.is_valid]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _same(out: Path, file: Path) -> bool:

@@ -68,8 +68,10 @@ def whole(passage: Passage) -> dict[str, Any]:
         "drawing": drawing_of(tree, passage.text, focusable=True, language=passage.language).svg if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
         "warnings": list(passage.now.warnings),
+        "reviewed": passage.now.reviewed,
+        "made_with": passage.now.extraction,
         "extraction": None if passage.beside is None else _beside(passage, passage.beside),
-        "kept": passage.now.approved is not None and passage.now.state != "approved",
+        "kept": passage.now.approved is not None,
         "undo": len(passage.past),
         "redo": len(passage.future),
         "relations": [chinese if words.language == "zh" else english for english, chinese in RELATIONS.items()],
@@ -105,7 +107,8 @@ def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 def _beside(passage: Passage, version: Version) -> dict[str, Any]:
     """The extraction that lies beside a tree, to be looked at."""
     drawing = drawing_of(drawable(version.nodes or empty_tree()), passage.text, language=passage.language).svg
-    return {"number": passage.extractions, "drawing": drawing, "warnings": list(version.warnings)}
+    said = {"number": passage.extractions, "warnings": list(version.warnings), "made_with": version.extraction}
+    return {**said, "drawing": drawing}
 
 
 def _nodes(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
