@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typer.testing import CliRunner
 
 from gatewise.cli.main import app
 from gatewise.mdt import read_trees
-from gatewise.mdt.review import adjudication
+from gatewise.mdt.review import Review, adjudication
+from gatewise.mdt.review.server import ReviewServer
 from gatewise.mdt.review.session import Session
 from gatewise.mdt.review.shown import whole
 
@@ -141,8 +143,11 @@ def test_agree_refuses_in_one_sentence(gatewise: Gatewise, tmp_path: Path) -> No
 def test_malformed_records_are_named_and_left_out(gatewise: Gatewise, tmp_path: Path) -> None:
     with (tmp_path / BOTH[1]).open("a") as stream:
         stream.write("nonsense\n" + json.dumps({"text": TEXT, "tree": [node("D", triple("x"), joined="and")]}) + "\n")
-    result = gatewise(*BOTH, "--json")
-    assert_refused(result, "2 of the 9 records could not be read and were left out; --repair")
+    result = gatewise(*BOTH, "--json", "--adjudicate", THIRD)
+    assert_refused(
+        result, "2 of the 9 records could not be read and were left out, so third.review.jsonl was not prepared; --repair"
+    )
+    assert not Path(THIRD).exists()
     assert "failed: ben.review.jsonl, line 4: not valid JSON" in result.stderr
     assert "failed: ben.review.jsonl, record 5, node 1: " in result.stderr
     assert json.loads(result.stdout)["pairs"][0]["passages"] == 3
@@ -175,18 +180,27 @@ def test_adjudication_begins_with_both_trees(gatewise: Gatewise) -> None:
     ]
     saved = rows(THIRD)
     assert len(saved) == 1
-    assert saved[0]["adjudicated"] == {"files": list(BOTH), "names": ["Ada", "Ben"], "agreed": True}
+    by = [{"by": name, "at": "2026-11-27"} for name in ("Ada", "Ben")]
+    assert saved[0]["adjudicated"] == {"files": list(BOTH), "names": ["Ada", "Ben"], "reviewed": by, "agreed": True}
+    assert saved[0]["reviewed"] == by[0]
     assert (saved[0]["review"], saved[0]["source"], saved[0]["tree"]) == ("approved", "g.pdf", gout())
 
     session = Session.open(THIRD)
     try:
         assert [passage.now.state for passage in session.passages] == ["approved", "drafted", "drafted", "drafted"]
+        assert [passage.now.reviewed for passage in session.passages] == [by[0], None, None, None]
         assert [passage.beside is not None for passage in session.passages] == [False, True, False, False]
         differing = session.passages[1]
         assert (differing.now.nodes, differing.beside and differing.beside.nodes) == (gout(), rows(BOTH[1])[1]["tree"])
         assert [passage.more["adjudicated"]["agreed"] for passage in session.passages] == [True, False, True, False]
-        shown = whole(differing)
-        assert "low-dose" in shown["extraction"]["drawing"]
+        shown = [whole(passage) for passage in session.passages]
+        assert "low-dose" in shown[1]["extraction"]["drawing"]
+        assert [one["adjudicated"] for one in shown[1:]] == [
+            {"names": ["Ada", "Ben"], "agreed": False},
+            {"names": ["Ada", "Ben"], "agreed": True},
+            {"names": ["Ada"], "agreed": False},
+        ]
+        assert shown[1]["extraction"]["of"] == "Ben"
     finally:
         session.close()
 
@@ -203,11 +217,12 @@ def test_what_an_adjudicator_decides_is_kept_and_can_be_compared(gatewise: Gatew
     session = Session.open(THIRD)
     assert [passage.now.state for passage in session.passages] == ["approved", "approved", "approved", "drafted"]
     session.close()
-    assert len(read_trees(THIRD).records) == 3
+    decided = read_trees(THIRD).records
+    assert [(record.reviewed or {})["by"] for record in decided] == ["Ada", "Cy", "Cy"]
     assert json.loads(gatewise(THIRD, BOTH[1], "--json").stdout)["pairs"][0]["tree_agreement"] == 1
     against_ada = gatewise(THIRD, BOTH[0])
     assert against_ada.exit_code == 0, against_ada.output
-    assert re.search(r'other words .* "low-dose colchicine", Ada.* "colchicine": drug therapy', against_ada.stdout)
+    assert 'other words | third.review.jsonl "low-dose colchicine", Ada "colchicine": drug therapy' in against_ada.stdout
 
 
 def test_an_adjudicators_files_are_never_written_over(gatewise: Gatewise, tmp_path: Path) -> None:
@@ -268,6 +283,47 @@ def test_trees_with_warnings_keep_them_until_they_are_reviewed(gatewise: Gatewis
     assert passage.beside.warnings == (f"of {BOTH[1]}",)
     assert "absent" not in passage.more
     session.close()
+
+
+@pytest.mark.browser
+def test_an_adjudicator_takes_the_other_tree_in_a_browser(gatewise: Gatewise, chromium: Any) -> None:
+    from playwright.sync_api import expect
+
+    gatewise(*BOTH, "--adjudicate", THIRD)
+    session = Session.open(THIRD, reviewer="Cy")
+    server = ReviewServer(Review(session))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    context = chromium.new_context(reduced_motion="reduce")
+    context.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
+    try:
+        page = context.new_page()
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(server.url)
+        expect(page.locator("#adjudicated")).to_have_text("Ada and Ben had the same tree.")
+        page.click("#passages button >> nth=1")
+        expect(page.locator("#adjudicated")).to_have_text("Ada and Ben had different trees; this one began as that of Ada.")
+        expect(page.locator("#beside-head")).to_have_text("The tree of Ben lies beside this one")
+        page.click("#beside-head")
+        expect(page.locator("#beside-tree svg")).to_contain_text("low-dose colchicine")
+        page.click("#beside-take")
+        expect(page.locator("#tree svg")).to_contain_text("low-dose colchicine")
+        page.click("#approve")
+        expect(page.locator("#state")).to_have_text("approved")
+        page.click("#save")
+        expect(page.locator("#save")).to_have_text("Save")
+        page.click("#passages button >> nth=3")
+        expect(page.locator("#adjudicated")).to_have_text("Only Ada had this passage.")
+        assert said == []
+    finally:
+        context.close()
+        server.end()
+        thread.join()
+        session.close()
+    decided = {record.text: record for record in read_trees(THIRD).records}[f"{TEXT} Passage 2."]
+    assert (decided.more["review"], decided.tree.to_preorder()[1]["triples"][0][2]) == ("approved", "low-dose colchicine")
 
 
 # The documentation ----------------------------------------------------------------------------------------------------

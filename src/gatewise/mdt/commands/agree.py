@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gatewise.checks import printable
+from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
 from gatewise.flags import JsonOption
 from gatewise.mdt.commands.trees import RepairOption, check_target, read_file, say
@@ -77,8 +77,9 @@ def agree(
         for note in one.notes:
             say(f"repaired: {note}", err=True)
     names = names_of(*((one.source, one.records) for one in read))
+    sources = [writable(file) for file in files]
     found = [
-        agreement_of(read[i].records, read[j].records, names=(names[i], names[j]), files=(files[i], files[j]))
+        agreement_of(read[i].records, read[j].records, names=(names[i], names[j]), files=(sources[i], sources[j]))
         for i, j in combinations(range(len(read)), 2)
     ]
     if as_json:
@@ -88,13 +89,13 @@ def agree(
     else:
         for agreement in found:
             _show(agreement)
+    _check_whole(read, repair, adjudicate)
     if adjudicate is not None:
         from gatewise.mdt.review.adjudication import prepare
 
         prepared = prepare(found[0], adjudicate, reviewer)
         for line in prepared.said:
             say(line, err=as_json or (format == View.html and out is None))
-    _fail(read, repair)
 
 
 def _check(files: list[str], adjudicate: Path | None, reviewer: str | None, as_json: bool, format: View, out: Path | None) -> None:
@@ -167,13 +168,19 @@ def _text(text: str, side: str = "", *, bold: bool = False, dim: bool = False) -
     return Text(printable(text), style=style)
 
 
-def _fail(read: "list[TreeFile]", repair: bool) -> None:
-    """Says at the end what was left out."""
+def _check_whole(read: "list[TreeFile]", repair: bool, adjudicate: Path | None) -> None:
+    """Says what was left out, which no adjudicator would ever see.
+
+    Raises:
+        GatewiseError: something was.
+    """
     faults = [fault for one in read for _, fault in sorted(one.faults.items())]
-    if faults:
-        for fault in faults:
-            say(f"failed: {fault}", err=True)
-        hint = "" if repair else "; --repair may put them right"
-        raise GatewiseError(
-            f"{len(faults)} of the {sum(one.count for one in read)} records could not be read and were left out{hint}"
-        )
+    if not faults:
+        return
+    for fault in faults:
+        say(f"failed: {fault}", err=True)
+    hint = "" if repair else "; --repair may put them right"
+    left = f", so {adjudicate} was not prepared" if adjudicate is not None else ""
+    raise GatewiseError(
+        f"{len(faults)} of the {sum(one.count for one in read)} records could not be read and were left out{left}{hint}"
+    )

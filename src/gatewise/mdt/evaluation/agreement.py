@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gatewise.checks import printable
+from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.evaluation.intervals import intervals
 from gatewise.mdt.evaluation.metrics import Counts, PlainNode, PlainTriple, count_trees, plain_tree, rates
@@ -323,8 +323,7 @@ def state_of(record: TreeRecord) -> str:
 
 def reviewer_of(record: TreeRecord) -> str:
     """Who approved or corrected it last; empty where it does not say."""
-    said = record.more.get("reviewed")
-    name = said.get("by") if isinstance(said, dict) else None
+    name = (record.reviewed or {}).get("by")
     return " ".join(printable(name).split())[:_LONGEST_NAME] if isinstance(name, str) else ""
 
 
@@ -337,14 +336,19 @@ def names_of(*files: tuple[str, Sequence[TreeRecord]]) -> tuple[str, ...]:
     made = []
     for file, records in files:
         reviewers = {reviewer for record in records if (reviewer := reviewer_of(record))}
-        made.append(reviewers.pop() if len(reviewers) == 1 else printable(Path(file).name))
+        made.append(reviewers.pop() if len(reviewers) == 1 else _named(Path(file).name))
     twice = {name for name, times in Counter(made).items() if times > 1}
-    named = [f"{name} ({Path(file).name})" if name in twice else name for name, (file, _) in zip(made, files, strict=True)]
-    return tuple(named) if len(set(named)) == len(named) else tuple(printable(file) for file, _ in files)
+    named = [f"{name} ({_named(Path(file).name)})" if name in twice else name for name, (file, _) in zip(made, files, strict=True)]
+    return tuple(named) if len(set(named)) == len(named) else tuple(_named(file) for file, _ in files)
+
+
+def _named(file: str) -> str:
+    """The name of a file, which may hold anything, as it can be shown."""
+    return printable(str(writable(file)))
 
 
 def _who(record: TreeRecord) -> dict[str, Any]:
-    return {"record": record.number, "review": record.more.get("review"), "reviewed": record.more.get("reviewed")}
+    return {"record": record.number, "review": record.more.get("review"), "reviewed": record.reviewed}
 
 
 # ---- which passages belong together ----
@@ -369,7 +373,8 @@ def _paired(a: Sequence[TreeRecord], b: Sequence[TreeRecord], names: tuple[str, 
         there = of_b.get(key, [])
         by_place = _at_one_place([a[i] for i in here], [b[j] for j in there])
         found |= {here[i]: there[j] for i, j in by_place.items()}
-        left_b = [j for j in there if j not in found.values()]
+        taken = {there[j] for j in by_place.values()}
+        left_b = [j for j in there if j not in taken]
         by_order = list(zip((i for i in here if i not in found), left_b, strict=False))
         found.update(by_order)
         if by_order:

@@ -13,12 +13,8 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt.evaluation.agreement import Agreement
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review.files import ReviewFiles
-from gatewise.mdt.review.passage import Passage, others, version_of
+from gatewise.mdt.review.passage import ADJUDICATED_KEY, Passage, others, version_of
 from gatewise.mdt.review.session import Session
-
-ADJUDICATED_KEY = "adjudicated"
-"""The key of a record that says what its review began with: "files" and "names", those of A and B, or of the one who has the
-passage, and "agreed", whether both had the same tree."""
 
 
 class Prepared(NamedTuple):
@@ -88,21 +84,22 @@ def _passages(agreement: Agreement) -> Iterator[tuple[Passage, str]]:
     both = {"files": list(agreement.files), "names": [a, b]}
     for passage in agreement.passages:
         approved = all(version_of(record, "drafted").state == "approved" for record in (passage.a, passage.b))
-        origin = {**both, "agreed": passage.same}
+        origin = {**both, "reviewed": [passage.a.reviewed, passage.b.reviewed], "agreed": passage.same}
         made = _passage(passage.a, origin, approved=passage.same and approved)
         if passage.same:
             yield made, f"the tree of {a} and {b}"
             continue
-        other = version_of(passage.b, "drafted")._replace(state="drafted", approved=None)
+        other = version_of(passage.b, "drafted")._replace(state="drafted", reviewed=None)
         yield replace(made, beside=other, extractions=1), f"{a}'s tree; beside it {b}'s tree"
     for i, records in enumerate((agreement.only_a, agreement.only_b)):
-        alone = {"files": [agreement.files[i]], "names": [agreement.names[i]], "agreed": False}
+        alone = {"files": [agreement.files[i]], "names": [agreement.names[i]]}
         for record in records:
-            yield _passage(record, alone, approved=False), f"{agreement.names[i]}'s tree; there is no other"
+            origin = {**alone, "reviewed": [record.reviewed], "agreed": False}
+            yield _passage(record, origin, approved=False), f"{agreement.names[i]}'s tree; there is no other"
 
 
 def _passage(record: TreeRecord, origin: dict[str, Any], *, approved: bool) -> Passage:
     version = version_of(record, "drafted")
     if not approved:
-        version = version._replace(state="drafted", approved=None)
+        version = version._replace(state="drafted", reviewed=None)
     return Passage(0, record.text, version, {**others(record.more), ADJUDICATED_KEY: origin}, came=version.nodes)

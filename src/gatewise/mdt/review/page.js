@@ -249,6 +249,7 @@ function showText() {
   at("place").textContent = passage.place;
   at("reading-notes").replaceChildren(...passage.notes.map(text => element("li", { text })));
   showCarried();
+  showAdjudicated();
   showPhrase();
 }
 
@@ -265,6 +266,17 @@ function showCarried() {
   at("carried-difference").lang = passage.language;
   at("carried-difference").replaceChildren(...(carried.difference || []).map(([kind, text]) =>
     kind === "same" ? text : element(kind === "gone" ? "del" : "ins", { text })));
+}
+
+// Whose trees there were, of which an adjudicator chooses one or makes another.
+function showAdjudicated() {
+  const { adjudicated } = passage;
+  at("adjudicated").hidden = !adjudicated;
+  if (!adjudicated) return;
+  const [one, other] = adjudicated.names;
+  at("adjudicated").textContent = other === undefined ? tr("Only {one} had this passage.", { one })
+    : adjudicated.agreed ? tr("{one} and {other} had the same tree.", { one, other })
+      : tr("{one} and {other} had different trees; this one began as that of {one}.", { one, other });
 }
 
 function nodeOf(name) {
@@ -314,6 +326,8 @@ function showBeside() {
   at("beside").hidden = !found;
   at("beside-tree").replaceChildren();
   if (!found) return;
+  at("beside-head").textContent =
+    found.of ? tr("The tree of {name} lies beside this one", { name: found.of }) : tr("Another tree lies beside this one");
   const drawing = new DOMParser().parseFromString(found.drawing, "image/svg+xml").documentElement;
   at("beside-tree").append(document.importNode(drawing, true),
     element("ul", {}, ...found.warnings.map(warning => element("li", { text: warning }))));

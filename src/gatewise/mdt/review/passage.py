@@ -21,6 +21,9 @@ State = Literal["empty", "drafted", "corrected", "approved"]
 STATES: tuple[State, ...] = get_args(State)
 REVIEWED: tuple[State, ...] = ("corrected", "approved")
 REVIEW_KEY, REVIEWED_KEY, EXTRACTION_KEY = "review", "reviewed", "extraction"
+ADJUDICATED_KEY = "adjudicated"
+"""The key of a record whose review chose between two: "files" and "names", those of A and B, or of the one who had the passage,
+"reviewed", what their records said under this key, and "agreed", whether both had the same tree."""
 _MOST_STEPS = 200
 # What `gatewise mdt extract` writes beside a tree is no longer true of a corrected one.
 _OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", REVIEW_KEY)

@@ -11,7 +11,7 @@ from gatewise.mdt.relations import RELATIONS
 from gatewise.mdt.review.carrying import CARRIED_KEY, difference
 from gatewise.mdt.review.edits import drawable, empty_tree
 from gatewise.mdt.review.files import Entry
-from gatewise.mdt.review.passage import Passage, Version
+from gatewise.mdt.review.passage import ADJUDICATED_KEY, Passage, Version
 from gatewise.mdt.review.session import Session
 from gatewise.mdt.spans import locate_tree, part_of
 from gatewise.mdt.tree import DecisionTree
@@ -64,6 +64,7 @@ def whole(passage: Passage) -> dict[str, Any]:
         "headings": _texts(passage.more.get("headings")),
         "notes": _texts(passage.more.get("notes")),
         "carried": _carried(passage),
+        "adjudicated": _adjudicated(passage),
         "nodes": _nodes(passage, tree) if has_tree else None,
         "drawing": drawing_of(tree, passage.text, focusable=True, language=passage.language).svg if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
@@ -96,6 +97,13 @@ def _carried(passage: Passage) -> dict[str, Any] | None:
     }
 
 
+def _adjudicated(passage: Passage) -> dict[str, Any] | None:
+    """Whose trees an adjudicator has to choose from, and whether they were the same."""
+    held = passage.more.get(ADJUDICATED_KEY)
+    names = _texts(held.get("names")) if isinstance(held, dict) else []
+    return {"names": names[:2], "agreed": held["agreed"] is True} if isinstance(held, dict) and names and "agreed" in held else None
+
+
 def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     """What was done to a passage, by whom and when."""
     return [
@@ -105,9 +113,12 @@ def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 
 
 def _beside(passage: Passage, version: Version) -> dict[str, Any]:
-    """The extraction that lies beside a tree, to be looked at."""
+    """The other tree that lies beside a tree, to be looked at."""
     drawing = drawing_of(drawable(version.nodes or empty_tree()), passage.text, language=passage.language).svg
-    said = {"number": passage.extractions, "warnings": list(version.warnings), "made_with": version.extraction}
+    of = _adjudicated(passage)
+    # What lies beside a tree at first is that of the second reviewer; later ones were extracted.
+    whose = of["names"][-1] if of and passage.extractions == 1 else ""
+    said = {"number": passage.extractions, "warnings": list(version.warnings), "made_with": version.extraction, "of": whose}
     return {**said, "drawing": drawing}
 
 
