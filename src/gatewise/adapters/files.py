@@ -12,6 +12,7 @@ What the contents mean is for others to say: export, loading, ``gatewise.inspect
 ``GatewiseError`` that names it.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -84,6 +85,19 @@ def weights_of(folder: str | Path) -> Path:
             "load it with peft.PeftModel.from_pretrained and call save_pretrained to get safetensors"
         )
     raise GatewiseError(f"{folder} has no {WEIGHTS_FILE}: expected it beside {CONFIG_FILE}")
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 of an adapter's weights and configuration, in hexadecimal digits: which adapter it is, wherever it lies.
+
+    Raises:
+        GatewiseError: it is no adapter, or a file cannot be read.
+    """
+    weights = weights_of(folder)
+    try:
+        return hashlib.sha256(weights.read_bytes() + (Path(folder) / CONFIG_FILE).read_bytes()).hexdigest()
+    except OSError as error:
+        raise GatewiseError(f"{folder} cannot be read: {error.strerror or error}") from error
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:

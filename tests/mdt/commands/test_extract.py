@@ -1,7 +1,9 @@
 """``gatewise mdt extract`` and ``evaluate --adapter``, with an adapter of random weights."""
 
+import hashlib
 import json
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from mdt_trees import TEXT, gout
 from refusals import assert_refused
 from typer.testing import CliRunner
 
+from gatewise import __version__ as gatewise_version
+from gatewise.adapters.files import fingerprint
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 from gatewise.mdt import Extractor, extract_files, read_trees
@@ -61,6 +65,32 @@ def test_extracted_trees_can_be_read_back(gatewise: Gatewise) -> None:
     assert record["text"] == "Children with gout@Give naproxen to them."
     assert (record["source"], record["place"], record["headings"]) == ("long.md", "line 7", ["Children with gout"])
     assert (record["absent"], len(record["spans"])) == ([], len(record["tree"]))
+
+
+def test_trees_say_what_they_were_made_with_and_from_which_document(gatewise: Gatewise, adapter: Path, tmp_path: Path) -> None:
+    result = gatewise("extract", "good.txt", "long.md", "-f", "json", "-o", "out.json", "--candidates", "3")
+    assert result.exit_code == 0, result.output
+    first, second, third = json.loads(Path("out.json").read_text())
+    assert first["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert second["sha256"] == third["sha256"] == hashlib.sha256(Path("long.md").read_bytes()).hexdigest()
+    made = first["extraction"]
+    assert (made["base"], made["gatewise"]) == ("base", gatewise_version)
+    assert made["adapter"] == {"name": "adapter", "sha256": fingerprint(adapter)}
+    assert datetime.fromisoformat(made["date"]).utcoffset() == timedelta(0)
+    assert made["settings"] == {
+        "level": None, "pipeline": False, "constrained": True, "verbatim": True, "candidates": 3, "max_new_tokens": 150,
+        "temperature": 0.7, "seed": 0, "dtype": made["settings"]["dtype"], "device": made["settings"]["device"],
+    }  # fmt: skip
+    assert made["settings"]["device"] in ("cpu", "cuda", "mps")
+    assert made["settings"]["dtype"] in ("float32", "bfloat16")
+    assert str(adapter.parent) not in json.dumps(made)
+    read = read_trees("out.json").records[0]
+    assert (read.extraction, read.sha256, read.reviewed) == (made, first["sha256"], None)
+    # None of it comes before a model in training.
+    result = CliRunner().invoke(app, ["mdt", "prepare", "out.json", "--out", "rows.jsonl"])
+    assert result.exit_code == 0, result.output
+    rows = Path("rows.jsonl").read_text()
+    assert not any(word in rows for word in (made["date"], first["sha256"], fingerprint(adapter), "extraction"))
 
 
 def test_a_batch_goes_on_and_says_at_the_end_what_failed(gatewise: Gatewise) -> None:
@@ -206,6 +236,10 @@ def test_what_was_found_before_a_stop_is_given(gatewise: Gatewise, monkeypatch: 
     assert "gave no tree" not in result.stderr
 
 
+def without_dates(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**one, "extraction": {**one["extraction"], "date": ""}} for one in records]
+
+
 @pytest.mark.parametrize("format", ["json", "svg"])
 def test_the_same_command_goes_on_after_a_stop(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
     whole, asked = Extractor.__call__, list[str]()
@@ -233,7 +267,7 @@ def test_the_same_command_goes_on_after_a_stop(gatewise: Gatewise, monkeypatch: 
     assert len(asked) == 5  # none of them twice
     assert not Path("out.work.jsonl").exists()
     if format == "json":
-        assert json.loads(Path("out").read_text()) == expected
+        assert without_dates(json.loads(Path("out").read_text())) == without_dates(expected)
     else:
         assert len(list(Path("out").iterdir())) == 5
 

@@ -2,11 +2,14 @@
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from mdt_models import dictated, random_model
 from mdt_trees import TEXT, gout, node
 
+from gatewise import __version__
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, Extraction, Extractor, TreeRecord, extract, linearise, render, sample
 from gatewise.mdt.extraction.measuring import measure
@@ -49,6 +52,43 @@ def test_what_a_model_has_learnt_comes_through(level: int, constrained: bool) ->
     found = extract(model, tokenizer, TEXT, constrained=constrained, max_new_tokens=900)
     assert found.tree == TREE
     assert (found.language, found.absent, found.warnings) == ("en", (), ())
+
+
+def test_an_extraction_says_what_it_was_made_with() -> None:
+    model, tokenizer = random_model()
+    before = datetime.now(UTC).replace(microsecond=0)
+    found = extract(model, tokenizer, TEXT, max_new_tokens=150, base="maker/model-1b", level=1)
+    assert found.made_with is not None
+    made = dict(found.made_with)
+    assert before <= datetime.fromisoformat(made.pop("date")) <= datetime.now(UTC)
+    assert made == {
+        "base": "maker/model-1b",
+        "gatewise": __version__,
+        "settings": {
+            "level": 1, "pipeline": False, "constrained": True, "verbatim": False, "candidates": 1, "max_new_tokens": 150,
+            "dtype": "float32", "device": "cpu",
+        },
+    }  # fmt: skip
+    assert found.record().extraction == found.made_with
+    assert Extractor(model, tokenizer, adapter={"name": "a", "sha256": "b"}).made_with()["adapter"] == {"name": "a", "sha256": "b"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("maker/model-1b", "maker/model-1b"),
+        ("smollm2-135m", "smollm2-135m"),
+        ("/home/ada/models/small", "small"),
+        ("~/models/small", "small"),
+        ("..\\models\\small", "small"),
+        ("./runs/a/adapter/", "adapter"),
+        ("here/base", "base"),
+    ],
+)
+def test_of_a_folder_only_its_own_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here/base").mkdir(parents=True)
+    assert Extractor(*random_model(), base=given).made_with()["base"] == said
 
 
 def test_the_pipeline_puts_its_steps_together() -> None:

@@ -24,7 +24,7 @@ from mdt_trees import TEXT, gout, node, triple
 from review_serving import serving
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt import DecisionTree, read_trees
+from gatewise.mdt import DecisionTree, Extraction, read_trees
 from gatewise.mdt.review import Extracting, Review, Session
 from gatewise.mdt.review.passage import Version
 from gatewise.mdt.review.server import ReviewServer
@@ -227,6 +227,63 @@ def test_who_stands_for_a_tree_is_there_after_a_restart(tmp_path: Path, save: bo
     third.close()
 
 
+# What a draft was made with -------------------------------------------------------------------------------------------
+
+MADE, MADE_LATER = ({"base": "maker/model", "date": date} for date in ("2026-01-01T00:00:00+00:00", "2026-02-02T00:00:00+00:00"))
+
+
+def test_what_a_draft_was_made_with_stays_with_its_tree(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT)
+    session = Session.open(str(text))
+    session.begin(1, 0)
+    assert session.passage(1).now.extraction is None  # by hand
+    session.undo(1, 1)
+    found = Extraction(TEXT, DecisionTree.from_preorder(gout()), "en", made_with=MADE)
+    extracting = Extracting(session, lambda *_: found)
+    extracting.ask(session.passages)
+    while extracting.progress():
+        time.sleep(0.01)
+    extracting.end()
+    assert whole(session.passage(1))["made_with"] == MADE
+    correct(session, 1, "ibuprofen")
+    session.approve(1, session.passage(1).version)
+    session.save()
+    assert records(session)[0]["extraction"] == MADE
+    session.put(1, Version(DRAFT, "drafted", extraction=MADE_LATER))
+    assert whole(session.passage(1))["extraction"]["made_with"] == MADE_LATER
+    session.take(1, session.passage(1).version, extraction=1, replaced=True)
+    assert (session.passage(1).now.extraction, session.passage(1).kept.extraction) == (MADE_LATER, MADE)  # type: ignore[union-attr]
+    session.save()
+    session.close()
+    again = Session.open(str(text))
+    assert (again.passage(1).now.extraction, records(again)[0]["extraction"]) == (MADE_LATER, MADE)
+    again.undo(1, again.passage(1).version)
+    assert (again.passage(1).now.state, again.passage(1).now.extraction) == ("approved", MADE)
+    again.close()
+    again.files.history.unlink()
+    third = Session.open(str(text))
+    assert (third.passage(1).now.state, third.passage(1).now.extraction) == ("approved", MADE)
+    third.close()
+
+
+def test_trees_of_a_file_bring_what_they_were_made_with(tmp_path: Path) -> None:
+    file = tmp_path / "trees.json"
+    items = [{"text": TEXT, "tree": gout(), "extraction": made} for made in (MADE, "a word of their own")]
+    file.write_text(json.dumps(items))
+    session = Session.open(str(file))
+    assert [one.now.extraction for one in session.passages] == [MADE, None]
+    for number in (1, 2):
+        session.approve(number, 0)
+    session.save()
+    assert [one["extraction"] for one in records(session)] == [MADE, "a word of their own"]
+    session.close()
+    file.write_text(json.dumps([{**one, "extraction": MADE_LATER} for one in items[:1]]))  # made anew: the same passage
+    again = Session.open(str(file))
+    assert [one.now.extraction for one in again.passages] == [MADE, None]
+    again.close()
+
+
 # Two who change one passage -------------------------------------------------------------------------------------------
 
 
@@ -342,7 +399,7 @@ class Client:
 @pytest.fixture
 def served(session: Session) -> Iterator[Callable[[str], Client]]:
     """served(window) -> a client of a review of two trees."""
-    found = SimpleNamespace(tree=DecisionTree.from_preorder(DRAFT), warnings=())
+    found = SimpleNamespace(tree=DecisionTree.from_preorder(DRAFT), warnings=(), made_with=None)
     extracting = Extracting(session, lambda *_: found)
     with serving(Review(session, extracting)) as server:
         yield lambda window: Client(server.port, server.url.partition("#token=")[2], window)

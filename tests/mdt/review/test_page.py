@@ -35,10 +35,14 @@ def tree_of(text: str) -> Any:
     """What the model of these tests writes: the right tree of a sample with one wrong phrase, or an empty one."""
     record = next((record for record in sample() if record.text == text), None)
     if record is None:
-        return SimpleNamespace(tree=DecisionTree.from_preorder([{"role": "D", "triples": [], "logical_rel": "null"}]), warnings=())
+        return SimpleNamespace(
+            tree=DecisionTree.from_preorder([{"role": "D", "triples": [], "logical_rel": "null"}]), warnings=(), made_with=None
+        )
     nodes = record.tree.to_preorder()
     nodes[1]["triples"][0][2] = "paracetamol"
-    return SimpleNamespace(tree=DecisionTree.from_preorder(nodes), warnings=("the output was brought to a close before its end",))
+    return SimpleNamespace(
+        tree=DecisionTree.from_preorder(nodes), warnings=("the output was brought to a close before its end",), made_with=None
+    )
 
 
 class Review:

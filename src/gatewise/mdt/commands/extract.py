@@ -130,12 +130,10 @@ def extract(
 
 def _fingerprint(adapter: Path) -> str | None:
     """Of an adapter; None where there is none, which is told when it is loaded."""
-    import hashlib
+    from gatewise.adapters.files import fingerprint
 
-    from gatewise.adapters.files import CONFIG_FILE, weights_of
-
-    with suppress(GatewiseError, OSError):
-        return hashlib.sha256(weights_of(adapter).read_bytes() + (adapter / CONFIG_FILE).read_bytes()).hexdigest()
+    with suppress(GatewiseError):
+        return fingerprint(adapter)
     return None
 
 

@@ -1,7 +1,7 @@
 """Documents to records: read, cut into passages, extracted, with everything that failed in its place.
 
 With a :class:`Journal`, what is found for a passage is on disk as soon as it is there, and an extraction that broke off, however it
-did, goes on from there.
+did, goes on from there. What was found before keeps its date.
 """
 
 from collections import defaultdict, deque
@@ -222,7 +222,7 @@ def _row(piece: Piece, one: Extraction | GatewiseError) -> dict[str, Any]:
     key = {"language": piece.language, "text": piece.passage.text}
     if isinstance(one, GatewiseError):
         return {**key, "fault": writable(str(one))}
-    said = {"warnings": [writable(warning) for warning in one.warnings], "agreement": one.agreement}
+    said = {"warnings": [writable(warning) for warning in one.warnings], "agreement": one.agreement, "extraction": one.made_with}
     return {**key, "tree": one.tree.to_preorder(), **said}
 
 
@@ -231,7 +231,8 @@ def _extraction(row: Mapping[str, Any]) -> Extraction | GatewiseError:
         return GatewiseError(row["fault"])
     tree = DecisionTree.from_preorder(row["tree"])
     absent = absent_triples(row["text"], tree)
-    return Extraction(row["text"], tree, row["language"], absent, tuple(row["warnings"]), agreement=row["agreement"])
+    said = {"agreement": row["agreement"], "made_with": row.get("extraction")}
+    return Extraction(row["text"], tree, row["language"], absent, tuple(row["warnings"]), **said)
 
 
 def _first_difference(held: Any, settings: Mapping[str, Any]) -> str:

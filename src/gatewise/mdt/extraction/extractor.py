@@ -10,8 +10,10 @@ parser are the same. What is extracted needs review by a clinician.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +53,9 @@ class Extraction:
         written: what the model wrote, as it wrote it; in the pipeline one text a stage.
         agreement: of several candidates how alike the others are to the one that was kept, in [0, 1], 1 for all the same; None
             where there was but one.
+        made_with: what the tree was made with, as records have it under "extraction": the "base" model, the "adapter" ("name",
+            "sha256" of weights and configuration), gatewise's version ("gatewise"), the "settings" of the extractor, and the "date"
+            (UTC). Of models that were given as folders only the folders' own names. None where it is not known.
     """
 
     text: str
@@ -60,6 +65,7 @@ class Extraction:
     warnings: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     agreement: float | None = None
+    made_with: Mapping[str, Any] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -76,6 +82,8 @@ class Extraction:
         said: dict[str, Any] = {"absent": [list(triple) for triple in self.absent], "warnings": list(self.warnings)}
         if self.agreement is not None:
             said["agreement"] = round(self.agreement, 3)
+        if self.made_with is not None:
+            said["extraction"] = dict(self.made_with)
         return TreeRecord(self.text, self.tree, number, {**(more or {}), **said})
 
 
@@ -94,6 +102,8 @@ class Extractor:
         temperature, seed: of the draws.
         max_new_tokens: the most that is written in one output.
         stage_models: of stages of the pipeline, where they differ from ``model``; of the same tokenizer.
+        base, adapter: what the model is, for :attr:`Extraction.made_with`: the base's hub id or folder, and "name" and "sha256" of
+            the adapter. :meth:`load` knows them; without a base, the one that the model names.
 
     Raises:
         GatewiseError: the settings contradict each other, or llguidance is missing.
@@ -112,6 +122,8 @@ class Extractor:
     max_new_tokens: int = 512
     batch_size: int = 8
     stage_models: Mapping[Stage, Any] = field(default_factory=dict)
+    base: str = ""
+    adapter: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.level not in (None, *LEVELS):
@@ -153,7 +165,7 @@ class Extractor:
         Raises:
             GatewiseError: the adapter or its base cannot be read, or the settings contradict each other.
         """
-        from gatewise.adapters.files import read_note
+        from gatewise.adapters.files import fingerprint, read_note
         from gatewise.adapters.loading import load_as_trained
 
         if settings.get("constrained", True):
@@ -161,8 +173,30 @@ class Extractor:
         note = read_note(Path(adapter))
         if note.get("task", "causal") != "causal":
             raise GatewiseError(f"{adapter} is a classifier: expected an adapter that was trained to write trees")
-        model, tokenizer, _ = load_as_trained(adapter, base=base, device=device, say=say)
-        return cls(model, tokenizer, Template(note.get("template") or PLAIN.prompt), **settings)
+        model, tokenizer, loaded = load_as_trained(adapter, base=base, device=device, say=say)
+        known = {"base": loaded, "adapter": {"name": _name_of(adapter), "sha256": fingerprint(adapter)}}
+        return cls(model, tokenizer, Template(note.get("template") or PLAIN.prompt), **{**known, **settings})
+
+    def made_with(self) -> dict[str, Any]:
+        """What a tree is made with that is written now, see :attr:`Extraction.made_with`."""
+        from gatewise import __version__
+
+        base = self.base or getattr(getattr(self.model, "config", None), "name_or_path", "")
+        made: dict[str, Any] = {"base": _name_of(base)} if base else {}
+        if self.adapter is not None:
+            made["adapter"] = dict(self.adapter)
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        return {**made, "gatewise": __version__, "settings": self._settings(), "date": date}
+
+    def _settings(self) -> dict[str, Any]:
+        """What the output depends on beside the models and the text."""
+        names = ("level", "pipeline", "constrained", "verbatim", "candidates", "max_new_tokens")
+        drawn = ("temperature", "seed") if self.candidates > 1 else ()
+        settings = {name: getattr(self, name) for name in (*names, *drawn)}
+        weights = next((one for one in self.model.parameters() if one.is_floating_point()), None)
+        if weights is None:
+            return settings
+        return {**settings, "dtype": str(weights.dtype).removeprefix("torch."), "device": weights.device.type}
 
     def __call__(
         self,
@@ -285,7 +319,8 @@ class Extractor:
             tree = _NOTHING
         if left := [node for node in one.nodes if node not in tree.nodes]:
             notes.append(f"{len(left)} of the {len(one.nodes)} nodes found have no place in the tree")
-        return Extraction(one.text, tree, one.language, absent_triples(one.text, tree), tuple(notes), (*one.written, output.text))
+        absent, written = absent_triples(one.text, tree), (*one.written, output.text)
+        return Extraction(one.text, tree, one.language, absent, tuple(notes), written, made_with=self.made_with())
 
 
 @dataclass(frozen=True)
@@ -369,6 +404,14 @@ def _known(
         warnings=(*one.warnings, *_haste(output), *notes),
         written=(*one.written, output.text),
     )
+
+
+def _name_of(model: str | Path) -> str:
+    """A hub id as it is; of a folder its own name, as where it lies is nobody's business."""
+    folder = Path(model).expanduser()
+    if re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)?", str(model)) and not folder.exists():
+        return str(model)
+    return re.split(r"[/\\]", str(folder.resolve()))[-1]
 
 
 def _haste(output: Written) -> list[str]:

@@ -147,7 +147,8 @@ class Extracting:
         try:
             found = self.extract(passage.text, self.language, self._tick)
             warnings = found.warnings if found.tree.triples else (*found.warnings, NOTHING_FOUND)
-            version = Version(found.tree.to_preorder(), "drafted", tuple(warnings))
+            made_with = None if found.made_with is None else dict(found.made_with)
+            version = Version(found.tree.to_preorder(), "drafted", tuple(warnings), extraction=made_with)
             self.session.put(asked.number, version, asked.version, asked.by)
         except CancelledError:
             return None
