@@ -412,6 +412,21 @@ def test_each_kind_of_difference_is_one_line(change: Callable[[Nodes], Any], kin
     assert [(d.kind, d.b, d.a) for d in back] == [tuple(d) for d in found]
 
 
+def test_phrases_that_overlap_in_the_text_are_one_difference() -> None:
+    # "acute flare with" and "with normal kidney function" have one word in common, which stands in the text once.
+    a, b = [node("D", triple("acute flare with", DRUG))], [node("D", triple("with normal kidney function", DRUG))]
+    assert lines(a, b) == ['other words | Ada "acute flare with", Ben "with normal kidney function": drug therapy']
+    apart = [node("D", triple("normal kidney function", DRUG))]
+    assert [line.partition(" | ")[0] for line in lines(a, apart)] == ["only Ada", "only Ben"]
+    # Of two that overlap with one, that which has more in common.
+    two = [node("D", triple("flare with normal", DRUG), triple("acute flare with normal kidney", DRUG), joined="and")]
+    one_more = [node("D", triple("normal kidney function, give colchicine", DRUG))]
+    assert lines(two, one_more) == [
+        'other words | Ada "acute flare with normal kidney", Ben "normal kidney function, give colchicine": drug therapy',
+        "only Ada | drug therapy: flare with normal (decision)",
+    ]
+
+
 def test_triples_that_stand_together_otherwise() -> None:
     a = [node("D", triple("a", DRUG), triple("b", DRUG), joined="and")]
     b = [node("C", triple("x")), node("D", triple("a", DRUG)), node("D", triple("b", DRUG))]

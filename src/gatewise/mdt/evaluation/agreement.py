@@ -48,7 +48,7 @@ from gatewise.mdt.evaluation.metrics import Counts, PlainNode, PlainTriple, coun
 from gatewise.mdt.evaluation.mistakes import placed, shared_triples, unlike_nodes, unlike_triples
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import Language, relation_in
-from gatewise.mdt.spans import locate_tree
+from gatewise.mdt.spans import Span, locate_tree
 from gatewise.mdt.tree import DecisionTree
 
 MEASURES = ("triplet_f1", "node_f1", "path_f1", "tree_agreement", "ter")
@@ -111,8 +111,9 @@ class Difference(NamedTuple):
 
     Attributes:
         kind: "one only", a triple that one tree has; "span", "subject", "relation" or "several parts", two triples that are alike
-            and differ in this; or of nodes "grouping", other triples together; "join", "role", "place" (after other answers; not
-            said again of what moved with the node above it), and "node of one", which one tree has once more.
+            (or, for "span", have objects that overlap in the text) and differ in this; or of nodes "grouping", other triples
+            together; "join", "role", "place" (after other answers; not said again of what moved with the node above it), and "node
+            of one", which one tree has once more.
         a: what A has there; nothing where only B has something.
         b: what B has there.
     """
@@ -289,7 +290,7 @@ def agree(
             trees,
             _measures({name: column[i] for name, column in counts.items()}),
             _kappa_of("character", tables["character"][i]),
-            tuple(_differences(*trees)),
+            tuple(_differences(text, *trees)),
         )
         for i, ((one, other), (text, trees)) in enumerate(zip(pairs, compared, strict=True))
     ]
@@ -549,6 +550,11 @@ def _character_classes(text: str, tree: DecisionTree) -> list[str]:
 # ---- what differs ----
 
 
+_Unlike = tuple[str, PlainTriple | None, PlainTriple | None]
+"""As of ``unlike_triples``: the kind, what A has and what B has."""
+_Places = dict[PlainTriple, Span]
+
+
 class _Side:
     """A tree as it is compared with another: in small letters, and what stands for each triple in its own."""
 
@@ -579,11 +585,12 @@ def _lower(parts: tuple[str, str, str]) -> PlainTriple:
     return subject, relation, object_
 
 
-def _differences(one: DecisionTree, other: DecisionTree) -> list[Difference]:
+def _differences(text: str, one: DecisionTree, other: DecisionTree) -> list[Difference]:
     a, b = _Side(one), _Side(other)
-    made = [
-        Difference(KINDS[kind], a.of_triple(ours), b.of_triple(theirs)) for kind, ours, theirs in unlike_triples(a.nodes, b.nodes)
-    ]
+    unlike = list(unlike_triples(a.nodes, b.nodes))
+    if {"missed triple", "invented triple"} <= {kind for kind, _, _ in unlike}:
+        unlike = _with_overlaps(unlike, _places(text, one), _places(text, other))
+    made = [Difference(KINDS[kind], a.of_triple(ours), b.of_triple(theirs)) for kind, ours, theirs in unlike]
     shared = shared_triples(a.nodes, b.nodes)
     for kind, node, nodes in unlike_nodes(placed(a.nodes, a.children, shared), placed(b.nodes, b.children, shared)):
         parts = () if node is None else (a.of_node(node.at),)
@@ -603,6 +610,45 @@ def _differences(one: DecisionTree, other: DecisionTree) -> list[Difference]:
 
 def _joined_otherwise(one: PlainNode, other: PlainNode) -> bool:
     return one[1] != other[1] and "null" not in (one[1], other[1]) and bool(one[2] & other[2])
+
+
+def _with_overlaps(unlike: Sequence[_Unlike], places_a: _Places, places_b: _Places) -> list[_Unlike]:
+    """In pairs those that only one has and that have one relation and objects that overlap in the text, those that do most first.
+
+    Mistakes are told by words, so that "fever above 38" and "38 degrees or more" are not alike.
+    """
+    shared = [
+        (-common, i, j)
+        for i, (_, one, none) in enumerate(unlike)
+        for j, (_, nothing, other) in enumerate(unlike)
+        if one is not None and none is nothing is None and other is not None and one[1] == other[1]
+        if one in places_a and other in places_b and (common := _common(places_a[one], places_b[other])) > 0
+    ]
+    pairs: dict[int, int] = {}
+    for _, i, j in sorted(shared):
+        if i not in pairs and j not in pairs.values():
+            pairs[i] = j
+    gone = set(pairs.values())
+    return [
+        ("wrong span", one, unlike[pairs[i]][2]) if i in pairs else (kind, one, other)
+        for i, (kind, one, other) in enumerate(unlike)
+        if i not in gone
+    ]
+
+
+def _common(one: Span, other: Span) -> int:
+    """How many characters two spans share."""
+    return min(one.end, other.end) - max(one.start, other.start)
+
+
+def _places(text: str, tree: DecisionTree) -> _Places:
+    """Where the objects of the triples stand, as far as they do; of one that comes several times, the first."""
+    made: _Places = {}
+    for node, row in zip(tree.nodes, locate_tree(text, tree), strict=True):
+        for one, spans in zip(node.triples, row, strict=True):
+            if spans.object is not None:
+                made.setdefault(_lower((one.subject, one.relation, one.object)), spans.object)
+    return made
 
 
 def _went_along(
