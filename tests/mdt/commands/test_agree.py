@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,28 @@ def test_a_history_that_cannot_be_written_is_no_review(gatewise: Gatewise, monke
     monkeypatch.setattr(ReviewFiles, "append", full)
     assert_refused(gatewise(*BOTH, "--adjudicate", THIRD), "the review could not be prepared: no space left")
     assert not Path(THIRD).exists()
+
+
+def test_a_preparation_that_broke_off_leaves_no_part_of_a_review(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+
+    def copy_or_die(one: Path, part: Path) -> None:
+        if copies:
+            raise KeyboardInterrupt
+        copies.append(shutil.copyfile(one, part))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adjudication, "copyfile", copy_or_die)
+        assert gatewise(*BOTH, "--adjudicate", THIRD).exit_code == 130
+    # The history is whole, and the message says how to open it.
+    assert not Path(THIRD).exists()
+    assert_refused(
+        gatewise(*BOTH, "--adjudicate", THIRD), "third.review.history.jsonl is there", "mdt review --out third.review.jsonl"
+    )
+    session = Session.open(None, Path(THIRD))
+    assert [passage.now.state for passage in session.passages] == ["approved", "drafted", "drafted", "drafted"]
+    assert session.save().records == 1
+    session.close()
 
 
 def test_trees_with_warnings_keep_them_until_they_are_reviewed(gatewise: Gatewise, tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ to review, and B's lies beside it, to be taken, left or written anew from. The h
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from gatewise.errors import GatewiseError
+from gatewise.files import whole_file
 from gatewise.mdt.evaluation.agreement import Agreement
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review.files import ReviewFiles
@@ -47,8 +50,8 @@ def check_new(out: Path) -> None:
     for path in (files.out, files.history, files.draft):
         if path.exists():
             raise GatewiseError(
-                f"{path} is there already, and may hold an adjudicator's work: open it with gatewise mdt review {out}, or name"
-                " another file with --adjudicate"
+                f"{path} is there already, and may hold an adjudicator's work: open it with gatewise mdt review --out {out}, or"
+                " name another file with --adjudicate"
             )
 
 
@@ -63,16 +66,26 @@ def prepare(agreement: Agreement, out: Path, reviewer: str | None = None) -> Pre
         GatewiseError: one of the files is there already, or cannot be written.
     """
     check_new(out)
-    made = list(_passages(agreement))
-    session = Session.open(None, out, reviewer=reviewer)
-    try:
-        check_new(out)  # again, now that nobody else has the files
-        session.add(made)
-        if session.trouble:
-            raise GatewiseError(f"the review could not be prepared: {session.trouble}")
-        saved = session.save()  # last: a file of corrections is there when its whole history is
-    finally:
-        session.close()
+    with TemporaryDirectory() as folder:
+        made = ReviewFiles(Path(folder) / "third.review.jsonl")
+        session = Session.open(None, made.out, reviewer=reviewer)
+        try:
+            session.add(list(_passages(agreement)))
+            if session.trouble:
+                raise GatewiseError(f"the review could not be prepared: {session.trouble}")
+            saved = session.save()
+        finally:
+            session.close()
+        files = ReviewFiles(out)
+        files.open()
+        try:
+            check_new(out)  # again, now that no other review has the files
+            # Each whole or not at all, so that no passage is missing from what an adjudicator opens.
+            for one, place in ((made.history, files.history), (made.out, files.out)):
+                with whole_file(place) as part:
+                    copyfile(one, part)
+        finally:
+            files.close()
     same = sum(passage.same for passage in agreement.passages)
     alone = len(agreement.only_a) + len(agreement.only_b)
     return Prepared(out, same, saved.records, len(agreement.passages) - same, alone)
