@@ -1,7 +1,9 @@
 """``gatewise mdt agree``: what it prints and refuses, and that no adjudicator's work is lost."""
 
 import copy
+import io
 import json
+import os
 import re
 import shutil
 import threading
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 from mdt_trees import TEXT, gout, node, triple
+from PIL import Image
 from refusals import assert_refused
 from typer.testing import CliRunner
 
@@ -120,6 +123,9 @@ def test_the_page_in_a_browser(gatewise: Gatewise, tmp_path: Path, chromium: Any
     )
     assert widths == ["1.5px", "4px"]
     assert not page.locator("#passage-1 svg").is_visible()
+    if folder := os.environ.get("GATEWISE_SCREENSHOTS"):
+        picture = Image.open(io.BytesIO(page.locator("#passage-2").screenshot()))
+        picture.quantize(128, dither=Image.Dither.NONE).save(Path(folder) / "agreement.png", optimize=True)
     assert said == []  # the policy blocked nothing
     page.close()
 
