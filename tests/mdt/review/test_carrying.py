@@ -18,6 +18,10 @@ from gatewise.mdt.review.session import By, Session
 
 OTHER = "children with fever@If the fever lasts, give paracetamol."
 CHANGED = TEXT.replace("0.5 mg", "1 mg")
+SHORT = [node("D", triple("rest", "therapeutic schedule"))]
+
+
+ADA = {"by": "Ada", "at": "2024-05-01T10:00:00.000+00:00", "sha256": "ab"}
 
 
 def record(text: str = TEXT, tree: list[dict[str, Any]] | None = None, number: int = 1, **more: Any) -> TreeRecord:
@@ -37,7 +41,7 @@ def one(texts: list[str], *records: TreeRecord) -> tuple[list[Passage], Carried]
 
 @pytest.mark.parametrize("state", ["approved", "corrected"])
 def test_the_same_text_keeps_its_tree_and_its_state(state: str) -> None:
-    old = record(review=state, source="old.pdf", place="page 1", sha256="ab", warnings=["w"], code="R12")
+    old = record(review=state, reviewed=ADA, source="old.pdf", place="page 1", sha256="ab", warnings=["w"], code="R12")
     (made,), done = one([TEXT], old)
     assert (made.now.nodes, made.now.state) == (gout(), state)
     assert getattr(done, state) == [1]
@@ -46,7 +50,8 @@ def test_the_same_text_keeps_its_tree_and_its_state(state: str) -> None:
         "source": "new.pdf",
         CARRIED_KEY: {"from": "old.review.jsonl", "sha256": "ab", "place": "page 1"},
     }
-    assert made.record().more["review"] == state
+    # Who approved it has read the older document, and that stays to be seen.
+    assert (made.record().more["review"], made.record().more["reviewed"]) == (state, ADA)
 
 
 def test_white_space_alone_is_no_change() -> None:
@@ -57,9 +62,11 @@ def test_white_space_alone_is_no_change() -> None:
 
 
 def test_a_changed_text_gets_the_old_tree_as_a_draft_with_the_old_text() -> None:
-    (made,), done = one([CHANGED], record(review="approved"))
+    (made,), done = one([CHANGED], record(review="approved", reviewed=ADA))
     assert (made.now.nodes, made.now.state, made.now.approved) == (gout(), "drafted", None)
+    assert made.now.reviewed is None
     assert made.more[CARRIED_KEY]["text"] == TEXT
+    assert made.more[CARRIED_KEY]["reviewed"] == ADA
     assert (done.changed, done.approved, done.gone) == ([1], [], [])
     assert made.kept is None  # no save takes it for reviewed
 
@@ -87,6 +94,16 @@ def test_what_a_person_did_in_the_newer_review_stays(state: Any) -> None:
         assert done.kept == [1]
 
 
+def test_an_approved_tree_stays_though_an_extraction_was_taken_in_its_place() -> None:
+    session_like = (
+        replace(passages(TEXT)[0], now=Version(SHORT, "approved")).extracted(Version(gout(), "drafted"), -1).taken(1, True)
+    )
+    assert session_like.now.state == "drafted"
+    (made,), done = carry([session_like], [record(tree=[node("D", triple("x", "drug therapy"))], review="approved")], "old")
+    assert made is session_like
+    assert done.kept == [1]
+
+
 def test_a_newer_draft_gives_way_to_an_approved_tree_of_the_same_text_and_can_be_had_back() -> None:
     (before,) = passages(TEXT)
     draft = [node("D", triple("rest", "therapeutic schedule"))]
@@ -108,8 +125,6 @@ def test_beside_a_newer_draft_of_a_changed_text_lies_the_old_tree() -> None:
 
 
 # Several passages -----------------------------------------------------------------------------------------------------
-
-SHORT = [node("D", triple("rest", "therapeutic schedule"))]
 
 
 def test_a_text_that_comes_as_often_as_before_keeps_its_trees_in_order() -> None:

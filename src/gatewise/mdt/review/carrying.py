@@ -21,7 +21,8 @@ from gatewise.mdt.wholes import pieces
 
 CARRIED_KEY = "carried"
 """The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
-"place" those of its document where they are known, and "text" the text that the tree was made for, where that was another one."""
+"place" those of its document where they are known, "text" the text that the tree was made for, where that was another one, and
+"reviewed" who had approved or corrected it there, where nobody has yet for the newer text."""
 ALIKE = 0.6
 """From this share of words in common on, a passage passes for a changed one and not for a new one."""
 # What a record says of its place in its document; the newer one has its own.
@@ -133,11 +134,12 @@ def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: st
     done: dict[str, list[int]] = defaultdict(list)
     for record, at, same in found:
         passage = passages[at]
-        if passage.now.state in REVIEWED or passage.saved is not None:
+        now = passage.now
+        if now.state in REVIEWED or now.standing is not None or passage.saved is not None:
             done["kept"].append(passage.number)
             continue
         made[at] = _carried(passage, records[record], same, source)
-        laid_beside = made[at].beside is not None and made[at].now == passage.now != NOTHING
+        laid_beside = made[at].beside is not None and made[at].now == now != NOTHING
         what = version_of(records[record], "drafted").state if same else "beside" if laid_beside else "changed"
         done[what].append(passage.number)
     matched = {one.passage for one in found}
@@ -163,6 +165,8 @@ def _carried(passage: Passage, record: TreeRecord, same: bool, source: str) -> P
     origin |= {key: record.more[key] for key in ("sha256", "place") if isinstance(record.more.get(key), str)}
     if _plain(record.text) != _plain(passage.text):
         origin["text"] = record.text
+    if not same and record.reviewed is not None:
+        origin["reviewed"] = record.reviewed
     more = {**passage.more, CARRIED_KEY: origin}
     if same:
         more = {key: value for key, value in others(record.more).items() if key not in _OF_THE_DOCUMENT} | more

@@ -90,9 +90,10 @@ def _carried(passage: Passage) -> dict[str, Any] | None:
     held = passage.more.get(CARRIED_KEY)
     if not isinstance(held, dict):
         return None
-    old = held.get("text")
+    old, reviewed = held.get("text"), held.get("reviewed")
+    origin = [held.get("from"), held.get("place"), reviewed.get("by") if isinstance(reviewed, dict) else None]
     return {
-        "from": ", ".join(_texts([held[key] for key in ("from", "place") if held.get(key)])),
+        "from": ", ".join(_texts([one for one in origin if one])),
         "difference": difference(old, passage.text) if isinstance(old, str) else None,
     }
 
