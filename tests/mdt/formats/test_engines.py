@@ -52,7 +52,11 @@ def hostile() -> TreeRecord:
         node("D", triple(bad, "drug therapy", bad)),
         node("D"),
     ]
-    return TreeRecord(f"{bad}@{bad}", DecisionTree.from_preorder(nodes))
+    reviewed = {"by": bad, "at": "2026-11-27T19:50:01.123+00:00", "comment": bad}
+    made = {"base": bad, "adapter": {"name": bad}}
+    origin = {"source": bad, "sha256": "a" * 64, "place": bad, "offsets": [0, 5], "extraction": made}
+    more = {**origin, "review": "approved", "reviewed": reviewed}
+    return TreeRecord(f"{bad}@{bad}", DecisionTree.from_preorder(nodes), more=more)
 
 
 def several() -> TreeRecord:

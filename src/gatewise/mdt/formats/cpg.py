@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any, Literal
 
-from gatewise.mdt.formats.fhir import NOTICE, clean, description_of, documentation_of, encoded, source_of
+from gatewise.mdt.formats.fhir import NOTICE, clean, description_of, documentation_of, encoded, people_of, source_of
 from gatewise.mdt.formats.orders import Order, order_words, orders_of
 from gatewise.mdt.formats.svg import main_subject
 from gatewise.mdt.records import TreeRecord
@@ -121,7 +121,7 @@ class _Resources:
         plan["type"] = _coded("plan-definition-type", "eca-rule")
         plan["description"] = description_of(self.record, notes_of(self.record))
         plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": NOTICE}
-        plan |= source_of(self.record) | {"library": [self._canonical("Library", self.name)]}
+        plan |= people_of(self.record) | source_of(self.record) | {"library": [self._canonical("Library", self.name)]}
         plan["text"] = _narrative(self.title, self.tree.to_outline())
         if (root := self._root()) is not None:
             plan["action"] = [{**self._link("tree"), "title": self.title, **root}]

@@ -14,6 +14,8 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from gatewise.errors import GatewiseError
+from gatewise.mdt.formats.origin import approval_of, corrector_of, document_of, origin_of
+from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.spans import locate, part_of
 from gatewise.mdt.tree import Node, Triple, joined_words
@@ -48,7 +50,7 @@ def plan_of(record: TreeRecord) -> dict[str, Any]:
     }
     if about:
         plan["subjectCodeableConcept"] = {"text": clean(about)}
-    return _validated("PlanDefinition", plan | source_of(record))
+    return _validated("PlanDefinition", plan | people_of(record) | source_of(record))
 
 
 def bundle_of(records: Sequence[TreeRecord]) -> dict[str, Any]:
@@ -168,17 +170,33 @@ def said_of(record: TreeRecord) -> list[str]:
     """What a record says of its passage and its tree beside these."""
     headings = [f"Headings: {' › '.join(record.headings)}"] if record.headings else []
     notes = [f"Note of the reading: {one}" for one in record.notes]
+    notes += [f"Origin: {phrase}" for phrase in origin_of(record, words_for("en"))]
     return [*headings, *notes, *(f"Warning of the extraction: {one}" for one in record.warnings)]
 
 
 def source_of(record: TreeRecord) -> dict[str, Any]:
-    """The text as the ``relatedArtifact`` of a resource; nothing where there is none."""
-    text = clean(record.text)
-    if not text.strip():
-        return {}
-    document = {"contentType": "text/plain; charset=utf-8", "data": encoded(text)}
-    source = {"type": "documentation", "label": "source", "display": "Source text", "citation": text, "document": document}
-    return {"relatedArtifact": [source]}
+    """The text, and the document that it is from, each as a ``relatedArtifact`` of a resource; nothing where there is none.
+
+    The document is cited with its SHA-256: the ``hash`` that an attachment of FHIR has is another one (SHA-1).
+    """
+    text, made = clean(record.text), []
+    if text.strip():
+        document = {"contentType": "text/plain; charset=utf-8", "data": encoded(text)}
+        made.append({"type": "documentation", "label": "source", "display": "Source text", "citation": text, "document": document})
+    if found := document_of(record, words_for("en")):
+        source, where = map(clean, found)
+        cited = f"{source}: {where}" if where else source
+        made.append({"type": "derived-from", "label": "document", "display": source, "citation": cited})
+    return {"relatedArtifact": made} if made else {}
+
+
+def people_of(record: TreeRecord) -> dict[str, Any]:
+    """Who approved the tree and when, or who corrected it, as elements of a resource. It stays a draft."""
+    if (approval := approval_of(record)) is not None:
+        by, day = approval
+        return {"reviewer": [{"name": clean(by)}]} | ({"approvalDate": day} if day else {})
+    by = clean(corrector_of(record))
+    return {"editor": [{"name": by}]} if by else {}
 
 
 def documentation_of(triples: Sequence[Triple], record: TreeRecord) -> dict[str, Any]:

@@ -20,18 +20,25 @@ _STYLES = {
 }
 
 
-def mermaid_of(tree: DecisionTree, text: str = "", warnings: Sequence[str] = (), headings: Sequence[str] = ()) -> str:
+def mermaid_of(
+    tree: DecisionTree,
+    text: str = "",
+    warnings: Sequence[str] = (),
+    headings: Sequence[str] = (),
+    origin: Sequence[str] = (),
+) -> str:
     """The chart's source: a node a line, then the edges, then the looks. The notice is a box of its own.
 
     Args:
         text: the passage; if given, what does not stand in it is marked.
         warnings: of the extraction, to stand in the box of the notice.
         headings: above the passage in its document, to stand there too.
+        origin: where the tree comes from, for comments of the source, which are not drawn.
     """
     missing = absent_triples(text, tree) if text.strip() else ()
     words, main = words_for(tree.language), main_subject(tree)
     absent = {triple: words.why_absent(text, triple) for triple in missing}
-    lines = ["flowchart TD"]
+    lines = ["flowchart TD", *(f"  %% {_escaped(phrase)}" for phrase in origin)]
     about = f"{_escaped(' › '.join(headings))}<br/>" if headings else ""
     about += f"{_escaped(main)}<br/>" if main else ""
     warned = f"<br/>{_escaped(words.warnings)}" if warnings else ""

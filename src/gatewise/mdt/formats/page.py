@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from gatewise.errors import GatewiseError
+from gatewise.mdt.formats.origin import origin_of
 from gatewise.mdt.formats.svg import drawing_of, main_subject
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
@@ -95,6 +96,7 @@ def _article(record: TreeRecord) -> dict[str, Any]:
         "passage": [piece for piece in pieces if piece["start"] > mark] if record.text.strip() else None,
         "note": note if isinstance(note, str) else "",
         "headings": " › ".join(record.headings),
+        "origin": origin_of(record, words),
         "notes": record.notes,
         "warnings": record.warnings,
         "outline": record.tree.to_outline(),

@@ -77,6 +77,7 @@ def drawing_of(
     *,
     warnings: Sequence[str] = (),
     headings: Sequence[str] = (),
+    origin: Sequence[str] = (),
     focusable: bool = False,
     language: Language | None = None,
     prefix: str = "",
@@ -87,6 +88,7 @@ def drawing_of(
         text: the passage, to mark triples that are not in it; without one nothing is marked.
         warnings: of the extraction, to stand under the drawing.
         headings: above the passage in its document, to stand there too.
+        origin: where the tree comes from, for the description of the drawing, which is not drawn.
         focusable: the drawing is for a page, which has the title and answers to the Tab key: it stops at each box.
         language: of the drawing's own words; None takes the tree's, which one without triples does not tell.
         prefix: begins every id, for a page with several drawings.
@@ -104,11 +106,12 @@ def drawing_of(
     places = [Place(p.x + (width - across) / 2, p.y + top, p.width, p.height) for p in places]
     bottom = max(place.y + place.height for place in places)
     legend, height = _legend(words, main, headings, warnings, bottom + 30, width)
+    described = " ".join([words.notice, *(f"{phrase}." for phrase in origin)])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
         f' font-family="{FONT}" role="{"group" if focusable else "img"}"'
         f' aria-label="{_escaped(words.title + ": " + (main or words.nothing))}">',
-        f"<title>{_escaped(words.title)}</title><desc>{_escaped(words.notice)}</desc>" if not focusable else "",
+        f"<title>{_escaped(words.title)}</title><desc>{_escaped(described)}</desc>" if not focusable else "",
         f'<rect class="paper" width="{width:g}" height="{height:g}" fill="#ffffff"/>',
     ]
     for i, line in enumerate(title):

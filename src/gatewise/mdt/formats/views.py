@@ -11,6 +11,7 @@ from gatewise.files import finite, whole_file
 from gatewise.mdt.formats import cpg, tables
 from gatewise.mdt.formats.fhir import bundle_of
 from gatewise.mdt.formats.mermaid import mermaid_of
+from gatewise.mdt.formats.origin import origin_of
 from gatewise.mdt.formats.page import page_of
 from gatewise.mdt.formats.svg import drawing_of
 from gatewise.mdt.formats.words import words_for
@@ -57,10 +58,8 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
     makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
         "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
         "json": lambda records: _json([_as_json(record) for record in records]),
-        "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, records[0].warnings, records[0].headings),
-        "svg": lambda records: (
-            drawing_of(records[0].tree, records[0].text, warnings=records[0].warnings, headings=records[0].headings).svg
-        ),
+        "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, **_around(records[0])),
+        "svg": lambda records: drawing_of(records[0].tree, records[0].text, **_around(records[0])).svg,
         "html": page_of,
         "fhir": lambda records: _json(bundle_of(records)),
         "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),
@@ -68,6 +67,11 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
         "dmn": tables.dmn_of,
     }
     return makers[format](records)
+
+
+def _around(record: TreeRecord) -> dict[str, Any]:
+    """What stands around the drawing of a tree, or in it unseen."""
+    return {"warnings": record.warnings, "headings": record.headings, "origin": origin_of(record)}
 
 
 def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
@@ -97,12 +101,13 @@ def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> 
 
 
 def _with_comments(records: Sequence[TreeRecord]) -> str:
-    """Outlines, each followed by its warnings and by what does not stand in its text, in lines that do not count."""
+    """Outlines, each followed by where it comes from, its warnings and what is not in its text, in lines that do not count."""
     made = []
     for record in records:
         missing = absent_triples(record.text, record.tree) if record.text.strip() else ()
         words = words_for(record.tree.language)
-        comments = [f"{words.warnings}: {escaped(warning)}" for warning in record.warnings]
+        comments = [escaped(phrase) for phrase in origin_of(record, words)]
+        comments += [f"{words.warnings}: {escaped(warning)}" for warning in record.warnings]
         comments += [f"{escaped(words.why_absent(record.text, triple))}: {' | '.join(map(escaped, triple))}" for triple in missing]
         made.append(outlines_of([record]) + "".join(f"# {comment}\n" for comment in comments))
     return "---\n".join(made)

@@ -14,6 +14,7 @@ class Words:
     Attributes:
         heads: (role, logical_rel) -> the head of a node.
         joins: logical_rel -> the word between two triples.
+        origin: phrases of :mod:`gatewise.mdt.formats.origin`, by their names there.
     """
 
     language: Language
@@ -39,6 +40,7 @@ class Words:
     comma: str
     heads: dict[tuple[str, str], str]
     joins: dict[str, str]
+    origin: dict[str, str]
 
     def head(self, node: Node) -> str:
         """What stands over the triples of a node."""
@@ -87,6 +89,19 @@ _ENGLISH = Words(
         ("D", "or"): "Then any of these",
     },
     joins={"and": "and", "or": "or"},
+    origin={
+        "approved": "approved",
+        "approved_by": "approved by {by}",
+        "corrected": "corrected",
+        "corrected_by": "corrected by {by}",
+        "read": "who read another version of the document (SHA-256 {sha256})",
+        "comment": ': "{comment}"',
+        "from": "from {source}",
+        "characters": "characters {start} to {end} of its text",
+        "drafted": "drafted by {model}",
+        "on": "{adapter} on {base}",
+        "version": " with gatewise {version}",
+    },
 )
 _CHINESE = Words(
     language="zh",
@@ -119,6 +134,19 @@ _CHINESE = Words(
         ("D", "or"): "则任选其一",
     },
     joins={"and": "且", "or": "或"},
+    origin={
+        "approved": "已批准",
+        "approved_by": "由 {by} 批准",
+        "corrected": "已修改",
+        "corrected_by": "由 {by} 修改",
+        "read": "审核时所读为文件的另一版本（SHA-256 {sha256}）",
+        "comment": "：“{comment}”",
+        "from": "来自 {source}",
+        "characters": "文本第 {start} 至 {end} 个字符",
+        "drafted": "由 {model} 起草",
+        "on": "{adapter}（基于 {base}）",
+        "version": "，gatewise {version}",
+    },
 )
 
 

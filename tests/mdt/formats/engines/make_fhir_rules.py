@@ -20,9 +20,10 @@ TYPES = (
     "Expression",
     "ParameterDefinition",
     "Narrative",
+    "ContactDetail",
 )
 PROFILES = ("shareableplandefinition", "computableplandefinition", "shareablelibrary", "shareableactivitydefinition")
-PRIMITIVES = ("id", "uri", "url", "canonical", "code", "string", "markdown", "base64Binary", "boolean", "integer")
+PRIMITIVES = ("id", "uri", "url", "canonical", "code", "date", "string", "markdown", "base64Binary", "boolean", "integer")
 MOST_CODES = 300
 REGEX = "http://hl7.org/fhir/StructureDefinition/regex"
 
