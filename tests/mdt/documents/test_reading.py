@@ -230,6 +230,15 @@ def test_docling_reads_where_it_is_installed_and_is_named_where_it_is_not(tmp_pa
         read_document(file, docling=True)
 
 
+def test_docling_itself_reads_a_docx(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("docling", reason="docling is not installed: pip install 'gatewise[docling]'")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a DOCX takes none of its models
+    document = read_document(Path(__file__).parent / "corpus" / "seizure-protocol.docx", docling=True)
+    texts = [passage.text for passage in split_passages(document)]
+    assert "Children with a seizure@Convulsive status epilepticus: Give midazolam 0.3 mg/kg buccally." in texts
+    assert any("Time: 0 to 5 minutes. What to do: Give oxygen." in text for text in texts)
+
+
 @pytest.mark.parametrize("content", [FLARE.encode(), b"\xef\xbb\xbf" + FLARE.encode(), FLARE.encode() + b"\r\n"])
 def test_a_document_knows_which_bytes_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     file = tmp_path / "a.txt"
