@@ -45,7 +45,7 @@ class Review:
         if what == "session":
             return self.overview(reviewer)
         if what == "passage":
-            return whole(self.session.passage(_integer(asked, "number")))
+            return self.passage(self.session.passage(_integer(asked, "number")))
         raise NothingThereError("there is nothing at this address")
 
     def done(self, action: str, asked: dict[str, Any], reviewer: str = "") -> dict[str, Any]:
@@ -62,6 +62,10 @@ class Review:
             raise NothingThereError("there is nothing at this address")
         by = By(reviewer, _text(asked, "window"), _text(asked, "comment"))
         return {**_ACTIONS[action](self, by, asked), "session": self.overview(reviewer)}
+
+    def passage(self, passage: Passage) -> dict[str, Any]:
+        """A passage with its history."""
+        return whole(passage, self.session.history(passage))
 
     def overview(self, reviewer: str = "") -> dict[str, Any]:
         """The passages, how far the extraction is, and who asks."""
@@ -83,33 +87,37 @@ def _edit(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
     arguments = asked.get("arguments")
     if not isinstance(arguments, dict):
         raise GatewiseError("the arguments of the edit are missing")
-    return _changed(review.session.edit(*_which(asked), _text(asked, "edit"), arguments, by))
+    return _changed(review, review.session.edit(*_which(asked), _text(asked, "edit"), arguments, by))
 
 
 def _undo(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review.session.undo(*_which(asked), by))
+    return _changed(review, review.session.undo(*_which(asked), by))
 
 
 def _redo(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review.session.redo(*_which(asked), by))
+    return _changed(review, review.session.redo(*_which(asked), by))
 
 
 def _begin(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review.session.begin(*_which(asked), by))
+    return _changed(review, review.session.begin(*_which(asked), by))
 
 
 def _approve(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review.session.approve(*_which(asked), asked.get("approved") is True, by))
+    return _changed(review, review.session.approve(*_which(asked), asked.get("approved") is True, by))
+
+
+def _comment(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
+    return _changed(review, review.session.comment(_integer(asked, "number"), by))
 
 
 def _take(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
     number, version = _which(asked)
     extraction, replaced = _integer(asked, "extraction"), asked.get("replaced") is True
-    return _changed(review.session.take(number, version, extraction, replaced, by))
+    return _changed(review, review.session.take(number, version, extraction, replaced, by))
 
 
 def _leave(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review.session.leave(*_which(asked), _integer(asked, "extraction"), by))
+    return _changed(review, review.session.leave(*_which(asked), _integer(asked, "extraction"), by))
 
 
 def _remove(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +174,7 @@ _ACTIONS: dict[str, Callable[[Review, By, dict[str, Any]], dict[str, Any]]] = {
     "redo": _redo,
     "begin": _begin,
     "approve": _approve,
+    "comment": _comment,
     "take": _take,
     "leave": _leave,
     "remove": _remove,
@@ -178,8 +187,8 @@ _ACTIONS: dict[str, Callable[[Review, By, dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def _changed(passage: Passage) -> dict[str, Any]:
-    return {"passage": whole(passage)}
+def _changed(review: Review, passage: Passage) -> dict[str, Any]:
+    return {"passage": review.passage(passage)}
 
 
 def _added(passages: list[Passage], faults: list[str]) -> dict[str, Any]:

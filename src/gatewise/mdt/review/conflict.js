@@ -2,27 +2,20 @@
 
 import { tr } from "./words.js";
 
-const ACTIONS = { edit: tr("changed the tree"), begin: tr("began a tree"), undo: tr("took a change back"), redo: tr("made a change again"),
-  approve: tr("approved it"), withdraw: tr("took the approval back"), extract: tr("had it extracted"), take: tr("took the other tree"),
-  carry: tr("carried it over") };
-
-// Who did what, and when.
-export function saidOfOthers(entries) {
-  return !entries.length ? tr("changed it") : entries.slice(-5).map(one => {
-    const time = new Date(one.time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-    const why = one.comment ? ` (${one.comment})` : "";
-    return `${one.reviewer} ${ACTIONS[one.action] || tr("changed it")}, ${time}${why}`;
-  }).join("; ");
+// What somebody wanted, with the words that they had typed, and their comment.
+export function saidOf(wanted) {
+  const { comment } = wanted.body;
+  return comment ? `${what(wanted)} (${comment})` : what(wanted);
 }
 
-// What somebody wanted, with the words that they had typed.
-export function saidOf({ action, body }) {
-  const { parts } = (body && body.arguments) || {};
+function what({ action, body }) {
+  const { parts } = body.arguments || {};
   const words = parts ? parts.filter(Boolean).join(" · ") : "";
   if (action === "edit" && body.edit === "add_triple") return tr("a new triple");
   if (action === "edit" && words) return `“${words}”`;
   if (action === "edit") return body.edit === "remove_triple" ? tr("deleting a triple") : tr("a change of the tree");
-  return action === "approve" ? tr("the approval") : tr("a change of the tree");
+  if (action === "approve") return body.approved ? tr("the approval") : tr("taking the approval back");
+  return tr("a change of the tree");
 }
 
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);

@@ -249,6 +249,8 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
         elif entry.action == "save":
             for number in row["saved"]:
                 held[number]["saved"] = _version(_passage(held[number], number).kept)
+        elif entry.action == "comment":
+            continue
         elif entry.action == "remove":
             removed.append(held.pop(entry.passage)["text"])
         else:

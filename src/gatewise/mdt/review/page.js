@@ -1,13 +1,15 @@
 // The page of a review: the list of passages, the text, the tree, and what the buttons and keys do.
 
 import { Failed, WINDOW, base64, element, get, inOrder, post, single } from "./calls.js";
-import { fitted, saidOf, saidOfOthers } from "./conflict.js";
+import { fitted, saidOf } from "./conflict.js";
 import { showEditor } from "./editor.js";
+import { saidOfOthers, saidOfReviewed, showHistory } from "./history.js";
 import { choose, language, tr, translatePage } from "./words.js";
 
 const at = id => document.getElementById(id);
 const STATES = { empty: tr("no tree"), drafted: tr("to review"), corrected: tr("corrected"), approved: tr("approved") };
 const AGAIN = 1000; // milliseconds between looks at a running extraction
+const OTHERS = 3000; // milliseconds between looks at what others do
 
 let session = null; // what /api/session gave
 let passage = null; // what /api/passage gave
@@ -15,6 +17,7 @@ let node = 0; // position of the node in the editor
 let phrase = ""; // words selected in the text
 let fit = false; // show the whole tree, however small
 let timer = 0;
+let news = null; // what others did to the passage that is shown, as long as it is shown as it was before
 
 // ---- asking ----
 
@@ -46,9 +49,36 @@ function forward(number, seen, relative) {
   return version;
 }
 
+// Comments that were begun, by the number of the passage: each goes with the next change of it.
+const comments = new Map();
+
+function keepComment() {
+  comments.set(passage.number, at("comment").value);
+  showComment();
+}
+
+function showComment() {
+  const text = comments.get(passage.number) || "";
+  if (at("comment").value !== text) at("comment").value = text;
+  at("comment-go").disabled = !text.trim();
+}
+
+function takeComment(number) {
+  const text = (comments.get(number) || "").trim();
+  comments.delete(number);
+  showComment();
+  return text;
+}
+
+function giveCommentBack(number, text) {
+  if (!comments.get(number)) comments.set(number, text);
+  if (passage) showComment();
+}
+
 // A change of the present passage as it was seen, after the ones asked for before it.
-function change(action, body = {}, then = () => {}, seen = passage.version) {
+function change(action, wanted = {}, then = () => {}, seen = passage.version) {
   const { number } = passage;
+  const body = "comment" in wanted ? wanted : { ...wanted, comment: takeComment(number) };
   const relative = action === "undo" || action === "redo"; // of whatever is there then
   return inOrder(async () => {
     const version = forward(number, seen, relative);
@@ -56,7 +86,10 @@ function change(action, body = {}, then = () => {}, seen = passage.version) {
     try {
       answer = await post(`api/${action}`, { number, version, ...body });
     } catch (error) {
-      if (!(error instanceof Failed) || error.status !== 409) throw error;
+      if (!(error instanceof Failed) || error.status !== 409) {
+        giveCommentBack(number, body.comment);
+        throw error;
+      }
       await refused(error, { number, action, body, then, of: shown.get(`${number} ${seen}`) });
       return;
     }
@@ -80,10 +113,12 @@ async function refused(error, wanted) {
   const known = before.some(one => one.action === wanted.action && JSON.stringify(one.body) === JSON.stringify(wanted.body));
   conflicts.set(wanted.number, { number: wanted.number, wanted: known ? before : [...before, wanted], others, looked: false });
   session = await get("api/session");
+  news = null; // the conflict says it
   showAll();
 }
 
 function setPassage(answer) {
+  if (news && news.number === answer.number && news.version <= answer.version) news = null;
   passage = answer;
   shown.set(`${answer.number} ${answer.version}`, answer);
   if (shown.size > 50) shown.delete(shown.keys().next().value);
@@ -119,16 +154,36 @@ function open(number) {
 }
 
 async function refresh() {
+  const before = JSON.stringify(session);
   session = await get("api/session");
   const line = passage && session.passages.find(one => one.number === passage.number);
   if (passage && !line) passage = null;
   if (!passage && session.passages.length) {
-    const before = Number(sessionStorage.getItem("gatewise-review-passage"));
-    await show((session.passages.find(one => one.number === before) || session.passages[0]).number);
+    const last = Number(sessionStorage.getItem("gatewise-review-passage"));
+    await show((session.passages.find(one => one.number === last) || session.passages[0]).number);
   } else if (line && !(conflicts.has(line.number) && !conflicts.get(line.number).looked)
-    && ["version", "beside", "error", "waiting"].some(name => line[name] !== passage[name])) {
-    await show(passage.number);
-  } else {
+    && ["version", "beside", "error", "waiting", "entries"].some(name => line[name] !== passage[name])) {
+    await follow(line);
+  } else if (!passage) {
+    showAll();
+  } else if (JSON.stringify(session) !== before) {
+    // Not the text and the tree, in which something may be selected.
+    showHead();
+    showList();
+    showPlace();
+  }
+}
+
+// The passage has changed. A tree is not exchanged under the eyes of who reads it: they are told what others did, and look then.
+async function follow(line) {
+  if (!news || news.number !== line.number || news.version !== line.version) {
+    const answer = await get(`api/passage?number=${line.number}`);
+    const others = answer.history.filter(one => one.version > passage.version && one.window !== WINDOW);
+    if (others.length && JSON.stringify(answer.nodes) !== JSON.stringify(passage.nodes)) {
+      news = { number: line.number, version: answer.version, others };
+    } else {
+      setPassage(answer);
+    }
     showAll();
   }
 }
@@ -138,12 +193,12 @@ async function watch() {
   try {
     await inOrder(refresh);
   } catch (error) {
-    await failed(error);
+    if (!(error instanceof Failed)) throw error;
     at("trouble").hidden = false;
     at("trouble").textContent = error.message;
-    return;
+    if (error.status === 401 || error.status === 403) return;
   }
-  if (session.progress) timer = setTimeout(watch, AGAIN);
+  if (!document.hidden) timer = setTimeout(watch, session && session.progress ? AGAIN : OTHERS);
 }
 
 // ---- showing ----
@@ -173,6 +228,9 @@ function showHead() {
   at("trouble").hidden = !session.trouble;
   at("trouble").textContent = session.trouble && tr("Your edits are not kept on disk: {why}", { why: session.trouble });
   showConflict();
+  at("news").hidden = !news || !at("conflict").hidden || !passage || news.number !== passage.number;
+  if (news) at("news-text").textContent = tr("This is no longer the present tree: {what}.", { what: saidOfOthers(news.others) });
+  at("you").textContent = tr("Reviewer: {name}", { name: session.you });
   at("notes").hidden = !session.notes.length;
   at("notes").replaceChildren(...session.notes.map(note => element("p", { text: note })));
   const open = session.passages.filter(one => one.state === "empty" && !one.waiting);
@@ -228,7 +286,8 @@ function showList() {
       onclick: () => open(line.number),
     },
     element("span", { class: "number", text: line.number }),
-    element("span", { class: "about" }, line.title && element("b", { text: line.title }), element("span", { text: line.begins })),
+    element("span", { class: "about" }, line.title && element("b", { text: line.title }), element("span", { text: line.begins }),
+      line.reviewed && element("span", { class: "by", text: line.reviewed.by, title: saidOfReviewed(line) })),
     element("span", { class: "marks" }, chip(line),
       line.unsaved && element("span", { class: "dot", title: tr("not saved"), text: "●" }))))));
   if (focused && focused.startsWith("open-") && at(focused)) at(focused).focus({ preventScroll: true });
@@ -250,6 +309,7 @@ function showText() {
   at("reading-notes").replaceChildren(...passage.notes.map(text => element("li", { text })));
   showCarried();
   showAdjudicated();
+  showHistory(at("history-list"), passage);
   showPhrase();
 }
 
@@ -295,13 +355,10 @@ function showTree() {
   at("tree-side").hidden = !passage;
   if (!passage) return;
   if (passage.nodes && node >= passage.nodes.length) node = 0;
-  const place = session.passages.findIndex(one => one.number === passage.number);
   at("title").textContent = tr("Passage {number}", { number: passage.number });
-  at("previous").disabled = place <= 0;
-  at("next").disabled = place < 0 || place === session.passages.length - 1;
-  const [word, kind] = stateOf(passage);
-  at("state").textContent = word;
-  at("state").className = `chip ${kind}`;
+  showPlace();
+  showComment();
+  at("reviewed").textContent = saidOfReviewed(passage);
   at("undo").disabled = !passage.undo;
   at("redo").disabled = !passage.redo;
   at("extract").disabled = !session.extracts || passage.waiting;
@@ -319,6 +376,16 @@ function showTree() {
   at("warnings").replaceChildren(element("h3", { text: tr("Warnings of the extraction: the tree may be incomplete") }),
     element("ul", {}, ...passage.warnings.map(warning => element("li", { text: warning }))));
   if (passage.nodes) draw(); else noTree();
+}
+
+// What the tree's head has from the other passages.
+function showPlace() {
+  const place = session.passages.findIndex(one => one.number === passage.number);
+  at("previous").disabled = place <= 0;
+  at("next").disabled = place < 0 || place === session.passages.length - 1;
+  const [word, kind] = stateOf(passage);
+  at("state").textContent = word;
+  at("state").className = `chip ${kind}`;
 }
 
 function showBeside() {
@@ -466,6 +533,24 @@ onClick("conflict-drop", () => {
   conflicts.delete(number);
   open(number);
 });
+onClick("news-look", () => open(passage.number));
+at("comment").placeholder = tr("goes with your next approval or change");
+at("comment").addEventListener("input", keepComment);
+onClick("comment-go", () => {
+  const { number } = passage;
+  const comment = takeComment(number);
+  return inOrder(async () => {
+    try {
+      const answer = await post("api/comment", { number, comment });
+      session = answer.session;
+      if (passage && passage.number === number && passage.version === answer.passage.version) setPassage(answer.passage);
+    } catch (error) {
+      giveCommentBack(number, comment);
+      throw error;
+    }
+    showAll();
+  }).catch(failed);
+});
 onClick("save", save);
 onClick("fit", () => {
   fit = !fit;
@@ -575,8 +660,11 @@ document.addEventListener("keydown", event => {
   }
 });
 
-window.addEventListener("beforeunload", event => { if (conflicts.size) event.preventDefault(); });
+window.addEventListener("beforeunload", event => {
+  if (conflicts.size || [...comments.values()].some(text => text.trim())) event.preventDefault();
+});
 window.addEventListener("focus", () => { if (session) watch(); });
+document.addEventListener("visibilitychange", () => { if (session && !document.hidden) watch(); });
 translatePage();
 at("language").value = language;
 at("language").addEventListener("change", event => choose(event.target.value));

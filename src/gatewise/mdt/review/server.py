@@ -48,6 +48,7 @@ _PAGES = {
     "/editor.js": ("review", "editor.js"),
     "/calls.js": ("review", "calls.js"),
     "/conflict.js": ("review", "conflict.js"),
+    "/history.js": ("review", "history.js"),
     "/words.js": ("review", "words.js"),
     "/page.css": ("review", "page.css"),
     "/views.css": ("formats", "page.css"),

@@ -5,6 +5,7 @@ then the caller is told. A change of an older version is refused with what was d
 """
 
 import getpass
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -186,6 +187,16 @@ class Session:
         with self._lock:
             return [entry for entry in self._entries if entry.passage == passage.id and entry.version > version]
 
+    def history(self, passage: Passage) -> list[Entry]:
+        """All that was done to a passage, and said of it."""
+        with self._lock:
+            return [entry for entry in self._entries if entry.passage == passage.id]
+
+    def entries(self) -> Counter[int]:
+        """How long the history of each passage is, by its id."""
+        with self._lock:
+            return Counter(entry.passage for entry in self._entries)
+
     # ---- adding and removing ----
 
     def paste(self, text: str, population: str | None = None, by: By = NOBODY) -> tuple[list[Passage], list[str]]:
@@ -341,6 +352,20 @@ class Session:
             GatewiseError: there is no such extraction.
         """
         return self._change("leave", number, version, by, lambda passage, _: passage.left(extraction))
+
+    def comment(self, number: int, by: By) -> Passage:
+        """Keeps what somebody says of a passage, which is no change of it: the version that others see stays the present one.
+
+        Raises:
+            GatewiseError: they say nothing.
+        """
+        by = _checked(by)
+        if not by.comment.strip():
+            raise GatewiseError("the comment is empty: write what there is to say of this passage")
+        with self._lock:
+            passage = self.passage(number)
+            self._keep([self._row("comment", by, passage, {})])
+            return passage
 
     def put(self, number: int, found: Version, of: int | None = None, by: By = NOBODY) -> None:
         """A tree that was extracted, see :meth:`Passage.extracted`; a passage that was removed meanwhile gets none.

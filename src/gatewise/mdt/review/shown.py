@@ -1,6 +1,6 @@
 """What the page shows of a review, as JSON."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gatewise.mdt.formats.page import pieces_of
@@ -16,11 +16,14 @@ from gatewise.mdt.review.session import Session
 from gatewise.mdt.spans import locate_tree, part_of
 from gatewise.mdt.tree import DecisionTree
 
+_MOST_ENTRIES = 100  # of a history that a page is sent
+
 
 def overview(session: Session) -> dict[str, Any]:
     """The passages and how far each is; without their trees, as it is asked for often."""
+    entries = session.entries()
     return {
-        "passages": [_line(passage) for passage in session.passages],
+        "passages": [_line(passage, entries[passage.id]) for passage in session.passages],
         "unsaved": session.unsaved,
         "out": str(session.files.out),
         "notes": session.notes,
@@ -29,7 +32,7 @@ def overview(session: Session) -> dict[str, Any]:
     }
 
 
-def _line(passage: Passage) -> dict[str, Any]:
+def _line(passage: Passage, entries: int) -> dict[str, Any]:
     population, at, rest = passage.text.partition("@")
     return {
         "number": passage.number,
@@ -42,12 +45,13 @@ def _line(passage: Passage) -> dict[str, Any]:
         "warned": bool(passage.now.warnings),
         "unsaved": passage.is_unsaved,
         "version": passage.version,
+        "entries": entries,
         "beside": passage.extractions if passage.beside is not None else 0,
     }
 
 
-def whole(passage: Passage) -> dict[str, Any]:
-    """A passage with its text in pieces, its tree, its drawing, and what is wrong with it."""
+def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
+    """A passage with its text in pieces, its tree, its drawing, what is wrong with it, and the end of its history."""
     tree = drawable(passage.now.nodes or empty_tree())
     words = words_for(passage.language)
     has_tree = passage.now.nodes is not None
@@ -55,7 +59,8 @@ def whole(passage: Passage) -> dict[str, Any]:
     pieces = [(start, piece, names if has_tree else []) for start, piece, names in pieces_of(passage.text, tree)]
     fault = passage.fault
     return {
-        **_line(passage),
+        **_line(passage, len(entries)),
+        "history": changes(entries[-_MOST_ENTRIES:]),
         "language": passage.language,
         "population": [[piece, names] for start, piece, names in pieces if start < mark],
         "passage": [[piece, names] for start, piece, names in pieces if start > mark],
@@ -108,8 +113,7 @@ def _adjudicated(passage: Passage) -> dict[str, Any] | None:
 def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     """What was done to a passage, by whom and when."""
     return [
-        {"time": one.time, "reviewer": one.reviewer, "action": one.action, "comment": one.comment, "window": one.window}
-        for one in entries
+        {name: getattr(one, name) for name in ("time", "reviewer", "action", "version", "comment", "window")} for one in entries
     ]
 
 
