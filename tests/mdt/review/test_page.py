@@ -7,6 +7,7 @@ downloaded. GATEWISE_SCREENSHOTS names a folder for pictures of the page, of whi
 import io
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from gatewise.mdt import DecisionTree, read_trees, sample
 from gatewise.mdt.review import Extracting, Session
 from gatewise.mdt.review import Review as Reviewed
 from gatewise.mdt.review.server import ReviewServer
+from gatewise.mdt.review.users import UserFile
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'gatewise[dev]'")
 pytestmark = pytest.mark.browser
@@ -48,19 +50,28 @@ def tree_of(text: str) -> Any:
 class Review:
     """A running review and a page that shows it. A page that logs an error fails the test."""
 
-    def __init__(self, session: Session, chromium: Any, slow: float = 0) -> None:
+    def __init__(self, session: Session, chromium: Any, slow: float = 0, users: UserFile | None = None) -> None:
         self.session = session
         self.slow = slow
         self.extracting = Extracting(session, self.extract, most=100)
-        self.server = ReviewServer(Reviewed(session, self.extracting))
+        self.server = ReviewServer(Reviewed(session, self.extracting), users)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        self.context = chromium.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True, reduced_motion="reduce")
-        self.context.set_default_timeout(20_000)
+        self.contexts: list[Any] = []
+        self.chromium = chromium
         sync_api.expect.set_options(timeout=20_000)  # on a busy machine a reload can take more than the 5 s it has otherwise
         self.errors: list[str] = []
         self.asked: list[str] = []
-        self.page = self.opened(self.server.url)
+        if users is None:
+            self.page = self.stranger(self.server.url)
+
+    def stranger(self, url: str) -> Any:
+        """The page in a browser that knows nothing of any other."""
+        size = {"width": 1280, "height": 800}
+        self.context = self.chromium.new_context(viewport=size, accept_downloads=True, reduced_motion="reduce")
+        self.context.set_default_timeout(20_000)
+        self.contexts.append(self.context)
+        return self.opened(url)
 
     def opened(self, url: str) -> Any:
         page = self.context.new_page()
@@ -84,7 +95,8 @@ class Review:
         return tree_of(text)
 
     def end(self) -> None:
-        self.context.close()
+        for context in self.contexts:
+            context.close()
         self.server.end()
         self.thread.join()
         self.extracting.end()
@@ -112,11 +124,12 @@ class Review:
 
 @pytest.fixture
 def review(tmp_path: Path, chromium: Any) -> Iterator[Callable[..., Review]]:
-    """review(file, slow) -> a running review of a file with its page open; its corrections go to out.jsonl."""
+    """review(file, slow, users) -> a running review of a file, which goes to out.jsonl, with its page open, without users."""
     running: list[Review] = []
 
-    def start(file: Any = None, slow: float = 0) -> Review:
-        running.append(Review(Session.open(None if file is None else str(file), tmp_path / "out.jsonl"), chromium, slow))
+    def start(file: Any = None, slow: float = 0, users: UserFile | None = None) -> Review:
+        session = Session.open(None if file is None else str(file), tmp_path / "out.jsonl")
+        running.append(Review(session, chromium, slow, users))
         return running[-1]
 
     yield start
@@ -430,6 +443,85 @@ def test_two_windows_and_an_address_without_the_token(review: Callable[..., Revi
     stranger.goto(here.server.url.partition("#")[0])
     sync_api.expect(stranger.locator("#trouble")).to_contain_text("open the address that the terminal shows")
     assert stranger.locator("#passages li").count() == 0
+
+
+def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Path) -> None:
+    """Each in a browser of their own: what one does the other is told, and by whom, and no word of either is lost."""
+    users = UserFile(tmp_path / "users.json")
+    tokens = [users.add(name) for name in ("Ada", "Bea <b>")]
+    here = review("sample:guidelines", users=users)
+    ada, bea = (here.stranger(f"{here.server.url}#token={token}") for token in tokens)
+    for page, name in ((ada, "Ada"), (bea, "Bea <b>")):
+        sync_api.expect(page.locator("#you")).to_have_text(f"Reviewer: {name}")
+        page.locator("#tree .node[data-node='1']").click()
+    # Ada is typing when Bea changes the same passage: the tree before her stays, and she is told.
+    ada.fill("#comment", "as in the table")
+    ada.fill("#object-0", "words of Ada")
+    bea.fill("#object-0", "words of Bea")
+    bea.keyboard.press("Enter")
+    sync_api.expect(bea.locator("#reviewed")).to_contain_text("corrected by Bea <b>, 20")
+    sync_api.expect(ada.locator("#news")).to_contain_text("Bea <b> changed the tree")
+    assert "words of Bea" not in ada.inner_text("#tree")
+    ada.press("#object-0", "Enter")
+    sync_api.expect(ada.locator("#conflict")).to_contain_text("Bea <b> changed the tree")
+    sync_api.expect(ada.locator("#conflict")).to_contain_text("“words of Ada” (as in the table)")
+    assert ada.is_hidden("#news")
+    assert bea.is_hidden("#conflict")
+    assert ada.input_value("#comment") == ""
+    ada.click("#conflict-look")
+    sync_api.expect(ada.locator("#tree")).to_contain_text("words of Bea")
+    sync_api.expect(ada.locator("#reviewed")).to_contain_text("corrected by Bea <b>")
+    ada.click("#conflict-drop")
+    # A comment alone changes nothing; Bea's page, which shows an older tree of nothing, goes on with its own.
+    ada.fill("#comment", "who says so?\n<script>document.title='broken'</script>")
+    ada.click("#comment-go")
+    sync_api.expect(bea.locator("#history-list")).to_contain_text("Ada commented")
+    sync_api.expect(bea.locator("#history-list q").first).to_contain_text("<script>document.title='broken'</script>")
+    bea.fill("#comment", "dose checked")
+    bea.click("#approve")
+    sync_api.expect(bea.locator("#state")).to_have_text("approved")
+    # The tree is the same, so Ada's page follows by itself.
+    for place in ("#state", "#open-1 .chip"):
+        sync_api.expect(ada.locator(place)).to_have_text("approved")
+    sync_api.expect(ada.locator("#reviewed")).to_have_text(
+        re.compile(r"approved by Bea <b>, 20\d\d-\d\d-\d\d \d\d:\d\d: “dose checked”")
+    )
+    sync_api.expect(ada.locator("#open-1 .by")).to_have_text("Bea <b>")
+    first = ada.locator("#history-list li").first
+    sync_api.expect(first).to_contain_text("Bea <b> approved it")
+    sync_api.expect(first.locator("q")).to_have_text("dose checked")
+    assert ada.title() == "Review of decision trees"
+    assert ada.locator("#history-list script, #reviewed b, #passages .by b").count() == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.history.jsonl").read_text(encoding="utf-8").splitlines()]
+    done = [(row["reviewer"], row["action"], row.get("comment", "")) for row in rows if row.get("passage") == 1][1:]
+    said = "who says so?\n<script>document.title='broken'</script>"
+    assert done == [("Bea <b>", "edit", ""), ("Ada", "comment", said), ("Bea <b>", "approve", "dose checked")]
+
+
+def test_a_comment_waits_at_its_passage_and_comes_back_when_it_is_refused(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    assert page.is_disabled("#comment-go")
+    page.fill("#comment", "of the first")
+    page.click("#next")
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 2")
+    assert page.input_value("#comment") == ""
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#previous")
+    sync_api.expect(page.locator("#comment")).to_have_value("of the first")
+    page.fill("#comment", "x" * 4000)
+    page.evaluate("document.getElementById('comment').maxLength = 5000")
+    page.fill("#comment", "x" * 4001)
+    page.click("#swap")
+    sync_api.expect(page.locator("#said")).to_contain_text("the comment has 4001 characters")
+    assert page.input_value("#comment") == "x" * 4001
+    page.fill("#comment", "the branches were exchanged")
+    page.click("#swap")
+    here.wait_state("corrected")
+    assert page.input_value("#comment") == ""
+    sync_api.expect(page.locator("#reviewed")).to_contain_text("“the branches were exchanged”")
+    assert [entry.comment for entry in here.session.history(here.session.passage(2))][-1] == ""
 
 
 @pytest.mark.parametrize("fast", ["double click", "two clicks at once"])

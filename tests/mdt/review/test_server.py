@@ -105,7 +105,23 @@ def test_nothing_is_told_without_the_token(ask: Caller, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["edit", "undo", "approve", "paste", "save", "export", "extract", "cancel", "remove", "load", "begin", "take", "leave"]
+    "path",
+    [
+        "edit",
+        "undo",
+        "approve",
+        "paste",
+        "save",
+        "export",
+        "extract",
+        "cancel",
+        "remove",
+        "load",
+        "begin",
+        "take",
+        "leave",
+        "comment",
+    ],
 )
 def test_nothing_is_changed_without_the_token(ask: Caller, path: str) -> None:
     before = ask("/api/session")[1]

@@ -20,6 +20,7 @@ from review_serving import serving
 from gatewise.errors import GatewiseError
 from gatewise.mdt.review import Review, Session
 from gatewise.mdt.review.server import Names, ReviewServer
+from gatewise.mdt.review.session import By
 from gatewise.mdt.review.users import OneUser, UserFile
 
 NAMES = ("Ada", "Bea", "Carl", "Dora", "Eva", "Finn", "Gerd", "Hana")
@@ -195,6 +196,36 @@ def test_each_is_called_by_their_name(session: Session, users: UserFile) -> None
         status, answer = bea("undo", number=1, version=0)
         assert (status, answer["since"][0]["reviewer"], answer["since"][0]["comment"]) == (409, "Ada", "dose checked")
         assert Client(server, "wrong").get("session")[0] == 401
+
+
+def test_a_comment_is_kept_and_makes_no_page_an_older_one(session: Session, users: UserFile, tmp_path: Path) -> None:
+    tokens = {name: users.add(name) for name in NAMES[:2]}
+    with serving(Review(session), users) as server:
+        ada, bea = (Client(server, token) for token in tokens.values())
+        assert ada("comment", number=1, comment="is <b>this</b> the dose?", window="a")[0] == 200
+        assert ada("comment", number=1, comment=" ") == (400, ada("comment", number=1)[1])
+        assert ada("comment", number=9, comment="x")[0] == 400
+        status, answer = bea("approve", number=1, version=0, approved=True, comment="checked")  # of the version seen before it
+        assert status == 200
+        assert [(one["reviewer"], one["action"], one["comment"]) for one in answer["passage"]["history"]] == [
+            ("starter", "come", ""),
+            ("Ada", "comment", "is <b>this</b> the dose?"),
+            ("Bea", "approve", "checked"),
+        ]
+        reviewed = answer["passage"]["reviewed"]
+        assert (reviewed["by"], reviewed["comment"]) == ("Bea", "checked")
+        lines = ada.get("session")[1]["passages"]
+        assert [line["entries"] for line in lines] == [answer["passage"]["entries"], 1, 1] == [3, 1, 1]
+        assert [line["reviewed"] for line in lines] == [reviewed, None, None]
+        for i in range(120):
+            session.comment(2, By("Ada", "", str(i)))
+        shown = ada.get("passage?number=2")[1]
+        assert (shown["entries"], len(shown["history"]), shown["history"][-1]["comment"], shown["version"]) == (121, 100, "119", 0)
+    session.close()
+    again = Session.open(str(tmp_path / "trees.json"), reviewer="starter")  # which replays the history
+    assert [entry.comment for entry in again.history(again.passage(1))] == ["", "is <b>this</b> the dose?", "checked"]
+    assert [passage.version for passage in again.passages] == [1, 0, 0]
+    again.close()
 
 
 def test_who_is_added_comes_in_at_once_and_who_is_taken_out_goes(

@@ -14,10 +14,10 @@ function hour(time) {
   return `${two(at.getHours())}:${two(at.getMinutes())}`;
 }
 
-// Day and hour of this machine's time zone.
+// Day and hour of this machine's time zone; what is no time stays as it is.
 function when(time) {
   const at = new Date(time);
-  return `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())} ${hour(time)}`;
+  return isNaN(at) ? time : `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())} ${hour(time)}`;
 }
 
 // Who did what, and when: in a sentence.
@@ -28,11 +28,11 @@ export function saidOfOthers(entries) {
   }).join("; ");
 }
 
-// Who stands for the tree as it is.
+// Who stands for the tree as it is, as far as it is known.
 export function saidOfReviewed({ state, reviewed }) {
-  if (!reviewed) return "";
-  const values = { name: reviewed.by, time: when(reviewed.at) };
-  const said = state === "approved" ? tr("approved by {name}, {time}", values) : tr("corrected by {name}, {time}", values);
+  const who = reviewed ? [reviewed.by, reviewed.at && when(reviewed.at)].filter(Boolean).join(", ") : "";
+  if (!who) return "";
+  const said = state === "approved" ? tr("approved by {who}", { who }) : tr("corrected by {who}", { who });
   return reviewed.comment ? `${said}: “${reviewed.comment}”` : said;
 }
 

@@ -287,7 +287,7 @@ function showList() {
     },
     element("span", { class: "number", text: line.number }),
     element("span", { class: "about" }, line.title && element("b", { text: line.title }), element("span", { text: line.begins }),
-      line.reviewed && element("span", { class: "by", text: line.reviewed.by, title: saidOfReviewed(line) })),
+      line.reviewed && line.reviewed.by && element("span", { class: "by", text: line.reviewed.by, title: saidOfReviewed(line) })),
     element("span", { class: "marks" }, chip(line),
       line.unsaved && element("span", { class: "dot", title: tr("not saved"), text: "●" }))))));
   if (focused && focused.startsWith("open-") && at(focused)) at(focused).focus({ preventScroll: true });

@@ -39,6 +39,7 @@ def _line(passage: Passage, entries: int) -> dict[str, Any]:
         "title": (population if at else "").strip(),
         "begins": " ".join((rest if at else passage.text).split())[:120],
         "state": passage.now.state,
+        "reviewed": _reviewed(passage.now),
         "valid": passage.is_valid,
         "waiting": passage.waiting,
         "error": passage.error,
@@ -74,7 +75,7 @@ def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
         "drawing": drawing_of(tree, passage.text, focusable=True, language=passage.language).svg if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
         "warnings": list(passage.now.warnings),
-        "reviewed": passage.now.reviewed,
+        "reviewed": _reviewed(passage.now),
         "made_with": passage.now.extraction,
         "extraction": None if passage.beside is None else _beside(passage, passage.beside),
         "kept": passage.now.approved is not None,
@@ -83,6 +84,12 @@ def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
         "relations": [chinese if words.language == "zh" else english for english, chinese in RELATIONS.items()],
         "removable": passage.saved is None,
     }
+
+
+def _reviewed(version: Version) -> dict[str, str] | None:
+    """Who stands for the tree, since when and with what words, as far as a file says it in texts."""
+    held = version.reviewed or {}
+    return {name: held[name] for name in ("by", "at", "comment") if isinstance(held.get(name), str)} or None
 
 
 def _texts(held: object) -> list[str]:
