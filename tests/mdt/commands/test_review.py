@@ -96,6 +96,9 @@ def test_reviewers_are_added_and_come_in_with_their_tokens(gatewise: Gatewise) -
     assert re.fullmatch(r"review: http://127\.0\.0\.1:\d+/\n", result.stdout)
     assert "by whoever has a token of users.json; end with Ctrl-C" in result.stderr
     assert "tokens and texts go to them unencrypted" in result.stderr
+    assert "give the name or address that browsers use with --allow-host" not in result.stderr
+    result = gatewise("trees.json", "--users", "users.json", "--host", "0.0.0.0")
+    assert "give the name or address that browsers use with --allow-host" in result.stderr
     assert "unencrypted" not in gatewise("trees.json", "--users", "users.json").stderr
     Path("users.json").write_text("{}")
     assert_refused(gatewise("trees.json", "--users", "users.json"), "users.json has no reviewer yet")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,9 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, read_trees, sample
 from gatewise.mdt.review import Extracting, Session
 from gatewise.mdt.review import Review as Reviewed
+from gatewise.mdt.review import session as session_module
 from gatewise.mdt.review.server import ReviewServer
+from gatewise.mdt.review.session import By
 from gatewise.mdt.review.users import UserFile
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'gatewise[dev]'")
@@ -68,7 +71,7 @@ class Review:
     def stranger(self, url: str) -> Any:
         """The page in a browser that knows nothing of any other."""
         size = {"width": 1280, "height": 800}
-        self.context = self.chromium.new_context(viewport=size, accept_downloads=True, reduced_motion="reduce")
+        self.context = self.chromium.new_context(viewport=size, accept_downloads=True, reduced_motion="reduce", timezone_id="UTC")
         self.context.set_default_timeout(20_000)
         self.contexts.append(self.context)
         return self.opened(url)
@@ -128,7 +131,7 @@ def review(tmp_path: Path, chromium: Any) -> Iterator[Callable[..., Review]]:
     running: list[Review] = []
 
     def start(file: Any = None, slow: float = 0, users: UserFile | None = None) -> Review:
-        session = Session.open(None if file is None else str(file), tmp_path / "out.jsonl")
+        session = Session.open(None if file is None else str(file), tmp_path / "out.jsonl", reviewer="Cora Weiss")
         running.append(Review(session, chromium, slow, users))
         return running[-1]
 
@@ -185,8 +188,6 @@ def test_load_extract_correct_save_reload(review: Callable[..., Review], tmp_pat
     assert page.is_visible("#editor >> text=not in the text")
     right = first.tree.nodes[1].triples[0].object
     select_in_text(page, right)
-    page.evaluate("document.getElementById('said').textContent = ''")
-    here.shot("review")
     page.click("#take-object-0")
     here.validity("every phrase is in the text")
     assert page.input_value("#object-0") == right
@@ -383,7 +384,7 @@ def test_a_long_extraction_can_be_watched_and_cancelled(review: Callable[..., Re
 def test_two_windows_and_an_address_without_the_token(review: Callable[..., Review]) -> None:
     """What each of two people did stays: the second one is told of the first one's change, and makes theirs on it."""
     here = review("sample:guidelines")
-    page, other = here.page, here.opened(here.server.url)
+    page, other = here.page, here.stranger(here.server.url)  # two tabs of one window would slow each other down
     other.wait_for_selector("#tree svg")
     here.node(2).click()
     old = page.input_value("#object-0")
@@ -408,6 +409,7 @@ def test_two_windows_and_an_address_without_the_token(review: Callable[..., Revi
     phrases = [one[2] for node in nodes for one in node["triples"]]
     assert "words of mine" in phrases
     assert old not in phrases
+    sync_api.expect(page.locator("#history-list li", has_text="(×2)")).to_have_count(1)
     assert [entry.action for entry in here.session.since(here.session.passage(1), 0)] == ["edit", "edit", "edit"]
     # What can no longer be made is kept to be read until it is dropped.
     page.click("#remove-0")
@@ -452,7 +454,7 @@ def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Pa
     here = review("sample:guidelines", users=users)
     ada, bea = (here.stranger(f"{here.server.url}#token={token}") for token in tokens)
     for page, name in ((ada, "Ada"), (bea, "Bea <b>")):
-        sync_api.expect(page.locator("#you")).to_have_text(f"Reviewer: {name}")
+        sync_api.expect(page.locator("#you")).to_have_text(name)
         page.locator("#tree .node[data-node='1']").click()
     # Ada is typing when Bea changes the same passage: the tree before her stays, and she is told.
     ada.fill("#comment", "as in the table")
@@ -649,15 +651,52 @@ def test_an_extraction_lands_beside_what_a_person_did(review: Callable[..., Revi
     assert here.state() == "approved"
 
 
-def test_on_a_small_screen(review: Callable[..., Review]) -> None:
-    here = review("sample:guidelines")
-    here.page.set_viewport_size({"width": 390, "height": 844})
+@pytest.fixture
+def reviewed(review: Callable[..., Review], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Review:
+    """A review on which two people have been at work, at times that are always the same, as one of them sees it."""
+    monkeypatch.setattr(session_module, "_now", lambda: "2026-03-02T09:10:00.000+00:00")
+    users = UserFile(tmp_path / "users.json")
+    token = users.add("Ada Lind")
+    here = review("sample:guidelines", users=users)
+    hours = (f"2026-03-02T09:{minute}:00.000+00:00" for minute in count(20))
+    monkeypatch.setattr(session_module, "_now", lambda: next(hours))
+    ada, ben = By("Ada Lind"), By("Ben Oro")
+    parts = [None, None, "blood pressure stays high"]
+    ben_says = ben._replace(comment="shorter, as in the other trees")
+    here.session.edit(1, 0, "set_triple", {"node": 0, "triple": 0, "parts": parts}, ben_says)
+    here.session.comment(1, ada._replace(comment="These are not the words of the text. How high, and for how long?"))
+    here.session.approve(2, 0, by=ada._replace(comment="doses checked"))
+    here.session.approve(3, 0, by=ben)
+    here.page = here.stranger(f"{here.server.url}#token={token}")
     here.page.wait_for_selector("#tree svg")
-    assert here.page.evaluate("document.documentElement.scrollWidth") <= 390
-    here.node(2).click()
-    here.page.locator("#object-0").scroll_into_view_if_needed()
-    assert here.page.is_visible("#object-0")
-    here.shot("review_small", full_page=True)
+    return here
+
+
+def test_who_did_what_and_when_is_on_the_page(reviewed: Review) -> None:
+    page = reviewed.page
+    sync_api.expect(page.get_by_label("Reviewer: Ada Lind")).to_have_text("Ada Lind")
+    assert page.locator("#passages .by").all_inner_texts() == ["Ben Oro", "Ada Lind", "Ben Oro"]
+    assert page.inner_text("#reviewed") == "corrected by Ben Oro, 2026-03-02 09:20: “shorter, as in the other trees”"
+    assert page.locator("#history-list time").all_inner_texts() == ["2026-03-02 09:21", "2026-03-02 09:20", "2026-03-02 09:10"]
+    reviewed.node(1).click()
+    assert page.is_visible("#history-list q >> nth=0")
+    reviewed.shot("review")
+    page.click("#open-2")
+    sync_api.expect(page.locator("#reviewed")).to_have_text("approved by Ada Lind, 2026-03-02 09:22: “doses checked”")
+    page.click("#approve")
+    reviewed.wait_state("to review")  # as nobody stands for it any more
+    assert page.inner_text("#reviewed") == ""
+
+
+def test_on_a_small_screen(reviewed: Review) -> None:
+    page = reviewed.page
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_selector("#tree svg")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    reviewed.node(2).click()
+    page.locator("#object-0").scroll_into_view_if_needed()
+    assert page.is_visible("#object-0")
+    reviewed.shot("review_small", full_page=True)
 
 
 def test_what_was_carried_over_from_an_older_version(review: Callable[..., Review], tmp_path: Path) -> None:
@@ -696,8 +735,9 @@ def test_the_page_speaks_chinese(review: Callable[..., Review]) -> None:
     here.validity("还不是有效的决策树")
     sync_api.expect(here.node(2)).to_have_text("无推荐")
     left = page.evaluate(
-        """() => [...document.querySelectorAll("button,label,legend,h1,h2,h3,summary")].filter(one => one.offsetParent)
-          .map(one => one.innerText).filter(text => /[a-z]{3}/.test(text))"""
+        """name => [...document.querySelectorAll("button,label,legend,h1,h2,h3,summary,#you")].filter(one => one.offsetParent)
+          .map(one => one.innerText.replace(name, "")).filter(text => /[a-z]{3}/.test(text))""",
+        here.session.reviewer,
     )
     assert left == []
     here.shot("review_chinese")

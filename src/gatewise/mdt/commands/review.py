@@ -22,6 +22,8 @@ OPEN = (
     " proxy with TLS in front of it (docs/review.md)"
 )
 
+NAMELESS = "note: it answers only at 127.0.0.1 and localhost: give the name or address that browsers use with --allow-host"
+
 
 def review(
     file: Annotated[
@@ -114,6 +116,8 @@ def review(
             say(f"corrections go to {session.files.out}, by {by}; end with Ctrl-C", err=True)
             if not server.is_local:
                 say(OPEN, err=True)
+                if not allow_host and server.url.startswith("http://127.0.0.1:"):
+                    say(NAMELESS, err=True)
             if browser and people is None:  # nobody's token is known here
                 webbrowser.open(server.url)
             _serve(server)

@@ -17,6 +17,7 @@ let node = 0; // position of the node in the editor
 let phrase = ""; // words selected in the text
 let fit = false; // show the whole tree, however small
 let timer = 0;
+let drawn = ""; // the session as the page shows it
 let news = null; // what others did to the passage that is shown, as long as it is shown as it was before
 
 // ---- asking ----
@@ -154,7 +155,6 @@ function open(number) {
 }
 
 async function refresh() {
-  const before = JSON.stringify(session);
   session = await get("api/session");
   const line = passage && session.passages.find(one => one.number === passage.number);
   if (passage && !line) passage = null;
@@ -166,7 +166,7 @@ async function refresh() {
     await follow(line);
   } else if (!passage) {
     showAll();
-  } else if (JSON.stringify(session) !== before) {
+  } else if (JSON.stringify(session) !== drawn) {
     // Not the text and the tree, in which something may be selected.
     showHead();
     showList();
@@ -212,6 +212,7 @@ function showAll() {
 }
 
 function showHead() {
+  drawn = JSON.stringify(session);
   const { progress } = session;
   at("progress").hidden = !progress;
   if (progress) {
@@ -230,7 +231,9 @@ function showHead() {
   showConflict();
   at("news").hidden = !news || !at("conflict").hidden || !passage || news.number !== passage.number;
   if (news) at("news-text").textContent = tr("This is no longer the present tree: {what}.", { what: saidOfOthers(news.others) });
-  at("you").textContent = tr("Reviewer: {name}", { name: session.you });
+  at("you").textContent = session.you;
+  at("you").title = tr("Reviewer: {name}", { name: session.you });
+  at("you").setAttribute("aria-label", at("you").title);
   at("notes").hidden = !session.notes.length;
   at("notes").replaceChildren(...session.notes.map(note => element("p", { text: note })));
   const open = session.passages.filter(one => one.state === "empty" && !one.waiting);

@@ -114,11 +114,16 @@ class Names(NamedTuple):
 def app(review: Review, users: OneUser | UserFile, names: Names) -> Starlette:
     """The app: the page, "/api/NAME" by GET for what :meth:`Review.shown` shows, and by POST for what :meth:`Review.done` does."""
 
+    said = ""
+
     def who(request: Request) -> str:
+        nonlocal said
         try:
             reviewer = users.who(request.headers.get(TOKEN_HEADER, ""))
+            said = ""
         except GatewiseError as error:
-            print(f"error: nobody can be let in: {error}", file=sys.stderr)
+            if said != (said := str(error)):  # pages ask often
+                print(f"error: nobody can be let in: {error}", file=sys.stderr)
             raise HTTPException(503, "the list of reviewers cannot be read at the moment: see the terminal") from error
         if reviewer is None:
             raise HTTPException(
