@@ -231,9 +231,7 @@ function showHead() {
   showConflict();
   at("news").hidden = !news || !at("conflict").hidden || !passage || news.number !== passage.number;
   if (news) at("news-text").textContent = tr("This is no longer the present tree: {what}.", { what: saidOfOthers(news.others) });
-  at("you").textContent = session.you;
-  at("you").title = tr("Reviewer: {name}", { name: session.you });
-  at("you").setAttribute("aria-label", at("you").title);
+  at("you").textContent = tr("Reviewer: {name}", { name: session.you });
   at("notes").hidden = !session.notes.length;
   at("notes").replaceChildren(...session.notes.map(note => element("p", { text: note })));
   const open = session.passages.filter(one => one.state === "empty" && !one.waiting);
