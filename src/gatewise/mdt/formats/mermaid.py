@@ -38,7 +38,7 @@ def mermaid_of(
     missing = absent_triples(text, tree) if text.strip() else ()
     words, main = words_for(tree.language), main_subject(tree)
     absent = {triple: words.why_absent(text, triple) for triple in missing}
-    lines = ["flowchart TD", *(f"  %% {_escaped(phrase)}" for phrase in origin)]
+    lines = ["flowchart TD", *(f"  %% {_comment(phrase)}" for phrase in origin)]
     about = f"{_escaped(' › '.join(headings))}<br/>" if headings else ""
     about += f"{_escaped(main)}<br/>" if main else ""
     warned = f"<br/>{_escaped(words.warnings)}" if warnings else ""
@@ -64,6 +64,11 @@ def _label(node: Node, main: str, words: Words, absent: Mapping[Triple, str]) ->
         for triple in node.triples
     )
     return f"{words.head(node)}<br/>{triples}"
+
+
+def _comment(text: str) -> str:
+    """What is left out when the chart is drawn, unless it holds a directive, "%%{…}%%"."""
+    return re.sub("[%{}]", lambda found: f"#{ord(found[0])};", _CONTROL.sub(" ", text))
 
 
 def _escaped(text: str) -> str:
