@@ -306,6 +306,41 @@ def test_what_breaks_a_rule_is_found(release: Any, how: Callable[..., Any], said
     assert any(re.search(said, fault) for fault in faults), faults
 
 
+CPG = "http://hl7.org/fhir/uv/cpg/StructureDefinition/cpg-"
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (lambda one: one["PlanDefinition"].pop("extension"), "recommendationdefinition.*knowledgeCapability is missing"),
+        (lambda one: one["Library"]["extension"][0].update(valueCode="great"), "is no extension of CPG"),
+        (lambda one: one["PlanDefinition"].pop("action"), "action is missing"),
+        (lambda one: one["PlanDefinition"]["type"]["coding"][0].update(code="protocol"), "the type is no eca-rule"),
+        (lambda one: one["Library"]["content"][0].update(contentType="text/plain"), "not one content of CQL"),
+        (lambda one: one["ActivityDefinition"].pop("profile"), "does not ask for medicationrequest as a proposal"),
+        (lambda one: one["ActivityDefinition"].update(intent="plan"), "does not ask for medicationrequest as a proposal"),
+        (lambda one: one["ActivityDefinition"].pop("doNotPerform"), "doNotPerform is missing"),
+        (lambda one: one["ActivityDefinition"]["meta"].update(profile=[f"{CPG}banana"]), "not known for this resource"),
+    ],
+)
+def test_what_breaks_a_rule_of_cpg_is_found(how: Callable[..., Any], said: str) -> None:
+    faults = faults_of(change(bundle_of([RECORD], "R4"), how), "R4")
+    assert any(re.search(said, fault) for fault in faults), faults
+
+
+def test_profiles_of_cpg_are_of_r4_only() -> None:
+    entries = [entry["resource"] for entry in bundle_of([RECORD], "R4")["entry"]]
+    profiles = {one["resourceType"]: one["meta"]["profile"][-1] for one in entries}
+    assert profiles == {
+        "PlanDefinition": f"{CPG}recommendationdefinition",
+        "Library": f"{CPG}computablelibrary",
+        "ActivityDefinition": f"{CPG}servicerequestactivity",
+    }
+    nothing = TreeRecord("", DecisionTree.from_preorder([node("D")]))
+    assert resources(nothing, "PlanDefinition", "R4")[0]["meta"]["profile"][-1] == f"{CPG}shareableplandefinition"
+    assert "uv/cpg" not in json.dumps(bundle_of([RECORD], "R5"))
+
+
 def test_linkid_is_of_r5_only() -> None:
     bundle = bundle_of([RECORD], "R5")
     assert any("no element 'linkId'" in fault for fault in faults_of(bundle, "R4"))

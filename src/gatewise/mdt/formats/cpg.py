@@ -9,8 +9,9 @@ A Bundle holds three kinds of resources for each record:
   (``text/cql-identifier``). Branches are inside each other as in the tree. What recommends nothing has no action.
 - an ``ActivityDefinition`` for each order of a decision: a drug with its doses, a measure, or a drug with ``doNotPerform``.
 
-The resources name the profiles of FHIR itself (such as ``shareableplandefinition``). Those of CPG narrow them further, and are not
-claimed. Everything is a draft; populations and drugs are words without codes.
+The resources name the profiles of FHIR itself (such as ``shareableplandefinition``), and those of R4 the profiles of CPG too, which
+there are for R4 only: a recommendation, a computable library, and activities for a drug or a measure. Everything is a draft;
+populations and drugs are words without codes.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ BASE = "http://example.org/fhir"
 """What the canonical addresses begin with; who publishes the resources puts their own in its place."""
 _VERSIONS = {"R4": "4.0.1", "R5": "5.0.0"}
 _PROFILES = "http://hl7.org/fhir/StructureDefinition/"
+_CPG = "http://hl7.org/fhir/uv/cpg/StructureDefinition/"
 _PUBLISHER = "gatewise (a draft, not published)"
 _COMMENT = """\
 // Needs review by a clinician before any use. Drafted from a text by software; not medical advice.
@@ -117,18 +119,22 @@ class _Resources:
             yield from self.activities[number]
 
     def _plan(self) -> dict[str, Any]:
-        plan = self._head("PlanDefinition", ("shareableplandefinition", "computableplandefinition"), self.name, self.title)
+        root = self._root()
+        profiles = ("shareableplandefinition", "computableplandefinition")
+        # A recommendation of CPG has an action.
+        cpg = "shareableplandefinition" if root is None else "recommendationdefinition"
+        plan = self._head("PlanDefinition", profiles, cpg, self.name, self.title)
         plan["type"] = _coded("plan-definition-type", "eca-rule")
         plan["description"] = description_of(self.record, notes_of(self.record))
         plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": NOTICE}
         plan |= people_of(self.record) | source_of(self.record) | {"library": [self._canonical("Library", self.name)]}
         plan["text"] = _narrative(self.title, self.tree.to_outline())
-        if (root := self._root()) is not None:
+        if root is not None:
             plan["action"] = [{**self._link("tree"), "title": self.title, **root}]
         return plan
 
     def _library(self) -> dict[str, Any]:
-        library = self._head("Library", ("shareablelibrary",), self.name, f"Conditions: {self.title}")
+        library = self._head("Library", ("shareablelibrary",), "computablelibrary", self.name, f"Conditions: {self.title}")
         library["type"] = _coded("library-type", "logic-library")
         library["description"] = NOTICE
         parameters = [
@@ -188,14 +194,17 @@ class _Resources:
         if order.kind == "text":
             return {**action, "textEquivalent": title}
         name = f"{self.name}Node{number}Order{place}"
-        activity = self._head("ActivityDefinition", ("shareableactivitydefinition",), name, title)
-        activity |= {"description": NOTICE, "text": _narrative(title), **self.context}
+        kind = "ServiceRequest" if order.kind == "measure" else "MedicationRequest"
+        activity = self._head("ActivityDefinition", ("shareableactivitydefinition",), f"{kind.lower()}activity", name, title)
+        activity |= {"description": NOTICE, "text": _narrative(title), **self.context, "kind": kind}
+        if self.release == "R4":
+            activity["profile"] = f"{_CPG}cpg-{kind.lower()}"
+        activity |= {"intent": "proposal", "doNotPerform": order.kind == "avoid"}
         what = {"text": clean(order.triple.object)}
         if order.kind == "measure":
-            activity |= {"kind": "ServiceRequest", "code": what, "intent": "proposal"}
+            activity["code"] = what
         else:
-            activity |= {"kind": "MedicationRequest", "intent": "proposal"}
-            activity |= ({"doNotPerform": True} if order.kind == "avoid" else {}) | {"productCodeableConcept": what}
+            activity["productCodeableConcept"] = what
             if order.doses:
                 # Several dosages of one activity would all be taken; what joins them can only be said in words.
                 activity["dosage"] = [{"text": clean(f" {join} ".join(dose.object for dose in order.doses))}]
@@ -208,12 +217,24 @@ class _Resources:
     def _canonical(self, kind: str, name: str) -> str:
         return f"{BASE}/{kind}/{name}|{self.version}"
 
-    def _head(self, kind: str, profiles: Sequence[str], name: str, title: str) -> dict[str, Any]:
+    def _head(self, kind: str, profiles: Sequence[str], cpg: str, name: str, title: str) -> dict[str, Any]:
+        """What all resources begin with.
+
+        Args:
+            profiles: those of FHIR.
+            cpg: that of CPG.
+        """
+        urls, extensions = [_PROFILES + one for one in profiles], []
+        if self.release == "R4":
+            urls.append(f"{_CPG}cpg-{cpg}")
+            said = [("Capability", "shareable"), ("Capability", "computable"), ("RepresentationLevel", "structured")]
+            extensions = [{"url": f"{_CPG}cpg-knowledge{what}", "valueCode": code} for what, code in said]
         return {
             "resourceType": kind,
             "id": name,
-            "meta": {"profile": [_PROFILES + one for one in profiles]},
+            "meta": {"profile": urls},
             "language": self.tree.language,
+            **({"extension": extensions} if extensions else {}),
             "url": f"{BASE}/{kind}/{name}",
             "version": self.version,
             "name": name,
