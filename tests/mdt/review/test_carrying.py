@@ -12,8 +12,8 @@ from mdt_trees import TEXT, gout, node, properties, triple
 
 from gatewise.mdt import DecisionTree, read_trees
 from gatewise.mdt.records import TreeRecord
-from gatewise.mdt.review.carrying import CARRIED_KEY, Carried, carry, difference
-from gatewise.mdt.review.passage import Passage, Version
+from gatewise.mdt.review.carrying import Carried, carry, difference
+from gatewise.mdt.review.passage import CARRIED_KEY, Passage, Version
 from gatewise.mdt.review.session import By, Session
 
 OTHER = "children with fever@If the fever lasts, give paracetamol."

@@ -10,7 +10,7 @@ from mdt_trees import TEXT, node, triple
 
 from gatewise.mdt.documents.passages import split_passages
 from gatewise.mdt.documents.reading import document_of
-from gatewise.mdt.review.passage import Version
+from gatewise.mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Version
 from gatewise.mdt.review.session import By, Session
 
 Nodes = list[dict[str, Any]]
@@ -403,6 +403,28 @@ def test_offsets_of_another_version_of_the_document_are_not_compared(tmp_path: P
     assert [moved[1].start, moved[1].end] == third
     assert [name_of(one.now.nodes) for one in again.passages if one.now.nodes] == ["colchicine", "naproxen"]
     assert [one.now.state for one in again.passages] == ["empty", "approved", "empty", "approved"]
+    again.close()
+
+
+@pytest.mark.parametrize("key", [CARRIED_KEY, ADJUDICATED_KEY])
+@pytest.mark.parametrize("lose_history", [False, True])
+def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path, key: str, lose_history: bool) -> None:
+    text = "# Adults\n\n## 1. Dose\n\nGive it daily.\n\n## 2. Dose\n\nGive it daily.\n"
+    session = open_guide(guide(tmp_path, text))
+    for number, name in ((1, "colchicine"), (2, "naproxen")):
+        write_and_approve(session, number, name)
+    session.save()
+    left(session, lose_draft=True)
+    session.files.out.write_text("".join(json.dumps({**one, key: {"from": "old"}}) + "\n" for one in records(session)))
+    session = open_guide(guide(tmp_path, text))  # all of it is in the history now
+    session.approve(1, session.passage(1).version, by=By("Ada"))
+    session.save()
+    left(session, lose_draft=lose_history)
+    again = open_guide(guide(tmp_path, text.replace("## 1. Dose\n\nGive it daily.\n\n", "")))
+    assert [(one.more["headings"][-1], name_of(one.now.nodes)) for one in again.passages] == [
+        ("2. Dose", "naproxen"),
+        ("1. Dose", "colchicine"),
+    ]
     again.close()
 
 

@@ -113,7 +113,8 @@ def _numbered(passage: "Passage", number: int) -> "Passage":
 
 
 def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]", as_json: bool) -> None:
-    from gatewise.mdt.review.carrying import CARRIED_KEY, difference
+    from gatewise.mdt.review.carrying import difference
+    from gatewise.mdt.review.passage import CARRIED_KEY
 
     by_number = {passage.number: passage for passage in passages}
     changed = sorted([*done.changed, *done.beside])

@@ -16,13 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 from gatewise.mdt.documents.passages import ORIGIN
 from gatewise.mdt.records import TreeRecord
-from gatewise.mdt.review.passage import NOTHING, REVIEWED, Passage, State, others, version_of
+from gatewise.mdt.review.passage import CARRIED_KEY, NOTHING, REVIEWED, Passage, State, others, version_of
 from gatewise.mdt.wholes import pieces
 
-CARRIED_KEY = "carried"
-"""The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
-"place" those of its document where they are known, "text" the text that the tree was made for, where that was another one, and
-"reviewed" who had approved or corrected it there, where nobody has yet for the newer text."""
 ALIKE = 0.6
 """From this share of words in common on, a passage passes for a changed one and not for a new one."""
 # What a record says of its place in its document; the newer one has its own.

@@ -14,7 +14,7 @@ from gatewise.mdt.documents.passages import ORIGIN
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review.edits import Nodes
 from gatewise.mdt.review.files import Draft
-from gatewise.mdt.review.passage import Passage, Version, others, version_of
+from gatewise.mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version, others, version_of
 
 L = TypeVar("L")
 R = TypeVar("R")
@@ -212,8 +212,12 @@ def _both(said: Key, place: str | None) -> Key:
     return None if said is None or place is None else (*said, place)
 
 
+# Where the tree comes from, which says nothing of its passage: what comes in from a document does not have it.
+_OF_TREES = (CARRIED_KEY, ADJUDICATED_KEY)
+
+
 def _held(more: dict[str, Any], *but: str) -> str:
-    return json.dumps({key: value for key, value in more.items() if key not in but}, sort_keys=True)
+    return json.dumps({key: value for key, value in more.items() if key not in (*but, *_OF_TREES)}, sort_keys=True)
 
 
 def _in_document(more: dict[str, Any]) -> str:

@@ -8,10 +8,10 @@ from gatewise.mdt.formats.svg import drawing_of, main_subject
 from gatewise.mdt.formats.views import FORMATS
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.relations import RELATIONS
-from gatewise.mdt.review.carrying import CARRIED_KEY, difference
+from gatewise.mdt.review.carrying import difference
 from gatewise.mdt.review.edits import drawable, empty_tree
 from gatewise.mdt.review.files import Entry
-from gatewise.mdt.review.passage import ADJUDICATED_KEY, Passage, Version
+from gatewise.mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version
 from gatewise.mdt.review.session import Session
 from gatewise.mdt.spans import locate_tree, part_of
 from gatewise.mdt.tree import DecisionTree
