@@ -1,5 +1,6 @@
 """The one reader of adapter files, on folders written by hand; and whatever reads an adapter says the same of the same fault."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -14,7 +15,16 @@ from maps import LLAMA_MODULES
 from peft.utils.other import get_pattern_key
 
 from gatewise.adapters.export import to_lora
-from gatewise.adapters.files import Allocation, Selection, read_allocation, read_lora, read_note, read_selection, stored_numbers
+from gatewise.adapters.files import (
+    Allocation,
+    Selection,
+    fingerprint,
+    read_allocation,
+    read_lora,
+    read_note,
+    read_selection,
+    stored_numbers,
+)
 from gatewise.adapters.loading import load_adapter
 from gatewise.errors import GatewiseError
 from gatewise.inspection import read_budget, read_prompts
@@ -186,3 +196,19 @@ def test_a_damaged_allocation_file_is_named(content: str, words: str, tmp_path: 
 def test_another_tools_allocation_file_is_left_alone(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, random_factors("model.layers.0.self_attn.q_proj"), {"cpu": 4})
     assert read_allocation(folder) == Allocation()
+
+
+def test_a_fingerprint_is_of_weights_and_configuration_wherever_they_lie(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", random_factors("layer"))
+    weights, config = (tmp_path / "a" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    first = fingerprint(tmp_path / "a")
+    assert first == hashlib.sha256(weights.read_bytes() + config.read_bytes()).hexdigest()
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert fingerprint(tmp_path / "b") == first
+    for file in (tmp_path / "b" / config.name, tmp_path / "b" / weights.name):
+        before = fingerprint(tmp_path / "b")
+        file.write_bytes(file.read_bytes() + b"\n")
+        assert fingerprint(tmp_path / "b") != before
+    (tmp_path / "b" / config.name).unlink()
+    with pytest.raises(GatewiseError, match="cannot be read"):
+        fingerprint(tmp_path / "b")
