@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mdt_trees import node, triple
 from refusals import assert_refused
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
 from gatewise.mdt import read_trees
+from gatewise.mdt.review.passage import Version
 from gatewise.mdt.review.session import Session
 
 pytest.importorskip("markdown_it")
@@ -85,6 +87,19 @@ def test_a_dry_run_writes_nothing(reviewed: Path) -> None:
     assert sorted(reviewed.iterdir()) == before
 
 
+def test_a_dry_run_knows_what_was_done_in_the_newer_review() -> None:
+    session = Session.open("new.md", reviewer="Ben")
+    session.begin(2, session.passage(2).version)
+    session.put(1, Version([node("D", triple("rest", "therapeutic schedule"))], "drafted"))
+    session.remove(3)
+    session.close()
+    files = {file: file.read_bytes() for file in Path().iterdir()}
+    dry = run("old.md", "new.md", "--dry-run", "--json").stdout
+    assert {file: file.read_bytes() for file in Path().iterdir()} == files
+    assert dry == run("old.md", "new.md", "--json").stdout
+    assert [json.loads(dry)[name] for name in ("kept", "beside", "approved", "new")] == [[2], [1], [], []]
+
+
 def test_json() -> None:
     made = json.loads(run("old.md", "new.md", "--json").stdout)
     assert (made["approved"], made["changed"], made["new"]) == ([2], [1], [3])
@@ -117,6 +132,7 @@ def test_it_says_that_the_older_review_has_more_than_its_file() -> None:
         (["old.md", "old.md"], "would be changed"),
         (["old.md", "new.md", "--out", "old.md.review.jsonl"], "would be changed"),
         (["old.md", "new.md", "--out", "x.txt"], "expected .jsonl"),
+        (["old.md", "new.md", "--out", "x.txt", "--dry-run"], "expected .jsonl"),
     ],
 )
 def test_refused_in_a_sentence(reviewed: Path, words: list[str], said: str) -> None:

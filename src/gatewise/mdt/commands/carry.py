@@ -44,7 +44,7 @@ def carry(
     from gatewise.mdt.review.carrying import carry as carried
     from gatewise.mdt.review.files import ReviewFiles
     from gatewise.mdt.review.session import Session
-    from gatewise.mdt.review.sources import path_of, read_source
+    from gatewise.mdt.review.sources import path_of
 
     corrections = _corrections(old)
     if os.path.exists(new) and path_of(new).samefile(corrections):
@@ -56,8 +56,9 @@ def carry(
     if unsaved:
         say(f"note: {name} lacks {unsaved} of the changes of its review: save there first to carry them over, too", err=True)
     if dry_run:
-        source = read_source(new, population=population)
-        passages = [_numbered(passage, number) for number, passage in enumerate(source.passages, start=1)]
+        passages, notes = Session.look(new, out, population=population)
+        for note in notes:
+            say(f"note: {note}", err=True)
         _tell(*carried(passages, records, name), records, as_json)
         return
     session = Session.open(new, out, population=population, reviewer=reviewer)
@@ -104,12 +105,6 @@ def _records(corrections: Path) -> "tuple[list[TreeRecord], int]":
         return list(read.records), sum(passage.is_unsaved for passage in ReviewFiles(corrections).read_draft().passages)
     except GatewiseError:  # the corrections are what counts, and they are whole
         return list(read.records), 0
-
-
-def _numbered(passage: "Passage", number: int) -> "Passage":
-    from dataclasses import replace
-
-    return replace(passage, number=number)
 
 
 def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]", as_json: bool) -> None:

@@ -21,7 +21,7 @@ from gatewise.mdt.review import carrying, edits
 from gatewise.mdt.review.files import Draft, Entry, ReviewFiles, change_row, opening_row, passage_row
 from gatewise.mdt.review.merging import merged
 from gatewise.mdt.review.passage import Passage, Version
-from gatewise.mdt.review.sources import pasted, path_of, read_source, source_of
+from gatewise.mdt.review.sources import Source, pasted, path_of, read_source, source_of
 
 _MOST_PASSAGES = 5000
 _LONGEST_NAME, _LONGEST_COMMENT = 100, 4000
@@ -133,22 +133,25 @@ class Session:
         """
         if reviewer is not None:
             checked_name(reviewer)
-        is_sample = file is not None and file.startswith("sample:")
-        path = None if file is None or is_sample else path_of(file)
-        files = ReviewFiles(out or ReviewFiles.default_out(Path("guidelines") if is_sample else path))
-        # A file of corrections that is to be reviewed again is read as such, and not twice.
-        own = path is not None and _same(files.out, path)
         # Read before anything is made for it: a file that cannot be read leaves no folder and no lock behind.
-        source = None if file is None or own else read_source(file, population=population, repair=repair)
+        files, source = _come_in(file, out, population, repair)
         files.open()
         try:
-            saved = files.read_saved()
-            draft = files.read_draft()
-            passages, notes = merged(source.passages if source else (), saved, draft)
+            passages, notes, draft = _put_together(files, source)
         except BaseException:
             files.close()
             raise
-        return cls(files, passages, [*(source.faults if source else ()), *notes], draft, reviewer)
+        return cls(files, passages, notes, draft, reviewer)
+
+    @staticmethod
+    def look(file: str, out: Path | None, *, population: str | None = None) -> tuple[list[Passage], list[str]]:
+        """What :meth:`open` would begin with, passages and notes; nothing is written, and no other review is kept out.
+
+        Raises:
+            GatewiseError: a file cannot be read or is damaged.
+        """
+        passages, notes, draft = _put_together(*_come_in(file, out, population, repair=False))
+        return passages, [*notes, *draft.notes]
 
     def close(self) -> None:
         """Gives the files free; the history has everything already."""
@@ -499,6 +502,22 @@ class Session:
             raise GatewiseError(f'which is {which!r}, expected the number of a passage, "all" or "approved"')
         chosen = [passage for passage in self._passages.values() if which == "all" or passage.now.state == "approved"]
         return [passage.record() for passage in chosen if passage.is_valid]
+
+
+def _come_in(file: str | None, out: Path | None, population: str | None, repair: bool) -> tuple[ReviewFiles, Source]:
+    """The files of a review, and what is reviewed in it."""
+    is_sample = file is not None and file.startswith("sample:")
+    path = None if file is None or is_sample else path_of(file)
+    files = ReviewFiles(out or ReviewFiles.default_out(Path("guidelines") if is_sample else path))
+    # A file of corrections that is to be reviewed again is read as such, and not twice.
+    own = path is not None and _same(files.out, path)
+    return files, Source([], []) if file is None or own else read_source(file, population=population, repair=repair)
+
+
+def _put_together(files: ReviewFiles, source: Source) -> tuple[list[Passage], list[str], Draft]:
+    saved, draft = files.read_saved(), files.read_draft()
+    passages, notes = merged(source.passages, saved, draft)
+    return passages, [*source.faults, *notes], draft
 
 
 def _now() -> str:
