@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from gatewise.cli.main import app
 from gatewise.mdt import read_trees
 from gatewise.mdt.review import Review, adjudication
+from gatewise.mdt.review.passage import Version
 from gatewise.mdt.review.server import ReviewServer
 from gatewise.mdt.review.session import Session
 from gatewise.mdt.review.shown import whole
@@ -210,6 +211,23 @@ def test_adjudication_begins_with_both_trees(gatewise: Gatewise) -> None:
         assert shown[1]["extraction"]["of"] == "Ben"
     finally:
         session.close()
+
+
+def test_a_tree_that_a_model_makes_meanwhile_does_not_pass_for_a_reviewers(gatewise: Gatewise) -> None:
+    gatewise(*BOTH, "--adjudicate", THIRD)
+    session = Session.open(THIRD, reviewer="Cy")
+    for number in (1, 3, 4):  # the same tree, and one that only Ada has
+        session.approve(number, session.passage(number).version)
+        session.put(number, Version([node("D")], "drafted"))
+        assert whole(session.passage(number))["extraction"]["of"] == ""
+    assert whole(session.passage(2))["extraction"]["of"] == "Ben"
+    session.close()
+    session = Session.open(THIRD)
+    assert [whole(passage)["extraction"]["of"] for passage in session.passages] == ["", "Ben", "", ""]
+    taken = session.take(2, session.passage(2).version, 1)
+    session.put(2, Version([node("D")], "drafted"), taken.version - 1)
+    assert whole(session.passage(2))["extraction"]["of"] == ""
+    session.close()
 
 
 def test_what_an_adjudicator_decides_is_kept_and_can_be_compared(gatewise: Gatewise) -> None:

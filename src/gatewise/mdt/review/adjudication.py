@@ -102,7 +102,7 @@ def _passages(agreement: Agreement) -> Iterator[tuple[Passage, str]]:
         if passage.same:
             yield made, f"the tree of {a} and {b}"
             continue
-        other = version_of(passage.b, "drafted")._replace(state="drafted", reviewed=None)
+        other = version_of(passage.b, "drafted")._replace(state="drafted", reviewed=None, of=b)
         yield replace(made, beside=other, extractions=1), f"{a}'s tree; beside it {b}'s tree"
     for i, records in enumerate((agreement.only_a, agreement.only_b)):
         alone = {"files": [agreement.files[i]], "names": [agreement.names[i]]}

@@ -265,6 +265,7 @@ def _version(version: Version | None) -> dict[str, Any] | None:
         return None
     made: dict[str, Any] = {"tree": version.nodes, "state": version.state, "warnings": list(version.warnings)}
     more = {"extraction": version.extraction, "reviewed": version.reviewed, "approved": _version(version.approved)}
+    more["of"] = version.of or None
     return made | {name: value for name, value in more.items() if value is not None}
 
 
@@ -289,7 +290,15 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
         raise GatewiseError(f"the state {held['state']!r} does not fit its tree")
     nodes = None if held["tree"] is None else check_shape(held["tree"])
     warnings = tuple(str(warning) for warning in held["warnings"])
-    made = Version(nodes, held["state"], warnings, None, _object(held.get("extraction")), _object(held.get("reviewed")))
+    made = Version(
+        nodes,
+        held["state"],
+        warnings,
+        None,
+        _object(held.get("extraction")),
+        _object(held.get("reviewed")),
+        str(held.get("of", "")),
+    )
     approved = held.get("approved")
     if approved is None or made.state == "approved":
         return made

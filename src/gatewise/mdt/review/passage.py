@@ -46,6 +46,7 @@ class Version(NamedTuple):
         reviewed: who approved or corrected the tree last, as it stands: "by", "at" (the time in UTC that the history has),
             "comment" where there was one, and "sha256", which document they read, where it is known. None where nobody did, and for
             what was reviewed before gatewise noted it.
+        of: of the tree of another reviewer that lies beside one, whose it is.
     """
 
     nodes: Nodes | None = None
@@ -54,6 +55,7 @@ class Version(NamedTuple):
     approved: "Version | None" = None
     extraction: dict[str, Any] | None = None
     reviewed: dict[str, Any] | None = None
+    of: str = ""
 
     @property
     def standing(self) -> "Version | None":
@@ -208,7 +210,7 @@ class Passage:
         assert self.beside is not None
         if self.now.state in REVIEWED and not replaced:
             raise GatewiseError(f"the tree was {self.now.state} by a person, so it is replaced only when a reviewer says so")
-        return replace(self.with_version(self.beside.after(self.now)), beside=None)
+        return replace(self.with_version(self.beside._replace(of="").after(self.now)), beside=None)
 
     def left(self, extraction: int) -> "Passage":
         """Without the tree that lies beside.

@@ -127,10 +127,7 @@ def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 def _beside(passage: Passage, version: Version) -> dict[str, Any]:
     """The other tree that lies beside a tree, to be looked at."""
     drawing = drawing_of(drawable(version.nodes or empty_tree()), passage.text, language=passage.language).svg
-    of = _adjudicated(passage)
-    # What lies beside a tree at first is that of the second reviewer; later ones were extracted.
-    whose = of["names"][-1] if of and passage.extractions == 1 else ""
-    said = {"number": passage.extractions, "warnings": list(version.warnings), "made_with": version.extraction, "of": whose}
+    said = {"number": passage.extractions, "warnings": list(version.warnings), "made_with": version.extraction, "of": version.of}
     return {**said, "drawing": drawing}
 
 
