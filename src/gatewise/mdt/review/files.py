@@ -265,8 +265,8 @@ def _version(version: Version | None) -> dict[str, Any] | None:
         return None
     made: dict[str, Any] = {"tree": version.nodes, "state": version.state, "warnings": list(version.warnings)}
     more = {"extraction": version.extraction, "reviewed": version.reviewed, "approved": _version(version.approved)}
-    more["of"] = version.of or None
-    return made | {name: value for name, value in more.items() if value is not None}
+    made |= {name: value for name, value in more.items() if value is not None}
+    return made | ({"of": version.of} if version.of else {})
 
 
 def _passage(item: dict[str, Any], number: int) -> Passage:
