@@ -474,14 +474,21 @@ def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Pa
     sync_api.expect(ada.locator("#tree")).to_contain_text("words of Bea")
     sync_api.expect(ada.locator("#reviewed")).to_contain_text("corrected by Bea <b>")
     ada.click("#conflict-drop")
-    # A comment alone changes nothing; Bea's page, which shows an older tree of nothing, goes on with its own.
+    bea.fill("#object-0", "other words of Bea")
+    bea.keyboard.press("Enter")
+    sync_api.expect(ada.locator("#news")).to_contain_text("Bea <b> changed the tree")
+    ada.click("#news-look")
+    sync_api.expect(ada.locator("#news")).to_be_hidden()
+    sync_api.expect(ada.locator("#tree")).to_contain_text("other words of Bea")
+    # A comment alone changes nothing; Bea's page goes on with the version that it has.
     ada.fill("#comment", "who says so?\n<script>document.title='broken'</script>")
     ada.click("#comment-go")
-    sync_api.expect(bea.locator("#history-list")).to_contain_text("Ada commented")
-    sync_api.expect(bea.locator("#history-list q").first).to_contain_text("<script>document.title='broken'</script>")
+    sync_api.expect(ada.locator("#history-list")).to_contain_text("Ada commented")
     bea.fill("#comment", "dose checked")
     bea.click("#approve")
     sync_api.expect(bea.locator("#state")).to_have_text("approved")
+    sync_api.expect(bea.locator("#history-list")).to_contain_text("Ada commented")
+    sync_api.expect(bea.locator("#history-list q").nth(1)).to_contain_text("<script>document.title='broken'</script>")
     # The tree is the same, so Ada's page follows by itself.
     for place in ("#state", "#open-1 .chip"):
         sync_api.expect(ada.locator(place)).to_have_text("approved")
@@ -497,7 +504,12 @@ def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Pa
     rows = [json.loads(line) for line in (tmp_path / "out.history.jsonl").read_text(encoding="utf-8").splitlines()]
     done = [(row["reviewer"], row["action"], row.get("comment", "")) for row in rows if row.get("passage") == 1][1:]
     said = "who says so?\n<script>document.title='broken'</script>"
-    assert done == [("Bea <b>", "edit", ""), ("Ada", "comment", said), ("Bea <b>", "approve", "dose checked")]
+    assert done == [
+        ("Bea <b>", "edit", ""),
+        ("Bea <b>", "edit", ""),
+        ("Ada", "comment", said),
+        ("Bea <b>", "approve", "dose checked"),
+    ]
 
 
 def test_a_comment_waits_at_its_passage_and_comes_back_when_it_is_refused(review: Callable[..., Review]) -> None:

@@ -199,6 +199,7 @@ def test_every_answer_is_locked_up(ask: Caller) -> None:
         assert ask.token not in content.decode()
         assert b"http://" not in content.replace(b"http://www.w3.org/", b"")
         assert b"https://" not in content
+        assert not re.search(rb'(href|src)="/|["`]/api/', content)  # a proxy may serve it below a path
 
 
 # What it refuses ------------------------------------------------------------------------------------------------------

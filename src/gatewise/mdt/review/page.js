@@ -72,7 +72,7 @@ function takeComment(number) {
 }
 
 function giveCommentBack(number, text) {
-  if (!comments.get(number)) comments.set(number, text);
+  if (text && !comments.get(number)) comments.set(number, text);
   if (passage) showComment();
 }
 
@@ -107,6 +107,7 @@ function change(action, wanted = {}, then = () => {}, seen = passage.version) {
 async function refused(error, wanted) {
   const others = error.content.since.filter(one => one.window !== WINDOW || one.action === "extract");
   if (!others.length && error.content.since.length) {
+    giveCommentBack(wanted.number, wanted.body.comment);
     await show(wanted.number);
     return;
   }
@@ -157,7 +158,10 @@ function open(number) {
 async function refresh() {
   session = await get("api/session");
   const line = passage && session.passages.find(one => one.number === passage.number);
-  if (passage && !line) passage = null;
+  if (passage && !line) {
+    comments.delete(passage.number);
+    passage = null;
+  }
   if (!passage && session.passages.length) {
     const last = Number(sessionStorage.getItem("gatewise-review-passage"));
     await show((session.passages.find(one => one.number === last) || session.passages[0]).number);
