@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from importlib import resources
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,6 +319,13 @@ def test_a_silent_connection_is_closed(tmp_path: Path, monkeypatch: pytest.Monke
                 got = b"".join(iter(lambda: connection.recv(65536), b""))
                 assert answer in got
         assert call("/api/save", {}) == (400, {"error": "late"})
+        asked = page.replace(" / ", " /page.js ").encode() * 1000
+        with (
+            socket.create_connection(("127.0.0.1", call.server.port), timeout=20) as connection,
+            pytest.raises(ConnectionError),  # it reads none of the answers
+        ):
+            list(map(connection.sendall, repeat(asked, 1000)))
+        assert call("/api/session")[0] == 200
 
 
 def test_what_one_sends_slowly_keeps_nobody_waiting(call: Caller) -> None:
@@ -332,11 +340,30 @@ def test_what_one_sends_slowly_keeps_nobody_waiting(call: Caller) -> None:
         connection.close()
 
 
-def test_nonsense_on_the_wire_does_not_end_it(ask: Caller) -> None:
-    for sent in (b"", b"\x00\xff" * 50, b"GET", b"POST /api/save HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x"):
+def test_nonsense_on_the_wire_does_not_end_it(ask: Caller, capsys: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """What is answered is answered as all else is, and the terminal stays quiet."""
+    whole = f"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1:{ask.server.port}\r\nTransfer-Encoding: chunked\r\n".encode()
+    for sent, answered in (
+        (b"", b""),
+        (b"\x00\xff" * 50 + b"\r\n\r\n", b"400"),
+        (b"GET", b""),
+        (b"POST /api/save HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: x", b""),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", b"400"),
+        (b"GET http://127.0.0.1/ HTTP/1.0\r\n\r\n", b"403"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"403"),
+        (whole + b"\r\n2\r\n{}\r\nnonsense\r\n", b"400"),
+        (whole + f"X-Gatewise-Token: {ask.token}\r\nContent-Type: application/json\r\n\r\nnonsense\r\n".encode(), b"400"),
+    ):
         with socket.create_connection(("127.0.0.1", ask.server.port), timeout=10) as connection:
             connection.sendall(sent)
+            got = b"".join(iter(lambda: connection.recv(65536), b"")) if answered else b""
+        if answered:
+            assert got.startswith(b"HTTP/1.1 " + answered), sent
+            assert got.lower().count(b"content-security-policy: default-src 'none'") == got.count(b"HTTP/1.1 ")
+            assert json.loads(got[got.index(b"\r\n\r\n") :].partition(b"HTTP/1.1")[0])["error"]
     assert ask("/api/session")[0] == 200
+    assert (capsys.readouterr(), caplog.records) == (("", ""), [])
 
 
 def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
