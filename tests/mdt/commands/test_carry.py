@@ -100,6 +100,23 @@ def test_a_dry_run_knows_what_was_done_in_the_newer_review() -> None:
     assert [json.loads(dry)[name] for name in ("kept", "beside", "approved", "new")] == [[2], [1], [], []]
 
 
+def test_an_older_tree_that_has_no_place_in_the_newer_review_is_named() -> None:
+    session = Session.open("new.md", reviewer="Ben")
+    session.begin(2, session.passage(2).version)
+    session.close()
+    result = run("old.md", "new.md")
+    assert "kept: passage 2; the older review has another tree for it\n   record 2: Adults with gout@Kidneys" in result.stdout
+    assert json.loads(run("old.md", "new.md", "--json").stdout)["unlike"] == [{"passage": 2, "record": 2}]
+
+
+def test_drafts_of_the_older_review_are_not_forgotten_without_a_word(reviewed: Path) -> None:
+    run("old.md", "new.md")  # the first passage changed, and has a draft there
+    Path("third.md").write_text(NEW)
+    said = "new.md.review.jsonl lacks 1 draft of its review that nobody approved or corrected"
+    assert said in run("new.md", "third.md").stderr
+    assert "draft" not in run("old.md", "third.md").stderr
+
+
 def test_json() -> None:
     made = json.loads(run("old.md", "new.md", "--json").stdout)
     assert (made["approved"], made["changed"], made["new"]) == ([2], [1], [3])

@@ -92,6 +92,30 @@ def test_what_a_person_did_in_the_newer_review_stays(state: Any) -> None:
         (made,), done = carry([before], [record(review="approved")], "old")
         assert made is before
         assert done.kept == [1]
+        # The older tree is in no list else, so it is named where it is another one.
+        assert [(number, old.tree.to_preorder()) for number, old in done.unlike] == [(1, gout())]
+        assert carry([before], [record(tree=other, review="approved")], "old")[1].unlike == []
+
+
+def test_an_old_draft_that_a_reviewer_did_not_want_stays_away() -> None:
+    newer = Version(SHORT, "drafted")
+    (made,), _ = carry([replace(passages(CHANGED)[0], now=newer)], [record(review="approved")], "old.review.jsonl")
+    for unwanted in (made.left(1), one([CHANGED], record(review="approved"))[0][0].undone()):
+        (again,), done = carry([unwanted], [record(review="approved")], "old.review.jsonl")
+        assert again is unwanted
+        assert (done.kept, [number for number, _ in done.unlike]) == ([1], [1])
+        # It is another one once the older review says more of it.
+        (again,), _ = carry([unwanted], [record(review="approved", reviewed=ADA)], "old.review.jsonl")
+        assert gout() in [again.now.nodes, again.beside and again.beside.nodes]
+
+
+def test_a_draft_in_the_newer_file_of_corrections_is_nobodys_work() -> None:
+    held = Version(SHORT, "drafted")
+    (made,), done = carry([replace(passages(TEXT)[0], now=held, saved=held)], [record(review="approved")], "old")
+    assert (made.now.nodes, made.now.state, done.approved) == (gout(), "approved", [1])
+    assert made.kept == made.now
+    (made,), done = carry([replace(passages(CHANGED)[0], now=held, saved=held)], [record(review="approved")], "old")
+    assert (made.now, made.beside and made.beside.nodes, done.beside) == (held, gout(), [1])
 
 
 def test_an_approved_tree_stays_though_an_extraction_was_taken_in_its_place() -> None:

@@ -51,10 +51,13 @@ def carry(
         raise GatewiseError(f"{new} is what is carried over: name the newer guideline after it")
     if (target := out or ReviewFiles.default_out(Path(new))).exists() and target.samefile(corrections):
         raise GatewiseError(f"{target} is the older review, and would be changed: name another file with --out")
-    records, unsaved = _records(corrections)
     name = writable(corrections.name)
+    records, unsaved, drafts = _records(corrections)
     if unsaved:
         say(f"note: {name} lacks {unsaved} of the changes of its review: save there first to carry them over, too", err=True)
+    if drafts:
+        what = "1 draft of its review that nobody" if drafts == 1 else f"{drafts} drafts of its review that nobody"
+        say(f"note: {name} lacks {what} approved or corrected: do so there and save to carry them over, too", err=True)
     if dry_run:
         passages, notes = Session.look(new, out, population=population)
         for note in notes:
@@ -91,8 +94,8 @@ def _corrections(old: str) -> Path:
     return Path(old)
 
 
-def _records(corrections: Path) -> "tuple[list[TreeRecord], int]":
-    """The older records, and how many passages of their review stand otherwise in its history."""
+def _records(corrections: Path) -> "tuple[list[TreeRecord], int, int]":
+    """The older records; how many passages of their review stand otherwise in its history, and how many are drafts only there."""
     from gatewise.mdt.records import read_trees
     from gatewise.mdt.review.files import ReviewFiles
 
@@ -100,11 +103,13 @@ def _records(corrections: Path) -> "tuple[list[TreeRecord], int]":
     if read.faults:
         raise GatewiseError(f"{next(iter(read.faults.values()))}; mend the record first, so that nothing of the review is lost")
     if corrections.suffix.lower() != ".jsonl":
-        return list(read.records), 0
+        return list(read.records), 0, 0
     try:
-        return list(read.records), sum(passage.is_unsaved for passage in ReviewFiles(corrections).read_draft().passages)
+        passages = ReviewFiles(corrections).read_draft().passages
     except GatewiseError:  # the corrections are what counts, and they are whole
-        return list(read.records), 0
+        passages = []
+    drafts = [passage for passage in passages if passage.now.state == "drafted" and passage.saved is None]
+    return list(read.records), sum(passage.is_unsaved for passage in passages), len(drafts)
 
 
 def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]", as_json: bool) -> None:
@@ -122,6 +127,7 @@ def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]
         told: dict[str, Any] = {
             **lists,
             "differences": {str(number): [list(one) for one in parts] for number, parts in differences.items()},
+            "unlike": [{"passage": number, "record": record.number} for number, record in done.unlike],
             "gone": [{"number": record.number, "text": record.text} for record in done.gone],
         }
         typer.echo(json.dumps(writable(told), ensure_ascii=False, indent=2))
@@ -138,6 +144,8 @@ def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]
         where = "the old tree lies beside the newer draft" if number in done.beside else "the old tree is a draft to review"
         say(f"\nchanged: passage {number}; {where}")
         say("   " + "".join(_MARKS[kind].format(text) for kind, text in parts))
+    for number, record in done.unlike:
+        say(f"\nkept: passage {number}; the older review has another tree for it\n   record {record.number}: {record.text}")
     for number in done.new:
         say(f"\nnew: passage {number}\n   {by_number[number].text}")
     for record in done.gone:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from gatewise.mdt.documents.passages import ORIGIN
 from gatewise.mdt.records import TreeRecord
-from gatewise.mdt.review.passage import CARRIED_KEY, NOTHING, REVIEWED, Passage, State, others, version_of
+from gatewise.mdt.review.passage import CARRIED_KEY, NOTHING, REVIEWED, Passage, State, Version, others, version_of
 from gatewise.mdt.wholes import pieces
 
 ALIKE = 0.6
@@ -47,7 +47,8 @@ class Carried:
         approved, corrected, drafted: passages with the same text, and the state that their trees came with.
         changed: passages whose text changed, and that have the old tree as a draft now.
         beside: passages whose text changed and that have a newer draft: the old tree lies beside it.
-        kept: passages with a tree that a person corrected or approved in the newer review; it stays.
+        kept: passages where a person corrected or approved a tree in the newer review, or did not want the old draft; it stays so.
+        unlike: of these, those for which the older review has another tree, with its record.
         new: passages that the older review has nothing for.
         gone: records of the older review that no passage of the newer one is like.
     """
@@ -58,6 +59,7 @@ class Carried:
     changed: list[int]
     beside: list[int]
     kept: list[int]
+    unlike: list[tuple[int, TreeRecord]]
     new: list[int]
     gone: list[TreeRecord]
 
@@ -128,19 +130,28 @@ def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: st
     found = matches(passages, records)
     made = list(passages)
     done: dict[str, list[int]] = defaultdict(list)
+    unlike: list[tuple[int, TreeRecord]] = []
     for record, at, same in found:
-        passage = passages[at]
-        now = passage.now
-        if now.state in REVIEWED or now.standing is not None or passage.saved is not None:
+        passage, old = passages[at], records[record]
+        version, origin = _old(passage, old, same, source)
+        there = version.nodes in [one.nodes for one in (passage.now, passage.beside, passage.now.standing, passage.saved) if one]
+        # A draft that was carried over before and is not there any more gave way to something else in the newer review.
+        gave_way = version.state == "drafted" and passage.more.get(CARRIED_KEY) == origin and not there
+        if _is_reviewed(passage) or gave_way:
             done["kept"].append(passage.number)
+            unlike += [] if there else [(passage.number, old)]
             continue
-        made[at] = _carried(passage, records[record], same, source)
-        laid_beside = made[at].beside is not None and made[at].now == now != NOTHING
-        what = version_of(records[record], "drafted").state if same else "beside" if laid_beside else "changed"
-        done[what].append(passage.number)
+        made[at] = _carried(passage, old, version, origin, same)
+        laid_beside = made[at].beside is not None and made[at].now == passage.now != NOTHING
+        done[version.state if same else "beside" if laid_beside else "changed"].append(passage.number)
     matched = {one.passage for one in found}
     done["new"] = [passage.number for at, passage in enumerate(passages) if at not in matched]
-    return made, Carried(**{name: done[name] for name in _LISTS}, gone=_gone(records, found))
+    return made, Carried(**{name: done[name] for name in _LISTS}, unlike=unlike, gone=_gone(records, found))
+
+
+def _is_reviewed(passage: Passage) -> bool:
+    now, saved = passage.now, passage.saved
+    return now.state in REVIEWED or now.standing is not None or (saved is not None and saved.state in REVIEWED)
 
 
 _LISTS = ("approved", "corrected", "drafted", "changed", "beside", "kept", "new")
@@ -153,7 +164,8 @@ def _gone(records: Sequence[TreeRecord], found: Sequence[Match]) -> list[TreeRec
     return [record for i, record in enumerate(records) if i not in taken and _content(record) not in kept]
 
 
-def _carried(passage: Passage, record: TreeRecord, same: bool, source: str) -> Passage:
+def _old(passage: Passage, record: TreeRecord, same: bool, source: str) -> tuple[Version, dict[str, Any]]:
+    """An older tree in the state that it has for a newer passage, and what is said of where it comes from."""
     version = version_of(record, "drafted")
     if not same:
         version = version._replace(state="drafted", reviewed=None)
@@ -163,6 +175,10 @@ def _carried(passage: Passage, record: TreeRecord, same: bool, source: str) -> P
         origin["text"] = record.text
     if not same and record.reviewed is not None:
         origin["reviewed"] = record.reviewed
+    return version, origin
+
+
+def _carried(passage: Passage, record: TreeRecord, version: Version, origin: dict[str, Any], same: bool) -> Passage:
     more = {**passage.more, CARRIED_KEY: origin}
     if same:
         more = {key: value for key, value in others(record.more).items() if key not in _OF_THE_DOCUMENT} | more
