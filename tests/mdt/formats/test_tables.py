@@ -271,6 +271,17 @@ def test_no_text_is_a_formula_and_none_is_cut_without_a_word() -> None:
     cells = [cell for sheet in book for row in sheet.iter_rows() for cell in row if cell.value is not None]
     assert {cell.data_type for cell in cells} == {"s"}
     assert any(str(cell.value).endswith("[cut: longer than a cell holds]") for cell in cells)
+    assert max(len(str(cell.value)) for cell in cells) == 32_767
+
+
+def test_a_table_with_phrases_longer_than_a_cell_decides_as_we_do() -> None:
+    pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install 'gatewise[mdt]'")
+    long = "x " * 20_000
+    leaves = [node("D", triple(f"{long}{i}", "drug therapy")) for i in range(2)]
+    tree = DecisionTree.from_preorder([node("C", triple(f"{long}a"), triple(f"{long}b"), joined="or"), *leaves])
+    evaluate = workbook_by_hand(read_as_who_does(dak_of([TreeRecord(f"{long}@{long}", tree)]))["tree_1"])
+    for values in combinations(tree):
+        assert evaluate({f"fact_{i}": value for i, value in enumerate(values, start=1)})["node"] == wanted(tree, values)
 
 
 def test_a_workbook_is_written_and_not_shown(tmp_path: Path) -> None:

@@ -282,5 +282,10 @@ def _row(sheet: Any, place: int, values: Sequence[str], *, bold: bool = False) -
 
 
 def _cut(text: str) -> str:
+    if len(text) <= _MOST_IN_A_CELL:
+        return text
+    # What is asked of the facts, and which node a row leads to, stands in the last line, without which a table decides nothing.
+    _, line, last = text.rpartition("\n")
     mark = " [cut: longer than a cell holds]"
-    return text if len(text) <= _MOST_IN_A_CELL else text[: _MOST_IN_A_CELL - len(mark)] + mark
+    end = f"{mark}\n{last}" if line and len(last) < _MOST_IN_A_CELL // 2 else mark
+    return text[: _MOST_IN_A_CELL - len(end)] + end
