@@ -185,6 +185,14 @@ def test_of_two_changed_ones_each_gets_the_likest() -> None:
     assert [passage.now.nodes for passage in made] == [gout(), SHORT]
 
 
+def test_each_row_of_a_table_that_changed_in_all_rows_gets_the_tree_of_its_row() -> None:
+    rows = [f"adults with gout@Doses of colchicine: give {step} mg twice daily" for step in range(100, 130)]
+    old = [record(text, [node("D", triple(f"{i}", "drug therapy"))], i) for i, text in enumerate(rows)]
+    made, done = one([row.replace(" mg", "5 mg") for row in rows], *old)
+    assert [passage.now.nodes for passage in made] == [record.tree.to_preorder() for record in old]
+    assert (done.new, done.gone) == ([], [])
+
+
 @properties
 @given(st.lists(st.sampled_from([TEXT, CHANGED, OTHER, OTHER + " Or not.", "x y z"]), max_size=6), st.data())
 def test_no_tree_is_approved_for_a_text_it_was_not_approved_for(texts: list[str], data: st.DataObject) -> None:

@@ -7,10 +7,11 @@ be shown. What has no counterpart is new, or gone. Nothing that a person did in 
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from heapq import nsmallest
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -101,12 +102,14 @@ def _alike(passages: Sequence[Passage], records: Sequence[TreeRecord], left: Seq
             continue
         words = _words(passage.text)
         own = set(words)
-        near = Counter({i: 2 * len(own & kind) / (len(own) + len(kind)) for i, kind in kinds.items() if own & kind})
-        for i, _ in near.most_common(_CLOSEST):
-            ratio = SequenceMatcher(None, older[i], words, autojunk=False).ratio()
-            if ratio >= ALIKE:
-                moved = abs(i / len(records) - j / len(passages))
-                pairs.append((-ratio, moved, i, j))
+        shared = {i: 2 * both / (len(own) + len(kind)) for i, kind in kinds.items() if (both := len(own & kind))}
+        moved = {i: abs(i / len(records) - j / len(passages)) for i in shared}
+        matcher = SequenceMatcher(None, b=words, autojunk=False)
+        # Rows of a table may all be as like: those in their place come first.
+        for i in nsmallest(_CLOSEST, shared, key=lambda i: (-shared[i], moved[i])):
+            matcher.set_seq1(older[i])
+            if matcher.quick_ratio() >= ALIKE and (ratio := matcher.ratio()) >= ALIKE:
+                pairs.append((-ratio, moved[i], i, j))
     made: list[Match] = []
     used: set[int] = set()
     for _, _, i, j in sorted(pairs):
