@@ -185,6 +185,28 @@ def test_of_two_changed_ones_each_gets_the_likest() -> None:
     assert [passage.now.nodes for passage in made] == [gout(), SHORT]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("12", "12", "ab"),
+        ("12", "21", "ba"),  # the sections were moved
+        ("12", "23", ""),  # one was taken out and one added, or both have other numbers now
+        ("11", "12", ""),
+        ("11", "11", "ab"),
+    ],
+)
+def test_trees_of_one_text_stay_under_their_headings(old: str, new: str, wanted: str) -> None:
+    records = [
+        record(TEXT, [node("D", triple(name, "drug therapy"))], review="approved", headings=[f"{number}. Flares"])
+        for name, number in zip("ab", old, strict=True)
+    ]
+    newer = [Passage(at, TEXT, more={"headings": [f"{number}. Flares"]}) for at, number in enumerate(new, 1)]
+    made, done = carry(newer, records, "old")
+    approved = [one.now.nodes for one in made if one.now.state == "approved"]
+    assert "".join(nodes[0]["triples"][0][2] for nodes in approved if nodes) == wanted
+    assert (done.changed, done.gone) == ([] if wanted else [1, 2], [])
+
+
 def test_each_row_of_a_table_that_changed_in_all_rows_gets_the_tree_of_its_row() -> None:
     rows = [f"adults with gout@Doses of colchicine: give {step} mg twice daily" for step in range(100, 130)]
     old = [record(text, [node("D", triple(f"{i}", "drug therapy"))], i) for i, text in enumerate(rows)]
