@@ -18,8 +18,10 @@ from refusals import assert_refused
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
+from gatewise.errors import GatewiseError
 from gatewise.mdt import read_trees
 from gatewise.mdt.review import Review, adjudication
+from gatewise.mdt.review.extracting import Extracting
 from gatewise.mdt.review.passage import Version
 from gatewise.mdt.review.server import ReviewServer
 from gatewise.mdt.review.session import Session
@@ -227,6 +229,29 @@ def test_a_tree_that_a_model_makes_meanwhile_does_not_pass_for_a_reviewers(gatew
     taken = session.take(2, session.passage(2).version, 1)
     session.put(2, Version([node("D")], "drafted"), taken.version - 1)
     assert whole(session.passage(2))["extraction"]["of"] == ""
+    session.close()
+
+
+def test_an_extraction_takes_the_place_of_no_reviewers_tree(gatewise: Gatewise) -> None:
+    gatewise(*BOTH, "--adjudicate", THIRD)
+    session = Session.open(THIRD, reviewer="Cy")
+    asked: list[str] = []
+
+    def extract(text: str, language: Any, tick: Any) -> Any:
+        asked.append(text)
+        raise GatewiseError("no model")
+
+    extracting = Extracting(session, extract)
+    review = Review(session, extracting)
+    before = session.passage(2)
+    with pytest.raises(GatewiseError, match="the tree of Ben lies beside that of passage 2: take it or leave it"):
+        review.done("extract", {"passages": [[4, session.passage(4).version], [2, before.version]]})
+    assert session.passage(2) == before
+    left = session.leave(2, before.version, 1)
+    review.done("extract", {"passages": [[2, left.version]]})
+    extracting.end()
+    assert session.passage(4).waiting is False
+    assert set(asked) <= {before.text}
     session.close()
 
 

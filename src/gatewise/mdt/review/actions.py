@@ -143,7 +143,14 @@ def _extract(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
     passages = asked.get("passages")
     if not isinstance(passages, list) or not all(isinstance(one, list) and len(one) == 2 and is_whole(one[1]) for one in passages):
         raise GatewiseError("the passages are missing, expected for each its number and the number of the version that is shown")
-    review.extracting.ask([replace(review.session.passage(number), version=version) for number, version in passages], by)
+    wanted = [replace(review.session.passage(number), version=version) for number, version in passages]
+    for passage in wanted:  # of two reviewers' trees none may go unread for a model's
+        if passage.beside is not None and passage.beside.of:
+            raise GatewiseError(
+                f"the tree of {passage.beside.of} lies beside that of passage {passage.number}: take it or leave it before you"
+                " extract again"
+            )
+    review.extracting.ask(wanted, by)
     return {}
 
 
