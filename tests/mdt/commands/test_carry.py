@@ -117,6 +117,16 @@ def test_drafts_of_the_older_review_are_not_forgotten_without_a_word(reviewed: P
     assert "draft" not in run("old.md", "third.md").stderr
 
 
+def test_a_text_that_is_the_same_is_not_called_changed() -> None:
+    older = [json.loads(line) for line in Path("old.md.review.jsonl").read_text().splitlines()]
+    older[0]["text"] = older[1]["text"]
+    Path("old.md.review.jsonl").write_text("".join(json.dumps(one) + "\n" for one in older))
+    said = run("old.md", "new.md").stdout
+    assert "several trees, of which nothing says which is of passage 2; the old tree is a draft to review" in said
+    assert "changed: passage" not in said
+    assert "gone: record 2" in said
+
+
 def test_json() -> None:
     made = json.loads(run("old.md", "new.md", "--json").stdout)
     assert (made["approved"], made["changed"], made["new"]) == ([2], [1], [3])

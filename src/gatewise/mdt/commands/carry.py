@@ -142,7 +142,9 @@ def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]
         say(f"  {len(done.kept)} that {stay}")
     for number, parts in differences.items():
         where = "the old tree lies beside the newer draft" if number in done.beside else "the old tree is a draft to review"
-        say(f"\nchanged: passage {number}; {where}")
+        is_same = all(kind == "same" for kind, _ in parts)
+        what = "same text as before, with several trees, of which nothing says which is of" if is_same else "changed:"
+        say(f"\n{what} passage {number}; {where}")
         say("   " + "".join(_MARKS[kind].format(text) for kind, text in parts))
     for number, record in done.unlike:
         say(f"\nkept: passage {number}; the older review has another tree for it\n   record {record.number}: {record.text}")
