@@ -341,6 +341,35 @@ def test_the_history_says_who_did_what_and_when_and_only_grows(tmp_path: Path) -
     again.close()
 
 
+def test_a_comment_stays_with_a_change_that_changes_nothing(session: Session) -> None:
+    words = gout()[1]["triples"][0][2]
+    correct(session, 1, f"{words} ", By("ben", "w1", "is this the right dose?"))
+    correct(session, 1, f"{words} ", By("ben", "w1"))
+    assert session.passage(1).version == 0
+    assert [(row["reviewer"], row["action"]) for row in rows(session)][2:] == [("ada", "open"), ("ben", "comment")]
+    assert [entry.comment for entry in session.history(session.passage(1))] == ["", "is this the right dose?"]
+
+
+@pytest.mark.parametrize("comment", ["\ud800", "x" * 4001])
+def test_no_comment_stops_the_history(session: Session, comment: str) -> None:
+    """A line that can never be written would keep all that come after it from the disk."""
+    mine = By("ben", "w1", comment)
+    for change in (
+        lambda: correct(session, 1, "ibuprofen", mine),
+        lambda: session.approve(1, 0, by=mine),
+        lambda: session.comment(1, mine),
+        lambda: session.paste(OTHER, by=mine),
+        lambda: session.remove(2, by=mine),
+        lambda: session.save(mine),
+    ):
+        with pytest.raises(GatewiseError, match="the comment has"):
+            change()
+    session.approve(1, 0)
+    assert not session.trouble
+    assert rows(session)[-1]["action"] == "approve"
+    assert len(session.passages) == 2
+
+
 @pytest.mark.parametrize("name", ["", " ", "x" * 101, "a\nb", "\x1b[2J", "\ud800"])
 def test_names_that_cannot_be(tmp_path: Path, name: str) -> None:
     with pytest.raises(GatewiseError, match=r"the reviewer is .*, expected a name of at most 100 characters in one line"):

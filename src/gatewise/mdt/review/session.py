@@ -254,6 +254,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is no such passage, or the file of corrections holds it.
         """
+        by = _checked(by)
         with self._lock:
             passage = self.passage(number)
             if version is not None:
@@ -412,6 +413,8 @@ class Session:
             if made is not passage:
                 self._passages[number] = made
                 self._keep([self._row(action, by, made, {**(more or {}), **change_row(made)}, time)])
+            elif by.comment.strip():  # what changes nothing may still be said something of
+                self._keep([self._row("comment", by, passage, {}, time)])
             return made
 
     def _reviewed(self, by: By, passage: Passage, time: str) -> dict[str, Any]:
