@@ -9,14 +9,19 @@ import os
 import re
 import secrets
 import unicodedata
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, whole_file
 from gatewise.mdt.review.session import checked_name
+
+_PATIENCE = 30  # seconds that another command may take to add somebody
 
 
 class OneUser:
@@ -76,14 +81,36 @@ class UserFile:
         """
         name = checked_name(name)
         token = secrets.token_urlsafe(24)
-        names = self.read() if os.path.exists(self.path) else {}
-        self._check_free(name, names)
-        with whole_file(self.path) as part:
-            part.write_text(json.dumps({**names, name: _hash(token)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.chmod(part, 0o600)
-        with suppress(OSError):  # it took the mode of the one before it
-            os.chmod(self.path, 0o600)
+        with self._alone():
+            names = self.read() if os.path.exists(self.path) else {}
+            self._check_free(name, names)
+            with whole_file(self.path) as part:
+                part.write_text(json.dumps({**names, name: _hash(token)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                os.chmod(part, 0o600)
+            with suppress(OSError):  # it took the mode of the one before it
+                os.chmod(self.path, 0o600)
         return token
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While others who would add somebody wait: they would write back the names that they read before.
+
+        The lock's file stays, as one that is taken away may be held already by somebody who waited for it.
+        """
+        place = Path(os.path.realpath(self.path))
+        lock = FileLock(place.with_name(f".{place.name}.lock"))
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            raise GatewiseError(f"another command is writing {self.path}: wait until it ends, and try again") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            said = getattr(error, "strerror", None) or error
+            raise GatewiseError(f"cannot write {self.path}: {said}; give a path that can be written") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """An object, whose names JSON itself would let stand twice."""
