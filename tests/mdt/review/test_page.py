@@ -538,6 +538,37 @@ def test_a_comment_waits_at_its_passage_and_comes_back_when_it_is_refused(review
     assert [entry.comment for entry in here.session.history(here.session.passage(2))][-1] == ""
 
 
+def test_a_comment_that_comes_back_takes_nothing_away_from_one_begun_meanwhile(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    held: list[Any] = []
+    page.route("**/api/approve", lambda route: held.append(route))  # an own attribute is set on it
+    page.fill("#comment", "the dose is right")
+    with page.expect_request("**/api/approve"):
+        page.click("#approve")
+    page.fill("#comment", "but what of children?")
+    held[0].abort()
+    sync_api.expect(page.locator("#comment")).to_have_value("the dose is right\nbut what of children?")
+
+
+def test_a_page_of_an_earlier_run_says_so_and_keeps_what_was_typed(review: Callable[..., Review]) -> None:
+    """Another review at the same address: its passages have other numbers, though its reviewers' tokens are the same."""
+    here = review("sample:guidelines")
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    here.server.review.run = "later"
+    page.fill("#comment", "the dose is right")
+    page.click("#approve")
+    sync_api.expect(page.locator("#said")).to_contain_text("the review was started again since this page was loaded")
+    sync_api.expect(page.locator("#trouble")).to_contain_text("load the page again")
+    assert page.input_value("#comment") == "the dose is right"
+    assert here.session.passage(1).version == 0
+    page.once("dialog", lambda dialog: dialog.accept())  # that something is typed
+    page.reload()
+    page.click("#approve")
+    here.wait_state("approved")
+
+
 @pytest.mark.parametrize("fast", ["double click", "two clicks at once"])
 def test_a_double_click_deletes_one_triple(review: Callable[..., Review], fast: str) -> None:
     here = review()

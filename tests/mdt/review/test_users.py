@@ -6,6 +6,7 @@ import random
 import stat
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from mdt_trees import TEXT, gout
 from review_serving import serving
 
@@ -81,7 +83,40 @@ def test_the_file_is_its_owners_alone(users: UserFile) -> None:
     users.path.chmod(0o644)
     users.add("Bea")
     assert stat.S_IMODE(os.stat(users.path).st_mode) == 0o600
-    assert [path.name for path in users.path.parent.iterdir()] == ["users.json"]
+    assert sorted(path.name for path in users.path.parent.iterdir()) == [".users.json.lock", "users.json"]
+
+
+def test_who_are_added_at_the_same_instant_are_all_in(users: UserFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = UserFile.read
+
+    def slowly(self: UserFile) -> dict[str, str]:
+        names = read(self)
+        time.sleep(0.02)
+        return names
+
+    monkeypatch.setattr(UserFile, "read", slowly)
+    given: dict[str, str] = {}
+    (users.path.parent / "link.json").symlink_to(users.path)  # names the same file
+
+    def add(name: str, path: Path) -> None:
+        given[name] = UserFile(path).add(name)
+
+    paths = (users.path, users.path.parent / "link.json")
+    threads = [threading.Thread(target=add, args=(name, paths[i % 2])) for i, name in enumerate(NAMES)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(30)
+    assert {name: users.who(token) for name, token in given.items()} == {name: name for name in NAMES}
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(GatewiseError, match=r"cannot write .*users\.json"):
+        UserFile(tmp_path / "file" / "users.json").add("Ada")
+    monkeypatch.setattr("gatewise.mdt.review.users._PATIENCE", 0.1)
+    with FileLock(tmp_path / ".users.json.lock"), pytest.raises(GatewiseError, match="another command is writing"):
+        UserFile(tmp_path / "users.json").add("Ada")
 
 
 @pytest.mark.parametrize("name", ["Ada L", "ada l", " Ada  L", "ＡＤＡ L", "AdaL", "", "x" * 101, "a\nb", "a\x1b[2Jb", "\ud800"])
@@ -242,6 +277,35 @@ def test_who_is_added_comes_in_at_once_and_who_is_taken_out_goes(
         assert (status, str(users.path) in answer["error"]) == (503, False)
         assert f"nobody can be let in: {users.path} is not valid JSON" in capsys.readouterr().err
         assert session.passage(1).version == 0
+
+
+def test_a_page_that_was_open_when_the_review_was_started_again_changes_nothing(
+    session: Session, users: UserFile, tmp_path: Path
+) -> None:
+    """Its token is still one, and its numbers are other passages' now."""
+    token = users.add("Ada")
+    session.remove(1)
+    with serving(Review(session), users) as server:
+        page = Client(server, token)
+        run = page.get("session")[1]["run"]
+        assert page("comment", number=2, comment="before", run=run)[0] == 200
+    second = session.passage(2).text
+    session.close()
+    again = Session.open(str(tmp_path / "trees.json"), reviewer="starter")
+    assert again.passage(1).text == second  # of which the page thinks as number 2
+    with serving(Review(again), users) as server:
+        page = Client(server, token)
+        for action in ("approve", "edit", "undo", "remove", "comment", "save", "paste", "extract", "export"):
+            status, answer = page(action, number=2, version=0, approved=True, comment="mine", run=run)
+            assert (status, "the review was started again" in answer["error"]) == (400, True)
+        for path in (f"session?run={run}", f"passage?number=2&run={run}"):
+            assert page.get(path)[0] == 400
+        assert [(one.version, one.now.state) for one in again.passages] == [(0, "drafted")] * 2
+        run = page.get("session?run=")[1]["run"]
+        assert page("approve", number=1, version=0, approved=True, run=run)[0] == 200
+        assert page("save", run=[run])[0] == 400
+    assert [one.now.state for one in again.passages] == ["approved", "drafted"]
+    again.close()
 
 
 def test_many_at_once_are_each_made_or_refused_and_named(session: Session, users: UserFile) -> None:

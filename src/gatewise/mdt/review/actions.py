@@ -1,11 +1,12 @@
 """What the page can ask for, as a name and a JSON object, and what it is answered. Nothing here knows of HTTP.
 
 Every change says of which version of a passage it is (``number``, ``version``); it may say which page asks (``window``) and why
-(``comment``). Who asks is told by whatever carries the request.
+(``comment``), and of which review its numbers are (``run``). Who asks is told by whatever carries the request.
 """
 
 import base64
 import binascii
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -28,10 +29,15 @@ class Review:
 
     Args:
         extracting: None where there is no model; ``reason`` then says why.
+
+    Attributes:
+        run: names this review among those that were before it at the same address. A page that stayed open is of another one, in
+            which the numbers of passages may be other passages'.
     """
 
     def __init__(self, session: Session, extracting: Extracting | None = None, reason: str = "") -> None:
         self.session, self.extracting, self.reason = session, extracting, reason
+        self.run = secrets.token_hex(8)
 
     def shown(self, what: str, asked: dict[str, Any], reviewer: str = "") -> dict[str, Any]:
         """Something to look at: "session", or "passage" with its ``number``.
@@ -40,8 +46,9 @@ class Review:
             reviewer: who asks; empty for the one who started the review.
 
         Raises:
-            GatewiseError: there is no such thing.
+            GatewiseError: there is no such thing, or the page is of another review.
         """
+        self._check_run(asked)
         if what == "session":
             return self.overview(reviewer)
         if what == "passage":
@@ -56,12 +63,20 @@ class Review:
 
         Raises:
             OldPageError: the passage has changed since the version that is named.
-            GatewiseError: there is no such action, or it cannot be done.
+            GatewiseError: there is no such action, or it cannot be done, or the page is of another review.
         """
+        self._check_run(asked)
         if action not in _ACTIONS:
             raise NothingThereError("there is nothing at this address")
         by = By(reviewer, _text(asked, "window"), _text(asked, "comment"))
         return {**_ACTIONS[action](self, by, asked), "session": self.overview(reviewer)}
+
+    def _check_run(self, asked: dict[str, Any]) -> None:
+        if _text(asked, "run") not in ("", self.run):
+            raise GatewiseError(
+                "the review was started again since this page was loaded, so nothing was changed: keep a copy of what you are"
+                " writing, and load the page again"
+            )
 
     def passage(self, passage: Passage) -> dict[str, Any]:
         """A passage with its history."""
@@ -71,6 +86,7 @@ class Review:
         """The passages, how far the extraction is, and who asks."""
         return {
             **overview(self.session),
+            "run": self.run,
             "you": reviewer or self.session.reviewer,
             "progress": self.extracting.progress() if self.extracting else None,
             "extracts": self.extracting is not None,

@@ -19,6 +19,9 @@ const token = findToken();
 // Names this page, so that it knows its own changes among those of others.
 export const WINDOW = Math.random().toString(36).slice(2);
 
+// Names the review that this page is of: in one that is started later the numbers of passages may be other passages'.
+let run = "";
+
 export class Failed extends Error {
   constructor(message, status, content = {}) {
     super(message);
@@ -36,20 +39,21 @@ async function call(path, options) {
     throw new Failed(tr("The review has ended, or cannot be reached. Start it again; everything is kept."), 0);
   }
   if (!answer.ok) throw new Failed(content.error || `The server answered ${answer.status}.`, answer.status, content);
+  run ||= content.run || "";
   return content;
 }
 
 const headers = { "X-Gatewise-Token": token };
 
-export function get(path) {
-  return call(path, { headers });
+export function get(path, asked = {}) {
+  return call(`${path}?${new URLSearchParams({ ...asked, run })}`, { headers });
 }
 
 export function post(path, body) {
   return call(path, {
     method: "POST",
     headers: { ...headers, "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, window: WINDOW }),
+    body: JSON.stringify({ ...body, window: WINDOW, run }),
   });
 }
 

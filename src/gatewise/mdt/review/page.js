@@ -72,7 +72,8 @@ function takeComment(number) {
 }
 
 function giveCommentBack(number, text) {
-  if (text && !comments.get(number)) comments.set(number, text);
+  // Another one may have been begun meanwhile.
+  if (text) comments.set(number, [text, comments.get(number)].filter(Boolean).join("\n"));
   if (passage) showComment();
 }
 
@@ -141,7 +142,7 @@ function ask(name, more, show, focus, version) {
 }
 
 async function show(number) {
-  const answer = await get(`api/passage?number=${number}`);
+  const answer = await get("api/passage", { number });
   if (!passage || passage.number !== number) {
     node = 0;
     phrase = "";
@@ -181,7 +182,7 @@ async function refresh() {
 // The passage has changed. A tree is not exchanged under the eyes of who reads it: they are told what others did, and look then.
 async function follow(line) {
   if (!news || news.number !== line.number || news.version !== line.version) {
-    const answer = await get(`api/passage?number=${line.number}`);
+    const answer = await get("api/passage", { number: line.number });
     const others = answer.history.filter(one => one.version > passage.version && one.window !== WINDOW);
     if (others.length && JSON.stringify(answer.nodes) !== JSON.stringify(passage.nodes)) {
       news = { number: line.number, version: answer.version, others };
