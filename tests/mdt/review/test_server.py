@@ -6,7 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from importlib import resources
 from itertools import repeat
@@ -325,6 +325,28 @@ def test_a_silent_connection_is_closed(tmp_path: Path, monkeypatch: pytest.Monke
             pytest.raises(ConnectionError),  # it reads none of the answers
         ):
             list(map(connection.sendall, repeat(asked, 1000)))
+        assert call("/api/session")[0] == 200
+
+
+def test_many_silent_connections_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would take all the files that the process may have open, those of the history among them."""
+    monkeypatch.setattr(server_module, "MOST_CONNECTIONS", 20)
+    with calling(tmp_path) as call:
+        head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
+        asking = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(5)]
+        for connection in asking:
+            connection.sendall(f"POST /api/save HTTP/1.1\r\n{head}Content-Length: 2\r\n\r\n{{".encode())
+        assert call("/api/begin", {"number": 2, "version": 0})[0] == 200
+        silent = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(100)]
+        assert call("/api/session")[0] == 200
+        for connection in silent[:80]:  # the oldest had to go
+            with suppress(ConnectionError):
+                assert connection.recv(100) == b""
+        for connection in asking:  # whoever waits for an answer stays
+            connection.sendall(b"}")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+        for connection in (*asking, *silent):
+            connection.close()
         assert call("/api/session")[0] == 200
 
 

@@ -39,6 +39,7 @@ from gatewise.mdt.review.users import OneUser, UserFile
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Gatewise-Token"
 MOST_BYTES = 40 * 2**20  # of a request: a document of 30 MB as Base64
+MOST_CONNECTIONS = 256  # far more than reviewers need, and fewer than the files that a process may have open
 SILENCE = 60  # seconds that a connection may be silent while it is its turn
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 # Address -> the room and the name of its file. The looks of trees are those of the HTML view.
@@ -306,22 +307,39 @@ class ReviewServer:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, which waits for ever for a request's head and for who reads no answer, and sends what is no HTTP bare answers.
+    """uvicorn's, which waits for ever for a request's head and for who reads no answer, takes any number of connections, and sends
+    what is no HTTP bare answers.
 
-    Its attributes (``cycle``, ``conn``, ``loop``, ``transport``) are those of uvicorn 0.40 to 0.54.
+    Its attributes (``connections``, ``cycle``, ``conn``, ``loop``, ``transport``) are those of uvicorn 0.40 to 0.54.
     """
 
+    _heard = 0.0
     _patience: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]  # a transport of a socket
         self.transport.set_write_buffer_limits(high=0)  # whatever is not on its way pauses
+        self._heard = self.loop.time()
+        if len(self.connections) > MOST_CONNECTIONS:
+            self._make_room()
         self._wait()
 
     def data_received(self, data: bytes) -> None:
+        self._heard = self.loop.time()
         super().data_received(data)
         self._wait()
+
+    @property
+    def _is_asked(self) -> bool:
+        """Whether an answer is being made, or is on its way."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _make_room(self) -> None:
+        """Closes the connection that asks for nothing and was silent for longest, else this one: files have to be written, too."""
+        others = (one for one in self.connections if isinstance(one, _Protocol) and one is not self)
+        idle = (one for one in others if not one._is_asked and not one.transport.is_closing())
+        min(idle, key=lambda one: one._heard, default=self).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -340,8 +358,7 @@ class _Protocol(H11Protocol):
 
     def _wait(self) -> None:
         """A clock runs from the first byte of a head, or the beginning of the connection, until the head is whole."""
-        ours = self.cycle is not None and not self.cycle.response_complete
-        if ours or self.transport.is_closing():
+        if self._is_asked or self.transport.is_closing():
             if self._patience is not None:
                 self._patience.cancel()
                 self._patience = None
