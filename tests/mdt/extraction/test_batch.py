@@ -138,6 +138,7 @@ def test_a_journal_of_other_settings_or_of_something_else_is_left_alone(tmp_path
     for other, said in (
         (b'{"text": "a", "tree": []}\n', "is in the way"),
         (whole.replace(b'"role"', b'"roll"', 1), "line 2 is damaged"),
+        (whole.replace(b'"extraction": null', b'"extraction": [5]', 1), "line 2 is damaged"),
     ):
         path.write_bytes(other)
         with pytest.raises(GatewiseError, match=said):

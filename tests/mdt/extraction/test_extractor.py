@@ -83,6 +83,7 @@ def test_an_extraction_says_what_it_was_made_with() -> None:
         ("..\\models\\small", "small"),
         ("./runs/a/adapter/", "adapter"),
         ("here/base", "base"),
+        ("/models/sm\udcffll", "sm\ufffdll"),  # a file name of another encoding than UTF-8
     ],
 )
 def test_of_a_folder_only_its_own_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, said: str) -> None:

@@ -231,7 +231,9 @@ def _extraction(row: Mapping[str, Any]) -> Extraction | GatewiseError:
         return GatewiseError(row["fault"])
     tree = DecisionTree.from_preorder(row["tree"])
     absent = absent_triples(row["text"], tree)
-    said = {"agreement": row["agreement"], "made_with": row.get("extraction")}
+    if not isinstance(made_with := row.get("extraction"), dict | None):
+        raise TypeError("what its tree was made with is no object")
+    said = {"agreement": row["agreement"], "made_with": made_with}
     return Extraction(row["text"], tree, row["language"], absent, tuple(row["warnings"]), **said)
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from gatewise.checks import HALF_A_PAIR, has_half_a_pair
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.documents.language import detect_language
 from gatewise.mdt.evaluation.metrics import tree_edit_ratio
@@ -411,7 +411,7 @@ def _name_of(model: str | Path) -> str:
     folder = Path(model).expanduser()
     if re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)?", str(model)) and not folder.exists():
         return str(model)
-    return re.split(r"[/\\]", str(folder.resolve()))[-1]
+    return str(writable(re.split(r"[/\\]", str(folder.resolve()))[-1]))  # a name of another encoding than UTF-8 is in no file
 
 
 def _haste(output: Written) -> list[str]:
