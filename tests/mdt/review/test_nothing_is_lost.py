@@ -61,6 +61,63 @@ def records(session: Session) -> list[dict[str, Any]]:
     return [json.loads(line) for line in session.files.out.read_text(encoding="utf-8").splitlines()]
 
 
+# An approval is a person's word ---------------------------------------------------------------------------------------
+
+
+def act(session: Session, what: str, who: str, *more: Any) -> Any:
+    return getattr(session, what)(1, session.passage(1).version, *more, by=By(who))
+
+
+def approver(session: Session) -> str | None:
+    standing = session.passage(1).now.standing
+    return standing.reviewed["by"] if standing and standing.reviewed else None
+
+
+@pytest.mark.parametrize("back", ["undo", "redo"])
+@pytest.mark.parametrize("edited", [False, True])
+def test_nobody_else_brings_back_an_approval_that_was_taken_back(session: Session, back: str, edited: bool) -> None:
+    act(session, "approve", "Ada", True)
+    if back == "redo":
+        act(session, "undo", "Ada")
+    else:
+        if edited:  # what stands is then the tree before it
+            correct(session, 1, "ibuprofen", By("Bea"))
+        act(session, "approve", "Ada", False)
+    assert approver(session) is None
+    with pytest.raises(GatewiseError, match="Ada took the approval of Ada back, so only one of the two"):
+        act(session, back, "Bea")
+    assert approver(session) is None
+    act(session, back, "Ada")
+    assert approver(session) == "Ada"
+
+
+@pytest.mark.parametrize("slip", ["withdraw", "undo"])
+def test_a_slip_with_the_approval_of_another_can_be_undone_by_both(session: Session, slip: str) -> None:
+    act(session, "approve", "Ada", True)
+    for who in ("Bea", "Ada"):
+        act(session, *(["approve", "Bea", False] if slip == "withdraw" else ["undo", "Bea"]))
+        assert approver(session) is None
+        with pytest.raises(GatewiseError, match="Bea took the approval of Ada back"):
+            act(session, "undo" if slip == "withdraw" else "redo", "Cleo")
+        act(session, "undo" if slip == "withdraw" else "redo", who)
+        assert approver(session) == "Ada"
+
+
+def test_who_undoes_an_edit_brings_back_what_stood_before(session: Session) -> None:
+    act(session, "approve", "Ada", True)
+    correct(session, 1, "ibuprofen", By("Bea"))
+    act(session, "undo", "Cleo")
+    assert (session.passage(1).now.state, approver(session)) == ("approved", "Ada")
+    act(session, "approve", "Bea", True)
+    act(session, "undo", "Cleo")  # Ada's approval stands under Bea's
+    assert approver(session) == "Ada"
+    act(session, "approve", "Ada", False)
+    act(session, "approve", "Cleo", True)
+    correct(session, 1, "naproxen", By("Bea"))
+    act(session, "undo", "Bea")
+    assert approver(session) == "Cleo"
+
+
 # An extraction that lands ---------------------------------------------------------------------------------------------
 
 

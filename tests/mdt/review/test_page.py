@@ -452,6 +452,7 @@ def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Pa
     users = UserFile(tmp_path / "users.json")
     tokens = [users.add(name) for name in ("Ada", "Bea <b>")]
     here = review("sample:guidelines", users=users)
+    asked: list[str] = []
     ada, bea = (here.stranger(f"{here.server.url}#token={token}") for token in tokens)
     for page, name in ((ada, "Ada"), (bea, "Bea <b>")):
         sync_api.expect(page.locator("#you")).to_have_text(f"Reviewer: {name}")
@@ -499,6 +500,10 @@ def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Pa
     first = ada.locator("#history-list li").first
     sync_api.expect(first).to_contain_text("Bea <b> approved it")
     sync_api.expect(first.locator("q")).to_have_text("dose checked")
+    ada.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    ada.click("#approve")  # meant to approve it, too, or to take Bea's word back: it is asked which
+    assert asked == ["Take the approval of Bea <b> back?"]
+    sync_api.expect(ada.locator("#state")).to_have_text("approved")
     assert ada.title() == "Review of decision trees"
     assert ada.locator("#history-list script, #reviewed b, #passages .by b").count() == 0
     rows = [json.loads(line) for line in (tmp_path / "out.history.jsonl").read_text(encoding="utf-8").splitlines()]

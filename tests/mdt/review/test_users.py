@@ -119,7 +119,9 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypa
         UserFile(tmp_path / "users.json").add("Ada")
 
 
-@pytest.mark.parametrize("name", ["Ada L", "ada l", " Ada  L", "ＡＤＡ L", "AdaL", "", "x" * 101, "a\nb", "a\x1b[2Jb", "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["Ada L", "ada l", " Ada  L", "ＡＤＡ L", "AdaL", "A\u200bda L", "", "x" * 101, "a\nb", "a\x1b[2Jb", "\ud800"]
+)
 def test_a_name_that_is_taken_or_none_is_refused(users: UserFile, name: str) -> None:
     users.add("Ada L")
     before = users.path.read_bytes()

@@ -510,7 +510,11 @@ onClick("next", () => go(1));
 onClick("undo", undo);
 onClick("redo", redo);
 at("approve").addEventListener("click", event => {
-  if (single(event)) change("approve", { approved: passage.state !== "approved" });
+  if (!single(event)) return;
+  const approved = passage.state !== "approved", by = passage.reviewed && passage.reviewed.by;
+  // It may have become approved under the pointer, and is another person's word.
+  if (!approved && by && by !== session.you && !confirm(tr("Take the approval of {name} back?", { name: by }))) return;
+  change("approve", { approved });
 });
 onClick("beside-take", () => {
   const reviewed = passage.state === "corrected" || passage.state === "approved";

@@ -46,6 +46,8 @@ class Version(NamedTuple):
         reviewed: who approved or corrected the tree last, as it stands: "by", "at" (the time in UTC that the history has),
             "comment" where there was one, and "sha256", which document they read, where it is known. None where nobody did, and for
             what was reviewed before gatewise noted it.
+        taken_back: who took an approval back, or undid it, which an undo or redo from here would bring back. It is of the moment,
+            as what can be undone is, and not on disk.
         of: of the tree of another reviewer that lies beside one, whose it is.
     """
 
@@ -55,6 +57,7 @@ class Version(NamedTuple):
     approved: "Version | None" = None
     extraction: dict[str, Any] | None = None
     reviewed: dict[str, Any] | None = None
+    taken_back: str = ""
     of: str = ""
 
     @property
@@ -109,25 +112,44 @@ class Passage:
             return self
         return self._at(version, past=(*self.past, self.now)[-_MOST_STEPS:], future=())
 
-    def undone(self) -> "Passage":
+    def undone(self, by: str = "") -> "Passage":
         """Back to the version before.
 
+        Args:
+            by: who asks for it.
+
         Raises:
-            GatewiseError: there is none.
+            GatewiseError: there is none, or it has an approval that somebody took back who does not ask for it.
         """
         if not self.past:
             raise GatewiseError("there is nothing to undo in this passage")
-        return self._at(self.past[-1], past=self.past[:-1], future=(*self.future, self.now))
+        return self._at(self._again(self.past[-1], by), past=self.past[:-1], future=(*self.future, self.now))
 
-    def redone(self) -> "Passage":
+    def redone(self, by: str = "") -> "Passage":
         """Forward again to the version that was undone.
 
+        Args:
+            by: who asks for it.
+
         Raises:
-            GatewiseError: there is none.
+            GatewiseError: there is none, or it has an approval that somebody took back who does not ask for it.
         """
         if not self.future:
             raise GatewiseError("there is nothing to do again in this passage")
-        return self._at(self.future[-1], past=(*self.past, self.now), future=self.future[:-1])
+        return self._at(self._again(self.future[-1], by), past=(*self.past, self.now), future=self.future[:-1])
+
+    def _again(self, version: Version, by: str) -> Version:
+        """A version that there was. An approval is a person's word: only they, or who took it back, bring it back."""
+        standing, now = version.standing, self.now
+        if standing is None:
+            return version if now.standing is None else version._replace(taken_back=by)
+        approver = (standing.reviewed or {}).get("by", "")
+        if now.standing is None and now.taken_back not in ("", by) and approver != by:
+            raise GatewiseError(
+                f"{now.taken_back} took the approval of {approver or 'an earlier reviewer'} back, so only one of the two brings it"
+                " back; approve the tree yourself if you stand for it"
+            )
+        return version
 
     def begun(self, reviewed: dict[str, Any] | None = None) -> "Passage":
         """With an empty tree, to be written by hand.
@@ -140,7 +162,7 @@ class Passage:
         """
         if self.now.nodes is not None:
             raise GatewiseError("this passage has a tree already")
-        return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected", reviewed=reviewed))
+        return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected", reviewed=reviewed, taken_back=""))
 
     def edited(self, change: Callable[[Nodes], Nodes], reviewed: dict[str, Any] | None = None) -> "Passage":
         """Corrects the tree; an approved tree is approved no more.
@@ -156,13 +178,14 @@ class Passage:
         nodes = change(self.now.nodes)
         if nodes == self.now.nodes:
             return self
-        return self.with_version(self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed).after(self.now))
+        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, taken_back="")
+        return self.with_version(made.after(self.now))
 
     def judged(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
         """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
 
         Args:
-            reviewed: who approves it and when, see :class:`Version`. One that is approved already is then approved by them.
+            reviewed: who does it and when, see :class:`Version`. One that is approved already is then approved by them.
 
         Raises:
             GatewiseError: there is no tree, or it is not valid.
@@ -173,9 +196,10 @@ class Passage:
             where = "" if fault.node is None else f"node {fault.node + 1}: "
             raise GatewiseError(f"the tree cannot be approved yet: {where}{fault.message}")
         if approved:
-            return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed))
-        state, by = self._before
-        return self.with_version(self.now._replace(state=state, approved=None, reviewed=by))
+            return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed, taken_back=""))
+        state, before = self._before
+        by = (reviewed or {}).get("by", "")
+        return self.with_version(self.now._replace(state=state, approved=None, reviewed=before, taken_back=by))
 
     @property
     def _before(self) -> tuple[State, dict[str, Any] | None]:

@@ -318,7 +318,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is none.
         """
-        return self._change("undo", number, version, by, lambda passage, _: passage.undone())
+        return self._change("undo", number, version, by, lambda passage, by: passage.undone(by["by"]))
 
     def redo(self, number: int, version: int, by: By = NOBODY) -> Passage:
         """Makes a change again that was taken back.
@@ -327,7 +327,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is none.
         """
-        return self._change("redo", number, version, by, lambda passage, _: passage.redone())
+        return self._change("redo", number, version, by, lambda passage, by: passage.redone(by["by"]))
 
     def approve(self, number: int, version: int, approved: bool = True, by: By = NOBODY) -> Passage:
         """Marks a passage as read and right, or takes the mark away.

@@ -144,5 +144,6 @@ def _hash(token: str) -> str:
 
 
 def _folded(name: str) -> str:
-    """What is left of a name without case, blanks and other ways to write the same letters."""
-    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
+    """What is left of a name without case, blanks, what is not to be seen, and other ways to write the same letters."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(sign for sign in plain if not sign.isspace() and unicodedata.category(sign) != "Cf")

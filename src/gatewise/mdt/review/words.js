@@ -79,6 +79,7 @@ const CHINESE = {
   "Nothing is corrected or approved yet, so {path} has no trees": "尚无已修改或已批准的决策树，{path} 中没有内容",
   "; not yet in it, because unfinished: passage {numbers}": "；未完成而未写入：第 {numbers} 段",
   "Cancelled; trees that are done stay.": "已取消；已完成的决策树保留。",
+  "Take the approval of {name} back?": "要撤销{name}的批准吗？",
   "Take passage {number} out of the review?": "将第 {number} 段移出审核？",
   "Passages added: {count}.": "已添加段落：{count}。",
   "The review has ended, or cannot be reached. Start it again; everything is kept.": "审核已结束或无法连接。请重新启动；所有内容均已保留。",
