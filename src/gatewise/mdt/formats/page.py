@@ -54,17 +54,22 @@ def page_of(records: Sequence[TreeRecord]) -> str:
 
 @cache
 def template_of(content: str) -> "Template":
-    """A Jinja2 template in which everything is escaped that does not say otherwise.
+    """A Jinja2 template in which everything is escaped that does not say otherwise. It may include "head.html" of this room.
 
     Raises:
         GatewiseError: Jinja2 is not installed (the extra ``mdt``).
     """
     try:
-        from jinja2 import Environment, StrictUndefined
+        from jinja2 import DictLoader, Environment, StrictUndefined
     except ImportError as error:
         raise GatewiseError("the format html needs jinja2, which is not installed: pip install 'gatewise[mdt]'") from error
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=DictLoader({"head.html": content_of(__package__, "head.html")}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     return environment.from_string(content)
 

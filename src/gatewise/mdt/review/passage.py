@@ -46,9 +46,9 @@ class Version(NamedTuple):
         reviewed: who approved or corrected the tree last, as it stands: "by", "at" (the time in UTC that the history has),
             "comment" where there was one, and "sha256", which document they read, where it is known. None where nobody did, and for
             what was reviewed before gatewise noted it.
+        of: of the tree of another reviewer that lies beside one, whose it is.
         taken_back: who took an approval back, or undid it, which an undo or redo from here would bring back. It is of the moment,
             as what can be undone is, and not on disk.
-        of: of the tree of another reviewer that lies beside one, whose it is.
     """
 
     nodes: Nodes | None = None
@@ -57,8 +57,8 @@ class Version(NamedTuple):
     approved: "Version | None" = None
     extraction: dict[str, Any] | None = None
     reviewed: dict[str, Any] | None = None
-    taken_back: str = ""
     of: str = ""
+    taken_back: str = ""
 
     @property
     def standing(self) -> "Version | None":
