@@ -348,38 +348,45 @@ def plot(rows: list[dict[str, Any]], speeds: list[dict[str, Any]], out: Path) ->
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    cells = by_cell(rows, "minilm")
-    lines = [(order, "as it is") for order in ("path_moments", "activation", "singular", "even", "last", "random")]
-    for axis, unit in zip(axes, ("parameters", "modules"), strict=False):
-        for order, stage in [*lines, ("path_moments", "recovered"), ("small LoRA", "trained")]:
-            here = sorted(cell for cell in cells if cell[:2] == (order, unit) and cell[3] == stage)
-            if here:
-                lost = [statistics.mean(gaps(cells, cell, "accuracy").values()) for cell in here]
-                style = "--o" if stage == "recovered" else "-o" if len(here) > 1 else "*"
-                label = order if stage in ("as it is", "trained") else f"{order}, {stage}"
-                axis.plot([cell[2] for cell in here], lost, style, label=label, markersize=4 if style != "*" else 10)
-        axis.axhline(0, color="grey", linewidth=0.8)
-        axis.set(xscale="log", xlabel=f"share of the {unit}", title=f"MiniLM-L6, by {unit}", ylim=(-25, 2))
-    axes[0].set_ylabel("points of accuracy, less the whole adapter's")
-    axes[0].legend(fontsize=7)
-    cells, whole = by_cell(rows, "smollm2"), []
+    cells = by_cell(rows, "smollm2")
     speed: dict[str, list[float]] = {}
     for one in speeds:
         if one["part"] == "alone" and one["way"] == "PEFT" and one["batch"] == 8:
             speed.setdefault(one["size"], []).append(statistics.mean(one["base"]) / one["seconds"])
-    if speed.get("whole"):
-        whole = speed["whole"]
+    whole = speed.get("whole", [])
+    points = [
+        (name, stage, statistics.median(speed[name]) / statistics.median(whole), gaps(cells, at, "accuracy").values())
+        for name, cell in SPEED_CELLS.items()
+        for stage in ("as it is", "recovered")
+        if whole and name in speed and (at := ("path_moments", *cell, stage)) in cells
+    ]
+    with_speed = len(points) > len(SPEED_CELLS)  # else the campaign has too little of SmolLM2
+    figure, axes = plt.subplots(1, 2 + with_speed, figsize=(13 if with_speed else 9, 4), layout="constrained")
+    cells = by_cell(rows, "minilm")
+    lines = [(order, "as it is") for order in ("path_moments", "activation", "singular", "even", "last", "random")]
+    lines += [("path_moments", "recovered"), ("small LoRA", "trained")]
+    for axis, unit in zip(axes, ("parameters", "modules"), strict=False):
+        for number, (order, stage) in enumerate(lines):  # each with its colour in both
+            here = sorted(cell for cell in cells if cell[:2] == (order, unit) and cell[3] == stage)
+            if here:
+                lost = [statistics.mean(gaps(cells, cell, "accuracy").values()) for cell in here]
+                style = "^" if stage == "recovered" else "-o" if stage == "as it is" else "*"
+                label = order if stage in ("as it is", "trained") else f"{order}, {stage}"
+                size = 4 if stage == "as it is" else 8
+                axis.plot([cell[2] for cell in here], lost, style, color=f"C{number}", label=label, markersize=size)
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set(xscale="log", xlabel=f"share of the {unit}", title=f"MiniLM-L6, by {unit}", ylim=(-25, 2))
+        axis.set_xticks(HALVES, [f"1/{round(1 / share)}" for share in HALVES])
+        axis.minorticks_off()
+    axes[0].set_ylabel("points of accuracy, less the whole adapter's")
+    axes[0].legend(fontsize=7)
+    if with_speed:
         axes[2].plot([1], [0], "ks", label="whole")
-    for name, cell in SPEED_CELLS.items():
-        for stage, mark in (("as it is", "o"), ("recovered", "^")):
-            at = ("path_moments", *cell, stage)
-            if whole and name in speed and at in cells:
-                faster = statistics.median(speed[name]) / statistics.median(whole)
-                axes[2].plot([faster], [statistics.mean(gaps(cells, at, "accuracy").values())], mark, label=f"{name}, {stage}")
-    axes[2].axhline(0, color="grey", linewidth=0.8)
-    axes[2].set(xlabel="decoding speed, times the whole adapter's in PEFT", title="SmolLM2-135M, batch 8")
-    axes[2].legend(fontsize=7)
+        for name, stage, faster, lost in points:
+            axes[2].plot([faster], [statistics.mean(lost)], "o" if stage == "as it is" else "^", label=f"{name}, {stage}")
+        axes[2].axhline(0, color="grey", linewidth=0.8)
+        axes[2].set(xlabel="decoding speed, times the whole adapter's in PEFT", title="SmolLM2-135M, batch 8")
+        axes[2].legend(fontsize=7)
     figure.savefig(out, dpi=110)
 
 
