@@ -113,7 +113,7 @@ def _records(corrections: Path) -> "tuple[list[TreeRecord], int, int]":
 
 
 def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]", as_json: bool) -> None:
-    from gatewise.mdt.review.carrying import difference
+    from gatewise.mdt.review.carrying import LISTS, difference
     from gatewise.mdt.review.passage import CARRIED_KEY
 
     by_number = {passage.number: passage for passage in passages}
@@ -123,9 +123,8 @@ def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]
         for number in changed
     }
     if as_json:
-        lists = {name: getattr(done, name) for name in ("approved", "corrected", "drafted", "changed", "beside", "kept", "new")}
         told: dict[str, Any] = {
-            **lists,
+            **{name: getattr(done, name) for name in LISTS},
             "differences": {str(number): [list(one) for one in parts] for number, parts in differences.items()},
             "unlike": [{"passage": number, "record": record.number} for number, record in done.unlike],
             "gone": [{"number": record.number, "text": record.text} for record in done.gone],

@@ -6,7 +6,6 @@ be shown. What has no counterpart is new, or gone. Nothing that a person did in 
 """
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,10 @@ _OF_THE_DOCUMENT = (*ORIGIN, CARRIED_KEY)
 _LONGEST, _MOST_PAIRS = 100_000, 400_000
 _CLOSEST = 5  # of the older passages with the most words in common, so many are compared word for word
 Kind = Literal["same", "gone", "new"]
+
+
+LISTS = ("approved", "corrected", "drafted", "changed", "beside", "kept", "new")
+"""The fields of :class:`Carried` that hold numbers of passages."""
 
 
 class Match(NamedTuple):
@@ -162,15 +165,12 @@ def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: st
         done[version.state if same else "beside" if laid_beside else "changed"].append(passage.number)
     matched = {one.passage for one in found}
     done["new"] = [passage.number for at, passage in enumerate(passages) if at not in matched]
-    return made, Carried(**{name: done[name] for name in _LISTS}, unlike=unlike, gone=_gone(records, found))
+    return made, Carried(**{name: done[name] for name in LISTS}, unlike=unlike, gone=_gone(records, found))
 
 
 def _is_reviewed(passage: Passage) -> bool:
     now, saved = passage.now, passage.saved
     return now.state in REVIEWED or now.standing is not None or (saved is not None and saved.state in REVIEWED)
-
-
-_LISTS = ("approved", "corrected", "drafted", "changed", "beside", "kept", "new")
 
 
 def _gone(records: Sequence[TreeRecord], found: Sequence[Match]) -> list[TreeRecord]:
@@ -259,4 +259,4 @@ def _words(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
+    return " ".join(text.split())

@@ -75,7 +75,6 @@ def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
         "drawing": drawing_of(tree, passage.text, focusable=True, language=passage.language).svg if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
         "warnings": list(passage.now.warnings),
-        "reviewed": _reviewed(passage.now),
         "made_with": passage.now.extraction,
         "extraction": None if passage.beside is None else _beside(passage, passage.beside),
         "kept": passage.now.approved is not None,
