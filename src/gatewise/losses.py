@@ -47,25 +47,35 @@ def loss_kind(model: nn.Module) -> LossKind:
     """How the model's labels line up with its logits.
 
     "causal": the logits at position i predict label i + 1. "tokens": they predict label i (masked language models, token
-    classification). "rows": one label a row (classification of texts, images, videos and sounds). "seq2seq": those of an
+    classification). "rows": one label a row (classification of texts, images, videos and sounds), or a model that measures the
+    loss of a row by itself (``measures_itself``). "seq2seq": those of an
     encoder-decoder model, whose decoder reads the labels shifted by one, predict label i.
     """
     base = base_of(model)
     loss_type = getattr(base, "loss_type", None)
-    if loss_type in _CLASSIFIERS:
+    if loss_type in _CLASSIFIERS or measures_itself(base):
         return "rows"
     if getattr(base.config, "is_encoder_decoder", False) and loss_type != "ForTokenClassification":
         return "seq2seq"
     return "tokens" if loss_type in ("ForMaskedLM", "ForTokenClassification") else "causal"
 
 
+def measures_itself(model: nn.Module) -> bool:
+    """Whether the loss of this model is no cross-entropy of logits and labels.
+
+    Such a model has ``measures_itself = True``. It gives ``row_losses`` (b,) in its output for a batch with what it learns
+    from, and each row has one label, which counts it.
+    """
+    return bool(getattr(base_of(model), "measures_itself", False))
+
+
 @contextmanager
 def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
     """While open, the model's output embedding sees only the positions where ``mask`` (b, t) is true.
 
-    ``model(...).logits`` is then (1, n, V), the positions in row-major order. Positions that PEFT's prompt tuning puts in front of
-    the text are none of the mask's. A model without an output embedding computes its logits as ever; ``labelled_logits`` tells the
-    two apart.
+    ``model(...).logits`` is then (1, n, V), the positions in row-major order. Positions that PEFT's prompt tuning puts in front
+    of the text are none of the mask's. A model without an output embedding computes its logits as ever; ``labelled_logits``
+    tells the two apart.
     """
     head = base_of(model).get_output_embeddings()
     if head is None:
@@ -111,8 +121,8 @@ def text_starts(inputs: Batch, batch: int, tokens: int) -> Tensor | None:
 def prompts_by_labels(labels: Tensor, starts: Tensor | None = None) -> Tensor:
     """(b, t): the prompts of a causal model's texts, which end before the first label that is not -100.
 
-    The first token of a packed text has no label, for no token of its own predicts it. A text whose second token has one is taken
-    for plain language modelling, which has no prompt.
+    The first token of a packed text has no label, for no token of its own predicts it. A text whose second token has one is
+    taken for plain language modelling, which has no prompt.
 
     Args:
         starts: what ``text_starts`` gave.
@@ -142,9 +152,10 @@ def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor, prompt: Tenso
     """(n, V) logits at the positions where ``mask`` (b, t) is true, in row-major order.
 
     Args:
-        prompt: (b, t), where the prompts lie, for ``prompts_at``. None: in a causal model they end where reading begins, for the
-            logits at a prompt's last token are those of the answer's first one; in other models the whole text is the prompt, and
-            in an encoder-decoder model what its encoder reads.
+        prompt: (b, t), where the prompts lie, for ``prompts_at``. None: in a causal model they end where reading begins, for
+        the
+            logits at a prompt's last token are those of the answer's first one; in other models the whole text is the prompt,
+            and in an encoder-decoder model what its encoder reads.
     """
     kind = loss_kind(model)
     if prompt is None and kind != "seq2seq":
@@ -159,11 +170,14 @@ class Scored:
     """What a loss is made of: the logits of a batch where they are read.
 
     Attributes:
-        logits: (n, V) at the labelled positions in row-major order, or (b, c) of a classifier.
+        logits: (n, V) at the labelled positions in row-major order, or (b, c) of a classifier; of a model that measures itself
+        the
+            losses, (b,).
         labels: (n,), or (b,) or (b, c) of a classifier.
         rows: (n,) the row of each labelled position; None for a classifier.
         batch: b.
         problem: a classifier's ``config.problem_type``; None where the labels tell.
+        measured: the model measured itself.
     """
 
     logits: Tensor
@@ -171,10 +185,13 @@ class Scored:
     rows: Tensor | None
     batch: int
     problem: str | None = None
+    measured: bool = False
 
     def losses(self) -> tuple[Tensor, Tensor]:
         """As ``row_losses``."""
         logits = self.logits.float()
+        if self.measured:
+            return logits, torch.ones_like(logits, dtype=torch.long)
         if self.rows is None:
             losses = _class_losses(logits, self.labels, self.problem)
             return losses, torch.ones_like(losses, dtype=torch.long)
@@ -207,6 +224,8 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels: Tensor = batch["labels"]
     kind = loss_kind(model)
+    if measures_itself(model):
+        return Scored(model(**inputs).row_losses, labels, None, len(labels), measured=True)
     if kind == "rows":
         problem = getattr(base_of(model).config, "problem_type", None)
         return Scored(class_logits(model, inputs), labels, None, len(labels), problem)
@@ -334,8 +353,8 @@ def _width(value: Tensor) -> int:
 def _class_losses(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
     """(b,) losses of a sequence classifier: what Transformers' loss for ``problem_type`` takes the mean of.
 
-    Without one it is regression where the model has one output, one class a row where labels are whole numbers (b,), and several
-    classes a row otherwise.
+    Without one it is regression where the model has one output, one class a row where labels are whole numbers (b,), and
+    several classes a row otherwise.
     """
     if problem is None:
         one_class = labels.ndim == 1 and not labels.is_floating_point()

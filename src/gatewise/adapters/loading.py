@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import CONFIG_FILE, read_config, read_note, tensor_shapes, weights_of
@@ -18,6 +18,8 @@ from gatewise.models.loading import Task, load_model, load_tokenizer
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_like
+
+Around = Callable[[PreTrainedModel], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,16 @@ def load_as_trained(
     device: torch.device | str = "auto",
     trainable: bool = False,
     say: Callable[[str], None] | None = None,
+    around: Around | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """``load_adapter`` in the precision that the adapter's recipe asked for; one that left it open leaves it to this device too."""
     device = pick_device(device)
     asked = read_note(Path(adapter)).get("dtype")
-    classifier = _task_of(_peft_config(Path(adapter)), Path(adapter)) == "classification"
+    classifier = around is None and _task_of(_peft_config(Path(adapter)), Path(adapter)) == "classification"
     dtype = torch.float32 if classifier else pick_dtype(asked if asked in DTYPES else "auto", device, say)
     if say:
         say(f"loading {adapter} in {str(dtype).removeprefix('torch.')} on {device}")
-    return load_adapter(adapter, base=base, dtype=dtype, device=device, trainable=trainable)
+    return load_adapter(adapter, base=base, dtype=dtype, device=device, trainable=trainable, around=around)
 
 
 def _labels(text: str) -> tuple[list[str], dict[str, str] | None]:
@@ -123,12 +126,14 @@ def load_adapter(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     trainable: bool = False,
+    around: Around | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """An adapter on its base model: (model in evaluation mode, tokenizer, name of the base).
 
     `base` defaults to the one that adapter_config.json names. The tokenizer is the adapter's own if its folder has one.
     A sequence-classification adapter comes with its classifier. All parameters are frozen, or, with `trainable`, all
-    but the adapter's. `dtype` and `device` are those of `load_model`.
+    but the adapter's. `dtype` and `device` are those of `load_model`. `around` puts a model of one's own around the base,
+    which is then loaded without a head.
 
     Raises GatewiseError when the folder is no adapter, a file is damaged, or the adapter does not fit the base.
     """
@@ -138,12 +143,13 @@ def load_adapter(
     base_name = str(base or config.base_model_name_or_path or "")
     if not base_name:
         raise GatewiseError(f"{folder / CONFIG_FILE} does not name the base model: say which one it is (--base).")
-    task = _task_of(config, folder)
+    task = "encoder" if around else _task_of(config, folder)
     num_labels = _count_labels(shapes, weights) if task == "classification" else None
     place = pick_device(device)
     precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, place)
     try:
         model = load_model(base_name, task=task, num_labels=num_labels, dtype=precision)
+        model = around(model) if around else model
         own_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(folder if own_tokenizer else base_name)
     except GatewiseError as error:
@@ -211,6 +217,8 @@ def _task_of(config: PeftConfig, folder: Path) -> Task:
         return "classification"
     if config.task_type == TaskType.CAUSAL_LM:
         return "causal"
+    if read_note(folder).get("task") == "text2mdt":
+        raise GatewiseError(f"the adapter {folder} points at the phrases of decision trees: give it to `gatewise mdt`")
     raise GatewiseError(
         f"the adapter {folder} has task_type {config.task_type}: only CAUSAL_LM and SEQ_CLS adapters can be loaded."
     )

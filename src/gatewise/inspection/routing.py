@@ -119,6 +119,7 @@ def routing_of_rows(
     progress: Callable[[int, int], None] | None = None,
     base_model: str | None = None,
     data: str | None = None,
+    collate: Callable[..., dict[str, Tensor]] | None = None,
 ) -> RoutingMap:
     """``route_data`` for a model in memory, with its active adapter, and encoded rows with labels.
 
@@ -133,7 +134,7 @@ def routing_of_rows(
         )
     if not features:
         raise GatewiseError("there are no rows to route: give at least one")
-    collate, was_training = PadCollator(tokenizer), model.training
+    collate, was_training = collate or PadCollator(tokenizer), model.training
     model.eval()
     device = next(model.parameters()).device
     gates: list[Tensor] = []

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,13 +22,19 @@ from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.embedded import EMBEDDED
 from gatewise.progress import quiet
 
-Task = Literal["causal", "classification"]
+Task = Literal["causal", "classification", "encoder"]
 
 
 # What to do where a model's files are not those of the task.
 _INSTEAD = {
     "causal": "give a decoder, or let an encoder sort texts into classes, with task classification",
     "classification": "give a model whose files are whole",
+    "encoder": "give a model whose files are whole",
+}
+_AUTO: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "encoder": AutoModel,
 }
 
 
@@ -66,7 +73,7 @@ def load_model(
 
     An embedded model keeps its name (`model.name_or_path`), which PEFT then writes into adapters, so that they name a
     base that can be found on any machine. With task "classification" a classifier of `num_labels` outputs is drawn
-    afresh unless the model has one of that size.
+    afresh unless the model has one of that size. With task "encoder" it comes without a head.
 
     Raises GatewiseError when the model is not to be found, is damaged, has no safetensors, or is not made for the task.
     """
@@ -77,7 +84,6 @@ def load_model(
     source = resolve(name_or_path)
     if Path(source).is_dir():
         _check_model_folder(Path(source))
-    auto: Any = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet(bars=not Path(source).is_dir()):
@@ -88,7 +94,7 @@ def load_model(
                     f"{str(name_or_path)!r} is an encoder-decoder model, which no command or recipe runs: train it in Python, with "
                     "RankAllocation in a Seq2SeqTrainer, or give a decoder (causal language model) or an encoder"
                 )
-            model, notes = auto.from_pretrained(
+            model, notes = _AUTO[task].from_pretrained(
                 source,
                 config=config,
                 dtype=precision,
@@ -104,7 +110,9 @@ def load_model(
     fresh = [*notes["missing_keys"], *(key for key, *_ in notes["mismatched_keys"])]
     if task == "classification":
         prefix = f"{model.base_model_prefix}."
-        fresh = [key for key in fresh if key.startswith(prefix) and "pooler" not in key]
+        fresh = [key for key in fresh if key.startswith(prefix)]
+    if task != "causal":  # nobody reads what an encoder pools
+        fresh = [key for key in fresh if "pooler" not in key]
     if fresh:
         raise GatewiseError(
             f"{str(name_or_path)!r} cannot serve as a {task} model: its files have no fitting weights for "

@@ -4,8 +4,8 @@ First its sections with all keys and defaults, then keys that contradict each ot
 messages about wrong keys: the path of the key, what was expected and, for an unknown key, the nearest known one. Every key is
 checked before anything is loaded.
 
-The YAML is read by hand: OmegaConf would take ``${...}`` in a prompt for its own, and pydantic-settings does not say where a wrong
-value came from.
+The YAML is read by hand: OmegaConf would take ``${...}`` in a prompt for its own, and pydantic-settings does not say where a
+wrong value came from.
 """
 
 import difflib
@@ -179,9 +179,9 @@ class AllocationSection(Section):
 class RoutingSection(Section):
     """The routers of MiLoRA, see ``gatewise.RoutedLoraConfig``. Only with method milora.
 
-    The coefficients of the rational activation learn on ``validation_rows`` rows set aside of the training data, one step of rate
-    ``activation_learning_rate`` after every ``activation_every`` steps of the rest (``gatewise.BilevelTrainer``); with 0 rows they
-    learn with the rest.
+    The coefficients of the rational activation learn on ``validation_rows`` rows set aside of the training data, one step of
+    rate ``activation_learning_rate`` after every ``activation_every`` steps of the rest (``gatewise.BilevelTrainer``); with 0
+    rows they learn with the rest.
     """
 
     top_k: Count = 3
@@ -220,9 +220,9 @@ class AdaloraSection(Section):
 class PromptsSection(Section):
     """The prompts of SPT, see ``gatewise.SelectivePromptConfig``, of prompt tuning, or of prefix tuning.
 
-    ``prompt_layers`` left out is searched; it is a list of layers from 0, or with ``keep`` a fixed choice of so many layers. Prompt
-    tuning has only ``num_prompt_tokens`` and ``init`` (token embeddings drawn from the vocabulary, or random numbers), prefix
-    tuning only ``num_prompt_tokens``; the rest is SPT's.
+    ``prompt_layers`` left out is searched; it is a list of layers from 0, or with ``keep`` a fixed choice of so many layers.
+    Prompt tuning has only ``num_prompt_tokens`` and ``init`` (token embeddings drawn from the vocabulary, or random numbers),
+    prefix tuning only ``num_prompt_tokens``; the rest is SPT's.
     """
 
     num_prompt_tokens: Count = 10
@@ -246,10 +246,10 @@ class PromptsSection(Section):
 class SearchSection(Section):
     """SPT-DARTS, the search for the layers that take a new prompt. Only with method spt and without ``prompts.prompt_layers``.
 
-    ``max_steps`` or ``epochs`` (of the half of the training data that the weights learn on), or as many steps as the training that
-    follows. ``keep`` is K, how many layers are kept, and ``choose`` says which: those with the largest gates, or those with the
-    lowest mean loss when only K gates are open (``gatewise.prompts.search``). ``consistency`` is the weight λ of the distance
-    between two passes, 0 for one pass without drops; ``drop`` the probability that a pass leaves a gate out.
+    ``max_steps`` or ``epochs`` (of the half of the training data that the weights learn on), or as many steps as the training
+    that follows. ``keep`` is K, how many layers are kept, and ``choose`` says which: those with the largest gates, or those
+    with the lowest mean loss when only K gates are open (``gatewise.prompts.search``). ``consistency`` is the weight λ of the
+    distance between two passes, 0 for one pass without drops; ``drop`` the probability that a pass leaves a gate out.
     """
 
     keep: Count = 4
@@ -260,6 +260,20 @@ class SearchSection(Section):
     reparameterise: bool = True
     consistency: NotNegative = 1.0
     drop: Fraction = 0.5
+
+
+class PointingSection(Section):
+    """The heads of a pointing model, see ``gatewise.mdt.pointing.heads``. Only with task text2mdt.
+
+    ``swapped``: copies of each training passage whose phrases have changed places with those of others. ``width`` is that of the
+    heads, ``dropout`` theirs in training. ``longest``: units (words, doses, Chinese characters) of the longest phrase that can be
+    pointed at.
+    """
+
+    swapped: Annotated[int, Field(ge=0)] = 3
+    width: Count = 128
+    dropout: Share = 0.2
+    longest: Count = 24
 
 
 class LaunchSection(Section):
@@ -322,7 +336,7 @@ class Recipe(Section):
 
     method: Method
     model: str
-    task: Literal["causal", "classification"] = "causal"
+    task: Literal["causal", "classification", "text2mdt"] = "causal"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Device = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -334,6 +348,7 @@ class Recipe(Section):
     routing: RoutingSection | None = None
     prompts: PromptsSection | None = None
     search: SearchSection | None = None
+    pointing: PointingSection | None = None
     launch: LaunchSection | None = None
     training: TrainingSection = TrainingSection()
 
@@ -409,8 +424,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"is {training.save_every}, expected a multiple of training.eval_every ({training.eval_every}), because "
             "training.load_best can only load a checkpoint that was evaluated",
         )
-    if recipe.task == "classification" and recipe.template is not None:
-        yield "template", "is for task causal: a classifier reads the row itself, so remove the section"
+    if recipe.task != "causal" and recipe.template is not None:
+        who = "a classifier reads the row" if recipe.task == "classification" else "a pointing model reads the text"
+        yield "template", f"is for task causal: {who} itself, so remove the section"
+    yield from _contradictions_of_pointing(recipe)
     if recipe.task == "classification" and recipe.dtype == "bfloat16":
         yield (
             "dtype",
@@ -442,6 +459,22 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "peft.use_rslora", "is true, but AdaLoRA scales by lora_alpha / init_r: remove the key"
     if method == "adalora" and recipe.peft.init_lora_weights is not True:
         yield "peft.init_lora_weights", "is for the other methods: AdaLoRA has its own start, so remove the key"
+
+
+def _contradictions_of_pointing(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.task != "text2mdt":
+        if recipe.pointing is not None:
+            yield "pointing", f"is for task text2mdt, but the task is {recipe.task}: remove the section, or set task: text2mdt"
+        return
+    if recipe.method in ("prompt-tuning", "prefix-tuning"):
+        yield (
+            "method",
+            f"is {recipe.method}, whose prompts stand before the text, where a pointing model would point at them: take lora, "
+            "alora, pi-lora, milora, dora, adalora or spt",
+        )
+    for key in ("labels", "train_split", "dev_split", "test_split"):
+        if getattr(recipe.data, key) is not None:
+            yield f"data.{key}", "is for rows of other tasks: texts with their trees are read from files, so remove the key"
 
 
 def _contradictions_of_budgets(allocation: AllocationSection) -> Iterator[tuple[str, str]]:
@@ -518,7 +551,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the YAML file. Relative data files, and a model given as a folder, are taken from the file's own folder.
-        overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys; ``max_steps`` replaces the file's ``epochs``, and
+        overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys; ``max_steps`` replaces the file's ``epochs``,
+        and
             the other way round. Their relative paths are taken from the working folder, where the one who types them is.
 
     Raises:

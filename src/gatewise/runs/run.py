@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from gatewise import inspection, processes
@@ -25,6 +26,12 @@ from gatewise.inspection.routing import routing_of_rows
 from gatewise.internals.sharding import join, reshard
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.internals.zero import is_asked_for
+from gatewise.mdt.pointing.extractor import PointingExtractor
+from gatewise.mdt.pointing.model import PointingCollator, PointingModel
+from gatewise.mdt.pointing.training import calibrated, pointing_model, read_records
+from gatewise.mdt.pointing.training import measured as measured_trees
+from gatewise.mdt.pointing.training import training_rows as pointing_rows
+from gatewise.mdt.records import TreeRecord
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
 from gatewise.progress import quiet
@@ -49,7 +56,16 @@ from gatewise.runs.folder import (
     writing,
 )
 from gatewise.runs.progress import RunProgress
-from gatewise.runs.recipe import ALLOCATING, PROMPTING, AllocationSection, PromptsSection, Recipe, RoutingSection, SearchSection
+from gatewise.runs.recipe import (
+    ALLOCATING,
+    PROMPTING,
+    AllocationSection,
+    PointingSection,
+    PromptsSection,
+    Recipe,
+    RoutingSection,
+    SearchSection,
+)
 from gatewise.runs.trainer import (
     EarlyStopping,
     RecipeTrainer,
@@ -123,6 +139,9 @@ def train(
             if recipe.method == "adalora":
                 model = to_plain_lora(model)
             _measure(recipe, prepared, model, "after", metrics, seconds, progress)
+            if recipe.task == "text2mdt":
+                found = calibrated(PointingExtractor(model, prepared.tokenizer), prepared.measured["dev"]).calibration
+                prepared.note["calibration"] = None if found is None else found.to_json()
             seconds["total"] = time.monotonic() - started
             log = trainer.state.log_history
 
@@ -182,7 +201,9 @@ def _routed(recipe: Recipe, prepared: "_Prepared", model: PeftModel, result: Run
     """The result with the map of what the prompts of dev chose."""
     with _may_fail("the routing of dev", progress):
         size = recipe.training.eval_batch_size
-        routing = routing_of_rows(model, prepared.tokenizer, prepared.dev, size, base_model=recipe.model, data="dev")
+        routing = routing_of_rows(
+            model, prepared.tokenizer, prepared.dev, size, base_model=recipe.model, data="dev", collate=prepared.collate
+        )
         return replace(result, routing=routing)
     return result
 
@@ -217,9 +238,10 @@ def _may_fail(what: str, progress: RunProgress) -> Iterator[None]:
 class _Prepared:
     """Everything a run needs, loaded and checked."""
 
-    measured: dict[str, Records]
+    measured: dict[str, Any]
     template: Template | None
     tokenizer: PreTrainedTokenizerBase
+    collate: Callable[..., dict[str, Tensor]]
     device: torch.device
     model: PeftModel
     base_parameters: int
@@ -235,34 +257,19 @@ class _Prepared:
 
 
 def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None) -> _Prepared:
-    data, classification = recipe.data, recipe.task == "classification"
-    train_rows = load_records(data.train, split=data.train_split, limit=data.limit_train, labels=data.labels)
-    check_labels(train_rows, "give rows with other labels too, or name them all in data.labels")
-    measured = {"dev": load_like(data.dev, train_rows.labels, split=data.dev_split, limit=data.limit_dev)}
-    if data.test is not None:
-        measured["test"] = load_like(data.test, train_rows.labels, split=data.test_split)
-    for name, records in measured.items():
-        if records.kind != train_rows.kind:
-            raise GatewiseError(
-                f"data.{name} ({records.source}) holds {records.kind} rows, but data.train ({train_rows.source}) holds "
-                f"{train_rows.kind} rows: expected the same kind"
-            )
-    template = None
-    if not classification:
-        given = recipe.template
-        template = Template(given.prompt, given.labels) if given else default_template(train_rows)
-        for records in (train_rows, *measured.values()):
-            template.check(records)
+    data, pointing = recipe.data, recipe.task == "text2mdt"
+    rows: Records | list[TreeRecord]
+    rows, measured, template = _read_trees(recipe) if pointing else _read_rows(recipe)
     device = pick_device(recipe.device)
-    dtype = torch.float32 if classification else pick_dtype(recipe.dtype, device, progress.say)
+    dtype = torch.float32 if recipe.task == "classification" else pick_dtype(recipe.dtype, device, progress.say)
     if recipe.training.bf16 and recipe.dtype != "bfloat16" and not has_bfloat16(device):
         say_slow(progress.say)
     where = f"{device}" if processes.count() == 1 else f"{device}, {processes.count()} processes"
     progress.say(f"loading {recipe.model} in {_name(dtype)} on {where}")
     processes.by_main(lambda: resolve(recipe.model, progress=progress.say))
     tokenizer = load_tokenizer(recipe.model)
-    num_labels = len(train_rows.labels or ()) if classification else None
-    fresh_base = partial(_base, recipe, num_labels, dtype)
+    labels = rows.labels if isinstance(rows, Records) else None
+    fresh_base = partial(_base, recipe, len(labels or ()) if recipe.task == "classification" else None, dtype)
     base = fresh_base()
     # Learned positions end where the table ends, and PEFT's prompts take some of them.
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -274,12 +281,17 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
             f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
         )
 
-    def features(records: Records) -> list[dict[str, Any]]:
-        if classification:
+    def features(records: Any, swapped: int = 0) -> list[dict[str, Any]]:
+        if pointing:
+            section = recipe.pointing or PointingSection()
+            limits: dict[str, Any] = {"longest": section.longest, "max_length": max_length, "seed": recipe.seed}
+            return pointing_rows(records, tokenizer, swapped=swapped, say=progress.say if swapped else _silent, **limits)
+        if recipe.task == "classification":
             return encode_classification(records, tokenizer, max_length=max_length)
         return list(encode(records, tokenizer, template, max_length=max_length))
 
-    train, dev = features(train_rows), features(measured["dev"])
+    train = features(rows, (recipe.pointing or PointingSection()).swapped)
+    dev = features(measured["dev"])
     held_out: list[dict[str, Any]] = []
     if set_aside := _set_aside(recipe):
         train, held_out = _hold_out(train, set_aside, recipe.seed)
@@ -289,6 +301,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
         measured=measured,
         template=template,
         tokenizer=tokenizer,
+        collate=PointingCollator(tokenizer) if pointing else PadCollator(tokenizer),
         device=device,
         model=adapted(recipe, base, steps, selection.layers if selection else None),
         base_parameters=base_parameters,
@@ -302,7 +315,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
             "base": recipe.model,
             "task": recipe.task,
             "template": template.prompt if template else None,
-            "labels": train_rows.labels,
+            "labels": labels,
             "dtype": recipe.dtype,
             "trained_in": _name(dtype),
             "label_words": template.labels if template else None,
@@ -312,11 +325,49 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
         held_out=held_out,
         fresh_base=fresh_base,
     )
+    if isinstance(base, PointingModel):
+        prepared.note["heads"] = base.heads.settings.to_json()
     if recipe.method == "spt":
         prepared.note["num_layers"] = int(base.config.get_text_config().num_hidden_layers)
     if recipe.method in ALLOCATING:
         prepared.allocation = _allocation(recipe, prepared, progress)
     return prepared
+
+
+def _read_rows(recipe: Recipe) -> tuple[Records, dict[str, Any], Template | None]:
+    """The training rows, those to measure on by name, and how a causal model's prompts are written."""
+    data = recipe.data
+    rows = load_records(data.train, split=data.train_split, limit=data.limit_train, labels=data.labels)
+    check_labels(rows, "give rows with other labels too, or name them all in data.labels")
+    measured = {"dev": load_like(data.dev, rows.labels, split=data.dev_split, limit=data.limit_dev)}
+    if data.test is not None:
+        measured["test"] = load_like(data.test, rows.labels, split=data.test_split)
+    for name, records in measured.items():
+        if records.kind != rows.kind:
+            raise GatewiseError(
+                f"data.{name} ({records.source}) holds {records.kind} rows, but data.train ({rows.source}) holds "
+                f"{rows.kind} rows: expected the same kind"
+            )
+    if recipe.task == "classification":
+        return rows, measured, None
+    given = recipe.template
+    template = Template(given.prompt, given.labels) if given else default_template(rows)
+    for records in (rows, *measured.values()):
+        template.check(records)
+    return rows, measured, template
+
+
+def _read_trees(recipe: Recipe) -> tuple[list[TreeRecord], dict[str, Any], None]:
+    """Texts with trees: to train on, and to measure on by name."""
+    data = recipe.data
+    measured = {"dev": read_records(data.dev, data.limit_dev)}
+    if data.test is not None:
+        measured["test"] = read_records(data.test)
+    return read_records(data.train, data.limit_train), measured, None
+
+
+def _silent(_: str) -> None:
+    """For rows that nothing is said of."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -326,6 +377,10 @@ def _name(dtype: torch.dtype) -> str:
 def _base(recipe: Recipe, num_labels: int | None, dtype: torch.dtype) -> PreTrainedModel:
     """The base model as it is loaded, the head that a classifier is given drawn from the recipe's seed."""
     set_seed(recipe.seed)
+    if recipe.task == "text2mdt":
+        section = recipe.pointing or PointingSection()
+        encoder = load_model(recipe.model, task="encoder", dtype=dtype)
+        return pointing_model(encoder, **section.model_dump(include={"width", "longest", "dropout"}))
     return load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=dtype)
 
 
@@ -353,7 +408,7 @@ def _allocation(recipe: Recipe, prepared: _Prepared, progress: RunProgress) -> R
             f"allocation.first_round is {first}, after step {step}, but the run has {prepared.steps} steps and what a round "
             "grows must learn: lower it or train longer"
         )
-    batch = PadCollator(prepared.tokenizer)(prepared.held_out)
+    batch = prepared.collate(prepared.held_out)
     settings = section.model_dump(exclude={"validation_rows", "init_r"})
     if section.schedule == "cubic" and section.budget != "modules":
         settings["target_rank"] = recipe.peft.r
@@ -387,7 +442,7 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
         args=training_arguments(training, recipe.seed, prepared.steps, output / CHECKPOINTS, prepared.device),
         train_dataset=prepared.train,
         eval_dataset=prepared.dev,
-        collator=PadCollator(prepared.tokenizer),
+        collator=prepared.collate,
         note=prepared.note,
         callbacks=[*callbacks, progress],
         group_by_length=training.group_by_length,
@@ -403,8 +458,8 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
 def _search(recipe: Recipe, prepared: _Prepared, output: Path, progress: RunProgress) -> Selection:
     """Searches the layers that take a prompt, by SPT-DARTS, and has a fresh model with prompts there take the searched one's place.
 
-    Draws ``gates.png`` and writes ``search.json``, whose presence says that the search is done. It goes on from the latest complete
-    checkpoint of a search in the folder, if there is one; on the CPU the result is that of a search never stopped.
+    Draws ``gates.png`` and writes ``search.json``, whose presence says that the search is done. It goes on from the latest
+    complete checkpoint of a search in the folder, if there is one; on the CPU the result is that of a search never stopped.
     """
     section, training = recipe.search or SearchSection(), recipe.training
     steps = recipe.search_steps(len(prepared.train))
@@ -416,7 +471,7 @@ def _search(recipe: Recipe, prepared: _Prepared, output: Path, progress: RunProg
     trainer = partial(
         SearchRecipeTrainer,
         eval_dataset=[],
-        collator=PadCollator(prepared.tokenizer),
+        collator=prepared.collate,
         note=prepared.note,
         callbacks=[progress],
         group_by_length=training.group_by_length,
@@ -484,14 +539,18 @@ def _measure(
     begun = time.monotonic()
     for name, records in prepared.measured.items():
         with progress.counting(f"measuring on {name} {when} training") as count:
-            metrics[name][when] = evaluate(
-                model,
-                prepared.tokenizer,
-                records,
-                prepared.template,
-                batch_size=recipe.training.eval_batch_size,
-                max_length=prepared.max_length,
-                progress=count,
-            )
+            size = recipe.training.eval_batch_size
+            if recipe.task == "text2mdt":
+                metrics[name][when] = measured_trees(model, prepared.tokenizer, records, size, count)
+            else:
+                metrics[name][when] = evaluate(
+                    model,
+                    prepared.tokenizer,
+                    records,
+                    prepared.template,
+                    batch_size=size,
+                    max_length=prepared.max_length,
+                    progress=count,
+                )
         progress.say(f"{name} {when} training: {metrics_line(metrics[name][when])}")
     seconds["evaluation"] += time.monotonic() - begun

@@ -33,7 +33,6 @@ from gatewise.processes import is_sharded, shared_out
 from gatewise.prompts.darts import SearchMixin
 from gatewise.routed import RoutedLoraModel
 from gatewise.runs.baselines import orthogonality
-from gatewise.tasks import PadCollator
 
 DIVERGED_FILE = "diverged"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -61,7 +60,7 @@ class RecipeTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Sequence[Mapping[str, Any]],
         eval_dataset: Sequence[Mapping[str, Any]],
-        collator: PadCollator,
+        collator: Callable[..., dict[str, Tensor]],
         note: Mapping[str, Any],
         callbacks: list[TrainerCallback],
         group_by_length: bool = False,

@@ -11,7 +11,7 @@ from rich.console import Console
 from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
-    from gatewise.mdt.extraction.extractor import Extractor
+    from gatewise.mdt.extraction.extractor import Extracts
 
 LevelOption = Annotated[
     int | None, typer.Option(help="Chain of thought: 0 tree, 1 triples first, 2 triples and nodes first.", min=0, max=2)
@@ -35,14 +35,14 @@ def check_ways(free: bool, verbatim: bool, level: Any, pipeline: bool) -> None:
 @contextmanager
 def loaded(
     adapter: Path, base: str | None, device: str, **settings: Any
-) -> "Iterator[tuple[Extractor, Callable[[str, int, int], None]]]":
+) -> "Iterator[tuple[Extracts, Callable[[str, int, int], None]]]":
     """The extractor, and what shows its progress on stderr."""
-    from gatewise.mdt.extraction.extractor import Extractor
+    from gatewise.mdt.extraction.loading import load_extractor
     from gatewise.progress import ConsoleProgress, quiet
 
     progress = ConsoleProgress(Console(stderr=True))
     with quiet(bars=True):
-        extractor = Extractor.load(adapter, base=base, device=device, say=progress.say, **settings)
+        extractor = load_extractor(adapter, base=base, device=device, say=progress.say, **settings)
         said: set[str] = set()
 
         with progress.counting("writing") as count:

@@ -152,12 +152,12 @@ def _add(people: "UserFile | None", name: str, names: list[str] | None) -> None:
 def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extract":
     from rich.console import Console
 
-    from gatewise.mdt.extraction.extractor import Extractor
+    from gatewise.mdt.extraction.loading import load_extractor
     from gatewise.mdt.review import model_extract
     from gatewise.progress import ConsoleProgress, quiet
 
     with quiet(bars=True):
         say = ConsoleProgress(Console(stderr=True)).say
         return model_extract(
-            Extractor.load(adapter, base=base, device=device, say=say, batch_size=settings["candidates"], **settings)
+            load_extractor(adapter, base=base, device=device, say=say, batch_size=settings["candidates"], **settings)
         )

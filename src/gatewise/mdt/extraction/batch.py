@@ -17,7 +17,7 @@ from gatewise.files import JsonLines
 from gatewise.mdt.documents.language import detect_language
 from gatewise.mdt.documents.passages import Passage, split_passages
 from gatewise.mdt.documents.reading import STDIN, read_document
-from gatewise.mdt.extraction.extractor import Extraction, Extractor, Progress
+from gatewise.mdt.extraction.extractor import Extraction, Extracts, Progress
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import Language
 from gatewise.mdt.spans import absent_triples
@@ -141,7 +141,7 @@ def read_pieces(
 
 def extract_files(
     files: Sequence[str | Path],
-    extractor: Extractor,
+    extractor: Extracts,
     *,
     language: Language | None = None,
     population: str | None = None,
@@ -156,7 +156,7 @@ def extract_files(
         language: of all documents; None finds it out.
         population: of all passages, instead of what documents and headings say.
         most_characters: of a passage; None takes 800 of English and 300 of Chinese.
-        progress: as for :class:`Extractor`.
+        progress: as for :class:`Extracts`.
         journal: keeps what is found as it comes, and knows what was found before.
 
     Raises:
@@ -169,7 +169,7 @@ def extract_files(
 
 def extract_pieces(
     pieces: Sequence[Piece],
-    extractor: Extractor,
+    extractor: Extracts,
     into: Batch,
     progress: Progress | None = None,
     journal: Journal | None = None,
@@ -222,7 +222,8 @@ def _row(piece: Piece, one: Extraction | GatewiseError) -> dict[str, Any]:
     key = {"language": piece.language, "text": piece.passage.text}
     if isinstance(one, GatewiseError):
         return {**key, "fault": writable(str(one))}
-    said = {"warnings": [writable(warning) for warning in one.warnings], "agreement": one.agreement, "extraction": one.made_with}
+    warnings = [writable(warning) for warning in one.warnings]
+    said = {"warnings": warnings, "agreement": one.agreement, "confidence": one.confidence, "extraction": one.made_with}
     return {**key, "tree": one.tree.to_preorder(), **said}
 
 
@@ -233,7 +234,12 @@ def _extraction(row: Mapping[str, Any]) -> Extraction | GatewiseError:
     absent = absent_triples(row["text"], tree)
     if not isinstance(made_with := row.get("extraction"), dict | None):
         raise TypeError("what its tree was made with is no object")
-    said = {"agreement": row["agreement"], "made_with": made_with}
+    confidence = row.get("confidence")
+    said = {
+        "agreement": row["agreement"],
+        "made_with": made_with,
+        "confidence": None if confidence is None else tuple(confidence),
+    }
     return Extraction(row["text"], tree, row["language"], absent, tuple(row["warnings"]), **said)
 
 

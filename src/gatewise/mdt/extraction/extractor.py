@@ -4,9 +4,9 @@
     found = extractor(["adults with gout@For an acute flare, give colchicine."])[0]
     print(found.tree.to_outline(), found.absent, found.warnings)
 
-End to end, one output holds the tree, after triples and nodes if the adapter was trained at chain-of-thought level 1 or 2 (Zhu et
-al., arXiv 2401.02034). The pipeline asks for triples, nodes and tree in turn, each with a prompt of its own. Prompts, text form and
-parser are the same. What is extracted needs review by a clinician.
+End to end, one output holds the tree, after triples and nodes if the adapter was trained at chain-of-thought level 1 or 2 (Zhu
+et al., arXiv 2401.02034). The pipeline asks for triples, nodes and tree in turn, each with a prompt of its own. Prompts, text
+form and parser are the same. What is extracted needs review by a clinician.
 """
 
 import math
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -54,8 +54,10 @@ class Extraction:
         agreement: of several candidates how alike the others are to the one that was kept, in [0, 1], 1 for all the same; None
             where there was but one.
         made_with: what the tree was made with, as records have it under "extraction": the "base" model, the "adapter" ("name",
-            "sha256" of weights and configuration), gatewise's version ("gatewise"), the "settings" of the extractor, and the "date"
-            (UTC). Of models that were given as folders only the folders' own names. None where it is not known.
+            "sha256" of weights and configuration), gatewise's version ("gatewise"), the "settings" of the extractor, and the
+            "date" (UTC). Of models that were given as folders only the folders' own names. None where it is not known.
+        confidence: for each node of the tree, in pre-order, how likely it is right, in [0, 1]; None for an empty leaf, and as a
+            whole where the model does not say.
     """
 
     text: str
@@ -66,6 +68,7 @@ class Extraction:
     written: tuple[str, ...] = ()
     agreement: float | None = None
     made_with: Mapping[str, Any] | None = None
+    confidence: tuple[float | None, ...] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -82,9 +85,52 @@ class Extraction:
         said: dict[str, Any] = {"absent": [list(triple) for triple in self.absent], "warnings": list(self.warnings)}
         if self.agreement is not None:
             said["agreement"] = round(self.agreement, 3)
+        if self.confidence is not None:
+            said["confidence"] = [one if one is None else round(one, 3) for one in self.confidence]
         if self.made_with is not None:
             said["extraction"] = dict(self.made_with)
         return TreeRecord(self.text, self.tree, number, {**(more or {}), **said})
+
+
+class Extracts(Protocol):
+    """What gives trees of texts: :class:`Extractor`, which writes them, or ``pointing.extractor.PointingExtractor``.
+
+    Attributes:
+        batch_size: texts at once.
+        candidates: trees that are made for a text.
+        model: what is run, and ``stage_models`` what else is.
+    """
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def candidates(self) -> int: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def stage_models(self) -> Mapping[Any, Any]: ...
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        *,
+        language: Language | Sequence[Language] | None = None,
+        progress: Progress | None = None,
+    ) -> "list[Extraction | GatewiseError]":
+        """The tree of each text, or why there is none."""
+        ...
+
+    def triples(self, asked: "Sequence[Asked]", progress: Progress | None = None) -> "list[Asked | GatewiseError]":
+        """The triples of each text."""
+        ...
+
+    def nodes(self, asked: "Sequence[Asked]", progress: Progress | None = None) -> "list[Asked | GatewiseError]":
+        """The nodes of each text with triples."""
+        ...
+
+    def trees(self, asked: "Sequence[Asked]", progress: Progress | None = None) -> "list[Extraction | GatewiseError]":
+        """The tree of each text with nodes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -97,12 +143,14 @@ class Extractor:
         pipeline: ask for triples, nodes and tree in turn.
         constrained: allow only tokens with which the output becomes a valid tree (needs the extra ``mdt``).
         verbatim: with ``constrained``, allow only subjects and objects that are whole words of the text.
-        candidates: how many trees are written for a text, the first of the most probable tokens and the others drawn; kept is the
+        candidates: how many trees are written for a text, the first of the most probable tokens and the others drawn; kept is
+        the
             one most like the others (:func:`most_alike`).
         temperature, seed: of the draws.
         max_new_tokens: the most that is written in one output.
         stage_models: of stages of the pipeline, where they differ from ``model``; of the same tokenizer.
-        base, adapter: what the model is, for :attr:`Extraction.made_with`: the base's hub id or folder, and "name" and "sha256" of
+        base, adapter: what the model is, for :attr:`Extraction.made_with`: the base's hub id or folder, and "name" and "sha256"
+        of
             the adapter. :meth:`load` knows them; without a base, the one that the model names.
 
     Raises:
@@ -172,31 +220,17 @@ class Extractor:
             check_available()
         note = read_note(Path(adapter))
         if note.get("task", "causal") != "causal":
-            raise GatewiseError(f"{adapter} is a classifier: expected an adapter that was trained to write trees")
+            what = "points at the text" if note["task"] == "text2mdt" else "is a classifier"
+            raise GatewiseError(f"{adapter} {what}: expected an adapter that was trained to write trees")
         model, tokenizer, loaded = load_as_trained(adapter, base=base, device=device, say=say)
-        known = {"base": loaded, "adapter": {"name": _name_of(adapter), "sha256": fingerprint(adapter)}}
+        known = {"base": loaded, "adapter": {"name": name_of(adapter), "sha256": fingerprint(adapter)}}
         return cls(model, tokenizer, Template(note.get("template") or PLAIN.prompt), **{**known, **settings})
 
     def made_with(self) -> dict[str, Any]:
         """What a tree is made with that is written now, see :attr:`Extraction.made_with`."""
-        from gatewise import __version__
-
-        base = self.base or getattr(getattr(self.model, "config", None), "name_or_path", "")
-        made: dict[str, Any] = {"base": _name_of(base)} if base else {}
-        if self.adapter is not None:
-            made["adapter"] = dict(self.adapter)
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        return {**made, "gatewise": __version__, "settings": self._settings(), "date": date}
-
-    def _settings(self) -> dict[str, Any]:
-        """What the output depends on beside the models and the text."""
         names = ("level", "pipeline", "constrained", "verbatim", "candidates", "max_new_tokens")
         drawn = ("temperature", "seed") if self.candidates > 1 else ()
-        settings = {name: getattr(self, name) for name in (*names, *drawn)}
-        weights = next((one for one in self.model.parameters() if one.is_floating_point()), None)
-        if weights is None:
-            return settings
-        return {**settings, "dtype": str(weights.dtype).removeprefix("torch."), "device": weights.device.type}
+        return made_with(self.model, self.base, self.adapter, {name: getattr(self, name) for name in (*names, *drawn)})
 
     def __call__(
         self,
@@ -215,21 +249,12 @@ class Extractor:
         Raises:
             GatewiseError: something is wrong that is no single text's fault.
         """
-        languages = [language] * len(texts) if language is None or isinstance(language, str) else list(language)
-        asked: list[Asked | GatewiseError] = []
-        for text, its in zip(texts, languages, strict=True):
-            if its is not None:
-                check_language(its)
-            try:
-                _check_text(text)
-                asked.append(Asked(text, its or detect_language(text)))
-            except GatewiseError as error:
-                asked.append(error)
+        asked = as_asked(texts, language)
         if not self.pipeline:
-            return _each(asked, lambda sound: self._whole(sound, progress))
-        listed = _each(asked, lambda sound: self.triples(sound, progress))
-        grouped = _each(listed, lambda sound: self.nodes(sound, progress))
-        return _each(grouped, lambda sound: self.trees(sound, progress))
+            return each(asked, lambda sound: self._whole(sound, progress))
+        listed = each(asked, lambda sound: self.triples(sound, progress))
+        grouped = each(listed, lambda sound: self.nodes(sound, progress))
+        return each(grouped, lambda sound: self.trees(sound, progress))
 
     # ---- the ways to a tree ----
 
@@ -373,7 +398,22 @@ def _kept(candidates: Sequence[Extraction | GatewiseError]) -> Extraction | Gate
     return replace(trees[best], agreement=agreement, warnings=(*trees[best].warnings, *doubts))
 
 
-def _each(
+def as_asked(texts: Sequence[str], language: Language | Sequence[Language] | None) -> list[Asked | GatewiseError]:
+    """Texts with their languages, or what is wrong with them; arguments and errors are those of :meth:`Extractor.__call__`."""
+    languages = [language] * len(texts) if language is None or isinstance(language, str) else list(language)
+    asked: list[Asked | GatewiseError] = []
+    for text, its in zip(texts, languages, strict=True):
+        if its is not None:
+            check_language(its)
+        try:
+            _check_text(text)
+            asked.append(Asked(text, its or detect_language(text)))
+        except GatewiseError as error:
+            asked.append(error)
+    return asked
+
+
+def each(
     states: Sequence[Asked | GatewiseError], run: Callable[[list[Asked]], Sequence[_Found | GatewiseError]]
 ) -> list[_Found | GatewiseError]:
     """A stage for all that have come so far; a fault stays in its place."""
@@ -406,7 +446,26 @@ def _known(
     )
 
 
-def _name_of(model: str | Path) -> str:
+def made_with(model: Any, base: str, adapter: Mapping[str, str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tree is made with that is made now, see :attr:`Extraction.made_with`.
+
+    Args:
+        base: the name of the base model; if it is empty, the one that the model names.
+        settings: what the output depends on beside the models and the text.
+    """
+    from gatewise import __version__
+
+    base = base or getattr(getattr(model, "config", None), "name_or_path", "")
+    made: dict[str, Any] = {"base": name_of(base)} if base else {}
+    if adapter is not None:
+        made["adapter"] = dict(adapter)
+    weights = next((one for one in model.parameters() if one.is_floating_point()), None)
+    where = {} if weights is None else {"dtype": str(weights.dtype).removeprefix("torch."), "device": weights.device.type}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**made, "gatewise": __version__, "settings": {**settings, **where}, "date": date}
+
+
+def name_of(model: str | Path) -> str:
     """A hub id as it is; of a folder its own name, as where it lies is nobody's business."""
     folder = Path(model).expanduser()
     if re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)?", str(model)) and not folder.exists():
@@ -437,8 +496,8 @@ def most_alike(trees: Sequence[DecisionTree], candidates: int) -> tuple[int, flo
     """Which tree has the least mean TER to the others, the first of equal ones; and its agreement, 1 less that mean, in [0, 1].
 
     The most probable tree is not the best one by a measure such as TER, but the one of the least expected distance to what the
-    model holds possible: minimum Bayes risk decoding (Kumar and Byrne, NAACL 2004), here with TER over trees that were drawn. How
-    alike they are says how sure the model is.
+    model holds possible: minimum Bayes risk decoding (Kumar and Byrne, NAACL 2004), here with TER over trees that were drawn.
+    How alike they are says how sure the model is.
 
     Args:
         trees: at least one.

@@ -14,7 +14,7 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt.evaluation.intervals import intervals
 from gatewise.mdt.evaluation.metrics import count_sets, count_trees, metrics_of, rates
 from gatewise.mdt.evaluation.mistakes import count_mistakes
-from gatewise.mdt.extraction.extractor import Asked, Extraction, Extractor, Progress
+from gatewise.mdt.extraction.extractor import Asked, Extraction, Extracts, Progress
 from gatewise.mdt.extraction.prompts import STAGES, Stage, nodes_in_order
 from gatewise.mdt.formats.lines import triples_in_order
 from gatewise.mdt.records import TreeRecord
@@ -22,7 +22,7 @@ from gatewise.mdt.tree import Node, Triple
 
 
 def measure(
-    extractor: Extractor,
+    extractor: Extracts,
     records: Sequence[TreeRecord],
     stage: Stage | None = None,
     progress: Progress | None = None,

@@ -18,7 +18,7 @@ The rest is our own.
 Shapes: b texts, t tokens, n units, m phrases, g nodes, h width of the encoder, d width of the heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatewise.mdt.pointing.chart import log_partition
-from gatewise.mdt.pointing.targets import EMPTY, JOINS, KINDS, NOBODY, POPULATION, SUBJECT, Pointed
+from gatewise.mdt.pointing.targets import EMPTY, JOINS, KINDS, NOBODY, SUBJECT, Pointed
 from gatewise.mdt.pointing.units import MOST_INSIDE
 
 IGNORED = -100
@@ -85,15 +85,15 @@ class PointingHeads(nn.Module):
 
     # ---- units and phrases ----
 
-    def units(self, states: Tensor, batch: "UnitPlaces") -> "UnitStates":
+    def units(self, states: Tensor, places: "UnitPlaces") -> "UnitStates":
         """States of tokens (b, t, h) -> of units."""
         states = self.dropout(self.norm(states.float()))
         rows = torch.arange(len(states), device=states.device)[:, None]
-        first = states[rows, batch.first] + self.inside[0](batch.begins)
-        last = states[rows, batch.last] + self.inside[1](batch.ends)
-        mean = (first + last) / 2 * batch.mask[..., None]
+        first = states[rows, places.first] + self.inside[0](places.begins)
+        last = states[rows, places.last] + self.inside[1](places.ends)
+        mean = (first + last) / 2 * places.mask[..., None]
         sums = F.pad(mean.cumsum(dim=1), (0, 0, 1, 0))
-        return UnitStates(first, last, sums, batch)
+        return UnitStates(first, last, sums, places)
 
     def phrases(self, units: "UnitStates") -> Tensor:
         """The scores of all phrases: (b, n, longest, kinds), for ``chart``."""
@@ -108,24 +108,25 @@ class PointingHeads(nn.Module):
         sizes = torch.arange(1, most + 1, device=device)
         made = made + (total[:, inside + 1] - total[:, begin]) / sizes[:, None] + self.size(sizes)
         scores = self.phrase(made)
-        possible = (end[None] < units.batch.lengths[:, None, None])[..., None]
+        possible = (end[None] < units.places.lengths[:, None, None])[..., None]
         return scores.masked_fill(~possible, float("-inf"))
 
-    def mentions(self, units: "UnitStates", begin: Tensor, end: Tensor, kind: Tensor, mask: Tensor) -> Tensor:
-        """Phrases as vectors that know of each other: (b, m, d). ``begin``, ``end`` (after the last unit), ``kind``: (b, m)."""
-        rows = torch.arange(len(begin), device=begin.device)[:, None]
-        parts = (units.first[rows, begin], units.last[rows, end - 1], units.mean(begin, end))
+    def mentions(self, units: "UnitStates", places: "Places") -> Tensor:
+        """Phrases as vectors that know of each other: (b, m, d)."""
+        rows = torch.arange(len(places.begin), device=places.begin.device)[:, None]
+        parts = (units.first[rows, places.begin], units.last[rows, places.end - 1], units.mean(places.begin, places.end))
         made = sum(layer(part) for layer, part in zip(self.mention, parts, strict=True))
-        made = made + self.kind(kind) + self.place(_places(begin.shape[1], begin.device))
-        made = self.among(self.dropout(F.gelu(made)), src_key_padding_mask=~mask)
-        return made * mask[..., None]
+        numbers = torch.arange(places.begin.shape[1], device=places.begin.device).clamp(max=_PLACES - 1)
+        made = self.dropout(F.gelu(made + self.kind(places.kind) + self.place(numbers)))
+        seen = places.mask | (~places.mask).all(dim=1, keepdim=True)  # without any phrase, attention would have nothing to see
+        return self.among(made, src_key_padding_mask=~seen) * places.mask[..., None]
 
     # ---- subjects ----
 
     def subjects(self, mentions: Tensor, units: "UnitStates", mask: Tensor) -> Tensor:
         """Scores of the subjects of each phrase: (b, m, 1 + m), the population first; -inf where there is none."""
         b, m, d = mentions.shape
-        size = units.batch.population
+        size = units.places.population
         population = self.population(units.mean(torch.zeros_like(size)[:, None], size[:, None].clamp(min=1)))
         candidates = torch.cat([population, self.subject_is(mentions)], dim=1)
         scores = self.subject_of(mentions) @ candidates.transpose(1, 2) / d**0.5
@@ -135,10 +136,10 @@ class PointingHeads(nn.Module):
 
     # ---- nodes ----
 
-    def pairs(self, mentions: Tensor, units: "UnitStates", begin: Tensor, end: Tensor) -> Tensor:
+    def pairs(self, mentions: Tensor, units: "UnitStates", places: "Places") -> Tensor:
         """Logits (b, m, m, 2): [..., 0] that two phrases are in one node (the same both ways), [..., 1] that the second is in the
         node of the first too."""
-        m = mentions.shape[1]
+        m, begin, end = mentions.shape[1], places.begin, places.end
         one, other = self.pair[0](mentions), self.pair[1](mentions)
         high = torch.maximum(begin[:, :, None], begin[:, None])
         ends = torch.where(begin[:, :, None] <= begin[:, None], end[:, :, None], end[:, None])
@@ -154,18 +155,18 @@ class PointingHeads(nn.Module):
         weights = members.float()
         return weights @ mentions / weights.sum(dim=-1, keepdim=True).clamp(min=1)
 
-    def joins(self, nodes: Tensor, units: "UnitStates", begin: Tensor, end: Tensor, members: Tensor) -> Tensor:
+    def joins(self, nodes: Tensor, units: "UnitStates", places: "Places", members: Tensor) -> Tensor:
         """Logits of "and" and "or" for each node: (b, g, 2), of its phrases and of the text from the first to the last of them."""
-        first = torch.where(members, begin[:, None], units.sums.shape[1]).amin(dim=-1)
-        last = torch.where(members, end[:, None], 0).amax(dim=-1)
-        first = torch.minimum(first, last)
+        first, last = _stretch(members, places)
         return self.join(torch.cat([nodes, units.mean(first, last)], dim=-1))
 
     # ---- the tree ----
 
-    def arcs(self, nodes: Tensor, units: "UnitStates", first: Tensor, last: Tensor, mask: Tensor, conditions: Tensor) -> "Arcs":
-        """Log-probabilities for the tree. ``first``, ``last``: (b, g) units at which each node begins and ends."""
+    def arcs(self, nodes: Tensor, units: "UnitStates", places: "Places", members: Tensor, conditions: Tensor) -> "Arcs":
+        """Who is whose child, of nodes (b, g, d), the phrases that they have, (b, g, m), and which are conditions, (b, g)."""
         b, g, _ = nodes.shape
+        first, _last = _stretch(members, places)
+        mask = members.any(dim=-1)
         numbers = torch.arange(g, device=nodes.device)
         order = (numbers[None] - numbers[:, None]).clamp(-_PLACES, _PLACES - 1) + _PLACES
         a, z = first[:, :, None].expand(b, g, g), first[:, None].expand(b, g, g)
@@ -182,57 +183,54 @@ class PointingHeads(nn.Module):
 
     # ---- training ----
 
-    def losses(self, states: Tensor, batch: "Batch") -> dict[str, tuple[Tensor, Tensor]]:
-        """For each head, the sum of its losses (nats) and of how many."""
-        units = self.units(states, batch.units)
-        scores, gold = self.phrases(units), batch.mentions
-        rows = torch.arange(len(states), device=states.device)[:, None]
-        size = (gold.end - gold.begin - 1).clamp(0, scores.shape[2] - 1)
-        chosen = scores[rows, gold.begin, size, gold.kind].masked_fill(~gold.mask, 0.0).sum(dim=1)
-        made = {"phrases": ((log_partition(scores, batch.units.lengths) - chosen).sum(), gold.mask.sum())}
-        mentions = self.mentions(units, gold.begin, gold.end, gold.kind, gold.mask)
-        made["subjects"] = _cross_entropy(self.subjects(mentions, units, gold.mask), batch.subjects)
-        made["groups"] = _binary(self.pairs(mentions, units, gold.begin, gold.end), batch.pairs)
-        nodes = self.nodes(mentions, batch.members)
-        made["joins"] = _cross_entropy(self.joins(nodes, units, gold.begin, gold.end, batch.members), batch.joins)
-        node_mask = batch.members.any(dim=-1)
-        first, last = spans_of(batch.members, gold.begin, gold.end)
-        arcs = self.arcs(nodes, units, first, last, node_mask, batch.conditions)
-        by_side = _picked(torch.cat([arcs.by_side, arcs.empty[..., None]], dim=-1), batch.sides)
-        g = batch.members.shape[1]
-        flat = torch.cat([arcs.by_node.reshape(len(states), 2 * g, g), arcs.root[:, None]], dim=1).transpose(1, 2)
-        by_node = _picked(flat, batch.parents)
-        made["arcs"] = (by_side[0] + by_node[0], by_side[1] + by_node[1])
-        return made
+    def losses(self, states: Tensor, units: "UnitPlaces", gold: "Gold") -> dict[str, Tensor]:
+        """Cross-entropy of the gold answers by head, in nats: (b,) each, the sum over all that a text has of it."""
+        own = self.units(states, units)
+        places, b, g = gold.mentions, len(states), gold.members.shape[1]
+        scores = self.phrases(own)
+        rows = torch.arange(b, device=states.device)[:, None]
+        size = (places.end - places.begin - 1).clamp(0, scores.shape[2] - 1)
+        chosen = scores[rows, places.begin, size, places.kind].masked_fill(~places.mask, 0.0).sum(dim=1)
+        vectors = self.mentions(own, places)
+        nodes = self.nodes(vectors, gold.members)
+        arcs = self.arcs(nodes, own, places, gold.members, gold.conditions)
+        by_side = torch.cat([arcs.by_side, arcs.empty[..., None]], dim=-1)
+        by_node = torch.cat([arcs.by_node.reshape(b, 2 * g, g), arcs.root[:, None]], dim=1).transpose(1, 2)
+        return {
+            "phrases": log_partition(scores, units.lengths) - chosen,
+            "subjects": _cross_entropy(self.subjects(vectors, own, places.mask), gold.subjects),
+            "groups": _binary(self.pairs(vectors, own, places), gold.pairs),
+            "joins": _cross_entropy(self.joins(nodes, own, places, gold.members), gold.joins),
+            "arcs": _picked(by_side, gold.sides) + _picked(by_node, gold.parents),
+        }
 
 
 _PLACES = 16
 
 
-def _places(m: int, device: Any) -> Tensor:
-    return torch.arange(m, device=device).clamp(max=_PLACES - 1)
+def _stretch(members: Tensor, places: "Places") -> tuple[Tensor, Tensor]:
+    """The first unit of each node, and the one after its last: (b, g) each, 0 for no node."""
+    last = torch.where(members, places.end[:, None], 0).amax(dim=-1)
+    return torch.where(members, places.begin[:, None], last[..., None]).amin(dim=-1), last
 
 
-def spans_of(members: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Where nodes begin and end in the text: (b, g) each; 0 for no node. The latter is the unit after the last."""
-    first = torch.where(members, begin[:, None], 10**6).amin(dim=-1)
-    last = torch.where(members, end[:, None], 0).amax(dim=-1)
-    return torch.where(members.any(dim=-1), first, 0), last
-
-
-def _cross_entropy(scores: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(scores: Tensor, gold: Tensor) -> Tensor:
+    # Where nothing is gold there may be nothing possible either, of which a softmax would have no gradient.
     known = gold != IGNORED
-    return F.cross_entropy(scores[known], gold[known], reduction="sum"), known.sum()
+    return _picked(scores.masked_fill(~known[..., None], 0.0).log_softmax(dim=-1), gold)
 
 
-def _picked(logs: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+def _picked(logs: Tensor, gold: Tensor) -> Tensor:
+    """Minus the sum of the logarithms at the gold places: (b, ..., c) and (b, ...) -> (b,)."""
     known = gold != IGNORED
-    return -logs[known].gather(1, gold[known][:, None]).sum(), known.sum()
+    picked = logs.gather(-1, gold.clamp(min=0)[..., None]).squeeze(-1)
+    return -picked.masked_fill(~known, 0.0).flatten(1).sum(dim=1)
 
 
-def _binary(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+def _binary(logits: Tensor, gold: Tensor) -> Tensor:
     known = gold != IGNORED
-    return F.binary_cross_entropy_with_logits(logits[known], gold[known].float(), reduction="sum"), known.sum()
+    made = F.binary_cross_entropy_with_logits(logits, gold.clamp(min=0).float(), reduction="none")
+    return made.masked_fill(~known, 0.0).flatten(1).sum(dim=1)
 
 
 # ---- batches ----
@@ -249,6 +247,12 @@ class UnitPlaces:
     lengths: Tensor
     population: Tensor
 
+    @classmethod
+    def of(cls, units: Tensor) -> "UnitPlaces":
+        """Of what :func:`unit_rows` makes, padded with -1: (b, n, 5)."""
+        first, last, begins, ends, population = units.clamp(min=0).unbind(dim=-1)
+        return cls(first, last, begins, ends, (units[..., 0] >= 0).sum(dim=1), population.sum(dim=1))
+
     @property
     def mask(self) -> Tensor:
         """(b, n): what is no padding."""
@@ -262,7 +266,7 @@ class UnitStates:
     first: Tensor
     last: Tensor
     sums: Tensor
-    batch: UnitPlaces
+    places: UnitPlaces
 
     def mean(self, begin: Tensor, end: Tensor) -> Tensor:
         """The mean of units ``begin`` to ``end - 1``, (b, ...) each -> (b, ..., h); zeros where there are none."""
@@ -283,30 +287,36 @@ class Arcs:
 
 
 @dataclass(frozen=True)
-class Mentions:
-    """Phrases: (b, m) each."""
+class Places:
+    """Phrases: (b, m) each; ``end`` is the unit after the last."""
 
     begin: Tensor
     end: Tensor
     kind: Tensor
     mask: Tensor
 
+    @classmethod
+    def of(cls, mentions: Tensor) -> "Places":
+        """Of what :func:`mention_rows` makes, padded with -1: (b, m, ...)."""
+        mask = mentions[..., 0] >= 0
+        begin, end, kind = (mentions[..., i].clamp(min=low) for i, low in enumerate((0, 1, 0)))
+        return cls(begin, end, kind, mask)
+
 
 @dataclass(frozen=True)
-class Batch:
+class Gold:
     """Gold answers. IGNORED where there is none.
 
     Attributes:
         subjects: (b, m), 0 for the population, else 1 + the phrase.
-        pairs: (b, m, m, 2).
-        members: (b, g, m); conditions: (b, g).
-        joins: (b, g).
+        pairs: (b, m, m, 2), see :meth:`PointingHeads.pairs`.
+        members: (b, g, m) which phrases a node has; conditions: (b, g) which nodes are conditions.
+        joins: (b, g), numbers in JOINS.
         sides: (b, g, 2), the node there, or g for none.
         parents: (b, g), 2 · node + side, or 2 · g for the root.
     """
 
-    units: UnitPlaces
-    mentions: Mentions
+    mentions: Places
     subjects: Tensor
     pairs: Tensor
     members: Tensor
@@ -315,61 +325,62 @@ class Batch:
     sides: Tensor
     parents: Tensor
 
-
-def units_of(features: Sequence[dict[str, Any]]) -> UnitPlaces:
-    """Rows of ``units.tokens_of`` with ``population`` -> a batch."""
-    n = max(len(row["unit_first"]) for row in features)
-
-    def padded(key: str) -> Tensor:
-        return torch.tensor([row[key] + [0] * (n - len(row[key])) for row in features])
-
-    return UnitPlaces(
-        *(padded(key) for key in ("unit_first", "unit_last", "unit_begins", "unit_ends")),
-        torch.tensor([len(row["unit_first"]) for row in features]),
-        torch.tensor([row["population"] for row in features]),
-    )
-
-
-def mentions_of(pointed: Sequence[Pointed]) -> Mentions:
-    """The phrases of a batch."""
-    m = max([1, *(len(one.mentions) for one in pointed)])
-    rows = [
-        [(*(p.begin, p.end, p.kind), True) for p in one.mentions] + [(0, 1, 0, False)] * (m - len(one.mentions)) for one in pointed
-    ]
-    begin, end, kind, mask = torch.tensor(rows).unbind(-1)
-    return Mentions(begin, end, kind, mask.bool())
+    @classmethod
+    def of(cls, mentions: Tensor, members: Tensor, nodes: Tensor) -> "Gold":
+        """Of what :func:`mention_rows`, :func:`member_rows` and :func:`node_rows` make: (b, m, 5), (b, g, m) and (b, g, 4)."""
+        places, members = Places.of(mentions), members > 0
+        kind, subject, own = mentions[..., 2], mentions[..., 3], mentions[..., 4]
+        g = members.shape[1]
+        subjects = torch.where(places.mask & (kind != SUBJECT) & (subject != NOBODY), subject + 1, IGNORED)
+        is_condition = torch.tensor([role == "C" for _, role in KINDS] + [False], device=kind.device)[places.kind]
+        counted = places.mask & (own >= 0)
+        both = counted[:, :, None] & counted[:, None] & (is_condition[:, :, None] == is_condition[:, None])
+        both &= ~torch.eye(kind.shape[1], dtype=torch.bool, device=kind.device)
+        same = own[:, :, None] == own[:, None]
+        held = members.gather(1, own.clamp(min=0)[..., None].expand(-1, -1, kind.shape[1]))  # is phrase j in the node of phrase i?
+        pairs = torch.stack([same.long().masked_fill(~both, IGNORED), held.long().masked_fill(~both | same, IGNORED)], dim=-1)
+        conditions = (members & is_condition[:, None]).any(dim=-1)
+        joins, sides, parents = nodes[..., 0], nodes[..., 1:3], nodes[..., 3]
+        sides = torch.where(sides == EMPTY, g, sides)
+        parents = torch.where(parents == EMPTY, 2 * g, parents)
+        return cls(places, subjects, pairs, members, conditions, joins, sides, parents)
 
 
-def batch_of(features: Sequence[dict[str, Any]], pointed: Sequence[Pointed]) -> Batch:
-    """Rows and what is gold in them."""
-    b, mentions = len(pointed), mentions_of(pointed)
-    m, g = mentions.begin.shape[1], max([1, *(len(one.nodes) for one in pointed)])
-    subjects = torch.full((b, m), IGNORED)
-    pairs = torch.full((b, m, m, 2), IGNORED)
-    members, conditions = torch.zeros(b, g, m, dtype=torch.bool), torch.zeros(b, g, dtype=torch.bool)
-    joins, sides, parents = torch.full((b, g), IGNORED), torch.full((b, g, 2), IGNORED), torch.full((b, g), IGNORED)
-    for row, one in enumerate(pointed):
-        for i, (phrase, subject) in enumerate(zip(one.mentions, one.subjects, strict=True)):
-            if phrase.kind != SUBJECT and subject != NOBODY:
-                subjects[row, i] = 0 if subject == POPULATION else 1 + subject
-        for i, a in enumerate(one.mentions):
-            for j, c in enumerate(one.mentions):
-                if i == j or SUBJECT in (a.kind, c.kind) or a.role != c.role:
-                    continue
-                pairs[row, i, j, 0] = int(one.own[i] == one.own[j])
-                if one.own[i] != one.own[j]:
-                    pairs[row, i, j, 1] = int(j in one.nodes[one.own[i]])
-        for node, held in enumerate(one.nodes):
-            members[row, node, list(held)] = True
-            conditions[row, node] = one.mentions[held[0]].role == "C"
-            if one.joins[node] in JOINS:
-                joins[row, node] = JOINS.index(one.joins[node])
-        if not one.has_tree:
-            continue
-        parents[row, one.root] = 2 * g
-        for node, both in enumerate(one.children):
+def unit_rows(tokens: Mapping[str, list[int]], population: int) -> list[list[int]]:
+    """What ``units.tokens_of`` made, a row a unit: first and last token, what stands before and after, whether it is population."""
+    columns = zip(*(tokens[key] for key in ("unit_first", "unit_last", "unit_begins", "unit_ends")), strict=True)
+    return [[*row, int(i < population)] for i, row in enumerate(columns)]
+
+
+def mention_rows(pointed: Pointed) -> list[list[int]]:
+    """A row a phrase: first unit, unit after the last, kind, subject, own node; the latter two only where they are known."""
+    subjects = pointed.subjects or (NOBODY,) * len(pointed.mentions)
+    own = pointed.own or (-1,) * len(pointed.mentions)
+    return [[one.begin, one.end, one.kind, s, o] for one, s, o in zip(pointed.mentions, subjects, own, strict=True)]
+
+
+def member_rows(pointed: Pointed) -> list[list[int]]:
+    """A row a node: 1 for each of the phrases that it has."""
+    return [[int(m in held) for m in range(len(pointed.mentions))] for held in pointed.nodes]
+
+
+def node_rows(pointed: Pointed) -> list[list[int]]:
+    """A row a node: join, yes child, no child, and 2 · parent + side; EMPTY for no child and no parent, IGNORED for not known."""
+    rows = [[JOINS.index(join) if join in JOINS else IGNORED, IGNORED, IGNORED, IGNORED] for join in pointed.joins]
+    if pointed.has_tree and rows:
+        rows[pointed.root][3] = EMPTY
+        for node, both in enumerate(pointed.children):
             for side, child in enumerate(both or ()):
-                sides[row, node, side] = g if child == EMPTY else child
+                rows[node][1 + side] = child
                 if child != EMPTY:
-                    parents[row, child] = 2 * node + side
-    return Batch(units_of(features), mentions, subjects, pairs, members, conditions, joins, sides, parents)
+                    rows[child][3] = 2 * node + side
+    return rows
+
+
+def padded(rows: Sequence[Sequence[Sequence[int]]], columns: int, value: int) -> Tensor:
+    """Rows of several texts, or none, as one tensor (b, at least 1, columns), the rest filled with ``value``."""
+    longest = max([1, *map(len, rows)])
+    full = [
+        [*([*row, *[value] * (columns - len(row))] for row in one), *[[value] * columns] * (longest - len(one))] for one in rows
+    ]
+    return torch.tensor(full)

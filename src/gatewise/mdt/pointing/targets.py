@@ -169,7 +169,7 @@ def tree_of(pointed: Pointed, units: Units, language: Language) -> DecisionTree:
     A tree without nodes is a single empty leaf.
     """
     nodes: list[dict[str, object]] = []
-    for at in _preorder(pointed):
+    for at in preorder(pointed):
         if at == EMPTY:
             nodes.append({"role": "D", "triples": [], "logical_rel": "null"})
             continue
@@ -193,7 +193,7 @@ def triple_of(pointed: Pointed, mention: int, units: Units, language: Language) 
     return phrase, relation_in(KINDS[one.kind][0], language), units.phrase(one.begin, one.end)
 
 
-def _preorder(pointed: Pointed) -> Iterator[int]:
+def preorder(pointed: Pointed) -> Iterator[int]:
     to_do = [pointed.root]
     while to_do:
         at = to_do.pop()

@@ -14,7 +14,7 @@ from gatewise.mdt.review.passage import Passage, Version
 from gatewise.mdt.review.session import NOBODY, By, Session
 
 if TYPE_CHECKING:
-    from gatewise.mdt.extraction.extractor import Extraction, Extractor
+    from gatewise.mdt.extraction.extractor import Extraction, Extracts
 
 # Called with every token that was written.
 Tick = Callable[[], None]
@@ -35,7 +35,7 @@ class CancelledError(BaseException):
     """The user does not want the tree any more. Goes through what an extractor does about faults, which it is none of."""
 
 
-def model_extract(extractor: "Extractor") -> Extract:
+def model_extract(extractor: "Extracts") -> Extract:
     """Extraction with a model, one passage at a time, in a form that can be watched and stopped between two tokens."""
 
     def extract(text: str, language: Language | None, tick: Tick) -> "Extraction":

@@ -1,0 +1,244 @@
+"""From a text to its decision tree with a pointing model: one pass over the text, and no phrase that does not stand in it.
+
+    extractor = PointingExtractor.load("runs/mdt-pointing/adapter")
+    found = extractor(["adults with gout@For an acute flare, give colchicine."])[0]
+    print(found.tree.to_outline(), found.confidence)
+
+It is asked as :class:`gatewise.mdt.Extractor` is, which writes trees, and gives the same. What is extracted needs review by a
+clinician.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gatewise.errors import GatewiseError
+from gatewise.losses import base_of
+from gatewise.mdt.evaluation.metrics import plain_tree
+from gatewise.mdt.extraction.extractor import Asked, Extraction, Progress, as_asked, each, made_with, name_of
+from gatewise.mdt.pointing import decoding
+from gatewise.mdt.pointing.calibration import Calibration
+from gatewise.mdt.pointing.decoding import Found
+from gatewise.mdt.pointing.heads import HeadSettings, UnitStates
+from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_texts
+from gatewise.mdt.pointing.targets import Pointed, pointed_at, preorder, tree_of, triple_of
+from gatewise.mdt.pointing.units import Units
+from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.relations import Language, relation_in
+from gatewise.mdt.spans import absent_triples
+from gatewise.mdt.tree import DecisionTree, Node, Triple
+
+UNSURE = 0.5
+"""A node of less confidence is more likely wrong than right."""
+
+
+@dataclass(frozen=True)
+class PointingExtractor:
+    """A pointing model, ready for texts.
+
+    Attributes:
+        model: a :class:`PointingModel`, with or without an adapter.
+        batch_size: texts in one pass.
+        calibration: how the heads' probabilities become confidence; None: they are taken as they are.
+        base, adapter: what the model is, see :class:`gatewise.mdt.Extractor`.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int = 16
+    calibration: Calibration | None = None
+    base: str = ""
+    adapter: Mapping[str, str] | None = None
+    candidates: ClassVar[int] = 1
+    stage_models: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def load(
+        cls,
+        adapter: str | Path,
+        *,
+        base: str | None = None,
+        device: str = "auto",
+        say: Callable[[str], None] | None = None,
+        batch_size: int = 16,
+    ) -> "PointingExtractor":
+        """The adapter of a run with ``task: text2mdt``, on its base model.
+
+        Args:
+            base: the base model, if not the one that the adapter names.
+            device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+            say: told in a line what happens now.
+
+        Raises:
+            GatewiseError: the adapter or its base cannot be read, or it is no adapter of this kind.
+        """
+        from gatewise.adapters.files import fingerprint, read_note
+        from gatewise.adapters.loading import load_as_trained
+
+        note = read_note(Path(adapter))
+        if note.get("task") != "text2mdt":
+            raise GatewiseError(f"{adapter} does not point at the text: expected an adapter of a run with task: text2mdt")
+        try:
+            settings = HeadSettings(**note["heads"])
+            calibration = Calibration(**note["calibration"]) if note.get("calibration") else None
+        except (KeyError, TypeError) as error:
+            raise GatewiseError(f"{adapter}/gatewise.json is damaged ({error}): copy it from where it was trained") from error
+        model, tokenizer, loaded = load_as_trained(
+            adapter, base=base, device=device, say=say, around=lambda encoder: PointingModel(encoder, settings)
+        )
+        known = {"name": name_of(adapter), "sha256": fingerprint(adapter)}
+        return cls(model, tokenizer, batch_size, calibration, loaded, known)
+
+    def made_with(self) -> dict[str, Any]:
+        """What a tree is made with that is made now, see :attr:`gatewise.mdt.Extraction.made_with`."""
+        return made_with(self.model, self.base, self.adapter, {"pointing": True})
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        *,
+        language: Language | Sequence[Language] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Extraction | GatewiseError]:
+        """The tree of each text, or why there is none; arguments and errors are those of ``Extractor.__call__``."""
+        return each(as_asked(texts, language), lambda asked: self._read(asked, [None] * len(asked), progress, self._trees))
+
+    # ---- stages, from what is given ----
+
+    def triples(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Asked | GatewiseError]:
+        """The triples of each text."""
+        return self._read(asked, [None] * len(asked), progress, self._triples)
+
+    def nodes(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Asked | GatewiseError]:
+        """The nodes of each text with triples; a triple whose phrases do not stand in the text is lost."""
+        given = [_placed(one.text, _both(one.triples)) for one in asked]
+        bare = [replace(one, nodes=(), own=(), joins=(), root=-1, children=()) for one in given]
+        return self._read(asked, bare, progress, self._nodes)
+
+    def trees(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Extraction | GatewiseError]:
+        """The tree of each text with nodes; a node none of whose phrases stands in the text is lost."""
+        given = [_placed(one.text, one.nodes) for one in asked]
+        return self._read(asked, [replace(one, root=-1, children=()) for one in given], progress, self._trees)
+
+    def judged(self, records: Sequence[TreeRecord]) -> tuple[list[tuple[float, float, float, float]], list[bool]]:
+        """What the heads say of every node that is found in the records' texts (``Found.of_node``), and whether it is one of the
+        gold tree's."""
+        asked = [Asked(record.text, record.tree.language) for record in records]
+
+        def judge(one: Asked, units: Units, found: Found) -> list[tuple[tuple[float, float, float, float], Any]]:
+            tree = tree_of(found.pointed, units, one.language) if found.groups else None
+            nodes = [] if tree is None else zip(preorder(found.pointed), plain_tree(tree, False)[0], strict=True)
+            return [(found.of_node(number), node) for number, node in nodes if number >= 0]
+
+        logs: list[tuple[float, float, float, float]] = []
+        right: list[bool] = []
+        for record, made in zip(records, self._read(asked, [None] * len(asked), None, judge), strict=True):
+            if isinstance(made, list):
+                gold = set(plain_tree(record.tree, False)[0])
+                logs += [one for one, _ in made]
+                right += [node in gold for _, node in made]
+        return logs, right
+
+    # ---- the model ----
+
+    @torch.no_grad()
+    def _read(
+        self,
+        asked: Sequence[Asked],
+        given: Sequence[Pointed | None],
+        progress: Progress | None,
+        make: Callable[[Asked, Units, Found], Any],
+    ) -> list[Any]:
+        """What the heads find in each text, from what is given of it, or why nothing can be found."""
+        pointing: PointingModel = base_of(self.model)
+        collate, device = PointingCollator(self.tokenizer), next(self.model.parameters()).device
+        longest = getattr(pointing.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        made: list[Any] = [None] * len(asked)
+        rows: dict[int, dict[str, Any]] = {}
+        for i, one in enumerate(asked):
+            try:
+                (rows[i],) = encode_texts([one.text], self.tokenizer)
+                if len(rows[i]["input_ids"]) > longest:
+                    count = len(rows.pop(i)["input_ids"])
+                    raise GatewiseError(f"the text has {count} tokens, but the model reads at most {longest}: cut it into passages")
+            except GatewiseError as error:
+                made[i] = error
+        order = sorted(rows, key=lambda i: len(rows[i]["input_ids"]))
+        pointing.eval()
+        for start in range(0, len(order), self.batch_size):
+            now = order[start : start + self.batch_size]
+            batch = {key: value.to(device) for key, value in collate([rows[i] for i in now]).items()}
+            units = pointing.unit_states(batch)
+            known = [given[i] for i in now]
+            with torch.autocast(device.type, enabled=False):
+                found = self._heads(pointing, units, known)
+            for i, its in zip(now, found, strict=True):
+                made[i] = make(asked[i], Units.of(asked[i].text), its)
+            if progress:
+                progress("trees", min(start + self.batch_size, len(order)), len(asked))
+        return made
+
+    @staticmethod
+    def _heads(pointing: PointingModel, units: UnitStates, given: Sequence[Pointed | None]) -> list[Found]:
+        heads = pointing.heads
+        found = [Found(one) for one in given if one is not None] or decoding.phrases(heads, units)
+        if not any(one.pointed.nodes for one in found):
+            found = decoding.nodes(heads, units, found)
+        return decoding.trees(heads, units, found)
+
+    # ---- what was found, as it is given back ----
+
+    def _trees(self, asked: Asked, units: Units, found: Found) -> Extraction:
+        one = found.pointed
+        tree = tree_of(one, units, asked.language)
+        confidence = tuple(
+            None if node < 0 else self._sure(found.of_node(node)) if found.groups else None for node in preorder(one)
+        )
+        unsure = sum(value is not None and value < UNSURE for value in confidence)
+        warnings = list(asked.warnings)
+        if self.calibration and unsure:
+            all_nodes = sum(value is not None for value in confidence)
+            warnings.append(f"{unsure} of the {all_nodes} nodes {'is' if unsure == 1 else 'are'} more likely wrong than right")
+        absent = absent_triples(asked.text, tree)
+        return Extraction(
+            asked.text, tree, asked.language, absent, tuple(warnings), made_with=self.made_with(), confidence=confidence
+        )
+
+    def _sure(self, logs: tuple[float, float, float, float]) -> float:
+        return (self.calibration or Calibration()).confidence(logs)
+
+    def _triples(self, asked: Asked, units: Units, found: Found) -> Asked:
+        told = [triple_of(found.pointed, i, units, asked.language) for i in range(len(found.pointed.mentions))]
+        return replace(asked, triples=tuple(dict.fromkeys(Triple.model_validate(one) for one in told if one)))
+
+    def _nodes(self, asked: Asked, units: Units, found: Found) -> Asked:
+        nodes = [node for node in tree_of(found.pointed, units, asked.language).nodes if not node.is_empty]
+        return replace(asked, nodes=tuple(nodes))
+
+
+_OF_CONDITIONS = ("clinical manifestation", "basic condition")
+
+
+def _both(triples: Sequence[Triple]) -> list[Node]:
+    """Triples as two nodes: conditions hold findings and what a patient is, decisions all else."""
+    made = []
+    for role, wanted in (("C", True), ("D", False)):
+        held = [one for one in triples if (relation_in(one.relation, "en") in _OF_CONDITIONS) == wanted]
+        if held:
+            made.append(Node(role=role, triples=tuple(held), logical_rel="and" if len(held) > 1 else "null"))  # type: ignore[arg-type]
+    return made
+
+
+def _placed(text: str, nodes: Sequence[Node]) -> Pointed:
+    """Nodes by their places, in whatever tree holds them: conditions in a chain, each with a decision as its yes child."""
+    conditions, decisions = ([node for node in nodes if node.is_condition == wanted] for wanted in (True, False))
+    empty = Node(role="D", triples=(), logical_rel="null")
+    order = []
+    for condition in conditions:
+        order += [condition, decisions.pop(0) if decisions else empty]
+    order.append(decisions.pop(0) if decisions else empty)
+    return pointed_at(TreeRecord(text, DecisionTree(nodes=tuple(order))), Units.of(text))

@@ -1,0 +1,229 @@
+"""The pointing model: a base model read as an encoder, with heads, and the rows that it is trained on.
+
+Adapters go on it as on any Transformers model: PEFT trains and saves the heads whole (``modules_to_save``), in the adapter's
+own file.
+
+Shapes: b texts, t tokens, n units, m phrases, g nodes, h width of the encoder.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.generic import ModelOutput
+
+from gatewise.errors import GatewiseError
+from gatewise.internals.library_attributes import set_model_name
+from gatewise.mdt.pointing.heads import (
+    IGNORED,
+    Gold,
+    HeadSettings,
+    PointingHeads,
+    UnitPlaces,
+    UnitStates,
+    member_rows,
+    mention_rows,
+    node_rows,
+    padded,
+    unit_rows,
+)
+from gatewise.mdt.pointing.targets import Pointed, pointed_at
+from gatewise.mdt.pointing.units import Units, tokens_of
+from gatewise.mdt.records import TreeRecord
+
+HEADS = "heads"
+"""The heads' place in the model, for PEFT's ``modules_to_save``."""
+
+
+@dataclass
+class PointingOutput(ModelOutput):
+    """What the model says of gold trees.
+
+    Attributes:
+        loss: the mean of ``row_losses``.
+        row_losses: (b,) nats, the sum of all heads' losses of each text.
+    """
+
+    loss: Tensor | None = None
+    row_losses: Tensor | None = None
+
+
+class PointingModel(PreTrainedModel):
+    """An encoder and its heads. A decoder is read as an encoder: its attention looks in both directions.
+
+    Args:
+        encoder: a model without a head, such as ``AutoModel`` loads.
+
+    Raises:
+        GatewiseError: attention of the encoder does not look in both directions, whatever mask it is given.
+    """
+
+    base_model_prefix = "encoder"
+    measures_itself = True
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, encoder: PreTrainedModel, settings: HeadSettings) -> None:
+        super().__init__(encoder.config)
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # nobody reads what it makes, and an adapter would be put on it
+        self.encoder = encoder
+        self.heads = PointingHeads(settings).to(encoder.device)  # in float32, whatever the encoder is in
+        self._no_split_modules = encoder._no_split_modules
+        set_model_name(self, str(encoder.name_or_path))
+        self.whole_mask = not _looks_ahead(encoder, whole_mask=False)
+        if self.whole_mask and not _looks_ahead(encoder, whole_mask=True):
+            raise GatewiseError(
+                f"attention of {encoder.config.model_type} models cannot be made to look in both directions, as pointing needs it: "
+                "give an encoder such as BERT, or a decoder such as Llama, Qwen or Gemma"
+            )
+
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """The encoder's last states: (b, t, h)."""
+        given: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask = _both_ways(attention_mask) if self.whole_mask else attention_mask
+        return _last_states(self.encoder, input_ids, mask, **given)
+
+    def unit_states(self, batch: Mapping[str, Tensor]) -> UnitStates:
+        """What the heads read, of a batch that :class:`PointingCollator` made."""
+        states = self.states(**batch)
+        with _exact(states):
+            return self.heads.units(states, UnitPlaces.of(batch["units"]))
+
+    def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of gold trees by head, (b,) each, see :meth:`PointingHeads.losses`."""
+        states = self.states(**batch)
+        gold = Gold.of(batch["mentions"], batch["members"], batch["nodes"])
+        with _exact(states):
+            return self.heads.losses(states, UnitPlaces.of(batch["units"]), gold)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **batch: Any) -> PointingOutput:
+        """The losses of gold trees, of a batch that :class:`PointingCollator` made of rows with trees."""
+        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        made = self.losses({"input_ids": input_ids, **given, **batch})
+        rows = torch.stack(list(made.values())).sum(dim=0)
+        return PointingOutput(loss=rows.mean(), row_losses=rows)
+
+
+def _exact(states: Tensor) -> torch.autocast:
+    """The heads' sums over partings lose too much in half precision."""
+    return torch.autocast(states.device.type, enabled=False)
+
+
+def _both_ways(attention_mask: Tensor) -> Tensor:
+    """(b, t) -> (b, 1, t, t): every token sees every token but padding, and padding itself, so that no row is without any."""
+    t = attention_mask.shape[1]
+    seen = attention_mask.bool()[:, None, None, :].expand(-1, 1, t, t)
+    return seen | torch.eye(t, dtype=torch.bool, device=seen.device)
+
+
+def _last_states(encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor, **given: Any) -> Tensor:
+    options: dict[str, Any] = {}
+    if mask.dim() == 4:  # a decoder: it would count positions by a cache
+        options = {"use_cache": False, "position_ids": torch.arange(input_ids.shape[1], device=input_ids.device)[None]}
+    return cast(Tensor, encoder(input_ids=input_ids, attention_mask=mask, **given, **options).last_hidden_state)
+
+
+@torch.no_grad()
+def _looks_ahead(encoder: PreTrainedModel, whole_mask: bool) -> bool:
+    """Whether the state of a text's first token depends on its last one."""
+    device = encoder.device
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device) % encoder.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    training = encoder.training
+    try:
+        made = _last_states(encoder.eval(), ids, _both_ways(mask) if whole_mask else mask)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return False
+    finally:
+        encoder.train(training)
+    return not torch.equal(made[0, 0], made[1, 0])
+
+
+# ---- rows ----
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """A row for each text: tokens, and ``units``, where its units are among them. Errors are those of ``units.tokens_of``."""
+    rows = []
+    for text in texts:
+        units = Units.of(text)
+        tokens = tokens_of(units, tokenizer)
+        made: dict[str, Any] = {key: tokens[key] for key in ("input_ids", "token_type_ids") if key in tokens}
+        rows.append({**made, "units": unit_rows(tokens, units.population)})
+    return rows
+
+
+def gold_rows(pointed: Pointed) -> dict[str, Any]:
+    """What is gold of a text, for its row: ``mentions``, ``members`` and ``nodes``; and ``labels``, by which it counts once."""
+    return {
+        "mentions": mention_rows(pointed),
+        "members": member_rows(pointed),
+        "nodes": node_rows(pointed),
+        "labels": 1,
+    }
+
+
+def encode_records(
+    records: Sequence[TreeRecord], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[list[dict[str, Any]], list[Pointed]]:
+    """A row for each record, with its tree, and the trees by their places.
+
+    Args:
+        longest: units of the longest phrase that the model can point at.
+    """
+    pointed = [pointed_at(record, Units.of(record.text), longest) for record in records]
+    rows = encode_texts([record.text for record in records], tokenizer)
+    return [{**row, **gold_rows(one)} for row, one in zip(rows, pointed, strict=True)], pointed
+
+
+class PointingCollator:
+    """Pads rows to the longest of a batch, on the right.
+
+    Its tensors have a row a text in front, and but for tokens three dimensions, so that code that cuts batches of any model
+    down to their tokens cuts nothing else.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.pad_token_id is None:
+            raise GatewiseError(
+                "the tokenizer has no padding token: set one, for instance tokenizer.pad_token = tokenizer.eos_token"
+            )
+        self.pad_id = int(tokenizer.pad_token_id)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` (b, t), ``units`` (b, n, 5), and of rows with trees ``mentions`` (b, m, 5), ``members``
+        (b, g, m), ``nodes`` (b, g, 4) and ``labels`` (b,), all ones."""
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def flat(values: Sequence[Sequence[int]], fill: int) -> Tensor:
+            return torch.tensor([[*one, *[fill] * (longest - len(one))] for one in values])
+
+        batch = {
+            "input_ids": flat([row["input_ids"] for row in rows], self.pad_id),
+            "attention_mask": flat([[1] * len(row["input_ids"]) for row in rows], 0),
+            "units": padded([row["units"] for row in rows], 5, -1),
+        }
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = flat([row["token_type_ids"] for row in rows], 0)
+        if "mentions" in rows[0]:
+            batch["mentions"] = padded([row["mentions"] for row in rows], 5, -1)
+            batch["members"] = padded([row["members"] for row in rows], batch["mentions"].shape[1], 0)
+            batch["nodes"] = padded([row["nodes"] for row in rows], 4, IGNORED)
+            batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        return batch
+
+
+def linear_in_heads(model: nn.Module) -> list[str]:
+    """Paths of the heads' linear modules: they are trained whole, and no adapter goes on them."""
+    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path.startswith(f"{HEADS}.")]
