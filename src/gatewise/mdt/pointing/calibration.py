@@ -42,7 +42,8 @@ class Calibration:
 
 
 def fitted(logs: Sequence[Sequence[float]], right: Sequence[bool], strength: float = 1.0) -> Calibration | None:
-    """The regression, with a penalty of ``strength`` · |w - w0|² / 2 so that few nodes leave the product that w0 stands for as it is.
+    """The regression, with a penalty of ``strength`` · |w - w0|² / 2, so that few nodes leave the product (w0) nearly as it is.
+
     No weight is below 0: what a head is less sure of never counts for a node.
 
     Returns:
