@@ -2,21 +2,34 @@
 
 The score of a grouping is the sum over all pairs within groups of the pairs' scores. That of a tree is the sum over its
 conditions and their two sides of the score of the child there, or of none, and of the score of its root. Everything is compared
-that has each phrase (each node) once, conditions with two children and decisions without: over sets, in O(3^n) for n of them.
+that has each phrase (each node, as far as there are places) once, conditions with two children and decisions without: over sets,
+in O(3^n) for n of them.
 Of more than ``MOST_EXACT`` only those groupings (trees) are compared whose every group (subtree) is an unbroken stretch of the
-text's order, in O(n^2) (O(n^4)).
+text's order, in O(n^2) (O(n^4)). Of more than ``MOST_STRETCHES`` nodes, which no passage for people has, the tree is built from its
+root downwards, each time with the child that fits best, in O(n^3) at most.
 
 That order is no rule for the others: in a third of the published trees pre-order is another one, in a tenth a node is no
 stretch.
+
+A score of -inf says that something cannot be; so does one that is no number.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from typing import Any
 
-MOST_EXACT = 9
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_EXACT = 10
+MOST_STRETCHES = 60
 NONE = -1
 Tree = tuple[int, tuple[tuple[int, int] | None, ...]]
 """The root, and for each node None or its (yes, no) children, NONE for an empty leaf."""
+_Scores = NDArray[np.float64]
+_Marks = NDArray[np.bool_]
+_Children = dict[int, tuple[int, int]]
+_LEFT_OUT = 1e6
+"""In stretches, what it costs to leave out a node: more than any tree's scores differ."""
 
 
 def best_groups(scores: Sequence[Sequence[float]]) -> list[list[int]]:
@@ -25,47 +38,41 @@ def best_groups(scores: Sequence[Sequence[float]]) -> list[list[int]]:
     Args:
         scores: (n, n) of each pair, the same both ways.
     """
-    made = (_groups_by_sets if len(scores) <= MOST_EXACT else _groups_by_stretches)(scores)
-    return sorted(made)
+    made = _groups_by_sets if len(scores) <= MOST_EXACT else _groups_by_stretches
+    return sorted(made(_numbers(scores, (len(scores), len(scores)))))
 
 
-def _groups_by_sets(scores: Sequence[Sequence[float]]) -> list[list[int]]:
+def _groups_by_sets(scores: _Scores) -> list[list[int]]:
     n = len(scores)
-    inside = [0.0] * (1 << n)
+    inside, best, group = np.zeros(1 << n), np.zeros(1 << n), [0] * (1 << n)
+    parts = _subsets(n)
     for held in range(1, 1 << n):
         rest = held & (held - 1)
-        low = (held ^ rest).bit_length() - 1
-        inside[held] = inside[rest] + sum(scores[low][other] for other in _members(rest))
-    best: list[tuple[float, int]] = [(0.0, 0)] * (1 << n)
-    for held in range(1, 1 << n):
-        rest = held & (held - 1)
-        others, top = rest, (float("-inf"), 0)
-        while True:  # the group of the lowest member: with any of the others
-            group = others | (held ^ rest)
-            top = max(top, (inside[group] + best[held ^ group][0], group))
-            if not others:
-                break
-            others = (others - 1) & rest
-        best[held] = top
+        inside[held] = inside[rest] + scores[_first(held), _members(rest)].sum()
+        groups = parts[rest] | (held ^ rest)  # the group of the first member: with any of the others
+        found = inside[groups] + best[held ^ groups]
+        at = int(found.argmax())
+        best[held], group[held] = found[at], int(groups[at])
     made, held = [], (1 << n) - 1
     while held:
-        made.append(_members(best[held][1]))
-        held ^= best[held][1]
+        made.append(_members(group[held]))
+        held ^= group[held]
     return made
 
 
-def _groups_by_stretches(scores: Sequence[Sequence[float]]) -> list[list[int]]:
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, len(scores) + 1):
-        inside, top = 0.0, (float("-inf"), 0)
-        for begin in range(end - 1, -1, -1):
-            inside += sum(scores[begin][other] for other in range(begin + 1, end))
-            top = max(top, (best[begin][0] + inside, begin))
-        best.append(top)
-    made, end = [], len(scores)
+def _groups_by_stretches(scores: _Scores) -> list[list[int]]:
+    n = len(scores)
+    inside, best, begins = np.zeros(n), np.zeros(n + 1), [0]
+    for end in range(1, n + 1):
+        # What the last of a stretch adds to it, for each first one.
+        inside[: end - 1] += scores[: end - 1, end - 1][::-1].cumsum()[::-1]
+        found = best[:end] + inside[:end]
+        begins.append(int(found.argmax()))
+        best[end] = found[begins[end]]
+    made, end = [], n
     while end:
-        made.append(list(range(best[end][1], end)))
-        end = best[end][1]
+        made.append(list(range(begins[end], end)))
+        end = begins[end]
     return made
 
 
@@ -75,7 +82,11 @@ def best_tree(
     arcs: Sequence[Sequence[Sequence[float]]],
     empty: Sequence[Sequence[float]],
 ) -> tuple[float, Tree]:
-    """The tree with the largest score.
+    """The tree with the largest score among those that leave out the fewest nodes.
+
+    Nodes must be left out where there are more decisions than the conditions have places for, n conditions having n + 1, or where
+    scores of -inf part them from the rest. Who they are is a question of the score as well. They have None for children and are
+    nobody's child.
 
     Args:
         conditions: whether each of n nodes is a condition.
@@ -84,118 +95,168 @@ def best_tree(
         empty: (n, 2) score of an empty leaf there.
 
     Returns:
-        The score and the tree. Without a condition there is one only for a single node: of several decisions the one with the
-        largest score is the tree, and the score is -inf for what is lost.
+        The score and the tree. Of no nodes it is an empty leaf, (NONE, ()), with the score 0. Where every tree has a score of -inf,
+        it is a node alone.
     """
     n = len(conditions)
-    if not any(conditions):
-        root = max(range(n), key=lambda i: roots[i])
-        return (roots[root] if n == 1 else float("-inf")), (root, (None,) * n)
-    made = _by_sets if n <= MOST_EXACT else _by_stretches
-    return made(conditions, roots, arcs, empty)
+    if not n:
+        return 0.0, (NONE, ())
+    made = _by_sets if n <= MOST_EXACT else _by_stretches if n <= MOST_STRETCHES else _from_the_root
+    may = np.array(conditions, dtype=bool)
+    of_root, of_child, of_none = _numbers(roots, (n,)), _numbers(arcs, (n, 2, n)), _numbers(empty, (n, 2))
+    root, children = made(may, of_root, of_child, of_none)
+    if may[root]:
+        children.setdefault(root, (NONE, NONE))
+    sides = [(node, which, child) for node, both in children.items() for which, child in enumerate(both)]
+    score = of_root[root] + sum(of_none[a, which] if c == NONE else of_child[a, which, c] for a, which, c in sides)
+    return float(score), (root, tuple(map(children.get, range(n))))
 
 
-def _by_sets(
-    conditions: Sequence[bool],
-    roots: Sequence[float],
-    arcs: Sequence[Sequence[Sequence[float]]],
-    empty: Sequence[Sequence[float]],
-) -> tuple[float, Tree]:
+def _by_sets(conditions: _Marks, roots: _Scores, arcs: _Scores, empty: _Scores) -> tuple[int, _Children]:
     n = len(conditions)
-    worst = float("-inf")
+    bits, sets, parts = 1 << np.arange(n), np.arange(1 << n), _subsets(n)
+    side = np.empty((1 << n, 2, n))  # the best child of a node on a side, with all the nodes of a set below it
+    below = np.full((1 << n, n), -np.inf)  # the best way to put a set below a node
 
-    @cache
-    def side(parent: int, which: int, held: int) -> tuple[float, int]:
-        """The best child of a node on a side, with all the nodes of a set below it."""
-        if not held:
-            return empty[parent][which], NONE
-        return max((arcs[parent][which][child] + below(child, held & ~(1 << child))[0], child) for child in _members(held))
+    def children(node: Any, which: Any, held: int) -> _Scores:
+        members = _members(held)
+        return arcs[node, which][..., members] + below[held ^ bits[members], members]
 
-    @cache
-    def below(node: int, held: int) -> tuple[float, int]:
-        """The best way to put a set below a node, and what of it goes on the yes side."""
-        if not conditions[node]:
-            return (0.0 if not held else worst), 0
-        best, part = worst, 0
-        yes = held
-        while True:
-            score = side(node, 0, yes)[0] + side(node, 1, held & ~yes)[0]
-            if score > best:
-                best, part = score, yes
-            if not yes:
-                return best, part
-            yes = (yes - 1) & held
+    def splits(node: Any, held: int) -> _Scores:
+        return side[parts[held], 0][:, node] + side[held ^ parts[held], 1][:, node]
 
-    everything = (1 << n) - 1
-    score, root = max((roots[i] + below(i, everything & ~(1 << i))[0], i) for i in range(n))
-    children: list[tuple[int, int] | None] = [None] * n
-    to_do = [(root, everything & ~(1 << root))]
+    side[0], below[0, ~conditions] = empty.T, 0.0
+    for held in range(1 << n):
+        if held:
+            side[held] = children(slice(None), slice(None), held).max(axis=-1).T
+        below[held, conditions] = splits(conditions, held).max(axis=0)
+    trees = np.full((1 << n, n), -np.inf)
+    for node in range(n):
+        held = sets[sets & bits[node] != 0]
+        trees[held, node] = roots[node] + below[held ^ bits[node], node]
+    # Of the sets of which there are trees the largest, of these the one with the best tree.
+    sizes = np.where(np.isfinite(trees.max(axis=1)), (sets[:, None] & bits != 0).sum(axis=1), 0)
+    chosen = int(np.where(sizes == sizes.max(), trees.max(axis=1), -np.inf).argmax())
+    if not sizes[chosen]:
+        return int(roots.argmax()), {}
+    root = int(trees[chosen].argmax())
+    found: _Children = {}
+    to_do = [(root, chosen ^ 1 << root)]
     while to_do:
         node, held = to_do.pop()
         if not conditions[node]:
             continue
-        yes = below(node, held)[1]
-        found = []
-        for which, part in ((0, yes), (1, held & ~yes)):
-            child = side(node, which, part)[1]
-            found.append(child)
+        yes = int(parts[held][splits(node, held).argmax()])
+        both = []
+        for which, part in enumerate((yes, held ^ yes)):
+            both.append(_members(part)[int(children(node, which, part).argmax())] if part else NONE)
+            if part:
+                to_do.append((both[-1], part ^ 1 << both[-1]))
+        found[node] = (both[0], both[1])
+    return root, found
+
+
+def _by_stretches(conditions: _Marks, roots: _Scores, arcs: _Scores, empty: _Scores) -> tuple[int, _Children]:
+    """Each subtree is of nodes i to j - 1, its root anywhere among them, the two sides the stretches before and after a cut.
+
+    Of a stretch whose root is a decision the others are left out; so are all nodes of a stretch in whose place is an empty leaf.
+    """
+    n = len(conditions)
+    side = np.full((n, 2, n + 1, n + 1), -np.inf)  # [p, w, i, j]: the best of i to j - 1 on a side of p
+    below = np.full((n + 1, n + 1, n), -np.inf)  # [i, j, r]: the best of i to j - 1 with the root r
+    side[:, :, range(n + 1), range(n + 1)] = empty[:, :, None]
+
+    def splits(i: int, j: int, root: int) -> list[tuple[int, int, int, int]]:
+        """The yes side and the no side, where they begin and end, of a root that is the first, the last, or between."""
+        rest = [(i, root, root + 1, j)]
+        if root == i:
+            rest = [(i + 1, cut, cut, j) for cut in range(i + 1, j + 1)]
+        elif root == j - 1:
+            rest = [(i, cut, cut, root) for cut in range(i, j)]
+        return [both for a, b, c, d in rest for both in ((a, b, c, d), (c, d, a, b))]
+
+    def scored(root: int, both: Sequence[tuple[int, int, int, int]]) -> _Scores:
+        a, b, c, d = np.array(both).T
+        return side[root, 0, a, b] + side[root, 1, c, d]
+
+    for size in range(1, n + 1):
+        for i in range(n - size + 1):
+            j = i + size
+            inner = np.arange(i + 1, j - 1)
+            below[i, j, inner] = np.maximum(
+                side[inner, 0, i, inner] + side[inner, 1, inner + 1, j], side[inner, 0, inner + 1, j] + side[inner, 1, i, inner]
+            )
+            for root in {i, j - 1}:
+                below[i, j, root] = scored(root, splits(i, j, root)).max()
+            held = np.arange(i, j)
+            below[i, j, held[~conditions[i:j]]] = -_LEFT_OUT * (size - 1)
+            side[:, :, i, j] = np.maximum((arcs[:, :, i:j] + below[i, j, i:j]).max(axis=-1), empty - _LEFT_OUT * size)
+    total = roots + below[0, n]
+    root = int(total.argmax())
+    if not np.isfinite(total[root]):
+        return int(roots.argmax()), {}
+    found: _Children = {}
+    to_do = [(0, n, root)]
+    while to_do:
+        i, j, node = to_do.pop()
+        if not conditions[node]:
+            continue
+        a, b, c, d = (both := splits(i, j, node))[int(scored(node, both).argmax())]
+        children = []
+        for which, (begin, end) in enumerate(((a, b), (c, d))):
+            of = arcs[node, which, begin:end] + below[begin, end, begin:end]
+            child = NONE if begin == end or of.max() < empty[node, which] - _LEFT_OUT * (end - begin) else begin + int(of.argmax())
+            children.append(child)
             if child != NONE:
-                to_do.append((child, part & ~(1 << child)))
-        children[node] = (found[0], found[1])
-    return score, (root, tuple(children))
+                to_do.append((begin, end, child))
+        found[node] = (children[0], children[1])
+    return root, found
+
+
+def _from_the_root(conditions: _Marks, roots: _Scores, arcs: _Scores, empty: _Scores) -> tuple[int, _Children]:
+    """Conditions first, so that there are places for the decisions; each time what adds most over an empty leaf."""
+    gain = np.subtract(arcs, empty[:, :, None], out=np.full(arcs.shape, -np.inf), where=arcs > -np.inf)
+    among = np.flatnonzero(conditions) if conditions.any() else np.arange(len(roots))
+    root = int(among[roots[among].argmax()])
+    free = np.zeros(empty.shape, dtype=bool)  # sides that have no child yet
+    found = {}
+
+    def add(node: int) -> None:
+        if conditions[node]:
+            free[node], found[node] = True, [NONE, NONE]
+
+    add(root)
+    for kind in (conditions, ~conditions):
+        left = kind.copy()
+        left[root] = False
+        while left.any() and free.any():
+            possible = np.where(free[:, :, None] & left, gain, -np.inf)
+            at = int(possible.argmax())
+            if possible.flat[at] == -np.inf:
+                break
+            node, which, child = (int(one) for one in np.unravel_index(at, possible.shape))
+            found[node][which], free[node, which], left[child] = child, False, False
+            add(child)
+    return root, {node: (both[0], both[1]) for node, both in found.items()}
+
+
+def _numbers(scores: Sequence[Any], shape: tuple[int, ...]) -> _Scores:
+    """As an array in which nothing is nan or inf."""
+    return np.nan_to_num(np.array(scores, dtype=np.float64).reshape(shape), nan=-np.inf, posinf=1e30, neginf=-np.inf)
 
 
 def _members(held: int) -> list[int]:
     return [i for i in range(held.bit_length()) if held >> i & 1]
 
 
-def _by_stretches(
-    conditions: Sequence[bool],
-    roots: Sequence[float],
-    arcs: Sequence[Sequence[Sequence[float]]],
-    empty: Sequence[Sequence[float]],
-) -> tuple[float, Tree]:
-    """Each subtree holds nodes i to j - 1, its root anywhere among them, the two sides the stretches before and after a cut."""
-    n = len(conditions)
-    worst = float("-inf")
-    best: dict[tuple[int, int, int], tuple[float, tuple[tuple[int, int, int], tuple[int, int, int]] | None]] = {}
+def _first(held: int) -> int:
+    return (held & -held).bit_length() - 1
 
-    def child(parent: int, which: int, stretch: tuple[int, int]) -> tuple[float, tuple[int, int, int]]:
-        i, j = stretch
-        if i == j:
-            return empty[parent][which], (i, j, NONE)
-        return max((arcs[parent][which][root] + best[i, j, root][0], (i, j, root)) for root in range(i, j))
 
-    def splits(i: int, j: int, root: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """The two stretches below a root, which is the first, the last or between them; either may be the yes side."""
-        if root == i:
-            cuts = [((i + 1, cut), (cut, j)) for cut in range(i + 1, j + 1)]
-        elif root == j - 1:
-            cuts = [((i, cut), (cut, j - 1)) for cut in range(i, j)]
-        else:
-            cuts = [((i, root), (root + 1, j))]
-        return [both for a, b in cuts for both in ((a, b), (b, a))]
-
-    for length in range(1, n + 1):
-        for i in range(n - length + 1):
-            j = i + length
-            for root in range(i, j):
-                if not conditions[root]:
-                    best[i, j, root] = (0.0 if length == 1 else worst), None
-                    continue
-                top: tuple[float, tuple[tuple[int, int, int], tuple[int, int, int]] | None] = (worst, None)
-                for yes, no in splits(i, j, root):
-                    (a, left), (b, right) = child(root, 0, yes), child(root, 1, no)
-                    if a + b > top[0]:
-                        top = (a + b, (left, right))
-                best[i, j, root] = top
-    score, root = max((roots[root] + best[0, n, root][0], root) for root in range(n))
-    children: list[tuple[int, int] | None] = [None] * n
-    to_do = [(0, n, root)]
-    while to_do:
-        at = to_do.pop()
-        both = best[at][1] if at[2] != NONE else None
-        if both is not None:
-            children[at[2]] = (both[0][2], both[1][2])
-            to_do += both
-    return score, (root, tuple(children))
+def _subsets(n: int) -> list[NDArray[np.int64]]:
+    """For each set of n (its members the bits of a number) all sets within it, the smallest number first."""
+    made = [np.zeros(1, dtype=np.int64)]
+    for held in range(1, 1 << n):
+        high = 1 << held.bit_length() - 1
+        made.append(np.concatenate([made[held ^ high], made[held ^ high] | high]))
+    return made

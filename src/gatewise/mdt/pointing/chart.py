@@ -19,28 +19,35 @@ def log_partition(scores: Tensor, lengths: Tensor) -> Tensor:
         scores: (b, n, l, k).
         lengths: (b,), units of each text.
     """
-    made = _by_end(scores.logsumexp(dim=-1))
+    made = _by_end(_summable(scores).logsumexp(dim=-1))
     b, n, most = made.shape
-    total = [scores.new_zeros(b)]
-    for end in range(1, n + 1):
-        reach = min(most, end)
-        before = torch.stack([total[end - length] for length in range(1, reach + 1)], dim=1)
-        inside = made[:, end - 1, :reach] + before
-        total.append(torch.cat([inside, total[-1][:, None]], dim=1).logsumexp(dim=1))
+    if not most:  # no phrase fits: a sum of nothing, which has a gradient all the same
+        return made.sum(dim=(1, 2))
+    total = [made.new_zeros(b)]
+    before = made.new_zeros(
+        b, most
+    )  # [:, i]: of what stands before the last i + 1 units; there is no phrase of more than there are
+    for end in range(n):
+        inside = torch.cat([made[:, end] + before, total[-1][:, None]], dim=1)
+        total.append(inside.logsumexp(dim=1))
+        before = torch.cat([total[-1][:, None], before[:, :-1]], dim=1)
     return torch.stack(total, dim=1).gather(1, lengths[:, None]).squeeze(1)
 
 
 def marginals(scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """The probability of each phrase, (b, n, l, k), and log_partition, (b,)."""
-    with torch.enable_grad():
-        free = scores.detach().requires_grad_()
-        total = log_partition(free, lengths)
+    with torch.inference_mode(False), torch.enable_grad():
+        free = _summable(scores).detach().clone().requires_grad_()
+        total = log_partition(free, lengths.clone())
         (found,) = torch.autograd.grad(total.sum(), free)
     return found, total.detach()
 
 
 def best_phrases(scores: Tensor, lengths: Tensor) -> list[list[tuple[int, int, int]]]:
-    """The parting with the largest score for each text: its phrases as (first unit, unit after the last, kind), in order."""
+    """The parting with the largest score for each text: its phrases as (first unit, unit after the last, kind), in order.
+
+    A phrase has to be better than none: of equal partings it is one that leaves the last units outside.
+    """
     kinds = scores.max(dim=-1)
     values, chosen = _by_end(kinds.values).tolist(), kinds.indices.tolist()
     found = []
@@ -71,4 +78,9 @@ def _by_end(scores: Tensor) -> Tensor:
     for size in range(min(most, n)):  # a phrase of size + 1 units that ends at unit e begins at e - size
         front = scores.new_full((b, size), float("-inf"))
         columns.append(torch.cat([front, scores[:, : n - size, size]], dim=1))
-    return torch.stack(columns, dim=2)
+    return torch.stack(columns, dim=2) if columns else scores[:, :, :0]
+
+
+def _summable(scores: Tensor) -> Tensor:
+    """In float32 or better, and without -inf: where all terms of a sum are -inf, its logarithm has no gradient."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).clamp(min=-1e30)

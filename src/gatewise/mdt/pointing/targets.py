@@ -11,11 +11,13 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from gatewise.mdt.checks import MAX_DEPTH
 from gatewise.mdt.pointing.units import Units
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import RELATIONS, Language, relation_in
-from gatewise.mdt.spans import Span, find, locate_tree
+from gatewise.mdt.spans import find, locate_tree
 from gatewise.mdt.tree import DecisionTree
 
 KINDS: tuple[tuple[str, str], ...] = tuple((relation, role) for relation in RELATIONS for role in "CD")
@@ -24,9 +26,12 @@ SUBJECT = len(KINDS)
 """The kind of a phrase that is the subject of a triple and the object of none."""
 POPULATION, NOBODY = -1, -2
 """In :attr:`Pointed.subjects`: the population; nothing known."""
-EMPTY = -1
-"""In :attr:`Pointed.children`: a leaf without a recommendation."""
+EMPTY, LOST = -1, -2
+"""In :attr:`Pointed.children` EMPTY is a leaf without a recommendation. As :attr:`Pointed.root` it is a tree that is nothing else,
+and LOST is a tree that has no place here."""
 JOINS = ("and", "or")
+_Place = tuple[int, int]
+"""Units: the first, and the one after the last."""
 
 
 @dataclass(frozen=True, order=True)
@@ -53,9 +58,9 @@ class Pointed:
         nodes: for each node the numbers of its mentions in order, the nodes in the order of their own first mentions.
         own: for each mention the node that it is counted to; for a subject -1.
         joins: "and" or "or" for each node; "null" with one mention.
-        root: number of a node; -1 for a tree without any.
-        children: for each node None, or its (yes, no) children: numbers of nodes, or EMPTY.
-        left_out: triples that have no place here.
+        root: number of a node, EMPTY or LOST.
+        children: for each node None, or its (yes, no) children: numbers of nodes, or EMPTY. Nothing where the tree is LOST.
+        left_out: triples of which the object or the subject has no place here.
     """
 
     mentions: tuple[Mention, ...]
@@ -70,112 +75,151 @@ class Pointed:
     @property
     def has_tree(self) -> bool:
         """Whether nodes and tree are whole, so that they can be learnt."""
-        return self.root >= 0
+        return self.root != LOST
 
 
 def pointed_at(record: TreeRecord, units: Units, longest: int = 10**6) -> Pointed:
     """The places of a tree's phrases in its text.
 
-    A triple is left out whose object does not stand in the text, overlaps with one that came before, is of two relations, or is
-    longer than ``longest`` units. Of a tree that loses a whole node by that, only the mentions remain.
-    """
-    tree, located = record.tree, locate_tree(record.text, record.tree)
-    taken: dict[int, tuple[int, int]] = {}  # unit -> the mention that it is of
-    kinds: dict[tuple[int, int], int] = {}
-    in_nodes: dict[tuple[int, int], dict[int, None]] = defaultdict(dict)
-    subject_at: dict[tuple[int, int], tuple[int, int] | int] = {}
+    An object that comes several times is taken where it likeliest is (:func:`gatewise.mdt.spans.locate_tree`), unless it overlaps
+    with another there, or has another relation, role or subject, or is all that two nodes have. Objects that come once go before
+    them, of these such as overlap with fewest others.
 
-    def take(place: tuple[int, int] | None, kind: int) -> bool:
-        """Whether a mention may be here, and is."""
-        if place is None or place[1] - place[0] > longest:
-            return False
-        if kinds.get(place, kind) != kind or any(taken.get(unit, place) != place for unit in range(*place)):
-            return False
+    A triple is left out whose object does not stand in the text, or has no place of at most ``longest`` units left, or whose
+    subject has none. Of a tree that loses a whole node by that, only the mentions remain.
+    """
+    tree, population = record.tree, _plain(record.population)
+    taken: dict[int, _Place] = {}  # unit -> the mention that it is of
+    kinds: dict[_Place, int] = {}
+    held: dict[_Place, list[_Object]] = defaultdict(list)
+
+    def may(place: _Place, kind: int) -> bool:
+        fits = place[1] - place[0] <= longest and kinds.get(place, kind) == kind
+        return fits and all(taken.get(unit, place) == place for unit in range(*place))
+
+    def take(place: _Place, kind: int) -> None:
         kinds[place] = kind
         taken.update(dict.fromkeys(range(*place), place))
-        return True
 
-    left_out = 0
-    subjects: list[tuple[tuple[int, int], Span | None, str]] = []
-    for number, (node, spans) in enumerate(zip(tree.nodes, located, strict=True)):
-        for triple, where in zip(node.triples, spans, strict=True):
-            place = units.of_span(where.object) if where.object else None
-            kind = KINDS.index((relation_in(triple.relation, "en"), node.role))
-            if not take(place, kind):
-                left_out += 1
-                continue
-            assert place is not None
-            in_nodes[place][number] = None
-            subjects.append((place, where.subject, triple.subject))
-    mark = record.text.find("@")
-    for place, span, phrase in subjects:
-        if place in subject_at:
-            continue
-        if mark >= 0 and Span(0, mark) and _plain(phrase) == _plain(record.population):
-            subject_at[place] = POPULATION
-            continue
-        at = units.of_span(span) if span else None
-        if at is not None and (at in kinds or take(at, SUBJECT)):
-            subject_at[place] = at
-        else:
-            at = next((one for one in map(units.of_span, find(record.text, phrase)) if one in kinds), None)
-            subject_at[place] = NOBODY if at is None else at
+    for one in _objects(record, units):
+        possible = [place for place in one.places if may(place, one.kind)]
+        # Beside another subject the triple is lost, but its phrase is still in its node.
+        same = [place for place in possible if all(other.subject == one.subject for other in held.get(place, ()))]
+        for place in (same or possible)[:1]:
+            take(place, one.kind)
+            held[place].append(one)
+    owners = _owners(held)
+    for place, one in [(place, one) for place, here in held.items() for one in here]:
+        free = [other for other in one.places if other not in kinds and may(other, one.kind)]
+        if free and one.node not in owners.values():
+            take(free[0], one.kind)
+            held[place].remove(one)
+            held[free[0]], owners[free[0]] = [one], one.node
+    subjects: dict[_Place, _Place | int] = {}
+    for place, here in held.items():
+        subjects[place] = POPULATION
+        if not units.population or here[0].subject != population:
+            found = [at for at in map(units.of_span, find(record.text, here[0].subject)) if at and at != place]
+            found.sort(key=lambda at: max(at[0] - place[1], place[0] - at[1]))
+            at = next((at for at in found if at in kinds or may(at, SUBJECT)), None)
+            subjects[place] = NOBODY if at is None else at
+            if at is not None and at not in kinds:
+                take(at, SUBJECT)
     mentions = sorted(Mention(*place, kind) for place, kind in kinds.items())
-    number_of = {(one.begin, one.end): i for i, one in enumerate(mentions)}
-    linked = []
-    for one in mentions:
-        subject = subject_at.get((one.begin, one.end), NOBODY)
-        linked.append(subject if isinstance(subject, int) else number_of[subject])
-    return _with_tree(tree, mentions, linked, {number_of[place]: list(nodes) for place, nodes in in_nodes.items()}, left_out)
+    places = [(one.begin, one.end) for one in mentions]
+    linked = [subjects.get(place, NOBODY) for place in places]
+    kept = [one for place, here in held.items() for one in here if subjects[place] != NOBODY and one.subject == here[0].subject]
+    return _with_tree(
+        tree,
+        mentions,
+        [subject if isinstance(subject, int) else places.index(subject) for subject in linked],
+        [sorted({one.node for one in held.get(place, ())}) for place in places],
+        [owners.get(place) for place in places],
+        sum(len(node.triples) for node in tree.nodes) - len(kept),
+    )
+
+
+class _Object(NamedTuple):
+    """A triple: its node, kind and subject, and the places where its object stands, the likeliest first."""
+
+    node: int
+    kind: int
+    subject: str
+    places: list[_Place]
+
+
+def _objects(record: TreeRecord, units: Units) -> list[_Object]:
+    """The triples in the order in which they look for a place."""
+    made = []
+    for number, (node, spans) in enumerate(zip(record.tree.nodes, locate_tree(record.text, record.tree), strict=True)):
+        for triple, where in zip(node.triples, spans, strict=True):
+            likeliest = where.object.start if where.object else 0
+            found = sorted(find(record.text, triple.object), key=lambda span: abs(span.start - likeliest))
+            kind = KINDS.index((relation_in(triple.relation, "en"), node.role))
+            made.append(_Object(number, kind, _plain(triple.subject), [at for at in map(units.of_span, found) if at]))
+    alone = [one.places[0] for one in made if len(one.places) == 1]
+
+    def order(one: _Object) -> tuple[int, int]:
+        first, last = one.places[0] if one.places else (0, 0)
+        return len(one.places), sum(begin < last and first < end for begin, end in alone if (begin, end) != (first, last))
+
+    return sorted(made, key=order)
+
+
+def _owners(held: dict[_Place, list[_Object]]) -> dict[_Place, int]:
+    """A place for each node, none for two, as far as there are such; by augmenting paths."""
+    by_node: dict[int, list[_Place]] = defaultdict(list)
+    for place, here in sorted(held.items()):
+        for node in {one.node for one in here}:
+            by_node[node].append(place)
+    owners: dict[_Place, int] = {}
+
+    def give(node: int, seen: set[_Place]) -> bool:
+        for place in sorted(by_node[node], key=lambda place: place in owners):
+            if place not in seen:
+                seen.add(place)
+                if place not in owners or give(owners[place], seen):
+                    owners[place] = node
+                    return True
+        return False
+
+    for node in sorted(by_node, key=lambda node: len(by_node[node])):
+        give(node, set())
+    return owners
 
 
 def _with_tree(
-    tree: DecisionTree, mentions: list[Mention], subjects: list[int], in_nodes: dict[int, list[int]], left_out: int
+    tree: DecisionTree,
+    mentions: list[Mention],
+    subjects: list[int],
+    in_nodes: list[list[int]],
+    owners: list[int | None],
+    left_out: int,
 ) -> Pointed:
-    # A mention of several nodes is counted to one that would else have none of its own.
-    own_old: dict[int, int] = {}
-    for node, held in sorted(_by_node(in_nodes).items(), key=lambda item: len(item[1])):
-        if (mention := next((one for one in held if one not in own_old), None)) is not None:
-            own_old[mention] = node
-    own_old = {mention: own_old.get(mention, nodes[0]) for mention, nodes in in_nodes.items()}
-    firsts: dict[int, int] = {}
-    for mention, node in sorted(own_old.items()):
-        firsts.setdefault(node, mention)
-    order = sorted(firsts, key=lambda node: firsts[node])
+    """Nodes get their numbers anew, in the order of the text."""
+    owned = [owner if owner is not None else nodes[0] if nodes else -1 for owner, nodes in zip(owners, in_nodes, strict=True)]
+    order = [node for node in dict.fromkeys(owned) if node >= 0]
     new = {node: i for i, node in enumerate(order)}
-    own = tuple(new[own_old[i]] if i in own_old else -1 for i in range(len(mentions)))
-    nodes = tuple(tuple(m for m in sorted(in_nodes) if node in in_nodes[m]) for node in order)
+    nodes = tuple(tuple(m for m, of in enumerate(in_nodes) if node in of) for node in order)
     joins = tuple(tree.nodes[node].logical_rel if len(held) > 1 else "null" for node, held in zip(order, nodes, strict=True))
-    filled = [i for i, node in enumerate(tree.nodes) if not node.is_empty]
+    root = LOST
     children: list[tuple[int, int] | None] = []
-    root = new.get(0, -1) if set(filled) == set(order) else -1
-    for node in order if root >= 0 else ():
-        both = tree.children[node]
-        children.append(None if both is None else (new.get(both[0], EMPTY), new.get(both[1], EMPTY)))
+    if all(node.is_empty or number in new for number, node in enumerate(tree.nodes)):
+        root = new.get(0, EMPTY)
+        for both in (tree.children[node] for node in order):
+            children.append(None if both is None else (new.get(both[0], EMPTY), new.get(both[1], EMPTY)))
+    own = tuple(new.get(node, -1) for node in owned)
     return Pointed(tuple(mentions), tuple(subjects), nodes, own, joins, root, tuple(children), left_out)
 
 
-def _by_node(in_nodes: dict[int, list[int]]) -> dict[int, list[int]]:
-    held: dict[int, list[int]] = defaultdict(list)
-    for mention, nodes in sorted(in_nodes.items()):
-        for node in nodes:
-            held[node].append(mention)
-    return held
-
-
 def tree_of(pointed: Pointed, units: Units, language: Language) -> DecisionTree:
-    """The tree that is pointed at; mentions without a subject are left out, and nodes without a triple are empty leaves.
-
-    A tree without nodes is a single empty leaf.
-    """
+    """The tree that is pointed at; mentions without a subject are left out, and so is what :func:`preorder` does not go to."""
     nodes: list[dict[str, object]] = []
     for at in preorder(pointed):
-        if at == EMPTY:
-            nodes.append({"role": "D", "triples": [], "logical_rel": "null"})
-            continue
-        triples = list(dict.fromkeys(triple for m in pointed.nodes[at] if (triple := triple_of(pointed, m, units, language))))
+        told = [triple_of(pointed, m, units, language) for m in pointed.nodes[at]] if at != EMPTY else []
+        triples = list(dict.fromkeys(triple for triple in told if triple is not None))
         join = pointed.joins[at] if len(triples) > 1 else "null"
-        role = pointed.mentions[pointed.nodes[at][0]].role
+        role = "D" if at == EMPTY or pointed.children[at] is None else "C"
         nodes.append({"role": role, "triples": [list(one) for one in triples], "logical_rel": join})
     return DecisionTree.from_preorder(nodes)
 
@@ -194,13 +238,21 @@ def triple_of(pointed: Pointed, mention: int, units: Units, language: Language) 
 
 
 def preorder(pointed: Pointed) -> Iterator[int]:
-    to_do = [pointed.root]
+    """The numbers of the nodes in the order of :func:`tree_of`, EMPTY for each leaf without a recommendation.
+
+    Such leaves are nodes without a triple, too, whatever is below them, conditions deeper than a tree may be, and a LOST tree.
+    """
+    to_do = [(pointed.root, 1)]
     while to_do:
-        at = to_do.pop()
-        yield at
+        at, depth = to_do.pop()
         both = pointed.children[at] if at >= 0 else None
+        told = at >= 0 and any(pointed.subjects[m] != NOBODY for m in pointed.nodes[at])
+        if not told or (both is not None and depth == MAX_DEPTH):
+            yield EMPTY
+            continue
+        yield at
         if both is not None:
-            to_do += [both[1], both[0]]
+            to_do += [(both[1], depth + 1), (both[0], depth + 1)]
 
 
 def _plain(phrase: str) -> str:
