@@ -16,7 +16,7 @@ from gatewise import mdt
 
 PACKAGE = Path(gatewise.__file__).parent
 # Each may import from those before it, and from the files at the top of mdt.
-ROOMS = ("formats", "documents", "evaluation", "extraction", "training", "review", "commands")
+ROOMS = ("formats", "documents", "evaluation", "extraction", "training", "pointing", "review", "commands")
 
 
 def imported(file: Path) -> list[str]:

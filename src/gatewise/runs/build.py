@@ -17,7 +17,6 @@ from gatewise.errors import GatewiseError
 from gatewise.internals.trainer_device import run_on
 from gatewise.internals.zero import is_asked_for
 from gatewise.losses import base_of
-from gatewise.mdt.pointing.model import HEADS, linear_in_heads
 from gatewise.processes import count
 from gatewise.prompts import SelectivePromptConfig
 from gatewise.routed import RoutedLoraConfig
@@ -88,7 +87,7 @@ def _prompts(recipe: Recipe, base: PreTrainedModel, chosen: Sequence[int] | None
     return SelectivePromptConfig(
         prompt_layers=None if layers is None else list(layers),
         task_type=task_type,
-        **_heads(recipe, base),
+        **_whole(recipe, base),
         **section.model_dump(include=section.keys_of("spt") - {"prompt_layers", "keep"}),
     )
 
@@ -97,12 +96,15 @@ def _task_type(recipe: Recipe) -> str:
     return {"classification": "SEQ_CLS", "text2mdt": "FEATURE_EXTRACTION"}.get(recipe.task, "CAUSAL_LM")
 
 
-def _heads(recipe: Recipe, base: nn.Module) -> dict[str, Any]:
+def _whole(recipe: Recipe, base: nn.Module) -> dict[str, Any]:
     """What PEFT is to train whole, and to put no adapter on; of a classifier it knows by itself."""
-    if recipe.task != "text2mdt":
+    heads = getattr(base, "trained_whole", ())
+    if not heads:
         return {}
-    exclude = [*(recipe.peft.exclude_modules or ()), *linear_in_heads(base)]
-    return {"modules_to_save": [HEADS]} if recipe.method in PROMPTING else {"modules_to_save": [HEADS], "exclude_modules": exclude}
+    own = tuple(f"{name}." for name in heads)
+    linear = [path for path, module in base.named_modules() if isinstance(module, nn.Linear) and path.startswith(own)]
+    excluded = {} if recipe.method in PROMPTING else {"exclude_modules": [*(recipe.peft.exclude_modules or ()), *linear]}
+    return {"modules_to_save": list(heads), **excluded}
 
 
 def _lora(recipe: Recipe, base: PreTrainedModel, steps: int) -> LoraConfig:
@@ -116,7 +118,7 @@ def _lora(recipe: Recipe, base: PreTrainedModel, steps: int) -> LoraConfig:
         "lora_dropout": peft.lora_dropout,
         "init_lora_weights": peft.init_lora_weights,
         "task_type": _task_type(recipe),
-        **_heads(recipe, base),
+        **_whole(recipe, base),
     }
     r = peft.r
     allocation = recipe.allocation

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -26,12 +26,6 @@ from gatewise.inspection.routing import routing_of_rows
 from gatewise.internals.sharding import join, reshard
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.internals.zero import is_asked_for
-from gatewise.mdt.pointing.extractor import PointingExtractor
-from gatewise.mdt.pointing.model import PointingCollator, PointingModel
-from gatewise.mdt.pointing.training import calibrated, pointing_model, read_records
-from gatewise.mdt.pointing.training import measured as measured_trees
-from gatewise.mdt.pointing.training import training_rows as pointing_rows
-from gatewise.mdt.records import TreeRecord
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
 from gatewise.progress import quiet
@@ -140,8 +134,7 @@ def train(
                 model = to_plain_lora(model)
             _measure(recipe, prepared, model, "after", metrics, seconds, progress)
             if recipe.task == "text2mdt":
-                found = calibrated(PointingExtractor(model, prepared.tokenizer), prepared.measured["dev"]).calibration
-                prepared.note["calibration"] = None if found is None else found.to_json()
+                prepared.note["calibration"] = _pointing().calibration(model, prepared.tokenizer, prepared.measured["dev"])
             seconds["total"] = time.monotonic() - started
             log = trainer.state.log_history
 
@@ -258,7 +251,7 @@ class _Prepared:
 
 def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None) -> _Prepared:
     data, pointing = recipe.data, recipe.task == "text2mdt"
-    rows: Records | list[TreeRecord]
+    rows: Any
     rows, measured, template = _read_trees(recipe) if pointing else _read_rows(recipe)
     device = pick_device(recipe.device)
     dtype = torch.float32 if recipe.task == "classification" else pick_dtype(recipe.dtype, device, progress.say)
@@ -281,16 +274,16 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
             f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
         )
 
-    def features(records: Any, swapped: int = 0) -> list[dict[str, Any]]:
+    def features(records: Any, training: bool = False) -> list[dict[str, Any]]:
         if pointing:
             section = recipe.pointing or PointingSection()
-            limits: dict[str, Any] = {"longest": section.longest, "max_length": max_length, "seed": recipe.seed}
-            return pointing_rows(records, tokenizer, swapped=swapped, say=progress.say if swapped else _silent, **limits)
+            copies: dict[str, Any] = {"swapped": section.swapped, "seed": recipe.seed, "say": progress.say} if training else {}
+            return _pointing().training_rows(records, tokenizer, longest=section.longest, max_length=max_length, **copies)
         if recipe.task == "classification":
             return encode_classification(records, tokenizer, max_length=max_length)
         return list(encode(records, tokenizer, template, max_length=max_length))
 
-    train = features(rows, (recipe.pointing or PointingSection()).swapped)
+    train = features(rows, training=True)
     dev = features(measured["dev"])
     held_out: list[dict[str, Any]] = []
     if set_aside := _set_aside(recipe):
@@ -301,7 +294,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
         measured=measured,
         template=template,
         tokenizer=tokenizer,
-        collate=PointingCollator(tokenizer) if pointing else PadCollator(tokenizer),
+        collate=_pointing().PointingCollator(tokenizer) if pointing else PadCollator(tokenizer),
         device=device,
         model=adapted(recipe, base, steps, selection.layers if selection else None),
         base_parameters=base_parameters,
@@ -325,8 +318,8 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
         held_out=held_out,
         fresh_base=fresh_base,
     )
-    if isinstance(base, PointingModel):
-        prepared.note["heads"] = base.heads.settings.to_json()
+    if pointing:
+        prepared.note["heads"] = cast(Any, base).heads.settings.to_json()
     if recipe.method == "spt":
         prepared.note["num_layers"] = int(base.config.get_text_config().num_hidden_layers)
     if recipe.method in ALLOCATING:
@@ -357,17 +350,20 @@ def _read_rows(recipe: Recipe) -> tuple[Records, dict[str, Any], Template | None
     return rows, measured, template
 
 
-def _read_trees(recipe: Recipe) -> tuple[list[TreeRecord], dict[str, Any], None]:
+def _pointing() -> Any:
+    """What runs with task text2mdt take from ``gatewise.mdt``, which all others do without."""
+    from gatewise.mdt.pointing import training
+
+    return training
+
+
+def _read_trees(recipe: Recipe) -> tuple[list[Any], dict[str, Any], None]:
     """Texts with trees: to train on, and to measure on by name."""
-    data = recipe.data
+    data, read_records = recipe.data, _pointing().read_records
     measured = {"dev": read_records(data.dev, data.limit_dev)}
     if data.test is not None:
         measured["test"] = read_records(data.test)
     return read_records(data.train, data.limit_train), measured, None
-
-
-def _silent(_: str) -> None:
-    """For rows that nothing is said of."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -380,7 +376,7 @@ def _base(recipe: Recipe, num_labels: int | None, dtype: torch.dtype) -> PreTrai
     if recipe.task == "text2mdt":
         section = recipe.pointing or PointingSection()
         encoder = load_model(recipe.model, task="encoder", dtype=dtype)
-        return pointing_model(encoder, **section.model_dump(include={"width", "longest", "dropout"}))
+        return _pointing().pointing_model(encoder, **section.model_dump(include={"width", "longest", "dropout"}))
     return load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=dtype)
 
 
@@ -541,7 +537,7 @@ def _measure(
         with progress.counting(f"measuring on {name} {when} training") as count:
             size = recipe.training.eval_batch_size
             if recipe.task == "text2mdt":
-                metrics[name][when] = measured_trees(model, prepared.tokenizer, records, size, count)
+                metrics[name][when] = _pointing().measured(model, prepared.tokenizer, records, size, count)
             else:
                 metrics[name][when] = evaluate(
                     model,

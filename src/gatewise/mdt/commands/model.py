@@ -37,7 +37,7 @@ def loaded(
     adapter: Path, base: str | None, device: str, **settings: Any
 ) -> "Iterator[tuple[Extracts, Callable[[str, int, int], None]]]":
     """The extractor, and what shows its progress on stderr."""
-    from gatewise.mdt.extraction.loading import load_extractor
+    from gatewise.mdt.pointing.loading import load_extractor
     from gatewise.progress import ConsoleProgress, quiet
 
     progress = ConsoleProgress(Console(stderr=True))

@@ -152,7 +152,7 @@ def _add(people: "UserFile | None", name: str, names: list[str] | None) -> None:
 def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extract":
     from rich.console import Console
 
-    from gatewise.mdt.extraction.loading import load_extractor
+    from gatewise.mdt.pointing.loading import load_extractor
     from gatewise.mdt.review import model_extract
     from gatewise.progress import ConsoleProgress, quiet
 

@@ -76,7 +76,10 @@ class PointingHeads(nn.Module):
         self.pair = nn.ModuleList([nn.Linear(d, d), nn.Linear(d, d), nn.Linear(h, d)])
         self.apart = nn.Embedding(_PLACES, d)
         self.same = nn.Sequential(nn.GELU(), self.dropout, nn.Linear(d, 2))  # of one node; the second shares the first
-        self.join = nn.Sequential(nn.Linear(d + h, d), nn.GELU(), self.dropout, nn.Linear(d, len(JOINS)))
+        self.number = nn.Embedding(_PLACES, d)
+        self.around = nn.TransformerEncoderLayer(d, 4, 2 * d, settings.dropout, "gelu", batch_first=True, norm_first=True)
+        self.reading = nn.ModuleDict({name: Reading(h, d) for name in ("pair", "join", "arc")})
+        self.join = nn.Sequential(nn.Linear(2 * d, d), nn.GELU(), self.dropout, nn.Linear(d, len(JOINS)))
         self.root = nn.Sequential(nn.Linear(d, d), nn.GELU(), self.dropout, nn.Linear(d, 1))
         self.parent, self.child, self.between = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(h, d)
         self.order = nn.Embedding(2 * _PLACES, d)
@@ -118,8 +121,7 @@ class PointingHeads(nn.Module):
         made = sum(layer(part) for layer, part in zip(self.mention, parts, strict=True))
         numbers = torch.arange(places.begin.shape[1], device=places.begin.device).clamp(max=_PLACES - 1)
         made = self.dropout(F.gelu(made + self.kind(places.kind) + self.place(numbers)))
-        seen = places.mask | (~places.mask).all(dim=1, keepdim=True)  # without any phrase, attention would have nothing to see
-        return self.among(made, src_key_padding_mask=~seen) * places.mask[..., None]
+        return _attended(self.among, made, places.mask)
 
     # ---- subjects ----
 
@@ -146,19 +148,22 @@ class PointingHeads(nn.Module):
         stretch = units.mean(ends.clamp(max=units.sums.shape[1] - 1), high)
         numbers = torch.arange(m, device=begin.device)
         far = (numbers[:, None] - numbers).abs().clamp(max=_PLACES - 1)
-        logits = self.same(one[:, :, None] + other[:, None] + self.pair[2](stretch) + self.apart(far))
+        both = one[:, :, None] + other[:, None] + self.pair[2](stretch) + self.apart(far)
+        logits = self.same(both + self.reading["pair"](both, units, ends, high))
         symmetric = logits[..., 0] + logits[..., 0].transpose(1, 2)
         return torch.stack([symmetric, logits[..., 1]], dim=-1)
 
     def nodes(self, mentions: Tensor, members: Tensor) -> Tensor:
-        """Nodes as the mean of their phrases: (b, g, d). ``members``: (b, g, m) bool."""
+        """Nodes as the mean of their phrases, which then know of each other: (b, g, d). ``members``: (b, g, m) bool."""
         weights = members.float()
-        return weights @ mentions / weights.sum(dim=-1, keepdim=True).clamp(min=1)
+        made = weights @ mentions / weights.sum(dim=-1, keepdim=True).clamp(min=1)
+        made = made + self.number(torch.arange(made.shape[1], device=made.device).clamp(max=_PLACES - 1))
+        return _attended(self.around, made, members.any(dim=-1))
 
     def joins(self, nodes: Tensor, units: "UnitStates", places: "Places", members: Tensor) -> Tensor:
         """Logits of "and" and "or" for each node: (b, g, 2), of its phrases and of the text from the first to the last of them."""
         first, last = _stretch(members, places)
-        return self.join(torch.cat([nodes, units.mean(first, last)], dim=-1))
+        return self.join(torch.cat([nodes, self.reading["join"](nodes, units, first, last)], dim=-1))
 
     # ---- the tree ----
 
@@ -172,6 +177,7 @@ class PointingHeads(nn.Module):
         a, z = first[:, :, None].expand(b, g, g), first[:, None].expand(b, g, g)
         stretch = units.mean(torch.minimum(a, z), torch.maximum(a, z))
         made = self.parent(nodes)[:, :, None] + self.child(nodes)[:, None] + self.order(order)[None] + self.between(stretch)
+        made = made + self.reading["arc"](made, units, torch.minimum(a, z), torch.maximum(a, z))
         scores = self.arc(made).permute(0, 1, 3, 2)  # (b, g, 2, g)
         impossible = ~(conditions[:, :, None] & mask[:, None] & ~torch.eye(g, dtype=torch.bool, device=nodes.device))
         scores = scores.masked_fill(impossible[:, :, None], float("-inf"))
@@ -205,7 +211,37 @@ class PointingHeads(nn.Module):
         }
 
 
+class Reading(nn.Module):
+    """What a stretch of the text says to a question: attention over its units and ``AROUND`` on either side of it.
+
+    That is where "or", "otherwise" and "if not" stand, which say how phrases go together.
+    """
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(hidden, width), nn.Linear(hidden, width)
+
+    def forward(self, questions: Tensor, units: "UnitStates", begin: Tensor, end: Tensor) -> Tensor:
+        """Questions (b, ..., d) about units ``begin`` to ``end - 1``, (b, ...) each -> (b, ..., d)."""
+        b, d = len(questions), questions.shape[-1]
+        states = (units.first + units.last) / 2
+        scores = self.query(questions).reshape(b, -1, d) @ self.key(states).transpose(1, 2) / d**0.5
+        at = torch.arange(states.shape[1], device=states.device)
+        inside = (at >= begin.reshape(b, -1, 1) - AROUND) & (at < end.reshape(b, -1, 1) + AROUND) & units.places.mask[:, None]
+        # Of a stretch of padding there is nothing to read, and nobody reads what comes of it.
+        inside = inside | ~inside.any(dim=-1, keepdim=True)
+        made = scores.masked_fill(~inside, float("-inf")).softmax(dim=-1) @ self.value(states)
+        return made.reshape(questions.shape)
+
+
+AROUND = 3
 _PLACES = 16
+
+
+def _attended(layer: nn.Module, vectors: Tensor, mask: Tensor) -> Tensor:
+    """A layer of attention among what is no padding; zeros for the rest. A text with nothing of it sees padding."""
+    seen = mask | (~mask).all(dim=1, keepdim=True)
+    return layer(vectors, src_key_padding_mask=~seen) * mask[..., None]
 
 
 def _stretch(members: Tensor, places: "Places") -> tuple[Tensor, Tensor]:

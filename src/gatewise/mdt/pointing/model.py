@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
@@ -33,9 +33,6 @@ from gatewise.mdt.pointing.heads import (
 from gatewise.mdt.pointing.targets import Pointed, pointed_at
 from gatewise.mdt.pointing.units import Units, tokens_of
 from gatewise.mdt.records import TreeRecord
-
-HEADS = "heads"
-"""The heads' place in the model, for PEFT's ``modules_to_save``."""
 
 
 @dataclass
@@ -63,6 +60,8 @@ class PointingModel(PreTrainedModel):
 
     base_model_prefix = "encoder"
     measures_itself = True
+    trained_whole = ("heads",)
+    """What is trained as it is, with no adapter on it: PEFT's ``modules_to_save``."""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -72,7 +71,7 @@ class PointingModel(PreTrainedModel):
     def __init__(self, encoder: PreTrainedModel, settings: HeadSettings) -> None:
         super().__init__(encoder.config)
         if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None  # nobody reads what it makes, and an adapter would be put on it
+            encoder.register_module("pooler", None)  # nobody reads what it makes, and an adapter would be put on it
         self.encoder = encoder
         self.heads = PointingHeads(settings).to(encoder.device)  # in float32, whatever the encoder is in
         self._no_split_modules = encoder._no_split_modules
@@ -222,8 +221,3 @@ class PointingCollator:
             batch["nodes"] = padded([row["nodes"] for row in rows], 4, IGNORED)
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch
-
-
-def linear_in_heads(model: nn.Module) -> list[str]:
-    """Paths of the heads' linear modules: they are trained whole, and no adapter goes on them."""
-    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path.startswith(f"{HEADS}.")]

@@ -1,19 +1,21 @@
 """What a run with ``task: text2mdt`` trains and measures: rows of trees, a model with fresh heads, and how good its trees are."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.extraction.measuring import measure
+from gatewise.mdt.pointing.calibration import fitted
 from gatewise.mdt.pointing.extractor import PointingExtractor
 from gatewise.mdt.pointing.heads import HeadSettings
-from gatewise.mdt.pointing.model import PointingModel, encode_records
+from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_records
 from gatewise.mdt.records import TreeRecord, read_trees
 from gatewise.mdt.samples import NAME, sample
 from gatewise.mdt.training.swapping import swapped_copies
+
+__all__ = ("PointingCollator", "calibration", "measured", "pointing_model", "read_records", "training_rows")
 
 SIDES = {"sample:guideline-trees-train": False, "sample:guideline-trees-dev": True}
 """The two sides of the sample of guideline passages, for recipes that anybody can run: every fifth passage is dev's."""
@@ -46,13 +48,14 @@ def training_rows(
     max_length: int,
     swapped: int = 0,
     seed: int = 0,
-    say: Callable[[str], None],
+    say: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows for a pointing model, those of ``swapped`` copies of each record after them.
 
     Args:
-        longest: units of the longest phrase; triples with a longer one, or with one that does not stand in the text, are left
-        out. max_length: tokens of the longest text; longer ones are left out. say: told how much was left out.
+        longest: units of the longest phrase; triples with a longer one, or with one that does not stand in the text, are left out.
+        max_length: tokens of the longest text; longer ones are left out.
+        say: told in a line how much was left out; None for rows that are only measured on, of which nothing may be left.
 
     Raises:
         GatewiseError: nothing is left.
@@ -60,16 +63,16 @@ def training_rows(
     rows, pointed = encode_records([*records, *swapped_copies(records, swapped, seed=seed)], tokenizer, longest)
     own = pointed[: len(records)]
     lost, triples = sum(one.left_out for one in own), sum(len(set(record.tree.triples)) for record in records)
-    if lost:
-        trees = sum(not one.has_tree and bool(one.mentions) for one in own)
+    if lost and say:
+        trees = sum(not one.has_tree for one in own)
         say(
             f"{lost} of {triples} triples cannot be pointed at (their phrases do not stand in the text, overlap, or are too long)"
             + (f"; {trees} of {len(records)} trees lose a node by that, and teach phrases alone" if trees else "")
         )
     kept = [row for row in rows if len(row["input_ids"]) <= max_length]
-    if len(kept) < len(rows):
+    if len(kept) < len(rows) and say:
         say(f"{len(rows) - len(kept)} of {len(rows)} texts have more than {max_length} tokens and are left out")
-    if not any(row["mentions"] for row in kept):
+    if say and not any(row["mentions"] for row in kept):
         raise GatewiseError("no triple of the training trees can be pointed at: their phrases have to stand in the texts")
     return kept
 
@@ -89,9 +92,7 @@ def measured(
     return {name: values[name] for name in METRICS}
 
 
-def calibrated(extractor: PointingExtractor, records: Sequence[TreeRecord]) -> PointingExtractor:
-    """The extractor with confidence fitted on records that the model was not trained on; as it was if there are too few nodes."""
-    from gatewise.mdt.pointing.calibration import fitted
-
-    logs, right = extractor.judged(records)
-    return replace(extractor, calibration=fitted(logs, right))
+def calibration(model: Any, tokenizer: PreTrainedTokenizerBase, records: Sequence[TreeRecord]) -> dict[str, Any] | None:
+    """Confidence fitted on records that the model was not trained on, for the adapter's note; None if there are too few nodes."""
+    found = fitted(*PointingExtractor(model, tokenizer).judged(records))
+    return None if found is None else found.to_json()
