@@ -55,6 +55,7 @@ def test_the_rest_works_without_the_folder(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "gatewise", ignore=shutil.ignore_patterns("mdt", "__pycache__"))
     code = (
         "from typer.testing import CliRunner; from gatewise.cli.main import app; import gatewise; print(gatewise.__file__);"
+        "import gatewise.runs.run;"
         "[print(CliRunner().invoke(app, words).exit_code) for words in (['--help'], ['train', '--help'], ['mdt'])];"
         "print('mdt' in CliRunner().invoke(app, ['--help']).stdout)"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -104,6 +104,8 @@ def to_plain_lora(model: PeftModel) -> PeftModel:
             lora_dropout=config.lora_dropout,
             target_modules=list(factors),
             task_type=config.task_type,
+            # The trained ones are in the base model now; a classifier's PEFT finds by itself.
+            modules_to_save=None if config.task_type == TaskType.SEQ_CLS else config.modules_to_save,
         ),
     )
     for path, (a, b) in factors.items():

@@ -271,7 +271,7 @@ class PointingSection(Section):
     """
 
     swapped: Annotated[int, Field(ge=0)] = 3
-    width: Count = 128
+    width: Annotated[int, Field(gt=0, multiple_of=4)] = 128
     dropout: Share = 0.2
     longest: Count = 24
 
@@ -472,6 +472,12 @@ def _contradictions_of_pointing(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"is {recipe.method}, whose prompts stand before the text, where a pointing model would point at them: take lora, "
             "alora, pi-lora, milora, dora, adalora or spt",
         )
+    if recipe.searched and (recipe.search or SearchSection()).consistency:
+        yield (
+            "search.consistency",
+            "compares the classes or words that two passes predict, of which a pointing model has none: set it to 0, or name the "
+            "layers in prompts.prompt_layers",
+        )
     for key in ("labels", "train_split", "dev_split", "test_split"):
         if getattr(recipe.data, key) is not None:
             yield f"data.{key}", "is for rows of other tasks: texts with their trees are read from files, so remove the key"
@@ -538,7 +544,7 @@ def _contradictions_of_prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 # Reading and writing YAML ---------------------------------------------------------------------------------------------
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
 _ONE_OF = (("training", ("max_steps", "epochs")), ("search", ("max_steps", "epochs")))
 """Keys of a section of which one alone may be given."""
 
@@ -710,6 +716,7 @@ _EXPECTED = {
     "model_type": "expected a section with keys of its own",
     "model_attributes_type": "expected a section with keys of its own",
     "greater_than": "expected a number above {gt}",
+    "multiple_of": "expected a multiple of {multiple_of}",
     "greater_than_equal": "expected a number of at least {ge}",
     "less_than": "expected a number below {lt}",
     "less_than_equal": "expected a number of at most {le}",

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -274,21 +274,22 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
             f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
         )
 
-    def features(records: Any, training: bool = False) -> list[dict[str, Any]]:
+    def features(records: Any, what: str) -> list[dict[str, Any]]:
         if pointing:
             section = recipe.pointing or PointingSection()
-            copies: dict[str, Any] = {"swapped": section.swapped, "seed": recipe.seed, "say": progress.say} if training else {}
-            return _pointing().training_rows(records, tokenizer, longest=section.longest, max_length=max_length, **copies)
+            copies = {"swapped": section.swapped if what == "data.train" else 0, "seed": recipe.seed}
+            limits: dict[str, Any] = {"longest": section.longest, "max_length": max_length}
+            return _pointing().training_rows(records, tokenizer, what=what, say=progress.say, **limits, **copies)
         if recipe.task == "classification":
             return encode_classification(records, tokenizer, max_length=max_length)
         return list(encode(records, tokenizer, template, max_length=max_length))
 
-    train = features(rows, training=True)
-    dev = features(measured["dev"])
+    train, dev = features(rows, "data.train"), features(measured["dev"], "data.dev")
     held_out: list[dict[str, Any]] = []
     if set_aside := _set_aside(recipe):
         train, held_out = _hold_out(train, set_aside, recipe.seed)
-    base_parameters = sum(p.numel() for p in base.parameters())
+    read: Any = base  # of a pointing model, the part that is no adapter's
+    base_parameters = sum(p.numel() for p in (read.encoder if pointing else read).parameters())
     steps = recipe.training.total_steps(len(train))
     prepared = _Prepared(
         measured=measured,
@@ -319,7 +320,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
         fresh_base=fresh_base,
     )
     if pointing:
-        prepared.note["heads"] = cast(Any, base).heads.settings.to_json()
+        prepared.note["heads"] = read.heads.settings.to_json()
     if recipe.method == "spt":
         prepared.note["num_layers"] = int(base.config.get_text_config().num_hidden_layers)
     if recipe.method in ALLOCATING:

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from gatewise.checks import is_number
+from gatewise.errors import GatewiseError
+
 FEWEST = 20
 """Nodes, below which nothing is fitted."""
 
@@ -39,6 +42,19 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """By name."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, held: Any) -> "Calibration":
+        """What ``to_json`` made.
+
+        Raises:
+            GatewiseError: it is not.
+        """
+        weights: Any = held.get("weights") if isinstance(held, dict) else None
+        numbers = list(weights) if isinstance(weights, list | tuple) else []
+        if len(numbers) != len(cls().weights) or not all(is_number(one) for one in (*numbers, held.get("bias") or 0)):
+            raise GatewiseError("its calibration is not what a run writes")
+        return cls(tuple(numbers), held.get("bias"))
 
 
 def fitted(logs: Sequence[Sequence[float]], right: Sequence[bool], strength: float = 1.0) -> Calibration | None:

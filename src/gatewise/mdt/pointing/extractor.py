@@ -23,15 +23,17 @@ from gatewise.mdt.extraction.extractor import Asked, Extraction, Progress, as_as
 from gatewise.mdt.pointing import decoding
 from gatewise.mdt.pointing.calibration import Calibration
 from gatewise.mdt.pointing.decoding import Found
-from gatewise.mdt.pointing.heads import HeadSettings, UnitStates
-from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_texts
-from gatewise.mdt.pointing.targets import Pointed, pointed_at, preorder, tree_of, triple_of
+from gatewise.mdt.pointing.heads import HeadSettings, PointingHeads, UnitPlaces, UnitStates
+from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_texts, exact
+from gatewise.mdt.pointing.targets import NOTHING, Pointed, pointed_at, preorder, tree_of, triple_of
 from gatewise.mdt.pointing.units import Units
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import Language, relation_in
 from gatewise.mdt.spans import absent_triples
 from gatewise.mdt.tree import DecisionTree, Node, Triple
 
+MOST_PHRASES = 64
+"""Of a text; time and memory grow with their square and more. No published passage has half as many."""
 UNSURE = 0.5
 """A node of less confidence is more likely wrong than right."""
 
@@ -76,7 +78,7 @@ class PointingExtractor:
         Raises:
             GatewiseError: the adapter or its base cannot be read, or it is no adapter of this kind.
         """
-        from gatewise.adapters.files import fingerprint, read_note
+        from gatewise.adapters.files import NOTE_FILE, fingerprint, read_note
         from gatewise.adapters.loading import load_as_trained
 
         note = read_note(Path(adapter))
@@ -84,9 +86,10 @@ class PointingExtractor:
             raise GatewiseError(f"{adapter} does not point at the text: expected an adapter of a run with task: text2mdt")
         try:
             settings = HeadSettings(**note["heads"])
-            calibration = Calibration(**note["calibration"]) if note.get("calibration") else None
-        except (KeyError, TypeError) as error:
-            raise GatewiseError(f"{adapter}/gatewise.json is damaged ({error}): copy it from where it was trained") from error
+            calibration = Calibration.from_json(note["calibration"]) if note.get("calibration") else None
+        except (KeyError, TypeError, GatewiseError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise GatewiseError(f"{Path(adapter) / NOTE_FILE} is damaged ({what}): copy it from where it was trained") from error
         model, tokenizer, loaded = load_as_trained(
             adapter, base=base, device=device, say=say, around=lambda encoder: PointingModel(encoder, settings)
         )
@@ -154,9 +157,10 @@ class PointingExtractor:
         make: Callable[[Asked, Units, Found], Any],
     ) -> list[Any]:
         """What the heads find in each text, from what is given of it, or why nothing can be found."""
-        pointing: PointingModel = base_of(self.model)
+        heads: PointingHeads = base_of(self.model).heads
         collate, device = PointingCollator(self.tokenizer), next(self.model.parameters()).device
-        longest = getattr(pointing.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        positions = getattr(base_of(self.model).config.get_text_config(), "max_position_embeddings", None) or 2**31
+        longest = min(positions, self.tokenizer.model_max_length)  # of RoBERTa, the model's number counts two that are no text's
         made: list[Any] = [None] * len(asked)
         rows: dict[int, dict[str, Any]] = {}
         for i, one in enumerate(asked):
@@ -168,27 +172,18 @@ class PointingExtractor:
             except GatewiseError as error:
                 made[i] = error
         order = sorted(rows, key=lambda i: len(rows[i]["input_ids"]))
-        pointing.eval()
+        self.model.eval()
         for start in range(0, len(order), self.batch_size):
             now = order[start : start + self.batch_size]
             batch = {key: value.to(device) for key, value in collate([rows[i] for i in now]).items()}
-            units = pointing.unit_states(batch)
-            known = [given[i] for i in now]
-            with torch.autocast(device.type, enabled=False):
-                found = self._heads(pointing, units, known)
+            states = self.model(**batch).states
+            with exact(states):
+                found = _found(heads, heads.units(states, UnitPlaces.of(batch["units"])), [given[i] for i in now])
             for i, its in zip(now, found, strict=True):
-                made[i] = make(asked[i], Units.of(asked[i].text), its)
+                made[i] = its if isinstance(its, GatewiseError) else make(asked[i], Units.of(asked[i].text), its)
             if progress:
                 progress("trees", min(start + self.batch_size, len(order)), len(asked))
         return made
-
-    @staticmethod
-    def _heads(pointing: PointingModel, units: UnitStates, given: Sequence[Pointed | None]) -> list[Found]:
-        heads = pointing.heads
-        found = [Found(one) for one in given if one is not None] or decoding.phrases(heads, units)
-        if not any(one.pointed.nodes for one in found):
-            found = decoding.nodes(heads, units, found)
-        return decoding.trees(heads, units, found)
 
     # ---- what was found, as it is given back ----
 
@@ -218,6 +213,23 @@ class PointingExtractor:
     def _nodes(self, asked: Asked, units: Units, found: Found) -> Asked:
         nodes = [node for node in tree_of(found.pointed, units, asked.language).nodes if not node.is_empty]
         return replace(asked, nodes=tuple(nodes))
+
+
+def _found(heads: PointingHeads, units: UnitStates, given: Sequence[Pointed | None]) -> list[Found | GatewiseError]:
+    found = [Found(one) for one in given if one is not None] or decoding.phrases(heads, units)
+    counts = [len(one.pointed.mentions) for one in found]
+    found = [Found(NOTHING) if count > MOST_PHRASES else one for one, count in zip(found, counts, strict=True)]
+    if not any(one.pointed.nodes for one in found):
+        found = decoding.nodes(heads, units, found)
+    made = decoding.trees(heads, units, found)
+    return [_too_many(count) if count > MOST_PHRASES else one for one, count in zip(made, counts, strict=True)]
+
+
+def _too_many(count: int) -> GatewiseError:
+    return GatewiseError(
+        f"{count} phrases of the text would go into its tree, and at most {MOST_PHRASES} can: cut it into passages, or train the "
+        "model longer"
+    )
 
 
 _OF_CONDITIONS = ("clinical manifestation", "basic condition")

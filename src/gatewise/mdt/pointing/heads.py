@@ -26,11 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gatewise.checks import is_number, is_whole
+from gatewise.errors import GatewiseError
 from gatewise.mdt.pointing.chart import log_partition
 from gatewise.mdt.pointing.targets import EMPTY, JOINS, KINDS, NOBODY, SUBJECT, Pointed
 from gatewise.mdt.pointing.units import MOST_INSIDE
 
 IGNORED = -100
+ATTENTION_HEADS = 4
+"""Of the layer in which phrases see each other."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,24 @@ class HeadSettings:
         width: of the heads.
         longest: units of the longest phrase.
         dropout: in training.
+
+    Raises:
+        GatewiseError: a number is out of range.
     """
 
     hidden: int
     width: int = 128
     longest: int = 24
     dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "width", "longest"):
+            if not is_whole(number := getattr(self, name)) or number < 1:
+                raise GatewiseError(f"{name} of the heads is {number!r}: expected a whole number above 0")
+        if self.width % ATTENTION_HEADS:
+            raise GatewiseError(f"width of the heads is {self.width}: expected a multiple of {ATTENTION_HEADS}")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise GatewiseError(f"dropout of the heads is {self.dropout!r}: expected at least 0 and less than 1")
 
     def to_json(self) -> dict[str, Any]:
         """The settings by name."""
@@ -70,7 +86,9 @@ class PointingHeads(nn.Module):
         self.mention = nn.ModuleList([nn.Linear(h, d) for _ in range(3)])
         self.kind = nn.Embedding(len(KINDS) + 1, d)
         self.place = nn.Embedding(_PLACES, d)
-        self.among = nn.TransformerEncoderLayer(d, 4, 2 * d, settings.dropout, "gelu", batch_first=True, norm_first=True)
+        self.among = nn.TransformerEncoderLayer(
+            d, ATTENTION_HEADS, 2 * d, settings.dropout, "gelu", batch_first=True, norm_first=True
+        )
         self.subject_of, self.subject_is = nn.Linear(d, d), nn.Linear(d, d)
         self.population = nn.Linear(h, d)
         self.pair = nn.ModuleList([nn.Linear(d, d), nn.Linear(d, d), nn.Linear(h, d)])

@@ -16,14 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.library_attributes import set_model_name
+from gatewise.internals.library_attributes import attention_implementation, set_model_name
 from gatewise.mdt.pointing.heads import (
     IGNORED,
     Gold,
     HeadSettings,
     PointingHeads,
     UnitPlaces,
-    UnitStates,
     member_rows,
     mention_rows,
     node_rows,
@@ -37,15 +36,17 @@ from gatewise.mdt.records import TreeRecord
 
 @dataclass
 class PointingOutput(ModelOutput):
-    """What the model says of gold trees.
+    """What the model makes of texts.
 
     Attributes:
-        loss: the mean of ``row_losses``.
-        row_losses: (b,) nats, the sum of all heads' losses of each text.
+        loss: the mean of ``row_losses``; None without gold trees.
+        row_losses: (b,) nats, the sum of all heads' losses of each text; None without gold trees.
+        states: (b, t, h), the encoder's last.
     """
 
     loss: Tensor | None = None
     row_losses: Tensor | None = None
+    states: Tensor | None = None
 
 
 class PointingModel(PreTrainedModel):
@@ -55,7 +56,8 @@ class PointingModel(PreTrainedModel):
         encoder: a model without a head, such as ``AutoModel`` loads.
 
     Raises:
-        GatewiseError: attention of the encoder does not look in both directions, whatever mask it is given.
+        GatewiseError: attention of the encoder does not look in both directions, whatever mask it is given, or the encoder is of
+            another width than the heads are made for.
     """
 
     base_model_prefix = "encoder"
@@ -70,6 +72,8 @@ class PointingModel(PreTrainedModel):
 
     def __init__(self, encoder: PreTrainedModel, settings: HeadSettings) -> None:
         super().__init__(encoder.config)
+        if (hidden := int(encoder.config.get_text_config().hidden_size)) != settings.hidden:
+            raise GatewiseError(f"the heads are made for states of {settings.hidden} numbers, but the base model's have {hidden}")
         if getattr(encoder, "pooler", None) is not None:
             encoder.register_module("pooler", None)  # nobody reads what it makes, and an adapter would be put on it
         self.encoder = encoder
@@ -83,70 +87,68 @@ class PointingModel(PreTrainedModel):
                 "give an encoder such as BERT, or a decoder such as Llama, Qwen or Gemma"
             )
 
-    def states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        """The encoder's last states: (b, t, h)."""
-        given: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **batch: Any,
+    ) -> PointingOutput:
+        """The encoder's states of texts, and of a batch with gold trees their losses.
+
+        Args:
+            batch: what :class:`PointingCollator` made beside the tokens.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        mask = _both_ways(attention_mask) if self.whole_mask else attention_mask
-        return _last_states(self.encoder, input_ids, mask, **given)
-
-    def unit_states(self, batch: Mapping[str, Tensor]) -> UnitStates:
-        """What the heads read, of a batch that :class:`PointingCollator` made."""
-        states = self.states(**batch)
-        with _exact(states):
-            return self.heads.units(states, UnitPlaces.of(batch["units"]))
-
-    def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of gold trees by head, (b,) each, see :meth:`PointingHeads.losses`."""
-        states = self.states(**batch)
+        given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = _last_states(self.encoder, input_ids, attention_mask, self.whole_mask, **given)
+        if "mentions" not in batch:
+            return PointingOutput(states=states)
         gold = Gold.of(batch["mentions"], batch["members"], batch["nodes"])
-        with _exact(states):
-            return self.heads.losses(states, UnitPlaces.of(batch["units"]), gold)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **batch: Any) -> PointingOutput:
-        """The losses of gold trees, of a batch that :class:`PointingCollator` made of rows with trees."""
-        given = {} if attention_mask is None else {"attention_mask": attention_mask}
-        made = self.losses({"input_ids": input_ids, **given, **batch})
+        with exact(states):
+            made = self.heads.losses(states, UnitPlaces.of(batch["units"]), gold)
         rows = torch.stack(list(made.values())).sum(dim=0)
-        return PointingOutput(loss=rows.mean(), row_losses=rows)
+        return PointingOutput(loss=rows.mean(), row_losses=rows, states=states)
 
 
-def _exact(states: Tensor) -> torch.autocast:
-    """The heads' sums over partings lose too much in half precision."""
+def exact(states: Tensor) -> torch.autocast:
+    """While open, there is no autocast: the heads' sums over partings lose too much in half precision."""
     return torch.autocast(states.device.type, enabled=False)
 
 
-def _both_ways(attention_mask: Tensor) -> Tensor:
+def _both_ways(attention_mask: Tensor, encoder: PreTrainedModel) -> Tensor:
     """(b, t) -> (b, 1, t, t): every token sees every token but padding, and padding itself, so that no row is without any."""
     t = attention_mask.shape[1]
     seen = attention_mask.bool()[:, None, None, :].expand(-1, 1, t, t)
-    return seen | torch.eye(t, dtype=torch.bool, device=seen.device)
+    seen = seen | torch.eye(t, dtype=torch.bool, device=seen.device)
+    if attention_implementation(encoder) != "eager":
+        return seen
+    # It adds the mask to its scores.
+    return torch.zeros(seen.shape, dtype=encoder.dtype, device=seen.device).masked_fill(~seen, torch.finfo(encoder.dtype).min)
 
 
-def _last_states(encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor, **given: Any) -> Tensor:
-    options: dict[str, Any] = {}
-    if mask.dim() == 4:  # a decoder: it would count positions by a cache
-        options = {"use_cache": False, "position_ids": torch.arange(input_ids.shape[1], device=input_ids.device)[None]}
-    return cast(Tensor, encoder(input_ids=input_ids, attention_mask=mask, **given, **options).last_hidden_state)
+def _last_states(encoder: PreTrainedModel, ids: Tensor, attention_mask: Tensor, whole_mask: bool, **given: Any) -> Tensor:
+    if whole_mask:  # a decoder: it would count positions by a cache
+        attention_mask = _both_ways(attention_mask, encoder)
+        given.update(use_cache=False, position_ids=torch.arange(ids.shape[1], device=ids.device)[None])
+    return cast(Tensor, encoder(input_ids=ids, attention_mask=attention_mask, **given).last_hidden_state)
 
 
 @torch.no_grad()
 def _looks_ahead(encoder: PreTrainedModel, whole_mask: bool) -> bool:
-    """Whether the state of a text's first token depends on its last one."""
-    device = encoder.device
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=device) % encoder.config.get_text_config().vocab_size
-    mask = torch.ones_like(ids)
+    """Whether the state of a text's first token depends on its last one, unless that is padding."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=encoder.device) % encoder.config.get_text_config().vocab_size
+    there = torch.ones_like(ids)
+    padded_mask = torch.tensor([1, 1, 0], device=encoder.device).expand(2, -1)
     training = encoder.training
     try:
-        made = _last_states(encoder.eval(), ids, _both_ways(mask) if whole_mask else mask)
+        all_seen, cut = (_last_states(encoder.eval(), ids, mask, whole_mask)[:, 0] for mask in (there, padded_mask))
     except (RuntimeError, ValueError, TypeError, AttributeError):
         return False
     finally:
         encoder.train(training)
-    return not torch.equal(made[0, 0], made[1, 0])
+    return not torch.equal(all_seen[0], all_seen[1]) and torch.allclose(cut[0], cut[1], atol=1e-6)
 
 
 # ---- rows ----

@@ -78,6 +78,10 @@ class Pointed:
         return self.root != LOST
 
 
+NOTHING = Pointed((), (), (), (), (), -1, ())
+"""Of a text in which nothing is found."""
+
+
 def pointed_at(record: TreeRecord, units: Units, longest: int = 10**6) -> Pointed:
     """The places of a tree's phrases in its text.
 

@@ -10,7 +10,7 @@ from gatewise.mdt.extraction.measuring import measure
 from gatewise.mdt.pointing.calibration import fitted
 from gatewise.mdt.pointing.extractor import PointingExtractor
 from gatewise.mdt.pointing.heads import HeadSettings
-from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_records
+from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_records, encode_texts
 from gatewise.mdt.records import TreeRecord, read_trees
 from gatewise.mdt.samples import NAME, sample
 from gatewise.mdt.training.swapping import swapped_copies
@@ -48,32 +48,47 @@ def training_rows(
     max_length: int,
     swapped: int = 0,
     seed: int = 0,
-    say: Callable[[str], None] | None = None,
+    what: str = "data.train",
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Rows for a pointing model, those of ``swapped`` copies of each record after them.
 
     Args:
-        longest: units of the longest phrase; triples with a longer one, or with one that does not stand in the text, are left out.
+        longest: units of the longest phrase; triples with a longer one, or with one that does not stand in the text, are left
+            out.
         max_length: tokens of the longest text; longer ones are left out.
-        say: told in a line how much was left out; None for rows that are only measured on, of which nothing may be left.
+        what: the records' key in the recipe.
+        say: told how much was left out.
 
     Raises:
         GatewiseError: nothing is left.
     """
-    rows, pointed = encode_records([*records, *swapped_copies(records, swapped, seed=seed)], tokenizer, longest)
-    own = pointed[: len(records)]
-    lost, triples = sum(one.left_out for one in own), sum(len(set(record.tree.triples)) for record in records)
-    if lost and say:
+    readable, faults = [], []
+    for record in records:
+        try:
+            encode_texts([record.text], tokenizer)
+            readable.append(record)
+        except GatewiseError as error:
+            faults.append(f"record {record.number}: {error}")
+    if faults:
+        say(f"{what}: {len(faults)} of {len(records)} texts cannot be read, and are left out ({faults[0]})")
+    rows, pointed = encode_records([*readable, *swapped_copies(readable, swapped, seed=seed)], tokenizer, longest)
+    own = pointed[: len(readable)]
+    lost, triples = sum(one.left_out for one in own), sum(len(set(record.tree.triples)) for record in readable)
+    if lost:
         trees = sum(not one.has_tree for one in own)
         say(
-            f"{lost} of {triples} triples cannot be pointed at (their phrases do not stand in the text, overlap, or are too long)"
-            + (f"; {trees} of {len(records)} trees lose a node by that, and teach phrases alone" if trees else "")
+            f"{what}: {lost} of {triples} triples cannot be pointed at (their phrases do not stand in the text, overlap, or are too"
+            " long)" + (f"; {trees} of {len(readable)} trees lose a node by that, and teach phrases alone" if trees else "")
         )
     kept = [row for row in rows if len(row["input_ids"]) <= max_length]
-    if len(kept) < len(rows) and say:
-        say(f"{len(rows) - len(kept)} of {len(rows)} texts have more than {max_length} tokens and are left out")
-    if say and not any(row["mentions"] for row in kept):
-        raise GatewiseError("no triple of the training trees can be pointed at: their phrases have to stand in the texts")
+    if len(kept) < len(rows):
+        say(f"{what}: {len(rows) - len(kept)} of {len(rows)} texts have more than {max_length} tokens and are left out")
+    if not kept or (what == "data.train" and not any(row["mentions"] for row in kept)):
+        raise GatewiseError(
+            f"of the {len(records)} trees of {what} none is left with a triple: give trees with triples whose phrases stand in"
+            f" their texts, of at most {max_length} tokens (data.max_length)"
+        )
     return kept
 
 
@@ -93,6 +108,9 @@ def measured(
 
 
 def calibration(model: Any, tokenizer: PreTrainedTokenizerBase, records: Sequence[TreeRecord]) -> dict[str, Any] | None:
-    """Confidence fitted on records that the model was not trained on, for the adapter's note; None if there are too few nodes."""
+    """How a pointing model's probabilities become confidence, fitted on records that it was not trained on, for an adapter's note.
+
+    None where there are too few nodes to tell.
+    """
     found = fitted(*PointingExtractor(model, tokenizer).judged(records))
     return None if found is None else found.to_json()
