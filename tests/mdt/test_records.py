@@ -9,7 +9,7 @@ from mdt_trees import TEXT, gout, node, properties, trees
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, TreeRecord, read_trees, write_trees
-from gatewise.mdt.records import outlines_of
+from gatewise.mdt.records import outlined, outlines_of
 
 TREE = DecisionTree.from_preorder(gout())
 
@@ -112,3 +112,27 @@ def test_files_that_cannot_be_read_at_all(tmp_path: Path, name: str, content: An
         read_trees(path)
     with pytest.raises(GatewiseError, match=r"expected \.json"):
         write_trees(tmp_path / "x.csv", [])
+
+
+def test_the_confidence_of_a_tree_is_a_number_or_null_for_each_of_its_nodes() -> None:
+    def of(said: Any) -> Any:
+        return TreeRecord(TEXT, TREE, more={"confidence": said}).confidence
+
+    assert of([0, 0.25, None, 1, None]) == of((0, 0.25, None, 1.0, None)) == (0.0, 0.25, None, 1.0, None)
+    assert TreeRecord(TEXT, TREE).confidence is None
+    faults = ("0.5", True, float("nan"), float("inf"), -0.01, 1.01, 10**400, [0.5], {})
+    for said in (None, 0.5, "high", {}, [], [0.5] * 4, [0.5] * 6, *([0.5, one, None, 1, 0] for one in faults)):
+        assert of(said) is None, said
+
+
+@properties
+@given(trees, st.data())
+def test_what_stands_above_nodes_of_an_outline_does_not_count(tree: DecisionTree, data: st.DataObject) -> None:
+    comments = data.draw(st.lists(st.sampled_from(["", "confidence 41%"]), min_size=len(tree.nodes), max_size=len(tree.nodes)))
+    written = outlined(TreeRecord("a@b", tree), comments)
+    lines = written.split("\n")
+    assert DecisionTree.from_outline(written.partition("\n")[2]) == tree
+    assert sum(line.strip() == "# confidence 41%" for line in lines) == sum(map(bool, comments))
+    heads = [i for i, line in enumerate(lines) if line.strip().startswith(("if", "do", "no recommendation"))]
+    if len(heads) == len(tree.nodes):  # no phrase begins like a head
+        assert [lines[i - 1].strip() == "# confidence 41%" for i in heads] == [bool(one) for one in comments]

@@ -15,6 +15,7 @@ away, ``\n`` and ``\r`` are line breaks. Lines that begin with ``#`` and empty l
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from gatewise.errors import GatewiseError
@@ -28,8 +29,12 @@ _EMPTY = "no recommendation"
 _UNESCAPED = {"\\": "\\", "|": "|", "n": "\n", "r": "\r"}
 
 
-def outline_of(tree: DecisionTree) -> str:
-    """The outline of a tree, ending in a line break."""
+def outline_of(tree: DecisionTree, comments: Sequence[str] = ()) -> str:
+    """The outline of a tree, ending in a line break.
+
+    Args:
+        comments: for each node a line that does not count, to stand above it; empty for none.
+    """
     lines: list[str] = []
     to_do: list[tuple[int | str, int]] = [(0, 0)]
     while to_do:
@@ -39,6 +44,7 @@ def outline_of(tree: DecisionTree) -> str:
             lines.append(f"{pad}{what}:")
             continue
         node = tree.nodes[what]
+        lines += [f"{pad}# {comments[what]}"] if comments and comments[what] else []
         lines += [pad + line for line in _node_lines(node)]
         if (both := tree.children[what]) is not None:
             to_do += [(both[1], depth + 1), ("no", depth), (both[0], depth + 1), ("yes", depth)]

@@ -21,11 +21,13 @@ from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, finite, whole_file
 from gatewise.mdt import checks
-from gatewise.mdt.outline import escaped, split
+from gatewise.mdt.outline import escaped, outline_of, split
 from gatewise.mdt.tree import DecisionTree
 
 SUFFIXES = (".json", ".jsonl", ".txt")
 _OWN_KEYS = ("text", "tree")
+DOUBTFUL = 0.5
+"""A node of less confidence is more likely wrong than right."""
 _DEEPEST = 2 * checks.MAX_DEPTH  # a nested tree among them is well within
 
 
@@ -88,6 +90,14 @@ class TreeRecord:
         they read, where it is known. None where it is not known, or nobody did."""
         return self._object("reviewed")
 
+    @property
+    def confidence(self) -> tuple[float | None, ...] | None:
+        """For each node, in pre-order, how likely it is right as the model gave it, in [0, 1], see
+        :attr:`gatewise.mdt.Extraction.confidence`; None for an empty leaf and a node that a person changed. None as a whole where
+        it is not known."""
+        said = shares(self.more.get("confidence"))
+        return said if said and len(said) == len(self.tree.nodes) else None
+
     def _object(self, key: str) -> dict[str, Any] | None:
         said = self.more.get(key)
         return said if isinstance(said, dict) else None
@@ -99,6 +109,17 @@ class TreeRecord:
     def to_json(self) -> dict[str, Any]:
         """The record in the published format, with its other keys after it."""
         return {"text": self.text, "tree": self.tree.to_preorder(), **self.more}
+
+
+def shares(said: Any) -> tuple[float | None, ...] | None:
+    """A list of numbers in [0, 1] and nulls; None for anything else, which a file may hold as well."""
+
+    def fits(one: Any) -> bool:
+        return one is None or (isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= 1)
+
+    if not isinstance(said, list | tuple) or not all(map(fits, said)):
+        return None
+    return tuple(one if one is None else float(one) for one in said)
 
 
 @dataclass(frozen=True)
@@ -230,7 +251,16 @@ def _check_suffix(suffix: str, name: str) -> None:
 
 def outlines_of(records: Sequence[TreeRecord]) -> str:
     """Records as outlines, each after its text."""
-    return "---\n".join(f"text: {escaped(record.text)}\n{record.tree.to_outline()}" for record in records)
+    return "---\n".join(map(outlined, records))
+
+
+def outlined(record: TreeRecord, comments: Sequence[str] = ()) -> str:
+    """A record as an outline after its text.
+
+    Args:
+        comments: for each node a line that does not count, to stand above it; empty for none.
+    """
+    return f"text: {escaped(record.text)}\n{outline_of(record.tree, comments)}"
 
 
 def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecord, list[str]]:

@@ -343,8 +343,10 @@ def test_a_preparation_that_broke_off_leaves_no_part_of_a_review(gatewise: Gatew
 
 
 def test_trees_with_warnings_keep_them_until_they_are_reviewed(gatewise: Gatewise, tmp_path: Path) -> None:
+    sure = {name: [share, None, 0.5, 0.6, None] for name, share in zip(BOTH, (0.4, 0.9), strict=True)}
     for name in BOTH:
-        held = [{**{k: v for k, v in row.items() if k != "review"}, "warnings": [f"of {name}"], "absent": []} for row in rows(name)]
+        more = {"warnings": [f"of {name}"], "absent": [], "confidence": sure[name]}
+        held = [{**{k: v for k, v in row.items() if k != "review"}, **more} for row in rows(name)]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in held))
     assert gatewise(*BOTH, "--adjudicate", THIRD).exit_code == 0
     assert rows(THIRD) == []
@@ -353,7 +355,8 @@ def test_trees_with_warnings_keep_them_until_they_are_reviewed(gatewise: Gatewis
     assert passage.now.warnings == (f"of {BOTH[0]}",)
     assert passage.beside is not None
     assert passage.beside.warnings == (f"of {BOTH[1]}",)
-    assert "absent" not in passage.more
+    assert [passage.now.confidence, passage.beside.confidence] == [tuple(sure[name]) for name in BOTH]
+    assert not {"absent", "confidence"} & {*passage.more}
     session.close()
 
 

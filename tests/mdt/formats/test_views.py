@@ -6,6 +6,7 @@ import html
 import json
 import re
 import xml.etree.ElementTree as ET
+import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given
 from mdt_trees import TEXT, gout, node, preorders, properties, triple
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt import DecisionTree, TreeRecord, read_trees, render, sample, write_view
+from gatewise.mdt import DecisionTree, TreeRecord, read_trees, render, sample, write_trees, write_view
 from gatewise.mdt.formats.mermaid import mermaid_of
 from gatewise.mdt.formats.svg import drawing_of, place_boxes, width_of, wrap
 from gatewise.mdt.formats.views import FORMATS, ONE_TREE
@@ -366,3 +367,82 @@ def test_the_headings_of_a_passage_are_in_every_view(format: str) -> None:
         assert "Asthma › Renal failure" in shown
     if format not in ("text", "svg", "mermaid"):
         assert more["notes"][0] in shown
+
+
+# How sure a model was of each node ------------------------------------------------------------------------------------
+
+SURE = replace(RECORD, more={"confidence": [0.9, 0.41, 0.72, 0.4999, None]})
+
+
+def test_views_show_the_confidence_of_each_node_and_what_it_means() -> None:
+    said = ["confidence 90%", "confidence 41%, doubtful", "confidence 72%", "confidence 49%, doubtful"]
+    svg = shown(render([SURE], "svg"))
+    assert [line for line in svg if re.match("confidence \\d", line)] == said
+    assert "as measured on dev passages" in " ".join(svg)
+    page = Page(render([SURE], "html"))
+    labels = [attrs["aria-label"] for _, attrs in page.elements if attrs.get("role") == "button"]
+    assert [(label or "").partition(". ")[2] for label in labels] == [*said, ""]
+    assert "as measured on dev passages" in page.text
+    assert not any("style" in attrs for _, attrs in page.elements)
+    bars = [attrs for tag, attrs in page.elements if tag == "rect" and (attrs.get("class") or "").startswith("bar")]
+    wide = [float(one["width"] or 0) for one in page_tracks(page)]
+    assert [float(one["width"] or 0) / whole for one, whole in zip(bars, wide, strict=True)] == pytest.approx(
+        [0.9, 0.41, 0.72, 0.4999]
+    )
+    assert [one["class"] for one in bars] == ["bar faint", "bar warn", "bar faint", "bar warn"]
+    mermaid = render([SURE], "mermaid").split("\n")
+    assert [re.findall(r"<i>confidence ([^<]*)</i>", line) for line in mermaid if re.match(r"  n\d[(\[]", line)] == [
+        ["90#37;"], ["41#37;, doubtful"], ["72#37;"], ["49#37;, doubtful"], []
+    ]  # fmt: skip
+    assert "dev passages" in mermaid[1]
+    lines = [line.strip() for line in render([SURE], "text").split("\n")]
+    assert [(lines[i], lines[i + 1]) for i, line in enumerate(lines) if line.startswith("# confidence")] == [
+        ("# confidence 90%", "if all:"),
+        ("# confidence 41%, doubtful", "do any:"),
+        ("# confidence 72%", "if:"),
+        ("# confidence 49%, doubtful", "do:"),
+    ]
+    assert any("dev passages" in line for line in lines)
+    assert "置信度 41%，存疑" in render([replace(SURE, tree=TREE.in_language("zh"))], "svg")
+
+
+def page_tracks(page: Page) -> list[dict[str, str | None]]:
+    return [attrs for tag, attrs in page.elements if tag == "rect" and attrs.get("class") == "track"]
+
+
+@pytest.mark.parametrize("name", ["text", "svg", "html", "mermaid"])
+def test_no_view_shows_what_is_no_confidence_or_was_approved(name: str) -> None:
+    without = render([RECORD], name)
+    for said in ("high", [0.5], [0.5, 0.5, 2, 0.5, None], [None] * 5):
+        assert render([replace(RECORD, more={"confidence": said})], name) == without
+    approved = {"review": "approved"}
+    assert render([replace(SURE, more={**SURE.more, **approved})], name) == render([replace(RECORD, more=approved)], name)
+
+
+def sheets(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as book:
+        return {name: book.read(name) for name in book.namelist() if not name.startswith("docProps")}
+
+
+def test_json_keeps_confidence_and_what_runs_has_none(tmp_path: Path) -> None:
+    assert json.loads(render([SURE], "json"))[0]["confidence"] == SURE.more["confidence"]
+    for name in ("fhir-r4", "fhir-r5", "dmn"):
+        assert render([SURE], name) == render([RECORD], name)
+    pytest.importorskip("openpyxl")
+    for i, record in enumerate((SURE, RECORD)):
+        write_view([record], "dak", tmp_path / f"{i}.xlsx")
+    assert sheets(tmp_path / "0.xlsx") == sheets(tmp_path / "1.xlsx")
+    for suffix in (".json", ".jsonl"):
+        write_trees(tmp_path / f"x{suffix}", [SURE])
+        assert read_trees(tmp_path / f"x{suffix}").records[0].confidence == SURE.confidence
+
+
+def test_a_confidence_has_room_beside_its_bar() -> None:
+    for record in (SURE, replace(SURE, tree=TREE.in_language("zh"))):
+        found = re.findall(
+            r'x="([\d.]+)" y="[\d.]+" font-size="([\d.]+)"[^>]*>([^<]+)</text><rect class="track" x="([\d.]+)"',
+            render([record], "svg"),
+        )
+        assert len(found) == 4
+        for x, size, text, bar in found:
+            assert float(x) + width_of(text, float(size), bold=True) < float(bar)

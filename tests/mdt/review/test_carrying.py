@@ -320,3 +320,21 @@ def test_a_change_in_a_long_text_is_found() -> None:
     words = [f"w{i}" for i in range(3000)]
     parts = difference(" ".join(words), " ".join([*words[:1500], "5 mg", *words[1501:]]))
     assert [one for one in parts if one[0] != "same"] == [("gone", "w1500"), ("new", "5 mg")]
+
+
+SURE = (0.9, 0.41, 0.72, 0.5, None)
+
+
+def test_how_sure_a_model_was_is_carried_over_for_the_same_text_alone() -> None:
+    old = record(review="corrected", confidence=[0.9, None, 0.72, 0.5, None])
+    (made,), _ = one([TEXT], old)
+    assert made.now.confidence == old.confidence
+    assert "confidence" not in made.more
+    assert made.record().more["confidence"] == list(old.confidence or ())
+    (made,), _ = one([CHANGED], old)
+    assert (made.now.nodes, made.now.confidence) == (gout(), None)
+    # A draft of the newer text has its own, though it is the same tree.
+    newer = replace(passages(CHANGED)[0], now=Version(gout(), "drafted", confidence=SURE))
+    (made,), _ = carry([newer], [old], "old.review.jsonl")
+    assert made.now.confidence == SURE
+    assert carry([made], [old], "old.review.jsonl")[0] == [made]

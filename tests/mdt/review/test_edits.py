@@ -43,6 +43,9 @@ def test_every_edit_keeps_the_tree_whole_and_the_given_nodes_as_they_are(nodes: 
             assert not nodes[at]["triples"] or nodes[at]["role"] == "D"  # it has no triple, or no branches
             continue
         assert nodes == before
+        # What it leaves as it was is the same object: it writes one node anew at most, and adds two.
+        same = [any(one is other for other in nodes) for one in made]
+        assert same.count(False) <= 3
         check_preorder([one["role"] for one in made])
         assert check_shape(made) == made
         drawing_of(drawable(made), "some text", focusable=True)  # every draft can be drawn
@@ -146,3 +149,26 @@ def test_what_does_not_fit_is_refused(edit: str, arguments: dict[str, Any], said
 def test_nodes_that_cannot_be_worked_on_are_refused(nodes: Any) -> None:
     with pytest.raises(GatewiseError):
         check_shape(nodes)
+
+
+@pytest.mark.parametrize(
+    ("edit", "at", "more", "kept"),
+    [
+        ("set_triple", 1, {"triple": 0, "parts": triple("x")}, [0, None, 2, 3, 4]),
+        ("set_triple", 1, {"triple": 0, "parts": [None, None, None]}, [0, 1, 2, 3, 4]),
+        ("add_triple", 3, {}, [0, 1, 2, None, 4]),
+        ("remove_triple", 0, {"triple": 1}, [None, 1, 2, 3, 4]),
+        ("join", 0, {"join": "or"}, [None, 1, 2, 3, 4]),
+        ("join", 0, {"join": "and"}, [0, 1, 2, 3, 4]),
+        ("to_condition", 1, {}, [0, None, None, None, 2, 3, 4]),
+        ("to_decision", 2, {}, [0, 1, None]),
+        ("delete", 2, {}, [0, 1, None]),
+        ("swap", 0, {}, [0, 2, 3, 4, 1]),
+        ("keep_branch", 0, {"side": "false"}, [2, 3, 4]),
+        ("put_above", 2, {"side": "true"}, [0, 1, None, 2, 3, 4, None]),
+    ],
+)
+def test_which_nodes_an_edit_leaves_as_they_were(edit: str, at: int, more: dict[str, Any], kept: list[int | None]) -> None:
+    nodes = gout()
+    made = apply(nodes, edit, {"node": at, **more})
+    assert [next((i for i, one in enumerate(nodes) if one is node), None) for node in made] == kept

@@ -35,7 +35,7 @@ def correct(session: Session, number: int = 1) -> None:
 
 
 def found(*warnings: str) -> Any:
-    return SimpleNamespace(tree=DecisionTree.from_preorder(gout()), warnings=warnings, made_with=None)
+    return SimpleNamespace(tree=DecisionTree.from_preorder(gout()), warnings=warnings, made_with=None, confidence=None)
 
 
 def assert_all_done(extracting: Extracting) -> None:

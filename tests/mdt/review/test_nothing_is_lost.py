@@ -29,7 +29,7 @@ from gatewise.mdt.review import Extracting, Review, Session
 from gatewise.mdt.review.passage import Version
 from gatewise.mdt.review.server import ReviewServer
 from gatewise.mdt.review.session import NOBODY, By, OldPageError
-from gatewise.mdt.review.shown import whole
+from gatewise.mdt.review.shown import overview, whole
 
 OTHER = "children with fever@If the fever lasts, give paracetamol."
 DRAFT = [node("D", triple("rest", "therapeutic schedule"))]
@@ -485,7 +485,7 @@ class Client:
 @pytest.fixture
 def served(session: Session) -> Iterator[Callable[[str], Client]]:
     """served(window) -> a client of a review of two trees."""
-    found = SimpleNamespace(tree=DecisionTree.from_preorder(DRAFT), warnings=(), made_with=None)
+    found = SimpleNamespace(tree=DecisionTree.from_preorder(DRAFT), warnings=(), made_with=None, confidence=None)
     extracting = Extracting(session, lambda *_: found)
     with serving(Review(session, extracting)) as server:
         yield lambda window: Client(server.port, server.url.partition("#token=")[2], window)
@@ -725,4 +725,87 @@ def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path) -> None:
     assert [(one.now.state, one.is_unsaved) for one in again.passages] == [("approved", False)] * 2
     assert [one.version for one in again.passages] == [1, edited + 1]
     assert [row["action"] for row in rows(again)][-4:] == ["save", *["edit"] * edited, "approve", "save"][-4:]
+    again.close()
+
+
+# How sure a model was of each node --------------------------------------------------------------------------------------
+
+SURE = (0.9, 0.41, 0.72, 0.499, None)
+
+
+def test_the_confidence_of_a_node_stays_until_somebody_changes_it(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT)
+    session = Session.open(str(text))
+    found = Extraction(TEXT, DecisionTree.from_preorder(gout()), "en", made_with=MADE, confidence=(0.9, 0.40996, 0.72, 0.499, None))
+    extracting = Extracting(session, lambda *_: found)
+    extracting.ask(session.passages)
+    while extracting.progress():
+        time.sleep(0.01)
+    extracting.end()
+    assert session.passage(1).now.confidence == SURE
+    shown = [one["confidence"] for one in whole(session.passage(1))["nodes"]]
+    assert [one and (one["percent"], one["doubtful"]) for one in shown] == [
+        (90, False), (41, True), (72, False), (49, True), None
+    ]  # fmt: skip
+    assert overview(session)["passages"][0]["least"] == {"percent": 41, "doubtful": True}
+
+    def do(edit: str, **arguments: Any) -> tuple[float | None, ...] | None:
+        session.edit(1, session.passage(1).version, edit, arguments)
+        return session.passage(1).now.confidence
+
+    assert do("swap", node=0) == (0.9, 0.72, 0.499, None, 0.41)
+    assert do("put_above", node=4, side="true") == (0.9, 0.72, 0.499, None, None, 0.41, None)
+    assert do("keep_branch", node=4, side="true") == (0.9, 0.72, 0.499, None, 0.41)
+    assert do("set_triple", node=4, triple=0, parts=triple("ibuprofen", "drug therapy")) == (0.9, 0.72, 0.499, None, None)
+    kept = session.passage(1).now.confidence
+    assert overview(session)["passages"][0]["least"] == {"percent": 49, "doubtful": True}
+    session.undo(1, session.passage(1).version)
+    assert session.passage(1).now.confidence == (0.9, 0.72, 0.499, None, 0.41)
+    session.redo(1, session.passage(1).version)
+    session.approve(1, session.passage(1).version)
+    session.save()
+    assert (session.passage(1).now.confidence, records(session)[0]["confidence"]) == (kept, list(kept or ()))
+    session.put(1, Version(gout(), "drafted", confidence=SURE))  # beside it
+    session.close()
+    again = Session.open(str(text))
+    assert (again.passage(1).now.confidence, again.passage(1).beside.confidence) == (kept, SURE)  # type: ignore[union-attr]
+    again.take(1, again.passage(1).version, extraction=1, replaced=True)
+    assert (again.passage(1).now.confidence, again.passage(1).kept.confidence) == (SURE, kept)  # type: ignore[union-attr]
+    again.close()
+    again.files.history.unlink()
+    third = Session.open(str(text))  # from what was saved alone
+    assert third.passage(1).now.confidence == kept
+    for _ in range(5):  # what remains is a tree that is all a person's
+        third.edit(1, third.passage(1).version, "delete", {"node": 0})
+    assert third.passage(1).now.confidence is None
+    third.close()
+
+
+def test_a_file_brings_confidence_and_what_only_looks_like_it_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "trees.json"
+    held = [list(SURE), "high", {"all": 0.5}, [0.5] * 4, [*SURE[:4], 7]]
+    file.write_text(json.dumps([{"text": f"{TEXT} {i}", "tree": gout(), "confidence": one} for i, one in enumerate(held)]))
+    session = Session.open(str(file))
+    assert [one.now.confidence for one in session.passages] == [SURE, None, None, None, None]
+    for number in range(1, 6):
+        session.approve(number, 0)
+    session.save()
+    # Somebody else's word is theirs; numbers for other nodes than there are would pass for these after an edit.
+    assert [one.get("confidence") for one in records(session)] == [list(SURE), "high", {"all": 0.5}, None, [*SURE[:4], 7]]
+    session.close()
+
+
+@pytest.mark.parametrize("damaged", ["high", [0.5], [2, 0, 0, 0, 0], {}])
+def test_a_confidence_of_the_history_that_is_none_is_left_out(tmp_path: Path, damaged: Any) -> None:
+    file = tmp_path / "trees.json"
+    file.write_text(json.dumps([{"text": TEXT, "tree": gout(), "confidence": list(SURE)}]))
+    session = Session.open(str(file))
+    correct(session, 1, "ibuprofen")
+    session.close()
+    rows = [json.loads(line) for line in session.files.history.read_text().splitlines()]
+    rows[-1]["now"]["confidence"] = damaged
+    session.files.history.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = Session.open(str(file))
+    assert (again.passage(1).now.confidence, again.passage(1).now.state) == (None, "corrected")
     again.close()

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mdt_trees import TEXT, node, triple
 from PIL import Image
 
 from gatewise.errors import GatewiseError
@@ -41,12 +42,18 @@ def tree_of(text: str) -> Any:
     record = next((record for record in sample() if record.text == text), None)
     if record is None:
         return SimpleNamespace(
-            tree=DecisionTree.from_preorder([{"role": "D", "triples": [], "logical_rel": "null"}]), warnings=(), made_with=None
+            tree=DecisionTree.from_preorder([{"role": "D", "triples": [], "logical_rel": "null"}]),
+            warnings=(),
+            made_with=None,
+            confidence=None,
         )
     nodes = record.tree.to_preorder()
     nodes[1]["triples"][0][2] = "paracetamol"
     return SimpleNamespace(
-        tree=DecisionTree.from_preorder(nodes), warnings=("the output was brought to a close before its end",), made_with=None
+        tree=DecisionTree.from_preorder(nodes),
+        warnings=("the output was brought to a close before its end",),
+        made_with=None,
+        confidence=None,
     )
 
 
@@ -801,3 +808,65 @@ def test_controls_have_names(review: Callable[..., Review]) -> None:
             || (one.labels && [...one.labels].some(label => label.textContent.trim())))).map(one => one.outerHTML)"""
     )
     assert nameless == []
+
+
+def test_the_least_sure_come_first_and_a_changed_node_is_nobodys_guess(review: Callable[..., Review], tmp_path: Path) -> None:
+    file = tmp_path / "trees.json"
+    sure = [[0.9, 0.8, 0.7], [0.95, 0.41, 0.3], None, [0.6, 0.9, 0.499]]
+    nodes = [
+        node("C", triple("acute flare")),
+        node("D", triple("rest", "therapeutic schedule")),
+        node("D", triple("ibuprofen", "drug therapy")),
+    ]
+    rows = [{"text": f"{TEXT} {i}", "tree": nodes} | ({"confidence": one} if one else {}) for i, one in enumerate(sure, start=1)]
+    file.write_text(json.dumps(rows))
+    here = review(file)
+    page = here.page
+
+    def listed() -> list[str]:
+        return [text.split("\n")[0] for text in page.locator("#passages button .number").all_inner_texts()]
+
+    page.wait_for_selector("#tree svg")
+    assert listed() == ["1", "2", "3", "4"]
+    assert page.locator("#passages .sure").all_inner_texts() == [
+        "least sure node: 70%", "least sure node: 30%, doubtful", "least sure node: 49%, doubtful"
+    ]  # fmt: skip
+    sync_api.expect(page.locator("#sure")).to_have_text("Least sure of the nodes: node 3 (70%)")
+    # By keyboard: the list of orders is a control like any other.
+    page.focus("#order")
+    page.keyboard.press("ArrowDown")
+    assert page.input_value("#order") == "sure"
+    assert listed() == ["2", "4", "1", "3"]
+    page.click("#open-2")
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 2")
+    assert page.is_disabled("#previous")
+    sync_api.expect(page.locator("#sure")).to_have_text("Doubtful, more likely wrong than right: node 3 (30%), node 2 (41%)")
+    assert (here.node(2).get_attribute("aria-label") or "").endswith(". confidence 41%, doubtful")
+    page.click("#sure button >> nth=1")
+    sync_api.expect(page.locator("#node-sure")).to_contain_text("Confidence 41%: doubtful, more likely wrong than right")
+    assert page.evaluate("document.querySelector('#node-sure meter').value") == 41
+    here.shot("review_confidence")
+    page.fill("#object-0", "colchicine")
+    page.keyboard.press("Enter")
+    here.wait_state("corrected")
+    assert page.locator("#node-sure").count() == 0
+    assert "confidence" not in (here.node(2).get_attribute("aria-label") or "")
+    sync_api.expect(page.locator("#sure")).to_have_text("Doubtful, more likely wrong than right: node 3 (30%)")
+    page.click("#sure button")
+    page.click("#delete")
+    sync_api.expect(page.locator("#sure")).to_have_text("Least sure of the nodes: node 1 (95%)")
+    assert listed() == ["2", "4", "1", "3"]  # nothing moves under who is at work
+    page.click("#approve")
+    here.wait_state("approved")
+    assert page.is_hidden("#sure")
+    assert page.locator("#open-2 .sure").count() == 0
+    page.click("#next")
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 4")
+    page.reload()
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 4")
+    assert (page.input_value("#order"), listed()) == ("sure", ["4", "1", "2", "3"])
+    page.select_option("#order", "place")
+    assert listed() == ["1", "2", "3", "4"]
+    page.select_option("#language", "zh")
+    sync_api.expect(page.locator("#sure")).to_have_text("存疑，更可能是错的：节点 3 (49%)")
+    assert page.locator("#order option").all_inner_texts() == ["按原文顺序", "置信度最低者优先"]

@@ -65,7 +65,7 @@ def calling(folder: Path) -> Iterator[Caller]:
     (folder / "trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
     session = Session.open(str(folder / "trees.json"))
     session.paste("men@Give colchicine to them.")
-    found = SimpleNamespace(tree=DecisionTree.from_preorder(gout()), warnings=("hurried",), made_with=None)
+    found = SimpleNamespace(tree=DecisionTree.from_preorder(gout()), warnings=("hurried",), made_with=None, confidence=None)
     extracting = Extracting(session, lambda text, language, tick: found)
     with serving(Review(session, extracting)) as server:
         yield Caller(server)

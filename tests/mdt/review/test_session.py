@@ -363,7 +363,7 @@ def test_exports(trees: Path) -> None:
 
 
 def extraction(nodes: list[dict[str, Any]], *warnings: str) -> Any:
-    return SimpleNamespace(tree=DecisionTree.from_preorder(nodes), warnings=warnings, made_with=None)
+    return SimpleNamespace(tree=DecisionTree.from_preorder(nodes), warnings=warnings, made_with=None, confidence=None)
 
 
 def wait(extracting: Extracting) -> None:

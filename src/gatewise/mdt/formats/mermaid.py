@@ -26,6 +26,7 @@ def mermaid_of(
     warnings: Sequence[str] = (),
     headings: Sequence[str] = (),
     origin: Sequence[str] = (),
+    confidence: Sequence[float | None] = (),
 ) -> str:
     """The chart's source: a node a line, then the edges, then the looks. The notice is a box of its own.
 
@@ -34,6 +35,7 @@ def mermaid_of(
         warnings: of the extraction, to stand in the box of the notice.
         headings: above the passage in its document, to stand there too.
         origin: where the tree comes from, for comments of the source, which are not drawn.
+        confidence: for each node how likely it is right, in [0, 1]; None where that is not known.
     """
     missing = absent_triples(text, tree) if text.strip() else ()
     words, main = words_for(tree.language), main_subject(tree)
@@ -43,10 +45,13 @@ def mermaid_of(
     about += f"{_escaped(main)}<br/>" if main else ""
     warned = f"<br/>{_escaped(words.warnings)}" if warnings else ""
     warned += "".join(f"<br/>! {_escaped(warning)}" for warning in warnings)
+    sure = [words.sure(one) for one in confidence] or [""] * len(tree.nodes)
+    warned += f"<br/>{_escaped(words.confidence_means)}" if any(sure) else ""
     lines.append(f'  notice["{about}{_escaped(words.notice)}{warned}"]:::notice')
     for i, node in enumerate(tree.nodes):
         opened, closed = ('("', '")') if node.is_condition else ('["', '"]')
-        lines.append(f"  n{i + 1}{opened}{_label(node, main, words, absent)}{closed}:::{kind_of(node)}")
+        beside = f"<br/><i>{_escaped(sure[i])}</i>" if sure[i] else ""
+        lines.append(f"  n{i + 1}{opened}{_label(node, main, words, absent)}{beside}{closed}:::{kind_of(node)}")
     for i, both in enumerate(tree.children):
         if both is not None:
             lines += [f"  n{i + 1} -->|{words.yes}| n{both[0] + 1}", f"  n{i + 1} -.->|{words.no}| n{both[1] + 1}"]

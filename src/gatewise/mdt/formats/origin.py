@@ -38,6 +38,12 @@ def corrector_of(record: TreeRecord) -> str:
     return _text(record.reviewed or {}, "by") if record.more.get("review") == "corrected" else ""
 
 
+def confidence_of(record: TreeRecord) -> tuple[float | None, ...]:
+    """For each node how likely it is right as the model gave it; empty where that is not known, and for a tree that a person
+    approved, who stands for all of it."""
+    return () if record.more.get("review") == "approved" else record.confidence or ()
+
+
 def document_of(record: TreeRecord, words: Words | None = None) -> tuple[str, str] | None:
     """The file of a tree's document, and the place of its passage in it with the whole SHA-256; None where it is of no document."""
     source = _text(record.more, "source")

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.formats.origin import origin_of
+from gatewise.mdt.formats.origin import confidence_of, origin_of
 from gatewise.mdt.formats.svg import drawing_of, main_subject
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
@@ -33,7 +33,10 @@ def page_of(records: Sequence[TreeRecord]) -> str:
         GatewiseError: Jinja2 is not installed (the extra ``mdt``).
     """
     words, several = words_for(records[0].tree.language), len(records) > 1
-    drawings = [drawing_of(one.tree, one.text, focusable=True, prefix=f"record-{i}-") for i, one in enumerate(records, start=1)]
+    drawings = [
+        drawing_of(one.tree, one.text, focusable=True, prefix=f"record-{i}-", confidence=confidence_of(one))
+        for i, one in enumerate(records, start=1)
+    ]
     widths = [f"#record-{i} svg{{min-width:{SMALLEST * one.width:.0f}px}}\n" for i, one in enumerate(drawings, start=1)]
     style, script = content_of(__package__, "page.css") + "".join(widths), content_of(__package__, "marking.js")
     articles = [

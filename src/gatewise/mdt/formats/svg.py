@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gatewise.mdt.formats.words import Words, words_for
+from gatewise.mdt.records import DOUBTFUL
 from gatewise.mdt.relations import Language, relation_in
 from gatewise.mdt.spans import TripleSpans, locate_tree, part_of
 from gatewise.mdt.tree import DecisionTree, Node, Triple
@@ -23,7 +24,7 @@ LINE = 1.32  # of the font size
 FONT = "system-ui,-apple-system,'Segoe UI','Noto Sans','Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif"
 # kind -> fill, border
 COLOURS = {"condition": ("#e8f0fb", "#2f6db5"), "decision": ("#e6f4ea", "#2d7d46"), "nothing": ("#f5f6f7", "#7c8894")}
-INK, FAINT, WARN = "#18222d", "#55636f", "#9a4b00"
+INK, FAINT, WARN, TRACK = "#18222d", "#55636f", "#9a4b00", "#d5dce3"
 YES, NO = "#2d7d46", "#a23b3b"
 # Characters that XML does not allow, not even escaped.
 _NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
@@ -47,7 +48,10 @@ _STYLES = {
     "object": (BODY, True, INK),
     "warn": (SMALL, False, WARN),
     "nothing": (BODY, False, FAINT),
+    "sure": (SMALL, False, FAINT),
+    "doubtful": (SMALL, True, WARN),
 }
+_BAR = (56, 5)  # of a confidence, in pixels
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def drawing_of(
     focusable: bool = False,
     language: Language | None = None,
     prefix: str = "",
+    confidence: Sequence[float | None] = (),
 ) -> Drawing:
     """The drawing of a tree. It has no style attributes, which pages may not allow.
 
@@ -92,11 +97,16 @@ def drawing_of(
         focusable: the drawing is for a page, which has the title and answers to the Tab key: it stops at each box.
         language: of the drawing's own words; None takes the tree's, which one without triples does not tell.
         prefix: begins every id, for a page with several drawings.
+        confidence: for each node how likely it is right, in [0, 1], to stand in its box; None where that is not known.
     """
     words = words_for(language or tree.language)
     main = main_subject(tree)
     spans = locate_tree(text, tree) if text.strip() else None
-    boxes = [_box_lines(node, main, words, text, spans[i] if spans else None) for i, node in enumerate(tree.nodes)]
+    sure = confidence or (None,) * len(tree.nodes)
+    boxes = [
+        [*_box_lines(node, main, words, text, spans[i] if spans else None), *_sure_lines(sure[i], words)]
+        for i, node in enumerate(tree.nodes)
+    ]
     sizes = [(float(BOX), _height(lines)) for lines in boxes]
     places = place_boxes(tree, sizes, GAP)
     across = max(place.x + place.width for place in places)
@@ -105,7 +115,8 @@ def drawing_of(
     top = MARGIN + (len(title) * TITLE * LINE + 14 if title else 0)
     places = [Place(p.x + (width - across) / 2, p.y + top, p.width, p.height) for p in places]
     bottom = max(place.y + place.height for place in places)
-    legend, height = _legend(words, main, headings, warnings, bottom + 30, width)
+    means = words.confidence_means if any(one is not None for one in sure) else ""
+    legend, height = _legend(words, main, headings, warnings, means, bottom + 30, width)
     described = " ".join([words.notice, *(f"{phrase}." for phrase in origin)])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
@@ -119,7 +130,7 @@ def drawing_of(
         parts.append(_text(line, MARGIN, y, TITLE, True, INK, "ink"))
     parts += [_edges(places[i], places[both[0]], places[both[1]], words) for i, both in enumerate(tree.children) if both]
     for i, node in enumerate(tree.nodes):
-        parts.append(_box(i, node, boxes[i], places[i], words, focusable, prefix))
+        parts.append(_box(i, node, boxes[i], places[i], words, focusable, prefix, sure[i]))
     return Drawing("".join([*parts, *legend, "</svg>\n"]), width)
 
 
@@ -161,6 +172,12 @@ def _box_lines(node: Node, main: str, words: Words, text: str, spans: list[Tripl
     return lines
 
 
+def _sure_lines(confidence: float | None, words: Words) -> list[_Line]:
+    if confidence is None:
+        return []
+    return [_Line(words.sure(confidence), "doubtful" if confidence < DOUBTFUL else "sure", None, 6)]
+
+
 def _wrapped(text: str, style: str, triple: int, before: float) -> list[_Line]:
     size, bold, _ = _STYLES[style]
     lines = wrap(text, BOX - 2 * PAD, size, bold)
@@ -171,10 +188,13 @@ def _height(lines: list[_Line]) -> float:
     return 2 * PAD - 6 + sum(_STYLES[line.style][0] * LINE + line.before for line in lines)
 
 
-def _box(i: int, node: Node, lines: list[_Line], place: Place, words: Words, focusable: bool, prefix: str) -> str:
+def _box(
+    i: int, node: Node, lines: list[_Line], place: Place, words: Words, focusable: bool, prefix: str, confidence: float | None
+) -> str:
     kind = kind_of(node)
     fill, border = COLOURS[kind]
     spoken = words.nothing if node.is_empty else words.head(node) + ": " + words.comma.join(map(str, node.triples))
+    spoken += "" if confidence is None else f". {words.sure(confidence)}"
     tab = f' tabindex="0" role="button" aria-label="{_escaped(spoken)}"' if focusable else ""
     radius, dashes = (16 if kind == "condition" else 4), (' stroke-dasharray="5 4"' if kind == "nothing" else "")
     parts = [
@@ -197,11 +217,21 @@ def _box(i: int, node: Node, lines: list[_Line], place: Place, words: Words, foc
         if kind == "nothing":
             parts.append(_text(line.text, place.middle, baseline, size, bold, colour, "faint", anchor="middle"))
         else:
-            name = {"object": "ink", "warn": "warn", "avoid": "no"}.get(line.style, "faint")
+            name = {"object": "ink", "warn": "warn", "avoid": "no", "doubtful": "warn"}.get(line.style, "faint")
             parts.append(_text(line.text, place.x + PAD, baseline, size, bold, colour, name))
+            if confidence is not None and line.style in ("sure", "doubtful"):
+                parts.append(_bar(confidence, place.x + place.width - PAD, baseline - 1, colour, name))
     parts.append("</g>" if open_triple is not None else "")
     number = _text(str(i + 1), place.x + place.width - PAD, place.y + PAD + HEAD * 0.8, SMALL, False, FAINT, "faint", anchor="end")
     return "".join([*parts, number if kind != "nothing" else "", "</g>"])
+
+
+def _bar(confidence: float, right: float, bottom: float, colour: str, name: str) -> str:
+    """A bar that a confidence fills, ending at ``right``."""
+    wide, high = _BAR
+    at = f'x="{right - wide:g}" y="{bottom - high:g}" height="{high}" rx="2"'
+    filled = f'<rect class="bar {name}" {at} width="{wide * confidence:g}" fill="{colour}"/>'
+    return f'<rect class="track" {at} width="{wide}" fill="{TRACK}"/>{filled}'
 
 
 def _edges(parent: Place, yes: Place, no: Place, words: Words) -> str:
@@ -229,9 +259,10 @@ def _edges(parent: Place, yes: Place, no: Place, words: Words) -> str:
 
 
 def _legend(
-    words: Words, main: str, headings: Sequence[str], warnings: Sequence[str], y: float, width: float
+    words: Words, main: str, headings: Sequence[str], warnings: Sequence[str], means: str, y: float, width: float
 ) -> tuple[list[str], float]:
-    """The legend, the headings, the warnings and the notice under the drawing, and the height of the whole."""
+    """What stands under the drawing: the legend, the headings, what a confidence means, the warnings and the notice; and the height
+    of the whole."""
     parts = ['<g class="legend">']
     x = float(MARGIN)
     for kind, word in (("condition", words.condition), ("decision", words.decision), ("nothing", words.nothing)):
@@ -253,6 +284,7 @@ def _legend(
     y += 14
     about = wrap(f"{words.headings}: {' › '.join(headings)}", width - 2 * MARGIN, SMALL) if headings else []
     about += wrap(f"{words.about}: {main}", width - 2 * MARGIN, SMALL) if main else []
+    about += wrap(means, width - 2 * MARGIN, SMALL) if means else []
     for line in about:
         y += SMALL * 1.5
         parts.append(_text(line, MARGIN, y, SMALL, False, FAINT, "faint"))

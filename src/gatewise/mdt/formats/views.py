@@ -11,12 +11,12 @@ from gatewise.files import finite, whole_file
 from gatewise.mdt.formats import cpg, tables
 from gatewise.mdt.formats.fhir import bundle_of
 from gatewise.mdt.formats.mermaid import mermaid_of
-from gatewise.mdt.formats.origin import origin_of
+from gatewise.mdt.formats.origin import confidence_of, origin_of
 from gatewise.mdt.formats.page import page_of
 from gatewise.mdt.formats.svg import drawing_of
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.outline import escaped
-from gatewise.mdt.records import TreeRecord, outlines_of
+from gatewise.mdt.records import TreeRecord, outlined
 from gatewise.mdt.spans import Span, TripleSpans, absent_triples, locate_tree, part_of
 from gatewise.mdt.tree import Triple
 
@@ -71,7 +71,12 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
 
 def _around(record: TreeRecord) -> dict[str, Any]:
     """What stands around the drawing of a tree, or in it unseen."""
-    return {"warnings": record.warnings, "headings": record.headings, "origin": origin_of(record)}
+    return {
+        "warnings": record.warnings,
+        "headings": record.headings,
+        "origin": origin_of(record),
+        "confidence": confidence_of(record),
+    }
 
 
 def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
@@ -101,15 +106,18 @@ def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> 
 
 
 def _with_comments(records: Sequence[TreeRecord]) -> str:
-    """Outlines, each followed by where it comes from, its warnings and what is not in its text, in lines that do not count."""
+    """Outlines with what does not count as comments: above each node how sure the model was of it, and after the outline where it
+    comes from, its warnings and what is not in its text."""
     made = []
     for record in records:
         missing = absent_triples(record.text, record.tree) if record.text.strip() else ()
         words = words_for(record.tree.language)
-        comments = [escaped(phrase) for phrase in origin_of(record, words)]
+        sure = [words.sure(one) for one in confidence_of(record)]
+        comments = [words.confidence_means] if any(sure) else []
+        comments += [escaped(phrase) for phrase in origin_of(record, words)]
         comments += [f"{words.warnings}: {escaped(warning)}" for warning in record.warnings]
         comments += [f"{escaped(words.why_absent(record.text, triple))}: {' | '.join(map(escaped, triple))}" for triple in missing]
-        made.append(outlines_of([record]) + "".join(f"# {comment}\n" for comment in comments))
+        made.append(outlined(record, sure) + "".join(f"# {comment}\n" for comment in comments))
     return "---\n".join(made)
 
 

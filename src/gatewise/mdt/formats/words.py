@@ -1,7 +1,9 @@
 """What the views say besides the tree itself, in English and Chinese."""
 
+import math
 from dataclasses import dataclass
 
+from gatewise.mdt.records import DOUBTFUL
 from gatewise.mdt.relations import Language
 from gatewise.mdt.spans import find, part_of
 from gatewise.mdt.tree import Node, Triple
@@ -38,6 +40,9 @@ class Words:
     hint: str
     records: str
     comma: str
+    confidence: str
+    doubtful: str
+    confidence_means: str
     heads: dict[tuple[str, str], str]
     joins: dict[str, str]
     origin: dict[str, str]
@@ -45,6 +50,13 @@ class Words:
     def head(self, node: Node) -> str:
         """What stands over the triples of a node."""
         return self.heads[node.role, node.logical_rel]
+
+    def sure(self, confidence: float | None) -> str:
+        """How likely a node is right: "confidence 41%, doubtful"; empty where that is not known."""
+        if confidence is None:
+            return ""
+        said = self.confidence.format(percent=percent(confidence))
+        return f"{said}{self.comma}{self.doubtful}" if confidence < DOUBTFUL else said
 
     def part(self, phrase: str, whole: str) -> str:
         """That a phrase stands in the text only as part of other words: "'20 mg' stands ... only as part of '10-20 mg'"."""
@@ -80,6 +92,9 @@ _ENGLISH = Words(
     hint="Point at a box, or go to it with the Tab key, to see its phrases in the text; or the other way round.",
     records="Records",
     comma=", ",
+    confidence="confidence {percent}%",
+    doubtful="doubtful",
+    confidence_means="Confidence is how likely the model's node is right, as measured on dev passages; below 50% it is doubtful.",
     heads={
         ("C", "null"): "If",
         ("C", "and"): "If all of these",
@@ -125,6 +140,9 @@ _CHINESE = Words(
     hint="指向一个方框，或用 Tab 键选中它，即可在原文中看到对应词语；反之亦然。",
     records="记录",
     comma="，",
+    confidence="置信度 {percent}%",
+    doubtful="存疑",
+    confidence_means="置信度表示模型给出的节点正确的可能性，由开发集段落测得；低于 50% 标为存疑。",
     heads={
         ("C", "null"): "如果",
         ("C", "and"): "如果同时满足",
@@ -148,6 +166,11 @@ _CHINESE = Words(
         "version": "，gatewise {version}",
     },
 )
+
+
+def percent(confidence: float) -> int:
+    """A confidence in whole percent, never more than it is: 0.499 is 49 and not the 50 from which on a node is not doubtful."""
+    return math.floor(round(100 * confidence, 6))
 
 
 def words_for(language: Language) -> Words:

@@ -183,8 +183,9 @@ def _gone(records: Sequence[TreeRecord], found: Sequence[Match]) -> list[TreeRec
 def _old(passage: Passage, record: TreeRecord, same: bool, source: str) -> tuple[Version, dict[str, Any]]:
     """An older tree in the state that it has for a newer passage, and what is said of where it comes from."""
     version = version_of(record, "drafted")
-    if not same:
-        version = version._replace(state="drafted", reviewed=None)
+    if not same:  # how sure a model was of the old tree, it was for the old text
+        sure = passage.now.confidence if passage.now.nodes == version.nodes else None
+        version = version._replace(state="drafted", reviewed=None, confidence=sure)
     origin: dict[str, Any] = {"from": source}
     origin |= {key: record.more[key] for key in ("sha256", "place") if isinstance(record.more.get(key), str)}
     if _plain(record.text) != _plain(passage.text):

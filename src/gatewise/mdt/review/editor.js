@@ -20,6 +20,7 @@ export function showEditor(place, passage, at, { ask, phrase }) {
   const condition = node.role === "C";
   const parts = [
     element("h2", { text: tr("Node {number}", { number: at + 1 }) }, element("small", { text: ` ${whereIs(passage, at)}` })),
+    node.confidence ? sure(node.confidence) : null,
     kinds(node, at, edit),
     node.triples.length > 1 ? joins(node, at, edit) : null,
     ...node.triples.map((triple, i) => card(passage, at, i, triple, edit, phrase)),
@@ -34,6 +35,16 @@ export function showEditor(place, passage, at, { ask, phrase }) {
   place.replaceChildren(...parts.filter(Boolean));
   replacing = false;
   giveBack(place, held, passage);
+}
+
+// How sure the model was of the node, which nobody has changed since.
+function sure({ percent, doubtful }) {
+  return element("div", { id: "node-sure", class: doubtful ? "warn" : null },
+    element("p", { text: doubtful ? tr("Confidence {percent}%: doubtful, more likely wrong than right", { percent })
+      : tr("Confidence {percent}%", { percent }) }),
+    element("meter", { min: 0, max: 100, value: percent, "aria-hidden": "true" }),
+    element("p", { class: "hint",
+      text: tr("How likely the model's node is right, as measured on dev passages. It goes when you change the node.") }));
 }
 
 function whereIs(passage, at) {

@@ -72,7 +72,8 @@ def check_shape(nodes: Any) -> Nodes:
 
 
 def apply(nodes: Nodes, edit: str, arguments: Mapping[str, Any], language: Language = "en") -> Nodes:
-    """The nodes after an edit; the given ones stay as they are.
+    """The nodes after an edit; the given ones stay as they are. Those that it does not change are the very objects that were given,
+    wherever they stand now.
 
     Args:
         edit: a key of ``EDITS``.
@@ -86,11 +87,12 @@ def apply(nodes: Nodes, edit: str, arguments: Mapping[str, Any], language: Langu
         raise GatewiseError(f"the edit is {checks.shown(edit)}: expected one of {', '.join(EDITS)}")
     function, wanted = EDITS[edit]
     at = _number(arguments, "node", len(nodes), "node")
-    copy = [{**node, "triples": [list(triple) for triple in node["triples"]]} for node in nodes]
-    made = function(copy, at, *(_READERS[name](arguments, copy[at], language) for name in wanted))
+    own = {**nodes[at], "triples": [list(triple) for triple in nodes[at]["triples"]]}  # the only one that an edit writes into
+    made = function([*nodes[:at], own, *nodes[at + 1 :]], at, *(_READERS[name](arguments, own, language) for name in wanted))
     if len(made) > _MOST_NODES or any(len(node["triples"]) > _MOST_TRIPLES for node in made):
         raise GatewiseError(f"the tree would have more than {_MOST_NODES} nodes, or a node more than {_MOST_TRIPLES} triples")
-    return [_joined(node) for node in made]
+    now = _joined(own)
+    return [(nodes[at] if now == nodes[at] else now) if node is own else node for node in made]
 
 
 # ---- edits at a node ----

@@ -148,7 +148,8 @@ class Extracting:
             found = self.extract(passage.text, self.language, self._tick)
             warnings = found.warnings if found.tree.triples else (*found.warnings, NOTHING_FOUND)
             made_with = None if found.made_with is None else dict(found.made_with)
-            version = Version(found.tree.to_preorder(), "drafted", tuple(warnings), extraction=made_with)
+            sure = found.confidence and tuple(one if one is None else round(one, 3) for one in found.confidence)
+            version = Version(found.tree.to_preorder(), "drafted", tuple(warnings), extraction=made_with, confidence=sure)
             self.session.put(asked.number, version, asked.version, asked.by)
         except CancelledError:
             return None

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.files import JsonLines
-from gatewise.mdt.records import TreeRecord, read_trees, write_trees
+from gatewise.mdt.records import TreeRecord, read_trees, shares, write_trees
 from gatewise.mdt.review.edits import check_shape
 from gatewise.mdt.review.passage import STATES, Passage, Version
 
@@ -264,7 +264,13 @@ def _version(version: Version | None) -> dict[str, Any] | None:
     if version is None:
         return None
     made: dict[str, Any] = {"tree": version.nodes, "state": version.state, "warnings": list(version.warnings)}
-    more = {"extraction": version.extraction, "reviewed": version.reviewed, "approved": _version(version.approved)}
+    sure = None if version.confidence is None else list(version.confidence)
+    more = {
+        "confidence": sure,
+        "extraction": version.extraction,
+        "reviewed": version.reviewed,
+        "approved": _version(version.approved),
+    }
     made |= {name: value for name, value in more.items() if value is not None}
     return made | ({"of": version.of} if version.of else {})
 
@@ -299,6 +305,9 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
         _object(held.get("reviewed")),
         str(held.get("of", "")),
     )
+    confidence = shares(held.get("confidence"))
+    if nodes is not None and confidence is not None and len(confidence) == len(nodes):
+        made = made._replace(confidence=confidence)
     approved = held.get("approved")
     if approved is None or made.state == "approved":
         return made

@@ -18,6 +18,7 @@ let phrase = ""; // words selected in the text
 let fit = false; // show the whole tree, however small
 let timer = 0;
 let drawn = ""; // the session as the page shows it
+let order = sessionStorage.getItem("gatewise-review-order") || "place"; // of the list: "place", or "sure" for the least sure first
 let news = null; // what others did to the passage that is shown, as long as it is shown as it was before
 
 // ---- asking ----
@@ -281,12 +282,30 @@ function chip(line) {
   return element("span", { class: `chip ${kind}`, text: word });
 }
 
+// The least confidence of each passage as the model's tree had it, so that nothing moves in the list while somebody corrects it.
+const leasts = new Map();
+
+function ordered() {
+  for (const { number, state, least } of session.passages) {
+    if (state === "empty" || state === "drafted" || !leasts.has(number)) leasts.set(number, least ? least.percent : 101);
+  }
+  if (order !== "sure") return session.passages;
+  return [...session.passages].sort((one, other) => leasts.get(one.number) - leasts.get(other.number));
+}
+
+// A percentage, and in words that it is a low one.
+function saidOfSure({ percent, doubtful }) {
+  return doubtful ? tr("{percent}%, doubtful", { percent }) : `${percent}%`;
+}
+
 function showList() {
+  const lines = ordered();
+  at("order").hidden = !session.passages.some(one => one.least);
   const done = session.passages.filter(one => one.state === "approved").length;
   const count = session.passages.length;
   at("counts").textContent = count ? tr("{done} of {count} approved", { done, count }) : "";
   const focused = document.activeElement && document.activeElement.id;
-  at("passages").replaceChildren(...session.passages.map(line => element("li", {},
+  at("passages").replaceChildren(...lines.map(line => element("li", {},
     element("button", {
       type: "button", id: `open-${line.number}`, "aria-current": passage && passage.number === line.number && "true",
       onclick: () => open(line.number),
@@ -295,7 +314,10 @@ function showList() {
     element("span", { class: "about" }, line.title && element("b", { text: line.title }), element("span", { text: line.begins }),
       line.reviewed && line.reviewed.by && element("span", { class: "by", text: line.reviewed.by, title: saidOfReviewed(line) })),
     element("span", { class: "marks" }, chip(line),
-      line.unsaved && element("span", { class: "dot", title: tr("not saved"), text: "●" }))))));
+      line.unsaved && element("span", { class: "dot", title: tr("not saved"), text: "●" })),
+    // Who approved a tree stands for all of its nodes.
+    line.least && line.state !== "approved" && element("span", { class: line.least.doubtful ? "sure warn" : "sure",
+      text: tr("least sure node: {sure}", { sure: saidOfSure(line.least) }) })))));
   if (focused && focused.startsWith("open-") && at(focused)) at(focused).focus({ preventScroll: true });
 }
 
@@ -376,6 +398,7 @@ function showTree() {
   at("approve").textContent = approved ? tr("Approved ✓") : tr("Approve");
   at("approve").setAttribute("aria-pressed", String(approved));
   showValidity();
+  showSure();
   at("kept").hidden = !passage.kept;
   showBeside();
   at("warnings").hidden = !passage.warnings.length;
@@ -386,7 +409,7 @@ function showTree() {
 
 // What the tree's head has from the other passages.
 function showPlace() {
-  const place = session.passages.findIndex(one => one.number === passage.number);
+  const place = ordered().findIndex(one => one.number === passage.number);
   at("previous").disabled = place <= 0;
   at("next").disabled = place < 0 || place === session.passages.length - 1;
   const [word, kind] = stateOf(passage);
@@ -406,6 +429,25 @@ function showBeside() {
     element("ul", {}, ...found.warnings.map(warning => element("li", { text: warning }))));
 }
 
+function goTo(i) {
+  return element("button", {
+    type: "button", class: "link", text: tr("node {numbers}", { numbers: i + 1 }), onclick: () => select(i, true),
+  });
+}
+
+// The nodes to begin with: those that are doubtful, else the least sure one. Who approved the tree stands for all of them.
+function showSure() {
+  const known = (passage.nodes || []).map((one, i) => ({ ...one.confidence, i })).filter(one => "percent" in one);
+  const sorted = known.sort((one, other) => one.percent - other.percent);
+  at("sure").hidden = !sorted.length || passage.state === "approved";
+  if (at("sure").hidden) return;
+  const doubtful = sorted.filter(one => one.doubtful);
+  at("sure").classList.toggle("warn", doubtful.length > 0);
+  at("sure").replaceChildren(
+    doubtful.length ? tr("Doubtful, more likely wrong than right: ") : tr("Least sure of the nodes: "),
+    ...(doubtful.length ? doubtful : sorted.slice(0, 1)).flatMap(({ i, percent }, k) => [k ? ", " : "", goTo(i), ` (${percent}%)`]));
+}
+
 function showValidity() {
   const place = at("validity");
   place.className = "";
@@ -415,15 +457,12 @@ function showValidity() {
   }
   const { fault } = passage;
   const absent = passage.nodes.flatMap((one, i) => one.triples.some(triple => triple.absent.includes(true)) ? [i] : []);
-  const go = i => element("button", {
-    type: "button", class: "link", text: tr("node {numbers}", { numbers: i + 1 }), onclick: () => select(i, true),
-  });
   if (fault) {
     place.className = "bad";
-    place.replaceChildren(tr("Not a valid tree yet: "), ...(fault.node === null ? [] : [go(fault.node), ": "]), fault.message);
+    place.replaceChildren(tr("Not a valid tree yet: "), ...(fault.node === null ? [] : [goTo(fault.node), ": "]), fault.message);
   } else if (absent.length) {
     place.className = "warn";
-    const places = absent.flatMap((i, k) => [k ? ", " : "", go(i)]);
+    const places = absent.flatMap((i, k) => [k ? ", " : "", goTo(i)]);
     place.replaceChildren(tr("A valid tree, but some phrases are not in the text: "), ...places);
   } else {
     place.className = "good";
@@ -481,8 +520,8 @@ function onClick(id, work) {
 }
 
 function go(by) {
-  const place = session.passages.findIndex(one => one.number === passage.number) + by;
-  if (session.passages[place]) open(session.passages[place].number);
+  const lines = ordered(), place = lines.findIndex(one => one.number === passage.number) + by;
+  if (lines[place]) open(lines[place].number);
 }
 
 async function act(path, body, then) {
@@ -677,6 +716,13 @@ window.addEventListener("focus", () => { if (session) watch(); });
 document.addEventListener("visibilitychange", () => { if (session && !document.hidden) watch(); });
 translatePage();
 at("language").value = language;
+at("order").value = order;
+at("order").addEventListener("change", event => {
+  order = event.target.value;
+  sessionStorage.setItem("gatewise-review-order", order);
+  showList();
+  if (passage) showPlace();
+});
 at("language").addEventListener("change", event => choose(event.target.value));
 marking(at("work"));
 watch();

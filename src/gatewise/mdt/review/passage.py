@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.mdt.documents.language import detect_language
-from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.records import TreeRecord, shares
 from gatewise.mdt.relations import Language
 from gatewise.mdt.review.edits import Fault, Nodes, empty_tree, fault_of
 from gatewise.mdt.tree import DecisionTree
@@ -20,7 +20,7 @@ from gatewise.mdt.tree import DecisionTree
 State = Literal["empty", "drafted", "corrected", "approved"]
 STATES: tuple[State, ...] = get_args(State)
 REVIEWED: tuple[State, ...] = ("corrected", "approved")
-REVIEW_KEY, REVIEWED_KEY, EXTRACTION_KEY = "review", "reviewed", "extraction"
+REVIEW_KEY, REVIEWED_KEY, EXTRACTION_KEY, CONFIDENCE_KEY = "review", "reviewed", "extraction", "confidence"
 CARRIED_KEY = "carried"
 """The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
 "place" those of its document where they are known, "text" the text that the tree was made for, where that was another one, and
@@ -49,6 +49,8 @@ class Version(NamedTuple):
         of: of the tree of another reviewer that lies beside one, whose it is.
         taken_back: who took an approval back, or undid it, which an undo or redo from here would bring back. It is of the moment,
             as what can be undone is, and not on disk.
+        confidence: for each node how likely it is right as the model gave it, see :attr:`gatewise.mdt.Extraction.confidence`; None
+            for one that a person changed, and as a whole where no node has any.
     """
 
     nodes: Nodes | None = None
@@ -59,6 +61,18 @@ class Version(NamedTuple):
     reviewed: dict[str, Any] | None = None
     of: str = ""
     taken_back: str = ""
+    confidence: tuple[float | None, ...] | None = None
+
+    @property
+    def least(self) -> float | None:
+        """The least confidence of a node; None where no node has any."""
+        return min((one for one in self.confidence or () if one is not None), default=None)
+
+    def still_sure_of(self, nodes: Nodes) -> tuple[float | None, ...] | None:
+        """The confidence of nodes that an edit made of these: that of those which it left as they were, see ``edits.apply``."""
+        known = {id(node): one for node, one in zip(self.nodes or (), self.confidence or (), strict=False) if one is not None}
+        made = tuple(known.get(id(node)) for node in nodes)
+        return made if any(one is not None for one in made) else None
 
     @property
     def standing(self) -> "Version | None":
@@ -178,7 +192,8 @@ class Passage:
         nodes = change(self.now.nodes)
         if nodes == self.now.nodes:
             return self
-        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, taken_back="")
+        confidence = self.now.still_sure_of(nodes)
+        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, taken_back="", confidence=confidence)
         return self.with_version(made.after(self.now))
 
     def judged(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
@@ -306,6 +321,8 @@ class Passage:
             more["warnings"] = list(version.warnings)
         if version.extraction is not None:
             more[EXTRACTION_KEY] = version.extraction
+        if version.confidence is not None:
+            more[CONFIDENCE_KEY] = list(version.confidence)
         if version.state in REVIEWED:
             more[REVIEW_KEY] = version.state
             more |= {} if version.reviewed is None else {REVIEWED_KEY: version.reviewed}
@@ -318,14 +335,17 @@ def version_of(record: TreeRecord, otherwise: State) -> Version:
     state: State = named if named in REVIEWED else otherwise
     warnings = tuple(map(writable, record.warnings))
     reviewed = record.reviewed if state in REVIEWED else None
-    return Version(record.tree.to_preorder(), state, warnings, None, writable(record.extraction), writable(reviewed))
+    made = Version(record.tree.to_preorder(), state, warnings, None, writable(record.extraction), writable(reviewed))
+    return made._replace(confidence=record.confidence)
 
 
 def others(more: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a record that stay true when its tree is corrected, as a file can hold them."""
     held = {key: value for key, value in more.items() if key not in _OF_THE_TREE}
     # What a file of somebody else's has under these names, and is not what gatewise writes, is theirs.
-    return dict(writable({key: value for key, value in held.items() if key not in _MADE or not isinstance(value, dict)}))
+    ours = {key for key in _MADE if isinstance(held.get(key), dict)}
+    ours |= {CONFIDENCE_KEY} if shares(held.get(CONFIDENCE_KEY)) is not None else set()
+    return dict(writable({key: value for key, value in held.items() if key not in ours}))
 
 
 def _content(version: Version | None) -> tuple[Nodes | None, State, dict[str, Any] | None] | None:

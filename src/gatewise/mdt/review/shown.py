@@ -6,7 +6,8 @@ from typing import Any
 from gatewise.mdt.formats.page import pieces_of
 from gatewise.mdt.formats.svg import drawing_of, main_subject
 from gatewise.mdt.formats.views import FORMATS
-from gatewise.mdt.formats.words import words_for
+from gatewise.mdt.formats.words import percent, words_for
+from gatewise.mdt.records import DOUBTFUL
 from gatewise.mdt.relations import RELATIONS
 from gatewise.mdt.review.carrying import difference
 from gatewise.mdt.review.edits import drawable, empty_tree
@@ -44,6 +45,7 @@ def _line(passage: Passage, entries: int) -> dict[str, Any]:
         "waiting": passage.waiting,
         "error": passage.error,
         "warned": bool(passage.now.warnings),
+        "least": _sure(passage.now.least),
         "unsaved": passage.is_unsaved,
         "version": passage.version,
         "entries": entries,
@@ -72,7 +74,7 @@ def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
         "carried": _carried(passage),
         "adjudicated": _adjudicated(passage),
         "nodes": _nodes(passage, tree) if has_tree else None,
-        "drawing": drawing_of(tree, passage.text, focusable=True, language=passage.language).svg if has_tree else "",
+        "drawing": _drawing(passage, passage.now, tree, focusable=True) if has_tree else "",
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
         "warnings": list(passage.now.warnings),
         "made_with": passage.now.extraction,
@@ -125,16 +127,27 @@ def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 
 def _beside(passage: Passage, version: Version) -> dict[str, Any]:
     """The other tree that lies beside a tree, to be looked at."""
-    drawing = drawing_of(drawable(version.nodes or empty_tree()), passage.text, language=passage.language).svg
+    drawing = _drawing(passage, version, drawable(version.nodes or empty_tree()))
     said = {"number": passage.extractions, "warnings": list(version.warnings), "made_with": version.extraction, "of": version.of}
     return {**said, "drawing": drawing}
+
+
+def _drawing(passage: Passage, version: Version, tree: DecisionTree, focusable: bool = False) -> str:
+    sure = version.confidence or ()
+    return drawing_of(tree, passage.text, focusable=focusable, language=passage.language, confidence=sure).svg
+
+
+def _sure(confidence: float | None) -> dict[str, Any] | None:
+    """How sure a model was of a node, as the page says it."""
+    return None if confidence is None else {"percent": percent(confidence), "doubtful": confidence < DOUBTFUL}
 
 
 def _nodes(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
     """The nodes with their children's positions; for each triple whether subject and object stand in the text or are but a part."""
     found = locate_tree(passage.text, tree)
+    sure = passage.now.confidence or (None,) * len(found)
     made = []
-    for node, rows, both in zip(passage.now.nodes or (), found, tree.children, strict=True):
+    for node, rows, both, one in zip(passage.now.nodes or (), found, tree.children, sure, strict=True):
         triples = [
             {
                 "parts": parts,
@@ -146,5 +159,6 @@ def _nodes(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
             }
             for parts, spans in zip(node["triples"], rows, strict=True)
         ]
-        made.append({"role": node["role"], "join": node["logical_rel"], "triples": triples, "children": both})
+        held = {"role": node["role"], "join": node["logical_rel"], "triples": triples, "children": both}
+        made.append({**held, "confidence": _sure(one)})
     return made
