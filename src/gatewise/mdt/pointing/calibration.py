@@ -18,6 +18,8 @@ from gatewise.errors import GatewiseError
 
 FEWEST = 20
 """Nodes, below which nothing is fitted."""
+LEAST = -30.0
+"""No logarithm counts as less: a head may hold impossible what the others force on it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Calibration:
 
     def confidence(self, logs: Sequence[float]) -> float:
         """In [0, 1], for the logarithms of one node."""
-        total = sum(weight * log for weight, log in zip(self.weights, logs, strict=True))
+        total = sum(weight * log for weight, log in zip(self.weights, (max(log, LEAST) for log in logs), strict=True))
         if self.bias is None:
             return math.exp(min(total, 0.0))
         return 1 / (1 + math.exp(min(-total - self.bias, 700.0)))
@@ -67,7 +69,7 @@ def fitted(logs: Sequence[Sequence[float]], right: Sequence[bool], strength: flo
     """
     if len(right) < FEWEST or len(set(right)) < 2:
         return None
-    x, y = torch.tensor([list(one) for one in logs], dtype=torch.float64).clamp(min=-30), torch.tensor(right, dtype=torch.float64)
+    x, y = torch.tensor([list(one) for one in logs], dtype=torch.float64).clamp(min=LEAST), torch.tensor(right, dtype=torch.float64)
     start = torch.tensor(Calibration().weights, dtype=torch.float64)
     roots = torch.tensor([1.0, 1.0, 1.0, 0.1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)

@@ -47,6 +47,9 @@ class PointingExtractor:
         batch_size: texts in one pass.
         calibration: how the heads' probabilities become confidence; None: they are taken as they are.
         base, adapter: what the model is, see :class:`gatewise.mdt.Extractor`.
+
+    Raises:
+        GatewiseError: the batch size is below one.
     """
 
     model: Any
@@ -57,6 +60,10 @@ class PointingExtractor:
     adapter: Mapping[str, str] | None = None
     candidates: ClassVar[int] = 1
     stage_models: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise GatewiseError(f"batch_size is {self.batch_size}: expected at least 1")
 
     @classmethod
     def load(

@@ -9,8 +9,14 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt.extraction.extractor import Extractor, Extracts
 from gatewise.mdt.pointing.extractor import PointingExtractor
 
-_OPTIONS = {"level": "--level", "pipeline": "--pipeline", "verbatim": "--verbatim", "candidates": "--candidates"}
-_OFF = (None, False, 1)
+_OPTIONS = {
+    "level": "--level",
+    "pipeline": "--pipeline",
+    "verbatim": "--verbatim",
+    "candidates": "--candidates",
+    "constrained": "--free",
+}
+_OFF = {"level": None, "pipeline": False, "verbatim": False, "candidates": 1, "constrained": True}
 
 
 def load_extractor(
@@ -33,9 +39,8 @@ def load_extractor(
     """
     if read_note(Path(adapter)).get("task") != "text2mdt":
         return Extractor.load(adapter, base=base, device=device, say=say, **settings)
-    given = [name for name, option in _OPTIONS.items() if settings.get(name) not in _OFF]
-    if given or not settings.get("constrained", True):
-        options = ", ".join(_OPTIONS[name] for name in given) or "--free"
-        raise GatewiseError(f"{adapter} points at the text and writes nothing: leave out {options}")
+    given = [option for name, option in _OPTIONS.items() if settings.get(name, _OFF[name]) != _OFF[name]]
+    if given:
+        raise GatewiseError(f"{adapter} points at the text and writes nothing: leave out {', '.join(given)}")
     sizes = {"batch_size": settings["batch_size"]} if "batch_size" in settings else {}
     return PointingExtractor.load(adapter, base=base, device=device, say=say, **sizes)

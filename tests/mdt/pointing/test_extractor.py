@@ -1,0 +1,316 @@
+"""Trees from texts: a model that learns four passages by heart, stages from gold, odd texts, batches, and damage."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mdt_models import random_adapter_folder
+from mdt_trees import node, triple
+from pointing_models import GOUT, RECORDS, encoder, pointing_model
+from tiny_run import byte_tokenizer
+
+from gatewise.errors import GatewiseError
+from gatewise.mdt import DecisionTree, Extraction, Extractor
+from gatewise.mdt.documents.passages import Passage
+from gatewise.mdt.extraction.batch import Journal, Piece
+from gatewise.mdt.extraction.extractor import Asked
+from gatewise.mdt.extraction.measuring import measure
+from gatewise.mdt.pointing import extractor as extractor_module
+from gatewise.mdt.pointing.calibration import Calibration
+from gatewise.mdt.pointing.extractor import PointingExtractor
+from gatewise.mdt.pointing.heads import HeadSettings
+from gatewise.mdt.pointing.loading import load_extractor
+from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_records
+from gatewise.mdt.pointing.training import calibration
+from gatewise.mdt.records import TreeRecord
+
+TEXTS = [record.text for record in RECORDS]
+NOTE: dict[str, Any] = {"task": "text2mdt", "heads": {"hidden": 16, "width": 16, "longest": 8, "dropout": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def learnt() -> PointingExtractor:
+    """Has learnt RECORDS by heart."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    model = PointingModel(encoder(), HeadSettings(hidden=16, width=32, longest=8, dropout=0.0)).train()
+    batch = PointingCollator(tokenizer)(encode_records(RECORDS, tokenizer, 8)[0])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return PointingExtractor(model.eval(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def untrained() -> PointingExtractor:
+    return PointingExtractor(pointing_model(), byte_tokenizer())
+
+
+def sound(found: list[Extraction | GatewiseError]) -> list[Extraction]:
+    assert all(isinstance(one, Extraction) for one in found), found
+    return [one for one in found if isinstance(one, Extraction)]
+
+
+# ---- what was learnt ----
+
+
+def test_it_learns_four_passages_by_heart(learnt: PointingExtractor) -> None:
+    found = sound(learnt(TEXTS))
+    assert [one.tree for one in found] == [record.tree for record in RECORDS]
+    values = measure(learnt, RECORDS)
+    assert (values["tree_acc"], values["ter"], values["failed"]) == (1.0, 0.0, 0)
+    for one in found:
+        assert one.absent == ()
+        assert one.confidence is not None
+        assert [value is None for value in one.confidence] == [node.is_empty for node in one.tree.nodes]
+        assert all(0.9 < value <= 1 for value in one.confidence if value is not None)
+        assert one.made_with is not None
+        assert one.made_with["settings"]["pointing"] is True
+
+
+@pytest.mark.parametrize(("stage", "metric"), [("triples", "triplet_f1"), ("nodes", "node_f1"), ("tree", "tree_acc")])
+def test_each_stage_goes_on_from_gold(learnt: PointingExtractor, stage: Any, metric: str) -> None:
+    values = measure(learnt, RECORDS, stage)
+    assert (values[metric], values["failed"]) == (1.0, 0)
+
+
+def test_joins_and_nodes_that_are_given_are_kept(learnt: PointingExtractor) -> None:
+    """Even where the model thinks otherwise: every join the other way round, and two nodes that it would part."""
+    flipped = {"and": "or", "or": "and", "null": "null"}
+    for record in RECORDS:
+        given = tuple(replace_join(one, flipped) for one in record.tree.nodes if not one.is_empty)
+        (found,) = sound(learnt.trees([Asked(record.text, "en", nodes=given)]))
+        assert {(one.role, one.triples, one.logical_rel) for one in found.tree.nodes if not one.is_empty} == {
+            (one.role, one.triples, one.logical_rel) for one in given
+        }
+        assert found.confidence is None or set(found.confidence) <= {None}  # nobody asked the model for the nodes
+    mixed = tuple(one for one in GOUT.tree.nodes if not one.is_empty)
+    all_conditions = node("C", *(list(one) for held in mixed if held.is_condition for one in held.triples), joined="and")
+    whole = DecisionTree.from_preorder([all_conditions, node("D"), node("D")]).nodes[0]
+    (found,) = sound(learnt.trees([Asked(GOUT.text, "en", nodes=(whole, *(one for one in mixed if not one.is_condition)))]))
+    assert [len(one.triples) for one in found.tree.nodes if one.is_condition] == [3]
+
+
+def replace_join(one: Any, joins: dict[str, str]) -> Any:
+    return one.model_copy(update={"logical_rel": joins[one.logical_rel]})
+
+
+def test_what_does_not_stand_in_the_text_is_lost_and_nothing_fails(learnt: PointingExtractor) -> None:
+    elsewhere = DecisionTree.from_preorder([node("D", triple("elsewhere", "drug therapy"))])
+    asked = [
+        Asked(
+            GOUT.text, "en", triples=(*elsewhere.triples, *GOUT.tree.triples[:1]), nodes=(elsewhere.nodes[0], GOUT.tree.nodes[2])
+        ),
+        Asked(GOUT.text, "en", triples=tuple(elsewhere.triples), nodes=(elsewhere.nodes[0],)),
+    ]
+    grouped = learnt.nodes(asked)
+    assert all(isinstance(one, Asked) for one in grouped)
+    assert [[t.object for n in one.nodes for t in n.triples] for one in grouped if isinstance(one, Asked)] == [["acute flare"], []]
+    some, none = sound(learnt.trees(asked))
+    assert [one.object for one in some.tree.triples] == ["Without a flare"]
+    assert none.is_empty
+
+
+def test_batches_change_nothing(learnt: PointingExtractor, untrained: PointingExtractor) -> None:
+    for extractor in (learnt, untrained):
+        texts = [*TEXTS, "a@b", "cool burns", f"{TEXTS[0]} {TEXTS[2]}"]
+        one_by_one = sound(replace(extractor, batch_size=1)(texts, language="en"))
+        order = random.Random(1).sample(range(len(texts)), len(texts))
+        shuffled = sound(replace(extractor, batch_size=3)([texts[i] for i in order], language="en"))
+        for i, other in zip(order, shuffled, strict=True):
+            assert other.tree == one_by_one[i].tree
+            assert other.confidence == pytest.approx(one_by_one[i].confidence, abs=1e-4)
+
+
+# ---- odd texts ----
+
+
+def test_texts_that_give_no_tree_say_why_in_their_place(untrained: PointingExtractor) -> None:
+    odd = ["", " \n", "@", "adults@", "half a pair \ud83d", "word " * 5000]
+    found = untrained([TEXTS[0], *odd, TEXTS[1]], language="en")
+    assert [isinstance(one, GatewiseError) for one in found] == [False, *[True] * len(odd), False]
+    said = [str(one) for one in found[1:-1]]
+    assert "the text is empty" in said[0]
+    assert 'a population before the "@" and no passage' in said[3]
+    assert said[5] == "the text has 25000 tokens, but the model reads at most 512: cut it into passages"
+
+
+def test_text_of_odd_characters_gives_a_tree(untrained: PointingExtractor) -> None:
+    odd = ["👩‍⚕️ 💊@👍🏽 😀", "@x", "x@.", "成人@儿童发热，给药。", "a\u0301@\ufeffb\u200b c", "x@y@z"]
+    for one in sound(untrained(odd, language="en")):
+        assert one.absent == ()
+        assert all(value is None or 0 <= value <= 1 for value in one.confidence or ())
+
+
+def test_no_phrase_is_a_single_empty_leaf(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extractor_module.decoding, "best_phrases", lambda scores, lengths: [[] for _ in lengths])
+    found = sound(untrained(TEXTS))
+    assert all(one.tree == DecisionTree.from_preorder([node("D")]) for one in found)
+    assert [one.confidence for one in found] == [(None,)] * len(TEXTS)
+    assert all(one.is_empty for one in found)
+    listed = untrained.triples([Asked(text, "en") for text in TEXTS])
+    assert [one.triples for one in listed if isinstance(one, Asked)] == [()] * len(TEXTS)
+
+
+def test_too_many_phrases_are_a_fault_of_their_text_alone(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def every_unit(scores: Any, lengths: torch.Tensor) -> list[list[tuple[int, int, int]]]:
+        return [[(i, i + 1, 0) for i in range(int(length))] for length in lengths]
+
+    monkeypatch.setattr(extractor_module.decoding, "best_phrases", every_unit)
+    short, long = untrained(["a@b c d", "a@" + "b " * 80], language="en")
+    assert isinstance(short, Extraction)
+    assert str(long).startswith("82 phrases of the text would go into its tree, and at most 64 can: cut it into passages")
+
+
+def test_a_tokenizers_own_limit_counts_too() -> None:
+    """RoBERTa's positions count two that are no text's."""
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 20
+    (found,) = PointingExtractor(pointing_model(), tokenizer)([TEXTS[0]])
+    assert "but the model reads at most 20" in str(found)
+
+
+def test_progress_counts_texts_and_its_interrupt_goes_through(untrained: PointingExtractor) -> None:
+    told: list[tuple[str, int, int]] = []
+    replace(untrained, batch_size=3)(TEXTS, progress=lambda *what: told.append(what))
+    assert told == [("trees", 3, 4), ("trees", 4, 4)]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        untrained(TEXTS, progress=stop)
+
+
+def test_a_batch_has_at_least_one_text(untrained: PointingExtractor) -> None:
+    with pytest.raises(GatewiseError, match="batch_size is 0: expected at least 1"):
+        replace(untrained, batch_size=0)
+
+
+# ---- confidence ----
+
+
+def test_unsure_nodes_are_warned_of_where_confidence_is_fitted(learnt: PointingExtractor) -> None:
+    doubting = replace(learnt, calibration=Calibration((1.0, 0.0, 0.0, 0.0), -3.0))
+    found = sound(doubting([TEXTS[1]]))[0]
+    assert found.warnings == ("3 of the 3 nodes are more likely wrong than right",)
+    assert all(value is not None and value < 0.5 for value in found.confidence or ())
+    assert found.record().more["confidence"] == [round(value, 3) for value in found.confidence or () if value is not None]
+    assert sound(learnt([TEXTS[1]]))[0].warnings == ()
+
+
+def test_nodes_are_judged_against_gold(learnt: PointingExtractor) -> None:
+    logs, right = learnt.judged(RECORDS)
+    assert right == [True] * sum(not one.is_empty for record in RECORDS for one in record.tree.nodes)
+    assert all(len(one) == 4 and max(one) <= 1e-6 for one in logs)
+    wrong = [TreeRecord(RECORDS[0].text, RECORDS[3].tree), TreeRecord("@", RECORDS[3].tree)]
+    assert set(learnt.judged(wrong)[1]) == {False}
+    assert calibration(learnt.model, learnt.tokenizer, RECORDS) is None  # all are right
+
+
+def test_confidence_is_kept_in_the_journal_and_old_journals_are_read(learnt: PointingExtractor, tmp_path: Path) -> None:
+    pieces = [Piece("a.txt", Passage(text), "en") for text in TEXTS]
+    found = sound(learnt(TEXTS))
+    journal = Journal(tmp_path / "journal", {})
+    journal.keep(pieces, found)
+    read = Journal(tmp_path / "journal", {})
+    for piece, one in zip(pieces, found, strict=True):
+        again = read.take(piece)
+        assert isinstance(again, Extraction)
+        assert (again.confidence, again.tree, again.made_with) == (one.confidence, one.tree, one.made_with)
+    lines = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
+    for line in lines:
+        line.pop("confidence", None)
+    (tmp_path / "old").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    old = Journal(tmp_path / "old", {}).take(pieces[0])
+    assert isinstance(old, Extraction)
+    assert old.confidence is None
+    lines[1]["confidence"] = 3
+    (tmp_path / "old").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(GatewiseError, match="line 2 is damaged"):
+        Journal(tmp_path / "old", {})
+
+
+# ---- loading ----
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of a model that writes."""
+    return random_adapter_folder(tmp_path_factory.mktemp("writer"))
+
+
+@pytest.mark.parametrize("load", [PointingExtractor.load, load_extractor])
+def test_each_extractor_takes_its_own_adapters(load: Callable[..., Any], writer: Path) -> None:
+    if load is load_extractor:
+        assert isinstance(load(writer, constrained=False), Extractor)
+        return
+    with pytest.raises(GatewiseError, match="does not point at the text: expected an adapter of a run with task: text2mdt"):
+        load(writer)
+    (writer / "gatewise.json").write_text(json.dumps(NOTE))
+    try:
+        with pytest.raises(GatewiseError, match="points at the text: expected an adapter that was trained to write trees"):
+            Extractor.load(writer, constrained=False)
+    finally:
+        (writer / "gatewise.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"heads": None}, "gatewise.json is damaged"),
+        ({"heads": {"hidden": 16, "depth": 3}}, "gatewise.json is damaged"),
+        ({"heads": {"hidden": 16, "width": 10}}, r"gatewise.json is damaged \(width of the heads is 10"),
+        ({"heads": {"hidden": 16, "width": "x"}}, "gatewise.json is damaged"),
+        ({"calibration": {"weights": [1.0]}}, r"is damaged \(its calibration is not what a run writes\)"),
+        ({"calibration": [1]}, r"is damaged \(its calibration"),
+        ({"calibration": {"weights": [1.0] * 4, "bias": "x"}}, r"is damaged \(its calibration"),
+        ({"heads": {"hidden": 8}}, "the heads are made for states of 8 numbers, but the base model's have 16"),
+        ({}, "the adapter has no weights for|does not fit"),  # those of the writer
+    ],
+)
+def test_damaged_notes_say_one_sentence(change: dict[str, Any], said: str, writer: Path) -> None:
+    (writer / "gatewise.json").write_text(json.dumps(NOTE | change))
+    try:
+        with pytest.raises(GatewiseError, match=said) as error:
+            PointingExtractor.load(writer)
+        assert len(str(error.value).splitlines()) == 1
+    finally:
+        (writer / "gatewise.json").unlink()
+
+
+def test_a_note_without_heads_is_damaged(writer: Path) -> None:
+    (writer / "gatewise.json").write_text(json.dumps({"task": "text2mdt"}))
+    try:
+        with pytest.raises(GatewiseError, match=r"gatewise.json is damaged \(it has no 'heads'\): copy it"):
+            PointingExtractor.load(writer)
+    finally:
+        (writer / "gatewise.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"level": 0}, "--level"),
+        ({"level": 2, "pipeline": True}, "--level, --pipeline"),
+        ({"verbatim": True}, "--verbatim"),
+        ({"candidates": 3}, "--candidates"),
+        ({"constrained": False}, "--free"),
+        ({"constrained": False, "level": 1}, "--level, --free"),
+    ],
+)
+def test_what_is_asked_of_writing_is_refused(settings: dict[str, Any], named: str, writer: Path) -> None:
+    (writer / "gatewise.json").write_text(json.dumps(NOTE))
+    try:
+        with pytest.raises(GatewiseError) as error:
+            load_extractor(writer, **settings)
+    finally:
+        (writer / "gatewise.json").unlink()
+    assert str(error.value) == f"{writer} points at the text and writes nothing: leave out {named}"
