@@ -69,6 +69,8 @@ def load_with_data(
 def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, Template | None, int]:
     """The part of ``load_with_data`` that needs no model: rows, how prompts are written, and the most tokens of a sequence."""
     note = read_note(adapter)
+    if note.get("task") == "text2mdt":
+        raise _points(adapter)
     names, words = _labels(options.labels) if options.labels else (note.get("labels"), note.get("label_words"))
     records = load_like(data, names, split=options.split, limit=options.limit)
     check_labels(records, "give --labels with all of them")
@@ -218,9 +220,15 @@ def _task_of(config: PeftConfig, folder: Path) -> Task:
     if config.task_type == TaskType.CAUSAL_LM:
         return "causal"
     if read_note(folder).get("task") == "text2mdt":
-        raise GatewiseError(f"the adapter {folder} points at the phrases of decision trees: give it to `gatewise mdt`")
+        raise _points(folder)
     raise GatewiseError(
         f"the adapter {folder} has task_type {config.task_type}: only CAUSAL_LM and SEQ_CLS adapters can be loaded."
+    )
+
+
+def _points(folder: Path) -> GatewiseError:
+    return GatewiseError(
+        f"the adapter {folder} points at the phrases of decision trees: give it to `gatewise mdt extract`, `evaluate` or `review`"
     )
 
 
