@@ -129,6 +129,21 @@ def test_batches_change_nothing(learnt: PointingExtractor, untrained: PointingEx
             assert other.confidence == pytest.approx(one_by_one[i].confidence, abs=1e-4)
 
 
+def test_long_texts_go_in_smaller_batches(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = sound(untrained(TEXTS))
+    sizes: list[int] = []
+    forward = PointingModel.forward
+
+    def counted(self: PointingModel, **given: Any) -> Any:
+        sizes.append(len(given["units"]))
+        return forward(self, **given)
+
+    monkeypatch.setattr(PointingModel, "forward", counted)
+    monkeypatch.setattr(extractor_module, "MOST_TOKENS", 180)
+    assert [one.tree for one in sound(untrained(TEXTS))] == [one.tree for one in together]
+    assert sizes == [2, 1, 1]
+
+
 # ---- odd texts ----
 
 

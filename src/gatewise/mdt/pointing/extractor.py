@@ -34,6 +34,8 @@ from gatewise.mdt.tree import DecisionTree, Node, Triple
 
 MOST_PHRASES = 64
 """Of a text; time and memory grow with their square and more. No published passage has half as many."""
+MOST_TOKENS = 8192
+"""Of the texts of one pass, with padding, unless it is one text: the scores of all their phrases are in memory at once."""
 UNSURE = 0.5
 """A node of less confidence is more likely wrong than right."""
 
@@ -178,18 +180,28 @@ class PointingExtractor:
                     raise GatewiseError(f"the text has {count} tokens, but the model reads at most {longest}: cut it into passages")
             except GatewiseError as error:
                 made[i] = error
-        order = sorted(rows, key=lambda i: len(rows[i]["input_ids"]))
         self.model.eval()
-        for start in range(0, len(order), self.batch_size):
-            now = order[start : start + self.batch_size]
+        done = 0
+        for now in self._batches({i: len(row["input_ids"]) for i, row in rows.items()}):
             batch = {key: value.to(device) for key, value in collate([rows[i] for i in now]).items()}
             states = self.model(**batch).states
             with exact(states):
                 found = _found(heads, heads.units(states, UnitPlaces.of(batch["units"])), [given[i] for i in now])
             for i, its in zip(now, found, strict=True):
                 made[i] = its if isinstance(its, GatewiseError) else make(asked[i], Units.of(asked[i].text), its)
+            done += len(now)
             if progress:
-                progress("trees", min(start + self.batch_size, len(order)), len(asked))
+                progress("trees", done, len(asked))
+        return made
+
+    def _batches(self, lengths: Mapping[int, int]) -> list[list[int]]:
+        """Texts of like length, by their numbers."""
+        made: list[list[int]] = []
+        for i in sorted(lengths, key=lambda i: lengths[i]):
+            if made and len(made[-1]) < self.batch_size and (len(made[-1]) + 1) * lengths[i] <= MOST_TOKENS:
+                made[-1].append(i)
+            else:
+                made.append([i])
         return made
 
     # ---- what was found, as it is given back ----

@@ -34,7 +34,7 @@ from gatewise.mdt.pointing.units import MOST_INSIDE
 
 IGNORED = -100
 ATTENTION_HEADS = 4
-"""Of the layer in which phrases see each other."""
+"""Of the layers in which phrases, and nodes, see each other."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class PointingHeads(nn.Module):
         self.apart = nn.Embedding(_PLACES, d)
         self.same = nn.Sequential(nn.GELU(), self.dropout, nn.Linear(d, 2))  # of one node; the second shares the first
         self.number = nn.Embedding(_PLACES, d)
-        self.around = nn.TransformerEncoderLayer(d, 4, 2 * d, settings.dropout, "gelu", batch_first=True, norm_first=True)
+        self.around = nn.TransformerEncoderLayer(
+            d, ATTENTION_HEADS, 2 * d, settings.dropout, "gelu", batch_first=True, norm_first=True
+        )
         self.reading = nn.ModuleDict({name: Reading(h, d) for name in ("pair", "join", "arc")})
         self.join = nn.Sequential(nn.Linear(2 * d, d), nn.GELU(), self.dropout, nn.Linear(d, len(JOINS)))
         self.root = nn.Sequential(nn.Linear(d, d), nn.GELU(), self.dropout, nn.Linear(d, 1))
