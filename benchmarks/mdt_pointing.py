@@ -29,10 +29,10 @@ SETTINGS: dict[str, Any] = {
     "training.save_every": 50,
 }  # fmt: skip
 TASKS: dict[str, dict[str, Any]] = {
-    "en-minilm": {"model": "minilm-l6", "training.max_steps": 750},
+    "en-minilm": {"model": "minilm-l6", "training.max_steps": 450},
     "en-smollm2": {"model": "smollm2-135m-instruct", "training.max_steps": 450, "training.learning_rate": 5e-4},
     "zh-gemma3": {"model": "gemma3-270m", "training.max_steps": 450, "training.learning_rate": 5e-4},
-    "both-gemma3": {"model": "gemma3-270m", "training.max_steps": 900, "training.learning_rate": 5e-4},
+    "both-gemma3": {"model": "gemma3-270m", "training.max_steps": 600, "training.learning_rate": 5e-4},
 }
 ROUNDS: dict[str, Any] = {"allocation.rounds": 3, "allocation.first_round": 0.5, "allocation.recover": 0.125}
 METHODS: dict[str, dict[str, Any]] = {
