@@ -25,8 +25,8 @@ from campaign import campaign, spread
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "mdt-pointing"
 SETTINGS: dict[str, Any] = {
-    "dtype": "float32", "peft.r": 16, "peft.lora_alpha": 32, "training.batch_size": 8, "training.learning_rate": 1e-3,
-    "training.save_every": 50,
+    "dtype": "float32", "peft.r": 16, "peft.lora_alpha": 32, "peft.lora_dropout": 0.0, "training.batch_size": 8,
+    "training.learning_rate": 1e-3, "training.group_by_length": False, "training.save_every": 50,
 }  # fmt: skip
 TASKS: dict[str, dict[str, Any]] = {
     "en-minilm": {"model": "minilm-l6", "training.max_steps": 450},
