@@ -48,8 +48,8 @@ def loss_kind(model: nn.Module) -> LossKind:
 
     "causal": the logits at position i predict label i + 1. "tokens": they predict label i (masked language models, token
     classification). "rows": one label a row (classification of texts, images, videos and sounds), or a model that measures the
-    loss of a row by itself (``measures_itself``). "seq2seq": those of an
-    encoder-decoder model, whose decoder reads the labels shifted by one, predict label i.
+    loss of a row by itself (``measures_itself``). "seq2seq": those of an encoder-decoder model, whose decoder reads the labels
+    shifted by one, predict label i.
     """
     base = base_of(model)
     loss_type = getattr(base, "loss_type", None)
@@ -152,10 +152,9 @@ def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor, prompt: Tenso
     """(n, V) logits at the positions where ``mask`` (b, t) is true, in row-major order.
 
     Args:
-        prompt: (b, t), where the prompts lie, for ``prompts_at``. None: in a causal model they end where reading begins, for
-        the
-            logits at a prompt's last token are those of the answer's first one; in other models the whole text is the prompt,
-            and in an encoder-decoder model what its encoder reads.
+        prompt: (b, t), where the prompts lie, for ``prompts_at``. None: in a causal model they end where reading begins, for the
+            logits at a prompt's last token are those of the answer's first one; in other models the whole text is the prompt, and
+            in an encoder-decoder model what its encoder reads.
     """
     kind = loss_kind(model)
     if prompt is None and kind != "seq2seq":
@@ -171,8 +170,7 @@ class Scored:
 
     Attributes:
         logits: (n, V) at the labelled positions in row-major order, or (b, c) of a classifier; of a model that measures itself
-        the
-            losses, (b,).
+            the losses, (b,).
         labels: (n,), or (b,) or (b, c) of a classifier.
         rows: (n,) the row of each labelled position; None for a classifier.
         batch: b.

@@ -558,8 +558,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: the YAML file. Relative data files, and a model given as a folder, are taken from the file's own folder.
         overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys; ``max_steps`` replaces the file's ``epochs``,
-        and
-            the other way round. Their relative paths are taken from the working folder, where the one who types them is.
+            and the other way round. Their relative paths are taken from the working folder, where the one who types them is.
 
     Raises:
         GatewiseError: the file cannot be read, or a key is unknown, of a wrong type or at odds with another.

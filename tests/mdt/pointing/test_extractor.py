@@ -164,6 +164,50 @@ def test_text_of_odd_characters_gives_a_tree(untrained: PointingExtractor) -> No
         assert all(value is None or 0 <= value <= 1 for value in one.confidence or ())
 
 
+_ODD = [
+    "gout",
+    "@",
+    "or",
+    "成人",
+    "发热",
+    "，",
+    "5\u2009mg",
+    "if\u00a0not",
+    "\n",
+    "\u200b",
+    "👩‍⚕️",
+    "é",
+    "½",
+    "~",
+    "D:",
+    "\u00ad",
+    "１",
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_heads_say_is_a_tree_of_the_text(seed: int) -> None:
+    """From the text, and from the triples and nodes of that tree."""
+    draw = random.Random(seed)
+    model = pointing_model(["llama", "bert"][seed % 2])
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.heads.parameters():
+            parameter.normal_(std=[0.05, 0.3, 1.0][seed % 3])
+    texts = ["x@y" + "".join(draw.choice(_ODD) + draw.choice([" ", ""]) for _ in range(draw.randrange(1, 30))) for _ in range(5)]
+    extractor = PointingExtractor(model, byte_tokenizer())
+    found = sound(extractor(texts, language="en"))
+    for one in found:
+        assert one.absent == ()
+        assert one.confidence is not None
+        assert len(one.confidence) == len(one.tree.nodes)
+        assert all(value is None or 0 <= value <= 1 for value in one.confidence)
+    nodes = [tuple(node for node in one.tree.nodes if not node.is_empty) for one in found]
+    sound(extractor.trees([Asked(one.text, "en", nodes=held) for one, held in zip(found, nodes, strict=True)]))
+    triples = [Asked(one.text, "en", triples=tuple(one.tree.triples)) for one in found]
+    assert all(isinstance(one, Asked) for one in extractor.nodes(triples))
+
+
 def test_no_phrase_is_a_single_empty_leaf(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extractor_module.decoding, "best_phrases", lambda scores, lengths: [[] for _ in lengths])
     found = sound(untrained(TEXTS))

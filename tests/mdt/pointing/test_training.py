@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gatewise.mdt.extraction.measuring import measure
 from gatewise.mdt.pointing.calibration import Calibration
 from gatewise.mdt.pointing.extractor import PointingExtractor
 from gatewise.mdt.pointing.loading import load_extractor
-from gatewise.mdt.pointing.model import PointingCollator, encode_texts
+from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_texts
 from gatewise.mdt.pointing.training import METRICS, read_records
 from gatewise.mdt.records import TreeRecord
 from gatewise.prompts.forward import PromptPass
@@ -91,6 +92,16 @@ def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(
     resumed = train(recipe, tmp_path / "stopped", resume=True)
     assert resumed.metrics == whole.metrics
     assert_same_adapter(whole.adapter, resumed.adapter)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_merged_it_finds_the_same_trees(family: str, tmp_path: Path) -> None:
+    result = train(write_pointing(tmp_path, family=family), tmp_path / "out")
+    extractor = PointingExtractor.load(result.adapter)
+    before = found_by(extractor)
+    merged = replace(extractor, model=extractor.model.merge_and_unload())
+    assert isinstance(merged.model, PointingModel)
+    assert [tree for tree, _ in found_by(merged)] == [tree for tree, _ in before]
 
 
 def test_a_checkpoint_is_an_adapter_without_calibration(tmp_path: Path) -> None:

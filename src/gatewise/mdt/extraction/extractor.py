@@ -144,14 +144,12 @@ class Extractor:
         constrained: allow only tokens with which the output becomes a valid tree (needs the extra ``mdt``).
         verbatim: with ``constrained``, allow only subjects and objects that are whole words of the text.
         candidates: how many trees are written for a text, the first of the most probable tokens and the others drawn; kept is
-        the
-            one most like the others (:func:`most_alike`).
+            the one most like the others (:func:`most_alike`).
         temperature, seed: of the draws.
         max_new_tokens: the most that is written in one output.
         stage_models: of stages of the pipeline, where they differ from ``model``; of the same tokenizer.
         base, adapter: what the model is, for :attr:`Extraction.made_with`: the base's hub id or folder, and "name" and "sha256"
-        of
-            the adapter. :meth:`load` knows them; without a base, the one that the model names.
+            of the adapter. :meth:`load` knows them; without a base, the one that the model names.
 
     Raises:
         GatewiseError: the settings contradict each other, or llguidance is missing.
