@@ -7,10 +7,15 @@ from typing import Any
 import pytest
 import torch
 from mdt_trees import node, triple
+from peft import LoraConfig, get_peft_model
 from pointing_models import GOUT, RECORDS, pointing_model
+from tiny_models import random_adapter
 from tiny_run import byte_tokenizer
 from torch import Tensor
 
+from gatewise.allocation.scores.ablation import ablation
+from gatewise.allocation.scores.path_integral import path_integral
+from gatewise.allocation.scoring import parts_of
 from gatewise.errors import GatewiseError
 from gatewise.losses import loss_kind, microbatches, row_losses
 from gatewise.mdt import DecisionTree
@@ -226,3 +231,26 @@ def test_sizes_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(GatewiseError, match=f"^{next(iter(wrong))} of the heads is "):
         HeadSettings(**({"hidden": 16, "width": 16} | wrong))
     assert PointingHeads(HeadSettings(16, 16)).settings.to_json() == {"hidden": 16, "width": 16, "longest": 24, "dropout": 0.2}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounds_score_ranks_by_these_losses(family: str) -> None:
+    """The quick way to ablation comes to the numbers of the paper's loop, and an integral along the path of gates to the
+    difference of two losses."""
+    base = pointing_model(family)
+    settings = {"target_modules": "all-linear", "exclude_modules": r".*heads.*", "modules_to_save": ["heads"]}
+    model: Any = random_adapter(get_peft_model(base, LoraConfig(r=2, task_type="FEATURE_EXTRACTION", **settings))).eval()
+    batch = batch_of([RECORDS[1], SHARED])
+    with torch.no_grad():
+        losses = row_losses(model, batch)[0]
+    assert parts_of(model, batch).loss(model) == pytest.approx(float(losses.mean()), rel=1e-5)
+    exact, naive = (ablation(model, batch, mode) for mode in ("exact", "naive"))
+    assert len(exact) > 10
+    for path, scores in naive.items():
+        assert torch.allclose(exact[path], scores, atol=1e-3), path
+    with torch.no_grad(), model.disable_adapter():
+        model.get_base_model().heads.enable_adapters(True)  # the heads are no rank's
+        without = row_losses(model, batch)[0]
+    integral = path_integral(model, batch, points=16)
+    total = float(sum(scores.sum() for scores in integral.values()))
+    assert total == pytest.approx(float(without.mean() - losses.mean()), abs=0.05)
