@@ -1,10 +1,11 @@
 """Decision trees by pointing: how good they are by base model, language and method, where trees are lost, and how fast it is.
 
 A task is a language and a base model: en-minilm, en-smollm2, zh-gemma3, and both-gemma3, one model for both languages, measured
-on each. A run is what `gatewise train recipes/mdt-pointing.yaml` does with other data, model, method and budget. The adapter
-that it wrote then reads the dev passages: end to end, and each stage alone from gold input (phrases are given for "nodes",
-nodes for "tree"). Mistakes are counted by kind. Confidence is fitted on four fifths of the dev passages and measured on the
-other fifth, in turn. Seconds are those of a processor for a passage, one at a time and sixteen at once.
+on each. A run is what `gatewise train recipes/mdt-pointing.yaml` does with other data, model, method and budget, the base model
+in bfloat16 where the machine computes in it by itself (a row says in which). The adapter that it wrote then reads the dev
+passages: end to end, and each stage alone from gold input (phrases are given for "nodes", nodes for "tree"). Mistakes are counted
+by kind. Confidence is fitted on four fifths of the dev passages and measured on the other fifth, in turn. Seconds are those of a
+processor for a passage, one at a time and sixteen at once.
 
     python benchmarks/mdt_pointing.py --data-dir DATA --tasks en-minilm --seeds 0 1 2      # DATA/text2mdt/en_train.json, ...
     python benchmarks/mdt_pointing.py --report
@@ -25,7 +26,7 @@ from campaign import campaign, spread
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "mdt-pointing"
 SETTINGS: dict[str, Any] = {
-    "dtype": "float32", "peft.r": 16, "peft.lora_alpha": 32, "peft.lora_dropout": 0.0, "training.batch_size": 8,
+    "peft.r": 16, "peft.lora_alpha": 32, "peft.lora_dropout": 0.0, "training.batch_size": 8,
     "training.learning_rate": 1e-3, "training.group_by_length": False, "training.save_every": 50,
 }  # fmt: skip
 TASKS: dict[str, dict[str, Any]] = {
@@ -96,6 +97,7 @@ def train_once(
         "steps": told["steps"],
         "resumed_from": told["resumed_from"],
         "training_seconds": told["seconds"]["training"],
+        "dtype": told["dtype"],
     }
 
 
