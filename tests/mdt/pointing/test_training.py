@@ -15,6 +15,7 @@ from mdt_trees import node, triple
 from pointing_models import GOUT, RECORDS, write_pointing, write_trees
 from rich.console import Console
 from tiny_run import assert_same_adapter, stop_at, weights
+from transformers import PreTrainedTokenizerFast
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.soft_prompt_fixes import without_prompts
@@ -281,6 +282,13 @@ def test_nothing_to_learn_from_is_said_before_training(
     with pytest.raises(GatewiseError, match=said):
         train(recipe, tmp_path / "out", *overrides)
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_stand_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_pointing(tmp_path)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(GatewiseError, match="does not say where in a text its tokens stand: give a model with a fast tokenizer"):
+        train(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize("swapped", [0, 3])

@@ -10,7 +10,7 @@ from gatewise.mdt.extraction.measuring import measure
 from gatewise.mdt.pointing.calibration import fitted
 from gatewise.mdt.pointing.extractor import PointingExtractor
 from gatewise.mdt.pointing.heads import HeadSettings
-from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_records, encode_texts
+from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_records
 from gatewise.mdt.records import TreeRecord, read_trees
 from gatewise.mdt.samples import NAME, sample
 from gatewise.mdt.training.swapping import swapped_copies
@@ -61,25 +61,16 @@ def training_rows(
         say: told how much was left out.
 
     Raises:
-        GatewiseError: nothing is left.
+        GatewiseError: nothing is left, or the tokenizer does not say where its tokens stand.
     """
-    readable, faults = [], []
-    for record in records:
-        try:
-            encode_texts([record.text], tokenizer)
-            readable.append(record)
-        except GatewiseError as error:
-            faults.append(f"record {record.number}: {error}")
-    if faults:
-        say(f"{what}: {len(faults)} of {len(records)} texts cannot be read, and are left out ({faults[0]})")
-    rows, pointed = encode_records([*readable, *swapped_copies(readable, swapped, seed=seed)], tokenizer, longest)
-    own = pointed[: len(readable)]
-    lost, triples = sum(one.left_out for one in own), sum(len(set(record.tree.triples)) for record in readable)
+    rows, pointed = encode_records([*records, *swapped_copies(records, swapped, seed=seed)], tokenizer, longest)
+    own = pointed[: len(records)]
+    lost, triples = sum(one.left_out for one in own), sum(len(set(record.tree.triples)) for record in records)
     if lost:
         trees = sum(not one.has_tree for one in own)
         say(
             f"{what}: {lost} of {triples} triples cannot be pointed at (their phrases do not stand in the text, overlap, or are too"
-            " long)" + (f"; {trees} of {len(readable)} trees lose a node by that, and teach phrases alone" if trees else "")
+            " long)" + (f"; {trees} of {len(records)} trees lose a node by that, and teach phrases alone" if trees else "")
         )
     kept = [row for row in rows if len(row["input_ids"]) <= max_length]
     if len(kept) < len(rows):
