@@ -156,7 +156,9 @@ def finished(extracting: Extracting) -> None:
 
 def test_a_review_extracts_with_it_and_can_be_cancelled(gatewise: Gatewise, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"max_new_tokens": 512, "pipeline": False, "verbatim": False, "candidates": 1}
-    extract = review_command._loaded(adapter, None, "cpu", **settings)
+    extractor = review_command._loaded(adapter, None, "cpu", **settings)
+    assert extractor.most_tokens == 0  # nothing is written, so no number of tokens is shown
+    extract = model_extract(extractor)
     ticks: list[int] = []
     found = extract(TEXT, None, lambda: ticks.append(1))
     assert ticks == [1]  # one pass over the text

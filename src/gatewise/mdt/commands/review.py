@@ -13,7 +13,7 @@ from gatewise.mdt.commands.model import CandidatesOption, PipelineOption, Tokens
 from gatewise.mdt.commands.trees import RepairOption, say
 
 if TYPE_CHECKING:
-    from gatewise.mdt.review import Extract
+    from gatewise.mdt.extraction.extractor import Extracts
     from gatewise.mdt.review.users import UserFile
 
 NO_ADAPTER = "no model was given: start the review with --adapter DIR to extract trees"
@@ -79,7 +79,7 @@ def review(
       gatewise mdt review trees.json --users users.json --port 8000 --allow-host review.clinic.example
     """
     from gatewise.mdt.relations import check_language
-    from gatewise.mdt.review import Extracting, Review, Session
+    from gatewise.mdt.review import Extracting, Review, Session, model_extract
     from gatewise.mdt.review.users import UserFile
 
     people = None if users is None else UserFile(users)
@@ -106,9 +106,8 @@ def review(
         if adapter is not None:
             settings = {"max_new_tokens": max_new_tokens, "pipeline": pipeline, "verbatim": verbatim, "candidates": candidates}
             named: Any = language
-            # The first candidate is written alone, the others together.
-            most = max_new_tokens * (1 if candidates == 1 else 2)
-            extracting = Extracting(session, _loaded(adapter, base, device, **settings), language=named, most=most)
+            extractor = _loaded(adapter, base, device, **settings)
+            extracting = Extracting(session, model_extract(extractor), language=named, most=extractor.most_tokens)
         page = Review(session, extracting, "" if adapter else NO_ADAPTER)
         with ReviewServer(page, people, host=host, port=port, allowed=allow_host or ()) as server:
             say(f"review: {server.url}")
@@ -149,15 +148,12 @@ def _add(people: "UserFile | None", name: str, names: list[str] | None) -> None:
     say(f"this is {where} {name.strip()}: it is shown once, give it to nobody else; {people.path} keeps only its SHA-256", err=True)
 
 
-def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extract":
+def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extracts":
     from rich.console import Console
 
     from gatewise.mdt.pointing.loading import load_extractor
-    from gatewise.mdt.review import model_extract
     from gatewise.progress import ConsoleProgress, quiet
 
     with quiet(bars=True):
         say = ConsoleProgress(Console(stderr=True)).say
-        return model_extract(
-            load_extractor(adapter, base=base, device=device, say=say, batch_size=settings["candidates"], **settings)
-        )
+        return load_extractor(adapter, base=base, device=device, say=say, batch_size=settings["candidates"], **settings)

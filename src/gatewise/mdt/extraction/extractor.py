@@ -98,6 +98,7 @@ class Extracts(Protocol):
     Attributes:
         batch_size: texts at once.
         candidates: trees that are made for a text.
+        most_tokens: that are written for a text at most, one after another; 0 where nothing is written.
         model: what is run, and ``stage_models`` what else is.
     """
 
@@ -105,6 +106,8 @@ class Extracts(Protocol):
     def batch_size(self) -> int: ...
     @property
     def candidates(self) -> int: ...
+    @property
+    def most_tokens(self) -> int: ...
     @property
     def model(self) -> Any: ...
     @property
@@ -223,6 +226,11 @@ class Extractor:
         model, tokenizer, loaded = load_as_trained(adapter, base=base, device=device, say=say)
         known = {"base": loaded, "adapter": {"name": name_of(adapter), "sha256": fingerprint(adapter)}}
         return cls(model, tokenizer, Template(note.get("template") or PLAIN.prompt), **{**known, **settings})
+
+    @property
+    def most_tokens(self) -> int:
+        """That are written for a text at most, one after another: the first candidate is written alone, the others together."""
+        return self.max_new_tokens * (1 if self.candidates == 1 else 2)
 
     def made_with(self) -> dict[str, Any]:
         """What a tree is made with that is written now, see :attr:`Extraction.made_with`."""

@@ -61,6 +61,7 @@ class PointingExtractor:
     base: str = ""
     adapter: Mapping[str, str] | None = None
     candidates: ClassVar[int] = 1
+    most_tokens: ClassVar[int] = 0
     stage_models: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
