@@ -45,12 +45,12 @@ def learnt() -> PointingExtractor:
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-    return PointingExtractor(model.eval(), tokenizer)
+    return PointingExtractor(model.eval(), tokenizer, calibration=Calibration())
 
 
 @pytest.fixture(scope="module")
 def untrained() -> PointingExtractor:
-    return PointingExtractor(pointing_model(), byte_tokenizer())
+    return PointingExtractor(pointing_model(), byte_tokenizer(), calibration=Calibration())
 
 
 def sound(found: list[Extraction | GatewiseError]) -> list[Extraction]:
@@ -195,7 +195,7 @@ def test_whatever_heads_say_is_a_tree_of_the_text(seed: int) -> None:
         for parameter in model.heads.parameters():
             parameter.normal_(std=[0.05, 0.3, 1.0][seed % 3])
     texts = ["x@y" + "".join(draw.choice(_ODD) + draw.choice([" ", ""]) for _ in range(draw.randrange(1, 30))) for _ in range(5)]
-    extractor = PointingExtractor(model, byte_tokenizer())
+    extractor = PointingExtractor(model, byte_tokenizer(), calibration=Calibration())
     found = sound(extractor(texts, language="en"))
     for one in found:
         assert one.absent == ()
@@ -212,7 +212,7 @@ def test_no_phrase_is_a_single_empty_leaf(untrained: PointingExtractor, monkeypa
     monkeypatch.setattr(extractor_module.decoding, "best_phrases", lambda scores, lengths: [[] for _ in lengths])
     found = sound(untrained(TEXTS))
     assert all(one.tree == DecisionTree.from_preorder([node("D")]) for one in found)
-    assert [one.confidence for one in found] == [(None,)] * len(TEXTS)
+    assert [one.confidence for one in found] == [None] * len(TEXTS)
     assert all(one.is_empty for one in found)
     listed = untrained.triples([Asked(text, "en") for text in TEXTS])
     assert [one.triples for one in listed if isinstance(one, Asked)] == [()] * len(TEXTS)
@@ -263,6 +263,12 @@ def test_unsure_nodes_are_warned_of_where_confidence_is_fitted(learnt: PointingE
     assert all(value is not None and value < 0.5 for value in found.confidence or ())
     assert found.record().more["confidence"] == [round(value, 3) for value in found.confidence or () if value is not None]
     assert sound(learnt([TEXTS[1]]))[0].warnings == ()
+
+
+def test_there_is_no_confidence_that_nobody_measured(learnt: PointingExtractor) -> None:
+    found = sound(replace(learnt, calibration=None)(TEXTS))
+    assert [one.tree for one in found] == [one.tree for one in sound(learnt(TEXTS))]
+    assert all(one.confidence is None and "confidence" not in one.record().more for one in found)
 
 
 def test_nodes_are_judged_against_gold(learnt: PointingExtractor) -> None:

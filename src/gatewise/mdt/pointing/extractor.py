@@ -27,7 +27,7 @@ from gatewise.mdt.pointing.heads import HeadSettings, PointingHeads, UnitPlaces,
 from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_texts, exact
 from gatewise.mdt.pointing.targets import NOTHING, Pointed, pointed_at, preorder, tree_of, triple_of
 from gatewise.mdt.pointing.units import Units
-from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.records import DOUBTFUL, TreeRecord
 from gatewise.mdt.relations import Language, relation_in
 from gatewise.mdt.spans import absent_triples
 from gatewise.mdt.tree import DecisionTree, Node, Triple
@@ -36,8 +36,6 @@ MOST_PHRASES = 64
 """Of a text; time and memory grow with their square and more. No published passage has half as many."""
 MOST_TOKENS = 8192
 """Of the texts of one pass, with padding, unless it is one text: the scores of all their phrases are in memory at once."""
-UNSURE = 0.5
-"""A node of less confidence is more likely wrong than right."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class PointingExtractor:
     Attributes:
         model: a :class:`PointingModel`, with or without an adapter.
         batch_size: texts in one pass.
-        calibration: how the heads' probabilities become confidence; None: they are taken as they are.
+        calibration: how the heads' probabilities become confidence; None: there is none.
         base, adapter: what the model is, see :class:`gatewise.mdt.Extractor`.
 
     Raises:
@@ -210,21 +208,18 @@ class PointingExtractor:
     def _trees(self, asked: Asked, units: Units, found: Found) -> Extraction:
         one = found.pointed
         tree = tree_of(one, units, asked.language)
-        confidence = tuple(
-            None if node < 0 else self._sure(found.of_node(node)) if found.groups else None for node in preorder(one)
-        )
-        unsure = sum(value is not None and value < UNSURE for value in confidence)
-        warnings = list(asked.warnings)
-        if self.calibration and unsure:
-            all_nodes = sum(value is not None for value in confidence)
-            warnings.append(f"{unsure} of the {all_nodes} nodes {'is' if unsure == 1 else 'are'} more likely wrong than right")
+        confidence, warnings = None, list(asked.warnings)
+        if self.calibration is not None and found.groups:
+            sure = self.calibration.confidence
+            confidence = tuple(None if node < 0 else sure(found.of_node(node)) for node in preorder(one))
+            known = [value for value in confidence if value is not None]
+            if unsure := sum(value < DOUBTFUL for value in known):
+                are = "is" if unsure == 1 else "are"
+                warnings.append(f"{unsure} of the {len(known)} nodes {are} more likely wrong than right")
         absent = absent_triples(asked.text, tree)
         return Extraction(
             asked.text, tree, asked.language, absent, tuple(warnings), made_with=self.made_with(), confidence=confidence
         )
-
-    def _sure(self, logs: tuple[float, float, float, float]) -> float:
-        return (self.calibration or Calibration()).confidence(logs)
 
     def _triples(self, asked: Asked, units: Units, found: Found) -> Asked:
         told = [triple_of(found.pointed, i, units, asked.language) for i in range(len(found.pointed.mentions))]

@@ -402,7 +402,7 @@ function showTree() {
   at("kept").hidden = !passage.kept;
   showBeside();
   at("warnings").hidden = !passage.warnings.length;
-  at("warnings").replaceChildren(element("h3", { text: tr("Warnings of the extraction: the tree may be incomplete") }),
+  at("warnings").replaceChildren(element("h3", { text: tr("Warnings of the extraction: the tree may be incomplete or wrong") }),
     element("ul", {}, ...passage.warnings.map(warning => element("li", { text: warning }))));
   if (passage.nodes) draw(); else noTree();
 }

@@ -79,7 +79,7 @@ const CHINESE = {
     "模型给出的节点正确的可能性，由开发集段落测得。修改该节点后不再显示。",
   "Selected: “{phrase}”": "已选取：“{phrase}”",
   "Passage {number}": "第 {number} 段",
-  "Warnings of the extraction: the tree may be incomplete": "提取过程有警告，决策树可能不完整",
+  "Warnings of the extraction: the tree may be incomplete or wrong": "提取过程有警告，决策树可能不完整或有误",
   "Not a valid tree yet: ": "还不是有效的决策树：",
   "A valid tree, but some phrases are not in the text: ": "决策树有效，但有词语不在原文中：",
   "A valid tree; every phrase is in the text.": "决策树有效，所有词语均在原文中。",
