@@ -199,9 +199,9 @@ def test_whatever_heads_say_is_a_tree_of_the_text(seed: int) -> None:
     found = sound(extractor(texts, language="en"))
     for one in found:
         assert one.absent == ()
-        assert one.confidence is not None
-        assert len(one.confidence) == len(one.tree.nodes)
-        assert all(value is None or 0 <= value <= 1 for value in one.confidence)
+        assert (one.confidence is None) == one.is_empty
+        assert one.confidence is None or len(one.confidence) == len(one.tree.nodes)
+        assert all(value is None or 0 <= value <= 1 for value in one.confidence or ())
     nodes = [tuple(node for node in one.tree.nodes if not node.is_empty) for one in found]
     sound(extractor.trees([Asked(one.text, "en", nodes=held) for one, held in zip(found, nodes, strict=True)]))
     triples = [Asked(one.text, "en", triples=tuple(one.tree.triples)) for one in found]
