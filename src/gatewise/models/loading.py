@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -123,6 +124,24 @@ def load_model(
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     set_model_name(model, str(name_or_path))
     return model.to(place).eval()
+
+
+def config_positions(model: PreTrainedModel) -> int:
+    """How many positions a model has, as its configuration says; a huge number where it does not."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens of a text a model reads at most.
+
+    RoBERTa and its kin count positions from their padding's number on, so that of their table the first ones are no text's.
+    """
+    tables = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2] and module.padding_idx is not None
+    ]
+    return min(config_positions(model), tokenizer.model_max_length, *tables)
 
 
 def _check_model_folder(folder: Path) -> None:

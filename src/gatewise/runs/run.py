@@ -28,6 +28,7 @@ from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.internals.zero import is_asked_for
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
+from gatewise.models.loading import config_positions, most_tokens
 from gatewise.progress import quiet
 from gatewise.prompts.stages import search
 from gatewise.routed import ACTIVATION_PARAMETERS, RoutingLog
@@ -135,6 +136,8 @@ def train(
             _measure(recipe, prepared, model, "after", metrics, seconds, progress)
             if recipe.task == "text2mdt":
                 prepared.note["calibration"] = _pointing().calibration(model, prepared.tokenizer, prepared.measured["dev"])
+                if prepared.note["calibration"] is None:
+                    progress.say("trees will have no confidence: too few nodes were found in dev, or all are right or all wrong")
             seconds["total"] = time.monotonic() - started
             log = trainer.state.log_history
 
@@ -265,7 +268,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
     fresh_base = partial(_base, recipe, len(labels or ()) if recipe.task == "classification" else None, dtype)
     base = fresh_base()
     # Learned positions end where the table ends, and PEFT's prompts take some of them.
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    positions = most_tokens(base, tokenizer) if pointing else config_positions(base)
     if recipe.method in ("prompt-tuning", "prefix-tuning"):
         positions -= (recipe.prompts or PromptsSection()).num_prompt_tokens
     max_length = min(data.max_length, positions)
@@ -390,10 +393,19 @@ def _set_aside(recipe: Recipe) -> int:
 
 
 def _hold_out(train: list[dict[str, Any]], rows: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training rows, and at most ``rows`` (and a quarter) of them set aside to score ranks on: dev only measures."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(rows, max(1, len(train) // 4))
-    return [train[i] for i in sorted(order[count:])] or train, [train[i] for i in order[:count]]
+    """Training rows, and at most ``rows`` (and a quarter) of them set aside to score ranks on: dev only measures.
+
+    Of rows that are copies of each other, which have the same ``group``, the first is set aside and the others are not trained on.
+    """
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for i, row in enumerate(train):
+        groups.setdefault(row.get("group", i), []).append(row)
+    held = list(groups.values())
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(rows, max(1, len(held) // 4))
+    apart = set(order[:count])
+    kept = [row for i, group in enumerate(held) if i not in apart for row in group]
+    return kept or train, [held[i][0] for i in order[:count]]
 
 
 def _allocation(recipe: Recipe, prepared: _Prepared, progress: RunProgress) -> RankAllocation:

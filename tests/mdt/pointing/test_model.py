@@ -13,8 +13,12 @@ from transformers import (
     Gemma3TextModel,
     GPT2Config,
     GPT2Model,
+    LlamaConfig,
+    LlamaModel,
     MistralConfig,
     MistralModel,
+    MixtralConfig,
+    MixtralModel,
     Qwen3Config,
     Qwen3Model,
     RobertaConfig,
@@ -24,6 +28,7 @@ from transformers import (
 from gatewise.errors import GatewiseError
 from gatewise.mdt.pointing.heads import HeadSettings
 from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_records, encode_texts
+from gatewise.models.loading import most_tokens
 from gatewise.runs.build import recompute_activations
 
 SETTINGS = HeadSettings(hidden=16, width=16, longest=8, dropout=0.0)
@@ -84,6 +89,37 @@ def test_an_encoder_that_cannot_look_ahead_is_refused() -> None:
     base = Blinkered(GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(GatewiseError, match="attention of gpt2 models cannot be made to look in both directions"):
         PointingModel(base, SETTINGS)
+
+
+def test_rounding_does_not_refuse_a_decoder() -> None:
+    """With several threads the rows of a batch are rounded in different ways, which looks like a decoder that sees its padding."""
+    threads = torch.get_num_threads()
+    config = LlamaConfig(vocab_size=99, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9)
+    torch.set_num_threads(2)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert PointingModel(LlamaModel(config).eval().to(dtype), HeadSettings(hidden=576, width=16)).whole_mask
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_mixture_of_experts_can_point() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 60}
+    config = MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=3)
+    assert PointingModel(MixtralModel(config).eval(), HeadSettings(hidden=16, width=16)).whole_mask
+
+
+def test_positions_that_are_no_texts_do_not_count() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 10**6
+    config = RobertaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=34, pad_token_id=1
+    )
+    model = RobertaModel(config)
+    assert most_tokens(model, tokenizer) == 32
+    model(input_ids=torch.full((1, 32), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 33), 5))
 
 
 def test_heads_of_another_width_are_refused() -> None:

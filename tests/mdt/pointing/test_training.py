@@ -14,7 +14,7 @@ import torch
 from mdt_trees import node, triple
 from pointing_models import GOUT, RECORDS, write_pointing, write_trees
 from rich.console import Console
-from tiny_run import assert_same_adapter, stop_at, weights
+from tiny_run import assert_same_adapter, byte_tokenizer, stop_at, weights
 from transformers import PreTrainedTokenizerFast
 
 from gatewise.errors import GatewiseError
@@ -25,7 +25,7 @@ from gatewise.mdt.pointing.calibration import Calibration
 from gatewise.mdt.pointing.extractor import PointingExtractor
 from gatewise.mdt.pointing.loading import load_extractor
 from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_texts
-from gatewise.mdt.pointing.training import METRICS, read_records
+from gatewise.mdt.pointing.training import METRICS, read_records, training_rows
 from gatewise.mdt.records import TreeRecord
 from gatewise.prompts.forward import PromptPass
 from gatewise.runs import run
@@ -298,8 +298,31 @@ def test_what_is_left_out_is_told(swapped: int, tmp_path: Path) -> None:
     write_trees(tmp_path / "train.json", [*RECORDS, *ELSEWHERE, long])
     said = told(recipe, tmp_path / "out", f"pointing.swapped={swapped}", "training.max_steps=1")
     assert "data.train: 1 of 19 triples cannot be pointed at" in said
-    assert "1 of 6 trees lose a node by that, and teach phrases alone" in said
+    assert "data.train: 1 of 6 trees lose a node by that, or have a node twice, and teach phrases alone" in said
     assert f"data.train: {1 + swapped} of {6 * (1 + swapped)} texts have more than 512 tokens and are left out" in said
+
+
+def test_a_tree_with_a_node_twice_is_told_of(tmp_path: Path) -> None:
+    twice = node("D", triple("bad", "drug therapy", "gout"))
+    other = node("C", triple("worse", "clinical manifestation", "gout"))
+    write_trees(tmp_path / "train.json", [TreeRecord("gout@bad or worse", DecisionTree.from_preorder([other, twice, twice]))])
+    recipe = write_pointing(tmp_path / "recipe")
+    said = told(recipe, tmp_path / "out", f"data.train={tmp_path}/train.json", "training.max_steps=1")
+    assert "data.train: 1 of 1 trees lose a node by that, or have a node twice" in said
+    assert "cannot be pointed at" not in said.replace("data.dev", "")
+
+
+@pytest.mark.parametrize("swapped", [0, 3])
+def test_what_is_set_aside_has_no_copy_in_training(swapped: int) -> None:
+    tokenizer = byte_tokenizer()
+    limits: dict[str, Any] = {"longest": 8, "max_length": 512, "say": lambda _: None}
+    rows = training_rows(sample(), tokenizer, swapped=swapped, **limits)
+    kept, held = run._hold_out(rows, 10, 0)
+    assert len(held) == 10
+    assert len(kept) == len(rows) - 10 * (1 + swapped)
+    assert not {row["group"] for row in kept} & {row["group"] for row in held}
+    originals = training_rows(sample(), tokenizer, **limits)
+    assert [row["input_ids"] for row in held] == [originals[row["group"]]["input_ids"] for row in held]
 
 
 def test_one_record_of_one_node_and_a_dev_of_nothing(tmp_path: Path) -> None:

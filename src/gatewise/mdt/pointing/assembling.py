@@ -4,9 +4,11 @@ The score of a grouping is the sum over all pairs within groups of the pairs' sc
 conditions and their two sides of the score of the child there, or of none, and of the score of its root. Everything is compared
 that has each phrase (each node, as far as there are places) once, conditions with two children and decisions without: over sets,
 in O(3^n) for n of them.
+
 Of more than ``MOST_EXACT`` only those groupings (trees) are compared whose every group (subtree) is an unbroken stretch of the
-text's order, in O(n^2) (O(n^4)). Of more than ``MOST_STRETCHES`` nodes, which no passage for people has, the tree is built from its
-root downwards, each time with the child that fits best, in O(n^3) at most.
+text's order, in O(n^2) (O(n^4)), and one more: of groups that were joined two by two, those that gain most first, or a tree built
+from its root downwards, each time with the child that fits best, in O(n^3) at most. Of more than ``MOST_STRETCHES`` nodes, which no
+passage for people has, it is that tree.
 
 That order is no rule for the others: in a third of the published trees pre-order is another one, in a tenth a node is no
 stretch.
@@ -38,8 +40,15 @@ def best_groups(scores: Sequence[Sequence[float]]) -> list[list[int]]:
     Args:
         scores: (n, n) of each pair, the same both ways.
     """
-    made = _groups_by_sets if len(scores) <= MOST_EXACT else _groups_by_stretches
-    return sorted(made(_numbers(scores, (len(scores), len(scores)))))
+    numbers = _numbers(scores, (len(scores), len(scores)))
+    if len(scores) <= MOST_EXACT:
+        return sorted(_groups_by_sets(numbers))
+
+    def total(groups: list[list[int]]) -> float:
+        return float(sum(numbers[np.ix_(group, group)][np.triu_indices(len(group), 1)].sum() for group in groups))
+
+    ways = [_groups_by_stretches(numbers), _groups_by_joining(numbers)]
+    return sorted(ways[int(np.argmax([total(groups) for groups in ways]))])
 
 
 def _groups_by_sets(scores: _Scores) -> list[list[int]]:
@@ -76,6 +85,20 @@ def _groups_by_stretches(scores: _Scores) -> list[list[int]]:
     return made
 
 
+def _groups_by_joining(scores: _Scores) -> list[list[int]]:
+    """Two groups after another are joined, those that gain most by it, until none gain."""
+    groups, gains = [[i] for i in range(len(scores))], scores.copy()
+    np.fill_diagonal(gains, -np.inf)
+    while len(groups) > 1 and gains.max() > 0:
+        a, b = sorted(map(int, np.unravel_index(gains.argmax(), gains.shape)))
+        groups[a] += groups.pop(b)
+        gains[a] += gains[b]
+        gains[:, a] += gains[:, b]
+        gains = np.delete(np.delete(gains, b, axis=0), b, axis=1)
+        gains[a, a] = -np.inf
+    return [sorted(group) for group in groups]
+
+
 def best_tree(
     conditions: Sequence[bool],
     roots: Sequence[float],
@@ -101,15 +124,20 @@ def best_tree(
     n = len(conditions)
     if not n:
         return 0.0, (NONE, ())
-    made = _by_sets if n <= MOST_EXACT else _by_stretches if n <= MOST_STRETCHES else _from_the_root
+    ways = [_by_sets] if n <= MOST_EXACT else [_from_the_root, _by_stretches] if n <= MOST_STRETCHES else [_from_the_root]
     may = np.array(conditions, dtype=bool)
     of_root, of_child, of_none = _numbers(roots, (n,)), _numbers(arcs, (n, 2, n)), _numbers(empty, (n, 2))
-    root, children = made(may, of_root, of_child, of_none)
-    if may[root]:
-        children.setdefault(root, (NONE, NONE))
-    sides = [(node, which, child) for node, both in children.items() for which, child in enumerate(both)]
-    score = of_root[root] + sum(of_none[a, which] if c == NONE else of_child[a, which, c] for a, which, c in sides)
-    return float(score), (root, tuple(map(children.get, range(n))))
+    found: list[tuple[int, float, Tree]] = []
+    for way in ways:
+        root, children = way(may, of_root, of_child, of_none)
+        if may[root]:
+            children.setdefault(root, (NONE, NONE))
+        sides = [(node, which, child) for node, both in children.items() for which, child in enumerate(both)]
+        score = of_root[root] + sum(of_none[a, which] if c == NONE else of_child[a, which, c] for a, which, c in sides)
+        held = sum(child != NONE for _, _, child in sides)
+        found.append((held, float(score), (root, tuple(map(children.get, range(n))))))
+    _, score, tree = max(found, key=lambda one: (one[1] > -np.inf, *one[:2]))
+    return score, tree
 
 
 def _by_sets(conditions: _Marks, roots: _Scores, arcs: _Scores, empty: _Scores) -> tuple[int, _Children]:

@@ -31,6 +31,7 @@ from gatewise.mdt.records import DOUBTFUL, TreeRecord
 from gatewise.mdt.relations import Language, relation_in
 from gatewise.mdt.spans import absent_triples
 from gatewise.mdt.tree import DecisionTree, Node, Triple
+from gatewise.models.loading import most_tokens
 
 MOST_PHRASES = 64
 """Of a text; time and memory grow with their square and more. No published passage has half as many."""
@@ -167,8 +168,7 @@ class PointingExtractor:
         """What the heads find in each text, from what is given of it, or why nothing can be found."""
         heads: PointingHeads = base_of(self.model).heads
         collate, device = PointingCollator(self.tokenizer), next(self.model.parameters()).device
-        positions = getattr(base_of(self.model).config.get_text_config(), "max_position_embeddings", None) or 2**31
-        longest = min(positions, self.tokenizer.model_max_length)  # of RoBERTa, the model's number counts two that are no text's
+        longest = most_tokens(base_of(self.model), self.tokenizer)
         made: list[Any] = [None] * len(asked)
         rows: dict[int, dict[str, Any]] = {}
         for i, one in enumerate(asked):
@@ -211,7 +211,8 @@ class PointingExtractor:
         confidence, warnings = None, list(asked.warnings)
         if self.calibration is not None and found.groups:
             sure = self.calibration.confidence
-            confidence = tuple(None if node < 0 else sure(found.of_node(node)) for node in preorder(one))
+            # As many digits as records have, so that all count the same nodes as doubtful.
+            confidence = tuple(None if node < 0 else round(sure(found.of_node(node)), 3) for node in preorder(one))
             known = [value for value in confidence if value is not None]
             if unsure := sum(value < DOUBTFUL for value in known):
                 are = "is" if unsure == 1 else "are"

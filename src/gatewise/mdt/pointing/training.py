@@ -51,7 +51,7 @@ def training_rows(
     what: str = "data.train",
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Rows for a pointing model, those of ``swapped`` copies of each record after them.
+    """Rows for a pointing model, those of ``swapped`` copies of each record after them; ``group`` says of which record a row is.
 
     Args:
         longest: units of the longest phrase; triples with a longer one, or with one that does not stand in the text, are left
@@ -67,11 +67,15 @@ def training_rows(
     own = pointed[: len(records)]
     lost, triples = sum(one.left_out for one in own), sum(len(set(record.tree.triples)) for record in records)
     if lost:
-        trees = sum(not one.has_tree for one in own)
         say(
             f"{what}: {lost} of {triples} triples cannot be pointed at (their phrases do not stand in the text, overlap, or are too"
-            " long)" + (f"; {trees} of {len(records)} trees lose a node by that, and teach phrases alone" if trees else "")
+            " long)"
         )
+    if trees := sum(not one.has_tree for one in own):
+        say(f"{what}: {trees} of {len(records)} trees lose a node by that, or have a node twice, and teach phrases alone")
+    for i, row in enumerate(rows):
+        at = i if i < len(records) else (i - len(records)) // swapped
+        row["group"] = at  # a record with its copies
     kept = [row for row in rows if len(row["input_ids"]) <= max_length]
     if len(kept) < len(rows):
         say(f"{what}: {len(rows) - len(kept)} of {len(rows)} texts have more than {max_length} tokens and are left out")
