@@ -16,6 +16,7 @@ At the top lie what every room needs: ``tree`` with its rules (``checks``) and r
 | ``evaluation``| trees against trees                                                                    |
 | ``extraction``| a passage becomes a tree                                                               |
 | ``training``  | trees become rows to train on                                                          |
+| ``pointing``  | the same with a model that points at the text: its heads, training and extractor        |
 | ``review``    | a person corrects and approves trees                                                   |
 | ``commands``  | ``gatewise mdt``                                                                       |
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from gatewise.mdt.extraction.measuring import measure
     from gatewise.mdt.formats.lines import Parsed, linearise, parse, parse_lenient
     from gatewise.mdt.formats.views import render, write_view
+    from gatewise.mdt.pointing.extractor import PointingExtractor
+    from gatewise.mdt.pointing.loading import load_extractor
     from gatewise.mdt.records import TreeFile, TreeRecord, read_trees, write_trees
     from gatewise.mdt.relations import RELATIONS, relation_in
     from gatewise.mdt.samples import sample
@@ -58,6 +61,8 @@ _HOME = {
     "extraction.measuring": ("measure",),
     "formats.lines": ("Parsed", "linearise", "parse", "parse_lenient"),
     "formats.views": ("render", "write_view"),
+    "pointing.extractor": ("PointingExtractor",),
+    "pointing.loading": ("load_extractor",),
     "records": ("TreeFile", "TreeRecord", "read_trees", "write_trees"),
     "relations": ("RELATIONS", "relation_in"),
     "samples": ("sample",),
@@ -77,6 +82,7 @@ __all__ = [
     "Node",
     "Parsed",
     "Path",
+    "PointingExtractor",
     "Span",
     "TreeFile",
     "TreeMetrics",
@@ -92,6 +98,7 @@ __all__ = [
     "extract_files",
     "in_text_order",
     "linearise",
+    "load_extractor",
     "locate",
     "locate_tree",
     "measure",
