@@ -12,8 +12,8 @@ answers.
 | joins    | "and" or "or" of a node                                                          | the two                      |
 | arcs     | for each side of a condition, which node is its child; for each node, whose child | nodes and none; sides, root |
 
-A span is scored as a whole by its two ends, which is the idea of GlobalPointer (Su et al., arXiv 2208.03054), and by the mean of what
-is between them; how scores are normalised, and the other heads, are our own.
+A span is scored as a whole by its two ends, which is the idea of GlobalPointer (Su et al., arXiv 2208.03054), and by the mean of
+what is between them; how scores are normalised, and the other heads, are our own.
 
 Shapes: b texts, t tokens, n units, m phrases, g nodes, h width of the encoder, d width of the heads.
 """
