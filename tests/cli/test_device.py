@@ -4,7 +4,6 @@ No second device is here that computes. ``meta`` has no numbers but is a device 
 forward gets, tell whether a command places all it should.
 """
 
-import inspect as python
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -128,8 +127,8 @@ def test_a_review_loads_its_model_there(folder: Path) -> None:
     from gatewise.mdt.commands.review import _loaded
 
     pytest.importorskip("llguidance")
-    extract = _loaded(folder / "lora", None, "cuda:1", max_new_tokens=20, pipeline=False, verbatim=False, candidates=1)
-    assert python.getclosurevars(extract).nonlocals["extractor"].model.device == SECOND
+    extractor = _loaded(folder / "lora", None, "cuda:1", max_new_tokens=20, pipeline=False, verbatim=False, candidates=1)
+    assert extractor.model.device == SECOND
 
 
 def test_every_command_that_runs_a_model_takes_a_device() -> None:
