@@ -73,9 +73,9 @@ def measures_itself(model: nn.Module) -> bool:
 def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
     """While open, the model's output embedding sees only the positions where ``mask`` (b, t) is true.
 
-    ``model(...).logits`` is then (1, n, V), the positions in row-major order. Positions that PEFT's prompt tuning puts in front
-    of the text are none of the mask's. A model without an output embedding computes its logits as ever; ``labelled_logits``
-    tells the two apart.
+    ``model(...).logits`` is then (1, n, V), the positions in row-major order. Positions that PEFT's prompt tuning puts in front of
+    the text are none of the mask's. A model without an output embedding computes its logits as ever; ``labelled_logits`` tells the
+    two apart.
     """
     head = base_of(model).get_output_embeddings()
     if head is None:
@@ -121,8 +121,8 @@ def text_starts(inputs: Batch, batch: int, tokens: int) -> Tensor | None:
 def prompts_by_labels(labels: Tensor, starts: Tensor | None = None) -> Tensor:
     """(b, t): the prompts of a causal model's texts, which end before the first label that is not -100.
 
-    The first token of a packed text has no label, for no token of its own predicts it. A text whose second token has one is
-    taken for plain language modelling, which has no prompt.
+    The first token of a packed text has no label, for no token of its own predicts it. A text whose second token has one is taken
+    for plain language modelling, which has no prompt.
 
     Args:
         starts: what ``text_starts`` gave.
@@ -351,8 +351,8 @@ def _width(value: Tensor) -> int:
 def _class_losses(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
     """(b,) losses of a sequence classifier: what Transformers' loss for ``problem_type`` takes the mean of.
 
-    Without one it is regression where the model has one output, one class a row where labels are whole numbers (b,), and
-    several classes a row otherwise.
+    Without one it is regression where the model has one output, one class a row where labels are whole numbers (b,), and several
+    classes a row otherwise.
     """
     if problem is None:
         one_class = labels.ndim == 1 and not labels.is_floating_point()

@@ -4,8 +4,8 @@ First its sections with all keys and defaults, then keys that contradict each ot
 messages about wrong keys: the path of the key, what was expected and, for an unknown key, the nearest known one. Every key is
 checked before anything is loaded.
 
-The YAML is read by hand: OmegaConf would take ``${...}`` in a prompt for its own, and pydantic-settings does not say where a
-wrong value came from.
+The YAML is read by hand: OmegaConf would take ``${...}`` in a prompt for its own, and pydantic-settings does not say where a wrong
+value came from.
 """
 
 import difflib
@@ -179,9 +179,9 @@ class AllocationSection(Section):
 class RoutingSection(Section):
     """The routers of MiLoRA, see ``gatewise.RoutedLoraConfig``. Only with method milora.
 
-    The coefficients of the rational activation learn on ``validation_rows`` rows set aside of the training data, one step of
-    rate ``activation_learning_rate`` after every ``activation_every`` steps of the rest (``gatewise.BilevelTrainer``); with 0
-    rows they learn with the rest.
+    The coefficients of the rational activation learn on ``validation_rows`` rows set aside of the training data, one step of rate
+    ``activation_learning_rate`` after every ``activation_every`` steps of the rest (``gatewise.BilevelTrainer``); with 0 rows they
+    learn with the rest.
     """
 
     top_k: Count = 3
@@ -220,9 +220,9 @@ class AdaloraSection(Section):
 class PromptsSection(Section):
     """The prompts of SPT, see ``gatewise.SelectivePromptConfig``, of prompt tuning, or of prefix tuning.
 
-    ``prompt_layers`` left out is searched; it is a list of layers from 0, or with ``keep`` a fixed choice of so many layers.
-    Prompt tuning has only ``num_prompt_tokens`` and ``init`` (token embeddings drawn from the vocabulary, or random numbers),
-    prefix tuning only ``num_prompt_tokens``; the rest is SPT's.
+    ``prompt_layers`` left out is searched; it is a list of layers from 0, or with ``keep`` a fixed choice of so many layers. Prompt
+    tuning has only ``num_prompt_tokens`` and ``init`` (token embeddings drawn from the vocabulary, or random numbers), prefix
+    tuning only ``num_prompt_tokens``; the rest is SPT's.
     """
 
     num_prompt_tokens: Count = 10
@@ -246,10 +246,10 @@ class PromptsSection(Section):
 class SearchSection(Section):
     """SPT-DARTS, the search for the layers that take a new prompt. Only with method spt and without ``prompts.prompt_layers``.
 
-    ``max_steps`` or ``epochs`` (of the half of the training data that the weights learn on), or as many steps as the training
-    that follows. ``keep`` is K, how many layers are kept, and ``choose`` says which: those with the largest gates, or those
-    with the lowest mean loss when only K gates are open (``gatewise.prompts.search``). ``consistency`` is the weight λ of the
-    distance between two passes, 0 for one pass without drops; ``drop`` the probability that a pass leaves a gate out.
+    ``max_steps`` or ``epochs`` (of the half of the training data that the weights learn on), or as many steps as the training that
+    follows. ``keep`` is K, how many layers are kept, and ``choose`` says which: those with the largest gates, or those with the
+    lowest mean loss when only K gates are open (``gatewise.prompts.search``). ``consistency`` is the weight λ of the distance
+    between two passes, 0 for one pass without drops; ``drop`` the probability that a pass leaves a gate out.
     """
 
     keep: Count = 4
@@ -557,8 +557,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the YAML file. Relative data files, and a model given as a folder, are taken from the file's own folder.
-        overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys; ``max_steps`` replaces the file's ``epochs``,
-            and the other way round. Their relative paths are taken from the working folder, where the one who types them is.
+        overrides: ``"a.b=c"`` settings in YAML syntax that replace or add keys; ``max_steps`` replaces the file's ``epochs``, and
+            the other way round. Their relative paths are taken from the working folder, where the one who types them is.
 
     Raises:
         GatewiseError: the file cannot be read, or a key is unknown, of a wrong type or at odds with another.

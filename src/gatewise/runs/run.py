@@ -467,8 +467,8 @@ def _trainer(recipe: Recipe, prepared: _Prepared, output: Path, checkpoint: Path
 def _search(recipe: Recipe, prepared: _Prepared, output: Path, progress: RunProgress) -> Selection:
     """Searches the layers that take a prompt, by SPT-DARTS, and has a fresh model with prompts there take the searched one's place.
 
-    Draws ``gates.png`` and writes ``search.json``, whose presence says that the search is done. It goes on from the latest
-    complete checkpoint of a search in the folder, if there is one; on the CPU the result is that of a search never stopped.
+    Draws ``gates.png`` and writes ``search.json``, whose presence says that the search is done. It goes on from the latest complete
+    checkpoint of a search in the folder, if there is one; on the CPU the result is that of a search never stopped.
     """
     section, training = recipe.search or SearchSection(), recipe.training
     steps = recipe.search_steps(len(prepared.train))

@@ -4,9 +4,9 @@
     found = extractor(["adults with gout@For an acute flare, give colchicine."])[0]
     print(found.tree.to_outline(), found.absent, found.warnings)
 
-End to end, one output holds the tree, after triples and nodes if the adapter was trained at chain-of-thought level 1 or 2 (Zhu
-et al., arXiv 2401.02034). The pipeline asks for triples, nodes and tree in turn, each with a prompt of its own. Prompts, text
-form and parser are the same. What is extracted needs review by a clinician.
+End to end, one output holds the tree, after triples and nodes if the adapter was trained at chain-of-thought level 1 or 2 (Zhu et
+al., arXiv 2401.02034). The pipeline asks for triples, nodes and tree in turn, each with a prompt of its own. Prompts, text form and
+parser are the same. What is extracted needs review by a clinician.
 """
 
 import math
@@ -146,13 +146,13 @@ class Extractor:
         pipeline: ask for triples, nodes and tree in turn.
         constrained: allow only tokens with which the output becomes a valid tree (needs the extra ``mdt``).
         verbatim: with ``constrained``, allow only subjects and objects that are whole words of the text.
-        candidates: how many trees are written for a text, the first of the most probable tokens and the others drawn; kept is
-            the one most like the others (:func:`most_alike`).
+        candidates: how many trees are written for a text, the first of the most probable tokens and the others drawn; kept is the
+            one most like the others (:func:`most_alike`).
         temperature, seed: of the draws.
         max_new_tokens: the most that is written in one output.
         stage_models: of stages of the pipeline, where they differ from ``model``; of the same tokenizer.
-        base, adapter: what the model is, for :attr:`Extraction.made_with`: the base's hub id or folder, and "name" and "sha256"
-            of the adapter. :meth:`load` knows them; without a base, the one that the model names.
+        base, adapter: what the model is, for :attr:`Extraction.made_with`: the base's hub id or folder, and "name" and "sha256" of
+            the adapter. :meth:`load` knows them; without a base, the one that the model names.
 
     Raises:
         GatewiseError: the settings contradict each other, or llguidance is missing.
@@ -214,7 +214,7 @@ class Extractor:
         Raises:
             GatewiseError: the adapter or its base cannot be read, or the settings contradict each other.
         """
-        from gatewise.adapters.files import fingerprint, read_note
+        from gatewise.adapters.files import read_note
         from gatewise.adapters.loading import load_as_trained
 
         if settings.get("constrained", True):
@@ -224,7 +224,7 @@ class Extractor:
             what = "points at the text" if note["task"] == "text2mdt" else "is a classifier"
             raise GatewiseError(f"{adapter} {what}: expected an adapter that was trained to write trees")
         model, tokenizer, loaded = load_as_trained(adapter, base=base, device=device, say=say)
-        known = {"base": loaded, "adapter": {"name": name_of(adapter), "sha256": fingerprint(adapter)}}
+        known = {"base": loaded, "adapter": named(adapter)}
         return cls(model, tokenizer, Template(note.get("template") or PLAIN.prompt), **{**known, **settings})
 
     @property
@@ -462,7 +462,7 @@ def made_with(model: Any, base: str, adapter: Mapping[str, str] | None, settings
     from gatewise import __version__
 
     base = base or getattr(getattr(model, "config", None), "name_or_path", "")
-    made: dict[str, Any] = {"base": name_of(base)} if base else {}
+    made: dict[str, Any] = {"base": _name_of(base)} if base else {}
     if adapter is not None:
         made["adapter"] = dict(adapter)
     weights = next((one for one in model.parameters() if one.is_floating_point()), None)
@@ -471,7 +471,14 @@ def made_with(model: Any, base: str, adapter: Mapping[str, str] | None, settings
     return {**made, "gatewise": __version__, "settings": {**settings, **where}, "date": date}
 
 
-def name_of(model: str | Path) -> str:
+def named(adapter: str | Path) -> dict[str, str]:
+    """Which adapter it is, for :func:`made_with`: "name" and "sha256". Errors are those of ``fingerprint``."""
+    from gatewise.adapters.files import fingerprint
+
+    return {"name": _name_of(adapter), "sha256": fingerprint(adapter)}
+
+
+def _name_of(model: str | Path) -> str:
     """A hub id as it is; of a folder its own name, as where it lies is nobody's business."""
     folder = Path(model).expanduser()
     if re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)?", str(model)) and not folder.exists():
@@ -502,8 +509,8 @@ def most_alike(trees: Sequence[DecisionTree], candidates: int) -> tuple[int, flo
     """Which tree has the least mean TER to the others, the first of equal ones; and its agreement, 1 less that mean, in [0, 1].
 
     The most probable tree is not the best one by a measure such as TER, but the one of the least expected distance to what the
-    model holds possible: minimum Bayes risk decoding (Kumar and Byrne, NAACL 2004), here with TER over trees that were drawn.
-    How alike they are says how sure the model is.
+    model holds possible: minimum Bayes risk decoding (Kumar and Byrne, NAACL 2004), here with TER over trees that were drawn. How
+    alike they are says how sure the model is.
 
     Args:
         trees: at least one.

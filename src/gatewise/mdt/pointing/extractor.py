@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from gatewise.errors import GatewiseError
 from gatewise.losses import base_of
 from gatewise.mdt.evaluation.metrics import plain_tree
-from gatewise.mdt.extraction.extractor import Asked, Extraction, Progress, as_asked, each, made_with, name_of
+from gatewise.mdt.extraction.extractor import Asked, Extraction, Progress, as_asked, each, made_with, named
 from gatewise.mdt.pointing import decoding
 from gatewise.mdt.pointing.calibration import Calibration
 from gatewise.mdt.pointing.decoding import Found
@@ -87,7 +87,7 @@ class PointingExtractor:
         Raises:
             GatewiseError: the adapter or its base cannot be read, or it is no adapter of this kind.
         """
-        from gatewise.adapters.files import NOTE_FILE, fingerprint, read_note
+        from gatewise.adapters.files import NOTE_FILE, read_note
         from gatewise.adapters.loading import load_as_trained
 
         note = read_note(Path(adapter))
@@ -102,8 +102,7 @@ class PointingExtractor:
         model, tokenizer, loaded = load_as_trained(
             adapter, base=base, device=device, say=say, around=lambda encoder: PointingModel(encoder, settings)
         )
-        known = {"name": name_of(adapter), "sha256": fingerprint(adapter)}
-        return cls(model, tokenizer, batch_size, calibration, loaded, known)
+        return cls(model, tokenizer, batch_size, calibration, loaded, named(adapter))
 
     def made_with(self) -> dict[str, Any]:
         """What a tree is made with that is made now, see :attr:`gatewise.mdt.Extraction.made_with`."""
