@@ -1,7 +1,7 @@
 """The page of a review in a real browser: load, extract, correct, save, reload.
 
 It needs a Chromium that is installed on this machine (or named in GATEWISE_CHROMIUM) and Playwright to drive it; no browser is
-downloaded. GATEWISE_SCREENSHOTS names a folder for pictures of the page, of which `docs/` has two.
+downloaded. GATEWISE_SCREENSHOTS names a folder for pictures of the page, of which `docs/` has three.
 """
 
 import io
