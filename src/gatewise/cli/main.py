@@ -26,6 +26,7 @@ from typer.core import TyperGroup
 from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import printable
 from gatewise.cli.compress import compress
+from gatewise.cli.export import export
 from gatewise.cli.inspect import inspect
 from gatewise.cli.options import takes_data_options
 from gatewise.cli.serving_check import serving_check
@@ -224,29 +225,7 @@ app.command()(compress)
 app.command("serving-check")(serving_check)
 
 
-@app.command()
-def export(
-    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter or checkpoint.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", show_default=False)],
-    padded: Annotated[
-        bool, typer.Option("--padded", help="One rank for all modules, for engines that ignore rank patterns.")
-    ] = False,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            help="With --padded: this rank, and modules without ranks as zeros, so that adapters can be swapped and merged.", min=1
-        ),
-    ] = None,
-) -> None:
-    """Write an adapter as plain LoRA at its true ranks.
-
-    \b
-    Example:
-      gatewise export runs/quickstart/adapter for-serving --padded
-    """
-    from gatewise.adapters.export import to_lora
-
-    typer.echo(f"written: {to_lora(adapter, out, padded=padded, rank=rank)}")
+app.command()(export)
 
 
 @models_app.callback()

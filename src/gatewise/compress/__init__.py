@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gatewise.compress.quality import Difference
     from gatewise.compress.recovery import Recovery
     from gatewise.compress.sharing import Shared, compress_shared
+    from gatewise.compress.static import Static, to_static
 
 _HOME = {
     **dict.fromkeys(("Candidate", "Compressed", "Goal", "Size"), "goal"),
@@ -21,8 +22,21 @@ _HOME = {
     "Difference": "quality",
     "Recovery": "recovery",
     **dict.fromkeys(("Shared", "compress_shared"), "sharing"),
+    **dict.fromkeys(("Static", "to_static"), "static"),
 }
-__all__ = ["Candidate", "Compressed", "Difference", "Goal", "Recovery", "Shared", "Size", "compress", "compress_shared"]
+__all__ = [
+    "Candidate",
+    "Compressed",
+    "Difference",
+    "Goal",
+    "Recovery",
+    "Shared",
+    "Size",
+    "Static",
+    "compress",
+    "compress_shared",
+    "to_static",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -56,7 +56,7 @@ def rows_for(
     Raises:
         GatewiseError: too few rows, or rows that cannot be measured so.
     """
-    records, train = _without_repeats(loaded.records, loaded.template, set(), say), None
+    records, train = without_repeats(loaded.records, loaded.template, set(), say), None
     measure = measure or measure_for(records)
     if measure == "right" and records.kind == "generation":
         raise GatewiseError(f"{records.source} has free text, of which none is right or wrong: take --measure loss")
@@ -70,7 +70,7 @@ def rows_for(
         if train.kind != records.kind:
             raise GatewiseError(f"{recovery.data} has {train.kind} rows, but {records.source} has {records.kind} rows")
         try:
-            train = _without_repeats(train, loaded.template, {_said(row, loaded.template) for row in records.rows}, say)
+            train = without_repeats(train, loaded.template, {_said(row, loaded.template) for row in records.rows}, say)
         except GatewiseError:
             train = None
         if train is None or len(train) < 2:
@@ -90,7 +90,7 @@ def _said(row: Mapping[str, Any], template: Template | None) -> str:
     return json.dumps([" ".join(str(one).split()) for one in (*shown, *answers)])
 
 
-def _without_repeats(records: Records, template: Template | None, seen: set[str], say: Callable[[str], None]) -> Records:
+def without_repeats(records: Records, template: Template | None, seen: set[str], say: Callable[[str], None]) -> Records:
     """The rows that say what no row before them says, nor any that was ``seen``."""
     kept = []
     for row in records.rows:

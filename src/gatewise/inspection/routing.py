@@ -1,12 +1,11 @@
 """Which modules a routed adapter chooses for the prompts of some data: the share of prompts for every module."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
@@ -16,9 +15,9 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import load_with_data
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, percent
-from gatewise.losses import row_losses
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.routed import RoutedLoraConfig, RoutedLoraModel
+from gatewise.routed.statistics import routing_of_batches
 from gatewise.sites import Site, sites_in_order
 from gatewise.tasks import PadCollator, encode, encode_classification
 
@@ -109,7 +108,6 @@ def route_data(
             )
 
 
-@torch.no_grad()
 def routing_of_rows(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -126,8 +124,8 @@ def routing_of_rows(
     Raises:
         GatewiseError: the active adapter is not a routed one, or there are no rows.
     """
-    tuner, config = model.base_model, model.peft_config[str(model.active_adapter)]
-    if not isinstance(tuner, RoutedLoraModel) or not isinstance(config, RoutedLoraConfig):
+    config = model.peft_config[str(model.active_adapter)]
+    if not isinstance(model.base_model, RoutedLoraModel) or not isinstance(config, RoutedLoraConfig):
         raise GatewiseError(
             f"the adapter is of type {str(config.peft_type).rpartition('.')[2]}, expected ROUTED_LORA (method milora): adapters of "
             "other types use all of their modules for every prompt"
@@ -137,18 +135,19 @@ def routing_of_rows(
     collate, was_training = collate or PadCollator(tokenizer), model.training
     model.eval()
     device = next(model.parameters()).device
-    gates: list[Tensor] = []
-    try:
+
+    def batches() -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(features), batch_size):
             batch = collate(list(features[start : start + batch_size]))
-            row_losses(model, {key: tensor.to(device) for key, tensor in batch.items()})
-            routing = tuner.routing()
-            gates.append(routing.gates.cpu())  # what follows counts in float64, which MPS lacks
+            yield {key: tensor.to(device) for key, tensor in batch.items()}
             if progress:
                 progress(min(start + batch_size, len(features)), len(features))
+
+    try:
+        routing = routing_of_batches(model, batches())
     finally:
         model.train(was_training)
-    every = torch.cat(gates)  # (rows, l, m)
+    every = routing.gates  # (rows, l, m), on the CPU: what follows counts in float64, which MPS lacks
     kept = every > 0
     experts = {
         f"{layer}.{name}": (i, j)

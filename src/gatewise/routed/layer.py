@@ -35,8 +35,8 @@ from gatewise.routed.router import Router, gates_of
 from gatewise.serving.products import Gathered, Part
 
 NO_MERGE = (
-    "a routed adapter cannot be merged, because every prompt chooses other modules: use it unmerged, or train a plain LoraConfig "
-    "adapter where one fixed model is needed"
+    "a routed adapter cannot be merged, because every prompt chooses other modules: use it unmerged, or where one fixed model is "
+    "needed train a plain LoraConfig adapter, or make this one plain (gatewise export --static)"
 )
 
 

@@ -3,11 +3,14 @@
 Shapes: b batch, l layers that have experts, m experts of the layer that has most.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gatewise.losses import Batch, row_losses
 from gatewise.routed.layer import LayerDecision
 from gatewise.routed.request import Request
 from gatewise.routed.router import balance
@@ -64,6 +67,21 @@ def routing_of(request: Request) -> Routing:
             own[rows[:, None], at] = one.gates.detach().float().cpu()
         gates[:, index] = own.repeat_interleave(batch // len(own), dim=0)
     return Routing(gates, tuple(modules), tuple(modules.values()))
+
+
+@torch.no_grad()
+def routing_of_batches(model: Any, batches: Iterable[Batch]) -> Routing:
+    """The decisions for the prompts of all batches, row by row.
+
+    Args:
+        model: a ``PeftModel`` in evaluation mode, with a routed adapter active.
+        batches: at least one, with labels, which tell prompts from answers.
+    """
+    made = []
+    for batch in batches:
+        row_losses(model, batch)
+        made.append(model.base_model.routing())
+    return replace(made[0], gates=torch.cat([one.gates for one in made]))
 
 
 def _experts(made: LayerDecision) -> tuple[str, ...]:
