@@ -22,7 +22,7 @@ from gatewise.mdt.training.rows import completion
 pytest.importorskip("llguidance")
 from llguidance import LLMatcher
 
-from gatewise.mdt.extraction.constraint import TreeConstraint, _known
+from gatewise.mdt.extraction.constraint import TreeConstraint, readable
 
 TOKENIZER = byte_tokenizer()
 END = int(TOKENIZER.eos_token_id)
@@ -51,7 +51,7 @@ def course_for(record: TreeRecord, stage: Any = None, **settings: Any) -> Course
         record.tree.language,
         stage,
         triples=len(record.tree.triples) if stage == "nodes" else 0,
-        nodes=nodes_in_order(record.text, record.tree) if stage == "tree" else (),
+        roles=[one.role for one in nodes_in_order(record.text, record.tree)] if stage == "tree" else (),
         **settings,
     )
 
@@ -214,7 +214,7 @@ def test_what_can_be_written_is_what_stands_in_the_text(bits: list[tuple[str, st
     spans = [(begin, end) for begin in range(len(text)) for end in range(begin + 1, len(text) + 1)]
     phrases = {text[begin:end].strip() for begin, end in spans} - {"", "~"}  # "~" alone stands for a subject
     grammar = Course("en", within=text, levels=(0,)).grammar()
-    fresh = LLMatcher(_known(TOKENIZER, (END,), len(TOKENIZER)), LLMatcher.grammar_from_lark(grammar))
+    fresh = LLMatcher(readable(TOKENIZER, (END,), len(TOKENIZER)), LLMatcher.grammar_from_lark(grammar))
     for phrase in draw.sample(sorted(phrases), min(len(phrases), 40)):
         ids = TOKENIZER(f" D: {escaped(phrase)} | drug | {escaped(phrase)}", add_special_tokens=False)["input_ids"]
         matcher = fresh.deep_copy()

@@ -4,21 +4,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
 from gatewise.mdt.commands.model import (
-    BatchOption,
     CandidatesOption,
     FreeOption,
     LevelOption,
+    NameOption,
     PipelineOption,
+    ServerOption,
     TokensOption,
     VerbatimOption,
     check_ways,
+    connected,
     loaded,
 )
 from gatewise.mdt.commands.passages import CharactersOption, DoclingOption, PopulationOption
@@ -36,8 +38,13 @@ class LanguageName(StrEnum):
 
 
 def extract(
-    files: Annotated[list[str], typer.Argument(help="Texts: .txt, .md, .pdf or .docx files; - is stdin.", show_default=False)],
-    adapter: Annotated[Path, typer.Option(help="The adapter's folder.", show_default=False)],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Texts: .txt, .md, .pdf or .docx files, or folders with such; - is stdin.", show_default=False),
+    ],
+    adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.", show_default=False)] = None,
+    server: ServerOption = None,
+    adapter_name: NameOption = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = Format.text,
     out: OutOption = None,
     base: BaseOption = None,
@@ -51,7 +58,10 @@ def extract(
     free: FreeOption = False,
     candidates: CandidatesOption = 1,
     max_new_tokens: TokensOption = 512,
-    batch_size: BatchOption = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Passages at a time. [default: 8 in one forward pass, 16 under way at a server]", min=1),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Extract decision trees from text with a trained adapter. Every tree needs review by a clinician.
@@ -61,17 +71,24 @@ def extract(
     gives what was found by then. With --out, each passage is on disk as soon as it is done, in OUT.work.jsonl: the same command
     goes on after any interruption.
 
+    With --server and --adapter-name, the adapter is one that a server has (`gatewise serve`; its key is in GATEWISE_API_KEY).
+    Each passage is on disk as soon as it is done there.
+
     \b
     Examples:
       gatewise mdt extract guideline.pdf --adapter runs/mdt-pi-lora/adapter --format html --out trees.html
+      gatewise mdt extract guidelines/ --server http://127.0.0.1:8000 --adapter-name mdt-pi-lora --format json --out trees.json
       echo "adults with gout@For a flare, give colchicine." | gatewise mdt extract - --adapter runs/mdt-pi-lora/adapter
     """
     from gatewise.files import is_special
+    from gatewise.mdt.documents.reading import documents_in
     from gatewise.mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
     from gatewise.mdt.formats.views import ONE_TREE
 
     check_ways(free, verbatim, level, pipeline)
+    _check_model(adapter, server, adapter_name, base)
     check_format(format, out)
+    files = [str(one) for one in documents_in(files)]
     check_target(out, files)
     batch = Batch()
     named: Any = language.value if language else None
@@ -90,13 +107,16 @@ def extract(
             "candidates": candidates,
         }
         if out is not None and not is_special(out):
-            known = {"adapter": _fingerprint(adapter), "base": base, "max_new_tokens": max_new_tokens, **settings}
+            model = {"server": server, "adapter_name": adapter_name} if adapter is None else {"adapter": _fingerprint(adapter)}
+            known = {**model, "base": base, "max_new_tokens": max_new_tokens, **settings}
             journal = Journal(out.with_name(f"{out.name}.work.jsonl"), known)
+        settings["max_new_tokens"] = max_new_tokens
         try:
-            with loaded(adapter, base, device, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (
-                extractor,
-                count,
-            ):
+            with (
+                connected(server, adapter_name, batch_size=batch_size or 16, **settings)
+                if server is not None and adapter_name is not None
+                else loaded(cast(Path, adapter), base, device, batch_size=batch_size or 8, **settings)
+            ) as (extractor, count):
                 extract_pieces(pieces, extractor, batch, count, journal)
         except (KeyboardInterrupt, GatewiseError) as error:
             stopped = error
@@ -126,6 +146,16 @@ def extract(
         raise GatewiseError(f"{which} gave no tree: {', '.join(batch.failed)}")
     if faults:
         raise GatewiseError(f"{len(faults)} {'passage' if len(faults) == 1 else 'passages'} failed, named above")
+
+
+def _check_model(adapter: Path | None, server: str | None, name: str | None, base: str | None) -> None:
+    if (adapter is None) == (server is None):
+        raise GatewiseError("give either --adapter, a folder, or --server and --adapter-name, an adapter that a server has")
+    if (server is None) != (name is None):
+        missing, given = ("--server", "--adapter-name") if server is None else ("--adapter-name", "--server")
+        raise GatewiseError(f"{given} was given without {missing}: give both, or --adapter")
+    if server is not None and base is not None:
+        raise GatewiseError("--base was given with --server, which has its base model already: leave one of the two out")
 
 
 def _fingerprint(adapter: Path) -> str | None:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from gatewise.mdt.documents.markdown import read_markdown
 from gatewise.mdt.documents.pdf import read_pdf
 from gatewise.mdt.documents.plain_text import read_plain_text
 
-__all__ = ["STDIN", "Block", "Document", "document_of", "population_mark", "read_document"]
+__all__ = ["STDIN", "Block", "Document", "document_of", "documents_in", "population_mark", "read_document"]
 
 STDIN = "-"
 
@@ -27,6 +28,7 @@ def read_document(path: str | Path, *, docling: bool = False) -> Document:
     """Reads a document by the suffix of its name; "-" is plain text or Markdown from standard input.
 
     Args:
+        path: of a file; see :func:`documents_in` for folders.
         docling: read PDF and DOCX with docling, which knows more layouts and reads scans, where it is installed.
 
     Raises:
@@ -40,6 +42,33 @@ def read_document(path: str | Path, *, docling: bool = False) -> Document:
         raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
     _check_suffix(suffix, name)
     return document_of(content_of(path), name, suffix, docling=docling)
+
+
+def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
+    """The paths, with what can be read in each folder in its place: its documents and those of folders in it, by name.
+
+    Files of other kinds, and hidden ones, are passed over.
+
+    Raises:
+        GatewiseError: a folder has no document, or cannot be read.
+    """
+    found: list[str | Path] = []
+    for path in paths:
+        if str(path) == STDIN or not _is_folder(path):
+            found.append(path)
+            continue
+        faults: list[OSError] = []
+        inside = []
+        for folder, folders, names in os.walk(path, onerror=faults.append):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inside += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
+        if faults:
+            raise GatewiseError(f"{path} cannot be read ({reason_of(faults[0])})")
+        documents = [one for one in inside if one.suffix.lower() in _READERS]
+        if not documents:
+            raise GatewiseError(f"{path} has no document: expected files in it that end in {_suffixes()}")
+        found += documents
+    return found
 
 
 def document_of(content: bytes, name: str, suffix: str, *, docling: bool = False) -> Document:

@@ -5,7 +5,7 @@ did, goes on from there. What was found before keeps its date.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from gatewise.mdt.documents.language import detect_language
 from gatewise.mdt.documents.passages import Passage, split_passages
 from gatewise.mdt.documents.reading import STDIN, read_document
 from gatewise.mdt.extraction.extractor import Extraction, Extracts, Progress
+from gatewise.mdt.extraction.served import ServedExtractor
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import Language
 from gatewise.mdt.spans import absent_triples
@@ -176,22 +177,21 @@ def extract_pieces(
 ) -> Batch:
     """The trees of passages, added to what a batch has: what an interrupt leaves can be used."""
     with_trees: set[str] = set()
-    at_once = _BATCHES_AT_ONCE * extractor.batch_size
+    batch = len(pieces) if isinstance(extractor, ServedExtractor) else extractor.batch_size
+    at_once = _BATCHES_AT_ONCE * batch
     for start in range(0, len(pieces), at_once):
         portion = pieces[start : start + at_once]
         found = [journal.take(piece) if journal else None for piece in portion]
         left = sorted((i for i, one in enumerate(found) if one is None), key=lambda i: len(portion[i].passage.text))
         try:
-            for at in range(0, len(left), extractor.batch_size):
-                now = left[at : at + extractor.batch_size]
-                asked = [portion[i] for i in now]
+            for at in range(0, len(left), batch):
+                now = left[at : at + batch]
                 told = partial(_tell, progress, start + len(portion) - len(left) + at, len(pieces)) if progress else None
-                texts, languages = [piece.passage.text for piece in asked], [piece.language for piece in asked]
-                made = extractor(texts, language=languages, progress=told)
-                for i, one in zip(now, made, strict=True):
-                    found[i] = one
-                if journal:
-                    journal.keep(asked, made)
+                for some in _as_found([portion[i] for i in now], extractor, told):
+                    for k, one in some.items():
+                        found[now[k]] = one
+                    if journal:
+                        journal.keep([portion[now[k]] for k in some], list(some.values()))
         finally:
             for piece, got in zip(portion, found, strict=True):
                 if got is not None:
@@ -202,6 +202,16 @@ def extract_pieces(
             count = sum(piece.name == name for piece in pieces)
             into.faults.append(f"{name}: no decision was found in its {'only passage' if count == 1 else f'{count} passages'}")
     return into
+
+
+def _as_found(pieces: Sequence[Piece], extractor: Extracts, progress: Progress | None) -> Iterator[dict[int, Any]]:
+    """What is found for pieces, by their numbers: all at once, or one after the other as they come from a server."""
+    texts, languages = [piece.passage.text for piece in pieces], [piece.language for piece in pieces]
+    if isinstance(extractor, ServedExtractor):
+        for number, one in extractor.as_they_come(texts, language=languages, progress=progress):
+            yield {number: one}
+    else:
+        yield dict(enumerate(extractor(texts, language=languages, progress=progress)))
 
 
 def _add(piece: Piece, one: Extraction | GatewiseError, into: Batch, with_trees: set[str]) -> None:

@@ -57,7 +57,7 @@ class TreeConstraint(LogitsProcessor):
         max_new_tokens: int,
     ) -> None:
         check_available()
-        self.rows = [_Row(course, tuple(ends)) for course in courses]
+        self.rows = [TreeRow(course, ends) for course in courses]
         self.tokenizer, self.ends = tokenizer, tuple(ends)
         self.seen, self.last = prompt_tokens, prompt_tokens + max_new_tokens
 
@@ -66,9 +66,9 @@ class TreeConstraint(LogitsProcessor):
         """Scores (b, V) with -inf for tokens that are not allowed."""
         self.read(input_ids)
         allowed = np.zeros(scores.shape, dtype=bool)
-        known = _known(self.tokenizer, self.ends, scores.shape[1])
+        known = readable(self.tokenizer, self.ends, scores.shape[1])
         for row, mask in zip(self.rows, allowed, strict=True):
-            row.fill(known, mask, self.last - self.seen)
+            row.allow(known, mask, self.last - self.seen)
         return scores.masked_fill(torch.from_numpy(~allowed).to(scores.device), -torch.inf)
 
     def read(self, input_ids: Tensor) -> None:
@@ -79,7 +79,7 @@ class TreeConstraint(LogitsProcessor):
         self.seen = input_ids.shape[1]
 
 
-class _Row:
+class TreeRow:
     """One row: its course, and the matcher of the piece under way.
 
     Attributes:
@@ -87,47 +87,78 @@ class _Row:
         fault: why nothing more can be written; the row then ends at once, so that the others of its batch go on.
     """
 
-    def __init__(self, course: Course, ends: tuple[int, ...]) -> None:
-        self.course, self.ends = course, ends
+    def __init__(self, course: Course, ends: Sequence[int]) -> None:
+        self.course, self.ends = course, tuple(ends)
         self.hurried = False
         self.fault: GatewiseError | None = None
         self.matcher: Any = None
         self.known: Any = None
         self.tokens: list[int] = []
 
-    def fill(self, known: Any, mask: np.ndarray, left: int) -> None:
-        """Sets the tokens that are allowed.
+    def allow(self, known: Any, mask: np.ndarray, left: int) -> None:
+        """Sets the tokens that are allowed, in a mask (V,) without any.
 
         Args:
+            known: the tokenizer, see :func:`readable`.
             left: tokens that may still be written.
         """
+        self.open(known, left)
         if not self.course.finished:
-            if self.matcher is None:
-                from llguidance import LLMatcher
-
-                self.known = known
-                self.hurried = self.hurried or left <= _TOKENS_A_LINE * self.course.lines_to_close + _TOKENS_A_PIECE
-                self.matcher = LLMatcher(known, LLMatcher.grammar_from_lark(self.course.grammar(self.hurried)), log_level=0)
             bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
             if self._is_sound():
-                mask[:] = np.unpackbits(bits, bitorder="little")[: len(mask)]
+                held = np.unpackbits(bits, bitorder="little")[: len(mask)]
+                mask[: len(held)] = held
                 return
         mask[list(self.ends)] = True
+
+    def open(self, known: Any, left: int) -> None:
+        """Begins the next piece, where none is under way. Before every token that is taken, if it was not asked what is allowed."""
+        if self.course.finished or self.matcher is not None:
+            return
+        from llguidance import LLMatcher
+
+        self.known = known
+        self.hurried = self.hurried or self.is_short(left)
+        self.matcher = LLMatcher(known, LLMatcher.grammar_from_lark(self.course.grammar(self.hurried)), log_level=0)
+        self._is_sound()
 
     def take(self, token: int) -> None:
         """Takes note of the token that was chosen; what comes after the end is padding."""
         if self.course.finished or self.matcher is None:
             return
         if token in self.ends:
-            self._piece()
-            self.course.finished = True
+            self.end()
             return
         self.matcher.consume_token(token)
         self.tokens.append(token)
         if self._is_sound() and self.matcher.is_stopped():
-            self._piece()
+            self.piece()
 
-    def _piece(self) -> None:
+    def take_if_allowed(self, token: int) -> bool:
+        """Takes a token, no end, if the piece under way can go on with it; whether it can."""
+        if self.matcher is None or not self.matcher.try_consume_tokens([token]):
+            return False
+        self.tokens.append(token)
+        if self.matcher.is_stopped():
+            self.piece()
+        return True
+
+    def is_short(self, left: int) -> bool:
+        """Whether so many tokens are too few for anything but to come to an end."""
+        return left <= _TOKENS_A_LINE * self.course.lines_to_close + _TOKENS_A_PIECE
+
+    @property
+    def may_pause(self) -> bool:
+        """Whether the piece under way is whole as it is."""
+        return self.matcher is not None and bool(self.matcher.is_accepting())
+
+    def end(self) -> None:
+        """Takes note that the output ended here."""
+        self.piece()
+        self.course.finished = True
+
+    def piece(self) -> None:
+        """Takes note that the piece under way is whole."""
         self.course.take(self.known.decode_bytes(self.tokens).decode())
         self.matcher, self.tokens = None, []
 
@@ -143,8 +174,16 @@ class _Row:
 
 
 @lru_cache(maxsize=4)
-def _known(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], size: int) -> Any:
-    """The tokenizer as llguidance reads it, which takes about a second."""
+def readable(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], size: int) -> Any:
+    """The tokenizer as llguidance reads it, which takes about a second.
+
+    Args:
+        ends: ids of the end-of-text tokens.
+        size: of the vocabulary that the model has scores for.
+
+    Raises:
+        GatewiseError: llguidance cannot read it.
+    """
     import llguidance.hf
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

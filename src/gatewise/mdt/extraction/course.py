@@ -9,13 +9,15 @@ The tree is bounded on all sides (:class:`Limits`), so that a model that loops c
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from gatewise.mdt.extraction.prompts import Stage, parted
-from gatewise.mdt.formats.lines import Level, escaped, letters
+from gatewise.checks import is_whole
+from gatewise.errors import GatewiseError, reason_of
+from gatewise.mdt.extraction.prompts import STAGES, Stage, parted
+from gatewise.mdt.formats.lines import LEVELS, Level, escaped, letters
 from gatewise.mdt.relations import RELATIONS, SHORT, Language
-from gatewise.mdt.tree import Node
 from gatewise.mdt.wholes import ENDING, pieces
 
 # Neither blank, nor a mark of the format, nor "~" alone, which stands for a subject.
@@ -30,6 +32,18 @@ PART: SPAN & /[^ ~](.*[^ ])?|~.*[^ ]/ & /.{1,%d}/
 """
 _HEADINGS: dict[str, str] = {"triples:\n": "triples", "nodes:\n": "nodes", "tree:\n": "tree"}
 _NUMBERED = re.compile(r"\d+\. (.*?)\n?", re.DOTALL)
+ARGUMENT = "gatewise_tree"
+"""The name of a course among what a request to a server says (vLLM's ``vllm_xargs``)."""
+_MOST_CHARACTERS = 20_000
+_TOLD: dict[str, Callable[[Any], bool]] = {
+    "language": lambda value: value in ("en", "zh"),
+    "stage": lambda value: value is None or value in STAGES,
+    "levels": lambda value: isinstance(value, list) and bool(value) and all(one in LEVELS for one in value),
+    "within": lambda value: value is None or (isinstance(value, str) and 0 < len(value) <= _MOST_CHARACTERS),
+    "triples": lambda value: is_whole(value) and 0 <= value <= 1000,
+    "roles": lambda value: isinstance(value, list) and len(value) <= 100 and all(one in ("C", "D") for one in value),
+}
+"""Whether each argument of a course that a request asks for is one."""
 _LINE = re.compile(r"(?:([A-Z]+)\. )?([CD])(?:: (.*))?", re.DOTALL)
 _JOIN = re.compile(r" \| (?:and|or)$")
 
@@ -77,7 +91,7 @@ class Course:
         levels: the chain-of-thought levels the output may have; it shows with its first lines which it takes.
         within: the text in which subjects and objects have to stand word for word; None leaves them free.
         triples: for stage "nodes", how many triples there are to group.
-        nodes: for stage "tree", the nodes to put together.
+        roles: for stage "tree", the roles of the nodes to put together, in their order.
     """
 
     def __init__(
@@ -88,13 +102,13 @@ class Course:
         levels: Sequence[Level] = (0, 1, 2),
         within: str | None = None,
         triples: int = 0,
-        nodes: Sequence[Node] = (),
+        roles: Sequence[str] = (),
         limits: Limits | None = None,
     ) -> None:
         self.stage, self.levels, self.limits = stage, tuple(levels), limits or Limits()
         self.section: str = stage or ("start" if 0 in self.levels else "")
         self.count = triples
-        self.names: dict[str, str] = {letters(i): node.role for i, node in enumerate(nodes)}
+        self.names: dict[str, str] = {letters(i): role for i, role in enumerate(roles)}
         self.by_name = stage == "tree"
         self.finished = False
         self.pieces: list[str] = []
@@ -113,6 +127,23 @@ class Course:
         self._open: _Open | None = None
         self._waiting = [_Place()]
         self._conditions = 0
+
+    @classmethod
+    def from_json(cls, told: str) -> "Course":
+        """The course that a request to a server asks for: the arguments of the class by name, without ``limits``.
+
+        Raises:
+            GatewiseError: it is none, or its text is longer than any passage.
+        """
+        try:
+            held = json.loads(told)
+            if not isinstance(held, dict) or not held.keys() <= _TOLD.keys() or "language" not in held:
+                raise ValueError("expected an object with language, and perhaps stage, levels, within, triples and roles")
+            if wrong := next((name for name, value in held.items() if not _TOLD[name](value)), None):
+                raise ValueError(f"{wrong} is not what a course can have")
+        except (ValueError, RecursionError) as error:
+            raise GatewiseError(f"what may be written in a tree was not told as gatewise tells it ({reason_of(error)})") from error
+        return cls(**held)
 
     @property
     def written(self) -> str:

@@ -234,9 +234,12 @@ class Extractor:
 
     def made_with(self) -> dict[str, Any]:
         """What a tree is made with that is written now, see :attr:`Extraction.made_with`."""
+        return made_with(self.model, self.base, self.adapter, self._told())
+
+    def _told(self) -> dict[str, Any]:
         names = ("level", "pipeline", "constrained", "verbatim", "candidates", "max_new_tokens")
         drawn = ("temperature", "seed") if self.candidates > 1 else ()
-        return made_with(self.model, self.base, self.adapter, {name: getattr(self, name) for name in (*names, *drawn)})
+        return {name: getattr(self, name) for name in (*names, *drawn)}
 
     def __call__(
         self,
@@ -310,7 +313,7 @@ class Extractor:
         self, asked: "Sequence[Asked]", stage: Stage | None, progress: Progress | None, temperature: float | None = None
     ) -> list[Written | GatewiseError]:
         prompts = [prompt(one.text, one.language, stage, triples=one.triples, nodes=one.nodes) for one in asked]
-        courses = [self._course(one, stage) for one in asked] if self.constrained else None
+        courses = [Course(**self._course(one, stage)) for one in asked] if self.constrained else None
         what = {None: "trees", "triples": "triples", "nodes": "nodes", "tree": "trees"}[stage]
         return write(
             self.stage_models.get(stage, self.model) if stage else self.model,
@@ -324,15 +327,16 @@ class Extractor:
             progress=(lambda done, total: progress(what, done, total)) if progress else None,
         )
 
-    def _course(self, one: "Asked", stage: Stage | None) -> Course:
-        return Course(
-            one.language,
-            stage,
-            levels=LEVELS if self.level is None else (self.level,),
-            within=one.text if self.verbatim else None,
-            triples=len(one.triples),
-            nodes=one.nodes,
-        )
+    def _course(self, one: "Asked", stage: Stage | None) -> dict[str, Any]:
+        """The arguments of its :class:`Course`, as JSON has them."""
+        return {
+            "language": one.language,
+            "stage": stage,
+            "levels": list(LEVELS if self.level is None else (self.level,)),
+            "within": one.text if self.verbatim else None,
+            "triples": len(one.triples),
+            "roles": [node.role for node in one.nodes],
+        }
 
     def _tree(self, one: "Asked", output: Written | GatewiseError, whole: str) -> Extraction | GatewiseError:
         """What an output holds; ``whole`` is the output with what it refers to."""
@@ -456,6 +460,7 @@ def made_with(model: Any, base: str, adapter: Mapping[str, str] | None, settings
     """What a tree is made with that is made now, see :attr:`Extraction.made_with`.
 
     Args:
+        model: None where it is not in this process.
         base: the name of the base model; if it is empty, the one that the model names.
         settings: what the output depends on beside the models and the text.
     """
@@ -465,7 +470,7 @@ def made_with(model: Any, base: str, adapter: Mapping[str, str] | None, settings
     made: dict[str, Any] = {"base": _name_of(base)} if base else {}
     if adapter is not None:
         made["adapter"] = dict(adapter)
-    weights = next((one for one in model.parameters() if one.is_floating_point()), None)
+    weights = None if model is None else next((one for one in model.parameters() if one.is_floating_point()), None)
     where = {} if weights is None else {"dtype": str(weights.dtype).removeprefix("torch."), "device": weights.device.type}
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {**made, "gatewise": __version__, "settings": {**settings, **where}, "date": date}
