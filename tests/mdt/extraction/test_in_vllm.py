@@ -49,7 +49,7 @@ def url(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     arguments = ["--model", str(base), "--served-model-name", "trees", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     arguments += ["--logits-processors", "gatewise.mdt.extraction.in_vllm:TreeLogits", "--max-model-len", str(POSITIONS)]
     # So little room that requests are set aside and read again.
-    arguments += ["--num-gpu-blocks-override", "16", "--max-num-seqs", "8", "--disable-uvicorn-access-log"]
+    arguments += ["--num-gpu-blocks-override", "9", "--max-num-seqs", "8", "--disable-uvicorn-access-log"]
     log = tmp_path_factory.mktemp("log") / "vllm.txt"
     with log.open("wb") as out:
         command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *arguments]
