@@ -1,13 +1,10 @@
 """Private names of libraries: each is there as it was read, none is used that is not listed, and none is listed in vain."""
 
 import ast
-import inspect
 import re
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -17,12 +14,16 @@ from torch import nn
 
 import gatewise
 from gatewise.internals.library_attributes import adapters_off, attention_implementation, execution_device, set_model_name
-from gatewise.internals.private_names import PRIVATE_NAMES, PrivateName
+from gatewise.internals.private_names import PRIVATE_NAMES, fault_of
+from gatewise.internals.vllm_names import VLLM_NAMES
 
 SOURCE = Path(gatewise.__file__).parent
 PRIVATE = re.compile(r"_[a-z]\w*(?<!__)")
-LIBRARIES = {"torch", "peft", "transformers", "accelerate", "deepspeed"}
-LISTED = {one.name for one in PRIVATE_NAMES}
+LIBRARIES = {"torch", "peft", "transformers", "accelerate", "deepspeed", "vllm"}
+# Those of vLLM that are not private are listed too, because the plug-in for it replaces them.
+NAMES = (*PRIVATE_NAMES, *(one for one in VLLM_NAMES if PRIVATE.fullmatch(one.name)))
+LISTED = {one.name for one in NAMES}
+TABLES = {"internals/private_names.py", "internals/vllm_names.py"}
 ATTRIBUTES = {"getattr", "setattr", "hasattr", "delattr"}
 # Python's own: the end of a process, the enum that our methods join, named tuples, and streams.
 OF_PYTHON = {
@@ -41,29 +42,7 @@ OF_PYTHON = {
 ON_OTHERS = {"_gatewise_request", "_adapters_allocated", "_gatewise"}
 
 
-def fault_of(one: PrivateName) -> str | None:
-    """What the installed library has changed about a name, in a sentence; None for nothing."""
-    module, _, owner_name = one.owner.partition(":")
-    end = f"which gatewise relies on in {', '.join(one.files) or 'internals'} ({one.why}): see gatewise/internals/private_names.py"
-    installed = f"{one.library} {version(one.library)}"
-    owner: Any = getattr(import_module(module), owner_name, None)
-    if owner is None:
-        return f"{installed} has no {owner_name} any more, whose {one.name} is one of the names {end}"
-    if one.parameters is None:
-        # Attributes of objects are not to be seen on the class, but where it sets them.
-        there = hasattr(owner, one.name) or bool(re.search(rf"\.{one.name}\b", inspect.getsource(owner)))
-        return None if there else f"{installed} has no {owner_name}.{one.name} any more, {end}"
-    method = getattr(owner, one.name, None)
-    if method is None:
-        return f"{installed} has no {owner_name}.{one.name} any more, {end}"
-    signature = inspect.signature(method)
-    names = tuple(name for name in signature.parameters if name != "self")
-    if names[: len(one.parameters)] != one.parameters:
-        return f"{installed} has {owner_name}.{one.name}{signature}, no longer with {', '.join(one.parameters)} first, {end}"
-    return None
-
-
-@pytest.mark.parametrize("one", PRIVATE_NAMES, ids=lambda one: f"{one.owner.partition(':')[2]}.{one.name}")
+@pytest.mark.parametrize("one", NAMES, ids=lambda one: f"{one.owner.partition(':')[2]}.{one.name}")
 def test_the_library_has_it_as_it_was_read(one):
     pytest.importorskip(one.library)
     fault = fault_of(one)
@@ -124,13 +103,13 @@ def test_no_other_private_name_is_used():
     trees = parsed()
     own = own_names(trees)
     for file, tree in trees.items():
-        if file == "internals/private_names.py":
+        if file in TABLES:
             continue
         found = uses(tree)
         unknown = sorted(found - own - LISTED - OF_PYTHON - ON_OTHERS)
         assert not unknown, f"{file} uses {', '.join(unknown)}, which is neither gatewise's nor listed in private_names.py"
         if not file.startswith("internals/"):
-            allowed = {one.name for one in PRIVATE_NAMES if file in one.files}
+            allowed = {one.name for one in NAMES if file in one.files}
             outside = sorted((found & LISTED) - allowed - shared_with_gatewise(file))
             assert not outside, f"{file} uses {', '.join(outside)} of a library: move it to internals, or list the file"
 
@@ -142,19 +121,17 @@ def shared_with_gatewise(file: str) -> set[str]:
 
 def test_nothing_is_listed_in_vain():
     trees = parsed()
-    for one in PRIVATE_NAMES:
+    for one in NAMES:
         for file in one.files:
             assert one.name in uses(trees[file]), f"{file} does not use {one.name} any more"
         if not one.files:
-            inside = [
-                tree for file, tree in trees.items() if file.startswith("internals/") and file != "internals/private_names.py"
-            ]
+            inside = [tree for file, tree in trees.items() if file.startswith("internals/") and file not in TABLES]
             assert any(one.name in uses(tree) for tree in inside), f"{one.name} is not used any more"
 
 
 def test_private_methods_that_subclasses_override_are_listed():
     """Also where the name of gatewise's method is in no file of the library: looked up in the classes themselves."""
-    listed = {(one.name, file) for one in PRIVATE_NAMES for file in one.files}
+    listed = {(one.name, file) for one in NAMES for file in one.files}
     seen = 0
     for file in parsed():
         if file.endswith("__main__.py") or not (file.startswith(("routed", "prompts", "bilevel", "serving", "runs", "allocation"))):

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from routed_models import routed_base, routed_config, trained_routers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter
 from transformers import Trainer, TrainingArguments
 
@@ -53,6 +53,69 @@ def test_save_and_load(routed, batch, tmp_path, family, pooler, low_memory):
     torch.testing.assert_close(loaded.routing().gates, gates)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not any(p.is_meta for p in loaded.parameters())
+
+
+def rewritten(folder, config, tensors):
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def test_the_order_of_the_experts_is_saved(routed, batch, tmp_path):
+    model, data = routed("llama", top_k=2), batch("llama")
+    expected, gates = logits_of(model, data), model.routing().gates
+    model.save_pretrained(tmp_path)
+    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
+    assert config["experts"] == dict(zip(model.routing().layers, map(list, model.routing().modules), strict=True))
+    # Another order is another order of the router's rows, and its first expert keeps the router.
+    for layer, names in config["experts"].items():
+        for key in [key for key in tensors if f"{layer}.{names[0]}.lora_router." in key]:
+            value = tensors.pop(key)
+            tensors[key.replace(names[0], names[-1])] = value.flip(0).contiguous() if key.endswith(".weight") else value
+        names.reverse()
+    rewritten(tmp_path, config, tensors)
+    loaded = PeftModel.from_pretrained(same_base(model), tmp_path)
+    torch.testing.assert_close(logits_of(loaded, data), expected)
+    torch.testing.assert_close(loaded.routing().gates, gates)  # which are told in the model's order
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["experts"] == config["experts"]
+
+
+def test_adapters_without_the_order_have_the_models(routed, batch, tmp_path):
+    model, data = routed("llama", top_k=2), batch("llama")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    order = config.pop("experts")
+    rewritten(tmp_path, config, load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(same_base(model), tmp_path)
+    torch.testing.assert_close(logits_of(loaded, data), logits_of(model, data))
+    assert loaded.peft_config["default"].experts == order
+
+
+def test_an_order_that_does_not_fit_the_model_is_refused(routed, tmp_path):
+    model = routed("llama")
+    model.save_pretrained(tmp_path)
+    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
+    layer, names = next(iter(config["experts"].items()))
+    for order, reason in (
+        ({**config["experts"], layer: names[1:]}, rf"the experts of {layer} are .*they differ in {layer}.{names[0]}\).*base model"),
+        ({**config["experts"], "model.layers.7": names}, r"the experts of model\.layers\.7 are .*make them none"),
+        ({**config["experts"], layer: [*names, names[0]]}, r"^experts is .*: expected the paths of modules by the path of their"),
+        ([names], r"^experts is "),
+    ):
+        rewritten(tmp_path, {**config, "experts": order}, tensors)
+        with pytest.raises(GatewiseError, match=reason):
+            PeftModel.from_pretrained(same_base(model), tmp_path)
+
+
+def test_one_configuration_serves_several_models():
+    config = routed_config(target_modules=["q_proj", "v_proj", "query", "value"], top_k=1)
+    for family in ("llama", "bert", "llama"):
+        config.task_type = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
+        model = get_peft_model(routed_base(family), config)
+        assert next(map(tuple, model.peft_config["default"].experts.values())) in (
+            ("self_attn.q_proj", "self_attn.v_proj"),
+            ("attention.self.query", "attention.self.value"),
+        )
 
 
 def test_what_is_saved(routed, tmp_path):

@@ -8,7 +8,12 @@ Read in torch 2.13, peft 0.21, transformers 5.24, accelerate 1.15 and deepspeed 
 on itself, are used where the subclass is; all others only in this folder.
 """
 
+import inspect
+import re
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class PrivateName:
     """One name.
 
     Args:
-        owner: what has it, as "module:name".
+        owner: what has it, as "module:name", or "module".
         name: it.
         why: what gatewise relies on it for.
         parameters: of a method, those that gatewise counts on, in order; None for an attribute.
@@ -33,6 +38,33 @@ class PrivateName:
     def library(self) -> str:
         """The name of the package."""
         return self.owner.partition(":")[0].partition(".")[0]
+
+
+def fault_of(one: PrivateName) -> str | None:
+    """What the installed library has changed about a name, in a sentence; None for nothing."""
+    module, _, owner_name = one.owner.partition(":")
+    end = f"which gatewise relies on in {', '.join(one.files) or 'internals'} ({one.why}): see gatewise/internals/private_names.py"
+    try:
+        installed = f"{one.library} {version(one.library)}"
+    except PackageNotFoundError:  # it was installed under another name
+        installed = one.library
+    home = import_module(module)
+    owner: Any = getattr(home, owner_name, None) if owner_name else home
+    called = f"{owner_name or module.rpartition('.')[2]}.{one.name}"
+    if owner is None:
+        return f"{installed} has no {owner_name} any more, whose {one.name} is one of the names {end}"
+    if one.parameters is None:
+        # Attributes of objects are not to be seen on the class, but where it sets them.
+        there = hasattr(owner, one.name) or bool(re.search(rf"\.{one.name}\b", inspect.getsource(owner)))
+        return None if there else f"{installed} has no {called} any more, {end}"
+    method = getattr(owner, one.name, None)
+    if method is None:
+        return f"{installed} has no {called} any more, {end}"
+    signature = inspect.signature(method)
+    names = tuple(name for name in signature.parameters if name != "self")
+    if names[: len(one.parameters)] != one.parameters:
+        return f"{installed} has {called}{signature}, no longer with {', '.join(one.parameters)} first, {end}"
+    return None
 
 
 _TUNER, _LORA = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.lora:LoraModel"

@@ -59,6 +59,9 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         center_states: take from the pooled vector what the first 64 prompts in training have in common, and give the rest unit
             size, so that routers see what is a prompt's own (ours, not the paper's). It is saved with the adapter. False routes by
             the pooled vector as it is: all prompts then choose nearly alike, which keeps fewer modules in a mixed batch.
+        experts: the order of each layer's experts, which that of its router's probabilities is: path of the layer in the base model
+            -> paths of the modules within it. gatewise writes it into a saved adapter, for those that have no such model at hand
+            (vLLM); leave it out of new ones. Adapters that were saved before there was such an entry have the model's order.
 
     Raises:
         GatewiseError: a value out of range, or a LoRA variant that experts cannot be.
@@ -76,6 +79,12 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
     normalize_gates: bool = field(default=True, metadata={"help": "Divide gates by the constant sum of the kept probabilities."})
     normalize_states: bool = field(default=True, metadata={"help": "Divide hidden states by their root mean square first."})
     center_states: bool = field(default=True, metadata={"help": "Take off what all prompts have in common."})
+    experts: dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "The order of each layer's experts; written by gatewise."}
+    )
+
+    # Not a field, so not saved: ``experts`` is what a model has put there, and the next one may put its own.
+    takes_order = False
 
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
@@ -86,6 +95,10 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
             self.target_modules = "all-linear"
         self._check_ranges()
         self._check_variants()
+        if self.experts is not None and not is_order(self.experts):
+            raise GatewiseError(
+                f"experts is {self.experts!r}: expected the paths of modules by the path of their layer, or nothing"
+            )
 
     def _check_ranges(self) -> None:
         for name, number in (("r", self.r), ("top_k", self.top_k)):
@@ -117,3 +130,13 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
                 f"init_lora_weights is {self.init_lora_weights!r}, which alters the base model or needs more than A and B: "
                 f"expected one of {', '.join(map(repr, _STARTS))}"
             )
+
+
+def is_order(experts: object) -> bool:
+    """Whether this can be ``experts``: lists of different names, by name."""
+    if not isinstance(experts, dict):
+        return False
+    lists = experts.values()
+    return all(isinstance(one, list) and one and all(isinstance(name, str) for name in one) for one in lists) and all(
+        len(set(one)) == len(one) for one in lists
+    )

@@ -13,7 +13,7 @@ of all adapters that keep it are gathered once, with gates and scaling, so that 
 Shapes: b batch, t tokens, d hidden size, n rows of one adapter, m experts, r rank, d_in and d_out sizes of a linear module.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -150,14 +150,19 @@ class LayerRouting:
             )
         return states
 
-    def refresh(self, configs: Mapping[str, Any]) -> None:
-        """Finds modules and routers again after adapters were added or deleted."""
+    def refresh(self, configs: Mapping[str, Any], orders: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Finds modules and routers again after adapters were added or deleted.
+
+        Args:
+            configs: by adapter.
+            orders: by adapter, and there by layer, the experts' paths within it, in the order of its router's probabilities.
+        """
         self.modules = {name: module for name, module in self._block.named_modules() if isinstance(module, RoutedLinear)}
         self._routers = {}
         for layer in self.modules.values():
             layer.now = self.now
             for adapter, router in layer.lora_router.items():
-                experts = tuple(name for name, module in self.modules.items() if adapter in module.lora_A)
+                experts = tuple(orders[adapter][self.path])
                 self._routers[adapter] = (cast(Router, router), experts, configs[adapter])
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:

@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, some
 from gatewise.internals.call_tracking import Call, keeps_a_state
 from gatewise.internals.layer_stack import Stack, models_around
 from gatewise.internals.library_attributes import divides_by_items
@@ -60,6 +60,7 @@ class RoutedLoraModel(LoraModel):
     _enabled: bool
     _kind: LossKind
     _routers_to_add: dict[str, tuple[int, int]]
+    _orders: dict[str, dict[str, list[str]]]
 
     # ---- putting adapters on, and taking them off ----
 
@@ -79,7 +80,7 @@ class RoutedLoraModel(LoraModel):
             )
         if kind == "causal" and model.get_output_embeddings() is None:
             kind = "rows"  # a backbone without a head writes no answers
-        self._enabled, self._kind = True, kind
+        self._enabled, self._kind, self._orders = True, kind, {}
         self._stack = Stack(model)
 
     def _install(self, model: nn.Module) -> None:
@@ -96,10 +97,15 @@ class RoutedLoraModel(LoraModel):
         assert isinstance(config, RoutedLoraConfig)
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = set(self._stack.linear_modules(model))  # type: ignore[assignment]
-        experts = self._stack.experts(model, config)
+        # An order that another model has put into the same configuration says nothing about this one.
+        stored = None if config.takes_order else config.experts
+        experts = in_stored_order(self._stack.experts(model, config), stored)
+        order = {layer: [path.removeprefix(f"{layer}.") for path in paths] for layer, paths in experts.items()}
         for layer, paths in experts.items():
             if config.top_k > len(paths):
                 raise GatewiseError(f"top_k is {config.top_k}, but layer {layer} has {len(paths)} experts: give at most that")
+        config.experts, config.takes_order = order, stored is None
+        self._orders[adapter_name] = order
         self._routers_to_add = {paths[0]: (self._stack.layers[layer].width, len(paths)) for layer, paths in experts.items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not config.inference_mode:
@@ -135,6 +141,7 @@ class RoutedLoraModel(LoraModel):
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self._tracker.forget(adapter_name)
+        self._orders.pop(adapter_name, None)
         left = [name for name in self.active_adapters if name in self.peft_config] or list(self.peft_config)[:1]
         if was_active and left:  # each layer chose for itself, among the adapters that it has
             self.set_adapter(left if len(left) > 1 else left[0])
@@ -155,7 +162,7 @@ class RoutedLoraModel(LoraModel):
     def _refresh(self) -> None:
         self._tracker.adapters_changed()
         for layer in self._layers:
-            layer.refresh(self.peft_config)
+            layer.refresh(self.peft_config, self._orders)
 
     # ---- what cannot be done ----
 
@@ -299,6 +306,27 @@ class RoutedLoraModel(LoraModel):
         if self._kind == "seq2seq" and not divides_by_items(self.model):
             arguments = {name: value for name, value in arguments.items() if name != "num_items_in_batch"}
         return with_balance(output, self.balance_loss(), arguments, self._kind)
+
+
+def in_stored_order(found: Mapping[str, list[str]], stored: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
+    """The experts that a model has (layer -> paths), in the order that an adapter's configuration has (layer -> paths within).
+
+    Raises:
+        GatewiseError: they are not the same experts.
+    """
+    if stored is None:
+        return dict(found)
+    wanted = {layer: [f"{layer}.{name}" for name in names] for layer, names in stored.items()}
+    for layer in dict.fromkeys([*wanted, *found]):
+        saved, there = wanted.get(layer, []), found.get(layer, [])
+        if sorted(saved) != sorted(there):
+            other = sorted(set(saved) ^ set(there)) or saved
+            raise GatewiseError(
+                f"the adapter's configuration says that the experts of {layer} are {some(saved) or 'none'}, but the model and "
+                f"target_modules make them {some(there) or 'none'} (they differ in {some(other)}): load the adapter on the base "
+                "model that it was trained on, or leave experts out of the configuration of a new one"
+            )
+    return wanted
 
 
 def with_balance(output: Any, term: Tensor, arguments: Mapping[str, Any], kind: LossKind) -> Any:

@@ -1,0 +1,126 @@
+"""A routed adapter as it lies in its folder, for an engine that has modules of its own: the experts of each layer, and its router.
+
+Needs neither vLLM nor Transformers; PEFT comes in with the routers, when the first adapter is read.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, weights_of
+from gatewise.errors import GatewiseError, reason_of
+
+if TYPE_CHECKING:
+    from gatewise.routed.router import Router
+
+ROUTER = "lora_router"
+"""What stands in the name of a router's tensor, after the module that keeps it."""
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """A layer of the base model.
+
+    Attributes:
+        path: the layer's, as Transformers calls it.
+        experts: paths of its experts within the layer, in the order of the router's probabilities.
+        router: on the CPU, in evaluation mode.
+    """
+
+    path: str
+    experts: tuple[str, ...]
+    router: "Router"
+
+
+@dataclass(frozen=True)
+class RoutedAdapter:
+    """What is read of a routed adapter beside its A and B."""
+
+    top_k: int
+    normalize_gates: bool
+    layers: tuple[RoutedLayer, ...]
+
+
+def is_routed(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is a routed adapter in a folder. Only a look at the file's time where it was asked before."""
+    path = os.path.join(folder, CONFIG_FILE)
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return _peft_type(path, stat.st_mtime_ns, stat.st_size) == "ROUTED_LORA"
+
+
+@lru_cache(maxsize=4096)
+def _peft_type(path: str, time: int, size: int) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("peft_type")) if isinstance(config, dict) else ""
+
+
+def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapter:
+    """Reads configuration and routers.
+
+    Args:
+        hidden_size: d of the model that the adapter is to be put on.
+
+    Raises:
+        GatewiseError: the adapter was saved without the order of its experts, it is damaged, or it is for a model of another size.
+    """
+    from gatewise.routed.router import Router
+
+    folder = Path(folder)
+    config = read_config(folder)
+    order = config.get("experts")
+    if order is None:
+        raise GatewiseError(
+            f"{folder} was saved by a gatewise that did not write down the order of each layer's experts, without which its "
+            "routers cannot be read: load it once with PeftModel.from_pretrained and save it again with save_pretrained"
+        )
+    layers = []
+    try:
+        settings = [config[name] for name in ("pooler", "activation", "normalize_states", "center_states")]
+        top_k, states = int(config["top_k"]), dict(_router_states(folder))
+        for path, names in order.items():
+            state = states.pop(f"{path}.{names[0]}")
+            router = Router(hidden_size, len(names), *settings).eval().requires_grad_(False)
+            router.load_state_dict(state)
+            if not 1 <= top_k <= len(names):
+                raise ValueError(f"top_k is {top_k} for {len(names)} experts of {path}")
+            # What cannot be run is found here, and not while it holds up the requests of others.
+            router(torch.zeros(1, 2, hidden_size), torch.ones(1, 2, dtype=torch.bool))
+            layers.append(RoutedLayer(path, tuple(names), router))
+        if states:
+            raise ValueError(f"there are routers at {', '.join(states)}, but experts in {CONFIG_FILE} has no such layer")
+    except (KeyError, AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise GatewiseError(
+            f"{folder} does not fit a model of hidden size {hidden_size}, or is damaged ({reason_of(error)}): give an adapter of "
+            "this base model, as save_pretrained wrote it"
+        ) from error
+    return RoutedAdapter(top_k, bool(config.get("normalize_gates", True)), tuple(layers))
+
+
+def _router_states(folder: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """(path of the module that keeps a router, its state) of all routers of an adapter."""
+    path = weights_of(folder)
+    states: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                module, found, name = key.removeprefix(PEFT_PREFIX).partition(f".{ROUTER}.")
+                if found:
+                    states.setdefault(module, {})[name] = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise GatewiseError(f"{path} is damaged or cut short ({error}): copy, download or save it again") from error
+    yield from states.items()

@@ -1,0 +1,391 @@
+"""What the plug-in puts into vLLM, and where: the only file that imports it.
+
+    front end    a request is refused before it is queued, and a routed adapter is loaded before its first request is
+    engine       a request that came another way is refused; keys and values of routed requests are nobody else's
+    worker       routers are loaded with their adapter; a step says which tokens are whose; modules multiply gates between A and B
+
+All of it was read in the versions of ``TESTED``, and is looked up before anything is changed. Elsewhere routed adapters are refused
+in a sentence, and nothing else is changed.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial, wraps
+from typing import Any
+
+import torch
+
+from gatewise.errors import GatewiseError, reason_of
+from gatewise.internals.private_names import fault_of
+from gatewise.internals.vllm_names import VLLM_NAMES
+from gatewise.serving.vllm.adapter import ROUTER, is_routed, read_routed
+from gatewise.serving.vllm.refusals import why_not, why_not_request
+from gatewise.serving.vllm.routing import Part, Placed, Routing
+
+logger = logging.getLogger(__name__)
+
+TESTED = ("0.32",)
+"""The versions of vLLM that ``make test-serve`` was run with."""
+
+# What is put on objects of vLLM.
+_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _LOADED = (
+    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "loaded")
+)
+_installed = False
+
+
+def install() -> None:
+    """Puts the plug-in into this process's vLLM, once. Never raises: vLLM would not start."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    try:
+        why = fault()
+        if why is None:
+            _install_all()
+        else:
+            _refuse(why)
+    except Exception as error:
+        logger.warning("routed adapters cannot be served by this vLLM: %s", reason_of(error))
+
+
+def fault() -> str | None:
+    """Why this vLLM is none that routed adapters can be served by, in a sentence; None where it is one."""
+    import vllm
+
+    version = str(vllm.__version__)
+    if not version.startswith(tuple(f"{one}." for one in TESTED)):
+        return (
+            f"this is vLLM {version}, but gatewise serves routed adapters in {' and '.join(TESTED)} alone, where it was tried: "
+            "install that, or a gatewise that was tried with yours"
+        )
+    for one in VLLM_NAMES:
+        try:
+            found = fault_of(one)
+        except ImportError as error:
+            found = f"vLLM {version} has no {one.owner} ({reason_of(error)})"
+        if found is not None:
+            return f"this vLLM is not the {version} that gatewise was tried with: {found}"
+    return None
+
+
+def _refuse(why: str) -> None:
+    """Has routed adapters refused in these words where they are loaded, and changes nothing else."""
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    def around(load: Any) -> Any:
+        def _load_adapter(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_routed(str(getattr(lora_request, "lora_path", ""))):
+                raise GatewiseError(f"the routed adapter {lora_request.lora_path} cannot be served: {why}")
+            return load(self, lora_request, *args, **kwargs)
+
+        return _load_adapter
+
+    _replace(WorkerLoRAManager, "_load_adapter", around)
+
+
+def _replace(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name)
+    setattr(owner, name, wraps(original)(around(original)))
+
+
+def _install_all() -> None:
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    _replace(InputProcessor, "process_inputs", _process_inputs)
+    _replace(LLMEngine, "add_request", _add_request)
+    _replace(AsyncLLM, "add_request", _add_request_async)
+    for mixin in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
+        _replace(mixin, "beam_search", _beam_search)
+    _replace(EngineCore, "preprocess_add_request", _preprocess_add_request)
+    _replace(kv_cache_utils, "_gen_lora_extra_hash_keys", _hash_keys)
+    _replace(WorkerLoRAManager, "__init__", _keep_config)
+    _replace(WorkerLoRAManager, "_load_adapter", _load_adapter)
+    _replace(Worker, "execute_model", _execute_model)
+    _replace(LoRAModelRunnerMixin, "set_active_loras", _set_active_loras)
+    _replace(LoRAModelRunnerMixin, "_set_active_loras", _begin_step)
+    _replace(BaseLinearLayerWithLoRA, "_apply_lora_to_output", _apply)
+    for module in (lora_ops, punica_cpu):  # which imports them by name
+        for name in ("bgmv_expand", "bgmv_expand_slice"):
+            _replace(module, name, _leave_base_rows)
+
+
+# ---------------------------------------------------------------- front end
+
+
+def _is_routed(lora_request: Any) -> bool:
+    return lora_request is not None and is_routed(_folder(lora_request.lora_path))
+
+
+@lru_cache(maxsize=4096)
+def _folder(path: str) -> str:
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    return str(get_adapter_absolute_path(path))
+
+
+def _refusal(config: Any) -> str | None:
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    return why_not(config, current_platform, bool(envs.VLLM_LORA_ENABLE_DUAL_STREAM))
+
+
+def _check(request: Any, config: Any) -> None:
+    """Refuses a request, as one of vLLM's own errors, for which a server answers 400."""
+    if _is_routed(request.lora_request):
+        why = _refusal(config) or why_not_request(request)
+        if why is not None:
+            _raise(f"the request for the routed adapter {request.lora_request.lora_name} is refused, for routed adapters {why}")
+
+
+def _raise(message: str) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    raise VLLMValidationError(message)
+
+
+def _process_inputs(made: Any) -> Any:
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = made(self, *args, **kwargs)
+        _check(request, self.vllm_config)
+        return request
+
+    return process_inputs
+
+
+def _adapter_of(args: Sequence[Any], kwargs: dict[str, Any], place: int) -> Any:
+    """The adapter that a request comes with, where it has to be loaded now."""
+    prompt = args[1] if len(args) > 1 else kwargs.get("prompt")
+    found = kwargs.get("lora_request", args[place] if len(args) > place else None)
+    found = found or getattr(prompt, "lora_request", None)
+    return found if _is_routed(found) else None
+
+
+def _add_request(made: Any) -> Any:
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = _adapter_of(args, kwargs, 4)
+        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config):
+            try:
+                self.engine_core.add_lora(found)
+            except Exception as error:
+                _forget(self, found)
+                _raise(reason_of(error, 1000))
+        return made(self, *args, **kwargs)
+
+    return add_request
+
+
+def _add_request_async(made: Any) -> Any:
+    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = _adapter_of(args, kwargs, 4)
+        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config):
+            try:
+                await self.engine_core.add_lora_async(found)
+            except Exception as error:
+                _forget(self, found)
+                _raise(reason_of(error, 1000))
+        return await made(self, *args, **kwargs)
+
+    return add_request
+
+
+def _is_new(engine: Any, lora_request: Any) -> bool:
+    """Whether this engine has not loaded the adapter yet. In a step, where vLLM would load it, a fault would end the engine."""
+    loaded: set[tuple[int, str]] = engine.__dict__.setdefault(_LOADED, set())
+    before = len(loaded)
+    loaded.add((lora_request.lora_int_id, lora_request.lora_path))
+    return len(loaded) > before
+
+
+def _forget(engine: Any, lora_request: Any) -> None:
+    engine.__dict__[_LOADED].discard((lora_request.lora_int_id, lora_request.lora_path))
+
+
+def _beam_search(made: Any) -> Any:
+    def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get(
+            "lora_request", next((one for one in args if hasattr(one, "lora_int_id") or isinstance(one, list)), None)
+        )
+        several: list[Any] = given if isinstance(given, list) else [given]
+        for one in several:
+            if hasattr(one, "lora_int_id") and _is_routed(one):
+                _raise(
+                    f"beam search with the routed adapter {one.lora_name} is refused, for vLLM reads what was written as a new "
+                    "prompt at every token, by which other modules would be chosen: sample, or write greedily"
+                )
+        return made(self, *args, **kwargs)
+
+    return beam_search
+
+
+# ---------------------------------------------------------------- engine
+
+
+def _preprocess_add_request(made: Any) -> Any:
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        _check(request, self.vllm_config)
+        return made(self, request)
+
+    return preprocess_add_request
+
+
+def _hash_keys(made: Any) -> Any:
+    def keys(request: Any) -> Any:
+        # The keys and values of a prompt's first tokens depend on all of it, by the modules that it chooses.
+        own = [("gatewise", request.request_id)] if _is_routed(request.lora_request) else []
+        return [*made(request), *own]
+
+    return keys
+
+
+# ---------------------------------------------------------------- worker
+
+
+def _keep_config(made: Any) -> Any:
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, vllm_config, *args, **kwargs)
+        setattr(self, _CONFIG, vllm_config)
+
+    return init
+
+
+def _load_adapter(load: Any) -> Any:
+    def _load(self: Any, lora_request: Any) -> Any:
+        if not _is_routed(lora_request):
+            return load(self, lora_request)
+        config, manager = getattr(self, _CONFIG), self._adapter_manager
+        why = _refusal(config)
+        if why is not None:
+            raise GatewiseError(f"the routed adapter {lora_request.lora_path} cannot be served, for routed adapters {why}")
+        adapter = read_routed(_folder(lora_request.lora_path), config.model_config.get_hidden_size())
+        model = manager.model
+        before = getattr(model, "lora_skip_prefixes", None)
+        model.lora_skip_prefixes = [*(before or []), f"{ROUTER}."]
+        try:
+            lora = load(self, lora_request)
+        finally:
+            model.lora_skip_prefixes = before
+        setattr(lora, _PLACED, _routing_of(manager).place(adapter, partial(_name_of, model)))
+        return lora
+
+    return _load
+
+
+def _name_of(model: Any, path: str) -> str:
+    """What vLLM calls a module of the base model, before it packs some into one."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    name, _ = parse_fine_tuned_lora_name(f"base_model.model.{path}.lora_A.weight", mapper and mapper.get_rename_mapper())
+    return str(name)
+
+
+def _routing_of(manager: Any) -> Routing:
+    """The gates of a worker, made when its first routed adapter is loaded."""
+    found = manager.__dict__.get(_ROUTING)
+    if found is None:
+        modules = {
+            path: _experts_of(path, module, manager) for path, module in manager.modules.items() if hasattr(module, "output_slices")
+        }
+        found = Routing(manager.model, modules, manager.max_num_batched_tokens, manager.device)
+        setattr(manager, _ROUTING, found)
+        for path in modules:
+            setattr(manager.modules[path], _GATES, (found, path))
+    return found
+
+
+def _experts_of(path: str, module: Any, manager: Any) -> list[str | None]:
+    """The experts that the slices of a module with LoRA are."""
+    above, _, last = path.rpartition(".")
+    names: list[str | None] = [f"{above}.{name}" for name in manager.packed_modules_mapping.get(last) or [last]]
+    slices = len(module.output_slices)
+    if len(names) == 1:
+        return names * slices
+    return [*names] if len(names) == slices else [None] * slices
+
+
+def _execute_model(made: Any) -> Any:
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        manager = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
+        routing = getattr(manager, _ROUTING, None)
+        if routing is not None:
+            routing.release(scheduler_output.finished_req_ids)
+        return made(self, scheduler_output, *args, **kwargs)
+
+    return execute_model
+
+
+def _set_active_loras(made: Any) -> Any:
+    def set_active_loras(self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        setattr(self, _PARTS, partial(_parts, input_batch, num_scheduled_tokens))
+        return made(self, input_batch, num_scheduled_tokens, *args, **kwargs)
+
+    return set_active_loras
+
+
+def _parts(batch: Any, tokens: Any) -> list[Part]:
+    return [
+        Part(
+            request=batch.req_ids[index],
+            adapter=int(batch.request_lora_mapping[index]),
+            tokens=int(tokens[index]),
+            computed=int(batch.num_computed_tokens_cpu[index]),
+            prompt=int(batch.num_prompt_tokens[index]),
+        )
+        for index in range(batch.num_reqs)
+    ]
+
+
+def _begin_step(made: Any) -> Any:
+    def _set_active_loras(self: Any, prompts: Any, tokens: Any, lora_requests: Any, *args: Any, **kwargs: Any) -> Any:
+        made(self, prompts, tokens, lora_requests, *args, **kwargs)  # which loads them
+        parts = self.__dict__.pop(_PARTS, None)
+        manager = self.lora_manager._adapter_manager
+        routing = getattr(manager, _ROUTING, None)
+        if routing is None:
+            return
+        if parts is None:  # a dry run
+            routing.idle()
+        else:
+            routing.begin(parts(), partial(_placed, manager))
+
+    return _set_active_loras
+
+
+def _placed(manager: Any, adapter: int) -> Placed | None:
+    found: Placed | None = getattr(manager.get_adapter(adapter), _PLACED, None)
+    return found
+
+
+def _apply(made: Any) -> Any:
+    def _apply_lora_to_output(self: Any, x: Any, output: Any) -> Any:
+        routing, path = getattr(self, _GATES, (None, ""))
+        if routing is None or not routing.is_at_work:
+            return made(self, x, output)
+        return routing.add(path, self, x, output)
+
+    return _apply_lora_to_output
+
+
+def _leave_base_rows(made: Any) -> Any:
+    """In PyTorch's place of the kernels, the adapter -1 of a row that has none is the last one: its row is set to zero before B."""
+
+    def expand(inputs: Any, lora_b_weights: Any, output_tensor: Any, lora_indices_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = torch.where((lora_indices_tensor < 0).unsqueeze(-1), 0, inputs)
+        return made(inputs, lora_b_weights, output_tensor, lora_indices_tensor, *args, **kwargs)
+
+    return expand

@@ -1,0 +1,97 @@
+"""Where routed adapters cannot be right in vLLM, or were not tried: what was set, why that does not go, what to do.
+
+A routed adapter chooses its modules by the hidden states of the whole prompt. So whatever has vLLM compute a prompt in pieces, or
+leave a part of it out, is refused, and so is what was not tried.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "phi3")
+"""Base models, by Transformers' ``model_type``, that ``make test-serve`` compares with PEFT."""
+
+
+def why_not(config: Any, platform: Any, dual_stream: bool) -> str | None:
+    """Why an engine cannot serve routed adapters, in the words that follow "routed adapters"; None where it can.
+
+    Args:
+        config: vLLM's ``VllmConfig``.
+        platform: vLLM's ``current_platform``.
+        dual_stream: ``VLLM_LORA_ENABLE_DUAL_STREAM``.
+    """
+    return next(_reasons(config, platform, dual_stream), None)
+
+
+def _reasons(config: Any, platform: Any, dual_stream: bool) -> Iterator[str]:
+    scheduler, parallel, model = config.scheduler_config, config.parallel_config, config.model_config
+    if scheduler.enable_chunked_prefill:
+        yield "read a prompt in one piece, but chunked prefill is on: start vLLM with --no-enable-chunked-prefill"
+    if scheduler.long_prefill_token_threshold:
+        yield (
+            "read a prompt in one piece, but --long-prefill-token-threshold has it cut into pieces of "
+            f"{scheduler.long_prefill_token_threshold} tokens: leave it out"
+        )
+    least = min(one for one in (scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens) if one is not None)
+    if least < model.max_model_len:
+        yield (
+            f"read a prompt in one piece, but a step takes {least} tokens and a text may have {model.max_model_len}: raise "
+            "--max-num-batched-tokens (and --max-num-scheduled-tokens), or lower --max-model-len"
+        )
+    if scheduler.scheduler_cls is not None:
+        yield "were not tried with another scheduler, which may read a prompt in pieces: leave --scheduler-cls out"
+    if config.speculative_config is not None:
+        yield "were not tried with speculative decoding: leave --speculative-config out"
+    if config.kv_transfer_config is not None or config.ec_transfer_config is not None:
+        yield (
+            "need a prompt to be read where it is answered, but keys and values come from another process or a store: leave "
+            "--kv-transfer-config and --ec-transfer-config out"
+        )
+    if config.cache_config.kv_sharing_fast_prefill:
+        yield "read all of a prompt in every layer, but --kv-sharing-fast-prefill leaves out most of it: leave that out"
+    sizes = {
+        "pipeline-parallel-size": parallel.pipeline_parallel_size,
+        "tensor-parallel-size": parallel.tensor_parallel_size,
+        "data-parallel-size": parallel.data_parallel_size,
+        "decode-context-parallel-size": parallel.decode_context_parallel_size,
+        "prefill-context-parallel-size": parallel.prefill_context_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size > 1:
+            yield f"were tried on one device alone, but --{name} is {size}: start one vLLM a device"
+    if parallel.use_ubatching:
+        yield "read a prompt in one piece, but micro-batches cut it (--enable-dbo or --ubatch-size): leave them out"
+    if config.lora_config.fully_sharded_loras:
+        yield "have gates between A and B, which --fully-sharded-loras puts on several devices: leave it out"
+    if dual_stream:
+        yield "have gates between A and B, which VLLM_LORA_ENABLE_DUAL_STREAM runs apart from them: unset it"
+    if config.use_v2_model_runner:
+        yield "were not tried with vLLM's model runner V2: start it with VLLM_USE_V2_MODEL_RUNNER=0"
+    if not (platform.is_cpu() or platform.is_cuda_alike()):
+        yield f"were not tried on {platform.device_name}: serve them on a processor or a GPU"
+    graphs = (config.compilation_config.mode, config.compilation_config.cudagraph_mode)
+    if any(one is not None and one.name != "NONE" for one in graphs):
+        yield "decide while the model runs, which no compiled graph can do: start vLLM with --enforce-eager"
+    if model.runner_type != "generate":
+        yield f"write text, but vLLM was started for {model.runner_type}: start it with --runner generate"
+    if model.is_encoder_decoder or model.is_multimodal_model or model.using_transformers_backend():
+        yield (
+            "were tried with models of vLLM's own that read text alone: serve such a one, without --model-impl transformers, or "
+            "use PEFT"
+        )
+    if (kind := model.hf_text_config.model_type) not in FAMILIES:
+        yield f"were tried with {', '.join(FAMILIES)} in vLLM, but not with {kind}: serve this adapter with PEFT"
+
+
+def why_not_request(request: Any) -> str | None:
+    """Why a request cannot be routed, in the same words.
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``.
+    """
+    if request.prompt_embeds is not None:
+        return "were not tried with prompt embeddings: give the prompt as text or tokens"
+    if request.resumable:
+        return "choose modules by the whole prompt, but this one is sent in pieces: send it in one"
+    if request.mm_features:
+        return "were tried with text alone, but this prompt holds images or sounds: give text"
+    return None

@@ -1,0 +1,105 @@
+"""Runs in a Python that has vLLM: ``python vllm_driver.py REQUEST.json ANSWER.json``; what test_vllm_routed.py wants to see there.
+
+The request has ``arguments`` of vLLM's command line and ``steps``, each with what to ``do``: see the functions below. The answer
+has what each of them returned, or ``{"error": ...}``.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Engine:
+    def __init__(self, arguments: list[str]) -> None:
+        from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        self.llm = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(arguments)))
+        self.numbers: dict[str, int] = {}
+
+    def adapter(self, folder: str | None, name: str | None = None) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        if folder is None:
+            return None
+        number = self.numbers.setdefault(name or folder, len(self.numbers) + 1)
+        return LoRARequest(name or folder, number, folder)
+
+    def answer(self, rows: list[dict[str, Any]], tokens: int, n: int = 1) -> list[list[dict[str, Any]]]:
+        """For each row (prompt, adapter, maybe name) its greedy answer, or n that are sampled, with log-probabilities."""
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": row["prompt"]} for row in rows],
+            SamplingParams(n=n, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False, seed=1, temperature=n - 1),
+            lora_request=[self.adapter(row["adapter"], row.get("name")) for row in rows],
+            use_tqdm=False,
+        )
+        return [
+            [
+                {
+                    "tokens": list(one.token_ids),
+                    "logprobs": [at[token].logprob for token, at in zip(one.token_ids, one.logprobs, strict=True)],
+                }
+                for one in output.outputs
+            ]
+            for output in outputs
+        ]
+
+    def preemptions(self) -> int:
+        return int(next(one.value for one in self.llm.get_metrics() if one.name == "vllm:num_preemptions"))
+
+    def cached(self) -> int:
+        return int(next(one.value for one in self.llm.get_metrics() if one.name == "vllm:prefix_cache_hits"))
+
+    def requests_with_gates(self) -> list[str]:
+        """Only without a process for the engine (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
+        worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        return sorted(worker.model_runner.lora_manager._adapter_manager.gatewise_routing.requests)
+
+    def unload(self, folder: str, name: str | None = None) -> bool:
+        lora = self.adapter(folder, name)
+        return bool(self.llm.llm_engine.remove_lora(lora.lora_int_id))
+
+    def abort(self, prompt: list[int], adapter: str) -> int:
+        """Stops a request after three steps, and goes on until nothing is left."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        name = engine.add_request(
+            "stopped",
+            {"prompt_token_ids": prompt},
+            SamplingParams(max_tokens=20, ignore_eos=True, detokenize=False),
+            lora_request=self.adapter(adapter),
+        )
+        for _ in range(3):
+            engine.step()
+        before = len(self.requests_with_gates())
+        engine.abort_request([name], internal=True)
+        return before
+
+    def beam_search(self, prompt: list[int], adapter: str) -> None:
+        from vllm.sampling_params import BeamSearchParams
+
+        self.llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(beam_width=2, max_tokens=2), self.adapter(adapter))
+
+
+def main(request: dict[str, Any]) -> list[Any]:
+    answers: list[Any] = []
+    try:
+        engine = Engine(request["arguments"])
+    except Exception as error:
+        return [{"error": str(error)}]
+    for step in request["steps"]:
+        try:
+            answers.append(getattr(engine, step.pop("do"))(**step))
+        except Exception as error:
+            answers.append({"error": str(error), "kind": type(error).__name__})
+    return answers
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))), encoding="utf-8")
