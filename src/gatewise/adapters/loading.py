@@ -156,14 +156,7 @@ def load_adapter(
         tokenizer = load_tokenizer(folder if own_tokenizer else base_name)
     except GatewiseError as error:
         raise GatewiseError(f"the adapter {folder} could not be put on its base model: {error}") from error
-    config.inference_mode = not trainable
-    try:
-        with quiet():
-            adapted = get_peft_model(model, config)
-            result = adapted.load_adapter(str(folder), "default", is_trainable=trainable, torch_device="cpu")
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise _misfit(folder, base_name, _why_not(error)) from error
-    _check_all_found(result, config, folder, base_name)
+    adapted = _put(model, config, folder, "default", base_name, trainable)
     if not trainable:  # PEFT leaves soft prompts and biases free
         adapted.requires_grad_(False)
     return adapted.to(place).eval(), tokenizer, base_name
@@ -185,13 +178,49 @@ def load_beside(model: PeftModel, adapter_dir: str | Path, name: str, base_name:
     folder = Path(adapter_dir)
     config = _peft_config(folder)
     tensor_shapes(weights_of(folder))
+    _put(model, config, folder, name, base_name)
+    return load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
+
+
+def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: str, base_name: str) -> PeftModel:
+    """Puts an adapter, frozen, on a base model that is there already, or beside the adapters of one that has some.
+
+    A model that has adapters keeps these, and no more, where this one cannot be loaded. A base model without any is then of no use.
+
+    Args:
+        name: what PEFT is to call it.
+        base_name: the base model's, for errors.
+
+    Raises:
+        GatewiseError: the folder is no adapter for a causal model, a file is damaged, or the adapter does not fit the base.
+    """
+    folder = Path(adapter_dir)
+    config = _peft_config(folder)
+    tensor_shapes(weights_of(folder))
+    if (task := _task_of(config, folder)) != "causal":
+        raise GatewiseError(f"the adapter {folder} is for {task}: expected one that writes text (CAUSAL_LM)")
+    try:
+        adapted = _put(model, config, folder, name, base_name)
+    except GatewiseError:
+        if isinstance(model, PeftModel) and name in model.peft_config:
+            model.delete_adapter(name)
+        raise
+    adapted.requires_grad_(False)
+    return adapted.eval()
+
+
+def _put(
+    model: PreTrainedModel | PeftModel, config: PeftConfig, folder: Path, name: str, base_name: str, trainable: bool = False
+) -> PeftModel:
+    config.inference_mode = not trainable
     try:
         with quiet():
-            result = model.load_adapter(str(folder), name, torch_device="cpu")
+            adapted = model if isinstance(model, PeftModel) else get_peft_model(model, config, adapter_name=name)
+            result = adapted.load_adapter(str(folder), name, is_trainable=trainable, torch_device="cpu")
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise _misfit(folder, base_name, _why_not(error)) from error
     _check_all_found(result, config, folder, base_name)
-    return load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
+    return adapted
 
 
 def _check_all_found(result: Any, config: PeftConfig, folder: Path, base_name: str) -> None:

@@ -29,6 +29,7 @@ from gatewise.cli.compress import compress
 from gatewise.cli.export import export
 from gatewise.cli.inspect import inspect
 from gatewise.cli.options import takes_data_options
+from gatewise.cli.serve import serve
 from gatewise.cli.serving_check import serving_check
 from gatewise.errors import GatewiseError
 from gatewise.flags import JsonOption
@@ -223,6 +224,9 @@ app.command()(compress)
 
 
 app.command("serving-check")(serving_check)
+
+
+app.command()(serve)
 
 
 app.command()(export)

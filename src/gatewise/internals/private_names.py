@@ -132,7 +132,7 @@ PRIVATE_NAMES = (
         "_enable_peft_forward_hooks",
         "learns what forward and generate were called with",
         (),
-        (*_BOTH_TUNERS, "serving/lora.py"),
+        (*_BOTH_TUNERS, "serving/lora.py", "serving/server/lanes.py"),
     ),
     # PEFT: adapter layers
     PrivateName(_LAYER, "_disable_adapters", "switches a layer off without changing what is trained"),

@@ -94,3 +94,13 @@ def prompts_of(cache: Any) -> CachedPrompts | None:
     """The prompts in a cache, None if there are none."""
     held = cache.gatewise_prompts if isinstance(cache, PromptedCache) else None
     return held if held is not None and held.states else None
+
+
+def append_prompts(cache: Any, other: Any) -> None:
+    """To the prompts in a cache, if there are any, those in another one whose rows have been appended to its own."""
+    held, more = prompts_of(cache), prompts_of(other)
+    if held is not None and more is not None:
+        held.states = {
+            layer: (torch.cat([keys, more.states[layer][0]]), torch.cat([values, more.states[layer][1]]))
+            for layer, (keys, values) in held.states.items()
+        }

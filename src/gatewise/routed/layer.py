@@ -70,6 +70,35 @@ class LayerDecision:
     decisions: tuple[Decision, ...]
     shares: Mapping[str, Shares]
 
+    def regrouped(self, parts: "Sequence[tuple[LayerDecision, Sequence[int]]]") -> "LayerDecision":
+        """What was decided for rows of several batches, which now are one: each decision with the rows taken from its batch.
+
+        For inference: every share is of some row that keeps its module.
+        """
+        found: dict[str, list[tuple[Decision, list[int], list[int]]]] = {}  # its places among its own rows, and in the new batch
+        start = 0
+        for made, rows in parts:
+            for one in made.decisions:
+                own = {row: place for place, row in enumerate(range(len(one.gates)) if one.rows is None else one.rows.tolist())}
+                pairs = [(own[row], place) for place, row in enumerate(rows, start) if row in own]
+                if pairs:
+                    found.setdefault(one.adapter, []).append((one, [pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+            start += len(rows)
+        decisions = []
+        shares: dict[str, Shares] = {name: () for made, _ in parts for name in made.shares}
+        for adapter, taken in found.items():
+            first = taken[0][0]
+            probabilities, gates = (
+                torch.cat([getattr(one, name)[at] for one, at, _ in taken]) for name in ("probabilities", "gates")
+            )
+            where = torch.tensor([place for _, _, places in taken for place in places], device=gates.device)
+            decisions.append(Decision(adapter, where, first.experts, probabilities, gates))
+            kept = (gates > 0).any(dim=0).tolist()
+            for column, name in enumerate(first.experts):
+                if kept[column]:
+                    shares[name] += (Share(adapter, where, gates[:, column]),)
+        return LayerDecision(tuple(decisions), shares)
+
 
 class RoutedBlock(ObjectMixin, nn.Module):
     """The ``__call__`` and ``forward`` that a Transformer layer is given in front of its own.

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
@@ -143,6 +144,41 @@ class PreparedRequest:
         return type(None), ()
 
 
+def regroup(cache: Any, parts: Sequence[tuple[Any, Sequence[int]]]) -> None:
+    """A cache that was made of rows of others (itself among them) goes on with the decisions of these rows.
+
+    Args:
+        cache: keys and values of the rows of ``parts``, in order.
+        parts: caches that one model has filled, each with the rows that are taken from it. Nothing, where no router read them.
+    """
+    taken = [(getattr(one, _ON_CACHE, None), rows) for one, rows in parts]
+    requests = [(prepared.request, rows) for prepared, rows in taken if prepared is not None]
+    if not requests:
+        return
+    tracker = requests[0][0].tracker
+    setattr(cache, _ON_CACHE, PreparedRequest(_regrouped(requests), tracker.version))
+
+
+def _regrouped(parts: Sequence[tuple["Request", Sequence[int]]]) -> "Request":
+    """One request of rows of several, in order, with what was decided for them."""
+    first, _ = parts[0]
+    width = max(request.prompt.shape[1] for request, _ in parts)
+    prompts = [F.pad(request.prompt[list(rows)], (width - request.prompt.shape[1], 0)) for request, rows in parts]
+    groups: dict[str, list[int]] = {}
+    start = 0
+    for request, rows in parts:
+        names = {row: name for name, places in request.groups.items() for row in (places or range(len(request.prompt)))}
+        for place, row in enumerate(rows, start):
+            if row in names:
+                groups.setdefault(names[row], []).append(place)
+        start += len(rows)
+    decided = {
+        path: made.regrouped([(request.decided[path], rows) for request, rows in parts]) for path, made in first.decided.items()
+    }
+    version = min(request.version for request, _ in parts)
+    return Request(first.tracker, torch.cat(prompts), dict(groups), False, version, decided)
+
+
 class Pass:
     """One forward of the base model.
 
@@ -223,6 +259,11 @@ class RequestTracker(CallTracker):
         """The newest request of this thread or, if it has none, of all; None if an adapter that served it was deleted."""
         request = self.now.last or self._newest
         return None if request is None or self._gone(request) else request
+
+    @property
+    def version(self) -> int:
+        """Of the adapters, as they are now."""
+        return self._version
 
     def adapters_changed(self) -> None:
         """Requests that go on read their weights anew."""

@@ -19,6 +19,7 @@ from mdt_trees import TEXT, gout
 from review_serving import serving
 
 from gatewise.errors import GatewiseError
+from gatewise.internals import http
 from gatewise.mdt import DecisionTree
 from gatewise.mdt.review import Extracting, Review, Session
 from gatewise.mdt.review import server as server_module
@@ -303,7 +304,7 @@ def test_a_body_in_chunks_is_read_up_to_the_same_size(ask: Caller, monkeypatch: 
 
 def test_a_silent_connection_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, in and after a request; one that waits for an answer stays."""
-    monkeypatch.setattr(server_module, "SILENCE", 0.3)
+    monkeypatch.setattr(http, "SILENCE", 0.3)
 
     def save(self: Session, by: Any) -> Any:
         time.sleep(0.8)
@@ -330,7 +331,7 @@ def test_a_silent_connection_is_closed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_many_silent_connections_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would take all the files that the process may have open, those of the history among them."""
-    monkeypatch.setattr(server_module, "MOST_CONNECTIONS", 20)
+    monkeypatch.setattr(http.PatientProtocol, "most_connections", 20)
     with calling(tmp_path) as call:
         head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
         asking = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(5)]

@@ -6,11 +6,9 @@ server's (against DNS rebinding), and what changes something has to come as JSON
 says who asks. TLS is the task of a proxy in front of it.
 """
 
-import asyncio
 import ipaddress
 import json
 import re
-import socket
 import sys
 import traceback
 from collections.abc import Iterable
@@ -18,8 +16,6 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 import uvicorn
-from h11 import IDLE, SEND_RESPONSE, Data, EndOfMessage
-from h11 import Response as Head
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -29,9 +25,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gatewise.errors import GatewiseError
+from gatewise.internals import http
+from gatewise.internals.http import PatientProtocol, listening, read_body, resolved
 from gatewise.mdt.review.actions import NothingThereError, Review, refused
 from gatewise.mdt.review.session import OldPageError
 from gatewise.mdt.review.users import OneUser, UserFile
@@ -39,8 +36,6 @@ from gatewise.mdt.review.users import OneUser, UserFile
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Gatewise-Token"
 MOST_BYTES = 40 * 2**20  # of a request: a document of 30 MB as Base64
-MOST_CONNECTIONS = 256  # far more than reviewers need, and fewer than the files that a process may have open
-SILENCE = 60  # seconds that a connection may be silent while it is its turn
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 # Address -> the room and the name of its file. The looks of trees are those of the HTML view.
 _PAGES = {
@@ -170,21 +165,7 @@ class _Guard:
 
 
 async def _body(request: Request) -> bytes:
-    """The body, of which no more is held than is allowed, whatever its length is said to be."""
-    content, large = bytearray(), f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB"
-    if int(request.headers.get("Content-Length", 0)) > MOST_BYTES:  # h11 lets nothing through but digits
-        raise HTTPException(413, large)
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(SILENCE) as silence:
-            async for piece in request.stream():
-                content += piece
-                if len(content) > MOST_BYTES:
-                    raise HTTPException(413, large)
-                silence.reschedule(loop.time() + SILENCE)
-    except TimeoutError:
-        raise HTTPException(408, "the request did not come whole: try again") from None
-    return bytes(content)
+    return await read_body(request, MOST_BYTES, f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB")
 
 
 def _object(content: bytes) -> dict[str, Any]:
@@ -254,7 +235,7 @@ class ReviewServer:
             raise GatewiseError(f"the port is {port}, expected a number from 0 to 65535")
         self.review = review
         self.users: OneUser | UserFile = users or OneUser()
-        family, address = _resolved(host, port)
+        family, address = resolved(host, port)
         ip = ipaddress.ip_address(address.partition("%")[0])
         self.is_local = ip.is_loopback
         if users is None and not self.is_local:
@@ -263,12 +244,7 @@ class ReviewServer:
             )
         allowed = list(allowed)
         Names.of(port, allowed)  # refused before anything is bound
-        try:
-            both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-            self.socket = socket.create_server((address, port), family=family, backlog=128, dualstack_ipv6=both)
-        except OSError as error:
-            what = f"port {port} cannot be had" if host == HOST else f"port {port} of {host} cannot be had"
-            raise GatewiseError(f"{what} ({error.strerror or error}): leave --port out for a free one") from error
+        self.socket = listening(family, address, port, host, "leave --port out for a free one")
         self.port: int = self.socket.getsockname()[1]
         shown = host if not ip.is_unspecified else HOST
         shown = f"[{shown}]" if ":" in shown else shown
@@ -286,7 +262,7 @@ class ReviewServer:
                 access_log=False,
                 proxy_headers=False,  # nothing is asked of who a proxy says that it asks for
                 server_header=False,
-                timeout_keep_alive=SILENCE,
+                timeout_keep_alive=http.SILENCE,
                 timeout_graceful_shutdown=5,
             )
         )
@@ -306,79 +282,6 @@ class ReviewServer:
         self.socket.close()
 
 
-class _Protocol(H11Protocol):
-    """uvicorn's, which waits for ever for a request's head and for who reads no answer, takes any number of connections, and sends
-    what is no HTTP bare answers.
-
-    Its attributes (``connections``, ``cycle``, ``conn``, ``loop``, ``transport``) are those of uvicorn 0.40 to 0.54.
-    """
-
-    _heard = 0.0
-    _patience: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)  # type: ignore[arg-type]  # a transport of a socket
-        self.transport.set_write_buffer_limits(high=0)  # whatever is not on its way pauses
-        self._heard = self.loop.time()
-        if len(self.connections) > MOST_CONNECTIONS:
-            self._make_room()
-        self._wait()
-
-    def data_received(self, data: bytes) -> None:
-        self._heard = self.loop.time()
-        super().data_received(data)
-        self._wait()
-
-    @property
-    def _is_asked(self) -> bool:
-        """Whether an answer is being made, or is on its way."""
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _make_room(self) -> None:
-        """Closes the connection that asks for nothing and was silent for longest, else this one: files have to be written, too."""
-        others = (one for one in self.connections if isinstance(one, _Protocol) and one is not self)
-        idle = (one for one in others if not one._is_asked and not one.transport.is_closing())
-        min(idle, key=lambda one: one._heard, default=self).transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._wait()
-        self.resume_writing()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._unread = self.loop.call_later(5 * SILENCE, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
-        super().resume_writing()
-
-    def _wait(self) -> None:
-        """A clock runs from the first byte of a head, or the beginning of the connection, until the head is whole."""
-        if self._is_asked or self.transport.is_closing():
-            if self._patience is not None:
-                self._patience.cancel()
-                self._patience = None
-        elif self._patience is None:
-            self._patience = self.loop.call_later(SILENCE, self.transport.close)
-
-    def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state in (IDLE, SEND_RESPONSE):
-            answer = _json({"error": "this is no HTTP request that can be read"}, 400)
-            head = Head(status_code=400, headers=[*answer.raw_headers, (b"Connection", b"close")], reason=b"Bad Request")
-            for event in (head, Data(data=bytes(answer.body)), EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-
-
-def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, str]:
-    try:
-        found = socket.getaddrinfo(host or "?", port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise GatewiseError(f"--host is {host[:100]!r}, expected an address or a name of this machine ({said})") from error
-    family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
-    return family, str(address[0])
+class _Protocol(PatientProtocol):
+    def unreadable(self) -> Response:
+        return _json({"error": "this is no HTTP request that can be read"}, 400)

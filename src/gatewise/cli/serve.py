@@ -1,0 +1,85 @@
+"""The ``serve`` command: one base model and many adapters behind OpenAI's API."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gatewise.errors import GatewiseError
+from gatewise.flags import DeviceOption
+
+ENGINES = ("auto", "transformers", "vllm")
+
+
+def serve(
+    base: Annotated[str, typer.Argument(help="The base model: a hub id, a folder or an embedded model.", show_default=False)],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PLACE",
+            help="An adapter, a folder of adapters, a pattern such as 'runs/*/adapter', or NAME=FOLDER; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="transformers, vllm, or auto: vllm where --python or this Python has it.")] = "auto",
+    python: Annotated[
+        Path | None, typer.Option(help="The Python of an environment that has vLLM. [default: this one]", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve at: 0.0.0.0 for all, which needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve at; 0 takes a free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="GATEWISE_API_KEY",
+            help="What clients have to send. Better in the variable: others see arguments.",
+            show_default=False,
+            show_envvar=True,
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the base model. [default: BASE]", show_default=False)
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32 or bfloat16.")] = "auto",
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer. [default: the model's positions]", min=2, show_default=False)
+    ] = None,
+    max_loaded: Annotated[int, typer.Option(help="Adapters that are loaded at a time.", min=1)] = 32,
+    max_running: Annotated[int, typer.Option(help="Answers that are written at a time.", min=1)] = 32,
+    max_waiting: Annotated[int, typer.Option(help="Answers that may wait; more are refused with status 503.", min=1)] = 256,
+    poll: Annotated[float, typer.Option(help="Seconds between two looks at the folders.", min=0.1)] = 2.0,
+) -> None:
+    """Serve a base model and its adapters to OpenAI's clients, each by the name of its folder.
+
+    Adapters may be of different kinds, are loaded when somebody asks for them, and come and go with their folders. Ctrl-C ends.
+
+    \b
+    Examples:
+      gatewise serve smollm2-135m-instruct --adapters 'runs/*/adapter'
+      gatewise serve smollm2-135m-instruct --adapters adapters --engine vllm --python .venv-serve/bin/python
+    """
+    if engine not in ENGINES:
+        raise GatewiseError(f"--engine is {engine!r}: expected {', '.join(ENGINES)}")
+    try:
+        from gatewise.serving.server.running import AdapterServer
+    except ModuleNotFoundError as error:
+        raise GatewiseError(
+            f"serve needs {(error.name or '').partition('.')[0]}, which is not installed: pip install 'gatewise[server]'"
+        ) from error
+    server = AdapterServer(
+        base, adapters or (), name=served_model_name, host=host, port=port, key=api_key, device=device, dtype=dtype,
+        most_tokens=max_model_len, most_loaded=max_loaded, most_running=max_running, most_waiting=max_waiting, every=poll,
+        say=_say,
+    )  # fmt: skip
+    with server:
+        names = [server.name, *(one.name for one in server.catalogue.all())]
+        _say(f"models: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}")
+        typer.echo(f"serving: {server.url}/v1")
+        try:
+            server.run()
+        except KeyboardInterrupt:
+            _say("serving ended")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -1,0 +1,297 @@
+"""Which adapters there are: what lies in the folders that a server watches, and in which version.
+
+A version is known by the names, sizes and times of its files. It is served from a copy that was taken of all of them while they
+stayed the same, so that no answer ever mixes old files with new ones. A folder that somebody still writes into is left alone until
+it has not changed for a moment. Only JSON, templates of chats and safetensors are read.
+"""
+
+import glob
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gatewise.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config, tensor_shapes, weights_of
+from gatewise.checks import has_half_a_pair
+from gatewise.errors import GatewiseError, some
+from gatewise.serving.server.lanes import Kind
+
+SETTLED = 2.0  # seconds in which the files of a folder must not have changed
+_PATIENCE = 60.0  # seconds, at the start, for adapters that somebody still writes
+
+_SUFFIXES = (".json", ".jinja")
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # of LoRA: the others change the base model, which is shared
+_numbers = itertools.count(1)
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
+"""Of each file: name, bytes, times of its content and of itself, number on its disk."""
+
+
+@dataclass(eq=False)
+class Version:
+    """One state of an adapter's folder.
+
+    Attributes:
+        name: by which clients ask for it.
+        kind: with what it can share a batch.
+        is_named: the user named the folder itself.
+        key: its name in the model, which no other version ever has.
+        created: in seconds since 1970.
+        gone: the folder holds something else now, or nothing.
+        problem: why it cannot be loaded, once that was tried.
+    """
+
+    name: str
+    folder: Path
+    kind: Kind
+    signature: Signature
+    is_named: bool = False
+    key: str = field(default_factory=lambda: f"version{next(_numbers)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    gone: bool = False
+    problem: str | None = None
+
+    @contextmanager
+    def copied(self) -> Iterator[Path]:
+        """A folder with a copy of its files, which nobody changes.
+
+        Raises:
+            ReplacedError: they are not those of this version any more.
+        """
+        with tempfile.TemporaryDirectory(prefix="gatewise-") as place:
+            copy = Path(place) / "adapter"
+            copy.mkdir()
+            is_whole = False
+            with suppress(OSError):
+                for name, *_ in self.signature:
+                    shutil.copyfile(self.folder / name, copy / name)
+                is_whole = _signature(self.folder) == self.signature
+            if not is_whole:
+                raise ReplacedError(f"the adapter {self.name!r} is being replaced: ask again in a moment")
+            yield copy
+
+
+class ReplacedError(Exception):
+    """A version's files are no longer there."""
+
+
+class Catalogue:
+    """The adapters of a server by name.
+
+    Args:
+        places: folders of adapters, folders that hold such folders, patterns of folders ("runs/*/adapter"), or NAME=FOLDER. A
+            folder called "adapter" is called by the one that holds it.
+        taken: names that no adapter may have, such as the base model's.
+        settled: seconds in which the files of a folder must not have changed.
+        say: told in a line of what is passed over.
+
+    Raises:
+        GatewiseError: a place is not there; two adapters have one name; an adapter that was named itself cannot be served.
+    """
+
+    def __init__(
+        self, places: Sequence[str], taken: Sequence[str] = (), say: Callable[[str], None] | None = None, settled: float = SETTLED
+    ) -> None:
+        self._places, self._taken, self._settled = list(places), set(taken), settled
+        self._say = say or (lambda text: print(text, file=sys.stderr))
+        self._versions: dict[str, Version] = {}
+        self._seen: dict[Path, Signature] = {}
+        self._said: dict[Path, str] = {}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        for place in self._places:
+            _, path = _split(place)
+            if not glob.has_magic(path) and not Path(path).is_dir():
+                what = "it is a file" if Path(path).exists() else "there is no such folder"
+                raise GatewiseError(
+                    f"--adapters {place}: {what}, expected an adapter, a folder of adapters or a pattern of folders"
+                )
+        limit = time.monotonic() + max(_PATIENCE, 2 * settled)
+        while late := self.scan(strict=True):
+            if time.monotonic() > limit:
+                self._say(f"note: {some(sorted(map(str, late)))} changes all the time, and is served once it does not")
+                break
+            time.sleep(settled / 4)
+
+    def __getitem__(self, name: str) -> Version:
+        """The version of a name that is served now; KeyError where there is none."""
+        return self._versions[name]
+
+    def all(self) -> list[Version]:
+        return sorted(self._versions.values(), key=lambda one: one.name)
+
+    def watch(self, every: float) -> None:
+        """Looks again every so many seconds, in a thread of its own, until :meth:`end`."""
+
+        def look() -> None:
+            while not self._ended.wait(every):
+                self.scan()
+
+        threading.Thread(target=look, name="gatewise-watch", daemon=True).start()
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def scan(self, strict: bool = False) -> list[Path]:
+        """Looks at all places. Returns the folders that are still being written.
+
+        Args:
+            strict: what cannot be served is an error where the user named the adapter itself, or where two have one name.
+        """
+        with self._lock:
+            there: dict[str, Version] = {}
+            late: list[Path] = []
+            homes: dict[str, Path] = {}
+            folders = list(self._folders())
+            for name, folder, is_named in folders:
+                problem = self._refused_name(name, folder, homes)
+                if problem is not None:
+                    if strict:
+                        raise GatewiseError(problem)
+                    self._note(folder, problem)
+                    continue
+                homes[name] = folder
+                try:
+                    version = self._version_in(name, folder, is_named)
+                    self._said.pop(folder, None)
+                except GatewiseError as error:
+                    if strict and is_named:
+                        raise
+                    self._note(folder, f"{error}; it is not served")
+                    continue
+                if version is not None:
+                    there[name] = version
+                else:
+                    late.append(folder)
+            for name, version in self._versions.items():
+                version.gone = there.get(name) is not version
+            self._versions = there
+            self._seen = {folder: seen for folder, seen in self._seen.items() if any(folder == one for _, one, _ in folders)}
+            return late
+
+    def _refused_name(self, name: str, folder: Path, homes: dict[str, Path]) -> str | None:
+        if name in self._taken:
+            return f"the adapter {folder} is called {name!r} as the base model is: rename its folder, or give it as NAME=FOLDER"
+        if name in homes:
+            return f"two adapters are called {name!r}, {homes[name]} and {folder}: rename one, or give them as NAME=FOLDER"
+        if has_half_a_pair(name) or not name.isprintable():
+            return f"the folder {folder!r} has a name that no client can send: rename it"
+        return None
+
+    def _note(self, folder: Path, text: str) -> None:
+        if self._said.get(folder) != text:
+            self._said[folder] = text
+            self._say(f"note: {text}")
+
+    def _folders(self) -> Iterator[tuple[str, Path, bool]]:
+        """Name and folder of each adapter, once, and whether the user named the very folder."""
+        met: set[Path] = set()
+        for place in self._places:
+            given, path = _split(place)
+            if glob.has_magic(path):
+                found = [(Path(one), False) for one in sorted(glob.glob(path))]
+            elif given is not None or (Path(path) / CONFIG_FILE).is_file():
+                found = [(Path(path), True)]
+            else:
+                try:
+                    found = [(Path(path) / name, False) for name in sorted(os.listdir(path))]
+                except OSError:
+                    continue
+            for folder, is_named in found:
+                folder = folder.absolute()
+                if folder not in met and not folder.name.startswith(".") and (folder / CONFIG_FILE).is_file():
+                    met.add(folder)
+                    yield given or name_of(folder), folder, is_named
+
+    def _version_in(self, name: str, folder: Path, is_named: bool) -> Version | None:
+        """The version that is served now: the one from before as long as the next one is not whole; None while there is none."""
+        before = self._versions.get(name)
+        before = before if before is not None and before.folder == folder else None
+        try:
+            signature = _signature(folder)
+        except OSError:
+            return None
+        if before is not None and before.signature == signature:
+            return before
+        newest = max(max(one[2], one[3]) for one in signature) / 1e9
+        was, self._seen[folder] = self._seen.get(folder), signature
+        if was != signature and time.time() - newest < self._settled:
+            return before
+        return Version(name, folder, kind_of(folder), signature, is_named)
+
+
+def kind_of(folder: Path) -> Kind:
+    """What an adapter can share a batch with.
+
+    Raises:
+        GatewiseError: it cannot be served.
+    """
+    config = read_config(folder)
+    tensor_shapes(weights_of(folder))
+    peft_type = str(config.get("peft_type"))
+    if peft_type == "ROUTED_LORA":
+        return "routed"
+    if peft_type == "SELECTIVE_PROMPT":
+        return "alone"
+    if peft_type != "LORA":
+        hint = ": write it as plain LoRA with gatewise export" if peft_type == "ADALORA" else ""
+        raise GatewiseError(
+            f"the adapter {folder} is of type {peft_type}: expected LORA, ROUTED_LORA or SELECTIVE_PROMPT to be served{hint}"
+        )
+    if config.get("bias") not in (None, "none"):
+        raise GatewiseError(
+            f"the adapter {folder} was trained with bias={config['bias']!r}, which changes the base model that all adapters share"
+        )
+    if config.get("init_lora_weights") not in _STARTS:
+        raise GatewiseError(
+            f"the adapter {folder} has init_lora_weights={config['init_lora_weights']!r}, which changes the base model that all "
+            "adapters share: save it with path_initial_model_for_weight_conversion"
+        )
+    for name in _NOT_SERVED:
+        if config.get(name):
+            raise GatewiseError(f"the adapter {folder} was trained with {name}, which is not served")
+    return "alone" if any(config.get(name) for name in _MORE) or not _is_linear(folder) else "plain"
+
+
+# What of LoRA cannot share a batch with other adapters.
+_MORE = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
+# What needs more than the weights, or another base model.
+_NOT_SERVED = (
+    "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config",
+    "use_bdlora", "kasa_config", "use_qalora", "ensure_weight_tying",
+)  # fmt: skip
+
+
+def _is_linear(folder: Path) -> bool:
+    names = tensor_shapes(weights_of(folder))
+    return all(name.endswith((".lora_A.weight", ".lora_B.weight")) and len(shape) == 2 for name, shape in names.items())
+
+
+def name_of(folder: Path) -> str:
+    """What an adapter is called: by its folder or, as runs call all theirs "adapter", by the folder above."""
+    return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
+
+
+def _split(place: str) -> tuple[str | None, str]:
+    name, equals, path = place.partition("=")
+    return (name, path) if equals and path and name and "/" not in name and not glob.has_magic(name) else (None, place)
+
+
+def _signature(folder: Path) -> Signature:
+    with os.scandir(folder) as entries:
+        names = sorted(
+            entry.name for entry in entries if (entry.name == WEIGHTS_FILE or entry.name.endswith(_SUFFIXES)) and entry.is_file()
+        )
+    found: list[tuple[str, int, int, int, int]] = []
+    for name in names:
+        told: Any = os.stat(folder / name)
+        found.append((name, told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino))
+    return tuple(found)

@@ -1,0 +1,465 @@
+"""The engine: one thread that owns the model, and writes the answers of many clients a token at a time.
+
+Between two steps new requests come in, in the order in which they were asked, and those that are done or cancelled leave. So a
+long answer keeps nobody waiting for longer than a step, as long as there is room. A request is bound to the version of its adapter
+when it is asked, and ends with it.
+"""
+
+import math
+import secrets
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gatewise.errors import GatewiseError
+from gatewise.serving.products import BASE
+from gatewise.serving.server.catalogue import ReplacedError, Version
+from gatewise.serving.server.lanes import Lane, Routed
+from gatewise.serving.server.metrics import Metrics
+from gatewise.serving.server.text import Writing
+
+PREFILL = 4096
+"""Tokens, padding among them, that are read at once at most; a longer prompt is read alone."""
+
+_GREEDY = 1e-5  # a lower temperature is none
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_tokens: of the answer, at most.
+        temperature: 0 takes the most probable token.
+        top_p: the smallest set of tokens that has this probability is drawn from.
+        seed: of what is drawn; None takes a new one.
+        stop: texts that end the answer.
+        ignore_eos: go on after the token that ends a text.
+        logprobs: of so many of the most probable tokens at each place, log-probabilities are told, and of the chosen one; None: of
+            none. They are those of the model, before temperature and top_p.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """A token, its log-probability, and the most probable ones at its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What comes next of an answer.
+
+    Attributes:
+        text: that can be given out.
+        tokens: that were written since the last piece; a piece's text may end with a part of theirs, the rest comes later.
+        told: of each of them, if it was asked for.
+        finish: "stop" or "length" in the last one.
+        problem: in the last one, why there will be no more.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    told: tuple[Told, ...] = ()
+    finish: str | None = None
+    problem: Exception | None = None
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer that is asked for.
+
+    Args:
+        model: the name that the client gave.
+        version: of the adapter, None for the base model.
+        prompt: token ids.
+        tell: gets the pieces, in the engine's thread.
+    """
+
+    model: str
+    version: Version | None
+    prompt: list[int]
+    sampling: Sampling
+    tokenizer: PreTrainedTokenizerBase
+    tell: Callable[[Piece], None]
+    cancelled: bool = False
+    asked: float = field(default_factory=time.monotonic)
+    written: int = 0
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        self.writing = Writing(self.tokenizer, self.prompt, self.sampling.stop)
+        seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed % 2**63
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def key(self) -> str:
+        """What its adapter is called in the model."""
+        return BASE if self.version is None else self.version.key
+
+
+class BusyError(Exception):
+    """There is no room for more requests at the moment."""
+
+
+class NotLoadedError(Exception):
+    """The adapter of a request could not be loaded."""
+
+
+@dataclass(eq=False)
+class _Loaded:
+    version: Version
+    lane: Lane
+    used: float = field(default_factory=time.monotonic)
+
+
+class Engine:
+    """Writes answers.
+
+    Args:
+        bare: the base model, in evaluation mode.
+        base: its name.
+        ends: token ids that end a text.
+        most_loaded: adapters in the model at a time; the one that was not used for longest makes room.
+        most_running, most_waiting: answers.
+    """
+
+    def __init__(
+        self,
+        bare: PreTrainedModel,
+        base: str,
+        ends: Sequence[int],
+        metrics: Metrics,
+        *,
+        most_loaded: int = 32,
+        most_running: int = 32,
+        most_waiting: int = 256,
+    ) -> None:
+        self._bare, self._base, self._ends, self._metrics = bare, base, frozenset(ends), metrics
+        self._most_loaded, self._most_running, self.most_waiting = most_loaded, most_running, most_waiting
+        self._plain = Lane(bare, "plain")
+        self._running: dict[Lane, list[Answer]] = {self._plain: []}
+        self._loaded: dict[str, _Loaded] = {}
+        self._waiting: deque[Answer] = deque()
+        self._news = threading.Condition()
+        self._is_ending = False
+        self._thread = threading.Thread(target=self._run, name="gatewise-engine", daemon=True)
+        metrics.gauges |= {
+            "gatewise_running": lambda: _by_model([one for rows in list(self._running.values()) for one in list(rows)]),
+            "gatewise_waiting": lambda: _by_model(list(self._waiting)),
+            "gatewise_adapters_loaded": lambda: {(): len(self._loaded)},
+        }
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        """Ends the thread; answers that are not done end with a problem."""
+        with self._news:
+            self._is_ending = True
+            self._news.notify()
+        self._thread.join()
+
+    def ask(self, answers: Sequence[Answer]) -> None:
+        """Has answers written, all of them or none.
+
+        Raises:
+            BusyError: too many wait already.
+        """
+        with self._news:
+            if len(self._waiting) + len(answers) > self.most_waiting or self._is_ending:
+                raise BusyError(f"{len(self._waiting)} requests wait already: ask again in a moment")
+            self._waiting.extend(answers)
+            self._news.notify()
+
+    def cancel(self, answers: Sequence[Answer]) -> None:
+        """Nobody reads these any more: they are told nothing more, and leave their places."""
+        with self._news:
+            for one in answers:
+                one.cancelled = True
+            self._news.notify()
+
+    def load(self, version: Version) -> None:
+        """Loads an adapter before anybody asks for it; before ``start``.
+
+        Raises:
+            GatewiseError: it cannot be loaded.
+        """
+        assert not self._thread.is_alive()
+        self._load(version)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it answers."""
+        return self._thread.is_alive()
+
+    @property
+    def room(self) -> int:
+        """How many more adapters can be loaded without another one having to go."""
+        return self._most_loaded - len(self._loaded)
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                while not (self._is_ending or self._waiting or any(self._running.values())):
+                    self._news.wait(timeout=1.0)
+                    if any(one.version.gone for one in self._loaded.values()):
+                        break
+                if self._is_ending:
+                    break
+            self._drop_cancelled()
+            self._unload_gone()
+            self._admit()
+            for lane in list(self._running):
+                if self._running[lane]:
+                    self._step(lane)
+        for one in (*self._waiting, *(one for rows in self._running.values() for one in rows)):
+            self._fail(one, BusyError("the server is ending"))
+
+    def _drop_cancelled(self) -> None:
+        with self._news:
+            gone = [one for one in self._waiting if one.cancelled]
+            if gone:
+                self._waiting = deque(one for one in self._waiting if not one.cancelled)
+        for one in gone:
+            self._ended(one, "cancelled")
+        for lane, rows in self._running.items():
+            if any(one.cancelled for one in rows):
+                for one in rows:
+                    if one.cancelled:
+                        self._ended(one, "cancelled")
+                self._keep(lane, [place for place, one in enumerate(rows) if not one.cancelled])
+
+    def _admit(self) -> None:
+        """New answers begin, in order, as far as there is room: one batch of prompts a lane."""
+        batches: dict[Lane, list[Answer]] = {}
+        room = self._most_running - sum(map(len, self._running.values()))
+        while room > 0:
+            with self._news:
+                if not self._waiting:
+                    break
+                first = self._waiting[0]
+            try:
+                lane = self._lane_of(first, [one.key for rows in batches.values() for one in rows])
+            except (GatewiseError, ReplacedError) as error:
+                self._leave_queue()
+                hidden = NotLoadedError(f"the adapter {first.model!r} cannot be loaded: see the server's log")  # which names files
+                self._fail(first, error if isinstance(error, ReplacedError) else hidden)
+                continue
+            if lane is None:
+                break  # until an adapter in use makes room
+            batch = batches.get(lane, [])
+            if batch and (len(batch) + 1) * max(len(one.prompt) for one in (*batch, first)) > PREFILL:
+                break
+            self._leave_queue()
+            batches.setdefault(lane, []).append(first)
+            room -= 1
+        for lane, batch in batches.items():
+            self._enter(lane, batch)
+
+    def _leave_queue(self) -> None:
+        with self._news:
+            self._waiting.popleft()
+
+    def _lane_of(self, answer: Answer, in_use: Sequence[str]) -> Lane | None:
+        """The lane of an answer, with its adapter loaded; None where all that are loaded are in use."""
+        version = answer.version
+        if version is None:
+            return self._plain
+        held = self._loaded.get(version.key)
+        if held is None:
+            if version.problem is not None:
+                raise GatewiseError(version.problem)
+            if len(self._loaded) >= self._most_loaded:
+                used = {one.key for rows in self._running.values() for one in rows} | set(in_use)
+                idle = [one for one in self._loaded.values() if one.version.key not in used]
+                if not idle:
+                    return None
+                self._unload(min(idle, key=lambda one: one.used))
+            held = self._load(version)
+        held.used = time.monotonic()
+        return held.lane
+
+    def _load(self, version: Version) -> _Loaded:
+        lane = self._plain
+        if version.kind == "alone":
+            lane = Lane(self._bare, "alone")
+        elif version.kind == "routed":
+            lanes = [one for one in self._running if one.kind == "routed"]
+            lane = lanes[0] if lanes else Lane(self._bare, "routed")
+        try:
+            with version.copied() as folder:
+                lane.load(folder, version.key, self._base)
+        except GatewiseError as error:
+            # Said of the folder that the user knows, not of the copy.
+            version.problem = str(error).replace(str(folder), str(version.folder))
+            print(f"error: {version.problem}", file=sys.stderr)
+            raise GatewiseError(version.problem) from error
+        self._running.setdefault(lane, [])
+        self._metrics.count("gatewise_adapter_loads_total", model=version.name)
+        held = self._loaded[version.key] = _Loaded(version, lane)
+        return held
+
+    def _unload(self, held: _Loaded) -> None:
+        del self._loaded[held.version.key]
+        if held.lane is not self._plain and held.lane.names == {held.version.key}:
+            held.lane.clear()
+            del self._running[held.lane]
+        else:
+            held.lane.unload(held.version.key)
+
+    def _unload_gone(self) -> None:
+        """Versions that are no longer in their folders, once nobody needs them."""
+        gone = [held for held in self._loaded.values() if held.version.gone]
+        if gone:
+            with self._news:
+                used = {one.key for one in self._waiting} | {one.key for rows in self._running.values() for one in rows}
+            for held in gone:
+                if held.version.key not in used:
+                    self._unload(held)
+
+    # ---- rows ----
+
+    def _enter(self, lane: Lane, batch: list[Answer]) -> None:
+        now = time.monotonic()
+        for one in batch:
+            self._metrics.took("gatewise_queue_seconds", now - one.asked, model=one.model)
+        try:
+            read = lane.read([one.prompt for one in batch], [one.key for one in batch])
+        except Exception as error:
+            traceback.print_exception(error, file=sys.stderr)
+            for one in batch:
+                self._fail(one, error)
+            return
+        try:
+            lane.join(read)
+        except Exception as error:
+            self._break(lane, batch, error)
+            return
+        self._running[lane] += batch
+        for one, decided in zip(batch, read.routed, strict=True):
+            self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.model)
+            if decided is not None:
+                self._note_routing(one, decided)
+        self._go_on(lane, batch, read.logits)
+
+    def _step(self, lane: Lane) -> None:
+        rows = self._running[lane]
+        try:
+            logits = lane.step([one.last for one in rows])
+        except Exception as error:
+            self._break(lane, [], error)
+            return
+        self._go_on(lane, rows, logits)
+
+    def _go_on(self, lane: Lane, rows: Sequence[Answer], logits: Tensor) -> None:
+        """The next token of each of some rows of a lane, by logits (n, v)."""
+        best = logits.argmax(dim=-1).tolist()
+        is_sound = (logits.max(dim=-1).values < math.inf).tolist()  # not where there is a NaN
+        done: set[Answer] = set()
+        for place, one in enumerate(rows):
+            if one.cancelled:
+                continue  # it leaves before the next step
+            if not is_sound[place]:
+                self._fail(one, NotLoadedError(f"the model {one.model!r} wrote what is no number"))
+                done.add(one)
+                continue
+            sampling = one.sampling
+            token = best[place] if sampling.temperature < _GREEDY else _drawn(logits[place].cpu(), sampling, one.generator)
+            told = () if sampling.logprobs is None else (_told(logits[place], token, sampling.logprobs),)
+            if self._write(one, token, told):
+                done.add(one)
+        if done:
+            self._keep(lane, [place for place, one in enumerate(self._running[lane]) if one not in done])
+
+    def _write(self, one: Answer, token: int, told: tuple[Told, ...]) -> bool:
+        """Gives out a token; whether it was the last."""
+        one.last = token
+        one.written += 1
+        if one.written == 1:
+            self._metrics.took("gatewise_first_token_seconds", time.monotonic() - one.asked, model=one.model)
+        self._metrics.count("gatewise_generated_tokens_total", model=one.model)
+        is_end = token in self._ends and not one.sampling.ignore_eos
+        text = "" if is_end else one.writing.add(token)
+        finish = "stop" if is_end or one.writing.stopped else "length" if one.written >= one.sampling.max_tokens else None
+        if finish is not None:
+            if not one.writing.stopped:
+                text += one.writing.end()
+                finish = "stop" if one.writing.stopped else finish
+            self._ended(one, finish)
+        one.tell(Piece(text, 1, told, finish))
+        return finish is not None
+
+    def _keep(self, lane: Lane, places: list[int]) -> None:
+        rows = self._running[lane]
+        lane.keep(places)
+        self._running[lane] = [rows[place] for place in places]
+
+    def _break(self, lane: Lane, more: Sequence[Answer], error: Exception) -> None:
+        """A fault of ours, or no memory: all rows of the lane end with it, and the lane goes on empty."""
+        traceback.print_exception(error, file=sys.stderr)
+        rows, self._running[lane] = self._running[lane], []
+        lane.clear()
+        for one in (*rows, *more):
+            self._fail(one, error)
+
+    def _fail(self, one: Answer, problem: Exception) -> None:
+        if not one.cancelled:
+            self._ended(one, "refused" if isinstance(problem, BusyError | ReplacedError) else "failed")
+            one.tell(Piece(problem=problem))
+
+    def _ended(self, one: Answer, how: str) -> None:
+        self._metrics.count("gatewise_requests_total", model=one.model, how=how)
+        self._metrics.took("gatewise_request_seconds", time.monotonic() - one.asked, model=one.model)
+
+    def _note_routing(self, one: Answer, routed: Routed) -> None:
+        for layer, modules in routed.kept.items():
+            self._metrics.count("gatewise_routed_prompts_total", model=one.model, layer=layer)
+            for module, is_kept in modules.items():
+                self._metrics.count("gatewise_routing_kept_total", int(is_kept), model=one.model, layer=layer, module=module)
+
+
+def _drawn(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """A token of logits (v,)."""
+    probabilities = (logits / sampling.temperature).softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, places = probabilities.sort(descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # the first token is always in
+        probabilities = torch.zeros_like(probabilities).scatter(0, places, ordered.masked_fill(before >= sampling.top_p, 0.0))
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _told(logits: Tensor, token: int, count: int) -> Told:
+    logprobs = logits.log_softmax(dim=-1)
+    top = logprobs.topk(min(count, len(logprobs))) if count else None
+    pairs = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return Told(token, float(logprobs[token]), pairs)
+
+
+def _by_model(answers: Sequence[Answer]) -> dict[tuple[tuple[str, str], ...], float]:
+    counts: dict[tuple[tuple[str, str], ...], float] = {}
+    for one in answers:
+        labels = (("model", one.model),)
+        counts[labels] = counts.get(labels, 0) + 1
+    return counts

@@ -1,0 +1,278 @@
+"""A lane: the model with the adapters that can share a batch, and the rows that it writes now, one token of each a step.
+
+Rows come and go between steps. New ones are read as a batch of their own, and their keys and values are then put under those of the
+others, filled up on the left, where the mask hides what fills. The rows of one lane may belong to different adapters, where these
+can share a batch: plain LoRA (``fast_lora``), or routed adapters. An adapter that can share with none has a lane to itself.
+
+All lanes have the same weights: the modules of each are a copy, their parameters and buffers are not.
+
+Shapes: b rows, t columns of the longest, v vocabulary.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from gatewise.adapters.loading import put_on
+from gatewise.errors import GatewiseError
+from gatewise.prompts.cache import append_prompts
+from gatewise.routed.request import regroup
+from gatewise.serving.lora import FastLora, fast_lora
+
+Kind = Literal["plain", "routed", "alone"]
+"""What an adapter can share a batch with: plain LoRA and the base model; routed adapters; nothing."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What routers decided for one prompt: by the path of the layer, the modules that are kept of those that could be."""
+
+    kept: dict[str, dict[str, bool]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that were read.
+
+    Attributes:
+        logits: (n, v) of the token after each, in float32.
+        routed: what was decided for each, None where nothing is routed.
+        mask: (n, t).
+        cache: their keys and values.
+    """
+
+    names: list[str]
+    logits: Tensor
+    routed: list[Routed | None]
+    mask: Tensor
+    cache: Any
+
+
+class Lane:
+    """One copy of the model's modules, and its rows.
+
+    Args:
+        bare: the base model, which stays without adapters.
+        kind: of the adapters that it takes.
+
+    Attributes:
+        names: of the adapters that are loaded, unique in a server's life.
+        rows: the adapter of each row, ``BASE`` for the base model.
+    """
+
+    def __init__(self, bare: PreTrainedModel, kind: Kind) -> None:
+        self.kind, self.names = kind, set[str]()
+        self.rows: list[str] = []
+        self._bare = bare
+        self._model: Any = with_same_weights(bare)
+        self._peft: PeftModel | None = None
+        self._fast: FastLora | None = None
+        accepted = inspect.signature(self._model.forward).parameters
+        self._takes_positions, self._takes_length = "position_ids" in accepted, "logits_to_keep" in accepted
+        self._cache: Any = None
+        self._mask = torch.empty(0, 0, dtype=torch.long)
+        self._call = ExitStack()  # of PEFT, open from step to step as long as rows and adapters stay the same
+        self._is_open = False
+
+    # ---- adapters ----
+
+    def load(self, folder: Path, name: str, base_name: str) -> None:
+        """Loads one more adapter.
+
+        Raises:
+            GatewiseError: it cannot be read, or does not fit. All else is as it was.
+        """
+        self._close()
+        try:
+            self._peft = put_on(self._peft or self._model, folder, name, base_name)
+        except BaseException:
+            if self._peft is None:
+                self._model = with_same_weights(self._bare)
+            raise
+        self.names.add(name)
+        if self.kind == "plain" and self._fast is None:
+            self._fast = fast_lora(self._peft)
+
+    def unload(self, name: str) -> None:
+        """Takes off an adapter that no row has. After the last one the model is the base model again."""
+        assert name not in self.rows
+        assert self._peft is not None
+        self._close()
+        self.names.remove(name)
+        if self.names:
+            self._peft.delete_adapter(name)
+            return
+        if self._fast is not None:
+            self._fast.remove()
+            self._fast = None
+        self._model, self._peft = with_same_weights(self._bare), None
+
+    # ---- rows ----
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> "Prompts":
+        """Reads prompts of token ids, by the adapter that each is for. The rows stay as they are."""
+        self._close()
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(one)) + list(one) for one in prompts])
+        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
+        cache = DynamicCache(config=self._model.config)
+        with self._called(names):
+            logits = self._forward(ids, mask, cache)
+            routed = self._routed(len(prompts))
+        return Prompts(list(names), logits, routed, mask, cache)
+
+    def join(self, prompts: "Prompts") -> None:
+        """Prompts that were read become the last rows."""
+        if self._cache is None:
+            self._cache, self._mask = prompts.cache, prompts.mask
+        else:
+            self._append(prompts.cache, prompts.mask)
+        self.rows += prompts.names
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Reads the token that each row goes on with: logits (b, v) of the next one, in float32."""
+        if not self._is_open:
+            self._call.enter_context(self._called(self.rows))
+            self._is_open = True
+        self._mask = F.pad(self._mask, (0, 1), value=1)
+        return self._forward(torch.tensor(tokens)[:, None], self._mask, self._cache)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """These rows stay, the others are done."""
+        if len(rows) == len(self.rows):
+            return
+        self._close()
+        self.rows = [self.rows[row] for row in rows]
+        if not rows:
+            self._cache = None
+            return
+        self._cache.batch_select_indices(torch.tensor(rows, device=self._device))
+        regroup(self._cache, [(self._cache, rows)])
+        self._mask = self._mask[list(rows)]
+        spare = int(self._mask.any(dim=0).int().argmax())  # columns in which nobody has anything
+        if spare:
+            length = self._mask.shape[1]
+            self._mask = self._mask[:, spare:]
+            for layer in self._layers(self._cache):
+                _cut(layer, length - spare)
+
+    def clear(self) -> None:
+        """All rows are gone, whatever state they were left in."""
+        self._close()
+        self.rows, self._cache = [], None
+
+    # ---- within ----
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.device
+
+    def _close(self) -> None:
+        self._call.close()
+        self._is_open = False
+
+    @contextmanager
+    def _called(self, names: Sequence[str]) -> Iterator[None]:
+        """PEFT's call of the model, which it opens around ``generate``."""
+        if self._peft is None:
+            yield
+            return
+        given = {} if self.kind == "alone" else {"adapter_names": list(names)}
+        tuner: Any = self._peft.base_model
+        with tuner._enable_peft_forward_hooks(**given):
+            yield
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        options: dict[str, Any] = {cache_argument(self._model): cache}
+        if self._takes_length:
+            options["logits_to_keep"] = 1
+        if self._takes_positions:
+            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(self._device)
+        given, mask = ids.to(self._device), mask.to(self._device)
+        logits: Tensor = self._model(input_ids=given, attention_mask=mask, use_cache=True, **options).logits
+        return logits[:, -1].float()
+
+    def _routed(self, rows: int) -> list[Routed | None]:
+        if self.kind != "routed" or self._peft is None:
+            return [None] * rows
+        tuner: Any = self._peft.base_model
+        routing = tuner.routing()
+        kept = (routing.gates > 0).tolist()
+        return [
+            Routed(
+                {
+                    layer: dict(zip(modules, by_layer, strict=False))
+                    for layer, modules, by_layer in zip(routing.layers, routing.modules, row, strict=True)
+                }
+            )
+            for row in kept
+        ]
+
+    def _append(self, cache: Any, mask: Tensor) -> None:
+        """The rows of another cache under one's own; the shorter of both is filled up on the left."""
+        width, before, after = max(self._mask.shape[1], mask.shape[1]), len(self._mask), len(mask)
+        for mine, theirs in zip(self._layers(self._cache), self._layers(cache), strict=True):
+            columns = max(mine.keys.shape[2], theirs.keys.shape[2])
+            mine.keys, mine.values = (
+                torch.cat([F.pad(one, (0, 0, columns - one.shape[2], 0)) for one in both])
+                for both in ((mine.keys, theirs.keys), (mine.values, theirs.values))
+            )
+            if isinstance(mine, DynamicSlidingWindowLayer):
+                mine.cumulative_length = width
+        append_prompts(self._cache, cache)
+        regroup(self._cache, [(self._cache, range(before)), (cache, range(after))])
+        self._mask = torch.cat([F.pad(one, (width - one.shape[1], 0)) for one in (self._mask, mask)])
+
+    @staticmethod
+    def _layers(cache: Any) -> list[Any]:
+        return [layer for layer in cache.layers if layer.is_initialized]
+
+
+def _cut(layer: Any, length: int) -> None:
+    """Of the columns of a layer's keys and values those stay that belong to the last ``length``."""
+    columns = min(layer.keys.shape[2], length)
+    layer.keys, layer.values = (one[:, :, one.shape[2] - columns :].contiguous() for one in (layer.keys, layer.values))
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = length
+
+
+def with_same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model's modules that has the same parameters and buffers, not copies of them."""
+    shared: dict[int, Any] = {id(one): one for one in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model's ``forward`` calls its key-value cache, in this or in older versions of Transformers."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+@torch.no_grad()
+def check_model(model: PreTrainedModel) -> None:
+    """Refuses a base model whose rows cannot come and go.
+
+    Raises:
+        GatewiseError: it keeps its past in other things than keys and values by column.
+    """
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([[1, 1]], device=model.device)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{cache_argument(model): cache})
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not cache.layers or cache.get_seq_length() != 2 or any(type(layer) not in known for layer in cache.layers):
+        raise GatewiseError(
+            f"{model.config.model_type} models keep more of their past than keys and values, which this engine does not serve: "
+            "take --engine vllm, or a model with attention alone"
+        )

@@ -1,0 +1,166 @@
+"""A server of one base model and many adapters, with PEFT and gatewise alone."""
+
+import ipaddress
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import uvicorn
+from starlette.responses import Response
+
+from gatewise.errors import GatewiseError
+from gatewise.internals import http
+from gatewise.internals.http import PatientProtocol, listening, resolved
+from gatewise.models.device import pick_device, pick_dtype
+from gatewise.models.loading import config_positions, load_model, load_tokenizer
+from gatewise.serving.server.app import Served, app, unreadable
+from gatewise.serving.server.catalogue import SETTLED, Catalogue
+from gatewise.serving.server.engine import Engine
+from gatewise.serving.server.lanes import check_model
+from gatewise.serving.server.metrics import Metrics
+from gatewise.serving.server.tokenizers import Tokenizers
+
+HOST, PORT = "127.0.0.1", 8000
+_UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
+
+
+class AdapterServer:
+    """Serves until :meth:`end`.
+
+    Args:
+        base: the base model: a hub id, a folder or an embedded model.
+        adapters: where adapters are, see :class:`Catalogue`.
+        name: of the base model as clients say it; by default ``base``.
+        host: a name or an address of this machine; one that other machines can reach only with a key.
+        port: 0 takes a free one.
+        key: that clients have to send.
+        device, dtype: of the base model.
+        most_tokens: of prompt and answer together; by default the model's positions.
+        most_loaded, most_running, most_waiting: see :class:`Engine`.
+        every, settled: seconds between two looks at the folders, and in which a folder must not have changed.
+        say: told in a line what happens.
+
+    Attributes:
+        url: of the server.
+
+    Raises:
+        GatewiseError: something of it cannot be had, or an adapter that was named itself cannot be served.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        adapters: Sequence[str] = (),
+        *,
+        name: str | None = None,
+        host: str = HOST,
+        port: int = PORT,
+        key: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        most_tokens: int | None = None,
+        most_loaded: int = 32,
+        most_running: int = 32,
+        most_waiting: int = 256,
+        every: float = 2.0,
+        settled: float = SETTLED,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        say = say or (lambda text: print(text, file=sys.stderr))
+        hosts = check_reach(host, port, key)
+        family, address = resolved(host, port)
+        self.socket = listening(family, address, port, host, "give another --port")
+        self.port: int = self.socket.getsockname()[1]
+        try:
+            self.name = name or base
+            self.catalogue = Catalogue(adapters, [self.name], say, settled)
+            place = pick_device(device)
+            precision = pick_dtype(dtype, place, say)
+            say(f"loading {base} in {str(precision).removeprefix('torch.')} on {place}")
+            model = load_model(base, dtype=precision, device=place)
+            tokenizer = load_tokenizer(base)
+            check_model(model)
+            positions = config_positions(model)
+            length = most_tokens or (positions if positions < 2**31 else _UNTOLD)
+            if length > positions:
+                raise GatewiseError(f"--max-model-len is {length}, but {base} has {positions} positions: give at most that")
+            given = getattr(model.generation_config, "eos_token_id", None)
+            ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
+            metrics = Metrics()
+            self.engine = Engine(
+                model, base, [one for one in ends if one is not None], metrics,
+                most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting,
+            )  # fmt: skip
+            for version in self.catalogue.all():
+                if version.is_named and self.engine.room:
+                    say(f"loading {version.folder}")
+                    self.engine.load(version)
+        except BaseException:
+            self.socket.close()
+            raise
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = int(embeddings.weight.shape[0])
+        self._every = every
+        shown = HOST if ipaddress.ip_address(address.partition("%")[0]).is_unspecified else host
+        self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self.port}"
+        served = Served(self.name, self.engine, self.catalogue, Tokenizers(tokenizer), metrics, length, vocabulary, key, hosts)
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app(served),
+                http=_Protocol,
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",  # what the user has to know is printed by the app
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=http.SILENCE,
+                timeout_graceful_shutdown=5,
+            )
+        )
+
+    def run(self) -> None:
+        """Serves until :meth:`end`, or until an interrupt, which is raised when the answers under way have had five seconds."""
+        self.engine.start()
+        self.catalogue.watch(self._every)
+        try:
+            self._server.run(sockets=[self.socket])
+        finally:
+            self.catalogue.end()
+            self.engine.end()
+
+    def end(self) -> None:
+        """Ends :meth:`run`, from another thread."""
+        self._server.should_exit = True
+
+    def __enter__(self) -> "AdapterServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+class _Protocol(PatientProtocol):
+    most_connections = 512
+
+    def unreadable(self) -> Response:
+        return unreadable()
+
+
+def check_reach(host: str, port: int, key: str | None) -> frozenset[str] | None:
+    """Refuses to let everybody in. Returns the names under which a server without a key answers, None for one that has a key.
+
+    Raises:
+        GatewiseError: other machines could reach it, and there is no key.
+    """
+    _, address = resolved(host, port)
+    if key is not None:
+        if not key.strip() or not key.isascii() or not key.isprintable():
+            raise GatewiseError("the API key is empty, or has more than ASCII characters that can be printed: give another one")
+        return None
+    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        raise GatewiseError(f"--host {host} lets other machines in: give a key, in GATEWISE_API_KEY or with --api-key")
+    shown = f"[{host}]" if ":" in host else host
+    return frozenset({"127.0.0.1", "localhost", "[::1]", shown.lower()})

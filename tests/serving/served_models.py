@@ -1,0 +1,80 @@
+"""A tiny base model and adapters of every kind that can be served, as folders, and what each writes alone."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from routed_models import routed_config, trained_routers
+from tiny_models import VOCABULARY, random_adapter, word_tokenizer
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from gatewise import SelectivePromptConfig
+from gatewise.adapters.loading import load_adapter
+from gatewise.models import load_model
+
+POSITIONS = 96
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}w1"
+
+
+def base_folder(folder: Path, family: str = "llama") -> Path:
+    """A base model whose weights are as large as trained ones, so that all of a prompt tells in what it writes."""
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0, "eos_token_id": 1}
+    sizes |= {"max_position_embeddings": POSITIONS}
+    if family == "gemma3":  # a layer that sees eight tokens, and one that sees all
+        window = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+        model: Any = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **window))
+    elif family == "gpt2":
+        small = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS, "eos_token_id": 1}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **small))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.0 if "embed" in name or "wte" in name else 0.4)
+    model.save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapter_folder(base: Path, folder: Path, kind: str = "plain", seed: int = 0, **settings: Any) -> Path:
+    """An adapter that looks trained: "plain", "routed", "dora" or "prompts"."""
+    torch.manual_seed(seed)
+    if kind == "routed":
+        config: Any = routed_config(**settings)
+    elif kind == "prompts":
+        config = SelectivePromptConfig(task_type="CAUSAL_LM", num_prompt_tokens=3, prompt_layers=[1], bottleneck=4, **settings)
+    else:
+        common = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "use_dora": kind == "dora"}
+        config = LoraConfig(**(common | settings))
+    model = get_peft_model(load_model(base), config)
+    if kind == "prompts":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "norm" not in name:
+                    parameter.normal_(std=0.7)
+    else:
+        random_adapter(model, scale=1.5 if kind == "routed" else 0.7)
+        if kind == "routed":
+            trained_routers(model)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@cache
+def model_of(base: Path, adapter: Path | None) -> Any:
+    """The base model with an adapter alone."""
+    return load_model(base) if adapter is None else load_adapter(adapter, base=base)[0]
+
+
+def writes(base: Path, adapter: Path | None, prompt: list[int], tokens: int) -> list[int]:
+    """Greedy tokens of ``generate`` with the adapter alone, to the end of the text."""
+    model = model_of(base, adapter)
+    with torch.no_grad():
+        row = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0]
+    return row[len(prompt) :].tolist()

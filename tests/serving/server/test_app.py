@@ -1,0 +1,315 @@
+"""Real clients: OpenAI's package, curl and plain sockets. Every answer is what ``generate`` writes with that adapter alone."""
+
+import json
+import random
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from served_models import POSITIONS, TEMPLATE, model_of, writes
+from tiny_models import word_tokenizer
+
+from gatewise.serving.server.running import AdapterServer
+
+NAMES = ["tiny", "plain", "stable", "routed", "other", "dora", "prompts"]
+Folders = dict[str | None, Path]
+
+
+def client(server: AdapterServer, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(f"w{one - 2}" for one in ids)
+
+
+@pytest.fixture
+def alone(folders: Folders) -> Callable[..., str]:
+    """alone(name, prompt, tokens) -> the text that the adapter writes alone, as it goes on from the prompt."""
+
+    def text(name: str, prompt: list[int], tokens: int) -> str:
+        written = writes(folders[None], None if name == "tiny" else folders[name], prompt, tokens)
+        return "".join(f" w{one - 2}" for one in written if one > 1)
+
+    return text
+
+
+def prompt_of(seed: int, most: int = 12) -> list[int]:
+    chance = random.Random(seed)
+    return [chance.randint(2, 59) for _ in range(chance.randint(1, most))]
+
+
+def test_models(server: AdapterServer) -> None:
+    asked = client(server)
+    listed = {one.id: one for one in asked.models.list()}
+    assert next(iter(listed)) == "tiny"
+    assert sorted(listed) == sorted(NAMES)
+    assert listed["plain"].model_dump()["parent"] == "tiny"
+    assert asked.models.retrieve("routed").id == "routed"
+    with pytest.raises(openai.NotFoundError):
+        asked.models.retrieve("none")
+
+
+def test_many_clients_at_once(server: AdapterServer, alone: Callable[..., str]) -> None:
+    """Mixed adapters, lengths, prompts as text and as ids, whole and as streams: 42 answers over 14 clients."""
+    asked = client(server)
+    jobs = [(name, prompt_of(number), 3 + number % 17) for number in range(6) for name in NAMES]
+    random.Random(0).shuffle(jobs)
+
+    def run(number: int) -> tuple[str, int]:
+        name, prompt, tokens = jobs[number]
+        given: Any = prompt if number % 2 else words(prompt)
+        settings: dict[str, Any] = {"model": name, "prompt": given, "max_tokens": tokens, "temperature": 0}
+        if number % 3:
+            answer = asked.completions.create(**settings)
+            return answer.choices[0].text, answer.usage.completion_tokens
+        events = list(asked.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
+        return "".join(one.choices[0].text for one in events[:-1]), events[-1].usage.completion_tokens
+
+    with ThreadPoolExecutor(14) as threads:
+        found = list(threads.map(run, range(len(jobs))))
+    for (name, prompt, tokens), (text, count) in zip(jobs, found, strict=True):
+        assert text == alone(name, prompt, tokens), (name, prompt)
+        assert count <= tokens
+    assert len({text for text, _ in found}) > 25
+
+
+@pytest.mark.parametrize("name", ["tiny", "plain", "routed"])
+def test_chat(server: AdapterServer, alone: Callable[..., str], name: str) -> None:
+    messages: Any = [{"role": "w5", "content": "w9 w3"}, {"role": "w6", "content": [{"type": "text", "text": "w7"}]}]
+    prompt = [one + 2 for one in (5, 9, 3, 6, 7, 1)]
+    assert word_tokenizer().apply_chat_template(messages[:1], chat_template=TEMPLATE, tokenize=False) == "w5 w9 w3 w1"
+    asked = client(server).chat.completions
+    settings: dict[str, Any] = {"model": name, "messages": messages, "max_tokens": 8, "temperature": 0}
+    whole = asked.create(**settings, logprobs=True, top_logprobs=2)
+    assert whole.choices[0].message.content == alone(name, prompt, 8)
+    assert whole.choices[0].logprobs.content[0].top_logprobs[0].token == whole.choices[0].logprobs.content[0].token
+    events = list(asked.create(**settings, stream=True))
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(one.choices[0].delta.content or "" for one in events) == whole.choices[0].message.content
+    assert events[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_several_prompts_and_answers(server: AdapterServer, alone: Callable[..., str]) -> None:
+    prompts = [prompt_of(seed) for seed in (50, 51, 52)]
+    answer = client(server).completions.create(model="routed", prompt=prompts, max_tokens=6, temperature=0, n=2)
+    assert [one.index for one in answer.choices] == list(range(6))
+    assert [one.text for one in answer.choices] == [alone("routed", one, 6) for one in prompts for _ in range(2)]
+    assert answer.usage.prompt_tokens == sum(map(len, prompts))
+
+
+def test_logprobs_are_the_models(server: AdapterServer, folders: Folders) -> None:
+    import torch
+
+    prompt = prompt_of(60)
+    found = client(server).completions.create(model="plain", prompt=prompt, max_tokens=5, temperature=0, logprobs=3).choices[0]
+    tokens = [int(one[1:]) + 2 for one in found.logprobs.tokens]
+    with torch.no_grad():
+        logits = model_of(folders[None], folders["plain"])(input_ids=torch.tensor([[*prompt, *tokens]])).logits
+    expected = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert found.logprobs.token_logprobs == pytest.approx(
+        expected.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist(), abs=1e-4
+    )
+    for row, top in zip(expected, found.logprobs.top_logprobs, strict=True):
+        assert sorted(top.values()) == pytest.approx(row.topk(3).values.flip(0).tolist(), abs=1e-4)
+
+
+def test_stop_strings_end_an_answer(server: AdapterServer, alone: Callable[..., str]) -> None:
+    prompt = prompt_of(61)
+    text = alone("plain", prompt, 12)
+    word = text.split()[3]
+    for stream in (False, True):
+        made = client(server).completions.create(
+            model="plain", prompt=prompt, max_tokens=12, temperature=0, stop=["nowhere", word], stream=stream
+        )
+        found = "".join(one.choices[0].text for one in made) if stream else made.choices[0].text
+        assert found == text[: text.index(word)]
+    assert made.response.status_code == 200
+
+
+def test_sampling(server: AdapterServer, folders: Folders) -> None:
+    """A seed gives the same answer again, and many answers are as frequent as the model has them probable."""
+    import torch
+
+    prompt = prompt_of(62)
+    asked = client(server).completions
+    first, again, other = (
+        asked.create(model="plain", prompt=prompt, max_tokens=9, seed=seed).choices[0].text for seed in (7, 7, 8)
+    )
+    assert first == again != other
+    drawn = asked.create(model="plain", prompt=[prompt] * 8, n=25, max_tokens=1, temperature=1.5, top_p=0.3, seed=1).choices
+    with torch.no_grad():
+        logits = model_of(folders[None], folders["plain"])(input_ids=torch.tensor([prompt])).logits[0, -1]
+    probabilities, places = (logits / 1.5).softmax(-1).sort(descending=True)
+    likely = places[probabilities.cumsum(-1) - probabilities < 0.3].tolist()
+    assert {int(one.text[2:]) + 2 for one in drawn if one.text} <= set(likely)
+    share = sum(one.text == f" w{likely[0] - 2}" for one in drawn) / len(drawn)
+    assert abs(share - float(probabilities[0] / probabilities[: len(likely)].sum())) < 0.15
+
+
+def test_curl_streams(server: AdapterServer, alone: Callable[..., str]) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    body = {"model": "stable", "prompt": words([5, 6, 7]), "max_tokens": 7, "temperature": 0, "stream": True}
+    made = subprocess.run(
+        [curl, "-sN", f"{server.url}/v1/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    lines = [line.removeprefix("data: ") for line in made.stdout.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == alone("stable", [5, 6, 7], 7)
+
+
+# ---- what is refused ----
+
+GOOD = {"model": "plain", "prompt": "w1", "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param", "said"),
+    [
+        ({"model": "none"}, 404, "model", "does not exist"),
+        ({"model": "../adapters/plain"}, 404, "model", "does not exist"),
+        ({"model": 3}, 400, "model", "model is 3"),
+        ({"prompt": ""}, 400, "prompt", "no token"),
+        ({"prompt": []}, 400, "prompt", "expected a text"),
+        ({"prompt": [[1], []]}, 400, "prompt", "expected a text"),
+        ({"prompt": [True]}, 400, "prompt", "expected a text"),
+        ({"prompt": [60]}, 400, "prompt", "vocabulary of 60"),
+        ({"prompt": [-1]}, 400, "prompt", "vocabulary of 60"),
+        ({"prompt": "\ud800"}, 400, "prompt", "surrogate"),
+        ({"prompt": [5] * POSITIONS}, 400, "prompt", f"{POSITIONS} tokens"),
+        ({"max_tokens": POSITIONS}, 400, "max_tokens", f"{POSITIONS} tokens"),
+        ({"max_tokens": 0}, 400, "max_tokens", "whole number"),
+        ({"max_tokens": 10**400}, 400, "max_tokens", "a huge number"),
+        ({"temperature": -1}, 400, "temperature", "number from 0 to 2"),
+        ({"temperature": float("nan")}, 400, "temperature", "number from 0 to 2"),
+        ({"top_p": 0}, 400, "top_p", "above 0"),
+        ({"n": 129}, 400, "n", "1 to 128"),
+        ({"n": 100, "prompt": ["w1"] * 100}, 400, "n", "10000 answers"),
+        ({"seed": 0.5}, 400, "seed", "64 bits"),
+        ({"stop": [""]}, 400, "stop", "none of them empty"),
+        ({"logprobs": 21}, 400, "logprobs", "0 to 20"),
+        ({"echo": True}, 400, "echo", "does not serve"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty", "does not serve"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
+    ],
+)
+def test_what_makes_no_sense_is_told(server: AdapterServer, change: Any, status: int, param: str, said: str) -> None:
+    answer, body = post(server, json.dumps({**GOOD, **change}).encode())
+    assert answer == status, body
+    error = json.loads(body)["error"]
+    assert error["code"] == status
+    assert error["param"] == param
+    assert said in error["message"]
+    assert str(Path.cwd()) not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"{", 400), (b"[]", 400), (b"[" * 200_000, 400), (b"\xff\xfe", 400), (b'{"model": "plain"}', 400), (b"", 400)],
+)
+def test_broken_bodies(server: AdapterServer, body: bytes, status: int) -> None:
+    found, answer = post(server, body)
+    assert found == status
+    assert json.loads(answer)["error"]["type"] == "BadRequestError"
+
+
+def test_bodies_of_another_type_or_size(server: AdapterServer) -> None:
+    assert post(server, json.dumps(GOOD).encode(), kind="text/plain")[0] == 415
+    assert raw(server, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+               b"Content-Length: 99999999\r\n\r\n{").startswith(b"HTTP/1.1 413")  # fmt: skip
+    huge = b'{"prompt": "' + b"w" * (9 * 2**20)
+    assert post(server, huge, chunked=True)[0] == 413
+    assert raw(server, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+    assert raw(server, b"GET /v1/nothing HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 404")
+    assert raw(server, b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 403")
+
+
+def test_cancelled_answers_free_their_place(server: AdapterServer) -> None:
+    asked = client(server)
+    before = ended(server, "cancelled")
+    settings: dict[str, Any] = {"prompt": "w1", "max_tokens": POSITIONS - 1, "temperature": 0}
+    for name in ("plain", "routed", "prompts"):
+        stream = asked.completions.create(model=name, **settings, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        stream.close()
+    whole = json.dumps({"model": "plain", **settings, "ignore_eos": True}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head(whole) + whole)
+        time.sleep(0.05)
+    limit = time.monotonic() + 20
+    while "gatewise_running{" in metrics(server):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    assert ended(server, "cancelled") > before
+
+
+def test_metrics_and_health(server: AdapterServer) -> None:
+    client(server).completions.create(model="other", prompt="w5 w6", max_tokens=2)
+    text = metrics(server)
+    assert 'gatewise_requests_total{model="other",how=' in text
+    assert 'gatewise_first_token_seconds_count{model="other"}' in text
+    share = {}
+    for line in text.splitlines():
+        for name in ("gatewise_routed_prompts_total", "gatewise_routing_kept_total"):
+            if line.startswith(f'{name}{{model="other",layer="model.layers.1"'):
+                share[name] = share.get(name, 0) + int(line.rpartition(" ")[2])
+    assert share["gatewise_routing_kept_total"] == share["gatewise_routed_prompts_total"] > 0  # top_k is 1
+    assert raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+# ---- plain sockets ----
+
+
+def head(body: bytes, kind: str = "application/json", length: str | None = None) -> bytes:
+    sized = length or f"Content-Length: {len(body)}"
+    return (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n{sized}\r\nConnection: close\r\n\r\n".encode()
+    )
+
+
+def post(server: AdapterServer, body: bytes, kind: str = "application/json", chunked: bool = False) -> tuple[int, bytes]:
+    if chunked:
+        sent = head(body, kind, "Transfer-Encoding: chunked") + f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    else:
+        sent = head(body, kind) + body
+    answer = raw(server, sent)
+    return int(answer.split(b" ", 2)[1]), answer.partition(b"\r\n\r\n")[2]
+
+
+def raw(server: AdapterServer, sent: bytes) -> bytes:
+    """The whole answer, of a length that it says, or until the connection ends."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        found = b""
+        with suppress(BrokenPipeError, ConnectionResetError):  # refused before it was all sent
+            connection.sendall(sent)
+        with suppress(ConnectionResetError):
+            while piece := connection.recv(65536):
+                found += piece
+                told, _, body = found.partition(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", told, re.IGNORECASE)
+                if length is not None and len(body) >= int(length[1]):
+                    break
+        return found
+
+
+def metrics(server: AdapterServer) -> str:
+    return raw(server, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").decode()
+
+
+def ended(server: AdapterServer, how: str) -> int:
+    lines = [
+        line for line in metrics(server).splitlines() if line.startswith("gatewise_requests_total{") and f'how="{how}"' in line
+    ]
+    return sum(int(line.rpartition(" ")[2]) for line in lines)

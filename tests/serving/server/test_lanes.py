@@ -1,0 +1,72 @@
+"""Rows that come and go between steps: each is what ``generate`` writes for it alone."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from served_models import adapter_folder, base_folder, writes
+
+from gatewise.models import load_model
+from gatewise.serving.products import BASE
+from gatewise.serving.server.lanes import Kind, Lane
+
+KINDS: list[tuple[Kind, list[dict[str, Any]]]] = [
+    ("plain", [{}, {"r": 5, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]}]),
+    ("routed", [{"kind": "routed"}, {"kind": "routed", "top_k": 1, "r": 2}]),
+    ("alone", [{"kind": "dora"}]),
+    ("alone", [{"kind": "prompts"}]),
+]
+
+
+def run(lane: Lane, asked: list[tuple[str, list[int], int]], seed: int) -> list[list[int]]:
+    """Lets rows come at random, and leave when they are done; the greedy tokens of each."""
+    chance, waiting, running = random.Random(seed), list(range(len(asked))), list[int]()
+    written: list[list[int]] = [[] for _ in asked]
+
+    def note(rows: list[int], logits: torch.Tensor) -> None:
+        for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            written[row].append(token)
+        stay = [place for place, row in enumerate(running) if len(written[row]) < asked[row][2]]
+        lane.keep(stay)
+        running[:] = [running[place] for place in stay]
+
+    while waiting or running:
+        if waiting and (not running or chance.random() < 0.5):
+            count = chance.randint(1, 3)
+            new, waiting = waiting[:count], waiting[count:]
+            read = lane.read([asked[row][1] for row in new], [asked[row][0] for row in new])
+            lane.join(read)
+            running += new
+            note(new, read.logits)
+        if running:
+            note(list(running), lane.step([written[row][-1] for row in running]))
+    return written
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(("kind", "adapters"), KINDS, ids=["plain", "routed", "dora", "prompts"])
+def test_rows_are_what_generate_writes_alone(kind: Kind, adapters: list[dict[str, Any]], family: str, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", family)
+    bare = load_model(base)
+    lane = Lane(bare, kind)
+    folders: dict[str, Path | None] = {BASE: None} if kind == "plain" else {}
+    for number, settings in enumerate(adapters):
+        if family == "gpt2":
+            settings = {**settings, "fan_in_fan_out": True} if settings.get("kind") != "prompts" else settings
+            settings.pop("target_modules", None)
+        name = f"a{number}"
+        folders[name] = adapter_folder(base, tmp_path / name, seed=number, **settings)
+        lane.load(folders[name], name, str(base))
+    chance = random.Random(1)
+    asked = [
+        (name, [chance.randint(2, 59) for _ in range(chance.randint(1, 14))], chance.randint(1, 16))
+        for name in [*folders] * (9 // len(folders))
+    ]
+    chance.shuffle(asked)
+    found = run(lane, asked, seed=2)
+    for (name, prompt, tokens), row in zip(asked, found, strict=True):
+        alone = writes(base, folders[name], prompt, tokens)
+        assert row[: len(alone)] == alone, (name, prompt)  # rows go on after the end of the text here
+    assert not lane.rows
