@@ -1,5 +1,6 @@
 """Tiny models with trained-looking random adapters, shared by all tests."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import VOCABULARY, random_adapter, tiny_base
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_is_not_looked_through() -> None:
+    """Every training run collects garbage, which would take most of its time: looking through all that was ever imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

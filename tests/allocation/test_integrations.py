@@ -1,12 +1,11 @@
 """RankAllocation where people use it: TRL's SFTTrainer, and two processes of data-parallel training."""
 
-import json
 import os
-import socket
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from several_processes import in_processes
 from tiny_models import tiny_base, word_tokenizer
 from transformers import Trainer, TrainingArguments
 
@@ -44,9 +43,8 @@ def test_sft_trainer_that_makes_the_adapter_itself(batch, tmp_path):
     assert ranks(loaded) == {path: r for path, r in allocation.history[-1].ranks.items() if r}
 
 
-def one_process(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    torch.set_num_threads(1)
+def one_process(folder):
+    rank = int(os.environ["RANK"])
     torch.manual_seed(0)
     config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(tiny_base("llama"), config)
@@ -72,16 +70,10 @@ def one_process(rank, port, folder):
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation]).train()
     state = {name: value.double().sum().item() for name, value in model.state_dict().items() if "lora_" in name}
     history = [{"scores": one.scores, "pruned": one.pruned, "grown": one.grown} for one in allocation.history]
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump({"state": state, "history": history}, file)
-    torch.distributed.destroy_process_group()
+    return {"state": state, "history": history}
 
 
 def test_two_processes_take_the_same_decisions(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(one_process, args=(port, str(tmp_path)), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    first, second = in_processes(2, tmp_path, one_process, str(tmp_path))
     assert len(first["history"]) == 2
     assert first == second

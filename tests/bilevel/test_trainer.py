@@ -1,10 +1,8 @@
 """Two levels, two streams: alternation against a loop written by hand, nothing of one level in the other, resuming, refusals."""
 
 import json
-import os
 import random
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from safetensors import safe_open
+from several_processes import in_processes
 from tiny_models import tiny_base
 from tiny_run import byte_tokenizer
 from torch import nn
@@ -610,19 +609,12 @@ def distributed(folder: Path, accumulation: int, unused: bool, processes: int) -
     return weights(trainer.model), [entry["upper_loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def one_process(rank: int, port: str, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    torch.set_num_threads(1)
-    torch.save([distributed(Path(folder), *run, 2) for run in RUNS], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def one_process(folder: str) -> list[Any]:
+    return [distributed(Path(folder), *run, 2) for run in RUNS]
 
 
 def test_two_processes_equal_one_with_batches_of_twice_the_size(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(one_process, args=(port, str(tmp_path)), nprocs=2)
-    pairs = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
+    pairs = zip(*in_processes(2, tmp_path, one_process, str(tmp_path)), strict=True)
     for run, ((first, losses), (second, others)) in zip(RUNS, pairs, strict=True):
         assert_same(first, second)
         expected, whole = distributed(tmp_path, *run, 1)

@@ -1,20 +1,17 @@
 """Two processes of data-parallel training: every expert has a gradient in both, though their prompts choose different ones."""
 
-import json
-import os
-import socket
+from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
 from routed_models import routed_base, routed_config, trained_routers
+from several_processes import in_processes
 from tiny_models import random_adapter
 from transformers import Trainer, TrainingArguments
 
 
-def one_process(rank, port, folder, family, checkpointing):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    torch.set_num_threads(1)
+def one_process(folder: str, family: str, checkpointing: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     config = routed_config(family, top_k=1, balance_weight=0.5)
     model = trained_routers(random_adapter(get_peft_model(routed_base(family), config)))
@@ -37,18 +34,11 @@ def one_process(rank, port, folder, family, checkpointing):
     )
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     state = {name: p.double().sum().item() for name, p in model.named_parameters() if p.requires_grad}
-    gates = model.routing().gates.tolist()
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump({"state": state, "gates": gates}, file)
-    torch.distributed.destroy_process_group()
+    return {"state": state, "gates": model.routing().gates.tolist()}
 
 
 @pytest.mark.parametrize(("family", "checkpointing"), [("llama", False), ("llama", True), ("t5", True)])
 def test_two_processes_train_one_adapter(tmp_path, family, checkpointing):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(one_process, args=(port, str(tmp_path), family, checkpointing), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    first, second = in_processes(2, tmp_path, one_process, str(tmp_path), family, checkpointing)
     assert first["state"] == second["state"]
     assert first["gates"] != second["gates"]
