@@ -1,9 +1,13 @@
-"""A tiny base model and adapters of every kind that can be served, as folders, and what each writes alone."""
+"""A tiny base model and adapters of every kind that can be served, as folders, what each writes alone, and a server of them."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import openai
 import torch
 from peft import LoraConfig, get_peft_model
 from routed_models import routed_config, trained_routers
@@ -13,6 +17,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 from gatewise import SelectivePromptConfig
 from gatewise.adapters.loading import load_adapter
 from gatewise.models import load_model
+from gatewise.serving.server.running import AdapterServer
 
 POSITIONS = 96
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}w1"
@@ -20,6 +25,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor 
 
 def base_folder(folder: Path, family: str = "llama") -> Path:
     """A base model whose weights are as large as trained ones, so that all of a prompt tells in what it writes."""
+    torch.manual_seed(5)
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes |= {"hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0, "eos_token_id": 1}
     sizes |= {"max_position_embeddings": POSITIONS}
@@ -72,9 +78,39 @@ def model_of(base: Path, adapter: Path | None) -> Any:
     return load_model(base) if adapter is None else load_adapter(adapter, base=base)[0]
 
 
-def writes(base: Path, adapter: Path | None, prompt: list[int], tokens: int) -> list[int]:
-    """Greedy tokens of ``generate`` with the adapter alone, to the end of the text."""
+def writes(base: Path, adapter: Path | None, prompt: list[int], tokens: int, ends: bool = True) -> list[int]:
+    """Greedy tokens of ``generate`` with the adapter alone, to the end of the text or, where it never ends, so many."""
     model = model_of(base, adapter)
+    more = {} if ends else {"eos_token_id": -1}
     with torch.no_grad():
-        row = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0]
+        row = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0, **more)[0]
     return row[len(prompt) :].tolist()
+
+
+def words(ids: list[int]) -> str:
+    """A prompt of these token ids as text."""
+    return " ".join(f"w{one - 2}" for one in ids)
+
+
+def text_of(ids: list[int]) -> str:
+    """An answer of these token ids, as it goes on from a prompt."""
+    return "".join(f" w{one - 2}" for one in ids if one > 1)
+
+
+@contextmanager
+def serving(base: Path, *adapters: Path | str, **settings: Any) -> Iterator[AdapterServer]:
+    """A server that runs in a thread until the block ends; its base model is called "tiny"."""
+    given = {"name": "tiny", "port": 0, "device": "cpu", "dtype": "float32", "say": lambda text: None, "settled": 0.1, **settings}
+    with AdapterServer(str(base), [str(one) for one in adapters], **given) as server:
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.end()
+            thread.join(30)
+        assert not thread.is_alive()
+
+
+def client(server: AdapterServer, key: str = "none", retries: int = 0) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=retries, timeout=60)

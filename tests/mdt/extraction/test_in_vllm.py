@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import Extraction, Extractor, sample
-from gatewise.mdt.extraction.served import Server, ServedExtractor
+from gatewise.mdt.extraction.served import ServedExtractor, Server
 
 PYTHON = os.environ.get("GATEWISE_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no Python that has vLLM: run `make test-serve`")

@@ -1,13 +1,11 @@
 """A tiny base model with adapters of every kind, served by this process for all tests of a module."""
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from served_models import adapter_folder, base_folder
+from served_models import adapter_folder, base_folder, serving
 
 from gatewise.serving.server.running import AdapterServer
 
@@ -19,30 +17,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"kind": "dora"},
     "prompts": {"kind": "prompts"},
 }
-BASE_NAME = "tiny"
-
-
-@contextmanager
-def serving(base: Path, *adapters: Path | str, **settings: Any) -> Iterator[AdapterServer]:
-    """A server that runs in a thread until the block ends."""
-    given = {
-        "name": BASE_NAME,
-        "port": 0,
-        "device": "cpu",
-        "dtype": "float32",
-        "say": lambda text: None,
-        "settled": 0.1,
-        **settings,
-    }
-    with AdapterServer(str(base), [str(one) for one in adapters], **given) as server:
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.end()
-            thread.join(30)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 
 import openai
 import pytest
-from served_models import POSITIONS, TEMPLATE, model_of, writes
+from served_models import POSITIONS, TEMPLATE, client, model_of, text_of, words, writes
 from tiny_models import word_tokenizer
 
 from gatewise.serving.server.running import AdapterServer
@@ -24,21 +24,13 @@ NAMES = ["tiny", "plain", "stable", "routed", "other", "dora", "prompts"]
 Folders = dict[str | None, Path]
 
 
-def client(server: AdapterServer, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-
-def words(ids: list[int]) -> str:
-    return " ".join(f"w{one - 2}" for one in ids)
-
-
 @pytest.fixture
 def alone(folders: Folders) -> Callable[..., str]:
     """alone(name, prompt, tokens) -> the text that the adapter writes alone, as it goes on from the prompt."""
 
     def text(name: str, prompt: list[int], tokens: int) -> str:
         written = writes(folders[None], None if name == "tiny" else folders[name], prompt, tokens)
-        return "".join(f" w{one - 2}" for one in written if one > 1)
+        return text_of(written)
 
     return text
 

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gatewise.adapters.loading import put_on
 from gatewise.errors import GatewiseError
+from gatewise.progress import quiet
 from gatewise.prompts.cache import append_prompts
 from gatewise.routed.request import regroup
 from gatewise.serving.lora import FastLora, fast_lora
@@ -111,7 +112,8 @@ class Lane:
         self._close()
         self.names.remove(name)
         if self.names:
-            self._peft.delete_adapter(name)
+            with quiet():  # PEFT says which adapter is active now, and each row says so itself
+                self._peft.delete_adapter(name)
             return
         if self._fast is not None:
             self._fast.remove()

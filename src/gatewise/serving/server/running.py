@@ -42,6 +42,8 @@ class AdapterServer:
 
     Attributes:
         url: of the server.
+        name: of the base model.
+        catalogue, metrics: what there is, and what it did.
 
     Raises:
         GatewiseError: something of it cannot be had, or an adapter that was named itself cannot be served.
@@ -86,7 +88,7 @@ class AdapterServer:
                 raise GatewiseError(f"--max-model-len is {length}, but {base} has {positions} positions: give at most that")
             given = getattr(model.generation_config, "eos_token_id", None)
             ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
-            metrics = Metrics()
+            self.metrics = metrics = Metrics()
             self.engine = Engine(
                 model, base, [one for one in ends if one is not None], metrics,
                 most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting,

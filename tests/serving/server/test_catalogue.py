@@ -1,0 +1,151 @@
+"""Folders that change while they are watched: what is served is whole, and of one state."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served_models import adapter_folder, base_folder
+
+from gatewise.errors import GatewiseError
+from gatewise.serving.server.catalogue import Catalogue, ReplacedError, kind_of, name_of
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters of one base that differ in their weights, one of another rank, and one with a router."""
+    root = tmp_path_factory.mktemp("made")
+    base = base_folder(root / "base")
+    adapter_folder(base, root / "one", seed=1)
+    adapter_folder(base, root / "two", seed=2)
+    adapter_folder(base, root / "wide", seed=3, r=7)
+    adapter_folder(base, root / "routed", "routed", seed=4)
+    return root
+
+
+def catalogue(*places: Any, **settings: Any) -> Catalogue:
+    return Catalogue([str(one) for one in places], **{"settled": 0.0, "say": lambda text: None, **settings})
+
+
+def names(found: Catalogue) -> list[str]:
+    return [one.name for one in found.all()]
+
+
+def test_places(made: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for name in ("a", "b"):
+        shutil.copytree(made / "one", runs / name / "adapter")
+    (runs / "c").mkdir()
+    assert names(catalogue(made)) == ["one", "routed", "two", "wide"]
+    assert names(catalogue(made / "one")) == ["one"]
+    assert names(catalogue(f"{runs}/*/adapter")) == ["a", "b"]
+    assert names(catalogue(f"mine={made / 'one'}", runs / "a" / "adapter", f"{runs}/*/adapter")) == ["a", "b", "mine"]
+    assert {one.name: one.kind for one in catalogue(made).all()}["routed"] == "routed"
+    assert name_of(Path("runs/x/adapter")) == "x"
+
+
+def test_what_cannot_be_served_is_told(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match="no such folder"):
+        catalogue(tmp_path / "nothing")
+    with pytest.raises(GatewiseError, match="two adapters are called 'one'"):
+        catalogue(made / "one", shutil.copytree(made / "two", tmp_path / "one"))
+    with pytest.raises(GatewiseError, match="'one' as the base model is"):
+        catalogue(made / "one", taken=["one"])
+    said: list[str] = []
+    for change, why in (
+        ({"peft_type": "IA3"}, "of type IA3"),
+        ({"peft_type": "ADALORA"}, "gatewise export"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"init_lora_weights": "pissa"}, "path_initial_model"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ):
+        folder = shutil.copytree(made / "one", tmp_path / "bad" / "changed", dirs_exist_ok=True)
+        config = json.loads((folder / "adapter_config.json").read_text()) | change
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(GatewiseError, match=why):
+            catalogue(folder)
+        assert not names(catalogue(tmp_path / "bad", say=said.append))  # in a watched folder it is passed over
+        assert why in said[-1]
+    for key, kind in (("use_dora", "alone"), ("lora_bias", "alone"), ("use_rslora", "plain")):
+        config = json.loads((made / "one" / "adapter_config.json").read_text()) | {key: True}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        assert kind_of(folder) == kind
+
+
+def test_a_half_written_folder_is_not_served(made: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    found = catalogue(tmp_path, say=said.append, settled=60.0)
+    folder = tmp_path / "new"
+    folder.mkdir()
+    weights = (made / "one" / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert not found.scan()
+    shutil.copy(made / "one" / "adapter_config.json", folder)
+    assert found.scan() == [folder]  # seen for the first time, a moment ago
+    assert not names(found)
+    assert not found.scan()  # it has not changed since: it is looked into
+    assert not names(found)
+    assert "damaged or cut short" in said[-1]
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    found.scan()
+    assert not names(found)
+    found.scan()
+    assert names(found) == ["new"]
+
+
+def test_versions_come_and_go(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / "one", tmp_path / "x")
+    found = catalogue(tmp_path)
+    first = found["x"]
+    found.scan()
+    assert found["x"] is first
+    with first.copied() as copy:
+        assert (copy / "adapter_model.safetensors").read_bytes() == (made / "one" / "adapter_model.safetensors").read_bytes()
+    shutil.copytree(made / "two", folder, dirs_exist_ok=True)
+    with pytest.raises(ReplacedError), first.copied():
+        pass
+    found.scan()
+    second = found["x"]
+    assert second is not first
+    assert first.gone
+    assert second.key != first.key
+    shutil.rmtree(folder)
+    found.scan()
+    assert not names(found)
+    assert second.gone
+    with pytest.raises(KeyError):
+        found["x"]
+
+
+def test_an_old_version_is_served_until_the_new_one_is_whole(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / "one", tmp_path / "x")
+    found = catalogue(tmp_path, settled=0.3)
+    first = found["x"]
+    shutil.copy(made / "wide" / "adapter_config.json", folder)
+    found.scan()
+    assert found["x"] is first
+    shutil.copy(made / "wide" / "adapter_model.safetensors", folder)
+    found.scan()
+    assert found["x"] is first  # the folder changed between the two looks
+    found.scan()
+    assert found["x"] is not first
+    assert not found["x"].gone
+
+
+def test_no_copy_mixes_old_and_new(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is replaced by another, whole, between the copies of two files."""
+    shutil.copytree(made / "one", tmp_path / "x")
+    shutil.copytree(made / "two", tmp_path / ".new")
+    version = catalogue(tmp_path)["x"]
+    copyfile = shutil.copyfile
+
+    def copy(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        if source.name == "adapter_config.json":
+            (tmp_path / "x").rename(tmp_path / ".old")
+            (tmp_path / ".new").rename(tmp_path / "x")
+
+    monkeypatch.setattr("gatewise.serving.server.catalogue.shutil.copyfile", copy)
+    with pytest.raises(ReplacedError), version.copied():
+        pass

@@ -1,0 +1,223 @@
+"""Adapters that come and go under requests, room that runs out, and keys."""
+
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from served_models import POSITIONS, adapter_folder, base_folder, client, serving, text_of, writes
+
+from gatewise.errors import GatewiseError
+from gatewise.serving.server.lanes import Lane
+from gatewise.serving.server.running import AdapterServer, check_reach
+
+PROMPT = [7, 19, 23]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base model, and adapters of which any may take the place of any other."""
+    root = tmp_path_factory.mktemp("made")
+    folders = {"base": base_folder(root / "base")}
+    for number, name in enumerate(("a", "b", "c", "routed")):
+        folders[name] = adapter_folder(folders["base"], root / name, "routed" if name == "routed" else "plain", seed=number)
+    folders["misfit"] = shutil.copytree(folders["a"], root / "misfit")
+    weights = load_file(folders["misfit"] / "adapter_model.safetensors")
+    last = max(name for name in weights if "up_proj.lora_A" in name)
+    save_file({**weights, last: torch.ones(3, 5)}, folders["misfit"] / "adapter_model.safetensors")
+    return folders
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes long enough for a test to do something meanwhile."""
+    step = Lane.step
+
+    def slowly(self: Lane, tokens: Any) -> torch.Tensor:
+        time.sleep(0.01)
+        return step(self, tokens)
+
+    monkeypatch.setattr(Lane, "step", slowly)
+
+
+def ask(server: AdapterServer, name: str, tokens: int = 8, **more: Any) -> Any:
+    settings: dict[str, Any] = {"model": name, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, **more}
+    return client(server).completions.create(**settings)
+
+
+def text(made: dict[str, Path], name: str, tokens: int = 8, ends: bool = True) -> str:
+    return text_of(writes(made["base"], made[name], PROMPT, tokens, ends))
+
+
+def soon(found: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 20
+    while not found():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def gauge(server: AdapterServer, name: str) -> float:
+    lines = server.metrics.text().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
+
+def listed(server: AdapterServer) -> list[str]:
+    return [one.id for one in client(server).models.list()]
+
+
+def put(source: Path, place: Path) -> None:
+    """Takes the place of a folder at once, as ``gatewise`` writes folders."""
+    new = shutil.copytree(source, place.parent / f".new-{place.name}")
+    if place.exists():
+        place.rename(place.parent / ".old")
+    new.rename(place)
+    shutil.rmtree(place.parent / ".old", ignore_errors=True)
+
+
+def test_adapters_come_are_replaced_and_go(made: dict[str, Path], tmp_path: Path) -> None:
+    with serving(made["base"], tmp_path, every=0.05) as server:
+        with pytest.raises(openai.NotFoundError):
+            ask(server, "x")
+        put(made["a"], tmp_path / "x")
+        soon(lambda: "x" in listed(server))
+        assert ask(server, "x").choices[0].text == text(made, "a")
+        for name in ("b", "routed", "c"):
+            put(made[name], tmp_path / "x")
+            soon(lambda name=name: ask(server, "x").choices[0].text == text(made, name))
+            soon(lambda: gauge(server, "gatewise_adapters_loaded") == 1)  # the one before has left the model
+        shutil.rmtree(tmp_path / "x")
+        soon(lambda: "x" not in listed(server))
+        with pytest.raises(openai.NotFoundError):
+            ask(server, "x")
+        soon(lambda: gauge(server, "gatewise_adapters_loaded") == 0)
+        assert text_of(writes(made["base"], None, PROMPT, 8)) == ask(server, "tiny").choices[0].text
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("name", ["a", "routed"])
+def test_a_running_answer_ends_with_the_adapter_that_it_began_with(made: dict[str, Path], tmp_path: Path, name: str) -> None:
+    put(made[name], tmp_path / "x")
+    with serving(made["base"], tmp_path, every=0.05) as server:
+        stream = iter(ask(server, "x", 70, stream=True, extra_body={"ignore_eos": True}))
+        begun = [next(stream).choices[0].text for _ in range(3)]
+        put(made["b"], tmp_path / "x")
+        soon(lambda: ask(server, "x").choices[0].text == text(made, "b"))  # both versions at once, in one batch if they can
+        assert gauge(server, "gatewise_adapters_loaded") == 2
+        found = "".join(begun) + "".join(one.choices[0].text for one in stream)
+        assert found == text(made, name, 70, ends=False)
+        soon(lambda: gauge(server, "gatewise_adapters_loaded") == 1)
+
+
+def test_the_least_used_adapter_makes_room(made: dict[str, Path]) -> None:
+    """More adapters than room, asked for by many at once; each time its own answer."""
+    names = ["a", "b", "c", "routed"]
+    with serving(made["base"], *(made[name] for name in names), most_loaded=2) as server:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda number: ask(server, names[number % 4]).choices[0].text, range(12)))
+        assert found == [text(made, names[number % 4]) for number in range(12)]
+        assert gauge(server, "gatewise_adapters_loaded") <= 2
+        assert gauge(server, "gatewise_adapter_loads_total") > 4
+
+
+def test_an_adapter_that_does_not_fit_harms_no_other(
+    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(GatewiseError, match="does not fit the base model"), serving(made["base"], made["misfit"]):
+        pass
+    shutil.copytree(made["a"], tmp_path / "a")
+    shutil.copytree(made["misfit"], tmp_path / "misfit")
+    with serving(made["base"], tmp_path) as server:
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="'misfit' cannot be loaded: see the server's log") as told:
+                ask(server, "misfit")
+            assert str(tmp_path) not in str(told.value)
+            assert ask(server, "a").choices[0].text == text(made, "a")
+            assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
+    assert capsys.readouterr().err.count(f"the adapter {tmp_path / 'misfit'} does not fit") == 1
+
+
+@pytest.mark.usefixtures("slow")
+def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
+    with serving(made["base"], made["a"], most_running=1, most_waiting=1) as server, ThreadPoolExecutor(2) as threads:
+        long = threads.submit(ask, server, "a", 60, extra_body={"ignore_eos": True})
+        soon(lambda: gauge(server, "gatewise_running") == 1)
+        waiting = threads.submit(ask, server, "tiny", 1)
+        soon(lambda: gauge(server, "gatewise_waiting") == 1)
+        with pytest.raises(openai.InternalServerError) as told:
+            ask(server, "a")
+        assert told.value.status_code == 503
+        assert told.value.response.headers["Retry-After"]
+        assert told.value.body["type"] == "ServiceUnavailableError"
+        assert waiting.result().choices[0].finish_reason in ("length", "stop")
+        assert long.result().usage.completion_tokens == 60
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_long_answer_keeps_nobody_waiting(made: dict[str, Path]) -> None:
+    with serving(made["base"], made["a"], made["routed"]) as server:
+        stream = iter(ask(server, "a", POSITIONS - len(PROMPT), stream=True, extra_body={"ignore_eos": True}))
+        next(stream)
+        for name in ("a", "routed", "tiny"):
+            ask(server, name, 3)
+        assert len(list(stream)) > 10  # it was not done
+
+
+def test_a_fault_ends_its_answers_alone(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Lane.step
+
+    def fails(self: Lane, tokens: Any) -> torch.Tensor:
+        if self.kind == "routed":
+            raise RuntimeError("out of memory, say")
+        return step(self, tokens)
+
+    with serving(made["base"], made["a"], made["routed"]) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(Lane, "step", fails)
+            with pytest.raises(openai.InternalServerError, match="RuntimeError"):
+                ask(server, "routed")
+            events = ask(server, "routed", stream=True)
+            with pytest.raises(openai.APIError, match="RuntimeError"):
+                list(events)
+            assert ask(server, "a").choices[0].text == text(made, "a")
+        assert ask(server, "routed").choices[0].text == text(made, "routed")
+    assert "out of memory, say" in capsys.readouterr().err
+
+
+def test_a_key_is_asked_for(made: dict[str, Path]) -> None:
+    with serving(made["base"], key="secret") as server:
+        for key in ("none", "Secret", "secret2"):
+            with pytest.raises(openai.AuthenticationError):
+                client(server, key).models.list()
+        assert [one.id for one in client(server, "secret").models.list()] == ["tiny"]
+        assert urllib.request.urlopen(f"{server.url}/health").status == 200
+        for path in ("/metrics", "/v1/models"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(f"{server.url}{path}")
+
+
+def test_nobody_else_is_let_in_without_a_key() -> None:
+    assert check_reach("127.0.0.1", 0, None) == {"127.0.0.1", "localhost", "[::1]"}
+    assert check_reach("0.0.0.0", 0, "secret") is None
+    with pytest.raises(GatewiseError, match="lets other machines in: give a key"):
+        check_reach("0.0.0.0", 0, None)
+    for key in ("", " ", "a\nb", "é"):
+        with pytest.raises(GatewiseError, match="the API key is empty"):
+            check_reach("127.0.0.1", 0, key)
+
+
+def test_what_the_server_cannot_have_is_told(made: dict[str, Path]) -> None:
+    with serving(made["base"]) as server:
+        with pytest.raises(GatewiseError, match=f"port {server.port} cannot be had"), serving(made["base"], port=server.port):
+            pass
+        with pytest.raises(GatewiseError, match=f"has {POSITIONS} positions"), serving(made["base"], most_tokens=POSITIONS + 1):
+            pass
