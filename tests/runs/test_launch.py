@@ -23,20 +23,28 @@ from gatewise.runs.launch import environment
 from gatewise.runs.recipe import LaunchSection
 
 ALLOCATION = {"score": "path_moments", "rounds": 2, "first_round": 2, "recover": 2, "validation_rows": 2}
-LONGER = ("--set", "training.max_steps=40", "--set", "dtype=float32")
+LONGER = ("--set", "training.max_steps=40")
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     peft = {"r": 2, "lora_alpha": 4}
-    return write_recipe(tmp_path, method="alora", allocation=ALLOCATION, peft=peft)
+    return write_recipe(tmp_path, method="alora", allocation=ALLOCATION, peft=peft, dtype="float32")
+
+
+def words(recipe: Path, output: Path, *more: str) -> list[str]:
+    return ["train", str(recipe), "--device", "cpu", "--output", str(output), *more]
 
 
 def command(recipe: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "gatewise", "train", str(recipe), "--device", "cpu", "--output", str(output), *more]
+    return [sys.executable, "-m", "gatewise", *words(recipe, output, *more)]
 
 
 def gatewise(recipe: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """A command that starts processes. What needs none but its own runs in this one, where all is imported."""
+    if "--processes" not in more:
+        done = CliRunner().invoke(app, words(recipe, output, *more))
+        return subprocess.CompletedProcess(more, done.exit_code, done.stdout, done.stderr)
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return subprocess.run(command(recipe, output, *more), capture_output=True, text=True, timeout=600, env=alone)
 
@@ -78,14 +86,13 @@ def test_a_run_goes_on_with_another_strategy_of_deepspeed_or_without(recipe: Pat
     file.write_text(
         json.dumps({**dict.fromkeys(auto, "auto"), "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
     )
-    exact = ("--set", "dtype=float32")
     strategies: dict[str, tuple[str, ...]] = {
         "alone": (),
         "zero2": ("--processes", "2", "--strategy", "zero2"),
         "zero3": ("--processes", "2", "--strategy", "zero3", "--set", f"launch.deepspeed_config_file={file}"),
     }
     for name in ("alone", "zero3"):
-        done = gatewise(recipe, tmp_path / name, *exact, *strategies[name])
+        done = gatewise(recipe, tmp_path / name, *strategies[name])
         assert done.returncode == 0, done.stderr
     assert_same_adapter(tmp_path / "alone", tmp_path / "zero3", 1e-4)
     for name, then in (("alone", "zero2"), ("zero3", "alone")):
@@ -94,7 +101,7 @@ def test_a_run_goes_on_with_another_strategy_of_deepspeed_or_without(recipe: Pat
         for finished in ("adapter", "checkpoints/checkpoint-8"):
             shutil.rmtree(output / finished)
         (output / "metrics.json").unlink()
-        done = gatewise(recipe, output, *exact, *strategies[then], "--resume")
+        done = gatewise(recipe, output, *strategies[then], "--resume")
         assert done.returncode == 0, done.stderr
         assert json.loads((output / "metrics.json").read_text())["resumed_from"] == 6
         assert_same_adapter(tmp_path / "alone", output, 1e-4)
@@ -105,7 +112,7 @@ def test_two_levels_over_sharded_models(tmp_path: Path) -> None:
 
     Not to the last digit: each process centres by its own prompts.
     """
-    recipe = write_recipe(tmp_path, method="milora")
+    recipe = write_recipe(tmp_path, method="milora", dtype="float32")
     logs = []
     for name, more in (("one", ()), ("fsdp2", ("--processes", "2", "--strategy", "fsdp2", "--set", "training.eval_every=2"))):
         done = gatewise(recipe, tmp_path / name, *more)
@@ -120,7 +127,8 @@ def test_two_levels_over_sharded_models(tmp_path: Path) -> None:
 def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe of a longer run with rounds after steps 2 and 32, beside what one process made of it."""
     folder = tmp_path_factory.mktemp("uncut")
-    recipe = write_recipe(folder, method="alora", allocation=ALLOCATION | {"recover": 30}, peft={"r": 2, "lora_alpha": 4})
+    rounds = ALLOCATION | {"recover": 30}
+    recipe = write_recipe(folder, method="alora", allocation=rounds, peft={"r": 2, "lora_alpha": 4}, dtype="float32")
     done = gatewise(recipe, folder / "whole", *LONGER)
     assert done.returncode == 0, done.stderr
     return recipe
@@ -168,9 +176,9 @@ def test_what_a_user_can_put_right_is_said_once(recipe: Path, tmp_path: Path) ->
     assert "missing.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
-    done = gatewise(recipe, tmp_path / "out", "--processes", "3")
+    done = gatewise(recipe, tmp_path / "out", "--processes", "2", "--set", "training.batch_size=3")
     assert done.returncode == 2
-    assert done.stderr.count("error: training.batch_size is 4, which 3 processes cannot share: give a multiple of that") == 1
+    assert done.stderr.count("error: training.batch_size is 3, which 2 processes cannot share: give a multiple of that") == 1
 
 
 def test_strategies_are_environment_variables_of_accelerate() -> None:
