@@ -4,6 +4,7 @@ Like vLLM it leaves out, without a word, the LoRA of modules that ``--lora-targe
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ def _model(arguments: list[str], adapter: str | None) -> Any:
 @torch.no_grad()
 def _answered(model: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
     ids, logprobs = list(prompt), []
+    positions = getattr(model, "prompt_positions", lambda _: nullcontext())  # of a routed adapter
     for _ in range(tokens):
-        value, token = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1).max(-1)
+        with positions(torch.ones(1, len(prompt), dtype=torch.bool)):
+            value, token = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1).max(-1)
         ids.append(int(token))
         logprobs.append(float(value))
     return {"tokens": ids[len(prompt) :], "logprobs": logprobs}

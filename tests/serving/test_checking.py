@@ -13,17 +13,23 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from fake_vllm import fake_vllm
+from peft import get_peft_model
+from routed_models import trained_routers
 from safetensors.torch import load_file, save_file
+from tiny_models import random_adapter
 from tiny_run import write_adapter, write_base, write_rows
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from gatewise import RoutedLoraConfig
 from gatewise.adapters.files import read_lora
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 from gatewise.serving import checking, vllm_process
 from gatewise.serving.checking import check_in_vllm, run_vllm
-from gatewise.serving.engines import serving_settings
+from gatewise.serving.engines import serving_settings, settings_together
 from gatewise.serving.vllm_process import NO_VLLM
 
 Check = Callable[..., Any]
@@ -65,6 +71,33 @@ def test_several_adapters_share_an_engine(check: Check, saved: Path) -> None:
     assert result.exit_code == 0, result.output
     assert [line.partition(":")[0] for line in result.stdout.splitlines()] == [f"{saved.name}/one", f"{saved.name}/two"]
     assert all("12 of 12 tokens" in line for line in result.stdout.splitlines())
+
+
+def test_routed_adapters_are_checked_too(check: Check, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    config = RoutedLoraConfig(r=3, lora_alpha=6, top_k=2, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "llama"), config)
+    trained_routers(random_adapter(model)).save_pretrained(str(tmp_path / "routed"), save_embedding_layers=False)
+    result = check(tmp_path / "routed", saved / "one")
+    assert result.exit_code == 0, result.output
+    first, second = result.stdout.splitlines()
+    assert "12 of 12 tokens" in first
+    assert "not merged" in first
+    assert "12 of 12 tokens (log-probabilities" in second.partition("as in PEFT")[2]
+    told = serving_settings(read_lora(tmp_path / "routed"), "llama")
+    assert told["vllm"]["arguments"][3:5] == ["--no-enable-chunked-prefill", "--enforce-eager"]
+    assert settings_together([told, serving_settings(read_lora(saved / "one"), "llama")])["vllm"]["arguments"][3:5] == [
+        "--no-enable-chunked-prefill",
+        "--enforce-eager",
+    ]
+
+    def run(python: str | Path, request: Any) -> dict[str, Any]:
+        raise GatewiseError("vLLM ended with an error: ValueError: base_model.model.lora_router.weight is unsupported LoRA weight")
+
+    monkeypatch.setattr(checking, "run_vllm", run)
+    result = check(tmp_path / "routed")
+    assert result.exit_code == 2
+    assert "install gatewise beside vLLM" in " ".join(result.stderr.split())
 
 
 def test_a_module_that_is_not_named_is_found_out(check: Check, saved: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The engine runs in a process of the other Python (vllm_driver.py), started once 
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,14 @@ from peft import PeftModel, get_peft_model
 from routed_models import trained_routers
 from test_vllm import PYTHON, pytestmark, write_adapter, write_base
 from tiny_models import random_adapter
+from tiny_run import write_rows
 from transformers import AutoModelForCausalLM
 
+import gatewise
 from gatewise import RoutedLoraConfig
+from gatewise.models.cache import resolve
+from gatewise.serving.checking import check_in_vllm
+from gatewise.serving.vllm_plugin.refusals import FAMILIES
 
 __all__ = ["pytestmark"]
 
@@ -31,10 +37,10 @@ ARGUMENTS = [
 IN_ONE_PIECE = "--no-enable-chunked-prefill"
 
 
-def write_routed(folder: Path, base: Path, seed: int, **settings: Any) -> Path:
+def write_routed(folder: Path, base: Path, seed: int, scale: float = 0.3, **settings: Any) -> Path:
     torch.manual_seed(seed)
     config = RoutedLoraConfig(**{"r": 3, "lora_alpha": 6, "top_k": 2, "task_type": "CAUSAL_LM", **settings})
-    model = trained_routers(random_adapter(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)))
+    model = trained_routers(random_adapter(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), scale))
     model.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 
@@ -54,11 +60,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, steps: Sequence[Mapping[str, Any]], *arguments: str, **environment: str) -> list[Any]:
-    """What the steps of vllm_driver.py gave."""
+def run(folder: Path, steps: Sequence[Mapping[str, Any]], *arguments: str, version: str = "", **environment: str) -> list[Any]:
+    """What the steps of vllm_driver.py gave. ``version`` is what vLLM says it is."""
     asked, answered = folder / "request.json", folder / "answer.json"
     answered.unlink(missing_ok=True)
-    told = {"arguments": ["--model", str(folder / "base"), *ARGUMENTS, *arguments], "steps": steps}
+    told = {"arguments": ["--model", str(folder / "base"), *ARGUMENTS, *arguments], "steps": steps, "version": version}
     asked.write_text(json.dumps(told), encoding="utf-8")
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
     command = [str(PYTHON), str(DRIVER), str(asked), str(answered)]
@@ -144,6 +150,7 @@ def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path) -> None:
     prompts = prompts_of(1, 5, 17, 40, 9, 70)
     assert choices(folder, prompts, one) > 3
     mixed, sampled = rows_of(prompts, one, two, plain, None), rows_of(prompts, one, two)
+    tenant = rows_of(prompts[1:4], one)
     [shared] = prompts_of(66)
     behind = [shared + more for more in prompts_of(2, 6, 11, seed=1)]
     assert choices(folder, behind, one) > 1
@@ -163,6 +170,15 @@ def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path) -> None:
             {"do": "answer", "rows": rows_of(prompts_of(97), one), "tokens": 1},
             {"do": "beam_search", "prompt": prompts[1], "adapter": str(one)},
             {"do": "answer", "rows": mixed[:4], "tokens": 8},
+            # One name and number, another folder; then other files in the same folder.
+            {"do": "answer", "rows": [{**row, "name": "tenant"} for row in tenant], "tokens": 8},
+            {"do": "unload", "folder": str(one), "name": "tenant"},
+            {"do": "answer", "rows": [{**row, "adapter": str(two), "name": "tenant"} for row in tenant], "tokens": 8},
+            {"do": "replace", "folder": str(folder / "moved"), "by": str(two)},
+            {"do": "answer", "rows": [{**row, "adapter": str(folder / "moved")} for row in tenant], "tokens": 8},
+            {"do": "unload", "folder": str(folder / "moved")},
+            {"do": "replace", "folder": str(folder / "moved"), "by": str(one)},
+            {"do": "answer", "rows": [{**row, "adapter": str(folder / "moved")} for row in tenant], "tokens": 8},
         ],
         *("--max-loras", "3", IN_ONE_PIECE, "--enable-prefix-caching"),
     )
@@ -177,3 +193,108 @@ def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path) -> None:
     assert "maximum context length is 96 tokens" in found[9]["error"]
     assert "beam search with the routed adapter" in found[10]["error"]
     reference.check(mixed[:4], found[11])
+    others = [{**row, "adapter": str(two)} for row in tenant]
+    for expected, answers in ((tenant, found[12]), (others, found[14]), (others, found[16]), (tenant, found[19])):
+        reference.check(expected, answers)
+    assert found[13] is found[17] is True
+
+
+def test_preempted_requests_keep_their_gates(folder: Path) -> None:
+    """There is room for half of the requests, so that others wait, with what they had written, and are read once more."""
+    rows = rows_of(prompts_of(*range(24, 32)), folder / "one", folder / "two", folder / "plain")
+    steps = [{"do": "answer", "rows": rows, "tokens": 40}, {"do": "preemptions"}]
+    for cache in ("--enable-prefix-caching", "--no-enable-prefix-caching"):
+        found = run(folder, steps, "--max-loras", "3", IN_ONE_PIECE, "--num-gpu-blocks-override", "20", cache)
+        assert found[1] > 3
+        InPeft(folder).check(rows, found[0])
+
+
+def damaged(folder: Path, of: Path, **settings: Any) -> Path:
+    shutil.copytree(of, folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}), encoding="utf-8")
+    return folder
+
+
+def test_what_is_refused_does_not_stop_the_others(folder: Path) -> None:
+    """The engine has a process of its own here, which a fault in a step would end."""
+    one, fine = folder / "one", rows_of(prompts_of(6), folder / "plain", None)
+    order = json.loads((one / "adapter_config.json").read_text(encoding="utf-8"))["experts"]
+    faults = {
+        "old": ({"experts": None}, "did not write down the order of each layer's experts"),
+        "greedy": ({"top_k": 9}, "top_k is 9 for 7 experts"),
+        "reordered": ({"experts": {layer: names[::-1] for layer, names in order.items()}}, "or is damaged"),
+        "large": ({"r": 99}, "LoRA rank 99 is greater than max_lora_rank"),
+    }
+    steps = []
+    for name, (settings, _) in faults.items():
+        bad = damaged(folder / name, one, **settings)
+        steps += [{"do": "answer", "rows": rows_of(prompts_of(5), bad), "tokens": 4}, {"do": "answer", "rows": fine, "tokens": 4}]
+    found = run(folder, steps, "--max-loras", "2", IN_ONE_PIECE, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    reference = InPeft(folder)
+    for (_, reason), refused, answered in zip(faults.values(), found[::2], found[1::2], strict=True):
+        assert reason in refused["error"]
+        assert refused["kind"] == "VLLMValidationError"
+        reference.check(fine, answered)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "version", "reason"),
+    [
+        ((), "", "chunked prefill is on: start vLLM with --no-enable-chunked-prefill"),
+        ((IN_ONE_PIECE, "--max-num-batched-tokens", "128", "--max-num-scheduled-tokens", "64"), "", "a step takes 64 tokens"),
+        ((IN_ONE_PIECE, "--lora-target-modules", "qkv_proj", "o_proj"), "", "vLLM adapts no modules model.layers.0.mlp.gate_proj"),
+        ((IN_ONE_PIECE,), "0.99.1", "this is vLLM 0.99.1, but gatewise serves routed adapters in 0.32 alone"),
+    ],
+)
+def test_settings_that_cannot_be_right(folder: Path, arguments: tuple[str, ...], version: str, reason: str) -> None:
+    rows = rows_of(prompts_of(6), None) if "--lora-target-modules" in arguments else rows_of(prompts_of(6), folder / "plain", None)
+    steps = [{"do": "answer", "rows": rows_of(prompts_of(5), folder / "one"), "tokens": 4}]
+    if not version:  # where the adapter is refused as it is loaded, in the step
+        steps.append({"do": "answer", "rows": rows, "tokens": 4})
+    found = run(folder, steps, "--max-loras", "2", *arguments, version=version)
+    assert reason in found[0]["error"]
+    if not version:
+        InPeft(folder).check(rows, found[1])
+
+
+def test_base_rows_stay_base_rows(folder: Path) -> None:
+    """In vLLM 0.32 on a processor they get the adapter of the last slot, where all slots are taken."""
+    rows = rows_of(prompts_of(5, 9), folder / "plain", None)
+    steps = [{"do": "answer", "rows": rows, "tokens": 6}]
+    reference = InPeft(folder)
+    reference.check(rows, run(folder, steps, "--max-loras", "1")[0])
+    [without] = run(folder, steps, "--max-loras", "1", VLLM_PLUGINS="")
+    reference.check(rows[::2], without[::2])
+    with pytest.raises(AssertionError):
+        reference.check(rows[1::2], without[1::2])
+
+
+def test_this_vllm_is_the_one_that_was_read() -> None:
+    code = "from gatewise.serving.vllm_plugin.hooks import fault; import sys; print(fault(), 'peft' in sys.modules)"
+    done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["None", "False"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_in_peft(tmp_path: Path, family: str) -> None:
+    base = write_base(tmp_path / family, family)
+    adapters = [write_routed(tmp_path / "routed", base, 1), write_adapter(tmp_path / "plain", base, 2)]
+    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    for found in check_in_vllm(adapters, str(rows), python=str(PYTHON), prompts=3, tokens=6):
+        assert found.holds, found
+
+
+@pytest.mark.real
+def test_a_real_model_answers_as_in_peft(tmp_path: Path) -> None:
+    """Two adapters with random factors and routers that tell prompts apart, ten prompts each, in one engine."""
+    base = Path(resolve("smollm2-135m-instruct"))
+    settings = ({"top_k": 3, "r": 8, "lora_alpha": 8}, {"top_k": 2, "pooler": "last", "r": 4, "exclude_modules": r".*\.v_proj"})
+    adapters = [
+        write_routed(tmp_path / f"{number}", base, number, scale=0.05, **one) for number, one in enumerate(settings, start=1)
+    ]
+    data = Path(gatewise.__file__).parent / "samples" / "support_dev.jsonl"
+    for found in check_in_vllm(adapters, str(data), python=str(PYTHON), prompts=10, tokens=24):
+        print(found)
+        assert found.holds, found
+        assert found.unmerged.compared == 240

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
 from gatewise.routed.router import gates_of
-from gatewise.serving.vllm.adapter import is_routed, read_routed
-from gatewise.serving.vllm.refusals import FAMILIES, why_not, why_not_request
-from gatewise.serving.vllm.routing import Part, Routing
+from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed
+from gatewise.serving.vllm_plugin.refusals import FAMILIES, why_not, why_not_request
+from gatewise.serving.vllm_plugin.routing import Part, Routing
 
 D = 16  # of the tiny models
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")

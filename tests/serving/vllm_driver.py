@@ -5,6 +5,7 @@ has what each of them returned, or ``{"error": ...}``.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ class Engine:
         worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         return sorted(worker.model_runner.lora_manager._adapter_manager.gatewise_routing.requests)
 
+    def replace(self, folder: str, by: str) -> None:
+        """Puts other files into a folder."""
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(by, folder)
+
     def unload(self, folder: str, name: str | None = None) -> bool:
         lora = self.adapter(folder, name)
         return bool(self.llm.llm_engine.remove_lora(lora.lora_int_id))
@@ -89,6 +95,10 @@ class Engine:
 
 def main(request: dict[str, Any]) -> list[Any]:
     answers: list[Any] = []
+    if request.get("version"):
+        import vllm
+
+        vllm.__version__ = request["version"]
     try:
         engine = Engine(request["arguments"])
     except Exception as error:

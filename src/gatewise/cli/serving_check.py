@@ -22,7 +22,7 @@ DIFFERS = 1
 @takes_data_options(leave_out="limit")
 def serving_check(
     adapters: Annotated[
-        list[Path], typer.Argument(help="The folders of LoRA adapters of one base, compressed or not.", show_default=False)
+        list[Path], typer.Argument(help="The folders of LoRA adapters of one base, routed or not.", show_default=False)
     ],
     data: Annotated[str, typer.Option(help="Rows to take prompts from: a file, sample:NAME or a data set.", show_default=False)],
     options: DataOptions,

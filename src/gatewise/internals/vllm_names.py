@@ -1,11 +1,11 @@
-"""What the plug-in for vLLM (gatewise.serving.vllm) replaces or reads there, private or not, as it was read in vLLM 0.32.
+"""What the plug-in for vLLM (gatewise.serving.vllm_plugin) replaces or reads there, private or not, as it was read in vLLM 0.32.
 
 Before the plug-in changes anything it looks all of it up, and changes nothing where something is not as it was.
 """
 
 from gatewise.internals.private_names import PrivateName
 
-_HOOKS = ("serving/vllm/hooks.py",)
+_HOOKS = ("serving/vllm_plugin/hooks.py",)
 _MANAGER, _WORKER_MANAGER = "vllm.lora.model_manager:LoRAModelManager", "vllm.lora.worker_manager:WorkerLoRAManager"
 _MIXIN, _LINEAR = (
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin",

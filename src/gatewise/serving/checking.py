@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +29,8 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise.models.cache import resolve
 from gatewise.models.loading import load_tokenizer
 from gatewise.serving import vllm_process
-from gatewise.serving.engines import SERVING_FILE, serving_settings, settings_together
+from gatewise.serving.engines import ROUTED, ROUTER, SERVING_FILE, serving_settings, settings_together
+from gatewise.serving.vllm_plugin.adapter import is_routed
 from gatewise.tasks.encoding import prompt_ids
 
 TOLERANCE = 1e-3
@@ -98,12 +99,12 @@ def check_in_vllm(
     All adapters are in one engine, and their rows in one batch.
 
     Args:
-        adapters: their folders, of one base. Any plain LoRA adapter, compressed or not.
+        adapters: their folders, of one base. Any plain LoRA adapter, compressed or not, and routed adapters.
         data: where the first ``prompts`` rows are taken from.
         options: how to read the data, and where PEFT runs; vLLM chooses by itself.
         settings: a ``serving.json``; by default what the adapters' own say together, and for those that have none what
             ``compress`` would write.
-        python: of an environment that has vLLM; gatewise need not be there.
+        python: of an environment that has vLLM; gatewise need not be there, unless an adapter is routed.
         tokens: that are written after each prompt.
         dtype: of the base model on both sides.
         tolerance: of log-probabilities, in nats. In half precision the two sides round differently, so that it has to be larger.
@@ -135,7 +136,15 @@ def check_in_vllm(
     rows = [{"prompt": ids, "adapter": str(folder)} for folder, one in zip(folders, prompted, strict=True) for ids in one]
     # Base rows are a batch of their own: beside rows with LoRA they get an adapter in vLLM 0.32 without GPU.
     batches = [rows, [{**row, "adapter": None} for row in rows]]
-    found = run_vllm(python, {"arguments": arguments, "tokens": tokens, "batches": batches})
+    try:
+        found = run_vllm(python, {"arguments": arguments, "tokens": tokens, "batches": batches})
+    except GatewiseError as error:
+        if ROUTER not in str(error):
+            raise
+        raise GatewiseError(
+            f"vLLM does not know routed adapters, because {python} has no gatewise, whose plug-in serves them, or VLLM_PLUGINS "
+            "leaves it out: install gatewise beside vLLM"
+        ) from error
     written, bare = (batch["rows"] for batch in found["batches"])
     checked = []
     for folder, asked in zip(folders, prompted, strict=True):
@@ -146,7 +155,7 @@ def check_in_vllm(
         unmerged, told = _match(model, asked, mine, tolerance), _match(model, asked, without, 3 * tolerance)
         with model.disable_adapter():
             plain = _match(model, asked, without, tolerance)
-        merged = _match(model, asked, mine, tolerance) if _is_merged(model) else None
+        merged = None if is_routed(folder) or not _is_merged(model) else _match(model, asked, mine, tolerance)
         checked.append(Checked(folder, found["version"], unmerged, merged, plain, told))
     return checked
 
@@ -158,7 +167,9 @@ def _match(model: PeftModel, prompts: Sequence[list[int]], answers: Sequence[Map
     for prompt, answer in zip(prompts, answers, strict=True):
         chosen, theirs = torch.tensor(answer["tokens"]), torch.tensor(answer["logprobs"])
         ids = torch.tensor([[*prompt, *answer["tokens"]]], device=next(model.parameters()).device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+        positions = getattr(model, "prompt_positions", None)  # of a routed adapter, which reads the prompt alone
+        with nullcontext() if positions is None else positions(torch.ones(1, len(prompt), dtype=torch.bool)):
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().cpu()
         ours = logits.log_softmax(-1)
         likelihood = ours.gather(-1, chosen[:, None])[:, 0]
         same += int((ours.max(-1).values - likelihood <= 2 * tolerance).sum())
@@ -203,10 +214,10 @@ def _settings_of(folders: Sequence[Path], model_type: str, given: str | Path | N
     for folder in folders:
         if (folder / SERVING_FILE).is_file():
             found.append(_read_settings(folder / SERVING_FILE))
-        elif read_config(folder).get("peft_type") == "LORA":
+        elif read_config(folder).get("peft_type") in ("LORA", ROUTED):
             found.append(serving_settings(read_lora(folder), model_type))
         else:
-            raise GatewiseError(f"{folder} is no plain LoRA adapter, and vLLM serves no other")
+            raise GatewiseError(f"{folder} is neither a plain LoRA adapter nor a routed one, and vLLM serves no other")
     return found[0] if len(found) == 1 else settings_together(found)
 
 

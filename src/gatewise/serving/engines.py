@@ -8,6 +8,8 @@ from torch import nn
 from gatewise.adapters.files import LoraAdapter
 
 SERVING_FILE = "serving.json"
+ROUTED, ROUTER = "ROUTED_LORA", "lora_router"
+"""The type of routed adapters, and what stands in the names of their routers' tensors."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM (0.32 and 0.33) takes as ``--max-lora-rank``."""
 
@@ -34,7 +36,7 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
 
     vLLM runs its LoRA kernels on every module that any adapter could adapt, unless ``--lora-target-modules`` names those that are,
     and reserves room for ``--max-lora-rank``. A module that it is not told of loses its LoRA without a word. It takes no DoRA, no
-    biases and no modules that were trained as a whole.
+    biases and no modules that were trained as a whole. A routed adapter needs gatewise beside vLLM, whole prompts, no graphs.
 
     Args:
         model_type: of the base model, as Transformers calls it. Where it is not known what vLLM calls the modules of such a model,
@@ -44,8 +46,10 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
     rank = max(len(module.a) // (module.blocks if module.stacked else 1) for module in adapter.modules)
     declared = [adapter.config.get("r"), *(adapter.config.get("rank_pattern") or {}).values()]  # vLLM refuses more of these too
     rank = max(rank, *(one for one in declared if isinstance(one, int)), 1)
-    extra = any(module.others for module in adapter.modules) or bool(adapter.others)
-    return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra)
+    others = [name for name in adapter.others if f".{ROUTER}." not in name]
+    extra = any(module.others for module in adapter.modules) or bool(others)
+    routed = adapter.config.get("peft_type") == ROUTED
+    return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra, routed)
 
 
 def model_type_of(model: nn.Module) -> str | None:
@@ -58,18 +62,21 @@ def settings_together(settings: list[dict[str, Any]]) -> dict[str, Any]:
     modules = sorted({path for one in settings for path in one["modules"]})
     rank = max(one["largest_rank"] for one in settings)
     first = settings[0]
-    return _settings(modules, rank, first["base_model"], first["model_type"], any(one["vllm"] is None for one in settings))
+    extra, routed = any(one["vllm"] is None for one in settings), any(one.get("routed") for one in settings)
+    return _settings(modules, rank, first["base_model"], first["model_type"], extra, routed)
 
 
-def _settings(modules: list[str], rank: int, base: str | None, model_type: str | None, extra: bool) -> dict[str, Any]:
+def _settings(modules: list[str], rank: int, base: str | None, model_type: str | None, extra: bool, routed: bool) -> dict[str, Any]:
     allowed = next((one for one in VLLM_RANKS if one >= rank), None)
     vllm: dict[str, Any] | None = None
     if not extra and allowed is not None:
         names = sorted({name for path in modules for name in _vllm_names(path, model_type)})
-        arguments = ["--enable-lora", "--max-lora-rank", str(allowed), "--lora-target-modules", *names]
+        limits = ["--no-enable-chunked-prefill", "--enforce-eager"] if routed else []
+        arguments = ["--enable-lora", "--max-lora-rank", str(allowed), *limits, "--lora-target-modules", *names]
         vllm = {"max_lora_rank": allowed, "arguments": arguments}
     return {
-        "format": 1, "base_model": base, "model_type": model_type, "modules": modules, "largest_rank": rank, "vllm": vllm
+        "format": 1, "base_model": base, "model_type": model_type, "modules": modules, "largest_rank": rank, "routed": routed,
+        "vllm": vllm,
     }  # fmt: skip
 
 

@@ -8,6 +8,6 @@ is mended on processors: there rows without an adapter get one in vLLM 0.32 when
 
 def register() -> None:
     """Called by vLLM in each of its processes, maybe more than once."""
-    from gatewise.serving.vllm import hooks
+    from gatewise.serving.vllm_plugin import hooks
 
     hooks.install()

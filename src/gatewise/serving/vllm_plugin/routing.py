@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError, some
-from gatewise.serving.vllm.adapter import RoutedAdapter
+from gatewise.serving.vllm_plugin.adapter import RoutedAdapter
 
 if TYPE_CHECKING:
     from gatewise.routed.router import Router

@@ -11,6 +11,7 @@ in a sentence, and nothing else is changed.
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial, wraps
+from inspect import Signature, signature
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ import torch
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.internals.private_names import fault_of
 from gatewise.internals.vllm_names import VLLM_NAMES
-from gatewise.serving.vllm.adapter import ROUTER, is_routed, read_routed
-from gatewise.serving.vllm.refusals import why_not, why_not_request
-from gatewise.serving.vllm.routing import Part, Placed, Routing
+from gatewise.serving.engines import ROUTER
+from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed, stamp
+from gatewise.serving.vllm_plugin.refusals import why_not, why_not_request
+from gatewise.serving.vllm_plugin.routing import Part, Placed, Routing
 
 logger = logging.getLogger(__name__)
 
@@ -167,37 +169,41 @@ def _process_inputs(made: Any) -> Any:
     return process_inputs
 
 
-def _adapter_of(args: Sequence[Any], kwargs: dict[str, Any], place: int) -> Any:
-    """The adapter that a request comes with, where it has to be loaded now."""
-    prompt = args[1] if len(args) > 1 else kwargs.get("prompt")
-    found = kwargs.get("lora_request", args[place] if len(args) > place else None)
-    found = found or getattr(prompt, "lora_request", None)
-    return found if _is_routed(found) else None
+def _adapters_of(call: Signature, engine: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The routed adapters that a call is given, by itself or in its request."""
+    given = call.bind(engine, *args, **kwargs).arguments
+    found = given.get("lora_request") or getattr(given.get("prompt"), "lora_request", None)
+    several: list[Any] = found if isinstance(found, list) else [found]
+    return [one for one in several if _is_routed(one)]
 
 
 def _add_request(made: Any) -> Any:
+    call = signature(made)
+
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = _adapter_of(args, kwargs, 4)
+        found = next(iter(_adapters_of(call, self, args, kwargs)), None)
         if found is not None and _is_new(self, found) and not _refusal(self.vllm_config):
             try:
                 self.engine_core.add_lora(found)
             except Exception as error:
-                _forget(self, found)
                 _raise(reason_of(error, 1000))
+            _is_loaded(self, found)
         return made(self, *args, **kwargs)
 
     return add_request
 
 
 def _add_request_async(made: Any) -> Any:
+    call = signature(made)
+
     async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = _adapter_of(args, kwargs, 4)
+        found = next(iter(_adapters_of(call, self, args, kwargs)), None)
         if found is not None and _is_new(self, found) and not _refusal(self.vllm_config):
             try:
                 await self.engine_core.add_lora_async(found)
             except Exception as error:
-                _forget(self, found)
                 _raise(reason_of(error, 1000))
+            _is_loaded(self, found)
         return await made(self, *args, **kwargs)
 
     return add_request
@@ -205,28 +211,25 @@ def _add_request_async(made: Any) -> Any:
 
 def _is_new(engine: Any, lora_request: Any) -> bool:
     """Whether this engine has not loaded the adapter yet. In a step, where vLLM would load it, a fault would end the engine."""
-    loaded: set[tuple[int, str]] = engine.__dict__.setdefault(_LOADED, set())
-    before = len(loaded)
-    loaded.add((lora_request.lora_int_id, lora_request.lora_path))
-    return len(loaded) > before
+    loaded = engine.__dict__.get(_LOADED, {})
+    found: bool = loaded.get((lora_request.lora_int_id, lora_request.lora_path)) != stamp(_folder(lora_request.lora_path))
+    return found
 
 
-def _forget(engine: Any, lora_request: Any) -> None:
-    engine.__dict__[_LOADED].discard((lora_request.lora_int_id, lora_request.lora_path))
+def _is_loaded(engine: Any, lora_request: Any) -> None:
+    loaded = engine.__dict__.setdefault(_LOADED, {})
+    loaded[lora_request.lora_int_id, lora_request.lora_path] = stamp(_folder(lora_request.lora_path))
 
 
 def _beam_search(made: Any) -> Any:
+    call = signature(made)
+
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get(
-            "lora_request", next((one for one in args if hasattr(one, "lora_int_id") or isinstance(one, list)), None)
-        )
-        several: list[Any] = given if isinstance(given, list) else [given]
-        for one in several:
-            if hasattr(one, "lora_int_id") and _is_routed(one):
-                _raise(
-                    f"beam search with the routed adapter {one.lora_name} is refused, for vLLM reads what was written as a new "
-                    "prompt at every token, by which other modules would be chosen: sample, or write greedily"
-                )
+        for one in _adapters_of(call, self, args, kwargs):
+            _raise(
+                f"beam search with the routed adapter {one.lora_name} is refused, for vLLM reads what was written as a new prompt "
+                "at every token, by which other modules would be chosen: sample, or write greedily"
+            )
         return made(self, *args, **kwargs)
 
     return beam_search

@@ -15,14 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, weights_of
+from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE, read_config, weights_of
 from gatewise.errors import GatewiseError, reason_of
+from gatewise.serving.engines import ROUTED, ROUTER
 
 if TYPE_CHECKING:
     from gatewise.routed.router import Router
-
-ROUTER = "lora_router"
-"""What stands in the name of a router's tensor, after the module that keeps it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,13 @@ def is_routed(folder: str | os.PathLike[str]) -> bool:
         stat = os.stat(path)
     except (OSError, ValueError):
         return False
-    return _peft_type(path, stat.st_mtime_ns, stat.st_size) == "ROUTED_LORA"
+    return _peft_type(path, stat.st_mtime_ns, stat.st_size) == ROUTED
+
+
+def stamp(folder: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Changes when an adapter's files do."""
+    paths = (os.path.join(folder, name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    return tuple(os.stat(path).st_mtime_ns for path in paths if os.path.exists(path))
 
 
 @lru_cache(maxsize=4096)
