@@ -1,7 +1,7 @@
 """The ``serve`` command: one base model and many adapters behind OpenAI's API."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,8 +68,8 @@ def serve(
         ) from error
     server = AdapterServer(
         base, adapters or (), name=served_model_name, host=host, port=port, key=api_key, device=device, dtype=dtype,
-        most_tokens=max_model_len, most_loaded=max_loaded, most_running=max_running, most_waiting=max_waiting, every=poll,
-        say=_say,
+        most_tokens=max_model_len, most_loaded=max_loaded, most_running=max_running, most_waiting=max_waiting, limits=_limits(),
+        every=poll, say=_say,
     )  # fmt: skip
     with server:
         names = [server.name, *(one.name for one in server.catalogue.all())]
@@ -79,6 +79,18 @@ def serve(
             server.run()
         except KeyboardInterrupt:
             _say("serving ended")
+
+
+def _limits() -> dict[str, Any]:
+    """What requests may ask to be kept to: trees, where gatewise.mdt and llguidance are installed."""
+    try:
+        from gatewise.mdt.extraction.constraint import TreeScores, check_available
+        from gatewise.mdt.extraction.course import ARGUMENT
+
+        check_available()
+    except (ImportError, GatewiseError):
+        return {}
+    return {ARGUMENT: TreeScores}
 
 
 def _say(text: str) -> None:

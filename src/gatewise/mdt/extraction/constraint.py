@@ -173,7 +173,41 @@ class TreeRow:
         return self.fault is None
 
 
-@lru_cache(maxsize=4)
+class TreeScores:
+    """What one answer may go on with, for engines that choose tokens by themselves: called with what was written and the scores.
+
+    Args:
+        told: the course, see :meth:`Course.from_json`.
+        ends: ids of the end-of-text tokens.
+        most: tokens of the answer.
+        size: of the vocabulary; with it, the tokenizer is read now and not in the first call.
+
+    Raises:
+        GatewiseError: there is no such course, or llguidance is missing, or cannot read the tokenizer.
+    """
+
+    def __init__(
+        self, told: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], most: int, size: int | None = None
+    ) -> None:
+        check_available()
+        self.tokenizer, self.ends, self.most = tokenizer, tuple(sorted(set(ends))), most
+        self.row, self.seen = TreeRow(Course.from_json(told), self.ends), 0
+        if size is not None:
+            readable(self.tokenizer, self.ends, size)
+
+    def __call__(self, written: Sequence[int], scores: Tensor) -> Tensor:
+        """Scores (V,) with -inf for tokens that are not allowed after these. Those that it has not seen yet are read first."""
+        known = readable(self.tokenizer, self.ends, len(scores))
+        for token in written[self.seen :]:
+            self.row.open(known, self.most - self.seen)
+            self.row.take(int(token))
+            self.seen += 1
+        mask = np.zeros(len(scores), dtype=bool)
+        self.row.allow(known, mask, self.most - self.seen)
+        return scores.masked_fill(torch.from_numpy(~mask).to(scores.device), -torch.inf)
+
+
+@lru_cache(maxsize=16)
 def readable(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], size: int) -> Any:
     """The tokenizer as llguidance reads it, which takes about a second.
 

@@ -7,7 +7,6 @@ in :mod:`gatewise.mdt.extraction.constraint`; all others are left alone. Only fo
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm import SamplingParams
@@ -15,7 +14,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.extraction.constraint import TreeRow, readable
+from gatewise.mdt.extraction.constraint import TreeScores
 from gatewise.mdt.extraction.course import ARGUMENT, Course
 
 
@@ -52,18 +51,5 @@ class TreeLogits(AdapterLogitsProcessor):
         told = (params.extra_args or {}).get(ARGUMENT)
         if told is None:
             return None
-        ends = tuple(sorted({*params.all_stop_token_ids, int(self.tokenizer.eos_token_id)}))
-        row, most, seen = TreeRow(Course.from_json(str(told)), ends), int(params.max_tokens or 0), 0
-
-        def allowed(written: list[int], scores: Tensor) -> Tensor:
-            nonlocal seen
-            known = readable(self.tokenizer, ends, len(scores))
-            for token in written[seen:]:
-                row.open(known, most - seen)
-                row.take(int(token))
-                seen += 1
-            mask = np.zeros(len(scores), dtype=bool)
-            row.allow(known, mask, most - seen)
-            return scores.masked_fill(torch.from_numpy(~mask).to(scores.device), -torch.inf)
-
-        return allowed
+        ends = [*params.all_stop_token_ids, int(self.tokenizer.eos_token_id)]
+        return TreeScores(str(told), self.tokenizer, ends, int(params.max_tokens or 0))

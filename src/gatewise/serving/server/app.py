@@ -14,9 +14,9 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
@@ -34,7 +34,7 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise.internals.http import read_body
 from gatewise.serving.server.asked import Asked, BadRequestError, chat, completion
 from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version
-from gatewise.serving.server.engine import Answer, BusyError, Engine, NotLoadedError, Piece, Told
+from gatewise.serving.server.engine import Answer, BusyError, Engine, Limit, NotLoadedError, Piece, Told
 from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.tokenizers import Tokenizers
 
@@ -53,6 +53,11 @@ _TYPES = {
 }
 
 
+Limits = Mapping[str, Callable[[str, PreTrainedTokenizerBase, Sequence[int], int, int], Limit]]
+"""Name -> what makes a limit of a request's value, the tokenizer, the tokens that end a text, the most tokens of the answer and the
+size of the vocabulary."""
+
+
 @dataclass(frozen=True)
 class Served:
     """What an app answers with.
@@ -63,6 +68,7 @@ class Served:
         vocabulary: token ids are below it.
         key: without which nothing but /health is answered; None: everybody may ask.
         hosts: what may stand in ``Host``, None for anything.
+        limits: what a request can ask for that limits what is written, by its name in ``vllm_xargs``.
     """
 
     base: str
@@ -74,6 +80,7 @@ class Served:
     vocabulary: int
     key: str | None = None
     hosts: frozenset[str] | None = None
+    limits: Limits = field(default_factory=dict)
 
 
 def app(served: Served) -> Starlette:
@@ -141,6 +148,11 @@ def app(served: Served) -> Starlette:
 
         tokenizer, prompts = await loop.run_in_executor(encoding, encoded)
         most = [_check(ids, asked, served, 16 if not is_chat else None) for ids in prompts]
+        limits: list[Limit | None] = [None] * (len(prompts) * asked.count)
+        if asked.extra:  # which reads the tokenizer
+            limits = await loop.run_in_executor(
+                encoding, lambda: [_limit(asked, served, tokenizer, one) for one in most for _ in range(asked.count)]
+            )
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
         def teller(number: int) -> Any:
@@ -150,7 +162,15 @@ def app(served: Served) -> Starlette:
             return tell
 
         answers = [
-            Answer(asked.model, version, ids, asked.sampling(limit, copy), tokenizer, teller(place * asked.count + copy))
+            Answer(
+                asked.model,
+                version,
+                ids,
+                asked.sampling(limit, copy),
+                tokenizer,
+                teller(place * asked.count + copy),
+                limits[place * asked.count + copy],
+            )
             for place, (ids, limit) in enumerate(zip(prompts, most, strict=True))
             for copy in range(asked.count)
         ]
@@ -266,6 +286,20 @@ def _check(ids: Sequence[int], asked: Asked, served: Served, default: int | None
             "prompt" if room < 1 else "max_tokens",
         )
     return asked.most if asked.most is not None else min(room, default or room)
+
+
+def _limit(asked: Asked, served: Served, tokenizer: PreTrainedTokenizerBase, most: int) -> Limit:
+    """What limits an answer of a request."""
+    if unknown := asked.extra.keys() - served.limits.keys():
+        known = ", ".join(served.limits) or "none"
+        raise BadRequestError(f"vllm_xargs has {', '.join(sorted(unknown))}, which is not served: expected {known}", "vllm_xargs")
+    if len(asked.extra) > 1:
+        raise BadRequestError(f"vllm_xargs has {', '.join(asked.extra)}: expected one of them", "vllm_xargs")
+    ((name, value),) = asked.extra.items()
+    try:
+        return served.limits[name](str(value), tokenizer, sorted(served.engine.ends), most, served.vocabulary)
+    except GatewiseError as error:
+        raise BadRequestError(f"vllm_xargs, {name}: {error}", "vllm_xargs") from error
 
 
 # ---- answers ----

@@ -67,6 +67,7 @@ class Asked:
         most: max_tokens as it was given.
         count: answers to each prompt.
         logprobs: as ``Sampling`` has it.
+        extra: what is asked for beside OpenAI's fields (``vllm_xargs``), by name.
         usage: in a stream, whether it ends with what was used.
         every_usage: and each piece says what was used so far.
     """
@@ -85,6 +86,7 @@ class Asked:
     stop: tuple[str, ...]
     ignore_eos: bool
     logprobs: int | None
+    extra: Mapping[str, Any]
 
     def sampling(self, most: int, number: int) -> Sampling:
         """Of the answer of this number, with at most so many tokens."""
@@ -137,6 +139,9 @@ def _asked(
         raise BadRequestError("stream_options is an object that goes with stream as true: leave it out", "stream_options")
     options = options or {}
     every = _flag(options, "continuous_usage_stats")
+    extra = body.get("vllm_xargs") or {}
+    if not isinstance(extra, dict):
+        raise BadRequestError(f"vllm_xargs is {_shown(extra)}: expected an object", "vllm_xargs")
     seed = body.get("seed")
     if seed is not None and not (is_whole(seed) and -(2**63) <= seed < 2**63):
         raise BadRequestError(f"seed is {_shown(seed)}: expected a whole number of 64 bits", "seed")
@@ -155,6 +160,7 @@ def _asked(
         stop=_stops(body.get("stop")),
         ignore_eos=_flag(body, "ignore_eos"),
         logprobs=logprobs,
+        extra=extra,
     )
 
 

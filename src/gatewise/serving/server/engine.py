@@ -29,6 +29,9 @@ from gatewise.serving.server.text import Writing
 PREFILL = 4096
 """Tokens, padding among them, that are read at once at most; a longer prompt is read alone."""
 
+Limit = Callable[[Sequence[int], Tensor], Tensor]
+"""Of one answer: what was written, and scores (v,) of the next token -> these with -inf for what may not come."""
+
 _GREEDY = 1e-5  # a lower temperature is none
 
 
@@ -93,6 +96,7 @@ class Answer:
         version: of the adapter, None for the base model.
         prompt: token ids.
         tell: gets the pieces, in the engine's thread.
+        limit: what may be written; None leaves it free.
     """
 
     model: str
@@ -101,10 +105,10 @@ class Answer:
     sampling: Sampling
     tokenizer: PreTrainedTokenizerBase
     tell: Callable[[Piece], None]
+    limit: Limit | None = None
     cancelled: bool = False
     asked: float = field(default_factory=time.monotonic)
-    written: int = 0
-    last: int = 0
+    tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.writing = Writing(self.tokenizer, self.prompt, self.sampling.stop)
@@ -211,6 +215,11 @@ class Engine:
     def is_alive(self) -> bool:
         """Whether it answers."""
         return self._thread.is_alive()
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Token ids that end a text."""
+        return self._ends
 
     @property
     def room(self) -> int:
@@ -367,7 +376,7 @@ class Engine:
     def _step(self, lane: Lane) -> None:
         rows = self._running[lane]
         try:
-            logits = lane.step([one.last for one in rows])
+            logits = lane.step([one.tokens[-1] for one in rows])
         except Exception as error:
             self._break(lane, [], error)
             return
@@ -375,12 +384,24 @@ class Engine:
 
     def _go_on(self, lane: Lane, rows: Sequence[Answer], logits: Tensor) -> None:
         """The next token of each of some rows of a lane, by logits (n, v)."""
+        broken: dict[int, Exception] = {}
+        for place, one in enumerate(rows):
+            if one.limit is not None and not one.cancelled:
+                try:
+                    logits[place] = one.limit(one.tokens, logits[place])
+                except Exception as error:
+                    traceback.print_exception(error, file=sys.stderr)
+                    broken[place] = error
         best = logits.argmax(dim=-1).tolist()
         is_sound = (logits.max(dim=-1).values < math.inf).tolist()  # not where there is a NaN
         done: set[Answer] = set()
         for place, one in enumerate(rows):
             if one.cancelled:
                 continue  # it leaves before the next step
+            if place in broken:
+                self._fail(one, broken[place])
+                done.add(one)
+                continue
             if not is_sound[place]:
                 self._fail(one, NotLoadedError(f"the model {one.model!r} wrote what is no number"))
                 done.add(one)
@@ -395,14 +416,13 @@ class Engine:
 
     def _write(self, one: Answer, token: int, told: tuple[Told, ...]) -> bool:
         """Gives out a token; whether it was the last."""
-        one.last = token
-        one.written += 1
-        if one.written == 1:
+        one.tokens.append(token)
+        if len(one.tokens) == 1:
             self._metrics.took("gatewise_first_token_seconds", time.monotonic() - one.asked, model=one.model)
         self._metrics.count("gatewise_generated_tokens_total", model=one.model)
         is_end = token in self._ends and not one.sampling.ignore_eos
         text = "" if is_end else one.writing.add(token)
-        finish = "stop" if is_end or one.writing.stopped else "length" if one.written >= one.sampling.max_tokens else None
+        finish = "stop" if is_end or one.writing.stopped else "length" if len(one.tokens) >= one.sampling.max_tokens else None
         if finish is not None:
             if not one.writing.stopped:
                 text += one.writing.end()

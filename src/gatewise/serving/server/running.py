@@ -13,7 +13,7 @@ from gatewise.internals import http
 from gatewise.internals.http import PatientProtocol, listening, resolved
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import config_positions, load_model, load_tokenizer
-from gatewise.serving.server.app import Served, app, unreadable
+from gatewise.serving.server.app import Limits, Served, app, unreadable
 from gatewise.serving.server.catalogue import SETTLED, Catalogue
 from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import check_model
@@ -37,6 +37,7 @@ class AdapterServer:
         device, dtype: of the base model.
         most_tokens: of prompt and answer together; by default the model's positions.
         most_loaded, most_running, most_waiting: see :class:`Engine`.
+        limits: see :class:`Served`.
         every, settled: seconds between two looks at the folders, and in which a folder must not have changed.
         say: told in a line what happens.
 
@@ -64,6 +65,7 @@ class AdapterServer:
         most_loaded: int = 32,
         most_running: int = 32,
         most_waiting: int = 256,
+        limits: Limits | None = None,
         every: float = 2.0,
         settled: float = SETTLED,
         say: Callable[[str], None] | None = None,
@@ -105,7 +107,9 @@ class AdapterServer:
         self._every = every
         shown = HOST if ipaddress.ip_address(address.partition("%")[0]).is_unspecified else host
         self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self.port}"
-        served = Served(self.name, self.engine, self.catalogue, Tokenizers(tokenizer), metrics, length, vocabulary, key, hosts)
+        served = Served(
+            self.name, self.engine, self.catalogue, Tokenizers(tokenizer), metrics, length, vocabulary, key, hosts, limits or {}
+        )
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app(served),
