@@ -11,87 +11,135 @@ import torch
 from peft import PeftModel, get_peft_model, mapping
 from peft.utils.peft_types import PeftType
 from tiny_models import random_adapter, tiny_base
+from transformers import LlamaForCausalLM
 
 import gatewise
 from gatewise.internals.registry import add_peft_method, peft_type, register_with_peft
 from gatewise.routed import RoutedLoraConfig, RoutedLoraModel
 
-
-def python(*lines, arguments=()):
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines), *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
-def test_import_alone_brings_neither_peft_nor_torch():
-    out = python("import sys, gatewise", "print('peft' in sys.modules, 'torch' in sys.modules, 'transformers' in sys.modules)")
-    assert out == ["False"] * 3
-
-
-@pytest.mark.parametrize(
-    "imports",
-    [
-        ["import gatewise", "from peft import PeftModel"],
-        ["from peft import PeftModel", "import gatewise"],
-        # Others ask whether PEFT is there without importing it.
-        ["import gatewise, importlib.util", "importlib.util.find_spec('peft')", "from peft import PeftModel"],
-        ["import gatewise.errors", "from transformers import AutoModelForCausalLM", "from peft import PeftModel"],
-        ["from gatewise.routed import RoutedLoraConfig", "from peft import PeftModel"],
-    ],
-    ids=["gatewise first", "peft first", "asked for", "transformers between", "routed first"],
-)
-def test_a_saved_adapter_loads_in_a_fresh_process(batch, tmp_path, imports):
-    model = random_adapter(get_peft_model(tiny_base("llama"), RoutedLoraConfig(r=3, task_type="CAUSAL_LM"))).eval()
-    ids = batch()["input_ids"]
-    torch.save(ids, tmp_path / "ids.pt")
-    model.save_pretrained(tmp_path / "adapter")
-    plain = model.unload()
-    plain.save_pretrained(tmp_path / "base")
-    out = python(
-        *imports,
-        "import sys, torch",
-        "from transformers import LlamaForCausalLM",
-        f"base = LlamaForCausalLM.from_pretrained({str(tmp_path / 'base')!r})",
-        f"model = PeftModel.from_pretrained(base, {str(tmp_path / 'adapter')!r})",
-        f"logits = model(input_ids=torch.load({str(tmp_path / 'ids.pt')!r})).logits",
-        "print(type(model.peft_config['default']).__name__, float(logits.double().sum()))",
-        "assert not any(type(finder).__module__.startswith('gatewise') for finder in sys.meta_path)",
-    )
-    again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    with torch.no_grad():
-        expected = float(again(input_ids=ids).logits.double().sum())
-    assert out[0] == "RoutedLoraConfig"
-    assert float(out[1]) == pytest.approx(expected, rel=1e-4)
-
-
-# Processes that have imported neither gatewise nor PEFT: forks of one that has imported only what takes long.
+# Runs code in forks of a process that has imported only what takes long.
 IN_FORKS = """
-import os, sys, traceback, warnings
+import gc, os, sys, traceback
+exec(sys.argv[1])
+gc.freeze()  # its pages stay shared
+for code in sys.argv[2:]:
+    child = os.fork()
+    if child:
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)
+        continue
+    try:
+        exec(code, {})
+        sys.stdout.flush()
+    except BaseException:
+        print(code, traceback.format_exc(), sep=chr(10), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+"""
+LIBRARIES = """
+import accelerate, datasets, matplotlib, sacrebleu, scipy.optimize, torch, torch._inductor.compile_fx, torch.distributed.tensor
+assert not {"gatewise", "peft", "transformers"} & set(sys.modules)
+"""
+MORE_LIBRARIES = """
+import accelerate, datasets, matplotlib, sacrebleu, torch, transformers.modeling_utils
 from importlib import import_module
 from importlib.util import find_spec
-import accelerate, datasets, matplotlib, sacrebleu, torch, transformers.modeling_utils
 for name in ("bitsandbytes", "deepspeed", "torchao"):
     if find_spec(name):
         import_module(name)
 assert not {"gatewise", "peft", "transformers.trainer_utils"} & set(sys.modules)
-failed = 0
-for order in sys.argv[1:]:
-    child = os.fork()
-    if child:
-        failed += os.waitpid(child, 0)[1] != 0
-        continue
-    try:
-        warnings.simplefilter("error")
-        for name in order.split():
-            import_module(name)
-        known = import_module("peft").mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get("ROUTED_LORA")
-        assert known is not None, "PEFT does not know ROUTED_LORA"
-        assert known is import_module("gatewise").RoutedLoraConfig
-    except BaseException:
-        print(order, traceback.format_exc(), sep=chr(10), file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
-sys.exit(failed > 0)
+"""
+
+
+def python(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def in_forks(brought, codes):
+    """The words that each code prints in a process that has imported what ``brought`` imports, and so neither gatewise nor PEFT."""
+    if not hasattr(os, "fork"):
+        return [python(code).split() for code in codes]
+    out = python(IN_FORKS, brought, *(f"{code}\nprint('-- end')" for code in codes))
+    return [words.split() for words in out.split("-- end")[:-1]]
+
+
+def test_import_alone_brings_neither_peft_nor_torch():
+    out = python("import sys, gatewise; print('peft' in sys.modules, 'torch' in sys.modules, 'transformers' in sys.modules)")
+    assert out.split() == ["False"] * 3
+
+
+ORDERS = {
+    "gatewise first": "import gatewise; from peft import PeftModel",
+    "peft first": "from peft import PeftModel; import gatewise",
+    # Others ask whether PEFT is there without importing it.
+    "asked for": "import gatewise, importlib.util; importlib.util.find_spec('peft'); from peft import PeftModel",
+    "transformers between": "import gatewise.errors; from transformers import AutoModelForCausalLM; from peft import PeftModel",
+    "routed first": "from gatewise.routed import RoutedLoraConfig; from peft import PeftModel",
+}
+
+
+OTHERS = {
+    "without gatewise": "from peft.utils.peft_types import PeftType; print('ROUTED_LORA' in PeftType.__members__)",
+    "unregistered": """
+import sys, warnings, gatewise
+sys.modules['gatewise.routed'] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    import peft
+print(peft.LoraConfig.__name__, any('could not add its methods' in str(one.message) for one in caught))
+""",
+    "names": "import gatewise, peft, sys; print(*(name for name in sys.modules if name.partition('.')[0] == 'gatewise'))",
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A folder with a model, an adapter of it, and ids to read."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = random_adapter(get_peft_model(tiny_base("llama"), RoutedLoraConfig(r=3, task_type="CAUSAL_LM"))).eval()
+    torch.save(torch.randint(1, 60, (3, 9)), folder / "ids.pt")
+    model.save_pretrained(folder / "adapter")
+    model.unload().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def printed(adapter):
+    """What fresh processes print: those of ``ORDERS``, which then load an adapter, and those of ``OTHERS``."""
+    load = f"""
+import sys, torch
+from transformers import LlamaForCausalLM
+base = LlamaForCausalLM.from_pretrained({str(adapter / "base")!r})
+model = PeftModel.from_pretrained(base, {str(adapter / "adapter")!r})
+logits = model(input_ids=torch.load({str(adapter / "ids.pt")!r})).logits
+print(type(model.peft_config['default']).__name__, float(logits.double().sum()))
+assert not any(type(finder).__module__.startswith('gatewise') for finder in sys.meta_path)
+"""
+    codes = {order: imports + load for order, imports in ORDERS.items()} | OTHERS
+    return dict(zip(codes, in_forks(LIBRARIES, codes.values()), strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_saved_adapter_loads_in_a_fresh_process(adapter, printed, order):
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(adapter / "base"), adapter / "adapter")
+    with torch.no_grad():
+        expected = float(model(input_ids=torch.load(adapter / "ids.pt")).logits.double().sum())
+    assert printed[order][0] == "RoutedLoraConfig"
+    assert float(printed[order][1]) == pytest.approx(expected, rel=1e-4)
+
+
+ORDER = """
+import warnings
+from importlib import import_module
+warnings.simplefilter("error")
+for name in {!r}.split():
+    import_module(name)
+known = import_module("peft").mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get("ROUTED_LORA")
+assert known is not None, "PEFT does not know ROUTED_LORA"
+assert known is import_module("gatewise").RoutedLoraConfig
 """
 
 
@@ -103,13 +151,13 @@ def modules_of_gatewise():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_whatever_is_imported_first_peft_knows_our_methods():
+def test_whatever_is_imported_first_peft_knows_our_methods(printed):
     """With warnings as errors: a method that cannot be added is a warning only.
 
     PEFT's import brings some of our modules. If one of these is imported first, PEFT may ask for it half done. Of the others one is
     like another: a package of each room is tried.
     """
-    brought = python("import gatewise, peft, sys", "print(*(name for name in sys.modules if name.partition('.')[0] == 'gatewise'))")
+    brought = printed["names"]
     assert {"gatewise.errors", "gatewise.routed.model", "gatewise.prompts.model"} <= set(brought)
     ours = [name for name in modules_of_gatewise() if name in brought or find_spec(name).submodule_search_locations]
     assert {"gatewise", "gatewise.losses", "gatewise.routed", "gatewise.tasks", "gatewise.allocation"} <= set(ours)
@@ -117,24 +165,16 @@ def test_whatever_is_imported_first_peft_knows_our_methods():
     others = ["transformers.trainer_utils", "transformers.trainer", "transformers.training_args", "accelerate"]
     if find_spec("trl"):
         others += ["trl.trainer.sft_trainer", "trl.trainer.grpo_trainer"]
-    python(IN_FORKS, arguments=[*ours, *(f"gatewise {name}" for name in others), "gatewise.models gatewise.tasks"])
+    orders = [*ours, *(f"gatewise {name}" for name in others), "gatewise.models gatewise.tasks"]
+    in_forks(MORE_LIBRARIES, [ORDER.format(order) for order in orders])
 
 
-def test_peft_without_gatewise_stays_as_it_is():
-    out = python("from peft.utils.peft_types import PeftType", "print('ROUTED_LORA' in PeftType.__members__)")
-    assert out == ["False"]
+def test_peft_without_gatewise_stays_as_it_is(printed):
+    assert printed["without gatewise"] == ["False"]
 
 
-def test_a_gatewise_that_cannot_register_leaves_peft_usable():
-    out = python(
-        "import sys, warnings, gatewise",
-        "sys.modules['gatewise.routed'] = None",
-        "with warnings.catch_warnings(record=True) as caught:",
-        "    warnings.simplefilter('always')",
-        "    import peft",
-        "print(peft.LoraConfig.__name__, any('could not add its methods' in str(one.message) for one in caught))",
-    )
-    assert out == ["LoraConfig", "True"]
+def test_a_gatewise_that_cannot_register_leaves_peft_usable(printed):
+    assert printed["unregistered"] == ["LoraConfig", "True"]
 
 
 def test_the_enum_member_is_like_the_others():
