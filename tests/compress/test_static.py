@@ -235,6 +235,9 @@ def test_what_cannot_be_made_static(moving: tuple[Path, Path], tmp_path: Path) -
     adapter, data = moving
     with pytest.raises(GatewiseError, match=r"is of peft_type 'LORA', expected a routed adapter .*; leave --static out"):
         to_static(write_adapter(tmp_path / "plain", write_base(tmp_path / "llama")), str(data), tmp_path / "static")
+    later = write_routed(tmp_path / "later", tmp_path / "llama", adapt="after_prompt")
+    with pytest.raises(GatewiseError, match=r"later adapts what comes after a prompt .*: use it routed"):
+        to_static(later, str(data), tmp_path / "static")
     few = write_rows(tmp_path / "few.jsonl", 39)
     with pytest.raises(GatewiseError, match="has 39 rows, and of those that choose modules none may measure: give at least 40"):
         to_static(adapter, str(few), tmp_path / "static")

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, LoraAdapter, LoraModule, peft_type, read_lora
+from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, LoraAdapter, LoraModule, read_config, read_lora
 from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import rank_settings
 from gatewise.compress.quality import Difference, Measure, check_rows, difference, encoded, measure_for, qualities, split
@@ -181,11 +181,17 @@ def to_static(
 
 
 def _check(adapter: str | Path, modules: int | None, share: float | None, tolerance: float | None, measure: Measure | None) -> None:
-    kind = peft_type(adapter)
+    config = read_config(adapter)
+    kind = str(config.get("peft_type"))
     if kind != "ROUTED_LORA":
         raise GatewiseError(
             f"{adapter} is of peft_type {kind!r}, expected a routed adapter (ROUTED_LORA, method milora): other adapters are the "
             "same for all prompts already; leave --static out"
+        )
+    if config.get("adapt", "always") != "always":
+        raise GatewiseError(
+            f"{adapter} adapts what comes after a prompt (adapt='after_prompt'), and plain LoRA adapts the prompt too, so that it "
+            "would be another model: use it routed"
         )
     if modules is not None and share is not None:
         raise GatewiseError("modules and share were both given, which say the same in two ways: leave one of them out")

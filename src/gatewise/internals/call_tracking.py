@@ -90,6 +90,13 @@ class Packing:
         """(n, w, ...) of (b, t, ...): each text in a row of its own, anything beyond its end."""
         return rows.flatten(0, 1)[self.places.to(rows.device)]
 
+    def together(self, apart: Tensor) -> Tensor:
+        """(b, t) of (n, w): the texts in their rows again."""
+        made = apart.new_zeros(self.of_token.numel())
+        there, places = self.there.to(apart.device), self.places.to(apart.device)
+        made[places[there]] = apart[there]
+        return made.view(self.of_token.shape)
+
     def is_kept_by(self, mask: Any) -> bool:
         """Whether no token sees one of another text in an attention with this mask (b, h, t, t)."""
         of_token = self.of_token
@@ -251,7 +258,7 @@ class CallTracker:
 
     # ---- prompts ----
 
-    def read_text(self, arguments: Mapping[str, Any], inputs: Tensor, training: bool) -> Text:
+    def read_text(self, arguments: Mapping[str, Any], inputs: Tensor, training: bool, in_parts: bool = False) -> Text:
         """Where the tokens lie, and the prompts: never padding.
 
         In a causal model the prompt is what ``prompt_positions`` says or, else, what stands before the first label that is not -100
@@ -264,6 +271,7 @@ class CallTracker:
         Args:
             inputs: the ids or embeddings, see ``text_inputs``.
             training: whether the model learns from this forward.
+            in_parts: a prompt may have begun in the cache; what is read is the rest of it.
 
         Raises:
             GatewiseError: shapes that do not fit, packed rows that these adapters cannot read, or a prompt in chunks.
@@ -273,7 +281,7 @@ class CallTracker:
             return self._read_packed(arguments, starts.to(inputs.device), training)
         call, cache = self.now.call or Call(), cache_of(arguments)
         batch, tokens = inputs.shape[:2]
-        if cache is not None and call.width is not None and tokens < call.width:
+        if not in_parts and cache is not None and call.width is not None and tokens < call.width:
             raise GatewiseError(
                 f"the prompt of {call.width} tokens was cut into chunks of {tokens}, but {self._readers} have to read all of it "
                 "first: leave prefill_chunk_size out"
@@ -368,7 +376,8 @@ class CallTracker:
                 )
             # Inside `generate` with a static cache the model gets the mask of its attention instead of the one that was given.
             given = call.attention_mask
-            mask = seen_by_the_last_token(mask, tokens) if given is None else call.by_row(given, batch)
+            before = cached_tokens(cache_of(arguments))
+            mask = seen_by_the_last_token(mask, tokens, before) if given is None else call.by_row(given, batch)
         if mask is None:
             return torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
         return mask[:, -tokens:].to(inputs.device).bool()
@@ -507,12 +516,16 @@ def fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
     return F.pad(prompt.bool(), (0, tokens - prompt.shape[1]), value=False)
 
 
-def seen_by_the_last_token(mask: Any, tokens: int) -> Tensor | None:
-    """The tokens (b, t) of a prompt that its last one attends to or, but for a sliding window, would: all that are no padding."""
+def seen_by_the_last_token(mask: Any, tokens: int, before: int = 0) -> Tensor | None:
+    """The tokens (b, t) of a prompt that its last one attends to or, but for a sliding window, would: all that are no padding.
+
+    Args:
+        before: tokens in the cache.
+    """
     if isinstance(mask, Mapping):
         mask = next(iter(mask.values()))
     if not isinstance(mask, Tensor):
         return None
     # Whatever the window, a token is in it itself, and padding is attended to by nobody.
-    itself = mask[:, 0, :tokens, :tokens].diagonal(dim1=-2, dim2=-1)
+    itself = mask[:, 0, :tokens, before : before + tokens].diagonal(dim1=-2, dim2=-1)
     return itself if itself.dtype == torch.bool else itself == 0

@@ -13,6 +13,7 @@ from gatewise.internals.registry import peft_type
 
 Pooler = Literal["attention", "mean", "max", "last"]
 Activation = Literal["rational", "gelu", "relu", "identity"]
+Adapt = Literal["always", "after_prompt"]
 
 
 # The other ways to start change the base weights, or put something beside A and B that a gate would have to scale too.
@@ -59,6 +60,9 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         center_states: take from the pooled vector what the first 64 prompts in training have in common, and give the rest unit
             size, so that routers see what is a prompt's own (ours, not the paper's). It is saved with the adapter. False routes by
             the pooled vector as it is: all prompts then choose nearly alike, which keeps fewer modules in a mixed batch.
+        adapt: "always" adapts all tokens (the paper). "after_prompt" adapts the prompt's last token, at which the answer's first is
+            predicted, and all after it; the tokens before it run as the base model alone, so that their keys and values are the
+            same for all adapters (ours). Only for decoders that write; docs/milora.md says what it needs.
         experts: the order of each layer's experts, which that of its router's probabilities is: path of the layer in the base model
             -> paths of the modules within it. gatewise writes it into a saved adapter, for those that have no such model at hand
             (vLLM); leave it out of new ones. Adapters that were saved before there was such an entry have the model's order.
@@ -79,6 +83,7 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
     normalize_gates: bool = field(default=True, metadata={"help": "Divide gates by the constant sum of the kept probabilities."})
     normalize_states: bool = field(default=True, metadata={"help": "Divide hidden states by their root mean square first."})
     center_states: bool = field(default=True, metadata={"help": "Take off what all prompts have in common."})
+    adapt: Adapt = field(default="always", metadata={"help": "Which tokens are adapted: all, or those after the prompt."})
     experts: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "The order of each layer's experts; written by gatewise."}
     )
@@ -107,6 +112,7 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         for name, value, choices in (
             ("pooler", self.pooler, get_args(Pooler)),
             ("activation", self.activation, get_args(Activation)),
+            ("adapt", self.adapt, get_args(Adapt)),
         ):
             if value not in choices:
                 raise GatewiseError(f"{name} is {value!r}: expected one of {', '.join(choices)}")

@@ -30,7 +30,7 @@ from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
 from gatewise.internals.layer_stack import Layer, forward_arguments
 from gatewise.internals.torch_modules import WeightSnapshot, has_forward_hooks, is_plain
 from gatewise.routed.config import RoutedLoraConfig
-from gatewise.routed.request import Decision, Pass, PreparedRequest, Request, RequestTracker, RoutingState
+from gatewise.routed.request import Decision, Pass, PreparedRequest, Request, RequestTracker, RoutingState, Window
 from gatewise.routed.router import Router, gates_of
 from gatewise.serving.products import Gathered, Part
 
@@ -38,6 +38,10 @@ NO_MERGE = (
     "a routed adapter cannot be merged, because every prompt chooses other modules: use it unmerged, or where one fixed model is "
     "needed train a plain LoraConfig adapter, or make this one plain (gatewise export --static)"
 )
+
+
+NOWHERE: Mapping[str, Tensor] = {}
+"""No adapter waits for the end of the prompt."""
 
 
 UNLOAD_FIRST = "call unload() on the routed PeftModel first, and give what it returns to get_peft_model"
@@ -134,7 +138,9 @@ class RoutedBlock(ObjectMixin, nn.Module):
         before, now.runs = (
             now.runs,
             {
-                module: partial(module.with_gradients, shares=shares.get(name, ()), batch=batch, tokens=tokens)
+                module: partial(
+                    module.with_gradients, shares=shares.get(name, ()), batch=batch, tokens=tokens, adapted=running.adapted
+                )
                 for name, module in routing.modules.items()
             },
         )
@@ -331,19 +337,28 @@ class RoutedLinear(nn.Module, LoraLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         return result
 
-    def with_gradients(self, x: Tensor, *args: Any, shares: Shares, batch: int, tokens: int, **kwargs: Any) -> Tensor:
+    def with_gradients(
+        self, x: Tensor, *args: Any, shares: Shares, batch: int, tokens: int, adapted: Mapping[str, Tensor] = NOWHERE, **kwargs: Any
+    ) -> Tensor:
         """base(x) and every share, as in training."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        return result if self.disable_adapters else self.add_shares(x, result, shares, batch, tokens)
+        return result if self.disable_adapters else self.add_shares(x, result, shares, batch, tokens, adapted)
 
-    def add_shares(self, x: Tensor, result: Tensor, shares: Shares, batch: int, tokens: int) -> Tensor:
+    def add_shares(
+        self, x: Tensor, result: Tensor, shares: Shares, batch: int, tokens: int, adapted: Mapping[str, Tensor] = NOWHERE
+    ) -> Tensor:
         """``result`` (b, ..., d_out) with the delta of every share added to its rows, one after the other, with its graph.
 
         Where the model flattens batch and tokens (OPT), x is (b · t, d_in), and the rows are those of their tokens.
+
+        Args:
+            adapted: see ``Pass``.
         """
         dtype = result.dtype
         for share in shares:
             rows, gate = share.rows, share.gate
+            if share.adapter in adapted:
+                gate = gate.view(len(gate), -1) * adapted[share.adapter].to(gate.device)
             if len(x) != batch:
                 self.check_flattened(x, batch, tokens)
                 gate = gate.flatten() if gate.ndim > 1 else gate.repeat_interleave(tokens)
@@ -415,6 +430,7 @@ class KeptModule:
         self._batch, self._groups = len(prepared.request.prompt), prepared.request.groups
         self._gathered: Gathered | None = None
         self._dtype: torch.dtype | None = None
+        self._is_seen = False
 
     def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """base(x) and what was decided: (b, ..., d_out) from (b, ..., d_in), or both with b · t in front."""
@@ -428,10 +444,26 @@ class KeptModule:
             rows, ours = x.unflatten(0, (batch, -1)), result.unflatten(0, (batch, -1))
         if result.dtype != self._dtype:  # at first, and when autocast comes or goes
             self._gather(rows, ours)
-        if self._gathered is None or torch.is_grad_enabled():
-            return layer.add_shares(x, result, self._shares, batch, layer.now.tokens)
-        total = self._gathered.add(rows, ours)
+        running = cast(Pass, layer.now.current)
+        if self._gathered is None or torch.is_grad_enabled() or (running.adapted and running.window is None):
+            return layer.add_shares(x, result, self._shares, batch, layer.now.tokens, running.adapted)
+        window = running.window
+        total = self._gathered.add(rows, ours) if window is None else self._add_within(window, self._gathered, rows, ours)
         return total.flatten(0, 1) if is_flat else total
+
+    def _add_within(self, window: Window, gathered: Gathered, x: Tensor, result: Tensor) -> Tensor:
+        """``result`` (b, t, ..., d_out) with the adapters' part added where they act; anywhere else it is exactly what it was."""
+        start, where = window.start, window.where
+        if start == 0 and where is None:
+            return gathered.add(x, result)
+        part = x[:, start:]
+        if where is not None:  # B A 0 = 0
+            part = part.masked_fill(~where[:, start:].to(x.device).view(*part.shape[:2], *[1] * (part.ndim - 2)), 0.0)
+        if start == 0:
+            return gathered.add(part, result)
+        result = result.clone() if self._is_seen else result
+        result[:, start:] = gathered.add(part, result[:, start:])
+        return result
 
     def _gather(self, x: Tensor, result: Tensor) -> None:
         layer, self._dtype, self._gathered = self._layer, result.dtype, None
@@ -447,8 +479,8 @@ class KeptModule:
             self._weights += [WeightSnapshot(first), WeightSnapshot(second)]
             self._scalings.append((layer.scaling, share.adapter, scaling))
         # A hook may have kept what the base module made.
-        is_seen = has_forward_hooks(cast(nn.Module, layer.base_layer))
-        self._gathered = self._products.gather(parts, result, in_place=not is_seen)
+        self._is_seen = has_forward_hooks(cast(nn.Module, layer.base_layer))
+        self._gathered = self._products.gather(parts, result, in_place=not self._is_seen)
 
 
 def _without_graph(made: LayerDecision) -> LayerDecision:

@@ -48,6 +48,10 @@ class RoutedLoraModel(LoraModel):
     (by a training step, by loading, in place; what is written in place through ``.data`` may be missed until the next
     prompt). Deleting an adapter ends its requests.
 
+    With ``adapt="after_prompt"`` an adapter acts from the prompt's last token on, and all before that runs as the base model. A row
+    without a prompt (plain language modelling) then has its first token for one. With ``pooler="last"`` too, a cache that the base
+    model has filled (adapters disabled) may hold all of the prompt but its end, and ``generate`` may cut the prompt into chunks.
+
     In training the load-balancing loss joins the loss that the model returns by itself; loops that compute a loss of their own add
     ``balance_loss()``.
     """
@@ -88,13 +92,21 @@ class RoutedLoraModel(LoraModel):
         around = models_around(model, *(layer.module for layer in layers))
         decoders = models_around(model, *(layer.module for layer in layers if layer.reads_encoder))
         encoders = [one for one in around if one not in decoders] if decoders else []
-        self._tracker = RequestTracker(around, encoders, self._kind == "causal", self._routed_adapters, self._finish)
+        self._tracker = RequestTracker(
+            around, encoders, self._kind == "causal", self._routed_adapters, self._config_of, self._finish
+        )
         self._layers = [LayerRouting(layer, self._tracker) for layer in layers]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, RoutedLoraConfig)
+        if config.adapt == "after_prompt" and self._kind != "causal":
+            what = "an encoder reads the prompt there" if self._kind == "seq2seq" else "nothing comes after the text that it reads"
+            raise GatewiseError(
+                f"adapt is 'after_prompt', but {type(model).__name__} is no decoder that writes on after a prompt ({what}): take "
+                "adapt='always'"
+            )
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = set(self._stack.linear_modules(model))  # type: ignore[assignment]
         # An order that another model has put into the same configuration says nothing about this one.
@@ -289,10 +301,13 @@ class RoutedLoraModel(LoraModel):
         ends = (f".lora_router.{name}.numerator", f".lora_router.{name}.denominator")
         return {path: parameter for path, parameter in self.named_parameters() if path.endswith(ends)}
 
-    def _balance_weight(self, adapter: str) -> float:
+    def _config_of(self, adapter: str) -> RoutedLoraConfig:
         config = self.peft_config[adapter]
         assert isinstance(config, RoutedLoraConfig)
-        return config.balance_weight
+        return config
+
+    def _balance_weight(self, adapter: str) -> float:
+        return self._config_of(adapter).balance_weight
 
     def _last(self) -> Request:
         request = self._tracker.last

@@ -11,6 +11,10 @@ for the decoder's, whose ``source`` is the encoder's.
 
 Packed rows hold several texts, and each is a prompt with decisions of its own.
 
+An adapter with ``adapt="after_prompt"`` waits for the end of the prompt: in the pass that reads it, it acts from the prompt's last
+token on. All before that is the base model's, whatever the adapter. So where its routers need nothing but that token
+(``pooler="last"``), a prompt may come in chunks, or begin in a cache that the base model has filled.
+
 Shapes: b batch (of packed rows, their texts), t tokens, n rows of one adapter, m experts of a layer.
 """
 
@@ -29,12 +33,14 @@ from gatewise.internals.call_tracking import (
     CallState,
     CallTracker,
     Packing,
+    Text,
     cache_of,
     cached_tokens,
     read_by_encoder,
     text_inputs,
 )
 from gatewise.internals.torch_modules import WeightSnapshot
+from gatewise.routed.config import RoutedLoraConfig
 from gatewise.serving import products
 from gatewise.serving.products import BASE
 
@@ -188,17 +194,59 @@ class Pass:
         continues: the decisions are there already, those of an encoder's layers only where it ran before.
         is_inference: in evaluation mode, without gradients and without packed texts.
         is_settled: and all that any module runs is known, so that layers have nothing to do.
+        adapted: by adapter that waits for the end of the prompt, where it acts in its rows (n, t); none in a pass that goes on.
+        window: where anything acts, for all adapters together; None where two that share rows differ in that.
         seen: the layers that have run.
         masks: of attention, that keep packed texts apart.
     """
 
     def __init__(
-        self, request: Request, prepared: PreparedRequest, continues: bool, *, is_inference: bool, is_settled: bool
+        self,
+        request: Request,
+        prepared: PreparedRequest,
+        continues: bool,
+        *,
+        is_inference: bool,
+        is_settled: bool,
+        adapted: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.request, self.prepared, self.continues = request, prepared, continues
         self.is_inference, self.is_settled = is_inference, is_settled
+        self.adapted: Mapping[str, Tensor] = adapted or {}
+        self.window = window_of(request.groups, self.adapted, len(request.prompt)) if self.adapted and is_inference else None
         self.seen: set[str] = set()
         self.masks: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where adapters act in a pass that reads prompts: from the column ``start`` on and there where ``where`` (b, t) is true, or
+    everywhere if it is None."""
+
+    start: int
+    where: Tensor | None
+
+
+def window_of(groups: Groups, adapted: Mapping[str, Tensor], batch: int) -> Window | None:
+    """The window of adapters of which some wait, see ``Pass``; None if adapters that serve the same rows act at other places."""
+    shared = len(groups) > 1 and any(rows is None for rows in groups.values())
+    if shared and adapted.keys() != groups.keys():
+        return None
+    like = next(iter(adapted.values()))
+    where = like.new_zeros(batch, like.shape[1])
+    served: list[int] = []
+    for adapter, rows in groups.items():
+        places = list(range(batch)) if rows is None else rows
+        where[places] = adapted.get(adapter, like.new_ones(()))
+        served += places
+    start = int(where.any(dim=0).to(torch.uint8).argmax())
+    return Window(start, None if bool(where[served, start:].all()) else where)
+
+
+def from_last(prompt: Tensor) -> Tensor:
+    """(b, t): the last position of each prompt (b, t), and all after it."""
+    after = prompt.flip(1).cumsum(dim=1).flip(1) - prompt.long()
+    return after == 0
 
 
 class RoutingState(CallState):
@@ -229,6 +277,7 @@ class RequestTracker(CallTracker):
         models, causal: as in ``CallTracker``.
         encoders: those of an encoder-decoder model's that hold the encoder alone; none of another model.
         active: names of the adapters in use, none while they are disabled.
+        configs: their configurations.
         finish: called with (request, arguments of the forward, output) when a pass in training ends; what it returns replaces the
             output.
     """
@@ -242,10 +291,11 @@ class RequestTracker(CallTracker):
         encoders: Sequence[nn.Module],
         causal: bool,
         active: Callable[[], Sequence[str]],
+        configs: Callable[[str], RoutedLoraConfig],
         finish: Callable[[Request, Mapping[str, Any], Any], Any],
     ) -> None:
         super().__init__(models, RoutingState(), "routed adapters", "routers", causal)
-        self._encoders, self._active, self._finish = list(encoders), active, finish
+        self._encoders, self._active, self._configs, self._finish = list(encoders), active, configs, finish
         self._version, self._deleted = 0, dict[str, int]()
         self._newest: Request | None = None
 
@@ -279,18 +329,19 @@ class RequestTracker(CallTracker):
         arguments = read_by_encoder(arguments) if self._encoders else arguments
         inputs = text_inputs(arguments, "routed adapters")
         groups, training, has_gradients = self._groups(len(inputs)), module.training, torch.is_grad_enabled()
-        continues = bool(groups and cached_tokens(cache))
+        cached = cached_tokens(cache) if groups else 0
+        in_parts = self._reads_in_parts(groups) and not hasattr(cache, _ON_CACHE)
+        if in_parts and self._ends_later(cache, cached + inputs.shape[1]):
+            groups, cached = {}, 0
+        continues = bool(cached) and not in_parts
         runs_encoder = bool(self._encoders) and "input_ids" in arguments
         if continues:
             prepared = self._prepared_before(cache, len(inputs), groups)
         else:
             prompt, packing = inputs[:, :0], None  # nobody reads any
             if groups:
-                text = self.read_text(arguments, inputs, training and has_gradients)
-                # A row without a prompt (plain language modelling) is its own.
-                prompt = torch.where(text.prompt.any(dim=1, keepdim=True), text.prompt, text.present)
-                prompt = prompt | ~prompt.any(dim=1, keepdim=True)
-                packing = text.packing
+                text = self.read_text(arguments, inputs, training and has_gradients, in_parts)
+                prompt, packing = self._prompts(text, groups), text.packing
                 if packing is not None and any(rows is not None for rows in groups.values()):
                     raise GatewiseError(
                         "adapter_names was given for rows that hold several packed samples: give each text a row of its own, padded"
@@ -302,18 +353,19 @@ class RequestTracker(CallTracker):
             )
             prepared = PreparedRequest(request, self._version)
         request = prepared.request
+        adapted = {} if continues else self._adapted(request)
         if groups:
             now.last = self._newest = request
         if training or has_gradients or request.packing is not None:
             self._version += 1  # weights may be trained next, by optimisers that leave no trace on them
-            return Pass(request, prepared, continues, is_inference=False, is_settled=False)
+            return Pass(request, prepared, continues, is_inference=False, is_settled=False, adapted=adapted)
         # At the first pass in a call: looking at all weights takes as long as some of their products.
         if continues and (now.call is None or prepared.checked_in is not now.call):
             prepared.refresh(self._version)
             prepared.checked_in = now.call
         now.runs, now.base_only, now.tokens = prepared.runs, not groups, inputs.shape[1]
         is_settled = not groups or (prepared.complete and (request.encodes or not runs_encoder))
-        return Pass(request, prepared, continues, is_inference=True, is_settled=is_settled)
+        return Pass(request, prepared, continues, is_inference=True, is_settled=is_settled, adapted=adapted)
 
     def end(self, done: Pass, arguments: Mapping[str, Any], output: Any, module: Any) -> Any:
         """The cache comes to know its request, and the training loss the load-balancing one."""
@@ -350,6 +402,40 @@ class RequestTracker(CallTracker):
                 assert rows is not None
                 rows.append(row)
         return groups
+
+    # ---- adapters that wait for the end of the prompt ----
+
+    def _waits(self, adapter: str) -> bool:
+        return self._configs(adapter).adapt == "after_prompt"
+
+    def _reads_in_parts(self, groups: Groups) -> bool:
+        """Whether all adapters of a batch need nothing of its prompts but their last tokens."""
+        return bool(groups) and all(self._waits(one) and self._configs(one).pooler == "last" for one in groups)
+
+    def _ends_later(self, cache: Any, tokens: int) -> bool:
+        """Whether a chunk, with which a cache comes to hold ``tokens``, is not the last one of the prompt given to ``generate``."""
+        call = self.now.call
+        return cache is not None and call is not None and call.width is not None and tokens < call.width
+
+    def _prompts(self, text: Text, groups: Groups) -> Tensor:
+        """The prompts, at least a token each. A row without one (plain language modelling) is its own: all of it or, for an adapter
+        that waits for the end of the prompt, the first token."""
+        whole, first = text.present.clone(), text.present & (text.present.cumsum(dim=1) == 1)
+        for adapter, rows in groups.items():
+            if self._waits(adapter):
+                places = slice(None) if rows is None else rows
+                whole[places] = first[places]
+        prompt = torch.where(text.prompt.any(dim=1, keepdim=True), text.prompt, whole)
+        return prompt | ~prompt.any(dim=1, keepdim=True)
+
+    def _adapted(self, request: Request) -> dict[str, Tensor]:
+        """See ``Pass``."""
+        found = {}
+        for adapter, rows in request.groups.items():
+            if self._waits(adapter):
+                where = from_last(request.prompt if rows is None else request.prompt[rows])
+                found[adapter] = where if request.packing is None else request.packing.together(where)
+        return found
 
     def _encoded_by(self, states: Tensor) -> Request | None:
         """The request of the encoder that has made these states or, in the same ``generate``, those that they repeat."""

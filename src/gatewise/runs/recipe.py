@@ -191,6 +191,7 @@ class RoutingSection(Section):
     normalize_gates: bool = True
     normalize_states: bool = True
     center_states: bool = True
+    adapt: Literal["always", "after_prompt"] = "always"
     validation_rows: Annotated[int, Field(ge=0)] = 64
     activation_learning_rate: Positive = 1e-6
     activation_every: Count = 4

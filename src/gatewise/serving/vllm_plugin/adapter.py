@@ -80,12 +80,18 @@ def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapt
         hidden_size: d of the model that the adapter is to be put on.
 
     Raises:
-        GatewiseError: the adapter was saved without the order of its experts, it is damaged, or it is for a model of another size.
+        GatewiseError: the adapter waits for the end of the prompt, was saved without the order of its experts, is damaged, or is
+            for a model of another size.
     """
     from gatewise.routed.router import Router
 
     folder = Path(folder)
     config = read_config(folder)
+    if config.get("adapt", "always") != "always":
+        raise GatewiseError(
+            f"{folder} adapts only what comes after a prompt (adapt={config['adapt']!r}), but here a routed adapter runs over the prompt "
+            "too: serve one that was trained with adapt='always'"
+        )
     order = config.get("experts")
     if order is None:
         raise GatewiseError(
