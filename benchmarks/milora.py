@@ -50,27 +50,42 @@ TASKS = {**{task: (task,) for task in SINGLE}, "both": SINGLE}
 
 def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
     """Trains one adapter and measures it on the dev split of every task that it was trained on."""
+    return trained_and_measured(task, method, seed, data_dir, SETTINGS, METHODS[method])
+
+
+def trained_and_measured(
+    task: str, method: str, seed: int, data_dir: Path, s: dict[str, Any], own: dict[str, Any], choosing: int = 0
+) -> dict[str, Any]:
+    """``one_run`` with settings of the run and of the method's configuration.
+
+    Args:
+        choosing: rows of the training split that nothing trains on, whose loss is in the result too, to choose settings by.
+    """
     import torch
     from transformers import TrainingArguments, set_seed
 
     from gatewise.inspection.routing import routing_of_rows
+    from gatewise.losses import mean_loss
     from gatewise.models import load_model, load_tokenizer
     from gatewise.routed import ACTIVATION_PARAMETERS
     from gatewise.runs.trainer import RecipeTrainer, TwoLevelRecipeTrainer
     from gatewise.tasks import PadCollator, default_template, encode, evaluate, load_records
 
-    s, draw = SETTINGS, random.Random(seed)
+    draw = random.Random(seed)
     tokenizer = load_tokenizer(s["model"])
     rows: list[Any] = []
+    unseen: list[Any] = []
     for name in TASKS[task]:
         records = load_records(data_dir / name / "train.jsonl")
         features = list(encode(records, tokenizer, default_template(records)))
         draw.shuffle(features)
-        rows += features[: s["steps"] * s["batch_size"] + s["validation_rows"]]
+        used = s["steps"] * s["batch_size"] + s["validation_rows"]
+        rows += features[:used]
+        unseen += features[used : used + choosing]
     draw.shuffle(rows)
     held_out, rows = rows[: s["validation_rows"]], rows[s["validation_rows"] :]
     set_seed(seed)
-    model = adapted(load_model(s["model"], dtype=getattr(torch, s["dtype"])), method)
+    model = adapted(load_model(s["model"], dtype=getattr(torch, s["dtype"])), method, s, own)
     routed = method.startswith("milora")
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -104,6 +119,11 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
         if method != "untrained":
             trainer.train()
         seconds = time.perf_counter() - began
+    chosen_by = {}
+    if choosing:
+        model.eval()
+        parts = [PadCollator(tokenizer)(unseen[start : start + 16]) for start in range(0, len(unseen), 16)]
+        chosen_by["choosing_loss"] = round(mean_loss(model, parts), 4)
     measured, routing = {}, {}
     for name in TASKS[task]:
         dev = load_records(data_dir / name / "dev.jsonl")
@@ -124,19 +144,20 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
         "routing": routing,
         "parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
         "seconds": round(seconds, 1),
-        "settings": s | METHODS[method],
+        "settings": s | own,
+        **chosen_by,
     }
 
 
-def adapted(base: Any, method: str) -> Any:
+def adapted(base: Any, method: str, s: dict[str, Any], own: dict[str, Any]) -> Any:
     """The base model with the method's adapter at its start."""
     from peft import LoraConfig, get_peft_model
 
     from gatewise import RoutedLoraConfig
 
-    own = {"r": SETTINGS["r"], "lora_alpha": SETTINGS["lora_alpha"], **METHODS[method]}
     kind = RoutedLoraConfig if method.startswith("milora") else LoraConfig
-    return get_peft_model(base, kind(target_modules="all-linear", task_type="CAUSAL_LM", **own))
+    settings = {"r": s["r"], "lora_alpha": s["lora_alpha"], **own}
+    return get_peft_model(base, kind(target_modules="all-linear", task_type="CAUSAL_LM", **settings))
 
 
 def report(runs: list[dict[str, Any]], plot: Path | None) -> None:

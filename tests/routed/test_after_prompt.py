@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from routed_models import MODES, routed_base, routed_config, trained_routers
 from test_packing import LENGTHS, PROMPTS, packed, padded, texts
 from tiny_models import random_adapter
-from transformers import AutoModel, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
+from transformers import AutoModel, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM, StaticCache
 
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
@@ -62,9 +62,9 @@ def test_scoring_is_that_of_the_two_models(routed, family, pooler, padding):
     data = padded()
     if padding == "left":
         shift = [9 - length for length in LENGTHS]
-        data = {
-            name: torch.stack([row.roll(by) for row, by in zip(value, shift, strict=True)]) for name, value in data.items()
-        } | {"position_ids": (torch.arange(9) - torch.tensor(shift)[:, None]).clamp(min=0)}
+        data = {name: torch.stack([row.roll(by) for row, by in zip(value, shift, strict=True)]) for name, value in data.items()} | {
+            "position_ids": (torch.arange(9) - torch.tensor(shift)[:, None]).clamp(min=0)
+        }
     with torch.no_grad():
         logits = model(**data).logits
     gates = model.routing().gates
@@ -209,6 +209,15 @@ def test_parts_of_a_prompt_without_a_mask(tenants):
     ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(5))
     more = settings(prefill_chunk_size=3, cache_implementation="static")
     assert tenants.generate(input_ids=ids, **more).tolist() == tenants.generate(input_ids=ids, **settings()).tolist()
+
+
+def test_an_emptied_cache_begins_anew(tenants):
+    ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(6))
+    expected = tenants.generate(input_ids=ids, **settings()).tolist()
+    cache = StaticCache(tenants.config, max_cache_len=20)
+    for more in ({}, {"prefill_chunk_size": 3}, {}):
+        assert tenants.generate(input_ids=ids, past_key_values=cache, **settings(**more)).tolist() == expected
+        cache.reset()
 
 
 def test_what_reads_more_than_the_last_token_takes_no_parts(tenants, prompts):

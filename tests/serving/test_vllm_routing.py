@@ -67,6 +67,12 @@ def test_damaged_adapters_are_refused(folder: Path) -> None:
     order = json.loads((folder / "adapter_config.json").read_text())["experts"]
     with pytest.raises(GatewiseError, match="does not fit a model of hidden size 24, or is damaged"):
         read_routed(folder, 24)
+    rewrite(folder, adapt="after_prompt")
+    with pytest.raises(
+        GatewiseError, match=r"adapts only what comes after a prompt .*: serve one that was trained with adapt='alw"
+    ):
+        read_routed(folder, D)
+    rewrite(folder, adapt="always")
     rewrite(folder, experts=None)
     with pytest.raises(GatewiseError, match="did not write down the order of each layer's experts"):
         read_routed(folder, D)

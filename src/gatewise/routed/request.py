@@ -329,11 +329,13 @@ class RequestTracker(CallTracker):
         arguments = read_by_encoder(arguments) if self._encoders else arguments
         inputs = text_inputs(arguments, "routed adapters")
         groups, training, has_gradients = self._groups(len(inputs)), module.training, torch.is_grad_enabled()
-        cached = cached_tokens(cache) if groups else 0
+        cached = cached_tokens(cache) if groups or hasattr(cache, _ON_CACHE) else 0
+        if not cached and hasattr(cache, _ON_CACHE):
+            delattr(cache, _ON_CACHE)  # it was emptied, and is filled anew
         in_parts = self._reads_in_parts(groups) and not hasattr(cache, _ON_CACHE)
         if in_parts and self._ends_later(cache, cached + inputs.shape[1]):
-            groups, cached = {}, 0
-        continues = bool(cached) and not in_parts
+            groups = {}
+        continues = bool(groups and cached) and not in_parts
         runs_encoder = bool(self._encoders) and "input_ids" in arguments
         if continues:
             prepared = self._prepared_before(cache, len(inputs), groups)

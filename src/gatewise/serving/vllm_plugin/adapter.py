@@ -89,8 +89,8 @@ def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapt
     config = read_config(folder)
     if config.get("adapt", "always") != "always":
         raise GatewiseError(
-            f"{folder} adapts only what comes after a prompt (adapt={config['adapt']!r}), but here a routed adapter runs over the prompt "
-            "too: serve one that was trained with adapt='always'"
+            f"{folder} adapts only what comes after a prompt (adapt={config['adapt']!r}), but here routed adapters run over the "
+            "prompt too: serve one that was trained with adapt='always'"
         )
     order = config.get("experts")
     if order is None:
