@@ -14,7 +14,7 @@ from gatewise.serving.server.lanes import Kind, Lane
 
 KINDS: list[tuple[Kind, list[dict[str, Any]]]] = [
     ("plain", [{}, {"r": 5, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]}]),
-    ("routed", [{"kind": "routed"}, {"kind": "routed", "top_k": 1, "r": 2}]),
+    ("routed", [{"kind": "routed"}, {"kind": "routed", "top_k": 1, "r": 2}, {"kind": "routed", "adapt": "after_prompt"}]),
     ("alone", [{"kind": "dora"}]),
     ("alone", [{"kind": "prompts"}]),
 ]
