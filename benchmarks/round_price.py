@@ -18,7 +18,6 @@ Results are appended to results/round_price.jsonl as they come, with the process
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from campaign import machine
 from methods import SETTINGS, adapted
 
 HERE = Path(__file__).parent
@@ -42,15 +42,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 SCORES_OF = ("path_moments", "taylor", "path_integral", "sensitivity")
 AT = (40, 80, 120)
-
-
-def machine() -> dict[str, Any]:
-    """The processor, how it multiplies bfloat16, and the threads that were used."""
-    from gatewise.internals.cpu_features import multiplies_bfloat16
-
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"processor": name, "multiplies_bfloat16": multiplies_bfloat16(), "threads": torch.get_num_threads()}
 
 
 def keep(row: dict[str, Any]) -> None:
