@@ -4,8 +4,6 @@ import io
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from several_processes import launched
 from tiny_run import assert_same_adapter, stop_at, weights, write_base, write_recipe
 from transformers import AutoModelForCausalLM
 
@@ -316,11 +315,7 @@ def test_two_processes_do_not_train_into_one_folder(how: str, tmp_path: Path, mo
 
     def compute_loss(self: RecipeTrainer, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 5 and not told:
-            code = (
-                "from gatewise.cli.main import app; "
-                f"app(['train', {str(recipe)!r}, '--output', {str(tmp_path / 'out')!r}, '--{how}'])"
-            )
-            told.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True))
+            told.append(launched(tmp_path, "train", str(recipe), "--output", str(tmp_path / "out"), f"--{how}"))
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
