@@ -32,7 +32,12 @@ def resolve(path: str) -> Any:
     reached = "gatewise"
     for name in path.split(".")[1:]:
         reached += f".{name}"
-        found = getattr(found, name) if hasattr(found, name) else import_module(reached)
+        try:
+            found = getattr(found, name) if hasattr(found, name) else import_module(reached)
+        except ModuleNotFoundError as error:
+            if error.name != "vllm":
+                raise
+            return None  # it is there, and is for an environment that has vLLM
     return found
 
 
