@@ -215,6 +215,13 @@ def test_preempted_requests_keep_their_gates(folder: Path) -> None:
         InPeft(folder).check(rows, found[0])
 
 
+def test_two_processes_share_a_model(folder: Path) -> None:
+    rows = rows_of(prompts_of(1, 5, 17, 40), folder / "one", folder / "two", folder / "plain", None)
+    settings = ("--max-loras", "3", IN_ONE_PIECE, "--tensor-parallel-size", "2")
+    found = run(folder, [{"do": "answer", "rows": rows, "tokens": 6}], *settings, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    InPeft(folder).check(rows, found[0])
+
+
 def damaged(folder: Path, of: Path, **settings: Any) -> Path:
     shutil.copytree(of, folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -359,7 +366,7 @@ def test_a_real_model_answers_as_in_peft(tmp_path: Path) -> None:
     base = Path(resolve("smollm2-135m-instruct"))
     settings = ({"top_k": 3, "r": 8, "lora_alpha": 8}, {"top_k": 2, "pooler": "last", "r": 4, "exclude_modules": r".*\.v_proj"})
     adapters = [
-        write_routed(tmp_path / f"{number}", base, number, scale=0.05, **one) for number, one in enumerate(settings, start=1)
+        write_routed(tmp_path / f"{number}", base, number, scale=0.2, **one) for number, one in enumerate(settings, start=1)
     ]
     data = Path(gatewise.__file__).parent / "samples" / "support_dev.jsonl"
     for found in check_in_vllm(adapters, str(data), python=str(PYTHON), prompts=10, tokens=24):

@@ -270,7 +270,7 @@ def engine_config(**changed: Any) -> Any:
             scheduler_cls=None,
         ),
         parallel_config=SimpleNamespace(
-            pipeline_parallel_size=1, tensor_parallel_size=1, data_parallel_size=1, decode_context_parallel_size=1,
+            pipeline_parallel_size=1, tensor_parallel_size=2, data_parallel_size=1, decode_context_parallel_size=1,
             prefill_context_parallel_size=1, use_ubatching=False,
         ),
         model_config=SimpleNamespace(
@@ -313,8 +313,7 @@ class Platform:
         ({"kv_transfer_config": 1}, "leave --kv-transfer-config"),
         ({"ec_transfer_config": 1}, "leave --kv-transfer-config"),
         ({"cache__kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill leaves out most of it"),
-        ({"parallel__pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2: start one vLLM a device"),
-        ({"parallel__tensor_parallel_size": 2}, "--tensor-parallel-size is 2"),
+        ({"parallel__pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2: leave it out"),
         ({"parallel__data_parallel_size": 2}, "--data-parallel-size is 2"),
         ({"parallel__decode_context_parallel_size": 2}, "--decode-context-parallel-size is 2"),
         ({"parallel__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size is 2"),

@@ -299,12 +299,14 @@ def _name_of(model: Any, path: str) -> str:
 
 def _routing_of(manager: Any) -> Routing:
     """The gates of a worker, made when its first routed adapter is loaded."""
+    from vllm.distributed import get_tp_group
+
     found = manager.__dict__.get(_ROUTING)
     if found is None:
         modules = {
             path: _experts_of(path, module, manager) for path, module in manager.modules.items() if hasattr(module, "output_slices")
         }
-        found = Routing(manager.model, modules, manager.max_num_batched_tokens, manager.device)
+        found = Routing(manager.model, modules, manager.max_num_batched_tokens, manager.device, get_tp_group().broadcast)
         setattr(manager, _ROUTING, found)
         for path in modules:
             setattr(manager.modules[path], _GATES, (found, path))

@@ -50,14 +50,13 @@ def _reasons(config: Any, platform: Any, dual_stream: bool) -> Iterator[str]:
         yield "read all of a prompt in every layer, but --kv-sharing-fast-prefill leaves out most of it: leave that out"
     sizes = {
         "pipeline-parallel-size": parallel.pipeline_parallel_size,
-        "tensor-parallel-size": parallel.tensor_parallel_size,
         "data-parallel-size": parallel.data_parallel_size,
         "decode-context-parallel-size": parallel.decode_context_parallel_size,
         "prefill-context-parallel-size": parallel.prefill_context_parallel_size,
     }
     for name, size in sizes.items():
         if size > 1:
-            yield f"were tried on one device alone, but --{name} is {size}: start one vLLM a device"
+            yield f"were tried on several devices with --tensor-parallel-size alone, but --{name} is {size}: leave it out"
     if parallel.use_ubatching:
         yield "read a prompt in one piece, but micro-batches cut it (--enable-dbo or --ubatch-size): leave them out"
     if config.lora_config.fully_sharded_loras:

@@ -76,10 +76,19 @@ class Routing:
             can name.
         tokens: that a step has at most.
         device: where it all lies.
+        agree: makes a tensor the same in all processes that share the model's layers. Each has all hidden states and all routers,
+            but where two experts are all but equally probable a last bit could have them choose differently.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, Sequence[str | None]], tokens: int, device: torch.device) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, Sequence[str | None]],
+        tokens: int,
+        device: torch.device,
+        agree: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self._model, self._agree = model, agree
         names = [name for slices in modules.values() for name in slices if name is not None]
         self._columns = {name: column for column, name in enumerate(dict.fromkeys(names))}
         # The last column belongs to no expert, and is one for whoever is no base request.
@@ -221,7 +230,7 @@ class Routing:
             probabilities = router(states[None], torch.ones(1, len(states), dtype=torch.bool, device=states.device))
             adapter = prompt.placed.adapter
             gates = gates_of(probabilities, adapter.top_k, adapter.normalize_gates)[0]
-            self._table[prompt.row, columns] = gates.to(self._table.dtype)
+            self._table[prompt.row, columns] = self._agree(gates.to(self._table.dtype))
 
     def gates(self, path: str, tokens: int) -> Tensor | None:
         """Gates (s, n, 1) of a module's slices; None where no request keeps any of them."""
