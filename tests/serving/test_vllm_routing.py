@@ -18,7 +18,7 @@ from gatewise.errors import GatewiseError
 from gatewise.routed.router import gates_of
 from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed
 from gatewise.serving.vllm_plugin.refusals import FAMILIES, why_not, why_not_request
-from gatewise.serving.vllm_plugin.routing import Part, Routing
+from gatewise.serving.vllm_plugin.routing import Groups, Part, Routing, add_lora
 
 D = 16  # of the tiny models
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -209,8 +209,34 @@ def test_products_have_gates_between_a_and_b(folder: Path) -> None:
     for row, adapter in enumerate(adapters):
         delta = [gates[row, s] * b[s][adapter, 0] @ a[s][adapter, 0] @ x[row] for s in range(3)]
         wanted[row] += torch.cat(delta)
-    torch.testing.assert_close(routing.add(path, module, x, base.clone()), wanted)
-    torch.testing.assert_close(routing.add(path, module, x[None], base.clone()[None]), wanted[None])
+    found = routing.gates(path, 4)
+    torch.testing.assert_close(add_lora(module, x, base.clone(), found, None), wanted)
+    torch.testing.assert_close(add_lora(module, x[None], base.clone()[None], found, None), wanted[None])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [[7, 7, 0, 9, 9, 0], [9, 7, 0, 7, 9, 9], [0, 0, 0, 0, 0, 0], [9, 9, 9, 9, 9, 9]])
+def test_products_by_adapter_are_those_of_every_token(tokens: list[int], gated: bool) -> None:
+    torch.manual_seed(3)
+    held, slices = [None, 9, 7], (6, 4, 4)
+    groups = Groups.of(tokens, held)
+    a, b = torch.randn(3, 3, 1, 5, D), tuple(torch.randn(3, 1, size, 5) for size in slices)
+    module = SimpleNamespace(lora_a_stacked=tuple(a), lora_b_stacked=b, output_slices=slices)
+    x, base, gates = torch.randn(6, D), torch.randn(6, sum(slices)), torch.rand(3, 6, 1)
+    gates[1] = 0  # a slice that nobody keeps
+    wanted = base.clone()
+    for row, number in enumerate(tokens):
+        if number:
+            slot = held.index(number)
+            wanted[row] += torch.cat([(gates[s, row] if gated else 1) * b[s][slot, 0] @ a[s][slot, 0] @ x[row] for s in range(3)])
+    torch.testing.assert_close(add_lora(module, x, base.clone(), gates if gated else None, groups), wanted)
+    torch.testing.assert_close(add_lora(module, x[None], base.clone()[None], gates if gated else None, groups), wanted[None])
+    # In half precision it rounds as vLLM does: once before B, and once behind it.
+    half = SimpleNamespace(
+        lora_a_stacked=tuple(a.bfloat16()), lora_b_stacked=tuple(one.bfloat16() for one in b), output_slices=slices
+    )
+    found = add_lora(half, x.bfloat16(), base.bfloat16(), gates if gated else None, groups)
+    torch.testing.assert_close(found.float(), wanted, atol=0.5, rtol=0.05)
 
 
 def test_rows_are_freed_and_the_table_grows(folder: Path) -> None:

@@ -20,6 +20,8 @@ VLLM_NAMES = (
     PrivateName(_WORKER_MANAGER, "_adapter_manager", "finds the modules with LoRA", None, _HOOKS),
     PrivateName(_MANAGER, "modules", "finds the modules with LoRA", None, _HOOKS),
     PrivateName(_MANAGER, "packed_modules_mapping", "finds the experts that a module is packed of", None, _HOOKS),
+    PrivateName(_MANAGER, "lora_index_to_id", "finds an adapter's slot", None, _HOOKS),
+    PrivateName(_MANAGER, "punica_wrapper_mapping", "tells modules whose the tokens of a step are", None, _HOOKS),
     PrivateName(_MANAGER, "max_num_batched_tokens", "has a row for every token", None, _HOOKS),
     PrivateName(_MANAGER, "get_adapter", "finds an adapter by its number", ("adapter_id",), _HOOKS),
     PrivateName("vllm.lora.utils", "parse_fine_tuned_lora_name", "calls a module as vLLM does", ("name", "weights_mapper"), _HOOKS),

@@ -22,7 +22,7 @@ from gatewise.internals.vllm_names import VLLM_NAMES
 from gatewise.serving.engines import ROUTER
 from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed, stamp
 from gatewise.serving.vllm_plugin.refusals import why_not, why_not_request
-from gatewise.serving.vllm_plugin.routing import Part, Placed, Routing
+from gatewise.serving.vllm_plugin.routing import Groups, Part, Placed, Routing, add_lora
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ TESTED = ("0.32",)
 """The versions of vLLM that ``make test-serve`` was run with."""
 
 # What is put on objects of vLLM.
-_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _LOADED = (
-    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "loaded")
+_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _LOADED = (
+    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "loaded")
 )
 _installed = False
 
@@ -360,6 +360,10 @@ def _begin_step(made: Any) -> Any:
         made(self, prompts, tokens, lora_requests, *args, **kwargs)  # which loads them
         parts = self.__dict__.pop(_PARTS, None)
         manager = self.lora_manager._adapter_manager
+        if manager.device.type == "cpu":
+            groups = Groups.of(list(map(int, tokens)), manager.lora_index_to_id)
+            for wrapper in manager.punica_wrapper_mapping.values():
+                setattr(wrapper, _GROUPS, groups)
         routing = getattr(manager, _ROUTING, None)
         if routing is None:
             return
@@ -379,9 +383,18 @@ def _placed(manager: Any, adapter: int) -> Placed | None:
 def _apply(made: Any) -> Any:
     def _apply_lora_to_output(self: Any, x: Any, output: Any) -> Any:
         routing, path = getattr(self, _GATES, (None, ""))
-        if routing is None or not routing.is_at_work:
+        groups: Groups | None = getattr(self.punica_wrapper, _GROUPS, None)
+        count = x.shape[:-1].numel()
+        if groups is not None and groups.tokens != count:
+            groups = None
+        gates = None
+        if routing is not None and routing.is_at_work:
+            gates = routing.gates(path, count)
+            if gates is None:
+                return output
+        elif groups is None:
             return made(self, x, output)
-        return routing.add(path, self, x, output)
+        return add_lora(self, x, output, gates, groups)
 
     return _apply_lora_to_output
 

@@ -1,4 +1,4 @@
-"""The gates of a vLLM worker's requests: decided while their prompts are read, kept until they end, multiplied between A and B.
+"""The gates of a vLLM worker's requests: decided while their prompts are read, kept until they end, put between A and B.
 
 A request has a row of a table, with a gate for every expert that any routed adapter could have. Row 0 is ones and is that of all
 requests with plain LoRA, row 1 is zeros and that of requests without an adapter. Every token of a step finds its row, and every
@@ -239,21 +239,65 @@ class Routing:
             return None
         return self._table[self._row_of_token[:tokens]][:, columns].T.unsqueeze(-1)
 
-    def add(self, path: str, module: Any, x: Tensor, output: Tensor) -> Tensor:
-        """``output`` (n, ..., d_out) of a module's base, with the gated B A x (n, d_in) of every token added in place.
 
-        Both may have a batch of one in front.
-        """
-        shape = output.shape
-        x, output = x.flatten(0, -2), output.flatten(0, -2)
-        gates = self.gates(path, len(x))
+@dataclass(frozen=True)
+class Groups:
+    """The tokens of a step by adapter, for processors.
+
+    vLLM copies an adapter's A and B there for every token. Tokens of one adapter together need no copy.
+
+    Attributes:
+        tokens: how many there are.
+        rows: the tokens of each adapter, by the number of its slot. Those without an adapter are in no group.
+    """
+
+    tokens: int
+    rows: Mapping[int, Tensor | slice]
+
+    @classmethod
+    def of(cls, adapters: Sequence[int], slots: Sequence[int | None]) -> "Groups":
+        """Of the tokens' adapters, by vLLM's numbers, 0 for none, and the number that each slot holds."""
+        of_token, rows = torch.tensor(adapters), {}  # type: Tensor, dict[int, Tensor | slice]
+        for number in sorted(one for one in set(adapters) if one > 0):
+            own = (of_token == number).nonzero()[:, 0]
+            first, last = int(own[0]), int(own[-1]) + 1
+            rows[slots.index(number)] = slice(first, last) if last - first == len(own) else own
+        return cls(len(adapters), rows)
+
+
+def add_lora(module: Any, x: Tensor, output: Tensor, gates: Tensor | None, groups: Groups | None) -> Tensor:
+    """``output`` (n, ..., d_out) of a module's base, with B A x (n, d_in) of every token added in place.
+
+    Both may have a batch of one in front.
+
+    Args:
+        module: vLLM's, with LoRA.
+        gates: (s, n, 1), which go between A and B.
+        groups: the tokens by adapter; None leaves the products to vLLM.
+    """
+    shape = output.shape
+    x, output = x.flatten(0, -2), output.flatten(0, -2)
+    if groups is None:
+        rank = module.lora_b_stacked[0].size(-1)
+        products = torch.zeros(len(module.output_slices), len(x), rank, dtype=torch.float32, device=x.device)
+        module.punica_wrapper.add_shrink(products, x, module.lora_a_stacked, 1.0)
         if gates is not None:
-            rank = module.lora_b_stacked[0].size(-1)
-            products = torch.zeros(len(gates), len(x), rank, dtype=torch.float32, device=x.device)
-            module.punica_wrapper.add_shrink(products, x, module.lora_a_stacked, 1.0)
             products *= gates
-            module.punica_wrapper.add_expand(output, products, module.lora_b_stacked, module.output_slices, add_inputs=True)
+        module.punica_wrapper.add_expand(output, products, module.lora_b_stacked, module.output_slices, add_inputs=True)
         return output.view(shape)
+    for slot, rows in groups.rows.items():
+        own, start = x[rows].float(), 0
+        for s, size in enumerate(module.output_slices):
+            gate = None if gates is None else gates[s, rows]
+            if gate is None or bool(gate.any()):
+                # In float32 up to B, and B in the precision of the output, as in vLLM.
+                product = own @ module.lora_a_stacked[s][slot, 0].float().T
+                if gate is not None:
+                    product *= gate
+                second = module.lora_b_stacked[s][slot, 0].to(output.dtype)
+                output[rows, start : start + size] += product.to(output.dtype) @ second.T
+            start += size
+    return output.view(shape)
 
 
 def _layer_path(module: str, number: str) -> str:
