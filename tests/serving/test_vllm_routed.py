@@ -62,6 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(base)
     write_routed(folder / "one", base, 1)
     write_routed(folder / "two", base, 2, r=8, pooler="last", activation="gelu", exclude_modules=r".*(layers\.1\.mlp|k_proj).*")
+    write_routed(folder / "late", base, 4, adapt="after_prompt")
     write_adapter(folder / "plain", base, 3)
     return folder
 
@@ -207,10 +208,10 @@ def test_routed_plain_and_base_rows_answer_as_in_peft(folder: Path) -> None:
 
 def test_preempted_requests_keep_their_gates(folder: Path) -> None:
     """There is room for half of the requests, so that others wait, with what they had written, and are read once more."""
-    rows = rows_of(prompts_of(*range(24, 32)), folder / "one", folder / "two", folder / "plain")
+    rows = rows_of(prompts_of(*range(24, 32)), folder / "one", folder / "two", folder / "late", folder / "plain")
     steps = [{"do": "answer", "rows": rows, "tokens": 40}, {"do": "preemptions"}]
     for cache in ("--enable-prefix-caching", "--no-enable-prefix-caching"):
-        found = run(folder, steps, "--max-loras", "3", IN_ONE_PIECE, "--num-gpu-blocks-override", "20", cache)
+        found = run(folder, steps, "--max-loras", "4", IN_ONE_PIECE, "--num-gpu-blocks-override", "20", cache)
         assert found[1] > 3
         InPeft(folder).check(rows, found[0])
 

@@ -67,12 +67,6 @@ def test_damaged_adapters_are_refused(folder: Path) -> None:
     order = json.loads((folder / "adapter_config.json").read_text())["experts"]
     with pytest.raises(GatewiseError, match="does not fit a model of hidden size 24, or is damaged"):
         read_routed(folder, 24)
-    rewrite(folder, adapt="after_prompt")
-    with pytest.raises(
-        GatewiseError, match=r"adapts only what comes after a prompt .*: serve one that was trained with adapt='alw"
-    ):
-        read_routed(folder, D)
-    rewrite(folder, adapt="always")
     rewrite(folder, experts=None)
     with pytest.raises(GatewiseError, match="did not write down the order of each layer's experts"):
         read_routed(folder, D)
@@ -190,6 +184,28 @@ def test_each_token_has_the_gates_of_its_request(folder: Path) -> None:
     name = "model.layers.0.self_attn.o_proj"
     gates = routing.gates(name, 6)
     assert torch.equal(torch.zeros(6) if gates is None else gates[0, :, 0], expected[3, name].expand(6))
+
+
+def test_an_adapter_that_leaves_the_prompt_alone(folder: Path) -> None:
+    """All before the prompt's last token is the base model's, also when it is computed once more."""
+    rewrite(folder, adapt="after_prompt")
+    routing = Routing(Engine(), modules_of_vllm(), 64, torch.device("cpu"))
+    placed = {2: routing.place(read_routed(folder, D), lambda path: path)}.get
+    path = "model.layers.0.self_attn.o_proj"
+    routing.begin([Part("one", 2, 5, 0, 5), Part("short", 2, 1, 0, 1)], placed)
+    routing._table[[routing._rows["one"], routing._rows["short"]]] = torch.tensor([[0.3], [0.7]])
+    for parts, wanted in (
+        (None, [0, 0, 0, 0, 0.3, 0.7]),
+        ([Part("one", 2, 1, 5, 5)], [0.3]),
+        ([Part("one", 2, 7, 0, 5), Part("short", 2, 1, 1, 1)], [0, 0, 0, 0, 0.3, 0.3, 0.3, 0.7]),
+        ([Part("one", 2, 5, 3, 5)], [0, 0.3, 0.3, 0.3, 0.3]),
+    ):
+        if parts is not None:
+            routing.begin(parts, placed)
+        assert routing.gates(path, len(wanted))[0, :, 0].tolist() == pytest.approx(wanted)
+    rewrite(folder, adapt="sometimes")
+    with pytest.raises(GatewiseError, match="has adapt 'sometimes', which this gatewise does not know"):
+        read_routed(folder, D)
 
 
 def test_products_have_gates_between_a_and_b(folder: Path) -> None:

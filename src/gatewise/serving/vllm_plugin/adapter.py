@@ -40,11 +40,16 @@ class RoutedLayer:
 
 @dataclass(frozen=True)
 class RoutedAdapter:
-    """What is read of a routed adapter beside its A and B."""
+    """What is read of a routed adapter beside its A and B.
+
+    Attributes:
+        after_prompt: it adapts the prompt's last token and all after it.
+    """
 
     top_k: int
     normalize_gates: bool
     layers: tuple[RoutedLayer, ...]
+    after_prompt: bool = False
 
 
 def is_routed(folder: str | os.PathLike[str]) -> bool:
@@ -87,17 +92,14 @@ def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapt
 
     folder = Path(folder)
     config = read_config(folder)
-    if config.get("adapt", "always") != "always":
-        raise GatewiseError(
-            f"{folder} adapts only what comes after a prompt (adapt={config['adapt']!r}), but here routed adapters run over the "
-            "prompt too: serve one that was trained with adapt='always'"
-        )
-    order = config.get("experts")
+    order, adapt = config.get("experts"), config.get("adapt", "always")
     if order is None:
         raise GatewiseError(
             f"{folder} was saved by a gatewise that did not write down the order of each layer's experts, without which its "
             "routers cannot be read: load it once with PeftModel.from_pretrained and save it again with save_pretrained"
         )
+    if adapt not in ("always", "after_prompt"):
+        raise GatewiseError(f"{folder} has adapt {adapt!r}, which this gatewise does not know: upgrade gatewise beside vLLM")
     layers = []
     try:
         settings = [config[name] for name in ("pooler", "activation", "normalize_states", "center_states")]
@@ -118,7 +120,7 @@ def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapt
             f"{folder} does not fit a model of hidden size {hidden_size}, or is damaged ({reason_of(error)}): give an adapter of "
             "this base model, as save_pretrained wrote it"
         ) from error
-    return RoutedAdapter(top_k, bool(config.get("normalize_gates", True)), tuple(layers))
+    return RoutedAdapter(top_k, bool(config.get("normalize_gates", True)), tuple(layers), adapt == "after_prompt")
 
 
 def _router_states(folder: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:

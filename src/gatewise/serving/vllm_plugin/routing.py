@@ -176,24 +176,26 @@ class Routing:
             GatewiseError: a prompt is read in pieces.
         """
         self.idle()
-        rows, start = [], 0
+        spans: list[tuple[int, int]] = []  # (row, tokens)
+        start = 0
         for part in parts:
             routed = placed(part.adapter) if part.adapter else None
             if routed is None:
-                rows.append(PLAIN if part.adapter else BASE)
+                spans.append((PLAIN if part.adapter else BASE, part.tokens))
             else:
                 self.is_at_work = True
                 if part.request not in self._rows:
                     self._start(part, start, routed)
-                rows.append(self._rows[part.request])
+                untouched = min(max(part.prompt - 1 - part.computed, 0), part.tokens) if routed.adapter.after_prompt else 0
+                spans += [(BASE, untouched), (self._rows[part.request], part.tokens - untouched)]
             start += part.tokens
         if not self.is_at_work:
             return
-        counts = torch.tensor([part.tokens for part in parts])
-        self._row_of_token[:start] = torch.repeat_interleave(torch.tensor(rows), counts).to(self._row_of_token.device)
+        rows, counts = torch.tensor(spans).T
+        self._row_of_token[:start] = torch.repeat_interleave(rows, counts).to(self._row_of_token.device)
         self._row_of_token[start:] = BASE
         if not self._prompts and self._table.device.type == "cpu":  # elsewhere a look at the table would hold up the device
-            self._kept = (self._table[sorted(set(rows))] != 0).any(dim=0)
+            self._kept = (self._table[rows.unique()] != 0).any(dim=0)
 
     def _start(self, part: Part, start: int, placed: Placed) -> None:
         if part.computed or part.tokens < part.prompt:
