@@ -2,8 +2,9 @@
 
 import json
 import re
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError
 from gatewise.routed.router import gates_of
+from gatewise.serving.vllm_plugin import hooks, register
 from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed
 from gatewise.serving.vllm_plugin.refusals import FAMILIES, why_not, why_not_request
 from gatewise.serving.vllm_plugin.routing import Groups, Part, Routing, add_lora
@@ -393,3 +395,57 @@ def test_requests_that_cannot_be_routed_are_refused() -> None:
     assert why_not_request(SimpleNamespace(**fine)) is None
     for changed in ({"prompt_embeds": 1}, {"resumable": True}, {"mm_features": [1]}):
         assert why_not_request(SimpleNamespace(**{**fine, **changed})) is not None
+
+
+# ---- another vLLM ----
+
+
+class WorkerLoRAManager:
+    """Of a vLLM that has this of what the plug-in looks for, and nothing else."""
+
+    def _load_adapter(self, lora_request: Any) -> str:
+        return f"loaded {lora_request.lora_path}"
+
+    def add_adapter(self, lora_request: Any) -> str:
+        return self._load_adapter(lora_request)
+
+
+@pytest.fixture
+def other_vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stand-in for vLLM, whose version is to be set, and a plug-in that was not put into it yet."""
+    names = ("vllm", "vllm.lora", "vllm.lora.worker_manager")
+    modules = {name: ModuleType(name) for name in names}
+    own = type("WorkerLoRAManager", (WorkerLoRAManager,), {"_load_adapter": WorkerLoRAManager._load_adapter})
+    modules[names[2]].WorkerLoRAManager = own  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(hooks, "_installed", False)
+    return modules["vllm"]
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("0.31.4", "this is vLLM 0.31.4, but gatewise serves routed adapters in 0.32 alone, where it was tried: install that"),
+        ("0.32.7", "this vLLM is not the 0.32.7 that gatewise was tried with: "),
+    ],
+)
+def test_another_vllm_refuses_routed_adapters_and_is_left_alone(
+    other_vllm: ModuleType, folder: Path, tmp_path: Path, version: str, reason: str
+) -> None:
+    other_vllm.__version__ = version  # type: ignore[attr-defined]
+    register()
+    register()
+    manager = sys.modules["vllm.lora.worker_manager"].WorkerLoRAManager()
+    assert manager.add_adapter(SimpleNamespace(lora_path=str(tmp_path))) == f"loaded {tmp_path}"
+    with pytest.raises(GatewiseError, match=re.escape(reason)) as found:
+        manager.add_adapter(SimpleNamespace(lora_path=str(folder)))
+    assert str(found.value).startswith(f"the routed adapter {folder} cannot be served: this")
+    assert {name for name in vars(type(manager)) if not name.startswith("__")} == {"_load_adapter"}
+
+
+def test_a_vllm_that_nothing_can_be_put_into_starts_all_the_same(other_vllm: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    other_vllm.__version__ = "0.40.0"  # type: ignore[attr-defined]
+    del sys.modules["vllm.lora.worker_manager"].WorkerLoRAManager  # type: ignore[attr-defined]
+    register()
+    assert "routed adapters cannot be served by this vLLM" in caplog.text
