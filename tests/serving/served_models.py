@@ -23,12 +23,12 @@ POSITIONS = 96
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}w1"
 
 
-def base_folder(folder: Path, family: str = "llama") -> Path:
+def base_folder(folder: Path, family: str = "llama", **changes: int) -> Path:
     """A base model whose weights are as large as trained ones, so that all of a prompt tells in what it writes."""
     torch.manual_seed(5)
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes |= {"hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0, "eos_token_id": 1}
-    sizes |= {"max_position_embeddings": POSITIONS}
+    sizes |= {"max_position_embeddings": POSITIONS, **changes}
     if family == "gemma3":  # a layer that sees eight tokens, and one that sees all
         window = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
         model: Any = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **window))

@@ -1,18 +1,28 @@
 """The ``serve`` command: one base model and many adapters behind OpenAI's API."""
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gatewise.errors import GatewiseError
 from gatewise.flags import DeviceOption
 
+if TYPE_CHECKING:
+    from gatewise.serving.server.running import AdapterServer
+    from gatewise.serving.server.with_vllm import VllmServer
+
 ENGINES = ("auto", "transformers", "vllm")
 
 
 def serve(
     base: Annotated[str, typer.Argument(help="The base model: a hub id, a folder or an embedded model.", show_default=False)],
+    vllm: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM-ARGUMENT...]", help="More arguments, for vLLM's own server.", show_default=False),
+    ] = None,
     adapters: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,25 +66,42 @@ def serve(
     \b
     Examples:
       gatewise serve smollm2-135m-instruct --adapters 'runs/*/adapter'
-      gatewise serve smollm2-135m-instruct --adapters adapters --engine vllm --python .venv-serve/bin/python
+      gatewise serve smollm2-135m-instruct --adapters adapters --python .venv-serve/bin/python -- --gpu-memory-utilization 0.8
     """
     if engine not in ENGINES:
         raise GatewiseError(f"--engine is {engine!r}: expected {', '.join(ENGINES)}")
+    if engine == "auto":
+        engine = "vllm" if python is not None or vllm or find_spec("vllm") is not None else "transformers"
+    settings: dict[str, Any] = {
+        "name": served_model_name, "host": host, "port": port, "key": api_key, "dtype": dtype, "most_tokens": max_model_len,
+        "most_loaded": max_loaded, "most_running": max_running, "every": poll, "say": _say,
+    }  # fmt: skip
     try:
-        from gatewise.serving.server.running import AdapterServer
+        if engine == "vllm":
+            if device != "auto":
+                raise GatewiseError(
+                    f"--device is {device!r}, but vLLM chooses its own: leave it out, or take --engine transformers"
+                )
+            from gatewise.serving.server.with_vllm import VllmServer
+
+        else:
+            for name, given in (("--python", python), ("vLLM's own arguments", vllm)):
+                if given:
+                    raise GatewiseError(f"{name} goes with --engine vllm: leave it out")
+            from gatewise.serving.server.running import AdapterServer
     except ModuleNotFoundError as error:
         raise GatewiseError(
             f"serve needs {(error.name or '').partition('.')[0]}, which is not installed: pip install 'gatewise[server]'"
         ) from error
-    server = AdapterServer(
-        base, adapters or (), name=served_model_name, host=host, port=port, key=api_key, device=device, dtype=dtype,
-        most_tokens=max_model_len, most_loaded=max_loaded, most_running=max_running, most_waiting=max_waiting, limits=_limits(),
-        every=poll, say=_say,
-    )  # fmt: skip
-    with server:
-        names = [server.name, *(one.name for one in server.catalogue.all())]
-        _say(f"models: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}")
-        typer.echo(f"serving: {server.url}/v1")
+    if engine == "vllm":
+        in_vllm = VllmServer(base, adapters or (), python=python or sys.executable, rest=vllm or (), **settings)
+        try:
+            in_vllm.run(ready=lambda: _ready(in_vllm))
+        except KeyboardInterrupt:
+            _say("serving ended")
+        return
+    with AdapterServer(base, adapters or (), device=device, most_waiting=max_waiting, limits=_limits(), **settings) as server:
+        _ready(server)
         try:
             server.run()
         except KeyboardInterrupt:
@@ -91,6 +118,13 @@ def _limits() -> dict[str, Any]:
     except (ImportError, GatewiseError):
         return {}
     return {ARGUMENT: TreeScores}
+
+
+def _ready(server: "AdapterServer | VllmServer") -> None:
+    names = [server.name, *server.names]
+    _say(f"models: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}")
+    typer.echo(f"serving: {server.url}/v1")
+    sys.stdout.flush()
 
 
 def _say(text: str) -> None:

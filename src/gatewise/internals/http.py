@@ -1,10 +1,9 @@
-"""What every server of gatewise needs of uvicorn and Starlette: patience with limits, bodies with limits, and a place to listen.
+"""What every server of gatewise needs of uvicorn and Starlette: patience with limits, and bodies with limits.
 
 Read in uvicorn 0.40 to 0.54.
 """
 
 import asyncio
-import socket
 
 from h11 import IDLE, SEND_RESPONSE, Data, EndOfMessage
 from h11 import Response as Head
@@ -12,8 +11,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from gatewise.errors import GatewiseError
 
 MOST_CONNECTIONS = 256  # fewer than the files that a process may have open
 SILENCE = 60  # seconds that a connection may be silent while it is its turn
@@ -116,36 +113,3 @@ class PatientProtocol(H11Protocol):
             for event in (head, Data(data=bytes(answer.body)), EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
-
-
-def resolved(host: str, port: int) -> tuple[socket.AddressFamily, str]:
-    """Family and address of ``--host``.
-
-    Raises:
-        GatewiseError: it has none.
-    """
-    try:
-        found = socket.getaddrinfo(host or "?", port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise GatewiseError(f"--host is {host[:100]!r}, expected an address or a name of this machine ({said})") from error
-    family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
-    return family, str(address[0])
-
-
-def listening(family: socket.AddressFamily, address: str, port: int, host: str, hint: str) -> socket.socket:
-    """A socket that listens at what :func:`resolved` gave; port 0 takes a free one.
-
-    Args:
-        host: as the user gave it.
-        hint: what to do where the port cannot be had.
-
-    Raises:
-        GatewiseError: it cannot be had.
-    """
-    try:
-        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-        return socket.create_server((address, port), family=family, backlog=128, dualstack_ipv6=both)
-    except OSError as error:
-        what = f"port {port} cannot be had" if host == "127.0.0.1" else f"port {port} of {host} cannot be had"
-        raise GatewiseError(f"{what} ({error.strerror or error}): {hint}") from error

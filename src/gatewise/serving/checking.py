@@ -257,7 +257,7 @@ def run_vllm(python: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
         if code == vllm_process.NO_VLLM:
             raise GatewiseError(f"{python} has no vLLM: give the Python of an environment that has it (--python)")
         if code or not answered.exists():
-            said = _reason_in(log.read_text(encoding="utf-8", errors="replace"))
+            said = reason_in(log.read_text(encoding="utf-8", errors="replace"))
             if code < 0:
                 raise GatewiseError(f"vLLM was killed by signal {-code}, as where memory runs out; the last it said: {said}")
             raise GatewiseError(f"vLLM ended with an error: {said}" if code else f"{python} gave no answer of vLLM: {said}")
@@ -282,7 +282,7 @@ _ERROR = re.compile(r"(?:^|[\] ])((?:\w+\.)*\w*(?:Error|Exception)\b: ?.+)")
 _NO_ERROR = re.compile(r"(?:^|\) )(?:DEBUG|INFO|WARNING) ")
 
 
-def _reason_in(log: str) -> str:
+def reason_in(log: str) -> str:
     """The first error of the log: the later ones say that a process that another one waits for is gone."""
     errors = [found[1] for line in log.splitlines() if not _NO_ERROR.search(line) and (found := _ERROR.search(line))]
     lines = errors[:1] or log.strip().splitlines()[-1:] or ["it said nothing"]

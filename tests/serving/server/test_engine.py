@@ -17,7 +17,8 @@ from served_models import POSITIONS, adapter_folder, base_folder, client, servin
 
 from gatewise.errors import GatewiseError
 from gatewise.serving.server.lanes import Lane
-from gatewise.serving.server.running import AdapterServer, check_reach
+from gatewise.serving.server.reach import check_reach
+from gatewise.serving.server.running import AdapterServer
 
 PROMPT = [7, 19, 23]
 

@@ -28,7 +28,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gatewise.errors import GatewiseError
 from gatewise.internals import http
-from gatewise.internals.http import PatientProtocol, listening, read_body, resolved
+from gatewise.internals.http import PatientProtocol, read_body
+from gatewise.internals.listening import listening, resolved
 from gatewise.mdt.review.actions import NothingThereError, Review, refused
 from gatewise.mdt.review.session import OldPageError
 from gatewise.mdt.review.users import OneUser, UserFile

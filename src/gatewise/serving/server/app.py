@@ -36,7 +36,7 @@ from gatewise.serving.server.asked import Asked, BadRequestError, chat, completi
 from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version
 from gatewise.serving.server.engine import Answer, BusyError, Engine, Limit, NotLoadedError, Piece, Told
 from gatewise.serving.server.metrics import Metrics
-from gatewise.serving.server.tokenizers import Tokenizers
+from gatewise.serving.server.vocabularies import Tokenizers
 
 MOST_BYTES = 8 * 2**20  # of a request's body
 _TYPES = {

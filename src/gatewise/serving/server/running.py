@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from gatewise.errors import GatewiseError
 from gatewise.internals import http
-from gatewise.internals.http import PatientProtocol, listening, resolved
+from gatewise.internals.http import PatientProtocol
+from gatewise.internals.listening import listening, resolved
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import config_positions, load_model, load_tokenizer
 from gatewise.serving.server.app import Limits, Served, app, unreadable
@@ -18,9 +19,9 @@ from gatewise.serving.server.catalogue import SETTLED, Catalogue
 from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import check_model
 from gatewise.serving.server.metrics import Metrics
-from gatewise.serving.server.tokenizers import Tokenizers
+from gatewise.serving.server.reach import HOST, PORT, check_reach
+from gatewise.serving.server.vocabularies import Tokenizers
 
-HOST, PORT = "127.0.0.1", 8000
 _UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
 
 
@@ -127,6 +128,11 @@ class AdapterServer:
             )
         )
 
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters that are served now."""
+        return [one.name for one in self.catalogue.all()]
+
     def run(self) -> None:
         """Serves until :meth:`end`, or until an interrupt, which is raised when the answers under way have had five seconds."""
         self.engine.start()
@@ -153,20 +159,3 @@ class _Protocol(PatientProtocol):
 
     def unreadable(self) -> Response:
         return unreadable()
-
-
-def check_reach(host: str, port: int, key: str | None) -> frozenset[str] | None:
-    """Refuses to let everybody in. Returns the names under which a server without a key answers, None for one that has a key.
-
-    Raises:
-        GatewiseError: other machines could reach it, and there is no key.
-    """
-    _, address = resolved(host, port)
-    if key is not None:
-        if not key.strip() or not key.isascii() or not key.isprintable():
-            raise GatewiseError("the API key is empty, or has more than ASCII characters that can be printed: give another one")
-        return None
-    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-        raise GatewiseError(f"--host {host} lets other machines in: give a key, in GATEWISE_API_KEY or with --api-key")
-    shown = f"[{host}]" if ":" in host else host
-    return frozenset({"127.0.0.1", "localhost", "[::1]", shown.lower()})

@@ -1,0 +1,108 @@
+"""vLLM's own server for OpenAI's API, whose adapters come and go as another process says. It imports nothing but vLLM.
+
+    python vllm_server.py ARGUMENT...
+
+The arguments are those of ``vllm serve``. Standard input has a JSON object a line: {"name": ..., "path": ...} has the adapter of a
+folder served by a name, which answers that are being written go on without; {"name": ...} ends that. No client can do either. The
+process leads a group of processes, and kills it when its standard input ends: whoever started it is gone then, however that came.
+
+Read in vLLM 0.32: ``OpenAIServingModels``, and ``init_app_state`` in the launcher of its server.
+"""
+
+import asyncio
+import json
+import os
+import runpy
+import signal
+import sys
+import threading
+from collections import deque
+from importlib.util import find_spec
+from typing import Any
+
+NO_VLLM = 3
+"""The exit code of a Python that has no vLLM."""
+
+
+REFUSED = "error: vLLM does not load the adapter "
+"""What stands before the name of an adapter, and why."""
+
+
+class Adapters:
+    """What standard input says of adapters, which is done as soon as the server has begun."""
+
+    def __init__(self) -> None:
+        self._told: deque[dict[str, Any]] = deque()
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._news: asyncio.Event | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def listen(self) -> None:
+        """Reads standard input to its end, and then ends all."""
+        held = b""
+        while piece := os.read(0, 65536):  # not sys.stdin, whose lock a forked process would inherit
+            *lines, held = (held + piece).split(b"\n")
+            with self._lock:
+                self._told.extend(json.loads(line) for line in lines)
+                if self._loop is not None and self._news is not None:
+                    self._loop.call_soon_threadsafe(self._news.set)
+        os.killpg(0, signal.SIGKILL)
+
+    def begin(self, models: Any) -> None:
+        """From here on vLLM's ``models`` have them; called in the server's loop."""
+        with self._lock:
+            self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
+            self._news.set()
+        self._task = asyncio.create_task(self._follow(models, self._news))
+
+    async def _follow(self, models: Any, news: asyncio.Event) -> None:
+        while True:
+            await news.wait()
+            news.clear()
+            while True:
+                with self._lock:
+                    if not self._told:
+                        break
+                    one = self._told.popleft()
+                await self._change(models, one["name"], one.get("path"))
+
+    async def _change(self, models: Any, name: str, path: str | None) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if path is None:
+            models.lora_requests.pop(name, None)
+            return
+        # A number of its own, so that requests that run go on with the adapter that they began with.
+        made = LoRARequest(lora_name=name, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
+        try:
+            await models.engine_client.add_lora(made)
+        except Exception as error:
+            print(f"{REFUSED}{name!r}: {error}", file=sys.stderr, flush=True)
+            models.lora_requests.pop(name, None)
+        else:
+            models.lora_requests[name] = made
+            print(f"the adapter {name!r} is served", file=sys.stderr, flush=True)
+
+
+def follow(adapters: Adapters) -> None:
+    """Has vLLM's server tell when it begins."""
+    from vllm.entrypoints.launchers.api_server import entry
+
+    init = entry.init_app_state
+
+    async def init_app_state(engine: Any, state: Any, *given: Any, **more: Any) -> None:
+        await init(engine, state, *given, **more)
+        adapters.begin(state.openai_serving_models)
+
+    entry.init_app_state = init_app_state
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose files would stand before libraries of their names
+    if find_spec("vllm") is None:
+        sys.exit(NO_VLLM)
+    coming = Adapters()
+    threading.Thread(target=coming.listen, daemon=True).start()
+    follow(coming)
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

@@ -1,0 +1,354 @@
+"""A server of one base model and many adapters in vLLM, which may be in another Python than gatewise.
+
+vLLM's own server answers. What is done here is to tell it what the adapters need, to keep it told of adapters that come and go, and
+to leave nothing of it behind. Adapters are served from copies (see catalogue.py), each state of a folder from another one, so that
+neither vLLM's prefix cache nor an answer that is being written mixes two of them.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from transformers import AutoConfig
+
+from gatewise.adapters.files import read_lora
+from gatewise.errors import GatewiseError, reason_of, some
+from gatewise.internals.listening import listening, resolved
+from gatewise.models.cache import resolve
+from gatewise.serving.checking import reason_in
+from gatewise.serving.engines import VLLM_RANKS, serving_settings, settings_together
+from gatewise.serving.server import vllm_server
+from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version
+from gatewise.serving.server.reach import HOST, PORT, check_reach
+
+MOST_IN_BATCH = 8
+"""Adapters in one batch of vLLM, unless ``--max-loras`` is among its own arguments: it reserves memory for each."""
+
+_PATIENCE = 20.0  # seconds for vLLM to end by itself
+_KEPT = 600.0  # seconds in which an answer with an adapter that is gone may need its files again
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an engine was started for; adapters that come later have to fit in.
+
+    Attributes:
+        rank: the largest.
+        modules: that are told to vLLM, None for all.
+        routed: whether it can serve routed adapters.
+    """
+
+    rank: int
+    modules: frozenset[str] | None
+    routed: bool
+
+    def problem(self, version: Version, settings: Mapping[str, Any]) -> str | None:
+        """Why an adapter does not fit in, to follow "it"."""
+        if version.kind == "routed" and not self.routed:
+            return "is routed, which this vLLM was not started for"
+        if settings["largest_rank"] > self.rank:
+            return f"has rank {settings['largest_rank']}, more than the {self.rank} that this vLLM was started for"
+        if self.modules is not None and (others := sorted(set(settings["modules"]) - self.modules)):
+            return f"has modules that this vLLM was not started for ({some(others)})"
+        return None
+
+
+def settings_of(version: Version, model_type: str | None) -> dict[str, Any]:
+    """What vLLM must be told of an adapter, as ``serving_settings`` has it.
+
+    Raises:
+        GatewiseError: vLLM does not serve it.
+    """
+    if version.kind == "alone":
+        raise GatewiseError(f"vLLM does not serve the adapter {version.folder}: take --engine transformers")
+    settings = serving_settings(read_lora(version.folder), model_type)
+    if settings["vllm"] is None:
+        raise GatewiseError(
+            f"vLLM does not serve the adapter {version.folder}, which has more than A and B or a rank above {VLLM_RANKS[-1]}: "
+            "take --engine transformers"
+        )
+    return settings
+
+
+def arguments_for(
+    found: Sequence[tuple[Version, Mapping[str, Any]]], positions: int, most_loaded: int, rest: Sequence[str] = ()
+) -> tuple[list[str], Room]:
+    """What vLLM must be told of adapters, and what fits in beside them.
+
+    Args:
+        found: adapters with their ``settings_of``; none where they are still to come.
+        positions: the most tokens of prompt and answer.
+        most_loaded: adapters that vLLM keeps beside the model.
+        rest: arguments that the user gives vLLM; those go before ours.
+    """
+    given = {one.partition("=")[0].replace("_", "-") for one in rest}
+    routed = any(version.kind == "routed" for version, _ in found)
+    arguments, rank = ["--enable-lora"], 16
+    modules: frozenset[str] | None = None  # of adapters that nobody knows yet: all
+    if found:
+        together = settings_together([dict(settings) for _, settings in found])
+        rank = together["vllm"]["max_lora_rank"]
+        if "--lora-target-modules" not in given:
+            modules = frozenset(together["modules"])
+            told = together["vllm"]["arguments"]
+            arguments += told[told.index("--lora-target-modules") :]
+    if "--max-lora-rank" in given:
+        rank = int(_value(rest, "--max-lora-rank"))
+    else:
+        arguments += ["--max-lora-rank", str(rank)]
+    if "--max-loras" not in given:
+        # One more than are used: in a batch with others, vLLM 0.32 gives rows without an adapter that of the last slot on a CPU.
+        arguments += ["--max-loras", str(min(max(len(found), 1), MOST_IN_BATCH) + 1)]
+    if "--max-cpu-loras" not in given:
+        arguments += ["--max-cpu-loras", str(max(most_loaded, min(max(len(found), 1), MOST_IN_BATCH) + 1))]
+    if routed:
+        arguments += ["--no-enable-chunked-prefill", "--enforce-eager"]
+        if "--max-num-batched-tokens" not in given:
+            arguments += ["--max-num-batched-tokens", str(max(positions, 2048))]
+    return arguments, Room(rank, modules, routed)
+
+
+class VllmServer:
+    """Serves until an interrupt, or until vLLM ends.
+
+    Args:
+        python: of an environment that has vLLM; routed adapters need gatewise there too.
+        rest: more arguments for vLLM.
+        See :class:`gatewise.serving.server.running.AdapterServer` for the others.
+
+    Raises:
+        GatewiseError: something of it cannot be had, or an adapter that was named itself cannot be served.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        adapters: Sequence[str] = (),
+        *,
+        python: str | Path = sys.executable,
+        name: str | None = None,
+        host: str = HOST,
+        port: int = PORT,
+        key: str | None = None,
+        dtype: str = "auto",
+        most_tokens: int | None = None,
+        most_loaded: int = 32,
+        most_running: int = 32,
+        every: float = 2.0,
+        settled: float = SETTLED,
+        rest: Sequence[str] = (),
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._say = say or (lambda text: print(text, file=sys.stderr))
+        self._every, self._key = every, key
+        check_reach(host, port, key)
+        family, address = resolved(host, port)
+        with listening(family, address, port, host, "give another --port") as free:  # told now, not in a log of vLLM's
+            port = free.getsockname()[1]
+        shown = {"0.0.0.0": HOST, "::": "::1"}.get(address, host)
+        self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+        self.name = name or base
+        self.catalogue = Catalogue(adapters, [self.name], self._say, settled)
+        source = resolve(base)
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise GatewiseError(
+                f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}"
+            ) from error
+        self._model_type = config.model_type
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
+        self._said: set[str] = set()
+        found = [one for version in self.catalogue.all() if (one := self._fitting(version, None, strict=version.is_named))]
+        self._room: Room | None = None
+        self._arguments = [
+            "--model", source, "--served-model-name", self.name, "--host", address, "--port", str(port),
+            "--max-num-seqs", str(most_running), *(["--dtype", dtype] if dtype != "auto" else []),
+            *(["--max-model-len", str(most_tokens)] if most_tokens else []),
+        ]  # fmt: skip
+        if adapters:
+            more, self._room = arguments_for(found, most_tokens or positions, most_loaded, rest)
+            self._arguments += more
+        self._arguments += rest
+        self._python = str(python)
+        self._told: dict[str, Version] = {}
+        self._leaving: list[tuple[float, Path]] = []
+        self._lines: deque[str] = deque(maxlen=400)
+        self._is_up, self._began = False, 0.0
+        self._refused: list[str] = []
+
+    def run(self, ready: Callable[[], None] | None = None) -> None:
+        """Runs vLLM.
+
+        Args:
+            ready: called once it answers.
+
+        Raises:
+            GatewiseError: vLLM ended.
+            KeyboardInterrupt: after an interrupt, or SIGTERM; nothing of vLLM is left.
+        """
+        with tempfile.TemporaryDirectory(prefix="gatewise-serve-") as copies, _interrupted_by_sigterm(), self._started() as process:
+            while (code := process.poll()) is None:
+                self._tell(process, Path(copies))
+                if not self._is_up and self._answers():
+                    self._is_up = True
+                    self._lines.clear()  # what vLLM said when it began does not tell why it ended
+                    if ready is not None:
+                        ready()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(self._every if self._is_up else 0.3)
+                if self._is_up:
+                    self.catalogue.scan()
+        raise GatewiseError(self._end(code))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters that vLLM was told of, and has not refused."""
+        return sorted(set(self._told).difference(self._refused))
+
+    @contextmanager
+    def _started(self) -> Iterator["subprocess.Popen[bytes]"]:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if self._key is not None:
+            environment["VLLM_API_KEY"] = self._key  # arguments can be seen by others
+        if self._room is not None and self._room.routed:
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        command = [self._python, str(Path(vllm_server.__file__)), *self._arguments]
+        try:
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )  # fmt: skip
+        except OSError as error:
+            raise GatewiseError(f"{self._python} could not be run ({reason_of(error)}): give the Python that has vLLM") from error
+        reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+        reader.start()
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                with suppress(OSError):
+                    os.killpg(process.pid, signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_PATIENCE)
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            reader.join(5)
+
+    def _read(self, stream: IO[bytes]) -> None:
+        """vLLM's log goes to stderr as it comes."""
+        for line in iter(stream.readline, b""):
+            text = line.decode(errors="replace").rstrip()
+            self._lines.append(text)
+            if text.startswith(vllm_server.REFUSED):
+                self._refused += [name for name in self._told if text.startswith(f"{vllm_server.REFUSED}{name!r}:")]
+            self._say(text)
+
+    def _tell(self, process: "subprocess.Popen[bytes]", copies: Path) -> None:
+        """Tells vLLM of adapters that came, were replaced or went."""
+        if self._room is None:
+            return
+        now = {one.name: one for one in self.catalogue.all()}
+        for name, version in list(self._told.items()):
+            if now.get(name) is not version:
+                del self._told[name]
+                self._leaving.append((time.monotonic() + _KEPT, copies / version.key))
+                if name not in now:
+                    self._send(process, {"name": name})
+        for name, version in now.items():
+            if name in self._told or self._fitting(version, self._room) is None:
+                continue
+            with suppress(ReplacedError), version.copied() as folder:
+                shutil.copytree(folder, copies / version.key)
+                self._told[name] = version
+                self._refused = [one for one in self._refused if one != name]
+                self._send(process, {"name": name, "path": str(copies / version.key)})
+        for when, path in list(self._leaving):
+            if when < time.monotonic():
+                self._leaving.remove((when, path))
+                shutil.rmtree(path, ignore_errors=True)
+
+    @staticmethod
+    def _send(process: "subprocess.Popen[bytes]", told: Mapping[str, str]) -> None:
+        assert process.stdin is not None
+        with suppress(OSError):  # it has ended, which is found out in a moment
+            process.stdin.write(json.dumps(told).encode() + b"\n")
+            process.stdin.flush()
+
+    def _fitting(self, version: Version, room: Room | None, strict: bool = False) -> tuple[Version, dict[str, Any]] | None:
+        """An adapter with its settings; None, which is said once, if vLLM does not serve it."""
+        if version.key in self._said:
+            return None
+        try:
+            settings = settings_of(version, self._model_type)
+            problem = None if room is None else room.problem(version, settings)
+            if problem is not None:
+                raise GatewiseError(f"the adapter {version.folder} {problem}: start the server again to serve it")
+        except GatewiseError as error:
+            if strict:
+                raise
+            self._said.add(version.key)
+            self._say(f"note: {error}")
+            return None
+        return version, settings
+
+    def _answers(self) -> bool:
+        """Whether vLLM serves all adapters that it was told of, or has had a minute for them."""
+        asked = urllib.request.Request(f"{self.url}/v1/models", headers={"Authorization": f"Bearer {self._key}"})
+        with suppress(OSError, ValueError), urllib.request.urlopen(asked, timeout=2) as answer:
+            self._began = self._began or time.monotonic()
+            served = {one["id"] for one in json.load(answer)["data"]}
+            return served.issuperset(set(self._told).difference(self._refused)) or time.monotonic() > self._began + 60
+        return False
+
+    def _end(self, code: int) -> str:
+        """One sentence for vLLM's end."""
+        if code == vllm_server.NO_VLLM:
+            return f"{self._python} has no vLLM: give the Python of an environment that has it (--python), or --engine transformers"
+        said = reason_in("\n".join(self._lines))
+        if code < 0:
+            return f"vLLM was killed by signal {-code}, as where memory runs out; the last it said: {said}"
+        return f"vLLM ended with exit code {code}: {said}"
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM is an interrupt, so that nothing of vLLM is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _value(rest: Sequence[str], name: str) -> str:
+    """The value of one of vLLM's arguments."""
+    for place, one in enumerate(rest):
+        head, equals, value = one.partition("=")
+        if head.replace("_", "-") == name:
+            found = value if equals else (rest[place + 1] if place + 1 < len(rest) else "")
+            if name == "--max-lora-rank" and not found.isdigit():
+                break
+            return found
+    raise GatewiseError(f"vLLM's argument {name} has no number behind it")

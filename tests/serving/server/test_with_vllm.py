@@ -1,0 +1,211 @@
+"""What vLLM is told of adapters, and that nothing of it is left behind. With the real one: `make test-serve`."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+from served_models import adapter_folder, base_folder, client, text_of, words, writes
+
+from gatewise.errors import GatewiseError
+from gatewise.serving.server.catalogue import Catalogue
+from gatewise.serving.server.with_vllm import Room, VllmServer, arguments_for, settings_of
+
+PYTHON = os.environ.get("GATEWISE_VLLM_PYTHON")
+WIDE = {"hidden_size": 64, "head_dim": 32}  # vLLM's attention needs heads of 32 numbers and more
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("made")
+    base = base_folder(root / "base", **WIDE)
+    adapter_folder(base, root / "adapters" / "one", seed=1)
+    adapter_folder(base, root / "adapters" / "two", seed=2, r=12, target_modules=["q_proj", "down_proj"])
+    adapter_folder(base, root / "adapters" / "routed", "routed", seed=3)
+    adapter_folder(base, root / "dora", "dora", seed=4)
+    return root
+
+
+def versions(*places: Path) -> dict[str, Any]:
+    return {one.name: one for one in Catalogue([str(one) for one in places], settled=0.0).all()}
+
+
+def test_what_vllm_is_told(made: Path) -> None:
+    found = {name: (one, settings_of(one, "llama")) for name, one in versions(made / "adapters").items()}
+    arguments, room = arguments_for([found["one"]], 96, 32)
+    assert arguments[:2] == ["--enable-lora", "--lora-target-modules"]
+    assert arguments[arguments.index("--max-lora-rank") + 1] == "8"
+    assert "model.layers.1.self_attn.qkv_proj" in arguments
+    assert arguments[-4:] == ["--max-loras", "2", "--max-cpu-loras", "32"]
+    assert room.problem(*found["two"]) == "has rank 12, more than the 8 that this vLLM was started for"
+    assert room.problem(*found["routed"]) == "is routed, which this vLLM was not started for"
+    arguments, room = arguments_for([found["two"]], 96, 1)
+    assert room.rank == 16
+    assert arguments[-4:] == ["--max-loras", "2", "--max-cpu-loras", "2"]
+    assert room.problem(*found["one"]) is not None
+    assert "modules that this vLLM was not started for" in str(room.problem(*found["one"]))
+    arguments, room = arguments_for([found["one"], found["routed"]], 4096, 32)
+    assert {"--no-enable-chunked-prefill", "--enforce-eager"} < set(arguments)
+    assert arguments[arguments.index("--max-num-batched-tokens") + 1] == "4096"
+    assert room.routed
+    assert room.problem(*found["routed"]) is None
+    arguments, room = arguments_for([], 96, 32, ["--max_lora_rank=64", "--max-loras", "3"])
+    assert room == Room(64, None, False)
+    assert arguments == ["--enable-lora", "--max-cpu-loras", "32"]
+    with pytest.raises(GatewiseError, match="no number behind it"):
+        arguments_for([], 96, 32, ["--max-lora-rank"])
+
+
+def test_what_vllm_does_not_serve_is_told(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match=r"vLLM does not serve the adapter .*dora: take --engine transformers"):
+        VllmServer(str(made / "base"), [str(made / "dora")], port=0)
+    said: list[str] = []
+    shutil.copytree(made / "dora", tmp_path / "dora")
+    server = VllmServer(str(made / "base"), [str(tmp_path)], port=0, say=said.append, settled=0.0)
+    assert len(said) == 1
+    assert "note: vLLM does not serve the adapter" in said[0]
+    assert server.names == []
+
+
+def fake(tmp_path: Path, script: str) -> Path:
+    """Stands in for a Python that has vLLM."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 3", "has no vLLM: give the Python of an environment that has it"),
+        ("echo INFO all well; echo 'ValueError: no such device'; echo later; exit 1", "exit code 1: ValueError: no such device"),
+        ("echo the end; kill -9 $$", "killed by signal 9, as where memory runs out; the last it said: the end"),
+    ],
+)
+def test_its_end_is_told_in_a_sentence(made: Path, tmp_path: Path, script: str, said: str) -> None:
+    log: list[str] = []
+    server = VllmServer(str(made / "base"), [], python=fake(tmp_path, script), port=0, say=log.append)
+    with pytest.raises(GatewiseError, match=re.escape(said)):
+        server.run()
+    with pytest.raises(GatewiseError, match="could not be run"):
+        VllmServer(str(made / "base"), [], python=tmp_path / "none", port=0).run()
+
+
+def is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
+
+
+def test_nothing_is_left_behind(made: Path, tmp_path: Path) -> None:
+    """vLLM's engine is a process of its own, which must go too; and the key is no argument, which others see."""
+    script = (
+        f'echo "$VLLM_API_KEY" > {tmp_path}/key; echo "$@" > {tmp_path}/arguments; sleep 100 & echo $! > {tmp_path}/engine; wait'
+    )
+    command = [sys.executable, "-m", "gatewise", "serve", str(made / "base"), "--engine", "vllm", "--port", "0"]
+    command += ["--python", str(fake(tmp_path, script)), "--", "--seed", "3"]
+    process = subprocess.Popen(command, env={**os.environ, "GATEWISE_API_KEY": "secret"}, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 60
+    while not (tmp_path / "engine").exists() or not (tmp_path / "engine").read_text().strip():
+        assert time.monotonic() < limit
+        assert process.poll() is None
+        time.sleep(0.05)
+    engine = int((tmp_path / "engine").read_text())
+    assert is_there(engine)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.splitlines()[-1] == "serving ended"
+    assert not is_there(engine)
+    assert (tmp_path / "key").read_text() == "secret\n"
+    told = (tmp_path / "arguments").read_text()
+    assert "secret" not in told
+    assert told.endswith("--seed 3\n")
+
+
+# ---- the real vLLM ----
+
+real = pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no Python that has vLLM: run `make test-serve`")
+
+
+@pytest.fixture(scope="module")
+def served(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """``gatewise serve`` with the real vLLM, in a process of its own."""
+    folder = tmp_path_factory.mktemp("watched")
+    for name in ("one", "two", "routed"):
+        shutil.copytree(made / "adapters" / name, folder / name)
+    command = [sys.executable, "-m", "gatewise", "serve", str(made / "base"), "--adapters", str(folder), "--python", str(PYTHON)]
+    command += ["--port", "0", "--served-model-name", "tiny", "--dtype", "float32", "--poll", "0.3", "--", "--block-size", "32"]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder.parent / "log").open("w+") as log:
+        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("serving: "), (folder.parent / "log").read_text()[-3000:]
+            yield SimpleNamespace(url=line.split()[1].removesuffix("/v1"), folder=folder)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+@real
+def test_many_clients_at_once(served: SimpleNamespace, made: Path) -> None:
+    asked = client(served)
+    names = ["tiny", "one", "two", "routed"]
+    assert {one.id for one in asked.models.list()} == set(names)
+    jobs = [(name, [7 + number, 19, 23 + number][: 1 + number % 3], 4 + number) for number in range(6) for name in names]
+
+    def run(job: tuple[str, list[int], int]) -> str:
+        name, prompt, tokens = job
+        given: Any = prompt if tokens % 2 else words(prompt)
+        answer = asked.completions.create(model=name, prompt=given, max_tokens=tokens, temperature=0, stream=tokens % 3 == 0)
+        return "".join(one.choices[0].text for one in answer) if tokens % 3 == 0 else answer.choices[0].text
+
+    with ThreadPoolExecutor(12) as threads:
+        found = list(threads.map(run, jobs))
+    for (name, prompt, tokens), text in zip(jobs, found, strict=True):
+        alone = writes(made / "base", None if name == "tiny" else made / "adapters" / name, prompt, tokens)
+        assert text.strip() == text_of(alone).strip(), (name, prompt)
+
+
+@real
+def test_adapters_come_are_replaced_and_go(served: SimpleNamespace, made: Path) -> None:
+    prompt = [7, 19, 23]
+
+    def text(name: str) -> str | None:
+        try:
+            return client(served).completions.create(model=name, prompt=prompt, max_tokens=8, temperature=0).choices[0].text
+        except openai.NotFoundError:
+            return None
+
+    def soon(name: str, expected: Path | None) -> None:
+        wanted = None if expected is None else text_of(writes(made / "base", expected, prompt, 8))
+        limit = time.monotonic() + 60
+        while text(name) != wanted:
+            assert time.monotonic() < limit, text(name)
+            time.sleep(0.2)
+
+    assert text("new") is None
+    for name in ("one", "routed", "two"):
+        shutil.copytree(made / "adapters" / name, served.folder / ".new")
+        shutil.rmtree(served.folder / "new", ignore_errors=True)
+        (served.folder / ".new").rename(served.folder / "new")
+        soon("new", made / "adapters" / name)
+    shutil.rmtree(served.folder / "new")
+    soon("new", None)
+    assert text("../one") is None
+    assert text(str(made / "adapters" / "one")) is None
