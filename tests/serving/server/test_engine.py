@@ -222,3 +222,39 @@ def test_what_the_server_cannot_have_is_told(made: dict[str, Path]) -> None:
             pass
         with pytest.raises(GatewiseError, match=f"has {POSITIONS} positions"), serving(made["base"], most_tokens=POSITIONS + 1):
             pass
+
+
+def test_nobody_waits_for_an_engine_that_ended(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with serving(made["base"], made["a"]) as server:
+        monkeypatch.setattr("gatewise.serving.server.engine.Engine._admit", breaks)
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError) as told:
+                ask(server, "a")
+            assert told.value.status_code == 503
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{server.url}/health")
+    assert "a fault of ours" in capsys.readouterr().err
+
+
+def test_any_fault_in_loading_is_the_adapters_alone(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(made["a"], tmp_path / "a")
+    shutil.copytree(made["b"], tmp_path / "b")
+    load = Lane.load
+
+    def fails(self: Lane, folder: Path, name: str, base_name: str) -> None:
+        load(self, folder, name, base_name)
+        if broken:
+            raise AssertionError
+
+    broken = True
+    monkeypatch.setattr(Lane, "load", fails)
+    with serving(made["base"], tmp_path) as server:
+        with pytest.raises(openai.InternalServerError, match="'a' cannot be loaded"):
+            ask(server, "a")
+        broken = False
+        assert ask(server, "b").choices[0].text == text(made, "b")

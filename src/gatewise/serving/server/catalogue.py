@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -133,7 +134,10 @@ class Catalogue:
 
         def look() -> None:
             while not self._ended.wait(every):
-                self.scan()
+                try:
+                    self.scan()
+                except Exception as error:  # whatever lies there must not end the watch
+                    traceback.print_exception(error, file=sys.stderr)
 
         threading.Thread(target=look, name="gatewise-watch", daemon=True).start()
 

@@ -14,6 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -229,22 +230,29 @@ class Engine:
     # ---- the thread ----
 
     def _run(self) -> None:
-        while True:
-            with self._news:
-                while not (self._is_ending or self._waiting or any(self._running.values())):
-                    self._news.wait(timeout=1.0)
-                    if any(one.version.gone for one in self._loaded.values()):
-                        break
-                if self._is_ending:
-                    break
-            self._drop_cancelled()
-            self._unload_gone()
-            self._admit()
-            for lane in list(self._running):
-                if self._running[lane]:
-                    self._step(lane)
+        try:
+            while self._has_work():
+                self._drop_cancelled()
+                self._unload_gone()
+                self._admit()
+                for lane in list(self._running):
+                    if self._running[lane]:
+                        self._step(lane)
+        except Exception as error:  # a fault of ours: nobody must wait for answers that never come
+            traceback.print_exception(error, file=sys.stderr)
+        with self._news:
+            self._is_ending = True
         for one in (*self._waiting, *(one for rows in self._running.values() for one in rows)):
             self._fail(one, BusyError("the server is ending"))
+
+    def _has_work(self) -> bool:
+        """Waits until there is something to do; false at the end."""
+        with self._news:
+            while not (self._is_ending or self._waiting or any(self._running.values())):
+                self._news.wait(timeout=1.0)
+                if any(one.version.gone for one in self._loaded.values()):
+                    break
+            return not self._is_ending
 
     def _drop_cancelled(self) -> None:
         with self._news:
@@ -317,13 +325,19 @@ class Engine:
         elif version.kind == "routed":
             lanes = [one for one in self._running if one.kind == "routed"]
             lane = lanes[0] if lanes else Lane(self._bare, "routed")
+        folder: Path | None = None
         try:
             with version.copied() as folder:
                 lane.load(folder, version.key, self._base)
-        except GatewiseError as error:
+        except ReplacedError:
+            raise
+        except Exception as error:
+            if not isinstance(error, GatewiseError):
+                traceback.print_exception(error, file=sys.stderr)
             # Said of the folder that the user knows, not of the copy.
-            version.problem = str(error).replace(str(folder), str(version.folder))
-            print(f"error: {version.problem}", file=sys.stderr)
+            version.problem = (str(error) or type(error).__name__).replace(str(folder or version.folder), str(version.folder))
+            if self.is_alive:  # nobody else says it
+                print(f"error: {version.problem}", file=sys.stderr)
             raise GatewiseError(version.problem) from error
         self._running.setdefault(lane, [])
         self._metrics.count("gatewise_adapter_loads_total", model=version.name)
