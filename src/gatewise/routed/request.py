@@ -181,8 +181,11 @@ def _regrouped(parts: Sequence[tuple["Request", Sequence[int]]]) -> "Request":
     decided = {
         path: made.regrouped([(request.decided[path], rows) for request, rows in parts]) for path, made in first.decided.items()
     }
-    version = min(request.version for request, _ in parts)
-    return Request(first.tracker, torch.cat(prompts), dict(groups), False, version, decided)
+    # One may be deleted, and loaded again by its name, between the beginnings of two requests of others.
+    tracker = first.tracker
+    gone = any(name in groups for request, _ in parts for name in tracker._gone(request))
+    version = min(request.version for request, _ in parts) if gone else tracker.version
+    return Request(tracker, torch.cat(prompts), dict(groups), False, version, decided)
 
 
 class Pass:

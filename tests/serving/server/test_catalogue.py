@@ -9,7 +9,7 @@ import pytest
 from served_models import adapter_folder, base_folder
 
 from gatewise.errors import GatewiseError
-from gatewise.serving.server.catalogue import Catalogue, ReplacedError, kind_of, name_of
+from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version, kind_of, name_of
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +149,8 @@ def test_no_copy_mixes_old_and_new(made: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("gatewise.serving.server.catalogue.shutil.copyfile", copy)
     with pytest.raises(ReplacedError), version.copied():
         pass
+
+
+def test_no_key_is_a_part_of_another() -> None:
+    keys = [Version("x", Path("x"), "plain", ()).key for _ in range(120)]
+    assert not any(one in other for one in keys for other in keys if one is not other)

@@ -55,7 +55,8 @@ class Version:
     kind: Kind
     signature: Signature
     is_named: bool = False
-    key: str = field(default_factory=lambda: f"version{next(_numbers)}")
+    # All of one length: PEFT takes the weights of "version23" for missing ones of "version2".
+    key: str = field(default_factory=lambda: f"version{next(_numbers):012}")
     created: int = field(default_factory=lambda: int(time.time()))
     gone: bool = False
     problem: str | None = None
