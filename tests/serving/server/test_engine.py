@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from served_models import POSITIONS, adapter_folder, base_folder, client, serving, text_of, writes
 
 from gatewise.errors import GatewiseError
+from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import Lane
 from gatewise.serving.server.reach import check_reach
 from gatewise.serving.server.running import AdapterServer
@@ -192,6 +193,26 @@ def test_a_fault_ends_its_answers_alone(
             assert ask(server, "a").choices[0].text == text(made, "a")
         assert ask(server, "routed").choices[0].text == text(made, "routed")
     assert "out of memory, say" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("name", ["a", "routed"])
+def test_who_goes_while_the_prompt_is_read_harms_no_other(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    enter = Engine._enter
+
+    def gone(self: Engine, lane: Lane, batch: list[Any]) -> None:
+        self.cancel([one for one in batch if one.sampling.max_tokens == 5])
+        enter(self, lane, batch)
+
+    monkeypatch.setattr(Engine, "_enter", gone)
+    with serving(made["base"], made[name]) as server:
+        stream = iter(ask(server, name, 60, stream=True, extra_body={"ignore_eos": True}))
+        found = next(stream).choices[0].text
+        with pytest.raises(openai.APITimeoutError):  # nobody answers whom the engine takes for gone
+            client(server).with_options(timeout=0.5).completions.create(model=name, prompt=PROMPT, max_tokens=5)
+        assert found + "".join(one.choices[0].text for one in stream) == text(made, name, 60, ends=False)
 
 
 def test_a_key_is_asked_for(made: dict[str, Path]) -> None:

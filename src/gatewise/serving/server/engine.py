@@ -410,8 +410,10 @@ class Engine:
         is_sound = (logits.max(dim=-1).values < math.inf).tolist()  # not where there is a NaN
         done: set[Answer] = set()
         for place, one in enumerate(rows):
-            if one.cancelled:
-                continue  # it leaves before the next step
+            if one.cancelled:  # since its prompt's reading began, it may be: then it has no token to go on with
+                self._ended(one, "cancelled")
+                done.add(one)
+                continue
             if place in broken:
                 self._fail(one, broken[place])
                 done.add(one)
