@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +76,20 @@ def test_what_cannot_be_served_is_told(made: Path, tmp_path: Path) -> None:
         assert kind_of(folder) == kind
 
 
-def test_a_half_written_folder_is_not_served(made: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets seconds pass for the catalogue, which takes none of ours."""
+    ahead = [0.0]
+
+    def later(seconds: float) -> None:
+        ahead[0] += seconds
+
+    clock = SimpleNamespace(time=time.time, sleep=later, monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr("gatewise.serving.server.catalogue.time", clock)
+    return later
+
+
+def test_a_half_written_folder_is_not_served(made: Path, tmp_path: Path, wait: Callable[[float], None]) -> None:
     said: list[str] = []
     found = catalogue(tmp_path, say=said.append, settled=60.0)
     folder = tmp_path / "new"
@@ -84,12 +100,16 @@ def test_a_half_written_folder_is_not_served(made: Path, tmp_path: Path) -> None
     shutil.copy(made / "one" / "adapter_config.json", folder)
     assert found.scan() == [folder]  # seen for the first time, a moment ago
     assert not names(found)
-    assert not found.scan()  # it has not changed since: it is looked into
+    wait(30.0)
+    assert found.scan() == [folder]  # looks that come often are no reason to take it for whole
+    wait(30.0)
+    assert not found.scan()  # it has not changed for long enough: it is looked into
     assert not names(found)
     assert "damaged or cut short" in said[-1]
     (folder / "adapter_model.safetensors").write_bytes(weights)
     found.scan()
     assert not names(found)
+    wait(60.0)
     found.scan()
     assert names(found) == ["new"]
 
@@ -118,16 +138,20 @@ def test_versions_come_and_go(made: Path, tmp_path: Path) -> None:
         found["x"]
 
 
-def test_an_old_version_is_served_until_the_new_one_is_whole(made: Path, tmp_path: Path) -> None:
+def test_an_old_version_is_served_until_the_new_one_is_whole(made: Path, tmp_path: Path, wait: Callable[[float], None]) -> None:
     folder = shutil.copytree(made / "one", tmp_path / "x")
-    found = catalogue(tmp_path, settled=0.3)
+    found = catalogue(tmp_path, settled=60.0)
     first = found["x"]
     shutil.copy(made / "wide" / "adapter_config.json", folder)
     found.scan()
     assert found["x"] is first
+    wait(59.0)
     shutil.copy(made / "wide" / "adapter_model.safetensors", folder)
     found.scan()
-    assert found["x"] is first  # the folder changed between the two looks
+    wait(59.0)
+    found.scan()
+    assert found["x"] is first  # the folder changed less than a minute ago
+    wait(1.0)
     found.scan()
     assert found["x"] is not first
     assert not found["x"].gone

@@ -105,7 +105,7 @@ class Catalogue:
         self._places, self._taken, self._settled = list(places), set(taken), settled
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._versions: dict[str, Version] = {}
-        self._seen: dict[Path, Signature] = {}
+        self._seen: dict[Path, tuple[Signature, float]] = {}  # and since when it has been so
         self._said: dict[Path, str] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -227,8 +227,11 @@ class Catalogue:
         if before is not None and before.signature == signature:
             return before
         newest = max(max(one[2], one[3]) for one in signature) / 1e9
-        was, self._seen[folder] = self._seen.get(folder), signature
-        if was != signature and time.time() - newest < self._settled:
+        now = time.monotonic()
+        seen = self._seen.get(folder)
+        since = seen[1] if seen is not None and seen[0] == signature else now
+        self._seen[folder] = (signature, since)
+        if time.time() - newest < self._settled and now - since < self._settled:  # clocks of other machines may be ahead
             return before
         return Version(name, folder, kind_of(folder), signature, is_named)
 
