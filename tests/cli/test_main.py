@@ -108,6 +108,18 @@ def test_eval_takes_another_prompt_other_words_and_fewer_rows(gatewise: Gatewise
     assert again == plain
 
 
+def test_eval_says_what_the_harness_needs(gatewise: Gatewise, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("eval", trained / "adapter")
+    assert_refused(gatewise(*words), "give either --data or --harness")
+    assert_refused(
+        gatewise(*words, "--data", trained.parent / "dev.jsonl", "--harness-shots", 2), "--harness-shots goes with --harness"
+    )
+    monkeypatch.delitem(sys.modules, "gatewise.runs.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    said = "--harness needs lm_eval, which is not installed: pip install 'gatewise[harness]'"
+    assert_refused(gatewise(*words, "--harness", "arc_easy"), said)
+
+
 def test_eval_of_a_checkpoint_and_of_an_adapter_from_elsewhere(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
     data = trained.parent / "dev.jsonl"
     assert gatewise("eval", trained / "checkpoints" / "checkpoint-8", "--data", data, "--json").exit_code == 0

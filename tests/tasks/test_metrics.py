@@ -14,7 +14,7 @@ from gatewise import RoutedLoraConfig
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
 from gatewise.tasks import PadCollator, Records, Template, encode, evaluate
-from gatewise.tasks.metrics import _generate, _shared_contexts, generation_metrics, number_metrics
+from gatewise.tasks.metrics import _shared_contexts, generation_metrics, number_metrics, scored_candidates, write_texts
 
 WORDS = ["lamp", "good", "late parcel", "the bill is wrong", "灯", "nobody knows where it is and nobody knows why", "x"]
 TEMPLATE = Template("Text: {text}\nLabel:")
@@ -257,8 +257,37 @@ def test_generation_agrees_with_a_loop_and_stops_at_the_end_token(
     llama.generation_config.update(eos_token_id=[2, end], repetition_penalty=9.0, do_sample=True, temperature=2.0)
     expected = [_slow_greedy(llama, prompt, 12, {2, end}) for prompt in prompts]
     assert expected != free
-    written = _generate(llama, tokenizer, prompts, batch_size, 12, None)
+    written = write_texts(llama, tokenizer, prompts, batch_size, 12)
     assert written == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+
+
+def test_writing_ends_before_the_first_of_some_texts(llama, tokenizer):
+    """As cutting the whole answer; and no row is asked for more tokens than the longest one needs."""
+    llama.eval()
+    prompts = [tokenizer(text)["input_ids"] for text in ("Text: the lamp", "good good", "x", "the bill is wrong and")]
+    whole = write_texts(llama, tokenizer, prompts, 4, 24)
+    until = [text[len(text) // 2 :][:2] for text in whole[:3]]
+    assert all(until)
+    expected = [text[: min((text.index(one) for one in until if one in text), default=len(text))] for text in whole]
+    assert expected != whole
+    assert write_texts(llama, tokenizer, prompts, 3, 24, until=until) == expected
+    calls = []
+    handle = llama.lm_head.register_forward_hook(lambda *_: calls.append(None))
+    write_texts(llama, tokenizer, prompts[:1], 1, 24, until=until[:1])
+    handle.remove()
+    assert len(calls) < 24
+
+
+@torch.no_grad()
+def test_candidates_that_greedy_decoding_writes(llama, tokenizer):
+    llama.eval()
+    prompt = tokenizer("Text: the lamp")["input_ids"]
+    written = []
+    for _ in range(3):
+        written.append(int(llama(torch.tensor([prompt + written])).logits[0, -1].argmax()))
+    candidates = (tuple(written), (written[0],), (*written[:2], written[2] + 1), (written[0] + 1, *written[1:]))
+    (found,) = scored_candidates(llama, tokenizer, [prompt], [candidates], 2)
+    assert [is_greedy for _, is_greedy in found] == [True, True, False, False]
 
 
 def test_bleu_and_rouge_take_the_best_of_the_references() -> None:

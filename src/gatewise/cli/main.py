@@ -186,10 +186,19 @@ def train(
 @takes_data_options()
 def eval_(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
-    data: Annotated[str, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)],
     options: DataOptions,
+    data: Annotated[
+        str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option(help="Write the rows with what was answered to each to this .jsonl file.")] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASK,...", help="In place of --data: tasks of lm-evaluation-harness, such as arc_easy.")
+    ] = None,
+    harness_tasks: Annotated[Path | None, typer.Option(help="A folder with more tasks of its kind, as YAML files.")] = None,
+    harness_shots: Annotated[
+        int | None, typer.Option(help="Examples in each prompt, if not as many as the task says.", min=0)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure an adapter on data.
@@ -198,13 +207,23 @@ def eval_(
     labels and lengths are those of the run that made the adapter, unless given.
 
     \b
-    Example:
+    Examples:
       gatewise eval runs/quickstart/adapter --data sample:support-dev --out answers.jsonl
+      gatewise eval runs/quickstart/adapter --harness arc_easy,piqa --limit 100
     """
+    if (data is None) == (harness is None):
+        raise GatewiseError("give either --data or --harness, which says what to measure the adapter on")
+    if harness is not None:
+        _eval_with_harness(adapter, harness, options, harness_tasks, harness_shots, batch_size, out, as_json)
+        return
+    for name, given in (("--harness-tasks", harness_tasks), ("--harness-shots", harness_shots)):
+        if given is not None:
+            raise GatewiseError(f"{name} goes with --harness: leave it out")
     from gatewise.runs.measure import measure_adapter
     from gatewise.tasks.metrics import format_metric
 
     progress = Console(stderr=True)
+    assert data is not None
     metrics = measure_adapter(adapter, data, options, batch_size=batch_size, out=out, console=progress)
     if as_json:
         typer.echo(json.dumps(metrics))
@@ -214,6 +233,61 @@ def eval_(
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, format_metric(name, value))
+    Console().print(table)
+
+
+def _eval_with_harness(
+    adapter: Path,
+    names: str,
+    options: DataOptions,
+    folder: Path | None,
+    shots: int | None,
+    batch_size: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    for flag, given in (("--split", options.split), ("--template-prompt", options.prompt), ("--labels", options.labels)):
+        if given is not None:
+            raise GatewiseError(f"{flag} goes with --data, and a task of --harness has its own: leave it out")
+    tasks = [name.strip() for name in names.split(",")]
+    if not all(tasks):
+        raise GatewiseError(f"--harness {names!r}: expected names of tasks with commas between them, such as arc_easy,piqa")
+    try:
+        from gatewise.runs.harness import measure_with_harness
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise GatewiseError(f"--harness needs {missing}, which is not installed: pip install 'gatewise[harness]'") from error
+    found = measure_with_harness(
+        adapter,
+        tasks,
+        folder=folder,
+        shots=shots,
+        base=options.base,
+        device=options.device,
+        limit=options.limit,
+        batch_size=batch_size,
+        out=out,
+        console=Console(stderr=True),
+    )
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("task", "shots", "metric"):
+        table.add_column(heading)
+    for heading in ("value", "stderr", "n"):
+        table.add_column(heading, justify="right")
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            name, comma, kind = key.partition(",")
+            if not comma or name.endswith("_stderr"):
+                continue
+            shown = [
+                f"{one:.4f}" if isinstance(one, float) else "" if one is None else str(one)
+                for one in (value, metrics.get(f"{name}_stderr,{kind}"))
+            ]
+            n = found["n-samples"].get(task, {}).get("effective", "")
+            table.add_row(task, str(found["n-shot"].get(task, "")), name if kind == "none" else f"{name} ({kind})", *shown, str(n))
     Console().print(table)
 
 

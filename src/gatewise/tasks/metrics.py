@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.soft_prompt_fixes import written_after
@@ -97,7 +97,7 @@ def evaluate(
         if max_new_tokens < 1 or room < 1:
             raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {positions - 1} for this model")
         prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
-        written = _generate(model, tokenizer, prompts, batch_size, max_new_tokens, progress)
+        written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress)
     if records.kind == "generation":
         answers += [{"predicted": text} for text in written]
         return generation_metrics(records, written)
@@ -174,12 +174,25 @@ def candidate_log_likelihoods(
     progress: Progress | None = None,
 ) -> list[list[float]]:
     """log P(candidate | prompt) in nats, summed over tokens, for every candidate of every row."""
+    scored = scored_candidates(model, tokenizer, prompts, candidates, batch_size, progress)
+    return [[score for score, _ in row] for row in scored]
+
+
+def scored_candidates(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    candidates: Sequence[Candidates],
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[list[tuple[float, bool]]]:
+    """``candidate_log_likelihoods``, each with whether all of its tokens are the most probable ones."""
     runs = [
         _Run(row, [*prompt, *context], len(prompt) - 1, members)
         for row, prompt in enumerate(prompts)
         for context, members in _shared_contexts(candidates[row])
     ]
-    scores = [[0.0] * len(row) for row in candidates]
+    scores = [[(0.0, True)] * len(row) for row in candidates]
     device = _device(model)
     collate = PadCollator(tokenizer)
     vocabulary = int(base_of(model).config.get_text_config().vocab_size)
@@ -198,8 +211,11 @@ def candidate_log_likelihoods(
                     owners.append((run.row, member))
             offset += len(run.ids) - run.first_read
         logits = labelled_logits(model, {**inputs, "use_cache": False}, mask)
-        for (row, member), value in zip(owners, _log_probs(logits, positions, tokens), strict=True):
-            scores[row][member] += value
+        best = logits.argmax(dim=-1).tolist()
+        values = _log_probs(logits, positions, tokens)
+        for (row, member), position, token, value in zip(owners, positions, tokens, values, strict=True):
+            score, is_greedy = scores[row][member]
+            scores[row][member] = (score + value, is_greedy and best[position] == token)
         done += len(batch)
         if progress:
             progress(done, len(runs))
@@ -335,15 +351,17 @@ def check_classes(model: nn.Module, records: Records) -> None:
 # ---- writing ----
 
 
-def _generate(
+def write_texts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     batch_size: int,
     max_new_tokens: int,
-    progress: Progress | None,
+    *,
+    until: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, greedily, up to the end-of-text token."""
+    """What the model writes after each prompt, greedily, up to the end-of-text token or before the first of the texts ``until``."""
     pad_id = PadCollator(tokenizer).pad_id
     ends = end_ids(model, tokenizer)
     config = greedy(max_new_tokens, ends, pad_id)
@@ -353,13 +371,36 @@ def _generate(
         rows = order[start : start + batch_size]
         ids = pad([prompts[row] for row in rows], pad_id, left=True).to(_device(model))
         mask = pad([[1] * len(prompts[row]) for row in rows], 0, left=True).to(_device(model))
-        written = written_after(model, ids, mask, config).tolist()
+        stopped = _Stopped(tokenizer, until, ids.shape[1], min(ends)) if until and ends else None
+        written = written_after(model, ids, mask, config, stopped).tolist()
         for row, tokens in zip(rows, written, strict=True):
             end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
-            texts[row] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+            text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
+            texts[row] = text[: min((place for one in until if (place := text.find(one)) >= 0), default=len(text))]
         if progress:
             progress(start + len(rows), len(prompts))
     return texts
+
+
+class _Stopped(LogitsProcessor):
+    """Lets nothing but the end of the text follow once one of some texts was written.
+
+    Args:
+        start: tokens of the padded prompt.
+        end: the end-of-text token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, until: Sequence[str], start: int, end: int) -> None:
+        self.tokenizer, self.until, self.start, self.end = tokenizer, until, start, end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (b, V) of the next token after ids (b, t)."""
+        # All of it each time: how a token reads depends on those before it, and a stop text may begin in the middle of one.
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        done = torch.tensor([any(one in text for one in self.until) for text in texts], device=scores.device)
+        scores = scores.masked_fill(done[:, None], -torch.inf)
+        scores[done, self.end] = 0.0
+        return scores
 
 
 def greedy(max_new_tokens: int, ends: set[int], pad_id: int) -> GenerationConfig:

@@ -1,0 +1,262 @@
+"""Measures a saved adapter on tasks of EleutherAI's lm-evaluation-harness (``lm_eval``), through its own Python API.
+
+The harness gives texts and does the counting, and tokens are made by its rules, so that numbers compare with published ones. What
+the model does with them is ``gatewise.tasks.metrics``. The harness's own class for Transformers models would not do: it runs
+context and continuation in one call without saying where one ends, and an adapter that decides by its prompt must read the context
+alone.
+"""
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from gatewise.adapters.loading import load_as_trained
+from gatewise.errors import GatewiseError, reason_of
+from gatewise.files import check_new_file, finite, write_json_lines
+from gatewise.losses import base_of, inside, loss_kind
+from gatewise.progress import ConsoleProgress, quiet
+from gatewise.tasks.metrics import Progress, measuring, most_positions, scored_candidates, write_texts
+
+Pair = tuple[tuple[str, str], list[int], list[int]]
+"""Of lm_eval: what it is asked for, the tokens of the context, and those of the continuation."""
+
+_UNTOLD = 2048  # positions of a model that does not say how many it has, as lm_eval has it
+_NEW_TOKENS = 256  # of an answer whose task does not say how many, as lm_eval has it
+
+
+def measure_with_harness(
+    adapter: str | Path,
+    tasks: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    shots: int | None = None,
+    base: str | None = None,
+    device: str = "auto",
+    limit: int | None = None,
+    batch_size: int = 16,
+    out: str | Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """What lm_eval measures of an adapter on its base model.
+
+    Args:
+        adapter: its folder.
+        tasks: names of tasks, groups or tags, or patterns of them.
+        folder: where more tasks are, as YAML files; such a file may name Python code beside it, which is then run.
+        shots: examples in each prompt; None leaves it to the tasks.
+        base, device, limit: see ``DataOptions``.
+        out: a JSON-lines file for lm_eval's samples: a row, what was asked about it, what came, and the metrics of the row.
+
+    Returns:
+        lm_eval's ``results``, ``groups`` (where there are any), ``versions``, ``n-shot`` and ``n-samples``, by task.
+
+    Raises:
+        GatewiseError: there is no such task, its data cannot be loaded, or it asks for what the model cannot do; the adapter
+            cannot be loaded; ``out`` cannot be written.
+    """
+    if out is not None:
+        check_new_file(out)
+    progress = ConsoleProgress(console or Console(stderr=True))
+    with quiet(bars=True), _as_lm_eval_starts():
+        loaded = _load(tasks, folder, shots)
+        model, tokenizer, _ = load_as_trained(adapter, base=base, device=device, say=progress.say)
+        with progress.counting("measuring") as count, measuring(model):
+            asked = HarnessModel(model, tokenizer, batch_size, count)
+            found = evaluate(asked, loaded, limit=limit, log_samples=out is not None)
+    if out is not None:
+        rows = ({"task": task, **sample} for task, samples in found["samples"].items() for sample in samples)
+        write_json_lines(out, (finite(_plain(row)) for row in rows))
+    wanted = ("results", "groups", "versions", "n-shot", "n-samples")
+    return {name: finite(_plain(found[name])) for name in wanted if name in found}
+
+
+class HarnessModel(TemplateLM):
+    """A causal model with or without an adapter, as lm_eval asks it.
+
+    Args:
+        model: in evaluation mode.
+        batch_size: sequences in one forward. The answers do not depend on it.
+        progress: called with (done, total) after every batch.
+
+    Raises:
+        GatewiseError: it is no causal language model.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16, progress: Progress | None = None
+    ) -> None:
+        super().__init__()
+        if loss_kind(model) != "causal" or base_of(model).get_output_embeddings() is None:
+            raise GatewiseError(f"{type(base_of(model)).__name__} cannot be evaluated: expected a causal language model")
+        self.model, self.tokenizer, self.batch_size, self.progress = model, tokenizer, batch_size, progress
+        positions = most_positions(model)
+        self.max_length = positions if positions < 2**30 else _UNTOLD
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else int(first)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids, with the tokenizer's own special tokens unless the text begins with the first of them already."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(str(self.tokenizer.decode([self.prefix_token_id])))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """log P of each continuation after its context in nats, and whether greedy decoding writes it."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
+        # Of all continuations of a context, the context is run once wherever it can be.
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, (_texts, context, continuation) in enumerate(requests):
+            room = self.max_length + 1 - len(continuation)  # the last token is read by nobody
+            if room < 1:
+                raise GatewiseError(
+                    f"a continuation of {len(continuation)} tokens was asked for, but the model has {self.max_length} positions: "
+                    "leave this task out"
+                )
+            groups.setdefault(tuple(context[-room:]), []).append(index)
+        scored = scored_candidates(
+            self.model,
+            self.tokenizer,
+            [list(context) for context in groups],
+            [tuple(tuple(requests[index][2]) for index in members) for members in groups.values()],
+            self.batch_size,
+            self.progress,
+        )
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        for members, scores in zip(groups.values(), scored, strict=True):
+            for index, score in zip(members, scores, strict=True):
+                found[index] = score
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log P of whole texts in nats, each token after as many others as the model has positions for."""
+        if hasattr(inside(self.model), "prompt_positions"):
+            raise GatewiseError(
+                f"{requests[0].task_name} measures the probability of whole texts, which have no prompt, and this adapter decides "
+                "by its prompt: leave this task out"
+            )
+        windows: list[Pair] = []
+        owners = []
+        for owner, (text,) in enumerate(request.args for request in requests):
+            pairs = utils.get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1)
+            for context, continuation in map(utils.make_disjoint_window, pairs):
+                windows.append(((text, ""), context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += score
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What is written after each context, greedily, up to the task's stop texts."""
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index, request in enumerate(requests):
+            settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], _NEW_TOKENS))
+            most = settings["max_gen_toks"]
+            if settings["do_sample"]:
+                raise GatewiseError(
+                    f"{request.task_name} wants answers that are drawn, and gatewise writes the most probable: leave it out"
+                )
+            if not 1 <= most < self.max_length:
+                raise GatewiseError(
+                    f"{request.task_name} wants answers of {most} tokens, but the model has {self.max_length} positions: leave it "
+                    "out"
+                )
+            stops = settings["until"]
+            groups.setdefault((most, tuple(one for one in stops if one)), []).append(index)
+        texts = [""] * len(requests)
+        for (most, until), members in groups.items():
+            prompts = [self.tok_encode(requests[index].args[0])[-(self.max_length - most) :] for index in members]
+            written = write_texts(self.model, self.tokenizer, prompts, self.batch_size, most, until=until, progress=self.progress)
+            for index, text in zip(members, written, strict=True):
+                texts[index] = text
+        return texts
+
+
+def _load(names: Sequence[str], folder: str | Path | None, shots: int | None) -> Any:
+    """The tasks of a measurement, before the model is loaded, so that what is wrong with them is said at once.
+
+    Raises:
+        GatewiseError: there is no such task, or it cannot be loaded.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise GatewiseError(f"{folder} is no folder: expected one with tasks as YAML files")
+    try:
+        manager = TaskManager(include_path=None if folder is None else str(folder))
+    except Exception as error:  # whatever a file of the user's makes of it
+        raise GatewiseError(f"the tasks in {folder} cannot be read: {reason_of(error)}") from error
+    wanted: list[str] = []
+    for name in names:
+        found = manager.match_tasks([name])
+        if not found:
+            near = get_close_matches(name, manager.all_tasks, 3)
+            known = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+            raise GatewiseError(f"lm_eval has no task {name!r}: {known}")
+        wanted += [one for one in found if one not in wanted]
+    try:
+        loaded = manager.load(wanted)
+    except Exception as error:  # of the hub, of datasets, or of the task's own code
+        raise GatewiseError(f"{', '.join(names)} cannot be loaded: {reason_of(error)}") from error
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            what = "runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "shows more than text"
+            raise GatewiseError(f"{name} {what}, which gatewise does not do: leave it out")
+        own = task.get_config("num_fewshot")
+        if own is None or (shots is not None and own != 0):  # a task that says none is not to have any
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return loaded
+
+
+@contextmanager
+def _as_lm_eval_starts() -> Iterator[None]:
+    """The seeds that lm_eval starts with, for tasks that draw, and of its log only errors."""
+    log = logging.getLogger("lm_eval")
+    level, states = log.level, (random.getstate(), np.random.get_state())
+    log.setLevel(logging.ERROR)
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _plain(value: Any) -> Any:
+    """A value of lm_eval's as JSON can hold it."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):  # a number of numpy's
+        return value.item()
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
