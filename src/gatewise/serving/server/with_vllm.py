@@ -66,15 +66,18 @@ class Room:
         return None
 
 
-def settings_of(version: Version, model_type: str | None) -> dict[str, Any]:
+def settings_of(version: Version, model_type: str | None, folder: Path | None = None) -> dict[str, Any]:
     """What vLLM must be told of an adapter, as ``serving_settings`` has it.
+
+    Args:
+        folder: with a copy of its files; by default its own.
 
     Raises:
         GatewiseError: vLLM does not serve it.
     """
     if version.kind == "alone":
         raise GatewiseError(f"vLLM does not serve the adapter {version.folder}: take --engine transformers")
-    settings = serving_settings(read_lora(version.folder), model_type)
+    settings = serving_settings(read_lora(folder or version.folder), model_type)
     if settings["vllm"] is None:
         raise GatewiseError(
             f"vLLM does not serve the adapter {version.folder}, which has more than A and B or a rank above {VLLM_RANKS[-1]}: "
@@ -263,24 +266,40 @@ class VllmServer:
         if self._room is None:
             return
         now = {one.name: one for one in self.catalogue.all()}
-        for name, version in list(self._told.items()):
-            if now.get(name) is not version:
-                del self._told[name]
-                self._leaving.append((time.monotonic() + _KEPT, copies / version.key))
-                if name not in now:
-                    self._send(process, {"name": name})
         for name, version in now.items():
-            if name in self._told or self._fitting(version, self._room) is None:
+            if self._told.get(name) is version:
                 continue
+            if version.key in self._said:
+                self._take_back(process, copies, name)
+                continue
+            # Where it is being replaced again, the one before stays until the next look.
             with suppress(ReplacedError), version.copied() as folder:
+                if self._fitting(version, self._room, folder=folder) is None:
+                    self._take_back(process, copies, name)
+                    continue
                 shutil.copytree(folder, copies / version.key)
+                self._leave(copies, name)
                 self._told[name] = version
                 self._refused = [one for one in self._refused if one != name]
                 self._send(process, {"name": name, "path": str(copies / version.key)})
+        for name in self._told.keys() - now.keys():
+            self._take_back(process, copies, name)
         for when, path in list(self._leaving):
             if when < time.monotonic():
                 self._leaving.remove((when, path))
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _take_back(self, process: "subprocess.Popen[bytes]", copies: Path, name: str) -> None:
+        """vLLM serves nothing by this name any more."""
+        if name in self._told:
+            self._leave(copies, name)
+            self._send(process, {"name": name})
+
+    def _leave(self, copies: Path, name: str) -> None:
+        """The files that a name had stay for a while."""
+        version = self._told.pop(name, None)
+        if version is not None:
+            self._leaving.append((time.monotonic() + _KEPT, copies / version.key))
 
     @staticmethod
     def _send(process: "subprocess.Popen[bytes]", told: Mapping[str, str]) -> None:
@@ -289,12 +308,14 @@ class VllmServer:
             process.stdin.write(json.dumps(told).encode() + b"\n")
             process.stdin.flush()
 
-    def _fitting(self, version: Version, room: Room | None, strict: bool = False) -> tuple[Version, dict[str, Any]] | None:
+    def _fitting(
+        self, version: Version, room: Room | None, strict: bool = False, folder: Path | None = None
+    ) -> tuple[Version, dict[str, Any]] | None:
         """An adapter with its settings; None, which is said once, if vLLM does not serve it."""
         if version.key in self._said:
             return None
         try:
-            settings = settings_of(version, self._model_type)
+            settings = settings_of(version, self._model_type, folder)
             problem = None if room is None else room.problem(version, settings)
             if problem is not None:
                 raise GatewiseError(f"the adapter {version.folder} {problem}: start the server again to serve it")
