@@ -57,6 +57,13 @@ def serve(
     max_loaded: Annotated[int, typer.Option(help="Adapters that are loaded at a time.", min=1)] = 32,
     max_running: Annotated[int, typer.Option(help="Answers that are written at a time.", min=1)] = 32,
     max_waiting: Annotated[int, typer.Option(help="Answers that may wait; more are refused with status 503.", min=1)] = 256,
+    trees: Annotated[
+        bool,
+        typer.Option(
+            "--trees",
+            help="Have vLLM keep to decision trees where `gatewise mdt extract --server` asks; needs gatewise beside it.",
+        ),
+    ] = False,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the folders.", min=0.1)] = 2.0,
 ) -> None:
     """Serve a base model and its adapters to OpenAI's clients, each by the name of its folder.
@@ -94,7 +101,7 @@ def serve(
             f"serve needs {(error.name or '').partition('.')[0]}, which is not installed: pip install 'gatewise[server]'"
         ) from error
     if engine == "vllm":
-        in_vllm = VllmServer(base, adapters or (), python=python or sys.executable, rest=vllm or (), **settings)
+        in_vllm = VllmServer(base, adapters or (), python=python or sys.executable, rest=vllm or (), trees=trees, **settings)
         try:
             in_vllm.run(ready=lambda: _ready(in_vllm))
         except KeyboardInterrupt:

@@ -2,9 +2,8 @@
 
 import os
 import signal
-import socket
 import subprocess
-import time
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,33 +42,22 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["--model", str(base), "--served-model-name", "trees", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    arguments += ["--logits-processors", "gatewise.mdt.extraction.in_vllm:TreeLogits", "--max-model-len", str(POSITIONS)]
+    command = [sys.executable, "-m", "gatewise", "serve", str(base), "--python", str(PYTHON), "--trees", "--port", "0"]
+    command += ["--served-model-name", "trees", "--dtype", "float32", "--max-model-len", str(POSITIONS), "--max-running", "8"]
     # So little room that requests are set aside and read again.
-    arguments += ["--num-gpu-blocks-override", "9", "--max-num-seqs", "8", "--disable-uvicorn-access-log"]
+    command += ["--", "--enforce-eager", "--num-gpu-blocks-override", "9"]
     log = tmp_path_factory.mktemp("log") / "vllm.txt"
-    with log.open("wb") as out:
-        command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    with log.open("w") as out:
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=out, text=True, env=environment)
         try:
-            address = f"http://127.0.0.1:{port}"
-            for _ in range(600):
-                if server.poll() is not None:
-                    break
-                try:
-                    urllib.request.urlopen(f"{address}/health").close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            assert server.poll() is None, log.read_text()[-3000:]
-            yield address
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            assert line.startswith("serving: "), log.read_text()[-3000:]
+            yield line.split()[1].removesuffix("/v1")
         finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ from gatewise.serving.server.reach import HOST, PORT, check_reach
 MOST_IN_BATCH = 8
 """Adapters in one batch of vLLM, unless ``--max-loras`` is among its own arguments: it reserves memory for each."""
 
+TREES = "gatewise.mdt.extraction.in_vllm:TreeLogits"
+"""What keeps vLLM's requests for decision trees to these."""
+
 _PATIENCE = 20.0  # seconds for vLLM to end by itself
 _KEPT = 600.0  # seconds in which an answer with an adapter that is gone may need its files again
 
@@ -130,6 +133,7 @@ class VllmServer:
     Args:
         python: of an environment that has vLLM; routed adapters need gatewise there too.
         rest: more arguments for vLLM.
+        trees: requests can ask for decision trees; needs gatewise and llguidance there too.
         See :class:`gatewise.serving.server.running.AdapterServer` for the others.
 
     Raises:
@@ -153,6 +157,7 @@ class VllmServer:
         every: float = 2.0,
         settled: float = SETTLED,
         rest: Sequence[str] = (),
+        trees: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self._say = say or (lambda text: print(text, file=sys.stderr))
@@ -185,7 +190,9 @@ class VllmServer:
         if adapters:
             more, self._room = arguments_for(found, most_tokens or positions, most_loaded, rest)
             self._arguments += more
-        self._arguments += rest
+        # What keeps to trees is made for the first of vLLM's model runners, as routed adapters are.
+        self._on_first_runner = trees or (self._room is not None and self._room.routed)
+        self._arguments += [*(["--logits-processors", TREES] if trees else []), *rest]
         self._python = str(python)
         self._told: dict[str, Version] = {}
         self._leaving: list[tuple[float, Path]] = []
@@ -227,7 +234,7 @@ class VllmServer:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if self._key is not None:
             environment["VLLM_API_KEY"] = self._key  # arguments can be seen by others
-        if self._room is not None and self._room.routed:
+        if self._on_first_runner:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         command = [self._python, str(Path(vllm_server.__file__)), *self._arguments]
         try:
