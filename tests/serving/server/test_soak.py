@@ -1,0 +1,79 @@
+"""The soak of benchmarks/serving.py in short: clients, changes and evictions at once, and what is left when all is over."""
+
+import gc
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served_models import serving
+
+from gatewise.serving.server.engine import Answer
+from gatewise.serving.server.lanes import Lane
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+PYTHON = os.environ.get("GATEWISE_VLLM_PYTHON")
+
+
+@pytest.fixture(scope="module")
+def soak() -> Iterator[Any]:
+    """The benchmark as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        spec = importlib.util.spec_from_file_location("gatewise_soak", BENCHMARKS / "serving.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "gatewise_soak", module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def living(kind: type) -> int:
+    gc.collect()
+    return sum(isinstance(one, kind) for one in gc.get_objects())
+
+
+def test_under_load_every_answer_is_right_and_nothing_is_left(soak: Any, tmp_path: Path) -> None:
+    material = soak.make(tmp_path, str(soak.tiny_base(tmp_path / "base")), 12, seed=1, device="cpu")
+    assert material.distinct > 0.9  # or the comparison would tell nothing
+    room = {"most_loaded": 4, "most_running": 6, "most_waiting": 12}
+    before = threading.active_count()
+    settings = {"name": soak.BASE, "key": soak.KEY, "every": 0.1, "settled": 0.3, **room}
+    with serving(Path(material.base), material.served, **settings) as server:
+        load = soak.Soak(server.url, material, seed=1, grace=8.0, settled=0.3)
+        load.start(10, 0.2)
+        time.sleep(5)
+        load.end(60)
+        limit = time.monotonic() + 20
+        while any(server.engine._running.values()) or server.engine._waiting:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        assert len(server.engine._loaded) <= 4
+        for lane in server.engine._running:
+            assert (lane.rows, lane._cache) == ([], None)
+        assert living(Lane) == len(server.engine._running)
+        assert living(Answer) == 0
+    assert load.wrong == []
+    assert {"right", "given up", "sampled", "refused as due"} <= load.done.keys()
+    assert sum(count for what, count in load.done.items() if what.startswith("change")) > 3
+    limit = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert threading.active_count() <= before + 1  # the encoder of prompts waits for the next
+
+
+@pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no Python that has vLLM: run `make test-serve`")
+def test_vllm_under_load(tmp_path: Path) -> None:
+    """With the engine killed on the way."""
+    command = [sys.executable, str(BENCHMARKS / "serving.py"), "--engine", "vllm", "--python", str(PYTHON), "--tiny"]
+    command += ["--seconds", "45", "--clients", "8", "--adapters", "12", "--results", str(tmp_path / "results.jsonl")]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    made = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=500)
+    assert made.returncode == 0, made.stdout[-5000:] + made.stderr[-3000:]
