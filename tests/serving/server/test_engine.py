@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from served_models import POSITIONS, adapter_folder, base_folder, client, serving, text_of, writes
 
@@ -193,6 +194,22 @@ def test_a_fault_ends_its_answers_alone(
             assert ask(server, "a").choices[0].text == text(made, "a")
         assert ask(server, "routed").choices[0].text == text(made, "routed")
     assert "out of memory, say" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError("too many open files"), torch.OutOfMemoryError("no memory left")])
+def test_what_could_not_be_loaded_for_want_of_room_is_loaded_later(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: Any, **more: Any) -> None:
+        raise error
+
+    shutil.copytree(made["a"], tmp_path / "a")
+    with serving(made["base"], tmp_path) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(PeftModel, "load_adapter", fails)
+            with pytest.raises(openai.InternalServerError, match="'a' cannot be loaded"):
+                ask(server, "a")
+        assert ask(server, "a").choices[0].text == text(made, "a")
 
 
 @pytest.mark.usefixtures("slow")

@@ -34,6 +34,7 @@ Limit = Callable[[Sequence[int], Tensor], Tensor]
 """Of one answer: what was written, and scores (v,) of the next token -> these with -inf for what may not come."""
 
 _GREEDY = 1e-5  # a lower temperature is none
+_PASSING = (OSError, MemoryError, torch.OutOfMemoryError)  # an adapter that could not be loaded may be loaded later
 
 
 @dataclass(frozen=True)
@@ -335,10 +336,12 @@ class Engine:
             if not isinstance(error, GatewiseError):
                 traceback.print_exception(error, file=sys.stderr)
             # Said of the folder that the user knows, not of the copy.
-            version.problem = (str(error) or type(error).__name__).replace(str(folder or version.folder), str(version.folder))
+            problem = (str(error) or type(error).__name__).replace(str(folder or version.folder), str(version.folder))
+            if isinstance(error, GatewiseError) and not isinstance(error.__cause__, _PASSING):
+                version.problem = problem
             if self.is_alive:  # nobody else says it
-                print(f"error: {version.problem}", file=sys.stderr)
-            raise GatewiseError(version.problem) from error
+                print(f"error: {problem}", file=sys.stderr)
+            raise GatewiseError(problem) from error
         self._running.setdefault(lane, [])
         self._metrics.count("gatewise_adapter_loads_total", model=version.name)
         held = self._loaded[version.key] = _Loaded(version, lane)
