@@ -785,6 +785,7 @@ def soak(options: argparse.Namespace, root: Path) -> dict[str, Any]:
                 problems += server.kill()
                 restart = server.start()
                 load.down[-1][1] = time.monotonic() + 1
+                began += load.down[-1][1] - load.down[-1][0]  # nobody is served meanwhile
                 print(f"  killed, and serving again after {restart:.1f} s", flush=True)
                 samples.clear()
             if server.process.poll() is not None:
@@ -810,13 +811,14 @@ def soak(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     files = server.files_left()
     if len(files) > int(not is_vllm and restart is not None):  # a killed process may leave a copy behind: there is one at a time
         problems.append(f"files are left: {files}")
-    problems += grown(samples, usage)
+    leaks = grown(samples, usage)
+    problems += leaks or []
     return {
         "engine": options.engine, "base": "tiny" if options.tiny else options.base, "dtype": options.dtype, "seed": options.seed,
         "clients": options.clients, "adapters": options.adapters, "max_loaded": options.max_loaded, "seconds": round(seconds),
         "machine": {**machine(), **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})},
         "counts": dict(load.done), "statuses": {str(one): count for one, count in load.statuses.items()},
-        "wrong": len(load.wrong), "wrong_answers": load.wrong[:20], "problems": problems,
+        "wrong": len(load.wrong), "wrong_answers": load.wrong[:20], "problems": problems, "growth_measured": leaks is not None,
         "answers_differ": round(material.distinct, 3), "restart_seconds": restart and round(restart, 1),
         "first_token": quantiles(load.first), "per_token": quantiles(load.each), 
         "tokens_per_second": round(load.tokens / seconds, 1),
@@ -835,10 +837,10 @@ def _idle(server: Server, is_vllm: bool) -> list[str]:
     return wrong if gauges else [*wrong, "/metrics does not answer at the end"]
 
 
-def grown(samples: Sequence[tuple[float, dict[str, int]]], idle: dict[str, int] | None) -> list[str]:
-    """What grew from a warm-up, the first half of the time since the last start, to the end."""
-    if len(samples) < 6 or idle is None:
-        return []
+def grown(samples: Sequence[tuple[float, dict[str, int]]], idle: dict[str, int] | None) -> list[str] | None:
+    """What grew after a warm-up, the first half of the time since the last start, to the end; None where that is too short."""
+    if len(samples) < 8 or idle is None:
+        return None
     half = [one for _, one in samples[len(samples) // 2 :]]
     before, after = half[: len(half) // 2], half[len(half) // 2 :]
     first, last = (statistics.median(one["mib"] for one in rows) for rows in (before, after))
