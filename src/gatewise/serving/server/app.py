@@ -39,6 +39,7 @@ from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.vocabularies import Tokenizers
 
 MOST_BYTES = 8 * 2**20  # of a request's body
+MOST_LOGITS = 2**29  # of a prompt whose log-probabilities are asked for, which are all in memory at once
 _TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -136,17 +137,18 @@ def app(served: Served) -> Starlette:
         version = version_of(asked.model)
         loop = asyncio.get_running_loop()
 
-        def encoded() -> tuple[PreTrainedTokenizerBase, list[list[int]]]:
+        def encoded() -> tuple[PreTrainedTokenizerBase, list[list[int]], list[str | None]]:
             try:
                 tokenizer = served.tokenizers.of(version)
             except GatewiseError as error:
                 print(f"error: {error}", file=sys.stderr)
                 raise NotLoadedError(f"the tokenizer of {asked.model!r} cannot be loaded: see the server's log") from error
             if is_chat:
-                return tokenizer, [_chat_ids(tokenizer, asked)]
-            return tokenizer, [_text_ids(tokenizer, one) if isinstance(one, str) else list(one) for one in asked.prompts]
+                return tokenizer, [_chat_ids(tokenizer, asked)], [None]
+            ids = [_text_ids(tokenizer, one) if isinstance(one, str) else list(one) for one in asked.prompts]
+            return tokenizer, ids, [_echoed(tokenizer, one) if asked.echo else None for one in asked.prompts]
 
-        tokenizer, prompts = await loop.run_in_executor(encoding, encoded)
+        tokenizer, prompts, echoes = await loop.run_in_executor(encoding, encoded)
         most = [_check(ids, asked, served, 16 if not is_chat else None) for ids in prompts]
         limits: list[Limit | None] = [None] * (len(prompts) * asked.count)
         if asked.extra:  # which reads the tokenizer
@@ -170,6 +172,7 @@ def app(served: Served) -> Starlette:
                 tokenizer,
                 teller(place * asked.count + copy),
                 limits[place * asked.count + copy],
+                echoes[place],
             )
             for place, (ids, limit) in enumerate(zip(prompts, most, strict=True))
             for copy in range(asked.count)
@@ -263,6 +266,14 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def _echoed(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int]) -> str:
+    """What echo gives back; of token ids that are not the model's nothing, for they are refused next."""
+    if isinstance(prompt, str):
+        return prompt
+    known = [one for one in prompt if 0 <= one < len(tokenizer)]
+    return str(tokenizer.decode(known, clean_up_tokenization_spaces=False))
+
+
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise BadRequestError(f"the tokenizer of {asked.model!r} has no chat template: ask /v1/completions", "messages")
@@ -277,13 +288,20 @@ def _check(ids: Sequence[int], asked: Asked, served: Served, default: int | None
     """The most tokens of the answer to a prompt, which has to fit."""
     if not all(0 <= one < served.vocabulary for one in ids):
         raise BadRequestError(f"prompt has token ids outside of the model's vocabulary of {served.vocabulary}", "prompt")
+    if asked.echo and asked.logprobs is not None and len(ids) * served.vocabulary > MOST_LOGITS:
+        raise BadRequestError(
+            f"echo with logprobs takes prompts of at most {MOST_LOGITS // served.vocabulary} tokens with this model, but this one "
+            f"has {len(ids)}: shorten it",
+            "echo",
+        )
     room = served.length - len(ids)
-    if room < 1 or (asked.most is not None and asked.most > room):
+    least = 0 if asked.most == 0 else 1
+    if room < least or (asked.most is not None and asked.most > room):
         wanted = "" if asked.most is None else f" and max_tokens is {asked.most}"
         raise BadRequestError(
             f"This model's maximum context length is {served.length} tokens, but the prompt has {len(ids)} tokens{wanted}: shorten "
             "either",
-            "prompt" if room < 1 else "max_tokens",
+            "prompt" if room < least else "max_tokens",
         )
     return asked.most if asked.most is not None else min(room, default or room)
 
@@ -395,7 +413,7 @@ class _Writing:
 
         if self._is_chat:
 
-            def entry(token: int, logprob: float) -> dict[str, Any]:
+            def entry(token: int, logprob: float | None) -> dict[str, Any]:
                 text = shown(token)
                 return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
@@ -409,7 +427,10 @@ class _Writing:
         return {
             "tokens": tokens,
             "token_logprobs": [_finite(one.logprob) for one in told],
-            "top_logprobs": [{shown(token): _finite(logprob) for token, logprob in one.top} for one in told],
+            # The first token of a prompt has none.
+            "top_logprobs": [
+                None if one.logprob is None else {shown(token): _finite(logprob) for token, logprob in one.top} for one in told
+            ],
             "text_offset": offsets,
         }
 
@@ -490,8 +511,8 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
 
 
-def _finite(value: float) -> float:
-    return max(value, -9999.0)  # as vLLM; JSON has no infinity
+def _finite(value: float | None) -> float | None:
+    return value if value is None or value > -9999.0 else -9999.0  # as vLLM; JSON has no infinity
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -15,7 +15,6 @@ MOST_STOPS = 16
 # Settings that are not served, with the values that change nothing.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -67,6 +66,7 @@ class Asked:
         most: max_tokens as it was given.
         count: answers to each prompt.
         logprobs: as ``Sampling`` has it.
+        echo: the prompt comes before the answer.
         extra: what is asked for beside OpenAI's fields (``vllm_xargs``), by name.
         usage: in a stream, whether it ends with what was used.
         every_usage: and each piece says what was used so far.
@@ -86,6 +86,7 @@ class Asked:
     stop: tuple[str, ...]
     ignore_eos: bool
     logprobs: int | None
+    echo: bool
     extra: Mapping[str, Any]
 
     def sampling(self, most: int, number: int) -> Sampling:
@@ -103,11 +104,14 @@ def completion(body: Mapping[str, Any]) -> Asked:
     logprobs = body.get("logprobs")
     if logprobs is not None and not (is_whole(logprobs) and 0 <= logprobs <= MOST_LOGPROBS):
         raise BadRequestError(f"logprobs is {_shown(logprobs)}: expected a whole number from 0 to {MOST_LOGPROBS}", "logprobs")
-    return _asked(body, prompts=_prompts(body.get("prompt")), logprobs=logprobs, most="max_tokens")
+    echo = _flag(body, "echo")
+    return _asked(body, prompts=_prompts(body.get("prompt")), logprobs=logprobs, most="max_tokens", echo=echo)
 
 
 def chat(body: Mapping[str, Any]) -> Asked:
     """What the body of ``/v1/chat/completions`` asks for. Errors are those of ``completion``."""
+    if _flag(body, "echo"):
+        raise BadRequestError("echo is served by /v1/completions alone: leave it out", "echo")
     wanted, top = body.get("logprobs"), body.get("top_logprobs")
     if wanted not in (None, True, False):
         raise BadRequestError(f"logprobs is {_shown(wanted)}: expected true or false", "logprobs")
@@ -126,6 +130,7 @@ def _asked(
     logprobs: int | None,
     prompts: tuple[str | tuple[int, ...], ...] = (),
     messages: Sequence[dict[str, Any]] = (),
+    echo: bool = False,
 ) -> Asked:
     model = body.get("model")
     if not isinstance(model, str) or has_half_a_pair(model):
@@ -149,7 +154,7 @@ def _asked(
         model=model,
         prompts=prompts,
         messages=list(messages),
-        most=_whole(body, most, 1, 2**31),
+        most=_whole(body, most, 0 if echo else 1, 2**31),
         count=_whole(body, "n", 1, MOST_ANSWERS) or 1,
         stream=stream,
         usage=_flag(options, "include_usage") or every,
@@ -160,6 +165,7 @@ def _asked(
         stop=_stops(body.get("stop")),
         ignore_eos=_flag(body, "ignore_eos"),
         logprobs=logprobs,
+        echo=echo,
         extra=extra,
     )
 

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from gatewise.serving.server.text import Writing
 PREFILL = 4096
 """Tokens, padding among them, that are read at once at most; a longer prompt is read alone."""
 
+LOGITS = 2**26
+"""Logits that are kept at once at most where those of all of a prompt's tokens are asked for; a longer prompt is read alone."""
+
 Limit = Callable[[Sequence[int], Tensor], Tensor]
 """Of one answer: what was written, and scores (v,) of the next token -> these with -inf for what may not come."""
 
@@ -42,7 +46,7 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        max_tokens: of the answer, at most.
+        max_tokens: of the answer, at most; 0 only reads the prompt.
         temperature: 0 takes the most probable token.
         top_p: the smallest set of tokens that has this probability is drawn from.
         seed: of what is drawn; None takes a new one.
@@ -63,10 +67,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Told:
-    """A token, its log-probability, and the most probable ones at its place with theirs."""
+    """A token, its log-probability, and the most probable ones at its place with theirs. The first of a prompt has none."""
 
     token: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
@@ -99,6 +103,7 @@ class Answer:
         prompt: token ids.
         tell: gets the pieces, in the engine's thread.
         limit: what may be written; None leaves it free.
+        echo: the prompt's text, to be given out before the answer, and told of as the answer is; None: only the answer.
     """
 
     model: str
@@ -108,6 +113,7 @@ class Answer:
     tokenizer: PreTrainedTokenizerBase
     tell: Callable[[Piece], None]
     limit: Limit | None = None
+    echo: str | None = None
     cancelled: bool = False
     asked: float = field(default_factory=time.monotonic)
     tokens: list[int] = field(default_factory=list)
@@ -116,6 +122,11 @@ class Answer:
         self.writing = Writing(self.tokenizer, self.prompt, self.sampling.stop)
         seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed % 2**63
         self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are told."""
+        return self.echo is not None and self.sampling.logprobs is not None
 
     @property
     def key(self) -> str:
@@ -288,13 +299,20 @@ class Engine:
             if lane is None:
                 break  # until an adapter in use makes room
             batch = batches.get(lane, [])
-            if batch and (len(batch) + 1) * max(len(one.prompt) for one in (*batch, first)) > PREFILL:
+            if batch and (len(batch) + 1) * max(len(one.prompt) for one in (*batch, first)) > self._most_read([*batch, first]):
                 break
             self._leave_queue()
             batches.setdefault(lane, []).append(first)
             room -= 1
         for lane, batch in batches.items():
             self._enter(lane, batch)
+
+    def _most_read(self, batch: Sequence[Answer]) -> int:
+        """Tokens of the prompts of a batch, if it has more than one."""
+        if not any(one.tells_prompt for one in batch):
+            return PREFILL
+        embeddings: Any = self._bare.get_input_embeddings()
+        return min(PREFILL, LOGITS // int(embeddings.weight.shape[0]))
 
     def _leave_queue(self) -> None:
         with self._news:
@@ -372,7 +390,7 @@ class Engine:
         for one in batch:
             self._metrics.took("gatewise_queue_seconds", now - one.asked, model=one.model)
         try:
-            read = lane.read([one.prompt for one in batch], [one.key for one in batch])
+            read = lane.read([one.prompt for one in batch], [one.key for one in batch], any(one.tells_prompt for one in batch))
         except Exception as error:
             traceback.print_exception(error, file=sys.stderr)
             for one in batch:
@@ -388,6 +406,10 @@ class Engine:
             self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.model)
             if decided is not None:
                 self._note_routing(one, decided)
+        for place, one in enumerate(batch):
+            if one.echo is not None and not one.cancelled:
+                told = () if read.everywhere is None else _told_of(read.everywhere[place], one)
+                one.tell(Piece(one.echo, told=told))
         self._go_on(lane, batch, read.logits)
 
     def _step(self, lane: Lane) -> None:
@@ -426,6 +448,11 @@ class Engine:
                 done.add(one)
                 continue
             sampling = one.sampling
+            if sampling.max_tokens == 0:
+                self._ended(one, "length")
+                one.tell(Piece(finish="length"))
+                done.add(one)
+                continue
             token = best[place] if sampling.temperature < _GREEDY else _drawn(logits[place].cpu(), sampling, one.generator)
             told = () if sampling.logprobs is None else (_told(logits[place], token, sampling.logprobs),)
             if self._write(one, token, told):
@@ -494,6 +521,18 @@ def _told(logits: Tensor, token: int, count: int) -> Told:
     top = logprobs.topk(min(count, len(logprobs))) if count else None
     pairs = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     return Told(token, float(logprobs[token]), pairs)
+
+
+def _told_of(logits: Tensor, answer: Answer) -> tuple[Told, ...]:
+    """Of the tokens of a prompt, by logits (t, v) of which the last belong to it; nothing if it was not asked for."""
+    count, ids = answer.sampling.logprobs, answer.prompt
+    if count is None:
+        return ()
+    told = [Told(ids[0], None, ())]
+    for start, part in enumerate(logits[-len(ids) : -1].split(64)):  # in float32 they would take as much memory again, or twice
+        tokens = ids[1 + 64 * start :][: len(part)]
+        told += [_told(row, token, count) for row, token in zip(part.float(), tokens, strict=True)]
+    return tuple(told)
 
 
 def _by_model(answers: Sequence[Answer]) -> dict[tuple[tuple[str, str], ...], float]:

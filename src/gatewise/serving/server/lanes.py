@@ -51,6 +51,7 @@ class Prompts:
         routed: what was decided for each, None where nothing is routed.
         mask: (n, t).
         cache: their keys and values.
+        everywhere: (n, t, v) of the token after each of theirs, in the model's precision, if that was asked for.
     """
 
     names: list[str]
@@ -58,6 +59,7 @@ class Prompts:
     routed: list[Routed | None]
     mask: Tensor
     cache: Any
+    everywhere: Tensor | None = None
 
 
 class Lane:
@@ -123,17 +125,21 @@ class Lane:
     # ---- rows ----
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> "Prompts":
-        """Reads prompts of token ids, by the adapter that each is for. The rows stay as they are."""
+    def read(self, prompts: Sequence[Sequence[int]], names: Sequence[str], everywhere: bool = False) -> "Prompts":
+        """Reads prompts of token ids, by the adapter that each is for. The rows stay as they are.
+
+        Args:
+            everywhere: keep the logits of all positions.
+        """
         self._close()
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(one)) + list(one) for one in prompts])
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
         cache = DynamicCache(config=self._model.config)
         with self._called(names):
-            logits = self._forward(ids, mask, cache)
+            logits = self._forward(ids, mask, cache, keep=width if everywhere else 1)
             routed = self._routed(len(prompts))
-        return Prompts(list(names), logits, routed, mask, cache)
+        return Prompts(list(names), logits[:, -1].float(), routed, mask, cache, logits[:, -width:] if everywhere else None)
 
     def join(self, prompts: "Prompts") -> None:
         """Prompts that were read become the last rows."""
@@ -150,7 +156,7 @@ class Lane:
             self._call.enter_context(self._called(self.rows))
             self._is_open = True
         self._mask = F.pad(self._mask, (0, 1), value=1)
-        return self._forward(torch.tensor(tokens)[:, None], self._mask, self._cache)
+        return self._forward(torch.tensor(tokens)[:, None], self._mask, self._cache, keep=1)[:, -1].float()
 
     def keep(self, rows: Sequence[int]) -> None:
         """These rows stay, the others are done."""
@@ -197,15 +203,16 @@ class Lane:
         with tuner._enable_peft_forward_hooks(**given):
             yield
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Any, keep: int) -> Tensor:
+        """Logits of the last positions, so many or more."""
         options: dict[str, Any] = {cache_argument(self._model): cache}
         if self._takes_length:
-            options["logits_to_keep"] = 1
+            options["logits_to_keep"] = keep
         if self._takes_positions:
             options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(self._device)
         given, mask = ids.to(self._device), mask.to(self._device)
         logits: Tensor = self._model(input_ids=given, attention_mask=mask, use_cache=True, **options).logits
-        return logits[:, -1].float()
+        return logits
 
     def _routed(self, rows: int) -> list[Routed | None]:
         if self.kind != "routed" or self._peft is None:
