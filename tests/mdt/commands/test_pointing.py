@@ -8,6 +8,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+from mdt_models import random_adapter_folder
 from mdt_trees import TEXT
 from pointing_models import RECORDS, write_pointing, write_trees
 from refusals import assert_refused
@@ -114,6 +115,29 @@ def test_options_of_writing_are_refused(options: tuple[str, ...], named: str, ga
     for command in (("extract", "good.txt"), ("evaluate", "--gold", "gold.json")):
         result = gatewise("mdt", *command, "--adapter", adapter, *options)
         assert_refused(result, f"points at the text and writes nothing: leave out {named}")
+
+
+def test_two_adapters_judge_each_others_trees(gatewise: Gatewise, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("llguidance")
+    writing = random_adapter_folder(tmp_path_factory.mktemp("writing"))
+    few = ("--max-new-tokens", 100)
+    words = ("mdt", "extract", "good.txt", "-f", "json", *few)
+    for one, other in ((adapter, writing), (writing, adapter)):
+        result = gatewise(*words, "--adapter", one, "--second", other, "-o", "out.json", "--candidates", 2)
+        assert result.exit_code == 0, result.output
+        assert json.loads(Path("out.json").read_text())[0]["extraction"]["settings"]["together"]["written"] == 2
+    result = gatewise("mdt", "evaluate", "--gold", "gold.json", "--adapter", adapter, "--second", writing, "--json", *few)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["n"] == len(RECORDS)
+    for words, expected in (
+        (("--adapter", adapter, "--second", adapter), "both point at the text: expected one of each kind"),
+        (("--adapter", writing, "--second", writing), "both write trees"),
+        (("--adapter", adapter, "--second", writing, "--base", "x"), "--base was given with two adapters"),
+        (("--adapter", adapter, "--second", writing, "--level", "1"), "leave --pipeline and --level out"),
+        (("--adapter", adapter, "--second", writing, "--free"), "leave --free out"),
+        (("--server", "http://127.0.0.1:9", "--adapter-name", "a", "--second", writing), "--second was given with --server"),
+    ):
+        assert_refused(gatewise("mdt", "extract", "good.txt", *words), expected)
 
 
 @pytest.mark.parametrize(

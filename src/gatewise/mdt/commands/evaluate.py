@@ -14,14 +14,16 @@ from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption, JsonOption
 from gatewise.mdt.commands.model import (
     BatchOption,
-    CandidatesOption,
     FreeOption,
     LevelOption,
+    OfTwoOption,
     PipelineOption,
+    SecondOption,
     TokensOption,
     VerbatimOption,
     check_ways,
     loaded,
+    of_two,
 )
 from gatewise.mdt.commands.trees import RepairOption, read_file
 
@@ -38,13 +40,14 @@ def evaluate(
     gold: Annotated[str, typer.Option(help="The right trees: a .json or .jsonl file, or sample:guidelines.", show_default=False)],
     pred: Annotated[Path | None, typer.Option(help="The predicted trees, in the same order.", show_default=False)] = None,
     adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
+    second: SecondOption = None,
     base: BaseOption = None,
     stage: Annotated[StageName | None, typer.Option(help="With --adapter: this stage alone, from gold input.")] = None,
     level: LevelOption = None,
     pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
     free: FreeOption = False,
-    candidates: CandidatesOption = 1,
+    candidates: OfTwoOption = None,
     max_new_tokens: TokensOption = 512,
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",
@@ -74,8 +77,9 @@ def evaluate(
         read = read_file(gold, repair)
         if read.faults:
             raise GatewiseError(next(iter(read.faults.values())))
-        settings = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim, "candidates": candidates}
-        with loaded(adapter, base, device, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings) as (extractor, count):
+        settings: dict[str, Any] = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim}
+        settings |= {"candidates": of_two(candidates, second), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        with loaded(adapter, base, device, second, **settings) as (extractor, count):
             records = read.records[:limit]
             values = measure_adapter(extractor, records, stage.value if stage else None, count, mistakes=mistakes)
     else:

@@ -11,17 +11,19 @@ import typer
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
 from gatewise.mdt.commands.model import (
-    CandidatesOption,
     FreeOption,
     LevelOption,
     NameOption,
+    OfTwoOption,
     PipelineOption,
+    SecondOption,
     ServerOption,
     TokensOption,
     VerbatimOption,
     check_ways,
     connected,
     loaded,
+    of_two,
 )
 from gatewise.mdt.commands.passages import CharactersOption, DoclingOption, PopulationOption
 from gatewise.mdt.commands.trees import Format, OutOption, check_format, check_place, check_target, give, say, with_plans
@@ -43,6 +45,7 @@ def extract(
         typer.Argument(help="Texts: .txt, .md, .pdf or .docx files, or folders with such; - is stdin.", show_default=False),
     ],
     adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.", show_default=False)] = None,
+    second: SecondOption = None,
     server: ServerOption = None,
     adapter_name: NameOption = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = Format.text,
@@ -56,7 +59,7 @@ def extract(
     pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
     free: FreeOption = False,
-    candidates: CandidatesOption = 1,
+    candidates: OfTwoOption = None,
     max_new_tokens: TokensOption = 512,
     batch_size: Annotated[
         int | None,
@@ -86,7 +89,7 @@ def extract(
     from gatewise.mdt.formats.views import ONE_TREE
 
     check_ways(free, verbatim, level, pipeline)
-    _check_model(adapter, server, adapter_name, base)
+    _check_model(adapter, server, adapter_name, base, second)
     check_format(format, out)
     files = [str(one) for one in documents_in(files)]
     check_target(out, files)
@@ -104,10 +107,12 @@ def extract(
             "pipeline": pipeline,
             "constrained": not free,
             "verbatim": verbatim,
-            "candidates": candidates,
+            "candidates": of_two(candidates, second),
         }
         if out is not None and not is_special(out):
             model = {"server": server, "adapter_name": adapter_name} if adapter is None else {"adapter": _fingerprint(adapter)}
+            if second is not None:
+                model["second"] = _fingerprint(second)
             known = {**model, "base": base, "max_new_tokens": max_new_tokens, **settings}
             journal = Journal(out.with_name(f"{out.name}.work.jsonl"), known)
         settings["max_new_tokens"] = max_new_tokens
@@ -115,7 +120,7 @@ def extract(
             with (
                 connected(server, adapter_name, batch_size=batch_size or 16, **settings)
                 if server is not None and adapter_name is not None
-                else loaded(cast(Path, adapter), base, device, batch_size=batch_size or 8, **settings)
+                else loaded(cast(Path, adapter), base, device, second, batch_size=batch_size or 8, **settings)
             ) as (extractor, count):
                 extract_pieces(pieces, extractor, batch, count, journal)
         except (KeyboardInterrupt, GatewiseError) as error:
@@ -148,12 +153,14 @@ def extract(
         raise GatewiseError(f"{len(faults)} {'passage' if len(faults) == 1 else 'passages'} failed, named above")
 
 
-def _check_model(adapter: Path | None, server: str | None, name: str | None, base: str | None) -> None:
+def _check_model(adapter: Path | None, server: str | None, name: str | None, base: str | None, second: Path | None) -> None:
     if (adapter is None) == (server is None):
         raise GatewiseError("give either --adapter, a folder, or --server and --adapter-name, an adapter that a server has")
     if (server is None) != (name is None):
         missing, given = ("--server", "--adapter-name") if server is None else ("--adapter-name", "--server")
         raise GatewiseError(f"{given} was given without {missing}: give both, or --adapter")
+    if server is not None and second is not None:
+        raise GatewiseError("--second was given with --server, which has one adapter for a text: leave it out")
     if server is not None and base is not None:
         raise GatewiseError("--base was given with --server, which has its base model already: leave one of the two out")
 

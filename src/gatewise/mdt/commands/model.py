@@ -18,6 +18,21 @@ LevelOption = Annotated[
     int | None, typer.Option(help="Chain of thought: 0 tree, 1 triples first, 2 triples and nodes first.", min=0, max=2)
 ]
 CandidatesOption = Annotated[int, typer.Option(help="Write so many trees, and keep the one most like the others.", min=1)]
+OfTwoOption = Annotated[
+    int | None,
+    typer.Option(
+        "--candidates",
+        help="Write so many trees; kept is the one most like the others, or with --second the best. [default: 1, or 5]",
+        min=1,
+        show_default=False,
+    ),
+]
+SecondOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="An adapter of the other kind, so that one points and one writes: both judge the trees of both.", show_default=False
+    ),
+]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", help="The most that is written in one output.", min=1)]
 PipelineOption = Annotated[bool, typer.Option("--pipeline", help="Ask for triples, nodes and tree in turn.")]
 VerbatimOption = Annotated[bool, typer.Option("--verbatim", help="Allow only subjects and objects that stand in the text.")]
@@ -27,6 +42,13 @@ ServerOption = Annotated[
 ]
 NameOption = Annotated[str | None, typer.Option("--adapter-name", help="The adapter's name on the server.")]
 BatchOption = Annotated[int, typer.Option(help="Passages in one forward pass.", min=1)]
+
+
+def of_two(candidates: int | None, second: Path | None) -> int:
+    """How many trees are written, by what ``--candidates`` says, if anything."""
+    from gatewise.mdt.pointing.together import CANDIDATES
+
+    return candidates if candidates is not None else 1 if second is None else CANDIDATES
 
 
 def check_ways(free: bool, verbatim: bool, level: Any, pipeline: bool) -> None:
@@ -39,12 +61,12 @@ def check_ways(free: bool, verbatim: bool, level: Any, pipeline: bool) -> None:
 
 @contextmanager
 def loaded(
-    adapter: Path, base: str | None, device: str, **settings: Any
+    adapter: Path, base: str | None, device: str, second: Path | None = None, **settings: Any
 ) -> "Iterator[tuple[Extracts, Callable[[str, int, int], None]]]":
-    """The extractor of an adapter, and what shows its progress on stderr."""
+    """The extractor of an adapter, or of two, and what shows its progress on stderr."""
     from gatewise.mdt.pointing.loading import load_extractor
 
-    with _shown(lambda say: load_extractor(adapter, base=base, device=device, say=say, **settings)) as both:
+    with _shown(lambda say: load_extractor(adapter, second=second, base=base, device=device, say=say, **settings)) as both:
         yield both
 
 

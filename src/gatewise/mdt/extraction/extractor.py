@@ -268,14 +268,21 @@ class Extractor:
     # ---- the ways to a tree ----
 
     def _whole(self, asked: "Sequence[Asked]", progress: Progress | None) -> list[Extraction | GatewiseError]:
+        found = self.several(asked, self.candidates, progress)
+        return [one[0] if self.candidates == 1 else _kept(one) for one in found]
+
+    def several(
+        self, asked: "Sequence[Asked]", count: int, progress: Progress | None = None
+    ) -> list[list[Extraction | GatewiseError]]:
+        """So many trees of each text: the first of the most probable tokens, the others drawn."""
         outputs = self._write(asked, None, progress)
         first = [self._tree(one, output, _text(output)) for one, output in zip(asked, outputs, strict=True)]
-        more = self.candidates - 1
+        more = count - 1
         if not more:
-            return first
+            return [[one] for one in first]
         repeated = [one for one in asked for _ in range(more)]
         drawn = [self._tree(one, out, _text(out)) for one, out in zip(repeated, self._draw(repeated, progress), strict=True)]
-        return [_kept([one, *drawn[i * more : (i + 1) * more]]) for i, one in enumerate(first)]
+        return [[one, *drawn[i * more : (i + 1) * more]] for i, one in enumerate(first)]
 
     def _draw(self, asked: "Sequence[Asked]", progress: Progress | None) -> list[Written | GatewiseError]:
         """Like ``_write``, each token drawn; leaves the caller's random numbers as they were."""
