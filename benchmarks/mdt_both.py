@@ -33,7 +33,6 @@ RESULTS_FILE = RESULTS / "mdt_both.jsonl"
 SHOWN = ("triplet_f1", "node_f1", "path_f1", "tree_acc", "ter")
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 FOLDS = 5
-BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,12 @@ class Candidate:
 
 
 def candidates(
-    language: str, pointing: str, writing: str, data_dir: Path, draws: int
+    language: Any, pointing: str, writing: str, data_dir: Path, draws: int
 ) -> tuple[list[Any], list[list[Candidate]], Any]:
     """The gold records, the candidates for each, and the seconds that they took of a processor for a passage."""
-    from gatewise.mdt import load_extractor
+    from gatewise.mdt import PointingExtractor
+    from gatewise.mdt.extraction.extractor import Asked
+    from gatewise.mdt.pointing.together import TogetherExtractor
     from gatewise.mdt.pointing.training import read_records
 
     records = read_records(str(data_dir / "text2mdt" / f"{language}_dev.json"))
@@ -73,15 +74,15 @@ def candidates(
         seconds[source] = round((time.process_time() - began) / len(records), 3)
         add(source, [getattr(one, "tree", None) for one in found])  # an error is no tree
 
-    pointer = load_extractor(POINTING_RUNS / pointing / "run" / "adapter")
+    pointer = PointingExtractor.load(POINTING_RUNS / pointing / "run" / "adapter")
     read_by("pointing", pointer)
     read_by("written", replace(writer, verbatim=True))
     for found in drawn(writer, folder, records, language, draws):
         add("drawn", found)
-    judged = []
-    for name, judge, model in (("pointing", pointing_judges, pointer), ("writing", writing_judges, writer)):
+    both, judged = TogetherExtractor(pointer, replace(writer, verbatim=True)), []
+    for name, judge in (("pointing", both.said_by_pointer), ("writing", both.said_by_writer)):
         began = time.process_time()
-        judged.append([judge(model, record, list(held)) for record, held in zip(records, trees, strict=True)])
+        judged.append([judge(Asked(record.text, language), list(held)) for record, held in zip(records, trees, strict=True)])
         seconds[f"judged by {name}"] = round((time.process_time() - began) / len(records), 3)
     made = [
         [Candidate(tree, frozenset(sources), *both) for (tree, sources), *both in zip(held.items(), *says, strict=True)]
@@ -119,48 +120,6 @@ def drawn(writer: Any, folder: Path, records: Sequence[Any], language: str, draw
             append({"round": number, "trees": done[number]}, file)
             print(f"  {number + 1} of {draws} rounds drawn", flush=True)
     return [[DecisionTree.from_preorder(one) if one else None for one in done[number]] for number in range(draws)]
-
-
-def pointing_judges(pointer: Any, record: Any, trees: Sequence[Any]) -> list[float | None]:
-    """Minus the loss of each tree, in nats; None for one that cannot be said."""
-    import torch
-
-    from gatewise.losses import base_of, row_losses
-    from gatewise.mdt.pointing.model import PointingCollator, encode_records
-    from gatewise.tasks.metrics import measuring
-
-    longest = base_of(pointer.model).heads.settings.longest
-    rows, pointed = encode_records([replace(record, tree=tree) for tree in trees], pointer.tokenizer, longest)
-    can = [i for i, one in enumerate(pointed) if one.has_tree and not one.left_out]
-    made: list[float | None] = [None] * len(trees)
-    with torch.no_grad(), measuring(pointer.model):
-        for start in range(0, len(can), BATCH):
-            now = can[start : start + BATCH]
-            sums, _ = row_losses(pointer.model, PointingCollator(pointer.tokenizer)([rows[i] for i in now]))
-            for i, value in zip(now, sums.tolist(), strict=True):
-                made[i] = -value
-    return made
-
-
-def writing_judges(writer: Any, record: Any, trees: Sequence[Any]) -> list[float]:
-    """The log-probability of each tree's text, in nats."""
-    import torch
-
-    from gatewise.losses import row_losses
-    from gatewise.mdt import training_rows
-    from gatewise.tasks import PadCollator, Records, encode
-    from gatewise.tasks.metrics import measuring
-
-    rows = [row for tree in trees for row in training_rows([replace(record, tree=tree)])]
-    source = training_rows([record])[0]["source"]  # in the record's language, which a tree without triples does not have
-    told = Records("generation", [{**row, "source": source} for row in rows], None, "candidates")
-    features = encode(told, writer.tokenizer, writer.template, max_length=2048)
-    made: list[float] = []
-    with torch.no_grad(), measuring(writer.model):
-        for start in range(0, len(features), BATCH):
-            sums, _ = row_losses(writer.model, PadCollator(writer.tokenizer)(features[start : start + BATCH]))
-            made += [-value for value in sums.tolist()]
-    return made
 
 
 # ---- what is taken ----
