@@ -218,16 +218,18 @@ def _randomise(model: Any) -> None:
 @torch.no_grad()
 def _answers(model: Any, tokenizer: Any, prompts: Sequence[Known], close: float) -> list[list[str]]:
     """After each prompt the text of one token, of two, and so on, as far as no rounding decides."""
+    width = max(len(prompt.ids) for prompt in prompts)
+    given = torch.tensor([[0] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts], device=model.device)
+    written = model.generate(
+        input_ids=given, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    best = torch.stack(written.logits, dim=1).float().topk(2).values
+    is_close = (best[..., 0] - best[..., 1] < close).tolist()
     found = []
-    for prompt in prompts:
-        given = torch.tensor([prompt.ids], device=model.device)
-        written = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
-            output_logits=True, return_dict_in_generate=True, temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
-        ids = written.sequences[0, len(prompt.ids) :].tolist()
-        best = [logits[0].float().topk(2).values.tolist() for logits in written.logits]
-        sure = next((place for place, (first, second) in enumerate(best) if first - second < close), len(ids))
+    for prompt, ids, doubts in zip(prompts, written.sequences[:, width:].tolist(), is_close, strict=True):
+        sure = doubts.index(True) if True in doubts else len(ids)
         before = len(_decode(tokenizer, prompt.ids))
         found.append([_decode(tokenizer, prompt.ids + ids[: count + 1])[before:] for count in range(sure)])
     return found
