@@ -193,6 +193,54 @@ def test_lm_evaluation_harness_asks(server: AdapterServer, folders: Folders) -> 
     assert [text.split() for text in asked.generate_until(writing)] == [text.split() for text in local]
 
 
+@pytest.mark.parametrize("name", ["tiny", "routed"])
+def test_langchain_asks(server: AdapterServer, alone: Callable[..., str], name: str) -> None:
+    """Its chat model gets what OpenAI's package gets, and so does its plain one; a tool is refused."""
+    langchain = pytest.importorskip("langchain_openai")
+    settings: dict[str, Any] = {
+        "base_url": f"{server.url}/v1",
+        "api_key": "none",
+        "model": name,
+        "temperature": 0,
+        "max_retries": 0,
+    }
+    chat = langchain.ChatOpenAI(**settings, max_tokens=8)
+    messages = [[("system", "w9"), ("human", "w3")], [("human", "w7 w8"), ("ai", "w5"), ("human", "w6")]]
+    named = {"human": "user", "ai": "assistant"}
+    expected = [
+        client(server).chat.completions.create(
+            model=name,
+            messages=[{"role": named.get(role, role), "content": text} for role, text in one],
+            max_tokens=8,
+            temperature=0,
+        ).choices[0].message.content
+        for one in messages
+    ]  # fmt: skip
+    assert len(set(expected)) == 2
+    whole = chat.invoke(messages[0])
+    assert whole.content == expected[0]
+    assert whole.usage_metadata["input_tokens"] == 5
+    assert [one.content for one in chat.batch(messages)] == expected
+    pieces = list(chat.stream(messages[1]))
+    assert "".join(one.content for one in pieces) == expected[1]
+    assert len(pieces) > 2
+    told = chat.bind(logprobs=True, top_logprobs=2).invoke(messages[0]).response_metadata["logprobs"]["content"]
+    assert len(told) == whole.usage_metadata["output_tokens"]
+    assert chat.bind(stop=[expected[0].split()[1]]).invoke(messages[0]).content.split() == expected[0].split()[:1]
+
+    plain = langchain.OpenAI(**settings, max_tokens=6)
+    prompts = [prompt_of(seed) for seed in (90, 91)]
+    texts = [words(one) for one in prompts]
+    assert plain.batch(texts) == [alone(name, one, 6) for one in prompts]
+    assert "".join(plain.stream(texts[0])) == alone(name, prompts[0], 6)
+    tool = {
+        "type": "function",
+        "function": {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {}}},
+    }
+    with pytest.raises(openai.BadRequestError, match="tools is"):
+        chat.bind_tools([tool]).invoke(messages[0])
+
+
 def test_stop_strings_end_an_answer(server: AdapterServer, alone: Callable[..., str]) -> None:
     prompt = prompt_of(61)
     text = alone("plain", prompt, 12)
