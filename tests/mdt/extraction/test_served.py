@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
 from gatewise.mdt import Extraction, Extractor, read_trees, sample
+from gatewise.mdt.documents.reading import documents_in
 from gatewise.mdt.extraction import served
-from gatewise.mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
+from gatewise.mdt.extraction.batch import Batch, Journal, extract_files, extract_pieces, read_pieces
 from gatewise.mdt.extraction.course import Course
 from gatewise.mdt.extraction.served import ServedExtractor, Server
 
@@ -28,6 +29,7 @@ from gatewise.mdt.extraction.constraint import TreeConstraint
 
 TEXTS = [record.text for record in sample()[:3]] + ["成人患者@轻度脱水可以口服生理盐水；否则静脉注射。"]
 MOST = 150
+BROKEN = b"an answer that breaks off"
 
 
 class Engine:
@@ -97,7 +99,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, str]]:
         def give(self, status: int, body: Any) -> None:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(content) + (body == BROKEN)))
             self.end_headers()
             self.wfile.write(content)
 
@@ -175,6 +177,7 @@ def test_a_busy_server_is_asked_again(engine: tuple[Engine, str]) -> None:
     ("answer", "expected"),
     [
         ([(503, {"error": {"message": "over\nloaded"}})] * 9, r"gave no answer \(503: over loaded\)"),
+        ([(503, BROKEN)] * 9, r"gave no answer \(503: IncompleteRead"),
         ([(404, {"error": {"message": "gone"}})], r"refused \(404: gone\)"),
         ([(200, b"<html>")], "no JSON object"),
         ([(200, [1])], "no JSON object"),
@@ -195,6 +198,31 @@ def test_a_server_that_writes_freely_is_named(engine: tuple[Engine, str]) -> Non
     with pytest.raises(GatewiseError, match="start it with `gatewise serve --trees`"):
         ServedExtractor.connect(url, "trees", max_new_tokens=60)(TEXTS)
     assert all(ServedExtractor.connect(url, "trees", max_new_tokens=60, constrained=False)(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("told", "text", "most", "expected"),
+    [
+        # Where a tokenizer falls back to bytes, each byte of half a character is a mark.
+        ({"within": "患者@用药"}, " 1. 药 | 用\ufffd\ufffd", 60, ("", False)),
+        ({"within": "患者@用药"}, " 1. 药 | 用法用量 | 药\n2. ~ | \ufffd\ufffd", 60, ("1. 药 | 用法用量 | 药", False)),
+        # The last token ends a tree that only in a hurry has to end there.
+        ({"within": "患者@用药"}, " 1. 药 | 治疗方案 | 患者", 20, ("1. 药 | 治疗方案 | 患者", True)),
+        ({"within": "患者@用药方"}, " 1. 药 | 治疗方案 | 药", 20, ("", False)),
+        ({"stage": "tree", "roles": ["D"], "language": "en"}, " D", 20, ("D", True)),
+        ({"stage": "tree", "roles": ["D"], "language": "en"}, " A", 2000, ("A", True)),
+    ],
+)
+def test_what_the_last_token_cut(told: dict[str, Any], text: str, most: int, expected: tuple[str, bool]) -> None:
+    course = Course(**{"language": "zh", "stage": "triples", **told})
+    read = served._read_again(course, text, False, most, most)
+    assert isinstance(read, served.Written)
+    assert (read.text, read.ended) == expected
+
+
+def test_documents_of_which_none_can_be_read(engine: tuple[Engine, str], tmp_path: Path) -> None:
+    extractor = ServedExtractor.connect(engine[1], "trees")
+    assert extract_files([tmp_path / "none.txt"], extractor).failed == [str(tmp_path / "none.txt")]
 
 
 def test_an_end_before_the_tree_is_whole_is_a_fault_of_that_passage(engine: tuple[Engine, str]) -> None:
@@ -227,6 +255,7 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         "[]", "no", "{}", '{"language": "fr"}', '{"language": "en", "stage": "all"}', '{"language": "en", "levels": []}',
         '{"language": "en", "levels": [3]}', '{"language": "en", "within": ""}', '{"language": "en", "triples": true}',
+        '{"language": "en", "within": " "}', '{"language": "en", "within": "@"}',
         '{"language": "en", "roles": ["X"]}', '{"language": "en", "limits": {}}', '{"language": ["en"]}', "[" * 100_000,
         json.dumps({"language": "en", "within": "a" * 30_000}), '{"language": "en", "levels": [[]]}',
     ],
@@ -260,6 +289,28 @@ def test_the_command_goes_on_after_the_server_was_gone(
     assert len(made.asked) == before + 3
     assert len(read_trees("trees.json").records) == 4
     assert not (tmp_path / "trees.json.work.jsonl").exists()
+
+
+def test_what_an_interrupt_gave_is_no_document_of_its_folder(
+    engine: tuple[Engine, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, url = engine
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "guides"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(TEXT.replace("0.5", f"{number}"))
+    command = ["mdt", "extract", "guides", "--server", url, "--adapter-name", "trees", "-o", "guides/trees.txt"]
+    command += ["--max-new-tokens", "150", "--verbatim", "--batch-size", "1"]
+    made.answers = [(200, made.completion(body_of(0))), (404, {"error": {"message": "gone"}})]
+    assert_refused(CliRunner().invoke(app, command), "404: gone")
+    begun = (folder / "trees.txt").read_text()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert (folder / "trees.txt").read_text() != begun
+    asked = len(made.asked)
+    assert_refused(CliRunner().invoke(app, command), "would be lost")  # whose it is, nothing tells any more
+    assert len(made.asked) == asked
 
 
 def body_of(number: int) -> dict[str, Any]:
@@ -304,3 +355,14 @@ def test_half_of_what_is_needed(tmp_path: Path, words: list[str], expected: str)
 
 def test_a_folder_without_documents(tmp_path: Path) -> None:
     assert_refused(CliRunner().invoke(app, ["mdt", "extract", str(tmp_path), "--adapter", "a"]), "has no document")
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    inner, outside = tmp_path / "guides" / "inner", tmp_path / "outside"
+    for folder in (inner, outside):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(TEXT)
+    (inner / "round").symlink_to(tmp_path / "guides")
+    for name in ("one", "other"):
+        (tmp_path / "guides" / name).symlink_to(outside)
+    assert documents_in([tmp_path / "guides"]) == [inner / "a.txt", tmp_path / "guides" / "one" / "a.txt"]

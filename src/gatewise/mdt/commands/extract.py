@@ -1,5 +1,6 @@
 """``gatewise mdt extract``: documents to trees, with a trained adapter."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
@@ -91,7 +92,11 @@ def extract(
     check_ways(free, verbatim, level, pipeline)
     _check_model(adapter, server, adapter_name, base, second)
     check_format(format, out)
-    files = [str(one) for one in documents_in(files)]
+    work = None if out is None or is_special(out) else out.with_name(f"{out.name}.work.jsonl")
+    given = files
+    files = [str(one) for one in documents_in(given)]
+    if out is not None and work is not None and os.path.isfile(work):  # in a folder that is read may lie what an interrupt gave
+        files = [one for one in files if one in given or not _is_same(one, out)]
     check_target(out, files)
     batch = Batch()
     named: Any = language.value if language else None
@@ -109,12 +114,12 @@ def extract(
             "verbatim": verbatim,
             "candidates": of_two(candidates, second),
         }
-        if out is not None and not is_special(out):
+        if work is not None:
             model = {"server": server, "adapter_name": adapter_name} if adapter is None else {"adapter": _fingerprint(adapter)}
             if second is not None:
                 model["second"] = _fingerprint(second)
             known = {**model, "base": base, "max_new_tokens": max_new_tokens, **settings}
-            journal = Journal(out.with_name(f"{out.name}.work.jsonl"), known)
+            journal = Journal(work, known)
         settings["max_new_tokens"] = max_new_tokens
         try:
             with (
@@ -151,6 +156,10 @@ def extract(
         raise GatewiseError(f"{which} gave no tree: {', '.join(batch.failed)}")
     if faults:
         raise GatewiseError(f"{len(faults)} {'passage' if len(faults) == 1 else 'passages'} failed, named above")
+
+
+def _is_same(file: str, out: Path) -> bool:
+    return os.path.exists(out) and os.path.exists(file) and os.path.samefile(file, out)
 
 
 def _check_model(adapter: Path | None, server: str | None, name: str | None, base: str | None, second: Path | None) -> None:

@@ -177,7 +177,7 @@ def extract_pieces(
 ) -> Batch:
     """The trees of passages, added to what a batch has: what an interrupt leaves can be used."""
     with_trees: set[str] = set()
-    batch = len(pieces) if isinstance(extractor, ServedExtractor) else extractor.batch_size
+    batch = max(len(pieces), 1) if isinstance(extractor, ServedExtractor) else extractor.batch_size
     at_once = _BATCHES_AT_ONCE * batch
     for start in range(0, len(pieces), at_once):
         portion = pieces[start : start + at_once]

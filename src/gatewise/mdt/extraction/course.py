@@ -39,7 +39,7 @@ _TOLD: dict[str, Callable[[Any], bool]] = {
     "language": lambda value: value in ("en", "zh"),
     "stage": lambda value: value is None or value in STAGES,
     "levels": lambda value: isinstance(value, list) and bool(value) and all(one in LEVELS for one in value),
-    "within": lambda value: value is None or (isinstance(value, str) and 0 < len(value) <= _MOST_CHARACTERS),
+    "within": lambda value: value is None or (isinstance(value, str) and len(value) <= _MOST_CHARACTERS and any(parted(value))),
     "triples": lambda value: is_whole(value) and 0 <= value <= 1000,
     "roles": lambda value: isinstance(value, list) and len(value) <= 100 and all(one in ("C", "D") for one in value),
 }

@@ -124,7 +124,7 @@ class Server:
                     given = answer.read()
             except urllib.error.HTTPError as error:
                 with error:
-                    fault = f"{error.code}: {_said(error.read())}"
+                    fault = f"{error.code}: {_said(error)}"
                 if error.code in _BUSY:
                     continue
                 if error.code in (400, 413, 422) and body is not None:
@@ -160,7 +160,7 @@ def _read_again(course: Course, text: str, ended: bool, tokens: int, most: int) 
     from llguidance import LLTokenizer
 
     if not ended:
-        text = text.removesuffix("\ufffd")  # half a sign
+        text = text.rstrip("\ufffd")  # half a sign, a mark for each of its bytes
     row, known, hurried = TreeRow(course, ()), LLTokenizer("byte"), False
     content = text.encode()
     for at, byte in enumerate(content):
@@ -181,6 +181,11 @@ def _read_again(course: Course, text: str, ended: bool, tokens: int, most: int) 
                 "the server could not work out what the model may write: write without constraint, or not verbatim"
             )
         row.end()
+    elif hurried and row.tokens:  # what may go on was the end of a tree in a hurry
+        row.tokens, again, row.matcher, row.hurried = [], row.tokens, None, True
+        row.open(known, 0)
+        for byte in again:
+            row.take_if_allowed(byte)
     return Written(row.course.written, row.course.finished, hurried)
 
 
@@ -194,8 +199,12 @@ def _object(value: Any) -> Any:
     return value
 
 
-def _said(content: bytes) -> str:
+def _said(answer: urllib.error.HTTPError) -> str:
     """What an answer says of a fault, in a line."""
+    try:
+        content = answer.read()
+    except (OSError, http.client.HTTPException) as broken:
+        return reason_of(broken)
     try:
         error = json.loads(content)["error"]
         message = error["message"] if isinstance(error, dict) else error
