@@ -90,3 +90,21 @@ def test_a_course_that_cannot_be_read_is_refused(url: str) -> None:
     assert isinstance(found, GatewiseError)
     assert "not told as gatewise tells it" in str(found)
     assert Server(url, "trees").write("a", None, 5, None, 0)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_at_the_start() -> None:
+    """With the first request it would end the engine."""
+    code = """
+from types import SimpleNamespace
+from gatewise.errors import GatewiseError
+from gatewise.mdt.extraction import in_vllm
+in_vllm.cached_tokenizer_from_config = lambda model: type("Tokenizer", (), {"eos_token_id": 1})()
+nothing = SimpleNamespace(max_num_seqs=1, get_vocab_size=lambda: 9)
+config = SimpleNamespace(model_config=nothing, scheduler_config=nothing)
+try:
+    in_vllm.TreeLogits(config, "cpu", False)
+except GatewiseError as error:
+    print(error)
+"""
+    found = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "is none of the tokenizers library" in found.stdout

@@ -14,7 +14,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.extraction.constraint import TreeScores
+from gatewise.mdt.extraction.constraint import TreeScores, check_available, readable
 from gatewise.mdt.extraction.course import ARGUMENT, Course
 
 
@@ -40,7 +40,11 @@ class TreeLogits(AdapterLogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         super().__init__(vllm_config, device, is_pin_memory)
-        self.tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+        check_available()
+        model = vllm_config.model_config
+        self.tokenizer = cached_tokenizer_from_config(model)
+        # What cannot be read is told at the start: with the first request it would end the engine.
+        readable(self.tokenizer, (int(self.tokenizer.eos_token_id),), model.get_vocab_size())
 
     def is_argmax_invariant(self) -> bool:
         """No: the likeliest token may be a forbidden one."""
