@@ -53,7 +53,7 @@ class Sampling:
         stop: texts that end the answer.
         ignore_eos: go on after the token that ends a text.
         logprobs: of so many of the most probable tokens at each place, log-probabilities are told, and of the chosen one; None: of
-            none. They are those of the model, before temperature and top_p.
+            none. They are those of the model, before a limit, temperature and top_p.
     """
 
     max_tokens: int
@@ -424,8 +424,11 @@ class Engine:
     def _go_on(self, lane: Lane, rows: Sequence[Answer], logits: Tensor) -> None:
         """The next token of each of some rows of a lane, by logits (n, v)."""
         broken: dict[int, Exception] = {}
+        unlimited: dict[int, Tensor] = {}  # where log-probabilities are told, which are the model's
         for place, one in enumerate(rows):
             if one.limit is not None and not one.cancelled:
+                if one.sampling.logprobs is not None:
+                    unlimited[place] = logits[place].clone()
                 try:
                     logits[place] = one.limit(one.tokens, logits[place])
                 except Exception as error:
@@ -454,7 +457,8 @@ class Engine:
                 done.add(one)
                 continue
             token = best[place] if sampling.temperature < _GREEDY else _drawn(logits[place].cpu(), sampling, one.generator)
-            told = () if sampling.logprobs is None else (_told(logits[place], token, sampling.logprobs),)
+            count = sampling.logprobs
+            told = () if count is None else (_told(unlimited.get(place, logits[place]), token, count),)
             if self._write(one, token, told):
                 done.add(one)
         if done:
