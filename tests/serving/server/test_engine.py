@@ -296,3 +296,14 @@ def test_any_fault_in_loading_is_the_adapters_alone(made: dict[str, Path], tmp_p
             ask(server, "a")
         broken = False
         assert ask(server, "b").choices[0].text == text(made, "b")
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_with_nothing_that_may_come_is_alone_in_its_fault(
+    made: dict[str, Path], tmp_path: Path, temperature: int
+) -> None:
+    limits: Any = {"nothing": lambda *_: lambda written, scores: torch.full_like(scores, -torch.inf)}
+    with serving(made["base"], tmp_path, limits=limits) as server:
+        with pytest.raises(openai.InternalServerError, match="wrote what is no number"):
+            ask(server, "tiny", temperature=temperature, extra_body={"vllm_xargs": {"nothing": "1"}})
+        assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))

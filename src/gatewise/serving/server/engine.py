@@ -5,7 +5,6 @@ long answer keeps nobody waiting for longer than a step, as long as there is roo
 when it is asked, and ends with it.
 """
 
-import math
 import secrets
 import sys
 import threading
@@ -435,7 +434,7 @@ class Engine:
                     traceback.print_exception(error, file=sys.stderr)
                     broken[place] = error
         best = logits.argmax(dim=-1).tolist()
-        is_sound = (logits.max(dim=-1).values < math.inf).tolist()  # not where there is a NaN
+        is_sound = logits.max(dim=-1).values.isfinite().tolist()  # not where there is a NaN, or nothing that may come
         done: set[Answer] = set()
         for place, one in enumerate(rows):
             if one.cancelled:  # since its prompt's reading began, it may be: then it has no token to go on with
