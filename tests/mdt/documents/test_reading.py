@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from mdt_trees import properties
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.documents.passages import Passage, split_passages
-from gatewise.mdt.documents.reading import Block, Document, document_of, population_mark, read_document
+from gatewise.mdt.documents.reading import Block, Document, document_of, documents_in, population_mark, read_document
 
 FLARE = "For an acute flare, give colchicine 0.5 mg twice daily."
 MARKDOWN = f"""# Gout
@@ -254,3 +255,13 @@ def test_a_document_knows_which_bytes_it_is_of(tmp_path: Path, monkeypatch: pyte
 def test_what_is_made_of_no_bytes_has_no_hash() -> None:
     (only,) = split_passages(Document("x", (Block(FLARE),)))
     assert "sha256" not in only.origin("x")
+
+
+def test_what_in_a_folder_is_no_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Give water.")
+    (tmp_path / "~$b.docx").write_bytes(b"lock")
+    (tmp_path / "c.txt").mkdir()
+    (tmp_path / "d.txt").symlink_to(tmp_path / "nowhere")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "e.txt")  # which would be read for ever
+    assert documents_in([tmp_path]) == [tmp_path / "a.txt", tmp_path / "d.txt"]

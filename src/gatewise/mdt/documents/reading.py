@@ -47,7 +47,7 @@ def read_document(path: str | Path, *, docling: bool = False) -> Document:
 def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
     """The paths, with what can be read in each folder in its place: its documents and those of folders in it, by name.
 
-    Files of other kinds, and hidden ones, are passed over. Links to folders are followed, each folder once.
+    What is no file, files of other kinds, hidden ones and those by which Word locks a document ("~$...") are passed over. Links to folders are followed, each folder once.
 
     Raises:
         GatewiseError: a folder has no document, or cannot be read.
@@ -69,7 +69,8 @@ def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
             inside += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
         if faults:
             raise GatewiseError(f"{path} cannot be read ({reason_of(faults[0])})")
-        documents = [one for one in inside if one.suffix.lower() in _READERS]
+        readable = [one for one in inside if one.suffix.lower() in _READERS and not one.name.startswith("~$")]
+        documents = [one for one in readable if one.is_file() or one.is_symlink()]  # a link to nothing is told, not passed over
         if not documents:
             raise GatewiseError(f"{path} has no document: expected files in it that end in {_suffixes()}")
         found += documents
