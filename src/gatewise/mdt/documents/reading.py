@@ -47,7 +47,8 @@ def read_document(path: str | Path, *, docling: bool = False) -> Document:
 def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
     """The paths, with what can be read in each folder in its place: its documents and those of folders in it, by name.
 
-    What is no file, files of other kinds, hidden ones and those by which Word locks a document ("~$...") are passed over. Links to folders are followed, each folder once.
+    What is no file, files of other kinds, hidden ones and those by which Word locks a document ("~$...") are passed over. Links
+    to folders are followed, each folder once.
 
     Raises:
         GatewiseError: a folder has no document, or cannot be read.
