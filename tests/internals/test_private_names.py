@@ -136,7 +136,12 @@ def test_private_methods_that_subclasses_override_are_listed():
     for file in parsed():
         if file.endswith("__main__.py") or not (file.startswith(("routed", "prompts", "bilevel", "serving", "runs", "allocation"))):
             continue
-        module = import_module(f"gatewise.{file.removesuffix('.py').replace('/', '.').removesuffix('.__init__')}")
+        try:
+            module = import_module(f"gatewise.{file.removesuffix('.py').replace('/', '.').removesuffix('.__init__')}")
+        except ModuleNotFoundError as error:
+            if error.name not in ("lm_eval", "vllm"):
+                raise
+            continue  # for an environment of its own
         for kind in vars(module).values():
             if not isinstance(kind, type) or kind.__module__ != module.__name__:
                 continue

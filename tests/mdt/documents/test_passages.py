@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mdt_trees import properties
 
@@ -148,6 +148,7 @@ _SENTENCES = [
 
 
 @properties
+@example([["x" * 130 + "."]], 65)  # two passages full to the brim, and a full stop
 @given(st.lists(st.lists(st.sampled_from(_SENTENCES), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(50, 200))
 def test_every_sentence_is_in_a_passage_in_order_and_none_is_too_long(paragraphs: list[list[str]], most: int) -> None:
     document = Document("x", tuple(Block(" ".join(sentences)) for sentences in paragraphs))

@@ -636,7 +636,11 @@ def test_what_is_typed_fast_is_all_kept(review: Callable[..., Review]) -> None:
     page.keyboard.press("Tab")
     page.click("#add-triple")
     sync_api.expect(page.locator("#object-1")).to_be_visible()
-    triples = here.session.passage(1).now.nodes[0]["triples"]
+    for _ in range(200):  # what was typed may still be on its way
+        triples = here.session.passage(1).now.nodes[0]["triples"]
+        if len(triples) > 1:
+            break
+        page.wait_for_timeout(50)
     assert [triples[0][0], triples[0][2], len(triples)] == ["boys", "water", 2]
     assert page.is_hidden("#conflict")
 

@@ -345,4 +345,7 @@ def _between_words(text: str, room: int) -> int:
     at = text.rfind(" ", room // 2, room + 1)
     while at > 0 and re.search(r"[\d<>≤≥=±]$", text[:at]):
         at = text.rfind(" ", room // 2, at)
-    return at if at > 0 else room
+    cut = at if at > 0 else room
+    # What is left must have a word, or it would be no passage and be lost: a full stop alone.
+    last = next((place for place in reversed(range(cut)) if text[place].isalnum()), 0)
+    return cut if last == 0 or any(map(str.isalnum, text[cut:])) else last
