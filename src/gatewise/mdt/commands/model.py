@@ -46,9 +46,11 @@ BatchOption = Annotated[int, typer.Option(help="Passages in one forward pass.", 
 
 def of_two(candidates: int | None, second: Path | None) -> int:
     """How many trees are written, by what ``--candidates`` says, if anything."""
-    from gatewise.mdt.pointing.together import CANDIDATES
+    if candidates is not None or second is None:
+        return candidates or 1
+    from gatewise.mdt.pointing.together import CANDIDATES  # and all that pointing needs
 
-    return candidates if candidates is not None else 1 if second is None else CANDIDATES
+    return CANDIDATES
 
 
 def check_ways(free: bool, verbatim: bool, level: Any, pipeline: bool) -> None:
