@@ -19,8 +19,9 @@ from gatewise.errors import GatewiseError
 from gatewise.routed.router import gates_of
 from gatewise.serving.vllm_plugin import hooks, register
 from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed
+from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import FAMILIES, why_not, why_not_request
-from gatewise.serving.vllm_plugin.routing import Groups, Part, Routing, add_lora
+from gatewise.serving.vllm_plugin.routing import Part, Routing
 
 D = 16  # of the tiny models
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -228,33 +229,80 @@ def test_products_have_gates_between_a_and_b(folder: Path) -> None:
         delta = [gates[row, s] * b[s][adapter, 0] @ a[s][adapter, 0] @ x[row] for s in range(3)]
         wanted[row] += torch.cat(delta)
     found = routing.gates(path, 4)
-    torch.testing.assert_close(add_lora(module, x, base.clone(), found, None), wanted)
-    torch.testing.assert_close(add_lora(module, x[None], base.clone()[None], found, None), wanted[None])
+    torch.testing.assert_close(add_lora(module, x, base.clone(), found), wanted)
+    torch.testing.assert_close(add_lora(module, x[None], base.clone()[None], found), wanted[None])
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("tokens", [[7, 7, 0, 9, 9, 0], [9, 7, 0, 7, 9, 9], [0, 0, 0, 0, 0, 0], [9, 9, 9, 9, 9, 9]])
-def test_products_by_adapter_are_those_of_every_token(tokens: list[int], gated: bool) -> None:
+@pytest.mark.parametrize("tokens", [(7, 7, 0, 9, 9, 0), (9, 7, 0, 7, 9, 9), (0, 0, 0, 0, 0, 0), (9, 9, 9, 9, 9, 9)])
+def test_products_by_adapter_are_those_of_every_token(tokens: tuple[int, ...], gated: bool) -> None:
     torch.manual_seed(3)
     held, slices = [None, 9, 7], (6, 4, 4)
-    groups = Groups.of(tokens, held)
     a, b = torch.randn(3, 3, 1, 5, D), tuple(torch.randn(3, 1, size, 5) for size in slices)
+    # As in vLLM, zeros fill up to the rank limit: one adapter has three ranks in the first slice, and the other none in the last.
+    a[0][1, 0, 3:], a[2][2], b[0][1, ..., 3:], b[2][2] = 0, 0, 0, 0
     module = SimpleNamespace(lora_a_stacked=tuple(a), lora_b_stacked=b, output_slices=slices)
     x, base, gates = torch.randn(6, D), torch.randn(6, sum(slices)), torch.rand(3, 6, 1)
     gates[1] = 0  # a slice that nobody keeps
-    wanted = base.clone()
-    for row, number in enumerate(tokens):
-        if number:
-            slot = held.index(number)
-            wanted[row] += torch.cat([(gates[s, row] if gated else 1) * b[s][slot, 0] @ a[s][slot, 0] @ x[row] for s in range(3)])
-    torch.testing.assert_close(add_lora(module, x, base.clone(), gates if gated else None, groups), wanted)
-    torch.testing.assert_close(add_lora(module, x[None], base.clone()[None], gates if gated else None, groups), wanted[None])
+    gates[2, 4:] = 0  # one that some keep
+
+    def wanted(gates: Tensor) -> Tensor:
+        found = base.clone()
+        for row, number in enumerate(tokens):
+            if number:
+                slot = held.index(number)
+                found[row] += torch.cat(
+                    [(gates[s, row] if gated else 1) * b[s][slot, 0] @ a[s][slot, 0] @ x[row] for s in range(3)]
+                )
+        return found
+
+    asked = []
+
+    def decided(gates: Tensor) -> Any:
+        return (lambda: asked.append(1) or gates) if gated else None
+
+    groups = Groups(tokens, held)
+    torch.testing.assert_close(groups.add(module, x, base.clone(), decided(gates)), wanted(gates))
+    # The same object is for steps with the same gates: they are not asked for again.
+    torch.testing.assert_close(groups.add(module, x[None], base.clone()[None], decided(gates)), wanted(gates)[None])
+    assert len(asked) == gated
+    for same in (torch.ones(3, 6, 1), gates.flip(0)):
+        torch.testing.assert_close(Groups(tokens, held).add(module, x, base.clone(), decided(same)), wanted(same))
+    assert torch.equal(Groups(tokens, held).add(module, x, base.clone(), lambda: None), base)  # nobody keeps any
+    # A slot gets another adapter.
+    b[0][1], a[0][1] = torch.randn(1, 6, 5), torch.randn(1, 5, D)
+    for slot in (1, 2):
+        forget(module, slot)
+    torch.testing.assert_close(Groups(tokens, held).add(module, x, base.clone(), decided(gates)), wanted(gates))
     # In half precision it rounds as vLLM does: once before B, and once behind it.
     half = SimpleNamespace(
         lora_a_stacked=tuple(a.bfloat16()), lora_b_stacked=tuple(one.bfloat16() for one in b), output_slices=slices
     )
-    found = add_lora(half, x.bfloat16(), base.bfloat16(), gates if gated else None, groups)
-    torch.testing.assert_close(found.float(), wanted, atol=0.5, rtol=0.05)
+    found = Groups(tokens, held).add(half, x.bfloat16(), base.bfloat16(), decided(gates))
+    torch.testing.assert_close(found.float(), wanted(gates), atol=0.5, rtol=0.05)
+
+
+def test_a_step_is_told_whether_its_gates_are_the_last_ones(folder: Path) -> None:
+    routing = Routing(Engine(), modules_of_vllm(), 64, torch.device("cpu"))
+    placed = {1: None, 2: routing.place(read_routed(folder, D), lambda path: path)}.get
+    of_one, of_plain = Part("one", 2, 1, 1, 1), Part("plain", 1, 1, 4, 4)
+    assert not routing.begin([Part("one", 2, 1, 0, 1), of_plain], placed)  # it reads its prompt
+    path = "model.layers.0.self_attn.o_proj"
+    routing._table[routing._rows["one"]] = 0.5
+    assert not routing.begin([of_one, of_plain], placed)  # a step like the last, but there the gates were not known at first
+    assert routing.gates(path, 2)[0, :, 0].tolist() == [0.5, 1]
+    assert routing.begin([of_one, of_plain], placed)
+    assert routing.gates(path, 2)[0, :, 0].tolist() == [0.5, 1]
+    assert not routing.begin([of_plain, of_one], placed)
+    assert routing.gates(path, 2)[0, :, 0].tolist() == [1, 0.5]
+    # Another request comes into its row.
+    routing.release(["one"])
+    assert not routing.begin([of_plain, Part("two", 2, 1, 0, 1)], placed)
+    assert not routing.begin([of_plain, Part("two", 2, 1, 1, 1)], placed)
+    routing.idle()
+    assert not routing.begin([of_plain, Part("two", 2, 1, 2, 1)], placed)
+    assert not routing.begin([of_plain], placed)
+    assert routing.begin([of_plain], placed)
 
 
 def test_rows_are_freed_and_the_table_grows(folder: Path) -> None:

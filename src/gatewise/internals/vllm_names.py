@@ -18,6 +18,7 @@ VLLM_NAMES = (
     PrivateName(_WORKER_MANAGER, "__init__", "keeps the settings", ("vllm_config", "device"), _HOOKS),
     PrivateName(_WORKER_MANAGER, "_load_adapter", "reads the routers of an adapter with it", ("lora_request",), _HOOKS),
     PrivateName(_WORKER_MANAGER, "_adapter_manager", "finds the modules with LoRA", None, _HOOKS),
+    PrivateName(_MANAGER, "activate_adapter", "learns which slot holds another adapter", ("lora_id",), _HOOKS),
     PrivateName(_MANAGER, "modules", "finds the modules with LoRA", None, _HOOKS),
     PrivateName(_MANAGER, "packed_modules_mapping", "finds the experts that a module is packed of", None, _HOOKS),
     PrivateName(_MANAGER, "lora_index_to_id", "finds an adapter's slot", None, _HOOKS),

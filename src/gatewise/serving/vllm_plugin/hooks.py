@@ -21,8 +21,9 @@ from gatewise.internals.private_names import fault_of
 from gatewise.internals.vllm_names import VLLM_NAMES
 from gatewise.serving.engines import ROUTER
 from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed, stamp
+from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import why_not, why_not_request
-from gatewise.serving.vllm_plugin.routing import Groups, Part, Placed, Routing, add_lora
+from gatewise.serving.vllm_plugin.routing import Part, Placed, Routing
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def _install_all() -> None:
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
     from vllm.lora.worker_manager import WorkerLoRAManager
@@ -116,6 +118,7 @@ def _install_all() -> None:
     _replace(kv_cache_utils, "_gen_lora_extra_hash_keys", _hash_keys)
     _replace(WorkerLoRAManager, "__init__", _keep_config)
     _replace(WorkerLoRAManager, "_load_adapter", _load_adapter)
+    _replace(LoRAModelManager, "activate_adapter", _activate_adapter)
     _replace(Worker, "execute_model", _execute_model)
     _replace(LoRAModelRunnerMixin, "set_active_loras", _set_active_loras)
     _replace(LoRAModelRunnerMixin, "_set_active_loras", _begin_step)
@@ -360,19 +363,39 @@ def _begin_step(made: Any) -> Any:
         made(self, prompts, tokens, lora_requests, *args, **kwargs)  # which loads them
         parts = self.__dict__.pop(_PARTS, None)
         manager = self.lora_manager._adapter_manager
-        if manager.device.type == "cpu":
-            groups = Groups.of(list(map(int, tokens)), manager.lora_index_to_id)
-            for wrapper in manager.punica_wrapper_mapping.values():
-                setattr(wrapper, _GROUPS, groups)
-        routing = getattr(manager, _ROUTING, None)
-        if routing is None:
-            return
-        if parts is None:  # a dry run
+        routing, same_gates = getattr(manager, _ROUTING, None), True
+        if routing is not None and parts is not None:
+            same_gates = routing.begin(parts(), partial(_placed, manager))
+        elif routing is not None:  # a dry run
             routing.idle()
-        else:
-            routing.begin(parts(), partial(_placed, manager))
+            same_gates = False
+        if manager.device.type == "cpu":
+            _group(manager, tuple(map(int, tokens)), same_gates)
 
     return _set_active_loras
+
+
+def _group(manager: Any, adapters: tuple[int, ...], same_gates: bool) -> None:
+    """Tells the modules whose the tokens of a step are; as in the step before where it is like that one."""
+    of_step = (adapters, tuple(manager.lora_index_to_id))
+    before, groups = manager.__dict__.get(_GROUPS, (None, None))
+    if of_step != before or not same_gates:
+        groups = Groups(*of_step)
+        setattr(manager, _GROUPS, (of_step, groups))
+        for wrapper in manager.punica_wrapper_mapping.values():
+            setattr(wrapper, _GROUPS, groups)
+
+
+def _activate_adapter(made: Any) -> Any:
+    def activate_adapter(self: Any, lora_id: int) -> bool:
+        activated: bool = made(self, lora_id)
+        if activated:
+            self.__dict__.pop(_GROUPS, None)
+            for module in self.modules.values():
+                forget(module, self.lora_index_to_id.index(lora_id))
+        return activated
+
+    return activate_adapter
 
 
 def _placed(manager: Any, adapter: int) -> Placed | None:
@@ -385,16 +408,13 @@ def _apply(made: Any) -> Any:
         routing, path = getattr(self, _GATES, (None, ""))
         groups: Groups | None = getattr(self.punica_wrapper, _GROUPS, None)
         count = x.shape[:-1].numel()
-        if groups is not None and groups.tokens != count:
-            groups = None
-        gates = None
-        if routing is not None and routing.is_at_work:
-            gates = routing.gates(path, count)
-            if gates is None:
-                return output
-        elif groups is None:
+        gates_of = partial(routing.gates, path, count) if routing is not None and routing.is_at_work else None
+        if groups is not None and groups.tokens == count:
+            return groups.add(self, x, output, gates_of)
+        if gates_of is None:
             return made(self, x, output)
-        return add_lora(self, x, output, gates, groups)
+        gates = gates_of()
+        return output if gates is None else add_lora(self, x, output, gates)
 
     return _apply_lora_to_output
 

@@ -4,10 +4,9 @@ A request has a row of a table, with a gate for every expert that any routed ada
 requests with plain LoRA, row 1 is zeros and that of requests without an adapter. Every token of a step finds its row, and every
 module with LoRA finds its experts' columns.
 
-Nothing here imports vLLM. Its LoRA modules are used by ``punica_wrapper``, ``lora_a_stacked``, ``lora_b_stacked`` and
-``output_slices``.
+Nothing here imports vLLM.
 
-Shapes: n tokens of a step, d hidden size, m experts of a layer, s slices of a module, r the largest rank.
+Shapes: n tokens of a step, d hidden size, m experts of a layer, s slices of a module.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -104,6 +103,7 @@ class Routing:
         self._row_of_token = torch.zeros(tokens, dtype=torch.long, device=device)
         self._prompts: list[_Prompt] = []
         self._kept: Tensor | None = None
+        self._spans: list[tuple[int, int]] | None = None  # of the last step, if all its gates were decided before
         self._watched: set[str] = set()
         self.is_at_work = False
 
@@ -161,10 +161,10 @@ class Routing:
 
     def idle(self) -> None:
         """The next step has no routed rows."""
-        self.is_at_work, self._prompts, self._kept = False, [], None
+        self.is_at_work, self._prompts, self._kept, self._spans = False, [], None, None
 
-    def begin(self, parts: Sequence[Part], placed: Callable[[int], Placed | None]) -> None:
-        """Tells what the next step computes, in the order of its tokens.
+    def begin(self, parts: Sequence[Part], placed: Callable[[int], Placed | None]) -> bool:
+        """Tells what the next step computes, in the order of its tokens; and whether all tokens have the gates of the last step's.
 
         A request that has no gates yet reads its prompt now, all of it. One that has some keeps them, also where it computes its
         prompt and what it had written once more, after it was preempted.
@@ -175,6 +175,7 @@ class Routing:
         Raises:
             GatewiseError: a prompt is read in pieces.
         """
+        before, kept = self._spans, self._kept
         self.idle()
         spans: list[tuple[int, int]] = []  # (row, tokens)
         start = 0
@@ -189,13 +190,19 @@ class Routing:
                 untouched = min(max(part.prompt - 1 - part.computed, 0), part.tokens) if routed.adapter.after_prompt else 0
                 spans += [(BASE, untouched), (self._rows[part.request], part.tokens - untouched)]
             start += part.tokens
+        # While prompts are read gates change, and only so does a row become another request's.
+        self._spans = None if self._prompts else spans
+        if before is not None and self._spans == before:
+            self._kept = kept
+            return True
         if not self.is_at_work:
-            return
+            return False
         rows, counts = torch.tensor(spans).T
         self._row_of_token[:start] = torch.repeat_interleave(rows, counts).to(self._row_of_token.device)
         self._row_of_token[start:] = BASE
         if not self._prompts and self._table.device.type == "cpu":  # elsewhere a look at the table would hold up the device
             self._kept = (self._table[rows.unique()] != 0).any(dim=0)
+        return False
 
     def _start(self, part: Part, start: int, placed: Placed) -> None:
         if part.computed or part.tokens < part.prompt:
@@ -240,66 +247,6 @@ class Routing:
         if self._kept is not None and not bool(self._kept[columns].any()):
             return None
         return self._table[self._row_of_token[:tokens]][:, columns].T.unsqueeze(-1)
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The tokens of a step by adapter, for processors.
-
-    vLLM copies an adapter's A and B there for every token. Tokens of one adapter together need no copy.
-
-    Attributes:
-        tokens: how many there are.
-        rows: the tokens of each adapter, by the number of its slot. Those without an adapter are in no group.
-    """
-
-    tokens: int
-    rows: Mapping[int, Tensor | slice]
-
-    @classmethod
-    def of(cls, adapters: Sequence[int], slots: Sequence[int | None]) -> "Groups":
-        """Of the tokens' adapters, by vLLM's numbers, 0 for none, and the number that each slot holds."""
-        of_token, rows = torch.tensor(adapters), {}  # type: Tensor, dict[int, Tensor | slice]
-        for number in sorted(one for one in set(adapters) if one > 0):
-            own = (of_token == number).nonzero()[:, 0]
-            first, last = int(own[0]), int(own[-1]) + 1
-            rows[slots.index(number)] = slice(first, last) if last - first == len(own) else own
-        return cls(len(adapters), rows)
-
-
-def add_lora(module: Any, x: Tensor, output: Tensor, gates: Tensor | None, groups: Groups | None) -> Tensor:
-    """``output`` (n, ..., d_out) of a module's base, with B A x (n, d_in) of every token added in place.
-
-    Both may have a batch of one in front.
-
-    Args:
-        module: vLLM's, with LoRA.
-        gates: (s, n, 1), which go between A and B.
-        groups: the tokens by adapter; None leaves the products to vLLM.
-    """
-    shape = output.shape
-    x, output = x.flatten(0, -2), output.flatten(0, -2)
-    if groups is None:
-        rank = module.lora_b_stacked[0].size(-1)
-        products = torch.zeros(len(module.output_slices), len(x), rank, dtype=torch.float32, device=x.device)
-        module.punica_wrapper.add_shrink(products, x, module.lora_a_stacked, 1.0)
-        if gates is not None:
-            products *= gates
-        module.punica_wrapper.add_expand(output, products, module.lora_b_stacked, module.output_slices, add_inputs=True)
-        return output.view(shape)
-    for slot, rows in groups.rows.items():
-        own, start = x[rows].float(), 0
-        for s, size in enumerate(module.output_slices):
-            gate = None if gates is None else gates[s, rows]
-            if gate is None or bool(gate.any()):
-                # In float32 up to B, and B in the precision of the output, as in vLLM.
-                product = own @ module.lora_a_stacked[s][slot, 0].float().T
-                if gate is not None:
-                    product *= gate
-                second = module.lora_b_stacked[s][slot, 0].to(output.dtype)
-                output[rows, start : start + size] += product.to(output.dtype) @ second.T
-            start += size
-    return output.view(shape)
 
 
 def _layer_path(module: str, number: str) -> str:
