@@ -148,7 +148,7 @@ def modules_of_vllm() -> dict[str, list[str | None]]:
 def test_each_token_has_the_gates_of_its_request(folder: Path) -> None:
     engine, adapter = Engine(), read_routed(folder, D)
     routing = Routing(engine, modules_of_vllm(), 64, torch.device("cpu"))
-    placed = routing.place(adapter, lambda path: path)
+    placed = routing.place(adapter, lambda path: path, "legal")
     torch.manual_seed(1)
     hidden, residual = torch.randn(2, 20, D).unbind()
     parts = [Part("plain", 1, 3, 0, 3), Part("one", 2, 5, 0, 5), Part("base", 0, 2, 0, 2), Part("two", 2, 7, 0, 7)]
@@ -172,6 +172,14 @@ def test_each_token_has_the_gates_of_its_request(folder: Path) -> None:
             wanted = torch.cat([ones, own[0].expand(5), zeros, own[1].expand(7)])
             assert torch.equal(gates[s, :, 0], wanted)
 
+    # What prompts kept is counted by adapter and layer.
+    for name, path, prompts, kept in routing.counts:
+        assert (name, prompts) == ("legal", 2)
+        assert kept == {
+            one: sum(bool(expected[at, f"{path}.{one}"]) for at in (3, 10)) for one in next(iter(adapter.layers)).experts
+        }
+    assert [path for _, path, *_ in routing.counts] == [layer.path for layer in adapter.layers]
+
     # In the next step each has a token; what nobody keeps is left out.
     routing.begin([Part("two", 2, 1, 7, 7), Part("one", 2, 1, 5, 5)], {2: placed}.get)
     for path, names in modules_of_vllm().items():
@@ -183,7 +191,9 @@ def test_each_token_has_the_gates_of_its_request(folder: Path) -> None:
 
     # After a preemption the prompt and what was written are computed once more, maybe from the middle: by the gates of the prompt.
     routing.begin([Part("one", 2, 6, 3, 5)], {2: placed}.get)
+    counted = routing.counts
     engine.model.layers[0](torch.arange(6), torch.randn(6, D), None)
+    assert routing.counts == counted
     name = "model.layers.0.self_attn.o_proj"
     gates = routing.gates(name, 6)
     assert torch.equal(torch.zeros(6) if gates is None else gates[0, :, 0], expected[3, name].expand(6))

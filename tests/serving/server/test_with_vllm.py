@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,6 +217,31 @@ def test_many_clients_at_once(served: SimpleNamespace, made: Path) -> None:
     for (name, prompt, tokens), text in zip(jobs, found, strict=True):
         alone = writes(made / "base", None if name == "tiny" else made / "adapters" / name, prompt, tokens)
         assert text.strip() == text_of(alone).strip(), (name, prompt)
+
+
+@real
+def test_metrics_have_what_routed_prompts_keep(served: SimpleNamespace) -> None:
+    def shares() -> dict[str, float]:
+        """Of the adapter's second layer: prompts that were routed, and modules that they kept."""
+        with urllib.request.urlopen(f"{served.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        found = {"gatewise_routed_prompts_total": 0.0, "gatewise_routing_kept_total": 0.0}
+        for line in lines:
+            name, _, rest = line.partition("{")
+            labels, _, value = rest.rpartition("} ")
+            if name in found and {'model="routed"', 'layer="model.layers.1"'} <= set(labels.split(",")):
+                found[name] += float(value)
+        return found
+
+    before = shares()
+    for number in range(3):
+        client(served).completions.create(model="routed", prompt=[5 + number, 23], max_tokens=3)
+    limit = time.monotonic() + 30
+    while (now := shares())["gatewise_routed_prompts_total"] < before["gatewise_routed_prompts_total"] + 3:
+        assert time.monotonic() < limit, now
+        time.sleep(0.2)
+    assert now["gatewise_routed_prompts_total"] == before["gatewise_routed_prompts_total"] + 3
+    assert now["gatewise_routing_kept_total"] == now["gatewise_routed_prompts_total"]  # top_k is 1
 
 
 @real

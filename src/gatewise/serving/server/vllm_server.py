@@ -6,7 +6,9 @@ The arguments are those of ``vllm serve``. Standard input has a JSON object a li
 folder served by a name, which answers that are being written go on without; {"name": ...} ends that. No client can do either. The
 process leads a group of processes, and kills it when its standard input ends: whoever started it is gone then, however that came.
 
-Read in vLLM 0.32: ``OpenAIServingModels``, and ``init_app_state`` in the launcher of its server.
+Where gatewise is its plug-in, vLLM's ``/metrics`` have what the prompts of routed adapters keep, too.
+
+Read in vLLM 0.32: ``OpenAIServingModels``, ``init_app_state`` in the launcher of its server, and ``collective_rpc``.
 """
 
 import asyncio
@@ -17,6 +19,7 @@ import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,6 +29,13 @@ NO_VLLM = 3
 
 REFUSED = "error: vLLM does not load the adapter "
 """What stands before the name of an adapter, and why."""
+
+
+COUNTS = "gatewise_counts"
+"""The method of vLLM's workers that gatewise's plug-in gives them (vllm_plugin/hooks.py)."""
+ASKED_EVERY = 2.0  # seconds
+PROMPTS = "Prompts that a layer's router of an adapter decided on."
+KEPT = "Of these, the prompts for which a module was kept."
 
 
 class Adapters:
@@ -85,6 +95,42 @@ class Adapters:
             print(f"the adapter {name!r} is served", file=sys.stderr, flush=True)
 
 
+class Kept:
+    """What the prompts of routed adapters keep, asked of a worker every few seconds, for Prometheus's client."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, str, int, dict[str, int]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, engine: Any) -> None:
+        """Called in the server's loop."""
+        from prometheus_client import REGISTRY
+
+        REGISTRY.register(self)
+        self._task = asyncio.create_task(self._ask(engine))
+
+    async def _ask(self, engine: Any) -> None:
+        while True:
+            try:
+                self._rows = (await engine.collective_rpc(COUNTS))[0]
+            except Exception as error:
+                print(f"note: /metrics say nothing of routed adapters: {error}", file=sys.stderr, flush=True)
+                return
+            await asyncio.sleep(ASKED_EVERY)
+
+    def collect(self) -> Iterator[Any]:
+        """Counters of the names that ``--engine transformers`` has them under."""
+        from prometheus_client.core import CounterMetricFamily
+
+        prompts = CounterMetricFamily("gatewise_routed_prompts", PROMPTS, labels=["model", "layer"])
+        kept = CounterMetricFamily("gatewise_routing_kept", KEPT, labels=["model", "layer", "module"])
+        for model, layer, count, modules in self._rows:
+            prompts.add_metric([model, layer], count)
+            for module, times in modules.items():
+                kept.add_metric([model, layer, module], times)
+        yield from (prompts, kept)
+
+
 def follow(adapters: Adapters) -> None:
     """Has vLLM's server tell when it begins."""
     from vllm.entrypoints.launchers.api_server import entry
@@ -94,6 +140,8 @@ def follow(adapters: Adapters) -> None:
     async def init_app_state(engine: Any, state: Any, *given: Any, **more: Any) -> None:
         await init(engine, state, *given, **more)
         adapters.begin(state.openai_serving_models)
+        if find_spec("gatewise") is not None:
+            Kept().begin(engine)
 
     entry.init_app_state = init_app_state
 

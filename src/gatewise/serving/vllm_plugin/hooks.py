@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 TESTED = ("0.32",)
 """The versions of vLLM that ``make test-serve`` was run with."""
 
+COUNTS = "gatewise_counts"
+"""A method of vLLM's workers."""
+
 # What is put on objects of vLLM.
 _CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _LOADED = (
     f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "loaded")
@@ -119,6 +122,7 @@ def _install_all() -> None:
     _replace(WorkerLoRAManager, "__init__", _keep_config)
     _replace(WorkerLoRAManager, "_load_adapter", _load_adapter)
     _replace(LoRAModelManager, "activate_adapter", _activate_adapter)
+    setattr(Worker, COUNTS, _counts)
     _replace(Worker, "execute_model", _execute_model)
     _replace(LoRAModelRunnerMixin, "set_active_loras", _set_active_loras)
     _replace(LoRAModelRunnerMixin, "_set_active_loras", _begin_step)
@@ -285,7 +289,7 @@ def _load_adapter(load: Any) -> Any:
             lora = load(self, lora_request)
         finally:
             model.lora_skip_prefixes = before
-        setattr(lora, _PLACED, _routing_of(manager).place(adapter, partial(_name_of, model)))
+        setattr(lora, _PLACED, _routing_of(manager).place(adapter, partial(_name_of, model), lora_request.lora_name))
         return lora
 
     return _load
@@ -335,6 +339,13 @@ def _execute_model(made: Any) -> Any:
         return made(self, scheduler_output, *args, **kwargs)
 
     return execute_model
+
+
+def _counts(worker: Any) -> list[tuple[str, str, int, dict[str, int]]]:
+    """What the prompts of routed adapters kept, as ``Routing.counts`` has it; called in a worker from the server's process."""
+    manager = getattr(getattr(worker.model_runner, "lora_manager", None), "_adapter_manager", None)
+    routing: Routing | None = getattr(manager, _ROUTING, None)
+    return [] if routing is None else routing.counts
 
 
 def _set_active_loras(made: Any) -> Any:

@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatewise.errors import GatewiseError, some
-from gatewise.serving.vllm_plugin.adapter import RoutedAdapter
-
-if TYPE_CHECKING:
-    from gatewise.routed.router import Router
+from gatewise.serving.vllm_plugin.adapter import RoutedAdapter, RoutedLayer
 
 PLAIN, BASE = 0, 1
 _RESERVED = 2
@@ -50,10 +47,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Placed:
-    """A routed adapter in a worker: its layers by path in vLLM's model, with the columns of their experts."""
+    """A routed adapter in a worker.
+
+    Attributes:
+        name: by which it is counted what its prompts keep.
+        layers: by path in vLLM's model, with the columns of their experts.
+    """
 
     adapter: RoutedAdapter
-    routers: Mapping[str, tuple["Router", Tensor]]
+    name: str
+    layers: Mapping[str, tuple[RoutedLayer, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Routing:
         self._kept: Tensor | None = None
         self._spans: list[tuple[int, int]] | None = None  # of the last step, if all its gates were decided before
         self._watched: set[str] = set()
+        self._counts: dict[tuple[str, str], tuple[RoutedLayer, Tensor]] = {}
         self.is_at_work = False
 
     @property
@@ -112,30 +116,41 @@ class Routing:
         """Those that have gates."""
         return set(self._rows)
 
-    def place(self, adapter: RoutedAdapter, name_of: Callable[[str], str]) -> Placed:
+    @property
+    def counts(self) -> list[tuple[str, str, int, dict[str, int]]]:
+        """Of each adapter and layer the prompts that its router decided on, and for how many of them it kept each expert."""
+        return [
+            (name, path, held[0], dict(zip(layer.experts, held[1:], strict=True)))
+            for (name, path), (layer, counts) in self._counts.items()
+            for held in [counts.tolist()]
+        ]
+
+    def place(self, adapter: RoutedAdapter, name_of: Callable[[str], str], name: str = "") -> Placed:
         """Finds an adapter's experts among the modules.
 
         Args:
             name_of: what the engine calls a module, by its path in the base model.
+            name: the adapter's; others of this name before it count together with it.
 
         Raises:
             GatewiseError: the engine adapts no such module, or its layers are not given hidden states.
         """
-        routers, missing = {}, []
+        layers, missing = {}, []
         for layer in adapter.layers:
             names = [name_of(f"{layer.path}.{name}") for name in layer.experts]
             missing += [name for name in names if name not in self._columns]
             path = _layer_path(names[0], layer.path.rpartition(".")[2])
             columns = torch.tensor([self._columns.get(name, 0) for name in names], device=self._table.device)
-            routers[path] = (layer.router.to(self._table.device), columns)
+            layer.router.to(self._table.device)
+            layers[path] = (layer, columns)
         if missing:
             raise GatewiseError(
                 f"vLLM adapts no modules {some(missing)}, which are experts of this adapter: start it with --lora-target-modules "
                 "as serving.json or gatewise.serving.engines.serving_settings gives them"
             )
-        for path in routers:
+        for path in layers:
             self._watch(path)
-        return Placed(adapter, routers)
+        return Placed(adapter, name, layers)
 
     def _watch(self, path: str) -> None:
         if path in self._watched:
@@ -230,16 +245,27 @@ class Routing:
         given = bound.bind(layer, *args, **kwargs).arguments
         hidden, residual = given["hidden_states"], given.get("residual")
         for prompt in self._prompts:
-            if path not in prompt.placed.routers:
+            if path not in prompt.placed.layers:
                 continue
-            router, columns = prompt.placed.routers[path]
+            routed, columns = prompt.placed.layers[path]
             states = hidden[prompt.start : prompt.end]
             if residual is not None:
                 states = states + residual[prompt.start : prompt.end]
-            probabilities = router(states[None], torch.ones(1, len(states), dtype=torch.bool, device=states.device))
+            probabilities = routed.router(states[None], torch.ones(1, len(states), dtype=torch.bool, device=states.device))
             adapter = prompt.placed.adapter
             gates = gates_of(probabilities, adapter.top_k, adapter.normalize_gates)[0]
-            self._table[prompt.row, columns] = self._agree(gates.to(self._table.dtype))
+            gates = self._agree(gates.to(self._table.dtype))
+            self._table[prompt.row, columns] = gates
+            self._count(prompt.placed.name, routed, gates)
+
+    def _count(self, name: str, layer: RoutedLayer, gates: Tensor) -> None:
+        """A prompt, and which experts its gates (m) keep. On the gates' device, which it does not hold up."""
+        key = (name, layer.path)
+        zeros = torch.zeros(1 + len(gates), dtype=torch.long, device=gates.device)
+        before, counts = self._counts.get(key, (layer, zeros))
+        if before.experts != layer.experts:  # another adapter had the name
+            counts = zeros
+        self._counts[key] = (layer, counts + torch.cat([torch.ones_like(gates[:1]), gates]).ne(0))
 
     def gates(self, path: str, tokens: int) -> Tensor | None:
         """Gates (s, n, 1) of a module's slices; None where no request keeps any of them."""
