@@ -1,12 +1,14 @@
 """Runs in a Python that has vLLM: ``python vllm_driver.py REQUEST.json ANSWER.json``; what test_vllm_routed.py wants to see there.
 
 The request has ``arguments`` of vLLM's command line and ``steps``, each with what to ``do``: see the functions below. The answer
-has what each of them returned, or ``{"error": ...}``.
+has what each of them returned, or ``{"error": ...}``. With ``ahead`` a step is scheduled before the last one has ended, which vLLM
+does on GPUs and not on processors.
 """
 
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,22 @@ class Engine:
         number = self.numbers.setdefault(name or folder, len(self.numbers) + 1)
         return LoRARequest(name or folder, number, folder)
 
-    def answer(self, rows: list[dict[str, Any]], tokens: int, n: int = 1) -> list[list[dict[str, Any]]]:
+    def answer(self, rows: list[dict[str, Any]], tokens: int, n: int = 1, stop: Sequence[int] = ()) -> list[list[dict[str, Any]]]:
         """For each row (prompt, adapter, maybe name) its greedy answer, or n that are sampled, with log-probabilities."""
         from vllm import SamplingParams
 
         outputs = self.llm.generate(
             [{"prompt_token_ids": row["prompt"]} for row in rows],
-            SamplingParams(n=n, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False, seed=1, temperature=n - 1),
+            SamplingParams(
+                n=n,
+                max_tokens=tokens,
+                ignore_eos=True,
+                stop_token_ids=stop,
+                logprobs=0,
+                detokenize=False,
+                seed=1,
+                temperature=n - 1,
+            ),
             lora_request=[self.adapter(row["adapter"], row.get("name")) for row in rows],
             use_tqdm=False,
         )
@@ -49,6 +60,20 @@ class Engine:
             ]
             for output in outputs
         ]
+
+    def prompt_logprobs(self, prompt: list[int], adapter: str | None) -> list[float]:
+        """Of a prompt's own tokens, from its second one on."""
+        from vllm import SamplingParams
+
+        asked = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        [output] = self.llm.generate([{"prompt_token_ids": prompt}], asked, lora_request=self.adapter(adapter), use_tqdm=False)
+        return [at[token].logprob for token, at in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+
+    def runner(self) -> str:
+        """Which of vLLM's model runners this is, and whether steps are scheduled ahead."""
+        config = self.llm.llm_engine.vllm_config
+        ahead = " ahead" if config.scheduler_config.async_scheduling else ""
+        return f"V{2 if config.use_v2_model_runner else 1}{ahead}"
 
     def preemptions(self) -> int:
         return int(next(one.value for one in self.llm.get_metrics() if one.name == "vllm:num_preemptions"))
@@ -93,12 +118,26 @@ class Engine:
         self.llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(beam_width=2, max_tokens=2), self.adapter(adapter))
 
 
+def schedule_ahead() -> None:
+    from vllm.platforms import current_platform
+
+    made = type(current_platform).check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        made(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    type(current_platform).check_and_update_config = classmethod(check_and_update_config)
+
+
 def main(request: dict[str, Any]) -> list[Any]:
     answers: list[Any] = []
     if request.get("version"):
         import vllm
 
         vllm.__version__ = request["version"]
+    if request.get("ahead"):
+        schedule_ahead()
     try:
         engine = Engine(request["arguments"])
     except Exception as error:

@@ -54,8 +54,9 @@ def fault_of(one: PrivateName) -> str | None:
     if owner is None:
         return f"{installed} has no {owner_name} any more, whose {one.name} is one of the names {end}"
     if one.parameters is None:
-        # Attributes of objects are not to be seen on the class, but where it sets them.
-        there = hasattr(owner, one.name) or bool(re.search(rf"\.{one.name}\b", inspect.getsource(owner)))
+        # Attributes of objects are not to be seen on the class, but where it declares or sets them.
+        declared = hasattr(owner, one.name) or one.name in getattr(owner, "__annotations__", {})
+        there = declared or bool(re.search(rf"\.{one.name}\b", inspect.getsource(owner)))
         return None if there else f"{installed} has no {called} any more, {end}"
     method = getattr(owner, one.name, None)
     if method is None:

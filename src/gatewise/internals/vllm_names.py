@@ -12,6 +12,7 @@ _MIXIN, _LINEAR = (
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA",
 )
 _BATCH, _OPS = "vllm.v1.worker.gpu_input_batch:InputBatch", "vllm.lora.ops.torch_ops.lora_ops"
+_RUNNER_V2, _BATCH_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner", "vllm.v1.worker.gpu.input_batch:InputBatch"
 
 VLLM_NAMES = (
     # An adapter is loaded, and put into the model
@@ -44,6 +45,20 @@ VLLM_NAMES = (
     PrivateName(_BATCH, "request_lora_mapping", "their adapters", None, _HOOKS),
     PrivateName(_BATCH, "num_prompt_tokens", "their prompts", None, _HOOKS),
     PrivateName(_BATCH, "num_computed_tokens_cpu", "what of them was computed before", None, _HOOKS),
+    # The same in model runner V2
+    PrivateName(
+        _RUNNER_V2, "prepare_inputs", "learns what a step computes", ("scheduler_output", "batch_req_state", "batch_desc"), _HOOKS
+    ),
+    PrivateName(_RUNNER_V2, "lora_config", "whether there are adapters", None, _HOOKS),
+    PrivateName(_RUNNER_V2, "lora_state", "has the adapters of requests", None, _HOOKS),
+    PrivateName(_RUNNER_V2, "req_states", "has their prompts", None, _HOOKS),
+    PrivateName("vllm.v1.worker.gpu.lora_utils:LoraState", "lora_ids", "their adapters", None, _HOOKS),
+    PrivateName("vllm.v1.worker.gpu.states:RequestState", "prompt_len", "their prompts", None, _HOOKS),
+    PrivateName("vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor", "np", "the same, in the memory of the processor", None, _HOOKS),
+    PrivateName(_BATCH_V2, "req_ids", "the requests of a step, in the order of their tokens", None, _HOOKS),
+    PrivateName(_BATCH_V2, "idx_mapping_np", "where their states are", None, _HOOKS),
+    PrivateName(_BATCH_V2, "num_scheduled_tokens", "their tokens", None, _HOOKS),
+    PrivateName(_BATCH_V2, "num_computed_tokens_np", "what of them was computed before", None, _HOOKS),
     # While the model runs
     PrivateName(_LINEAR, "_apply_lora_to_output", "puts gates between A and B", ("x", "output"), _HOOKS),
     PrivateName(_LINEAR, "output_slices", "finds the experts that a module is packed of", None, _HOOKS),

@@ -19,12 +19,12 @@ from typing import Any
 import openai
 import pytest
 from served_models import adapter_folder, base_folder, client, text_of, words, writes
+from test_vllm import PYTHON, on
 
 from gatewise.errors import GatewiseError
 from gatewise.serving.server.catalogue import Catalogue
 from gatewise.serving.server.with_vllm import Room, VllmServer, arguments_for, settings_of
 
-PYTHON = os.environ.get("GATEWISE_VLLM_PYTHON")
 WIDE = {"hidden_size": 64, "head_dim": 32}  # vLLM's attention needs heads of 32 numbers and more
 
 
@@ -178,21 +178,22 @@ def test_nothing_is_left_behind(made: Path, tmp_path: Path) -> None:
 real = pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no Python that has vLLM: run `make test-serve`")
 
 
-@pytest.fixture(scope="module")
-def served(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+@pytest.fixture(scope="module", params=("V1", "V2"))
+def served(made: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     """``gatewise serve`` with the real vLLM, in a process of its own."""
     folder = tmp_path_factory.mktemp("watched")
     for name in ("one", "two", "routed"):
         shutil.copytree(made / "adapters" / name, folder / name)
     command = [sys.executable, "-m", "gatewise", "serve", str(made / "base"), "--adapters", str(folder), "--python", str(PYTHON)]
     command += ["--port", "0", "--served-model-name", "tiny", "--dtype", "float32", "--poll", "0.3", "--", "--block-size", "32"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **on(request.param)}
     with (folder.parent / "log").open("w+") as log:
         process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert line.startswith("serving: "), (folder.parent / "log").read_text()[-3000:]
+            said = (folder.parent / "log").read_text()
+            assert line.startswith("serving: "), said[-3000:]
             yield SimpleNamespace(url=line.split()[1].removesuffix("/v1"), folder=folder)
         finally:
             process.send_signal(signal.SIGINT)

@@ -190,8 +190,7 @@ class VllmServer:
         if adapters:
             more, self._room = arguments_for(found, most_tokens or positions, most_loaded, rest)
             self._arguments += more
-        # What keeps to trees is made for the first of vLLM's model runners, as routed adapters are.
-        self._on_first_runner = trees or (self._room is not None and self._room.routed)
+        self._on_first_runner = trees  # which what keeps to them was made for
         self._arguments += [*(["--logits-processors", TREES] if trees else []), *rest]
         self._python = str(python)
         self._told: dict[str, Version] = {}

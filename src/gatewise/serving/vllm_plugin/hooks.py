@@ -109,6 +109,7 @@ def _install_all() -> None:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
@@ -125,6 +126,7 @@ def _install_all() -> None:
     setattr(Worker, COUNTS, _counts)
     _replace(Worker, "execute_model", _execute_model)
     _replace(LoRAModelRunnerMixin, "set_active_loras", _set_active_loras)
+    _replace(SecondModelRunner, "prepare_inputs", _prepare_inputs)
     _replace(LoRAModelRunnerMixin, "_set_active_loras", _begin_step)
     _replace(BaseLinearLayerWithLoRA, "_apply_lora_to_output", _apply)
     for module in (lora_ops, punica_cpu):  # which imports them by name
@@ -367,6 +369,32 @@ def _parts(batch: Any, tokens: Any) -> list[Part]:
         )
         for index in range(batch.num_reqs)
     ]
+
+
+def _prepare_inputs(made: Any) -> Any:
+    """Model runner V2 has all that a step computes here, and calls ``_set_active_loras`` next. In a dry run it calls that alone."""
+
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = made(self, *args, **kwargs)
+        if self.lora_config:
+            setattr(self, _PARTS, partial(_parts_v2, self, batch))
+        return batch
+
+    return prepare_inputs
+
+
+def _parts_v2(runner: Any, batch: Any) -> list[Part]:
+    at = batch.idx_mapping_np
+    numbers = zip(
+        runner.lora_state.lora_ids[at].tolist(),
+        batch.num_scheduled_tokens.tolist(),
+        # A bound, which is reached where nothing is drafted.
+        batch.num_computed_tokens_np.tolist(),
+        # Not prefill_len, which counts what a request had written before it was preempted.
+        runner.req_states.prompt_len.np[at].tolist(),
+        strict=True,
+    )
+    return [Part(request, *one) for request, one in zip(batch.req_ids, numbers, strict=True)]
 
 
 def _begin_step(made: Any) -> Any:

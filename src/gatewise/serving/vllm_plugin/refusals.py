@@ -63,8 +63,6 @@ def _reasons(config: Any, platform: Any, dual_stream: bool) -> Iterator[str]:
         yield "have gates between A and B, which --fully-sharded-loras puts on several devices: leave it out"
     if dual_stream:
         yield "have gates between A and B, which VLLM_LORA_ENABLE_DUAL_STREAM runs apart from them: unset it"
-    if config.use_v2_model_runner:
-        yield "were not tried with vLLM's model runner V2: start it with VLLM_USE_V2_MODEL_RUNNER=0"
     if not (platform.is_cpu() or platform.is_cuda_alike()):
         yield f"were not tried on {platform.device_name}: serve them on a processor or a GPU"
     graphs = (config.compilation_config.mode, config.compilation_config.cudagraph_mode)
