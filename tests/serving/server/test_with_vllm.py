@@ -221,7 +221,7 @@ def test_many_clients_at_once(served: SimpleNamespace, made: Path) -> None:
 
 
 @real
-def test_metrics_have_what_routed_prompts_keep(served: SimpleNamespace) -> None:
+def test_metrics_have_what_routed_prompts_keep(served: SimpleNamespace, made: Path) -> None:
     def shares() -> dict[str, float]:
         """Of the adapter's second layer: prompts that were routed, and modules that they kept."""
         with urllib.request.urlopen(f"{served.url}/metrics") as answer:
@@ -242,7 +242,8 @@ def test_metrics_have_what_routed_prompts_keep(served: SimpleNamespace) -> None:
         assert time.monotonic() < limit, now
         time.sleep(0.2)
     assert now["gatewise_routed_prompts_total"] == before["gatewise_routed_prompts_total"] + 3
-    assert now["gatewise_routing_kept_total"] == now["gatewise_routed_prompts_total"]  # top_k is 1
+    top_k = json.loads((made / "adapters" / "routed" / "adapter_config.json").read_text())["top_k"]
+    assert now["gatewise_routing_kept_total"] == top_k * now["gatewise_routed_prompts_total"]
 
 
 @real
