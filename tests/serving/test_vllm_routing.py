@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gatewise.errors import GatewiseError
 from gatewise.routed.router import gates_of
 from gatewise.serving.vllm_plugin import hooks, register
-from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed
+from gatewise.serving.vllm_plugin.adapter import is_routed, leaves_prefixes_alone, read_routed
 from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import FAMILIES, why_not, why_not_request
 from gatewise.serving.vllm_plugin.routing import Part, Routing
@@ -220,6 +220,68 @@ def test_an_adapter_that_leaves_the_prompt_alone(folder: Path) -> None:
     rewrite(folder, adapt="sometimes")
     with pytest.raises(GatewiseError, match="has adapt 'sometimes', which this gatewise does not know"):
         read_routed(folder, D)
+
+
+def test_an_adapter_that_chooses_by_the_last_token_may_have_prompts_in_pieces(folder: Path, tmp_path: Path) -> None:
+    assert not leaves_prefixes_alone(folder)
+    assert not leaves_prefixes_alone(tmp_path)
+    rewrite(folder, adapt="after_prompt", pooler="last")
+    assert leaves_prefixes_alone(folder)
+    file = folder / "adapter_model.safetensors"
+    save_file({name: one for name, one in load_file(file).items() if not name.endswith("lora_router.pool")}, file)
+    engine, adapter = Engine(), read_routed(folder, D)
+    routing = Routing(engine, modules_of_vllm(), 64, torch.device("cpu"))
+    placed = {2: routing.place(adapter, lambda path: path)}.get
+    path = "model.layers.0.self_attn.o_proj"
+    torch.manual_seed(1)
+    states = torch.randn(7, D)  # of the prompt
+    # Three tokens, of which another step has read the first two before; a base row; then the four that are left.
+    assert not routing.begin([Part("one", 2, 1, 2, 7), Part("base", 0, 1, 4, 4)], placed)
+    assert not routing.requests
+    assert routing.gates(path, 2) is None
+    routing.begin([Part("base", 0, 1, 5, 4), Part("one", 2, 4, 3, 7)], placed)
+    for layer in engine.model.layers:
+        layer(torch.arange(5), torch.cat([torch.randn(1, D), states[3:]]), None)
+    expected = {}
+    for layer in adapter.layers:
+        p = layer.router(states[None], torch.ones(1, 7, dtype=torch.bool))
+        expected |= {f"{layer.path}.{one}": gate for one, gate in zip(layer.experts, gates_of(p, 2, True)[0], strict=True)}
+    for module, names in modules_of_vllm().items():
+        if names[0] is not None:
+            wanted = torch.tensor([[0, 0, 0, 0, expected[str(name)]] for name in names])
+            torch.testing.assert_close(routing.gates(module, 5)[..., 0], wanted)
+    routing.begin([Part("one", 2, 1, 7, 7)], placed)
+    found = routing.gates(path, 1)
+    assert (0 if found is None else float(found)) == pytest.approx(float(expected[path]))
+    # Preempted, and read once more in pieces.
+    assert not routing.begin([Part("one", 2, 5, 0, 7)], placed)
+    assert routing.gates(path, 5) is None
+    routing.begin([Part("one", 2, 3, 5, 7)], placed)
+    found = routing.gates(path, 3)
+    assert ([0] * 3 if found is None else found[0, :, 0].tolist()) == pytest.approx(
+        [0, float(expected[path]), float(expected[path])]
+    )
+    with pytest.raises(GatewiseError, match=r"read in pieces \(7 tokens before and 1 now, of 7\)"):
+        routing.begin([Part("lost", 2, 1, 7, 7)], placed)
+
+
+def test_blocks_of_a_prompt_that_the_base_model_reads_are_everybodys(folder: Path) -> None:
+    def made(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
+        return (("lora", "name", str(folder)), *([("cache_salt", "s")] if start_token_idx == 0 else [])), start_mm_idx + 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "_folder", lambda path: path)
+        keys = hooks._hash_keys(made)
+        lora, request = SimpleNamespace(lora_path=str(folder)), SimpleNamespace(request_id="r", num_prompt_tokens=9)
+        request.lora_request = lora
+        assert keys(request, 0, 4, 1) == ((("lora", "name", str(folder)), ("cache_salt", "s"), ("gatewise", "r")), 2)
+        rewrite(folder, adapt="after_prompt", pooler="last")
+        assert keys(request, 0, 4, 1) == ((("cache_salt", "s"),), 2)
+        assert keys(request, start_token_idx=4, end_token_idx=8, start_mm_idx=1) == (None, 2)
+        request.num_prompt_tokens = 8  # whose last token the second block holds
+        assert keys(request, 4, 8, 1) == ((("lora", "name", str(folder)), ("gatewise", "r")), 2)
+        request.lora_request = None
+        assert keys(request, 4, 8, 1) == ((("lora", "name", str(folder)),), 2)
 
 
 def test_products_have_gates_between_a_and_b(folder: Path) -> None:

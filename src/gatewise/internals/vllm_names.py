@@ -73,9 +73,17 @@ VLLM_NAMES = (
         _OPS, "bgmv_expand_slice", "the same", ("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor"), _HOOKS
     ),
     # Requests
-    PrivateName(
-        "vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", "keeps keys and values of requests apart", ("request",), _HOOKS
+    *(
+        PrivateName(
+            f"vllm.v1.core.{module}",
+            "generate_block_hash_extra_keys",
+            "keeps keys and values of requests apart",
+            ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+            _HOOKS,
+        )
+        for module in ("kv_cache_utils", "block_pool")
     ),
+    PrivateName("vllm.v1.request:Request", "num_prompt_tokens", "knows where a prompt ends", None, _HOOKS),
     PrivateName(
         "vllm.v1.engine.input_processor:InputProcessor",
         "process_inputs",

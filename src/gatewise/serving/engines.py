@@ -36,7 +36,8 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
 
     vLLM runs its LoRA kernels on every module that any adapter could adapt, unless ``--lora-target-modules`` names those that are,
     and reserves room for ``--max-lora-rank``. A module that it is not told of loses its LoRA without a word. It takes no DoRA, no
-    biases and no modules that were trained as a whole. A routed adapter needs gatewise beside vLLM, whole prompts, no graphs.
+    biases and no modules that were trained as a whole. A routed adapter needs gatewise beside vLLM, no graphs, and whole prompts,
+    unless it chooses by the last token of a prompt that it otherwise leaves to the base model.
 
     Args:
         model_type: of the base model, as Transformers calls it. Where it is not known what vLLM calls the modules of such a model,
@@ -49,7 +50,8 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
     others = [name for name in adapter.others if f".{ROUTER}." not in name]
     extra = any(module.others for module in adapter.modules) or bool(others)
     routed = adapter.config.get("peft_type") == ROUTED
-    return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra, routed)
+    whole = routed and (adapter.config.get("adapt"), adapter.config.get("pooler")) != ("after_prompt", "last")
+    return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra, routed, whole)
 
 
 def model_type_of(model: nn.Module) -> str | None:
@@ -63,20 +65,23 @@ def settings_together(settings: list[dict[str, Any]]) -> dict[str, Any]:
     rank = max(one["largest_rank"] for one in settings)
     first = settings[0]
     extra, routed = any(one["vllm"] is None for one in settings), any(one.get("routed") for one in settings)
-    return _settings(modules, rank, first["base_model"], first["model_type"], extra, routed)
+    whole = any(one.get("whole_prompts", one.get("routed")) for one in settings)
+    return _settings(modules, rank, first["base_model"], first["model_type"], extra, routed, whole)
 
 
-def _settings(modules: list[str], rank: int, base: str | None, model_type: str | None, extra: bool, routed: bool) -> dict[str, Any]:
+def _settings(
+    modules: list[str], rank: int, base: str | None, model_type: str | None, extra: bool, routed: bool, whole_prompts: bool
+) -> dict[str, Any]:
     allowed = next((one for one in VLLM_RANKS if one >= rank), None)
     vllm: dict[str, Any] | None = None
     if not extra and allowed is not None:
         names = sorted({name for path in modules for name in _vllm_names(path, model_type)})
-        limits = ["--no-enable-chunked-prefill", "--enforce-eager"] if routed else []
+        limits = [*(["--no-enable-chunked-prefill"] if whole_prompts else []), *(["--enforce-eager"] if routed else [])]
         arguments = ["--enable-lora", "--max-lora-rank", str(allowed), *limits, "--lora-target-modules", *names]
         vllm = {"max_lora_rank": allowed, "arguments": arguments}
     return {
         "format": 1, "base_model": base, "model_type": model_type, "modules": modules, "largest_rank": rank, "routed": routed,
-        "vllm": vllm,
+        "whole_prompts": whole_prompts, "vllm": vllm,
     }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def test_what_vllm_is_told(made: Path) -> None:
     assert room.routed
     assert room.problem(*found["routed"]) is None
     arguments, room = arguments_for([], 96, 32, ["--max_lora_rank=64", "--max-loras", "3"])
-    assert room == Room(64, None, False)
+    assert room == Room(64, None, False, False)
     assert arguments == ["--enable-lora", "--max-cpu-loras", "32"]
     with pytest.raises(GatewiseError, match="no number behind it"):
         arguments_for([], 96, 32, ["--max-lora-rank"])

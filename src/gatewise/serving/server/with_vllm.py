@@ -52,16 +52,20 @@ class Room:
         rank: the largest.
         modules: that are told to vLLM, None for all.
         routed: whether it can serve routed adapters.
+        whole_prompts: whether it reads prompts in one piece, which most of those need.
     """
 
     rank: int
     modules: frozenset[str] | None
     routed: bool
+    whole_prompts: bool
 
     def problem(self, version: Version, settings: Mapping[str, Any]) -> str | None:
         """Why an adapter does not fit in, to follow "it"."""
         if version.kind == "routed" and not self.routed:
             return "is routed, which this vLLM was not started for"
+        if settings["whole_prompts"] and not self.whole_prompts:
+            return "reads prompts in one piece, which this vLLM was not started for"
         if settings["largest_rank"] > self.rank:
             return f"has rank {settings['largest_rank']}, more than the {self.rank} that this vLLM was started for"
         if self.modules is not None and (others := sorted(set(settings["modules"]) - self.modules)):
@@ -120,11 +124,14 @@ def arguments_for(
         arguments += ["--max-loras", str(min(max(len(found), 1), MOST_IN_BATCH) + 1)]
     if "--max-cpu-loras" not in given:
         arguments += ["--max-cpu-loras", str(max(most_loaded, min(max(len(found), 1), MOST_IN_BATCH) + 1))]
+    whole_prompts = any(settings["whole_prompts"] for _, settings in found)
     if routed:
-        arguments += ["--no-enable-chunked-prefill", "--enforce-eager"]
+        arguments.append("--enforce-eager")
+    if whole_prompts:
+        arguments.append("--no-enable-chunked-prefill")
         if "--max-num-batched-tokens" not in given:
             arguments += ["--max-num-batched-tokens", str(max(positions, 2048))]
-    return arguments, Room(rank, modules, routed)
+    return arguments, Room(rank, modules, routed, whole_prompts)
 
 
 class VllmServer:

@@ -44,22 +44,27 @@ class RoutedAdapter:
 
     Attributes:
         after_prompt: it adapts the prompt's last token and all after it.
+        by_last_token: and it is by that token's states alone that it chooses.
     """
 
     top_k: int
     normalize_gates: bool
     layers: tuple[RoutedLayer, ...]
     after_prompt: bool = False
+    by_last_token: bool = False
 
 
 def is_routed(folder: str | os.PathLike[str]) -> bool:
     """Whether there is a routed adapter in a folder. Only a look at the file's time where it was asked before."""
-    path = os.path.join(folder, CONFIG_FILE)
-    try:
-        stat = os.stat(path)
-    except (OSError, ValueError):
-        return False
-    return _peft_type(path, stat.st_mtime_ns, stat.st_size) == ROUTED
+    return _told(folder)[0] == ROUTED
+
+
+def leaves_prefixes_alone(folder: str | os.PathLike[str]) -> bool:
+    """Whether the base model reads the prompts of a folder's routed adapter, up to the last token, by which alone it chooses.
+
+    Such a prompt may be read in pieces, and its keys and values are anybody's.
+    """
+    return _told(folder) == (ROUTED, "after_prompt", "last")
 
 
 def stamp(folder: str | os.PathLike[str]) -> tuple[int, ...]:
@@ -68,14 +73,23 @@ def stamp(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     return tuple(os.stat(path).st_mtime_ns for path in paths if os.path.exists(path))
 
 
+def _told(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    path = os.path.join(folder, CONFIG_FILE)
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return ("",)
+    return _told_by(path, stat.st_mtime_ns, stat.st_size)
+
+
 @lru_cache(maxsize=4096)
-def _peft_type(path: str, time: int, size: int) -> str:
+def _told_by(path: str, time: int, size: int) -> tuple[str, ...]:
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except (OSError, ValueError):
-        return ""
-    return str(config.get("peft_type")) if isinstance(config, dict) else ""
+        return ("",)
+    return tuple(str(config.get(name)) for name in ("peft_type", "adapt", "pooler")) if isinstance(config, dict) else ("",)
 
 
 def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapter:
@@ -120,7 +134,9 @@ def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapt
             f"{folder} does not fit a model of hidden size {hidden_size}, or is damaged ({reason_of(error)}): give an adapter of "
             "this base model, as save_pretrained wrote it"
         ) from error
-    return RoutedAdapter(top_k, bool(config.get("normalize_gates", True)), tuple(layers), adapt == "after_prompt")
+    waits = adapt == "after_prompt"
+    normalize = bool(config.get("normalize_gates", True))
+    return RoutedAdapter(top_k, normalize, tuple(layers), waits, waits and config["pooler"] == "last")
 
 
 def _router_states(folder: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:

@@ -20,7 +20,7 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise.internals.private_names import fault_of
 from gatewise.internals.vllm_names import VLLM_NAMES
 from gatewise.serving.engines import ROUTER
-from gatewise.serving.vllm_plugin.adapter import is_routed, read_routed, stamp
+from gatewise.serving.vllm_plugin.adapter import is_routed, leaves_prefixes_alone, read_routed, stamp
 from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import why_not, why_not_request
 from gatewise.serving.vllm_plugin.routing import Part, Placed, Routing
@@ -104,7 +104,7 @@ def _install_all() -> None:
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
     from vllm.lora.worker_manager import WorkerLoRAManager
-    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
@@ -119,7 +119,8 @@ def _install_all() -> None:
     for mixin in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
         _replace(mixin, "beam_search", _beam_search)
     _replace(EngineCore, "preprocess_add_request", _preprocess_add_request)
-    _replace(kv_cache_utils, "_gen_lora_extra_hash_keys", _hash_keys)
+    for module in (kv_cache_utils, block_pool):  # which imports it by name
+        _replace(module, "generate_block_hash_extra_keys", _hash_keys)
     _replace(WorkerLoRAManager, "__init__", _keep_config)
     _replace(WorkerLoRAManager, "_load_adapter", _load_adapter)
     _replace(LoRAModelManager, "activate_adapter", _activate_adapter)
@@ -148,17 +149,21 @@ def _folder(path: str) -> str:
     return str(get_adapter_absolute_path(path))
 
 
-def _refusal(config: Any) -> str | None:
+def _leaves_prefixes_alone(lora_request: Any) -> bool:
+    return lora_request is not None and leaves_prefixes_alone(_folder(lora_request.lora_path))
+
+
+def _refusal(config: Any, lora_request: Any) -> str | None:
     from vllm import envs
     from vllm.platforms import current_platform
 
-    return why_not(config, current_platform, bool(envs.VLLM_LORA_ENABLE_DUAL_STREAM))
+    return why_not(config, current_platform, bool(envs.VLLM_LORA_ENABLE_DUAL_STREAM), _leaves_prefixes_alone(lora_request))
 
 
 def _check(request: Any, config: Any) -> None:
     """Refuses a request, as one of vLLM's own errors, for which a server answers 400."""
     if _is_routed(request.lora_request):
-        why = _refusal(config) or why_not_request(request)
+        why = _refusal(config, request.lora_request) or why_not_request(request)
         if why is not None:
             _raise(f"the request for the routed adapter {request.lora_request.lora_name} is refused, for routed adapters {why}")
 
@@ -191,7 +196,7 @@ def _add_request(made: Any) -> Any:
 
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = next(iter(_adapters_of(call, self, args, kwargs)), None)
-        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config):
+        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config, found):
             try:
                 self.engine_core.add_lora(found)
             except Exception as error:
@@ -207,7 +212,7 @@ def _add_request_async(made: Any) -> Any:
 
     async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = next(iter(_adapters_of(call, self, args, kwargs)), None)
-        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config):
+        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config, found):
             try:
                 await self.engine_core.add_lora_async(found)
             except Exception as error:
@@ -256,10 +261,17 @@ def _preprocess_add_request(made: Any) -> Any:
 
 
 def _hash_keys(made: Any) -> Any:
-    def keys(request: Any) -> Any:
-        # The keys and values of a prompt's first tokens depend on all of it, by the modules that it chooses.
-        own = [("gatewise", request.request_id)] if _is_routed(request.lora_request) else []
-        return [*made(request), *own]
+    """What blocks of the prefix cache have in their key beside their tokens."""
+
+    def keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
+        found, following = made(request, start_token_idx, end_token_idx, start_mm_idx)
+        if not _is_routed(request.lora_request):
+            return found, following
+        if _leaves_prefixes_alone(request.lora_request) and end_token_idx < request.num_prompt_tokens:
+            # The base model's keys and values, whoever asks.
+            return tuple(one for one in found or () if one[0] != "lora") or None, following
+        # Those of a prompt's first tokens depend on all of it, by the modules that it chooses.
+        return (*(found or ()), ("gatewise", request.request_id)), following
 
     return keys
 
@@ -280,7 +292,7 @@ def _load_adapter(load: Any) -> Any:
         if not _is_routed(lora_request):
             return load(self, lora_request)
         config, manager = getattr(self, _CONFIG), self._adapter_manager
-        why = _refusal(config)
+        why = _refusal(config, lora_request)
         if why is not None:
             raise GatewiseError(f"the routed adapter {lora_request.lora_path} cannot be served, for routed adapters {why}")
         adapter = read_routed(_folder(lora_request.lora_path), config.model_config.get_hidden_size())

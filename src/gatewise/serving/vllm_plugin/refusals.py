@@ -1,29 +1,32 @@
 """Where routed adapters cannot be right in vLLM, or were not tried: what was set, why that does not go, what to do.
 
 A routed adapter chooses its modules by the hidden states of the whole prompt. So whatever has vLLM compute a prompt in pieces, or
-leave a part of it out, is refused, and so is what was not tried.
+leave a part of it out, is refused, and so is what was not tried. One that leaves all of a prompt but its last token to the base
+model, and chooses by that token, may have it in pieces.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "phi3")
 """Base models, by Transformers' ``model_type``, that ``make test-serve`` compares with PEFT."""
 
 
-def why_not(config: Any, platform: Any, dual_stream: bool) -> str | None:
+def why_not(config: Any, platform: Any, dual_stream: bool, in_pieces: bool = False) -> str | None:
     """Why an engine cannot serve routed adapters, in the words that follow "routed adapters"; None where it can.
 
     Args:
         config: vLLM's ``VllmConfig``.
         platform: vLLM's ``current_platform``.
         dual_stream: ``VLLM_LORA_ENABLE_DUAL_STREAM``.
+        in_pieces: of an adapter for which prompts may be read so.
     """
-    return next(_reasons(config, platform, dual_stream), None)
+    pieces = () if in_pieces else _reasons_in_pieces(config.scheduler_config, config.model_config.max_model_len)
+    return next(chain(pieces, _reasons(config, platform, dual_stream)), None)
 
 
-def _reasons(config: Any, platform: Any, dual_stream: bool) -> Iterator[str]:
-    scheduler, parallel, model = config.scheduler_config, config.parallel_config, config.model_config
+def _reasons_in_pieces(scheduler: Any, longest: int) -> Iterator[str]:
     if scheduler.enable_chunked_prefill:
         yield "read a prompt in one piece, but chunked prefill is on: start vLLM with --no-enable-chunked-prefill"
     if scheduler.long_prefill_token_threshold:
@@ -32,11 +35,15 @@ def _reasons(config: Any, platform: Any, dual_stream: bool) -> Iterator[str]:
             f"{scheduler.long_prefill_token_threshold} tokens: leave it out"
         )
     least = min(one for one in (scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens) if one is not None)
-    if least < model.max_model_len:
+    if least < longest:
         yield (
-            f"read a prompt in one piece, but a step takes {least} tokens and a text may have {model.max_model_len}: raise "
+            f"read a prompt in one piece, but a step takes {least} tokens and a text may have {longest}: raise "
             "--max-num-batched-tokens (and --max-num-scheduled-tokens), or lower --max-model-len"
         )
+
+
+def _reasons(config: Any, platform: Any, dual_stream: bool) -> Iterator[str]:
+    scheduler, parallel, model = config.scheduler_config, config.parallel_config, config.model_config
     if scheduler.scheduler_cls is not None:
         yield "were not tried with another scheduler, which may read a prompt in pieces: leave --scheduler-cls out"
     if config.speculative_config is not None:

@@ -61,7 +61,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt that the step reads: its tokens, the row that its gates come to, and by what they are decided."""
+    """The tokens of a step that a prompt's gates are decided by, the row that these come to, and by what they are decided."""
 
     start: int
     end: int
@@ -181,8 +181,8 @@ class Routing:
     def begin(self, parts: Sequence[Part], placed: Callable[[int], Placed | None]) -> bool:
         """Tells what the next step computes, in the order of its tokens; and whether all tokens have the gates of the last step's.
 
-        A request that has no gates yet reads its prompt now, all of it. One that has some keeps them, also where it computes its
-        prompt and what it had written once more, after it was preempted.
+        A request that has no gates yet reads its prompt now, all of it; in pieces only if its last token alone decides. One that
+        has some keeps them, also where it computes its prompt and what it had written once more, after it was preempted.
 
         Args:
             placed: a routed adapter by its number; None for a plain one.
@@ -200,10 +200,10 @@ class Routing:
                 spans.append((PLAIN if part.adapter else BASE, part.tokens))
             else:
                 self.is_at_work = True
-                if part.request not in self._rows:
-                    self._start(part, start, routed)
                 untouched = min(max(part.prompt - 1 - part.computed, 0), part.tokens) if routed.adapter.after_prompt else 0
-                spans += [(BASE, untouched), (self._rows[part.request], part.tokens - untouched)]
+                if part.request not in self._rows and not (routed.adapter.by_last_token and untouched == part.tokens):
+                    self._start(part, start, routed)
+                spans += [(BASE, untouched), (self._rows.get(part.request, BASE), part.tokens - untouched)]
             start += part.tokens
         # While prompts are read gates change, and only so does a row become another request's.
         self._spans = None if self._prompts else spans
@@ -220,7 +220,10 @@ class Routing:
         return False
 
     def _start(self, part: Part, start: int, placed: Placed) -> None:
-        if part.computed or part.tokens < part.prompt:
+        first, end = -part.computed, part.prompt - part.computed  # of the prompt, within the part
+        if placed.adapter.by_last_token:
+            first = end - 1
+        if first < 0 or part.tokens < end:
             raise GatewiseError(
                 f"the prompt of {part.request} was to be read in pieces ({part.computed} tokens before and {part.tokens} now, of "
                 f"{part.prompt}), but a routed adapter chooses its modules by the whole prompt: report this"
@@ -231,7 +234,7 @@ class Routing:
             self._table = torch.cat([self._table, more])
         row = self._rows[part.request] = self._free.pop()
         self._table[row] = 0
-        self._prompts.append(_Prompt(start, start + part.prompt, row, placed))
+        self._prompts.append(_Prompt(start + first, start + end, row, placed))
 
     # ---- while the model runs ----
 
