@@ -9,6 +9,10 @@ All engines of a rank limit are up together and take turns, in another order eve
 meets all of them; a load comes once unmeasured first. Ratios are those within a round, to ``stock`` with rows that have no adapter,
 "the base with LoRA switched on". Seconds are those of the processor. Run it with nothing else running.
 
+``--first`` measures the first tokens of eight tenants that ask at once with one prompt of 512 tokens, keys and values being reused
+where they may be: by a prompt that nobody read before (new), and once more by the same (again). Beside plain and routed adapters
+there are routed ones that wait for the end of the prompt (``adapt="after_prompt"``, ``pooler="last"``).
+
     make serve-env
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/vllm_speed.py --python .venv-serve/bin/python
     python benchmarks/vllm_speed.py --report
@@ -35,6 +39,8 @@ RESULTS_FILE = RESULTS / "vllm_speed.jsonl"
 MODEL, TOKENS, ADAPTERS, RANK = "smollm2-135m-instruct", 32, 8, 8
 LIMITS, BATCHES, KEPT = (8, 64), (1, 8), (1, 2, 3)
 ENGINES = ("off", "stock", "gatewise")
+TENANTS, SHARED = 8, 512
+FIRST = ("base", "plain 8", "routed k=3 8", "waiting 8")
 AIMS = {"plain 1": 0.70, "plain 8": 0.60, "routed k=3 1": 0.80}
 """Of the base with LoRA switched on; those of a batch of eight."""
 
@@ -52,6 +58,7 @@ def make_adapters(work: Path) -> dict[str, list[Path]]:
     """Folders of every kind, made where they are not there yet."""
     made = {"plain": [work / f"plain-{number}" for number in range(ADAPTERS)]}
     made |= {f"routed k={k}": [work / f"routed-{k}-{number}" for number in range(ADAPTERS)] for k in KEPT}
+    made["waiting"] = [work / f"waiting-{number}" for number in range(ADAPTERS)]
     if all((folder / "adapter_config.json").exists() for folders in made.values() for folder in folders):
         return made
     import torch
@@ -62,15 +69,21 @@ def make_adapters(work: Path) -> dict[str, list[Path]]:
     from gatewise.models import load_model
 
     common: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    most = f"routed k={max(KEPT)}"
+    configs = {
+        "plain": LoraConfig(**common),
+        most: RoutedLoraConfig(**common, top_k=max(KEPT)),
+        "waiting": RoutedLoraConfig(**common, top_k=max(KEPT), adapt="after_prompt", pooler="last"),
+    }
     for number in range(ADAPTERS):
-        for kind, config in (("plain", LoraConfig(**common)), ("routed", RoutedLoraConfig(**common, top_k=max(KEPT)))):
+        for kind, config in configs.items():
             torch.manual_seed(number)
             model: Any = get_peft_model(load_model(MODEL, dtype=torch.float32), config)
             for name, parameter in model.named_parameters():
                 if ".lora_B." in name:
                     torch.nn.init.normal_(parameter, std=0.02)
-            model.save_pretrained(made["plain"][number] if kind == "plain" else made[f"routed k={max(KEPT)}"][number])
-        whole = made[f"routed k={max(KEPT)}"][number]
+            model.save_pretrained(made[kind][number])
+        whole = made[most][number]
         for k in KEPT[:-1]:
             folder = made[f"routed k={k}"][number]
             shutil.copytree(whole, folder, dirs_exist_ok=True)
@@ -85,14 +98,25 @@ def make_adapters(work: Path) -> dict[str, list[Path]]:
 class Engine:
     """vLLM in a process of its own, asked line by line."""
 
-    def __init__(self, name: str, limit: int, python: Path) -> None:
+    def __init__(self, name: str, limit: int, python: Path, first: bool = False) -> None:
         lora = ["--enable-lora", "--max-lora-rank", str(limit), "--max-loras", str(ADAPTERS), "--max-cpu-loras", "40"]
         # vLLM 0.32 fails with LoRA and log-probabilities on processors where modules are not named.
         lora += ["--lora-target-modules", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
         from gatewise.models import resolve
 
-        arguments = ["--model", resolve(MODEL), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
-        arguments += ["--max-num-batched-tokens", "1024", "--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
+        arguments = ["--model", resolve(MODEL), "--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill"]
+        if first:
+            arguments += [
+                "--max-model-len",
+                "1024",
+                "--max-num-batched-tokens",
+                "8192",
+                "--enable-prefix-caching",
+                "--block-size",
+                "32",
+            ]
+        else:
+            arguments += ["--max-model-len", "256", "--max-num-batched-tokens", "1024", "--no-enable-prefix-caching"]
         ours = {"VLLM_PLUGINS": "gatewise"} if name == "gatewise" else {"VLLM_PLUGINS": ""}
         environment = {
             **os.environ, **ours, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
@@ -183,6 +207,28 @@ def measure(options: argparse.Namespace) -> None:
                 print(f"rank limit {limit}: round {number + 1} of {options.rounds}", flush=True)
 
 
+def measure_first(options: argparse.Namespace) -> None:
+    """A row for each load and round, new and again."""
+    made = make_adapters(options.work)
+    draw, told = random.Random(1), machine()
+    with Engine("gatewise", LIMITS[0], options.python, first=True) as engine:
+
+        def asked(load: str, prompt: list[int]) -> dict[str, Any]:
+            kind = load.rpartition(" ")[0]
+            rows = [{"prompt": prompt, "adapter": str(made[kind][i].resolve()) if kind else None} for i in range(TENANTS)]
+            return engine.ask(rows, 1)
+
+        for number in range(options.rounds):
+            for load in draw.sample(FIRST, len(FIRST)):
+                asked(load, [draw.randrange(1000, 40000) for _ in range(8)])  # which loads the adapters
+                prompt = [draw.randrange(1000, 40000) for _ in range(SHARED)]
+                for when in ("new", "again"):
+                    answer = asked(load, prompt)
+                    row = {"first": when, "load": load, "round": number, "cpu_seconds": answer["cpu_seconds"]}
+                    append({**row, "seconds": answer["seconds"], "vllm": engine.version, **told}, options.results)
+            print(f"first tokens: round {number + 1} of {options.rounds}", flush=True)
+
+
 # ---------------------------------------------------------------- the report
 
 
@@ -206,6 +252,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The report."""
+    firsts = [one for one in rows if "first" in one]
+    for when in ("new", "again") if firsts else ():
+        yield f"first tokens of {TENANTS} tenants, one prompt of {SHARED} tokens, {when}"
+        for load in FIRST:
+            held = [one["cpu_seconds"] for one in firsts if (one["first"], one["load"]) == (when, load)]
+            yield f"  {load:14} {statistics.median(held):.3f} s ({min(held):.3f} to {max(held):.3f})"
+    rows = [one for one in rows if "first" not in one]
     for limit in sorted({one["limit"] for one in rows}):
         for batch in sorted({one["batch"] for one in rows}):
             yield f"rank limit {limit}, batch {batch}"
@@ -246,6 +299,7 @@ def main() -> None:
     parser.add_argument("--limits", nargs="+", type=int, default=LIMITS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--first", action="store_true", help="measure first tokens")
     parser.add_argument("--report", action="store_true", help="print the results, run nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -253,7 +307,7 @@ def main() -> None:
         child(json.loads(options.child))
         return
     if not options.report:
-        measure(options)
+        (measure_first if options.first else measure)(options)
     print("\n".join(lines(read(options.results))))
 
 
