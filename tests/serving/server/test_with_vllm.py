@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,13 @@ from typing import Any
 import openai
 import pytest
 from served_models import adapter_folder, base_folder, client, text_of, words, writes
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.testclient import TestClient
 from test_vllm import PYTHON, on
 
 from gatewise.errors import GatewiseError
+from gatewise.serving.server import app, vllm_server
 from gatewise.serving.server.catalogue import Catalogue
 from gatewise.serving.server.with_vllm import Room, VllmServer, arguments_for, settings_of
 
@@ -109,6 +114,36 @@ def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Pa
     assert (told(), server.names) == ([], ["x"])
     server.catalogue.scan()
     assert (told(), server.names) == ([False], [])
+
+
+@pytest.mark.parametrize("hosts", [None, "127.0.0.1,localhost,[::1]"])
+def test_the_guard_lets_in_what_the_other_engine_does(monkeypatch: pytest.MonkeyPatch, hosts: str | None) -> None:
+    assert vllm_server.MOST_BYTES == app.MOST_BYTES
+    if hosts is None:
+        monkeypatch.delenv(vllm_server.HOSTS, raising=False)
+    else:
+        monkeypatch.setenv(vllm_server.HOSTS, hosts)
+    monkeypatch.setattr(vllm_server, "MOST_BYTES", 2**20)
+
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        body = await request.body() if request.method == "POST" else b""
+        await Response(str(len(body)), 200)(scope, receive, send)
+
+    asked = TestClient(vllm_server.Guard(echo), base_url="http://localhost:8000")
+    assert asked.get("/health").text == "0"
+    assert asked.post("/v1/completions", content=b"x" * 2**20).text == str(2**20)
+    pieces = [b"x" * 1000] * 1000
+    assert asked.post("/v1/completions", content=iter(pieces)).text == "1000000"
+    for content in (b"x" * (2**20 + 1), iter(pieces + pieces)):
+        answer = asked.post("/v1/completions", content=content)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+        assert answer.json()["error"]["message"] == "the body is too large: expected at most 1 MiB"
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:1", "[::1]"):
+        assert asked.get("/health", headers={"Host": host}).status_code == 200
+    for host in ("evil.example:8000", "evil.example", "", "localhost.evil.example"):
+        answer = asked.get("/health", headers={"Host": host})
+        assert answer.status_code == (200 if hosts is None else 403)
 
 
 def fake(tmp_path: Path, script: str) -> Path:
@@ -272,3 +307,20 @@ def test_adapters_come_are_replaced_and_go(served: SimpleNamespace, made: Path) 
     soon("new", None)
     assert text("../one") is None
     assert text(str(made / "adapters" / "one")) is None
+
+
+@real
+def test_bodies_and_names_have_limits(served: SimpleNamespace) -> None:
+    def status(body: bytes, **headers: str) -> int:
+        asked = urllib.request.Request(f"{served.url}/v1/completions", body, {"Content-Type": "application/json", **headers})
+        try:
+            with urllib.request.urlopen(asked) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    body = json.dumps({"model": "tiny", "prompt": "w5", "max_tokens": 1}).encode()
+    assert status(body) == 200
+    assert status(body, Host="evil.example") == 403
+    assert status(body + b" " * vllm_server.MOST_BYTES) == 413
+    assert status(body) == 200

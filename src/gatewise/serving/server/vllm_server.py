@@ -6,7 +6,8 @@ The arguments are those of ``vllm serve``. Standard input has a JSON object a li
 folder served by a name, which answers that are being written go on without; {"name": ...} ends that. No client can do either. The
 process leads a group of processes, and kills it when its standard input ends: whoever started it is gone then, however that came.
 
-Where gatewise is its plug-in, vLLM's ``/metrics`` have what the prompts of routed adapters keep, too.
+Bodies of requests have a limit, and a server without a key answers only under the names that ``GATEWISE_HOSTS`` has; vLLM's own
+server has neither. Where gatewise is its plug-in, vLLM's ``/metrics`` have what the prompts of routed adapters keep, too.
 
 Read in vLLM 0.32: ``OpenAIServingModels``, ``init_app_state`` in the launcher of its server, and ``collective_rpc``.
 """
@@ -30,6 +31,13 @@ NO_VLLM = 3
 REFUSED = "error: vLLM does not load the adapter "
 """What stands before the name of an adapter, and why."""
 
+
+MODULE = "gatewise_vllm_server"
+"""What this file is called in the process of vLLM's server."""
+HOSTS = "GATEWISE_HOSTS"
+"""The environment variable with what may stand in ``Host``, commas between; anything where there is none."""
+MOST_BYTES = 8 * 2**20
+"""Of a request's body, as where ``--engine transformers`` answers."""
 
 COUNTS = "gatewise_counts"
 """The method of vLLM's workers that gatewise's plug-in gives them (vllm_plugin/hooks.py)."""
@@ -131,6 +139,51 @@ class Kept:
         yield from (prompts, kept)
 
 
+class Guard:
+    """Stands before vLLM's server, by ``--middleware``. Refuses bodies of more than ``MOST_BYTES``, and names not its own."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        hosts = os.environ.get(HOSTS)
+        self._hosts = None if hosts is None else hosts.split(",")
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "").lower()
+        name, _, port = host.rpartition(":")
+        if self._hosts is not None and (name if port.isdigit() and name else host) not in self._hosts:
+            message = "this server without a key answers only under the address that it was started with"
+            await _refuse(send, 403, "PermissionDeniedError", message)
+            return
+        said = headers.get(b"content-length", "")
+        expected, came, messages, more = int(said) if said.isdecimal() else 0, 0, [], True
+        # What is somewhat too large is read to its end, and thrown away, since a client that still sends does not hear.
+        while max(expected, came) <= 8 * MOST_BYTES and more:
+            message = await receive()
+            came += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if max(expected, came) <= MOST_BYTES:
+                messages.append(message)
+        if max(expected, came) > MOST_BYTES:
+            await _refuse(send, 413, "RequestTooLargeError", f"the body is too large: expected at most {MOST_BYTES // 2**20} MiB")
+            return
+        held = deque(messages)
+
+        async def again() -> Any:
+            return held.popleft() if held else await receive()
+
+        await self._app(scope, again, send)
+
+
+async def _refuse(send: Any, status: int, kind: str, message: str) -> None:
+    told = {"message": message, "type": kind, "param": None, "code": status}
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": json.dumps({"error": told}).encode()})
+
+
 def follow(adapters: Adapters) -> None:
     """Has vLLM's server tell when it begins."""
     from vllm.entrypoints.launchers.api_server import entry
@@ -150,6 +203,7 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose files would stand before libraries of their names
     if find_spec("vllm") is None:
         sys.exit(NO_VLLM)
+    sys.modules[MODULE] = sys.modules["__main__"]
     coming = Adapters()
     threading.Thread(target=coming.listen, daemon=True).start()
     follow(coming)

@@ -169,7 +169,7 @@ class VllmServer:
     ) -> None:
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._every, self._key = every, key
-        check_reach(host, port, key)
+        self._hosts = check_reach(host, port, key)
         family, address = resolved(host, port)
         with listening(family, address, port, host, "give another --port") as free:  # told now, not in a log of vLLM's
             port = free.getsockname()[1]
@@ -191,7 +191,8 @@ class VllmServer:
         self._room: Room | None = None
         self._arguments = [
             "--model", source, "--served-model-name", self.name, "--host", address, "--port", str(port),
-            "--max-num-seqs", str(most_running), *(["--dtype", dtype] if dtype != "auto" else []),
+            "--max-num-seqs", str(most_running), "--middleware", f"{vllm_server.MODULE}.Guard",
+            *(["--dtype", dtype] if dtype != "auto" else []),
             *(["--max-model-len", str(most_tokens)] if most_tokens else []),
         ]  # fmt: skip
         if adapters:
@@ -238,6 +239,8 @@ class VllmServer:
     @contextmanager
     def _started(self) -> Iterator["subprocess.Popen[bytes]"]:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if self._hosts is not None:
+            environment[vllm_server.HOSTS] = ",".join(sorted(self._hosts))
         if self._key is not None:
             environment["VLLM_API_KEY"] = self._key  # arguments can be seen by others
         if self._on_first_runner:
