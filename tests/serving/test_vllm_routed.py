@@ -282,6 +282,41 @@ def test_prompts_that_the_base_model_reads_are_read_once_for_all(folder: Path, r
     assert found[11] > 3
 
 
+def test_files_that_change_under_a_loaded_adapter(folder: Path) -> None:
+    """vLLM goes on with what it loaded; so do the keys of its prefix cache, until it is told to forget the adapter."""
+    one, waits, plain, moved = folder / "one", folder / "waits", folder / "plain", folder / "moved"
+    [shared] = prompts_of(66)
+    behind = [shared + more for more in prompts_of(2, 6, 11, seed=1)]
+    steps = [
+        {"do": "replace", "folder": str(moved), "by": str(one)},
+        {"do": "answer", "rows": rows_of(behind[:1], moved), "tokens": 8},
+        {"do": "replace", "folder": str(moved), "by": str(waits)},
+        {"do": "answer", "rows": rows_of(behind[1:2], moved), "tokens": 8},
+        {"do": "answer", "rows": rows_of(behind[1:2], None), "tokens": 8},
+        {"do": "delete", "folder": str(moved)},
+        {"do": "answer", "rows": rows_of(behind[1:], moved), "tokens": 8},
+        {"do": "answer", "rows": rows_of(behind[1:], moved), "tokens": 8},
+        {"do": "load_in_place", "folder": str(one), "name": "tenant", "prompt": behind[0], "running": str(plain)},
+        {"do": "answer", "rows": [{**row, "name": "tenant"} for row in rows_of(behind[:1], plain)], "tokens": 8},
+        {"do": "replace", "folder": str(moved), "by": str(waits)},
+        {"do": "answer", "rows": rows_of(behind[:1], moved), "tokens": 8},
+        {"do": "unload", "folder": str(moved)},
+        {"do": "answer", "rows": rows_of(behind, moved, None), "tokens": 8},
+    ]
+    reference = InPeft(folder)
+    found = run(folder, steps, "--max-loras", "3", IN_ONE_PIECE, "--enable-prefix-caching")
+    reference.check(rows_of(behind[:1], one), found[1])
+    reference.check(rows_of(behind[1:2], one), found[3])
+    reference.check(rows_of(behind[1:2], None), found[4])
+    for place in (6, 7):
+        reference.check(rows_of(behind[1:], one), found[place])
+    assert "of another kind than what was loaded by its number" in found[8]["error"]
+    reference.check(rows_of(behind[:1], plain), found[9])
+    reference.check(rows_of(behind[:1], one), found[11])
+    assert found[12] is True
+    reference.check(rows_of(behind, waits, None), found[13])
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_rows_come_and_go(folder: Path, runner: str) -> None:
     """Answers end at different tokens, nobody knows at which before, and others begin in their rows."""

@@ -272,8 +272,8 @@ def test_blocks_of_a_prompt_that_the_base_model_reads_are_everybodys(folder: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hooks, "_folder", lambda path: path)
         keys = hooks._hash_keys(made)
-        lora, request = SimpleNamespace(lora_path=str(folder)), SimpleNamespace(request_id="r", num_prompt_tokens=9)
-        request.lora_request = lora
+        lora = SimpleNamespace(lora_path=str(folder), lora_int_id=7)
+        request = SimpleNamespace(request_id="r", num_prompt_tokens=9, _block_hasher=SimpleNamespace(), lora_request=lora)
         assert keys(request, 0, 4, 1) == ((("lora", "name", str(folder)), ("cache_salt", "s"), ("gatewise", "r")), 2)
         rewrite(folder, adapt="after_prompt", pooler="last")
         assert keys(request, 0, 4, 1) == ((("cache_salt", "s"),), 2)
@@ -282,6 +282,35 @@ def test_blocks_of_a_prompt_that_the_base_model_reads_are_everybodys(folder: Pat
         assert keys(request, 4, 8, 1) == ((("lora", "name", str(folder)), ("gatewise", "r")), 2)
         request.lora_request = None
         assert keys(request, 4, 8, 1) == ((("lora", "name", str(folder)),), 2)
+
+
+def test_what_an_adapter_was_when_it_was_loaded_counts_until_it_is_unloaded(folder: Path) -> None:
+    loras = [SimpleNamespace(lora_path=str(folder), lora_int_id=number) for number in (7, 8)]
+    request: Any = SimpleNamespace(request_id="r", num_prompt_tokens=9)
+    engine: Any = SimpleNamespace(request_block_hasher=SimpleNamespace(), vllm_config=None)
+    request._block_hasher = engine.request_block_hasher
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "_folder", lambda path: path)
+        patch.setattr(hooks, "_check", lambda *_: None)
+        keys = hooks._hash_keys(lambda *_: ((("lora", "name", "path"),), 0))
+
+        def shared() -> list[bool]:
+            found = []
+            for request.lora_request in loras:
+                found.append(keys(request, 0, 4, 0)[0] is None)
+            return found
+
+        add, remove = hooks._add_lora(lambda *_: True), hooks._remove_lora(lambda *_: True)
+        assert add(engine, loras[0])
+        assert shared() == [False, False]
+        rewrite(folder, adapt="after_prompt", pooler="last")
+        assert shared() == [False, True]
+        request.lora_request = loras[1]
+        hooks._preprocess_add_request(lambda *_: None)(engine, request)
+        (folder / "adapter_config.json").unlink()
+        assert shared() == [False, True]
+        assert remove(engine, 8)
+        assert keys(request, 0, 4, 0)[0] == (("lora", "name", "path"),)
 
 
 def test_products_have_gates_between_a_and_b(folder: Path) -> None:

@@ -18,6 +18,8 @@ VLLM_NAMES = (
     # An adapter is loaded, and put into the model
     PrivateName(_WORKER_MANAGER, "__init__", "keeps the settings", ("vllm_config", "device"), _HOOKS),
     PrivateName(_WORKER_MANAGER, "_load_adapter", "reads the routers of an adapter with it", ("lora_request",), _HOOKS),
+    PrivateName(_WORKER_MANAGER, "remove_adapter", "forgets what an adapter was", ("adapter_id",), _HOOKS),
+    PrivateName(_WORKER_MANAGER, "list_adapters", "knows which adapters are there", (), _HOOKS),
     PrivateName(_WORKER_MANAGER, "_adapter_manager", "finds the modules with LoRA", None, _HOOKS),
     PrivateName(_MANAGER, "activate_adapter", "learns which slot holds another adapter", ("lora_id",), _HOOKS),
     PrivateName(_MANAGER, "modules", "finds the modules with LoRA", None, _HOOKS),
@@ -84,6 +86,10 @@ VLLM_NAMES = (
         for module in ("kv_cache_utils", "block_pool")
     ),
     PrivateName("vllm.v1.request:Request", "num_prompt_tokens", "knows where a prompt ends", None, _HOOKS),
+    PrivateName("vllm.v1.request:Request", "_block_hasher", "finds what the adapters of its engine are", None, _HOOKS),
+    PrivateName("vllm.v1.engine.core:EngineCore", "request_block_hasher", "leaves it there", None, _HOOKS),
+    PrivateName("vllm.v1.engine.core:EngineCore", "add_lora", "learns what adapters are", ("lora_request",), _HOOKS),
+    PrivateName("vllm.v1.engine.core:EngineCore", "remove_lora", "forgets it", ("lora_id",), _HOOKS),
     PrivateName(
         "vllm.v1.engine.input_processor:InputProcessor",
         "process_inputs",

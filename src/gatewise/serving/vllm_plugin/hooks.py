@@ -10,6 +10,7 @@ in a sentence, and nothing else is changed.
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from inspect import Signature, signature
 from typing import Any
@@ -34,8 +35,8 @@ COUNTS = "gatewise_counts"
 """A method of vLLM's workers."""
 
 # What is put on objects of vLLM.
-_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _LOADED = (
-    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "loaded")
+_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _LOADED, _KINDS = (
+    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "loaded", "kinds")
 )
 _installed = False
 
@@ -119,10 +120,13 @@ def _install_all() -> None:
     for mixin in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
         _replace(mixin, "beam_search", _beam_search)
     _replace(EngineCore, "preprocess_add_request", _preprocess_add_request)
+    _replace(EngineCore, "add_lora", _add_lora)
+    _replace(EngineCore, "remove_lora", _remove_lora)
     for module in (kv_cache_utils, block_pool):  # which imports it by name
         _replace(module, "generate_block_hash_extra_keys", _hash_keys)
     _replace(WorkerLoRAManager, "__init__", _keep_config)
     _replace(WorkerLoRAManager, "_load_adapter", _load_adapter)
+    _replace(WorkerLoRAManager, "remove_adapter", _remove_adapter)
     _replace(LoRAModelManager, "activate_adapter", _activate_adapter)
     setattr(Worker, COUNTS, _counts)
     _replace(Worker, "execute_model", _execute_model)
@@ -138,8 +142,27 @@ def _install_all() -> None:
 # ---------------------------------------------------------------- front end
 
 
-def _is_routed(lora_request: Any) -> bool:
-    return lora_request is not None and is_routed(_folder(lora_request.lora_path))
+@dataclass(frozen=True)
+class _Kind:
+    """What the engine must know of an adapter: whether it is routed, and ``leaves_prefixes_alone``."""
+
+    routed: bool
+    leaves: bool
+
+
+_NONE = _Kind(False, False)
+_Kinds = dict[tuple[int, str], _Kind]  # by number and path
+
+
+def _kind(lora_request: Any, known: _Kinds | None = None) -> _Kind:
+    """As the adapter was when it was loaded, if that is known, whatever lies in its folder by now; else as it lies there."""
+    if lora_request is None:
+        return _NONE
+    found = (known or {}).get((lora_request.lora_int_id, lora_request.lora_path))
+    if found is None:
+        folder = _folder(lora_request.lora_path)
+        found = _Kind(is_routed(folder), leaves_prefixes_alone(folder))
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -149,21 +172,17 @@ def _folder(path: str) -> str:
     return str(get_adapter_absolute_path(path))
 
 
-def _leaves_prefixes_alone(lora_request: Any) -> bool:
-    return lora_request is not None and leaves_prefixes_alone(_folder(lora_request.lora_path))
-
-
-def _refusal(config: Any, lora_request: Any) -> str | None:
+def _refusal(config: Any, kind: _Kind) -> str | None:
     from vllm import envs
     from vllm.platforms import current_platform
 
-    return why_not(config, current_platform, bool(envs.VLLM_LORA_ENABLE_DUAL_STREAM), _leaves_prefixes_alone(lora_request))
+    return why_not(config, current_platform, bool(envs.VLLM_LORA_ENABLE_DUAL_STREAM), kind.leaves)
 
 
-def _check(request: Any, config: Any) -> None:
+def _check(request: Any, config: Any, kind: _Kind) -> None:
     """Refuses a request, as one of vLLM's own errors, for which a server answers 400."""
-    if _is_routed(request.lora_request):
-        why = _refusal(config, request.lora_request) or why_not_request(request)
+    if kind.routed:
+        why = _refusal(config, kind) or why_not_request(request)
         if why is not None:
             _raise(f"the request for the routed adapter {request.lora_request.lora_name} is refused, for routed adapters {why}")
 
@@ -177,18 +196,19 @@ def _raise(message: str) -> None:
 def _process_inputs(made: Any) -> Any:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = made(self, *args, **kwargs)
-        _check(request, self.vllm_config)
+        _check(request, self.vllm_config, _kind(request.lora_request))
         return request
 
     return process_inputs
 
 
 def _adapters_of(call: Signature, engine: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """The routed adapters that a call is given, by itself or in its request."""
+    """The adapters that a call is given, by itself or in its request, and that are routed or were when they were loaded."""
     given = call.bind(engine, *args, **kwargs).arguments
     found = given.get("lora_request") or getattr(given.get("prompt"), "lora_request", None)
     several: list[Any] = found if isinstance(found, list) else [found]
-    return [one for one in several if _is_routed(one)]
+    loaded = engine.__dict__.get(_LOADED, {})
+    return [one for one in several if one is not None and (_kind(one).routed or (one.lora_int_id, one.lora_path) in loaded)]
 
 
 def _add_request(made: Any) -> Any:
@@ -196,7 +216,7 @@ def _add_request(made: Any) -> Any:
 
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = next(iter(_adapters_of(call, self, args, kwargs)), None)
-        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config, found):
+        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config, _kind(found)):
             try:
                 self.engine_core.add_lora(found)
             except Exception as error:
@@ -212,7 +232,7 @@ def _add_request_async(made: Any) -> Any:
 
     async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = next(iter(_adapters_of(call, self, args, kwargs)), None)
-        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config, found):
+        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config, _kind(found)):
             try:
                 await self.engine_core.add_lora_async(found)
             except Exception as error:
@@ -224,15 +244,16 @@ def _add_request_async(made: Any) -> Any:
 
 
 def _is_new(engine: Any, lora_request: Any) -> bool:
-    """Whether this engine has not loaded the adapter yet. In a step, where vLLM would load it, a fault would end the engine."""
+    """Whether this engine may have to load the adapter. In a step, where vLLM would load it, a fault would end the engine."""
     loaded = engine.__dict__.get(_LOADED, {})
     found: bool = loaded.get((lora_request.lora_int_id, lora_request.lora_path)) != stamp(_folder(lora_request.lora_path))
     return found
 
 
 def _is_loaded(engine: Any, lora_request: Any) -> None:
-    loaded = engine.__dict__.setdefault(_LOADED, {})
-    loaded[lora_request.lora_int_id, lora_request.lora_path] = stamp(_folder(lora_request.lora_path))
+    # The first files' stamp stays. Where others came after them nobody here knows when vLLM drops what it has, and reads those.
+    key = (lora_request.lora_int_id, lora_request.lora_path)
+    engine.__dict__.setdefault(_LOADED, {}).setdefault(key, stamp(_folder(lora_request.lora_path)))
 
 
 def _beam_search(made: Any) -> Any:
@@ -254,10 +275,44 @@ def _beam_search(made: Any) -> Any:
 
 def _preprocess_add_request(made: Any) -> Any:
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        _check(request, self.vllm_config)
+        kinds = _kinds_of(self)
+        _check(request, self.vllm_config, _kind(request.lora_request, kinds))
+        _keep_kind(kinds, request.lora_request)
         return made(self, request)
 
     return preprocess_add_request
+
+
+def _kinds_of(engine: Any) -> _Kinds:
+    """Those of the adapters that an engine was given. Its requests find them with what makes the keys of their blocks."""
+    kinds: _Kinds = engine.__dict__.setdefault(_KINDS, {})
+    if engine.request_block_hasher is not None:
+        setattr(engine.request_block_hasher, _KINDS, kinds)
+    return kinds
+
+
+def _keep_kind(kinds: _Kinds, lora_request: Any) -> None:
+    if lora_request is not None:
+        kinds.setdefault((lora_request.lora_int_id, lora_request.lora_path), _kind(lora_request))
+
+
+def _add_lora(made: Any) -> Any:
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        added = made(self, lora_request)
+        _keep_kind(_kinds_of(self), lora_request)
+        return added
+
+    return add_lora
+
+
+def _remove_lora(made: Any) -> Any:
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        kinds = _kinds_of(self)
+        for key in [one for one in kinds if one[0] == lora_id]:
+            del kinds[key]
+        return made(self, lora_id)
+
+    return remove_lora
 
 
 def _hash_keys(made: Any) -> Any:
@@ -265,9 +320,10 @@ def _hash_keys(made: Any) -> Any:
 
     def keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
         found, following = made(request, start_token_idx, end_token_idx, start_mm_idx)
-        if not _is_routed(request.lora_request):
+        kind = _kind(request.lora_request, getattr(request._block_hasher, _KINDS, None))
+        if not kind.routed:
             return found, following
-        if _leaves_prefixes_alone(request.lora_request) and end_token_idx < request.num_prompt_tokens:
+        if kind.leaves and end_token_idx < request.num_prompt_tokens:
             # The base model's keys and values, whoever asks.
             return tuple(one for one in found or () if one[0] != "lora") or None, following
         # Those of a prompt's first tokens depend on all of it, by the modules that it chooses.
@@ -289,10 +345,24 @@ def _keep_config(made: Any) -> Any:
 
 def _load_adapter(load: Any) -> Any:
     def _load(self: Any, lora_request: Any) -> Any:
-        if not _is_routed(lora_request):
+        number, path, kind = lora_request.lora_int_id, lora_request.lora_path, _kind(lora_request)
+        kinds = self.__dict__.setdefault(_KINDS, {})
+        before, kind_before = kinds.get(number, (path, kind))
+        # Requests and keys of the prefix cache are there that count on what it was.
+        if kind != kind_before and (path == before or number in self.list_adapters()):
+            raise GatewiseError(
+                f"the adapter {lora_request.lora_name} ({path}) is of another kind than what was loaded by its number {number} "
+                f"({before}), routed or not, or with another adapt or pooler: unload that before, or take another name"
+            )
+        lora = _load_kind(self, lora_request, kind)
+        kinds[number] = (path, kind)
+        return lora
+
+    def _load_kind(self: Any, lora_request: Any, kind: _Kind) -> Any:
+        if not kind.routed:
             return load(self, lora_request)
         config, manager = getattr(self, _CONFIG), self._adapter_manager
-        why = _refusal(config, lora_request)
+        why = _refusal(config, kind)
         if why is not None:
             raise GatewiseError(f"the routed adapter {lora_request.lora_path} cannot be served, for routed adapters {why}")
         adapter = read_routed(_folder(lora_request.lora_path), config.model_config.get_hidden_size())
@@ -307,6 +377,16 @@ def _load_adapter(load: Any) -> Any:
         return lora
 
     return _load
+
+
+def _remove_adapter(made: Any) -> Any:
+    """Told to, not for want of room."""
+
+    def remove_adapter(self: Any, adapter_id: int) -> Any:
+        self.__dict__.get(_KINDS, {}).pop(adapter_id, None)
+        return made(self, adapter_id)
+
+    return remove_adapter
 
 
 def _name_of(model: Any, path: str) -> str:
