@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from inspect import Signature, signature
+from itertools import count
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ COUNTS = "gatewise_counts"
 """A method of vLLM's workers."""
 
 # What is put on objects of vLLM.
-_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _LOADED, _KINDS = (
-    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "loaded", "kinds")
+_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _LOADED, _KINDS, _OWN = (
+    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "loaded", "kinds", "own")
 )
+_numbers = count()  # of this process's requests
 _installed = False
 
 
@@ -326,8 +328,9 @@ def _hash_keys(made: Any) -> Any:
         if kind.leaves and end_token_idx < request.num_prompt_tokens:
             # The base model's keys and values, whoever asks.
             return tuple(one for one in found or () if one[0] != "lora") or None, following
-        # Those of a prompt's first tokens depend on all of it, by the modules that it chooses.
-        return (*(found or ()), ("gatewise", request.request_id)), following
+        # Those of a prompt's first tokens depend on all of it, by the modules that it chooses. Another request may get the same id.
+        own = request.__dict__.setdefault(_OWN, str(next(_numbers)))
+        return (*(found or ()), ("gatewise", own)), following
 
     return keys
 
