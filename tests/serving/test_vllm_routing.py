@@ -504,6 +504,15 @@ def test_model_runner_v2_tells_what_a_step_computes() -> None:
     assert not [name for name in vars(without) if name.startswith("gatewise")]
 
 
+def test_only_the_language_models_modules_are_told_whose_tokens_a_step_has() -> None:
+    """The tower that reads images has tokens of its own, maybe as many."""
+    text, tower = SimpleNamespace(), SimpleNamespace()
+    manager = SimpleNamespace(lora_index_to_id=[7], punica_wrapper_mapping={"language_model": text, "tower": tower})
+    hooks._group(manager, (7, 0, 7), False)
+    assert text.gatewise_groups.tokens == 3
+    assert not vars(tower)
+
+
 # ---- refusals ----
 
 

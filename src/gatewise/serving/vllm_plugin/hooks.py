@@ -516,8 +516,8 @@ def _group(manager: Any, adapters: tuple[int, ...], same_gates: bool) -> None:
     if of_step != before or not same_gates:
         groups = Groups(*of_step)
         setattr(manager, _GROUPS, (of_step, groups))
-        for wrapper in manager.punica_wrapper_mapping.values():
-            setattr(wrapper, _GROUPS, groups)
+        # The first is the language model's. What reads images has tokens of its own, maybe as many.
+        setattr(next(iter(manager.punica_wrapper_mapping.values())), _GROUPS, groups)
 
 
 def _activate_adapter(made: Any) -> Any:
