@@ -24,7 +24,7 @@ from routed_models import trained_routers
 from test_vllm import PYTHON, RUNNERS, on, pytestmark, write_adapter, write_base
 from tiny_models import random_adapter
 from tiny_run import write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import gatewise
 from gatewise import RoutedLoraConfig
@@ -365,12 +365,22 @@ def test_what_is_refused_does_not_stop_the_others(folder: Path) -> None:
     for name, (settings, _) in faults.items():
         bad = damaged(folder / name, one, **settings)
         steps += [{"do": "answer", "rows": rows_of(prompts_of(5), bad), "tokens": 4}, {"do": "answer", "rows": fine, "tokens": 4}]
+    # Of a model whose other sizes are the same: vLLM finds out while it writes into a slot, and what it wrote is nobody's.
+    config = AutoConfig.from_pretrained(folder / "base", intermediate_size=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "wider")
+    wide = write_routed(folder / "wide", folder / "wider", 7)
+    steps += [{"do": "answer", "rows": rows_of(prompts_of(5), wide), "tokens": 4}] * 2
+    steps += [{"do": "answer", "rows": rows_of(prompts_of(6), folder / "two", folder / "plain"), "tokens": 4}]
     found = run(folder, steps, "--max-loras", "2", IN_ONE_PIECE, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     reference = InPeft(folder)
-    for (_, reason), refused, answered in zip(faults.values(), found[::2], found[1::2], strict=True):
+    for (_, reason), refused, answered in zip(faults.values(), found[:8:2], found[1:8:2], strict=True):
         assert reason in refused["error"]
         assert refused["kind"] == "VLLMValidationError"
         reference.check(fine, answered)
+    for refused in found[-3:-1]:
+        assert "The size of tensor" in refused["error"]
+        assert refused["kind"] == "VLLMValidationError"
+    reference.check(rows_of(prompts_of(6), folder / "two", folder / "plain"), found[-1])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ VLLM_NAMES = (
     PrivateName(_WORKER_MANAGER, "list_adapters", "knows which adapters are there", (), _HOOKS),
     PrivateName(_WORKER_MANAGER, "_adapter_manager", "finds the modules with LoRA", None, _HOOKS),
     PrivateName(_MANAGER, "activate_adapter", "learns which slot holds another adapter", ("lora_id",), _HOOKS),
+    PrivateName(_MANAGER, "remove_adapter", "takes out one that does not fit", ("adapter_id",), _HOOKS),
     PrivateName(_MANAGER, "modules", "finds the modules with LoRA", None, _HOOKS),
     PrivateName(_MANAGER, "packed_modules_mapping", "finds the experts that a module is packed of", None, _HOOKS),
     PrivateName(_MANAGER, "lora_index_to_id", "finds an adapter's slot", None, _HOOKS),

@@ -310,7 +310,7 @@ def _add_lora(made: Any) -> Any:
 def _remove_lora(made: Any) -> Any:
     def remove_lora(self: Any, lora_id: int) -> Any:
         kinds = _kinds_of(self)
-        for key in [one for one in kinds if one[0] == lora_id]:
+        for key in [one for one in list(kinds) if one[0] == lora_id]:  # a thread that reads requests adds to them
             del kinds[key]
         return made(self, lora_id)
 
@@ -522,7 +522,12 @@ def _group(manager: Any, adapters: tuple[int, ...], same_gates: bool) -> None:
 
 def _activate_adapter(made: Any) -> Any:
     def activate_adapter(self: Any, lora_id: int) -> bool:
-        activated: bool = made(self, lora_id)
+        try:
+            activated: bool = made(self, lora_id)
+        except Exception:
+            # It is in a slot, half of it written, and the next request would find it loaded.
+            self.remove_adapter(lora_id)
+            raise
         if activated:
             self.__dict__.pop(_GROUPS, None)
             for module in self.modules.values():
