@@ -99,8 +99,8 @@ def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapt
         hidden_size: d of the model that the adapter is to be put on.
 
     Raises:
-        GatewiseError: the adapter was saved without the order of its experts, has an ``adapt`` of a later gatewise, is damaged, or is
-            for a model of another size.
+        GatewiseError: the adapter was saved without the order of its experts, has an ``adapt`` of a later gatewise, is damaged, or
+            is for a model of another size.
     """
     from gatewise.routed.router import Router
 
