@@ -7,7 +7,8 @@ two or three modules a layer. The rank limit is 8 or 64. Weights are random, of 
 
 All engines of a rank limit are up together and take turns, in another order every round, so that what the machine does beside it
 meets all of them; a load comes once unmeasured first. Ratios are those within a round, to ``stock`` with rows that have no adapter,
-"the base with LoRA switched on". Seconds are those of the processor. Run it with nothing else running.
+"the base with LoRA switched on". Seconds are those of the processor, and with a GPU those of the clock. Run it with nothing else
+running.
 
 ``--first`` measures the first tokens of eight tenants that ask at once with one prompt of 512 tokens, keys and values being reused
 where they may be: by a prompt that nobody read before (new), and once more by the same (again). Beside plain and routed adapters
@@ -95,16 +96,25 @@ def make_adapters(work: Path) -> dict[str, list[Path]]:
 # ---------------------------------------------------------------- engines
 
 
+def has_gpu() -> bool:
+    """Whether vLLM would take one."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 class Engine:
     """vLLM in a process of its own, asked line by line."""
 
-    def __init__(self, name: str, limit: int, python: Path, first: bool = False) -> None:
+    def __init__(self, name: str, limit: int, python: Path, dtype: str, first: bool = False) -> None:
         lora = ["--enable-lora", "--max-lora-rank", str(limit), "--max-loras", str(ADAPTERS), "--max-cpu-loras", "40"]
         # vLLM 0.32 fails with LoRA and log-probabilities on processors where modules are not named.
         lora += ["--lora-target-modules", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
         from gatewise.models import resolve
 
-        arguments = ["--model", resolve(MODEL), "--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill"]
+        arguments = ["--model", resolve(MODEL), "--dtype", dtype, "--enforce-eager", "--no-enable-chunked-prefill"]
+        if has_gpu():  # on which all engines are at once
+            arguments += ["--gpu-memory-utilization", "0.25"]
         if first:
             arguments += [
                 "--max-model-len",
@@ -178,7 +188,8 @@ def child(arguments: list[str]) -> None:
         outputs = engine.generate(prompts, sampling, lora_request=requests if any(requests) else None, use_tqdm=False)
         processor, seconds = time.process_time() - processor, time.perf_counter() - began
         tokens = [list(one.outputs[0].token_ids) for one in outputs]
-        print(json.dumps({"cpu_seconds": processor, "seconds": seconds, "tokens": tokens}), file=out, flush=True)
+        taken = seconds if has_gpu() else processor
+        print(json.dumps({"taken": taken, "seconds": seconds, "tokens": tokens}), file=out, flush=True)
 
 
 # ---------------------------------------------------------------- the measurement
@@ -192,7 +203,7 @@ def measure(options: argparse.Namespace) -> None:
     told = machine()
     for limit in options.limits:
         with ExitStack() as stack:
-            engines = {name: stack.enter_context(Engine(name, limit, options.python)) for name in options.engines}
+            engines = {name: stack.enter_context(Engine(name, limit, options.python, options.dtype)) for name in options.engines}
             turns = [(name, batch, load) for batch in options.batches for name in engines for load in loads(name, batch)]
             for number in range(options.rounds):
                 for name, batch, load in draw.sample(turns, len(turns)):
@@ -202,7 +213,15 @@ def measure(options: argparse.Namespace) -> None:
                     engines[name].ask(rows, 2)  # which loads the adapters
                     answer = engines[name].ask(rows, TOKENS)
                     written = hashlib.sha256(json.dumps(answer.pop("tokens")).encode()).hexdigest()[:12]
-                    row = {"limit": limit, "engine": name, "batch": batch, "load": load, "round": number, **answer}
+                    row = {
+                        "limit": limit,
+                        "dtype": options.dtype,
+                        "engine": name,
+                        "batch": batch,
+                        "load": load,
+                        "round": number,
+                        **answer,
+                    }
                     append({**row, "written": written, "vllm": engines[name].version, **told}, options.results)
                 print(f"rank limit {limit}: round {number + 1} of {options.rounds}", flush=True)
 
@@ -211,7 +230,7 @@ def measure_first(options: argparse.Namespace) -> None:
     """A row for each load and round, new and again."""
     made = make_adapters(options.work)
     draw, told = random.Random(1), machine()
-    with Engine("gatewise", LIMITS[0], options.python, first=True) as engine:
+    with Engine("gatewise", LIMITS[0], options.python, options.dtype, first=True) as engine:
 
         def asked(load: str, prompt: list[int]) -> dict[str, Any]:
             kind = load.rpartition(" ")[0]
@@ -224,7 +243,7 @@ def measure_first(options: argparse.Namespace) -> None:
                 prompt = [draw.randrange(1000, 40000) for _ in range(SHARED)]
                 for when in ("new", "again"):
                     answer = asked(load, prompt)
-                    row = {"first": when, "load": load, "round": number, "cpu_seconds": answer["cpu_seconds"]}
+                    row = {"first": when, "dtype": options.dtype, "load": load, "round": number, "taken": answer["taken"]}
                     append({**row, "seconds": answer["seconds"], "vllm": engine.version, **told}, options.results)
             print(f"first tokens: round {number + 1} of {options.rounds}", flush=True)
 
@@ -237,7 +256,7 @@ def ratios(rows: Sequence[dict[str, Any]], limit: int, batch: int, engine: str, 
 
     def by_round(name: str, what: str) -> dict[int, float]:
         chosen = (one for one in rows if (one["limit"], one["batch"], one["engine"], one["load"]) == (limit, batch, name, what))
-        return {one["round"]: one["cpu_seconds"] for one in chosen}
+        return {one["round"]: one["taken"] for one in chosen}
 
     base, own = by_round("stock", "base"), by_round(engine, load)
     return [base[number] / own[number] for number in sorted(base.keys() & own.keys())]
@@ -256,7 +275,7 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     for when in ("new", "again") if firsts else ():
         yield f"first tokens of {TENANTS} tenants, one prompt of {SHARED} tokens, {when}"
         for load in FIRST:
-            held = [one["cpu_seconds"] for one in firsts if (one["first"], one["load"]) == (when, load)]
+            held = [one["taken"] for one in firsts if (one["first"], one["load"]) == (when, load)]
             yield f"  {load:14} {statistics.median(held):.3f} s ({min(held):.3f} to {max(held):.3f})"
     rows = [one for one in rows if "first" not in one]
     for limit in sorted({one["limit"] for one in rows}):
@@ -271,7 +290,7 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
                         one for one in rows
                         if (one["limit"], one["batch"], one["engine"], one["load"]) == (limit, batch, engine, load)
                     ]  # fmt: skip
-                    speed = statistics.median(batch * TOKENS / one["cpu_seconds"] for one in chosen)
+                    speed = statistics.median(batch * TOKENS / one["taken"] for one in chosen)
                     low, high = interval(shares)
                     line = (
                         f"  {engine:9} {load:14} {speed:6.1f} tokens/s   {statistics.median(shares):.2f} ({low:.2f} to {high:.2f})"
@@ -299,6 +318,7 @@ def main() -> None:
     parser.add_argument("--limits", nargs="+", type=int, default=LIMITS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--first", action="store_true", help="measure first tokens")
     parser.add_argument("--report", action="store_true", help="print the results, run nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
