@@ -601,7 +601,7 @@ class Server:
     """``gatewise serve`` in a process of its own, which can be killed and started again."""
 
     def __init__(self, options: argparse.Namespace, material: Material, root: Path) -> None:
-        self._log = root / "log"
+        self._log = options.log or root / "log"
         self._temporary = root / "temporary"
         self._temporary.mkdir()
         self._is_vllm = options.engine == "vllm"
@@ -753,6 +753,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(CLOSE), default="float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-kill", action="store_true", help="let the engine live")
+    parser.add_argument("--log", type=Path, help="where the server's log is kept")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving.jsonl")
     parser.add_argument("vllm", nargs="*", help="after --: more arguments for vLLM")
     options = parser.parse_args()

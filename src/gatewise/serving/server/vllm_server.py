@@ -30,6 +30,8 @@ NO_VLLM = 3
 
 REFUSED = "error: vLLM does not load the adapter "
 """What stands before the name of an adapter, and why."""
+SERVED = "served by vLLM from here on: the adapter "
+"""What stands before the name of one."""
 
 
 MODULE = "gatewise_vllm_server"
@@ -100,7 +102,7 @@ class Adapters:
             models.lora_requests.pop(name, None)
         else:
             models.lora_requests[name] = made
-            print(f"the adapter {name!r} is served", file=sys.stderr, flush=True)
+            print(f"{SERVED}{name!r}", file=sys.stderr, flush=True)
 
 
 class Kept:

@@ -206,6 +206,7 @@ class VllmServer:
         self._lines: deque[str] = deque(maxlen=400)
         self._is_up, self._began = False, 0.0
         self._refused: list[str] = []
+        self._loads_told = self._loads_done = 0
 
     def run(self, ready: Callable[[], None] | None = None) -> None:
         """Runs vLLM.
@@ -218,7 +219,11 @@ class VllmServer:
             KeyboardInterrupt: after an interrupt, or SIGTERM; nothing of vLLM is left.
         """
         with tempfile.TemporaryDirectory(prefix="gatewise-serve-") as copies, _interrupted_by_sigterm(), self._started() as process:
+            looked = time.monotonic()
             while (code := process.poll()) is None:
+                if time.monotonic() >= looked + self._every:  # while vLLM starts, too, which takes long
+                    self.catalogue.scan()
+                    looked = time.monotonic()
                 self._tell(process, Path(copies))
                 if not self._is_up and self._answers():
                     self._is_up = True
@@ -227,8 +232,6 @@ class VllmServer:
                         ready()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(self._every if self._is_up else 0.3)
-                if self._is_up:
-                    self.catalogue.scan()
         raise GatewiseError(self._end(code))
 
     @property
@@ -275,6 +278,8 @@ class VllmServer:
             self._lines.append(text)
             if text.startswith(vllm_server.REFUSED):
                 self._refused += [name for name in self._told if text.startswith(f"{vllm_server.REFUSED}{name!r}:")]
+            if text.startswith((vllm_server.REFUSED, vllm_server.SERVED)):
+                self._loads_done += 1
             self._say(text)
 
     def _tell(self, process: "subprocess.Popen[bytes]", copies: Path) -> None:
@@ -297,6 +302,7 @@ class VllmServer:
                 self._leave(copies, name)
                 self._told[name] = version
                 self._refused = [one for one in self._refused if one != name]
+                self._loads_told += 1
                 self._send(process, {"name": name, "path": str(copies / version.key)})
         for name in self._told.keys() - now.keys():
             self._take_back(process, copies, name)
@@ -349,7 +355,8 @@ class VllmServer:
         with suppress(OSError, ValueError), urllib.request.urlopen(asked, timeout=2) as answer:
             self._began = self._began or time.monotonic()
             served = {one["id"] for one in json.load(answer)["data"]}
-            return served.issuperset(set(self._told).difference(self._refused)) or time.monotonic() > self._began + 60
+            all_served = served.issuperset(set(self._told).difference(self._refused))
+            return (all_served and self._loads_done >= self._loads_told) or time.monotonic() > self._began + 60
         return False
 
     def _end(self, code: int) -> str:
