@@ -1,5 +1,6 @@
 """What vLLM is told of adapters, and that nothing of it is left behind. With the real one: `make test-serve`."""
 
+import asyncio
 import io
 import json
 import os
@@ -114,6 +115,27 @@ def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Pa
     assert (told(), server.names) == ([], ["x"])
     server.catalogue.scan()
     assert (told(), server.names) == ([False], [])
+
+
+def test_vllm_loads_the_last_state_of_each_adapter_and_first_what_it_serves(capsys: pytest.CaptureFixture[str]) -> None:
+    adapters, done = vllm_server.Adapters(), []
+    models = SimpleNamespace(lora_requests={"held": 1, "gone": 2})
+
+    async def change(models: Any, name: str, path: str | None) -> None:
+        done.append((name, path))
+
+    adapters._change = change  # type: ignore[method-assign]
+    for name, path in [("a", "a1"), ("b", "b1"), ("a", "a2"), ("held", "h2"), ("gone", None), ("b", None), ("c", "c1")]:
+        adapters._hear({"name": name} | ({"path": path} if path else {}))
+
+    async def run() -> None:
+        adapters.begin(models)
+        while adapters._told:
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert done == [("held", "h2"), ("gone", None), ("a", "a2"), ("b", None), ("c", "c1")]
+    assert capsys.readouterr().err == f"{vllm_server.OVERTAKEN}'a'\n{vllm_server.OVERTAKEN}'b'\n"
 
 
 @pytest.mark.parametrize("hosts", [None, "127.0.0.1,localhost,[::1]"])

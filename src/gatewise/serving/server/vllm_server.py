@@ -32,6 +32,8 @@ REFUSED = "error: vLLM does not load the adapter "
 """What stands before the name of an adapter, and why."""
 SERVED = "served by vLLM from here on: the adapter "
 """What stands before the name of one."""
+OVERTAKEN = "not loaded, since a newer state came: the adapter "
+"""What stands before the name of one."""
 
 
 MODULE = "gatewise_vllm_server"
@@ -49,10 +51,13 @@ KEPT = "Of these, the prompts for which a module was kept."
 
 
 class Adapters:
-    """What standard input says of adapters, which is done as soon as the server has begun."""
+    """What standard input says of adapters, which is done as soon as the server has begun: the last that was said of each.
+
+    Those that are served in an older state come first.
+    """
 
     def __init__(self) -> None:
-        self._told: deque[dict[str, Any]] = deque()
+        self._told: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news: asyncio.Event | None = None
@@ -64,10 +69,17 @@ class Adapters:
         while piece := os.read(0, 65536):  # not sys.stdin, whose lock a forked process would inherit
             *lines, held = (held + piece).split(b"\n")
             with self._lock:
-                self._told.extend(json.loads(line) for line in lines)
+                for line in lines:
+                    self._hear(json.loads(line))
                 if self._loop is not None and self._news is not None:
                     self._loop.call_soon_threadsafe(self._news.set)
         os.killpg(0, signal.SIGKILL)
+
+    def _hear(self, one: dict[str, Any]) -> None:
+        before = self._told.pop(one["name"], {})
+        if "path" in before:
+            print(f"{OVERTAKEN}{one['name']!r}", file=sys.stderr, flush=True)
+        self._told[one["name"]] = one
 
     def begin(self, models: Any) -> None:
         """From here on vLLM's ``models`` have them; called in the server's loop."""
@@ -84,8 +96,9 @@ class Adapters:
                 with self._lock:
                     if not self._told:
                         break
-                    one = self._told.popleft()
-                await self._change(models, one["name"], one.get("path"))
+                    name = next((one for one in self._told if one in models.lora_requests), next(iter(self._told)))
+                    one = self._told.pop(name)
+                await self._change(models, name, one.get("path"))
 
     async def _change(self, models: Any, name: str, path: str | None) -> None:
         from vllm.lora.request import LoRARequest

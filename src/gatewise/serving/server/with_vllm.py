@@ -278,7 +278,7 @@ class VllmServer:
             self._lines.append(text)
             if text.startswith(vllm_server.REFUSED):
                 self._refused += [name for name in self._told if text.startswith(f"{vllm_server.REFUSED}{name!r}:")]
-            if text.startswith((vllm_server.REFUSED, vllm_server.SERVED)):
+            if text.startswith((vllm_server.REFUSED, vllm_server.SERVED, vllm_server.OVERTAKEN)):
                 self._loads_done += 1
             self._say(text)
 
