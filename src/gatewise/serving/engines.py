@@ -1,6 +1,7 @@
 """What serving engines must be told of LoRA adapters: ``serving.json``."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -50,8 +51,19 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
     others = [name for name in adapter.others if f".{ROUTER}." not in name]
     extra = any(module.others for module in adapter.modules) or bool(others)
     routed = adapter.config.get("peft_type") == ROUTED
-    whole = routed and (adapter.config.get("adapt"), adapter.config.get("pooler")) != ("after_prompt", "last")
+    whole = routed and not leaves_prefixes_alone(adapter.config)
     return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra, routed, whole)
+
+
+def leaves_prefixes_alone(config: Mapping[str, Any]) -> bool:
+    """Whether the base model reads the prompts of a routed adapter, up to the last token, by which alone it chooses.
+
+    Such a prompt may be read in pieces, and its keys and values are anybody's.
+
+    Args:
+        config: the adapter's.
+    """
+    return (config.get("peft_type"), config.get("adapt"), config.get("pooler")) == (ROUTED, "after_prompt", "last")
 
 
 def model_type_of(model: nn.Module) -> str | None:

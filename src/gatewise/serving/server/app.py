@@ -36,9 +36,9 @@ from gatewise.serving.server.asked import Asked, BadRequestError, chat, completi
 from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version
 from gatewise.serving.server.engine import Answer, BusyError, Engine, Limit, NotLoadedError, Piece, Told
 from gatewise.serving.server.metrics import Metrics
+from gatewise.serving.server.vllm_server import MOST_BYTES, host_of
 from gatewise.serving.server.vocabularies import Tokenizers
 
-MOST_BYTES = 8 * 2**20  # of a request's body
 MOST_LOGITS = 2**29  # of a prompt whose log-probabilities are asked for, which are all in memory at once
 _TYPES = {
     400: "BadRequestError",
@@ -222,7 +222,7 @@ class _Guard:
         answer = self.app
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            if self.served.hosts is not None and _host(headers) not in self.served.hosts:
+            if self.served.hosts is not None and host_of(headers.get("host", "")) not in self.served.hosts:
                 answer = _json(
                     _error("this server without a key answers only under the address that it was started with", 403), 403
                 )
@@ -230,12 +230,6 @@ class _Guard:
                 answer = _json(_error("the key is missing or wrong: send it as Authorization: Bearer KEY", 401), 401)
                 answer.headers["WWW-Authenticate"] = "Bearer"
         await answer(scope, receive, send)
-
-
-def _host(headers: Headers) -> str:
-    host = headers.get("host", "").lower()
-    name, _, port = host.rpartition(":")
-    return name if port.isdigit() and name else host
 
 
 def _has_key(headers: Headers, key: str) -> bool:

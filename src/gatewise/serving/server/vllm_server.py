@@ -41,7 +41,7 @@ MODULE = "gatewise_vllm_server"
 HOSTS = "GATEWISE_HOSTS"
 """The environment variable with what may stand in ``Host``, commas between; anything where there is none."""
 MOST_BYTES = 8 * 2**20
-"""Of a request's body, as where ``--engine transformers`` answers."""
+"""Of a request's body."""
 
 COUNTS = "gatewise_counts"
 """The method of vLLM's workers that gatewise's plug-in gives them (vllm_plugin/hooks.py)."""
@@ -167,9 +167,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get(b"host", "").lower()
-        name, _, port = host.rpartition(":")
-        if self._hosts is not None and (name if port.isdigit() and name else host) not in self._hosts:
+        if self._hosts is not None and host_of(headers.get(b"host", "")) not in self._hosts:
             message = "this server without a key answers only under the address that it was started with"
             await _refuse(send, 403, "PermissionDeniedError", message)
             return
@@ -191,6 +189,13 @@ class Guard:
             return held.popleft() if held else await receive()
 
         await self._app(scope, again, send)
+
+
+def host_of(header: str) -> str:
+    """What ``Host`` names, without a port."""
+    host = header.lower()
+    name, _, port = host.rpartition(":")
+    return name if port.isdigit() and name else host
 
 
 async def _refuse(send: Any, status: int, kind: str, message: str) -> None:

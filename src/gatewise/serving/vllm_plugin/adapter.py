@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE, read_config, weights_of
 from gatewise.errors import GatewiseError, reason_of
+from gatewise.serving import engines
 from gatewise.serving.engines import ROUTED, ROUTER
 
 if TYPE_CHECKING:
@@ -56,15 +57,12 @@ class RoutedAdapter:
 
 def is_routed(folder: str | os.PathLike[str]) -> bool:
     """Whether there is a routed adapter in a folder. Only a look at the file's time where it was asked before."""
-    return _told(folder)[0] == ROUTED
+    return _told(folder)[0]
 
 
 def leaves_prefixes_alone(folder: str | os.PathLike[str]) -> bool:
-    """Whether the base model reads the prompts of a folder's routed adapter, up to the last token, by which alone it chooses.
-
-    Such a prompt may be read in pieces, and its keys and values are anybody's.
-    """
-    return _told(folder) == (ROUTED, "after_prompt", "last")
+    """Of the adapter in a folder, as in ``gatewise.serving.engines``."""
+    return _told(folder)[1]
 
 
 def stamp(folder: str | os.PathLike[str]) -> tuple[int, ...]:
@@ -73,23 +71,25 @@ def stamp(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     return tuple(os.stat(path).st_mtime_ns for path in paths if os.path.exists(path))
 
 
-def _told(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+def _told(folder: str | os.PathLike[str]) -> tuple[bool, bool]:
     path = os.path.join(folder, CONFIG_FILE)
     try:
         stat = os.stat(path)
     except (OSError, ValueError):
-        return ("",)
+        return False, False
     return _told_by(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=4096)
-def _told_by(path: str, time: int, size: int) -> tuple[str, ...]:
+def _told_by(path: str, time: int, size: int) -> tuple[bool, bool]:
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except (OSError, ValueError):
-        return ("",)
-    return tuple(str(config.get(name)) for name in ("peft_type", "adapt", "pooler")) if isinstance(config, dict) else ("",)
+        return False, False
+    return (
+        (config.get("peft_type") == ROUTED, engines.leaves_prefixes_alone(config)) if isinstance(config, dict) else (False, False)
+    )
 
 
 def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapter:
@@ -134,9 +134,8 @@ def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapt
             f"{folder} does not fit a model of hidden size {hidden_size}, or is damaged ({reason_of(error)}): give an adapter of "
             "this base model, as save_pretrained wrote it"
         ) from error
-    waits = adapt == "after_prompt"
-    normalize = bool(config.get("normalize_gates", True))
-    return RoutedAdapter(top_k, normalize, tuple(layers), waits, waits and config["pooler"] == "last")
+    normalize, waits = bool(config.get("normalize_gates", True)), adapt == "after_prompt"
+    return RoutedAdapter(top_k, normalize, tuple(layers), waits, engines.leaves_prefixes_alone(config))
 
 
 def _router_states(folder: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
