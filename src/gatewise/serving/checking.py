@@ -141,10 +141,7 @@ def check_in_vllm(
     except GatewiseError as error:
         if ROUTER not in str(error):
             raise
-        raise GatewiseError(
-            f"vLLM does not know routed adapters, because {python} has no gatewise, whose plug-in serves them, or VLLM_PLUGINS "
-            "leaves it out: install gatewise beside vLLM"
-        ) from error
+        raise GatewiseError(without_plugin(python)) from error
     written, bare = (batch["rows"] for batch in found["batches"])
     checked = []
     for folder, asked in zip(folders, prompted, strict=True):
@@ -280,6 +277,14 @@ def _run_as_group(command: Sequence[str], log: IO[bytes]) -> int:
 # that tell of an error with which vLLM went on.
 _ERROR = re.compile(r"(?:^|[\] ])((?:\w+\.)*\w*(?:Error|Exception)\b: ?.+)")
 _NO_ERROR = re.compile(r"(?:^|\) )(?:DEBUG|INFO|WARNING) ")
+
+
+def without_plugin(python: str | Path) -> str:
+    """What to say where routed adapters meet a vLLM that does not know them."""
+    return (
+        f"vLLM does not know routed adapters, because {python} has no gatewise, whose plug-in serves them, or an old one without "
+        "it, or VLLM_PLUGINS leaves it out: install gatewise beside vLLM"
+    )
 
 
 def reason_in(log: str) -> str:

@@ -180,6 +180,7 @@ def fake(tmp_path: Path, script: str) -> Path:
     ("script", "said"),
     [
         ("exit 3", "has no vLLM: give the Python of an environment that has it"),
+        ("exit 4", "has no gatewise, whose plug-in serves them"),
         ("echo INFO all well; echo 'ValueError: no such device'; echo later; exit 1", "exit code 1: ValueError: no such device"),
         ("echo the end; kill -9 $$", "killed by signal 9, as where memory runs out; the last it said: the end"),
     ],
@@ -191,6 +192,22 @@ def test_its_end_is_told_in_a_sentence(made: Path, tmp_path: Path, script: str, 
         server.run()
     with pytest.raises(GatewiseError, match="could not be run"):
         VllmServer(str(made / "base"), [], python=tmp_path / "none", port=0).run()
+
+
+def test_routed_adapters_need_the_plug_in(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation from before gatewise had one hid it from vLLM, which then refused adapter after adapter."""
+    python = fake(tmp_path, 'exit "${GATEWISE_NEEDS_PLUGIN:-3}"')
+    for adapter, said in (("routed", "exit code 1: "), ("one", "has no vLLM")):
+        server = VllmServer(str(made / "base"), [str(made / "adapters" / adapter)], python=python, port=0, say=lambda _: None)
+        with pytest.raises(GatewiseError, match=said):
+            server.run()
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert vllm_server.has_plugin()
+    for allowed, is_loaded in (("", False), ("other", False), ("other,gatewise", True)):
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+        assert vllm_server.has_plugin() == is_loaded
+    monkeypatch.setattr(vllm_server, "entry_points", lambda **_: ())
+    assert not vllm_server.has_plugin()
 
 
 def is_there(process: int) -> bool:
@@ -233,6 +250,14 @@ def test_nothing_is_left_behind(made: Path, tmp_path: Path) -> None:
 # ---- the real vLLM ----
 
 real = pytest.mark.skipif(PYTHON is None, reason="GATEWISE_VLLM_PYTHON names no Python that has vLLM: run `make test-serve`")
+
+
+@real
+def test_the_real_vllm_without_the_plug_in_is_not_started(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    server = VllmServer(str(made / "base"), [str(made / "adapters" / "routed")], python=str(PYTHON), port=0, say=lambda _: None)
+    with pytest.raises(GatewiseError, match="VLLM_PLUGINS leaves it out: install gatewise beside vLLM"):
+        server.run()
 
 
 @pytest.fixture(scope="module", params=("V1", "V2"))

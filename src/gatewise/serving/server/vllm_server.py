@@ -21,11 +21,16 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
 NO_VLLM = 3
 """The exit code of a Python that has no vLLM."""
+NO_PLUGIN = 4
+"""The exit code of one whose vLLM does not load gatewise's plug-in, though ``NEEDS_PLUGIN`` says that it is needed."""
+NEEDS_PLUGIN = "GATEWISE_NEEDS_PLUGIN"
+"""The environment variable that is set where routed adapters are to be served."""
 
 
 REFUSED = "error: vLLM does not load the adapter "
@@ -204,6 +209,13 @@ async def _refuse(send: Any, status: int, kind: str, message: str) -> None:
     await send({"type": "http.response.body", "body": json.dumps({"error": told}).encode()})
 
 
+def has_plugin() -> bool:
+    """Whether this Python's vLLM loads gatewise's plug-in."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    is_known = bool(entry_points(group="vllm.general_plugins", name="gatewise")) and find_spec("gatewise") is not None
+    return is_known and (allowed is None or "gatewise" in allowed.split(","))
+
+
 def follow(adapters: Adapters) -> None:
     """Has vLLM's server tell when it begins."""
     from vllm.entrypoints.launchers.api_server import entry
@@ -213,7 +225,7 @@ def follow(adapters: Adapters) -> None:
     async def init_app_state(engine: Any, state: Any, *given: Any, **more: Any) -> None:
         await init(engine, state, *given, **more)
         adapters.begin(state.openai_serving_models)
-        if find_spec("gatewise") is not None:
+        if has_plugin():
             Kept().begin(engine)
 
     entry.init_app_state = init_app_state
@@ -223,6 +235,8 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose files would stand before libraries of their names
     if find_spec("vllm") is None:
         sys.exit(NO_VLLM)
+    if NEEDS_PLUGIN in os.environ and not has_plugin():
+        sys.exit(NO_PLUGIN)
     sys.modules[MODULE] = sys.modules["__main__"]
     coming = Adapters()
     threading.Thread(target=coming.listen, daemon=True).start()

@@ -28,7 +28,7 @@ from gatewise.adapters.files import read_lora
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.internals.listening import listening, resolved
 from gatewise.models.cache import resolve
-from gatewise.serving.checking import reason_in
+from gatewise.serving.checking import reason_in, without_plugin
 from gatewise.serving.engines import VLLM_RANKS, serving_settings, settings_together
 from gatewise.serving.server import vllm_server
 from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version
@@ -246,6 +246,8 @@ class VllmServer:
             environment[vllm_server.HOSTS] = ",".join(sorted(self._hosts))
         if self._key is not None:
             environment["VLLM_API_KEY"] = self._key  # arguments can be seen by others
+        if self._room is not None and self._room.routed:
+            environment[vllm_server.NEEDS_PLUGIN] = "1"
         if self._on_first_runner:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         command = [self._python, str(Path(vllm_server.__file__)), *self._arguments]
@@ -363,6 +365,8 @@ class VllmServer:
         """One sentence for vLLM's end."""
         if code == vllm_server.NO_VLLM:
             return f"{self._python} has no vLLM: give the Python of an environment that has it (--python), or --engine transformers"
+        if code == vllm_server.NO_PLUGIN:
+            return without_plugin(self._python)
         said = reason_in("\n".join(self._lines))
         if code < 0:
             return f"vLLM was killed by signal {-code}, as where memory runs out; the last it said: {said}"
