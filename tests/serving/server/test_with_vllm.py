@@ -14,7 +14,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -119,7 +121,7 @@ def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Pa
 
 def test_vllm_loads_the_last_state_of_each_adapter_and_first_what_it_serves(capsys: pytest.CaptureFixture[str]) -> None:
     adapters, done = vllm_server.Adapters(), []
-    models = SimpleNamespace(lora_requests={"held": 1, "gone": 2})
+    models = SimpleNamespace(lora_requests={"held": 1, "gone": 2}, model_name=None, show_available_models=None)
 
     async def change(models: Any, name: str, path: str | None) -> None:
         done.append((name, path))
@@ -266,9 +268,15 @@ def served(made: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest
     folder = tmp_path_factory.mktemp("watched")
     for name in ("one", "two", "routed"):
         shutil.copytree(made / "adapters" / name, folder / name)
-    command = [sys.executable, "-m", "gatewise", "serve", str(made / "base"), "--adapters", str(folder), "--python", str(PYTHON)]
-    command += ["--port", "0", "--served-model-name", "tiny", "--dtype", "float32", "--poll", "0.3", "--", "--block-size", "32"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **on(request.param)}
+    with vllm_serving(made / "base", folder, request.param, "--", "--block-size", "32") as server:
+        yield server
+
+
+@contextmanager
+def vllm_serving(base: Path, folder: Path, runner: str, *rest: str) -> Iterator[SimpleNamespace]:
+    command = [sys.executable, "-m", "gatewise", "serve", str(base), "--adapters", str(folder), "--python", str(PYTHON)]
+    command += ["--port", "0", "--served-model-name", "tiny", "--dtype", "float32", "--poll", "0.3", *rest]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **on(runner)}
     with (folder.parent / "log").open("w+") as log:
         process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
@@ -354,6 +362,54 @@ def test_adapters_come_are_replaced_and_go(served: SimpleNamespace, made: Path) 
     soon("new", None)
     assert text("../one") is None
     assert text(str(made / "adapters" / "one")) is None
+
+
+@real
+def test_two_states_of_an_adapter_write_in_one_batch(tmp_path: Path) -> None:
+    """vLLM takes adapters of one name for one, and ended where it had to load the second state of a batch."""
+    base = base_folder(tmp_path / "base", max_position_embeddings=32768, **WIDE)
+    states = [adapter_folder(base, tmp_path / f"state{number}", seed=number) for number in range(2)]
+    others = [adapter_folder(base, tmp_path / f"other{number}", seed=9) for number in range(4)]
+    folder, prompt = tmp_path / "served", [7, 19, 23]
+    shutil.copytree(states[0], folder / "one")
+    shutil.copytree(states[1], folder / ".new")
+    wanted = text_of(writes(base, states[1], prompt, 8, ends=False))
+    more = {"prompt": prompt, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    rest = ["--", "--block-size", "32", "--max-loras", "2", "--max-cpu-loras", "2"]
+    with vllm_serving(base, folder, "V1", *rest) as server, ThreadPoolExecutor(1) as thread:
+        asked, enough = client(server), Event()
+
+        def read() -> tuple[set[str], str]:
+            models, texts = set(), []
+            with asked.completions.create(model="one", max_tokens=30000, stream=True, **more) as stream:
+                for piece in stream:
+                    models.add(piece.model)
+                    texts.append(piece.choices[0].text)
+                    if enough.is_set():
+                        return models, "".join(texts)
+            raise AssertionError("it ended too early")
+
+        held = thread.submit(read)
+        limit = time.monotonic() + 40
+        try:
+            (folder / "one").rename(tmp_path / "gone")
+            (folder / ".new").rename(folder / "one")
+            while asked.completions.create(model="one", max_tokens=8, **more).choices[0].text != wanted:
+                assert time.monotonic() < limit
+                time.sleep(0.1)
+            for place in others:  # whose loading takes the second state out of vLLM's slots
+                place.rename(folder / place.name)
+            while len(asked.models.list().data) < 6:
+                assert time.monotonic() < limit
+                time.sleep(0.1)
+            answers = [asked.completions.create(model="one", max_tokens=8, **more) for _ in range(2)]
+        finally:
+            enough.set()
+        assert [(one.model, one.choices[0].text) for one in answers] == [("one", wanted)] * 2
+        models, text = held.result()
+        assert models == {"one"}
+        assert text.startswith(text_of(writes(base, states[0], prompt, 40, ends=False)))
+        assert {one.id for one in asked.models.list()} == {"tiny", "one", *(place.name for place in others)}
 
 
 @real

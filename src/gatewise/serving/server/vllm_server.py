@@ -9,7 +9,8 @@ process leads a group of processes, and kills it when its standard input ends: w
 Bodies of requests have a limit, and a server without a key answers only under the names that ``GATEWISE_HOSTS`` has; vLLM's own
 server has neither. Where gatewise is its plug-in, vLLM's ``/metrics`` have what the prompts of routed adapters keep, too.
 
-Read in vLLM 0.32: ``OpenAIServingModels``, ``init_app_state`` in the launcher of its server, and ``collective_rpc``.
+Read in vLLM 0.32: ``OpenAIServingModels``, ``LoRARequest``, ``init_app_state`` in the launcher of its server, and
+``collective_rpc``.
 """
 
 import asyncio
@@ -49,19 +50,30 @@ MOST_BYTES = 8 * 2**20
 """Of a request's body."""
 
 COUNTS = "gatewise_counts"
-"""The method of vLLM's workers that gatewise's plug-in gives them (vllm_plugin/hooks.py)."""
+"""The method of vLLM's workers that gatewise's plug-in gives them."""
 ASKED_EVERY = 2.0  # seconds
 PROMPTS = "Prompts that a layer's router of an adapter decided on."
 KEPT = "Of these, the prompts for which a module was kept."
 
 
+STATE = "\u2063"
+"""In what vLLM calls an adapter's later states, after the name: no name has it, since it cannot be printed."""
+
+
+def shown(name: str) -> str:
+    """What clients call an adapter, whichever of its states vLLM's ``name`` is of."""
+    return name.partition(STATE)[0]
+
+
 class Adapters:
     """What standard input says of adapters, which is done as soon as the server has begun: the last that was said of each.
 
-    Those that are served in an older state come first.
+    Those that are served in an older state come first. Each state of an adapter has a name of its own, which clients do not see:
+    vLLM takes adapters of one name for one (``LoRARequest.__eq__``), and ended where a batch had two of its states.
     """
 
     def __init__(self) -> None:
+        self._states: dict[str, int] = {}  # how many of each adapter there were
         self._told: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -91,6 +103,16 @@ class Adapters:
         with self._lock:
             self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
             self._news.set()
+        of_request, list_all = models.model_name, models.show_available_models
+
+        async def show_available_models() -> Any:
+            found = await list_all()
+            for card in found.data:
+                card.id = shown(card.id)
+            return found
+
+        models.model_name = lambda *given, **more: shown(of_request(*given, **more))
+        models.show_available_models = show_available_models
         self._task = asyncio.create_task(self._follow(models, self._news))
 
     async def _follow(self, models: Any, news: asyncio.Event) -> None:
@@ -112,7 +134,9 @@ class Adapters:
             models.lora_requests.pop(name, None)
             return
         # A number of its own, so that requests that run go on with the adapter that they began with.
-        made = LoRARequest(lora_name=name, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
+        state = self._states[name] = self._states.get(name, 0) + 1
+        own = name if state == 1 else f"{name}{STATE}(state {state})"
+        made = LoRARequest(lora_name=own, lora_int_id=models.lora_id_counter.inc(1), lora_path=path)
         try:
             await models.engine_client.add_lora(made)
         except Exception as error:

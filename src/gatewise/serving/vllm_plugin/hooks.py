@@ -22,6 +22,7 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise.internals.private_names import fault_of
 from gatewise.internals.vllm_names import VLLM_NAMES
 from gatewise.serving.engines import ROUTER
+from gatewise.serving.server.vllm_server import COUNTS, shown
 from gatewise.serving.vllm_plugin.adapter import is_routed, leaves_prefixes_alone, read_routed, stamp
 from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import why_not, why_not_request
@@ -31,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 TESTED = ("0.32",)
 """The versions of vLLM that ``make test-serve`` was run with."""
-
-COUNTS = "gatewise_counts"
-"""A method of vLLM's workers."""
 
 # What is put on objects of vLLM.
 _CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _LOADED, _KINDS, _OWN = (
@@ -186,7 +184,8 @@ def _check(request: Any, config: Any, kind: _Kind) -> None:
     if kind.routed:
         why = _refusal(config, kind) or why_not_request(request)
         if why is not None:
-            _raise(f"the request for the routed adapter {request.lora_request.lora_name} is refused, for routed adapters {why}")
+            name = shown(request.lora_request.lora_name)
+            _raise(f"the request for the routed adapter {name} is refused, for routed adapters {why}")
 
 
 def _raise(message: str) -> None:
@@ -264,8 +263,8 @@ def _beam_search(made: Any) -> Any:
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
         for one in _adapters_of(call, self, args, kwargs):
             _raise(
-                f"beam search with the routed adapter {one.lora_name} is refused, for vLLM reads what was written as a new prompt "
-                "at every token, by which other modules would be chosen: sample, or write greedily"
+                f"beam search with the routed adapter {shown(one.lora_name)} is refused, for vLLM reads what was written as a new "
+                "prompt at every token, by which other modules would be chosen: sample, or write greedily"
             )
         return made(self, *args, **kwargs)
 
@@ -354,8 +353,8 @@ def _load_adapter(load: Any) -> Any:
         # Requests and keys of the prefix cache are there that count on what it was.
         if kind != kind_before and (path == before or number in self.list_adapters()):
             raise GatewiseError(
-                f"the adapter {lora_request.lora_name} ({path}) is of another kind than what was loaded by its number {number} "
-                f"({before}), routed or not, or with another adapt or pooler: unload that before, or take another name"
+                f"the adapter {shown(lora_request.lora_name)} ({path}) is of another kind than what was loaded by its number "
+                f"{number} ({before}), routed or not, or with another adapt or pooler: unload that before, or take another name"
             )
         lora = _load_kind(self, lora_request, kind)
         kinds[number] = (path, kind)
@@ -376,7 +375,7 @@ def _load_adapter(load: Any) -> Any:
             lora = load(self, lora_request)
         finally:
             model.lora_skip_prefixes = before
-        setattr(lora, _PLACED, _routing_of(manager).place(adapter, partial(_name_of, model), lora_request.lora_name))
+        setattr(lora, _PLACED, _routing_of(manager).place(adapter, partial(_name_of, model), shown(lora_request.lora_name)))
         return lora
 
     return _load
