@@ -1,5 +1,6 @@
 """A saved adapter on its base model, and data read as the run that trained it read its data."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import CONFIG_FILE, read_config, read_note, tensor_shapes, weights_of
+from gatewise.adapters.files import CONFIG_FILE, read_config, read_note, read_tensors, tensor_shapes, weights_of
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.device import DTYPES, pick_device, pick_dtype
 from gatewise.models.loading import Task, load_model, load_tokenizer
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_like
+
+# Of an adapter's configuration: where it is from, and whether it is to be trained.
+_NOT_COMPUTED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout", "init_lora_weights"}
 
 Around = Callable[[PreTrainedModel], PreTrainedModel]
 
@@ -207,6 +211,44 @@ def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: st
         raise
     adapted.requires_grad_(False)
     return adapted.eval()
+
+
+def likeness(adapter_dir: str | Path) -> str:
+    """What adapters of one base model have in common where one's weights can take the place of the other's.
+
+    That is all of their configurations that tells what they compute, and the names and shapes of their tensors.
+
+    Raises:
+        GatewiseError: the folder is no adapter, or a file is damaged.
+    """
+    config = {key: value for key, value in read_config(adapter_dir).items() if key not in _NOT_COMPUTED}
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, which PEFT writes in any order
+        if isinstance(config.get(key), list):
+            config[key] = sorted(map(str, config[key]))
+    return json.dumps([config, sorted(tensor_shapes(weights_of(adapter_dir)).items())], sort_keys=True)
+
+
+def take_place(model: PeftModel, name: str, adapter_dir: str | Path) -> bool:
+    """Has an adapter take the place of another one of the same ``likeness``, without PEFT's many walks through all modules.
+
+    Args:
+        name: what PEFT calls the other one, and this one from here on.
+
+    Returns:
+        Whether it did; if not, since PEFT has other names for the tensors, the other one is as it was.
+
+    Raises:
+        GatewiseError: a file is damaged. The other one is as it was.
+    """
+    tensors, _ = read_tensors(weights_of(adapter_dir))
+    with quiet():
+        there = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if there.keys() != tensors.keys() or any(there[key].shape != tensor.shape for key, tensor in tensors.items()):
+        return False
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            there[key].copy_(tensor)
+    return True
 
 
 def _put(

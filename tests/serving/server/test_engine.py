@@ -130,6 +130,26 @@ def test_the_least_used_adapter_makes_room(made: dict[str, Path]) -> None:
         assert gauge(server, "gatewise_adapter_loads_total") > 4
 
 
+def test_the_least_used_adapter_like_the_new_one_goes_first(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+    load = Lane.load
+
+    def noted(self: Lane, folder: Path, name: str, base_name: str) -> None:
+        loaded.append(folder)
+        load(self, folder, name, base_name)
+
+    with serving(made["base"], *(made[name] for name in ("a", "b", "c", "routed")), most_loaded=3) as server:
+        for name in ("routed", "a", "b"):
+            assert ask(server, name).choices[0].text == text(made, name)
+        before = gauge(server, "gatewise_adapter_loads_total")
+        monkeypatch.setattr(Lane, "load", noted)
+        for name in ("c", "routed", "b", "a", "c"):  # which routed is not like, though it was used before all others
+            assert ask(server, name).choices[0].text == text(made, name)
+        assert not loaded
+        assert gauge(server, "gatewise_adapters_loaded") == 3
+        assert gauge(server, "gatewise_adapter_loads_total") == before + 3
+
+
 def test_an_adapter_that_does_not_fit_harms_no_other(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

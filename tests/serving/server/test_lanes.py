@@ -1,13 +1,18 @@
 """Rows that come and go between steps: each is what ``generate`` writes for it alone."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from served_models import adapter_folder, base_folder, writes
 
+from gatewise.adapters.loading import likeness
+from gatewise.errors import GatewiseError
 from gatewise.models import load_model
 from gatewise.serving.products import BASE
 from gatewise.serving.server.lanes import Kind, Lane
@@ -95,3 +100,70 @@ def test_an_adapter_may_go_and_come_back_beside_rows_of_others(tmp_path: Path) -
     for (name, prompt), row in zip(asked, written, strict=True):
         alone = writes(base, folders[name], prompt, len(row))
         assert row[: len(alone)] == alone
+
+
+@pytest.mark.parametrize("kind", ["plain", "routed"])
+def test_an_adapter_takes_the_place_of_one_like_it_beside_rows_of_others(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_folder(tmp_path / "base")
+    folders = {name: adapter_folder(base, tmp_path / name, kind, seed=seed) for seed, name in enumerate("abcd")}
+    folders["other"] = adapter_folder(base, tmp_path / "other", kind, seed=9, r=5)
+    config = json.loads((folders["c"] / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "elsewhere", "target_modules": config["target_modules"][::-1]}
+    (folders["c"] / "adapter_config.json").write_text(json.dumps(config))
+    lane = Lane(load_model(base), kind)
+    for name in ("a", "b", "other"):
+        lane.load(folders[name], name, str(base))
+    monkeypatch.setattr(PeftModel, "load_adapter", None)
+    monkeypatch.setattr(PeftModel, "delete_adapter", None)
+    assert lane.alike["a"] == lane.alike["b"] == likeness(folders["c"]) != lane.alike["other"]
+    assert not lane.replace("other", folders["c"], "c")
+    prompt, written = [5, 6, 7], {name: list[int]() for name in ("b", "c", "a", "d")}
+
+    def step(*names: str) -> None:
+        assert lane.rows == list(names)
+        for name, token in zip(names, lane.step([written[name][-1] for name in names]).argmax(-1).tolist(), strict=True):
+            written[name].append(token)
+
+    def enter(name: str) -> None:
+        read = lane.read([prompt], [name])
+        lane.join(read)
+        written[name].append(int(read.logits.argmax()))
+
+    enter("b")
+    step("b")
+    assert lane.replace("a", folders["c"], "c")
+    assert lane.names == {"b", "c", "other"}
+    enter("c")
+    step("b", "c")
+    lane.keep([0])
+    assert lane.replace("c", folders["a"], "a")  # which had that place before
+    enter("a")
+    step("b", "a")
+    lane.keep([1])
+    assert lane.replace("b", folders["d"], "d")
+    enter("d")
+    step("a", "d")
+    monkeypatch.undo()
+    for name, tokens in written.items():
+        alone = writes(base, folders[name], prompt, len(tokens))
+        assert tokens[: len(alone)] == alone, name
+    assert len({tuple(writes(base, folders[name], prompt, 12)) for name in written}) == 4
+
+
+def test_an_adapter_that_cannot_be_read_takes_no_place(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    folders = [adapter_folder(base, tmp_path / str(seed), seed=seed) for seed in range(3)]
+    lane = Lane(load_model(base), "plain")
+    lane.load(folders[0], "a", str(base))
+    whole = (folders[1] / "adapter_model.safetensors").read_bytes()
+    (folders[1] / "adapter_model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(GatewiseError, match="damaged or cut short"):
+        lane.replace("a", folders[1], "b")
+    tensors = load_file(folders[2] / "adapter_model.safetensors")
+    name, tensor = tensors.popitem()
+    save_file({**tensors, f"more.{name}": tensor}, folders[2] / "adapter_model.safetensors")
+    assert not lane.replace("a", folders[2], "b")
+    read = lane.read([[5, 6]], ["a"])
+    assert [int(read.logits.argmax())] == writes(base, folders[0], [5, 6], 1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gatewise.adapters.loading import likeness
 from gatewise.errors import GatewiseError
 from gatewise.serving.products import BASE
 from gatewise.serving.server.catalogue import ReplacedError, Version
@@ -155,7 +156,8 @@ class Engine:
         bare: the base model, in evaluation mode.
         base: its name.
         ends: token ids that end a text.
-        most_loaded: adapters in the model at a time; the one that was not used for longest makes room.
+        most_loaded: adapters in the model at a time. The one that was not used for longest makes room, of those that the new one is
+            like (``likeness``) if there are any.
         most_running, most_waiting: answers.
     """
 
@@ -326,27 +328,32 @@ class Engine:
         if held is None:
             if version.problem is not None:
                 raise GatewiseError(version.problem)
+            going: list[_Loaded] = []
             if len(self._loaded) >= self._most_loaded:
                 used = {one.key for rows in self._running.values() for one in rows} | set(in_use)
-                idle = [one for one in self._loaded.values() if one.version.key not in used]
-                if not idle:
+                going = sorted((one for one in self._loaded.values() if one.version.key not in used), key=lambda one: one.used)
+                if not going:
                     return None
-                self._unload(min(idle, key=lambda one: one.used))
-            held = self._load(version)
+            held = self._load(version, going)
         held.used = time.monotonic()
         return held.lane
 
-    def _load(self, version: Version) -> _Loaded:
-        lane = self._plain
-        if version.kind == "alone":
-            lane = Lane(self._bare, "alone")
-        elif version.kind == "routed":
-            lanes = [one for one in self._running if one.kind == "routed"]
-            lane = lanes[0] if lanes else Lane(self._bare, "routed")
+    def _load(self, version: Version, going: Sequence[_Loaded] = ()) -> _Loaded:
+        """Loads an adapter.
+
+        Args:
+            going: of these one has to make room, if there are any: the first that the new one can replace, which is much faster,
+                or the first.
+        """
         folder: Path | None = None
         try:
             with version.copied() as folder:
-                lane.load(folder, version.key, self._base)
+                lane = self._in_place(version, going, folder)
+                if lane is None:
+                    if going:
+                        self._unload(going[0])
+                    lane = self._lane_for(version)
+                    lane.load(folder, version.key, self._base)
         except ReplacedError:
             raise
         except Exception as error:
@@ -363,6 +370,24 @@ class Engine:
         self._metrics.count("gatewise_adapter_loads_total", model=version.name)
         held = self._loaded[version.key] = _Loaded(version, lane)
         return held
+
+    def _in_place(self, version: Version, going: Sequence[_Loaded], folder: Path) -> Lane | None:
+        """The lane where the adapter has replaced one of those; None where it is like none of them."""
+        like = likeness(folder) if going else ""
+        for held in going:
+            key = held.version.key
+            if held.lane.alike[key] == like and held.lane.replace(key, folder, version.key):
+                del self._loaded[key]
+                return held.lane
+        return None
+
+    def _lane_for(self, version: Version) -> Lane:
+        """Where an adapter of its kind is loaded."""
+        if version.kind == "alone":
+            return Lane(self._bare, "alone")
+        if version.kind == "routed":
+            return next((one for one in self._running if one.kind == "routed"), None) or Lane(self._bare, "routed")
+        return self._plain
 
     def _unload(self, held: _Loaded) -> None:
         del self._loaded[held.version.key]

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from gatewise.adapters.loading import put_on
+from gatewise.adapters.loading import likeness, put_on, take_place
 from gatewise.errors import GatewiseError
 from gatewise.progress import quiet
 from gatewise.prompts.cache import append_prompts
@@ -70,12 +71,15 @@ class Lane:
         kind: of the adapters that it takes.
 
     Attributes:
-        names: of the adapters that are loaded, unique in a server's life.
+        alike: the ``likeness`` of each adapter that is loaded.
         rows: the adapter of each row, ``BASE`` for the base model.
     """
 
     def __init__(self, bare: PreTrainedModel, kind: Kind) -> None:
-        self.kind, self.names = kind, set[str]()
+        self.kind = kind
+        self._called_by = dict[str, str]()  # what PEFT calls each adapter, which is a place that others have before and after
+        self._places = count()
+        self.alike = dict[str, str]()
         self.rows: list[str] = []
         self._bare = bare
         self._model: Any = with_same_weights(bare)
@@ -97,30 +101,54 @@ class Lane:
             GatewiseError: it cannot be read, or does not fit. All else is as it was.
         """
         self._close()
+        like = likeness(folder)
         try:
-            self._peft = put_on(self._peft or self._model, folder, name, base_name)
+            self._peft = put_on(self._peft or self._model, folder, called := f"place{next(self._places)}", base_name)
         except BaseException:
             if self._peft is None:
                 self._model = with_same_weights(self._bare)
             raise
-        self.names.add(name)
+        self._called_by[name], self.alike[name] = called, like
         if self.kind == "plain" and self._fast is None:
             self._fast = fast_lora(self._peft)
+
+    def replace(self, name: str, folder: Path, new: str) -> bool:
+        """Has an adapter take the place of one that is like it (``alike``) and that no row has.
+
+        Returns:
+            Whether it did, as it nearly always does, and much faster than loading. If not, all is as it was.
+
+        Raises:
+            GatewiseError: it cannot be read. All is as it was.
+        """
+        assert name not in self.rows
+        assert self._peft is not None
+        self._close()
+        if not take_place(self._peft, self._called_by[name], folder):
+            return False
+        self._called_by[new], self.alike[new] = self._called_by.pop(name), self.alike.pop(name)
+        return True
 
     def unload(self, name: str) -> None:
         """Takes off an adapter that no row has. After the last one the model is the base model again."""
         assert name not in self.rows
         assert self._peft is not None
         self._close()
-        self.names.remove(name)
+        called = self._called_by.pop(name)
+        del self.alike[name]
         if self.names:
             with quiet():  # PEFT says which adapter is active now, and each row says so itself
-                self._peft.delete_adapter(name)
+                self._peft.delete_adapter(called)
             return
         if self._fast is not None:
             self._fast.remove()
             self._fast = None
         self._model, self._peft = with_same_weights(self._bare), None
+
+    @property
+    def names(self) -> set[str]:
+        """Of the adapters that are loaded, unique in a server's life."""
+        return set(self._called_by)
 
     # ---- rows ----
 
@@ -198,7 +226,7 @@ class Lane:
         if self._peft is None:
             yield
             return
-        given = {} if self.kind == "alone" else {"adapter_names": list(names)}
+        given = {} if self.kind == "alone" else {"adapter_names": [self._called_by.get(name, name) for name in names]}
         tuner: Any = self._peft.base_model
         with tuner._enable_peft_forward_hooks(**given):
             yield
