@@ -23,7 +23,7 @@ from typing import Any
 from campaign import campaign, spread
 from milora import SETTINGS, SINGLE, trained_and_measured
 
-RATES = (2.5e-4, 5e-4, 1e-3)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 CHOOSING = 128
 ROUTED = {"top_k": 3, "lora_alpha": 48}
 KINDS: dict[str, dict[str, Any]] = {
