@@ -757,6 +757,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "serving.jsonl")
     parser.add_argument("vllm", nargs="*", help="after --: more arguments for vLLM")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process, and its children, would ignore it
     with tempfile.TemporaryDirectory(prefix="gatewise-soak-") as place:
         run = soak(options, Path(place))
     append(run, options.results)

@@ -21,7 +21,9 @@ from gatewise.tasks import Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_like
 
 # Of an adapter's configuration: where it is from, and whether it is to be trained.
-_NOT_COMPUTED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout", "init_lora_weights"}
+_NOT_COMPUTED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
+
+_BASE_WEIGHT = re.compile(r"\.base_layer\.(weight|bias)$")
 
 Around = Callable[[PreTrainedModel], PreTrainedModel]
 
@@ -225,7 +227,8 @@ def likeness(adapter_dir: str | Path) -> str:
     for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, which PEFT writes in any order
         if isinstance(config.get(key), list):
             config[key] = sorted(map(str, config[key]))
-    return json.dumps([config, sorted(tensor_shapes(weights_of(adapter_dir)).items())], sort_keys=True)
+    # Within a value the order counts: the first pattern of ranks or alphas that matches a module decides.
+    return json.dumps([sorted(config.items()), sorted(tensor_shapes(weights_of(adapter_dir)).items())])
 
 
 def take_place(model: PeftModel, name: str, adapter_dir: str | Path) -> bool:
@@ -240,15 +243,44 @@ def take_place(model: PeftModel, name: str, adapter_dir: str | Path) -> bool:
     Raises:
         GatewiseError: a file is damaged. The other one is as it was.
     """
-    tensors, _ = read_tensors(weights_of(adapter_dir))
+    weights = weights_of(adapter_dir)
     with quiet():
         there = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    if there.keys() != tensors.keys() or any(there[key].shape != tensor.shape for key, tensor in tensors.items()):
+    if {key: list(tensor.shape) for key, tensor in there.items()} != tensor_shapes(weights):
         return False
+    tensors, _ = read_tensors(weights)
+    # All that can fail, such as memory of a GPU, before anything is changed.
+    tensors = {key: tensor.to(there[key]) for key, tensor in tensors.items()}
     with torch.no_grad():
         for key, tensor in tensors.items():
             there[key].copy_(tensor)
     return True
+
+
+def check_base_weights(model: PreTrainedModel, adapter_dir: str | Path) -> None:
+    """Refuses an adapter that would change a base model that it is not alone on.
+
+    PEFT writes base weights of embeddings and output heads into an adapter's file, and reads them back into the base model.
+
+    Args:
+        model: the base model, without adapters.
+
+    Raises:
+        GatewiseError: there are other base weights in it than the model has, or a file is damaged.
+    """
+    weights = weights_of(adapter_dir)
+    names = [key for key in tensor_shapes(weights) if _BASE_WEIGHT.search(key)]
+    if not names:
+        return
+    tensors, _ = read_tensors(weights)
+    there = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        own = there.get(_BASE_WEIGHT.sub(r".\1", name).removeprefix("base_model.model."))
+        if own is None or own.shape != tensors[name].shape or not torch.equal(tensors[name].to(own), own):
+            raise GatewiseError(
+                f"the adapter {adapter_dir} has other base weights ({name}) than the base model that all adapters share: save it "
+                "with save_embedding_layers=False"
+            )
 
 
 def _put(

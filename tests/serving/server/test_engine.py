@@ -143,11 +143,20 @@ def test_the_least_used_adapter_like_the_new_one_goes_first(made: dict[str, Path
             assert ask(server, name).choices[0].text == text(made, name)
         before = gauge(server, "gatewise_adapter_loads_total")
         monkeypatch.setattr(Lane, "load", noted)
-        for name in ("c", "routed", "b", "a", "c"):  # which routed is not like, though it was used before all others
+        for name in ("c", "routed", "b", "a", "c"):  # each like one of the older two, of which the other one may be the oldest
             assert ask(server, name).choices[0].text == text(made, name)
         assert not loaded
         assert gauge(server, "gatewise_adapters_loaded") == 3
         assert gauge(server, "gatewise_adapter_loads_total") == before + 3
+
+
+def test_adapters_that_are_in_use_stay_though_new_ones_are_like_them(made: dict[str, Path], tmp_path: Path) -> None:
+    wide = [adapter_folder(made["base"], tmp_path / name, seed=seed, r=5) for seed, name in enumerate(("x", "y"))]
+    with serving(made["base"], made["a"], made["b"], tmp_path, most_loaded=3) as server:
+        for name in ("a", "b", "x", "y", "x", "y"):
+            found = ask(server, name).choices[0].text
+            assert found == (text(made, name) if name in made else text_of(writes(made["base"], wide[name == "y"], PROMPT, 8)))
+        assert gauge(server, "gatewise_adapter_loads_total") == 4
 
 
 def test_an_adapter_that_does_not_fit_harms_no_other(

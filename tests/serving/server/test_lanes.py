@@ -2,14 +2,16 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from served_models import adapter_folder, base_folder, writes
+from tiny_models import random_adapter
 
 from gatewise.adapters.loading import likeness
 from gatewise.errors import GatewiseError
@@ -167,3 +169,40 @@ def test_an_adapter_that_cannot_be_read_takes_no_place(tmp_path: Path) -> None:
     assert not lane.replace("a", folders[2], "b")
     read = lane.read([[5, 6]], ["a"])
     assert [int(read.logits.argmax())] == writes(base, folders[0], [5, 6], 1)
+
+
+def test_adapters_are_alike_only_where_they_compute_alike(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    one = adapter_folder(base, tmp_path / "one", rank_pattern={"v_proj": 5, ".*self_attn.*": 3})
+    assert likeness(one) == likeness(adapter_folder(base, tmp_path / "two", seed=1, rank_pattern={"v_proj": 5, ".*self_attn.*": 3}))
+    for key, value in [("alpha_pattern", {"v_proj": 60}), ("lora_alpha", 60), ("use_rslora", True), ("bias", "all")]:
+        changed = shutil.copytree(one, tmp_path / key)
+        config = json.loads((one / "adapter_config.json").read_text())
+        (changed / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        assert likeness(changed) != likeness(one), key
+    patterns = [{"v_proj": 60, ".*self_attn.*": 3}, {".*self_attn.*": 3, "v_proj": 60}]  # of which the first that matches decides
+    for folder, pattern in zip((one, changed), patterns, strict=True):
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": pattern}))
+    assert likeness(changed) != likeness(one)
+
+
+def test_no_adapter_changes_the_base_model_of_the_others(tmp_path: Path) -> None:
+    """PEFT writes the base weights of a head with LoRA into its file, and reads them back."""
+    base = base_folder(tmp_path / "base")
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(base), LoraConfig(r=3, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM"))
+    random_adapter(model)
+    model.save_pretrained(tmp_path / "head", save_embedding_layers=True)
+    bare = load_model(base)
+    before = bare.lm_head.weight.clone()
+    lane = Lane(bare, "plain")
+    lane.load(tmp_path / "head", "head", str(base))
+    assert [int(lane.read([[5, 6]], ["head"]).logits.argmax())] == writes(base, tmp_path / "head", [5, 6], 1)
+    tensors = load_file(tmp_path / "head" / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("lm_head.base_layer.weight"))
+    other = shutil.copytree(tmp_path / "head", tmp_path / "other")
+    save_file({**tensors, name: tensors[name] + 1}, other / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(GatewiseError, match=r"has other base weights .*lm_head.* than the base model that all adapters share"):
+        lane.load(other, "other", str(base))
+    assert lane.names == {"head"}
+    assert torch.equal(bare.lm_head.weight, before)

@@ -156,8 +156,8 @@ class Engine:
         bare: the base model, in evaluation mode.
         base: its name.
         ends: token ids that end a text.
-        most_loaded: adapters in the model at a time. The one that was not used for longest makes room, of those that the new one is
-            like (``likeness``) if there are any.
+        most_loaded: adapters in the model at a time. The one that was not used for longest makes room, or one of the older half
+            that the new one is like (``likeness``).
         most_running, most_waiting: answers.
     """
 
@@ -342,8 +342,8 @@ class Engine:
         """Loads an adapter.
 
         Args:
-            going: of these one has to make room, if there are any: the first that the new one can replace, which is much faster,
-                or the first.
+            going: of these one has to make room, if there are any, the least used first: one that the new one can replace, which
+                is much faster, or the first.
         """
         folder: Path | None = None
         try:
@@ -372,14 +372,14 @@ class Engine:
         return held
 
     def _in_place(self, version: Version, going: Sequence[_Loaded], folder: Path) -> Lane | None:
-        """The lane where the adapter has replaced one of those; None where it is like none of them."""
+        """The lane where the adapter has replaced one of those; None where it is like none of their older half."""
         like = likeness(folder) if going else ""
-        for held in going:
-            key = held.version.key
-            if held.lane.alike[key] == like and held.lane.replace(key, folder, version.key):
-                del self._loaded[key]
-                return held.lane
-        return None
+        older = going[: (len(going) + 1) // 2]  # or adapters that nobody uses would stay, and those in use go in turn
+        held = next((one for one in older if one.lane.alike[one.version.key] == like), None)
+        if held is None or not held.lane.replace(held.version.key, folder, version.key):
+            return None
+        del self._loaded[held.version.key]
+        return held.lane
 
     def _lane_for(self, version: Version) -> Lane:
         """Where an adapter of its kind is loaded."""

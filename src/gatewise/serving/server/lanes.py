@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from gatewise.adapters.loading import likeness, put_on, take_place
+from gatewise.adapters.loading import check_base_weights, likeness, put_on, take_place
 from gatewise.errors import GatewiseError
 from gatewise.progress import quiet
 from gatewise.prompts.cache import append_prompts
@@ -102,6 +102,7 @@ class Lane:
         """
         self._close()
         like = likeness(folder)
+        check_base_weights(self._bare, folder)
         try:
             self._peft = put_on(self._peft or self._model, folder, called := f"place{next(self._places)}", base_name)
         except BaseException:
