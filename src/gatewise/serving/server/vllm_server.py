@@ -68,8 +68,8 @@ def shown(name: str) -> str:
 class Adapters:
     """What standard input says of adapters, which is done as soon as the server has begun: the last that was said of each.
 
-    Those that are served in an older state come first. Each state of an adapter has a name of its own, which only vLLM's metrics show:
-    vLLM takes adapters of one name for one (``LoRARequest.__eq__``), and ended where a batch had two of its states.
+    Those that are served in an older state come first. Each state of an adapter has a name of its own, which only vLLM's metrics
+    show: vLLM takes adapters of one name for one (``LoRARequest.__eq__``), and ended where a batch had two of its states.
     """
 
     def __init__(self) -> None:
