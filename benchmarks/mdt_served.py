@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS_FILE)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process, and its children, would ignore it
     if not options.report:
         if options.data_dir is None or options.adapter is None:
             parser.error("--data-dir and --adapter are needed")
