@@ -111,6 +111,7 @@ def report(runs: Sequence[dict[str, Any]]) -> None:
         print(
             f"  one process {one['alone']:.2f} s a passage, {one['engine']} {one['served']:.2f}"
             f" ({one['alone'] / one['served']:.2f} times as fast), {one['same']} trees the same"
+            + (f", {one['refused']} refused by both" if one.get("refused") else "")
         )
 
 
@@ -144,11 +145,13 @@ def main() -> None:
         for name, rows in found.items():
             timed = [one["seconds"] for one in rows.values() if one["seconds"] is not None]
             seconds[name] = round(sum(timed) / len(timed), 4)
-        same = sum(found["alone"][i]["tree"] == found[options.engine][i]["tree"] for i in range(len(texts)))
+        pairs = [[found[name][i]["tree"] for name in files] for i in range(len(texts))]
+        same = sum(one == other for one, other in pairs)
+        refused = sum(isinstance(one, str) and isinstance(other, str) for one, other in pairs)  # in other words
         made = {
             "language": options.language, "base": options.base, "engine": options.engine, "passages": len(texts),
             "batch_size": options.batch_size, "together": options.together, "alone": seconds["alone"],
-            "served": seconds[options.engine], "same": same, **machine(),
+            "served": seconds[options.engine], "same": same, "refused": refused, **machine(),
         }  # fmt: skip
         append(made, options.results)
     report(read(options.results))
