@@ -1,6 +1,7 @@
 """Tiny models with trained-looking random adapters, shared by all tests."""
 
 import gc
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,13 @@ def _float32() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gatewise.models.device.cpu_has_bfloat16", lambda: False)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts() -> None:
+    """They reach what tests start. A shell's background process ignores them, and so would all of its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
