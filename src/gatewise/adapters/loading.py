@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import CONFIG_FILE, read_config, read_note, read_tensors, tensor_shapes, weights_of
+from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, read_note, read_tensors, tensor_shapes, weights_of
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.device import DTYPES, pick_device, pick_dtype
 from gatewise.models.loading import Task, load_model, load_tokenizer
@@ -275,7 +275,7 @@ def check_base_weights(model: PreTrainedModel, adapter_dir: str | Path) -> None:
     tensors, _ = read_tensors(weights)
     there = dict(model.named_parameters(remove_duplicate=False))
     for name in names:
-        own = there.get(_BASE_WEIGHT.sub(r".\1", name).removeprefix("base_model.model."))
+        own = there.get(_BASE_WEIGHT.sub(r".\1", name).removeprefix(PEFT_PREFIX))
         if own is None or own.shape != tensors[name].shape or not torch.equal(tensors[name].to(own), own):
             raise GatewiseError(
                 f"the adapter {adapter_dir} has other base weights ({name}) than the base model that all adapters share: save it "
