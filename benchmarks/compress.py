@@ -222,10 +222,15 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
                 costs = (module_costs if unit == "modules" else parameter_costs)(model, "default")
                 if order in PER_MODULE:  # by rank, and no module goes
                     costs = {path: Cost(0.0, 1.0, stays=True) for path in costs}
+                left = {path: len(ranks) for path, ranks in live.items()}
+                held = dict(total)
                 for move in moves(values, costs):
-                    if size()[unit] <= fraction * total[unit]:
+                    if held[unit] <= fraction * total[unit]:
                         break
                     prune(layers[move.path], "default", [live[move.path][rank] for rank in move.ranks])
+                    left[move.path] -= len(move.ranks)
+                    held["parameters"] -= each[move.path] * len(move.ranks)
+                    held["modules"] -= not left[move.path]
                 if "as it is" in missing:
                     yield {**row(order, unit, fraction, "as it is"), **size(), **case.measured(model)}
                 if missing == ["as it is"]:
