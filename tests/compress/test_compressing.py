@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import EXPERTS, random_adapter, tiny_base, word_tokenizer
 from tiny_run import weights, write_adapter, write_base, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -385,6 +385,44 @@ def test_another_prompt_does_not_go_on_with_what_was_measured(tmp_path: Path, mo
     with pytest.raises(GatewiseError, match="with other settings, data or adapter"):
         compress(adapter, str(rows), tmp_path / "small", goal, options=DataOptions(prompt="Say {text}:"), **settings)
     compress(adapter, str(rows), tmp_path / "small", goal, **settings)
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, *given: Any, **settings: Any) -> None:
+    """Compresses until the whole adapter is measured."""
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "refit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(*given, **settings)
+
+
+def test_another_order_of_labels_does_not_go_on_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes another class of each output of a classifier."""
+    adapter = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", "bert"))
+    given = (adapter, str(write_rows(tmp_path / "rows.jsonl", 80, seed=3)), tmp_path / "small", Goal(parameters=180))
+    one, other = (DataOptions(labels=labels) for labels in ("bad,good", "good,bad"))
+    interrupted(monkeypatch, *given, options=one, score_rows=16)
+    with pytest.raises(GatewiseError, match="with other settings, data or adapter"):
+        compress(*given, options=other, score_rows=16)
+    compress(*given, options=one, score_rows=16)
+
+
+@pytest.mark.parametrize("changed", ["weights", "base's tokenizer", "adapter's tokenizer"])
+def test_another_model_in_the_same_folder_does_not_go_on(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, rows = saved(tmp_path)
+    for path in (tmp_path / "base").glob("tokenizer*" if changed == "adapter's tokenizer" else "no such file"):
+        shutil.copyfile(path, adapter / path.name)
+    given, settings = (adapter, str(rows), tmp_path / "small", Goal(parameters=180)), {"measure": "loss", "score_rows": 16}
+    interrupted(monkeypatch, *given, **settings)
+    if changed == "weights":
+        tensors = load_file(tmp_path / "base" / "model.safetensors")
+        save_file(
+            {key: value + 0.1 for key, value in tensors.items()}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"}
+        )
+    else:
+        path = (adapter if changed == "adapter's tokenizer" else tmp_path / "base") / "tokenizer.json"
+        path.write_text(path.read_text() + " ")
+    with pytest.raises(GatewiseError, match="with other settings, data or adapter"):
+        compress(*given, **settings)
 
 
 def test_rows_that_say_the_same_count_once(tmp_path: Path) -> None:

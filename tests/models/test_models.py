@@ -41,6 +41,7 @@ from gatewise.models import (
     resolve,
 )
 from gatewise.models import convert as convert_module
+from gatewise.models.cache import folder_of
 from gatewise.models.embedded import Payload, Terms
 
 # ---------------------------------------------------------------- a package index of our own
@@ -283,6 +284,17 @@ def test_resolve_keeps_folders_and_hub_ids(tmp_path: Path) -> None:
     assert resolve(tmp_path) == str(tmp_path)
     assert resolve("gpt2") == "gpt2"
     assert resolve("org/model") == "org/model"
+
+
+def test_the_folder_of_a_model_is_also_found_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--model" / "snapshots" / "abc"
+    for path, text in ((snapshot / "config.json", "{}"), (tmp_path / "models--org--model" / "refs" / "main", "abc")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert folder_of("org/model") == snapshot
+    assert folder_of("org/other") is None
+    assert folder_of(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "SmolLM2_135M_Instruct", "smollm2", "gemma-3-270m", "minilm-16"])

@@ -29,10 +29,11 @@ from gatewise.compress.order import DEFAULT, ORDERS
 from gatewise.compress.quality import MEASURES, Measure
 from gatewise.compress.recovery import Recovery
 from gatewise.compress.search import Rows, Search, left_as_it_was, rows_for
-from gatewise.compress.work import Work, alone, beside, fingerprint_of
+from gatewise.compress.work import Work, alone, beside, files_of, fingerprint_of
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder
+from gatewise.models.cache import folder_of
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.tasks import Records
 from gatewise.tasks.records import load_like
@@ -135,11 +136,14 @@ def _loaded(
 def fingerprint_with(settings: Mapping[str, Any], source: Path, loaded: Loaded, rows: Rows, note: Mapping[str, Any]) -> str:
     """Of a call's settings, data, adapter and base: another call with the same may go on with what it measured."""
     weight: Any = next(loaded.model.parameters())
+    records = [one for one in (rows.held_out, rows.scored, rows.train) if one]
+    base = folder_of(loaded.base)
     read = {
         "template": None if loaded.template is None else [loaded.template.prompt, loaded.template.labels],
         "max_length": loaded.max_length, "base": loaded.base, "dtype": str(weight.dtype), "device": str(weight.device),
         "note": note, "measure": rows.measure, "version": __version__,
-        "rows": [one.rows if one else None for one in (rows.held_out, rows.scored, rows.train)],
+        "rows": [one.rows for one in records], "labels": [one.labels for one in records],
+        "base_files": files_of(base) if base else None,
     }  # fmt: skip
     return fingerprint_of({**settings, **read}, source)
 

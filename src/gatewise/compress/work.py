@@ -13,13 +13,15 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gatewise.adapters.files import CONFIG_FILE, read_tensors, weights_of
+from gatewise.adapters.files import read_tensors, weights_of
 from gatewise.compress.order import Cost
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file, write_json
 
 STATE_FILE = "state.json"
 _FORMAT = 1
+_WEIGHTS = (".safetensors", ".bin")
+_READ = (".json", ".txt", ".model", ".jinja", ".py")  # configurations, and what tokenizers are made of
 
 
 def fingerprint_of(asked: Mapping[str, Any], adapter: Path) -> str:
@@ -31,8 +33,23 @@ def fingerprint_of(asked: Mapping[str, Any], adapter: Path) -> str:
     """
     told = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
     told.update(weights_of(adapter).read_bytes())
-    told.update((adapter / CONFIG_FILE).read_bytes())
+    told.update(json.dumps(files_of(adapter, weights=False)).encode())  # with its tokenizer's, if it brings one
     return told.hexdigest()
+
+
+def files_of(folder: str | Path, weights: bool = True) -> dict[str, str]:
+    """File name -> what tells a change of it, for what is loaded from a model's folder.
+
+    Args:
+        weights: also those, by their size and the time of their last change, as they may be large. Other files are read.
+    """
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in _READ and path.is_file():
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif weights and path.suffix in _WEIGHTS and path.is_file():
+            found[path.name] = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
+    return found
 
 
 def beside(out: str | Path) -> Path:

@@ -117,6 +117,17 @@ def resolve(name_or_path: str | Path, *, accept_terms: bool = False, progress: P
     return text
 
 
+def folder_of(name_or_path: str | Path) -> Path | None:
+    """The folder of a base model that was loaded: one that was given, an embedded model's, or the hub's snapshot in its cache."""
+    source = resolve(name_or_path)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache  # takes a while, which listing and lookup do without
+
+    found = try_to_load_from_cache(source, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _names() -> str:
     return f"an embedded name ({', '.join(EMBEDDED)})"
 
