@@ -203,6 +203,20 @@ def test_a_model_in_memory_is_left_as_it_was(folder: Path, tmp_path: Path) -> No
     assert model.active_adapter == "default"
 
 
+@pytest.mark.parametrize("kind", ["choice", "number", "generation"])
+def test_rows_that_differ_are_no_repeats_in_memory_either(kind: Any, tmp_path: Path) -> None:
+    """Without a template, of which the default one is then taken."""
+    rows: list[dict[str, Any]] = [{"question": f"is {i} even", "choices": ["yes", "no"], "answer": i % 2} for i in range(40)]
+    if kind == "number":
+        rows = [{"question": f"how much is {i} - {i}", "answer": "#### 0"} for i in range(40)]
+    if kind == "generation":
+        rows = [{"source": f"is {i} even", "target": ("yes", "no")[i % 2]} for i in range(40)]
+    model, tokenizer, _ = load_adapter(saved(tmp_path)[0])
+    records = Records(kind, rows, None, "rows")
+    found = compress(model, records, tmp_path / "small", Goal(parameters=180), tokenizer=tokenizer, measure="loss", score_rows=4)
+    assert found.rows == 36
+
+
 def test_one_of_several_adapters_of_a_model(folder: Path, tmp_path: Path) -> None:
     """Another is active; it and what is trained are so afterwards too."""
     model, tokenizer, _ = load_adapter(folder / "adapter", trainable=True)

@@ -33,9 +33,10 @@ from gatewise.compress.work import Work, alone, beside, files_of, fingerprint_of
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder
+from gatewise.losses import loss_kind
 from gatewise.models.cache import folder_of
 from gatewise.progress import ConsoleProgress, quiet
-from gatewise.tasks import Records
+from gatewise.tasks import Records, default_template
 from gatewise.tasks.records import load_like
 
 WITHIN = Goal()
@@ -77,7 +78,8 @@ def compress(
         refitted: whether to fit one number a rank after ranks are gone.
         looks: candidates that bisection measures at most.
         seed: of all draws.
-        tokenizer, template: of a model in memory; ``adapter``: which of its adapters, None for the active one.
+        tokenizer, template: of a model in memory, without a template ``default_template``; ``adapter``: which of its adapters,
+            None for the active one.
         console: where progress is shown; stderr by default.
 
     Raises:
@@ -130,6 +132,8 @@ def _loaded(
     if tokenizer is None:
         raise GatewiseError("a model in memory was given without its tokenizer: pass tokenizer=")
     records = data if isinstance(data, Records) else load_like(data, None, split=options.split, limit=options.limit)
+    if template is None and loss_kind(model_or_dir) != "rows":  # a classifier reads the text itself
+        template = default_template(records)
     return Loaded(model_or_dir, tokenizer, "", records, template, 512), {}
 
 
