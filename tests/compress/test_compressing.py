@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,26 @@ def test_what_does_nothing_goes_and_the_rest_is_as_good(folder: Path, tmp_path: 
     stored = sum(tensor.numel() for name, tensor in weights(tmp_path / "small").items() if "lora_" in name)
     assert stored == found.chosen.size.parameters
     assert not (tmp_path / "small.work").exists()
+
+
+def test_candidates_are_judged_together(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that holds by itself is not taken where the bounds that hold for all that was measured say otherwise."""
+    first = small(folder, tmp_path / "first", Goal(tolerance=0.15))
+    real, asked = search.differences, []
+
+    def stricter(whole: torch.Tensor, smaller: list[torch.Tensor], measure: Any, seed: int) -> list[Any]:
+        found = real(whole, smaller, measure, seed)
+        asked.append(len(found))
+        return [replace(one, high=1.0) if one.mean == first.chosen.difference.mean else one for one in found]
+
+    monkeypatch.setattr(search, "differences", stricter)
+    second = small(folder, tmp_path / "second", Goal(tolerance=0.15))
+    assert asked == [len(second.candidates)] == [len(first.candidates)]
+    assert second.chosen in second.candidates
+    assert 0 < second.chosen.dropped < first.chosen.dropped
+    assert second.chosen.difference.within(0.15)
+    told = json.loads((tmp_path / "second" / "compress.json").read_text())["candidates"]
+    assert [one["difference"]["high"] for one in told] == [one.difference.high for one in second.candidates]
 
 
 def test_what_is_written_is_what_was_measured(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from tiny_run import write_adapter, write_base, write_rows
 
 from gatewise.adapters.loading import Loaded, load_with_data
-from gatewise.compress.quality import check_rows, difference, measure_for, qualities, split
+from gatewise.compress.quality import check_rows, difference, differences, measure_for, qualities, split
 from gatewise.compress.search import furthest
 from gatewise.errors import GatewiseError
 from gatewise.tasks import Records, evaluate
@@ -87,6 +87,61 @@ def test_what_bisection_picks_is_as_often_within_the_tolerance(shape: int, monke
         at = torch.rand(600, generator=generator).double()
         picked = furthest(costs, 7, holds)
         missed += picked is not None and float(truth[picked]) > tolerance
+    assert missed / trials < 0.08
+
+
+def plain_bound(gaps: torch.Tensor, draws: int, generator: torch.Generator) -> float:
+    """The 95% percentile of bootstrap means, from the definition."""
+    means = sorted(float(gaps[torch.randint(len(gaps), (len(gaps),), generator=generator)].mean()) for _ in range(draws))
+    return means[math.ceil(0.95 * draws) - 1]
+
+
+def test_one_candidate_has_the_bound_of_the_percentile_bootstrap() -> None:
+    generator = torch.Generator().manual_seed(2)
+    gaps = torch.randn(200, generator=generator).double() * 0.3
+    wanted = plain_bound(torch.cat([gaps, gaps.max()[None]]), 4000, generator)
+    assert difference(torch.zeros(200), -gaps, "loss").high == pytest.approx(wanted, abs=0.003)
+
+
+def test_candidates_that_fail_alike_cost_no_more_than_one_and_others_do() -> None:
+    generator = torch.Generator().manual_seed(3)
+    whole = torch.zeros(300).double()
+    own = [torch.randn(300, generator=generator).double() * 0.2 for _ in range(8)]
+    alone = differences(whole, own[:1], "loss")[0]
+    assert differences(whole, own[:1] * 8, "loss")[3] == alone
+    apart = differences(whole, own, "loss")
+    assert apart[0].mean == alone.mean
+    # Of eight that have nothing to do with one another each may fail as seldom as 1 - 0.95 ** (1 / 8): at 2.49 errors, not 1.645.
+    error = float(own[0].std() / math.sqrt(300))
+    assert alone.high - alone.mean == pytest.approx(1.645 * error, abs=0.25 * error)
+    assert apart[0].high - apart[0].mean == pytest.approx(2.49 * error, abs=0.35 * error)
+    # In the order they were given.
+    assert [one.mean for one in apart] == [pytest.approx(-float(one.mean())) for one in own]
+
+
+def test_candidates_all_just_beyond_the_tolerance_are_seldom_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fitted anew, so that half of what is by chance is its own: the worst case of picking the best of several."""
+    monkeypatch.setattr("gatewise.compress.quality._DRAWS", 600)
+    generator = torch.Generator().manual_seed(4)
+    whole, alone, together, trials = torch.zeros(400).double(), 0, 0, 100
+    for trial in range(trials):
+        common = torch.randn(400, generator=generator).double()
+        tried = [
+            -(0.02 + 0.2 * (common + torch.randn(400, generator=generator).double()) / math.sqrt(2)) for _ in range(10)
+        ]  # fmt: skip
+        alone += any(difference(whole, one, "loss", trial).within(0.02) for one in tried)
+        together += any(one.within(0.02) for one in differences(whole, tried, "loss", trial))
+    assert together / trials < 0.08 < alone / trials
+
+
+def test_rare_large_losses_are_counted_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row in fifty is worse by a nat: the rows at hand have too few of them as often as too many."""
+    monkeypatch.setattr("gatewise.compress.quality._DRAWS", 1000)
+    generator = torch.Generator().manual_seed(5)
+    missed, trials = 0, 300
+    for trial in range(trials):
+        gaps = (torch.rand(150, generator=generator) < 0.02).double() + 0.02 * torch.randn(150, generator=generator).double()
+        missed += difference(torch.zeros(150), -gaps, "loss", trial).high < 0.02
     assert missed / trials < 0.08
 
 

@@ -19,7 +19,17 @@ from gatewise.allocation.slots import Expert, factors, live_slots, lora_layers, 
 from gatewise.compress.basis import to_singular_basis
 from gatewise.compress.goal import Candidate, Goal, Size
 from gatewise.compress.order import Cost, Move, above_cap, module_costs, moves, parameter_costs, rank_values
-from gatewise.compress.quality import Difference, Measure, check_rows, difference, encoded, measure_for, qualities, split
+from gatewise.compress.quality import (
+    Difference,
+    Measure,
+    check_rows,
+    difference,
+    differences,
+    encoded,
+    measure_for,
+    qualities,
+    split,
+)
 from gatewise.compress.recovery import Recovery, recover, refit
 from gatewise.compress.timing import seconds_a_step, time_costs
 from gatewise.compress.work import Work
@@ -163,6 +173,7 @@ class Search:
     progress: ConsoleProgress
     dtype: torch.dtype = torch.float32  # of the adapter's file, in which the smaller one is written too
     candidates: list[Candidate] = field(default_factory=list)
+    candidate_rows: list[Tensor] = field(default_factory=list)  # what was measured of each
     shared_order: str = ""  # of adapters that share one: what tells it from others, for what was measured along it
 
     def activate(self) -> None:
@@ -267,16 +278,28 @@ class Search:
     def smallest(self, looks: int) -> Candidate:
         """The smallest adapter that is within the tolerance, as far as bisection finds it with ``looks`` candidates."""
         last = max(at for at, size in enumerate(self.sizes) if size.ranks)
-        held: dict[int, Candidate] = {}
 
         def holds(at: int) -> bool:
-            held[at] = self.tried(at)
-            return held[at].difference.within(self.goal.tolerance)
+            return self.tried(at).difference.within(self.goal.tolerance)
 
         at = furthest(self.costs[: last + 1], looks, holds, first=bool(self.capped))
-        if at is None:
-            raise self._nothing_holds(max(held.values(), key=lambda one: one.size.parameters))
-        return held[at]
+        self.judge()
+        good = [one for one in self.candidates if one.difference.within(self.goal.tolerance)]
+        if not good:
+            raise self._nothing_holds(max(self.candidates, key=lambda one: one.size.parameters))
+        found = max(good, key=lambda one: (one.dropped, one.quality))
+        if found.dropped != at:
+            self.progress.say(
+                f"of {len(self.candidates)} candidates judged together the smallest within the tolerance has "
+                f"{found.size.parameters:,} parameters in {found.size.modules} modules"
+            )
+        return found
+
+    def judge(self) -> None:
+        """Gives all candidates bounds that hold together: the one that is picked was picked for its bound."""
+        if self.candidates:
+            found = differences(self.whole_rows, self.candidate_rows, self.rows.measure, self.seed)
+            self.candidates = [replace(one, difference=gap) for one, gap in zip(self.candidates, found, strict=True)]
 
     def _nothing_holds(self, best: Candidate) -> GatewiseError:
         more = "" if self.recovery else ", rows to train on afterwards (--recover)"
@@ -311,10 +334,8 @@ class Search:
         tried = self._candidate(at, False, self._measured(key))
         holds = tried.difference.within(self.goal.tolerance)
         if self.recovery is not None and not (holds and not self.goal.has_target) and self._recover(at):
-            self.candidates.append(tried)
             tried = self._candidate(at, True, self._measured(f"{key} recovered"))
             holds = tried.difference.within(self.goal.tolerance)
-        self.candidates.append(tried)
         judged = "" if self.goal.has_target else "; within the tolerance" if holds else "; not within the tolerance"
         self.progress.say(
             f"{what}: worse by {tried.difference.mean:.4f}, at most by {tried.difference.high:.4f}"
@@ -323,7 +344,10 @@ class Search:
         return tried
 
     def _candidate(self, at: int, recovered: bool, rows: Tensor) -> Candidate:
-        return Candidate(at, self.sizes[at], recovered, _mean(rows), self._gap(rows))
+        found = Candidate(at, self.sizes[at], recovered, _mean(rows), self._gap(rows))
+        self.candidates.append(found)
+        self.candidate_rows.append(rows)
+        return found
 
     def _gap(self, rows: Tensor) -> Difference:
         return difference(self.whole_rows, rows, self.rows.measure, self.seed)

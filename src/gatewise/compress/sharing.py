@@ -140,7 +140,8 @@ def compress_shared(
             for search in searches:
                 search.tried(at)
         else:
-            at = furthest(union, looks, holds, first=any(search.capped for search in searches))
+            furthest(union, looks, holds, first=any(search.capped for search in searches))
+            at = _furthest_for_all(searches, goal.tolerance)
         if at is None:
             raise _nothing_holds(names, searches, goal.tolerance)
         before, found = _union(searches, [search.whole_size for search in searches], set()), {}
@@ -157,6 +158,15 @@ def compress_shared(
         with suppress(OSError):
             beside(out).rmdir()
     return Shared(Path(out), found, before, after)
+
+
+def _furthest_for_all(searches: Sequence[Search], tolerance: float) -> int | None:
+    """The last of the steps that were tried at which each adapter is within the tolerance, judged with all that was tried of it."""
+    held: list[set[int]] = []
+    for search in searches:
+        search.judge()
+        held.append({one.dropped for one in search.candidates if one.difference.within(tolerance)})
+    return max(set.intersection(*held), default=None)
 
 
 def _nothing_holds(names: Sequence[str], searches: Sequence[Search], tolerance: float) -> GatewiseError:
