@@ -104,6 +104,28 @@ def test_what_is_written_is_what_was_measured(folder: Path, tmp_path: Path) -> N
     assert len(held_out) == found.rows == found.chosen.difference.rows
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [5, 6]}},
+        {"target_modules": ["embed_tokens", "q_proj", "v_proj"]},
+    ],
+    ids=["embeddings trained", "head trained too", "tokens trained", "LoRA on embeddings"],
+)
+def test_no_embedding_is_written_that_was_not_there(settings: dict[str, Any], tmp_path: Path) -> None:
+    base, rows = write_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", 60, seed=3)
+    adapter = write_adapter(tmp_path / "adapter", base, **{"target_modules": ["q_proj", "v_proj"], **settings})
+    found = compress(adapter, str(rows), tmp_path / "small", Goal(modules=3), measure="loss", score_rows=16)
+    before, after = weights(adapter), weights(tmp_path / "small")
+    assert after.keys() < before.keys()
+    assert {key for key in after if ".lora_" not in key} == {key for key in before if ".lora_" not in key}
+    model, _, _ = load_adapter(tmp_path / "small")
+    assert sum(value.numel() for key, value in after.items() if ".lora_" in key) == found.chosen.size.parameters
+    assert set(lora_layers(model, "default")) == set(read_config(tmp_path / "small")["target_modules"])
+
+
 def test_it_loads_in_plain_peft(folder: Path, tmp_path: Path) -> None:
     if (folder / "bert").exists():
         pytest.skip("one family is enough")

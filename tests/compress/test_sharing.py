@@ -15,7 +15,7 @@ from gatewise.adapters.files import read_config, read_lora
 from gatewise.adapters.loading import load_adapter
 from gatewise.allocation.slots import lora_layers
 from gatewise.cli.main import app
-from gatewise.compress import Goal, compress, compress_shared
+from gatewise.compress import Goal, compress, compress_shared, sharing
 from gatewise.compress.work import alone
 from gatewise.errors import GatewiseError
 from gatewise.runs.recipe import load_recipe
@@ -44,6 +44,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(folder: Path, out: Path, goal: Goal, **settings: Any) -> Any:
     data = [str(folder / "one.jsonl"), str(folder / "two.jsonl")]
     return compress_shared([folder / "one", folder / "two"], data, out, goal, measure="loss", score_rows=30, **settings)
+
+
+def test_merging_to_compare_leaves_the_base_of_the_others_as_it_was(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """In bfloat16, where taking out again what was merged does not give back the same numbers."""
+    monkeypatch.setattr("gatewise.models.device.cpu_has_bfloat16", lambda: True)
+    real, seen = sharing.written, []
+
+    def written(chosen: Any, out: Path, search: Any, *rest: Any, **more: Any) -> Any:
+        def base() -> list[torch.Tensor]:
+            named = search.loaded.model.named_parameters()
+            return [value.detach().clone() for name, value in named if ".base_layer." in name]
+
+        before = base()
+        made = real(chosen, out, search, *rest, **more)
+        assert made.deviation["merged"] > 0
+        assert {value.dtype for value in before} == {torch.bfloat16}
+        assert all(torch.equal(one, other) for one, other in zip(base(), before, strict=True))
+        seen.append(out.name)
+        return made
+
+    monkeypatch.setattr(sharing, "written", written)
+    together(folder, tmp_path / "out", Goal(modules=4))
+    assert seen == ["one", "two"]
 
 
 def test_all_adapters_keep_the_same_modules(folder: Path, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def compress_shared(
         with whole_folder(out) as part:
             for name, search, folder in zip(names, searches, folders, strict=True):
                 chosen = next(one for one in reversed(search.candidates) if one.dropped == at)
-                found[name] = replace(written(chosen, part / name, search, folder), out=Path(out) / name)
+                found[name] = replace(written(chosen, part / name, search, folder, used_on=True), out=Path(out) / name)
             gone = {move.path for move in searches[0].moves[:at]}
             after = _union(searches, [search.sizes[at] for search in searches], gone)
             settings = [json.loads((part / name / SERVING_FILE).read_text(encoding="utf-8")) for name in names]

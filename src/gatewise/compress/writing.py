@@ -1,11 +1,14 @@
 """What a compression writes: plain LoRA, what engines must be told of it, and a report."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from gatewise.adapters.export import to_lora
@@ -13,7 +16,7 @@ from gatewise.adapters.files import NOTE_FILE, WEIGHTS_FILE, read_lora, read_ten
 from gatewise.compress.goal import Candidate, Compressed
 from gatewise.compress.search import Search
 from gatewise.compress.timing import seconds_a_step
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, some
 from gatewise.files import finite, whole_folder, write_json
 from gatewise.losses import scored
 from gatewise.serving.engines import SERVING_FILE, model_type_of, serving_settings
@@ -24,12 +27,13 @@ _CHECK = "gatewise-check"  # what the adapter as written is called, beside the o
 _BOUND = 0.02  # of the largest logit: more than rounding
 
 
-def written(chosen: Candidate, out: Path, search: Search, source: Path | None) -> Compressed:
+def written(chosen: Candidate, out: Path, search: Search, source: Path | None, used_on: bool = False) -> Compressed:
     """Writes the adapter that a search chose, and looks whether it is the one that was measured.
 
     Args:
         out: the folder to write.
         source: the folder of the whole adapter, whose tokenizer comes along; None for a model in memory.
+        used_on: other adapters are measured and written on the same model afterwards.
 
     Raises:
         GatewiseError: it cannot be written, or what was written is another function.
@@ -38,9 +42,7 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None) -
     search.take(chosen)
     with whole_folder(out) as part:
         with tempfile.TemporaryDirectory() as folder:
-            # A base embedding comes along if it did before, as with a vocabulary that was resized.
-            embedding: Any = "auto" if source is None else _has_embedding(source)
-            model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=embedding)
+            _save(model, name, Path(folder), source)
             to_lora(Path(folder) / ("" if name == "default" else name), part)
         if source is not None:
             _as_in(source, part, search.dtype)
@@ -48,7 +50,7 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None) -
                 search.loaded.tokenizer.save_pretrained(str(part))
             if search.note:
                 write_json(part / NOTE_FILE, search.note)
-        deviation, seconds = _compared(search, part, merge=source is not None)
+        deviation, seconds = _compared(search, part, source is not None, used_on)
         result = Compressed(
             out=out, chosen=chosen, whole_size=search.whole_size, whole_quality=float(search.whole_rows.mean()),
             base_quality=float(search.base_rows.mean()), candidates=tuple(search.candidates), measure=search.rows.measure,
@@ -59,8 +61,20 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None) -
     return result
 
 
-def _has_embedding(source: Path) -> bool:
-    return any(name.endswith(".base_layer.weight") or "embed" in name for name in read_lora(source).others)
+def _save(model: Any, name: str, folder: Path, source: Path | None) -> None:
+    """Has PEFT save the adapter; base embeddings come along only if they did before, as with a vocabulary that was resized."""
+    if source is None:
+        model.save_pretrained(str(folder), selected_adapters=[name])
+        return
+    model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    weights = folder / ("" if name == "default" else name) / WEIGHTS_FILE
+    tensors, metadata = read_tensors(weights)
+    if missing := read_lora(source).others.keys() - tensors.keys():
+        # PEFT would save both embeddings and all that is named like them.
+        model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=True)
+        with_embeddings, _ = read_tensors(weights)
+        kept = {key: with_embeddings[key] for key in missing & with_embeddings.keys()}
+        save_file({**tensors, **kept}, weights, metadata=metadata)
 
 
 def _as_in(source: Path, part: Path, dtype: torch.dtype) -> None:
@@ -72,11 +86,28 @@ def _as_in(source: Path, part: Path, dtype: torch.dtype) -> None:
     save_file(cast, part / WEIGHTS_FILE, metadata=metadata)
 
 
-def _compared(search: Search, folder: Path, merge: bool) -> tuple[dict[str, float], tuple[float, float, float] | None]:
+@contextmanager
+def _base_put_back(model: Any) -> Iterator[None]:
+    """Puts back the base weights under an adapter exactly: merging and taking out again rounds them, in half precision by much."""
+    bases = {id(base): base for module in model.modules() if isinstance(module, LoraLayer) and (base := module.get_base_layer())}
+    held = [(base, key, own, own.detach().clone()) for base in bases.values() for key, own in base.named_parameters(recurse=False)]
+    try:
+        yield
+    finally:
+        for base, key, own, before in held:
+            if getattr(base, key) is not own:  # a quantised layer has a new one when it was merged
+                setattr(base, key, own)
+            own.data.copy_(before)
+
+
+def _compared(
+    search: Search, folder: Path, merge: bool, used_on: bool
+) -> tuple[dict[str, float], tuple[float, float, float] | None]:
     """Loads what was written beside the adapter that was measured.
 
     Args:
-        merge: also merge it. The base weights are not quite the same after that.
+        merge: also merge it.
+        used_on: the model is used on, so that its base weights have to be put back after merging. That takes their memory twice.
 
     Returns:
         The largest difference of logits on a few rows; and where time counts, the seconds of a step with the whole adapter, with
@@ -96,7 +127,12 @@ def _compared(search: Search, folder: Path, merge: bool) -> tuple[dict[str, floa
             return float((scored(model, few).logits.float() - wanted).abs().max())
 
         try:
-            model.load_adapter(str(folder), _CHECK)
+            result = model.load_adapter(str(folder), _CHECK)
+            if odd := [*result.missing_keys, *result.unexpected_keys]:
+                raise GatewiseError(
+                    f"the adapter as written does not fit its base model ({some(sorted(odd), 1)}), so nothing was written: please "
+                    "report this, with the adapter's adapter_config.json"
+                )
             model.set_adapter(_CHECK)
             found["loaded"] = deviation()
             if not found["loaded"] <= _BOUND * max(1.0, float(wanted.abs().max())):
@@ -113,12 +149,13 @@ def _compared(search: Search, folder: Path, merge: bool) -> tuple[dict[str, floa
                 seconds = (seconds_a_step(model), smaller, none)
                 model.set_adapter(_CHECK)
             if merge:
-                try:
-                    model.merge_adapter([_CHECK])
-                    found["merged"] = deviation()
-                except (NotImplementedError, RuntimeError, TypeError, ValueError):  # layers that PEFT cannot merge
-                    pass
-                model.unmerge_adapter()
+                with _base_put_back(model) if used_on else nullcontext():
+                    try:
+                        model.merge_adapter([_CHECK])
+                        found["merged"] = deviation()
+                    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # layers that PEFT cannot merge
+                        pass
+                    model.unmerge_adapter()
         finally:
             model.set_adapter(name)
             if _CHECK in model.peft_config:
