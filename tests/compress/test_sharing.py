@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_run import byte_tokenizer, weights, write_adapter, write_base, write_recipe, write_rows
 from typer.testing import CliRunner
 
@@ -67,6 +67,27 @@ def test_merging_to_compare_leaves_the_base_of_the_others_as_it_was(folder: Path
     monkeypatch.setattr(sharing, "written", written)
     together(folder, tmp_path / "out", Goal(modules=4))
     assert seen == ["one", "two"]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_an_adapter_with_base_weights_of_its_own_is_refused(family: str, tmp_path: Path) -> None:
+    """PEFT would read them into the base model after the first adapter was measured on it."""
+    base, rows = write_base(tmp_path / "base", family), write_rows(tmp_path / "rows.jsonl", 60, seed=3)
+    one = write_adapter(tmp_path / "one", base)
+    words = "word_embeddings" if family == "bert" else "embed_tokens"
+    two = write_adapter(tmp_path / "two", base, target_modules=[words, "query" if family == "bert" else "q_proj"])
+    (name,) = (key for key in load_file(base / "model.safetensors") if words in key)
+    prefix = "base_model.model." + ("" if name.startswith(("model.", "bert.")) else "bert.")
+    held = load_file(base / "model.safetensors")[name]
+
+    def shared(change: float, out: str) -> Any:
+        own = weights(two) | {f"{prefix}{name}".replace(".weight", ".base_layer.weight"): held + change}
+        save_file(own, two / "adapter_model.safetensors", metadata={"format": "pt"})
+        return compress_shared([one, two], [str(rows)], tmp_path / out, Goal(modules=14), measure="loss", score_rows=8)
+
+    with pytest.raises(GatewiseError, match=r"two has other base weights .* save_embedding_layers=False"):
+        shared(0.5, "refused")
+    assert shared(0.0, "same").adapters["one"].chosen.size.modules > 0
 
 
 def test_all_adapters_keep_the_same_modules(folder: Path, tmp_path: Path) -> None:

@@ -257,6 +257,11 @@ def take_place(model: PeftModel, name: str, adapter_dir: str | Path) -> bool:
     return True
 
 
+def base_weights_in(adapter_dir: str | Path) -> list[str]:
+    """The names of the base model's own weights in an adapter's file, which PEFT reads back into the base model."""
+    return [key for key in tensor_shapes(weights_of(adapter_dir)) if _BASE_WEIGHT.search(key)]
+
+
 def check_base_weights(model: PreTrainedModel, adapter_dir: str | Path) -> None:
     """Refuses an adapter that would change a base model that it is not alone on.
 
@@ -268,11 +273,10 @@ def check_base_weights(model: PreTrainedModel, adapter_dir: str | Path) -> None:
     Raises:
         GatewiseError: there are other base weights in it than the model has, or a file is damaged.
     """
-    weights = weights_of(adapter_dir)
-    names = [key for key in tensor_shapes(weights) if _BASE_WEIGHT.search(key)]
+    names = base_weights_in(adapter_dir)
     if not names:
         return
-    tensors, _ = read_tensors(weights)
+    tensors, _ = read_tensors(weights_of(adapter_dir))
     there = dict(model.named_parameters(remove_duplicate=False))
     for name in names:
         own = there.get(_BASE_WEIGHT.sub(r".\1", name).removeprefix(PEFT_PREFIX))

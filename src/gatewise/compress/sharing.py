@@ -13,11 +13,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import read_config, read_note
-from gatewise.adapters.loading import Loaded, load_beside, load_with_data, read_data
+from gatewise.adapters.files import read_config, read_note, read_tensors, weights_of
+from gatewise.adapters.loading import Loaded, base_weights_in, check_base_weights, load_beside, load_with_data, read_data
 from gatewise.compress.compressing import fingerprint_with, stored_dtype
 from gatewise.compress.goal import Compressed, Goal, Size
 from gatewise.compress.order import DEFAULT, Cost, Move, moves
@@ -27,6 +28,8 @@ from gatewise.compress.work import STATE_FILE, Work, alone, beside
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder, whole_folder, write_json
+from gatewise.losses import base_of, loss_kind
+from gatewise.models.loading import Task, load_model
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.serving.engines import SERVING_FILE, settings_together
 
@@ -212,6 +215,7 @@ def _searches(
         base = options.base or read_config(folder).get("base_model_name_or_path")
         if first is None:
             first = loaded = load_with_data(folder, source, options, say=progress.say)
+            _check_one_base(folders, first)
         else:
             if base != first.base:
                 raise GatewiseError(f"{folder} adapts {base}, but {folders[0]} adapts {first.base}: give adapters of one base")
@@ -240,6 +244,21 @@ def _searches(
         search.prepare()
         searches.append(search)
     return searches
+
+
+def _check_one_base(folders: Sequence[Path], first: Loaded) -> None:
+    """Refuses adapters whose files have base weights of their own, which the others would then be measured on too."""
+    own = [
+        {name: tensors[name] for name in base_weights_in(one)} for one in folders for tensors in [read_tensors(weights_of(one))[0]]
+    ]
+    if all(one.keys() == own[0].keys() and all(torch.equal(one[name], own[0][name]) for name in one) for one in own):
+        return  # none, or all the same, as with one vocabulary that was resized
+    model, base = first.model, base_of(first.model)
+    classes = base.config.num_labels if loss_kind(model) == "rows" else None
+    task: Task = "causal" if classes is None else "classification"
+    bare = load_model(first.base, task=task, num_labels=classes, dtype=base.dtype)
+    for folder in folders:
+        check_base_weights(bare, folder)
 
 
 def _shared_order(searches: Sequence[Search]) -> tuple[list[str], dict[str, Cost]]:
