@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config
-from gatewise.adapters.loading import load_adapter
+from gatewise.adapters.loading import load_adapter, load_with_data
 from gatewise.allocation.slots import lora_layers
 from gatewise.compress import Compressed, Goal, Recovery, compress, search, writing
 from gatewise.errors import GatewiseError
@@ -94,7 +94,6 @@ def test_what_is_written_is_what_was_measured(folder: Path, tmp_path: Path) -> N
     assert found.deviation["merged"] < 1e-3
     model, tokenizer, _ = load_adapter(tmp_path / "small")  # with its tokenizer and head
     rows = load_records(folder / "rows.jsonl")
-    from gatewise.adapters.loading import load_with_data
     from gatewise.compress.quality import qualities, split
 
     loaded = load_with_data(tmp_path / "small", str(folder / "rows.jsonl"))
@@ -493,6 +492,54 @@ def test_rows_that_say_the_same_count_once(tmp_path: Path) -> None:
     one.write_text(f"{lines[0]}\n")
     with pytest.raises(GatewiseError, match=r"one.jsonl has 1 row: expected some to value ranks on and some to measure on"):
         compress(adapter, str(one), tmp_path / "none", Goal(parameters=180), options=DataOptions(labels="bad,good"), measure="loss")
+
+
+def dealt(adapter: Path, rows: Path, train: Path | None, **settings: Any) -> tuple[list[Any], list[Any]]:
+    """Rows that measure, and those that are trained on or value ranks."""
+    loaded = load_with_data(adapter, str(rows), DataOptions(**settings))
+    recovery = Recovery(str(train)) if train else None
+    found = search.rows_for(loaded, None, Goal(parameters=100), recovery, 16, 0, lambda _: None)
+    return found.held_out.rows, [*found.scored.rows, *(found.train.rows if found.train else ())]
+
+
+@pytest.mark.parametrize("fields", ["another label", "targets", "other order"])
+def test_what_measures_is_not_trained_on_with_another_answer_either(fields: str, tmp_path: Path) -> None:
+    adapter = saved(tmp_path)[0]
+    rows: list[dict[str, Any]] = [{"text": f"a {i}", "label": "xy"[i % 2]} for i in range(60)]
+    train: list[dict[str, Any]] = [{"text": f"a  {i}", "label": "yx"[i % 2]} for i in range(50, 80)]
+    if fields == "targets":
+        rows = [{"source": f"a {i}", "target": f"b {i}"} for i in range(60)]
+        train = [{"source": f"a {i}", "targets": [f"b {i}", "c"]} for i in range(50, 80)]
+    if fields == "other order":
+        rows = [{"question": f"a {i}", "choices": ["x", "y"], "answer": 0} for i in range(60)]
+        train = [{"question": f"a {i}", "choices": ["y", "x"], "answer": 1} for i in range(50, 80)]
+    for name, held in (("dev", rows), ("more", train)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    measuring, others = dealt(adapter, tmp_path / "dev.jsonl", tmp_path / "more.jsonl")
+    assert (len(measuring), len(others)) == (60, 20)
+    first = next(iter(train[0]))
+    assert {row[first].split()[1] for row in others} == {str(i) for i in range(60, 80)}
+
+
+def test_a_text_with_two_labels_is_on_one_side_only(tmp_path: Path) -> None:
+    adapter = saved(tmp_path)[0]
+    rows = [{"text": f"a {i % 40}", "label": "xy"[i // 40]} for i in range(80)]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measuring, others = dealt(adapter, tmp_path / "dev.jsonl", None)
+    assert (len(measuring), len(others)) == (64, 16)
+    assert not {row["text"] for row in measuring} & {row["text"] for row in others}
+
+
+def test_training_rows_that_lack_a_field_of_the_prompt_are_said_to(tmp_path: Path) -> None:
+    adapter, train = saved(tmp_path)
+    rows = [{**json.loads(line), "topic": "t"} for line in train.read_text().splitlines()]
+    (tmp_path / "topic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(GatewiseError, match=r"has \{topic\}, but the row's fields are 'text', 'label'"):
+        dealt(adapter, tmp_path / "topic.jsonl", train, prompt="{topic}: {text}")
+    (tmp_path / "two.jsonl").write_text("".join(train.read_text().splitlines(keepends=True)[:2]))
+    (tmp_path / "one.jsonl").write_text(train.read_text().splitlines()[0])
+    with pytest.raises(GatewiseError, match=r"all rows of .*two.jsonl but one are in .*one.jsonl too, which measures"):
+        dealt(adapter, tmp_path / "one.jsonl", tmp_path / "two.jsonl", labels="bad,good")
 
 
 def test_recovery_that_harms_is_left_out(folder: Path, tmp_path: Path) -> None:

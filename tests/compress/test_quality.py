@@ -183,3 +183,14 @@ def test_rows_are_split_apart() -> None:
     assert (len(one), len(rest)) == (6, 14)
     assert sorted(int(row["text"]) for row in (*one.rows, *rest.rows)) == list(range(20))
     assert split(records, 6, seed=1)[0].rows == one.rows != split(records, 6, seed=2)[0].rows
+
+
+def test_rows_that_are_alike_stay_together() -> None:
+    records = Records("label", [{"text": str(i % 8), "label": "xy"[i // 8 % 2]} for i in range(20)], ["x", "y"], "rows")
+    for seed in range(20):
+        one, rest = split(records, 6, seed, [row["text"] for row in records.rows])
+        assert len(one) + len(rest) == 20
+        assert 4 <= len(one) <= 6  # of two or three that are alike
+        assert not {row["text"] for row in one.rows} & {row["text"] for row in rest.rows}
+    one, rest = split(records, 6, 0, ["a"] * 13 + ["b"] * 7)
+    assert (len(one), len(rest)) == (7, 13)

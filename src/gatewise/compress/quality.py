@@ -155,9 +155,23 @@ def check_rows(records: Records, measure: Measure, tolerance: float) -> None:
         )
 
 
-def split(records: Records, count: int, seed: int) -> tuple[Records, Records]:
-    """``count`` rows drawn by the seed, and the others in their order."""
-    drawn = set(torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:count].tolist())
+def split(records: Records, count: int, seed: int, alike: Sequence[str] | None = None) -> tuple[Records, Records]:
+    """``count`` rows drawn by the seed, and the others in their order.
+
+    Args:
+        alike: for each row a key. Rows with the same key are on the same side, for which fewer than ``count`` may be drawn, or more
+            where each key has more rows.
+    """
+    groups: dict[str | int, list[int]] = {}
+    for at in range(len(records)):
+        groups.setdefault(at if alike is None else alike[at], []).append(at)
+    together, drawn = list(groups.values()), set[int]()
+    for number in torch.randperm(len(together), generator=torch.Generator().manual_seed(seed)).tolist():
+        if len(drawn) + len(together[number]) <= count:
+            drawn.update(together[number])
+    if not drawn:
+        fewest = min(together, key=len)
+        drawn.update(fewest)
     first = [row for at, row in enumerate(records.rows) if at in drawn]
     rest = [row for at, row in enumerate(records.rows) if at not in drawn]
     return replace(records, rows=first), replace(records, rows=rest)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +37,8 @@ from gatewise.errors import GatewiseError
 from gatewise.losses import mean_loss
 from gatewise.progress import ConsoleProgress
 from gatewise.tasks import PadCollator, Records, Template
-from gatewise.tasks.records import load_like
+from gatewise.tasks.records import Row, load_like
+from gatewise.tasks.template import references
 
 # ---------------------------------------------------------------- rows
 
@@ -61,50 +62,73 @@ def rows_for(
     seed: int,
     say: Callable[[str], None],
 ) -> Rows:
-    """Deals out the rows. Rows that say the same are one row: they would measure what they chose.
+    """Deals out the rows. Rows that say the same are one row. What shows the same is in one set: it would measure what it chose.
 
     Raises:
         GatewiseError: too few rows, or rows that cannot be measured so.
     """
-    records, train = without_repeats(loaded.records, loaded.template, set(), say), None
+    template = loaded.template
+    records, train = without_repeats(loaded.records, template, say), None
     measure = measure or measure_for(records)
     if measure == "right" and records.kind == "generation":
         raise GatewiseError(f"{records.source} has free text, of which none is right or wrong: take --measure loss")
     if recovery is None:
-        if len(records) < 2:
-            raise GatewiseError(f"{records.source} has {len(records)} row: expected some to value ranks on and some to measure on")
-        scored, held_out = split(records, min(score_rows, max(1, len(records) // 4)), seed)
+        shown = shown_of(records, template)
+        if len(set(shown)) < 2:
+            rows = "1 row" if len(shown) == 1 else f"{len(shown)} rows, which all show the same"
+            raise GatewiseError(f"{records.source} has {rows}: expected some to value ranks on and some to measure on")
+        scored, held_out = split(records, min(score_rows, max(1, len(records) // 4)), seed, shown)
     else:
         held_out = records
         train = load_like(recovery.data, records.labels)
         if train.kind != records.kind:
             raise GatewiseError(f"{recovery.data} has {train.kind} rows, but {records.source} has {records.kind} rows")
-        try:
-            train = without_repeats(train, loaded.template, {_said(row, loaded.template) for row in records.rows}, say)
-        except GatewiseError:
-            train = None
-        if train is None or len(train) < 2:
-            raise GatewiseError(
-                f"all rows of {recovery.data} are in {held_out.source} too, which measures: train (--recover) on other rows"
-            )
-        scored, train = split(train, min(score_rows, max(1, len(train) // 4)), seed)
+        measuring = set(shown_of(records, template))
+        others = set(shown_of(train, template)) - measuring
+        if len(others) < 2:
+            rows = f"all rows of {recovery.data}" + (" but one" if others else "")
+            raise GatewiseError(f"{rows} are in {held_out.source} too, which measures: train (--recover) on other rows")
+        train = without_repeats(train, template, say, measuring)
+        scored, train = split(train, min(score_rows, max(1, len(train) // 4)), seed, shown_of(train, template))
     if not goal.has_target:
         check_rows(held_out, measure, goal.tolerance)
     return Rows(held_out, scored, train, measure)
 
 
-def _said(row: Mapping[str, Any], template: Template | None) -> str:
-    """What a model is shown of a row and is to answer, whatever the spacing; further fields such as an id do not count."""
-    shown = [template.render(dict(row))] if template else [row.get(name) for name in ("text", "premise", "hypothesis")]
-    answers = [row.get(name) for name in ("label", "choices", "answer", "target", "targets")]
-    return json.dumps([" ".join(str(one).split()) for one in (*shown, *answers)])
+def shown_of(records: Records, template: Template | None) -> list[str]:
+    """What a model is shown of each row, whatever the spacing: its text and what it may choose from. An id does not count.
 
-
-def without_repeats(records: Records, template: Template | None, seen: set[str], say: Callable[[str], None]) -> Records:
-    """The rows that say what no row before them says, nor any that was ``seen``."""
-    kept = []
+    Raises:
+        GatewiseError: a row lacks a field of the prompt.
+    """
+    found = []
     for row in records.rows:
-        if (said := _said(row, template)) not in seen:
+        shown = [template.render(row)] if template else [row.get(name) for name in ("text", "premise", "hypothesis")]
+        choices = sorted(row["choices"]) if records.kind == "choice" else []
+        found.append(json.dumps([" ".join(str(one).split()) for one in (*shown, *choices)]))
+    return found
+
+
+def _answer(records: Records, row: Row) -> list[str]:
+    if records.kind == "choice":
+        answers = [row["choices"][records.gold_index(row)]]
+    else:
+        answers = references(row) if records.kind == "generation" else [row["label" if records.kind == "label" else "answer"]]
+    return [" ".join(str(one).split()) for one in answers]
+
+
+def without_repeats(
+    records: Records, template: Template | None, say: Callable[[str], None], apart_from: Collection[str] = ()
+) -> Records:
+    """The rows that say, with their answer, what no row before them says.
+
+    Args:
+        apart_from: what rows of another set show, see ``shown_of``. Rows that show it are left out too, whatever their answer.
+    """
+    kept, seen = [], set()
+    for row, shown in zip(records.rows, shown_of(records, template), strict=True):
+        said = json.dumps([shown, _answer(records, row)])
+        if shown not in apart_from and said not in seen:
             seen.add(said)
             kept.append(row)
     if len(kept) < len(records):

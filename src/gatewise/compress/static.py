@@ -30,7 +30,7 @@ from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, LoraAd
 from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import rank_settings
 from gatewise.compress.quality import Difference, Measure, check_rows, difference, encoded, measure_for, qualities, split
-from gatewise.compress.search import without_repeats
+from gatewise.compress.search import shown_of, without_repeats
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder, finite, whole_folder, write_json
 from gatewise.progress import ConsoleProgress, quiet
@@ -164,13 +164,14 @@ def to_static(
     progress = ConsoleProgress(console or Console(stderr=True))
     with quiet(bars=True):
         loaded = load_with_data(adapter, data, options, say=progress.say)
-        records = without_repeats(loaded.records, loaded.template, set(), progress.say)
+        records = without_repeats(loaded.records, loaded.template, progress.say)
         if len(records) < 2 * LEAST:
             raise GatewiseError(
                 f"{records.source} has {len(records)} rows, and of those that choose modules none may measure: give at least "
                 f"{2 * LEAST}"
             )
-        choosing, held_out = split(records, min(max(rows, LEAST), len(records) // 2), seed)
+        shown = shown_of(records, loaded.template)
+        choosing, held_out = split(records, min(max(rows, LEAST), len(records) // 2), seed, shown)
         measure = measure or measure_for(records)
         if measure == "right" and records.kind == "generation":
             raise GatewiseError(f"{records.source} has free text, of which none is right or wrong: take --measure loss")
