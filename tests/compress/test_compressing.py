@@ -20,6 +20,7 @@ from gatewise.adapters.files import read_config
 from gatewise.adapters.loading import load_adapter, load_with_data
 from gatewise.allocation.slots import lora_layers
 from gatewise.compress import Compressed, Goal, Recovery, compress, search, writing
+from gatewise.compress.quality import qualities, split
 from gatewise.errors import GatewiseError
 from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
@@ -94,8 +95,6 @@ def test_what_is_written_is_what_was_measured(folder: Path, tmp_path: Path) -> N
     assert found.deviation["merged"] < 1e-3
     model, tokenizer, _ = load_adapter(tmp_path / "small")  # with its tokenizer and head
     rows = load_records(folder / "rows.jsonl")
-    from gatewise.compress.quality import qualities, split
-
     loaded = load_with_data(tmp_path / "small", str(folder / "rows.jsonl"))
     _, held_out = split(rows, 30, 0)
     again = qualities(model, tokenizer, held_out, loaded.template, "loss")
@@ -243,6 +242,26 @@ def test_a_model_in_memory_is_left_as_it_was(folder: Path, tmp_path: Path) -> No
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert list(model.peft_config) == ["default"]
     assert model.active_adapter == "default"
+
+
+@pytest.mark.parametrize("trained", ["nothing", "norms of the base"])
+def test_what_is_the_adapters_own_is_recovered_and_nothing_else(trained: str, folder: Path, tmp_path: Path) -> None:
+    """Whatever of the model could be trained before. It can be so afterwards too."""
+    model, tokenizer, _ = load_adapter(folder / "adapter", trainable=trained != "nothing")
+    for name, value in model.named_parameters():
+        if trained != "nothing" and "norm" in name.lower():
+            value.requires_grad_(True)
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    records, recovery = load_records(folder / "rows.jsonl"), Recovery(str(folder / "train.jsonl"), steps=30, learning_rate=0.01)
+    goal, out = Goal(modules=2), tmp_path / "small"
+    found = compress(model, records, out, goal, tokenizer=tokenizer, measure="loss", recovery=recovery)
+    assert found.chosen.recovered
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name][0])
+        assert value.requires_grad == before[name][1]
+    loaded = load_with_data(out, str(folder / "rows.jsonl"))
+    again = qualities(loaded.model, loaded.tokenizer, loaded.records, loaded.template, "loss")
+    assert float(again.mean()) == pytest.approx(found.chosen.quality, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["choice", "number", "generation"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatewise.adapters.loading import Loaded
 from gatewise.adapters.lora import takes_out_of_base
@@ -141,12 +142,16 @@ def without_repeats(
 
 @contextmanager
 def left_as_it_was(model: PeftModel, name: str) -> Iterator[None]:
-    """Makes an adapter the active one for a while; puts back its weights, what was active and trained, and training modes."""
+    """Makes an adapter the active one for a while, and freezes the model.
+
+    Puts back the adapter's weights, what was active and trained, and training modes.
+    """
     active, trained = model.active_adapter, {key: value.requires_grad for key, value in model.named_parameters()}
     modes = [(module, module.training) for module in model.modules()]
     if active != name:
         model.set_adapter(name)
     before = _copied(model, name)
+    model.requires_grad_(False)
     model.eval()
     try:
         yield
@@ -160,10 +165,24 @@ def left_as_it_was(model: PeftModel, name: str) -> Iterator[None]:
             module.training = mode
 
 
-def _own(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """What belongs to the adapter: the factors, and what else is trained, such as a head."""
-    held = {id(factor) for layer in lora_layers(model, name).values() for factor in factors(layer, name)}
-    return {key: value for key, value in model.named_parameters() if value.requires_grad or id(value) in held}
+def _own(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+    """What belongs to the adapter, and is written with it: the factors, and what else it has of its own, such as a head."""
+    own = re.compile(rf"\.(?:lora_\w+|modules_to_save|trainable_tokens_delta)\.{re.escape(name)}(?:\.|$)")
+    return {key: value for key, value in model.named_parameters() if own.search(key)}
+
+
+@contextmanager
+def _freed(model: PeftModel, name: str) -> Iterator[None]:
+    """While open, what belongs to the adapter can be trained, and nothing else."""
+    trained = {value: value.requires_grad for value in model.parameters()}
+    own = set(_own(model, name).values())
+    try:
+        for value in trained:
+            value.requires_grad_(value in own)
+        yield
+    finally:
+        for value, before in trained.items():
+            value.requires_grad_(before)
 
 
 def _copied(model: PeftModel, name: str) -> dict[str, Tensor]:
@@ -410,7 +429,8 @@ class Search:
         if held is None:
             self.progress.say(f"recovering for {self.recovery.steps} steps on {len(self.rows.train)} rows")
             loss = self._scored_loss()
-            recover(model, self.loaded.tokenizer, self._encoded(self.rows.train), self.recovery, self.note, self.seed)
+            with _freed(model, name):
+                recover(model, self.loaded.tokenizer, self._encoded(self.rows.train), self.recovery, self.note, self.seed)
             self._round()
             held = _copied(model, name)
             if not self._scored_loss() < loss:
