@@ -63,8 +63,9 @@ class Size:
     """How large an adapter is.
 
     Attributes:
-        parameters: numbers of its LoRA factors; a trained head comes on top.
-        modules: modules with a live rank. ranks: live ranks over all of them. largest: the most of one module.
+        parameters: numbers that its LoRA modules store; a trained head comes on top.
+        modules: modules that it adapts, of stacked experts those with a live rank. ranks: live ranks over all of them. largest: the
+            most of one module.
     """
 
     parameters: int

@@ -14,6 +14,7 @@ from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scoring import gate_gradients, parts_of, scoring, taken
 from gatewise.allocation.slots import by_slot, factors, set_slots
 from gatewise.errors import GatewiseError
+from gatewise.internals.trainer_device import run_on
 from gatewise.losses import Batch, scored
 from gatewise.tasks import PadCollator
 
@@ -117,6 +118,7 @@ def recover(
             label_names=["labels"],
             dataloader_pin_memory=False,
         )
+        run_on(arguments, device)
         _Trainer(model=model, args=arguments, train_dataset=list(features), data_collator=PadCollator(tokenizer)).train()
     model.eval()
 

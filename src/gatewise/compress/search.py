@@ -16,10 +16,11 @@ from gatewise.adapters.loading import Loaded
 from gatewise.adapters.lora import takes_out_of_base
 from gatewise.allocation import slots
 from gatewise.allocation.refusals import refuse_what_cannot_work
+from gatewise.allocation.scoring import parts_of
 from gatewise.allocation.slots import Expert, factors, live_slots, lora_layers, prune
 from gatewise.compress.basis import to_singular_basis
 from gatewise.compress.goal import Candidate, Goal, Size
-from gatewise.compress.order import Cost, Move, above_cap, module_costs, moves, parameter_costs, rank_values
+from gatewise.compress.order import Cost, Move, above_cap, module_costs, moves, parameter_costs, rank_values, stays_whole
 from gatewise.compress.quality import (
     Difference,
     Measure,
@@ -234,6 +235,7 @@ class Search:
         to_singular_basis(model, name)
         self.whole = _copied(model, name)
         self.live = {path: live_slots(layer, name) for path, layer in self.layers.items()}
+        self.beside = _beside_ranks(model, name, self.layers)
         self.whole_size = self._size({path: len(live) for path, live in self.live.items()})
         if not any(self.live.values()):
             raise GatewiseError(f"adapter {name!r} has no LoRA with a live rank: there is nothing to make smaller")
@@ -299,9 +301,11 @@ class Search:
 
     def _size(self, left: Mapping[str, int]) -> Size:
         """Of what has so many ranks left, module by module."""
-        parameters = round(sum(self.each[path] * count for path, count in _stored(left, self.layers).items()))
-        ranks = [count for count in left.values() if count]
-        return Size(parameters, len(ranks), sum(ranks), max(ranks, default=0))
+        stored = _stored(left, self.layers, self.name)
+        fixed, modules, largest = self.beside
+        parameters = fixed + sum(self.each[path] * count for path, count in stored.items())
+        modules += sum(bool(left[path] if isinstance(self.layers[path], Expert) else count) for path, count in stored.items())
+        return Size(parameters, modules, sum(left.values()), max([largest, *stored.values()]))
 
     def _measured(self, key: str) -> Tensor:
         """(n,) qualities of the model as it is now, or as they were measured before an interruption."""
@@ -419,7 +423,7 @@ class Search:
     def _recover(self, at: int) -> bool:
         """Trains what is left after ``at`` steps; whether that lowers the loss on the rows that valued ranks.
 
-        Where it does not, all is as before.
+        Where it does not, all is as before, and no weights are kept.
         """
         assert self.recovery is not None
         assert self.rows.train is not None
@@ -435,14 +439,14 @@ class Search:
             held = _copied(model, name)
             if not self._scored_loss() < loss:
                 self.progress.say("recovery made it no better on the rows that valued ranks, and is left out")
-                held = before
+                held = {}
             self.work.keep_weights(at, held)
-        _put(model, name, held)
-        return not all(torch.equal(held[key], value) for key, value in before.items())
+        _put(model, name, held or before)
+        return bool(held)
 
     def _scored_loss(self) -> float:
-        device = next(self.loaded.model.parameters()).device
-        return mean_loss(self.loaded.model.eval(), [{key: value.to(device) for key, value in self.batch.items()}])
+        model = self.loaded.model.eval()
+        return mean_loss(model, parts_of(model, self.batch).own)
 
     def take(self, chosen: Candidate) -> None:
         """Makes the model the chosen adapter."""
@@ -467,16 +471,38 @@ def _refuse(model: PeftModel, name: str) -> None:
             raise GatewiseError(f"the LoRA factors of {path} have numbers that are none (NaN or infinite): the adapter is damaged")
 
 
-def _stored(left: Mapping[str, int], layers: Mapping[str, Any]) -> dict[str, int]:
-    """Path -> ranks that PEFT stores: all experts of a parameter have the rank of the one that has most, at least one."""
-    stored = dict(left)
+def _stored(left: Mapping[str, int], layers: Mapping[str, Any], name: str) -> dict[str, int]:
+    """Path -> ranks that PEFT stores: one at least where a module cannot go, and for all experts of a parameter the most of any."""
+    stored = {path: max(1, count) if stays_whole(layers[path], name) else count for path, count in left.items()}
     together: dict[str, list[str]] = {}
     for path in left:
         if isinstance(layers[path], Expert):
             together.setdefault(path.rpartition("[")[0], []).append(path)
     for paths in together.values():
-        stored |= dict.fromkeys(paths, max(1, max(left[path] for path in paths)))
+        stored |= dict.fromkeys(paths, max(stored[path] for path in paths))
     return stored
+
+
+def _beside_ranks(model: PeftModel, name: str, layers: Mapping[str, Any]) -> tuple[int, int, int]:
+    """What an adapter stores that no rank can be taken from: numbers, modules, and the largest rank of these.
+
+    Magnitudes (DoRA) and biases are such numbers, and modules whose ranks cannot go, such as convolutions in groups.
+    """
+    held = {id(factor) for layer in layers.values() for factor in factors(layer, name)}
+    own = re.compile(rf"(.*)\.lora_\w+\.{re.escape(name)}(\.|$)")
+    numbers, with_ranks = 0, set()
+    others: dict[str, int] = {}
+    for key, value in model.named_parameters():
+        if (match := own.match(key)) is None:
+            continue
+        if id(value) in held:
+            with_ranks.add(match[1])
+        else:
+            module: Any = model.get_submodule(match[1])
+            numbers += value.numel()
+            others[match[1]] = int(module.r[name])
+    largest = [rank for path, rank in others.items() if path not in with_ranks]
+    return numbers, len(largest), max(largest, default=0)
 
 
 def furthest(costs: Sequence[float], looks: int, holds: Callable[[int], bool], first: bool = False) -> int | None:

@@ -48,7 +48,7 @@ def time_costs(model: nn.Module, adapter: str | None = None) -> dict[str, Cost]:
         for path, layer in own.items():
             args = inputs.get(id(layer))
             if args is None:  # no step runs it
-                found[path] = Cost(_LEAST, 0.0)
+                found[path] = Cost(_LEAST, 0.0, stays_whole(layers[path], name))
                 continue
             shape = (type(layer), *(tuple(one.shape) for one in args if isinstance(one, Tensor)), *_sizes(layer))
             if shape not in measured:
