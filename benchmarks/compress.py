@@ -20,7 +20,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -309,12 +309,19 @@ def gaps(
     return {at: factor * (row[measure] - whole[at][measure]) for at, row in cells[cell].items() if at in whole}
 
 
-def interval(values: Sequence[float]) -> str:
-    """The mean and, of several, its 95% interval: the bootstrap over pairs of task and seed."""
-    draw = random.Random(0)
-    means = sorted(statistics.mean(draw.choices(values, k=len(values))) for _ in range(2000))
+def interval(values: Mapping[tuple[str, int], float]) -> str:
+    """The mean and, of several, its 95% interval: the bootstrap over tasks, and over the seeds of each that is drawn."""
+    by_task: dict[str, list[float]] = {}
+    for (task, _), value in values.items():
+        by_task.setdefault(task, []).append(value)
+    draw, tasks = random.Random(0), list(by_task)
+    means = []
+    for _ in range(2000):
+        drawn = [draw.choices(by_task[task], k=len(by_task[task])) for task in draw.choices(tasks, k=len(tasks))]
+        means.append(statistics.mean([value for one in drawn for value in one]))
+    means.sort()
     told = f" [{means[49]:+.1f}, {means[1949]:+.1f}]" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.1f}{told}"
+    return f"{statistics.mean(values.values()):+.1f}{told}"
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -330,7 +337,7 @@ def report(rows: list[dict[str, Any]]) -> None:
                 for order in dict.fromkeys(cell[0] for cell in here):
                     told = []
                     for cell in sorted((cell for cell in here if cell[0] == order), key=lambda cell: -cell[2]):
-                        points, nats = list(gaps(cells, cell, "accuracy").values()), gaps(cells, cell, "loss").values()
+                        points, nats = gaps(cells, cell, "accuracy"), gaps(cells, cell, "loss").values()
                         if points:
                             told.append(f"{cell[2]:.3g}: {interval(points)} {statistics.mean(nats):+.3f} n={len(points)}")
                     print(f"  {order:14s} {'   '.join(told)}")
@@ -341,7 +348,9 @@ def report(rows: list[dict[str, Any]]) -> None:
                 told = []
                 for stage in ("as it is", "refitted", "recovered", FAST):
                     cell = ("path_moments", unit, fraction, stage)
-                    points = [gap for at, gap in gaps(cells, cell, "accuracy").items() if at[0] == task] if cell in cells else []
+                    points = (
+                        {at: gap for at, gap in gaps(cells, cell, "accuracy").items() if at[0] == task} if cell in cells else {}
+                    )
                     if points:
                         told.append(f"{stage} {interval(points)} n={len(points)}")
                 if whole:
