@@ -313,6 +313,26 @@ def test_a_tolerance_that_nothing_meets_is_said_to(folder: Path, tmp_path: Path,
         small(folder, tmp_path / "small")
 
 
+@pytest.mark.parametrize(
+    ("goal", "r", "sentence"),
+    [
+        (
+            Goal(least="modules"),
+            2,
+            r"all of it \(2 ranks in 1 modules\) goes at once; take --least parameters, by which single ranks go",
+        ),
+        (Goal(), 1, r"the adapter cannot be made smaller: all of it \(1 ranks in 1 modules\) goes at once$"),
+    ],
+)
+def test_an_adapter_of_which_nothing_would_be_left_is_said_to_be_one(goal: Goal, r: int, sentence: str, tmp_path: Path) -> None:
+    adapter, _ = saved(tmp_path, target_modules=r"model\.layers\.0\.mlp\.down_proj", r=r)
+    tensors = {name: value * (30 if "lora_B" in name else 1) for name, value in weights(adapter).items()}
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    rows = write_rows(tmp_path / "rows.jsonl", 200, seed=3)
+    with pytest.raises(GatewiseError, match=sentence):
+        compress(adapter, str(rows), tmp_path / "small", replace(goal, tolerance=1e-4), measure="loss", score_rows=16)
+
+
 def test_rows_that_measure_are_not_trained_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = tmp_path / "both.jsonl"
     both.write_text((folder / "rows.jsonl").read_text() + (folder / "train.jsonl").read_text())

@@ -18,6 +18,7 @@ from gatewise.cli.main import app
 from gatewise.compress import Goal, compress, compress_shared, sharing
 from gatewise.compress.work import alone
 from gatewise.errors import GatewiseError
+from gatewise.files import write_json
 from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
 
@@ -122,6 +123,18 @@ def test_a_number_of_modules_is_that_of_all(folder: Path, tmp_path: Path) -> Non
         compress_shared([folder / "one", folder / "two"], ["a", "b", "c"], tmp_path / "none")
     with pytest.raises(GatewiseError, match="adapters share modules: take --least modules or time, or --modules"):
         together(folder, tmp_path / "none", Goal(parameters=100))
+
+
+def test_an_adapter_that_would_have_no_module_left_is_named(folder: Path, tmp_path: Path) -> None:
+    for name, path in (("little", "model.layers.0.self_attn.v_proj"), ("more", "model.layers.1.mlp.down_proj")):
+        adapter = Path(shutil.copytree(folder / "one", tmp_path / name))
+        tensors = {key: value for key, value in weights(adapter).items() if path in key}
+        save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(adapter / "adapter_config.json", read_config(adapter) | {"target_modules": [path]})
+    sentence = r"no module can go: model.layers..* is worth least to all 2 adapters together, and (little|more) has no other"
+    given = ([tmp_path / "little", tmp_path / "more"], [str(folder / "one.jsonl")], tmp_path / "out")
+    with pytest.raises(GatewiseError, match=sentence):
+        compress_shared(*given, Goal(least="modules", tolerance=1e-6), measure="loss", score_rows=30)
 
 
 def test_adapters_of_other_bases_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -325,6 +325,13 @@ class Search:
     def smallest(self, looks: int) -> Candidate:
         """The smallest adapter that is within the tolerance, as far as bisection finds it with ``looks`` candidates."""
         last = max(at for at, size in enumerate(self.sizes) if size.ranks)
+        if last == 0 and not self.capped:
+            size = self.whole_size
+            advice = "" if self.goal.unit == "parameters" else "; take --least parameters, by which single ranks go"
+            raise GatewiseError(
+                f"the adapter cannot be made smaller: all of it ({size.ranks} ranks in {size.modules} modules) goes at once"
+                + (advice if size.ranks > 1 else "")
+            )
 
         def holds(at: int) -> bool:
             return self.tried(at).difference.within(self.goal.tolerance)

@@ -126,7 +126,8 @@ def compress_shared(
             search.arrange([Move(path, own.get(path, ())) for path in shared], costs)
             search.shared_order = hashlib.sha256("\n".join(shared).encode()).hexdigest()[:16]
         # Every adapter keeps something.
-        last = min(max(at for at, size in enumerate(search.sizes) if size.ranks) for search in searches)
+        lasts = [max(at for at, size in enumerate(search.sizes) if size.ranks) for search in searches]
+        last = min(lasts)
         union = [sum(costs[path].fixed for path in shared[at:]) for at in range(last + 1)]
 
         def holds(at: int) -> bool:
@@ -143,6 +144,11 @@ def compress_shared(
             for search in searches:
                 search.tried(at)
         else:
+            if last == 0 and not any(search.capped for search in searches):
+                raise GatewiseError(
+                    f"no module can go: {shared[0]} is worth least to all {len(names)} adapters together, and "
+                    f"{names[lasts.index(0)]} has no other: leave that adapter out"
+                )
             furthest(union, looks, holds, first=any(search.capped for search in searches))
             at = _furthest_for_all(searches, goal.tolerance)
         if at is None:
