@@ -20,6 +20,7 @@ from gatewise.adapters.loading import load_adapter, load_with_data
 from gatewise.allocation.slots import lora_layers
 from gatewise.compress import Compressed, Goal, Recovery, compress, search, writing
 from gatewise.compress.quality import qualities, split
+from gatewise.compress.work import Work
 from gatewise.errors import GatewiseError
 from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
@@ -517,6 +518,34 @@ def test_another_prompt_does_not_go_on_with_what_was_measured(tmp_path: Path, mo
     with pytest.raises(GatewiseError, match="with other settings, data or adapter"):
         compress(adapter, str(rows), tmp_path / "small", goal, options=DataOptions(prompt="Say {text}:"), **settings)
     compress(adapter, str(rows), tmp_path / "small", goal, **settings)
+
+
+def test_nothing_is_left_of_a_search_that_was_refused(tmp_path: Path) -> None:
+    """The same call would be refused again, and any other may begin anew."""
+    adapter, rows = saved(tmp_path)
+    given, settings = (adapter, str(rows), tmp_path / "small"), {"measure": "loss", "score_rows": 16}
+    with pytest.raises(GatewiseError, match="3 parameters were asked for, but the smallest adapter of this order has"):
+        compress(*given, Goal(parameters=3), **settings)
+    assert not (tmp_path / "small.work").exists()
+    compress(*given, Goal(parameters=180), **settings)
+
+
+def test_what_could_not_be_kept_for_a_full_disk_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, rows = saved(tmp_path)
+    given, settings = (adapter, str(rows), tmp_path / "small", Goal(parameters=180)), {"measure": "loss", "score_rows": 16}
+    keep = Work.keep_rows
+
+    def full(work: Work, key: str, kept: torch.Tensor) -> None:
+        if key != "whole":
+            raise GatewiseError("cannot write state.json: no space left") from OSError("no space left")
+        keep(work, key, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "keep_rows", full)
+        with pytest.raises(GatewiseError, match="no space left"):
+            compress(*given, **settings)
+    assert (tmp_path / "small.work" / "state.json").exists()
+    compress(*given, **settings)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, *given: Any, **settings: Any) -> None:

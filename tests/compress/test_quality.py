@@ -165,11 +165,19 @@ def test_losses_that_do_not_differ_are_the_same() -> None:
 
 def test_too_few_rows_are_refused_with_what_would_do() -> None:
     few = Records("label", [{"text": "a", "label": "x"}] * 100, ["x", "y"], "dev.jsonl")
-    with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 301"):
+    larger = r": give more rows, or a larger tolerance \(--tolerance\)$"
+    with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 301" + larger):
         check_rows(few, "right", 0.01)
     check_rows(few, "right", 0.05)
-    with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 150"):
+    with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 150: give more rows$"):
         check_rows(few, "loss", 0.01)
+    fewer = Records("label", few.rows[:19], ["x", "y"], "dev.jsonl")
+    with pytest.raises(
+        GatewiseError, match=r"and that right answers are as good cannot be shown with fewer than 20: give more rows$"
+    ):
+        check_rows(fewer, "right", 0.5)
+    with pytest.raises(GatewiseError, match=r"and a tolerance of 0.01 cannot be shown with fewer than 301: give more rows$"):
+        check_rows(fewer, "right", 0.01)
 
 
 def test_free_text_is_measured_by_its_loss(tmp_path: Path) -> None:

@@ -133,8 +133,9 @@ def test_an_adapter_that_would_have_no_module_left_is_named(folder: Path, tmp_pa
         write_json(adapter / "adapter_config.json", read_config(adapter) | {"target_modules": [path]})
     sentence = r"no module can go: model.layers..* is worth least to all 2 adapters together, and (little|more) has no other"
     given = ([tmp_path / "little", tmp_path / "more"], [str(folder / "one.jsonl")], tmp_path / "out")
-    with pytest.raises(GatewiseError, match=sentence):
+    with pytest.raises(GatewiseError, match=sentence):  # and nothing is left of it
         compress_shared(*given, Goal(least="modules", tolerance=1e-6), measure="loss", score_rows=30)
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_adapters_of_other_bases_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from gatewise.compress.order import DEFAULT, ORDERS
 from gatewise.compress.quality import MEASURES, Measure
 from gatewise.compress.recovery import Recovery
 from gatewise.compress.search import Rows, Search, left_as_it_was, rows_for
-from gatewise.compress.work import Work, alone, beside, files_of, fingerprint_of
+from gatewise.compress.work import Work, alone, beside, files_of, fingerprint_of, removed_if_refused
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder
@@ -107,8 +107,9 @@ def compress(
         with left_as_it_was(loaded.model, name):
             dtype = torch.float32 if source is None else stored_dtype(source)
             search = Search(loaded, name, rows, goal, recovery, refitted, order, seed, note, work, progress, dtype)
-            search.prepare()
-            chosen = search.of_size() if goal.has_target else search.smallest(looks)
+            with removed_if_refused([work]):
+                search.prepare()
+                chosen = search.of_size() if goal.has_target else search.smallest(looks)
             result = written(chosen, Path(out), search, source)
             work.remove()
             return result

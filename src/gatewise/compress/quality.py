@@ -23,6 +23,7 @@ MEASURES: tuple[str, ...] = get_args(Measure)
 CONFIDENCE = 0.95
 LEAST_ROWS = 150
 """Rows that measure losses. Where one row in fifty gets much worse, fewer may hold none of them, and the bootstrap cannot know."""
+_LEAST_ANSWERS = 20  # rows that measure right answers, whatever the tolerance
 _DRAWS = 10_000
 _TOKENS = 4096  # padded, in one forward pass that takes losses
 
@@ -147,11 +148,16 @@ def check_rows(records: Records, measure: Measure, tolerance: float) -> None:
     Raises:
         GatewiseError: too few rows.
     """
-    needed = max(20, rows_needed(tolerance)) if measure == "right" else LEAST_ROWS
+    floor = LEAST_ROWS if measure == "loss" else _LEAST_ANSWERS
+    needed = floor if measure == "loss" else max(floor, rows_needed(tolerance))
     if len(records) < needed:
+        answers = "losses" if measure == "loss" else "right answers"
+        what = f"a tolerance of {tolerance:g}" if needed > floor else f"that {answers} are as good"
+        # With fewer rows than the floor no tolerance would do.
+        more = "rows" if len(records) < floor else "rows, or a larger tolerance (--tolerance)"
         raise GatewiseError(
-            f"{records.source} has {len(records)} rows to measure on, and a tolerance of {tolerance:g} cannot be shown with fewer "
-            f"than {needed}: give more rows, or a larger tolerance (--tolerance)"
+            f"{records.source} has {len(records)} rows to measure on, and {what} cannot be shown with fewer than {needed}: "
+            f"give more {more}"
         )
 
 

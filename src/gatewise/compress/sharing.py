@@ -8,8 +8,8 @@ worth to each, and an adapter that would have kept other modules by itself gives
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from gatewise.compress.goal import Compressed, Goal, Size
 from gatewise.compress.order import DEFAULT, Cost, Move, moves
 from gatewise.compress.quality import Measure
 from gatewise.compress.search import Search, furthest, rows_for
-from gatewise.compress.work import STATE_FILE, Work, alone, beside
+from gatewise.compress.work import STATE_FILE, Work, alone, beside, removed_if_refused
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder, whole_folder, write_json
@@ -113,46 +113,12 @@ def compress_shared(
     progress = ConsoleProgress(console or Console(stderr=True))
     folders = [Path(one) for one in adapters]
     sources = list(data) if len(data) == len(folders) else list(data) * len(folders)
-    with alone(out), quiet(bars=True):
+    with alone(out), quiet(bars=True), _removed_if_empty(beside(out)):
         searches = _searches(
             folders, names, sources, beside(out), goal, options, order, measure, score_rows, refitted, seed, progress
         )
-        shared, costs = _shared_order(searches)
-        for search in searches:
-            own = {
-                path: tuple(at for at in range(len(values)) if at not in search.capped.get(path, ()))
-                for path, values in search.values.items()
-            }
-            search.arrange([Move(path, own.get(path, ())) for path in shared], costs)
-            search.shared_order = hashlib.sha256("\n".join(shared).encode()).hexdigest()[:16]
-        # Every adapter keeps something.
-        lasts = [max(at for at, size in enumerate(search.sizes) if size.ranks) for search in searches]
-        last = min(lasts)
-        union = [sum(costs[path].fixed for path in shared[at:]) for at in range(last + 1)]
-
-        def holds(at: int) -> bool:
-            return all(search.tried(at).difference.within(goal.tolerance) for search in searches)
-
-        at: int | None
-        if goal.modules is not None:
-            at = max(0, len(shared) - goal.modules)
-            if at > last:
-                raise GatewiseError(
-                    f"{goal.modules} modules were asked for, but with fewer than {len(shared) - last} an adapter has none: "
-                    "ask for more"
-                )
-            for search in searches:
-                search.tried(at)
-        else:
-            if last == 0 and not any(search.capped for search in searches):
-                raise GatewiseError(
-                    f"no module can go: {shared[0]} is worth least to all {len(names)} adapters together, and "
-                    f"{names[lasts.index(0)]} has no other: leave that adapter out"
-                )
-            furthest(union, looks, holds, first=any(search.capped for search in searches))
-            at = _furthest_for_all(searches, goal.tolerance)
-        if at is None:
-            raise _nothing_holds(names, searches, goal.tolerance)
+        with removed_if_refused([search.work for search in searches]):
+            at = _step(searches, names, goal, looks)
         before, found = _union(searches, [search.whole_size for search in searches], set()), {}
         with whole_folder(out) as part:
             for name, search, folder in zip(names, searches, folders, strict=True):
@@ -164,9 +130,46 @@ def compress_shared(
             write_json(part / SERVING_FILE, settings_together(settings))
         for search in searches:
             search.work.remove()
-        with suppress(OSError):
-            beside(out).rmdir()
     return Shared(Path(out), found, before, after)
+
+
+def _step(searches: Sequence[Search], names: Sequence[str], goal: Goal, looks: int) -> int:
+    """Arranges all in one order, and finds the step of it that is asked for."""
+    shared, costs = _shared_order(searches)
+    for search in searches:
+        own = {
+            path: tuple(at for at in range(len(values)) if at not in search.capped.get(path, ()))
+            for path, values in search.values.items()
+        }
+        search.arrange([Move(path, own.get(path, ())) for path in shared], costs)
+        search.shared_order = hashlib.sha256("\n".join(shared).encode()).hexdigest()[:16]
+    # Every adapter keeps something.
+    lasts = [max(at for at, size in enumerate(search.sizes) if size.ranks) for search in searches]
+    last = min(lasts)
+    union = [sum(costs[path].fixed for path in shared[at:]) for at in range(last + 1)]
+
+    def holds(at: int) -> bool:
+        return all(search.tried(at).difference.within(goal.tolerance) for search in searches)
+
+    if goal.modules is not None:
+        at = max(0, len(shared) - goal.modules)
+        if at > last:
+            raise GatewiseError(
+                f"{goal.modules} modules were asked for, but with fewer than {len(shared) - last} an adapter has none: ask for more"
+            )
+        for search in searches:
+            search.tried(at)
+        return at
+    if last == 0 and not any(search.capped for search in searches):
+        raise GatewiseError(
+            f"no module can go: {shared[0]} is worth least to all {len(names)} adapters together, and {names[lasts.index(0)]} has "
+            "no other: leave that adapter out"
+        )
+    furthest(union, looks, holds, first=any(search.capped for search in searches))
+    found = _furthest_for_all(searches, goal.tolerance)
+    if found is None:
+        raise _nothing_holds(names, searches, goal.tolerance)
+    return found
 
 
 def _furthest_for_all(searches: Sequence[Search], tolerance: float) -> int | None:
@@ -176,6 +179,15 @@ def _furthest_for_all(searches: Sequence[Search], tolerance: float) -> int | Non
         search.judge()
         held.append({one.dropped for one in search.candidates if one.difference.within(tolerance)})
     return max(set.intersection(*held), default=None)
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _nothing_holds(names: Sequence[str], searches: Sequence[Search], tolerance: float) -> GatewiseError:
@@ -247,7 +259,8 @@ def _searches(
             progress,
             stored_dtype(folder),
         )
-        search.prepare()
+        with removed_if_refused([search.work]):
+            search.prepare()
         searches.append(search)
     return searches
 

@@ -166,3 +166,18 @@ class Work:
             path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
+
+
+@contextmanager
+def removed_if_refused(works: Sequence[Work]) -> Iterator[None]:
+    """Around a search: removes what was kept where the search refuses, as it would again, and as no other call may go on with it.
+
+    An interruption leaves all as it is, and so does what others refuse, such as a full disk.
+    """
+    try:
+        yield
+    except GatewiseError as error:
+        if error.__cause__ is None:
+            for work in works:
+                work.remove()
+        raise
