@@ -69,6 +69,18 @@ def test_what_does_nothing_goes_and_the_rest_is_as_good(folder: Path, tmp_path: 
     assert not (tmp_path / "small.work").exists()
 
 
+def test_what_is_taken_is_not_fitted_once_more(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fitted = search.refit, []
+
+    def refit(*given: Any) -> int:
+        fitted.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(search, "refit", refit)
+    found = small(folder, tmp_path / "small")
+    assert len(fitted) == len(found.candidates) > 1
+
+
 def test_candidates_are_judged_together(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that holds by itself is not taken where the bounds that hold for all that was measured say otherwise."""
     first = small(folder, tmp_path / "first", Goal(tolerance=0.15))

@@ -218,6 +218,9 @@ class Search:
     dtype: torch.dtype = torch.float32  # of the adapter's file, in which the smaller one is written too
     candidates: list[Candidate] = field(default_factory=list)
     candidate_rows: list[Tensor] = field(default_factory=list)  # what was measured of each
+    weights: tuple[Candidate, dict[str, Tensor]] | None = (
+        None  # of the last candidate that was good enough, or of the size asked for
+    )
     shared_order: str = ""  # of adapters that share one: what tells it from others, for what was measured along it
 
     def activate(self) -> None:
@@ -390,6 +393,8 @@ class Search:
         if self.recovery is not None and not (holds and not self.goal.has_target) and self._recover(at):
             tried = self._candidate(at, True, self._measured(f"{key} recovered"))
             holds = tried.difference.within(self.goal.tolerance)
+        if holds or self.goal.has_target:
+            self.weights = (tried, _copied(self.loaded.model, self.name))
         judged = "" if self.goal.has_target else "; within the tolerance" if holds else "; not within the tolerance"
         self.progress.say(
             f"{what}: worse by {tried.difference.mean:.4f}, at most by {tried.difference.high:.4f}"
@@ -457,6 +462,10 @@ class Search:
 
     def take(self, chosen: Candidate) -> None:
         """Makes the model the chosen adapter."""
+        if self.weights and (self.weights[0].dropped, self.weights[0].recovered) == (chosen.dropped, chosen.recovered):
+            self.activate()
+            _put(self.loaded.model, self.name, self.weights[1])
+            return
         self._cut(chosen.dropped)
         if chosen.recovered:
             self._recover(chosen.dropped)
