@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tiny_run import byte_tokenizer, weights, write_adapter, write_base, write_recipe, write_rows
 from typer.testing import CliRunner
@@ -185,6 +186,35 @@ def test_two_commands_do_not_share_a_place(folder: Path, tmp_path: Path) -> None
             together(folder, tmp_path / "out", Goal(modules=4))
         with pytest.raises(GatewiseError, match=r"another command is compressing to .*out now"):
             compress(folder / "one", str(folder / "one.jsonl"), tmp_path / "out", Goal(modules=4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_commands_do_not_lock_two_files_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One comes while another removes the lock file at its end, or has opened the file that is removed."""
+    refused: list[str] = []
+    unlink, acquire = Path.unlink, FileLock.acquire
+
+    def unlink_while_another_comes(path: Path, missing_ok: bool = False) -> None:
+        with pytest.raises(GatewiseError, match="another command is compressing"), alone(tmp_path / "out"):
+            pass
+        refused.append(path.name)
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, alone(tmp_path / "out"):
+        patch.setattr(Path, "unlink", unlink_while_another_comes)
+    assert refused == [".out.work.lock"]
+
+    def acquire_what_is_removed(lock: Any, **settings: Any) -> Any:
+        found = acquire(lock, **settings)
+        if len(refused) == 1:
+            refused.append("it was")
+            unlink(Path(lock.lock_file))
+        return found
+
+    monkeypatch.setattr(FileLock, "acquire", acquire_what_is_removed)
+    with alone(tmp_path / "out"), pytest.raises(GatewiseError, match="another command is compressing"), alone(tmp_path / "out"):
+        pass
+    assert len(refused) == 2
     assert not list(tmp_path.iterdir())
 
 

@@ -17,6 +17,7 @@ from gatewise.adapters.files import read_tensors, weights_of
 from gatewise.compress.order import Cost
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file, write_json
+from gatewise.internals.library_attributes import locked_file_is_at
 
 STATE_FILE = "state.json"
 _FORMAT = 1
@@ -67,18 +68,25 @@ def alone(out: str | Path) -> Iterator[None]:
     """
     path = beside(out).with_name(f".{beside(out).name}.lock")
     lock = FileLock(str(path))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise GatewiseError(f"another command is compressing to {out} now: wait for it, or give another --out") from None
-    except NotImplementedError:  # a file system without locks
-        yield
-        return
+    held = False
+    while not held:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise GatewiseError(f"another command is compressing to {out} now: wait for it, or give another --out") from None
+        except NotImplementedError:  # a file system without locks
+            yield
+            return
+        held = locked_file_is_at(lock, path)
+        if not held:
+            lock.release()
     try:
         yield
     finally:
+        # Before it is released: another process could lock it before it is removed, and a third one make a new one.
+        with suppress(PermissionError):  # Windows removes no file that is open
+            path.unlink(missing_ok=True)
         lock.release()
-        path.unlink(missing_ok=True)
 
 
 class Work:

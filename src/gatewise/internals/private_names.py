@@ -1,11 +1,11 @@
-"""Every name of PyTorch, PEFT, Transformers, Accelerate and DeepSpeed that begins with an underscore and that gatewise relies on.
+"""Every name that gatewise relies on of PyTorch, PEFT, Transformers, Accelerate, DeepSpeed and filelock with an underscore first.
 
 Libraries may change such names in any version. ``tests/internals/test_private_names.py`` looks each of them up in the versions
 that are installed, and says in a sentence which one has gone and who relied on it. It also fails when the source comes to use one
 that is not listed here.
 
-Read in torch 2.13, peft 0.21, transformers 5.24, accelerate 1.15 and deepspeed 0.19. Names that a subclass must override, or calls
-on itself, are used where the subclass is; all others only in this folder.
+Read in torch 2.13, peft 0.21, transformers 5.24, accelerate 1.15, deepspeed 0.19 and filelock 4.3. Names that a subclass must
+override, or calls on itself, are used where the subclass is; all others only in this folder.
 """
 
 import inspect
@@ -230,4 +230,6 @@ PRIVATE_NAMES = (
         "has ZeRO-3 learn anew in which order it reads parameters",
         (),
     ),
+    # filelock
+    PrivateName("filelock:BaseFileLock", "_context", "finds out that the file of a lock was removed by who held it before"),
 )
