@@ -88,8 +88,9 @@ def test_settings_of_the_run_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7), note)
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7, learning_rate=1e-2, batch_size=2), note)
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7), {})
+    recover(model, word_tokenizer(), features(model), Recovery("", steps=7), {"training": dict.fromkeys(note["training"])})
     told = [(one.learning_rate, one.per_device_train_batch_size, one.weight_decay, one.max_grad_norm) for one in seen]
-    assert told == [(3e-3 / 4, 4, 0.1, 0.5), (1e-2, 2, 0.1, 0.5), (1e-4, 16, 0.0, 1.0)]
+    assert told == [(3e-3 / 4, 4, 0.1, 0.5), (1e-2, 2, 0.1, 0.5), (1e-4, 16, 0.0, 1.0), (1e-4, 16, 0.0, 1.0)]
 
 
 def test_a_loss_that_is_not_finite_is_said() -> None:

@@ -91,12 +91,12 @@ def recover(
 
     Args:
         features: encoded rows.
-        note: the adapter's note, whose ``training`` says how it was trained.
+        note: the adapter's note, whose ``training`` says how it was trained; what is null there is not said.
 
     Raises:
         GatewiseError: the loss is not finite.
     """
-    run: Mapping[str, Any] = note.get("training") or {}
+    run = {name: value for name, value in (note.get("training") or {}).items() if value is not None}
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
