@@ -560,6 +560,21 @@ def test_what_could_not_be_kept_for_a_full_disk_is_gone_on_with(tmp_path: Path, 
     compress(*given, **settings)
 
 
+def test_what_is_left_over_where_it_was_killed_at_the_very_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, rows = saved(tmp_path)
+    given, settings = (adapter, str(rows), tmp_path / "small", Goal(parameters=180)), {"measure": "loss", "score_rows": 16}
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(*given, **settings)
+    sentence = r"small is not empty: .*; if .*small is what a compression wrote .*, .*small.work is left over and may be removed$"
+    with pytest.raises(GatewiseError, match=sentence):
+        compress(*given, **settings)
+    shutil.rmtree(tmp_path / "small.work")
+    with pytest.raises(GatewiseError, match=r"small is not empty: give a new folder, or remove it first$"):
+        compress(*given, **settings)
+
+
 def interrupted(monkeypatch: pytest.MonkeyPatch, *given: Any, **settings: Any) -> None:
     """Compresses until the whole adapter is measured."""
     with monkeypatch.context() as patch:

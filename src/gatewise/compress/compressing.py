@@ -29,10 +29,9 @@ from gatewise.compress.order import DEFAULT, ORDERS
 from gatewise.compress.quality import MEASURES, Measure
 from gatewise.compress.recovery import Recovery
 from gatewise.compress.search import Rows, Search, left_as_it_was, rows_for
-from gatewise.compress.work import Work, alone, beside, files_of, fingerprint_of, removed_if_refused
+from gatewise.compress.work import Work, alone, beside, check_place, files_of, fingerprint_of, removed_if_refused
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
-from gatewise.files import check_new_folder
 from gatewise.losses import loss_kind
 from gatewise.models.cache import folder_of
 from gatewise.progress import ConsoleProgress, quiet
@@ -92,7 +91,7 @@ def compress(
         raise GatewiseError(f"measure {measure!r} is not known; expected one of {', '.join(MEASURES)}")
     if score_rows < 1 or looks < 1:
         raise GatewiseError(f"score_rows is {score_rows} and looks is {looks}: expected at least 1 of each")
-    check_new_folder(out)
+    check_place(out)
     source = None if isinstance(model_or_dir, PeftModel) else Path(model_or_dir)
     progress = ConsoleProgress(console or Console(stderr=True))
     with alone(out), quiet(bars=True):

@@ -24,10 +24,10 @@ from gatewise.compress.goal import Compressed, Goal, Size
 from gatewise.compress.order import DEFAULT, Cost, Move, moves
 from gatewise.compress.quality import Measure
 from gatewise.compress.search import Search, furthest, rows_for
-from gatewise.compress.work import STATE_FILE, Work, alone, beside, removed_if_refused
+from gatewise.compress.work import STATE_FILE, Work, alone, beside, check_place, removed_if_refused
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
-from gatewise.files import check_new_folder, whole_folder, write_json
+from gatewise.files import whole_folder, write_json
 from gatewise.losses import base_of, loss_kind
 from gatewise.models.loading import Task, load_model
 from gatewise.progress import ConsoleProgress, quiet
@@ -104,7 +104,7 @@ def compress_shared(
         raise GatewiseError(f"{len(data)} data were given for {len(names)} adapters: give one for all, or one for each in order")
     if goal.unit == "parameters" or goal.speed is not None:
         raise GatewiseError("adapters share modules: take --least modules or time, or --modules")
-    check_new_folder(out)
+    check_place(out)
     if beside(out).is_file() or (beside(out) / STATE_FILE).exists():
         raise GatewiseError(
             f"{beside(out)} is in the way, and is not what an interrupted compression of several adapters left: remove it, or give "

@@ -16,7 +16,7 @@ from torch import Tensor
 from gatewise.adapters.files import read_tensors, weights_of
 from gatewise.compress.order import Cost
 from gatewise.errors import GatewiseError
-from gatewise.files import whole_file, write_json
+from gatewise.files import check_new_folder, whole_file, write_json
 from gatewise.internals.library_attributes import locked_file_is_at
 
 STATE_FILE = "state.json"
@@ -57,6 +57,23 @@ def beside(out: str | Path) -> Path:
     """OUT.work."""
     out = Path(out).resolve()
     return out.with_name(f"{out.name}.work")
+
+
+def check_place(out: str | Path) -> None:
+    """Refuses a folder that cannot be written, and names the folder beside it that a compression killed at its very end left.
+
+    Raises:
+        GatewiseError: as ``check_new_folder``.
+    """
+    try:
+        check_new_folder(out)
+    except GatewiseError as error:
+        if not (Path(out).is_dir() and beside(out).is_dir()):
+            raise
+        raise GatewiseError(
+            f"{error}; if {out} is what a compression wrote that was stopped at its very end, {beside(out)} is left over and "
+            "may be removed"
+        ) from None
 
 
 @contextmanager
