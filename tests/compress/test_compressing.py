@@ -81,6 +81,18 @@ def test_what_is_taken_is_not_fitted_once_more(folder: Path, tmp_path: Path, mon
     assert len(fitted) == len(found.candidates) > 1
 
 
+def test_rows_that_are_sorted_by_label_are_fitted_on_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, rows = write_base(tmp_path / "base", "bert"), write_rows(tmp_path / "rows.jsonl", 80, seed=3)
+    lines = sorted(rows.read_text().splitlines(), key=lambda line: json.loads(line)["label"])
+    rows.write_text("\n".join(lines) + "\n")
+    seen = []
+    monkeypatch.setattr(search, "refit", lambda model, batch, name: seen.append(batch["labels"].tolist()))
+    compress(write_adapter(tmp_path / "adapter", base), str(rows), tmp_path / "small", Goal(modules=3), score_rows=20)
+    (labels,) = seen
+    assert len(labels) == 20
+    assert len(set(labels[:15])) == len(set(labels[15:])) == 2
+
+
 def test_candidates_are_judged_together(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that holds by itself is not taken where the bounds that hold for all that was measured say otherwise."""
     first = small(folder, tmp_path / "first", Goal(tolerance=0.15))

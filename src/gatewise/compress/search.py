@@ -242,7 +242,10 @@ class Search:
         self.whole_size = self._size({path: len(live) for path, live in self.live.items()})
         if not any(self.live.values()):
             raise GatewiseError(f"adapter {name!r} has no LoRA with a live rank: there is nothing to make smaller")
-        self.batch = PadCollator(self.loaded.tokenizer)(self._encoded(self.rows.scored))
+        features = self._encoded(self.rows.scored)
+        # In a file rows may be sorted by label, and fitting fits on the first ones and checks on the last.
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        self.batch = PadCollator(self.loaded.tokenizer)([features[at] for at in order])
         self._make_order()
         if not self.moves:
             raise GatewiseError("nothing can go: every module has a magnitude or a bias that keeps it, and no rank to spare")
