@@ -33,6 +33,13 @@ def test_means_over_rows_are_what_evaluate_says(loaded: Loaded) -> None:
         assert -float(loss.mean()) == pytest.approx(wanted["loss"], rel=1e-4)
 
 
+def test_a_note_that_says_null_says_nothing(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 30)
+    adapter = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
+    (adapter / "gatewise.json").write_text('{"max_length": null}')
+    assert load_with_data(adapter, str(rows)).max_length == 512
+
+
 def test_losses_lie_with_their_rows(loaded: Loaded) -> None:
     together = qualities(loaded.model, loaded.tokenizer, loaded.records, loaded.template, "loss")
     for at in (0, 7, 29):

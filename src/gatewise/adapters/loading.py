@@ -84,7 +84,7 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     if note.get("task", "causal") == "causal":
         prompt = options.prompt or note.get("template") or default_template(records).prompt
         template = Template(prompt, words if records.labels is not None else None)
-    return records, template, int(note.get("max_length", 512))
+    return records, template, int(note.get("max_length") or 512)
 
 
 def load_as_trained(
