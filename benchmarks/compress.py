@@ -10,6 +10,7 @@ learning rates for it, the other seeds take the best of them.
 
     python benchmarks/compress.py --data-dir DATA --models minilm --tasks trec --seeds 0 1
     python benchmarks/compress.py --report
+    python benchmarks/compress.py --table --models minilm
 
 Rows are appended to results/compress.jsonl as they come; what is there is not measured again. Trained adapters are kept in --work.
 SmolLM2 is measured on fewer dev rows and sizes (SETTINGS): it takes thirty times as long.
@@ -357,6 +358,22 @@ def report(rows: list[dict[str, Any]]) -> None:
                     print(f"  {task:9s} {statistics.mean(whole):.1f}   {'   '.join(told)}")
 
 
+def table(rows: list[dict[str, Any]], model: str) -> None:
+    """The table of docs/compress.md: points that each order loses without further training, and how many pairs a row has."""
+    cells = by_cell(rows, model)
+    sizes = [(unit, fraction) for unit, fractions in SETTINGS[model]["sizes"].items() for fraction in fractions]
+    print("| order | " + " | ".join(f"1/{round(1 / fraction)} of the {unit}" for unit, fraction in sizes) + " | pairs |")
+    print("|---" * (len(sizes) + 2) + "|")
+    for order in SETTINGS[model]["orders"]:
+        told, pairs = [], 0
+        for unit, fraction in sizes:
+            cell = (order, unit, round(fraction, 4), "as it is")
+            points = gaps(cells, cell, "accuracy") if cell in cells else {}
+            told.append(f"{statistics.mean(points.values()):.1f}" if points else "")
+            pairs = max(pairs, len(points))
+        print(f"| `{order}` | " + " | ".join(told) + f" | {pairs} |")
+
+
 def plot(rows: list[dict[str, Any]], speeds: list[dict[str, Any]], out: Path) -> None:
     """The frontier: points lost against parameters and against modules (MiniLM), and against decoding speed (SmolLM2)."""
     import matplotlib
@@ -417,8 +434,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--skip-trained", action="store_true", help="without the LoRA that is trained small")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/compress.md for --models, run nothing")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    if options.table:
+        for name in options.models:
+            table(read(options.results), name)
+        return
     if not options.report:
         if options.data_dir is None:
             parser.error("--data-dir is needed: the folder with a folder for each task")
