@@ -218,9 +218,8 @@ class Search:
     dtype: torch.dtype = torch.float32  # of the adapter's file, in which the smaller one is written too
     candidates: list[Candidate] = field(default_factory=list)
     candidate_rows: list[Tensor] = field(default_factory=list)  # what was measured of each
-    weights: tuple[Candidate, dict[str, Tensor]] | None = (
-        None  # of the last candidate that was good enough, or of the size asked for
-    )
+    # Of the last candidate that was good enough, or of the size asked for: mostly the one that is taken.
+    weights: tuple[Candidate, dict[str, Tensor]] | None = None
     shared_order: str = ""  # of adapters that share one: what tells it from others, for what was measured along it
 
     def activate(self) -> None:
