@@ -86,6 +86,7 @@ def test_recovery_is_shown(compress: Compress, saved: Path) -> None:
         (["--modules", "3", "--tolerance", "0.1"], "--modules was given with --tolerance, which looks for a size: leave one of"),
         (["--speed", "2", "--least", "time"], "--speed was given with --least, which looks for a size: leave one of the two out"),
         (["--parameters", "many"], "--parameters is 'many': expected a number such as 500000, 500k or 1.5M"),
+        (["--recover-split", "train"], "--recover-split was given without --recover, the rows to train on"),
         (["--steps", "3"], "--steps was given without --recover, the rows to train on: add them or leave it out"),
         (["--order", "best"], "order 'best' is not known; expected one of"),
         (["--tolerance", "0.001"], "rows to measure on, and a tolerance of 0.001 cannot be shown with fewer than"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -520,6 +521,21 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(GatewiseError, match="have numbers that are none"):
         compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="loss", score_rows=16)
+
+
+def test_a_dataset_of_the_hub_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, rows = saved(tmp_path)
+    train = [json.loads(line) for line in write_rows(tmp_path / "train.jsonl", 40, seed=9).read_text().splitlines()]
+    asked = []
+
+    def load_dataset(path: str, name: str | None = None, *, split: str | None = None) -> datasets.Dataset:
+        asked.append((path, split))
+        return datasets.Dataset.from_list(train)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    recovery = Recovery("owner/name", steps=1, split="train")
+    compress(adapter, str(rows), tmp_path / "small", Goal(modules=3), recovery=recovery, measure="loss", score_rows=8)
+    assert set(asked) == {("owner/name", "train")}
 
 
 def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def compress(
     recover: Annotated[
         str | None, typer.Option(help="Rows to train on where ranks that went are missed.", show_default=False)
     ] = None,
+    recover_split: Annotated[str | None, typer.Option(help="The split of --recover, if that is a Hugging Face dataset.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of that training. [default: 60]", min=1)] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of that training. [default: a quarter of the run's, or 1e-4]")
@@ -92,8 +93,9 @@ def compress(
                 if value is not None:
                     raise GatewiseError(f"{name} was given with {other}, which looks for a size: leave one of the two out")
     if recover is None:
-        for name, value in {"--steps": steps, "--learning-rate": learning_rate}.items():
-            if value is not None:
+        of_recovery = {"--recover-split": recover_split, "--steps": steps, "--learning-rate": learning_rate}
+        for name, setting in of_recovery.items():
+            if setting is not None:
                 raise GatewiseError(f"{name} was given without --recover, the rows to train on: add them or leave it out")
     if not shared and (len(adapters) > 1 or len(data) > 1):
         raise GatewiseError(f"{len(adapters)} adapters and {len(data)} data were given: give one of each, or add --shared")
@@ -105,7 +107,7 @@ def compress(
         speed=speed,
         rank_cap=rank_cap,
     )
-    recovery = None if recover is None else Recovery(recover, 60 if steps is None else steps, learning_rate)
+    recovery = None if recover is None else Recovery(recover, 60 if steps is None else steps, learning_rate, split=recover_split)
     chosen = {} if order is None else {"order": order}
     if shared:
         if recover is not None:

@@ -31,12 +31,14 @@ class Recovery:
         steps: optimiser steps, with a learning rate that falls to zero.
         learning_rate: None for a quarter of that of the run that made the adapter, or 1e-4 where it does not say.
         batch_size: None for the run's, or 16.
+        split: of ``data`` where that is a Hugging Face dataset, such as "train".
     """
 
     data: str
     steps: int = 60
     learning_rate: float | None = None
     batch_size: int | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:

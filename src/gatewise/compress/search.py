@@ -82,7 +82,7 @@ def rows_for(
         scored, held_out = split(records, min(score_rows, max(1, len(records) // 4)), seed, shown)
     else:
         held_out = records
-        train = load_like(recovery.data, records.labels)
+        train = load_like(recovery.data, records.labels, split=recovery.split)
         if train.kind != records.kind:
             raise GatewiseError(f"{recovery.data} has {train.kind} rows, but {records.source} has {records.kind} rows")
         measuring = set(shown_of(records, template))
