@@ -369,7 +369,7 @@ def table(rows: list[dict[str, Any]], model: str) -> None:
         for unit, fraction in sizes:
             cell = (order, unit, round(fraction, 4), "as it is")
             points = gaps(cells, cell, "accuracy") if cell in cells else {}
-            told.append(f"{statistics.mean(points.values()):.1f}" if points else "")
+            told.append(f"{round(statistics.mean(points.values()), 1) + 0.0:.1f}" if points else "")
             pairs = max(pairs, len(points))
         print(f"| `{order}` | " + " | ".join(told) + f" | {pairs} |")
 
