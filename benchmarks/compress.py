@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from benchmark_data import TEMPLATES, load_task, teacher_forced
 from campaign import append, claimed, read
+from unpadded import ATTENTION, OneRow
 
 RESULTS = Path(__file__).parent / "results" / "compress.jsonl"
 ORDERS = ("path_moments", "singular", "activation", "path_integral", "taylor", "random", "last")
@@ -96,7 +97,7 @@ class Case:
             self.settings["model"], task=kind, num_labels=len(self.labels or []) if kind == "classification" else None, dtype=dtype
         )
         # On a processor the backward pass of PyTorch's fused attention is slow for short texts: a fifth of a step.
-        base.set_attn_implementation("eager")
+        base.set_attn_implementation("eager" if kind == "classification" else ATTENTION)
         config = LoraConfig(
             r=rank, lora_alpha=ALPHA * rank // RANK or 2, target_modules="all-linear",
             task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM",
@@ -106,10 +107,10 @@ class Case:
     def train(self, model: Any, steps: int, learning_rate: float) -> None:
         from gatewise.compress.recovery import Recovery, recover
 
+        recovery = Recovery("", steps, learning_rate, BATCH.get(self.task, 16))
+        collate = None if self.template is None else OneRow(self.tokenizer)
         with self.quicker():
-            recover(
-                model, self.tokenizer, self.features, Recovery("", steps, learning_rate, BATCH.get(self.task, 16)), {}, self.seed
-            )
+            recover(model, self.tokenizer, self.features, recovery, {}, self.seed, collate)
 
     def quicker(self) -> torch.autocast:
         """Products in bfloat16 where the processor has instructions for it. Ranks are always valued without."""
