@@ -555,7 +555,7 @@ def test_another_prompt_does_not_go_on_with_what_was_measured(tmp_path: Path, mo
         patch.setattr(search, "refit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             compress(adapter, str(rows), tmp_path / "small", goal, **settings)
-    with pytest.raises(GatewiseError, match="with other settings, data or adapter"):
+    with pytest.raises(GatewiseError, match="with other settings, data, adapter or base model"):
         compress(adapter, str(rows), tmp_path / "small", goal, options=DataOptions(prompt="Say {text}:"), **settings)
     compress(adapter, str(rows), tmp_path / "small", goal, **settings)
 
@@ -617,7 +617,7 @@ def test_another_order_of_labels_does_not_go_on_with_what_was_measured(tmp_path:
     given = (adapter, str(write_rows(tmp_path / "rows.jsonl", 80, seed=3)), tmp_path / "small", Goal(parameters=180))
     one, other = (DataOptions(labels=labels) for labels in ("bad,good", "good,bad"))
     interrupted(monkeypatch, *given, options=one, score_rows=16)
-    with pytest.raises(GatewiseError, match="with other settings, data or adapter"):
+    with pytest.raises(GatewiseError, match="with other settings, data, adapter or base model"):
         compress(*given, options=other, score_rows=16)
     compress(*given, options=one, score_rows=16)
 
@@ -637,7 +637,7 @@ def test_another_model_in_the_same_folder_does_not_go_on(changed: str, tmp_path:
     else:
         path = (adapter if changed == "adapter's tokenizer" else tmp_path / "base") / "tokenizer.json"
         path.write_text(path.read_text() + " ")
-    with pytest.raises(GatewiseError, match="with other settings, data or adapter"):
+    with pytest.raises(GatewiseError, match="with other settings, data, adapter or base model"):
         compress(*given, **settings)
 
 

@@ -174,16 +174,15 @@ def _own(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def _freed(model: PeftModel, name: str) -> Iterator[None]:
-    """While open, what belongs to the adapter can be trained, and nothing else."""
-    trained = {value: value.requires_grad for value in model.parameters()}
-    own = set(_own(model, name).values())
+    """While open, what belongs to the adapter can be trained; ``left_as_it_was`` has frozen all parameters."""
+    own = _own(model, name).values()
     try:
-        for value in trained:
-            value.requires_grad_(value in own)
+        for value in own:
+            value.requires_grad_(True)
         yield
     finally:
-        for value, before in trained.items():
-            value.requires_grad_(before)
+        for value in own:
+            value.requires_grad_(False)
 
 
 def _copied(model: PeftModel, name: str) -> dict[str, Tensor]:

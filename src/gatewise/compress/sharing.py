@@ -267,9 +267,11 @@ def _searches(
 
 def _check_one_base(folders: Sequence[Path], first: Loaded) -> None:
     """Refuses adapters whose files have base weights of their own, which the others would then be measured on too."""
-    own = [
-        {name: tensors[name] for name in base_weights_in(one)} for one in folders for tensors in [read_tensors(weights_of(one))[0]]
-    ]
+    own = []
+    for one in folders:
+        names = base_weights_in(one)
+        tensors = read_tensors(weights_of(one))[0] if names else {}
+        own.append({name: tensors[name] for name in names})
     if all(one.keys() == own[0].keys() and all(torch.equal(one[name], own[0][name]) for name in one) for one in own):
         return  # none, or all the same, as with one vocabulary that was resized
     model, base = first.model, base_of(first.model)

@@ -133,8 +133,8 @@ class Work:
             ) from error
         if other:
             raise GatewiseError(
-                f"{folder} is what an interrupted compression with other settings, data or adapter left: give the same command "
-                "again to go on with it, or remove the folder"
+                f"{folder} is what an interrupted compression with other settings, data, adapter or base model left: give the same "
+                "command again to go on with it, or remove the folder"
             )
         self._state = found
 
