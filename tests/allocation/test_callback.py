@@ -421,6 +421,80 @@ def test_cubic_budget_is_met_when_training_ends_early(run, caplog):
     assert "before the budget was down to its target of 28 ranks" in caplog.text
 
 
+def coming_down(examples, folder):
+    """42 ranks to 28 in rounds at steps 2 and 4 of 5: the callback, and what else a Trainer takes."""
+    data = examples()
+    allocation = RankAllocation(
+        "taylor", rounds=2, first_round=2, recover=2, schedule="cubic", target_rank=2, budget="ranks",
+        validation_batch={key: torch.stack([row[key] for row in data[:6]]) for key in data[0]},
+    )  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=5, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    return allocation, arguments, data
+
+
+def test_cubic_starts_from_an_adapter_with_dead_slots(adapted, examples, tmp_path):
+    """A checkpoint of an allocation, or an adapter exported padded: it needs no room but what it has."""
+    model = adapted(trained=True)
+    slots.widen(model, 5)
+    allocation, arguments, data = coming_down(examples, tmp_path)
+    Trainer(model=model, args=arguments, train_dataset=data, callbacks=[allocation]).train()
+    assert (allocation.budget, allocation.target) == (42, 28)
+    assert sum(slots.ranks(model).values()) == 28
+
+
+def test_what_module_pruning_leaves_above_the_target_is_said(run, caplog):
+    """Every module is worth something and keeps a rank: 14 of them, where 7 were wanted. Training did not end too early."""
+
+    def worthy(model, batch, adapter):
+        return {path: [0.5] * len(slots.live_slots(layer, adapter)) for path, layer in slots.lora_layers(model, adapter).items()}
+
+    settings = {"schedule": "cubic", "target_rank": 0.5, "budget": "ranks", "score": worthy, "module_pruning": True}
+    with caplog.at_level(logging.WARNING, logger="gatewise"):
+        model, allocation, _ = run(allocation=settings)
+    assert sum(slots.ranks(model).values()) == 14
+    assert len(allocation.history) == 3
+    assert "the adapter has 14 ranks, where the target was 7: not all rounds ran, or modules that module_pruning" in caplog.text
+    assert "training ended" not in caplog.text
+
+
+def test_finishing_an_interrupted_training_says_what_is_left(adapted, examples, tmp_path, caplog):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    model = adapted(trained=True)
+    allocation, arguments, data = coming_down(examples, tmp_path)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[allocation, Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with caplog.at_level(logging.WARNING, logger="gatewise"):
+        allocation.finish(model)
+    assert "the adapter has 30 ranks, where the target was 28: not all rounds ran" in caplog.text
+    assert "module_pruning" not in caplog.text
+
+
+@pytest.mark.parametrize("allocation", [{"prune_fraction": 1 / 4}, {"schedule": "cubic", "target_rank": 1}])
+def test_what_is_stored_with_trained_biases_stays_within_the_budget(run, tmp_path, allocation):
+    """Modules whose biases are trained stay in the adapter, and are written with a rank: none may lose its last one."""
+
+    def last_layer(model, batch, adapter):
+        found = {}
+        for path, layer in slots.lora_layers(model, adapter).items():
+            found[path] = [10.0 if "layer.1" in path else 0.1] * len(slots.live_slots(layer, adapter))
+        return found
+
+    model, done, _ = run("bert", peft={"bias": "lora_only"}, allocation={"score": last_layer, **allocation})
+    model.save_pretrained(str(tmp_path / "saved"), save_embedding_layers=False)
+    tensors = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    stored = sum(tensor.numel() for name, tensor in tensors.items() if ".lora_" in name)
+    assert stored <= done.target <= done.budget
+    live = slots.ranks(model)
+    assert stored == sum(live[path] * cost for path, cost in slots.costs(model).items())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "mixtral"])
 def test_a_cubic_budget_of_parameters_ends_just_below_its_target(run, conftest_base, family):
     peft = EXPERTS if family == "mixtral" else {"fan_in_fan_out": family == "gpt2"}
@@ -516,6 +590,16 @@ def test_a_rank_that_does_nothing_scores_zero_where_scores_are_weighed_by_cost(r
             assert abs(got) > 1e-3
             for path, scores in one.scores.items():
                 assert [value - got for value in scores] == pytest.approx(shifted[path], abs=1e-5)
+
+
+def test_a_checkpoint_of_another_schedule_is_refused(run, tmp_path):
+    training = {"save_strategy": "steps", "save_steps": 4}
+    run(training=training, allocation={"schedule": "cubic", "target_rank": 2})
+    checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    with pytest.raises(
+        GatewiseError, match=r"checkpoint's schedule is 'cubic', but schedule is 'constant-budget': resume with schedule='cubic'"
+    ):
+        run(training=training, allocation={"r_max": 3}, resume=checkpoint)
 
 
 def test_a_checkpoint_of_another_budget_is_refused(run, tmp_path):
@@ -614,15 +698,26 @@ def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
         ({"schedule": "cubic", "target_rank": 2, "r_max": 4}, "r_max is 4, but schedule 'cubic' grows no ranks"),
         (
             {"schedule": "cubic", "target_rank": 1, "min_rank": 2},
-            "464 parameters in all, but min_rank, DoRA or a LoRA bias keep 928",
+            "464 parameters in all, but min_rank, DoRA or trained biases keep 928",
         ),
         (
             {"schedule": "cubic", "target_rank": 1, "min_rank": 2, "budget": "ranks"},
-            "14 ranks in all, but min_rank, DoRA or a LoRA bias keep 28",
+            "14 ranks in all, but min_rank, DoRA or trained biases keep 28",
         ),
         ({"target_rank": 2}, "target_rank is 2, but schedule 'constant-budget' keeps the budget"),
         ({"smoothing": 1.0}, "smoothing is 1.0"),
-        ({"grace_rounds": -1}, "grace_rounds is -1"),
+        ({"grace_rounds": -1}, "grace_rounds is -1; expected a whole number of at least 0"),
+        ({"grace_rounds": 1.5}, "grace_rounds is 1.5; expected a whole number"),
+        ({"rounds": "3"}, "rounds is '3'; expected a whole number"),
+        ({"min_rank": True}, "min_rank is True; expected a whole number"),
+        ({"schedule": "cubic", "target_rank": 0}, "target_rank is 0; expected a number above 0"),
+        ({"schedule": "cubic", "target_rank": math.nan}, "target_rank is nan; expected a number above 0"),
+        ({"schedule": "cubic", "target_rank": "2"}, "target_rank is '2'; expected a number above 0"),
+        ({"schedule": "cubic", "target_rank": 2, "grace_rounds": 1}, "grace_rounds is 1, but schedule 'cubic' grows no ranks"),
+        (
+            {"budget": "modules", "schedule": "cubic", "target_modules": 4, "module_pruning": True},
+            "module_pruning was given with budget 'modules', which takes whole modules anyway",
+        ),
         ({"module_pruning": True, "min_rank": 1}, "min_rank is 1, but module_pruning takes all"),
         ({"score": "path_integral", "score_options": {"points": 0}}, "points is 0; expected a whole number"),
         ({"score": "path_integral", "score_options": {"rule": "simpson"}}, "rule 'simpson' is not known"),

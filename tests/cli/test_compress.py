@@ -74,6 +74,14 @@ def test_steps_that_are_faster_say_how_fast(compress: Compress) -> None:
     assert "a step takes" in result.stdout
 
 
+def test_a_speed_that_was_not_reached_is_said(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules are timed one by one before; as a whole the adapter that was written is no faster here."""
+    monkeypatch.setattr("gatewise.compress.writing.seconds_a_step", lambda model: 0.5)
+    result = compress("--speed", "1.02", "--measure", "loss")
+    assert result.exit_code == 0, result.output
+    assert "that is 1.00 times as fast, not 1.02 times: timings vary" in result.stdout
+
+
 def test_recovery_is_shown(compress: Compress, saved: Path) -> None:
     result = compress("--modules", "2", "--recover", saved / "train.jsonl", "--steps", "3", "--learning-rate", "0.01")
     assert result.exit_code == 0, result.output

@@ -160,6 +160,7 @@ def test_the_plot_is_drawn_by_its_name(name: str, begins: bytes, inspect: Inspec
         ("--scores --data DATA --suggest 1M --budget ranks", "a budget of 1,000,000 ranks was asked for"),
         ("--scores --data DATA --plot map.pdf", "cannot plot to map.pdf"),
         ("--scores --data DATA --suggest 99 --out DATA/pattern.json", "rows.jsonl/pattern.json"),
+        ("--scores --data DATA --suggest 99 --out .", ". is a folder, expected a file to write: give another path"),
         ("--scores --data DATA --plot DATA/map.png", "rows.jsonl/map.png"),
         ("--scores --data none.jsonl", "none.jsonl: there is no such file"),
         ("--scores --data DATA --base ./none", "none' is not a folder"),

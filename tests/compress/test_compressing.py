@@ -13,11 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import EXPERTS, random_adapter, tiny_base, word_tokenizer
 from tiny_run import weights, write_adapter, write_base, write_recipe, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config
 from gatewise.adapters.loading import load_adapter, load_with_data
+from gatewise.allocation.callback import RankAllocation
 from gatewise.allocation.slots import lora_layers
 from gatewise.compress import Compressed, Goal, Recovery, compress, search, writing
 from gatewise.compress.quality import qualities, split
@@ -318,6 +319,37 @@ def test_one_of_several_adapters_of_a_model(folder: Path, tmp_path: Path) -> Non
         assert value.requires_grad == before[name][1]
     kept = read_config(out)["target_modules"]
     assert len(kept) == 4
+
+
+@pytest.mark.parametrize("active", [["default", "other"], ["other", "default"]])
+def test_several_adapters_that_are_active_together_are_so_afterwards(active: list[str], tmp_path: Path) -> None:
+    """It is measured alone."""
+    adapter, rows = saved(tmp_path)
+    model, tokenizer, _ = load_adapter(adapter, trainable=True)
+    model.load_adapter(str(adapter), "other")
+    tuner: Any = model.base_model
+    records = load_records(rows)
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "measure": "loss", "adapter": "default", "score_rows": 16}
+    alone = compress(model, records, tmp_path / "alone", Goal(modules=4), **settings)
+    tuner.set_adapter(active)
+    trained = {name: value.requires_grad for name, value in model.named_parameters()}
+    found = compress(model, records, tmp_path / "small", Goal(modules=4), **settings)
+    assert found.whole_quality == alone.whole_quality
+    assert found.deviation["loaded"] < 1e-4
+    assert model.active_adapters == active
+    assert model.active_adapter == "default"
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == trained
+
+
+def test_nothing_is_told_of_an_allocation_that_made_other_ranks(folder: Path, tmp_path: Path) -> None:
+    """A model that ``RankAllocation`` trained in this process writes ``allocation.json`` with each adapter."""
+    model, tokenizer, _ = load_adapter(folder / "adapter", trainable=True)
+    arguments = TrainingArguments(output_dir=str(tmp_path / "run"), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    Trainer(model=model, args=arguments, callbacks=[RankAllocation(rounds=0)])
+    model.save_pretrained(str(tmp_path / "whole"))
+    assert (tmp_path / "whole" / "allocation.json").is_file()
+    compress(model, load_records(folder / "rows.jsonl"), tmp_path / "small", Goal(modules=4), tokenizer=tokenizer, measure="loss")
+    assert not (tmp_path / "small" / "allocation.json").exists()
 
 
 def test_an_adapter_that_does_nothing_is_said_to(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from routed_reference import gates as reference_gates
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter
 from tiny_run import write_adapter, write_base, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -229,6 +229,16 @@ def test_more_than_the_tolerance_writes_nothing(moving: tuple[Path, Path], tmp_p
 def test_settings_out_of_range(moving: tuple[Path, Path], tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(GatewiseError, match=said):
         to_static(moving[0], str(moving[1]), tmp_path / "static", **settings)
+
+
+def test_losses_that_are_no_numbers_are_said(moving: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(moving[0], tmp_path / "damaged"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GatewiseError, match="is not finite: look for numbers that are not in the adapter and its base model"):
+        to_static(adapter, str(moving[1]), tmp_path / "static")
+    assert not (tmp_path / "static").exists()
 
 
 def test_what_cannot_be_made_static(moving: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import random_adapter, tiny_base
 
 from gatewise.allocation.slots import lora_layers
-from gatewise.compress.timing import seconds_a_step, time_costs
+from gatewise.compress.timing import check_timed, seconds_a_step, time_costs
+from gatewise.errors import GatewiseError
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mixtral"])
@@ -33,6 +34,16 @@ def test_a_module_that_takes_long_costs_what_it_takes(family: str) -> None:
     with_adapter = seconds_a_step(model, repeats=3)
     with model.disable_adapter():
         assert with_adapter - seconds_a_step(model, repeats=3) > 0.008
+
+
+def test_models_of_which_no_step_is_known_are_refused() -> None:
+    for family in ("llama", "gpt2", "bert"):
+        check_timed(get_peft_model(tiny_base(family), LoraConfig(r=2, target_modules="all-linear")))
+    for family in ("t5", "vit", "wav2vec2"):
+        with pytest.raises(
+            GatewiseError, match=r"time is measured on a step of a model that writes or classifies texts, .*: ask for"
+        ):
+            check_timed(get_peft_model(tiny_base(family), LoraConfig(r=2, target_modules=["q", "query", "q_proj"])))
 
 
 def test_a_model_is_left_in_its_mode_and_random_state() -> None:

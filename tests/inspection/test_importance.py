@@ -245,6 +245,18 @@ def test_each_expert_is_scored_and_none_is_suggested_a_rank(adapted, batch) -> N
         suggest(found, 4)
 
 
+def test_a_parameter_that_is_not_stacked_is_refused_too(adapted, batch) -> None:
+    """PEFT would take its path for that of a module, find none and say nothing."""
+    both = adapted(target_modules=["v_proj"], target_parameters=["q_proj.weight"])
+    found = importance_of(both, batch())
+    assert {one.path.rpartition(".self_attn.")[2]: one.of_parameter for one in found.modules} == {
+        "q_proj.weight": True,
+        "v_proj": False,
+    }
+    with pytest.raises(GatewiseError, match=r"adapts the parameter model\.layers\.0\.self_attn\.q_proj\.weight .* are for modules"):
+        suggest(found, 300)
+
+
 def test_modules_that_no_score_reads_are_named_or_refused(adapted, batch) -> None:
     both = adapted("wav2vec2", r=4, target_modules=["pos_conv_embed.conv", "q_proj"])
     found = importance_of(both, batch("wav2vec2"))

@@ -150,6 +150,12 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
         ("allocation: {init_r: 12}", (), "allocation.init_r is for schedule cubic, but the schedule is constant-budget"),
         ("allocation: {schedule: cubic, init_r: 8}", (), "allocation.init_r is 8, expected more than peft.r (8)"),
         ("allocation: {schedule: cubic, r_max: 16}", (), "allocation.r_max is for schedule constant-budget"),
+        ("allocation: {schedule: cubic, grace_rounds: 1}", (), "allocation.grace_rounds is for ranks that grow"),
+        (
+            "allocation: {schedule: cubic, budget: modules, target_modules: 9, module_pruning: true}",
+            (),
+            "allocation.module_pruning is for budgets that take single ranks",
+        ),
         ("allocation: {target_modules: 9}", (), "allocation.target_modules is for budget modules, but the budget is parameters"),
         (
             "allocation: {budget: modules, target_modules: 9}",

@@ -110,8 +110,7 @@ def run_round(
     began = time.perf_counter()
     layers = slots.lora_layers(model, adapter)
     live = {path: slots.live_slots(layer, adapter) for path, layer in layers.items()}
-    # With a magnitude (DoRA) or a bias a module keeps a rank: it changes its base module even without.
-    keeps_one = any(slots.carries_more_than_ranks(layer, adapter) for layer in layers.values())
+    keeps_one = slots.keep_a_rank(model, adapter)
     # Opened once: each opening may convert a half-precision model to float32, and back.
     with scoring(model, _float32(rules)):
         parts = parts_of(model, batch)

@@ -32,7 +32,7 @@ from gatewise.allocation.growth import DeadSlots, Place, YoungSlots
 from gatewise.allocation.refusals import refuse_what_cannot_work
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import Batches, Scores, as_batches, in_steps_of
-from gatewise.checks import is_whole
+from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
@@ -90,7 +90,8 @@ class RankAllocation(TrainerCallback, ExportableState):
     Attributes:
         history: the rounds so far.
         unit: what ``budget`` and ``target`` count: "parameters", "ranks" or "modules".
-        budget: how many of them the adapter starts with, which is never exceeded.
+        budget: how many of them the adapter starts with, which is never exceeded. Of stacked experts all are written at the rank of
+            the one that has most, with zeros after their live ranks, which do not count.
         target: the most of them at the end: ``budget``, or with "cubic" what ``target_rank`` or ``target_modules`` makes of it.
     """
 
@@ -120,16 +121,19 @@ class RankAllocation(TrainerCallback, ExportableState):
             check_score(score, score_options)
         if not 0 < prune_fraction < 1:
             raise GatewiseError(f"prune_fraction is {prune_fraction}; expected a share between 0 and 1, such as 1/8")
-        if rounds < 0 or min_rank < 0:
-            raise GatewiseError(f"rounds is {rounds} and min_rank {min_rank}; expected numbers of at least 0")
+        for name, number in (("rounds", rounds), ("min_rank", min_rank), ("grace_rounds", grace_rounds)):
+            if not is_whole(number) or number < 0:
+                raise GatewiseError(f"{name} is {number!r}; expected a whole number of at least 0")
         if first_round <= 0 or recover <= 0:
             raise GatewiseError(f"first_round is {first_round} and recover {recover}; expected epochs or steps above 0")
         _check_schedule(schedule, r_max)
         _check_budget(budget, schedule, target_rank, target_modules, min_rank)
         if not 0 <= smoothing < 1:
             raise GatewiseError(f"smoothing is {smoothing}; expected a number from 0 (none) to below 1, such as 0.5")
-        if grace_rounds < 0:
-            raise GatewiseError(f"grace_rounds is {grace_rounds}; expected a number of rounds, at least 0")
+        if grace_rounds and schedule == "cubic":
+            raise GatewiseError(f"grace_rounds is {grace_rounds}, but schedule 'cubic' grows no ranks: leave it out")
+        if module_pruning and budget == "modules":
+            raise GatewiseError("module_pruning was given with budget 'modules', which takes whole modules anyway: leave it out")
         if module_pruning and min_rank:
             raise GatewiseError(f"min_rank is {min_rank}, but module_pruning takes all ranks of a module: leave one of them out")
         self.score_name = score if isinstance(score, str) else getattr(score, "__name__", "custom")
@@ -200,7 +204,8 @@ class RankAllocation(TrainerCallback, ExportableState):
         self.budget = self.target = self._counted(start)
         self._set_target(model, start)
         # A budget that only comes down needs no room to grow.
-        room = self.r_max if self.schedule == "constant-budget" else start
+        as_it_is = slots.capacities(slots.lora_layers(model, self._adapter), self._adapter)
+        room = self.r_max if self.schedule == "constant-budget" else as_it_is
         self._capacity = slots.widen(model, room, self._adapter)
         self._write_beside(model)
         load_all_active_adapters()
@@ -266,7 +271,8 @@ class RankAllocation(TrainerCallback, ExportableState):
             # The weights are those of the best checkpoint again: rounds after it have not happened to them.
             best = int(state.best_model_checkpoint.rsplit("-", 1)[-1])
             self.history = [one for one in self.history if one.step <= best]
-        if self.schedule == "cubic" and self._counted(slots.ranks(kwargs["model"], self._adapter)) > self.target:
+        missed = len(self.history) < len(self._steps) or not self._steps
+        if missed and self._above_target(kwargs["model"]):
             logger.warning(
                 "training ended (or its best checkpoint lies) before the budget was down to its target of %d %s: the rest is "
                 "pruned now, and nothing recovers from it; run the rounds earlier", self.target, self.unit,
@@ -281,15 +287,28 @@ class RankAllocation(TrainerCallback, ExportableState):
     def finish(self, model: PeftModel) -> dict[str, int]:
         """Compacts the adapter to its true ranks, once. Call it yourself if training was interrupted.
 
+        A cubic budget does not come down to its target here; a warning says what is left.
+
         Returns:
             Path -> rank of the modules that are left.
         """
         if not self._compacted:
+            if above := self._above_target(model):
+                why = ", or modules that module_pruning does not take out as a whole each keep a rank"
+                logger.warning(
+                    "the adapter has %d %s, where the target was %d: not all rounds ran%s",
+                    above, self.unit, self.target, why if self.rules.module_pruning else "",
+                )  # fmt: skip
             slots.compact(model, self._adapter)
             self._compacted = True
             if self._zero is not None:
                 self._zero.adopt(model)
         return slots.ranks(model, self._adapter)
+
+    def _above_target(self, model: PeftModel) -> int:
+        """What lives, if that is more than a cubic budget is to end with, else 0."""
+        live = self._counted(slots.ranks(model, self._adapter)) if self.schedule == "cubic" else 0
+        return live if live > self.target else 0
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``allocation.json`` into a folder and returns its path."""
@@ -318,7 +337,7 @@ class RankAllocation(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a Trainer checkpoint keeps of this callback."""
         history = [asdict(one) for one in self.history]
-        kept = {"adapter": self._adapter, "budget": self.budget, "unit": self.unit, "history": history}
+        kept = {"adapter": self._adapter, "budget": self.budget, "unit": self.unit, "schedule": self.schedule, "history": history}
         return {"args": {}, "attributes": kept}
 
     def _restore(self, state: TrainerState) -> None:
@@ -336,6 +355,12 @@ class RankAllocation(TrainerCallback, ExportableState):
                     raise GatewiseError(
                         f"the checkpoint's budget counts {unit}, but budget is {self.unit!r}: resume with budget={unit!r} "
                         f"(allocation.budget: {unit} in a recipe)"
+                    )
+                schedule = entry.get("schedule", self.schedule)  # which they did not say at first
+                if schedule != self.schedule:
+                    raise GatewiseError(
+                        f"the checkpoint's schedule is {schedule!r}, but schedule is {self.schedule!r}: resume with "
+                        f"schedule={schedule!r} (allocation.schedule: {schedule} in a recipe)"
                     )
                 self.budget = entry["budget"]
                 self.history = [Round(**one) for one in entry["history"]]
@@ -454,13 +479,11 @@ class RankAllocation(TrainerCallback, ExportableState):
                 f"{told} the adapter starts with {self.budget}: schedule 'cubic' comes down, so start with a larger r or give a "
                 "smaller target_rank"
             )
-        layers = slots.lora_layers(model, self._adapter)
-        keeps_one = any(slots.carries_more_than_ranks(layer, self._name) for layer in layers.values())
-        floor = max(self.rules.min_rank, int(keeps_one))
+        floor = max(self.rules.min_rank, int(slots.keep_a_rank(model, self._name)))
         least = self._counted({path: min(rank, floor) for path, rank in start.items()})
         if self.target < least:
             raise GatewiseError(
-                f"{told} min_rank, DoRA or a LoRA bias keep {least}: give a larger target_rank or a smaller min_rank"
+                f"{told} min_rank, DoRA or trained biases keep {least}: give a larger target_rank or a smaller min_rank"
             )
         # The last rank of the model stays, whichever it is.
         largest = max(self._counted({path: 1}) for path, rank in start.items() if rank)
@@ -558,6 +581,8 @@ def _check_budget(unit: str, schedule: str, target_rank: float | None, target_mo
         raise GatewiseError(f"budget {unit!r} is not known; expected one of {', '.join(UNITS)}")
     if schedule != "cubic" and target_rank is not None:
         raise GatewiseError(f"target_rank is {target_rank}, but schedule {schedule!r} keeps the budget: give schedule='cubic'")
+    if target_rank is not None and (not is_number(target_rank) or not 0 < target_rank < math.inf):
+        raise GatewiseError(f"target_rank is {target_rank!r}; expected a number above 0, the mean rank of a module at the end")
     if unit != "modules":
         if target_modules is not None:
             raise GatewiseError(f"target_modules is {target_modules}, but budget {unit!r} counts {unit}: give budget='modules'")

@@ -169,6 +169,14 @@ def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
     return adapter in layer.lora_variant or (adapter in layer.lora_B and layer.lora_B[adapter].bias is not None)
 
 
+def keep_a_rank(model: nn.Module, adapter: str | None = None) -> bool:
+    """Whether no module of an adapter may lose its last rank in rounds: those with a magnitude or a trained bias stay in it without
+    ranks, and are written with a rank of zeros, which no budget would count."""
+    name = active_adapter(model, adapter)
+    layers = (layer for layer in _holders(model, name).values() if not isinstance(layer, ParamWrapper))
+    return any(_stays_without_ranks(cast(PeftModel, model), layer, name) for layer in layers)
+
+
 def stay_without_ranks(model: PeftModel, adapter: str | None = None) -> list[str]:
     """Paths of what stays in an adapter when it has no live rank: see ``compact``."""
     name = active_adapter(model, adapter)

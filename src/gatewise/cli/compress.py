@@ -177,6 +177,11 @@ def _lines(result: "Compressed") -> list[str]:
     if result.seconds is not None:
         whole, smaller, none = (1000 * one for one in result.seconds)
         lines.append(f"a step takes {smaller:.1f} ms, with the whole adapter {whole:.1f} ms, without one {none:.1f} ms")
+        if result.goal.speed is not None and whole / smaller < result.goal.speed:
+            lines.append(
+                f"that is {whole / smaller:.2f} times as fast, not {result.goal.speed:g} times: timings vary, and modules were "
+                "timed one by one; ask for a little more, or for --modules"
+            )
     checks = [f"{name} {value:.1g}" for name, value in result.deviation.items()]
     lines.append(f"as measured: logits differ by {', '.join(checks)}")
     lines.append(f"written: {result.out}, with what engines need to know in serving.json")

@@ -168,13 +168,15 @@ def _show_scores(
 ) -> None:
     from gatewise import inspection
     from gatewise.adapters.files import peft_type
-    from gatewise.files import write_json
+    from gatewise.files import check_new_file, write_json
     from gatewise.inspection.importance import score_adapter
     from gatewise.inspection.suggestion import check_budget, lora_settings, suggested_ranks
 
     # Scoring takes a while: what can be refused before it is.
     if plot:
         inspection.check_suffix(plot)
+    if out:
+        check_new_file(out)
     if budget is not None:
         check_budget(budget, unit)
     kind = peft_type(adapter)

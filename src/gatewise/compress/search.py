@@ -33,7 +33,7 @@ from gatewise.compress.quality import (
     split,
 )
 from gatewise.compress.recovery import Recovery, recover, refit
-from gatewise.compress.timing import seconds_a_step, time_costs
+from gatewise.compress.timing import check_timed, seconds_a_step, time_costs
 from gatewise.compress.work import Work
 from gatewise.errors import GatewiseError
 from gatewise.losses import mean_loss
@@ -147,9 +147,11 @@ def left_as_it_was(model: PeftModel, name: str) -> Iterator[None]:
 
     Puts back the adapter's weights, what was active and trained, and training modes.
     """
-    active, trained = model.active_adapter, {key: value.requires_grad for key, value in model.named_parameters()}
+    tuner: Any = model.base_model
+    main, active = model.active_adapter, list(model.active_adapters)  # PEFT's model knows one, its layers may have several
+    trained = {key: value.requires_grad for key, value in model.named_parameters()}
     modes = [(module, module.training) for module in model.modules()]
-    if active != name:
+    if active != [name]:
         model.set_adapter(name)
     before = _copied(model, name)
     model.requires_grad_(False)
@@ -158,8 +160,9 @@ def left_as_it_was(model: PeftModel, name: str) -> Iterator[None]:
         yield
     finally:
         _put(model, name, before)
-        if active != name:
-            model.set_adapter(active)
+        if active != [name]:
+            model.set_adapter(main)
+            tuner.set_adapter(active)
         for key, value in model.named_parameters():
             value.requires_grad_(trained[key])
         for module, mode in modes:
@@ -223,7 +226,7 @@ class Search:
 
     def activate(self) -> None:
         """Makes the adapter the active one, of a model that may have several."""
-        if self.loaded.model.active_adapter != self.name:
+        if self.loaded.model.active_adapters != [self.name]:
             self.loaded.model.set_adapter(self.name)
             self.loaded.model.eval()
 
@@ -232,6 +235,8 @@ class Search:
         self.activate()
         model, name = self.loaded.model, self.name
         _refuse(model, name)
+        if self.goal.unit == "time":
+            check_timed(model)
         self.layers, self.each = lora_layers(model, name), slots.costs(model, name)
         to_singular_basis(model, name)
         self.whole = _copied(model, name)

@@ -12,6 +12,7 @@
 """
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -276,6 +277,10 @@ class _Work:
                         loss = -float(self._qualities(plain, self.choosing, "loss").mean())
                 parameters = sum(one.a.numel() + one.b.numel() for one in kept)
                 candidates.append((StaticCandidate(least, scaled, len(kept), parameters, loss), gates))
+        if not all(math.isfinite(one.loss) for one, _ in candidates):
+            raise GatewiseError(
+                f"the loss on {self.choosing.source} is not finite: look for numbers that are not in the adapter and its base model"
+            )
         lowest = min(one.loss for one, _ in candidates)
         good = [pair for pair in candidates if pair[0].loss <= lowest + SLACK]
         chosen, gates = min(good, key=lambda pair: (pair[0].modules, pair[0].loss))

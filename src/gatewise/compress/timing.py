@@ -15,13 +15,24 @@ from torch import Tensor, nn
 from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.slots import Expert, lora_layers
 from gatewise.compress.order import Cost, stays_whole
+from gatewise.errors import GatewiseError
 from gatewise.internals.library_attributes import adapters_off
-from gatewise.losses import loss_kind
+from gatewise.losses import base_of, loss_kind
 from gatewise.tasks.metrics import measuring
 
 _TEXT = 32  # tokens that are read before the step, or all that a classifier reads
 _REPEATS = 15
 _LEAST = 1e-9  # seconds: what is no slower with its adapter still counts as a module
+
+
+def check_timed(model: nn.Module) -> None:
+    """Raises GatewiseError for a model of which no step is known that could be timed."""
+    base = base_of(model)
+    if loss_kind(model) == "seq2seq" or base.main_input_name != "input_ids":
+        raise GatewiseError(
+            f"time is measured on a step of a model that writes or classifies texts, without an encoder beside it, and this is "
+            f"{type(base).__name__}: ask for modules, which are what costs time, or parameters"
+        )
 
 
 def seconds_a_step(model: nn.Module, repeats: int = _REPEATS) -> float:

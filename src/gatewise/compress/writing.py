@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from gatewise.adapters.export import to_lora
-from gatewise.adapters.files import NOTE_FILE, WEIGHTS_FILE, read_lora, read_tensors
+from gatewise.adapters.files import ALLOCATION_FILE, NOTE_FILE, WEIGHTS_FILE, read_lora, read_tensors
 from gatewise.compress.goal import Candidate, Compressed
 from gatewise.compress.search import Search
 from gatewise.compress.timing import seconds_a_step
@@ -43,7 +43,10 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None, u
     with whole_folder(out) as part:
         with tempfile.TemporaryDirectory() as folder:
             _save(model, name, Path(folder), source)
-            to_lora(Path(folder) / ("" if name == "default" else name), part)
+            saved = Path(folder) / ("" if name == "default" else name)
+            # A model that RankAllocation trained writes it too, but its ranks are not these.
+            (saved / ALLOCATION_FILE).unlink(missing_ok=True)
+            to_lora(saved, part)
         if source is not None:
             _as_in(source, part, search.dtype)
             if (source / "tokenizer_config.json").is_file():

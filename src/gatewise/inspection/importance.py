@@ -18,7 +18,7 @@ from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import from_nothing, losses_without_and_with
-from gatewise.allocation.slots import costs, factors, lora_layers
+from gatewise.allocation.slots import Expert, costs, factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
 from gatewise.losses import Batch, loss_kind
@@ -40,12 +40,14 @@ class ModuleImportance(Site):
         scaling: what B @ A is multiplied by.
         room: the most ranks that make sense here, min(d_in, d_out).
         cost: the numbers of one rank, d_in + d_out.
+        of_parameter: it is a parameter that ``target_parameters`` names, or an expert of one.
     """
 
     scores: tuple[float, ...]
     scaling: float
     room: int
     cost: int
+    of_parameter: bool = False
 
     @property
     def rank(self) -> int:
@@ -264,6 +266,7 @@ def importance_of(
                 scaling=layer.scaling[name],
                 room=min(a[0].numel(), len(b)),
                 cost=cost[path],
+                of_parameter=isinstance(layer, Expert),
             )
         )
     return Importance(

@@ -51,13 +51,18 @@ def suggested_ranks(importance: Importance, budget: int, unit: Unit = "parameter
 
     Raises:
         GatewiseError: a budget below 1 or above the room of the modules with a total above zero, no such module, one that not
-            even one rank fits into, or stacked experts.
+            even one rank fits into, or parameters (``target_parameters``).
     """
     check_budget(budget, unit)
-    if any(module.path.endswith("]") for module in importance.modules):
+    if parameters := [module.path for module in importance.modules if module.of_parameter]:
+        told = (
+            "stacked experts (target_parameters), and PEFT gives all experts of a parameter the same rank, so none can be "
+            "suggested for each"
+            if parameters[0].endswith("]")
+            else f"the parameter {parameters[0]} (target_parameters), and suggestions are for modules"
+        )
         raise GatewiseError(
-            "the adapter adapts stacked experts (target_parameters), and PEFT gives all experts of a parameter the same rank, so "
-            "none can be suggested for each: score an adapter without them, or let RankAllocation move their ranks in training"
+            f"the adapter adapts {told}: score an adapter without them, or let RankAllocation move their ranks in training"
         )
     worthy = [module for module in importance.modules if module.total > 0]
     if not worthy:

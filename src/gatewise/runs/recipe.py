@@ -154,9 +154,10 @@ class AllocationSection(Section):
     """The rounds of ALoRA and PI-LoRA, see ``gatewise.RankAllocation``. Only with method alora or pi-lora.
 
     ``score`` names a file in ``gatewise/allocation/scores``. With pi-lora, ``score`` left out is path_integral and
-    ``module_pruning`` left out is true. With ``schedule: cubic`` every module starts with ``init_r`` ranks (left out: one and a
-    half times ``peft.r``), and the adapter ends with the parameters (or ranks, see ``budget``) that ``peft.r`` everywhere would
-    have. With ``budget: modules`` all start with ``peft.r`` ranks, and ``target_modules`` modules keep them.
+    ``module_pruning`` left out is true, but not with ``budget: modules``. With ``schedule: cubic`` every module starts with
+    ``init_r`` ranks (left out: one and a half times ``peft.r``), and the adapter ends with the parameters (or ranks, see
+    ``budget``) that ``peft.r`` everywhere would have; ``prune_fraction`` is not used. With ``budget: modules`` all start with
+    ``peft.r`` ranks, and ``target_modules`` modules keep them.
     """
 
     score: Score = DEFAULT
@@ -371,8 +372,9 @@ class Recipe(Section):
         if isinstance(tree, dict) and tree.get("method") in PROMPTING and tree.get("peft", 0) is None:
             return {key: value for key, value in tree.items() if key != "peft"}
         if isinstance(tree, dict) and tree.get("method") == "pi-lora" and isinstance(tree.get("allocation", {}), dict | None):
-            own = {"score": "path_integral", "module_pruning": True}
-            return {**tree, "allocation": {**own, **(tree.get("allocation") or {})}}
+            section = tree.get("allocation") or {}
+            own = {"score": "path_integral", "module_pruning": section.get("budget") != "modules"}
+            return {**tree, "allocation": {**own, **section}}
         return tree
 
     @model_validator(mode="after")
@@ -442,6 +444,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if allocation is not None and allocation.schedule == "cubic" and allocation.r_max is not None:
         yield "allocation.r_max", "is for schedule constant-budget: a cubic budget starts with init_r and only comes down"
+    if allocation is not None and allocation.schedule == "cubic" and allocation.grace_rounds:
+        yield "allocation.grace_rounds", "is for ranks that grow, and with schedule cubic none do: remove the key"
     if allocation is not None:
         yield from _contradictions_of_budgets(allocation)
     if allocation is not None and allocation.schedule != "cubic" and allocation.init_r is not None:
@@ -494,6 +498,8 @@ def _contradictions_of_budgets(allocation: AllocationSection) -> Iterator[tuple[
             "allocation.budget",
             f"is modules, which only come down, but the schedule is {allocation.schedule}: set schedule: cubic",
         )
+    if allocation.module_pruning:
+        yield "allocation.module_pruning", "is for budgets that take single ranks: budget modules takes whole modules anyway"
     if allocation.target_modules is None:
         yield "allocation.target_modules", "is needed with budget modules: how many modules keep their ranks"
     if allocation.init_r is not None:
