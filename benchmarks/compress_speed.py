@@ -149,7 +149,7 @@ def alone(options: argparse.Namespace, run: str) -> None:
 
 
 def sixteen(options: argparse.Namespace, run: str) -> None:
-    """Memory and speed of sixteen adapters in one model: whole, each made smaller for itself, and together."""
+    """Memory and speed of sixteen adapters in one model: whole, and made smaller together."""
     whole = [whole_adapter(task, seed, STEPS, RATE, options) for task, seed in SIXTEEN]
     data = [str(options.data_dir / task / "dev.jsonl") for task, _ in SIXTEEN]
     shared = options.work / "shared"
