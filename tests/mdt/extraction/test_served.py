@@ -291,6 +291,21 @@ def test_the_command_goes_on_after_the_server_was_gone(
     assert not (tmp_path / "trees.json.work.jsonl").exists()
 
 
+def test_after_a_fault_nothing_more_is_asked_of_the_server(engine: tuple[Engine, str]) -> None:
+    """Whoever reads the trees may take long over one, and the fault that is next waits for them."""
+    made, url = engine
+    made.answers = [(200, made.completion(body_of(0))), (404, {"error": {"message": "gone"}})]
+    extractor = ServedExtractor.connect(url, "trees", max_new_tokens=MOST, verbatim=True, batch_size=1)
+    trees = extractor.as_they_come([TEXT.replace("0.5", f"{number}") for number in range(4)])
+    next(trees)
+    for thread in threading.enumerate():
+        if "(work)" in thread.name:
+            thread.join(timeout=60)
+    assert len(made.asked) == 2
+    with pytest.raises(GatewiseError, match="404: gone"):
+        list(trees)
+
+
 def test_what_an_interrupt_gave_is_no_document_of_its_folder(
     engine: tuple[Engine, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,7 +329,7 @@ def test_what_an_interrupt_gave_is_no_document_of_its_folder(
 
 
 def body_of(number: int) -> dict[str, Any]:
-    """What is asked for a document of the test above."""
+    """What is asked for a document of the tests above."""
     from gatewise.mdt.extraction.extractor import Asked
     from gatewise.mdt.extraction.prompts import prompt
 

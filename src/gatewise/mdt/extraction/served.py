@@ -282,7 +282,8 @@ class ServedExtractor(Extractor):
                     return
                 try:
                     done.put((number, super(ServedExtractor, self).__call__([one.text], language=one.language)[0]))
-                except BaseException as error:  # raised where it is waited for
+                except BaseException as error:  # raised where it is waited for; until then nobody asks for more
+                    over.set()
                     done.put((-1, error))
 
         # Nobody waits for them when the command is stopped while they wait for the server.
