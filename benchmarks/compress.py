@@ -149,14 +149,45 @@ def trained(case: Case, work: Path) -> Any:
     return model
 
 
+def wanted(settings: Mapping[str, Any], seed: int) -> dict[tuple[str, str, float], list[str]]:
+    """(order, unit, fraction) -> the stages that are measured of it."""
+    fast = [FAST] if seed in settings["fast"] else []
+    found = {("whole", "parameters", 1.0): ["as it is", "recovered", *fast]}
+    for order in settings["orders"]:
+        if seed not in ONLY_SEEDS.get(order, (seed,)):
+            continue
+        for unit, sizes in settings["sizes"].items():
+            for fraction in sizes:
+                if (order in PER_MODULE and unit == "modules") or (order == "even" and RANK * fraction != int(RANK * fraction)):
+                    continue
+                stages = found[order, unit, fraction] = ["as it is"]
+                for stage in ("refitted", "recovered"):
+                    orders, *fractions = settings[stage]
+                    if order in orders and fraction in fractions[unit == "modules"]:
+                        stages.append(stage)
+                if stages[-1] == "recovered" and order == "path_moments":
+                    stages += fast
+    return found
+
+
 def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
-    """Every measurement of a case that is missing."""
+    """Every measurement of a case that is missing; where none is, nothing is trained."""
     from gatewise.allocation.slots import live_slots, lora_layers, prune
     from gatewise.compress.basis import to_singular_basis
     from gatewise.compress.order import Cost, module_costs, moves, parameter_costs, rank_values
     from gatewise.compress.recovery import RATE_OF_RUN, refit
 
-    settings = case.settings
+    def row(order: str, unit: str, fraction: float, stage: str) -> dict[str, Any]:
+        return {"model": case.name, "task": case.task, "seed": case.seed, "order": order, "unit": unit,
+                "fraction": round(fraction, 4), "stage": stage}  # fmt: skip
+
+    missing = {
+        cell: left
+        for cell, stages in wanted(case.settings, case.seed).items()
+        if (left := [stage for stage in stages if not done(row(*cell, stage))])
+    }
+    if not missing:
+        return
     model = trained(case, work)
     layers = lora_layers(model, "default")
     own = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -166,28 +197,14 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
     each = {path: cost.each for path, cost in parameter_costs(model, "default").items()}
     total = {"parameters": sum(each[path] * len(ranks) for path, ranks in live.items()), "modules": len(live)}
 
-    def back() -> None:
+    def back(to: Mapping[str, Any]) -> None:
         with torch.no_grad():
             for name, value in own.items():
-                value.copy_(whole[name])
-
-    def row(order: str, unit: str, fraction: float, stage: str) -> dict[str, Any]:
-        return {"model": case.name, "task": case.task, "seed": case.seed, "order": order, "unit": unit,
-                "fraction": round(fraction, 4), "stage": stage}  # fmt: skip
+                value.copy_(to[name])
 
     def size() -> dict[str, float]:
         left = {path: len(live_slots(layer, "default")) for path, layer in layers.items()}
         return {"parameters": sum(each[path] * n for path, n in left.items()), "modules": sum(map(bool, left.values()))}
-
-    def stages(order: str, unit: str, fraction: float) -> list[str]:
-        found = ["as it is"]
-        for stage in ("refitted", "recovered"):
-            orders, *sizes = settings[stage]
-            if order in orders and fraction in sizes[unit == "modules"]:
-                found.append(stage)
-        if "recovered" in found and order == "path_moments" and case.seed in settings["fast"]:
-            found.append(FAST)
-        return found
 
     def values_of(order: str) -> Mapping[str, Any]:
         if order not in PER_MODULE:
@@ -198,57 +215,38 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
         # The share of a module's squares that is gone when this rank and all below it are.
         return {path: [float(one[one <= own].sum() / one.sum()) for own in one] for path, one in squares.items()}
 
-    def after(rate: float) -> dict[str, float]:
-        case.train(model, RECOVERY, rate * settings["learning_rate"])
-        return case.measured(model)
-
-    if not done(row("whole", "parameters", 1, "as it is")):
-        yield {**row("whole", "parameters", 1, "as it is"), **size(), **case.measured(model)}
-    for stage, rate in (("recovered", RATE_OF_RUN), *([(FAST, 1.0)] if case.seed in settings["fast"] else [])):
-        if not done(row("whole", "parameters", 1, stage)):
-            yield {**row("whole", "parameters", 1, stage), **size(), **after(rate)}
-            back()
-    for order in settings["orders"]:
-        if case.seed not in ONLY_SEEDS.get(order, (case.seed,)):
+    values: dict[str, Mapping[str, Any]] = {}
+    for (order, unit, fraction), stages in missing.items():
+        back(whole)
+        if order != "whole":
+            if order not in values:
+                values = {order: values_of(order)}
+            costs = (module_costs if unit == "modules" else parameter_costs)(model, "default")
+            if order in PER_MODULE:  # by rank, and no module goes
+                costs = {path: Cost(0.0, 1.0, stays=True) for path in costs}
+            left = {path: len(ranks) for path, ranks in live.items()}
+            held = dict(total)
+            for move in moves(values[order], costs):
+                if held[unit] <= fraction * total[unit]:
+                    break
+                prune(layers[move.path], "default", [live[move.path][rank] for rank in move.ranks])
+                left[move.path] -= len(move.ranks)
+                held["parameters"] -= each[move.path] * len(move.ranks)
+                held["modules"] -= not left[move.path]
+        if "as it is" in stages:
+            yield {**row(order, unit, fraction, "as it is"), **size(), **case.measured(model)}
+        if stages == ["as it is"]:
             continue
-        values: Mapping[str, Any] | None = None
-        for unit, sizes in settings["sizes"].items():
-            if order in PER_MODULE and unit == "modules":
-                continue
-            for fraction in sizes:
-                if order == "even" and RANK * fraction != int(RANK * fraction):
-                    continue
-                missing = [stage for stage in stages(order, unit, fraction) if not done(row(order, unit, fraction, stage))]
-                if not missing:
-                    continue
-                back()
-                values = values_of(order) if values is None else values
-                costs = (module_costs if unit == "modules" else parameter_costs)(model, "default")
-                if order in PER_MODULE:  # by rank, and no module goes
-                    costs = {path: Cost(0.0, 1.0, stays=True) for path in costs}
-                left = {path: len(ranks) for path, ranks in live.items()}
-                held = dict(total)
-                for move in moves(values, costs):
-                    if held[unit] <= fraction * total[unit]:
-                        break
-                    prune(layers[move.path], "default", [live[move.path][rank] for rank in move.ranks])
-                    left[move.path] -= len(move.ranks)
-                    held["parameters"] -= each[move.path] * len(move.ranks)
-                    held["modules"] -= not left[move.path]
-                if "as it is" in missing:
-                    yield {**row(order, unit, fraction, "as it is"), **size(), **case.measured(model)}
-                if missing == ["as it is"]:
-                    continue
-                refit(model, case.batch)
-                if "refitted" in missing:
-                    yield {**row(order, unit, fraction, "refitted"), **size(), **case.measured(model)}
-                fitted = {name: value.detach().clone() for name, value in own.items()}
-                for stage, rate in (("recovered", RATE_OF_RUN), (FAST, 1.0)):
-                    if stage in missing:
-                        yield {**row(order, unit, fraction, stage), **size(), **after(rate)}
-                        with torch.no_grad():
-                            for name, value in own.items():
-                                value.copy_(fitted[name])
+        if order != "whole":
+            refit(model, case.batch)
+        if "refitted" in stages:
+            yield {**row(order, unit, fraction, "refitted"), **size(), **case.measured(model)}
+        fitted = {name: value.detach().clone() for name, value in own.items()}
+        for stage, rate in (("recovered", RATE_OF_RUN), (FAST, 1.0)):
+            if stage in stages:
+                back(fitted)
+                case.train(model, RECOVERY, rate * case.settings["learning_rate"])
+                yield {**row(order, unit, fraction, stage), **size(), **case.measured(model)}
 
 
 def small_ones(case: Case, results: Path, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Training without padding: a batch of texts in one row, one after another, and attention that keeps them apart.
 
 Of a batch of sentences in random order, two fifths of the tokens are padding, and each costs what a real one does. Losses and
-gradients are those of the padded batch. Only attention, which is a small part of the work, still pads.
+gradients are those of the padded batch. Attention takes one text at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,25 +37,17 @@ def causal_attention(
 
     Shapes: query (b, h, t, d), key and value (b, k, t, d), result (b, t, h, d).
     """
-    to = None
+    h, k, t = query.shape[1], key.shape[1], query.shape[2]
+    lengths = [t]
     if len(query) == 1 and position_ids is not None:
-        starts = (position_ids[0] == 0).nonzero()[:, 0]
-        text = (position_ids[0] == 0).cumsum(0) - 1
-        longest = int(position_ids.max()) + 1
-        to = text * longest + position_ids[0]  # (tokens,): where each goes in the padded batch
-        # What is at the padding is read by no token of a text, and its gradient is zero.
-        source = (starts[:, None] + torch.arange(longest)).clamp(max=query.shape[2] - 1).flatten()
-        query, key, value = (
-            one[0].transpose(0, 1).flatten(1).index_select(0, source).view(len(starts), longest, *one.shape[1::2]).transpose(1, 2)
-            for one in (query, key, value)
-        )
-    b, h, t, d = query.shape
-    k = key.shape[1]
-    scores = query.reshape(b, k, h // k, t, d) @ key[:, :, None].transpose(-1, -2) * scaling
-    later = torch.ones(t, t, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(later, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
-    found = (weights @ value[:, :, None]).view(b, h, t, d).transpose(1, 2)
-    return (found if to is None else found.flatten(0, 1).index_select(0, to)[None]), None
+        starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], t], strict=True)]
+    grouped = ((query * scaling).view(len(query), k, h // k, t, -1), key[:, :, None], value[:, :, None])
+    made = []
+    for own, keys, values in zip(*(one.split(lengths, 3) for one in grouped), strict=True):
+        later = own.new_full((own.shape[3],) * 2, float("-inf")).triu(1)
+        made.append((own @ keys.transpose(-1, -2) + later).softmax(-1, dtype=torch.float32).to(own.dtype) @ values)
+    return torch.cat(made, 3).flatten(1, 2).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, causal_attention)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, random_adapter, tiny_base, word_tokenizer
 
+from gatewise.allocation import scoring
 from gatewise.allocation.slots import factors, live_mask, lora_layers, prune
 from gatewise.compress.recovery import Recovery, recover, refit
 from gatewise.errors import GatewiseError
@@ -82,16 +83,35 @@ def test_recovery_trains_what_lives_and_leaves_dead_slots_dead() -> None:
     assert not model.training
 
 
-def test_training_without_padding_gives_the_same_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """benchmarks/unpadded.py: texts of several lengths one after another in a row, and attention that keeps them apart."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    unpadded = importlib.import_module("unpadded")
+def of_several_lengths() -> list[dict[str, Any]]:
     torch.manual_seed(2)
     rows: list[dict[str, Any]] = []
     for length in (3, 9, 5, 7, 2, 8, 6, 4):
         ids = torch.randint(2, VOCABULARY, (length,)).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]})
-    tokenizer = word_tokenizer()
+    return rows
+
+
+def test_a_batch_in_parts_of_like_length_gives_the_same_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = of_several_lengths()
+    rows[1]["labels"] = [-100] * 9  # alone in its part, where there are parts
+    trained = []
+    for most, parts in ((10**6, range(8, 9)), (9, range(17, 33))):
+        monkeypatch.setattr(scoring, "step_tokens", lambda _, most=most: most)
+        model, seen = adapted(), []
+        model.get_base_model().register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        recover(model, word_tokenizer(), rows, Recovery("", steps=8, learning_rate=0.02, batch_size=4), {})
+        assert len(seen) in parts
+        trained.append([factor for layer in lora_layers(model, "default").values() for factor in factors(layer, "default")])
+    for one, same in zip(*trained, strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-5)
+
+
+def test_training_without_padding_gives_the_same_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/unpadded.py: texts of several lengths one after another in a row, and attention that keeps them apart."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    unpadded = importlib.import_module("unpadded")
+    rows, tokenizer = of_several_lengths(), word_tokenizer()
     shapes = []
 
     class OneRow(unpadded.OneRow):  # type: ignore[misc, name-defined]

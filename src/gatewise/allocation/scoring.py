@@ -99,10 +99,7 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
         single_rows: a microbatch is one row.
     """
     device, kind = next(model.parameters()).device, loss_kind(model)
-    most = 1 if single_rows else step_tokens(device)
-    parts = [part for one in as_batches(batch) for part in microbatches(as_read(one, model), most, kind)]
-    # Without any label at all the loss says so.
-    parts = [labelled for part in parts if (labelled := _labelled_rows(part, kind))] or parts
+    parts = labelled_parts(model, *(as_read(one, model) for one in as_batches(batch)), single_rows=single_rows)
     n = count()
     while len(parts) % n and (rows := max(map(_rows, parts))) > 1:
         at = [_rows(part) for part in parts].index(rows)
@@ -111,6 +108,14 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
     tokens = partial(padded_tokens, kind=kind)
     together = [parts[i : i + n] if copies == 1 else parts[i : i + 1] for i in range(0, len(parts), n if copies == 1 else 1)]
     return Parts(own, [max(map(tokens, group)) for group in together][: len(own)], copies, device)
+
+
+def labelled_parts(model: nn.Module, *batches: Batch, single_rows: bool = False) -> list[dict[str, Any]]:
+    """The batches cut into microbatches of like length, without rows that have no label; their losses add up to those of all."""
+    kind, most = loss_kind(model), 1 if single_rows else step_tokens(next(model.parameters()).device)
+    parts = [part for one in batches for part in microbatches(one, most, kind)]
+    # Without any label at all the loss says so.
+    return [labelled for part in parts if (labelled := _labelled_rows(part, kind))] or parts
 
 
 def _rows(part: Batch) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scoring import gate_gradients, parts_of, scoring, taken
+from gatewise.allocation.scoring import gate_gradients, labelled_parts, parts_of, scoring, taken
 from gatewise.allocation.slots import by_slot, factors, set_slots
 from gatewise.errors import GatewiseError
 from gatewise.internals.trainer_device import run_on
@@ -129,7 +129,7 @@ def recover(
 
 
 class _Trainer(Trainer):
-    """``transformers.Trainer`` with the loss of ``gatewise.losses``, which runs the LM head at labels only."""
+    """``transformers.Trainer`` with the loss of ``gatewise.losses``: the LM head at labels only, rows of like length together."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
@@ -137,12 +137,13 @@ class _Trainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        made = scored(model, inputs)
-        sums, counts = made.losses()
-        loss = sums.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+        # Of a batch of sentences in random order, a third to a half is padding, and each of it costs what a real token does.
+        made = [scored(model, part).losses() for part in labelled_parts(model, inputs)]
+        loss = torch.cat([sums for sums, _ in made]).sum()
+        loss = loss / (sum(counts.sum() for _, counts in made) if num_items_in_batch is None else num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise GatewiseError(
                 f"the loss is {float(loss.detach())} at recovery step {self.state.global_step + 1}: take a lower learning rate "
                 "(--learning-rate)"
             )
-        return (loss, {"loss": loss, "logits": made.logits}) if return_outputs else loss
+        return (loss, {"loss": loss}) if return_outputs else loss
