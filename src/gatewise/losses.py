@@ -351,13 +351,13 @@ def _width(value: Tensor) -> int:
 def _class_losses(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
     """(b,) losses of a sequence classifier: what Transformers' loss for ``problem_type`` takes the mean of.
 
-    Without one it is regression where the model has one output, one class a row where labels are whole numbers (b,), and several
-    classes a row otherwise.
+    Without one it is regression where the model has one output, and several classes a row otherwise. Whatever it is, labels that
+    are whole numbers (b,) are one class a row of a model with several: that is all they can be.
     """
-    if problem is None:
-        one_class = labels.ndim == 1 and not labels.is_floating_point()
-        problem = "single_label_classification" if one_class else "multi_label_classification"
-        problem = "regression" if logits.shape[-1] == 1 else problem
+    if labels.ndim == 1 and not labels.is_floating_point() and logits.shape[-1] > 1:
+        problem = "single_label_classification"
+    elif problem is None:
+        problem = "regression" if logits.shape[-1] == 1 else "multi_label_classification"
     labels = labels.to(logits.device)
     if problem == "single_label_classification":
         return F.cross_entropy(logits, labels.view(-1), reduction="none")

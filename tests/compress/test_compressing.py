@@ -13,7 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import EXPERTS, random_adapter, tiny_base, word_tokenizer
 from tiny_run import weights, write_adapter, write_base, write_recipe, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config
@@ -408,6 +414,8 @@ def test_rows_that_measure_are_not_trained_on(folder: Path, tmp_path: Path, caps
         ({"modules": 3, "speed": 2}, "modules and speed were both given as targets: give one of them"),
         ({"speed": 0.5}, "speed is 0.5: expected more than 1"),
         ({"parameters": 0}, "parameters is 0: expected at least 1"),
+        ({"speed": float("nan")}, "speed is nan: expected more than 1"),
+        ({"speed": float("inf")}, "speed is inf: expected more than 1"),
         ({"rank_cap": 0}, "the rank cap is 0: expected at least 1"),
     ],
 )
@@ -443,6 +451,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]},
     "more ranks than dimensions": {"r": 20},
     "bias on B": {"lora_bias": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "start that wants even ranks": {"r": 4, "init_lora_weights": "orthogonal"},
 }
 
 
@@ -466,7 +475,7 @@ def test_every_kind_of_lora_is_written_as_it_was_measured(kind: str, tmp_path: P
     kept = weights(tmp_path / "small")
     assert {name for name in kept if "lora_" not in name} <= weights(adapter).keys()
     assert sum(tensor.numel() for name, tensor in kept.items() if ".lora_" in name) == found.chosen.size.parameters
-    if kind != "more ranks than dimensions":  # of which some say nothing
+    if "ranks" not in kind:  # of which some say nothing
         stored = sum(tensor.numel() for name, tensor in weights(adapter).items() if ".lora_" in name)
         assert stored == found.whole_size.parameters
     assert len({name.partition(".lora_")[0] for name in kept if ".lora_" in name}) == found.chosen.size.modules
@@ -511,9 +520,11 @@ def test_convolutions_in_groups_are_counted_though_they_keep_their_ranks(tmp_pat
     assert any("conv" in name for name in kept)
 
 
-def test_half_precision_stays_so(tmp_path: Path) -> None:
-    adapter, rows = saved(tmp_path, half=True)
-    found = compress(adapter, str(rows), tmp_path / "small", Goal(parameters=180), measure="loss", score_rows=16)
+@pytest.mark.parametrize("kind", ["names", "dora"])
+def test_half_precision_stays_so(kind: str, tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path, half=True, **KINDS[kind])
+    goal = Goal(parameters=180 if kind == "names" else 960)
+    found = compress(adapter, str(rows), tmp_path / "small", goal, measure="loss", score_rows=16)
     assert {tensor.dtype for tensor in weights(tmp_path / "small").values()} == {torch.bfloat16}
     assert found.deviation["loaded"] < 1e-6  # it was measured with the numbers that were written
 
@@ -536,7 +547,12 @@ def test_experts_are_counted_as_they_are_stored(tmp_path: Path) -> None:
     [
         ({"bias": "lora_only"}, r"trained biases of the base model too \(bias='lora_only'\)"),
         ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa', for which PEFT changes the base model"),
-        ({"use_dora": True, "r": 1}, "nothing can go: every module has a magnitude or a bias that keeps it, and no rank to spare"),
+        ({"use_dora": True, "r": 1}, "nothing can go: every module has a magnitude, .* which keep it, and no rank to spare"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "was trained with layer_replication, with which PEFT cannot load an adapter"),
+        (
+            {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
+            "was trained with ensure_weight_tying, with which PEFT cannot load",
+        ),
     ],
 )
 def test_what_cannot_be_made_smaller_is_refused_before_the_search(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -544,6 +560,101 @@ def test_what_cannot_be_made_smaller_is_refused_before_the_search(settings: dict
     with pytest.raises(GatewiseError, match=sentence):
         compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="loss", score_rows=16)
     assert not (tmp_path / "small").exists()
+
+
+def test_modules_that_cannot_go_leave_ranks_to_a_cap(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path, use_dora=True)
+    settings: dict[str, Any] = {"measure": "loss", "score_rows": 16}
+    with pytest.raises(GatewiseError, match=r"no module can go as a whole: .* take --least parameters or --rank-cap"):
+        compress(adapter, str(rows), tmp_path / "small", Goal(modules=10), **settings)
+    found = compress(adapter, str(rows), tmp_path / "small", Goal(modules=14, rank_cap=2), **settings)
+    assert (found.chosen.size.modules, found.chosen.size.largest) == (14, 2)
+
+
+def classifier(folder: Path, classes: int, **settings: Any) -> tuple[Path, Path]:
+    """A classifier's adapter from elsewhere, and rows with the labels "good" and "bad"."""
+    base = write_base(folder / "base", "bert")
+    torch.manual_seed(1)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
+    config = LoraConfig(r=3, target_modules=["query", "value"], task_type="SEQ_CLS")
+    random_adapter(get_peft_model(model, config)).save_pretrained(str(folder / "adapter"))
+    written = json.loads((base / "config.json").read_text()) | settings
+    (base / "config.json").write_text(json.dumps(written))
+    return folder / "adapter", write_rows(folder / "rows.jsonl", 80, seed=3)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_classifier_has_as_many_classes_as_there_are_labels(classes: int, tmp_path: Path) -> None:
+    """Else the labels would be taken for other classes than they are."""
+    adapter, rows = classifier(tmp_path, classes)
+    with pytest.raises(GatewiseError, match=f"{classes} class"):
+        compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="loss", score_rows=16)
+
+
+def test_a_classifier_of_several_classes_a_row_is_measured_by_the_one_that_rows_have(tmp_path: Path) -> None:
+    adapter, rows = classifier(tmp_path, 2, problem_type="multi_label_classification")
+    goal, settings = Goal(parameters=100), {"measure": "loss", "score_rows": 16}
+    found = compress(adapter, str(rows), tmp_path / "small", goal, **settings)
+    model, tokenizer, _ = load_adapter(adapter)
+    model.get_base_model().config.problem_type = None
+    loaded = load_with_data(adapter, str(rows))
+    _, held_out = split(loaded.records, 16, 0)
+    assert float(qualities(model, tokenizer, held_out, None, "loss").mean()) == pytest.approx(found.whole_quality, abs=1e-5)
+
+
+def test_a_classifier_has_no_prompt(tmp_path: Path) -> None:
+    """It would tell rows apart by what the model does not read."""
+    adapter, rows = classifier(tmp_path, 2)
+    assert load_with_data(adapter, str(rows)).template is None
+    with pytest.raises(GatewiseError, match="is a classifier, which reads the text itself: leave the prompt's template out"):
+        compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), options=DataOptions(prompt="{text}"))
+
+
+def test_the_tokenizer_is_the_adapters_own(tmp_path: Path) -> None:
+    """Not as it was last asked to cut texts: other libraries read that in its file."""
+    adapter, rows = classifier(tmp_path, 2)
+    for path in (tmp_path / "base").glob("*token*"):
+        shutil.copyfile(path, adapter / path.name)
+    compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), score_rows=16)
+    written = sorted(path.name for path in (tmp_path / "small").glob("*token*"))
+    assert written == sorted(path.name for path in adapter.glob("*token*")) != []
+    assert all((tmp_path / "small" / name).read_bytes() == (adapter / name).read_bytes() for name in written)
+
+
+def test_rows_that_do_not_fit_are_found_before_long_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, rows = saved(tmp_path)
+    train = write_rows(tmp_path / "train.jsonl", 40, seed=9)
+    for path in (rows, train):
+        held = path.read_text()
+        lines = [json.dumps({"source": json.loads(one)["text"], "target": json.loads(one)["label"]}) for one in held.splitlines()]
+        path.write_text("\n".join(lines) + "\n")
+    good = train.read_text()
+    long = json.dumps({"source": "what", "target": "long " * 60}) + "\n"
+    monkeypatch.setattr(search, "rank_values", lambda *_, **__: pytest.fail("ranks were valued"))
+    for path in (train, rows):
+        train.write_text(good)
+        path.write_text(path.read_text() + long)
+        with pytest.raises(GatewiseError, match="tokens"):
+            compress(
+                adapter, str(rows), tmp_path / "small", Goal(parameters=180), score_rows=16, recovery=Recovery(str(train), steps=1)
+            )
+
+
+def test_what_a_killed_run_had_begun_to_write_goes_too(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path)
+    for name in (".state.json.x1", ".trained-3.safetensors.x2"):
+        (tmp_path / "small.work" / name).mkdir(parents=True)
+        (tmp_path / "small.work" / name / "part").write_text("half")
+    work = Work(None)
+    work.folder = tmp_path / "small.work"
+    work.remove()
+    assert not (tmp_path / "small.work").exists()
+    compress(adapter, str(rows), tmp_path / "small", Goal(parameters=180), measure="loss", score_rows=16)
+
+
+def test_no_more_candidates_are_measured_than_asked_for_with_a_cap(folder: Path, tmp_path: Path) -> None:
+    found = small(folder, tmp_path / "small", Goal(tolerance=0.15, rank_cap=2), looks=3)
+    assert len(found.candidates) == 3
 
 
 def test_damaged_adapters_are_refused(tmp_path: Path) -> None:

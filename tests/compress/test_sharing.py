@@ -13,7 +13,7 @@ from tiny_run import byte_tokenizer, weights, write_adapter, write_base, write_r
 from typer.testing import CliRunner
 
 from gatewise.adapters.files import read_config, read_lora
-from gatewise.adapters.loading import load_adapter
+from gatewise.adapters.loading import base_weights_in, load_adapter
 from gatewise.allocation.slots import lora_layers
 from gatewise.cli.main import app
 from gatewise.compress import Goal, compress, compress_shared, sharing
@@ -90,6 +90,58 @@ def test_an_adapter_with_base_weights_of_its_own_is_refused(family: str, tmp_pat
     with pytest.raises(GatewiseError, match=r"two has other base weights .* save_embedding_layers=False"):
         shared(0.5, "refused")
     assert shared(0.0, "same").adapters["one"].chosen.size.modules > 0
+
+
+def test_embeddings_that_were_saved_without_lora_are_base_weights_too(tmp_path: Path) -> None:
+    """``save_embedding_layers`` gives them the names of the base model."""
+    base, rows = write_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", 60, seed=3)
+    one, two = write_adapter(tmp_path / "one", base), write_adapter(tmp_path / "two", base)
+    head = write_adapter(tmp_path / "head", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert base_weights_in(one) == base_weights_in(head) == []
+    key = "base_model.model.model.embed_tokens.weight"
+    held = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+
+    def shared(change: float, out: str) -> Any:
+        save_file(weights(two) | {key: held + change}, two / "adapter_model.safetensors", metadata={"format": "pt"})
+        return compress_shared([one, two], [str(rows)], tmp_path / out, Goal(modules=10), measure="loss", score_rows=8)
+
+    with pytest.raises(GatewiseError, match=rf"two has other base weights \({key}\) than the base model"):
+        shared(0.5, "refused")
+    shared(0.0, "same")
+    assert torch.equal(weights(tmp_path / "same" / "two")[key], held)
+
+
+def test_what_cannot_be_shared_is_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, rows = write_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", 60, seed=3)
+    one, dora = write_adapter(tmp_path / "one", base), write_adapter(tmp_path / "dora", base, use_dora=True)
+    tokens = write_adapter(tmp_path / "tokens", base, trainable_token_indices={"embed_tokens": [5, 6]})
+    monkeypatch.setattr(sharing.Search, "prepare", lambda _: pytest.fail("an adapter was prepared"))
+    goal = Goal(modules=8)
+    with pytest.raises(
+        GatewiseError, match=r"dora has a magnitude, .* so that the module cannot go as a whole: leave this adapter out"
+    ):
+        compress_shared([dora, one], [str(rows)], tmp_path / "out", goal)
+    for order in ([one, tokens], [tokens, one]):
+        with pytest.raises(GatewiseError, match=r"tokens trains single tokens .* and \S+one does not: compress them apart"):
+            compress_shared(order, [str(rows)], tmp_path / "out", goal)
+    with pytest.raises(GatewiseError, match="measure 'accuracy' is not known; expected one of right, loss"):
+        compress_shared([one, one], [str(rows)], tmp_path / "out", goal, measure="accuracy")  # type: ignore[arg-type]
+    with pytest.raises(GatewiseError, match="looks is 0: expected at least 1"):
+        compress_shared([one, one], [str(rows)], tmp_path / "out", goal, looks=0)
+
+
+def test_modules_without_a_rank_do_not_count(tmp_path: Path) -> None:
+    """A padded export writes them as zeros."""
+    base, rows = write_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", 60, seed=3)
+    folders = [write_adapter(tmp_path / name, base) for name in ("one", "two")]
+    for one in folders:
+        own = {name: held * (0 if "layers.1" in name else 1) for name, held in weights(one).items()}
+        save_file(own, one / "adapter_model.safetensors", metadata={"format": "pt"})
+    for asked, kept in ((14, 7), (5, 5)):
+        out = tmp_path / str(asked)
+        found = compress_shared(folders, [str(rows)], out, Goal(modules=asked), measure="loss", score_rows=8)
+        assert (found.before.modules, found.after.modules) == (14, kept)
+        assert len(json.loads((out / "serving.json").read_text())["modules"]) == kept
 
 
 def test_all_adapters_keep_the_same_modules(folder: Path, tmp_path: Path) -> None:

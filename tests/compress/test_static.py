@@ -223,6 +223,7 @@ def test_more_than_the_tolerance_writes_nothing(moving: tuple[Path, Path], tmp_p
         ({"modules": 0}, "modules is 0: expected at least 1"),
         ({"share": 1.5}, "share is 1.5: expected a share of prompts from 0 to 1"),
         ({"tolerance": 0.0}, "the tolerance is 0.0: expected a number above zero"),
+        ({"rows": 5}, "rows is 5: expected at least 20 to choose modules by"),
         ({"measure": "best"}, "measure 'best' is not known; expected right or loss"),
     ],
 )
@@ -252,7 +253,7 @@ def test_what_cannot_be_made_static(moving: tuple[Path, Path], tmp_path: Path) -
     with pytest.raises(GatewiseError, match="has 39 rows, and of those that choose modules none may measure: give at least 40"):
         to_static(adapter, str(few), tmp_path / "static")
     with pytest.raises(
-        GatewiseError, match=r"120 rows to measure on, and a tolerance of 0\.01 cannot be shown with fewer than 301"
+        GatewiseError, match=r"120 rows to measure on, and a tolerance of 0\.01 cannot be shown with fewer than 300"
     ):
         to_static(adapter, str(data), tmp_path / "static", tolerance=0.01)
     with pytest.raises(GatewiseError, match="is not empty"):

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import random_adapter, tiny_base
+from tiny_models import VOCABULARY, random_adapter, tiny_base
+from transformers import AlbertConfig, AlbertForSequenceClassification, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from gatewise.allocation.slots import lora_layers
 from gatewise.compress.timing import check_timed, seconds_a_step, time_costs
@@ -34,6 +35,23 @@ def test_a_module_that_takes_long_costs_what_it_takes(family: str) -> None:
     with_adapter = seconds_a_step(model, repeats=3)
     with model.disable_adapter():
         assert with_adapter - seconds_a_step(model, repeats=3) > 0.008
+
+
+def test_a_layer_that_runs_several_times_a_step_costs_as_often() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "embedding_size": 8, "num_attention_heads": 2}
+    base = AlbertForSequenceClassification(AlbertConfig(vocab_size=VOCABULARY, num_hidden_layers=5, **sizes))
+    model = random_adapter(get_peft_model(base, LoraConfig(r=2, target_modules=["query", "ffn"]))).eval()
+    slow = next(path for path in lora_layers(model, "default") if "query" in path)
+    lora_layers(model, "default")[slow].lora_A["default"].register_forward_hook(lambda *_: time.sleep(0.01))
+    assert time_costs(model)[slow].fixed == pytest.approx(0.05, rel=0.5)
+
+
+def test_a_model_without_a_cache_is_timed_on_its_text() -> None:
+    base = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    check_timed(model)
+    assert time_costs(model).keys() == lora_layers(model, "default").keys()
+    assert seconds_a_step(model, repeats=3) > 0
 
 
 def test_models_of_which_no_step_is_known_are_refused() -> None:

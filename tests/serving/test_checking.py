@@ -16,6 +16,7 @@ import pytest
 import torch
 from fake_vllm import fake_vllm
 from peft import get_peft_model
+from refusals import assert_refused
 from routed_models import trained_routers
 from safetensors.torch import load_file, save_file
 from tiny_models import random_adapter
@@ -64,6 +65,10 @@ def test_right_settings_give_the_same(check: Check, saved: Path) -> None:
         assert found[side]["difference"] < 1e-4
     assert not found["without"]["holds"]  # it does something
     assert found["without"]["difference"] > 1e-2
+
+
+def test_more_tokens_than_a_text_may_have(check: Check, saved: Path) -> None:
+    assert_refused(check(saved / "one", "--tokens", 600), "600 tokens are to be written, but text and answer have 96 in all")
 
 
 def test_several_adapters_share_an_engine(check: Check, saved: Path) -> None:

@@ -79,6 +79,13 @@ def test_the_smallest_rank_that_vllm_allows(rank: int, allowed: int | None) -> N
     assert (told["vllm"] and told["vllm"]["max_lora_rank"]) == allowed
 
 
+def test_what_needs_more_than_weights_is_not_for_vllm() -> None:
+    """It would adapt all of the text with an adapter that begins in the midst of it."""
+    told = adapter(f"model.{DOWN}")
+    told.config.update(alora_invocation_tokens=[5, 6])
+    assert serving_settings(told, "llama")["vllm"] is None
+
+
 def test_vllm_takes_the_configuration_at_its_word() -> None:
     """It refuses an adapter whose configuration speaks of a larger rank than any module has."""
     told = adapter(f"model.{DOWN}", rank=3)

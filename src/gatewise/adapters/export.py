@@ -26,9 +26,10 @@ from gatewise.adapters.files import (
     read_config,
     read_lora,
 )
-from gatewise.adapters.lora import active_adapter, rank_settings, takes_out_of_base
+from gatewise.adapters.lora import active_adapter, rank_settings, start_at_any_rank, takes_out_of_base
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_folder, write_json
+from gatewise.models.loading import load_tokenizer
 
 _LAYER = re.compile(r"\.\d+\.")
 _UNLIKE_LORA = {
@@ -197,10 +198,23 @@ def _scaled(tensor: Tensor, scaling: float) -> Tensor:
     return (tensor.float() * scaling).to(tensor.dtype)
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer that an adapter brings along, if it does. One that was used would save how it was last asked to cut."""
+    if not (source / "tokenizer_config.json").is_file():
+        return
+    with tempfile.TemporaryDirectory() as other:
+        files = load_tokenizer(source).save_pretrained(other)  # which tells the names of its files
+        for one in map(Path, files):
+            own = source / one.relative_to(other)
+            (folder / one.relative_to(other)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(own if own.is_file() else one, folder / one.relative_to(other))
+
+
 def _config(file: LoraAdapter, modules: list[LoraModule]) -> dict[str, Any]:
     ranks = {module.path: _rank(module) for module in modules}
     settings = rank_settings(ranks, {module.path: module.scaling for module in modules})
     config = file.config | settings | {"use_rslora": False, "inference_mode": True}
+    config["init_lora_weights"] = start_at_any_rank(config.get("init_lora_weights"))
     if ranks.keys() != {module.path for module in file.modules}:
         # A name such as "q_proj" would bring back modules that are gone, and full paths would leave out those that come as zeros.
         config["target_modules"] = sorted(module.path for module in modules if not module.stacked)

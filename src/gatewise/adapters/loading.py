@@ -81,9 +81,11 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     records = load_like(data, names, split=options.split, limit=options.limit)
     check_labels(records, "give --labels with all of them")
     template = None
-    if note.get("task", "causal") == "causal":
+    if (note.get("task") or _task_of(_peft_config(adapter), adapter)) == "causal":
         prompt = options.prompt or note.get("template") or default_template(records).prompt
         template = Template(prompt, words if records.labels is not None else None)
+    elif options.prompt:
+        raise GatewiseError(f"{adapter} is a classifier, which reads the text itself: leave the prompt's template out")
     return records, template, int(note.get("max_length") or 512)
 
 
@@ -258,8 +260,24 @@ def take_place(model: PeftModel, name: str, adapter_dir: str | Path) -> bool:
 
 
 def base_weights_in(adapter_dir: str | Path) -> list[str]:
-    """The names of the base model's own weights in an adapter's file, which PEFT reads back into the base model."""
-    return [key for key in tensor_shapes(weights_of(adapter_dir)) if _BASE_WEIGHT.search(key)]
+    """The names of the base model's own weights in an adapter's file, which PEFT reads back into the base model.
+
+    They are those of modules that have LoRA, and of embeddings and heads without, which have the names of the base model then. So
+    have modules that the adapter trained as a whole, which stay its own.
+    """
+    config = read_config(adapter_dir)
+    names = list(tensor_shapes(weights_of(adapter_dir)))
+    if config.get("peft_type") != "LORA":  # prompts and routers have names of their own
+        return [key for key in names if _BASE_WEIGHT.search(key)]
+    whole = {*(config.get("modules_to_save") or ()), *(("classifier", "score") if config.get("task_type") == "SEQ_CLS" else ())}
+    own = re.compile("|".join([r"\.(lora_|token_adapter\.)", *(rf"(^|\.){re.escape(name)}\." for name in sorted(whole))]))
+    trained = "" if config.get("bias") in (None, "none") else ".bias"  # of base modules, which the adapter says that it has
+    return [
+        key
+        for key in names
+        if _BASE_WEIGHT.search(key)
+        or (key.startswith(PEFT_PREFIX) and not own.search(key) and not (trained and key.endswith(trained)))
+    ]
 
 
 def check_base_weights(model: PreTrainedModel, adapter_dir: str | Path) -> None:

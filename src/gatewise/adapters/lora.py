@@ -38,6 +38,11 @@ def takes_out_of_base(init_lora_weights: object) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(("pissa", "olora", "corda", "loftq"))
 
 
+def start_at_any_rank(init_lora_weights: Any) -> Any:
+    """The setting, or True in place of one by which loading would change the base weights again, or ask for an even rank."""
+    return init_lora_weights if init_lora_weights in (True, False, None, "gaussian", "eva") else True
+
+
 def rank_settings(rank: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, Any]:
     """The four ``LoraConfig`` entries that describe these ranks and scalings: r, lora_alpha, rank_pattern, alpha_pattern.
 

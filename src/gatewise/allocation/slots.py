@@ -23,7 +23,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from gatewise.adapters.files import PEFT_PREFIX
-from gatewise.adapters.lora import active_adapter, alphas, rank_settings, takes_out_of_base
+from gatewise.adapters.lora import active_adapter, alphas, rank_settings, start_at_any_rank, takes_out_of_base
 from gatewise.allocation import growth
 from gatewise.allocation.growth import Place
 from gatewise.errors import GatewiseError
@@ -399,8 +399,7 @@ def _write_config(model: PeftModel, name: str) -> None:
             "now, not to a fresh copy. Save that too (model.unload().save_pretrained) and load the adapter on it",
             name, config.init_lora_weights,
         )  # fmt: skip
-    if config.init_lora_weights not in (True, False, None, "gaussian", "eva"):
-        config.init_lora_weights = True  # or loading would change the base weights again, by other ranks, or ask for an even rank
+    config.init_lora_weights = start_at_any_rank(config.init_lora_weights)
     config.use_rslora = False
     for key, value in rank_settings(rank, scaling).items():
         setattr(config, key, value)

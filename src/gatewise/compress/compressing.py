@@ -85,12 +85,7 @@ def compress(
         GatewiseError: adapter, model or data cannot be read or do not fit; too few rows; an adapter that does nothing here; a
             target or tolerance that nothing meets.
     """
-    if order not in ORDERS:
-        raise GatewiseError(f"order {order!r} is not known; expected one of {', '.join(ORDERS)}")
-    if measure is not None and measure not in MEASURES:
-        raise GatewiseError(f"measure {measure!r} is not known; expected one of {', '.join(MEASURES)}")
-    if score_rows < 1 or looks < 1:
-        raise GatewiseError(f"score_rows is {score_rows} and looks is {looks}: expected at least 1 of each")
+    check_settings(order, measure, score_rows, looks)
     check_place(out)
     source = None if isinstance(model_or_dir, PeftModel) else Path(model_or_dir)
     progress = ConsoleProgress(console or Console(stderr=True))
@@ -112,6 +107,16 @@ def compress(
             result = written(chosen, Path(out), search, source)
             work.remove()
             return result
+
+
+def check_settings(order: str, measure: str | None, score_rows: int, looks: int) -> None:
+    """Refuses settings of ``compress`` that are none, before anything is read."""
+    if order not in ORDERS:
+        raise GatewiseError(f"order {order!r} is not known; expected one of {', '.join(ORDERS)}")
+    if measure is not None and measure not in MEASURES:
+        raise GatewiseError(f"measure {measure!r} is not known; expected one of {', '.join(MEASURES)}")
+    if score_rows < 1 or looks < 1:
+        raise GatewiseError(f"score_rows is {score_rows} and looks is {looks}: expected at least 1 of each")
 
 
 def _loaded(

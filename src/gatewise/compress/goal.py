@@ -40,7 +40,7 @@ class Goal:
         if len(given) > 1:
             raise GatewiseError(f"{' and '.join(given)} were both given as targets: give one of them")
         for name, value in given.items():
-            if value <= (1 if name == "speed" else 0):
+            if not (1 if name == "speed" else 0) < value < math.inf:
                 raise GatewiseError(f"{name} is {value}: expected {'more than 1' if name == 'speed' else 'at least 1'}")
         if self.rank_cap is not None and self.rank_cap < 1:
             raise GatewiseError(f"the rank cap is {self.rank_cap}: expected at least 1 (--rank-cap)")

@@ -111,11 +111,13 @@ def differences(whole: Tensor, smaller: Sequence[Tensor], measure: Measure = "ri
 
     What is rare is seldom among the rows: where answers differ in none of them the bootstrap would be sure of that, and of losses
     it would see too short a tail. So one row more is drawn from, on which the smaller adapter fails, or loses as much as on the
-    worst row there is. For equal answers the bound is then 3 / n, the rule of three.
+    worst row there is. For equal answers the bound is then 3 / n, the rule of three. For the lower bound that row is one on
+    which the whole adapter fails.
     """
     gaps = torch.stack([whole.double() - one.double() for one in smaller])
-    unseen = torch.ones_like(gaps[:, :1]) if measure == "right" else gaps.amax(dim=1, keepdim=True).clamp_min(0.0)
-    drawn_from = torch.cat([gaps, unseen], dim=1)
+    both = torch.cat([gaps, -gaps])
+    unseen = torch.ones_like(both[:, :1]) if measure == "right" else both.amax(dim=1, keepdim=True).clamp_min(0.0)
+    drawn_from = torch.cat([both, unseen], dim=1)
     generator = torch.Generator().manual_seed(seed)
     n = drawn_from.shape[1]
     parts = []
@@ -123,7 +125,7 @@ def differences(whole: Tensor, smaller: Sequence[Tensor], measure: Measure = "ri
         rows = torch.randint(n, (len(part), n), generator=generator)
         parts.append(torch.stack([one[rows].mean(dim=1) for one in drawn_from]))
     means = torch.cat(parts, dim=1)
-    high, low = _at_one_rank(means), -_at_one_rank(-means)
+    high, low = _at_one_rank(means[: len(gaps)]), -_at_one_rank(means[len(gaps) :])
     return [
         Difference(float(gap.mean()), float(bottom), float(top), len(gap)) for gap, bottom, top in zip(gaps, low, high, strict=True)
     ]
@@ -139,7 +141,7 @@ def _at_one_rank(draws: Tensor) -> Tensor:
 
 def rows_needed(tolerance: float) -> int:
     """The rows without which not even an adapter that answers all of them alike is within the tolerance with 95% confidence."""
-    return int(3 / tolerance) + 1
+    return math.ceil(3 / tolerance)
 
 
 def check_rows(records: Records, measure: Measure, tolerance: float) -> None:

@@ -36,9 +36,10 @@ from gatewise.compress.recovery import Recovery, recover, refit
 from gatewise.compress.timing import check_timed, seconds_a_step, time_costs
 from gatewise.compress.work import Work
 from gatewise.errors import GatewiseError
-from gatewise.losses import mean_loss
+from gatewise.losses import loss_kind, mean_loss
 from gatewise.progress import ConsoleProgress
 from gatewise.tasks import PadCollator, Records, Template
+from gatewise.tasks.metrics import check_classes
 from gatewise.tasks.records import Row, load_like
 from gatewise.tasks.template import references
 
@@ -70,6 +71,8 @@ def rows_for(
         GatewiseError: too few rows, or rows that cannot be measured so.
     """
     template = loaded.template
+    if loss_kind(loaded.model) == "rows" and loaded.records.kind == "label":
+        check_classes(loaded.model, loaded.records)
     records, train = without_repeats(loaded.records, template, say), None
     measure = measure or measure_for(records)
     if measure == "right" and records.kind == "generation":
@@ -164,7 +167,7 @@ def left_as_it_was(model: PeftModel, name: str) -> Iterator[None]:
             model.set_adapter(main)
             tuner.set_adapter(active)
         for key, value in model.named_parameters():
-            value.requires_grad_(trained[key])
+            value.requires_grad_(trained.get(key, False))  # what a failed load left is none of these
         for module, mode in modes:
             module.training = mode
 
@@ -218,6 +221,7 @@ class Search:
     work: Work
     progress: ConsoleProgress
     dtype: torch.dtype = torch.float32  # of the adapter's file, in which the smaller one is written too
+    shared: bool = False  # with other adapters
     candidates: list[Candidate] = field(default_factory=list)
     candidate_rows: list[Tensor] = field(default_factory=list)  # what was measured of each
     # Of the last candidate that was good enough, or of the size asked for: mostly the one that is taken.
@@ -249,9 +253,18 @@ class Search:
         # In a file rows may be sorted by label, and fitting fits on the first ones and checks on the last.
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(self.seed)).tolist()
         self.batch = PadCollator(self.loaded.tokenizer)([features[at] for at in order])
+        # What does not fit is found before long work.
+        self.training = self._encoded(self.rows.train) if self.rows.train is not None else []
+        if self.rows.measure == "loss":
+            self._encoded(self.rows.held_out)
         self._make_order()
-        if not self.moves:
-            raise GatewiseError("nothing can go: every module has a magnitude or a bias that keeps it, and no rank to spare")
+        if not self.moves and not self.capped:
+            kept = "has a magnitude, a bias, stacked experts or a variant of LoRA"
+            raise GatewiseError(
+                f"nothing can go: every module {kept}, which keep it, and no rank to spare"
+                if self.goal.unit == "parameters"
+                else f"no module can go as a whole: every one {kept}, which keep it; take --least parameters or --rank-cap"
+            )
         self.whole_rows = self._measured("whole")
         for path, layer in self.layers.items():
             prune(layer, name, self.live[path])
@@ -262,7 +275,7 @@ class Search:
             raise GatewiseError(
                 f"without any rank the model is as good on these {gap.rows} rows ({_mean(self.base_rows):.4f}, with the adapter "
                 f"{_mean(self.whole_rows):.4f}): the adapter does nothing here, and the smallest is none; give other data, or a "
-                "size (--parameters, --modules)"
+                f"size ({'--modules' if self.shared else '--parameters, --modules'})"
             )
 
     def back(self) -> None:
@@ -434,9 +447,9 @@ class Search:
         """To the numbers that the file will hold, so that what is measured is what is written."""
         if self.dtype != torch.float32:
             with torch.no_grad():
-                for layer in self.layers.values():
-                    for factor in factors(layer, self.name):
-                        factor.copy_(factor.to(self.dtype))
+                for key, value in _own(self.loaded.model, self.name).items():
+                    if ".lora_" in key:  # a head has a format of its own in the file
+                        value.copy_(value.to(self.dtype))
 
     def _recover(self, at: int) -> bool:
         """Trains what is left after ``at`` steps; whether that lowers the loss on the rows that valued ranks.
@@ -452,7 +465,7 @@ class Search:
             self.progress.say(f"recovering for {self.recovery.steps} steps on {len(self.rows.train)} rows")
             loss = self._scored_loss()
             with _freed(model, name):
-                recover(model, self.loaded.tokenizer, self._encoded(self.rows.train), self.recovery, self.note, self.seed)
+                recover(model, self.loaded.tokenizer, self.training, self.recovery, self.note, self.seed)
             self._round()
             held = _copied(model, name)
             if not self._scored_loss() < loss:
@@ -485,6 +498,12 @@ def _refuse(model: PeftModel, name: str) -> None:
         raise GatewiseError(
             f"the adapter has init_lora_weights {config.init_lora_weights!r}, for which PEFT changes the base model by the rank "
             "when it loads it: convert it first (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if config.layer_replication or (config.ensure_weight_tying and config.modules_to_save):
+        setting = "layer_replication" if config.layer_replication else "ensure_weight_tying"
+        raise GatewiseError(
+            f"the adapter was trained with {setting}, with which PEFT cannot load an adapter beside another one to check it: "
+            "compress one without"
         )
     if config.bias != "none":
         raise GatewiseError(f"the adapter trained biases of the base model too (bias={config.bias!r}), which no smaller LoRA holds")
@@ -544,7 +563,7 @@ def furthest(costs: Sequence[float], looks: int, holds: Callable[[int], bool], f
         if not holds(0):
             return None
         found = 0
-    for _ in range(looks):
+    for _ in range(looks - first):
         if bad - good < 2:
             break
         # Half as many times as large: between a few ranks and thousands lie many sizes that are nearly the same.

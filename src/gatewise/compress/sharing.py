@@ -19,9 +19,10 @@ from rich.console import Console
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config, read_note, read_tensors, weights_of
 from gatewise.adapters.loading import Loaded, base_weights_in, check_base_weights, load_beside, load_with_data, read_data
-from gatewise.compress.compressing import fingerprint_with, stored_dtype
+from gatewise.allocation.slots import lora_layers
+from gatewise.compress.compressing import check_settings, fingerprint_with, stored_dtype
 from gatewise.compress.goal import Compressed, Goal, Size
-from gatewise.compress.order import DEFAULT, Cost, Move, moves
+from gatewise.compress.order import DEFAULT, Cost, Move, moves, stays_whole
 from gatewise.compress.quality import Measure
 from gatewise.compress.search import Search, furthest, rows_for
 from gatewise.compress.work import STATE_FILE, Work, alone, beside, check_place, removed_if_refused
@@ -97,6 +98,7 @@ def compress_shared(
     Raises:
         GatewiseError: as ``compress``; adapters of different bases; a goal that is no number of modules.
     """
+    check_settings(order, measure, score_rows, looks)
     names = _names(adapters)
     if len(names) < 2:
         raise GatewiseError("one adapter was given to be made smaller with others: give at least two, or leave --shared out")
@@ -119,13 +121,14 @@ def compress_shared(
         )
         with removed_if_refused([search.work for search in searches]):
             at = _step(searches, names, goal, looks)
-        before, found = _union(searches, [search.whole_size for search in searches], set()), {}
+        found: dict[str, Compressed] = {}
+        before = _union(searches, [search.whole_size for search in searches], {path for one in searches for path in one.live})
         with whole_folder(out) as part:
             for name, search, folder in zip(names, searches, folders, strict=True):
                 chosen = next(one for one in reversed(search.candidates) if one.dropped == at)
                 found[name] = replace(written(chosen, part / name, search, folder, used_on=True), out=Path(out) / name)
-            gone = {move.path for move in searches[0].moves[:at]}
-            after = _union(searches, [search.sizes[at] for search in searches], gone)
+            left = {move.path for move in searches[0].moves[at:]}
+            after = _union(searches, [search.sizes[at] for search in searches], left)
             settings = [json.loads((part / name / SERVING_FILE).read_text(encoding="utf-8")) for name in names]
             write_json(part / SERVING_FILE, settings_together(settings))
         for search in searches:
@@ -229,6 +232,10 @@ def _searches(
     first: Loaded | None = None
     called = "default"  # what PEFT calls the adapter
     searches: list[Search] = []
+    with_tokens = [bool(read_config(one).get("trainable_token_indices")) for one in folders]
+    if len(set(with_tokens)) > 1:  # PEFT saves and loads one of them only where the others are alike
+        one, other = (folders[with_tokens.index(own)] for own in (True, False))
+        raise GatewiseError(f"{one} trains single tokens (trainable_token_indices) and {other} does not: compress them apart")
     for folder, name, source in zip(folders, names, data, strict=True):
         base = options.base or read_config(folder).get("base_model_name_or_path")
         if first is None:
@@ -242,6 +249,12 @@ def _searches(
             records, template, max_length = read_data(folder, source, options)
             tokenizer = load_beside(first.model, folder, called, first.base)
             loaded = Loaded(first.model, tokenizer, first.base, records, template, max_length)
+        for path, layer in lora_layers(loaded.model, called).items():
+            if stays_whole(layer, called):
+                raise GatewiseError(
+                    f"{folder} has a magnitude, a bias, stacked experts or a variant of LoRA at {path}, so that the module cannot "
+                    "go as a whole: leave this adapter out"
+                )
         progress.say(f"{name}:")
         rows, note = rows_for(loaded, measure, goal, None, score_rows, seed, progress.say), read_note(folder)
         settings = {"goal": asdict(goal), "order": order, "refitted": refitted, "seed": seed, "shared": True}
@@ -258,6 +271,7 @@ def _searches(
             Work(work / name, fingerprint_with(settings, folder, loaded, rows, note)),
             progress,
             stored_dtype(folder),
+            shared=True,
         )
         with removed_if_refused([search.work]):
             search.prepare()
@@ -283,13 +297,14 @@ def _check_one_base(folders: Sequence[Path], first: Loaded) -> None:
 
 
 def _shared_order(searches: Sequence[Search]) -> tuple[list[str], dict[str, Cost]]:
-    """The modules of all adapters, what is worth least to all of them first; and what each costs."""
+    """The modules in which any adapter has a rank, what is worth least to all of them first; and what each costs."""
     worth: dict[str, float] = {}
     costs: dict[str, Cost] = {}
     for search in searches:
         totals = {
             path: math.fsum(value for at, value in enumerate(values) if at not in search.capped.get(path, ()))
             for path, values in search.values.items()
+            if search.live[path]
         }
         size = math.fsum(map(abs, totals.values())) or 1.0
         for path, total in totals.items():
@@ -297,14 +312,11 @@ def _shared_order(searches: Sequence[Search]) -> tuple[list[str], dict[str, Cost
         held = search.work.order()
         assert held is not None
         for path, cost in held[1].items():
-            if cost.stays:
-                raise GatewiseError(f"an adapter has a magnitude or a bias at {path}, which keeps its module: leave it out")
             costs[path] = max(cost, costs.get(path, cost), key=lambda one: one.fixed)
     return [move.path for move in moves({path: [value] for path, value in worth.items()}, costs)], costs
 
 
-def _union(searches: Sequence[Search], sizes: Sequence[Size], gone: set[str]) -> Union:
+def _union(searches: Sequence[Search], sizes: Sequence[Size], kept: set[str]) -> Union:
     each = {path: numbers for search in searches for path, numbers in search.each.items()}
-    kept = [path for path in each if path not in gone]
     rank = max(size.largest for size in sizes)
     return Union(len(kept), rank, round(len(searches) * rank * sum(each[path] for path in kept)))

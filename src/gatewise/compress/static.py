@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gatewise.adapters.data_options import DataOptions
+from gatewise.adapters.export import copy_tokenizer
 from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, LoraAdapter, LoraModule, read_config, read_lora
 from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import rank_settings
@@ -160,7 +161,7 @@ def to_static(
         GatewiseError: not a routed adapter, too few rows, settings out of range, an intolerable loss, or files that cannot be read
             or written.
     """
-    _check(adapter, modules, share, tolerance, measure)
+    _check(adapter, modules, share, tolerance, measure, rows)
     check_new_folder(out)
     progress = ConsoleProgress(console or Console(stderr=True))
     with quiet(bars=True):
@@ -172,7 +173,7 @@ def to_static(
                 f"{2 * LEAST}"
             )
         shown = shown_of(records, loaded.template)
-        choosing, held_out = split(records, min(max(rows, LEAST), len(records) // 2), seed, shown)
+        choosing, held_out = split(records, min(rows, len(records) // 2), seed, shown)
         measure = measure or measure_for(records)
         if measure == "right" and records.kind == "generation":
             raise GatewiseError(f"{records.source} has free text, of which none is right or wrong: take --measure loss")
@@ -182,7 +183,9 @@ def to_static(
         return work.run(Path(out), modules, share, tolerance, measure)
 
 
-def _check(adapter: str | Path, modules: int | None, share: float | None, tolerance: float | None, measure: Measure | None) -> None:
+def _check(
+    adapter: str | Path, modules: int | None, share: float | None, tolerance: float | None, measure: Measure | None, rows: int
+) -> None:
     config = read_config(adapter)
     kind = str(config.get("peft_type"))
     if kind != "ROUTED_LORA":
@@ -203,6 +206,8 @@ def _check(adapter: str | Path, modules: int | None, share: float | None, tolera
         raise GatewiseError(f"share is {share}: expected a share of prompts from 0 to 1 (--share)")
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise GatewiseError(f"the tolerance is {tolerance}: expected a number above zero, such as 0.01 (--tolerance)")
+    if rows < LEAST:
+        raise GatewiseError(f"rows is {rows}: expected at least {LEAST} to choose modules by (--rows)")
     if measure not in (None, "right", "loss"):
         raise GatewiseError(f"measure {measure!r} is not known; expected right or loss")
 
@@ -346,8 +351,7 @@ class _Work:
     def _write_beside(self, folder: Path, base: nn.Module) -> None:
         if (self.source / NOTE_FILE).is_file():
             shutil.copyfile(self.source / NOTE_FILE, folder / NOTE_FILE)
-        if (self.source / "tokenizer_config.json").is_file():
-            self.loaded.tokenizer.save_pretrained(str(folder))
+        copy_tokenizer(self.source, folder)
         write_json(folder / SERVING_FILE, serving_settings(read_lora(folder), model_type_of(base)))
 
 

@@ -6,6 +6,7 @@ the machine. So it is measured: each kind of layer with and without its adapter,
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -47,12 +48,19 @@ def time_costs(model: nn.Module, adapter: str | None = None) -> dict[str, Cost]:
     layers = lora_layers(model, name)
     inputs: dict[int, tuple[Any, ...]] = {}
     own: dict[str, nn.Module] = {path: layer.layer if isinstance(layer, Expert) else layer for path, layer in layers.items()}
-    hooks = [one.register_forward_pre_hook(lambda layer, args: inputs.update({id(layer): args})) for one in set(own.values())]
+    calls: Counter[int] = Counter()  # a layer that several blocks share runs several times a step
     measured: dict[Any, float] = {}
     found: dict[str, Cost] = {}
+
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[id(layer)] = args
+        calls[id(layer)] += 1
+
     with measuring(model):
+        step = _step(model)
+        hooks = [one.register_forward_pre_hook(look) for one in set(own.values())]
         try:
-            _step(model)()
+            step()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -64,7 +72,7 @@ def time_costs(model: nn.Module, adapter: str | None = None) -> dict[str, Cost]:
             shape = (type(layer), *(tuple(one.shape) for one in args if isinstance(one, Tensor)), *_sizes(layer))
             if shape not in measured:
                 measured[shape] = _extra_seconds(layer, args)
-            found[path] = Cost(max(measured[shape], _LEAST), 0.0, stays_whole(layers[path], name))
+            found[path] = Cost(max(measured[shape] * calls[id(layer)], _LEAST), 0.0, stays_whole(layers[path], name))
     return found
 
 
@@ -76,7 +84,9 @@ def _step(model: Any) -> Callable[[], object]:
     ids = torch.ones(1, _TEXT, dtype=torch.long, device=next(model.parameters()).device)
     if loss_kind(model) != "causal":
         return lambda: model(input_ids=ids)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    if cache is None:  # such a model reads all of the text for each new token
+        return lambda: model(input_ids=ids)
 
     # The cache grows by a token each time, of the few that are measured.
     return lambda: model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)

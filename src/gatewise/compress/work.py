@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -189,6 +190,9 @@ class Work:
             return
         for path in [self.folder / STATE_FILE, *self.folder.glob("trained-*.safetensors")]:
             path.unlink(missing_ok=True)
+        for pattern in (f".{STATE_FILE}.*", ".trained-*"):  # what a run that was killed had begun to write
+            for part in self.folder.glob(pattern):
+                shutil.rmtree(part, ignore_errors=True)
         with suppress(OSError):
             self.folder.rmdir()
 

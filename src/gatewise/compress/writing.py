@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from gatewise.adapters.export import to_lora
+from gatewise.adapters.export import copy_tokenizer, to_lora
 from gatewise.adapters.files import ALLOCATION_FILE, NOTE_FILE, WEIGHTS_FILE, read_lora, read_tensors
 from gatewise.compress.goal import Candidate, Compressed
 from gatewise.compress.search import Search
@@ -49,8 +49,7 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None, u
             to_lora(saved, part)
         if source is not None:
             _as_in(source, part, search.dtype)
-            if (source / "tokenizer_config.json").is_file():
-                search.loaded.tokenizer.save_pretrained(str(part))
+            copy_tokenizer(source, part)
             if search.note:
                 write_json(part / NOTE_FILE, search.note)
         deviation, seconds = _compared(search, part, source is not None, used_on)

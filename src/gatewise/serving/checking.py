@@ -193,6 +193,10 @@ def _prompts(folder: Path, base: str, positions: int, data: str, options: DataOp
     max_length = min(max_length, positions)
     if template is None:
         raise GatewiseError(f"{folder} is for classification: this check is for adapters that write text")
+    if tokens >= max_length:
+        raise GatewiseError(
+            f"{tokens} tokens are to be written, but text and answer have {max_length} in all: ask for fewer (--tokens)"
+        )
     tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base)
     return prompt_ids(records, tokenizer, template, [max_length - tokens] * len(records), max_length)
 

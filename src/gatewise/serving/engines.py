@@ -11,6 +11,11 @@ from gatewise.adapters.files import LoraAdapter
 SERVING_FILE = "serving.json"
 ROUTED, ROUTER = "ROUTED_LORA", "lora_router"
 """The type of routed adapters, and what stands in the names of their routers' tensors."""
+NOT_SERVED = (
+    "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config",
+    "use_bdlora", "kasa_config", "use_qalora", "ensure_weight_tying",
+)  # fmt: skip
+"""Settings of LoRA that need more than the weights, or another base model."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM (0.32 and 0.33) takes as ``--max-lora-rank``."""
 
@@ -37,8 +42,8 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
 
     vLLM runs its LoRA kernels on every module that any adapter could adapt, unless ``--lora-target-modules`` names those that are,
     and reserves room for ``--max-lora-rank``. A module that it is not told of loses its LoRA without a word. It takes no DoRA, no
-    biases and no modules that were trained as a whole. A routed adapter needs gatewise beside vLLM, no graphs, and whole prompts,
-    unless it chooses by the last token of a prompt that it otherwise leaves to the base model.
+    biases, no modules that were trained as a whole and nothing of ``NOT_SERVED``. A routed adapter needs gatewise beside vLLM, no
+    graphs, and whole prompts, unless it chooses by the last token of a prompt that it otherwise leaves to the base model.
 
     Args:
         model_type: of the base model, as Transformers calls it. Where it is not known what vLLM calls the modules of such a model,
@@ -49,7 +54,7 @@ def serving_settings(adapter: LoraAdapter, model_type: str | None) -> dict[str, 
     declared = [adapter.config.get("r"), *(adapter.config.get("rank_pattern") or {}).values()]  # vLLM refuses more of these too
     rank = max(rank, *(one for one in declared if isinstance(one, int)), 1)
     others = [name for name in adapter.others if f".{ROUTER}." not in name]
-    extra = any(module.others for module in adapter.modules) or bool(others)
+    extra = any(module.others for module in adapter.modules) or bool(others) or any(map(adapter.config.get, NOT_SERVED))
     routed = adapter.config.get("peft_type") == ROUTED
     whole = routed and not leaves_prefixes_alone(adapter.config)
     return _settings(paths, rank, adapter.config.get("base_model_name_or_path"), model_type, extra, routed, whole)

@@ -201,8 +201,10 @@ def test_no_adapter_changes_the_base_model_of_the_others(tmp_path: Path) -> None
     tensors = load_file(tmp_path / "head" / "adapter_model.safetensors")
     name = next(name for name in tensors if name.endswith("lm_head.base_layer.weight"))
     other = shutil.copytree(tmp_path / "head", tmp_path / "other")
-    save_file({**tensors, name: tensors[name] + 1}, other / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(GatewiseError, match=r"has other base weights .*lm_head.* than the base model that all adapters share"):
-        lane.load(other, "other", str(base))
+    embedding = {"base_model.model.model.embed_tokens.weight": bare.get_input_embeddings().weight.detach() + 1}  # without LoRA
+    for own, named in (({name: tensors[name] + 1}, "lm_head"), (embedding, "embed_tokens")):
+        save_file({**tensors, **own}, other / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(GatewiseError, match=rf"has other base weights .*{named}.* than the base model that all adapters share"):
+            lane.load(other, "other", str(base))
     assert lane.names == {"head"}
     assert torch.equal(bare.lm_head.weight, before)

@@ -23,6 +23,7 @@ from typing import Any
 from gatewise.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config, tensor_shapes, weights_of
 from gatewise.checks import has_half_a_pair
 from gatewise.errors import GatewiseError, some
+from gatewise.serving.engines import NOT_SERVED
 from gatewise.serving.server.lanes import Kind
 
 SETTLED = 2.0  # seconds in which the files of a folder must not have changed
@@ -263,7 +264,7 @@ def kind_of(folder: Path) -> Kind:
             f"the adapter {folder} has init_lora_weights={config['init_lora_weights']!r}, which changes the base model that all "
             "adapters share: save it with path_initial_model_for_weight_conversion"
         )
-    for name in _NOT_SERVED:
+    for name in NOT_SERVED:
         if config.get(name):
             raise GatewiseError(f"the adapter {folder} was trained with {name}, which is not served")
     return "alone" if any(config.get(name) for name in _MORE) or not _is_linear(folder) else "plain"
@@ -271,11 +272,6 @@ def kind_of(folder: Path) -> Kind:
 
 # What of LoRA cannot share a batch with other adapters.
 _MORE = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
-# What needs more than the weights, or another base model.
-_NOT_SERVED = (
-    "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config",
-    "use_bdlora", "kasa_config", "use_qalora", "ensure_weight_tying",
-)  # fmt: skip
 
 
 def _is_linear(folder: Path) -> bool:
