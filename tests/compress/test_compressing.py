@@ -571,6 +571,13 @@ def test_modules_that_cannot_go_leave_ranks_to_a_cap(tmp_path: Path) -> None:
     assert (found.chosen.size.modules, found.chosen.size.largest) == (14, 2)
 
 
+def test_modules_of_alora_go_and_vllm_is_told_nothing_of_it(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path, alora_invocation_tokens=[5, 6])
+    found = compress(adapter, str(rows), tmp_path / "small", Goal(modules=6), measure="loss", score_rows=16)
+    assert (found.chosen.size.modules, found.whole_size.modules) == (6, 14)
+    assert json.loads((tmp_path / "small" / "serving.json").read_text())["vllm"] is None
+
+
 def classifier(folder: Path, classes: int, **settings: Any) -> tuple[Path, Path]:
     """A classifier's adapter from elsewhere, and rows with the labels "good" and "bad"."""
     base = write_base(folder / "base", "bert")

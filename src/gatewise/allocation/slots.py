@@ -166,7 +166,10 @@ def set_slots(layer: LoraLinear, adapter: str, rows: Tensor, columns: Tensor) ->
 
 def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
     """Whether a LoRA layer changes its base module even without ranks: DoRA's magnitude, or a bias on B."""
-    return adapter in layer.lora_variant or (adapter in layer.lora_B and layer.lora_B[adapter].bias is not None)
+    variant = layer.lora_variant.get(adapter)
+    # aLoRA is plain LoRA from some token on: without ranks it changes nothing.
+    changes = variant is not None and not type(variant).__name__.startswith("ALora")
+    return changes or (adapter in layer.lora_B and layer.lora_B[adapter].bias is not None)
 
 
 def keep_a_rank(model: nn.Module, adapter: str | None = None) -> bool:
