@@ -549,10 +549,6 @@ def test_experts_are_counted_as_they_are_stored(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa', for which PEFT changes the base model"),
         ({"use_dora": True, "r": 1}, "nothing can go: every module has a magnitude, .* which keep it, and no rank to spare"),
         ({"layer_replication": [(0, 2), (1, 2)]}, "was trained with layer_replication, with which PEFT cannot load an adapter"),
-        (
-            {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
-            "was trained with ensure_weight_tying, with which PEFT cannot load",
-        ),
     ],
 )
 def test_what_cannot_be_made_smaller_is_refused_before_the_search(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -560,6 +556,21 @@ def test_what_cannot_be_made_smaller_is_refused_before_the_search(settings: dict
     with pytest.raises(GatewiseError, match=sentence):
         compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="loss", score_rows=16)
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(("tied", "whole"), [(True, "norm"), (False, "embed_tokens"), (True, "embed_tokens")])
+def test_embeddings_that_are_tied_and_trained_as_a_whole_are_refused(tied: bool, whole: str, tmp_path: Path) -> None:
+    """The base model's head is the adapter's embedding then, which PEFT writes and finds no place for beside another adapter."""
+    base, rows = write_base(tmp_path / "base", tie_word_embeddings=tied), write_rows(tmp_path / "rows.jsonl", 80, seed=3)
+    adapter = write_adapter(
+        tmp_path / "adapter", base, ensure_weight_tying=True, modules_to_save=[whole], target_modules=["q_proj"]
+    )
+    goal, settings = Goal(parameters=100), {"measure": "loss", "score_rows": 16}
+    if tied and whole == "embed_tokens":
+        with pytest.raises(GatewiseError, match="was trained with ensure_weight_tying, with which PEFT cannot load"):
+            compress(adapter, str(rows), tmp_path / "small", goal, **settings)
+    else:
+        assert compress(adapter, str(rows), tmp_path / "small", goal, **settings).deviation["loaded"] < 1e-5
 
 
 def test_modules_that_cannot_go_leave_ranks_to_a_cap(tmp_path: Path) -> None:
@@ -609,6 +620,14 @@ def test_a_classifier_of_several_classes_a_row_is_measured_by_the_one_that_rows_
     assert float(qualities(model, tokenizer, held_out, None, "loss").mean()) == pytest.approx(found.whole_quality, abs=1e-5)
 
 
+def test_a_classifier_wants_rows_with_labels(tmp_path: Path) -> None:
+    adapter, rows = classifier(tmp_path, 2)
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    rows.write_text("".join(json.dumps({"source": one["text"], "target": one["label"]}) + "\n" for one in lines))
+    with pytest.raises(GatewiseError, match="holds generation rows: a classifier needs rows with labels"):
+        compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100))
+
+
 def test_a_classifier_has_no_prompt(tmp_path: Path) -> None:
     """It would tell rows apart by what the model does not read."""
     adapter, rows = classifier(tmp_path, 2)
@@ -622,9 +641,11 @@ def test_the_tokenizer_is_the_adapters_own(tmp_path: Path) -> None:
     adapter, rows = classifier(tmp_path, 2)
     for path in (tmp_path / "base").glob("*token*"):
         shutil.copyfile(path, adapter / path.name)
+    (adapter / "special_tokens_map.json").write_text('{"pad_token": "<pad>"}')  # which Transformers reads, and writes no more
     compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), score_rows=16)
     written = sorted(path.name for path in (tmp_path / "small").glob("*token*"))
-    assert written == sorted(path.name for path in adapter.glob("*token*")) != []
+    assert written == sorted(path.name for path in adapter.glob("*token*"))
+    assert {"tokenizer_config.json", "special_tokens_map.json"} <= set(written)
     assert all((tmp_path / "small" / name).read_bytes() == (adapter / name).read_bytes() for name in written)
 
 

@@ -96,8 +96,11 @@ def test_embeddings_that_were_saved_without_lora_are_base_weights_too(tmp_path: 
     """``save_embedding_layers`` gives them the names of the base model."""
     base, rows = write_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", 60, seed=3)
     one, two = write_adapter(tmp_path / "one", base), write_adapter(tmp_path / "two", base)
-    head = write_adapter(tmp_path / "head", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    assert base_weights_in(one) == base_weights_in(head) == []
+    whole = write_adapter(tmp_path / "whole", base, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"])
+    assert any("input_layernorm" in name for name in weights(whole))  # PEFT takes all names that end so
+    assert base_weights_in(one) == base_weights_in(whole) == []
+    save_file({"base_model.model.lm_head.original_module.weight": torch.ones(1)}, whole / "adapter_model.safetensors")
+    assert base_weights_in(whole) == ["base_model.model.lm_head.original_module.weight"]
     key = "base_model.model.model.embed_tokens.weight"
     held = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
 

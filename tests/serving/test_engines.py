@@ -84,6 +84,8 @@ def test_what_needs_more_than_weights_is_not_for_vllm() -> None:
     told = adapter(f"model.{DOWN}")
     told.config.update(alora_invocation_tokens=[5, 6])
     assert serving_settings(told, "llama")["vllm"] is None
+    told.config.update(alora_invocation_tokens=None, ensure_weight_tying=True)  # of which the weights say what there is
+    assert serving_settings(told, "llama")["vllm"] is not None
 
 
 def test_vllm_takes_the_configuration_at_its_word() -> None:

@@ -208,6 +208,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             own = source / one.relative_to(other)
             (folder / one.relative_to(other)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(own if own.is_file() else one, folder / one.relative_to(other))
+    for name in ("special_tokens_map.json", "added_tokens.json"):  # which older versions of Transformers wrote beside them
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _config(file: LoraAdapter, modules: list[LoraModule]) -> dict[str, Any]:

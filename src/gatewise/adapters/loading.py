@@ -23,7 +23,7 @@ from gatewise.tasks.records import check_labels, load_like
 # Of an adapter's configuration: where it is from, and whether it is to be trained.
 _NOT_COMPUTED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
 
-_BASE_WEIGHT = re.compile(r"\.base_layer\.(weight|bias)$")
+_BASE_WEIGHT = re.compile(r"\.(?:base_layer|original_module)\.(weight|bias)$")
 
 Around = Callable[[PreTrainedModel], PreTrainedModel]
 
@@ -263,14 +263,14 @@ def base_weights_in(adapter_dir: str | Path) -> list[str]:
     """The names of the base model's own weights in an adapter's file, which PEFT reads back into the base model.
 
     They are those of modules that have LoRA, and of embeddings and heads without, which have the names of the base model then. So
-    have modules that the adapter trained as a whole, which stay its own.
+    have modules that the adapter trained as a whole, which stay its own: all whose names end in one of ``modules_to_save``.
     """
     config = read_config(adapter_dir)
     names = list(tensor_shapes(weights_of(adapter_dir)))
     if config.get("peft_type") != "LORA":  # prompts and routers have names of their own
         return [key for key in names if _BASE_WEIGHT.search(key)]
     whole = {*(config.get("modules_to_save") or ()), *(("classifier", "score") if config.get("task_type") == "SEQ_CLS" else ())}
-    own = re.compile("|".join([r"\.(lora_|token_adapter\.)", *(rf"(^|\.){re.escape(name)}\." for name in sorted(whole))]))
+    own = re.compile("|".join([r"\.(lora_|token_adapter\.)", *(rf"{re.escape(name)}\." for name in sorted(whole))]))
     trained = "" if config.get("bias") in (None, "none") else ".bias"  # of base modules, which the adapter says that it has
     return [
         key

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from gatewise.adapters.loading import Loaded
@@ -36,9 +37,10 @@ from gatewise.compress.recovery import Recovery, recover, refit
 from gatewise.compress.timing import check_timed, seconds_a_step, time_costs
 from gatewise.compress.work import Work
 from gatewise.errors import GatewiseError
-from gatewise.losses import loss_kind, mean_loss
+from gatewise.losses import base_of, loss_kind, mean_loss
 from gatewise.progress import ConsoleProgress
 from gatewise.tasks import PadCollator, Records, Template
+from gatewise.tasks.encoding import check_labelled
 from gatewise.tasks.metrics import check_classes
 from gatewise.tasks.records import Row, load_like
 from gatewise.tasks.template import references
@@ -71,7 +73,8 @@ def rows_for(
         GatewiseError: too few rows, or rows that cannot be measured so.
     """
     template = loaded.template
-    if loss_kind(loaded.model) == "rows" and loaded.records.kind == "label":
+    if loss_kind(loaded.model) == "rows":
+        check_labelled(loaded.records)
         check_classes(loaded.model, loaded.records)
     records, train = without_repeats(loaded.records, template, say), None
     measure = measure or measure_for(records)
@@ -499,7 +502,10 @@ def _refuse(model: PeftModel, name: str) -> None:
             f"the adapter has init_lora_weights {config.init_lora_weights!r}, for which PEFT changes the base model by the rank "
             "when it loads it: convert it first (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    if config.layer_replication or (config.ensure_weight_tying and config.modules_to_save):
+    base = base_of(model)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    tied = base.config.get_text_config().tie_word_embeddings and any(isinstance(one, ModulesToSaveWrapper) for one in ends)
+    if config.layer_replication or (config.ensure_weight_tying and tied):
         setting = "layer_replication" if config.layer_replication else "ensure_weight_tying"
         raise GatewiseError(
             f"the adapter was trained with {setting}, with which PEFT cannot load an adapter beside another one to check it: "

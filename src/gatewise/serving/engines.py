@@ -13,7 +13,7 @@ ROUTED, ROUTER = "ROUTED_LORA", "lora_router"
 """The type of routed adapters, and what stands in the names of their routers' tensors."""
 NOT_SERVED = (
     "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config",
-    "use_bdlora", "kasa_config", "use_qalora", "ensure_weight_tying",
+    "use_bdlora", "kasa_config", "use_qalora",
 )  # fmt: skip
 """Settings of LoRA that need more than the weights, or another base model."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -54,6 +54,12 @@ def encode(
     ]
 
 
+def check_labelled(records: Records) -> None:
+    """Raises GatewiseError for records without labels, of which a classifier learns nothing."""
+    if records.labels is None:
+        raise GatewiseError(f"{records.source} holds {records.kind} rows: a classifier needs rows with labels")
+
+
 def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512) -> list[dict[str, Any]]:
     """Rows for a sequence classifier: a text, or premise and hypothesis as a pair, cut at ``max_length`` tokens.
 
@@ -64,8 +70,8 @@ def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         GatewiseError: the records have no labels.
     """
-    if records.labels is None:
-        raise GatewiseError(f"{records.source} holds {records.kind} rows: a classifier needs rows with labels")
+    check_labelled(records)
+    assert records.labels is not None
     fields = ("premise", "hypothesis") if "premise" in records.rows[0] else ("text",)
     columns = [[row[field] for row in records.rows] for field in fields]
     encoded = tokenizer(

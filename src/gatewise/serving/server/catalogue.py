@@ -264,7 +264,7 @@ def kind_of(folder: Path) -> Kind:
             f"the adapter {folder} has init_lora_weights={config['init_lora_weights']!r}, which changes the base model that all "
             "adapters share: save it with path_initial_model_for_weight_conversion"
         )
-    for name in NOT_SERVED:
+    for name in (*NOT_SERVED, "ensure_weight_tying"):
         if config.get(name):
             raise GatewiseError(f"the adapter {folder} was trained with {name}, which is not served")
     return "alone" if any(config.get(name) for name in _MORE) or not _is_linear(folder) else "plain"
