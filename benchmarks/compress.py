@@ -13,6 +13,7 @@ learning rates for it, the other seeds take the best of them.
     python benchmarks/compress.py --table --models minilm
 
 Rows are appended to results/compress.jsonl as they come; what is there is not measured again. Trained adapters are kept in --work.
+Where a processor has instructions for bfloat16, products are in bfloat16, else in float32. Rows say which, but for the older ones.
 SmolLM2 is measured on fewer dev rows and sizes (SETTINGS): it takes thirty times as long.
 """
 
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from benchmark_data import TEMPLATES, load_task, teacher_forced
-from campaign import append, claimed, read
+from campaign import append, claimed, machine, read
 from unpadded import ATTENTION, OneRow
 
 RESULTS = Path(__file__).parent / "results" / "compress.jsonl"
@@ -459,8 +460,9 @@ def main() -> None:
                         found = [measurements(case, options.work, done)]
                         for rows in [*found, *([] if options.skip_trained else [small_ones(case, options.results, done)])]:
                             for row in rows:
-                                append(row, options.results)
-                                print(json.dumps(row), flush=True)
+                                told = row | {"multiplies_bfloat16": machine()["multiplies_bfloat16"]}
+                                append(told, options.results)
+                                print(json.dumps(told), flush=True)
     report(read(options.results))
     if options.plot:
         plot(read(options.results), read(RESULTS.with_name("compress_speed.jsonl")), options.plot)
