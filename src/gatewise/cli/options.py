@@ -15,7 +15,8 @@ _DATA_FLAGS: dict[str, Any] = {
     "base": BaseOption,
     "split": Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")],
     "prompt": Annotated[
-        str | None, typer.Option("--template-prompt", help="Prompt with the row's fields in braces, if not the run's. Not for classifiers.")
+        str | None,
+        typer.Option("--template-prompt", help="Prompt with the row's fields in braces, if not the run's. Not for classifiers."),
     ],
     "labels": Annotated[str | None, typer.Option(help="Labels in order, 'no,yes', or with their words, 'no=bad,yes=good'.")],
     "limit": Annotated[int | None, typer.Option(help="Measure on the first rows only.", min=1)],
