@@ -71,7 +71,7 @@ def test_json_is_all_of_stdout(export: Export, saved: Path) -> None:
         ("--json", "--json was given without --static"),
         ("--static --data DATA --modules 3 --share 0.5", "modules and share were both given"),
         ("--static --data DATA --limit 30", "rows.jsonl has 30 rows, and of those that choose modules none may measure"),
-        ("--static --data DATA --tolerance 0.1", "and a tolerance of 0.1 cannot be shown with fewer than 31: give more rows"),
+        ("--static --data DATA --tolerance 0.1", "and a tolerance of 0.1 cannot be shown with fewer than 30: give more rows"),
         ("--static --data none.jsonl", "none.jsonl: there is no such file"),
         ("", "which chooses modules by the prompt"),
     ],
