@@ -445,6 +445,8 @@ def main() -> None:
         if options.data_dir is None:
             parser.error("--data-dir is needed: the folder with a folder for each task")
 
+        on = {"multiplies_bfloat16": machine()["multiplies_bfloat16"]}
+
         def done(row: dict[str, Any]) -> bool:
             return any(all(one[key] == row[key] for key in KEYS) for one in read(options.results))
 
@@ -460,7 +462,7 @@ def main() -> None:
                         found = [measurements(case, options.work, done)]
                         for rows in [*found, *([] if options.skip_trained else [small_ones(case, options.results, done)])]:
                             for row in rows:
-                                told = row | {"multiplies_bfloat16": machine()["multiplies_bfloat16"]}
+                                told = row | on
                                 append(told, options.results)
                                 print(json.dumps(told), flush=True)
     report(read(options.results))
