@@ -17,13 +17,18 @@ def test_numbers(value, number, whole):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("0", 0), ("500000", 500_000), (" 500,000 ", 500_000), ("2_440_000", 2_440_000), ("500k", 500_000), ("1.1M", 1_100_000)],
+    [
+        *[("0", 0), ("500000", 500_000), (" 500,000 ", 500_000), ("2_440_000", 2_440_000), ("500k", 500_000), ("1.1M", 1_100_000)],
+        *[("12,345,678", 12_345_678), ("2,400.5k", 2_400_500)],
+    ],
 )
 def test_the_number_of_a_text(text, number):
     assert number_of(text, "--suggest") == number
 
 
-@pytest.mark.parametrize("text", ["", "-3", "1.5", "k", "1e6", "5 kk", "nan", "1.M"])
+@pytest.mark.parametrize(
+    "text", ["", "-3", "1.5", "k", "1e6", "5 kk", "nan", "1.M", "2,4M", "1,5", "500,00", "5,000,00", ",500", "1_5"]
+)
 def test_texts_that_mean_no_number(text):
     with pytest.raises(GatewiseError, match=r"^--suggest is '.*': expected a number such as 500000, 500k or 1\.5M$"):
         number_of(text, "--suggest")

@@ -26,6 +26,8 @@ from gatewise.runs.trainer import RecipeTrainer
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
+NAMED: dict[str, Any] = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte."""
@@ -44,11 +46,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_base(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """A random two-layer model, "llama" or "bert", with its tokenizer."""
+    """A random two-layer model, "llama" or "bert", with its tokenizer; BERT's classes have the names of ``write_rows``'s labels."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 96, "pad_token_id": 0} | changes
-    model = LlamaForCausalLM(LlamaConfig(**sizes)) if family == "llama" else BertModel(BertConfig(**sizes))
+    model = LlamaForCausalLM(LlamaConfig(**sizes)) if family == "llama" else BertModel(BertConfig(**NAMED | sizes))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -18,7 +18,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def number_of(text: str, name: str) -> int:
-    """The whole number that a text means: 500000, "500,000", "500k" or "1.5M".
+    """The whole number that a text means: 500000, "500,000", "500k" or "1.5M". A comma parts thousands, and nothing else.
 
     Args:
         name: of the option that it was given for, for the error.
@@ -26,10 +26,11 @@ def number_of(text: str, name: str) -> int:
     Raises:
         GatewiseError: it means none.
     """
-    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([kKmM])", text.strip().replace(",", "").replace("_", ""))
+    match = re.fullmatch(r"((?:\d+|\d{1,3}(?:[,_]\d{3})+)(\.\d+(?=\D))?)([kKmM]?)", text.strip())
     if match is None:
         raise GatewiseError(f"{name} is {text!r}: expected a number such as 500000, 500k or 1.5M")
-    return int(match[1]) if match[1] else round(float(match[2]) * {"k": 1_000, "m": 1_000_000}[match[3].lower()])
+    number = match[1].replace(",", "").replace("_", "")
+    return round(float(number) * {"k": 1_000, "m": 1_000_000}[match[3].lower()]) if match[3] else int(number)
 
 
 HALF_A_PAIR = "has half of a surrogate pair, which is no character"

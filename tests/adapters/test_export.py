@@ -7,11 +7,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
+from saved_models import tiny_tokenizer
 from tiny_models import tiny_base
 
 from gatewise.adapters.export import to_lora
 from gatewise.allocation import slots
 from gatewise.errors import GatewiseError
+from gatewise.models import load_tokenizer
 
 
 def output(model, batch):
@@ -131,6 +133,15 @@ def test_convolutions(tmp_path, padded):
         name: len(loaded.base_model.model.get_submodule(name).lora_A["default"].weight) for name in ("plain", "grouped", "head")
     }
     assert ranks == ({"plain": 4, "grouped": 4, "head": 4} if padded else {"plain": 2, "grouped": 2, "head": 3})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_adapters_own_tokenizer_comes_along(adapted, tmp_path, padded):
+    adapted().save_pretrained(tmp_path / "whole")
+    tiny_tokenizer(pad=True).save_pretrained(tmp_path / "whole")
+    out = to_lora(tmp_path / "whole", tmp_path / "out", padded=padded)
+    assert load_tokenizer(out).pad_token == "<pad>"
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "whole" / "tokenizer.json").read_bytes()
 
 
 def test_a_named_adapter(adapted, batch, tmp_path):

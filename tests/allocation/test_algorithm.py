@@ -138,6 +138,14 @@ def plan_by_the_rule(scores, count, capacity, budget, costs, min_rank=0):
         left[modules[at]].remove(i)
         pruned.setdefault(at, []).append(i)
         freed += costs[modules[at]]
+    # What need not have gone comes back, the most valuable for its cost first.
+    gone = [(scores[modules[at]][i] / costs[modules[at]], at, i) for at in pruned for i in pruned[at]]
+    for _, at, i in sorted(gone, reverse=True):
+        if freed - costs[modules[at]] >= count:
+            left[modules[at]].add(i)
+            pruned[at].remove(i)
+            freed -= costs[modules[at]]
+    pruned = {at: gone for at, gone in pruned.items() if gone}
 
     def worth(module):
         return sum(scores[module]) / len(scores[module]) / costs[module] if scores[module] else -math.inf
@@ -193,6 +201,14 @@ def test_a_rank_is_judged_by_what_it_costs():
     assert plan_round(scores, 10, capacity, 150, costs=costs) == Plan({"large": [0]}, {"other": 2, "small": 3})
     # 50 are two of "large".
     assert plan_round(scores, 50, capacity, 120, costs=costs).pruned == {"large": [0, 1]}
+
+
+def test_cheap_ranks_stay_where_a_dear_one_goes_anyway():
+    scores, costs = {"embed": [30.0, 90.0], "q": [0.01, 0.02, 0.03]}, {"embed": 1000, "q": 10}
+    # The three cheap ones are worth least for their cost, but do not free enough, and with the dear one they need not go.
+    assert prune_lowest(scores, 500, costs=costs) == {"embed": [0]}
+    assert prune_lowest(scores, 1005, costs=costs) == {"embed": [0], "q": [0]}
+    assert prune_lowest(scores, 25, costs=costs) == {"q": [0, 1, 2]}
 
 
 def test_a_worthless_module_goes_whole_where_its_cost_fits():

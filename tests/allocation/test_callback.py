@@ -507,6 +507,21 @@ def test_a_cubic_budget_of_parameters_ends_just_below_its_target(run, conftest_b
         assert not one.grown
 
 
+def test_layers_that_no_budget_counts_are_named(run, caplog):
+    targets = {"r": 4, "target_modules": ["pos_conv_embed.conv", "q_proj", "v_proj"]}
+    with caplog.at_level(logging.WARNING, logger="gatewise"):
+        model, allocation, _ = run(
+            "wav2vec2", peft=targets, allocation={"schedule": "cubic", "budget": "modules", "target_modules": 2}
+        )
+    assert "pos_conv_embed.conv: no ranks of this kind of layer are moved or taken away" in caplog.text
+    assert "the budget of 2 modules does not count them" in caplog.text
+    assert len(slots.ranks(model)) == allocation.target == 2
+    assert [path.rpartition(".")[2] for path in slots.left_alone(model)] == ["conv"]
+    caplog.clear()
+    run(allocation={"schedule": "cubic", "target_rank": 2})
+    assert "taken away" not in caplog.text
+
+
 def test_parameters_that_no_rank_fitted_into_are_there_for_the_next_round(run, conftest_base):
     """As long as a module can take more, less than a rank is left of the budget after each round."""
     _, allocation, _ = run(allocation={"rounds": 6, "recover": 1.0 / 6, "prune_fraction": 1 / 20, "r_max": 16})

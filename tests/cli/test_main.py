@@ -108,6 +108,52 @@ def test_eval_takes_another_prompt_other_words_and_fewer_rows(gatewise: Gatewise
     assert again == plain
 
 
+def test_the_runs_label_words_stay_with_its_labels(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    spelt = tmp_path / "spelt"
+    shutil.copytree(trained / "adapter", spelt)
+    note = json.loads((spelt / "gatewise.json").read_text())
+    (spelt / "gatewise.json").write_text(json.dumps(note | {"label_words": {"bad": "no", "good": "yes"}}))
+    words = ("eval", spelt, "--data", trained.parent / "dev.jsonl", "--json")
+    own, plain = json.loads(gatewise(*words).stdout), json.loads(gatewise(*words, "--labels", "bad=bad,good=good").stdout)
+    assert own != plain
+    for labels in ("bad,good", "good,bad"):
+        assert json.loads(gatewise(*words, "--labels", labels).stdout) == pytest.approx(own)
+
+
+def test_eval_says_what_was_cut_and_takes_a_length(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "written.jsonl"
+    rows.write_text("".join(json.dumps({"source": f"lamp {n}", "target": "late"}) + "\n" for n in range(3)))
+    words = ("eval", trained / "adapter", "--data", rows, "--template-prompt", "{source}:", "--max-new-tokens", 2)
+    result = gatewise(*words, "--out", "answers.jsonl", "--json")
+    assert result.exit_code == 0, result.output
+    cut = [json.loads(line).get("cut", False) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert any(cut)
+    assert f"{sum(cut)} of 3 answers had not ended when they were cut; --max-new-tokens lets them be longer" in result.stderr
+    assert_refused(gatewise("eval", "x", "--harness", "arc_easy", "--max-new-tokens", 2), "--max-new-tokens goes with --data")
+
+
+def test_a_classifier_from_elsewhere_needs_the_order_of_its_classes(gatewise: Gatewise, tmp_path: Path) -> None:
+    """Rows say what labels there are, not which class is which."""
+    recipe = write_recipe(tmp_path, "lora", "bert")
+    assert gatewise("train", recipe, "--set", "data.labels=[good, bad]", "--output", "out").exit_code == 0
+    words = ("eval", "out/adapter", "--data", "dev.jsonl", "--json")
+    expected = json.loads(gatewise(*words).stdout)
+    (tmp_path / "out" / "adapter" / "gatewise.json").unlink()
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+
+    def name_classes(*names: str) -> None:
+        named = {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+        (tmp_path / "bert" / "config.json").write_text(json.dumps(config | named))
+
+    name_classes("LABEL_0", "LABEL_1")
+    assert_refused(gatewise(*words), "does not say which of its classes is which of the labels bad, good: give --labels")
+    assert json.loads(gatewise(*words, "--labels", "good,bad").stdout) == pytest.approx(expected)
+    name_classes("Good", "Bad")
+    assert_refused(gatewise(*words), "its classes (its base model calls them Good, Bad) is which of the labels bad, good")
+    name_classes("good", "bad")
+    assert json.loads(gatewise(*words).stdout) == pytest.approx(expected)
+
+
 def test_eval_says_what_the_harness_needs(gatewise: Gatewise, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("eval", trained / "adapter")
     assert_refused(gatewise(*words), "give either --data or --harness")

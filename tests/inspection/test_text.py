@@ -124,7 +124,7 @@ def test_the_summary_names_what_could_go() -> None:
         "loss: 2.0000 nats without these ranks, 1.2500 with them",
         "sum of scores: 0.7 nats; the ranks lower the loss by 0.75 nats",
         "could go: 2 modules whose scores add up to zero or less: layers.0.v_proj, layers.1.q_proj",
-        "not scored: conv: no score reads this kind of layer",
+        "not scored: conv: no score reads this kind of layer, and suggestions leave it out",
     ]
     many = importance(*(module(f"layers.{i}.q_proj", -1.0) for i in range(7)), score="sensitivity")
     lines = importance_lines(many)

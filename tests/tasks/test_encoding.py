@@ -88,6 +88,16 @@ def test_labels_that_are_the_same_tokens_are_refused(tokenizer: PreTrainedTokeni
         encode(LABELS, Blind(), TEMPLATE)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("labels", [["good", "good lamp"], ["bad", "good lamp", "good"]])
+def test_labels_that_begin_another_one_are_refused(tokenizer: PreTrainedTokenizerFast, labels: list[str]) -> None:
+    """Without an end the longer one is never the likelier."""
+    records = Records("label", [{"text": "x", "label": "good"}], labels, "rows")
+    with pytest.raises(GatewiseError, match=r"the label word ' good' is the beginning of ' good lamp'.* other words for them"):
+        encode(records, tokenizer, TEMPLATE)
+    words = Template(TEMPLATE.prompt, {"good": "plain good", "good lamp": "good lamp", "bad": "bad"})
+    assert len(encode(records, tokenizer, words)) == 1
+
+
 def test_collator_pads_right(tokenizer: PreTrainedTokenizerFast) -> None:
     features = encode(LABELS, tokenizer, TEMPLATE)
     batch = PadCollator(tokenizer)(features)

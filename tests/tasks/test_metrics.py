@@ -63,7 +63,7 @@ def _slow_metrics(model: nn.Module, tokenizer: PreTrainedTokenizerFast, records:
 CASES = {
     "single-token labels": (_labelled(["good", "bad", " is".strip()]), TEMPLATE),
     "single and multi-token labels": (
-        _labelled(["good", "good lamp", "good lamp here", "very bad", "灯坏了"]),
+        _labelled(["good", "late lamp", "late parcel and lamp", "very bad", "灯坏了"]),
         TEMPLATE,
     ),
     "label words": (_labelled(["a", "b"]), Template("{text}", labels={"a": "good", "b": "wrong wrong"})),
@@ -261,6 +261,42 @@ def test_generation_agrees_with_a_loop_and_stops_at_the_end_token(
     assert written == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
 
 
+def test_answers_may_be_as_long_as_the_right_ones(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """16 tokens more than the longest, 64 at least, half of the positions at most; and what is cut is said."""
+    llama.eval()
+    given: list[int] = []
+    llama.generation_config.eos_token_id = None
+    generate = llama.generate
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        given.append(kwargs["generation_config"].max_new_tokens)
+        return generate(*args, **kwargs)
+
+    llama.generate = spied  # type: ignore[method-assign]
+    llama.config.max_position_embeddings = 256
+    many = "late parcel " * 20
+    length = len(tokenizer(many.strip(), add_special_tokens=False)["input_ids"])
+    assert 64 < length + 16 < 128
+    for rows, most in (
+        ([{"source": "lamp", "target": "x"}], 64),
+        ([{"source": "lamp", "target": "x"}, {"source": "lamp", "targets": ["x", many]}], length + 16),
+        ([{"source": "lamp", "target": many * 4}], 128),
+    ):
+        answers: list[dict[str, Any]] = []
+        evaluate(llama, tokenizer, Records("generation", rows, None, "rows"), answers=answers)
+        assert given.pop() == most
+    evaluate(llama, tokenizer, Records("number", [{"question": "lamp", "answer": f"{many} #### 1"}], None, "rows"))
+    assert given.pop() > length + 16
+    prompts = [tokenizer(f"Input: {word}\nOutput:")["input_ids"] for word in WORDS]
+    free = [_slow_greedy(llama, prompt, 12, {2}) for prompt in prompts]
+    end = free[0][5]
+    llama.generation_config.eos_token_id = [2, end]
+    cut: set[int] = set()
+    write_texts(llama, tokenizer, prompts, 3, 12, cut=cut)
+    assert cut == {at for at, ids in enumerate(free) if not {2, end} & set(ids)}
+    assert 0 not in cut
+
+
 def test_writing_ends_before_the_first_of_some_texts(llama, tokenizer):
     """As cutting the whole answer; and no row is asked for more tokens than the longest one needs."""
     llama.eval()
@@ -353,7 +389,7 @@ def test_an_adapter_is_measured_in_every_kind(llama: LlamaForCausalLM, tokenizer
         made = Records(kind, [row], None, "rows")  # type: ignore[arg-type]
         answers: list[dict[str, Any]] = []
         metrics = evaluate(model, tokenizer, made, max_new_tokens=3, answers=answers)
-        assert answers[0].keys() == ({"predicted"} if kind == "generation" else {"predicted", "right"})
+        assert answers[0].keys() - {"cut"} == ({"predicted"} if kind == "generation" else {"predicted", "right"})
         assert isinstance(answers[0]["predicted"], str)
         assert set(metrics) == names
         assert all(math.isfinite(value) for value in metrics.values())

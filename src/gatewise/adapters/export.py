@@ -93,6 +93,7 @@ def to_lora(
             for name in (NOTE_FILE, ALLOCATION_FILE):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, part / name)
+            copy_tokenizer(folder, part)
     return Path(out)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, read_note, read_tensors, tensor_shapes, weights_of
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.device import DTYPES, pick_device, pick_dtype
-from gatewise.models.loading import Task, load_model, load_tokenizer
+from gatewise.models.loading import Task, class_names, load_model, load_tokenizer
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_like
@@ -77,16 +77,39 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     note = read_note(adapter)
     if note.get("task") == "text2mdt":
         raise _points(adapter)
-    names, words = _labels(options.labels) if options.labels else (note.get("labels"), note.get("label_words"))
+    names, words = note.get("labels"), note.get("label_words")
+    if options.labels:
+        given, with_words = _labels(options.labels)
+        same = names is not None and set(given) == set(names)  # in an order of one's own, perhaps, with the run's words
+        names, words = given, words if same and with_words is None else with_words
+    causal = (note.get("task") or _task_of(_peft_config(adapter), adapter)) == "causal"
     records = load_like(data, names, split=options.split, limit=options.limit)
+    if not causal and names is None and records.labels is not None:
+        records = load_like(data, _classes(adapter, options.base, records.labels), split=options.split, limit=options.limit)
     check_labels(records, "give --labels with all of them")
     template = None
-    if (note.get("task") or _task_of(_peft_config(adapter), adapter)) == "causal":
+    if causal:
         prompt = options.prompt or note.get("template") or default_template(records).prompt
         template = Template(prompt, words if records.labels is not None else None)
     elif options.prompt:
         raise GatewiseError(f"{adapter} is a classifier, which reads the text itself: leave the prompt's template out")
     return records, template, int(note.get("max_length") or 512)
+
+
+def _classes(adapter: Path, base: str | None, found: Sequence[str]) -> list[str]:
+    """The labels in the order of a classifier's classes, where its note does not say: as its base model calls them.
+
+    Raises:
+        GatewiseError: that has other names, or none.
+    """
+    known = class_names(base or _peft_config(adapter).base_model_name_or_path or "")
+    if known is None or not set(found) <= set(known):
+        told = f" (its base model calls them {', '.join(known)})" if known else ""
+        raise GatewiseError(
+            f"{adapter} does not say which of its classes{told} is which of the labels {', '.join(found)}: give --labels with all "
+            "of them, in the order of the classes"
+        )
+    return known
 
 
 def load_as_trained(

@@ -308,7 +308,7 @@ def prune_lowest(
     costs: Costs | None = None,
 ) -> dict[str, list[int]]:
     """Positions of the ``count`` lowest scores over all modules, by module; with ``costs``, of the lowest scores per cost, so many
-    that they cost at least ``count``.
+    that they cost at least ``count``. Where the last of these costs much, those before it that need not go for that stay.
 
     A module never falls below ``min_rank``, and ranks that are ``spared`` stay; where that protects too many, fewer than
     ``count`` are pruned.
@@ -333,7 +333,11 @@ def prune_lowest(
             chosen.setdefault(module, []).append(position)
             left[module] -= 1
             count -= each[at]
-    return {module: sorted(chosen[module]) for module in modules if module in chosen}
+    for _, at, position in reversed(order):
+        if each[at] <= -count and position in chosen.get(modules[at], ()):
+            chosen[modules[at]].remove(position)
+            count += each[at]
+    return {module: sorted(chosen[module]) for module in modules if chosen.get(module)}
 
 
 def _worthless(

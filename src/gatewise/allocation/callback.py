@@ -33,7 +33,7 @@ from gatewise.allocation.refusals import refuse_what_cannot_work
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import Batches, Scores, as_batches, in_steps_of
 from gatewise.checks import is_number, is_whole
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, some
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
 from gatewise.internals.several_adapters import folder_of, load_all_active_adapters
@@ -203,6 +203,11 @@ class RankAllocation(TrainerCallback, ExportableState):
         self._costs = slots.costs(model, self._adapter) if self.unit == "parameters" else None
         self.budget = self.target = self._counted(start)
         self._set_target(model, start)
+        if others := slots.left_alone(model, self._adapter):
+            logger.warning(
+                "%s: no ranks of this kind of layer are moved or taken away, and the budget of %d %s does not count them",
+                some(others, 3), self.target, self.unit,
+            )  # fmt: skip
         # A budget that only comes down needs no room to grow.
         as_it_is = slots.capacities(slots.lora_layers(model, self._adapter), self._adapter)
         room = self.r_max if self.schedule == "constant-budget" else as_it_is

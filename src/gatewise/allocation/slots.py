@@ -83,6 +83,17 @@ def _holders(model: nn.Module, name: str) -> dict[str, LoraLinear]:
     }
 
 
+def left_alone(model: nn.Module, adapter: str | None = None) -> list[str]:
+    """Paths of an adapter's LoRA layers that ``lora_layers`` leaves out: they keep their ranks, and no budget counts them."""
+    name = active_adapter(model, adapter)
+    held = set(map(id, _holders(model, name).values()))
+    return [
+        _path_of(path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A) and id(module) not in held
+    ]
+
+
 def _path_of(path: str, layer: LoraLayer) -> str:
     """The path in the base model of what a LoRA layer at ``path`` adapts."""
     path = path.removeprefix(PEFT_PREFIX)

@@ -191,6 +191,12 @@ def eval_(
         str | None, typer.Option(help="A .jsonl, .json or .csv file, sample:NAME, or a data set's name.", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.", min=1)] = 16,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of a written answer.", min=1, show_default="16 more than the longest right one, 64 at least"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows with what was answered to each to this .jsonl file.")] = None,
     harness: Annotated[
         str | None, typer.Option(metavar="TASK,...", help="In place of --data: tasks of lm-evaluation-harness, such as arc_easy.")
@@ -214,6 +220,8 @@ def eval_(
     if (data is None) == (harness is None):
         raise GatewiseError("give either --data or --harness, which says what to measure the adapter on")
     if harness is not None:
+        if max_new_tokens is not None:
+            raise GatewiseError("--max-new-tokens goes with --data, and a task of --harness says it itself: leave it out")
         _eval_with_harness(adapter, harness, options, harness_tasks, harness_shots, batch_size, out, as_json)
         return
     for name, given in (("--harness-tasks", harness_tasks), ("--harness-shots", harness_shots)):
@@ -224,7 +232,9 @@ def eval_(
 
     progress = Console(stderr=True)
     assert data is not None
-    metrics = measure_adapter(adapter, data, options, batch_size=batch_size, out=out, console=progress)
+    metrics = measure_adapter(
+        adapter, data, options, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, console=progress
+    )
     if as_json:
         typer.echo(json.dumps(metrics))
         return

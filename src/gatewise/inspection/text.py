@@ -164,7 +164,12 @@ def importance_facts(importance: "Importance") -> list[tuple[str, str]]:
         ),
     ]
     if importance.unscored:
-        facts.append(("not scored", f"{some(importance.unscored, _MOST_NAMED)}: no score reads this kind of layer"))
+        facts.append(
+            (
+                "not scored",
+                f"{some(importance.unscored, _MOST_NAMED)}: no score reads this kind of layer, and suggestions leave it out",
+            )
+        )
     return facts
 
 

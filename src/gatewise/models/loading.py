@@ -126,6 +126,21 @@ def load_model(
     return model.to(place).eval()
 
 
+def class_names(name_or_path: str | Path) -> list[str] | None:
+    """What a model's configuration calls the classes of a classifier, in order; None where it only counts them.
+
+    Raises GatewiseError when there is no configuration or it cannot be read.
+    """
+    source = resolve(name_or_path)
+    try:
+        with quiet(bars=not Path(source).is_dir()):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise _not_loaded("model", name_or_path, source, error) from error
+    names = [str(config.id2label[at]) for at in sorted(config.id2label)]
+    return None if names == [f"LABEL_{at}" for at in range(len(names))] else names
+
+
 def config_positions(model: PreTrainedModel) -> int:
     """How many positions a model has, as its configuration says; a huge number where it does not."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

@@ -19,6 +19,7 @@ def measure_adapter(
     options: DataOptions = DataOptions(),
     *,
     batch_size: int = 16,
+    max_new_tokens: int | None = None,
     out: str | Path | None = None,
     console: Console | None = None,
 ) -> Metrics:
@@ -28,6 +29,7 @@ def measure_adapter(
         adapter: its folder. ``gatewise.json`` in it says how its run wrote prompts and labels; an adapter from elsewhere has
             none and gets the plain template for the data.
         data, options: as for ``gatewise.adapters.loading.load_with_data``.
+        max_new_tokens: of a written answer, see ``gatewise.tasks.evaluate``.
         out: a JSON-lines file for the rows with what was answered to each, see ``gatewise.tasks.evaluate``.
 
     Raises:
@@ -46,10 +48,13 @@ def measure_adapter(
                 loaded.records,
                 loaded.template,
                 batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
                 max_length=loaded.max_length,
                 progress=count,
                 answers=answers,
             )
+        if cut := sum("cut" in answer for answer in answers):
+            progress.say(f"{cut} of {len(answers)} answers had not ended when they were cut; --max-new-tokens lets them be longer")
     if out is not None:
         write_json_lines(out, (finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)))
     return metrics

@@ -5,6 +5,7 @@ Shapes: b batch, t tokens.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -156,17 +157,25 @@ def candidate_ids(records: Records, tokenizer: PreTrainedTokenizerBase, template
     """Token ids of every candidate of every row (kinds "label" and "choice").
 
     Raises:
-        GatewiseError: a candidate has no tokens, or the tokenizer cannot tell two labels apart.
+        GatewiseError: a candidate has no tokens, or one label's are the beginning of another's: as labels are written without an
+            end, the longer one would never be likelier.
     """
     if records.labels is not None:
         written = template.candidates(records, records.rows[0])
         ids = tuple(map(tuple, token_ids(tokenizer, written)))
         _check_tokens(written, ids)
-        for index, one in enumerate(ids):
-            if one in ids[:index]:
+        for (word, one), (other, longer) in combinations(zip(written, ids, strict=True), 2):
+            if one == longer:
                 raise GatewiseError(
-                    f"the label words {written[ids.index(one)]!r} and {written[index]!r} are the same tokens to this "
-                    "tokenizer; give the template other words for them"
+                    f"the label words {word!r} and {other!r} are the same tokens to this tokenizer; give the template other words "
+                    "for them"
+                )
+            shorter = min(len(one), len(longer))
+            if one[:shorter] == longer[:shorter]:
+                first, second = (word, other) if len(one) == shorter else (other, word)
+                raise GatewiseError(
+                    f"the label word {first!r} is the beginning of {second!r} to this tokenizer, which then would never be chosen; "
+                    "give the template other words for them"
                 )
         return [ids] * len(records)
     per_row = [template.candidates(records, row) for row in records.rows]

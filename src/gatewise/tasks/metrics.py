@@ -24,7 +24,7 @@ from gatewise.errors import GatewiseError
 from gatewise.internals.soft_prompt_fixes import written_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
 from gatewise.models.device import random_state_kept
-from gatewise.tasks.encoding import PadCollator, candidate_ids, encode_classification, pad, prompt_ids
+from gatewise.tasks.encoding import PadCollator, candidate_ids, encode_classification, pad, prompt_ids, token_ids
 from gatewise.tasks.records import Records, final_number
 from gatewise.tasks.template import Template, default_template, references
 
@@ -46,7 +46,7 @@ def evaluate(
     template: Template | None = None,
     *,
     batch_size: int = 16,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     max_length: int = 512,
     progress: Progress | None = None,
     answers: Answers | None = None,
@@ -57,18 +57,21 @@ def evaluate(
         model: a causal language model, or a sequence classifier for records with labels; with or without an adapter.
         template: for causal models; None takes `default_template`. Classifiers read the text itself.
         batch_size: sequences in one forward. The result does not depend on it.
-        max_new_tokens: the most tokens written for a generation or number row.
+        max_new_tokens: the most tokens written for a generation or number row; None takes 16 more than the longest right answer
+            has (but half of the model's positions at most), and 64 at least.
         max_length: tokens of prompt and candidate, or of a generation prompt; a longer prompt loses its beginning.
         progress: called with (done, total) after every batch.
         answers: a list to which is added what the model answered to each row, in order: ``predicted``, which is a label, the index
             of a choice, or the text that was written; ``right`` (not of free text); and ``log_likelihoods`` (nats) of all
-            candidates, by label or in the order of the choices. A classifier's are those of its classes.
+            candidates, by label or in the order of the choices. A classifier's are those of its classes. Texts that did not end
+            within ``max_new_tokens`` have ``cut``, which is True.
 
     Returns:
         By kind of records, always with ``n``, the number of rows:
 
         - label: ``accuracy`` (0 to 1) and ``loss``, the mean cross-entropy (nats) over the tokens of the right answers;
-        - choice: these, and ``accuracy_norm``, by log-likelihood per token;
+        - choice: these, and ``accuracy_norm``, by log-likelihood per token. By the sum, a choice that is the beginning of another
+          one, such as "1" of "10", is always the likelier of the two;
         - generation: ``bleu`` (sacrebleu's, 0 to 100) and ``rougeL`` (rouge-score's F, 0 to 1; best of the references).
           If no reference has several lines, only the first line of what was written counts;
         - number: ``exact`` (0 to 1), the share of rows whose final number is right.
@@ -93,17 +96,26 @@ def evaluate(
     with measuring(model):
         if records.kind in ("label", "choice"):
             return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress, answers)
+        if max_new_tokens is None:
+            longest = max(map(len, token_ids(tokenizer, _golds(records))))
+            max_new_tokens = max(64, min(longest + 16, positions // 2))
         room = min(max_length, positions - max_new_tokens)
         if max_new_tokens < 1 or room < 1:
             raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {positions - 1} for this model")
         prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
-        written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress)
-    if records.kind == "generation":
-        answers += [{"predicted": text} for text in written]
-        return generation_metrics(records, written)
-    for text, row in zip(written, records.rows, strict=True):
-        answers.append({"predicted": text, "right": final_number(text) == final_number(row["answer"])})
-    return number_metrics(records, written)
+        cut: set[int] = set()
+        written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress, cut=cut)
+    for at, (text, row) in enumerate(zip(written, records.rows, strict=True)):
+        right = {"right": final_number(text) == final_number(row["answer"])} if records.kind == "number" else {}
+        answers.append({"predicted": text, **right, **({"cut": True} if at in cut else {})})
+    return generation_metrics(records, written) if records.kind == "generation" else number_metrics(records, written)
+
+
+def _golds(records: Records) -> list[str]:
+    """All right answers of generation or number rows."""
+    if records.kind == "number":
+        return [row["answer"].strip() for row in records.rows]
+    return [text.strip() for row in records.rows for text in references(row)]
 
 
 def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
@@ -360,8 +372,13 @@ def write_texts(
     *,
     until: Sequence[str] = (),
     progress: Progress | None = None,
+    cut: set[int] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, greedily, up to the end-of-text token or before the first of the texts ``until``."""
+    """What the model writes after each prompt, greedily, up to the end-of-text token or before the first of the texts ``until``.
+
+    Args:
+        cut: a set to which the numbers of the texts are added that neither ended.
+    """
     pad_id = PadCollator(tokenizer).pad_id
     ends = end_ids(model, tokenizer)
     config = greedy(max_new_tokens, ends, pad_id)
@@ -377,6 +394,8 @@ def write_texts(
             end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
             text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
             texts[row] = text[: min((place for one in until if (place := text.find(one)) >= 0), default=len(text))]
+            if cut is not None and end == len(tokens) and len(texts[row]) == len(text):
+                cut.add(row)
         if progress:
             progress(start + len(rows), len(prompts))
     return texts
