@@ -132,6 +132,25 @@ def test_eval_says_what_was_cut_and_takes_a_length(gatewise: Gatewise, trained: 
     assert_refused(gatewise("eval", "x", "--harness", "arc_easy", "--max-new-tokens", 2), "--max-new-tokens goes with --data")
 
 
+def test_eval_refuses_what_it_would_ignore(gatewise: Gatewise, trained: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "written.jsonl"
+    rows.write_text(json.dumps({"source": "lamp", "target": "late"}) + "\n")
+    adapter, dev = trained / "adapter", tmp_path / "dev.jsonl"
+    dev.write_bytes((trained.parent / "dev.jsonl").read_bytes())
+    assert_refused(gatewise("eval", adapter, "--data", rows, "--labels", "no,yes"), "holds generation rows, which have no labels")
+    assert_refused(gatewise("eval", adapter, "--data", dev, "--max-new-tokens", 3), "holds label rows, to which nothing is written")
+    before = dev.read_bytes()
+    assert_refused(gatewise("eval", adapter, "--data", dev, "--limit", 3, "--out", dev), "is the file with the rows themselves")
+    assert dev.read_bytes() == before
+
+
+def test_a_classifier_of_a_run_keeps_its_order_and_takes_no_words(gatewise: Gatewise, tmp_path: Path) -> None:
+    assert gatewise("train", write_recipe(tmp_path, "lora", "bert"), "--output", "out").exit_code == 0
+    words = ("eval", "out/adapter", "--data", "dev.jsonl", "--json")
+    assert gatewise(*words, "--labels", "good,bad").stdout == gatewise(*words).stdout
+    assert_refused(gatewise(*words, "--labels", "bad=no,good=yes"), "is a classifier, which writes no words")
+
+
 def test_a_classifier_from_elsewhere_needs_the_order_of_its_classes(gatewise: Gatewise, tmp_path: Path) -> None:
     """Rows say what labels there are, not which class is which."""
     recipe = write_recipe(tmp_path, "lora", "bert")

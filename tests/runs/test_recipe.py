@@ -142,7 +142,7 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
         (
             "training: {load_best: true, eval_every: 4, save_every: 6}",
             (),
-            "training.save_every is 6, expected a multiple of training.eval_every (4)",
+            "training.save_every is 6, expected training.eval_every (4) or nothing",
         ),
         ("task: classification\ntemplate: {prompt: x}", (), "template is for task causal"),
         ("task: classification\ndtype: bfloat16", (), "dtype is bfloat16, expected auto or float32"),

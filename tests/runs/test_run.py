@@ -21,6 +21,7 @@ from gatewise.allocation.slots import lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import rank_map
 from gatewise.runs import run
+from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe import load_recipe
 from gatewise.runs.trainer import RecipeTrainer, checkpoint_step, complete_checkpoints
 
@@ -158,6 +159,59 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path, monkeypatch: p
     assert_same_adapter(result.adapter, tmp_path / "out" / "checkpoints" / "checkpoint-4")
 
 
+def test_adalora_says_that_it_ended_above_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("gatewise.runs.progress.RunProgress.say", lambda _, text: said.append(text))
+    recipe = write_recipe(tmp_path, "adalora", adalora={"init_r": 3, "tinit": 1, "tfinal": 1})
+    train(recipe, tmp_path / "whole")
+    assert not any("AdaLoRA has" in text for text in said)
+    losses = itertools.count(1)
+    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: float(next(losses)))
+    train(recipe, tmp_path / "early", "training.eval_every=1", "training.early_stopping_patience=1")
+    assert any("AdaLoRA has 36 ranks left, and 28 were its budget" in text for text in said)
+
+
+def test_one_step_is_taken_at_the_learning_rate(tmp_path: Path) -> None:
+    train(write_recipe(tmp_path), tmp_path / "out", "training.max_steps=1")
+    trained = weights(tmp_path / "out" / "adapter")
+    assert any(bool(value.any()) for name, value in trained.items() if "lora_B" in name)
+
+
+def test_a_decoder_that_classifies_reads_its_last_token(tmp_path: Path) -> None:
+    """Its configuration has no padding token, but its tokenizer has one, which is not the end of text."""
+    recipe = write_recipe(tmp_path, task="classification")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config | {"pad_token_id": None, "eos_token_id": 2}))
+    result = train(recipe, tmp_path / "out")
+    found = [measure_adapter(result.adapter, str(tmp_path / "dev.jsonl"), batch_size=size, console=SILENT) for size in (1, 3, 16)]
+    for one in found:
+        assert one == pytest.approx(result.metrics["dev"]["after"], rel=1e-4)
+
+
+def test_a_base_that_is_a_classifier_of_these_labels_keeps_their_order(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, family="bert")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    named = {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | named))
+    result = train(recipe, tmp_path / "out", "training.max_steps=1")
+    assert json.loads((result.adapter / "gatewise.json").read_text())["labels"] == ["good", "bad"]
+    result = train(recipe, tmp_path / "own", "training.max_steps=1", "data.labels=[bad, good]")
+    assert json.loads((result.adapter / "gatewise.json").read_text())["labels"] == ["bad", "good"]
+
+
+def test_the_old_run_is_there_where_a_row_of_test_has_no_prompt(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, template={"prompt": "{title}: {text}"})
+    for name in ("train", "dev", "test"):
+        rows = [json.dumps({"title": "t", "text": f"lamp {n}", "label": ["good", "bad"][n % 2]}) for n in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    train(recipe, tmp_path / "out", f"data.test={tmp_path / 'test.jsonl'}")
+    with (tmp_path / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "lamp", "label": "good"}) + "\n")
+    with pytest.raises(GatewiseError, match=r"has {title}, but the row's fields are"):
+        train(recipe, tmp_path / "out", f"data.test={tmp_path / 'test.jsonl'}", overwrite=True)
+    assert (tmp_path / "out" / "adapter").is_dir()
+
+
 def test_early_stopping_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([0.2, 0.5, 0.4, 0.3])
     monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: next(losses))
@@ -205,12 +259,12 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_the_last_good_checkpoint(tmp
     assert all(torch.isfinite(value).all() for value in weights(out / "checkpoints" / "checkpoint-1").values())
 
 
-def test_a_base_model_that_gives_nan_stops_at_the_first_step_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_base_model_that_gives_nan_stops_before_the_first_step_and_leaves_nothing(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     model.save_pretrained(tmp_path / "llama")
-    with pytest.raises(GatewiseError, match="the loss is nan at step 1, so the run stopped: there is no checkpoint"):
+    with pytest.raises(GatewiseError, match="what the model computes is not a number"):
         train(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

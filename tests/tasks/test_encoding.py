@@ -79,6 +79,18 @@ def test_an_answer_without_room_is_refused(tokenizer: PreTrainedTokenizerFast) -
         encode(records, tokenizer, None, max_length=40)
 
 
+def test_of_a_field_that_is_null_nothing_is_written() -> None:
+    assert Template("{title}: {text}").render({"title": None, "text": "lamp"}) == ": lamp"
+
+
+def test_pairs_are_parted_where_the_tokenizer_does_not_do_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As those of decoders: "The cat sat" + "ting" would read as "The cat" + " satting"."""
+    rows = [{"premise": one, "hypothesis": two, "label": "good"} for one, two in (("good lamp", "s"), ("good", " lamps"))]
+    first, second = encode_classification(Records("label", rows, ["good"], "rows"), tokenizer)
+    assert first["input_ids"] != second["input_ids"]
+    assert tokenizer.decode(first["input_ids"]) == "good lamp\ns"
+
+
 def test_labels_that_are_the_same_tokens_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     class Blind:
         def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:

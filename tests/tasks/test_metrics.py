@@ -212,6 +212,15 @@ def test_classifier_agrees_with_one_at_a_time(
         assert list(answer["log_likelihoods"].values()) == pytest.approx(scores.tolist(), abs=1e-3)
 
 
+def test_what_is_not_a_number_is_no_answer(
+    bert: BertForSequenceClassification, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for model, head in ((bert, bert.classifier), (llama, llama.lm_head)):
+        nn.init.constant_(head.weight, math.nan)
+        with pytest.raises(GatewiseError, match="is not a number"):
+            evaluate(model, tokenizer, _labelled(["good", "bad", "is"]))
+
+
 def test_models_that_cannot_do_the_task_are_refused(
     bert: BertForSequenceClassification, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:

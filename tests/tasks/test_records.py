@@ -148,6 +148,22 @@ def test_csv(write: Write) -> None:
     assert load_records(path).rows == [{"question": "q", "answer": "#### 7"}]
 
 
+def test_csv_with_a_space_after_the_comma(write: Write) -> None:
+    assert load_records(write('text, label\nhello, "pos"\nthere,pos\n', "rows.csv")).labels == ["pos"]
+
+
+@pytest.mark.parametrize("targets", [None, "", []])
+def test_targets_that_say_nothing_are_left_out(write: Write, targets: object) -> None:
+    rows = load_records(write(json.dumps({"source": "q", "target": "a long answer", "targets": targets}) + "\n")).rows
+    assert rows == [{"source": "q", "target": "a long answer"}]
+
+
+@pytest.mark.parametrize("targets", ["a long answer", ["other", 5], [""]])
+def test_targets_beside_a_target_are_checked_too(write: Write, targets: object) -> None:
+    with pytest.raises(GatewiseError, match="targets"):
+        load_records(write(json.dumps({"source": "q", "target": "a long answer", "targets": targets}) + "\n"))
+
+
 def test_records_without_rows_are_refused() -> None:
     with pytest.raises(GatewiseError, match="nothing has no rows"):
         Records("generation", [], None, "nothing")
@@ -162,6 +178,8 @@ def test_records_without_rows_are_refused() -> None:
         ("question,choices,answer\nq,a|b,1\n", "line 2: field 'choices' must be a JSON list"),
         ('question,choices,answer\nq,"[""a"", ""b""]",b\n', "line 2: field 'answer' must be an index"),
         ("text,label\n", "is empty"),
+        ("text,label,text\na,b,c\n", "line 1: the column 'text' is there twice"),
+        ('source,target,targets\na,b,"[1]"\n', "entry 0 of field 'targets' must be a string"),
         ("review,stars\na,b\n", "line 2: the fields are review and stars"),
     ],
 )
@@ -253,13 +271,23 @@ def test_hub_faults(hub: Callable[[Any], list[tuple[Any, ...]]]) -> None:
         ("model v2 has 3 wheels", "3"),
         ("#### none, but 6 before", "6"),
         ("9 apples ####", "9"),
+        ("#### - 5", "-5"),
+        ("#### –5", "-5"),
+        ("pages 10–20", "20"),
+        ("1e-3", "0.001"),
+        ("#### 2.5E4 m", "25000"),
+        ("#### 42\n1. Next", "42"),
+        ("#### 10, 20", "10"),
     ],
 )
 def test_final_number(text: str, number: str) -> None:
     assert final_number(text) == Decimal(number)
 
 
-@pytest.mark.parametrize("text", ["", "none", "####", "v2", "-", "$", "."])
+WHOLE_OF_NONE = ["#### 1/2", "#### 10:30", "#### 5 000", "#### 1'000", "#### 1.000.000", "#### 3 1/2", "5 is #### 5 × 10^3"]
+
+
+@pytest.mark.parametrize("text", ["", "none", "####", "v2", "-", "$", ".", *WHOLE_OF_NONE])
 def test_no_final_number(text: str) -> None:
     assert final_number(text) is None
 

@@ -15,7 +15,7 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, read_note, read_tensors, tensor_shapes, weights_of
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.device import DTYPES, pick_device, pick_dtype
-from gatewise.models.loading import Task, class_names, load_model, load_tokenizer
+from gatewise.models.loading import Task, class_names, load_model, load_tokenizer, pad_as
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_like
@@ -78,14 +78,19 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     if note.get("task") == "text2mdt":
         raise _points(adapter)
     names, words = note.get("labels"), note.get("label_words")
+    causal = (note.get("task") or _task_of(_peft_config(adapter), adapter)) == "causal"
     if options.labels:
         given, with_words = _labels(options.labels)
         same = names is not None and set(given) == set(names)  # in an order of one's own, perhaps, with the run's words
-        names, words = given, words if same and with_words is None else with_words
-    causal = (note.get("task") or _task_of(_peft_config(adapter), adapter)) == "causal"
+        if with_words and not causal:
+            raise GatewiseError(f"{adapter} is a classifier, which writes no words: give --labels without them")
+        if causal or not same:  # of a run's classifier, which class is which does not change
+            names, words = given, words if same and with_words is None else with_words
     records = load_like(data, names, split=options.split, limit=options.limit)
     if not causal and names is None and records.labels is not None:
         records = load_like(data, _classes(adapter, options.base, records.labels), split=options.split, limit=options.limit)
+    if options.labels and records.labels is None:
+        raise GatewiseError(f"{data} holds {records.kind} rows, which have no labels: leave --labels out")
     check_labels(records, "give --labels with all of them")
     template = None
     if causal:
@@ -185,6 +190,8 @@ def load_adapter(
         model = around(model) if around else model
         own_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(folder if own_tokenizer else base_name)
+        if task == "classification":
+            pad_as(model, tokenizer)
     except GatewiseError as error:
         raise GatewiseError(f"the adapter {folder} could not be put on its base model: {error}") from error
     adapted = _put(model, config, folder, "default", base_name, trainable)

@@ -227,6 +227,7 @@ def eval_(
     for name, given in (("--harness-tasks", harness_tasks), ("--harness-shots", harness_shots)):
         if given is not None:
             raise GatewiseError(f"{name} goes with --harness: leave it out")
+    from gatewise.files import finite
     from gatewise.runs.measure import measure_adapter
     from gatewise.tasks.metrics import format_metric
 
@@ -236,7 +237,7 @@ def eval_(
         adapter, data, options, batch_size=batch_size, max_new_tokens=max_new_tokens, out=out, console=progress
     )
     if as_json:
-        typer.echo(json.dumps(metrics))
+        typer.echo(json.dumps(finite(metrics)))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")

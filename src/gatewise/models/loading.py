@@ -119,11 +119,16 @@ def load_model(
             f"{str(name_or_path)!r} cannot serve as a {task} model: its files have no fitting weights for "
             f"{some(sorted(fresh), 1)}, which would be random: {_INSTEAD[task]}"
         )
-    if model.config.pad_token_id is None:  # decoders that classify look for the last token that is no padding
+    if model.config.pad_token_id is None:
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     set_model_name(model, str(name_or_path))
     return model.to(place).eval()
+
+
+def pad_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tells a classifier what its batches are padded with: a decoder reads the last token that is no padding."""
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def class_names(name_or_path: str | Path) -> list[str] | None:

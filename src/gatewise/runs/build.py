@@ -194,7 +194,7 @@ def training_arguments(
             per_device_eval_batch_size=training.eval_batch_size,
             gradient_accumulation_steps=training.gradient_accumulation,
             learning_rate=training.learning_rate,
-            warmup_steps=math.ceil(training.warmup_ratio * steps),
+            warmup_steps=min(math.ceil(training.warmup_ratio * steps), steps - 1),  # the first has the rate zero
             lr_scheduler_type=training.scheduler,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,

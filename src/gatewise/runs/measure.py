@@ -7,6 +7,7 @@ from rich.console import Console
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import load_with_data
+from gatewise.errors import GatewiseError
 from gatewise.files import check_new_file, finite, write_json_lines
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.tasks import evaluate
@@ -37,10 +38,14 @@ def measure_adapter(
     """
     if out is not None:
         check_new_file(out)
+        if Path(out).exists() and Path(data).exists() and Path(out).samefile(data):
+            raise GatewiseError(f"--out {out} is the file with the rows themselves: give it another name")
     progress = ConsoleProgress(console or Console(stderr=True))
     answers: list[dict[str, Any]] = []
     with quiet(bars=True):
         loaded = load_with_data(adapter, data, options, say=progress.say)
+        if max_new_tokens is not None and loaded.records.kind in ("label", "choice"):
+            raise GatewiseError(f"{data} holds {loaded.records.kind} rows, to which nothing is written: leave --max-new-tokens out")
         with progress.counting("measuring") as count:
             metrics = evaluate(
                 loaded.model,

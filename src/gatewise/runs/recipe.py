@@ -421,11 +421,16 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "training.load_best",
             "needs training.eval_every: the best checkpoint is the one with the lowest loss on dev",
         )
-    if training.load_best and training.save_every and training.save_every % (training.eval_every or 1):
+    if training.load_best and training.save_every and training.eval_every and training.save_every != training.eval_every:
         yield (
             "training.save_every",
-            f"is {training.save_every}, expected a multiple of training.eval_every ({training.eval_every}), because "
-            "training.load_best can only load a checkpoint that was evaluated",
+            f"is {training.save_every}, expected training.eval_every ({training.eval_every}) or nothing: training.load_best can "
+            "only load a checkpoint that was evaluated, and the best evaluation must have one",
+        )
+    if training.scheduler == "constant" and "warmup_ratio" in training.model_fields_set and training.warmup_ratio:
+        yield (
+            "training.warmup_ratio",
+            f"is {training.warmup_ratio}, but training.scheduler constant has no warm-up: take another scheduler, or leave it out",
         )
     if recipe.task != "causal" and recipe.template is not None:
         who = "a classifier reads the row" if recipe.task == "classification" else "a pointing model reads the text"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from gatewise import inspection, processes
 from gatewise.adapters.files import SEARCH_FILE, Selection, read_selection, stored_numbers
+from gatewise.allocation import slots
 from gatewise.allocation.callback import RankAllocation, in_steps
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
@@ -28,7 +29,7 @@ from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.internals.zero import is_asked_for
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
-from gatewise.models.loading import config_positions, most_tokens
+from gatewise.models.loading import class_names, config_positions, most_tokens, pad_as
 from gatewise.progress import quiet
 from gatewise.prompts.stages import search
 from gatewise.routed import ACTIVATION_PARAMETERS, RoutingLog
@@ -113,6 +114,10 @@ def train(
         ):
             # The Trainer cannot resume where there is nothing left to train: it goes there once more.
             checkpoint = before_the_end(output / CHECKPOINTS, checkpoint_step(checkpoint))
+            begins = f"from step {checkpoint_step(checkpoint)}" if checkpoint else "from the start"
+            progress.say(
+                f"the latest checkpoint is where training ended, from which nothing can be resumed: it is trained again {begins}"
+            )
         with writing(output, recipe, overwrite) if processes.is_main() else nullcontext():
             if recipe.searched and selection is None:
                 selection = _search(recipe, prepared, output, progress)
@@ -133,6 +138,12 @@ def train(
             model: PeftModel = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             if recipe.method == "adalora":
                 model = to_plain_lora(model)
+                left, budget = sum(slots.ranks(model).values()), recipe.peft.r * len(slots.ranks(model))
+                if left > budget:
+                    progress.say(
+                        f"warning: AdaLoRA has {left} ranks left, and {budget} were its budget: training (or its best checkpoint) "
+                        "ended before its pruning did"
+                    )
             _measure(recipe, prepared, model, "after", metrics, seconds, progress)
             if recipe.task == "text2mdt":
                 prepared.note["calibration"] = _pointing().calibration(model, prepared.tokenizer, prepared.measured["dev"])
@@ -264,8 +275,12 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
     progress.say(f"loading {recipe.model} in {_name(dtype)} on {where}")
     processes.by_main(lambda: resolve(recipe.model, progress=progress.say))
     tokenizer = load_tokenizer(recipe.model)
+    if recipe.task == "classification" and data.labels is None:
+        known = class_names(recipe.model)  # a base model that is a classifier of these labels already has its order
+        if known is not None and set(known) == set(rows.labels):
+            rows, measured = replace(rows, labels=known), {name: replace(one, labels=known) for name, one in measured.items()}
     labels = rows.labels if isinstance(rows, Records) else None
-    fresh_base = partial(_base, recipe, len(labels or ()) if recipe.task == "classification" else None, dtype)
+    fresh_base = partial(_base, recipe, len(labels or ()) if recipe.task == "classification" else None, dtype, tokenizer)
     base = fresh_base()
     # Learned positions end where the table ends, and PEFT's prompts take some of them.
     positions = most_tokens(base, tokenizer) if pointing else config_positions(base)
@@ -351,6 +366,8 @@ def _read_rows(recipe: Recipe) -> tuple[Records, dict[str, Any], Template | None
     template = Template(given.prompt, given.labels) if given else default_template(rows)
     for records in (rows, *measured.values()):
         template.check(records)
+        for row in records.rows:  # those of test are read only when it is measured
+            template.render(row)
     return rows, measured, template
 
 
@@ -374,14 +391,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _base(recipe: Recipe, num_labels: int | None, dtype: torch.dtype) -> PreTrainedModel:
+def _base(recipe: Recipe, num_labels: int | None, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The base model as it is loaded, the head that a classifier is given drawn from the recipe's seed."""
     set_seed(recipe.seed)
     if recipe.task == "text2mdt":
         section = recipe.pointing or PointingSection()
         encoder = load_model(recipe.model, task="encoder", dtype=dtype)
         return _pointing().pointing_model(encoder, **section.model_dump(include={"width", "longest", "dropout"}))
-    return load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=dtype)
+    base = load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=dtype)
+    if recipe.task == "classification":
+        pad_as(base, tokenizer)
+    return base
 
 
 def _set_aside(recipe: Recipe) -> int:

@@ -64,6 +64,8 @@ def check_labelled(records: Records) -> None:
 def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512) -> list[dict[str, Any]]:
     """Rows for a sequence classifier: a text, or premise and hypothesis as a pair, cut at ``max_length`` tokens.
 
+    Where the tokenizer parts pairs by nothing, as those of decoders do, a line break parts them.
+
     Returns:
         One dict a row: ``input_ids``, ``token_type_ids`` if the tokenizer has them, and ``labels``, the index in
         `Records.labels`.
@@ -75,6 +77,8 @@ def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, 
     assert records.labels is not None
     fields = ("premise", "hypothesis") if "premise" in records.rows[0] else ("text",)
     columns = [[row[field] for row in records.rows] for field in fields]
+    if len(columns) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= tokenizer.num_special_tokens_to_add(pair=False):
+        columns[0] = [text + "\n" for text in columns[0]]
     encoded = tokenizer(
         *columns, truncation=True, max_length=min(max_length, tokenizer.model_max_length), return_attention_mask=False
     )

@@ -8,8 +8,9 @@ share one forward of the prompt, and the LM head is computed at the positions th
 Shapes: b batch, t tokens, n positions read, V vocabulary.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,7 +59,7 @@ def evaluate(
         template: for causal models; None takes `default_template`. Classifiers read the text itself.
         batch_size: sequences in one forward. The result does not depend on it.
         max_new_tokens: the most tokens written for a generation or number row; None takes 16 more than the longest right answer
-            has (but half of the model's positions at most), and 64 at least.
+            has, and 64 at least, but half of the model's positions at most.
         max_length: tokens of prompt and candidate, or of a generation prompt; a longer prompt loses its beginning.
         progress: called with (done, total) after every batch.
         answers: a list to which is added what the model answered to each row, in order: ``predicted``, which is a label, the index
@@ -98,7 +99,7 @@ def evaluate(
             return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress, answers)
         if max_new_tokens is None:
             longest = max(map(len, token_ids(tokenizer, _golds(records))))
-            max_new_tokens = max(64, min(longest + 16, positions // 2))
+            max_new_tokens = min(max(64, longest + 16), positions // 2)
         room = min(max_length, positions - max_new_tokens)
         if max_new_tokens < 1 or room < 1:
             raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {positions - 1} for this model")
@@ -286,6 +287,7 @@ def _evaluate_candidates(
     scores = candidate_log_likelihoods(model, tokenizer, prompts, candidates, batch_size, progress)
     hits = norm_hits = gold_tokens = 0
     gold_score = 0.0
+    _check_numbers(math.isnan(score) for row in scores for score in row)
     golds = [records.gold_index(row) for row in records.rows]
     for gold, texts, row in zip(golds, candidates, scores, strict=True):
         per_token = [score / len(text) for score, text in zip(row, texts, strict=True)]
@@ -301,6 +303,14 @@ def _evaluate_candidates(
     if records.kind == "choice":
         metrics["accuracy_norm"] = norm_hits / n
     return {**metrics, "loss": -gold_score / gold_tokens, "n": n}
+
+
+def _check_numbers(not_a_number: Iterable[bool]) -> None:
+    if any(not_a_number):
+        raise GatewiseError(
+            "what the model computes is not a number (NaN), so that nothing can be measured: its weights are damaged or diverged, "
+            "or float32 is needed"
+        )
 
 
 def _chosen(records: Records, index: int, right: bool, scores: Sequence[float]) -> dict[str, Any]:
@@ -339,6 +349,7 @@ def _evaluate_classifier(
         labels = batch.pop("labels")
         logits = class_logits(model, batch).float()
         scores, best = logits.log_softmax(dim=-1), logits.argmax(dim=-1)
+        _check_numbers(scores.isnan().any(dim=1).tolist())
         right = best == labels
         hits += int(right.sum())
         for row, index, hit, one in zip(rows, best.tolist(), right.tolist(), scores.tolist(), strict=True):

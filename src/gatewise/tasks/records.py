@@ -29,7 +29,10 @@ Row = dict[str, Any]
 SAMPLE_PREFIX = "sample:"
 _SUFFIXES = (".jsonl", ".json", ".csv")
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?")
-_NUMBER = re.compile(r"(?<![\w.])(?:[-+−]?[$€£¥]\s?)?[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))", re.ASCII)
+_NUMBER = re.compile(
+    r"(?<![\w.])(?:[-+−–]?[$€£¥]\s?)?[-+−–]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?", re.ASCII
+)
+_MORE_OF_IT = re.compile(r"[ \t]*[/:^×*][ \t]*\d|[ \t\u00a0\u202f'’]\d|\.\d")  # after a number, which is then only a part
 
 
 @dataclass(frozen=True)
@@ -156,16 +159,21 @@ def sample_names() -> list[str]:
 def final_number(text: str) -> Decimal | None:
     """The number a worked answer ends with: the one after ``####``, else the last one in the text; None without any.
 
-    Thousands commas, currency signs, a plus and a full stop after the number do not count: "#### $1,250.00." is 1250.
+    Thousands commas, currency signs, a plus and a full stop after the number do not count: "#### $1,250.00." is 1250. What is more
+    than a number after ``####``, such as "1/2", "10:30" or "5 000", is none.
     """
     _, marked, after = text.partition("####")
-    numbers = [_number(match) for match in _NUMBER.findall(after)][:1] if marked else []
+    after = re.sub(r"^\s*([-−–])\s+(?=[\d.$€£¥])", r"\1", after)
+    found = _NUMBER.search(after) if marked else None
+    if found is not None and _MORE_OF_IT.match(after, found.end()):
+        return None
+    numbers = [_number(found.group())] if found else []
     numbers = numbers or [_number(match) for match in _NUMBER.findall(text)]
     return numbers[-1] if numbers else None
 
 
 def _number(written: str) -> Decimal:
-    return Decimal(re.sub(r"[,\s$€£¥+]", "", written).replace("−", "-"))
+    return Decimal(re.sub(r"[,\s$€£¥+]", "", written).replace("−", "-").replace("–", "-"))
 
 
 # ---- sources: each yields (where, row), unchecked ----
@@ -227,7 +235,7 @@ def _read_json(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
 
 
 def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.reader((line for _, line in _decoded(lines, name)), strict=True)
+    reader = csv.reader((line for _, line in _decoded(lines, name)), strict=True, skipinitialspace=True)
     header: list[str] | None = None
     first_line = 1
     while True:
@@ -243,6 +251,8 @@ def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
             continue
         if header is None:
             header = [cell.strip() for cell in cells]
+            if twice := next((cell for cell in header if header.count(cell) > 1), None):
+                raise GatewiseError(f"{where}: the column {twice!r} is there twice: give each its own name")
             continue
         if len(cells) != len(header):
             raise GatewiseError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns")
@@ -379,6 +389,11 @@ def _checked(row: Row, shape: _Shape, first: str, where: str) -> Row:
         else:
             hint = ' (an index needs "choices" beside it)' if shape.kind == "number" and field == "answer" else ""
             _check_text(value, f"field {field!r}", where, hint)
+    if shape.kind == "generation" and "targets" not in shape.fields and "targets" in row:
+        if row["targets"] in (None, "", []):
+            row = {field: value for field, value in row.items() if field != "targets"}
+        else:
+            _check_texts(row["targets"], "targets", where, at_least=1)
     if shape.kind == "number" and final_number(row["answer"]) is None:
         raise GatewiseError(f"{where}: field 'answer' has no number in it, expected text that ends in '#### 42'")
     if shape.kind == "label":

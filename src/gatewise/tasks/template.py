@@ -52,7 +52,7 @@ class Template:
                 raise GatewiseError(f"the template's labels write {twice[0]!r} for more than one label; give each its own word")
 
     def render(self, row: Row) -> str:
-        """The prompt of a row.
+        """The prompt of a row; of a field that is null nothing is written.
 
         Raises:
             GatewiseError: the prompt names a field that the row does not have.
@@ -63,7 +63,7 @@ class Template:
             if field is not None:
                 if field not in row:
                     raise GatewiseError(f"the prompt {self.prompt!r} has {{{field}}}, but the row's fields are {_quoted(row)}")
-                value = row[field]
+                value = "" if row[field] is None else row[field]
                 pieces.append("\n".join(map(str, value)) if isinstance(value, list) else str(value))
         return "".join(pieces).rstrip(" ")
 
