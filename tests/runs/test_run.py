@@ -165,6 +165,8 @@ def test_adalora_says_that_it_ended_above_its_budget(tmp_path: Path, monkeypatch
     recipe = write_recipe(tmp_path, "adalora", adalora={"init_r": 3, "tinit": 1, "tfinal": 1})
     train(recipe, tmp_path / "whole")
     assert not any("AdaLoRA has" in text for text in said)
+    train(recipe, tmp_path / "few", "peft.r=1", "training.max_steps=60", "training.learning_rate=0.05")
+    assert not any("AdaLoRA has" in text for text in said)  # though modules have none
     losses = itertools.count(1)
     monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: float(next(losses)))
     train(recipe, tmp_path / "early", "training.eval_every=1", "training.early_stopping_patience=1")
@@ -197,6 +199,32 @@ def test_a_base_that_is_a_classifier_of_these_labels_keeps_their_order(tmp_path:
     assert json.loads((result.adapter / "gatewise.json").read_text())["labels"] == ["good", "bad"]
     result = train(recipe, tmp_path / "own", "training.max_steps=1", "data.labels=[bad, good]")
     assert json.loads((result.adapter / "gatewise.json").read_text())["labels"] == ["bad", "good"]
+
+
+def test_a_run_that_goes_on_keeps_the_order_of_its_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that began before its base model's configuration named them, or before gatewise looked there."""
+    recipe = write_recipe(tmp_path, family="bert")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "out")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    named = {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | named))
+    result = train(recipe, tmp_path / "out", resume=True)
+    assert result.resumed_from == 4
+    assert json.loads((result.adapter / "gatewise.json").read_text())["labels"] == ["bad", "good"]
+
+
+def test_a_recipe_with_a_constant_rate_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run writes of its recipe names all defaults, the warm-up's among them."""
+    recipe = write_recipe(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "out", "training.scheduler=constant")
+    assert train(tmp_path / "out" / "recipe.yaml", tmp_path / "out", resume=True).resumed_from == 4
 
 
 def test_the_old_run_is_there_where_a_row_of_test_has_no_prompt(tmp_path: Path) -> None:

@@ -89,6 +89,9 @@ def test_pairs_are_parted_where_the_tokenizer_does_not_do_it(tokenizer: PreTrain
     first, second = encode_classification(Records("label", rows, ["good"], "rows"), tokenizer)
     assert first["input_ids"] != second["input_ids"]
     assert tokenizer.decode(first["input_ids"]) == "good lamp\ns"
+    long = Records("label", [{"premise": "good lamp " * 40, "hypothesis": "bad", "label": "good"}], ["good"], "rows")
+    (cut,) = encode_classification(long, tokenizer, max_length=20)
+    assert tokenizer.decode(cut["input_ids"]).endswith("\nbad")
 
 
 def test_labels_that_are_the_same_tokens_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:

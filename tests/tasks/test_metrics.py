@@ -294,6 +294,11 @@ def test_answers_may_be_as_long_as_the_right_ones(llama: LlamaForCausalLM, token
         answers: list[dict[str, Any]] = []
         evaluate(llama, tokenizer, Records("generation", rows, None, "rows"), answers=answers)
         assert given.pop() == most
+    # A long answer to one row does not cut the prompt of another.
+    rows = [{"source": "good lamp " * 60, "target": "x"}, {"source": "lamp", "target": many * 4}]
+    prompt = tokenizer(f"Input: {rows[0]['source']}\nOutput:")["input_ids"]
+    evaluate(llama, tokenizer, Records("generation", rows, None, "rows"))
+    assert 64 < given.pop() == 256 - len(prompt) < 128
     evaluate(llama, tokenizer, Records("number", [{"question": "lamp", "answer": f"{many} #### 1"}], None, "rows"))
     assert given.pop() > length + 16
     prompts = [tokenizer(f"Input: {word}\nOutput:")["input_ids"] for word in WORDS]

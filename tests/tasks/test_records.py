@@ -148,10 +148,6 @@ def test_csv(write: Write) -> None:
     assert load_records(path).rows == [{"question": "q", "answer": "#### 7"}]
 
 
-def test_csv_with_a_space_after_the_comma(write: Write) -> None:
-    assert load_records(write('text, label\nhello, "pos"\nthere,pos\n', "rows.csv")).labels == ["pos"]
-
-
 @pytest.mark.parametrize("targets", [None, "", []])
 def test_targets_that_say_nothing_are_left_out(write: Write, targets: object) -> None:
     rows = load_records(write(json.dumps({"source": "q", "target": "a long answer", "targets": targets}) + "\n")).rows
@@ -178,6 +174,7 @@ def test_records_without_rows_are_refused() -> None:
         ("question,choices,answer\nq,a|b,1\n", "line 2: field 'choices' must be a JSON list"),
         ('question,choices,answer\nq,"[""a"", ""b""]",b\n', "line 2: field 'answer' must be an index"),
         ("text,label\n", "is empty"),
+        ('text, label\nhello, "pos"\nthere,pos\n', 'line 2: "pos" comes after a blank'),
         ("text,label,text\na,b,c\n", "line 1: the column 'text' is there twice"),
         ('source,target,targets\na,b,"[1]"\n', "entry 0 of field 'targets' must be a string"),
         ("review,stars\na,b\n", "line 2: the fields are review and stars"),
@@ -278,13 +275,31 @@ def test_hub_faults(hub: Callable[[Any], list[tuple[Any, ...]]]) -> None:
         ("#### 2.5E4 m", "25000"),
         ("#### 42\n1. Next", "42"),
         ("#### 10, 20", "10"),
+        ("#### 100 3-inch nails", "100"),
+        ("#### 18 18 18", "18"),
+        ("####\n- 5 apples", "5"),
+        ("12e99999999999999999999", "12"),
+        ("room 12e3f", "12"),
+        ("#### 5 m^2", "5"),
+        ("#### 12.", "12"),
     ],
 )
 def test_final_number(text: str, number: str) -> None:
     assert final_number(text) == Decimal(number)
 
 
-WHOLE_OF_NONE = ["#### 1/2", "#### 10:30", "#### 5 000", "#### 1'000", "#### 1.000.000", "#### 3 1/2", "5 is #### 5 × 10^3"]
+WHOLE_OF_NONE = [
+    "#### 1/2",
+    "#### 10:30",
+    "#### 5 000",
+    "#### 1'000",
+    "#### 1.000.000",
+    "#### 3 1/2",
+    "#### 12,5",
+    "#### 1,00,000",
+    "#### 2½",
+    "5 is #### 5 × 10^3",
+]
 
 
 @pytest.mark.parametrize("text", ["", "none", "####", "v2", "-", "$", ".", *WHOLE_OF_NONE])

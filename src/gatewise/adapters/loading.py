@@ -107,7 +107,8 @@ def _classes(adapter: Path, base: str | None, found: Sequence[str]) -> list[str]
     Raises:
         GatewiseError: that has other names, or none.
     """
-    known = class_names(base or _peft_config(adapter).base_model_name_or_path or "")
+    name = base or _peft_config(adapter).base_model_name_or_path
+    known = class_names(name) if name else None
     if known is None or not set(found) <= set(known):
         told = f" (its base model calls them {', '.join(known)})" if known else ""
         raise GatewiseError(

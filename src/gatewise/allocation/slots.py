@@ -88,7 +88,7 @@ def left_alone(model: nn.Module, adapter: str | None = None) -> list[str]:
     name = active_adapter(model, adapter)
     held = set(map(id, _holders(model, name).values()))
     return [
-        _path_of(path, module)
+        _path_of(path, module).replace(".base_layer", "")
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A) and id(module) not in held
     ]

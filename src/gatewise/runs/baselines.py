@@ -78,6 +78,13 @@ def orthogonality(model: PeftModel) -> Tensor:
     return torch.stack(total).mean()
 
 
+def ranks_asked_for(model: PeftModel) -> int:
+    """The ranks that AdaLoRA's schedule comes down to, if it has time to."""
+    config = model.peft_config[model.active_adapter]
+    assert isinstance(config, AdaLoraConfig)
+    return config.target_r * len(_layers(model))
+
+
 def to_plain_lora(model: PeftModel) -> PeftModel:
     """The trained AdaLoRA model as a plain LoRA model of the same function, with every module at its true rank.
 

@@ -427,11 +427,6 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"is {training.save_every}, expected training.eval_every ({training.eval_every}) or nothing: training.load_best can "
             "only load a checkpoint that was evaluated, and the best evaluation must have one",
         )
-    if training.scheduler == "constant" and "warmup_ratio" in training.model_fields_set and training.warmup_ratio:
-        yield (
-            "training.warmup_ratio",
-            f"is {training.warmup_ratio}, but training.scheduler constant has no warm-up: take another scheduler, or leave it out",
-        )
     if recipe.task != "causal" and recipe.template is not None:
         who = "a classifier reads the row" if recipe.task == "classification" else "a pointing model reads the text"
         yield "template", f"is for task causal: {who} itself, so remove the section"

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from gatewise import inspection, processes
-from gatewise.adapters.files import SEARCH_FILE, Selection, read_selection, stored_numbers
+from gatewise.adapters.files import SEARCH_FILE, Selection, read_note, read_selection, stored_numbers
 from gatewise.allocation import slots
 from gatewise.allocation.callback import RankAllocation, in_steps
 from gatewise.errors import GatewiseError
@@ -33,7 +33,7 @@ from gatewise.models.loading import class_names, config_positions, most_tokens, 
 from gatewise.progress import quiet
 from gatewise.prompts.stages import search
 from gatewise.routed import ACTIVATION_PARAMETERS, RoutingLog
-from gatewise.runs.baselines import AdaLoraSchedule, to_plain_lora
+from gatewise.runs.baselines import AdaLoraSchedule, ranks_asked_for, to_plain_lora
 from gatewise.runs.build import adapted, recompute_activations, training_arguments
 from gatewise.runs.folder import (
     ADAPTER,
@@ -108,7 +108,7 @@ def train(
     checkpoint = processes.by_main(lambda: check_output(output, recipe, resume, overwrite))
     selection = processes.by_main(lambda: _found(output) if resume and recipe.searched else None)
     with quiet(bars=True):
-        prepared = _prepare(recipe, progress, selection)
+        prepared = _prepare(recipe, progress, selection, checkpoint)
         if checkpoint is not None and (
             checkpoint_step(checkpoint) >= prepared.steps or has_stopped_early(checkpoint, recipe.training.early_stopping_patience)
         ):
@@ -137,8 +137,9 @@ def train(
             # Without the wrapper that mixed precision puts around forward: both measurements run in the base's dtype.
             model: PeftModel = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             if recipe.method == "adalora":
+                budget = ranks_asked_for(model)
                 model = to_plain_lora(model)
-                left, budget = sum(slots.ranks(model).values()), recipe.peft.r * len(slots.ranks(model))
+                left = sum(slots.ranks(model).values())
                 if left > budget:
                     progress.say(
                         f"warning: AdaLoRA has {left} ranks left, and {budget} were its budget: training (or its best checkpoint) "
@@ -263,7 +264,7 @@ class _Prepared:
     allocation: RankAllocation | None = field(default=None)
 
 
-def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None) -> _Prepared:
+def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None, checkpoint: Path | None) -> _Prepared:
     data, pointing = recipe.data, recipe.task == "text2mdt"
     rows: Any
     rows, measured, template = _read_trees(recipe) if pointing else _read_rows(recipe)
@@ -276,7 +277,8 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None)
     processes.by_main(lambda: resolve(recipe.model, progress=progress.say))
     tokenizer = load_tokenizer(recipe.model)
     if recipe.task == "classification" and data.labels is None:
-        known = class_names(recipe.model)  # a base model that is a classifier of these labels already has its order
+        # A base model that is a classifier of these labels already has its order, and so has a run that goes on.
+        known = class_names(recipe.model) if checkpoint is None else read_note(checkpoint).get("labels")
         if known is not None and set(known) == set(rows.labels):
             rows, measured = replace(rows, labels=known), {name: replace(one, labels=known) for name, one in measured.items()}
     labels = rows.labels if isinstance(rows, Records) else None

@@ -78,7 +78,7 @@ def encode_classification(records: Records, tokenizer: PreTrainedTokenizerBase, 
     fields = ("premise", "hypothesis") if "premise" in records.rows[0] else ("text",)
     columns = [[row[field] for row in records.rows] for field in fields]
     if len(columns) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= tokenizer.num_special_tokens_to_add(pair=False):
-        columns[0] = [text + "\n" for text in columns[0]]
+        columns[1] = ["\n" + text for text in columns[1]]  # not behind the other, whose end may be cut
     encoded = tokenizer(
         *columns, truncation=True, max_length=min(max_length, tokenizer.model_max_length), return_attention_mask=False
     )

@@ -59,7 +59,7 @@ def evaluate(
         template: for causal models; None takes `default_template`. Classifiers read the text itself.
         batch_size: sequences in one forward. The result does not depend on it.
         max_new_tokens: the most tokens written for a generation or number row; None takes 16 more than the longest right answer
-            has, and 64 at least, but half of the model's positions at most.
+            has, and 64 at least, as far as the model's positions leave room for prompts.
         max_length: tokens of prompt and candidate, or of a generation prompt; a longer prompt loses its beginning.
         progress: called with (done, total) after every batch.
         answers: a list to which is added what the model answered to each row, in order: ``predicted``, which is a label, the index
@@ -99,7 +99,9 @@ def evaluate(
             return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress, answers)
         if max_new_tokens is None:
             longest = max(map(len, token_ids(tokenizer, _golds(records))))
-            max_new_tokens = min(max(64, longest + 16), positions // 2)
+            prompts = prompt_ids(records, tokenizer, template, [max_length] * len(records), max_length)
+            # Where positions are few, no prompt is cut so that an answer may be long.
+            max_new_tokens = min(max(64, longest + 16), max(64, positions - max(map(len, prompts))), positions // 2)
         room = min(max_length, positions - max_new_tokens)
         if max_new_tokens < 1 or room < 1:
             raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {positions - 1} for this model")

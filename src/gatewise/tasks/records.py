@@ -30,9 +30,10 @@ SAMPLE_PREFIX = "sample:"
 _SUFFIXES = (".jsonl", ".json", ".csv")
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?")
 _NUMBER = re.compile(
-    r"(?<![\w.])(?:[-+−–]?[$€£¥]\s?)?[-+−–]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?", re.ASCII
+    r"(?<![\w.])(?:[-+−–]?[$€£¥]\s?)?[-+−–]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d{1,3}(?!\w))?", re.ASCII
 )
-_MORE_OF_IT = re.compile(r"[ \t]*[/:^×*][ \t]*\d|[ \t\u00a0\u202f'’]\d|\.\d")  # after a number, which is then only a part
+# After a number, which is then only a part: a fraction, time or power, thousands parted by blanks, other decimals.
+_MORE_OF_IT = re.compile(r"[ \t]*[/:^×*][ \t]*\d|[ \t\u00a0\u202f'’]\d{3}(?!\d)|[ \t]\d+/\d|[.,]\d|[ \t]?[¼½¾⅓⅔⅛]")
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def final_number(text: str) -> Decimal | None:
     than a number after ``####``, such as "1/2", "10:30" or "5 000", is none.
     """
     _, marked, after = text.partition("####")
-    after = re.sub(r"^\s*([-−–])\s+(?=[\d.$€£¥])", r"\1", after)
+    after = re.sub(r"^[ \t]*([-−–])[ \t]+(?=[\d.$€£¥])", r"\1", after)
     found = _NUMBER.search(after) if marked else None
     if found is not None and _MORE_OF_IT.match(after, found.end()):
         return None
@@ -235,7 +236,7 @@ def _read_json(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
 
 
 def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.reader((line for _, line in _decoded(lines, name)), strict=True, skipinitialspace=True)
+    reader = csv.reader((line for _, line in _decoded(lines, name)), strict=True)
     header: list[str] | None = None
     first_line = 1
     while True:
@@ -254,6 +255,10 @@ def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
             if twice := next((cell for cell in header if header.count(cell) > 1), None):
                 raise GatewiseError(f"{where}: the column {twice!r} is there twice: give each its own name")
             continue
+        if quoted := next((cell for cell in cells if re.fullmatch(r'\s+".*"\s*', cell, re.DOTALL)), None):
+            raise GatewiseError(
+                f"{where}: {quoted.strip()} comes after a blank, so that its quotes would count: leave the blank out"
+            )
         if len(cells) != len(header):
             raise GatewiseError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns")
         yield where, _typed_cells(dict(zip(header, cells, strict=True)), where)
@@ -395,7 +400,7 @@ def _checked(row: Row, shape: _Shape, first: str, where: str) -> Row:
         else:
             _check_texts(row["targets"], "targets", where, at_least=1)
     if shape.kind == "number" and final_number(row["answer"]) is None:
-        raise GatewiseError(f"{where}: field 'answer' has no number in it, expected text that ends in '#### 42'")
+        raise GatewiseError(f"{where}: field 'answer' has no number in it that stands alone, expected text that ends in '#### 42'")
     if shape.kind == "label":
         return {**row, "label": row["label"].strip()}
     return row
