@@ -217,7 +217,7 @@ def test_what_is_not_a_number_is_no_answer(
 ) -> None:
     for model, head in ((bert, bert.classifier), (llama, llama.lm_head)):
         nn.init.constant_(head.weight, math.nan)
-        with pytest.raises(GatewiseError, match="is not a number"):
+        with pytest.raises(GatewiseError, match="is not finite"):
             evaluate(model, tokenizer, _labelled(["good", "bad", "is"]))
 
 

@@ -310,8 +310,7 @@ def _evaluate_candidates(
 def _check_numbers(not_a_number: Iterable[bool]) -> None:
     if any(not_a_number):
         raise GatewiseError(
-            "what the model computes is not a number (NaN), so that nothing can be measured: its weights are damaged or diverged, "
-            "or float32 is needed"
+            "what the model computes is not finite: look for numbers that are not in the adapter and its base model, or take float32"
         )
 
 
