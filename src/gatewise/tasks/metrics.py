@@ -310,7 +310,8 @@ def _evaluate_candidates(
 def _check_numbers(not_a_number: Iterable[bool]) -> None:
     if any(not_a_number):
         raise GatewiseError(
-            "what the model computes is not finite: look for numbers that are not in the adapter and its base model, or take float32"
+            "what the model computes is not finite: look for numbers that are not in the adapter and its base model, "
+            "or take float32"
         )
 
 
