@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
             names, words = given, words if same and with_words is None else with_words
     records = load_like(data, names, split=options.split, limit=options.limit)
     if not causal and names is None and records.labels is not None:
-        records = load_like(data, _classes(adapter, options.base, records.labels), split=options.split, limit=options.limit)
+        records = replace(records, labels=_classes(adapter, options.base, records.labels))
     if options.labels and records.labels is None:
         raise GatewiseError(f"{data} holds {records.kind} rows, which have no labels: leave --labels out")
     check_labels(records, "give --labels with all of them")

@@ -119,7 +119,7 @@ def load_model(
             f"{str(name_or_path)!r} cannot serve as a {task} model: its files have no fitting weights for "
             f"{some(sorted(fresh), 1)}, which would be random: {_INSTEAD[task]}"
         )
-    if model.config.pad_token_id is None:
+    if model.config.pad_token_id is None:  # a guess, for callers without the tokenizer: see pad_as
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     set_model_name(model, str(name_or_path))

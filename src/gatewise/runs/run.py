@@ -368,8 +368,8 @@ def _read_rows(recipe: Recipe) -> tuple[Records, dict[str, Any], Template | None
     template = Template(given.prompt, given.labels) if given else default_template(rows)
     for records in (rows, *measured.values()):
         template.check(records)
-        for row in records.rows:  # those of test are read only when it is measured
-            template.render(row)
+    for row in measured["test"].rows if "test" in measured else ():  # the others are rendered when they are encoded
+        template.render(row)
     return rows, measured, template
 
 

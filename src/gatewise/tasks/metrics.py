@@ -97,15 +97,17 @@ def evaluate(
     with measuring(model):
         if records.kind in ("label", "choice"):
             return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress, answers)
+        prompts = prompt_ids(records, tokenizer, template, [max_length] * len(records), max_length)
+        longest_prompt = max(map(len, prompts))
         if max_new_tokens is None:
             longest = max(map(len, token_ids(tokenizer, _golds(records))))
-            prompts = prompt_ids(records, tokenizer, template, [max_length] * len(records), max_length)
             # Where positions are few, no prompt is cut so that an answer may be long.
-            max_new_tokens = min(max(64, longest + 16), max(64, positions - max(map(len, prompts))), positions // 2)
+            max_new_tokens = min(max(64, longest + 16), max(64, positions - longest_prompt), positions // 2)
         room = min(max_length, positions - max_new_tokens)
         if max_new_tokens < 1 or room < 1:
             raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {positions - 1} for this model")
-        prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
+        if longest_prompt > room:
+            prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
         cut: set[int] = set()
         written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress, cut=cut)
     for at, (text, row) in enumerate(zip(written, records.rows, strict=True)):
