@@ -84,13 +84,17 @@ def _holders(model: nn.Module, name: str) -> dict[str, LoraLinear]:
 
 
 def left_alone(model: nn.Module, adapter: str | None = None) -> list[str]:
-    """Paths of an adapter's LoRA layers that ``lora_layers`` leaves out: they keep their ranks, and no budget counts them."""
+    """Paths of what an adapter's LoRA layers adapt that ``lora_layers`` leaves out: no score reads it, and no budget counts it.
+
+    Of ``nn.MultiheadAttention``, which has a LoRA layer inside, the path of the whole.
+    """
     name = active_adapter(model, adapter)
     held = set(map(id, _holders(model, name).values()))
     return [
-        _path_of(path, module).replace(".base_layer", "")
+        _path_of(path, module)
         for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A) and id(module) not in held
+        if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A)
+        if id(module) not in held and ".base_layer" not in path
     ]
 
 

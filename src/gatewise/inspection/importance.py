@@ -18,7 +18,7 @@ from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import active_adapter
 from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
 from gatewise.allocation.scoring import from_nothing, losses_without_and_with
-from gatewise.allocation.slots import Expert, costs, factors, lora_layers
+from gatewise.allocation.slots import Expert, costs, factors, left_alone, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
 from gatewise.losses import Batch, loss_kind
@@ -277,7 +277,7 @@ def importance_of(
         loss_adapted=loss_adapted,
         base_model=base_model or model.peft_config[name].base_model_name_or_path or None,
         data=data,
-        unscored=tuple(path for path in _targeted(model) if path not in {one.partition("[")[0] for one in layers}),
+        unscored=tuple(left_alone(model, name)),
     )
 
 
@@ -294,9 +294,3 @@ def _batch(loaded: Loaded, rows: int, seed: int) -> dict[str, Tensor]:
         classification=classification,
         max_length=min(loaded.max_length, most_positions(loaded.model)),
     )
-
-
-def _targeted(model: PeftModel) -> list[str]:
-    """Paths of everything PEFT adapted."""
-    tuner: Any = model.base_model
-    return [*tuner.targeted_module_names, *getattr(tuner, "targeted_parameter_names", ())]
