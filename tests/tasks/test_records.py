@@ -185,6 +185,12 @@ def test_bad_csv(write: Write, content: str, message: str) -> None:
         load_records(write(content, "rows.csv"))
 
 
+def test_a_csv_text_may_begin_with_a_blank_and_a_quote(write: Write) -> None:
+    """Quoted by right it is the text; only quotes that count as part of an unquoted cell are refused."""
+    rows = load_records(write('text,label\n" ""Hello"" ",pos\n"\t""a, b""\n",neg\nc,pos\n', "rows.csv")).rows
+    assert [row["text"] for row in rows] == [' "Hello" ', '\t"a, b"\n', "c"]
+
+
 def test_sources_that_are_not_there(tmp_path: Path, write: Write) -> None:
     with pytest.raises(GatewiseError, match=r"nowhere\.jsonl: there is no such file"):
         load_records("nowhere.jsonl")

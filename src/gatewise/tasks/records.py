@@ -236,11 +236,19 @@ def _read_json(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
 
 
 def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.reader((line for _, line in _decoded(lines, name)), strict=True)
+    taken: list[str] = []  # the lines of the row that is read
+
+    def told() -> Iterator[str]:
+        for _, line in _decoded(lines, name):
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(told(), strict=True)
     header: list[str] | None = None
     first_line = 1
     while True:
         where = f"{name}, line {first_line}"
+        taken.clear()
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -255,7 +263,9 @@ def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
             if twice := next((cell for cell in header if header.count(cell) > 1), None):
                 raise GatewiseError(f"{where}: the column {twice!r} is there twice: give each its own name")
             continue
-        if quoted := next((cell for cell in cells if re.fullmatch(r'\s+".*"\s*', cell, re.DOTALL)), None):
+        # A text that begins so by right has its quotes doubled in the file.
+        raw = "".join(taken)
+        if quoted := next((cell for cell in cells if re.fullmatch(r'\s+".*"\s*', cell, re.DOTALL) and cell in raw), None):
             raise GatewiseError(
                 f"{where}: {quoted.strip()} comes after a blank, so that its quotes would count: leave the blank out"
             )
