@@ -145,6 +145,7 @@ def test_wrong_keys_and_types_are_named_with_what_was_expected(file: Path, more:
             "training.save_every is 6, expected training.eval_every (4) or nothing",
         ),
         ("task: classification\ntemplate: {prompt: x}", (), "template is for task causal"),
+        ("task: classification", ("data.max_new_tokens=9",), "data.max_new_tokens is for answers that are written"),
         ("task: classification\ndtype: bfloat16", (), "dtype is bfloat16, expected auto or float32"),
         ("allocation: {r_max: 4}", (), "allocation.r_max is 4, expected at least peft.r (8)"),
         ("allocation: {init_r: 12}", (), "allocation.init_r is for schedule cubic, but the schedule is constant-budget"),

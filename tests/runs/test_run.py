@@ -179,6 +179,27 @@ def test_one_step_is_taken_at_the_learning_rate(tmp_path: Path) -> None:
     assert any(bool(value.any()) for name, value in trained.items() if "lora_B" in name)
 
 
+def test_written_answers_are_as_long_as_the_recipe_says(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    rows = [{"source": f"{number} q", "target": "x"} for number in range(8)]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    told = Console(file=io.StringIO(), width=200)
+    recipe = load_recipe(tmp_path / "lora.yaml", ("training.max_steps=1", "data.max_new_tokens=2"))
+    result = run.train(recipe, tmp_path / "out", console=told)
+    lines = told.file.getvalue()
+    answers = tmp_path / "answers.jsonl"
+    assert (
+        measure_adapter(result.adapter, str(tmp_path / "dev.jsonl"), out=answers, console=SILENT) == result.metrics["dev"]["after"]
+    )
+    cut = [json.loads(line) for line in answers.read_text().splitlines() if "cut" in json.loads(line)]
+    assert cut
+    assert all(len(answer["predicted"]) <= 2 for answer in cut)
+    assert f"{len(cut)} of 8 answers had not ended when they were cut; data.max_new_tokens lets them be longer" in lines
+    measure_adapter(result.adapter, str(tmp_path / "dev.jsonl"), max_new_tokens=5, out=answers, console=SILENT)
+    assert any(len(json.loads(line)["predicted"]) > 2 for line in answers.read_text().splitlines())
+
+
 def test_a_decoder_that_classifies_reads_its_last_token(tmp_path: Path) -> None:
     """Its configuration has no padding token, but its tokenizer has one, which is not the end of text."""
     recipe = write_recipe(tmp_path, task="classification")
@@ -428,6 +449,7 @@ def test_a_run_is_resumed_only_with_its_own_recipe(finished: tuple[Path, Path]) 
         (["data.dev=sample:none"], "there is no sample 'none'"),
         (["data.labels=[good, poor]"], "train.jsonl, line .*'bad', expected 'good' or 'poor'"),
         (["data.dev=sample:reminder-dev"], "holds generation rows, but data.train .* holds label rows"),
+        (["data.max_new_tokens=9"], "max_new_tokens is 9, but .*train.jsonl holds label rows, to which nothing is written"),
         (["data.max_length=8", "template={prompt: '{text}', labels: {good: absolutely, bad: dreadful}}"], "raise max_length"),
         (["method=alora", "allocation.first_round=8"], "allocation.first_round is 8, after step 8, but the run has 8"),
         (["method=adalora", "adalora.tinit=5", "adalora.tfinal=3"], r"tinit \(5\) and tfinal \(3\) leave no step"),

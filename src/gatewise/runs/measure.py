@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from gatewise.adapters.data_options import DataOptions
+from gatewise.adapters.files import read_note
 from gatewise.adapters.loading import load_with_data
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_file, finite, write_json_lines
@@ -30,7 +31,7 @@ def measure_adapter(
         adapter: its folder. ``gatewise.json`` in it says how its run wrote prompts and labels; an adapter from elsewhere has
             none and gets the plain template for the data.
         data, options: as for ``gatewise.adapters.loading.load_with_data``.
-        max_new_tokens: of a written answer, see ``gatewise.tasks.evaluate``.
+        max_new_tokens: of a written answer, see ``gatewise.tasks.evaluate``; None for that of the adapter's run.
         out: a JSON-lines file for the rows with what was answered to each, see ``gatewise.tasks.evaluate``.
 
     Raises:
@@ -46,6 +47,8 @@ def measure_adapter(
         loaded = load_with_data(adapter, data, options, say=progress.say)
         if max_new_tokens is not None and loaded.records.kind in ("label", "choice"):
             raise GatewiseError(f"{data} holds {loaded.records.kind} rows, to which nothing is written: leave --max-new-tokens out")
+        if max_new_tokens is None:
+            max_new_tokens = read_note(adapter).get("max_new_tokens")
         with progress.counting("measuring") as count:
             metrics = evaluate(
                 loaded.model,

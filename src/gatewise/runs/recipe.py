@@ -117,7 +117,10 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """Where the rows come from: a JSONL, JSON or CSV file, ``sample:NAME``, or a Hugging Face ``datasets`` name."""
+    """Where the rows come from: a JSONL, JSON or CSV file, ``sample:NAME``, or a Hugging Face ``datasets`` name.
+
+    ``max_new_tokens``: of an answer that the model writes where it is measured, see ``gatewise.tasks.evaluate``.
+    """
 
     train: str
     dev: str
@@ -129,6 +132,7 @@ class DataSection(Section):
     limit_dev: Count | None = None
     labels: Labels | None = None
     max_length: Annotated[int, Field(ge=8)] = 512
+    max_new_tokens: Count | None = None
 
 
 class TemplateSection(Section):
@@ -430,6 +434,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.task != "causal" and recipe.template is not None:
         who = "a classifier reads the row" if recipe.task == "classification" else "a pointing model reads the text"
         yield "template", f"is for task causal: {who} itself, so remove the section"
+    if recipe.task != "causal" and recipe.data.max_new_tokens is not None:
+        yield "data.max_new_tokens", f"is for answers that are written, of which task {recipe.task} has none: remove the key"
     yield from _contradictions_of_pointing(recipe)
     if recipe.task == "classification" and recipe.dtype == "bfloat16":
         yield (

@@ -334,6 +334,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None,
             "trained_in": _name(dtype),
             "label_words": template.labels if template else None,
             "max_length": max_length,
+            "max_new_tokens": data.max_new_tokens,
             "training": recipe.training.model_dump(include={"learning_rate", "batch_size", "weight_decay", "max_grad_norm"}),
         },
         held_out=held_out,
@@ -364,6 +365,11 @@ def _read_rows(recipe: Recipe) -> tuple[Records, dict[str, Any], Template | None
             )
     if recipe.task == "classification":
         return rows, measured, None
+    if data.max_new_tokens is not None and rows.kind in ("label", "choice"):
+        raise GatewiseError(
+            f"data.max_new_tokens is {data.max_new_tokens}, but {data.train} holds {rows.kind} rows, to which nothing is written: "
+            "remove the key"
+        )
     given = recipe.template
     template = Template(given.prompt, given.labels) if given else default_template(rows)
     for records in (rows, *measured.values()):
@@ -569,6 +575,7 @@ def _measure(
 ) -> None:
     begun = time.monotonic()
     for name, records in prepared.measured.items():
+        answers: list[dict[str, Any]] = []
         with progress.counting(f"measuring on {name} {when} training") as count:
             size = recipe.training.eval_batch_size
             if recipe.task == "text2mdt":
@@ -580,8 +587,14 @@ def _measure(
                     records,
                     prepared.template,
                     batch_size=size,
+                    max_new_tokens=recipe.data.max_new_tokens,
                     max_length=prepared.max_length,
                     progress=count,
+                    answers=answers,
                 )
         progress.say(f"{name} {when} training: {metrics_line(metrics[name][when])}")
+        if when == "after" and (cut := sum("cut" in answer for answer in answers)):
+            progress.say(
+                f"{cut} of {len(answers)} answers had not ended when they were cut; data.max_new_tokens lets them be longer"
+            )
     seconds["evaluation"] += time.monotonic() - begun
