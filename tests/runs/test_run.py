@@ -436,7 +436,7 @@ def test_a_run_is_resumed_only_with_its_own_recipe(finished: tuple[Path, Path]) 
     with pytest.raises(GatewiseError, match=r"peft.r is 3, but the run in .* was started with 2: resume it with that"):
         train(recipe, out, "training.max_steps=2", "peft.r=3", resume=True)
     # Only the last step's checkpoint is there, behind which there is nothing to resume: the run is repeated.
-    result = train(recipe, out, "training.max_steps=2", "training.log_every=1", resume=True)
+    result = train(recipe, out, "training.max_steps=2", "training.log_every=1", "training.eval_batch_size=3", resume=True)
     assert (result.resumed_from, result.steps) == (None, 2)
 
 

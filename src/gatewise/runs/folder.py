@@ -55,7 +55,8 @@ WRITTEN_BY = "# Written by gatewise train: the recipe of the run in this folder,
 LOCK = ".gatewise.lock"
 
 
-_FREE_TO_CHANGE = ("device", "launch", "training.log_every")
+# What trains nothing: a run whose measuring ran out of memory can be resumed with smaller batches.
+_FREE_TO_CHANGE = ("device", "launch", "training.log_every", "training.eval_batch_size", "data.max_new_tokens")
 
 
 @dataclass(frozen=True)
