@@ -10,6 +10,7 @@ from mdt_trees import TEXT, gout, node, preorders, properties, triple
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, TreeRecord, render, sample
 from gatewise.mdt.formats.fhir import plan_of
+from gatewise.mdt.formats.views import notes_of
 
 fhir = pytest.importorskip("fhir.resources")
 TREE = DecisionTree.from_preorder(gout())
@@ -44,13 +45,29 @@ def test_actions_are_nested_as_the_tree_is() -> None:
     (decision,) = true["action"]
     assert decision["selectionBehavior"] == "one-or-more"
     assert [action["title"] for action in decision["action"]] == [
-        "colchicine (drug therapy; adults with gout)",
-        "0.5 mg twice daily (dosage and administration; colchicine)",
+        "colchicine: 0.5 mg twice daily (drug therapy; adults with gout)",
         "naproxen (drug therapy; adults with gout)",
     ]
     start = TEXT.index("naproxen") + 1
-    assert decision["action"][2]["documentation"][1]["display"] == f"source text, characters {start} to {start + 7}: naproxen"
+    assert any("0.5 mg twice daily" in one["display"] for one in decision["action"][0]["documentation"])
+    assert decision["action"][1]["documentation"][1]["display"] == f"source text, characters {start} to {start + 7}: naproxen"
     assert false["action"][0]["action"][1]["action"][0]["title"] == "No recommendation"
+
+
+def test_prohibitions_and_doses_are_no_choice() -> None:
+    """Of drugs joined by "or" one is enough, but what is not to be done is never chosen from, and a dose goes with its drug."""
+    drugs = (triple("a", "drug therapy"), triple("20 mg", "dosage and administration", subject="a"), triple("b", "drug therapy"))
+    record = TreeRecord("", DecisionTree.from_preorder([node("D", *drugs, triple("c", "prohibited drugs"), joined="or")]))
+    (decision,) = plan_of(record)["action"]
+    choice, never = decision["action"]
+    assert (decision["selectionBehavior"], choice["selectionBehavior"]) == ("all", "one-or-more")
+    assert [one["title"].partition(" (")[0] for one in choice["action"]] == ["a: 20 mg", "b"]
+    assert never["title"].startswith("DO NOT USE: c")
+    (note,) = notes_of([record], "fhir")
+    assert note.removeprefix("record 1, ") in plan_of(record)["description"]
+    both = [triple(drug, "prohibited drugs") for drug in "ab"]
+    only = TreeRecord("", DecisionTree.from_preorder([node("D", *both, joined="or")]))
+    assert plan_of(only)["action"][0]["selectionBehavior"] == "all"
 
 
 def test_prohibited_drugs_are_not_recommended() -> None:

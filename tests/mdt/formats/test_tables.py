@@ -265,6 +265,20 @@ def test_a_sheet_has_what_a_dak_asks_for() -> None:
     assert "tree_1: Headings: Gout › Flares" in said
 
 
+def test_prohibitions_are_no_choice() -> None:
+    """They always hold, whatever joins them."""
+    tree = DecisionTree.from_preorder([node("D", *(triple(drug, "prohibited drugs") for drug in "ab"), joined="or")])
+    table = read_as_who_does(dak_of([TreeRecord("", tree)]))["tree_1"]
+    assert table["Annotations"] == ["node 1; all of the actions"]
+    assert " and DO NOT USE: b" in table["Output"][0]
+    orders = [triple("c", "prohibited drugs"), triple("a", "drug therapy"), triple("b", "drug therapy")]
+    record = TreeRecord("", DecisionTree.from_preorder([node("D", *orders, joined="or")]))
+    table = read_as_who_does(dak_of([record]))["tree_1"]
+    assert table["Annotations"] == ["node 1; any of the first 2 actions, and all of the others"]
+    assert [line[0] for line in table[HEADS[1]][0].splitlines()] == ["a", "b", "D"]
+    assert any("prohibited drugs are none of the choices" in note for note in notes_of(record))
+
+
 def test_no_text_is_a_formula_and_none_is_cut_without_a_word() -> None:
     nodes = [node("C", triple(HOSTILE, subject="=A1")), node("D", triple("=cmd " + "x" * 40_000, "drug therapy")), node("D")]
     book = sheets([TreeRecord("", DecisionTree.from_preorder(nodes), 1, {"warnings": [HOSTILE]})])

@@ -20,8 +20,18 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any, Literal
 
-from gatewise.mdt.formats.fhir import NOTICE, clean, description_of, documentation_of, encoded, people_of, source_of
-from gatewise.mdt.formats.orders import Order, order_words, orders_of
+from gatewise.mdt.formats.fhir import (
+    NOTICE,
+    clean,
+    description_of,
+    documentation_of,
+    encoded,
+    group,
+    grouped,
+    people_of,
+    source_of,
+)
+from gatewise.mdt.formats.orders import Order, is_choice, notes_of_choices, order_words, orders_of
 from gatewise.mdt.formats.svg import main_subject
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.tree import DecisionTree, Node, joined_words
@@ -56,15 +66,10 @@ def notes_of(record: TreeRecord) -> list[str]:
     for number, node in enumerate(record.tree.nodes, start=1):
         if node.is_condition:
             continue
-        orders = orders_of(node)
-        for order in orders:
+        for order in orders_of(node):
             if order.kind == "text":
                 notes.append(f"node {number}: {str(order.triple)!r} {order.why_text}; it is an action with this text and no more")
-        if node.logical_rel == "or" and len(orders) > 1 and any(order.kind == "avoid" for order in orders):
-            notes.append(
-                f"node {number}: its triples are joined by 'or'; prohibited drugs are none of the choices, but always hold"
-            )
-    return notes
+    return [*notes, *notes_of_choices(record.tree)]
 
 
 def library_of(tree: DecisionTree, name: str, version: str, release: Release) -> str:
@@ -157,7 +162,7 @@ class _Resources:
                 made[i] = self._decision(node, i + 1)
                 continue
             sides = [self._branch(i + 1, node, side, made.pop(child)) for side, child in zip((True, False), both, strict=True)]
-            made[i] = _group([one for one in sides if one is not None], "exactly-one" if all(sides) else "at-most-one")
+            made[i] = group([one for one in sides if one is not None], "exactly-one" if all(sides) else "at-most-one")
         return made[0]
 
     def _branch(self, number: int, node: Node, side: bool, inside: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -178,15 +183,7 @@ class _Resources:
     def _decision(self, node: Node, number: int) -> dict[str, Any] | None:
         orders = orders_of(node)
         actions = [self._order(order, node.logical_rel, number, i) for i, order in enumerate(orders, start=1)]
-        if node.logical_rel != "or":
-            return _group(actions, "all")
-        # "Do not use A, or B" leaves no choice among what is not to be done.
-        choices = [action for action, order in zip(actions, orders, strict=True) if order.kind != "avoid"]
-        always = [action for action, order in zip(actions, orders, strict=True) if order.kind == "avoid"]
-        choice = _group(choices, "one-or-more")
-        if not always or choice is None:
-            return choice or _group(always, "all")
-        return _group([{**self._link(f"node-{number}-choice"), **choice}, *always], "all")
+        return grouped(actions, [is_choice(order, node.logical_rel) for order in orders], self._link(f"node-{number}-choice"))
 
     def _order(self, order: Order, join: str, number: int, place: int) -> dict[str, Any]:
         title, link = clean(order_words(order, join)), f"node-{number}-order-{place}"
@@ -243,12 +240,6 @@ class _Resources:
             "experimental": True,
             "publisher": _PUBLISHER,
         }
-
-
-def _group(actions: list[dict[str, Any]], selection: str) -> dict[str, Any] | None:
-    if not actions:
-        return None
-    return {"groupingBehavior": "logical-group", "selectionBehavior": selection, "action": actions}
 
 
 def _narrative(title: str, content: str = "") -> dict[str, str]:

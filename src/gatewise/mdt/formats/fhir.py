@@ -1,9 +1,9 @@
 """A decision tree as a FHIR R5 ``PlanDefinition`` (https://hl7.org/fhir/R5/plandefinition.html), checked by fhir.resources.
 
 A condition becomes an action with two actions inside, of which exactly one applies: one under the condition, the other under its
-negation. A decision becomes an action with one action a triple, all or one or more of which are to be taken. Conditions are plain
-words (``text/plain``), so that nothing runs before a person has coded them. The status is ``draft``, the source text goes along
-as documentation, each action names its phrases in it.
+negation. A decision becomes an action with one action a triple, a dose with its drug, all or one or more of which are to be taken.
+Conditions are plain words (``text/plain``), so that nothing runs before a person has coded them. The status is ``draft``, the
+source text goes along as documentation, each action names its phrases in it.
 """
 
 import base64
@@ -14,6 +14,7 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from gatewise.errors import GatewiseError
+from gatewise.mdt.formats.orders import is_choice, notes_of_choices, order_words, orders_of
 from gatewise.mdt.formats.origin import approval_of, corrector_of, document_of, origin_of
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
@@ -43,7 +44,7 @@ def plan_of(record: TreeRecord) -> dict[str, Any]:
         "type": {"coding": [{"system": _TYPE, "code": "clinical-protocol", "display": "Clinical Protocol"}]},
         "status": "draft",
         "experimental": True,
-        "description": description_of(record),
+        "description": description_of(record, notes_of(record)),
         "purpose": "To show the decisions that the source text describes, for review.",
         "usage": NOTICE,
         "action": [_root_action(record)],
@@ -142,23 +143,41 @@ def _decision(node: Node, i: int, record: TreeRecord) -> dict[str, Any]:
     link = f"node-{i + 1}"
     if node.is_empty:
         return {"linkId": link, "title": "No recommendation", "description": "The source text recommends nothing for this case."}
+    orders, join = orders_of(node), node.logical_rel
     actions = [
-        {"linkId": f"{link}-{number}", "title": clean(_order(triple)), **documentation_of([triple], record)}
-        for number, triple in enumerate(node.triples, start=1)
+        {
+            "linkId": f"{link}-{number}",
+            "title": clean(order_words(order, join)),
+            **documentation_of((order.triple, *order.doses), record),
+        }
+        for number, order in enumerate(orders, start=1)
     ]
-    return {
-        "linkId": link,
-        "title": f"Decision: {clean(joined_words(node))}",
-        "groupingBehavior": "logical-group",
-        "selectionBehavior": "one-or-more" if node.logical_rel == "or" else "all",
-        "action": actions,
-    }
+    group = grouped(actions, [is_choice(order, join) for order in orders], {"linkId": f"{link}-choice"})
+    return {"linkId": link, "title": f"Decision: {clean(joined_words(node))}", **(group or {})}
 
 
-def _order(triple: Triple) -> str:
-    if triple.relation in ("prohibited drugs", "禁用药物"):
-        return f"DO NOT USE: {triple.object} ({triple.relation}; {triple.subject})"
-    return f"{triple.object} ({triple.relation}; {triple.subject})"
+def grouped(actions: Sequence[dict[str, Any]], choices: Sequence[bool], link: dict[str, Any]) -> dict[str, Any] | None:
+    """The actions of a decision as one group: all are to be taken, but of the choices among them one or more; None for no action.
+
+    Args:
+        choices: for each action whether it is a choice.
+        link: what names the group of the choices, where there are others beside it.
+    """
+    chosen = [action for action, choice in zip(actions, choices, strict=True) if choice]
+    always = [action for action, choice in zip(actions, choices, strict=True) if not choice]
+    if chosen and always:
+        return group([{**link, **(group(chosen, "one-or-more") or {})}, *always], "all")
+    return group(chosen or always, "one-or-more" if chosen else "all")
+
+
+def group(actions: Sequence[dict[str, Any]], selection: str) -> dict[str, Any] | None:
+    """Actions of which a FHIR selection is to be taken, such as "all"; None for no action."""
+    return {"groupingBehavior": "logical-group", "selectionBehavior": selection, "action": list(actions)} if actions else None
+
+
+def notes_of(record: TreeRecord) -> list[str]:
+    """What the plan cannot say as the tree does, a sentence each."""
+    return notes_of_choices(record.tree)
 
 
 def description_of(record: TreeRecord, notes: Sequence[str] = ()) -> str:

@@ -4,7 +4,7 @@ import re
 from typing import Literal, NamedTuple
 
 from gatewise.mdt.relations import relation_in
-from gatewise.mdt.tree import Node, Triple
+from gatewise.mdt.tree import DecisionTree, Node, Triple
 
 _DOSE = "dosage and administration"
 _KINDS: dict[str, Literal["drug", "avoid", "measure"]] = {
@@ -75,3 +75,18 @@ def order_words(order: Order, join: str) -> str:
     doses = f" {join} ".join(dose.object for dose in order.doses)
     what = f"{triple.object}: {doses}" if doses else triple.object
     return f"{'DO NOT USE: ' if order.kind == 'avoid' else ''}{what} ({triple.relation}; {triple.subject})"
+
+
+def is_choice(order: Order, join: str) -> bool:
+    """Whether an order is one of several to choose from: "do not use A, or B" leaves no choice among what is not to be done."""
+    return join == "or" and order.kind != "avoid"
+
+
+def notes_of_choices(tree: DecisionTree) -> list[str]:
+    """A sentence for each decision with prohibited drugs that its triples join by "or"."""
+    return [
+        f"node {number}: its triples are joined by 'or'; prohibited drugs are none of the choices, but always hold"
+        for number, node in enumerate(tree.nodes, start=1)
+        if not node.is_condition and node.logical_rel == "or" and len(orders := orders_of(node)) > 1
+        if any(order.kind == "avoid" for order in orders)
+    ]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.formats.fhir import NOTICE, clean, said_of
-from gatewise.mdt.formats.orders import order_words, orders_of
+from gatewise.mdt.formats.orders import is_choice, notes_of_choices, order_words, orders_of
 from gatewise.mdt.formats.svg import main_subject
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
@@ -72,16 +72,27 @@ def notes_of(record: TreeRecord) -> list[str]:
     if not choices:
         return []
     nodes = f"{'nodes' if len(choices) > 1 else 'node'} {', '.join(map(str, choices))}"
-    return [
+    said = (
         f"{nodes}: a decision of a table is one text; that its parts are joined by 'or' is said in words and no engine offers them"
-    ]
+    )
+    return [said, *notes_of_choices(record.tree)]
 
 
 def _recommendation(node: Node) -> str:
     """A decision on one line, each dose with its drug."""
     if node.is_empty:
         return "no recommendation"
-    return f" {node.logical_rel} ".join(order_words(order, node.logical_rel) for order in orders_of(node))
+    choices, always = _choices(node)
+    return ", and ".join(filter(None, (" or ".join(choices), " and ".join(always))))
+
+
+def _choices(node: Node) -> tuple[list[str], list[str]]:
+    """The orders of a decision: those to choose from, and those that all hold."""
+    choices: list[str] = []
+    always: list[str] = []
+    for order in orders_of(node):
+        (choices if is_choice(order, node.logical_rel) else always).append(order_words(order, node.logical_rel))
+    return choices, always
 
 
 def _expression(node: Node, tree: DecisionTree, prefix: str) -> str:
@@ -255,10 +266,12 @@ def _answer(words: str, facts: str, answer: bool | None) -> str:
 
 
 def _outputs(node: Node, leaf: int, record: TreeRecord, name: str) -> tuple[str, str, str, str]:
-    actions = "\n".join(order_words(order, node.logical_rel) for order in orders_of(node))
+    choices, always = _choices(node)
+    actions = "\n".join([*choices, *always])
     annotation = f"node {leaf + 1}"
     if node.logical_rel != "null":
-        annotation += "; any of the actions" if node.logical_rel == "or" else "; all of the actions"
+        told = f"; any of the first {len(choices)} actions, and all of the others" if always else "; any of the actions"
+        annotation += told if choices else "; all of the actions"
     spans = [locate(record.text, triple).object for triple in node.triples]
     phrases = [f"characters {span.start + 1} to {span.end}: {record.text[span.start : span.end]}" for span in spans if span]
     return f"{_line(_recommendation(node))}\nnode {leaf + 1} of {name}", actions, annotation, "\n".join(phrases)

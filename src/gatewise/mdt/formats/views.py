@@ -8,8 +8,7 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file
-from gatewise.mdt.formats import cpg, tables
-from gatewise.mdt.formats.fhir import bundle_of
+from gatewise.mdt.formats import cpg, fhir, tables
 from gatewise.mdt.formats.mermaid import mermaid_of
 from gatewise.mdt.formats.origin import confidence_of, origin_of
 from gatewise.mdt.formats.page import page_of
@@ -44,8 +43,8 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
 
     Args:
         format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number: "json" and "text" can be read
-            back by :func:`gatewise.mdt.read_trees`, "fhir" makes a Bundle of several. :func:`notes_of` says what "fhir-r4",
-            "fhir-r5" and "dmn" cannot hold.
+            back by :func:`gatewise.mdt.read_trees`, "fhir" makes a Bundle of several. :func:`notes_of` says what those of FHIR
+            and "dmn" cannot hold.
 
     Raises:
         GatewiseError: there is no record, the format is unknown, no text or cannot hold several, or fhir.resources is missing.
@@ -61,7 +60,7 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
         "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, **_around(records[0])),
         "svg": lambda records: drawing_of(records[0].tree, records[0].text, **_around(records[0])).svg,
         "html": page_of,
-        "fhir": lambda records: _json(bundle_of(records)),
+        "fhir": lambda records: _json(fhir.bundle_of(records)),
         "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),
         "fhir-r5": lambda records: _json(cpg.bundle_of(records, "R5")),
         "dmn": tables.dmn_of,
@@ -81,7 +80,8 @@ def _around(record: TreeRecord) -> dict[str, Any]:
 
 def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
     """What a format cannot say as the trees do, a sentence each, with the record's number. What is made of them says it, too."""
-    notes = {"fhir-r4": cpg.notes_of, "fhir-r5": cpg.notes_of, "dmn": tables.notes_of, "dak": tables.notes_of}.get(format)
+    made = {"fhir": fhir.notes_of, "fhir-r4": cpg.notes_of, "fhir-r5": cpg.notes_of, "dmn": tables.notes_of, "dak": tables.notes_of}
+    notes = made.get(format)
     return [f"record {record.number}, {note}" for record in records for note in notes(record)] if notes else []
 
 
