@@ -14,7 +14,7 @@ from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, Extraction, Extractor, TreeRecord, extract, linearise, render, sample
 from gatewise.mdt.extraction.measuring import measure
 from gatewise.mdt.extraction.prompts import prompt
-from gatewise.mdt.training.rows import completion
+from gatewise.mdt.training.rows import completion, training_rows
 from gatewise.tasks import Template
 
 pytest.importorskip("llguidance")
@@ -228,6 +228,15 @@ def test_each_step_is_measured_alone_from_gold_input() -> None:
         measure(extractor, [])
     with pytest.raises(GatewiseError, match="stage is 'leaf'"):
         measure(extractor, records, "leaf")  # type: ignore[arg-type]
+
+
+def test_a_gold_tree_without_a_triple_is_asked_for_in_the_language_of_its_text() -> None:
+    """As in training: what was learnt of the Chinese prompt is found."""
+    record = TreeRecord("高血压患者@高血压是最常见的慢性病之一。", DecisionTree.from_preorder([node("D")]))
+    (row,) = training_rows([record])
+    model, tokenizer = dictated({row["source"]: row["target"]})
+    assert row["source"] == prompt(record.text, "zh")
+    assert measure(Extractor(model, tokenizer), [record])["failed"] == 0
 
 
 def test_a_text_whose_words_are_too_long_does_not_stop_the_others() -> None:

@@ -22,11 +22,14 @@ from gatewise.mdt.extraction.extractor import Asked
 from gatewise.mdt.extraction.measuring import measure
 from gatewise.mdt.pointing import extractor as extractor_module
 from gatewise.mdt.pointing.calibration import Calibration
+from gatewise.mdt.pointing.decoding import Found
 from gatewise.mdt.pointing.extractor import PointingExtractor
 from gatewise.mdt.pointing.heads import HeadSettings
 from gatewise.mdt.pointing.loading import load_extractor
 from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_records
+from gatewise.mdt.pointing.targets import KINDS, NOBODY, POPULATION, Mention, Pointed
 from gatewise.mdt.pointing.training import calibration
+from gatewise.mdt.pointing.units import Units
 from gatewise.mdt.records import TreeRecord
 
 TEXTS = [record.text for record in RECORDS]
@@ -206,6 +209,20 @@ def test_whatever_heads_say_is_a_tree_of_the_text(seed: int) -> None:
     sound(extractor.trees([Asked(one.text, "en", nodes=held) for one, held in zip(found, nodes, strict=True)]))
     triples = [Asked(one.text, "en", triples=tuple(one.tree.triples)) for one in found]
     assert all(isinstance(one, Asked) for one in extractor.nodes(triples))
+
+
+def test_a_decision_without_a_place_is_said(untrained: PointingExtractor) -> None:
+    """Two decisions and no condition between them: a tree has room for one. What is said of nobody asks for no room."""
+    text = "adults with gout@Give colchicine. Give aspirin."
+    units = Units.of(text)
+    words = [text[span.start : span.end] for span in units.spans]
+    drugs = [words.index(drug) for drug in ("colchicine", "aspirin")]
+    mentions = tuple(Mention(at, at + 1, KINDS.index(("drug therapy", "D"))) for at in drugs)
+    both = Pointed(mentions, (POPULATION, POPULATION), ((0,), (1,)), (0, 1), ("null", "null"), 0, (None, None))
+    found = untrained._trees(Asked(text, "en"), units, Found(both))
+    assert [triple.object for triple in found.tree.triples] == ["colchicine"]
+    assert found.warnings == ("1 of the 2 nodes found have no place in the tree",)
+    assert not untrained._trees(Asked(text, "en"), units, Found(replace(both, subjects=(POPULATION, NOBODY)))).warnings
 
 
 def test_no_phrase_is_a_single_empty_leaf(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:

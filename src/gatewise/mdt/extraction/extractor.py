@@ -117,7 +117,7 @@ class Extracts(Protocol):
         self,
         texts: Sequence[str],
         *,
-        language: Language | Sequence[Language] | None = None,
+        language: Language | Sequence[Language | None] | None = None,
         progress: Progress | None = None,
     ) -> "list[Extraction | GatewiseError]":
         """The tree of each text, or why there is none."""
@@ -245,7 +245,7 @@ class Extractor:
         self,
         texts: Sequence[str],
         *,
-        language: Language | Sequence[Language] | None = None,
+        language: Language | Sequence[Language | None] | None = None,
         progress: Progress | None = None,
     ) -> list[Extraction | GatewiseError]:
         """The tree of each text, or why there is none: a text with a fault does not stop the others.
@@ -415,7 +415,7 @@ def _kept(candidates: Sequence[Extraction | GatewiseError]) -> Extraction | Gate
     return replace(trees[best], agreement=agreement, warnings=(*trees[best].warnings, *doubts))
 
 
-def as_asked(texts: Sequence[str], language: Language | Sequence[Language] | None) -> list[Asked | GatewiseError]:
+def as_asked(texts: Sequence[str], language: Language | Sequence[Language | None] | None) -> list[Asked | GatewiseError]:
     """Texts with their languages, or what is wrong with them; arguments and errors are those of :meth:`Extractor.__call__`."""
     languages = [language] * len(texts) if language is None or isinstance(language, str) else list(language)
     asked: list[Asked | GatewiseError] = []

@@ -54,9 +54,9 @@ def measure(
     if not records:
         raise GatewiseError("there are no gold trees, expected at least one")
     if stage is None:
-        found = extractor(
-            [record.text for record in records], language=[record.tree.language for record in records], progress=progress
-        )
+        # A tree without a triple names no relation, and so has no language of its own: as in training, its text says it.
+        languages = [record.tree.language if record.tree.triples else None for record in records]
+        found = extractor([record.text for record in records], language=languages, progress=progress)
         return _of_trees(records, found, mistakes)
     # The first two stages have nothing to do for a tree without a triple, and the third has nothing to put together.
     used = [record for record in records if record.tree.triples]

@@ -248,7 +248,7 @@ class ServedExtractor(Extractor):
         self,
         texts: Sequence[str],
         *,
-        language: Language | Sequence[Language] | None = None,
+        language: Language | Sequence[Language | None] | None = None,
         progress: Progress | None = None,
     ) -> list[Extraction | GatewiseError]:
         """The tree of each text, or why there is none; arguments and errors are those of :meth:`Extractor.__call__`."""
@@ -261,7 +261,7 @@ class ServedExtractor(Extractor):
         self,
         texts: Sequence[str],
         *,
-        language: Language | Sequence[Language] | None = None,
+        language: Language | Sequence[Language | None] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[tuple[int, Extraction | GatewiseError]]:
         """The number of each text, and its tree or why there is none, in the order in which they are done."""

@@ -25,7 +25,7 @@ from gatewise.mdt.pointing.calibration import Calibration
 from gatewise.mdt.pointing.decoding import Found
 from gatewise.mdt.pointing.heads import HeadSettings, PointingHeads, UnitPlaces, UnitStates
 from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_texts, exact
-from gatewise.mdt.pointing.targets import NOTHING, Pointed, pointed_at, preorder, tree_of, triple_of
+from gatewise.mdt.pointing.targets import NOTHING, Pointed, pointed_at, preorder, tree_of, triple_of, unplaced
 from gatewise.mdt.pointing.units import Units
 from gatewise.mdt.records import DOUBTFUL, TreeRecord
 from gatewise.mdt.relations import Language, relation_in
@@ -112,7 +112,7 @@ class PointingExtractor:
         self,
         texts: Sequence[str],
         *,
-        language: Language | Sequence[Language] | None = None,
+        language: Language | Sequence[Language | None] | None = None,
         progress: Progress | None = None,
     ) -> list[Extraction | GatewiseError]:
         """The tree of each text, or why there is none; arguments and errors are those of ``Extractor.__call__``."""
@@ -208,6 +208,8 @@ class PointingExtractor:
         one = found.pointed
         tree = tree_of(one, units, asked.language)
         confidence, warnings = None, list(asked.warnings)
+        if left := unplaced(one):
+            warnings.append(f"{left} of the {len(one.nodes)} nodes found have no place in the tree")
         if self.calibration is not None and found.groups:
             sure = self.calibration.confidence
             # As many digits as records have, so that all count the same nodes as doubtful.

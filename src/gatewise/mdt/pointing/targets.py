@@ -250,13 +250,21 @@ def preorder(pointed: Pointed) -> Iterator[int]:
     while to_do:
         at, depth = to_do.pop()
         both = pointed.children[at] if at >= 0 else None
-        told = at >= 0 and any(pointed.subjects[m] != NOBODY for m in pointed.nodes[at])
-        if not told or (both is not None and depth == MAX_DEPTH):
+        if at < 0 or not _tells(pointed, at) or (both is not None and depth == MAX_DEPTH):
             yield EMPTY
             continue
         yield at
         if both is not None:
             to_do += [(both[1], depth + 1), (both[0], depth + 1)]
+
+
+def unplaced(pointed: Pointed) -> int:
+    """How many nodes with a triple are nowhere in the tree, which has too few places for them or would be too deep."""
+    return sum(_tells(pointed, at) for at in range(len(pointed.nodes))) - sum(at >= 0 for at in preorder(pointed))
+
+
+def _tells(pointed: Pointed, at: int) -> bool:
+    return any(pointed.subjects[mention] != NOBODY for mention in pointed.nodes[at])
 
 
 def _plain(phrase: str) -> str:

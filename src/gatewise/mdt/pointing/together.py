@@ -115,7 +115,7 @@ class TogetherExtractor:
         self,
         texts: Sequence[str],
         *,
-        language: Language | Sequence[Language] | None = None,
+        language: Language | Sequence[Language | None] | None = None,
         progress: Progress | None = None,
     ) -> list[Extraction | GatewiseError]:
         """The tree of each text, or why there is none; arguments and errors are those of ``Extractor.__call__``.
