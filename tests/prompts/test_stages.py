@@ -107,10 +107,26 @@ def test_the_checkpoint_of_another_configuration_is_refused(tmp_path, data):
             r"checkpoint-4 is a checkpoint of a training with prompt_layers=\[0, 1\], but .* is \[1, 2\] now",
         ),
         ({"prompt_layers": [0, 1], "num_prompt_tokens": 2}, "with num_prompt_tokens=3, but num_prompt_tokens is 2 now"),
+        ({"prompt_layers": [0, 1], "tau": 0.5}, "with tau=1.0, but tau is 0.5 now"),
+        ({"prompt_layers": [0, 1], "activation": "relu"}, "with activation=gelu, but activation is relu now"),
+        ({"prompt_layers": [0, 1], "balanced": True}, "with balanced=None, but balanced is True now"),
+        ({"prompt_layers": [0, 1], "normalize_states": False}, "with normalize_states=True, but normalize_states is False now"),
     ):
         config = prompt_config("bert", **other)
         with pytest.raises(GatewiseError, match=message):
             prompts.retrain(prompted_base("bert"), config, data("bert"), args, resume_from_checkpoint=True)
+
+
+def test_the_checkpoint_of_another_search_is_refused(tmp_path, data):
+    """Under way or ended, of another model."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    prompts.search(hyper(), data("bert"), args, keep=1)
+    for checkpoint in (True, str(tmp_path / "search/checkpoint-2")):
+        for other in ({"tau": 0.5}, {"activation": "relu"}, {"num_prompt_tokens": 2}):
+            (name,) = other
+            model = get_peft_model(prompted_base("bert"), prompt_config("bert", **other))
+            with pytest.raises(GatewiseError, match=f"is a checkpoint of a search with {name}="):
+                prompts.search(model, data("bert"), args, keep=1, resume_from_checkpoint=checkpoint)
 
 
 def test_a_configuration_from_an_adapters_folder_is_trained(tmp_path, data):

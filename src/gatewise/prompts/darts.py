@@ -29,11 +29,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from gatewise.adapters.files import read_config
 from gatewise.bilevel.trainer import BilevelMixin
 from gatewise.checks import is_number
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.losses import IGNORED, LossKind, loss_kind
+from gatewise.prompts.config import SelectivePromptConfig
 from gatewise.prompts.model import SelectivePromptModel
 
 GATES_FILE = "gates.safetensors"
@@ -193,6 +195,9 @@ class SearchMixin(BilevelMixin):
     def search_from(self, checkpoint: str | bool | None) -> None:
         """Trains, from a checkpoint if there is one. A search that had ended is only read: the Trainer would take a step more."""
         path = checkpoint_in(self.args, checkpoint)
+        if path is not None:
+            tuner: Any = hyper_network(self.model)
+            check_configuration(Path(path), tuner.peft_config[tuner.active_adapters[0]], "search")
         file = Path(path or "") / TRAINER_STATE_NAME
         state = TrainerState.load_from_json(str(file)) if path is not None and file.is_file() else None
         if path is None or state is None or not self._has_ended(state):
@@ -271,6 +276,24 @@ def hyper_network(model: Any) -> SelectivePromptModel:
             "a search needs a PeftModel with a hyper-network: get_peft_model(model, SelectivePromptConfig(prompt_layers=None))"
         )
     return tuner
+
+
+def check_configuration(folder: Path, config: SelectivePromptConfig, of: str) -> None:
+    """Refuses a checkpoint of another configuration, which would be loaded in part or go on as another model.
+
+    Args:
+        of: what the checkpoint is of, "search" or "training".
+    """
+    try:
+        saved = read_config(folder)
+    except GatewiseError:
+        return  # the Trainer says what is wrong with it
+    for name in ("prompt_layers", "num_prompt_tokens", "bottleneck", "phm", "tau", "balanced", "activation", "normalize_states"):
+        if name in saved and saved[name] != getattr(config, name):
+            raise GatewiseError(
+                f"{folder} is a checkpoint of a {of} with {name}={saved[name]}, but {name} is {getattr(config, name)} now: "
+                "resume with its configuration, or begin anew in another output_dir"
+            )
 
 
 def checkpoint_in(args: TrainingArguments, given: str | bool | None) -> str | None:

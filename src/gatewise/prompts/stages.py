@@ -19,12 +19,18 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from gatewise.adapters.files import read_config
 from gatewise.bilevel import split_in_half
 from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.prompts.config import SelectivePromptConfig
-from gatewise.prompts.darts import GATES_FILE, SearchTrainer, checkpoint_in, hyper_network, refuse_taken_labels
+from gatewise.prompts.darts import (
+    GATES_FILE,
+    SearchTrainer,
+    check_configuration,
+    checkpoint_in,
+    hyper_network,
+    refuse_taken_labels,
+)
 from gatewise.prompts.model import SelectivePromptModel
 
 logger = logging.getLogger(__name__)
@@ -177,19 +183,9 @@ def _of_search(args: TrainingArguments) -> TrainingArguments:
 
 
 def _check_checkpoint(folder: Path, config: SelectivePromptConfig) -> None:
-    """Generators of other layers would be loaded in part, and the optimiser's state for others."""
     if (folder / GATES_FILE).exists():
         raise GatewiseError(f"{folder} is a checkpoint of a search, not of the training of its layers: resume from another one")
-    try:
-        saved = read_config(folder)
-    except GatewiseError:
-        return  # the Trainer says what is wrong with it
-    for name in ("prompt_layers", "num_prompt_tokens", "bottleneck", "phm"):
-        if name in saved and saved[name] != getattr(config, name):
-            raise GatewiseError(
-                f"{folder} is a checkpoint of a training with {name}={saved[name]}, but {name} is {getattr(config, name)} now: "
-                "resume with its configuration, or train anew in another output_dir"
-            )
+    check_configuration(folder, config, "training")
 
 
 def _without_adapters(model: Any) -> Any:

@@ -39,15 +39,15 @@ def candidates(both: TogetherExtractor, text: str) -> list[DecisionTree]:
 
 
 @torch.no_grad()
-def by_hand(both: TogetherExtractor, text: str, tree: DecisionTree) -> tuple[float | None, float]:
-    """What the two models say of a tree: of one row at a time, the writing one token by token."""
+def by_hand(both: TogetherExtractor, text: str, tree: DecisionTree, room: int = 10_000) -> tuple[float | None, float]:
+    """What the two models say of a tree: of one row at a time, the writing one token by token, with room for so much prompt."""
     tokenizer = both.pointer.tokenizer
     (row,), (pointed,) = encode_records([TreeRecord(text, tree)], tokenizer, 8)
     points = None
     if pointed.has_tree and not pointed.left_out:
         points = -float(both.pointer.model(**PointingCollator(tokenizer)([row])).loss)
     writing = both.writer.tokenizer
-    before = writing(prompt(text, "en"), add_special_tokens=False)["input_ids"]
+    before = writing(prompt(text, "en"), add_special_tokens=False)["input_ids"][-room:]
     answer = [*writing(f" {linearise(tree, 0, text=text)}", add_special_tokens=False)["input_ids"], writing.eos_token_id]
     total = 0.0
     for place, token in enumerate(answer):
@@ -69,6 +69,23 @@ def test_both_judge_as_they_do_alone(both: TogetherExtractor) -> None:
         if one is not None:
             assert point == pytest.approx(one, rel=1e-4)
         assert write == pytest.approx(other, rel=1e-4)
+
+
+def test_a_prompt_that_is_cut_is_cut_alike_for_all(both: TogetherExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, trees = TEXTS[1], [RECORDS[1].tree, DecisionTree.from_preorder(elsewhere())]
+    tokenizer = both.writer.tokenizer
+    longest = 1 + max(len(tokenizer(f" {linearise(tree)}", add_special_tokens=False)["input_ids"]) for tree in trees)
+    monkeypatch.setattr(both.writer.model.config, "max_position_embeddings", longest + 9)
+    expected = [by_hand(both, text, tree, room=9)[1] for tree in trees]
+    assert both.said_by_writer(Asked(text, "en"), trees) == pytest.approx(expected, rel=1e-4)
+    # Without any room the writing model judges nothing, and the other texts of the batch go on.
+    monkeypatch.setattr(both.writer.model.config, "max_position_embeddings", longest)
+    monkeypatch.setattr(Extractor, "several", lambda self, asked, count, progress=None: [written for _ in asked])
+    written = [Extraction(text, tree, "en", (), ()) for tree in trees]
+    found = both(TEXTS[1:3], language="en")
+    assert [one.tree for one in found if isinstance(one, Extraction)] == [
+        one.tree for one in both.pointer(TEXTS[1:3], language="en") if isinstance(one, Extraction)
+    ]
 
 
 def elsewhere() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ it gains is in docs/text2mdt.md (``benchmarks/mdt_both.py``); it takes as long a
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ import torch
 
 from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
-from gatewise.losses import base_of, row_losses
+from gatewise.losses import IGNORED, base_of, row_losses
 from gatewise.mdt.extraction.extractor import Asked, Extraction, Extractor, Progress, as_asked, each
 from gatewise.mdt.extraction.prompts import prompt
 from gatewise.mdt.pointing.extractor import PointingExtractor
@@ -140,9 +141,10 @@ class TogetherExtractor:
             # Without the pointing model nothing judges; a single tree needs no judge.
             kept = next((one for one in (pointed, *written) if isinstance(one, Extraction)), pointed)
         else:
-            trees = list(found)
-            both = zip(trees, self.said_by_pointer(asked, trees), self.said_by_writer(asked, trees), strict=True)
-            scores = {tree: points + self.weight * writes for tree, points, writes in both if points is not None}
+            trees, scores = list(found), {}
+            with suppress(GatewiseError):  # trees so long that the writing model cannot read them
+                both = zip(trees, self.said_by_pointer(asked, trees), self.said_by_writer(asked, trees), strict=True)
+                scores = {tree: points + self.weight * writes for tree, points, writes in both if points is not None}
             kept = found[max(scores, key=lambda tree: scores[tree])] if scores else pointed
         if isinstance(kept, GatewiseError):
             return kept
@@ -164,12 +166,24 @@ class TogetherExtractor:
         return made
 
     def said_by_writer(self, asked: Asked, trees: Sequence[DecisionTree]) -> list[float]:
-        """The log-probability of each tree's text after the prompt, in nats."""
+        """The log-probability of each tree's text after the prompt, in nats.
+
+        Raises:
+            GatewiseError: the longest leaves no room for the prompt.
+        """
         source = prompt(asked.text, asked.language)
         rows: list[dict[str, Any]] = [{"source": source, "target": completion(TreeRecord(asked.text, tree))} for tree in trees]
         told = Records("generation", rows, None, "the candidates")
-        longest = min(most_positions(self.writer.model), 2**20)
-        features = encode(told, self.writer.tokenizer, self.writer.template, max_length=longest)
+        tokenizer, template = self.writer.tokenizer, self.writer.template
+        features, longest = encode(told, tokenizer, template, max_length=2**20), most_positions(self.writer.model)
+        if max(len(one["input_ids"]) for one in features) > longest:
+            # A prompt that is cut is cut alike for all, or they would not be compared.
+            answers = [sum(label != IGNORED for label in one["labels"]) for one in features]
+            room = longest - max(answers)
+            parts = zip(rows, answers, strict=True)
+            features = [
+                encode(replace(told, rows=[row]), tokenizer, template, max_length=room + answer)[0] for row, answer in parts
+            ]
         return [-value for value in _losses(self.writer.model, features, PadCollator(self.writer.tokenizer))]
 
     # ---- stages, which are the pointing model's ----
