@@ -275,6 +275,14 @@ def test_an_outline_that_is_no_tree_is_a_fault_of_its_record(gatewise: Gatewise,
     assert_refused(gatewise("evaluate", "--gold", "pred.txt", "--pred", "good.json"), "pred.txt, record 1, line")
 
 
+@pytest.mark.parametrize(
+    "words", [("--stage", "nodes"), ("--free",), ("--level", "2"), ("--device", "auto"), ("--second", "x"), ("--limit", "3")]
+)
+def test_evaluate_refuses_with_predictions_what_says_how_to_extract(gatewise: Gatewise, words: tuple[str]) -> None:
+    refused = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", *words)
+    assert_refused(refused, f"{words[0]} with --pred: nothing is extracted there")
+
+
 def test_evaluate_against_the_sample(gatewise: Gatewise) -> None:
     assert gatewise("show", "sample:guidelines", "-f", "json", "--out", "sample.json").exit_code == 0
     result = gatewise("evaluate", "--gold", "sample:guidelines", "--pred", "sample.json", "--json")

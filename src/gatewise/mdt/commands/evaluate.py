@@ -36,7 +36,15 @@ class StageName(StrEnum):
     tree = "tree"
 
 
+_EXTRACTING = (
+    "second", "base", "stage", "level", "pipeline", "verbatim", "free", "candidates", "max_new_tokens", "batch_size", "device",
+    "limit",
+)  # fmt: skip
+"""Options that say how trees are extracted."""
+
+
 def evaluate(
+    context: typer.Context,
     gold: Annotated[str, typer.Option(help="The right trees: a .json or .jsonl file, or sample:guidelines.", show_default=False)],
     pred: Annotated[Path | None, typer.Option(help="The predicted trees, in the same order.", show_default=False)] = None,
     adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
@@ -84,6 +92,10 @@ def evaluate(
             values = measure_adapter(extractor, records, stage.value if stage else None, count, mistakes=mistakes)
     else:
         assert pred is not None
+        sources = {name: context.get_parameter_source(name) for name in _EXTRACTING}
+        if given := [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise GatewiseError(f"{named} with --pred: nothing is extracted there; leave it out, or give --adapter")
         values = _measure_file(gold, pred, repair, mistakes)
     if as_json:
         typer.echo(json.dumps(values))
