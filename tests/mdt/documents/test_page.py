@@ -97,6 +97,24 @@ def test_cells_over_columns_and_rows_keep_their_headers() -> None:
     ]
 
 
+def test_words_of_a_table_that_lie_in_no_cell_are_kept() -> None:
+    rows = [["Never", "Dose", "Duration"], ["colchicine", "0.5 mg", "6 days"], ["naproxen", "500 mg", "5 days"]]
+    said = ["Never: colchicine. Dose: 0.5 mg. Duration: 6 days.", "Never: naproxen. Dose: 500 mg. Duration: 5 days."]
+    corner = [("GRID", (1, 0), (-1, -1), 0.5, colors.black), ("GRID", (0, 1), (-1, -1), 0.5, colors.black)]
+    left = [("GRID", (0, 0), (-1, 0), 0.5, colors.black), ("GRID", (1, 0), (-1, -1), 0.5, colors.black)]
+    for lines in (corner, left):
+        assert texts(read([p(LONG), Table(rows, colWidths=[100] * 3, style=lines), p(LONG)])) == [LONG, *said, LONG]
+    # What runs over columns is no cell's.
+    running = [
+        [p("Never give two of them, and none of them in pregnancy or to infants."), "", "Dose"],
+        ["colchicine", "daily", "5 mg"],
+    ]
+    lines = [("SPAN", (0, 0), (1, 0)), ("GRID", (2, 0), (-1, -1), 0.5, colors.black), ("GRID", (0, 1), (-1, -1), 0.5, colors.black)]
+    found = texts(read([p(LONG), Table(running, colWidths=[100] * 3, style=lines), p(LONG)]))
+    assert "Never give two of them, and none of them in pregnancy or to infants." in found
+    assert sum("5 mg" in text for text in found) == 1
+
+
 def test_a_frame_makes_a_box_and_a_frame_around_the_page_none() -> None:
     inner = Table([[[p("Red flags"), p("Call the team."), p("Do not wait.")]]], colWidths=[200], style=GRID)
     story = [p("Adults", HEAD), p("Give oxygen."), inner, p("Then wait.")]

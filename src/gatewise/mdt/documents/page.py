@@ -1,7 +1,7 @@
 """A printed page read as people do: column by column, with its tables and boxes in their places."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
@@ -110,11 +110,9 @@ def items_of(page: Any, going: Sequence[float] = ()) -> list[PageItem]:
         )
         for word in page.filter(_upright).extract_words(x_tolerance_ratio=0.2, y_tolerance=2, extra_attrs=["fontname", "size"])
     ]
-    placed: list[_Placed] = []
-    for ruled in _ruled(page, words):
-        placed.append(ruled)
-        words = [word for word in words if not _within(word, (ruled.x0, ruled.top, ruled.x1, ruled.bottom))]
-    return list(_read([*words, *placed], going))
+    ruled = list(_ruled(page, words))
+    held = {id(word) for _, inside in ruled for word in inside}
+    return list(_read([*(word for word in words if id(word) not in held), *(thing for thing, _ in ruled)], going))
 
 
 def _known(text: str) -> str:
@@ -134,8 +132,8 @@ def _within(word: Word, box: Sequence[float]) -> bool:
 # ---- tables with rules, and boxes ----
 
 
-def _ruled(page: Any, words: Sequence[Word]) -> Iterator[PageTable | PageBox]:
-    """What is ruled on a page; of what lies within another thing, only the outer one."""
+def _ruled(page: Any, words: Sequence[Word]) -> Iterator[tuple[PageTable | PageBox, list[Word]]]:
+    """What is ruled on a page, with the words that it holds; of what lies within another thing, only the outer one."""
     finder = page.debug_tablefinder()
     in_tables = {cell for table in finder.tables for cell in table.cells}
     found = [(table.bbox, table) for table in finder.tables] + [(cell, None) for cell in finder.cells if cell not in in_tables]
@@ -151,11 +149,16 @@ def _ruled(page: Any, words: Sequence[Word]) -> Iterator[PageTable | PageBox]:
             lines = list(_lines(inside))
             if len(lines) < 2:  # a heading on a coloured ground
                 continue
-            yield PageBox(lines, x0, x1, top, bottom)
+            yield PageBox(lines, x0, x1, top, bottom), inside
         elif len(table.rows) == 1 and all(len(list(_lines(_inside(inside, cell)))) > 5 for cell in table.rows[0].cells if cell):
             continue  # columns of text with a line between them
         else:
-            yield PageTable(list(_rows(table, inside, edges)), x0, x1, top, bottom, tuple(edges))
+            loose = [word for word in inside if not any(_within(word, cell) for cell in table.cells)]
+            beside = _in_open_cells(table, loose, edges)
+            rows = list(_rows(table, inside, edges, beside))
+            # What is loose and in no open cell is text of its own.
+            holds = inside if beside else [word for word in inside if word not in loose]
+            yield PageTable(rows, x0, x1, top, bottom, tuple(edges)), holds
         taken.append((x0, top, x1, bottom))
 
 
@@ -167,19 +170,37 @@ def _inside(words: Sequence[Word], box: Sequence[float]) -> list[Word]:
     return [word for word in words if _within(word, box)]
 
 
-def _rows(table: Any, words: Sequence[Word], edges: Sequence[int]) -> Iterator[list[Cell]]:
-    """The rows of a table; a cell that goes over several rows stands in each."""
+def _in_open_cells(table: Any, loose: Sequence[Word], edges: Sequence[int]) -> dict[tuple[int, int], list[Word]]:
+    """Words of a table that lie in no cell, by row and column: a corner may have no lines around it.
+
+    Empty where some of them run over columns, as a paragraph does: its lines must not be parted.
+    """
+    found: dict[tuple[int, int], list[Word]] = {}
+    for piece in (piece for line in _grouped(loose) for piece in _segments(line, _APART)):
+        y = (piece[0].top + piece[0].bottom) / 2
+        row = max(number for number, one in enumerate(table.rows) if one.bbox[1] <= y)
+        column = sum(edge <= piece[0].x0 + 1 for edge in edges) - 1
+        taken = any(cell[0] - 1 <= edges[column] < cell[2] - 1 and cell[1] <= y <= cell[3] for cell in table.cells)
+        if column < 0 or taken or piece[-1].x1 > [*edges, table.bbox[2]][column + 1] + 1:
+            return {}
+        found.setdefault((row, column), []).extend(piece)
+    return found
+
+
+def _rows(
+    table: Any, words: Sequence[Word], edges: Sequence[int], beside: Mapping[tuple[int, int], Sequence[Word]]
+) -> Iterator[list[Cell]]:
+    """The rows of a table, with what is beside its cells; a cell that goes over several rows stands in each."""
     above: dict[int, tuple[float, Cell]] = {}  # column -> where its cell ends, and the cell
-    for row in table.rows:
-        cells: list[Cell] = []
+    for number, row in enumerate(table.rows):
+        cells = [_cell(held, column) for (place, column), held in beside.items() if place == number]
         for box in row.cells:
             if not box:
                 continue
             inside = _inside(words, box)
             column = edges.index(round(box[0]))
             span = max(1, sum(box[0] - 1 <= edge < box[2] - 1 for edge in edges))
-            text = joined([line.text for line in _lines(inside)])
-            cell = Cell(text, column, span, bool(inside) and all(word.bold for word in inside))
+            cell = _cell(inside, column, span)
             above[column] = box[3], cell
             cells.append(cell)
         bottom = max((box[3] for box in row.cells if box), default=0.0)
@@ -187,6 +208,10 @@ def _rows(table: Any, words: Sequence[Word], edges: Sequence[int]) -> Iterator[l
         known = {cell.column + place for cell in cells for place in range(cell.span)}
         cells += [cell for column, (end, cell) in above.items() if column not in known and end > low - 1]
         yield sorted(cells, key=lambda cell: cell.column)
+
+
+def _cell(words: Sequence[Word], column: int, span: int = 1) -> Cell:
+    return Cell(joined([line.text for line in _lines(words)]), column, span, bool(words) and all(word.bold for word in words))
 
 
 # ---- columns ----
@@ -453,13 +478,7 @@ def _unruled(pieces: Sequence[list[list[Word]]], columns: Sequence[float]) -> Pa
         for column, piece in placed.items():
             rows[-1][column] += piece
             last[column] = piece[-1]
-    cells = [
-        [
-            Cell(joined([line.text for line in _lines(words)]), column, bold=bool(words) and all(word.bold for word in words))
-            for column, words in enumerate(row)
-        ]
-        for row in rows
-    ]
+    cells = [[_cell(words, column) for column, words in enumerate(row)] for row in rows]
     words = [word for line in pieces for piece in line for word in piece]
     return PageTable(
         cells,
