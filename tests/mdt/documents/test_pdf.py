@@ -1,4 +1,7 @@
-"""Pictures in a PDF, whose text no reader sees, are said to be there; logos, icons and what was recognised are not."""
+"""Pictures in a PDF, whose text no reader sees, are said to be there; logos, icons and what was recognised are not.
+
+A footnote leaves the foot of its page only for a place that refers to it.
+"""
 
 import io
 from collections.abc import Sequence
@@ -106,3 +109,45 @@ def test_pages_that_share_what_they_could_draw() -> None:
         contents(writer, writer.pages[number], writer.pages[number].get_contents().get_data().replace(b"/Drawing0 Do", b""))
     (note,) = [one for one in notes(writer) if "pictures" in one]
     assert "pictures on page 2 of 3" in note
+
+
+RAISED = "<super rise=4 size=5>{}</super>".format
+FAILED = "Adults with gout should be given colchicine, unless the kidneys have failed"
+NEVER = "Never give it to adults who take clarithromycin."
+TABLETS = "2 tablets daily is the dose of adults."
+
+
+def footed(text: str, *notes: str) -> list[str]:
+    """The texts of a page with small print below."""
+    pytest.importorskip("reportlab")
+    from reportlab.lib.styles import ParagraphStyle
+    from reportlab.platypus import Paragraph, SimpleDocTemplate
+
+    made = io.BytesIO()
+    styles = [ParagraphStyle("p", fontSize=size, leading=16, spaceAfter=12) for size in (12, 9)]
+    SimpleDocTemplate(made).build([Paragraph(text, styles[0]), *(Paragraph(note, styles[1]) for note in notes)])
+    return [block.text for block in document_of(made.getvalue(), "gout.pdf", ".pdf").blocks]
+
+
+def test_a_footnote_stays_where_it_stands_unless_something_refers_to_it() -> None:
+    assert footed(f"{FAILED}{RAISED(1)}.", f"{RAISED(1)}{NEVER}") == [f"{FAILED}.", f"Footnote: {NEVER}"]
+    after_a_number = footed(f"{FAILED} or the eGFR is below 30{RAISED(1)}.", f"{RAISED(1)}{NEVER}")
+    assert after_a_number == [f"{FAILED} or the eGFR is below 30^1.", f"1{NEVER}"]
+    both = footed(f"{FAILED}{RAISED(1)} or the eGFR is below 30{RAISED(2)}.", f"{RAISED(1)}{NEVER}", f"{RAISED(2)}Give less.")
+    assert both == [f"{FAILED} or the eGFR is below 30^2.", f"Footnote: {NEVER}", "2Give less."]
+
+
+@pytest.mark.parametrize("marks", ["1,2", "2,1"])
+def test_of_several_marks_those_are_followed_whose_footnotes_are_there(marks: str) -> None:
+    assert footed(f"{FAILED}{RAISED(marks)}.", f"{RAISED(1)}{NEVER}") == [f"{FAILED}[2].", f"Footnote: {NEVER}"]
+
+
+def test_the_power_of_a_unit_is_no_mark_of_a_footnote() -> None:
+    text = f"If the eGFR is above 45 mL/min/1.73 m{RAISED(2)} and the body mass index above 30 kg/m{RAISED(2)}, give metformin"
+    read = "If the eGFR is above 45 mL/min/1.73 m2 and the body mass index above 30 kg/m2, give metformin"
+    assert footed(f"{text}.", TABLETS) == [f"{read}.", TABLETS]
+    footnote = f"{RAISED(2)}{NEVER}"
+    assert footed(f"{text}{RAISED(2)}.", footnote) == [f"{read}.", f"Footnote: {NEVER}"]
+    assert footed(f"{text}{RAISED(2)}.", TABLETS, footnote) == [f"{read}.", f"Footnote: {NEVER}", TABLETS]
+    owned = f"If the weight is the patient's{RAISED(2)} and the eGFR is above 45 mL/min/1.73 m"
+    assert footed(f"{owned}{RAISED(2)}.", footnote)[1] == f"Footnote: {NEVER}"

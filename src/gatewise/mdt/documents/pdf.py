@@ -25,6 +25,8 @@ _HIDDEN_TEXT = re.compile(rb"(?<![\d.])3\s+Tr\b")  # as text recognition lays ov
 _EDGE = 0.1  # of a page's height: what is printed there on several pages is a header or footer
 _SMALL, _LARGE = 0.88, 1.12  # of the size of most letters: footnotes and headings
 _FOOTNOTE = re.compile(rf"{RAISED}?\s*(\d{{1,2}}|[a-z]|[*†‡§¶#]{{1,3}})(?:{LOWERED}|[.)\s])\s*(?=\S)")
+_RAISED = re.compile(f"{RAISED}([^{LOWERED}]*){LOWERED}")
+_UNIT = re.compile(r"(?<![A-Za-z'’])(?:[kcdmnµμ]?m|s)$")  # what is raised after it may be its power: "kg/m2"
 _CONTENTS = re.compile(r"(?:\.{4,}|(?:\.\s){4,}|…{2,})\s*\d{1,4}$")  # a line of a table of contents
 
 
@@ -238,7 +240,11 @@ def _blocks(pages: Sequence[_Page]) -> list[Block]:
         for item in page.items:
             reading.take(item, page)
     blocks = reading.finished()
-    return [made for block in blocks for made in with_footnotes(replace(block, text=one_line(block.text)), notes)]
+    return [made for block in blocks for made in with_footnotes(_in_one_line(block), notes)]
+
+
+def _in_one_line(block: Block) -> Block:
+    return replace(block, text=one_line(block.text), stem=one_line(block.stem), notes=tuple(map(one_line, block.notes)))
 
 
 def _look(line: PageLine) -> tuple[float, bool]:
@@ -256,13 +262,15 @@ def _blank_from(pages: Sequence[_Page], body: tuple[float, bool]) -> float:
 
 
 def _take_footnotes(pages: Sequence[_Page], size: float) -> dict[str, str]:
-    """Takes footnotes from the feet of the pages, and marks where the text refers to them. Their texts by their marks."""
+    """Takes footnotes that the text refers to from the feet of the pages, and marks where it does. Their texts by their marks."""
     notes: dict[str, str] = {}
     for page in pages:
         own: dict[str, list[str]] = {}
         lines = page.lines
         raised = {mark for line in lines if line.size > _SMALL * size for mark in _marks(line.text)}
         raised |= {mark for item in page.items for text in _texts(item) for mark in _marks(text)}
+        starts = [_FOOTNOTE.match(line.text) for line in lines if line.size <= _SMALL * size and line.text.startswith(RAISED)]
+        begun = {found[1] for found in starts if found}
         taken: set[int] = set()
         current = ""
         for line in lines:
@@ -270,7 +278,11 @@ def _take_footnotes(pages: Sequence[_Page], size: float) -> dict[str, str]:
                 current = ""
                 continue
             found = _FOOTNOTE.match(line.text)
-            if found and found[1] in raised and found[1] not in own:
+            marked = line.text.startswith(RAISED)
+            if found and found[1] not in raised and marked:
+                current = ""  # another footnote, which stays where it stands
+            # Where a footnote has a raised mark, a line that begins with that number says how many: "2 tablets".
+            elif found and found[1] in raised and found[1] not in own and (marked or found[1] not in begun):
                 current = found[1]
                 own[current] = [line.text[found.end() :]]
                 taken.add(id(line))
@@ -285,7 +297,15 @@ def _take_footnotes(pages: Sequence[_Page], size: float) -> dict[str, str]:
 
 
 def _marks(text: str) -> list[str]:
-    return [mark for found in re.findall(f"{RAISED}([^{LOWERED}]*){LOWERED}", text) for mark in re.split(r"[,\s]+", found)]
+    return [mark for found in _RAISED.finditer(text) for mark in _marks_at(found)]
+
+
+def _marks_at(found: re.Match[str]) -> list[str]:
+    """The marks of footnotes in what is raised; none where it is the power of a number or a unit."""
+    marks = [mark for mark in re.split(r"[,\s]+", found[1]) if mark]
+    before = found.string[: found.start()].rstrip()
+    powered = marks and ((before[-1:].isdigit() and marks[0].isdigit()) or (marks[0] in ("2", "3") and _UNIT.search(before)))
+    return [] if powered else marks
 
 
 def _texts(item: PageItem) -> list[str]:
@@ -297,14 +317,14 @@ def _texts(item: PageItem) -> list[str]:
 def _referring(item: PageItem, page: int, known: Any) -> PageItem:
     def marked(text: str) -> str:
         def one(found: re.Match[str]) -> str:
-            marks = re.split(r"[,\s]+", found[1])
-            before = text[: found.start()].rstrip()
-            # After a number a raised one is its power.
-            if not all(mark in known for mark in marks) or (before[-1:].isdigit() and marks[0].isdigit()):
+            marks = _marks_at(found)
+            if not any(mark in known for mark in marks):
                 return found[0]
-            return "".join(f"{NOTE}{page}:{mark}{NOTE}" for mark in marks)
+            left = ",".join(mark for mark in marks if mark not in known)
+            said = "".join(f"{NOTE}{page}:{mark}{NOTE}" for mark in marks if mark in known)
+            return f"{RAISED}{left}{LOWERED}{said}" if left else said
 
-        return re.sub(f"{RAISED}([^{LOWERED}]*){LOWERED}", one, text)
+        return _RAISED.sub(one, text)
 
     if isinstance(item, PageTable):
         return replace(item, rows=[[replace(cell, text=marked(cell.text)) for cell in row] for row in item.rows])
