@@ -21,6 +21,11 @@ def read(text: str) -> Document:
         ("<div>\nDo not give it.\n</div>\n\nGive <b>5</b> mg.", ["Do not give it.", "Give 5 mg."]),
         ('<p class="x">Do not</p><p>give</p>', ["Do not give"]),
         ("<table><tr><td>5 mg</td><td>daily</td></tr></table>", ["5 mg daily"]),
+        (
+            "<table><tr><th>Drug<th>Dose</tr><tr><td>A</td> Never <td nowrap>5 mg</td> x</tr></table>",
+            ["Drug: A Never. Dose: 5 mg x."],
+        ),
+        ("<table><tr>Never <td>A</td><td>5 mg</td></tr></table>", ["Never A 5 mg"]),
         ("10<sup>9</sup>/L, CO<sub>2</sub>, m<sup>2</sup>", ["10^9/L, CO2, m2"]),
         ("<del>500</del> 250 mg", ["<del>500</del> 250 mg"]),
         ('![Not in pregnancy](a.png) <img src="a.png" alt="nor in infants">', ["Not in pregnancy nor in infants"]),
@@ -95,3 +100,9 @@ def test_a_bold_line_is_a_heading_and_a_footnote_follows_what_refers_to_it() -> 
         (0, "Do not stop."),
         (0, "[^b]: 5 mg"),
     ]
+
+
+def test_a_footnote_of_a_header_over_an_empty_column_is_said() -> None:
+    blocks = read("| Drug | Never[^a] |\n|---|---|\n| colchicine | |\n\n[^a]: In pregnancy.").blocks
+    assert [block.text for block in blocks] == ["Drug: colchicine.", "Footnote: In pregnancy."]
+    assert blocks[0].notes == ('headers of the table were left out, as nothing stands under: "Never"',)

@@ -66,5 +66,21 @@ def test_a_first_row_is_a_header_only_if_it_looks_like_one(said: tuple[str, ...]
         assert made[0].notes == ("no headers were found in the table",)
 
 
+@pytest.mark.parametrize("headers", [1, None])
+def test_a_header_that_no_row_says_is_named_in_a_note(headers: int | None) -> None:
+    made = rows("Drug|Dose|Never in pregnancy|Dose", "colchicine|0.5 mg||", "naproxen|500 mg||")
+    made.append([Cell("Dialysis", 0, 4)])
+    blocks = table_blocks(made, ["page 1"] * 4, headers)
+    note = 'headers of the table were left out, as nothing stands under: "Never in pregnancy"'
+    assert [block.text for block in blocks] == ["Drug: colchicine. Dose: 0.5 mg.", "Drug: naproxen. Dose: 500 mg.", "Dialysis"]
+    assert all(block.notes[-1] == note for block in blocks)
+    (alone,) = table_blocks([*made[:1], *made[3:]], ["page 1"] * 2, 1)
+    assert alone.notes[0].endswith('nothing stands under: "Drug", "Dose", "Never in pregnancy"')
+
+
+def test_headers_over_nothing_but_empty_rows_are_a_row() -> None:
+    assert texts(rows("Drug|Dose", "|", "|"), 1) == ["Drug: Dose"]
+
+
 def test_cells_without_headers_are_read_one_after_the_other() -> None:
     assert texts(rows("Low risk|Stop it.", "Give|5 mg"), 0) == ["Low risk: Stop it.", "Give 5 mg"]

@@ -76,8 +76,11 @@ def sections(blocks: Sequence[Block]) -> Iterator[tuple[tuple[Block, ...], list[
 
 
 def with_footnotes(block: Block, notes: Mapping[str, str]) -> Iterator[Block]:
-    """A block without the marks of footnotes, and then the footnotes that it refers to, a block each."""
-    found = re.findall(f"{NOTE}([^{NOTE}]*){NOTE}", block.text)
+    """A block without the marks of footnotes, and then the footnotes that it refers to, a block each.
+
+    What its notes refer to is among them: they name what is said nowhere else.
+    """
+    found = re.findall(f"{NOTE}([^{NOTE}]*){NOTE}", "\n".join([block.text, *block.notes]))
     if not found:
         yield block
         return
@@ -85,7 +88,7 @@ def with_footnotes(block: Block, notes: Mapping[str, str]) -> Iterator[Block]:
     def bare(text: str) -> str:
         return re.sub(rf"\s*{NOTE}[^{NOTE}]*{NOTE}", "", text)
 
-    yield replace(block, text=" ".join(bare(block.text).split()), stem=bare(block.stem))
+    yield replace(block, text=" ".join(bare(block.text).split()), stem=bare(block.stem), notes=tuple(map(bare, block.notes)))
     for note in dict.fromkeys(found):
         said = "脚注：" if re.search("[\u4e00-\u9fff]", notes[note]) else "Footnote: "
         yield Block(f"{said}{notes[note]}", 0, block.where, "footnote")

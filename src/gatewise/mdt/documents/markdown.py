@@ -35,7 +35,8 @@ _FOOTNOTE = re.compile(r"^ {0,3}\[\^([^\]\s]+)\]:[ \t]*(.*(?:\n(?:[ ]{2,}|\t)\S.
 _REFERENCE = re.compile(r"\[\^([^\]\s]+)\]")
 _TABLE = re.compile(r"<table\b[^>]*>(?:(?!<table\b).)*?</table\s*>", re.IGNORECASE | re.DOTALL)
 _ROW = re.compile(r"<tr\b[^>]*>(.*?)(?=<tr\b|</tr\s*>|$)", re.IGNORECASE | re.DOTALL)
-_CELL = re.compile(r"<(t[hd])\b([^>]*)>(.*?)(?=<t[hd]\b|</t[hd]\s*>|$)", re.IGNORECASE | re.DOTALL)
+# With what stands after it in its row, where it does not belong.
+_CELL = re.compile(r"<(t[hd])\b([^>]*)>(.*?)(?:</t[hd]\s*>|(?=<t[hd]\b)|$)(.*?)(?=<t[hd]\b|$)", re.IGNORECASE | re.DOTALL)
 _PLACE = "\x03{}\x03"  # stands for a table in HTML; no text holds it
 _NESTING = 200  # of lists; deeper ones would be left out
 
@@ -152,7 +153,9 @@ def _referring(block: Block, notes: Mapping[str, str]) -> Block:
     def marked(text: str) -> str:
         return _REFERENCE.sub(lambda found: f"{NOTE}{found[1]}{NOTE}" if found[1] in notes else found[0], text)
 
-    return replace(block, text=marked(block.text), stem=marked(block.stem)) if notes else block
+    if not notes:
+        return block
+    return replace(block, text=marked(block.text), stem=marked(block.stem), notes=tuple(map(marked, block.notes)))
 
 
 def _without_tables(text: str) -> tuple[str, list[list[list[Cell]]]]:
@@ -162,8 +165,8 @@ def _without_tables(text: str) -> tuple[str, list[list[list[Cell]]]]:
     def taken(found: re.Match[str]) -> str:
         tags = _paired(found[0])
         rows = _html_rows(found[0], tags)
-        outside = _text(_ROW.sub("", found[0]), tags)
-        if not rows or any(map(str.isalnum, outside)):  # a caption, or what is no table
+        outside = _text(_ROW.sub(lambda row: _CELL.sub("", row[1]), found[0]), tags)
+        if not rows or any(map(str.isalnum, outside)):  # a caption, what stands before the cells of a row, or what is no table
             return found[0]
         tables.append(rows)
         lines = found[0].count("\n")
@@ -181,10 +184,10 @@ def _html_rows(table: str, tags: set[str]) -> list[list[Cell]]:
         taken = {cell.column + place for cell in cells for place in range(cell.span)}
         going = {column: (more - 1, cell) for column, (more, cell) in going.items() if more > 1}
         column = 0
-        for tag, attributes, content in _CELL.findall(row[1]):
+        for tag, attributes, content, after in _CELL.findall(row[1]):
             while column in taken:
                 column += 1
-            cell = Cell(_text(content, tags), column, _spanned("colspan", attributes), tag.lower() == "th")
+            cell = Cell(_text(f"{content} {after}", tags), column, _spanned("colspan", attributes), tag.lower() == "th")
             if (down := _spanned("rowspan", attributes)) > 1:
                 going[column] = (down - 1, cell)
             cells.append(cell)

@@ -54,16 +54,40 @@ def table_blocks(rows: Sequence[Row], places: Sequence[str], headers: int | None
     filled = [[replace(cell, text=" ".join(cell.text.split())) for cell in row] for row in rows]
     known = headers is not None
     count = min(headers, len(rows)) if headers is not None else header_count(filled)
-    if count == len(filled):  # nothing below that they could head
+    said = [number for number, row in enumerate(filled) if any(cell.text for cell in row)]
+    if not said or said[-1] < count:  # nothing below that they could head
         count = 0
-    top = [header_of(filled[:count], column) for column in range(max((c.column + c.span for r in filled for c in r), default=0))]
-    notes: tuple[str, ...] = ()
+    top = [header_of(filled[:count], column) for column in range(_width(filled))]
+    notes: list[str] = []
     if count and not known:
-        said = ", ".join(f'"{header}"' for header in dict.fromkeys(filter(None, top)))
-        notes = (f"the first row of the table was taken for its headers: {said}",)
-    elif not count and len(filled) > 1 and max(map(len, filled)) > 1:
-        notes = ("no headers were found in the table",)
-    return list(_blocks(filled[count:], places[count:], top if count else [], notes))
+        notes.append(f"the first row of the table was taken for its headers: {_quoted(top)}")
+    elif not count and len(said) > 1 and max(map(len, filled)) > 1:
+        notes.append("no headers were found in the table")
+    if count and (idle := _idle(filled[count:], top)):
+        notes.append(f"headers of the table were left out, as nothing stands under: {_quoted(idle)}")
+    return list(_blocks(filled[count:], places[count:], top if count else [], tuple(notes)))
+
+
+def _quoted(headers: Sequence[str]) -> str:
+    return ", ".join(f'"{header}"' for header in dict.fromkeys(filter(None, headers)))
+
+
+def _idle(rows: Sequence[Row], top: Sequence[str]) -> list[str]:
+    """The headers that no row says."""
+    width = _width(rows)
+    cells = [cell for row in rows if not _is_over_all(row, width) for cell in row if cell.text]
+    said = {header for cell in cells for header in top[cell.column : cell.column + cell.span]}
+    return [header for header in top if header and header not in said]
+
+
+def _width(rows: Sequence[Row]) -> int:
+    return max((cell.column + cell.span for row in rows for cell in row), default=0)
+
+
+def _is_over_all(row: Row, width: int) -> bool:
+    """Whether all that a row says stands in one cell over all columns."""
+    said = [cell for cell in row if cell.text]
+    return len(said) == 1 and said[0].span == width > 1
 
 
 def header_count(rows: Sequence[Row]) -> int:
@@ -81,13 +105,13 @@ def header_of(rows: Sequence[Row], column: int) -> str:
 
 
 def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], notes: tuple[str, ...]) -> Iterator[Block]:
-    width = max((cell.column + cell.span for row in rows for cell in row), default=0)
+    width = _width(rows)
     label, waiting = "", None  # of a row over all columns that names what the rows below it are about
     for row, where in zip(rows, places, strict=True):
         said = [cell for cell in row if cell.text]
         if not said:
             continue
-        if len(said) == 1 and said[0].span == width > 1:
+        if _is_over_all(row, width):
             if waiting is not None:
                 yield waiting
             alone = Block(said[0].text, 0, where, "row", notes=notes)
