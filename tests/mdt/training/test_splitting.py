@@ -71,6 +71,20 @@ def test_one_document_goes_by_several_spellings_and_a_text_that_comes_twice_by_n
     assert [len(document) for document in by_document(nameless)] == [6, 3]
 
 
+def test_a_file_at_several_paths_is_one_document_and_so_are_its_versions() -> None:
+    origins = [
+        ("a.pdf", "1f"),
+        ("b.pdf", "2e"),
+        ("/home/ada/a.pdf", "1F"),
+        ("b.pdf", "3d"),
+        ("c.pdf", "2e"),
+        ("", "3d"),
+        ("d.pdf", ""),
+    ]
+    held = [TreeRecord(TEXT, TREE, n, {"source": name, "sha256": sha256}) for n, (name, sha256) in enumerate(origins)]
+    assert [[one.number for one in document] for document in by_document(held)] == [[0, 2], [1, 3, 4, 5], [6]]
+
+
 @pytest.mark.parametrize("share", [0, 1, -0.5, 2, float("nan")])
 def test_a_share_is_between_nothing_and_all(share: float) -> None:
     with pytest.raises(GatewiseError, match="between 0 and 1"):

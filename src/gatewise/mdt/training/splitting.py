@@ -15,16 +15,31 @@ from gatewise.mdt.records import TreeRecord
 def by_document(records: Iterable[TreeRecord]) -> list[list[TreeRecord]]:
     """The records of each document, in the order in which the documents come.
 
-    A document is what extractions and reviews call "source". A record without one is a document of its own, but for others without
-    one that have the same text.
+    Records are of one document where extractions and reviews gave them the same "source" or the same "sha256": a file may lie at
+    several paths, and have several versions, which share most of their text. A record with neither is a document of its own, but
+    for others with neither that have the same text.
     """
+    same: dict[tuple[str, str], tuple[str, str]] = {}  # what a document goes by -> another thing that it goes by
+
+    def first(key: tuple[str, str]) -> tuple[str, str]:
+        while same.setdefault(key, key) != key:
+            key = same[key]
+        return key
+
+    keyed = [(record, _keys(record)) for record in records]
+    for _, keys in keyed:
+        same[first(keys[-1])] = first(keys[0])
     documents: dict[tuple[str, str], list[TreeRecord]] = {}
-    for record in records:
-        name = record.more.get("source")
-        named = isinstance(name, str) and bool(name.strip())
-        key = ("source", os.path.normpath(str(name).strip())) if named else ("text", record.text)
-        documents.setdefault(key, []).append(record)
+    for record, keys in keyed:
+        documents.setdefault(first(keys[0]), []).append(record)
     return list(documents.values())
+
+
+def _keys(record: TreeRecord) -> list[tuple[str, str]]:
+    name = record.more.get("source")
+    keys = [("source", os.path.normpath(name.strip()))] if isinstance(name, str) and name.strip() else []
+    keys += [("sha256", record.sha256.strip().lower())] if record.sha256.strip() else []
+    return keys or [("text", record.text)]
 
 
 def split(records: Sequence[TreeRecord], share: float, *, seed: int = 0) -> tuple[list[TreeRecord], list[TreeRecord]]:
