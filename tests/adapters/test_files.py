@@ -1,5 +1,6 @@
 """The one reader of adapter files, on folders written by hand; and whatever reads an adapter says the same of the same fault."""
 
+import errno
 import hashlib
 import json
 import math
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,11 +75,34 @@ def test_every_reader_says_the_same_of_the_same_fault(reader: str, tmp_path: Pat
     (folder / "adapter_model.bin").write_bytes(b"\x80")
     refuse(folder, "has its weights in adapter_model.bin, which is a pickle and is never read")
     weights.write_bytes(whole)
-    for text, words in (("{", "is not valid JSON"), ("[1]", "holds a list, expected an object")):
+    for text, words in (("{", "is not valid JSON"), ("[" * 200000, "is not valid"), ("[1]", "holds a list, expected an object")):
         config.write_text(text)
         refuse(folder, rf"adapter_config\.json {words}.*: save the adapter again or repair the file$")
     config.write_text(plain)
     assert stored_numbers(folder) == 4 * 11
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [("open", "model.safetensors"), ("read_text", "config.json"), ("is_file", "config.json")]
+)
+def test_what_may_not_be_read_is_not_called_damaged(call: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors writes files for their owner alone, and says of those of others that there are none."""
+    folder = write_folder(tmp_path, random_factors("model.layers.0.self_attn.q_proj"))
+    known = getattr(Path, call)
+
+    def forbidden(path: Path, *given: Any, **more: Any) -> Any:
+        if path.name == f"adapter_{name}":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return known(path, *given, **more)
+
+    def opened(path: str, **_: Any) -> Any:
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    monkeypatch.setattr(Path, call, forbidden)
+    monkeypatch.setattr("gatewise.adapters.files.safe_open", opened)
+    with pytest.raises(GatewiseError) as caught:
+        read_lora(folder)
+    assert str(caught.value) == f"{folder}/adapter_{name} cannot be read (Permission denied): let the user of this process read it"
 
 
 def test_the_note_is_read_or_named(tmp_path: Path) -> None:

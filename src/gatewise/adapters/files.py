@@ -55,7 +55,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         what = "it is a file" if folder.exists() else "there is no such folder"
         raise GatewiseError(f"{folder} is not an adapter, {what}: give the folder that holds {CONFIG_FILE}")
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # the folder may not be entered
+        raise _unread(path, error) from error
+    if not is_there:
         inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_FILE}"))
         hint = f"give one of its sub-folders {', '.join(inside)}" if inside else "give a folder saved by save_pretrained"
         raise GatewiseError(f"{folder} is not an adapter, it has no {CONFIG_FILE}: {hint}")
@@ -97,7 +101,7 @@ def fingerprint(folder: str | Path) -> str:
     try:
         return hashlib.sha256(weights.read_bytes() + (Path(folder) / CONFIG_FILE).read_bytes()).hexdigest()
     except OSError as error:
-        raise GatewiseError(f"{folder} cannot be read: {error.strerror or error}") from error
+        raise _unread(Path(folder), error) from error
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
@@ -128,6 +132,10 @@ def stored_numbers(folder: str | Path) -> int:
 
 
 def _damaged(path: Path, error: Exception) -> GatewiseError:
+    try:
+        path.open("rb").close()
+    except OSError as reason:  # of which safetensors says that there is no such file
+        return _unread(path, reason)
     return GatewiseError(f"{path} is damaged or cut short ({error}): copy, download or save it again")
 
 
@@ -537,9 +545,15 @@ def _read_json(path: Path, advice: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise GatewiseError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+        raise _unread(path, error) from error
+    except (ValueError, RecursionError) as error:
         raise GatewiseError(f"{path} is not valid JSON ({error}): {advice}") from error
+
+
+def _unread(path: Path, error: OSError) -> GatewiseError:
+    if isinstance(error, PermissionError):  # safetensors writes files that only their owner can read
+        return GatewiseError(f"{path} cannot be read ({error.strerror}): let the user of this process read it")
+    return GatewiseError(f"{path} cannot be read: {error.strerror or error}")
 
 
 def _json_type(value: object) -> str:
