@@ -1,6 +1,8 @@
 """Folders that change while they are watched: what is served is whole, and of one state."""
 
+import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -74,6 +76,128 @@ def test_what_cannot_be_served_is_told(made: Path, tmp_path: Path) -> None:
         config = json.loads((made / "one" / "adapter_config.json").read_text()) | {key: True}
         (folder / "adapter_config.json").write_text(json.dumps(config))
         assert kind_of(folder) == kind
+
+
+def test_what_was_named_and_is_no_adapter_is_told(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(made / "one", tmp_path / "run" / "adapter")
+    shutil.copytree(made / "one", tmp_path / ".one")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "run" / "adapter")
+    for place, why in (
+        (f"x={tmp_path / 'run'}", r"run is not an adapter, it has no adapter_config\.json: give one of its sub-folders adapter$"),
+        (f"x={tmp_path / 'empty'}", r"empty is not an adapter, it has no adapter_config\.json: give a folder saved by"),
+        (f"x={tmp_path / '.one'}", "a folder whose name begins with a full stop is not served"),
+        (tmp_path / ".one", "a folder whose name begins with a full stop is not served"),
+        ("x=..", "a folder whose name begins with a full stop is not served, .* give its whole path"),
+    ):
+        with pytest.raises(GatewiseError, match=why):
+            catalogue(place)
+    assert names(catalogue(tmp_path / "empty", tmp_path)) == []  # folders of adapters that are still to come
+    assert names(catalogue("x=.")) == ["x"]
+    found = catalogue("x=.")
+    (tmp_path / "run" / "adapter" / "adapter_config.json").unlink()
+    found.scan()
+    assert names(found) == []
+
+
+def test_a_name_stays_with_the_folder_that_is_served_by_it(made: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    shutil.copytree(made / "one", second / "x")
+    found = catalogue(first, second, say=said.append)
+    served = found["x"]
+    shutil.copytree(made / "two", first / "x")  # which is looked at first
+    for content in ("{", (made / "two" / "adapter_config.json").read_text()):
+        (first / "x" / "adapter_config.json").write_text(content)
+        for _ in range(2):
+            found.scan()
+            assert found["x"] is served
+    assert said == [f"note: two adapters are called 'x', {second / 'x'} and {first / 'x'}: rename one, or give them as NAME=FOLDER"]
+    shutil.rmtree(second / "x")
+    found.scan()
+    assert found["x"].folder == first / "x"
+
+
+def test_an_unfinished_folder_takes_no_name(made: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    found = catalogue(tmp_path / "a", tmp_path / "b")
+    shutil.copytree(made / "one", tmp_path / "a" / "x")
+    (tmp_path / "a" / "x" / "adapter_model.safetensors").unlink()
+    shutil.copytree(made / "two", tmp_path / "b" / "x")
+    found.scan()
+    assert found["x"].folder == tmp_path / "b" / "x"
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Whatever is in the folder cannot be seen, by root either."""
+    known = os.stat
+
+    def look(path: Any, **more: Any) -> os.stat_result:
+        if not isinstance(path, int) and folder in Path(os.fsdecode(path)).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return known(path, **more)
+
+    monkeypatch.setattr(os, "stat", look)
+
+
+def test_a_folder_that_cannot_be_read_is_passed_over(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    private = shutil.copytree(made / "two", tmp_path / "places" / "private")
+    shutil.copytree(made / "one", tmp_path / "places" / "good")
+    forbid(monkeypatch, private)
+    for places in ([tmp_path / "places"], [f"{tmp_path}/places/*"]):
+        found = catalogue(*places, say=said.append)
+        assert found.scan() == []
+        assert names(found) == ["good"]
+        assert said == [f"note: the folder {private} cannot be read (Permission denied); what it holds is not served"]
+        said.clear()
+    for place in (private, f"x={private}"):
+        with pytest.raises(GatewiseError, match=r"private cannot be read \(Permission denied\): let the user of this process"):
+            catalogue(place)
+    forbid(monkeypatch, tmp_path)
+    with pytest.raises(GatewiseError, match=r"it cannot be read \(Permission denied\), expected an adapter"):
+        catalogue(tmp_path / "places")
+
+
+def test_whatever_is_in_a_folder_ends_no_look_at_the_others(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    found = catalogue(tmp_path, say=said.append)
+    deep = shutil.copytree(made / "two", tmp_path / "deep")
+    (deep / "adapter_config.json").write_text("[" * 200000)
+    shutil.copytree(made / "two", tmp_path / "odd")
+    shutil.copytree(made / "one", tmp_path / "one")
+
+    def kind(folder: Path) -> Any:
+        if folder.name == "odd":
+            raise AssertionError("a fault of ours")
+        return kind_of(folder)
+
+    monkeypatch.setattr("gatewise.serving.server.catalogue.kind_of", kind)
+    for _ in range(2):
+        found.scan()
+    assert names(found) == ["one"]
+    assert len(said) == 2
+    assert "deep/adapter_config.json is not valid JSON (maximum recursion depth" in said[0]
+    assert said[1] == f"note: the adapter {tmp_path / 'odd'} cannot be read (AssertionError: a fault of ours); it is not served"
+    with pytest.raises(GatewiseError, match=r"odd cannot be read \(AssertionError"):
+        catalogue(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), PermissionError(13, "no")])
+def test_what_changes_as_it_is_looked_at_stays(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    shutil.copytree(made / "one", tmp_path / "x")
+    found = catalogue(tmp_path)
+    first = found["x"]
+
+    def fails(_: Path) -> Any:
+        raise error
+
+    for signature in (fails, lambda _: ()):
+        monkeypatch.setattr("gatewise.serving.server.catalogue._signature", signature)
+        found.scan()
+        assert found["x"] is first
 
 
 @pytest.fixture
@@ -173,6 +297,47 @@ def test_no_copy_mixes_old_and_new(made: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("gatewise.serving.server.catalogue.shutil.copyfile", copy)
     with pytest.raises(ReplacedError), version.copied():
         pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), PermissionError(errno.EACCES, "Permission denied")])
+def test_what_cannot_be_copied_is_not_called_replaced(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    shutil.copytree(made / "one", tmp_path / "x")
+    version = catalogue(tmp_path)["x"]
+
+    def fails(source: Path, target: Path) -> None:
+        error.filename = str(source)
+        error.filename2 = None if isinstance(error, PermissionError) else str(target)
+        raise error
+
+    def told() -> str:
+        with (
+            pytest.raises(GatewiseError, match=f"x cannot be copied \\({error.strerror}.*room.*may read its files$") as caught,
+            version.copied(),
+        ):
+            pass
+        assert caught.value.__cause__ is error
+        return str(caught.value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gatewise.serving.server.catalogue.shutil.copyfile", fails)
+        problem = told()
+        assert (f"{tmp_path / 'x'}/" in problem) == isinstance(error, PermissionError)  # names what cannot be read
+        assert [version.is_news(told()) for _ in range(3)] == [True, False, False]
+        (tmp_path / "x").rename(tmp_path / ".x")
+        with pytest.raises(ReplacedError), version.copied():
+            pass
+        (tmp_path / ".x").rename(tmp_path / "x")
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.mkdtemp", lambda *_, **more: fails(Path("/tmp"), Path("/tmp")))
+        told()
+    assert not version.is_news(problem)
+    with version.copied():
+        pass
+    assert version.is_news(problem)  # for it was had in between
+    monkeypatch.setattr("gatewise.serving.server.catalogue._signature", lambda _: fails(tmp_path / "x", tmp_path))
+    told()  # nobody can tell whether it was replaced
 
 
 def test_no_key_is_a_part_of_another() -> None:

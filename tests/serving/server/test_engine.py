@@ -1,5 +1,6 @@
 """Adapters that come and go under requests, room that runs out, and keys."""
 
+import errno
 import shutil
 import time
 import urllib.error
@@ -238,6 +239,32 @@ def test_what_could_not_be_loaded_for_want_of_room_is_loaded_later(
             patch.setattr(PeftModel, "load_adapter", fails)
             with pytest.raises(openai.InternalServerError, match="'a' cannot be loaded"):
                 ask(server, "a")
+        assert ask(server, "a").choices[0].text == text(made, "a")
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_what_cannot_be_copied_is_said_once(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], with_tokenizer: bool
+) -> None:
+    """It was called replaced, with status 503 for ever."""
+    shutil.copytree(made["a"], tmp_path / "a")
+    if with_tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(made["base"] / name, tmp_path / "a")
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    with serving(made["base"], tmp_path) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "copyfile", full)
+            for _ in range(3):
+                with pytest.raises(openai.InternalServerError, match="cannot be loaded: see the server's log") as told:
+                    ask(server, "a")
+                assert told.value.status_code == 500
+        said = capsys.readouterr().err
+        assert said.count(f"error: the adapter {tmp_path / 'a'} cannot be copied (No space left on device): ") == 1
+        assert "Traceback" not in said
         assert ask(server, "a").choices[0].text == text(made, "a")
 
 

@@ -141,7 +141,8 @@ def app(served: Served) -> Starlette:
             try:
                 tokenizer = served.tokenizers.of(version)
             except GatewiseError as error:
-                print(f"error: {error}", file=sys.stderr)
+                if version is None or version.is_news(str(error)):
+                    print(f"error: {error}", file=sys.stderr)
                 raise NotLoadedError(f"the tokenizer of {asked.model!r} cannot be loaded: see the server's log") from error
             if is_chat:
                 return tokenizer, [_chat_ids(tokenizer, asked)], [None]

@@ -2,27 +2,29 @@
 
 A version is known by the names, sizes and times of its files. It is served from a copy that was taken of all of them while they
 stayed the same, so that no answer ever mixes old files with new ones. A folder that somebody still writes into is left alone until
-it has not changed for a moment. Only JSON, templates of chats and safetensors are read.
+it has not changed for a moment. A name stays with the folder that is served by it. Whatever is wrong with a folder that is watched
+is no reason to pass over others. Only JSON, templates of chats and safetensors are read.
 """
 
 import glob
 import itertools
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gatewise.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config, tensor_shapes, weights_of
 from gatewise.checks import has_half_a_pair
-from gatewise.errors import GatewiseError, some
+from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.serving.engines import NOT_SERVED
 from gatewise.serving.server.lanes import Kind
 
@@ -49,6 +51,7 @@ class Version:
         created: in seconds since 1970.
         gone: the folder holds something else now, or nothing.
         problem: why it cannot be loaded, once that was tried.
+        said: why it could not be had when that was tried last; empty where it could.
     """
 
     name: str
@@ -61,25 +64,55 @@ class Version:
     created: int = field(default_factory=lambda: int(time.time()))
     gone: bool = False
     problem: str | None = None
+    said: str = ""
 
     @contextmanager
     def copied(self) -> Iterator[Path]:
-        """A folder with a copy of its files, which nobody changes.
+        """A folder with a copy of its files, which nobody changes; it may be moved away.
 
         Raises:
             ReplacedError: they are not those of this version any more.
+            GatewiseError: they cannot be copied.
         """
-        with tempfile.TemporaryDirectory(prefix="gatewise-") as place:
-            copy = Path(place) / "adapter"
-            copy.mkdir()
-            is_whole = False
-            with suppress(OSError):
+        try:
+            made = tempfile.TemporaryDirectory(prefix="gatewise-")
+        except OSError as error:
+            raise self.not_copied(error) from error
+        with made as place:
+            copy, problem = Path(place) / "adapter", None
+            try:
+                copy.mkdir()
                 for name, *_ in self.signature:
                     shutil.copyfile(self.folder / name, copy / name)
-                is_whole = _signature(self.folder) == self.signature
-            if not is_whole:
+            except OSError as error:
+                problem = error
+            try:
+                is_there = _signature(self.folder) == self.signature
+            except (FileNotFoundError, NotADirectoryError):
+                is_there = False
+            except OSError as error:
+                is_there, problem = True, problem or error
+            if not is_there:
                 raise ReplacedError(f"the adapter {self.name!r} is being replaced: ask again in a moment")
+            if problem is not None:
+                raise self.not_copied(problem) from problem
             yield copy
+        self.said = ""
+
+    def is_news(self, problem: str) -> bool:
+        """Whether that was not why it could not be had the last time: it is tried again and again, and said once."""
+        is_news, self.said = problem != self.said, problem
+        return is_news
+
+    def not_copied(self, error: OSError) -> GatewiseError:
+        """What is said where there is no copy."""
+        # Of the file that is read; each copy's own path is another one, and would be news each time.
+        is_read = error.filename2 is None and str(error.filename).startswith(str(self.folder))
+        reason = f"{error.strerror or type(error).__name__}{f', {error.filename}' if is_read else ''}"
+        return GatewiseError(
+            f"the adapter {self.folder} cannot be copied ({reason}): see that the temporary folder (TMPDIR) has room, and that the "
+            "user of this process may read its files"
+        )
 
 
 class ReplacedError(Exception):
@@ -112,8 +145,15 @@ class Catalogue:
         self._ended = threading.Event()
         for place in self._places:
             _, path = _split(place)
-            if not glob.has_magic(path) and not Path(path).is_dir():
-                what = "it is a file" if Path(path).exists() else "there is no such folder"
+            if glob.has_magic(path):
+                continue
+            try:
+                what = None if stat.S_ISDIR(os.stat(path).st_mode) else "it is a file"
+            except (FileNotFoundError, NotADirectoryError):
+                what = "there is no such folder"
+            except OSError as error:
+                what = f"it cannot be read ({error.strerror})"
+            if what is not None:
                 raise GatewiseError(
                     f"--adapters {place}: {what}, expected an adapter, a folder of adapters or a pattern of folders"
                 )
@@ -150,13 +190,15 @@ class Catalogue:
         """Looks at all places. Returns the folders that are still being written.
 
         Args:
-            strict: what cannot be served is an error where the user named the adapter itself, or where two have one name.
+            strict: what cannot be served is an error where the user named the adapter itself, or where two have one name. Otherwise
+                the one that is served keeps its name.
         """
         with self._lock:
             there: dict[str, Version] = {}
             late: list[Path] = []
             homes: dict[str, Path] = {}
-            folders = list(self._folders())
+            served = {one.folder for one in self._versions.values()}
+            folders = sorted(self._folders(strict), key=lambda one: one[1] not in served)
             for name, folder, is_named in folders:
                 problem = self._refused_name(name, folder, homes)
                 if problem is not None:
@@ -164,17 +206,20 @@ class Catalogue:
                         raise GatewiseError(problem)
                     self._note(folder, problem)
                     continue
-                homes[name] = folder
+                if strict:
+                    homes[name] = folder
                 try:
                     version = self._version_in(name, folder, is_named)
                     self._said.pop(folder, None)
-                except GatewiseError as error:
+                except Exception as error:
+                    problem = fault_in(folder, error)
                     if strict and is_named:
-                        raise
-                    self._note(folder, f"{error}; it is not served")
+                        raise GatewiseError(problem) from error
+                    self._note(folder, f"{problem}; it is not served")
                     continue
                 if version is not None:
                     there[name] = version
+                    homes[name] = folder
                 else:
                     late.append(folder)
             for name, version in self._versions.items():
@@ -197,25 +242,52 @@ class Catalogue:
             self._said[folder] = text
             self._say(f"note: {text}")
 
-    def _folders(self) -> Iterator[tuple[str, Path, bool]]:
-        """Name and folder of each adapter, once, and whether the user named the very folder."""
+    def _folders(self, strict: bool) -> Iterator[tuple[str, Path, bool]]:
+        """Name and folder of each adapter, once, and whether the user named the very folder.
+
+        Args:
+            strict: a place that cannot be read is an error, and so is a folder that the user named and that is no adapter.
+        """
         met: set[Path] = set()
         for place in self._places:
             given, path = _split(place)
-            if glob.has_magic(path):
-                found = [(Path(one), False) for one in sorted(glob.glob(path))]
-            elif given is not None or (Path(path) / CONFIG_FILE).is_file():
-                found = [(Path(path), True)]
-            else:
-                try:
+            try:
+                if glob.has_magic(path):
+                    found = [(Path(one), False) for one in sorted(glob.glob(path))]
+                elif given is not None or _has_config(Path(path)):
+                    found = [(Path(path), True)]
+                else:
                     found = [(Path(path) / name, False) for name in sorted(os.listdir(path))]
-                except OSError:
-                    continue
+            except (FileNotFoundError, NotADirectoryError):  # it is gone
+                continue
+            except OSError as error:
+                self._pass_over(Path(path), error, strict)
+                continue
             for folder, is_named in found:
                 folder = folder.absolute()
-                if folder not in met and not folder.name.startswith(".") and (folder / CONFIG_FILE).is_file():
+                if folder.name.startswith("."):
+                    if strict and is_named:
+                        raise GatewiseError(
+                            f"--adapters {place}: a folder whose name begins with a full stop is not served, as one that is still "
+                            "being written: rename it, or give its whole path"
+                        )
+                    continue
+                try:
+                    is_one = _has_config(folder)
+                except OSError as error:
+                    self._pass_over(folder, error, strict and is_named)
+                    continue
+                if strict and is_named and not is_one:
+                    read_config(folder)  # whose error says what is there instead
+                if is_one and folder not in met:
                     met.add(folder)
                     yield given or name_of(folder), folder, is_named
+
+    def _pass_over(self, folder: Path, error: OSError, strict: bool) -> None:
+        problem = f"the folder {folder} cannot be read ({error.strerror or error})"
+        if strict:
+            raise GatewiseError(f"{problem}: let the user of this process read it, or leave it out") from error
+        self._note(folder, f"{problem}; what it holds is not served")
 
     def _version_in(self, name: str, folder: Path, is_named: bool) -> Version | None:
         """The version that is served now: the one from before as long as the next one is not whole; None while there is none."""
@@ -223,9 +295,11 @@ class Catalogue:
         before = before if before is not None and before.folder == folder else None
         try:
             signature = _signature(folder)
-        except OSError:
-            return None
-        if before is not None and before.signature == signature:
+        except OSError as error:
+            if before is None and not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise
+            return before  # what changes as we look is looked at again
+        if not signature or (before is not None and before.signature == signature):
             return before
         newest = max(max(one[2], one[3]) for one in signature) / 1e9
         now = time.monotonic()
@@ -279,6 +353,15 @@ def _is_linear(folder: Path) -> bool:
     return all(name.endswith((".lora_A.weight", ".lora_B.weight")) and len(shape) == 2 for name, shape in names.items())
 
 
+def fault_in(folder: Path, error: Exception) -> str:
+    """What is said of an error that came of an adapter's folder, whatever raised it."""
+    return (
+        str(error)
+        if isinstance(error, GatewiseError)
+        else f"the adapter {folder} cannot be read ({type(error).__name__}: {reason_of(error)})"
+    )
+
+
 def name_of(folder: Path) -> str:
     """What an adapter is called: by its folder or, as runs call all theirs "adapter", by the folder above."""
     return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
@@ -287,6 +370,14 @@ def name_of(folder: Path) -> str:
 def _split(place: str) -> tuple[str | None, str]:
     name, equals, path = place.partition("=")
     return (name, path) if equals and path and name and "/" not in name and not glob.has_magic(name) else (None, place)
+
+
+def _has_config(folder: Path) -> bool:
+    """Whether it is an adapter; OSError where nobody can tell."""
+    try:
+        return stat.S_ISREG(os.stat(folder / CONFIG_FILE).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _signature(folder: Path) -> Signature:

@@ -363,7 +363,7 @@ class Engine:
             problem = (str(error) or type(error).__name__).replace(str(folder or version.folder), str(version.folder))
             if isinstance(error, GatewiseError) and not isinstance(error.__cause__, _PASSING):
                 version.problem = problem
-            if self.is_alive:  # nobody else says it
+            if self.is_alive and version.is_news(problem):  # nobody else says it
                 print(f"error: {problem}", file=sys.stderr)
             raise GatewiseError(problem) from error
         self._running.setdefault(lane, [])
