@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -266,6 +267,14 @@ def test_what_cannot_be_copied_is_said_once(
         assert said.count(f"error: the adapter {tmp_path / 'a'} cannot be copied (No space left on device): ") == 1
         assert "Traceback" not in said
         assert ask(server, "a").choices[0].text == text(made, "a")
+
+
+def test_no_thread_stays_behind(made: dict[str, Path]) -> None:
+    before = set(threading.enumerate())
+    with serving(made["base"]) as server:
+        ask(server, "tiny")
+        assert len(threading.enumerate()) > len(before)
+    soon(lambda: set(threading.enumerate()) <= before)
 
 
 @pytest.mark.usefixtures("slow")

@@ -209,6 +209,7 @@ def app(served: Served) -> Starlette:
             Exception: _fault,
         },
     )
+    made.state.encoding = encoding  # whoever ends the server ends its thread
     made.router.redirect_slashes = False
     return made
 

@@ -111,9 +111,11 @@ class AdapterServer:
         served = Served(
             self.name, self.engine, self.catalogue, Tokenizers(tokenizer), metrics, length, vocabulary, key, hosts, limits or {}
         )
+        made = app(served)
+        self._encoding = made.state.encoding
         self._server = uvicorn.Server(
             uvicorn.Config(
-                app(served),
+                made,
                 http=_Protocol,
                 ws="none",
                 loop="asyncio",
@@ -142,6 +144,7 @@ class AdapterServer:
         finally:
             self.catalogue.end()
             self.engine.end()
+            self._encoding.shutdown(wait=False, cancel_futures=True)
 
     def end(self) -> None:
         """Ends :meth:`run`, from another thread."""
