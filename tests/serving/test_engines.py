@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import EXPERTS, random_adapter, tiny_base
 
 from gatewise.adapters.files import LoraAdapter, LoraModule, read_lora
-from gatewise.serving.engines import serving_settings, settings_together
+from gatewise.serving.engines import is_told, serving_settings, settings_together
 
 
 def adapter(*paths: str, rank: int = 3, **others: Any) -> LoraAdapter:
@@ -48,6 +48,23 @@ def test_what_reads_the_images_does_not_widen_the_rest() -> None:
     """By kind, q_proj would be that of every layer of the decoder too."""
     tower = "vision_tower.encoder.layers.0.self_attn"
     assert named("gemma3", f"model.{tower}.q_proj") == {f"{tower}.q_proj", f"{tower}.qkv_proj"}
+
+
+@pytest.mark.parametrize("told", [["q_proj", "down_proj"], ["qkv_proj", "down_proj"], None])
+def test_what_vllm_keeps_of_what_it_is_told(told: list[str] | None) -> None:
+    """As vLLM's is_in_target_modules has it, of the layer and of the adapter's tensors: told None is what it is told of these."""
+    names = named("llama", f"model.{QUERY}", f"model.{DOWN}") if told is None else told
+    for path, is_kept in (
+        (QUERY, True),
+        (DOWN, True),
+        ("layers.3.self_attn.k_proj", told is not None and "qkv_proj" in told),
+        ("layers.2.self_attn.q_proj", told is not None),
+        ("layers.3.self_attn.o_proj", False),
+    ):
+        assert is_told(f"model.{path}", names, "llama") == is_kept, path
+    assert not is_told(f"model.{QUERY}", {f"model.{QUERY}"}, "llama")  # vLLM has no layer of this name
+    assert is_told("transformer.h.0.attn.c_attn", {"transformer.h.0.attn.c_attn"}, "gpt2")
+    assert is_told("model.layers.0.mlp.experts.gate_up_proj", {"experts"}, "gpt_oss")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What serving engines must be told of LoRA adapters: ``serving.json``."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -102,14 +102,30 @@ def _settings(
     }  # fmt: skip
 
 
+def is_told(path: str, told: Collection[str], model_type: str | None) -> bool:
+    """Whether vLLM keeps the LoRA of a module where ``--lora-target-modules`` are those: by kind, or by all of its full names."""
+    above, _, kind = path.rpartition(".")
+    if not {kind, _PACKED.get(kind, kind)}.isdisjoint(told) or (".experts" in path and "experts" in told):
+        return True
+    return any(
+        {f"{owner}.{kind}", f"{owner}.{_PACKED.get(kind, kind)}"} <= set(told) for owner in _owners(above, model_type) or [above]
+    )
+
+
+def _owners(above: str, model_type: str | None) -> list[str]:
+    """What the module above another one may be called in vLLM, as far as that is known."""
+    before = _BEFORE.get(model_type or "", ())
+    if before and (layer := _LAYER.fullmatch(above)):
+        return [f"{one}.{layer[1]}" for one in before]
+    if before and above.startswith(("model.visual.", "model.vision_tower.")):
+        return [above.removeprefix("model.")]
+    return []
+
+
 def _vllm_names(path: str, model_type: str | None) -> list[str]:
     """What the module, or the one that it is packed into, may be called in vLLM. Names that a base does not have do nothing."""
     above, _, kind = path.rpartition(".")
-    before = _BEFORE.get(model_type or "", ())
-    if before and (layer := _LAYER.fullmatch(above)):
-        owners = [f"{one}.{layer[1]}" for one in before]
-    elif before and above.startswith(("model.visual.", "model.vision_tower.")):
-        owners = [above.removeprefix("model.")]
-    else:
+    owners = _owners(above, model_type)
+    if not owners:
         return ["experts"] if ".experts" in path else [kind]
     return [f"{owner}.{one}" for owner in owners for one in (kind, _PACKED.get(kind, kind))]

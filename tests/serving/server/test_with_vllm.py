@@ -77,6 +77,37 @@ def test_what_vllm_is_told(made: Path) -> None:
         arguments_for([], 96, 32, ["--max-lora-rank"])
 
 
+def test_vllms_own_arguments_are_taken_as_it_takes_them(made: Path) -> None:
+    for rest, expected in (
+        (["--max-loras", "64"], ["--max-cpu-loras", "64"]),
+        (["--max_loras=8", "--max-loras", "40"], ["--max-cpu-loras", "40"]),
+        (["--max-loras", "4"], ["--max-cpu-loras", "32"]),
+        (["--max-cpu-loras", "1"], ["--max-loras", "1"]),  # vLLM wants no more than of those
+        (["--max-cpu-loras=64"], ["--max-loras", "2"]),
+    ):
+        arguments, _ = arguments_for([], 96, 32, ["--max-lora-rank=16", *rest])
+        assert arguments == ["--enable-lora", *expected]
+    assert arguments_for([], 96, 32, ["--max-lora-rank", "8", "--max-lora-rank=32"])[1].rank == 32
+    for name in ("--max-loras", "--max-cpu-loras"):
+        with pytest.raises(GatewiseError, match=f"{name} has no number behind it: give one"):
+            arguments_for([], 96, 32, [name, "--seed"])
+    with pytest.raises(GatewiseError, match=r"--api-key is among vLLM's own arguments, .* GATEWISE_API_KEY"):
+        VllmServer(str(made / "base"), [], port=0, rest=["--api-key", "secret"])
+
+
+def test_modules_that_the_user_names_are_all_that_there_is_room_for(made: Path) -> None:
+    found = {name: (one, settings_of(one, "llama")) for name, one in versions(made / "adapters").items()}
+    for given, others in (("q_proj down_proj", "one"), ("qkv_proj down_proj", "one"), ("q_proj", "two"), ("o_proj", "one")):
+        for known in ([], [found["two"]]):
+            rest = ["--seed", "3", "--lora-target-modules", *given.split(), "--max-lora-rank", "16"]
+            arguments, room = arguments_for(known, 96, 32, rest)
+            assert "--lora-target-modules" not in arguments
+            assert "has modules that this vLLM was not started for" in str(room.problem(*found[others]))
+            assert (room.problem(*found["two"]) is None) == ("down_proj" in given)
+    with pytest.raises(GatewiseError, match=r"one has modules that .* not started for .*: change vLLM's arguments after --$"):
+        VllmServer(str(made / "base"), [str(made / "adapters" / "one")], port=0, rest=["--lora-target-modules", "q_proj"])
+
+
 def test_what_vllm_does_not_serve_is_told(made: Path, tmp_path: Path) -> None:
     with pytest.raises(GatewiseError, match=r"vLLM does not serve the adapter .*dora: take --engine transformers"):
         VllmServer(str(made / "base"), [str(made / "dora")], port=0)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +30,7 @@ from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.internals.listening import listening, resolved
 from gatewise.models.cache import resolve
 from gatewise.serving.checking import reason_in, without_plugin
-from gatewise.serving.engines import VLLM_RANKS, serving_settings, settings_together
+from gatewise.serving.engines import VLLM_RANKS, is_told, serving_settings, settings_together
 from gatewise.serving.server import vllm_server
 from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version
 from gatewise.serving.server.reach import HOST, PORT, check_reach
@@ -50,7 +51,7 @@ class Room:
 
     Attributes:
         rank: the largest.
-        modules: that are told to vLLM, None for all.
+        modules: the names that are told to vLLM, None for all.
         routed: whether it can serve routed adapters.
         whole_prompts: whether it reads prompts in one piece, which most of those need.
     """
@@ -68,7 +69,8 @@ class Room:
             return "reads prompts in one piece, which this vLLM was not started for"
         if settings["largest_rank"] > self.rank:
             return f"has rank {settings['largest_rank']}, more than the {self.rank} that this vLLM was started for"
-        if self.modules is not None and (others := sorted(set(settings["modules"]) - self.modules)):
+        told, kind = self.modules, settings["model_type"]
+        if told is not None and (others := [path for path in settings["modules"] if not is_told(path, told, kind)]):
             return f"has modules that this vLLM was not started for ({some(others)})"
         return None
 
@@ -107,23 +109,29 @@ def arguments_for(
     given = {one.partition("=")[0].replace("_", "-") for one in rest}
     routed = any(version.kind == "routed" for version, _ in found)
     arguments, rank = ["--enable-lora"], 16
-    modules: frozenset[str] | None = None  # of adapters that nobody knows yet: all
+    own = _values(rest, "--lora-target-modules")
+    modules = None if own is None else frozenset(own)  # of adapters that nobody knows yet: all
     if found:
         together = settings_together([dict(settings) for _, settings in found])
         rank = together["vllm"]["max_lora_rank"]
-        if "--lora-target-modules" not in given:
-            modules = frozenset(together["modules"])
+        if own is None:
             told = together["vllm"]["arguments"]
-            arguments += told[told.index("--lora-target-modules") :]
+            arguments += (names := told[told.index("--lora-target-modules") :])
+            modules = frozenset(names[1:])
     if "--max-lora-rank" in given:
-        rank = int(_value(rest, "--max-lora-rank"))
+        rank = _number(rest, "--max-lora-rank")
     else:
         arguments += ["--max-lora-rank", str(rank)]
-    if "--max-loras" not in given:
-        # One more than are used: in a batch with others, vLLM 0.32 gives rows without an adapter that of the last slot on a CPU.
-        arguments += ["--max-loras", str(min(max(len(found), 1), MOST_IN_BATCH) + 1)]
+    # One more than are used: in a batch with others, vLLM 0.32 gives rows without an adapter that of the last slot on a CPU.
+    slots = min(max(len(found), 1), MOST_IN_BATCH) + 1
+    if "--max-loras" in given:
+        slots = _number(rest, "--max-loras")
+    else:
+        if "--max-cpu-loras" in given:  # of which vLLM wants no fewer
+            slots = min(slots, _number(rest, "--max-cpu-loras"))
+        arguments += ["--max-loras", str(slots)]
     if "--max-cpu-loras" not in given:
-        arguments += ["--max-cpu-loras", str(max(most_loaded, min(max(len(found), 1), MOST_IN_BATCH) + 1))]
+        arguments += ["--max-cpu-loras", str(max(most_loaded, slots))]
     whole_prompts = any(settings["whole_prompts"] for _, settings in found)
     if routed:
         arguments.append("--enforce-eager")
@@ -169,7 +177,9 @@ class VllmServer:
     ) -> None:
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._every, self._key = every, key
-        self._hosts = check_reach(host, port, key)
+        if _values(rest, "--api-key") is not None:
+            raise GatewiseError("--api-key is among vLLM's own arguments, which others see: give the key in GATEWISE_API_KEY")
+        self._hosts, self._origins = check_reach(host, port, key), _origins(rest)
         family, address = resolved(host, port)
         with listening(family, address, port, host, "give another --port") as free:  # told now, not in a log of vLLM's
             port = free.getsockname()[1]
@@ -198,6 +208,9 @@ class VllmServer:
         if adapters:
             more, self._room = arguments_for(found, most_tokens or positions, most_loaded, rest)
             self._arguments += more
+            for version, settings in found:
+                if version.is_named and (problem := self._room.problem(version, settings)) is not None:
+                    raise GatewiseError(f"the adapter {version.folder} {problem}: change vLLM's arguments after --")
         self._on_first_runner = trees  # which what keeps to them was made for
         self._arguments += [*(["--logits-processors", TREES] if trees else []), *rest]
         self._python = str(python)
@@ -390,13 +403,26 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _value(rest: Sequence[str], name: str) -> str:
-    """The value of one of vLLM's arguments."""
-    for place, one in enumerate(rest):
-        head, equals, value = one.partition("=")
+def _values(rest: Sequence[str], name: str) -> list[str] | None:
+    """The values of one of vLLM's arguments, the last ones where it is there twice, as vLLM has it; None where it is not there."""
+    for place in reversed(range(len(rest))):
+        head, equals, value = rest[place].partition("=")
         if head.replace("_", "-") == name:
-            found = value if equals else (rest[place + 1] if place + 1 < len(rest) else "")
-            if name == "--max-lora-rank" and not found.isdigit():
-                break
-            return found
-    raise GatewiseError(f"vLLM's argument {name} has no number behind it")
+            return [value] if equals else list(takewhile(lambda one: not one.startswith("-"), rest[place + 1 :]))
+    return None
+
+
+def _number(rest: Sequence[str], name: str) -> int:
+    found = _values(rest, name) or [""]
+    if not found[0].isdecimal():
+        raise GatewiseError(f"vLLM's argument {name} has no number behind it: give one")
+    return int(found[0])
+
+
+def _origins(rest: Sequence[str]) -> str:
+    """The sites whose pages may ask, as vLLM is told of them: commas between. What is no list vLLM refuses itself."""
+    try:
+        given = json.loads((_values(rest, "--allowed-origins") or ["[]"])[0])
+    except ValueError:
+        given = []
+    return ",".join(map(str, given if isinstance(given, list) else []))
