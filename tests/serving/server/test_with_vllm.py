@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +26,7 @@ from served_models import adapter_folder, base_folder, client, text_of, words, w
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocket, WebSocketDisconnect
 from test_vllm import PYTHON, on
 
 from gatewise.errors import GatewiseError
@@ -174,6 +175,7 @@ def test_vllm_loads_the_last_state_of_each_adapter_and_first_what_it_serves(caps
 @pytest.mark.parametrize("hosts", [None, "127.0.0.1,localhost,[::1]"])
 def test_the_guard_lets_in_what_the_other_engine_does(monkeypatch: pytest.MonkeyPatch, hosts: str | None) -> None:
     assert vllm_server.MOST_BYTES == app.MOST_BYTES
+    monkeypatch.delenv(vllm_server.KEY, raising=False)
     if hosts is None:
         monkeypatch.delenv(vllm_server.HOSTS, raising=False)
     else:
@@ -199,6 +201,100 @@ def test_the_guard_lets_in_what_the_other_engine_does(monkeypatch: pytest.Monkey
     for host in ("evil.example:8000", "evil.example", "", "localhost.evil.example"):
         answer = asked.get("/health", headers={"Host": host})
         assert answer.status_code == (200 if hosts is None else 403)
+
+
+Guarded = Callable[..., TestClient]
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
+    """guarded(VARIABLE=value, ...) -> a client of a guard with that environment, before what answers anything."""
+
+    async def anything(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            socket = WebSocket(scope, receive, send)
+            await socket.accept()
+            await socket.close()
+        else:
+            await Response("let in")(scope, receive, send)
+
+    def make(**given: str) -> TestClient:
+        for name in (vllm_server.HOSTS, vllm_server.ORIGINS, vllm_server.KEY):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        return TestClient(vllm_server.Guard(anything), base_url="http://localhost:8000")
+
+    return make
+
+
+def is_connected(asked: TestClient, **headers: str) -> bool:
+    try:
+        with asked.websocket_connect("ws://localhost:8000/v1/realtime", headers=headers):
+            return True
+    except WebSocketDisconnect:
+        return False
+
+
+def test_the_key_keeps_others_out_everywhere(guarded: Guarded) -> None:
+    asked = guarded(VLLM_API_KEY="secret")
+    for method, path in (("POST", "/invocations"), ("POST", "/pause"), ("GET", "/metrics"), ("POST", "/tokenize"), ("GET", "/v1")):
+        for key in ("", "secret", "Bearer Secret", "Bearer secret2", "Basic secret"):
+            answer = asked.request(method, path, headers={"Authorization": key} if key else {})
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthenticationError")
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert asked.request(method, path, headers={"Authorization": "Bearer secret"}).text == "let in"
+        assert asked.request(method, path, headers={"Authorization": "bearer secret", "Origin": "http://a.example"}).is_success
+    assert asked.get("/health").text == "let in"
+    assert asked.get("/health/x").status_code == 401
+    assert not is_connected(asked)
+    assert is_connected(asked, Authorization="Bearer secret")
+    # What a browser asks first, for a page that will send the key.
+    first = {"Origin": "http://a.example", "Access-Control-Request-Method": "POST"}
+    assert asked.options("/v1/completions", headers=first).is_success
+    assert asked.options("/v1/completions").status_code == 401
+    assert asked.post("/v1/completions", headers=first).status_code == 401
+    assert guarded(VLLM_API_KEY="").get("/metrics").is_success  # which vLLM takes for none, too
+
+
+def test_no_page_of_another_site_asks_without_a_key(guarded: Guarded) -> None:
+    asked = guarded(GATEWISE_HOSTS="127.0.0.1,localhost,[::1]")
+    foreign = ["http://evil.example", "https://evil.example", "null", "http://localhost:3000", "http://localhost"]
+    for origin in foreign:
+        for method in ("GET", "POST", "OPTIONS"):
+            answer = asked.request(method, "/v1/models", headers={"Origin": origin})
+            assert (answer.status_code, answer.json()["error"]["type"]) == (403, "PermissionDeniedError")
+        assert not is_connected(asked, Origin=origin)
+    assert not is_connected(asked, Host="evil.example")
+    for headers in ({}, {"Origin": "http://localhost:8000"}, {"Origin": "http://127.0.0.1:1", "Host": "127.0.0.1:1"}):
+        assert asked.post("/v1/completions", headers=headers).text == "let in"
+    assert is_connected(asked)
+    assert is_connected(asked, Origin="http://localhost:8000")
+    both: Any = [("Origin", "http://localhost:8000"), ("Origin", "http://evil.example")]
+    assert asked.get("/v1/models", headers=both).status_code == 403
+    asked = guarded(GATEWISE_HOSTS="localhost", GATEWISE_ORIGINS="http://localhost:3000,https://A.example")
+    allowed = {"http://localhost:3000", "https://a.example"}
+    for origin in (*foreign, *allowed):
+        assert asked.get("/v1/models", headers={"Origin": origin}).is_success == (origin in allowed)
+    asked = guarded(GATEWISE_HOSTS="localhost", GATEWISE_ORIGINS="*")
+    assert all(asked.get("/v1/models", headers={"Origin": origin}).is_success for origin in foreign)
+
+
+@pytest.mark.parametrize(
+    ("rest", "told"),
+    [
+        ((), ""),
+        (("--allowed-origins", '["http://a.example", "http://b.example"]'), "http://a.example,http://b.example"),
+        (("--allowed_origins=nonsense",), ""),  # which vLLM refuses itself
+        (("--allowed-origins", "3"), ""),
+    ],
+)
+def test_the_guard_is_told_what_the_user_allows(made: Path, tmp_path: Path, rest: tuple[str, ...], told: str) -> None:
+    python = fake(tmp_path, f'echo "$GATEWISE_HOSTS $GATEWISE_ORIGINS" > {tmp_path}/told; exit 1')
+    server = VllmServer(str(made / "base"), [], python=python, port=0, say=lambda _: None, rest=rest)
+    with pytest.raises(GatewiseError, match="exit code 1"):
+        server.run()
+    assert (tmp_path / "told").read_text() == f"127.0.0.1,[::1],localhost {told}\n"
 
 
 def fake(tmp_path: Path, script: str) -> Path:

@@ -8,7 +8,6 @@ that address's names (against DNS rebinding), and a POST has to come as JSON, wh
 """
 
 import asyncio
-import hmac
 import json
 import sys
 import time
@@ -36,7 +35,7 @@ from gatewise.serving.server.asked import Asked, BadRequestError, chat, completi
 from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version
 from gatewise.serving.server.engine import Answer, BusyError, Engine, Limit, NotLoadedError, Piece, Told
 from gatewise.serving.server.metrics import Metrics
-from gatewise.serving.server.vllm_server import MOST_BYTES, host_of
+from gatewise.serving.server.vllm_server import MOST_BYTES, NO_KEY, NOT_HERE, has_key, host_of
 from gatewise.serving.server.vocabularies import Tokenizers
 
 MOST_LOGITS = 2**29  # of a prompt whose log-probabilities are asked for, which are all in memory at once
@@ -209,8 +208,8 @@ def app(served: Served) -> Starlette:
             Exception: _fault,
         },
     )
-    made.state.encoding = encoding  # whoever ends the server ends its thread
     made.router.redirect_slashes = False
+    made.state.encoding = encoding  # whoever ends the server ends its thread
     return made
 
 
@@ -225,18 +224,11 @@ class _Guard:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
             if self.served.hosts is not None and host_of(headers.get("host", "")) not in self.served.hosts:
-                answer = _json(
-                    _error("this server without a key answers only under the address that it was started with", 403), 403
-                )
-            elif self.served.key is not None and scope["path"] != "/health" and not _has_key(headers, self.served.key):
-                answer = _json(_error("the key is missing or wrong: send it as Authorization: Bearer KEY", 401), 401)
+                answer = _json(_error(NOT_HERE, 403), 403)
+            elif scope["path"] != "/health" and not has_key(headers.get("authorization", ""), self.served.key):
+                answer = _json(_error(NO_KEY, 401), 401)
                 answer.headers["WWW-Authenticate"] = "Bearer"
         await answer(scope, receive, send)
-
-
-def _has_key(headers: Headers, key: str) -> bool:
-    scheme, _, given = headers.get("authorization", "").partition(" ")
-    return hmac.compare_digest(given.strip().encode(), key.encode()) and scheme.lower() == "bearer"
 
 
 async def _object(request: Request) -> dict[str, Any]:

@@ -6,14 +6,16 @@ The arguments are those of ``vllm serve``. Standard input has a JSON object a li
 folder served by a name, which answers that are being written go on without; {"name": ...} ends that. No client can do either. The
 process leads a group of processes, and kills it when its standard input ends: whoever started it is gone then, however that came.
 
-Bodies of requests have a limit, and a server without a key answers only under the names that ``GATEWISE_HOSTS`` has; vLLM's own
-server has neither. Where gatewise is its plug-in, vLLM's ``/metrics`` have what the prompts of routed adapters keep, too.
+Bodies of requests have a limit. A server with a key answers nobody else, but for ``/health``; one without a key answers only under
+the names that ``GATEWISE_HOSTS`` has, and no page of another site. vLLM's own server has no limit, asks for its key at some of its
+addresses, and answers any page. Where gatewise is its plug-in, vLLM's ``/metrics`` have what prompts of routed adapters keep, too.
 
 Read in vLLM 0.32: ``OpenAIServingModels``, ``LoRARequest``, ``init_app_state`` in the launcher of its server, and
 ``collective_rpc``.
 """
 
 import asyncio
+import hmac
 import json
 import os
 import runpy
@@ -46,6 +48,13 @@ MODULE = "gatewise_vllm_server"
 """What this file is called in the process of vLLM's server."""
 HOSTS = "GATEWISE_HOSTS"
 """The environment variable with what may stand in ``Host``, commas between; anything where there is none."""
+ORIGINS = "GATEWISE_ORIGINS"
+"""The environment variable with the sites whose pages may ask where there is no key, commas between; "*" is all."""
+KEY = "VLLM_API_KEY"
+"""vLLM's own environment variable: arguments can be seen by others."""
+NO_KEY = "the key is missing or wrong: send it as Authorization: Bearer KEY"
+NOT_HERE = "this server without a key answers only under the address that it was started with"
+FOREIGN = "a page of another site asked, which a server without a key answers only where vLLM's --allowed-origins name it"
 MOST_BYTES = 8 * 2**20
 """Of a request's body."""
 
@@ -184,21 +193,26 @@ class Kept:
 
 
 class Guard:
-    """Stands before vLLM's server, by ``--middleware``. Refuses bodies of more than ``MOST_BYTES``, and names not its own."""
+    """Stands before vLLM's server, by ``--middleware``. Refuses bodies of more than ``MOST_BYTES``, and whom it does not know."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
         hosts = os.environ.get(HOSTS)
         self._hosts = None if hosts is None else hosts.split(",")
+        self._origins = os.environ.get(ORIGINS, "").lower().split(",")
+        self._key = os.environ.get(KEY) or None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if self._hosts is not None and host_of(headers.get(b"host", "")) not in self._hosts:
-            message = "this server without a key answers only under the address that it was started with"
-            await _refuse(send, 403, "PermissionDeniedError", message)
+        refusal = self._refusal(scope, headers)
+        if scope["type"] == "websocket":
+            await (self._app(scope, receive, send) if refusal is None else send({"type": "websocket.close", "code": 1008}))
+            return
+        if refusal is not None:
+            await _refuse(send, *refusal)
             return
         said = headers.get(b"content-length", "")
         expected, came, messages, more = int(said) if said.isdecimal() else 0, 0, [], True
@@ -219,6 +233,33 @@ class Guard:
 
         await self._app(scope, again, send)
 
+    def _refusal(self, scope: Any, headers: dict[bytes, str]) -> tuple[int, str, str] | None:
+        """Status, kind and message for who is not let in."""
+        host = headers.get(b"host", "").lower()
+        if self._hosts is not None:
+            if host_of(host) not in self._hosts:
+                return 403, "PermissionDeniedError", NOT_HERE
+            origins = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"origin"]
+            if "*" not in self._origins and any(one.partition("://")[2] != host and one not in self._origins for one in origins):
+                return 403, "PermissionDeniedError", FOREIGN
+        is_open = scope["path"] == "/health" or _is_preflight(scope, headers)
+        if not is_open and not has_key(headers.get(b"authorization", ""), self._key):
+            return 401, "AuthenticationError", NO_KEY
+        return None
+
+
+def _is_preflight(scope: Any, headers: dict[bytes, str]) -> bool:
+    """Whether a browser asks what it may ask, where it cannot send a key yet; vLLM's CORS answers it, and nothing else is done."""
+    return scope.get("method") == "OPTIONS" and headers.keys() >= {b"origin", b"access-control-request-method"}
+
+
+def has_key(authorization: str, key: str | None) -> bool:
+    """Whether ``Authorization`` has the key, if there is one."""
+    if key is None:
+        return True
+    scheme, _, given = authorization.partition(" ")
+    return hmac.compare_digest(given.strip().encode(), key.encode()) and scheme.lower() == "bearer"
+
 
 def host_of(header: str) -> str:
     """What ``Host`` names, without a port."""
@@ -229,7 +270,8 @@ def host_of(header: str) -> str:
 
 async def _refuse(send: Any, status: int, kind: str, message: str) -> None:
     told = {"message": message, "type": kind, "param": None, "code": status}
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
+    headers = [(b"content-type", b"application/json"), *([(b"www-authenticate", b"Bearer")] if status == 401 else [])]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps({"error": told}).encode()})
 
 

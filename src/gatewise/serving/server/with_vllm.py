@@ -257,8 +257,9 @@ class VllmServer:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if self._hosts is not None:
             environment[vllm_server.HOSTS] = ",".join(sorted(self._hosts))
+            environment[vllm_server.ORIGINS] = self._origins
         if self._key is not None:
-            environment["VLLM_API_KEY"] = self._key  # arguments can be seen by others
+            environment[vllm_server.KEY] = self._key
         if self._room is not None and self._room.routed:
             environment[vllm_server.NEEDS_PLUGIN] = "1"
         if self._on_first_runner:
