@@ -1,6 +1,7 @@
 """What vLLM is told of adapters, and that nothing of it is left behind. With the real one: `make test-serve`."""
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -15,8 +16,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +151,102 @@ def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Pa
     assert (told(), server.names) == ([], ["x"])
     server.catalogue.scan()
     assert (told(), server.names) == ([False], [])
+
+
+def telling(server: VllmServer, copies: Path) -> list[str]:
+    """Of which adapters' files vLLM is told now."""
+    process: Any = SimpleNamespace(stdin=io.BytesIO())
+    server._tell(process, copies)
+    return [line["name"] for line in map(json.loads, process.stdin.getvalue().splitlines()) if "path" in line]
+
+
+def test_a_bad_folder_is_passed_over(made: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    watched, copies = tmp_path / "watched", tmp_path / "copies"
+    shutil.copytree(made / "adapters" / "one", watched / "one")
+    copies.mkdir()
+    server = VllmServer(str(made / "base"), [str(watched)], port=0, say=said.append, settled=0.0)
+    for name, change in (("deep", None), ("odd", {"lora_alpha": 10**400})):
+        config = shutil.copytree(made / "adapters" / "one", watched / name) / "adapter_config.json"
+        config.write_text("[" * 200000 if change is None else json.dumps(json.loads(config.read_text()) | change))
+    for told in (["one"], []):
+        server.catalogue.scan()
+        assert telling(server, copies) == told
+    assert [one.partition(" (")[0] for one in said] == [
+        f"note: {watched / 'deep' / 'adapter_config.json'} is not valid JSON",
+        f"note: the adapter {watched / 'odd'} cannot be read",
+    ]
+    with pytest.raises(GatewiseError, match=r"odd cannot be read \(OverflowError"):
+        VllmServer(str(made / "base"), [str(watched / "odd")], port=0)
+
+
+@pytest.mark.parametrize("call", ["copyfile", "move"])
+def test_an_adapter_for_which_there_is_no_room_waits(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    said: list[str] = []
+    watched, copies = tmp_path / "watched", tmp_path / "copies"
+    shutil.copytree(made / "adapters" / "one", watched / "one")
+    copies.mkdir()
+    server = VllmServer(str(made / "base"), [str(watched)], port=0, say=said.append, settled=0.0)
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, call, full)
+            assert [telling(server, copies) for _ in range(3)] == [[], [], []]
+        assert len(said) == 1
+        assert f"error: the adapter {watched / 'one'} cannot be copied (No space left on device): " in said[0]
+    assert telling(server, copies) == ["one"]
+    assert server.names == ["one"]
+
+
+def test_what_vllm_says_is_read_on_while_adapters_come(made: Path) -> None:
+    class Name(str):
+        def __repr__(self) -> str:
+            server._told[f"{len(server._told)}"] = version  # as the other thread does, at any time
+            return super().__repr__()
+
+    said: list[str] = []
+    server = VllmServer(str(made / "base"), [str(made / "adapters" / "one")], port=0, say=said.append)
+    version = server.catalogue["one"]
+    server._told = {Name("one"): version, Name("two"): version}
+    server._read(io.BytesIO(f"{vllm_server.REFUSED}'two': no\nlater\n".encode()))
+    assert said[-1] == "later"
+    assert "two" not in server.names
+    assert "one" in server.names
+
+
+def test_no_proxy_is_asked_whether_vllm_answers(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.path} {self.headers['Authorization']}")
+            self.send_response(502)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        thread = Thread(target=proxy.serve_forever)
+        thread.start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        try:
+            server = VllmServer(str(made / "base"), [], port=0, key="secret")
+            assert not server._answers()
+            assert asked == []
+            server.url = f"http://127.0.0.1:{proxy.server_port}"  # and it does ask
+            assert not server._answers()
+            assert asked == ["/v1/models Bearer secret"]
+        finally:
+            proxy.shutdown()
+            thread.join()
 
 
 def test_vllm_loads_the_last_state_of_each_adapter_and_first_what_it_serves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ from gatewise.models.cache import resolve
 from gatewise.serving.checking import reason_in, without_plugin
 from gatewise.serving.engines import VLLM_RANKS, is_told, serving_settings, settings_together
 from gatewise.serving.server import vllm_server
-from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version
+from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version, fault_in
 from gatewise.serving.server.reach import HOST, PORT, check_reach
 
 MOST_IN_BATCH = 8
@@ -218,7 +218,7 @@ class VllmServer:
         self._leaving: list[tuple[float, Path]] = []
         self._lines: deque[str] = deque(maxlen=400)
         self._is_up, self._began = False, 0.0
-        self._refused: list[str] = []
+        self._refused: set[str] = set()
         self._loads_told = self._loads_done = 0
 
     def run(self, ready: Callable[[], None] | None = None) -> None:
@@ -293,7 +293,8 @@ class VllmServer:
             text = line.decode(errors="replace").rstrip()
             self._lines.append(text)
             if text.startswith(vllm_server.REFUSED):
-                self._refused += [name for name in self._told if text.startswith(f"{vllm_server.REFUSED}{name!r}:")]
+                told = tuple(self._told)  # the other thread changes it
+                self._refused.update(name for name in told if text.startswith(f"{vllm_server.REFUSED}{name!r}:"))
             if text.startswith((vllm_server.REFUSED, vllm_server.SERVED, vllm_server.OVERTAKEN)):
                 self._loads_done += 1
             self._say(text)
@@ -309,17 +310,25 @@ class VllmServer:
             if version.key in self._said:
                 self._take_back(process, copies, name)
                 continue
-            # Where it is being replaced again, the one before stays until the next look.
-            with suppress(ReplacedError), version.copied() as folder:
-                if self._fitting(version, self._room, folder=folder) is None:
-                    self._take_back(process, copies, name)
-                    continue
-                shutil.copytree(folder, copies / version.key)
-                self._leave(copies, name)
-                self._told[name] = version
-                self._refused = [one for one in self._refused if one != name]
-                self._loads_told += 1
-                self._send(process, {"name": name, "path": str(copies / version.key)})
+            try:
+                with version.copied() as folder:
+                    if self._fitting(version, self._room, folder=folder) is None:
+                        self._take_back(process, copies, name)
+                        continue
+                    shutil.move(folder, copies / version.key)
+            except ReplacedError:
+                continue  # the one before stays until the next look
+            except (GatewiseError, OSError) as error:  # so it does here
+                shutil.rmtree(copies / version.key, ignore_errors=True)
+                problem = str(version.not_copied(error) if isinstance(error, OSError) else error)
+                if version.is_news(problem):
+                    self._say(f"error: {problem}")
+                continue
+            self._leave(copies, name)
+            self._refused.discard(name)
+            self._told[name] = version
+            self._loads_told += 1
+            self._send(process, {"name": name, "path": str(copies / version.key)})
         for name in self._told.keys() - now.keys():
             self._take_back(process, copies, name)
         for when, path in list(self._leaving):
@@ -349,7 +358,7 @@ class VllmServer:
     def _fitting(
         self, version: Version, room: Room | None, strict: bool = False, folder: Path | None = None
     ) -> tuple[Version, dict[str, Any]] | None:
-        """An adapter with its settings; None, which is said once, if vLLM does not serve it."""
+        """An adapter with its settings; None, which is said once, if vLLM does not serve it, or something is wrong with it."""
         if version.key in self._said:
             return None
         try:
@@ -357,18 +366,20 @@ class VllmServer:
             problem = None if room is None else room.problem(version, settings)
             if problem is not None:
                 raise GatewiseError(f"the adapter {version.folder} {problem}: start the server again to serve it")
-        except GatewiseError as error:
+        except Exception as error:
+            problem = fault_in(version.folder, error).replace(str(folder or version.folder), str(version.folder))
             if strict:
-                raise
+                raise GatewiseError(problem) from error
             self._said.add(version.key)
-            self._say(f"note: {error}")
+            self._say(f"note: {problem}")
             return None
         return version, settings
 
     def _answers(self) -> bool:
         """Whether vLLM serves all adapters that it was told of, or has had a minute for them."""
         asked = urllib.request.Request(f"{self.url}/v1/models", headers={"Authorization": f"Bearer {self._key}"})
-        with suppress(OSError, ValueError), urllib.request.urlopen(asked, timeout=2) as answer:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the key is for no proxy
+        with suppress(OSError, ValueError), direct.open(asked, timeout=2) as answer:
             self._began = self._began or time.monotonic()
             served = {one["id"] for one in json.load(answer)["data"]}
             all_served = served.issuperset(set(self._told).difference(self._refused))
