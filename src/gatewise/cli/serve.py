@@ -56,7 +56,10 @@ def serve(
     ] = None,
     max_loaded: Annotated[int, typer.Option(help="Adapters that are loaded at a time.", min=1)] = 32,
     max_running: Annotated[int, typer.Option(help="Answers that are written at a time.", min=1)] = 32,
-    max_waiting: Annotated[int, typer.Option(help="Answers that may wait; more are refused with status 503.", min=1)] = 256,
+    max_waiting: Annotated[
+        int | None,
+        typer.Option(help="Answers that may wait; more are refused with status 503. [default: 256]", min=1, show_default=False),
+    ] = None,
     trees: Annotated[
         bool,
         typer.Option(
@@ -89,6 +92,10 @@ def serve(
                 raise GatewiseError(
                     f"--device is {device!r}, but vLLM chooses its own: leave it out, or take --engine transformers"
                 )
+            if max_waiting is not None:
+                raise GatewiseError(
+                    f"--max-waiting is {max_waiting}, but vLLM lets any number wait: leave it out, or take --engine transformers"
+                )
             from gatewise.serving.server.with_vllm import VllmServer
 
         else:
@@ -107,7 +114,8 @@ def serve(
         except KeyboardInterrupt:
             _say("serving ended")
         return
-    with AdapterServer(base, adapters or (), device=device, most_waiting=max_waiting, limits=_limits(), **settings) as server:
+    limits = _limits(trees)
+    with AdapterServer(base, adapters or (), device=device, most_waiting=max_waiting or 256, limits=limits, **settings) as server:
         _ready(server)
         try:
             server.run()
@@ -115,14 +123,19 @@ def serve(
             _say("serving ended")
 
 
-def _limits() -> dict[str, Any]:
-    """What requests may ask to be kept to: trees, where gatewise.mdt and llguidance are installed."""
+def _limits(trees: bool) -> dict[str, Any]:
+    """What requests may ask to be kept to: trees, where gatewise.mdt and llguidance are installed, which ``trees`` insists on."""
     try:
         from gatewise.mdt.extraction.constraint import TreeScores, check_available
         from gatewise.mdt.extraction.course import ARGUMENT
 
         check_available()
-    except (ImportError, GatewiseError):
+    except (ImportError, GatewiseError) as error:
+        if trees:
+            missing = getattr(error, "name", None) or "llguidance"
+            raise GatewiseError(
+                f"--trees needs {missing}, which is not installed: pip install 'gatewise[mdt]', or leave it out"
+            ) from error
         return {}
     return {ARGUMENT: TreeScores}
 
