@@ -182,6 +182,21 @@ def test_disabled_and_merged_adapters() -> None:
     assert_same(model)
 
 
+@pytest.mark.parametrize("names", [None, MIXED], ids=["one adapter", "mixed"])
+def test_switched_off_adapters(names: list[str] | None) -> None:
+    model = mixed_model()
+    fast_lora(model)
+    on = logits(model, names, prompts(5))
+    model.disable_adapter_layers()
+    assert_same(model, names)
+    assert_same(model, None)
+    assert not torch.allclose(logits(model, names, prompts(5)), on)
+    found = generation(model, names, prompts(5)).sequences
+    assert torch.equal(found, generation(model, [BASE] * 5, prompts(5)).sequences)
+    model.enable_adapter_layers()
+    torch.testing.assert_close(logits(model, names, prompts(5)), on)
+
+
 def test_gradients_and_inference_mode() -> None:
     model = mixed_model()
     fast_lora(model)

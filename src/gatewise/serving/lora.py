@@ -300,6 +300,8 @@ def _forward(layer: Any, batch: _Batch) -> Forward:
 def _parts(layer: Any, batch: _Batch, x: Tensor) -> list[Part] | None:
     """What is added in a layer; None if it is more than two matrices for an adapter."""
     made = []
+    if layer.disable_adapters:  # for PEFT before any names
+        return []
     for name in layer.active_adapters if batch.names is None else batch.rows:
         if name in layer.lora_A:
             if name in layer.lora_variant or not is_plain(layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name], x):
