@@ -19,6 +19,7 @@ from served_models import POSITIONS, TEMPLATE, client, model_of, text_of, words,
 from tiny_models import word_tokenizer
 
 from gatewise.losses import prompts_at
+from gatewise.serving.server.asked import BadRequestError, chat, completion
 from gatewise.serving.server.running import AdapterServer
 
 NAMES = ["tiny", "plain", "stable", "routed", "other", "dora", "prompts"]
@@ -312,6 +313,9 @@ GOOD = {"model": "plain", "prompt": "w1", "max_tokens": 2}
         ({"max_tokens": 10**400}, 400, "max_tokens", "a huge number"),
         ({"temperature": -1}, 400, "temperature", "number from 0 to 2"),
         ({"temperature": float("nan")}, 400, "temperature", "number from 0 to 2"),
+        ({"temperature": float("inf")}, 400, "temperature", "number from 0 to 2"),
+        ({"temperature": 10**400}, 400, "temperature", "a huge number"),
+        ({"top_p": 10**400}, 400, "top_p", "a huge number"),
         ({"top_p": 0}, 400, "top_p", "above 0"),
         ({"n": 129}, 400, "n", "1 to 128"),
         ({"n": 100, "prompt": ["w1"] * 100}, 400, "n", "10000 answers"),
@@ -322,6 +326,10 @@ GOOD = {"model": "plain", "prompt": "w1", "max_tokens": 2}
         ({"echo": True, "max_tokens": -1}, 400, "max_tokens", "from 0 to"),
         ({"echo": True, "prompt": [2] * (POSITIONS + 1), "max_tokens": 0}, 400, "prompt", "maximum context length"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty", "does not serve"),
+        ({"truncate_prompt_tokens": 3}, 400, "truncate_prompt_tokens", "does not serve"),
+        ({"add_special_tokens": False}, 400, "add_special_tokens", "does not serve"),
+        ({"max_completion_tokens": 5}, 400, "max_completion_tokens", "give max_tokens"),
+        ({"top_logprobs": 3}, 400, "top_logprobs", "give logprobs"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
     ],
 )
@@ -333,6 +341,43 @@ def test_what_makes_no_sense_is_told(server: AdapterServer, change: Any, status:
     assert error["param"] == param
     assert said in error["message"]
     assert str(Path.cwd()) not in error["message"]
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value", "neutral"),
+    [
+        ("truncate_prompt_tokens", 3, None),
+        ("skip_special_tokens", False, True),
+        ("include_stop_str_in_output", True, False),
+        ("guided_choice", ["a", "b"], None),
+        ("guided_json", {"type": "object"}, None),
+        ("guided_regex", "a+", None),
+        ("guided_grammar", "root ::= 'a'", None),
+        ("structural_tag", "{}", None),
+        ("logits_processors", ["one"], []),
+        ("documents", [{"text": "one"}], []),
+        ("return_token_ids", True, False),
+        ("return_tokens_as_token_ids", True, False),
+        ("thinking_token_budget", 3, None),
+        ("reasoning_effort", "high", None),
+    ],
+)
+def test_what_would_change_an_answer_is_refused(name: str, value: Any, neutral: Any, is_chat: bool) -> None:
+    body: dict[str, Any] = {"model": "plain", "messages": [{"role": "user", "content": "w1"}], "prompt": "w1"}
+    read = chat if is_chat else completion
+    with pytest.raises(BadRequestError, match=f"{name} is .*, which this server does not serve: leave it out"):
+        read({**body, name: value})
+    assert read({**body, name: neutral}) == read(body)
+
+
+def test_special_tokens_are_added_to_texts_and_not_to_chats() -> None:
+    """As vLLM does where nothing else is asked for."""
+    body: dict[str, Any] = {"model": "plain", "messages": [{"role": "user", "content": "w1"}], "prompt": "w1"}
+    for read, default in ((completion, True), (chat, False)):
+        assert read({**body, "add_special_tokens": default}) == read(body)
+        with pytest.raises(BadRequestError, match="add_special_tokens"):
+            read({**body, "add_special_tokens": not default})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The bodies of OpenAI's requests: what of them is served, and what is refused, each in a sentence."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,19 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "stop_token_ids": ([],),
     "structured_outputs": (),
+    "guided_choice": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_grammar": (),
+    "structural_tag": (),
+    "logits_processors": ([],),
+    "thinking_token_budget": (),
+    "reasoning_effort": (),
+    "truncate_prompt_tokens": (),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -42,7 +54,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
+    "documents": ([],),
 }
+_ONLY_COMPLETIONS: dict[str, tuple[Any, ...]] = {"add_special_tokens": (True,)}
+_ONLY_CHAT: dict[str, tuple[Any, ...]] = {"add_special_tokens": (False,)}  # a chat template writes them itself
 
 
 class BadRequestError(Exception):
@@ -104,8 +119,11 @@ def completion(body: Mapping[str, Any]) -> Asked:
     logprobs = body.get("logprobs")
     if logprobs is not None and not (is_whole(logprobs) and 0 <= logprobs <= MOST_LOGPROBS):
         raise BadRequestError(f"logprobs is {_shown(logprobs)}: expected a whole number from 0 to {MOST_LOGPROBS}", "logprobs")
+    for name, own, neutral in (("max_completion_tokens", "max_tokens", None), ("top_logprobs", "logprobs", 0)):
+        if body.get(name) not in (None, neutral):
+            raise BadRequestError(f"{name} is served by /v1/chat/completions alone: give {own}", name)
     echo = _flag(body, "echo")
-    return _asked(body, prompts=_prompts(body.get("prompt")), logprobs=logprobs, most="max_tokens", echo=echo)
+    return _asked(body, _ONLY_COMPLETIONS, prompts=_prompts(body.get("prompt")), logprobs=logprobs, most="max_tokens", echo=echo)
 
 
 def chat(body: Mapping[str, Any]) -> Asked:
@@ -120,11 +138,12 @@ def chat(body: Mapping[str, Any]) -> Asked:
     if top and not wanted:
         raise BadRequestError("top_logprobs was given without logprobs: give logprobs as true", "top_logprobs")
     most = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    return _asked(body, messages=_messages(body.get("messages")), logprobs=(top or 0) if wanted else None, most=most)
+    return _asked(body, _ONLY_CHAT, messages=_messages(body.get("messages")), logprobs=(top or 0) if wanted else None, most=most)
 
 
 def _asked(
     body: Mapping[str, Any],
+    only: Mapping[str, tuple[Any, ...]],
     *,
     most: str,
     logprobs: int | None,
@@ -135,7 +154,7 @@ def _asked(
     model = body.get("model")
     if not isinstance(model, str) or has_half_a_pair(model):
         raise BadRequestError(f"model is {_shown(model)}: expected the name of a model that /v1/models lists", "model")
-    for name, neutral in _ONLY.items():
+    for name, neutral in {**_ONLY, **only}.items():
         given = body.get(name)
         if given is not None and not any(given == one and isinstance(given, bool) == isinstance(one, bool) for one in neutral):
             raise BadRequestError(f"{name} is {_shown(given)}, which this server does not serve: leave it out", name)
@@ -244,7 +263,7 @@ def _number(body: Mapping[str, Any], name: str, least: float, most: float, defau
     given = body.get(name)
     if given is None:
         return default
-    if not is_number(given) or not math.isfinite(given) or not least <= given <= most or (above and given == least):
+    if not is_number(given) or not least <= given <= most or (above and given == least):
         raise BadRequestError(
             f"{name} is {_shown(given)}: expected a number {'above' if above else 'from'} {least:g} to {most:g}", name
         )
