@@ -1,10 +1,13 @@
 """Pieces of a text as they come: together they are the text, and none of them has half a character or a part of a stop string."""
 
 import random
+from typing import Any
 
 import pytest
 from tiny_models import word_tokenizer
 from tiny_run import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from gatewise.serving.server.text import Writing
 
@@ -37,6 +40,31 @@ def test_half_a_character_at_the_end_is_shown() -> None:
     tokens = tokenizer("é", add_special_tokens=False)["input_ids"]
     assert writing.add(tokens[0]) == ""
     assert writing.end() == "\ufffd"
+
+
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Small letters and blanks, and a token a byte for all else, as Llama 2 has it: those of no character are a mark each."""
+    tokens = ["<unk>", *"abcdefghijklmnopqrstuvwxyz ", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE({one: place for place, one in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("kind", [byte_tokenizer, fallback_tokenizer])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_within_which_the_prompt_ends_is_given_out_whole(cut: int, kind: Any) -> None:
+    tokenizer = kind()
+    ids, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ab🙂", "🙃xyz🙃 uv"))
+    writing = Writing(tokenizer, ids[:-cut])
+    given = [writing.add(token) for token in ids[-cut:] + after]
+    assert given[:cut] == [""] * (cut - 1) + ["🙂"]
+    assert "".join(given[cut:]) + writing.end() == "🙃xyz🙃 uv"
+
+
+def test_a_mark_of_the_prompts_own_is_not_given_out_again() -> None:
+    tokenizer = byte_tokenizer()
+    writing = Writing(tokenizer, tokenizer("ab\ufffd", add_special_tokens=False)["input_ids"])
+    assert "".join(writing.add(token) for token in tokenizer("xé", add_special_tokens=False)["input_ids"]) == "xé"
 
 
 @pytest.mark.parametrize("seed", range(20))

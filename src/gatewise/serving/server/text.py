@@ -34,20 +34,27 @@ class Writing:
 
     def end(self) -> str:
         """What is left at the end of an answer that no stop string ended."""
-        text = self._decode(self._ids[self._from :])
-        self._held += text[len(self._known) :]
+        self._held += self._unknown(self._decode(self._ids[self._from :]))
         self._cut()
         return self._out(len(self._held))
 
     def _new(self) -> str:
         text = self._decode(self._ids[self._from :])
-        if len(text) <= len(self._known) or text.endswith(_HALF):
+        new = self._unknown(text)
+        if not new or text.endswith(_HALF):
             return ""
-        new = text[len(self._known) :]
-        # The tokens that were new are the context of the next ones.
-        self._from, self._read = self._read, len(self._ids)
+        if text.startswith(self._known):  # or a text from there on would begin within a character
+            self._from = self._read  # the tokens that were new are the context of the next ones
+        self._read = len(self._ids)
         self._known = self._decode(self._ids[self._from :])
         return new
+
+    def _unknown(self, text: str) -> str:
+        """The part of a text that is new; all of a character within which the prompt ended, once it is whole."""
+        known = self._known
+        while known.endswith(_HALF) and not text.startswith(known):
+            known = known[:-1]
+        return text[len(known) :]
 
     def _give(self, new: str) -> str:
         self._held += new
