@@ -154,6 +154,20 @@ def test_an_adapter_takes_the_place_of_one_like_it_beside_rows_of_others(
     assert len({tuple(writes(base, folders[name], prompt, 12)) for name in written}) == 4
 
 
+def test_rows_tell_of_the_modules_that_their_own_adapter_decided_on(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    lane = Lane(load_model(base), "routed")
+    lane.load(adapter_folder(base, tmp_path / "all", "routed"), "all", str(base))
+    some = adapter_folder(base, tmp_path / "some", "routed", target_modules=r".*layers\.0\..*(q_proj|v_proj)", top_k=1)
+    lane.load(some, "some", str(base))
+    prompts = [[5, 6, 7], [8, 9]]
+    found = lane.read(prompts, ["all", "some"]).routed
+    assert found == [lane.read([one], [name]).routed[0] for one, name in zip(prompts, ("all", "some"), strict=True)]
+    assert {layer: sorted(modules) for layer, modules in found[1].kept.items()} == {
+        "model.layers.0": ["self_attn.q_proj", "self_attn.v_proj"]
+    }
+
+
 def test_an_adapter_that_cannot_be_read_takes_no_place(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     folders = [adapter_folder(base, tmp_path / str(seed), seed=seed) for seed in range(3)]

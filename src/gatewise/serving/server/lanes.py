@@ -167,7 +167,7 @@ class Lane:
         cache = DynamicCache(config=self._model.config)
         with self._called(names):
             logits = self._forward(ids, mask, cache, keep=width if everywhere else 1)
-            routed = self._routed(len(prompts))
+            routed = self._routed(names)
         return Prompts(list(names), logits[:, -1].float(), routed, mask, cache, logits[:, -width:] if everywhere else None)
 
     def join(self, prompts: "Prompts") -> None:
@@ -243,20 +243,24 @@ class Lane:
         logits: Tensor = self._model(input_ids=given, attention_mask=mask, use_cache=True, **options).logits
         return logits
 
-    def _routed(self, rows: int) -> list[Routed | None]:
+    def _routed(self, names: Sequence[str]) -> list[Routed | None]:
+        """What was decided for each row, by the adapter that it is for. The tuner tells of the modules of all of them."""
         if self.kind != "routed" or self._peft is None:
-            return [None] * rows
+            return [None] * len(names)
+        configs: Any = self._peft.peft_config
+        experts = [configs[self._called_by[name]].experts if name in self._called_by else {} for name in names]
         tuner: Any = self._peft.base_model
         routing = tuner.routing()
         kept = (routing.gates > 0).tolist()
         return [
             Routed(
                 {
-                    layer: dict(zip(modules, by_layer, strict=False))
+                    layer: {module: is_kept for module, is_kept in zip(modules, by_layer, strict=False) if module in own[layer]}
                     for layer, modules, by_layer in zip(routing.layers, routing.modules, row, strict=True)
+                    if layer in own
                 }
             )
-            for row in kept
+            for own, row in zip(experts, kept, strict=True)
         ]
 
     def _append(self, cache: Any, mask: Tensor) -> None:
