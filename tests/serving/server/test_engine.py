@@ -227,7 +227,14 @@ def test_a_fault_ends_its_answers_alone(
     assert "out of memory, say" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OSError("too many open files"), torch.OutOfMemoryError("no memory left")])
+def no_memory() -> Exception:
+    """What PyTorch raises where a processor's memory does not suffice."""
+    with pytest.raises(RuntimeError) as told:
+        torch.empty(2**60, dtype=torch.uint8)
+    return told.value
+
+
+@pytest.mark.parametrize("error", [OSError("too many open files"), torch.OutOfMemoryError("no memory left"), no_memory()], ids=type)
 def test_what_could_not_be_loaded_for_want_of_room_is_loaded_later(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -342,6 +349,101 @@ def test_nobody_waits_for_an_engine_that_ended(
         with pytest.raises(urllib.error.HTTPError, match="503"):
             urllib.request.urlopen(f"{server.url}/health")
     assert "a fault of ours" in capsys.readouterr().err
+
+
+def test_a_server_whose_engine_ended_tells_so_and_ends(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an error, so that whatever started it starts it again."""
+
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("gatewise.serving.server.running._LAST_WORDS", 1.0)
+    given: dict[str, Any] = {"name": "tiny", "port": 0, "device": "cpu", "say": lambda text: None}
+    with AdapterServer(str(made["base"]), **given) as server, ThreadPoolExecutor(1) as threads:
+        run = threads.submit(server.run)
+        assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
+        monkeypatch.setattr("gatewise.serving.server.engine.Engine._admit", breaks)
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="the engine has ended: see the server's log") as told:
+                ask(server, "tiny")
+            assert told.value.status_code == 503
+            assert "Retry-After" not in told.value.response.headers
+        with pytest.raises(GatewiseError, match="the engine has ended by a fault"):
+            run.result(30)
+    assert "a fault of ours" in capsys.readouterr().err
+
+
+def test_however_small_top_p_is_the_first_token_may_come(made: dict[str, Path]) -> None:
+    with serving(made["base"]) as server:
+        for top_p in (1e-50, 1e-40, 1e-9):
+            assert ask(server, "tiny", temperature=1, top_p=top_p).choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("_drawn", {"temperature": 1}), ("_told", {"logprobs": 1}), ("_told_of", {"logprobs": 1, "echo": True})],
+)
+def test_a_fault_in_one_answer_ends_no_other(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, more: dict[str, Any]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(f"gatewise.serving.server.engine.{name}", fails)
+    with serving(made["base"]) as server, ThreadPoolExecutor(4) as threads:
+        others = [threads.submit(ask, server, "tiny") for _ in range(3)]
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="RuntimeError"):
+                ask(server, "tiny", **more)
+        for one in others:
+            assert one.result(30).choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
+    assert "out of memory, say" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_fault_while_rows_leave_ends_the_rows_beside_them_alone(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(self: Lane, rows: Any) -> None:
+        raise RuntimeError("out of memory, say")
+
+    with serving(made["base"], made["a"], made["routed"]) as server:
+        with monkeypatch.context() as patch:
+            beside, elsewhere = (
+                iter(ask(server, name, 90, stream=True, extra_body={"ignore_eos": True})) for name in ("a", "routed")
+            )
+            begun = [next(one).choices[0].text for one in (beside, elsewhere)]
+            patch.setattr(Lane, "keep", fails)
+            assert ask(server, "a", 2).choices[0].text == text(made, "a", 2)
+            with pytest.raises(openai.APIError, match="RuntimeError"):
+                list(beside)
+            assert begun[1] + "".join(one.choices[0].text for one in elsewhere) == text(made, "routed", 90, ends=False)
+        for name in ("a", "routed"):
+            assert ask(server, name).choices[0].text == text(made, name)
+    assert "out of memory, say" in capsys.readouterr().err
+
+
+def test_an_adapter_that_cannot_be_taken_off_harms_no_other(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("a fault of PEFT's")
+
+    for name in ("a", "b"):
+        put(made[name], tmp_path / name)
+    with serving(made["base"], tmp_path, every=0.05) as server:
+        for name in ("a", "b"):
+            assert ask(server, name).choices[0].text == text(made, name)
+        monkeypatch.setattr(PeftModel, "delete_adapter", fails)
+        shutil.rmtree(tmp_path / "a")
+        soon(lambda: gauge(server, "gatewise_adapters_loaded") == 1)
+        put(made["a"], tmp_path / "c")
+        soon(lambda: "c" in listed(server))
+        for name in ("b", "c"):
+            assert ask(server, name).choices[0].text == text(made, "a" if name == "c" else "b")
+    assert "a fault of PEFT's" in capsys.readouterr().err
 
 
 def test_any_fault_in_loading_is_the_adapters_alone(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise.internals.http import read_body
 from gatewise.serving.server.asked import Asked, BadRequestError, chat, completion
 from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version
-from gatewise.serving.server.engine import Answer, BusyError, Engine, Limit, NotLoadedError, Piece, Told
+from gatewise.serving.server.engine import Answer, BusyError, EndedError, Engine, Limit, NotLoadedError, Piece, Told
 from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.vllm_server import MOST_BYTES, NO_KEY, NOT_HERE, has_key, host_of
 from gatewise.serving.server.vocabularies import Tokenizers
@@ -203,6 +203,7 @@ def app(served: Served) -> Starlette:
             ClientDisconnect: _told,
             BadRequestError: _told,
             BusyError: _told,
+            EndedError: _told,
             ReplacedError: _told,
             NotLoadedError: _told,
             Exception: _fault,
@@ -487,7 +488,7 @@ class _Stream:
         try:
             async for event in events:
                 await send({"type": "http.response.body", "body": _event(event), "more_body": True})
-        except (GatewiseError, BusyError, ReplacedError, NotLoadedError) as error:
+        except (GatewiseError, BusyError, EndedError, ReplacedError, NotLoadedError) as error:
             await send({"type": "http.response.body", "body": _event(_error(str(error), 500)), "more_body": True})
         except Exception as error:
             said = f"a fault in gatewise ({type(error).__name__}): see the server's log"
@@ -522,6 +523,8 @@ def _told(request: Request, error: Exception) -> Response:
         answer = _json(_error(str(error), 503), 503)
         answer.headers["Retry-After"] = "2"
         return answer
+    if isinstance(error, EndedError):
+        return _json(_error(str(error), 503), 503)
     if isinstance(error, NotLoadedError):
         return _json(_error(str(error), 500, "model"), 500)
     if isinstance(error, BadRequestError):

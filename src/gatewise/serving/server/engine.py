@@ -38,7 +38,7 @@ Limit = Callable[[Sequence[int], Tensor], Tensor]
 """Of one answer: what was written, and scores (v,) of the next token -> these with -inf for what may not come."""
 
 _GREEDY = 1e-5  # a lower temperature is none
-_PASSING = (OSError, MemoryError, torch.OutOfMemoryError)  # an adapter that could not be loaded may be loaded later
+_PASSING = (OSError, MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ class BusyError(Exception):
     """There is no room for more requests at the moment."""
 
 
+class EndedError(Exception):
+    """The engine has ended by a fault, and writes nothing more."""
+
+
 class NotLoadedError(Exception):
     """The adapter of a request could not be loaded."""
 
@@ -159,6 +163,7 @@ class Engine:
         most_loaded: adapters in the model at a time. The one that was not used for longest makes room, or one of the older half
             that the new one is like (``likeness``).
         most_running, most_waiting: answers.
+        broke: called when a fault has ended it, in its thread.
     """
 
     def __init__(
@@ -171,6 +176,7 @@ class Engine:
         most_loaded: int = 32,
         most_running: int = 32,
         most_waiting: int = 256,
+        broke: Callable[[], None] = lambda: None,
     ) -> None:
         self._bare, self._base, self._ends, self._metrics = bare, base, frozenset(ends), metrics
         self._most_loaded, self._most_running, self.most_waiting = most_loaded, most_running, most_waiting
@@ -179,7 +185,7 @@ class Engine:
         self._loaded: dict[str, _Loaded] = {}
         self._waiting: deque[Answer] = deque()
         self._news = threading.Condition()
-        self._is_ending = False
+        self._is_ending, self._is_broken, self._broke = False, False, broke
         self._thread = threading.Thread(target=self._run, name="gatewise-engine", daemon=True)
         metrics.gauges |= {
             "gatewise_running": lambda: _by_model([one for rows in list(self._running.values()) for one in list(rows)]),
@@ -201,10 +207,13 @@ class Engine:
         """Has answers written, all of them or none.
 
         Raises:
-            BusyError: too many wait already.
+            BusyError: too many wait already, or the server is ending.
+            EndedError: it has ended by a fault.
         """
         with self._news:
-            if len(self._waiting) + len(answers) > self.most_waiting or self._is_ending:
+            if self._is_ending:
+                raise self._why_ended()
+            if len(self._waiting) + len(answers) > self.most_waiting:
                 raise BusyError(f"{len(self._waiting)} requests wait already: ask again in a moment")
             self._waiting.extend(answers)
             self._news.notify()
@@ -253,10 +262,16 @@ class Engine:
                         self._step(lane)
         except Exception as error:  # a fault of ours: nobody must wait for answers that never come
             traceback.print_exception(error, file=sys.stderr)
+            self._is_broken = True
         with self._news:
             self._is_ending = True
         for one in (*self._waiting, *(one for rows in self._running.values() for one in rows)):
-            self._fail(one, BusyError("the server is ending"))
+            self._fail(one, self._why_ended())
+        if self._is_broken:
+            self._broke()
+
+    def _why_ended(self) -> Exception:
+        return EndedError("the engine has ended: see the server's log") if self._is_broken else BusyError("the server is ending")
 
     def _has_work(self) -> bool:
         """Waits until there is something to do; false at the end."""
@@ -361,7 +376,7 @@ class Engine:
                 traceback.print_exception(error, file=sys.stderr)
             # Said of the folder that the user knows, not of the copy.
             problem = (str(error) or type(error).__name__).replace(str(folder or version.folder), str(version.folder))
-            if isinstance(error, GatewiseError) and not isinstance(error.__cause__, _PASSING):
+            if isinstance(error, GatewiseError) and not _is_passing(error.__cause__):
                 version.problem = problem
             if self.is_alive and version.is_news(problem):  # nobody else says it
                 print(f"error: {problem}", file=sys.stderr)
@@ -405,7 +420,10 @@ class Engine:
                 used = {one.key for one in self._waiting} | {one.key for rows in self._running.values() for one in rows}
             for held in gone:
                 if held.version.key not in used:
-                    self._unload(held)
+                    try:
+                        self._unload(held)
+                    except Exception as error:  # what is left of it is asked for by nobody
+                        traceback.print_exception(error, file=sys.stderr)
 
     # ---- rows ----
 
@@ -430,11 +448,15 @@ class Engine:
             self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.model)
             if decided is not None:
                 self._note_routing(one, decided)
+        broken: dict[int, Exception] = {}
         for place, one in enumerate(batch):
             if one.echo is not None and not one.cancelled:
-                told = () if read.everywhere is None else _told_of(read.everywhere[place], one)
-                one.tell(Piece(one.echo, told=told))
-        self._go_on(lane, batch, read.logits)
+                try:
+                    told = () if read.everywhere is None else _told_of(read.everywhere[place], one)
+                    one.tell(Piece(one.echo, told=told))
+                except Exception as error:
+                    broken[place] = error
+        self._go_on(lane, batch, read.logits, broken)
 
     def _step(self, lane: Lane) -> None:
         rows = self._running[lane]
@@ -443,50 +465,57 @@ class Engine:
         except Exception as error:
             self._break(lane, [], error)
             return
-        self._go_on(lane, rows, logits)
+        self._go_on(lane, rows, logits, {})
 
-    def _go_on(self, lane: Lane, rows: Sequence[Answer], logits: Tensor) -> None:
-        """The next token of each of some rows of a lane, by logits (n, v)."""
-        broken: dict[int, Exception] = {}
+    def _go_on(self, lane: Lane, rows: Sequence[Answer], logits: Tensor, broken: dict[int, Exception]) -> None:
+        """The next token of each of some rows of a lane, by logits (n, v); those of ``broken`` end, each with its own fault."""
         unlimited: dict[int, Tensor] = {}  # where log-probabilities are told, which are the model's
         for place, one in enumerate(rows):
             if one.limit is not None and not one.cancelled:
-                if one.sampling.logprobs is not None:
-                    unlimited[place] = logits[place].clone()
                 try:
+                    if one.sampling.logprobs is not None:
+                        unlimited[place] = logits[place].clone()
                     logits[place] = one.limit(one.tokens, logits[place])
                 except Exception as error:
-                    traceback.print_exception(error, file=sys.stderr)
                     broken[place] = error
-        best = logits.argmax(dim=-1).tolist()
-        is_sound = logits.max(dim=-1).values.isfinite().tolist()  # not where there is a NaN, or nothing that may come
+        try:
+            best = logits.argmax(dim=-1).tolist()
+            is_sound = logits.max(dim=-1).values.isfinite().tolist()  # not where there is a NaN, or nothing that may come
+        except Exception as error:
+            self._break(lane, [], error)
+            return
         done: set[Answer] = set()
         for place, one in enumerate(rows):
             if one.cancelled:  # since its prompt's reading began, it may be: then it has no token to go on with
                 self._ended(one, "cancelled")
                 done.add(one)
                 continue
-            if place in broken:
-                self._fail(one, broken[place])
-                done.add(one)
-                continue
-            if not is_sound[place]:
+            if place not in broken and not is_sound[place]:
                 self._fail(one, NotLoadedError(f"the model {one.model!r} wrote what is no number"))
                 done.add(one)
                 continue
-            sampling = one.sampling
-            if sampling.max_tokens == 0:
-                self._ended(one, "length")
-                one.tell(Piece(finish="length"))
-                done.add(one)
-                continue
-            token = best[place] if sampling.temperature < _GREEDY else _drawn(logits[place].cpu(), sampling, one.generator)
-            count = sampling.logprobs
-            told = () if count is None else (_told(unlimited.get(place, logits[place]), token, count),)
-            if self._write(one, token, told):
+            try:
+                if place in broken:
+                    raise broken[place]
+                if self._next(one, best[place], logits[place], unlimited.get(place, logits[place])):
+                    done.add(one)
+            except Exception as error:
+                traceback.print_exception(error, file=sys.stderr)
+                self._fail(one, error)
                 done.add(one)
         if done:
             self._keep(lane, [place for place, one in enumerate(self._running[lane]) if one not in done])
+
+    def _next(self, one: Answer, best: int, logits: Tensor, unlimited: Tensor) -> bool:
+        """Chooses a token by logits (v) and gives it out; whether it was the last."""
+        sampling = one.sampling
+        if sampling.max_tokens == 0:
+            self._ended(one, "length")
+            one.tell(Piece(finish="length"))
+            return True
+        token = best if sampling.temperature < _GREEDY else _drawn(logits.cpu(), sampling, one.generator)
+        told = () if sampling.logprobs is None else (_told(unlimited, token, sampling.logprobs),)
+        return self._write(one, token, told)
 
     def _write(self, one: Answer, token: int, told: tuple[Told, ...]) -> bool:
         """Gives out a token; whether it was the last."""
@@ -507,8 +536,11 @@ class Engine:
 
     def _keep(self, lane: Lane, places: list[int]) -> None:
         rows = self._running[lane]
-        lane.keep(places)
         self._running[lane] = [rows[place] for place in places]
+        try:
+            lane.keep(places)
+        except Exception as error:
+            self._break(lane, [], error)
 
     def _break(self, lane: Lane, more: Sequence[Answer], error: Exception) -> None:
         """A fault of ours, or no memory: all rows of the lane end with it, and the lane goes on empty."""
@@ -534,13 +566,19 @@ class Engine:
                 self._metrics.count("gatewise_routing_kept_total", int(is_kept), model=one.model, layer=layer, module=module)
 
 
+def _is_passing(error: BaseException | None) -> bool:
+    """Whether what was not loaded may be loaded later. Of a processor's memory PyTorch has no error of its own."""
+    return isinstance(error, _PASSING) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
 def _drawn(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token of logits (v,)."""
     probabilities = (logits / sampling.temperature).softmax(dim=-1)
     if sampling.top_p < 1:
         ordered, places = probabilities.sort(descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # the first token is always in
-        probabilities = torch.zeros_like(probabilities).scatter(0, places, ordered.masked_fill(before >= sampling.top_p, 0.0))
+        is_out = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
+        is_out[0] = False  # as it would be where top_p is zero in this precision
+        probabilities = torch.zeros_like(probabilities).scatter(0, places, ordered.masked_fill(is_out, 0.0))
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 

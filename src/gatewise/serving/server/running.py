@@ -2,6 +2,7 @@
 
 import ipaddress
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.reach import HOST, PORT, check_reach
 from gatewise.serving.server.vocabularies import Tokenizers
 
+_LAST_WORDS = 5.0  # seconds in which a server whose engine has ended tells those who ask, and then ends
 _UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
 
 
@@ -94,7 +96,7 @@ class AdapterServer:
             self.metrics = metrics = Metrics()
             self.engine = Engine(
                 model, base, [one for one in ends if one is not None], metrics,
-                most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting,
+                most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, broke=self._broke,
             )  # fmt: skip
             for version in self.catalogue.all():
                 if version.is_named and self.engine.room:
@@ -105,7 +107,7 @@ class AdapterServer:
             raise
         embeddings: Any = model.get_input_embeddings()
         vocabulary = int(embeddings.weight.shape[0])
-        self._every = every
+        self._every, self._gave_up = every, False
         shown = HOST if ipaddress.ip_address(address.partition("%")[0]).is_unspecified else host
         self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self.port}"
         served = Served(
@@ -136,7 +138,11 @@ class AdapterServer:
         return [one.name for one in self.catalogue.all()]
 
     def run(self) -> None:
-        """Serves until :meth:`end`, or until an interrupt, which is raised when the answers under way have had five seconds."""
+        """Serves until :meth:`end`, or until an interrupt, which is raised when the answers under way have had five seconds.
+
+        Raises:
+            GatewiseError: a fault has ended the engine. Whatever started the server may start it again.
+        """
         self.engine.start()
         self.catalogue.watch(self._every)
         try:
@@ -145,6 +151,17 @@ class AdapterServer:
             self.catalogue.end()
             self.engine.end()
             self._encoding.shutdown(wait=False, cancel_futures=True)
+        if self._gave_up:
+            raise GatewiseError("the engine has ended by a fault, which is told above, and the server with it: start it again")
+
+    def _broke(self) -> None:
+        timer = threading.Timer(_LAST_WORDS, self._give_up)
+        timer.daemon = True
+        timer.start()
+
+    def _give_up(self) -> None:
+        self._gave_up = True
+        self.end()
 
     def end(self) -> None:
         """Ends :meth:`run`, from another thread."""
