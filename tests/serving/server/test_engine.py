@@ -1,6 +1,7 @@
 """Adapters that come and go under requests, room that runs out, and keys."""
 
 import errno
+import json
 import shutil
 import threading
 import time
@@ -332,6 +333,21 @@ def test_what_the_server_cannot_have_is_told(made: dict[str, Path]) -> None:
             pass
         with pytest.raises(GatewiseError, match=f"has {POSITIONS} positions"), serving(made["base"], most_tokens=POSITIONS + 1):
             pass
+
+
+def test_settings_of_the_base_model_that_are_passed_over_are_told(made: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(made["base"], tmp_path / "base")
+    said: list[str] = []
+    for settings in (
+        {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+        {"repetition_penalty": 1.5, "suppress_tokens": [40, 42]},
+    ):
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "do_sample": True, "top_k": 5, **settings}))
+        with serving(base, say=said.append) as server:
+            assert ask(server, "tiny", 12).choices[0].text == text_of(writes(made["base"], None, PROMPT, 12))
+    assert [one.partition(" in the ")[0] for one in said if one.startswith("note: ")] == [
+        "note: repetition_penalty, suppress_tokens"
+    ]
 
 
 def test_nobody_waits_for_an_engine_that_ended(

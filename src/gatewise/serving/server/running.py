@@ -26,6 +26,27 @@ from gatewise.serving.server.vocabularies import Tokenizers
 _LAST_WORDS = 5.0  # seconds in which a server whose engine has ended tells those who ask, and then ends
 _UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
 
+# Of a model's generation_config.json what would change the most probable answer, with the values that change nothing.
+_PASSED_OVER: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "exponential_decay_length_penalty": (),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ({}, []),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "stop_strings": ([],),
+    "guidance_scale": (1,),
+    "watermarking_config": (),
+    "num_beams": (1,),
+}
+
 
 class AdapterServer:
     """Serves until :meth:`end`.
@@ -91,7 +112,14 @@ class AdapterServer:
             length = most_tokens or (positions if positions < 2**31 else _UNTOLD)
             if length > positions:
                 raise GatewiseError(f"--max-model-len is {length}, but {base} has {positions} positions: give at most that")
-            given = getattr(model.generation_config, "eos_token_id", None)
+            settings = model.generation_config
+            passed_over = [name for name, same in _PASSED_OVER.items() if getattr(settings, name, None) not in (None, *same)]
+            if passed_over:
+                say(
+                    f"note: {', '.join(passed_over)} in the generation_config.json of {base} is passed over: answers are what the "
+                    "model writes without, as gatewise eval measures it"
+                )
+            given = getattr(settings, "eos_token_id", None)
             ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
             self.metrics = metrics = Metrics()
             self.engine = Engine(
