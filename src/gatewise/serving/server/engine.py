@@ -577,7 +577,7 @@ def _drawn(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     if sampling.top_p < 1:
         ordered, places = probabilities.sort(descending=True)
         is_out = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
-        is_out[0] = False  # as it would be where top_p is zero in this precision
+        is_out[0] = False  # or no token would be in where top_p is zero in this precision
         probabilities = torch.zeros_like(probabilities).scatter(0, places, ordered.masked_fill(is_out, 0.0))
     return int(torch.multinomial(probabilities, 1, generator=generator))
 

@@ -115,9 +115,9 @@ class AdapterServer:
             settings = model.generation_config
             passed_over = [name for name, same in _PASSED_OVER.items() if getattr(settings, name, None) not in (None, *same)]
             if passed_over:
+                names = ", ".join(passed_over)
                 say(
-                    f"note: {', '.join(passed_over)} in the generation_config.json of {base} is passed over: answers are what the "
-                    "model writes without, as gatewise eval measures it"
+                    f"note: {names} in the generation_config.json of {base}: passed over, answers are what the model writes without"
                 )
             given = getattr(settings, "eos_token_id", None)
             ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
