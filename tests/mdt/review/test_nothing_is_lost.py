@@ -209,6 +209,21 @@ def test_only_a_word_of_the_reviewer_takes_an_approval_out_of_the_file(session: 
     session.save()
     assert records(session)[0]["review"] == "corrected"  # no longer approved, and no draft either
     assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
+def test_the_page_is_told_whose_approval_an_undo_or_redo_takes_back(session: Session) -> None:
+    def taken_back() -> tuple[str, str]:
+        shown = whole(session.passage(1))
+        return shown["undo_takes_back"], shown["redo_takes_back"]
+
+    assert taken_back() == ("", "")
+    act(session, "approve", "Ada", True)
+    assert taken_back() == ("Ada", "")
+    correct(session, 1, "ibuprofen", By("Bea"))
+    assert taken_back() == ("", "")  # Ada's approval stays under it
+    act(session, "approve", "Bea", True)
+    assert taken_back() == ("Bea", "")
+    act(session, "approve", "Bea", False)
+    act(session, "undo", "Bea")
+    assert taken_back() == ("Bea", "Bea")
 
 
 # Who stands for a tree ----------------------------------------------------------------------------------------------

@@ -416,7 +416,7 @@ def test_two_windows_and_an_address_without_the_token(review: Callable[..., Revi
     phrases = [one[2] for node in nodes for one in node["triples"]]
     assert "words of mine" in phrases
     assert old not in phrases
-    sync_api.expect(page.locator("#history-list li", has_text="(×2)")).to_have_count(1)
+    sync_api.expect(page.locator("#history-list li", has_text="(×3)")).to_have_count(1)
     for _ in range(300):  # the new triple may still be on its way
         made = [entry.action for entry in here.session.since(here.session.passage(1), 0)]
         if len(made) > 2:
@@ -457,6 +457,145 @@ def test_two_windows_and_an_address_without_the_token(review: Callable[..., Revi
     stranger.goto(here.server.url.partition("#")[0])
     sync_api.expect(stranger.locator("#trouble")).to_contain_text("open the address that the terminal shows")
     assert stranger.locator("#passages li").count() == 0
+
+
+def test_all_that_was_kept_is_made_one_after_the_other(review: Callable[..., Review]) -> None:
+    """A change that moves nodes takes nothing away from the next one, and what has no place any more stays to be read."""
+    here = review("sample:guidelines")
+    page = here.page
+    said = page.locator("#conflict")
+    page.wait_for_selector("#tree svg")
+    bea = By("Bea", "another window")
+    here.session.edit(1, 0, "set_triple", {"node": 2, "triple": 0, "parts": [None, None, "words of Bea"]}, bea)
+    page.click("#swap")
+    sync_api.expect(said).to_contain_text("a change of the tree.")
+    here.node(2).click()
+    page.fill("#object-0", "words of mine")
+    page.keyboard.press("Enter")
+    sync_api.expect(said).to_contain_text("a change of the tree; “words of mine”.")
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of Bea")
+    page.click("#conflict-make")
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of mine")
+    sync_api.expect(said).to_be_hidden()
+    nodes = here.session.passage(1).now.nodes
+    assert [one["triples"][0][2] for one in nodes[1:]] == ["words of Bea", "words of mine"]
+    assert [entry.window == "another window" for entry in here.session.since(here.session.passage(1), 0)] == [True, False, False]
+
+    # An approval is of a tree with all that was wanted before it, so it waits with what has no place.
+    here.node(3).click()
+    here.session.edit(1, 3, "set_triple", {"node": 2, "triple": 0, "parts": [None, None, "other words"]}, bea)
+    page.fill("#object-0", "mine again")
+    page.keyboard.press("Enter")
+    sync_api.expect(said).to_contain_text("“mine again”.")
+    page.click("#approve")
+    sync_api.expect(said).to_contain_text("“mine again”; the approval.")
+    here.node(1).click()
+    page.click("#swap")
+    sync_api.expect(said).to_contain_text("the approval; a change of the tree.")
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#tree")).to_contain_text("other words")
+    page.click("#conflict-make")
+    sync_api.expect(said).to_contain_text("kept here: “mine again”; the approval.")
+    sync_api.expect(page.locator("#conflict-make")).to_be_disabled()
+    assert [one["triples"][0][2] for one in here.session.passage(1).now.nodes[1:]] == ["other words", "words of Bea"]
+    here.wait_state("corrected")
+
+
+def test_what_was_kept_and_cannot_be_sent_is_kept_on(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    said = page.locator("#conflict")
+    page.wait_for_selector("#tree svg")
+    edit = ("set_triple", {"node": 2, "triple": 0, "parts": [None, None, "words of Bea"]}, By("Bea", "another window"))
+    here.session.edit(1, 0, *edit)
+    for words in ("words of mine", "other words"):
+        page.fill("#object-0", words)
+        page.keyboard.press("Enter")
+        sync_api.expect(said).to_contain_text(words)
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of Bea")
+    page.route("**/api/edit", lambda route: route.abort())
+    page.click("#conflict-make")
+    sync_api.expect(page.locator("#said")).to_contain_text("cannot be reached")
+    sync_api.expect(said).to_contain_text("“words of mine”; “other words”.")
+    page.unroute("**/api/edit")
+    page.click("#conflict-make")
+    sync_api.expect(said).to_be_hidden()
+    assert here.session.passage(1).now.nodes[0]["triples"][0][2] == "other words"
+
+
+def test_what_is_asked_for_before_the_answer_comes_is_not_lost(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    held: list[Any] = []
+
+    def swap() -> None:
+        """Asks for an exchange of the branches, and keeps it on its way."""
+        page.route("**/api/edit", lambda route: held.append(route))  # an own attribute is set on it
+        with page.expect_request("**/api/edit"):
+            page.click("#swap")
+
+    def arrive() -> None:
+        held.pop().continue_()
+        page.unroute("**/api/edit")
+
+    swap()
+    here.node(2).click()
+    page.fill("#object-0", "words of mine")  # which belong to the triple that is the other branch's by then
+    page.keyboard.press("Enter")
+    arrive()
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of mine")
+    assert here.session.passage(1).now.nodes[2]["triples"][0][2] == "words of mine"
+    assert page.is_hidden("#conflict")
+    # An approval is of the tree that was seen: it waits until the one that came of it was looked at.
+    here.node(1).click()
+    swap()
+    page.click("#approve")
+    arrive()
+    sync_api.expect(page.locator("#conflict")).to_contain_text("Not done yet, and kept here: the approval.")
+    here.wait_state("corrected")
+    page.click("#conflict-make")
+    here.wait_state("approved")
+    assert page.is_hidden("#conflict")
+
+
+def test_an_undo_of_the_approval_of_another_asks_before(review: Callable[..., Review], tmp_path: Path) -> None:
+    users = UserFile(tmp_path / "users.json")
+    token = users.add("Bea")
+    here = review("sample:guidelines", users=users)
+    here.session.approve(1, 0, by=By("Ada"))
+    page = here.page = here.stranger(f"{here.server.url}#token={token}")
+    here.wait_state("approved")
+    asked: list[str] = []
+
+    def dismiss(dialog: Any) -> None:
+        asked.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", dismiss)
+    page.fill("#comment", "a slip?")
+    page.click("#undo")
+    sync_api.expect(page.locator("#comment")).to_have_value("a slip?")
+    assert asked == ["Take the approval of Ada back?"]
+    page.fill("#comment", "")
+    # Of two at once the first takes only one's own change back.
+    page.click("#swap")
+    here.wait_state("corrected")
+    page.evaluate("() => { const one = document.getElementById('undo'); one.click(); one.click(); }")
+    here.wait_state("approved")
+    page.wait_for_timeout(300)
+    assert len(asked) == 2
+    assert here.state() == "approved"
+    page.remove_listener("dialog", dismiss)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#undo")
+    here.wait_state("to review")
+    page.click("#redo")  # brings it back, for which nobody is asked
+    here.wait_state("approved")
+
+
 
 
 def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Path) -> None:

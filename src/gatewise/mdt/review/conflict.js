@@ -18,6 +18,18 @@ function what({ action, body }) {
   return tr("a change of the tree");
 }
 
+// Whether two changes of a passage are one and the same, whatever was said of them.
+export function alike(one, other) {
+  const bare = ({ action, body: { comment, ...rest } }) => [action, rest];
+  return same(bare(one), bare(other));
+}
+
+// Whether any of the changes can be made on the present tree. An approval is of a tree with all that was wanted before it.
+export function makeable(wanted, present) {
+  const missing = wanted.findIndex(one => !fitted(one, present));
+  return wanted.some((one, i) => fitted(one, present) && (one.action !== "approve" || missing < 0 || i < missing));
+}
+
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 const inside = node => [node.role, node.join, node.triples.map(triple => triple.parts)];
 

@@ -1,7 +1,7 @@
 // The page of a review: the list of passages, the text, the tree, and what the buttons and keys do.
 
 import { Failed, WINDOW, base64, element, get, inOrder, post, single } from "./calls.js";
-import { fitted, saidOf } from "./conflict.js";
+import { alike, fitted, makeable, saidOf } from "./conflict.js";
 import { showEditor } from "./editor.js";
 import { saidOfOthers, saidOfReviewed, showHistory } from "./history.js";
 import { choose, language, tr, translatePage } from "./words.js";
@@ -36,7 +36,7 @@ async function failed(error) {
   if (error.status === 409 && passage) await show(passage.number);
 }
 
-// Our own changes: of which version each was and to which it led, and whether nodes and triples kept their places in it.
+// Our own changes: what each was, of which version and to which it led, and whether nodes and triples kept their places in it.
 const own = [];
 const STILL = ["join", "set_triple", "add_triple"];
 // The passages as they were shown, for what is asked for of one that is no longer shown.
@@ -79,53 +79,93 @@ function giveCommentBack(number, text) {
 }
 
 // A change of the present passage as it was seen, after the ones asked for before it.
-function change(action, wanted = {}, then = () => {}, seen = passage.version) {
+function change(action, body = {}, then = () => {}, seen = passage.version) {
   const { number } = passage;
-  const body = "comment" in wanted ? wanted : { ...wanted, comment: takeComment(number) };
+  const wanted = { number, action, body: { ...body, comment: takeComment(number) }, then };
   const relative = action === "undo" || action === "redo"; // of whatever is there then
   return inOrder(async () => {
     const version = forward(number, seen, relative);
-    let answer;
-    try {
-      answer = await post(`api/${action}`, { number, version, ...body });
-    } catch (error) {
-      if (!(error instanceof Failed) || error.status !== 409) {
-        giveCommentBack(number, body.comment);
-        throw error;
-      }
-      await refused(error, { number, action, body, then, of: shown.get(`${number} ${seen}`) });
-      return;
-    }
-    own.push({ number, from: version, to: answer.passage.version,
-      still: action === "approve" || action === "leave" || STILL.includes(body.edit) });
-    session = answer.session;
-    if (passage && passage.number === number) setPassage(answer.passage);
-    then();
-    showAll();
+    // Up to there all is in the places where it was seen, and as it is by now.
+    wanted.of = shown.get(`${number} ${version}`) || shown.get(`${number} ${seen}`);
+    if (relative && wanted.of && !mayTakeBack(wanted.of[`${action}_takes_back`])) giveCommentBack(number, wanted.body.comment);
+    else await attempt(wanted, wanted.body, version, seen);
   }).catch(failed);
 }
 
-// A change of an older tree: our own second click is nothing to speak of, a change of somebody else is.
-async function refused(error, wanted) {
-  const others = error.content.since.filter(one => one.window !== WINDOW || one.action === "extract");
-  if (!others.length && error.content.since.length) {
+async function attempt(wanted, body, version, seen) {
+  try {
+    await send(wanted, body, version);
+  } catch (error) {
+    if (isRefusal(error)) return refused(error, wanted, seen);
     giveCommentBack(wanted.number, wanted.body.comment);
-    await show(wanted.number);
-    return;
+    throw error;
   }
-  const before = conflicts.has(wanted.number) ? conflicts.get(wanted.number).wanted : [];
-  const known = before.some(one => one.action === wanted.action && JSON.stringify(one.body) === JSON.stringify(wanted.body));
-  conflicts.set(wanted.number, { number: wanted.number, wanted: known ? before : [...before, wanted], others, looked: false });
-  session = await get("api/session");
-  news = null; // the conflict says it
+}
+
+function isRefusal(error) {
+  return error instanceof Failed && error.status === 409;
+}
+
+// Makes a change in its turn, on the tree of a version, and answers with the passage that it led to.
+async function send(wanted, body, version) {
+  const { number, action, then } = wanted;
+  const answer = await post(`api/${action}`, { number, version, ...body });
+  own.push({ action, body: wanted.body, number, from: version, to: answer.passage.version,
+    still: action === "approve" || action === "leave" || STILL.includes(body.edit) });
+  session = answer.session;
+  if (passage && passage.number === number) setPassage(answer.passage);
+  else keepShown(answer.passage);
+  then();
   showAll();
+  return answer.passage;
+}
+
+// A change of an older tree. Where only we changed it, what was asked for before the answer came is made where it belongs by now,
+// and a second click is nothing to speak of. What has no place any more, and what is of a tree that somebody else changed, is kept.
+async function refused(error, wanted, seen) {
+  const { since, passage: present } = error.content, { number } = wanted;
+  const others = ofOthers(since), mine = since.length && !others.length;
+  const second = mine && own.some(one => one.number === number && one.from >= seen && alike(one, wanted));
+  const body = mine && !second && wanted.action === "edit" && fitted(wanted, present);
+  if (body) return attempt(wanted, body, present.version, seen);
+  if (second) giveCommentBack(number, wanted.body.comment);
+  else keep(number, [wanted], mine ? since : others);
+  if (mine && passage && passage.number === number) {
+    await show(number);
+    if (!second) conflicts.get(number).looked = true;
+  }
+  session = await get("api/session");
+  if (!mine) news = null; // the conflict says it
+  showAll();
+}
+
+// An extraction that we asked for is no change of ours: we have not seen what it brings.
+function ofOthers(entries) {
+  return entries.filter(one => one.window !== WINDOW || one.action === "extract");
+}
+
+function keep(number, wanted, others, looked = false) {
+  const before = conflicts.get(number) || { wanted: [], looked: false };
+  // A field that is left for "Look at the present tree" sends its words once more.
+  const known = one => before.wanted.some(held => alike(held, one) && [held.body.comment, ""].includes(one.body.comment));
+  const added = wanted.filter(one => !known(one));
+  conflicts.set(number, { number, wanted: [...before.wanted, ...added], others, looked: added.length ? looked : before.looked });
+}
+
+function keepShown(answer) {
+  shown.set(`${answer.number} ${answer.version}`, answer);
+  if (shown.size > 50) shown.delete(shown.keys().next().value);
 }
 
 function setPassage(answer) {
   if (news && news.number === answer.number && news.version <= answer.version) news = null;
   passage = answer;
-  shown.set(`${answer.number} ${answer.version}`, answer);
-  if (shown.size > 50) shown.delete(shown.keys().next().value);
+  keepShown(answer);
+}
+
+// An approval of somebody else is their word: it goes only when we say so.
+function mayTakeBack(by) {
+  return !by || by === session.you || confirm(tr("Take the approval of {name} back?", { name: by }));
 }
 
 function undo() {
@@ -265,7 +305,7 @@ function showConflict() {
   at("conflict-look").hidden = looked;
   const here = looked && passage && passage.number === number;
   at("conflict-make").hidden = !looked;
-  at("conflict-make").disabled = !here || !wanted.some(one => fitted(one, passage));
+  at("conflict-make").disabled = !here || !makeable(wanted, passage);
   at("conflict-make").title = at("conflict-make").disabled ? tr("What it was about is no longer in the tree") : "";
 }
 
@@ -550,10 +590,9 @@ onClick("undo", undo);
 onClick("redo", redo);
 at("approve").addEventListener("click", event => {
   if (!single(event)) return;
-  const approved = passage.state !== "approved", by = passage.reviewed && passage.reviewed.by;
-  // It may have become approved under the pointer, and is another person's word.
-  if (!approved && by && by !== session.you && !confirm(tr("Take the approval of {name} back?", { name: by }))) return;
-  change("approve", { approved });
+  const approved = passage.state !== "approved";
+  // It may have become approved under the pointer.
+  if (approved || mayTakeBack(passage.reviewed && passage.reviewed.by)) change("approve", { approved });
 });
 onClick("beside-take", () => {
   const reviewed = passage.state === "corrected" || passage.state === "approved";
@@ -566,17 +605,39 @@ onClick("conflict-look", () => {
   conflict.looked = true;
   open(conflict.number);
 });
-onClick("conflict-make", () => {
-  const { number, wanted } = presentConflict();
+onClick("conflict-make", () => inOrder(make).catch(failed));
+
+// Makes what was kept on the tree that is shown, one after the other, and keeps what has no place there and what fails.
+async function make() {
+  const conflict = presentConflict();
+  if (!conflict || !conflict.looked || !passage || conflict.number !== passage.number) return; // two clicks at once
+  const { number, wanted, others } = conflict;
+  const left = [];
+  let places = passage, { version } = passage;
   conflicts.delete(number);
-  for (const one of wanted) {
-    const body = fitted(one, passage);
-    if (body) change(one.action, body, one.then);
+  for (const [i, one] of wanted.entries()) {
+    const body = one.action === "approve" && left.length ? null : fitted(one, places);
+    const back = body && body.approved === false && places.state === "approved";
+    if (!body || (back && !mayTakeBack(places.reviewed && places.reviewed.by))) {
+      left.push(one);
+      continue;
+    }
+    try {
+      const made = await send(one, body, version);
+      ({ version } = made);
+      if (!own.at(-1).still) places = made;
+    } catch (error) {
+      // It waits with all that was to come after it: somebody was faster again, or it cannot be made.
+      const refusal = isRefusal(error);
+      keep(number, [...left, ...wanted.slice(i)], refusal ? ofOthers(error.content.since) : others, !refusal);
+      showAll();
+      if (refusal) return;
+      throw error;
+    }
   }
-  const left = wanted.filter(one => !fitted(one, passage));
-  if (left.length) conflicts.set(number, { number, wanted: left, others: [], looked: true });
+  if (left.length) keep(number, left, others, true);
   showAll();
-});
+}
 onClick("conflict-drop", () => {
   const { number } = presentConflict();
   conflicts.delete(number);

@@ -3,7 +3,7 @@
 Passages are values: a change makes a new one, so that whoever reads one sees it whole, whatever is done meanwhile.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
@@ -78,6 +78,12 @@ class Version(NamedTuple):
     def standing(self) -> "Version | None":
         """The version that a person stands for: this one, if it is approved, or the one that was."""
         return self if self.state == "approved" else self.approved
+
+    @property
+    def approver(self) -> str:
+        """Who stands for it or for the one that was approved; empty where nobody does, and where it is not known."""
+        by = ((self.standing and self.standing.reviewed) or {}).get("by")
+        return by if isinstance(by, str) else ""
 
     def after(self, before: "Version") -> "Version":
         """In the place of another version, whose approved tree stays that of the file of corrections."""
@@ -157,13 +163,26 @@ class Passage:
         standing, now = version.standing, self.now
         if standing is None:
             return version if now.standing is None else version._replace(taken_back=by)
-        approver = (standing.reviewed or {}).get("by", "")
+        approver = version.approver
         if now.standing is None and now.taken_back not in ("", by) and approver != by:
             raise GatewiseError(
                 f"{now.taken_back} took the approval of {approver or 'an earlier reviewer'} back, so only one of the two brings it"
                 " back; approve the tree yourself if you stand for it"
             )
         return version
+
+    @property
+    def undo_takes_back(self) -> str:
+        """Whose approval an undo would take back; empty where it takes none, or nobody knows whose."""
+        return self._lost(self.past)
+
+    @property
+    def redo_takes_back(self) -> str:
+        """Whose approval a redo would take back, as :attr:`undo_takes_back`."""
+        return self._lost(self.future)
+
+    def _lost(self, versions: Sequence[Version]) -> str:
+        return self.now.approver if versions and self.now.approver != versions[-1].approver else ""
 
     def begun(self, reviewed: dict[str, Any] | None = None) -> "Passage":
         """With an empty tree, to be written by hand.
