@@ -209,6 +209,76 @@ def test_only_a_word_of_the_reviewer_takes_an_approval_out_of_the_file(session: 
     session.save()
     assert records(session)[0]["review"] == "corrected"  # no longer approved, and no draft either
     assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
+
+
+def test_an_approved_tree_under_one_that_was_taken_is_unsaved_until_it_is_saved(session: Session) -> None:
+    session.approve(1, 0)
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 1, extraction=1, replaced=True)
+    assert session.unsaved == 1
+    assert overview(session)["passages"][0]["unsaved"]
+    saved = session.save()
+    assert (saved.records, saved.unapproved, saved.earlier) == (1, [1], [])
+    assert (records(session)[0]["review"], records(session)[0]["tree"]) == ("approved", gout())
+
+
+@pytest.mark.parametrize("approved", [False, True])
+@pytest.mark.parametrize("reopen", [False, True])
+def test_what_a_person_undid_goes_out_of_the_file_with_the_next_save(tmp_path: Path, approved: bool, reopen: bool) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen")
+    if approved:
+        session.approve(1, 1)
+    session.save()
+    for _ in range(1 + approved):
+        session.undo(1, session.passage(1).version)
+    assert session.unsaved == 1
+    for _ in range(2):
+        if reopen:
+            session.close()
+            session = Session.open(file)
+        saved = session.save()
+        assert (saved.records, saved.unfinished, saved.unapproved, saved.earlier) == (1, [], [], [])
+        (record,) = records(session)
+        assert (record["tree"], {"review", "reviewed"} & record.keys(), session.unsaved) == (gout(), set(), 0)
+    if not reopen:
+        session.redo(1, session.passage(1).version)
+        session.save()
+        assert (records(session)[0]["review"], session.passage(1).now.nodes) == ("corrected", records(session)[0]["tree"])
+    elif not approved:  # and there is nothing to undo that would change nothing
+        session.close()
+        session = Session.open(file)
+        assert session.passage(1).past == ()
+    session.close()
+
+
+def test_a_correction_that_the_file_keeps_under_a_taken_extraction_does_not_pass_for_an_approved_tree(session: Session) -> None:
+    correct(session, 1, "ibuprofen")
+    session.save()
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 1, extraction=1, replaced=True)
+    saved = session.save()
+    assert (saved.records, saved.unfinished, saved.unapproved, saved.earlier) == (1, [], [], [1])
+    # Nor does it go by undoing what was done to the extraction, or by taking that once more.
+    session.edit(1, 2, "add_triple", {"node": 0})
+    for back in (session.undo, session.undo, session.redo):
+        back(1, session.passage(1).version)
+    assert session.passage(1).now.nodes == DRAFT
+    assert session.save().earlier == [1]
+    assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
+
+
+def test_what_was_undone_before_the_last_save_goes_out_of_the_file_too(session: Session) -> None:
+    correct(session, 1, "ibuprofen")
+    correct(session, 1, "rest")
+    session.save()
+    for _ in range(2):
+        session.undo(1, session.passage(1).version)
+    saved = session.save()
+    assert (saved.earlier, records(session)[0]["tree"], "review" in records(session)[0]) == ([], gout(), False)
+
+
 def test_the_page_is_told_whose_approval_an_undo_or_redo_takes_back(session: Session) -> None:
     def taken_back() -> tuple[str, str]:
         shown = whole(session.passage(1))

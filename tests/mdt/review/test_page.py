@@ -26,6 +26,7 @@ from gatewise.mdt import DecisionTree, read_trees, sample
 from gatewise.mdt.review import Extracting, Session
 from gatewise.mdt.review import Review as Reviewed
 from gatewise.mdt.review import session as session_module
+from gatewise.mdt.review.passage import Version
 from gatewise.mdt.review.server import ReviewServer
 from gatewise.mdt.review.session import By
 from gatewise.mdt.review.users import UserFile
@@ -596,6 +597,16 @@ def test_an_undo_of_the_approval_of_another_asks_before(review: Callable[..., Re
     here.wait_state("approved")
 
 
+def test_a_save_says_for_which_passages_the_file_keeps_an_earlier_correction(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    here.session.edit(1, 0, "swap", {"node": 0})
+    here.session.save()
+    here.session.put(1, Version([node("D")], "drafted"))
+    here.session.take(1, 1, 1, replaced=True)
+    here.page.click("#save")
+    said = here.page.locator("#said")
+    sync_api.expect(said).to_contain_text("; as it was saved before, until you correct or approve it: passage 1")
+    assert "approved before" not in said.inner_text()
 
 
 def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Path) -> None:

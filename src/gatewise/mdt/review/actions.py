@@ -178,9 +178,7 @@ def _cancel(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
 
 def _save(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
     saved = review.session.save(by)
-    return {
-        "saved": {"path": str(saved.path), "records": saved.records, "unfinished": saved.unfinished, "unapproved": saved.unapproved}
-    }
+    return {"saved": {**saved._asdict(), "path": str(saved.path)}}
 
 
 def _export(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:

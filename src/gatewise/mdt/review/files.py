@@ -272,7 +272,7 @@ def _version(version: Version | None) -> dict[str, Any] | None:
         "approved": _version(version.approved),
     }
     made |= {name: value for name, value in more.items() if value is not None}
-    return made | ({"of": version.of} if version.of else {})
+    return made | ({"of": version.of} if version.of else {}) | ({"undone": True} if version.undone else {})
 
 
 def _passage(item: dict[str, Any], number: int) -> Passage:
@@ -304,6 +304,7 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
         _object(held.get("extraction")),
         _object(held.get("reviewed")),
         str(held.get("of", "")),
+        undone=held.get("undone") is True,
     )
     confidence = shares(held.get("confidence"))
     if nodes is not None and confidence is not None and len(confidence) == len(nodes):

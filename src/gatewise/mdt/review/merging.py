@@ -300,7 +300,7 @@ def _next(old: Passage, now: Version, more: dict[str, Any], saved: Version | Non
     Args:
         undone: the version that undoing leads to, if it is another than the present one and has a tree.
     """
-    past = (undone,) if undone != now and undone.nodes is not None else ()
+    past = (undone,) if undone != now._replace(undone=undone.undone) and undone.nodes is not None else ()
     number = old.version + (now != old.now)
     return replace(old, now=now, more=more, saved=saved, came=came, past=past, version=number)
 

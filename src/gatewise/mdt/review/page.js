@@ -579,9 +579,10 @@ const save = () => act("api/save", {}, ({ saved }) => {
   const values = { path: saved.path, count: saved.records, numbers: saved.unfinished.join(", ") };
   const what = saved.records ? tr("Saved: {path}, trees: {count}", values)
     : tr("Nothing is corrected or approved yet, so {path} has no trees", values);
-  const kept = { numbers: saved.unapproved.join(", ") };
+  const kept = { numbers: saved.unapproved.join(", ") }, earlier = { numbers: saved.earlier.join(", ") };
   say(what + (saved.unfinished.length ? tr("; not yet in it, because unfinished: passage {numbers}", values) : "")
-    + (saved.unapproved.length ? tr("; as it was approved before, until you approve it again: passage {numbers}", kept) : ""));
+    + (saved.unapproved.length ? tr("; as it was approved before, until you approve it again: passage {numbers}", kept) : "")
+    + (saved.earlier.length ? tr("; as it was saved before, until you correct or approve it: passage {numbers}", earlier) : ""));
 });
 
 onClick("previous", () => go(-1));

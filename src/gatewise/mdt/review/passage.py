@@ -51,6 +51,8 @@ class Version(NamedTuple):
             as what can be undone is, and not on disk.
         confidence: for each node how likely it is right as the model gave it, see :attr:`gatewise.mdt.Extraction.confidence`; None
             for one that a person changed, and as a whole where no node has any.
+        undone: a person came to it by undoing what the file of corrections has, which gets it in the place of that, also where it
+            is a draft: one that was extracted or taken takes nothing out of the file.
     """
 
     nodes: Nodes | None = None
@@ -62,6 +64,7 @@ class Version(NamedTuple):
     of: str = ""
     taken_back: str = ""
     confidence: tuple[float | None, ...] | None = None
+    undone: bool = False
 
     @property
     def least(self) -> float | None:
@@ -143,7 +146,10 @@ class Passage:
         """
         if not self.past:
             raise GatewiseError("there is nothing to undo in this passage")
-        return self._at(self._again(self.past[-1], by), past=self.past[:-1], future=(*self.future, self.now))
+        version = self._again(self.past[-1], by)
+        if self.now.undone or (self.saved is not None and self.now.nodes == self.saved.nodes):
+            version = version._replace(undone=True)
+        return self._at(version, past=self.past[:-1], future=(*self.future, self.now))
 
     def redone(self, by: str = "") -> "Passage":
         """Forward again to the version that was undone.
@@ -212,8 +218,8 @@ class Passage:
         if nodes == self.now.nodes:
             return self
         confidence = self.now.still_sure_of(nodes)
-        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, taken_back="", confidence=confidence)
-        return self.with_version(made.after(self.now))
+        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, taken_back="", undone=False)
+        return self.with_version(made._replace(confidence=confidence).after(self.now))
 
     def judged(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
         """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
@@ -310,13 +316,13 @@ class Passage:
     def kept(self) -> Version | None:
         """The version that belongs into the file of corrections.
 
-        That is what was approved last and not taken back since; else the tree if a person corrected it and it is valid; else what
-        the file already has, if any.
+        That is what was approved last and not taken back since; else the tree if it is valid and a person corrected it or came to
+        it by undoing what the file has; else what the file already has, if any.
         """
         now, saved = self.now, self.saved
         if now.standing is not None:
             return now.standing
-        if self.is_valid and (now.state == "corrected" or (saved is not None and now.nodes == saved.nodes)):
+        if self.is_valid and (now.state == "corrected" or (saved is not None and (now.undone or now.nodes == saved.nodes))):
             return now
         if saved is not None and saved.state == "approved":  # which somebody took back
             return saved._replace(state="corrected", reviewed=None)
@@ -324,9 +330,9 @@ class Passage:
 
     @property
     def is_unsaved(self) -> bool:
-        """Whether the file of corrections has something else than the tree as it stands."""
+        """Whether the file of corrections has something else than the tree as it stands, or lacks the approved one under it."""
         touched = self.now.state in REVIEWED or self.saved is not None
-        return touched and _content(self.now) != _content(self.saved)
+        return (touched and _content(self.now) != _content(self.saved)) or _content(self.kept) != _content(self.saved)
 
     def record(self, version: Version | None = None) -> TreeRecord:
         """A valid version as a record of the published format, the present one if none is given.

@@ -64,12 +64,14 @@ class Saved(NamedTuple):
         records: how many the file has.
         unfinished: numbers of the passages whose trees are not valid yet, so that the file does not have them as they stand.
         unapproved: numbers of those of which the file keeps the tree that was approved, until the present one is.
+        earlier: numbers of those of which it keeps a tree that was saved before, until the present one is corrected or approved.
     """
 
     path: Path
     records: int
     unfinished: list[int]
     unapproved: list[int]
+    earlier: list[int]
 
 
 class Export(NamedTuple):
@@ -471,8 +473,11 @@ class Session:
             if changed:
                 self._keep([self._row("save", by, None, {"saved": changed})])
             left = [passage for passage in self._passages.values() if passage.is_unsaved]
-            unfinished = [passage.number for passage in left if not passage.is_valid]
-            return Saved(self.files.out, len(kept), unfinished, [one.number for one in left if one.is_valid])
+            unfinished = [one.number for one in left if one.now.nodes is not None and not one.is_valid]
+            rest = [one for one in left if one.number not in unfinished]
+            unapproved = [one.number for one in rest if one.now.standing is not None]
+            earlier = [one.number for one in rest if one.now.standing is None]
+            return Saved(self.files.out, len(kept), unfinished, unapproved, earlier)
 
     def export(self, format: str, which: str | int) -> Export:
         """Trees in a format of :func:`gatewise.mdt.render`.

@@ -175,6 +175,7 @@ const CHINESE = {
   "Put it in the place of a tree that a person corrected or approved?": "用它代替已由人修改或批准的树？",
   "The extraction will lie beside your tree.": "提取结果将置于您的树旁。",
   "; as it was approved before, until you approve it again: passage {numbers}": "；保留此前批准的树，直至再次批准：第 {numbers} 段",
+  "; as it was saved before, until you correct or approve it: passage {numbers}": "；保留此前保存的树，直至您修改或批准：第 {numbers} 段",
 };
 
 export const language = localStorage.getItem(KEY) || (navigator.language.startsWith("zh") ? "zh" : "en");
