@@ -112,6 +112,23 @@ def test_without_the_extra_it_says_what_to_install(gatewise: Gatewise, monkeypat
     monkeypatch.setitem(sys.modules, name, None)
     assert_refused(gatewise("trees.json"), f"a review needs {name}, which is not installed: pip install 'gatewise[mdt]'")
     assert sorted(os.listdir()) == ["trees.json", "trees.txt"]
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_history_that_could_not_be_written_is_said(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, saved: bool) -> None:
+    def work(server: Any) -> None:
+        session = server.review.session
+        session.approve(1, 0)
+        with session.files.history.open("a") as file:  # another program
+            file.write("{}\n")
+        session.edit(1, 1, "swap", {"node": 0})
+        session.approve(1, 2)
+        if saved:
+            session.save()
+
+    monkeypatch.setattr("gatewise.mdt.commands.review._serve", work)
+    result = gatewise("trees.json")
+    assert_refused(result, "only what is in trees.json.review.jsonl is kept", "history.jsonl was changed by another program")
+    assert "the history keeps them" not in result.stderr
+    assert ("1 passage is not in trees.json.review.jsonl as they stand\n" in result.stderr) != saved
 
 
 def test_nothing_is_made_for_what_is_not_there(gatewise: Gatewise) -> None:

@@ -597,6 +597,21 @@ def test_an_undo_of_the_approval_of_another_asks_before(review: Callable[..., Re
     here.wait_state("approved")
 
 
+def test_the_page_says_what_to_do_where_the_history_cannot_be_written(review: Callable[..., Review], tmp_path: Path) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    (tmp_path / "out.history.jsonl").mkdir()
+    page.click("#swap")
+    sync_api.expect(page.locator("#trouble")).to_contain_text("Save first: then what you corrected and approved is kept.")
+    page.click("#save")
+    sync_api.expect(page.locator("#save")).to_have_text("Save")
+    assert len(read_trees(tmp_path / "out.jsonl").records) == 1
+    page.route("**/api/**", lambda route: route.abort())  # as after its end
+    page.click("#approve")
+    sync_api.expect(page.locator("#said")).to_contain_text("Of what it could not write only what you saved is kept.")
+
+
 def test_a_save_says_for_which_passages_the_file_keeps_an_earlier_correction(review: Callable[..., Review]) -> None:
     here = review("sample:guidelines")
     here.session.edit(1, 0, "swap", {"node": 0})

@@ -120,14 +120,20 @@ def review(
             if browser and people is None:  # nobody's token is known here
                 webbrowser.open(server.url)
             _serve(server)
-        unsaved = session.unsaved
-        if unsaved:
-            what = "1 passage is" if unsaved == 1 else f"{unsaved} passages are"
-            say(f"{what} not in {session.files.out} as they stand; the history keeps them for the next review", err=True)
     finally:
         if extracting is not None:
             extracting.end()
-        session.close()
+        session.close()  # which tries once more to write what the history lacks
+    unsaved = session.unsaved
+    if unsaved:
+        what = "1 passage is" if unsaved == 1 else f"{unsaved} passages are"
+        kept = "" if session.trouble else "; the history keeps them for the next review"
+        say(f"{what} not in {session.files.out} as they stand{kept}", err=True)
+    if session.trouble:
+        raise GatewiseError(
+            f"the history could not be written, so that of what was done last only what is in {session.files.out} is kept"
+            f" ({session.trouble})"
+        )
 
 
 def _serve(server: Any) -> None:

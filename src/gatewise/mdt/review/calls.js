@@ -21,6 +21,8 @@ export const WINDOW = Math.random().toString(36).slice(2);
 
 // Names the review that this page is of: in one that is started later the numbers of passages may be other passages'.
 let run = "";
+// Whether the review could keep everything when it was last heard of.
+let kept = true;
 
 export class Failed extends Error {
   constructor(message, status, content = {}) {
@@ -36,10 +38,13 @@ async function call(path, options) {
     answer = await fetch(path, options);
     content = await answer.json();
   } catch {
-    throw new Failed(tr("The review has ended, or cannot be reached. Start it again; everything is kept."), 0);
+    throw new Failed(kept ? tr("The review has ended, or cannot be reached. Start it again; everything is kept.")
+      : tr("The review has ended, or cannot be reached. Of what it could not write only what you saved is kept."), 0);
   }
   if (!answer.ok) throw new Failed(content.error || `The server answered ${answer.status}.`, answer.status, content);
   run ||= content.run || "";
+  const told = content.session || content;
+  if ("trouble" in told) kept = !told.trouble;
   return content;
 }
 

@@ -272,8 +272,10 @@ function showHead() {
     at("progress-bar").max = progress.of;
     at("progress-bar").value = Math.max(0, progress.at - 1) + (progress.most ? Math.min(1, progress.tokens / progress.most) : 0);
   }
-  at("trouble").hidden = !session.trouble;
-  at("trouble").textContent = session.trouble && tr("Your edits are not kept on disk: {why}", { why: session.trouble });
+  const why = session.trouble;
+  at("trouble").hidden = !why;
+  at("trouble").textContent = why
+    && tr("Your edits are not kept on disk: {why}. Save first: then what you corrected and approved is kept.", { why });
   showConflict();
   at("news").hidden = !news || !at("conflict").hidden || !passage || news.number !== passage.number;
   if (news) at("news-text").textContent = tr("This is no longer the present tree: {what}.", { what: saidOfOthers(news.others) });

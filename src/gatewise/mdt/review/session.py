@@ -156,7 +156,7 @@ class Session:
         return passages, [*notes, *draft.notes]
 
     def close(self) -> None:
-        """Gives the files free; the history has everything already."""
+        """Gives the files free; the history has everything already, but for what :attr:`trouble` then says of it."""
         with self._lock:  # a change that is on its way is kept first
             if self.trouble:
                 self._keep([])

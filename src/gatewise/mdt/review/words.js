@@ -56,7 +56,8 @@ const CHINESE = {
   "waiting": "等待中",
   "writing…": "生成中…",
   "not saved": "未保存",
-  "Your edits are not kept on disk: {why}": "修改未能保存到磁盘：{why}",
+  "Your edits are not kept on disk: {why}. Save first: then what you corrected and approved is kept.":
+    "修改未能保存到磁盘：{why}。请先保存，以免丢失已修改和已批准的内容。",
   "Stopping": "正在停止",
   "Waiting for the model": "等待模型",
   "Writing the tree of passage {number}, {seconds} s": "正在生成第 {number} 段的决策树，{seconds} 秒",
@@ -94,6 +95,8 @@ const CHINESE = {
   "Take passage {number} out of the review?": "将第 {number} 段移出审核？",
   "Passages added: {count}.": "已添加段落：{count}。",
   "The review has ended, or cannot be reached. Start it again; everything is kept.": "审核已结束或无法连接。请重新启动；所有内容均已保留。",
+  "The review has ended, or cannot be reached. Of what it could not write only what you saved is kept.":
+    "审核已结束或无法连接。未能写入磁盘的内容中，只有您已保存的部分得以保留。",
   "The file could not be read.": "无法读取该文件。",
   "Node {number}": "节点 {number}",
   "the root": "根节点",
