@@ -215,6 +215,28 @@ def test_adjudication_begins_with_both_trees(gatewise: Gatewise) -> None:
         session.close()
 
 
+def test_a_million_units_and_a_thousandth_of_one_are_decided_on_by_the_third(gatewise: Gatewise) -> None:
+    """The measures, which are published ones, leave case out."""
+    for name, dose in zip(BOTH, ("10 MU", "10 mU"), strict=True):
+        tree = [
+            node("D", triple(dose, "dosage and administration", "colchicine"), triple("Colchicine", "drug therapy"), joined="and")
+        ]
+        if dose == "10 mU":
+            tree[0]["triples"][1][2] = "colchicine"  # which is the same for any reader
+        same = [node("D", triple("rest" if dose == "10 mU" else "Rest", "therapeutic schedule"))]
+        held = items(name, [tree, same], ["approved", "approved"])
+        Path(name).write_text("".join(json.dumps(one) + "\n" for one in held))
+    result = gatewise(*BOTH, "--adjudicate", THIRD)
+    assert "2 of 2" in result.stdout
+    assert "1 passage to decide, 1 with the same tree (1 approved by both)" in result.stdout
+    assert [row["text"] for row in rows(THIRD)] == [f"{TEXT} Passage 2."]
+    session = Session.open(THIRD)
+    assert [passage.now.state for passage in session.passages] == ["drafted", "approved"]
+    assert [passage.beside is not None for passage in session.passages] == [True, False]
+    assert [passage.more["adjudicated"]["agreed"] for passage in session.passages] == [False, True]
+    session.close()
+
+
 def test_a_tree_that_a_model_makes_meanwhile_does_not_pass_for_a_reviewers(gatewise: Gatewise) -> None:
     gatewise(*BOTH, "--adjudicate", THIRD)
     session = Session.open(THIRD, reviewer="Cy")

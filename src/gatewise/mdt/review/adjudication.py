@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
-from gatewise.mdt.evaluation.agreement import Agreement
+from gatewise.mdt.evaluation.agreement import Agreement, PassageAgreement
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review.files import ReviewFiles
 from gatewise.mdt.review.passage import ADJUDICATED_KEY, Passage, others, version_of
 from gatewise.mdt.review.session import Session
+from gatewise.mdt.wholes import fold
 
 
 class Prepared(NamedTuple):
@@ -86,7 +87,7 @@ def prepare(agreement: Agreement, out: Path, reviewer: str | None = None) -> Pre
                     copyfile(one, part)
         finally:
             files.close()
-    same = sum(passage.same for passage in agreement.passages)
+    same = sum(map(_agreed, agreement.passages))
     alone = len(agreement.only_a) + len(agreement.only_b)
     return Prepared(out, same, saved.records, len(agreement.passages) - same, alone)
 
@@ -97,9 +98,10 @@ def _passages(agreement: Agreement) -> Iterator[tuple[Passage, str]]:
     both = {"files": list(agreement.files), "names": [a, b]}
     for passage in agreement.passages:
         approved = all(version_of(record, "drafted").state == "approved" for record in (passage.a, passage.b))
-        origin = {**both, "reviewed": [passage.a.reviewed, passage.b.reviewed], "agreed": passage.same}
-        made = _passage(passage.a, origin, approved=passage.same and approved)
-        if passage.same:
+        agreed = _agreed(passage)
+        origin = {**both, "reviewed": [passage.a.reviewed, passage.b.reviewed], "agreed": agreed}
+        made = _passage(passage.a, origin, approved=agreed and approved)
+        if agreed:
             yield made, f"the tree of {a} and {b}"
             continue
         other = version_of(passage.b, "drafted")._replace(state="drafted", reviewed=None, of=b)
@@ -109,6 +111,12 @@ def _passages(agreement: Agreement) -> Iterator[tuple[Passage, str]]:
         for record in records:
             origin = {**alone, "reviewed": [record.reviewed], "agreed": False}
             yield _passage(record, origin, approved=False), f"{agreement.names[i]}'s tree; there is no other"
+
+
+def _agreed(passage: PassageAgreement) -> bool:
+    """Whether two trees are the same for who reads them. The measures leave case out, in which "10 MU" and "10 mU" differ."""
+    a, b = ([{(fold(s).text, r, fold(o).text) for s, r, o in node.triples} for node in tree.nodes] for tree in passage.trees)
+    return passage.same and a == b
 
 
 def _passage(record: TreeRecord, origin: dict[str, Any], *, approved: bool) -> Passage:
