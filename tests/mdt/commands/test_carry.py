@@ -109,6 +109,32 @@ def test_an_older_tree_that_has_no_place_in_the_newer_review_is_named() -> None:
     assert json.loads(run("old.md", "new.md", "--json").stdout)["unlike"] == [{"passage": 2, "record": 2}]
 
 
+def test_an_old_tree_that_lies_beside_a_newer_draft_already_is_told_of() -> None:
+    session = Session.open("new.md", reviewer="Ben")
+    old = read_trees("old.md.review.jsonl").records[0].tree.to_preorder()
+    session.put(1, Version([node("D", triple("rest", "therapeutic schedule"))], "drafted"))
+    session.put(1, Version(old, "drafted"), 0)
+    session.close()
+    result = run("old.md", "new.md")
+    assert result.exit_code == 0, result.output
+    assert "changed: passage 1; the old tree lies beside the newer draft" in result.stdout
+
+
+def test_the_trees_of_two_reviewers_stay_and_that_is_said() -> None:
+    session = Session.open("new.md", reviewer="Cy")
+    for number in (1, 2):
+        session.put(number, Version([node("D", triple("rest", "therapeutic schedule"))], "drafted"))
+        session.put(number, Version([node("D")], "drafted", of="Ben"), 0)
+    session.close()
+    result = run("old.md", "new.md")
+    assert "  2 that have the trees of two reviewers to choose from, and stay\n" in result.stdout
+    assert "reviewed here already" not in result.stdout
+    assert "kept: passage 2; the older review has another tree for it" in result.stdout
+    session = Session.open("new.md")
+    assert [one.beside and one.beside.of for one in session.passages[:2]] == ["Ben", "Ben"]
+    session.close()
+
+
 def test_drafts_of_the_older_review_are_not_forgotten_without_a_word(reviewed: Path) -> None:
     run("old.md", "new.md")  # the first passage changed, and has a draft there
     Path("third.md").write_text(NEW)

@@ -149,6 +149,25 @@ def test_beside_a_newer_draft_of_a_changed_text_lies_the_old_tree() -> None:
     assert carry([made], [record(review="approved")], "old")[0] == [made]
 
 
+def test_a_newer_draft_beside_which_the_old_tree_lies_already_says_where_it_comes_from() -> None:
+    (before,) = passages(CHANGED)
+    before = replace(before, now=Version(SHORT, "drafted"), beside=Version(gout(), "drafted"), extractions=1)
+    (made,), done = carry([before], [record(review="approved")], "old")
+    assert (made.now, made.beside, done.beside) == (before.now, before.beside, [1])
+    assert made.more[CARRIED_KEY] == {"from": "old", "text": TEXT}
+    assert carry([made], [record(review="approved")], "old")[0] == [made]
+
+
+@pytest.mark.parametrize("text", [TEXT, CHANGED])
+def test_of_two_reviewers_trees_none_gives_way_to_an_old_one(text: str) -> None:
+    (before,) = passages(text)
+    ben = Version([node("D", triple("sleep", "therapeutic schedule"))], "drafted", of="Ben")
+    before = replace(before, now=Version(SHORT, "drafted"), beside=ben, extractions=1)
+    (made,), done = carry([before], [record(review="approved")], "old")
+    assert made is before
+    assert (done.kept, [(number, old.tree.to_preorder()) for number, old in done.unlike]) == ([1], [(1, gout())])
+
+
 # Several passages -----------------------------------------------------------------------------------------------------
 
 

@@ -113,7 +113,7 @@ def _records(corrections: Path) -> "tuple[list[TreeRecord], int, int]":
 
 
 def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]", as_json: bool) -> None:
-    from gatewise.mdt.review.carrying import LISTS, difference
+    from gatewise.mdt.review.carrying import LISTS, difference, is_of_two
     from gatewise.mdt.review.passage import CARRIED_KEY
 
     by_number = {passage.number: passage for passage in passages}
@@ -136,9 +136,11 @@ def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]
     states = f"{len(done.approved)} approved, {len(done.corrected)} corrected, {len(done.drafted)} to review"
     say(f"  {same} with the same text: {states}")
     say(f"  {len(changed)} changed, {len(done.new)} new, {len(done.gone)} gone")
-    if done.kept:
-        stay = "was reviewed here already, and stays" if len(done.kept) == 1 else "were reviewed here already, and stay"
-        say(f"  {len(done.kept)} that {stay}")
+    two = sum(is_of_two(by_number[number]) for number in done.kept)
+    if reviewed := len(done.kept) - two:
+        say(f"  {reviewed} that {'was' if reviewed == 1 else 'were'} reviewed here already, and {_stay(reviewed)}")
+    if two:
+        say(f"  {two} that {'has' if two == 1 else 'have'} the trees of two reviewers to choose from, and {_stay(two)}")
     for number, parts in differences.items():
         where = "the old tree lies beside the newer draft" if number in done.beside else "the old tree is a draft to review"
         is_same = all(kind == "same" for kind, _ in parts)
@@ -151,6 +153,10 @@ def _tell(passages: "list[Passage]", done: "Carried", records: "list[TreeRecord]
         say(f"\nnew: passage {number}\n   {by_number[number].text}")
     for record in done.gone:
         say(f"\ngone: record {record.number} of the older review\n   {record.text}")
+
+
+def _stay(count: int) -> str:
+    return "stays" if count == 1 else "stay"
 
 
 _MARKS = {"same": "{}", "gone": "[-{}-]", "new": "{{+{}+}}"}

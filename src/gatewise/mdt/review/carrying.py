@@ -53,7 +53,8 @@ class Carried:
         approved, corrected, drafted: passages with the same text, and the state that their trees came with.
         changed: passages whose text changed, and that have the old tree as a draft now.
         beside: passages whose text changed and that have a newer draft: the old tree lies beside it.
-        kept: passages where a person corrected or approved a tree in the newer review, or did not want the old draft; it stays so.
+        kept: passages where a person corrected or approved a tree in the newer review, or did not want the old draft, or where one
+            has to be chosen of two reviewers' trees; it stays so.
         unlike: of these, those for which the older review has another tree, with its record.
         new: passages that the older review has nothing for.
         gone: records of the older review that no passage of the newer one is like.
@@ -139,8 +140,8 @@ def _alike(passages: Sequence[Passage], records: Sequence[TreeRecord], left: Seq
 def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: str) -> tuple[list[Passage], Carried]:
     """The passages of a newer version with what an older review has for them, and what was done.
 
-    A passage that a person has been at work on stays as it is. Where there is a newer draft of a changed text, the old tree lies
-    beside it.
+    A passage that a person has been at work on stays as it is, and so does one with the trees of two reviewers. Where there is a
+    newer draft of a changed text, the old tree lies beside it.
 
     Args:
         records: of the older review's file of corrections.
@@ -156,7 +157,7 @@ def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: st
         there = version.nodes in [one.nodes for one in (passage.now, passage.beside, passage.now.standing, passage.saved) if one]
         # A draft that was carried over before and is not there any more gave way to something else in the newer review.
         gave_way = version.state == "drafted" and passage.more.get(CARRIED_KEY) == origin and not there
-        if _is_reviewed(passage) or gave_way:
+        if _is_reviewed(passage) or gave_way or is_of_two(passage):
             done["kept"].append(passage.number)
             unlike += [] if there else [(passage.number, old)]
             continue
@@ -171,6 +172,11 @@ def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: st
 def _is_reviewed(passage: Passage) -> bool:
     now, saved = passage.now, passage.saved
     return now.state in REVIEWED or now.standing is not None or (saved is not None and saved.state in REVIEWED)
+
+
+def is_of_two(passage: Passage) -> bool:
+    """Whether another reviewer's tree lies beside its own: both wait for a word, and a third one has no place."""
+    return passage.beside is not None and passage.beside.of != ""
 
 
 def _gone(records: Sequence[TreeRecord], found: Sequence[Match]) -> list[TreeRecord]:
@@ -202,7 +208,7 @@ def _carried(passage: Passage, record: TreeRecord, version: Version, origin: dic
     if same or passage.now == NOTHING or passage.now.nodes == version.nodes:
         return replace(passage.with_version(version), more=more)
     if passage.beside is not None and passage.beside.nodes == version.nodes:
-        return passage
+        return replace(passage, more=more)
     return replace(passage.extracted(version, -1), more=more)
 
 
