@@ -109,10 +109,13 @@ def test_evaluate_measures_every_stage(stage: tuple[str, ...], gatewise: Gatewis
         (("--candidates", "3"), "--candidates"),
         (("--free",), "--free"),
         (("--verbatim",), "--verbatim"),
+        (("--max-new-tokens", "100"), "--max-new-tokens"),
     ],
 )
 def test_options_of_writing_are_refused(options: tuple[str, ...], named: str, gatewise: Gatewise, adapter: Path) -> None:
-    for command in (("extract", "good.txt"), ("evaluate", "--gold", "gold.json")):
+    commands = [("extract", "good.txt"), ("evaluate", "--gold", "gold.json")]
+    commands += [] if named in ("--level", "--free") else [("review", "good.txt")]  # which has neither
+    for command in commands:
         result = gatewise("mdt", *command, "--adapter", adapter, *options)
         assert_refused(result, f"points at the text and writes nothing: leave out {named}")
 

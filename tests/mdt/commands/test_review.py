@@ -72,6 +72,15 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
         (["trees.json", "--users", "trees.json"], "trees.json holds no JSON object"),
         (["--add-user", "Ada"], "--add-user needs --users FILE"),
         (["--add-user", " ", "--users", "new.json"], "expected a name"),
+        (["--population", "children"], "--population was given without a file"),
+        (["trees.json", "--population", "children"], "a population was given with trees.json"),
+        (["trees.json", "--base", "x"], "--base was given without --adapter"),
+        (["trees.json", "--language", "en"], "--language was given without --adapter"),
+        (["trees.json", "--pipeline"], "--pipeline was given without --adapter"),
+        (["trees.json", "--verbatim"], "--verbatim was given without --adapter"),
+        (["trees.json", "--candidates", "5"], "--candidates was given without --adapter"),
+        (["trees.json", "--max-new-tokens", "9"], "--max-new-tokens was given without --adapter"),
+        (["trees.json", "--device", "cpu"], "--device was given without --adapter"),
     ],
 )
 def test_what_a_user_can_put_right_is_one_sentence(gatewise: Gatewise, words: list[str], said: str) -> None:
@@ -112,6 +121,8 @@ def test_without_the_extra_it_says_what_to_install(gatewise: Gatewise, monkeypat
     monkeypatch.setitem(sys.modules, name, None)
     assert_refused(gatewise("trees.json"), f"a review needs {name}, which is not installed: pip install 'gatewise[mdt]'")
     assert sorted(os.listdir()) == ["trees.json", "trees.txt"]
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_history_that_could_not_be_written_is_said(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, saved: bool) -> None:
     def work(server: Any) -> None:

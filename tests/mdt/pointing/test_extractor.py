@@ -384,6 +384,7 @@ def test_a_note_without_heads_is_damaged(writer: Path) -> None:
         ({"level": 2, "pipeline": True}, "--level, --pipeline"),
         ({"verbatim": True}, "--verbatim"),
         ({"candidates": 3}, "--candidates"),
+        ({"max_new_tokens": 100}, "--max-new-tokens"),
         ({"constrained": False}, "--free"),
         ({"constrained": False, "level": 1}, "--level, --free"),
     ],

@@ -182,6 +182,20 @@ def test_the_file_of_corrections_itself_can_be_reviewed(trees: Path) -> None:
     assert [passage.now.state for passage in alone.passages] == ["corrected"]
 
 
+def test_a_file_of_corrections_is_repaired_where_that_is_asked_for(trees: Path) -> None:
+    out = trees.with_name("x.review.jsonl")
+    wrong = [{**node("D", triple("rest", "therapeutic schedule")), "logical_rel": "and"}]
+    out.write_text(json.dumps({"text": TEXT, "tree": wrong, "review": "corrected"}) + "\n")
+    for file in (out, trees):
+        with pytest.raises(GatewiseError, match="mend the record"):
+            Session.open(str(file), out)
+    session = Session.open(str(out), repair=True)
+    assert session.passage(1).is_valid
+    session.save()
+    assert lines(out)[0]["tree"][0]["logical_rel"] == "null"
+    session.close()
+
+
 def test_no_record_of_the_file_of_corrections_is_lost_by_a_save(trees: Path) -> None:
     """Any file of trees may be named: records that nobody reviewed stay in it as well."""
     out = trees.with_suffix(".jsonl")
@@ -306,6 +320,20 @@ def test_what_cannot_be_reviewed_is_refused(
         Session.open(None, Path("folder.jsonl"))
     with pytest.raises(GatewiseError, match="for the file of corrections"):
         Session.open(None, Path("out.json"))
+
+
+def test_a_population_is_refused_for_trees_which_say_it_themselves(trees: Path) -> None:
+    out = trees.with_name("x.review.jsonl")
+    out.write_text(json.dumps({"text": TEXT, "tree": gout()}) + "\n")
+    for file in (str(trees), str(out), "sample:guidelines"):
+        with pytest.raises(
+            GatewiseError, match="whose trees come with texts that say whom they are about: leave the population out"
+        ):
+            Session.open(file, out, population="children")
+    session = Session.open(None, out)
+    with pytest.raises(GatewiseError, match=r"a population was given with trees\.json"):
+        session.load(trees.read_bytes(), "trees.json", "children")
+    session.close()
 
 
 def test_a_damaged_history_is_refused_not_overwritten(trees: Path) -> None:

@@ -96,6 +96,21 @@ def review(
         ) from error
     if language is not None:
         check_language(language)
+    if file is None and population is not None:
+        raise GatewiseError("--population was given without a file: the page asks for it with each text that is added")
+    if adapter is None:
+        needs_adapter = {
+            "base": base is not None,
+            "language": language is not None,
+            "pipeline": pipeline,
+            "verbatim": verbatim,
+            "candidates": candidates != 1,
+            "max-new-tokens": max_new_tokens != 512,
+            "device": device != "auto",
+        }
+        for name, given in needs_adapter.items():
+            if given:
+                raise GatewiseError(f"--{name} was given without --adapter, where it means nothing: add --adapter or leave it out")
     if adapter is not None and not os.path.exists(adapter):  # unlike a Path's own it takes any name
         raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
     session = Session.open(file, out, population=population, repair=repair, reviewer=reviewer)

@@ -16,8 +16,16 @@ _OPTIONS = {
     "verbatim": "--verbatim",
     "candidates": "--candidates",
     "constrained": "--free",
+    "max_new_tokens": "--max-new-tokens",
 }
-_OFF = {"level": None, "pipeline": False, "verbatim": False, "candidates": 1, "constrained": True}
+_OFF = {
+    "level": None,
+    "pipeline": False,
+    "verbatim": False,
+    "candidates": 1,
+    "constrained": True,
+    "max_new_tokens": Extractor.max_new_tokens,
+}
 
 
 def load_extractor(

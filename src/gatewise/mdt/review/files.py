@@ -124,8 +124,11 @@ class ReviewFiles:
             Path(self._lock.lock_file).unlink()
         self._lock.release()
 
-    def read_saved(self) -> list[TreeRecord]:
+    def read_saved(self, repair: bool = False) -> list[TreeRecord]:
         """The records that were saved before.
+
+        Args:
+            repair: put right what has one plain meaning.
 
         Raises:
             GatewiseError: one of them cannot be read: saving would lose it.
@@ -135,7 +138,7 @@ class ReviewFiles:
         self._digest = _digest(self.out)
         if self.out.stat().st_size == 0:
             return []
-        read = read_trees(self.out)
+        read = read_trees(self.out, repair=repair)
         if read.faults:
             raise GatewiseError(f"{next(iter(read.faults.values()))}; mend the record, or name another file with --out")
         return list(read.records)

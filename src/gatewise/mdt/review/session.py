@@ -21,7 +21,7 @@ from gatewise.mdt.review import carrying, edits
 from gatewise.mdt.review.files import Draft, Entry, ReviewFiles, change_row, opening_row, passage_row
 from gatewise.mdt.review.merging import merged
 from gatewise.mdt.review.passage import Passage, Version
-from gatewise.mdt.review.sources import Source, pasted, path_of, read_source, source_of
+from gatewise.mdt.review.sources import Source, of_trees, pasted, path_of, read_source, source_of
 
 _MOST_PASSAGES = 5000
 _LONGEST_NAME, _LONGEST_COMMENT = 100, 4000
@@ -127,7 +127,7 @@ class Session:
             file: a document, a file of trees, or "sample:guidelines"; None begins without one.
             out: the file of corrections; None puts it beside ``file``.
             population: of all passages of a document, instead of what headings say.
-            repair: put right in a file of trees what has one plain meaning.
+            repair: put right in a file of trees, and in the file of corrections, what has one plain meaning.
             reviewer: the name that stands in the history beside what is done; None takes the login name.
 
         Raises:
@@ -139,7 +139,7 @@ class Session:
         files, source = _come_in(file, out, population, repair)
         files.open()
         try:
-            passages, notes, draft = _put_together(files, source)
+            passages, notes, draft = _put_together(files, source, repair)
         except BaseException:
             files.close()
             raise
@@ -519,11 +519,13 @@ def _come_in(file: str | None, out: Path | None, population: str | None, repair:
     files = ReviewFiles(out or ReviewFiles.default_out(Path("guidelines") if is_sample else path))
     # A file of corrections that is to be reviewed again is read as such, and not twice.
     own = path is not None and _same(files.out, path)
+    if own and population:
+        raise of_trees(str(path))
     return files, Source([], []) if file is None or own else read_source(file, population=population, repair=repair)
 
 
-def _put_together(files: ReviewFiles, source: Source) -> tuple[list[Passage], list[str], Draft]:
-    saved, draft = files.read_saved(), files.read_draft()
+def _put_together(files: ReviewFiles, source: Source, repair: bool = False) -> tuple[list[Passage], list[str], Draft]:
+    saved, draft = files.read_saved(repair), files.read_draft()
     passages, notes = merged(source.passages, saved, draft)
     return passages, [*source.faults, *notes], draft
 

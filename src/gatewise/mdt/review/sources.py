@@ -36,6 +36,8 @@ def read_source(file: str, *, population: str | None = None, repair: bool = Fals
         GatewiseError: the file cannot be read, or nothing in it can.
     """
     if file == NAME:
+        if population:
+            raise of_trees(file)
         return Source([_passage_of(record) for record in sample()], [])
     if file.startswith("sample:"):
         raise GatewiseError(f"there is no sample {file!r} of trees: expected {NAME}")
@@ -67,6 +69,8 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
     """
     suffix = Path(name).suffix.lower()
     if suffix in SUFFIXES and (suffix != ".txt" or _has_outlines(content)):
+        if population:
+            raise of_trees(name)
         read = trees_of(content, name, suffix, repair=repair)
         if not read.records:
             raise GatewiseError(next(iter(read.faults.values())))
@@ -76,6 +80,13 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
             f"{name}: the name ends in {suffix!r}, expected a text (.txt, .md, .pdf, .docx) or trees (.json, .jsonl)"
         )
     return _document(content, name, suffix, population)
+
+
+def of_trees(name: str) -> GatewiseError:
+    """What is said where a population is given with trees: whom their texts are about they say before their "@"."""
+    return GatewiseError(
+        f"a population was given with {name}, whose trees come with texts that say whom they are about: leave the population out"
+    )
 
 
 def pasted(text: str, population: str | None = None) -> Source:
