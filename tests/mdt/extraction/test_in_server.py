@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(base: Path) -> Iterator[AdapterServer]:
-    with serving(base, base.parent / "adapters", limits=_limits()) as made:
+    with serving(base, base.parent / "adapters", limits=_limits(trees=False)) as made:
         yield made
 
 
