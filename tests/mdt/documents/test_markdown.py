@@ -26,6 +26,11 @@ def read(text: str) -> Document:
             ["Drug: A Never. Dose: 5 mg x."],
         ),
         ("<table><tr>Never <td>A</td><td>5 mg</td></tr></table>", ["Never A 5 mg"]),
+        (
+            "<table><tr><th>Drug</th>&nbsp;<th>Dose</th></tr><tr><td>A</td> | <td>5 mg</td></tbody></table>",
+            ["Drug: A. Dose: 5 mg."],
+        ),
+        ('<table><tr><td>A</td><img src="a.png" alt="never"><td>5 mg</td></tr></table>', ["A never 5 mg"]),
         ("10<sup>9</sup>/L, CO<sub>2</sub>, m<sup>2</sup>", ["10^9/L, CO2, m2"]),
         ("<del>500</del> 250 mg", ["<del>500</del> 250 mg"]),
         ('![Not in pregnancy](a.png) <img src="a.png" alt="nor in infants">', ["Not in pregnancy nor in infants"]),
@@ -104,5 +109,18 @@ def test_a_bold_line_is_a_heading_and_a_footnote_follows_what_refers_to_it() -> 
 
 def test_a_footnote_of_a_header_over_an_empty_column_is_said() -> None:
     blocks = read("| Drug | Never[^a] |\n|---|---|\n| colchicine | |\n\n[^a]: In pregnancy.").blocks
-    assert [block.text for block in blocks] == ["Drug: colchicine.", "Footnote: In pregnancy."]
-    assert blocks[0].notes == ('headers of the table were left out, as nothing stands under: "Never"',)
+    assert [block.text for block in blocks] == ["Drug: colchicine."]
+    assert blocks[0].notes == ('headers of the table were left out, as nothing stands under: "Never (footnote: In pregnancy.)"',)
+
+
+def test_a_footnote_of_a_header_is_said_after_the_rows_that_say_the_header() -> None:
+    """A row whose cell is empty there says nothing that it would be about, also where the headers were guessed."""
+    rows = "<tr><td><b>Drug</b></td><td>Adults</td><td>Children[^1]</td></tr>"
+    rows += "<tr><td>colchicine</td><td>0.5 mg</td><td>0.25 mg</td></tr><tr><td>naproxen</td><td>500 mg</td><td></td></tr>"
+    blocks = read(f"<table>{rows}</table>\n\n[^1]: Only over 12 years.\n").blocks
+    assert [block.text for block in blocks] == [
+        "Drug: colchicine. Adults: 0.5 mg. Children: 0.25 mg.",
+        "Footnote: Only over 12 years.",
+        "Drug: naproxen. Adults: 500 mg.",
+    ]
+    assert blocks[2].notes[0].endswith('"Drug", "Adults", "Children (footnote: Only over 12 years.)"')

@@ -115,16 +115,18 @@ def test_words_of_a_table_that_lie_in_no_cell_are_kept() -> None:
     assert sum("5 mg" in text for text in found) == 1
 
 
-def test_notes_say_headers_without_the_marks_of_what_is_raised() -> None:
+def test_notes_say_headers_with_their_footnotes_and_without_the_marks_of_what_is_raised() -> None:
     raised = "<super rise=3 size=5>{}</super>".format
     rows = [["Drug", p(f"Dose per m{raised(2)}"), p(f"Never{raised(1)}")], ["colchicine", "0.5 mg", ""], ["naproxen", "5 mg", ""]]
     small = ParagraphStyle("small", fontSize=7)
     blocks = read([p(LONG), Table(rows, colWidths=[100] * 3, style=GRID), p(f"{raised(1)}In pregnancy.", small)]).blocks
-    assert [block.text for block in blocks[1:3]] == ["Drug: colchicine. Dose per m2: 0.5 mg.", "Footnote: In pregnancy."]
+    assert [block.text for block in blocks[1:]] == [
+        f"Drug: {row}." for row in ("colchicine. Dose per m2: 0.5 mg", "naproxen. Dose per m2: 5 mg")
+    ]
     assert blocks[1].stem == "Drug: colchicine."
     assert blocks[1].notes == (
-        'the first row of the table was taken for its headers: "Drug", "Dose per m2", "Never"',
-        'headers of the table were left out, as nothing stands under: "Never"',
+        'the first row of the table was taken for its headers: "Drug", "Dose per m2", "Never (footnote: In pregnancy.)"',
+        'headers of the table were left out, as nothing stands under: "Never (footnote: In pregnancy.)"',
     )
 
 

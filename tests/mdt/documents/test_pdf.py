@@ -137,6 +137,14 @@ def test_a_footnote_stays_where_it_stands_unless_something_refers_to_it() -> Non
     assert both == [f"{FAILED} or the eGFR is below 30^2.", f"Footnote: {NEVER}", "2Give less."]
 
 
+@pytest.mark.parametrize("begin", ["99</super>mTc", "18</super>F", "a</super>FP"])
+def test_a_line_of_a_footnote_may_begin_with_something_raised(begin: str) -> None:
+    """What can be the mark of no footnote after it ends none."""
+    more = f"{NEVER}<br/><super rise=4 size=5>{begin} says more."
+    (_, note) = footed(f"{FAILED} {FAILED} {FAILED}{RAISED(1)}.", f"{RAISED(1)}{more}")
+    assert note == f"Footnote: {NEVER} {begin.replace('</super>', '')} says more."
+
+
 @pytest.mark.parametrize("marks", ["1,2", "2,1"])
 def test_of_several_marks_those_are_followed_whose_footnotes_are_there(marks: str) -> None:
     assert footed(f"{FAILED}{RAISED(marks)}.", f"{RAISED(1)}{NEVER}") == [f"{FAILED}[2].", f"Footnote: {NEVER}"]

@@ -271,6 +271,12 @@ def test_prohibitions_are_no_choice() -> None:
     table = read_as_who_does(dak_of([TreeRecord("", tree)]))["tree_1"]
     assert table["Annotations"] == ["node 1; all of the actions"]
     assert " and DO NOT USE: b" in table["Output"][0]
+    assert all("said in words" not in note for note in notes_of(TreeRecord("", tree)))
+    assert any("prohibited drugs are none of the choices" in note for note in notes_of(TreeRecord("", tree)))
+    one = TreeRecord(
+        "", DecisionTree.from_preorder([node("D", triple("a", "drug therapy"), triple("c", "prohibited drugs"), joined="or")])
+    )
+    assert read_as_who_does(dak_of([one]))["tree_1"]["Annotations"] == ["node 1; all of the actions"]
     orders = [triple("c", "prohibited drugs"), triple("a", "drug therapy"), triple("b", "drug therapy")]
     record = TreeRecord("", DecisionTree.from_preorder([node("D", *orders, joined="or")]))
     table = read_as_who_does(dak_of([record]))["tree_1"]

@@ -78,20 +78,21 @@ def sections(blocks: Sequence[Block]) -> Iterator[tuple[tuple[Block, ...], list[
 def with_footnotes(block: Block, notes: Mapping[str, str]) -> Iterator[Block]:
     """A block without the marks of footnotes, and then the footnotes that it refers to, a block each.
 
-    What its notes refer to is among them: they name what is said nowhere else.
+    A footnote that only a note of the block refers to is said in that note, for it is about nothing that the block says.
     """
-    found = re.findall(f"{NOTE}([^{NOTE}]*){NOTE}", "\n".join([block.text, *block.notes]))
-    if not found:
-        yield block
-        return
+    found = re.findall(f"{NOTE}([^{NOTE}]*){NOTE}", block.text)
 
     def bare(text: str) -> str:
         return re.sub(rf"\s*{NOTE}[^{NOTE}]*{NOTE}", "", text)
 
-    yield replace(block, text=" ".join(bare(block.text).split()), stem=bare(block.stem), notes=tuple(map(bare, block.notes)))
+    def said(text: str) -> str:
+        return re.sub(rf"\s*{NOTE}([^{NOTE}]*){NOTE}", lambda mark: f" (footnote: {notes[mark[1]]})", text)
+
+    text = " ".join(bare(block.text).split()) if found else block.text
+    yield replace(block, text=text, stem=bare(block.stem), notes=tuple(map(said, block.notes)))
     for note in dict.fromkeys(found):
-        said = "脚注：" if re.search("[\u4e00-\u9fff]", notes[note]) else "Footnote: "
-        yield Block(f"{said}{notes[note]}", 0, block.where, "footnote")
+        kind = "脚注：" if re.search("[\u4e00-\u9fff]", notes[note]) else "Footnote: "
+        yield Block(f"{kind}{notes[note]}", 0, block.where, "footnote")
 
 
 def one_line(said: str) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from html import unescape
 from typing import Any
 from urllib.parse import unquote
 
@@ -187,7 +188,10 @@ def _html_rows(table: str, tags: set[str]) -> list[list[Cell]]:
         for tag, attributes, content, after in _CELL.findall(row[1]):
             while column in taken:
                 column += 1
-            cell = Cell(_text(f"{content} {after}", tags), column, _spanned("colspan", attributes), tag.lower() == "th")
+            # A mark or a lone tag between two cells says nothing.
+            says = any(map(str.isalnum, re.sub("<[^>]*>", "", unescape(_text(after, tags)))))
+            text = _text(f"{content} {after}" if says else content, tags)
+            cell = Cell(text, column, _spanned("colspan", attributes), tag.lower() == "th")
             if (down := _spanned("rowspan", attributes)) > 1:
                 going[column] = (down - 1, cell)
             cells.append(cell)

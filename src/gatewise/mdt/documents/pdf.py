@@ -279,7 +279,7 @@ def _take_footnotes(pages: Sequence[_Page], size: float) -> dict[str, str]:
                 continue
             found = _FOOTNOTE.match(line.text)
             marked = line.text.startswith(RAISED)
-            if found and found[1] not in raised and marked:
+            if found and found[1] not in raised and marked and _may_follow(current, found[1]):
                 current = ""  # another footnote, which stays where it stands
             # Where a footnote has a raised mark, a line that begins with that number says how many: "2 tablets".
             elif found and found[1] in raised and found[1] not in own and (marked or found[1] not in begun):
@@ -294,6 +294,15 @@ def _take_footnotes(pages: Sequence[_Page], size: float) -> dict[str, str]:
         notes |= {f"{page.number}:{mark}": one_line(joined(texts)) for mark, texts in own.items()}
         page.items = [_referring(item, page.number, own.keys()) for item in page.items if id(item) not in taken]
     return notes
+
+
+def _may_follow(mark: str, other: str) -> bool:
+    """Whether the next footnote may have another mark: after 1 comes 2, and a line that begins with "99mTc" goes on with 1."""
+    if not other.isalnum():
+        return True
+    if mark.isdigit() and other.isdigit():
+        return 0 < int(other) - int(mark) <= 3
+    return len(mark) == len(other) == 1 and mark.isalpha() and other.isalpha() and 0 < ord(other) - ord(mark) <= 3
 
 
 def _marks(text: str) -> list[str]:

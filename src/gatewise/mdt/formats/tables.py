@@ -66,16 +66,18 @@ def table_of(tree: DecisionTree) -> Table:
 
 def notes_of(record: TreeRecord) -> list[str]:
     """What a table cannot say as the tree does, a sentence each."""
-    choices = [
-        number for number, node in enumerate(record.tree.nodes, start=1) if not node.is_condition and node.logical_rel == "or"
-    ]
+    choices = [number for number, node in enumerate(record.tree.nodes, start=1) if not node.is_condition and _says_or(node)]
     if not choices:
-        return []
+        return notes_of_choices(record.tree)
     nodes = f"{'nodes' if len(choices) > 1 else 'node'} {', '.join(map(str, choices))}"
     said = (
         f"{nodes}: a decision of a table is one text; that its parts are joined by 'or' is said in words and no engine offers them"
     )
     return [said, *notes_of_choices(record.tree)]
+
+
+def _says_or(node: Node) -> bool:
+    return node.logical_rel == "or" and (len(_choices(node)[0]) > 1 or any(len(order.doses) > 1 for order in orders_of(node)))
 
 
 def _recommendation(node: Node) -> str:
@@ -271,7 +273,7 @@ def _outputs(node: Node, leaf: int, record: TreeRecord, name: str) -> tuple[str,
     annotation = f"node {leaf + 1}"
     if node.logical_rel != "null":
         told = f"; any of the first {len(choices)} actions, and all of the others" if always else "; any of the actions"
-        annotation += told if choices else "; all of the actions"
+        annotation += told if len(choices) > 1 or (choices and not always) else "; all of the actions"
     spans = [locate(record.text, triple).object for triple in node.triples]
     phrases = [f"characters {span.start + 1} to {span.end}: {record.text[span.start : span.end]}" for span in spans if span]
     return f"{_line(_recommendation(node))}\nnode {leaf + 1} of {name}", actions, annotation, "\n".join(phrases)
