@@ -200,6 +200,20 @@ def test_written_answers_are_as_long_as_the_recipe_says(tmp_path: Path) -> None:
     assert any(len(json.loads(line)["predicted"]) > 2 for line in answers.read_text().splitlines())
 
 
+@pytest.mark.parametrize(("method", "most"), [("lora", 96), ("prompt-tuning", 93)])
+def test_answers_that_leave_no_position_for_the_prompt_are_refused_before_training(method: str, most: int, tmp_path: Path) -> None:
+    """Prompt tuning takes three of the positions, which "before" has and "after" has not."""
+    recipe = write_recipe(tmp_path, method)
+    row = json.dumps({"source": "q", "target": "x"})
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(f"{row}\n" * 4)
+    with pytest.raises(GatewiseError, match=f"data.max_new_tokens is {most}: expected 1 to {most - 1} for this model"):
+        train(recipe, tmp_path / "out", f"data.max_new_tokens={most}")
+    assert not (tmp_path / "out").exists()
+    most_left = ("training.max_steps=1", f"data.max_new_tokens={most - 1}", "data.max_length=8")
+    assert train(recipe, tmp_path / "out", *most_left).steps == 1
+
+
 def test_a_decoder_that_classifies_reads_its_last_token(tmp_path: Path) -> None:
     """Its configuration has no padding token, but its tokenizer has one, which is not the end of text."""
     recipe = write_recipe(tmp_path, task="classification")

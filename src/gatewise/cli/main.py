@@ -194,7 +194,9 @@ def eval_(
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Most tokens of a written answer.", min=1, show_default="16 more than the longest right one, 64 at least"
+            help="Most tokens of a written answer.",
+            min=1,
+            show_default="what its run said, or 16 more than the longest right one, 64 at least",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows with what was answered to each to this .jsonl file.")] = None,

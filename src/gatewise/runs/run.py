@@ -293,6 +293,8 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None,
         raise GatewiseError(
             f"prompts.num_prompt_tokens leaves none of the {recipe.model}'s positions for the text: lower it by {1 - max_length}"
         )
+    if data.max_new_tokens is not None and data.max_new_tokens >= positions:
+        raise GatewiseError(f"data.max_new_tokens is {data.max_new_tokens}: expected 1 to {positions - 1} for this model")
 
     def features(records: Any, what: str) -> list[dict[str, Any]]:
         if pointing:
