@@ -26,6 +26,7 @@ from gatewise.mdt import DecisionTree, read_trees, sample
 from gatewise.mdt.review import Extracting, Session
 from gatewise.mdt.review import Review as Reviewed
 from gatewise.mdt.review import session as session_module
+from gatewise.mdt.review.edits import EDITS, apply
 from gatewise.mdt.review.passage import Version
 from gatewise.mdt.review.server import ReviewServer
 from gatewise.mdt.review.session import By
@@ -560,6 +561,156 @@ def test_what_is_asked_for_before_the_answer_comes_is_not_lost(review: Callable[
     page.click("#conflict-make")
     here.wait_state("approved")
     assert page.is_hidden("#conflict")
+
+
+def leaf(*words: str) -> dict[str, Any]:
+    triples = [["adults", "therapeutic schedule", word] for word in words]
+    return {"role": "D", "triples": triples, "logical_rel": "and" if len(words) > 1 else "null"}
+
+
+def condition(word: str) -> dict[str, Any]:
+    return {"role": "C", "triples": [["adults", "clinical manifestation", word]], "logical_rel": "null"}
+
+
+TWICE = [condition("fever"), condition("cough"), leaf("rest"), leaf(), condition("cough"), leaf("syrup"), leaf()]
+
+
+def held_back(page: Any, button: str) -> Callable[[], None]:
+    """Clicks, and keeps the request on its way until what comes back is called."""
+    held: list[Any] = []
+    page.route("**/api/edit", lambda route: held.append(route))  # an own attribute is set on it
+    with page.expect_request("**/api/edit"):
+        page.click(button)
+
+    def arrive() -> None:
+        held.pop().continue_()
+        page.unroute("**/api/edit")
+
+    return arrive
+
+
+def trees_in(folder: Path, nodes: list[dict[str, Any]]) -> Path:
+    file = folder / "trees.json"
+    file.write_text(json.dumps([{"text": "adults@If fever and cough, rest. Else syrup.", "tree": nodes}]))
+    return file
+
+
+def objects(here: Review) -> list[list[str]]:
+    return [[one[2] for one in node["triples"]] for node in here.session.passage(1).now.nodes or ()]
+
+
+def test_what_is_asked_for_before_the_answer_comes_is_made_on_the_node_that_was_meant(
+    review: Callable[..., Review], tmp_path: Path
+) -> None:
+    here = review(trees_in(tmp_path, [condition("fever"), leaf(), leaf()]))
+    page = here.page
+    here.node(2).click()
+    arrive = held_back(page, "#kind-C")
+    here.node(3).click()  # an empty leaf as those that the new condition gets, one of which comes into its place
+    page.click("#add-triple")
+    arrive()
+    sync_api.expect(page.locator("#object-0")).to_be_focused()
+    sync_api.expect(page.locator("#editor h2")).to_contain_text("Node 5")
+    assert [one["role"] for one in here.session.passage(1).now.nodes or ()] == ["C", "C", "D", "D", "D"]
+    assert objects(here) == [["fever"], [], [], [], [""]]
+    assert page.is_hidden("#conflict")
+
+
+@pytest.mark.parametrize(("first", "second"), [("#keep-yes", "#delete"), ("#swap", "#keep-yes"), ("#kind-D", "#swap")])
+def test_what_is_asked_for_of_a_node_that_goes_meanwhile_is_made_on_no_other(
+    review: Callable[..., Review], tmp_path: Path, first: str, second: str
+) -> None:
+    here = review(trees_in(tmp_path, TWICE))
+    page = here.page
+    here.node(2).click()
+    arrive = held_back(page, first)
+    page.click(second)
+    arrive()
+    sync_api.expect(page.locator("#conflict")).to_contain_text("Not done yet, and kept here: a change of the tree.")
+    sync_api.expect(page.locator("#conflict-make")).to_be_disabled()
+    after = {"#keep-yes": [["rest"]], "#swap": [["cough"], [], ["rest"]], "#kind-D": [["cough"]]}[first]
+    assert objects(here) == [["fever"], *after, ["cough"], ["syrup"], []]
+
+
+def test_what_was_kept_is_made_on_no_other_node_that_is_like_it(review: Callable[..., Review], tmp_path: Path) -> None:
+    here = review(trees_in(tmp_path, TWICE))
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    bea = By("Bea", "another window")
+    here.session.edit(1, 0, "keep_branch", {"node": 1, "side": "true"}, bea)
+    here.node(2).click()
+    page.click("#delete")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("a change of the tree.")
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#conflict-make")).to_be_disabled()
+    page.click("#conflict-drop")
+    # Of two the first gives the place of the second, an empty leaf, to another one.
+    here.node(2).click()
+    here.session.edit(1, 1, "set_triple", {"node": 0, "triple": 0, "parts": [None, None, "high fever"]}, bea)
+    page.click("#kind-C")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("a change of the tree.")
+    here.node(5).click()
+    page.click("#add-triple")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("a change of the tree; a new triple.")
+    page.click("#conflict-look")
+    page.click("#conflict-make")
+    sync_api.expect(page.locator("#conflict")).to_be_hidden()
+    page.wait_for_function("document.querySelectorAll('#tree .node').length === 7")
+    assert objects(here) == [["high fever"], ["rest"], [], [], ["cough"], ["syrup"], [""]]
+
+
+def test_the_page_knows_where_an_edit_moves_nodes_and_triples(review: Callable[..., Review]) -> None:
+    """Against the edits themselves: what is not changed is the very object that was given."""
+    here = review("sample:guidelines")
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    nodes = [
+        condition("a"),
+        condition("b"),
+        leaf("c", "d", "e"),
+        leaf(),
+        condition("f"),
+        leaf("g"),
+        condition("h"),
+        leaf(),
+        leaf("i"),
+    ]
+    children = [[1, 4], [2, 3], None, None, [5, 6], None, [7, 8], None, None]
+    seen = [{**node, "children": both} for node, both in zip(nodes, children, strict=True)]
+    more: dict[str, list[dict[str, Any]]] = {
+        "join": [{"join": "or"}],
+        "set_triple": [{"triple": 1, "parts": [None, None, "x"]}],
+        "add_triple": [{}],
+        "remove_triple": [{"triple": 1}],
+        "keep_branch": [{"side": "true"}, {"side": "false"}],
+        "put_above": [{"side": "true"}, {"side": "false"}],
+    }
+    places = "async args => { const { followed } = await import('./conflict.js'); return args[2].map(at => followed("
+    places += "{ edit: 'add_triple', arguments: at }, 'edit', args[0], args[1])).map(one => one && one.arguments); }"
+    tried = 0
+    for edit in EDITS:
+        for at in range(len(nodes)):
+            for arguments in more.get(edit, [{}]):
+                made = {"edit": edit, "arguments": {"node": at, **arguments}}
+                try:
+                    after = apply(nodes, edit, made["arguments"])
+                except GatewiseError:  # there is no such triple, or no branches
+                    continue
+                tried += 1
+                found = page.evaluate(places, [made, seen, [{"node": i} for i in range(len(nodes))]])
+                stands = {id(one): i for i, one in enumerate(after)}
+                for i, one in enumerate(nodes):
+                    if i != at or id(one) in stands:
+                        assert (found[i] or {}).get("node") == stands.get(id(one)), (made, i)
+                    elif found[i] is not None:  # the one that was changed
+                        kept = [triple for triple in one["triples"] if triple in after[found[i]["node"]]["triples"]]
+                        assert len(kept) >= len(one["triples"]) - 1 or edit == "delete", made
+    assert tried > 50
+    triples = [{"node": 2, "triple": i} for i in range(3)]
+    made = {"edit": "remove_triple", "arguments": {"node": 2, "triple": 1}}
+    assert page.evaluate(places, [made, seen, triples]) == [{"node": 2, "triple": 0}, None, {"node": 2, "triple": 1}]
+    assert page.evaluate(places, [{"edit": "delete", "arguments": {"node": 2}}, seen, triples]) == [None] * 3
+    assert page.evaluate(places, [{"edit": "unknown", "arguments": {"node": 2}}, seen, triples]) == [None] * 3
 
 
 def test_an_undo_of_the_approval_of_another_asks_before(review: Callable[..., Review], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 // The page of a review: the list of passages, the text, the tree, and what the buttons and keys do.
 
 import { Failed, WINDOW, base64, element, get, inOrder, post, single } from "./calls.js";
-import { alike, fitted, makeable, saidOf } from "./conflict.js";
+import { alike, fitted, followed, makeable, saidOf } from "./conflict.js";
 import { showEditor } from "./editor.js";
 import { saidOfOthers, saidOfReviewed, showHistory } from "./history.js";
 import { choose, language, tr, translatePage } from "./words.js";
@@ -51,6 +51,18 @@ function forward(number, seen, relative) {
   return version;
 }
 
+// An edit of the tree of a version as it is after all that we changed since, up to another version; null where that is not certain.
+function afterOurs(number, body, version, last) {
+  let made = body, at = version;
+  for (const one of own) {
+    if (one.number !== number || one.from !== at || one.to === at) continue;
+    const before = shown.get(`${number} ${at}`);
+    made = made && followed(made, one.action, one.sent, before && before.nodes);
+    at = one.to;
+  }
+  return at === last ? made : null;
+}
+
 // Comments that were begun, by the number of the passage: each goes with the next change of it.
 const comments = new Map();
 
@@ -96,7 +108,7 @@ async function attempt(wanted, body, version, seen) {
   try {
     await send(wanted, body, version);
   } catch (error) {
-    if (isRefusal(error)) return refused(error, wanted, seen);
+    if (isRefusal(error)) return refused(error, wanted, version, seen);
     giveCommentBack(wanted.number, wanted.body.comment);
     throw error;
   }
@@ -110,24 +122,30 @@ function isRefusal(error) {
 async function send(wanted, body, version) {
   const { number, action, then } = wanted;
   const answer = await post(`api/${action}`, { number, version, ...body });
-  own.push({ action, body: wanted.body, number, from: version, to: answer.passage.version,
+  own.push({ action, body: wanted.body, sent: body, number, from: version, to: answer.passage.version,
     still: action === "approve" || action === "leave" || STILL.includes(body.edit) });
   session = answer.session;
   if (passage && passage.number === number) setPassage(answer.passage);
   else keepShown(answer.passage);
   then();
+  const { node: meant } = wanted.body.arguments || {}, { node: made } = body.arguments || {};
+  if (made !== meant && passage && passage.number === number) node = made; // so that what is typed next goes where this went
   showAll();
   return answer.passage;
 }
 
 // A change of an older tree. Where only we changed it, what was asked for before the answer came is made where it belongs by now,
-// and a second click is nothing to speak of. What has no place any more, and what is of a tree that somebody else changed, is kept.
-async function refused(error, wanted, seen) {
+// and a second click is nothing to speak of. What has no certain place any more is kept to be read, and what is of a tree that
+// somebody else changed to be made there.
+async function refused(error, wanted, version, seen) {
   const { since, passage: present } = error.content, { number } = wanted;
   const others = ofOthers(since), mine = since.length && !others.length;
   const second = mine && own.some(one => one.number === number && one.from >= seen && alike(one, wanted));
-  const body = mine && !second && wanted.action === "edit" && fitted(wanted, present);
-  if (body) return attempt(wanted, body, present.version, seen);
+  if (mine && !second && wanted.action === "edit") {
+    const body = afterOurs(number, wanted.body, version, present.version);
+    if (body) return attempt(wanted, body, present.version, seen);
+    wanted.of = null; // what is like it elsewhere in the tree is not what was meant
+  }
   if (second) giveCommentBack(number, wanted.body.comment);
   else keep(number, [wanted], mine ? since : others);
   if (mine && passage && passage.number === number) {
@@ -616,10 +634,13 @@ async function make() {
   if (!conflict || !conflict.looked || !passage || conflict.number !== passage.number) return; // two clicks at once
   const { number, wanted, others } = conflict;
   const left = [];
+  const looked = passage, done = [];
   let places = passage, { version } = passage;
   conflicts.delete(number);
   for (const [i, one] of wanted.entries()) {
-    const body = one.action === "approve" && left.length ? null : fitted(one, places);
+    // Found in the tree that was looked at, and followed through what was made on it since.
+    const found = one.action === "approve" ? !left.length && fitted(one, places) : fitted(one, looked);
+    const body = found && one.action === "edit" ? done.reduce((made, follow) => made && follow(made), found) : found;
     const back = body && body.approved === false && places.state === "approved";
     if (!body || (back && !mayTakeBack(places.reviewed && places.reviewed.by))) {
       left.push(one);
@@ -627,8 +648,10 @@ async function make() {
     }
     try {
       const made = await send(one, body, version);
+      const { nodes } = places;
+      done.push(next => followed(next, one.action, body, nodes));
+      places = made;
       ({ version } = made);
-      if (!own.at(-1).still) places = made;
     } catch (error) {
       // It waits with all that was to come after it: somebody was faster again, or it cannot be made.
       const refusal = isRefusal(error);
