@@ -279,6 +279,74 @@ def test_what_was_undone_before_the_last_save_goes_out_of_the_file_too(session: 
     assert (saved.earlier, records(session)[0]["tree"], "review" in records(session)[0]) == ([], gout(), False)
 
 
+def test_an_extraction_that_a_redo_brings_back_takes_no_correction_out_of_the_file(session: Session) -> None:
+    def again(back: str) -> None:
+        getattr(session, back)(1, session.passage(1).version)
+
+    correct(session, 1, "ibuprofen")
+    session.save()
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 1, extraction=1, replaced=True)
+    session.approve(1, 2)
+    session.save()
+    again("undo")
+    again("undo")
+    session.save()
+    again("redo")
+    assert (session.passage(1).now.nodes, session.passage(1).now.state) == (DRAFT, "drafted")
+    assert session.save().earlier == [1]
+    assert (records(session)[0]["review"], records(session)[0]["tree"][1]["triples"][0][2]) == ("corrected", "ibuprofen")
+    again("redo")  # and so does the approval, which is a word of a person
+    session.save()
+    assert (records(session)[0]["review"], records(session)[0]["tree"]) == ("approved", DRAFT)
+
+
+def test_who_goes_forward_and_back_again_has_still_undone_what_the_file_has(session: Session) -> None:
+    correct(session, 1, "ibuprofen")
+    correct(session, 1, "rest")
+    session.save()
+    for back in (session.undo, session.undo, session.redo, session.undo):
+        back(1, session.passage(1).version)
+    assert session.save().earlier == []
+    assert (records(session)[0]["tree"], "review" in records(session)[0]) == (gout(), False)
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_what_was_undone_before_a_save_lets_no_draft_in_after_it(tmp_path: Path, reopen: bool) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen")
+    session.approve(1, 1)
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 2, extraction=1, replaced=True)
+    session.approve(1, 3)
+    session.save()
+    session.undo(1, 4)  # under it stands what was approved first
+    session.save()
+    assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
+    if reopen:
+        session.close()
+        session = Session.open(file)
+    session.approve(1, 5, approved=False)
+    assert session.save().earlier == [1]
+    assert (records(session)[0]["review"], records(session)[0]["tree"][1]["triples"][0][2]) == ("corrected", "ibuprofen")
+    session.close()
+
+
+def test_a_save_of_what_was_undone_brings_nothing_in_when_the_review_is_opened_again(tmp_path: Path) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen")
+    session.save()
+    session.undo(1, 1)
+    session.save()
+    session.close()
+    session = Session.open(file)
+    session.approve(1, 2)
+    assert [entry.action for entry in session.history(session.passage(1))] == ["come", "edit", "undo", "approve"]
+    session.close()
+
+
 def test_the_page_is_told_whose_approval_an_undo_or_redo_takes_back(session: Session) -> None:
     def taken_back() -> tuple[str, str]:
         shown = whole(session.passage(1))

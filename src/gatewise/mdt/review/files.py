@@ -251,7 +251,10 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
             held, removed = {number: held[number] for number in row["passages"]}, list(row["removed"])
         elif entry.action == "save":
             for number in row["saved"]:
-                held[number]["saved"] = _version(_passage(held[number], number).kept)
+                passage = _passage(held[number], number)
+                if (version := passage.kept) is not None:
+                    passage = passage.written(version)
+                held[number] |= {"saved": _version(passage.saved), "now": _version(passage.now)}
         elif entry.action == "comment":
             continue
         elif entry.action == "remove":

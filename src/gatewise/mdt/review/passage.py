@@ -146,10 +146,10 @@ class Passage:
         """
         if not self.past:
             raise GatewiseError("there is nothing to undo in this passage")
-        version = self._again(self.past[-1], by)
-        if self.now.undone or (self.saved is not None and self.now.nodes == self.saved.nodes):
+        version, future = self._again(self.past[-1], by), (*self.future, self.now._replace(undone=False))
+        if self.now.undone or self._has_saved(future):
             version = version._replace(undone=True)
-        return self._at(version, past=self.past[:-1], future=(*self.future, self.now))
+        return self._at(version, past=self.past[:-1], future=future)
 
     def redone(self, by: str = "") -> "Passage":
         """Forward again to the version that was undone.
@@ -162,7 +162,13 @@ class Passage:
         """
         if not self.future:
             raise GatewiseError("there is nothing to do again in this passage")
-        return self._at(self._again(self.future[-1], by), past=(*self.past, self.now), future=self.future[:-1])
+        # What was undone may be in the file no more, and what comes back then takes the place of nothing that was undone.
+        version = self._again(self.future[-1], by)._replace(undone=self._has_saved(self.future[:-1]))
+        return self._at(version, past=(*self.past, self.now), future=self.future[:-1])
+
+    def _has_saved(self, versions: Sequence[Version]) -> bool:
+        """Whether the tree that the file of corrections has is one of these."""
+        return self.saved is not None and any(one.nodes == self.saved.nodes for one in versions)
 
     def _again(self, version: Version, by: str) -> Version:
         """A version that there was. An approval is a person's word: only they, or who took it back, bring it back."""
@@ -327,6 +333,14 @@ class Passage:
         if saved is not None and saved.state == "approved":  # which somebody took back
             return saved._replace(state="corrected", reviewed=None)
         return saved
+
+    def written(self, version: Version) -> "Passage":
+        """With the version that the file of corrections has from now on, see :attr:`kept`."""
+        kept = replace(self, saved=version._replace(undone=False))
+        if _content(version) not in (_content(self.now), _content(self.now.standing)):
+            return kept  # what was undone is still in there
+        past = tuple(one._replace(undone=False) for one in self.past)
+        return replace(kept, now=self.now._replace(undone=False), past=past)
 
     @property
     def is_unsaved(self) -> bool:

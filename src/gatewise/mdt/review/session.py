@@ -468,8 +468,9 @@ class Session:
         with self._lock:
             kept = [(passage, version) for passage in self._passages.values() if (version := passage.kept) is not None]
             self.files.save([passage.record(version) for passage, version in kept])
-            changed = [passage.id for passage, version in kept if passage.saved != version]
-            self._passages |= {passage.number: replace(passage, saved=version) for passage, version in kept}
+            written = [(passage, passage.written(version)) for passage, version in kept]
+            changed = [before.id for before, after in written if before != after]
+            self._passages |= {after.number: after for _, after in written}
             if changed:
                 self._keep([self._row("save", by, None, {"saved": changed})])
             left = [passage for passage in self._passages.values() if passage.is_unsaved]
