@@ -118,6 +118,40 @@ def test_who_undoes_an_edit_brings_back_what_stood_before(session: Session) -> N
     assert approver(session) == "Cleo"
 
 
+def test_an_approval_over_an_earlier_one_of_the_same_person_is_her_word_too(session: Session) -> None:
+    act(session, "approve", "Ada", True)
+    correct(session, 1, "ibuprofen", By("Ada"))
+    act(session, "approve", "Ada", True)
+    assert whole(session.passage(1))["undo_takes_back"] == "Ada"
+    act(session, "undo", "Ben")
+    assert whole(session.passage(1))["undo_takes_back"] == ""  # her first one stands, and would further back
+    with pytest.raises(GatewiseError, match="Ben took the approval of Ada back, so only one of the two"):
+        act(session, "redo", "Carl")
+    act(session, "undo", "Carl")  # which is free, and no way around
+    act(session, "redo", "Carl")
+    with pytest.raises(GatewiseError, match="Ben took the approval of Ada back"):
+        act(session, "redo", "Carl")
+    act(session, "redo", "Ben")
+    assert session.passage(1).now.state == "approved"
+    # It only came after the first one: who undoes it brings that back, whoever brought the second back.
+    act(session, "undo", "Carl")
+    act(session, "redo", "Ada")
+    assert session.passage(1).now.state == "approved"
+
+
+def test_an_approval_of_another_under_the_one_that_was_undone_stays_free_of_it(session: Session) -> None:
+    act(session, "approve", "Ada", True)
+    act(session, "approve", "Bea", True)
+    act(session, "approve", "Cleo", True)
+    act(session, "undo", "Ada")
+    with pytest.raises(GatewiseError, match="Ada took the approval of Cleo back"):
+        act(session, "redo", "Dora")
+    act(session, "undo", "Dora")  # the word of Bea, which Dora takes back, and not one that Ada took
+    assert approver(session) == "Ada"
+    with pytest.raises(GatewiseError, match="Dora took the approval of Bea back"):
+        act(session, "redo", "Cleo")
+
+
 # An extraction that lands ---------------------------------------------------------------------------------------------
 
 

@@ -88,6 +88,11 @@ class Version(NamedTuple):
         by = ((self.standing and self.standing.reviewed) or {}).get("by")
         return by if isinstance(by, str) else ""
 
+    @property
+    def word(self) -> tuple[Nodes | None, str] | None:
+        """The tree that a person stands for, and who; None where nobody does."""
+        return None if self.standing is None else (self.standing.nodes, self.approver)
+
     def after(self, before: "Version") -> "Version":
         """In the place of another version, whose approved tree stays that of the file of corrections."""
         return self if self.state == "approved" else self._replace(approved=before.standing)
@@ -146,7 +151,7 @@ class Passage:
         """
         if not self.past:
             raise GatewiseError("there is nothing to undo in this passage")
-        version, future = self._again(self.past[-1], by), (*self.future, self.now._replace(undone=False))
+        version, future = self._again(self.past[-1], by, back=True), (*self.future, self.now._replace(undone=False))
         if self.now.undone or self._has_saved(future):
             version = version._replace(undone=True)
         return self._at(version, past=self.past[:-1], future=future)
@@ -163,38 +168,39 @@ class Passage:
         if not self.future:
             raise GatewiseError("there is nothing to do again in this passage")
         # What was undone may be in the file no more, and what comes back then takes the place of nothing that was undone.
-        version = self._again(self.future[-1], by)._replace(undone=self._has_saved(self.future[:-1]))
+        version = self._again(self.future[-1], by, back=False)._replace(undone=self._has_saved(self.future[:-1]))
         return self._at(version, past=(*self.past, self.now), future=self.future[:-1])
 
     def _has_saved(self, versions: Sequence[Version]) -> bool:
         """Whether the tree that the file of corrections has is one of these."""
         return self.saved is not None and any(one.nodes == self.saved.nodes for one in versions)
 
-    def _again(self, version: Version, by: str) -> Version:
-        """A version that there was. An approval is a person's word: only they, or who took it back, bring it back."""
-        standing, now = version.standing, self.now
-        if standing is None:
-            return version if now.standing is None else version._replace(taken_back=by)
-        approver = version.approver
-        if now.standing is None and now.taken_back not in ("", by) and approver != by:
+    def _again(self, version: Version, by: str, back: bool) -> Version:
+        """A version that there was. An approval is a person's word: only they, or who took it back, bring it back.
+
+        Args:
+            back: by an undo, which takes an approval back also where an earlier one then stands. A redo from one to a later one
+                does not, as whoever gave that did so.
+        """
+        now = self.now
+        other = version.word is not None and version.word != now.word
+        if other and not (back and now.word) and now.taken_back not in ("", by) and version.approver != by:
             raise GatewiseError(
-                f"{now.taken_back} took the approval of {approver or 'an earlier reviewer'} back, so only one of the two brings it"
-                " back; approve the tree yourself if you stand for it"
+                f"{now.taken_back} took the approval of {version.approver or 'an earlier reviewer'} back, so only one of the two"
+                " brings it back; approve the tree yourself if you stand for it"
             )
-        return version
+        lost = now.word is not None and (version.word is None or (back and other))
+        return version._replace(taken_back=by) if lost else version
 
     @property
     def undo_takes_back(self) -> str:
         """Whose approval an undo would take back; empty where it takes none, or nobody knows whose."""
-        return self._lost(self.past)
+        return self.now.approver if self.past and self.now.word != self.past[-1].word else ""
 
     @property
     def redo_takes_back(self) -> str:
-        """Whose approval a redo would take back, as :attr:`undo_takes_back`."""
-        return self._lost(self.future)
-
-    def _lost(self, versions: Sequence[Version]) -> str:
-        return self.now.approver if versions and self.now.approver != versions[-1].approver else ""
+        """Whose approval a redo would take back, as :attr:`undo_takes_back`. Who approved a later tree did that themselves."""
+        return self.now.approver if self.future and self.now.approver != self.future[-1].approver else ""
 
     def begun(self, reviewed: dict[str, Any] | None = None) -> "Passage":
         """With an empty tree, to be written by hand.
