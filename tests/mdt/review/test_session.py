@@ -196,6 +196,43 @@ def test_a_file_of_corrections_is_repaired_where_that_is_asked_for(trees: Path) 
     session.close()
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_approved_tree_that_is_repaired_is_said_to_be_another_one(trees: Path, saved: bool) -> None:
+    out = trees.with_name("x.review.jsonl")
+    wrong = gout()
+    wrong[1]["logical_rel"] = "null"
+    held = [{"text": TEXT, "tree": wrong, "review": "approved", "reviewed": {"by": "Ada"}}, {"text": OTHER, "tree": gout()}]
+    held[1] |= {"review": "approved", "reviewed": {"by": "Bea"}}
+    out.write_text("".join(json.dumps(one) + "\n" for one in held))
+    for again in (False, True):
+        session = Session.open(str(out), repair=not (again and saved))
+        repaired, other = session.passages
+        assert [one.now.state for one in session.passages] == ["corrected", "approved"]
+        assert (repaired.now.reviewed, other.now.reviewed) == (None, {"by": "Bea"})
+        if again and saved:
+            assert (session.notes, session.unsaved) == ([], 0)
+        else:
+            assert session.unsaved == 1
+            assert session.notes[0].endswith('node 2: logical_rel "null" with 3 triples is read as "and"')
+            assert "was approved by Ada is another one after the repair, so it counts as corrected" in session.notes[1]
+            assert len(session.notes) == 2
+        if saved and not again:
+            assert session.save().records == 2
+            assert session.unsaved == 0
+            assert [one.get("reviewed") for one in lines(out)] == [None, {"by": "Bea"}]
+            assert lines(out)[0]["review"] == "corrected"
+        session.close()
+    # Who read it as it is by now approves it, also where it is not saved before the end.
+    session = Session.open(str(out), repair=not saved)
+    session.approve(1, session.passage(1).version)
+    session.close()
+    session = Session.open(str(out), repair=not saved)
+    assert session.passage(1).now.state == "approved"
+    session.save()
+    assert [one["review"] for one in lines(out)] == ["approved", "approved"]
+    session.close()
+
+
 def test_no_record_of_the_file_of_corrections_is_lost_by_a_save(trees: Path) -> None:
     """Any file of trees may be named: records that nobody reviewed stay in it as well."""
     out = trees.with_suffix(".jsonl")

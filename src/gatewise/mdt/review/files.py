@@ -75,6 +75,20 @@ class Draft:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Corrections:
+    """What the file of corrections has.
+
+    Attributes:
+        repaired: numbers of the records that have a tree only after a repair, which is not in the file yet.
+        notes: what was put right, a sentence each.
+    """
+
+    records: Sequence[TreeRecord] = ()
+    repaired: frozenset[int] = frozenset()
+    notes: Sequence[str] = ()
+
+
 class ReviewFiles:
     """The files of one review, of one process at a time.
 
@@ -124,8 +138,8 @@ class ReviewFiles:
             Path(self._lock.lock_file).unlink()
         self._lock.release()
 
-    def read_saved(self, repair: bool = False) -> list[TreeRecord]:
-        """The records that were saved before.
+    def read_saved(self, repair: bool = False) -> Corrections:
+        """What was saved before.
 
         Args:
             repair: put right what has one plain meaning.
@@ -134,14 +148,14 @@ class ReviewFiles:
             GatewiseError: one of them cannot be read: saving would lose it.
         """
         if not self.out.exists():
-            return []
+            return Corrections()
         self._digest = _digest(self.out)
         if self.out.stat().st_size == 0:
-            return []
+            return Corrections()
         read = read_trees(self.out, repair=repair)
         if read.faults:
             raise GatewiseError(f"{next(iter(read.faults.values()))}; mend the record, or name another file with --out")
-        return list(read.records)
+        return Corrections(read.records, frozenset(read_trees(self.out).faults if repair else ()), read.notes)
 
     def read_draft(self) -> Draft:
         """What the last review left.

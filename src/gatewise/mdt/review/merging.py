@@ -6,7 +6,7 @@ again by its tree and by where it comes from, and by its order only where that c
 
 import json
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +14,7 @@ from gatewise.mdt.documents.passages import ORIGIN
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review.edits import Nodes
 from gatewise.mdt.review.files import Draft
-from gatewise.mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version, others, version_of
+from gatewise.mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, REVIEWED, Passage, Version, others, version_of
 
 L = TypeVar("L")
 R = TypeVar("R")
@@ -34,16 +34,21 @@ class _Row(NamedTuple):
         return next(one.text for one in self if one is not None)
 
 
-def merged(sources: Iterable[Passage], saved: Sequence[TreeRecord], draft: Draft) -> tuple[list[Passage], list[str]]:
+def merged(
+    sources: Iterable[Passage], saved: Sequence[TreeRecord], draft: Draft, repaired: Collection[int] = ()
+) -> tuple[list[Passage], list[str]]:
     """The passages of a review, with all that earlier reviews of them left, numbered from 1; and what has to be said of it.
 
     Passages are the same only when their texts are. The draft has the last word, unless another program changed a saved record
     meanwhile: then that one has, and the draft's tree can be had back by undoing. A saved record that may be of several passages
     becomes a passage of its own, so that no tree passes for one that a person approved.
+
+    Args:
+        repaired: numbers of the saved records whose trees were repaired when they were read.
     """
     rows = _rows(list(sources), saved, draft)
     notes: list[str] = []
-    made = [_merged(row, notes) for row in rows]
+    made = [_merged(row, notes, row.record is not None and row.record.number in repaired) for row in rows]
     without = {row.text for row in rows if row.record is None}
     notes += [
         f"the file of corrections has a tree for {_short(row.text)}, a text that comes several times, and nothing says for which of"
@@ -253,25 +258,34 @@ _PLACES: tuple[tuple[Place, Place], ...] = (
 # ---- one passage ----
 
 
-def _merged(row: _Row, notes: list[str]) -> Passage:
+def _merged(row: _Row, notes: list[str], repaired: bool) -> Passage:
     source, old, record = row
     first = source or old
     came = first.came if first else None
     if record is not None:
+        known = [(version.nodes, version.state) for version in (old.now, old.saved) if version is not None] if old else []
         saved = version_of(record, "drafted")
+        if repaired and saved.state in REVIEWED and (saved.nodes, saved.state) not in known:
+            # Nobody has read the tree as the repair left it.
+            if saved.state == "approved":
+                by = f" by {saved.approver}" if saved.approver else ""
+                notes.append(
+                    f"the tree of {_short(record.text)} that was approved{by} is another one after the repair, so it counts as"
+                    " corrected: read it and approve it anew"
+                )
+            saved = saved._replace(state="corrected", reviewed=None)
         # What a file of corrections holds beside the tree is as old as the tree.
         more = _placed({**(first.more if first else {}), **others(record.more)}, source)
         if old is None:
             past = (source.now,) if source and source.now.nodes is not None and source.now.nodes != saved.nodes else ()
-            return Passage(0, record.text, saved, more, saved, came, past)
-        known = [(version.nodes, version.state) for version in (old.now, old.saved) if version is not None]
+            return Passage(0, record.text, saved, more, saved, came, past, repaired=repaired)
         if (saved.nodes, saved.state) not in known:
             notes.append(
                 f"the file of corrections has another tree than before for {_short(record.text)}, which is shown; undo brings back"
                 " yours"
             )
-            return _next(old, saved, more, saved, came, old.now)
-        return _next(old, old.now, more, saved, came, saved)
+            return replace(_next(old, saved, more, saved, came, old.now), repaired=repaired)
+        return replace(_next(old, old.now, more, saved, came, saved), repaired=repaired)
     if old is None:
         assert source is not None
         return source

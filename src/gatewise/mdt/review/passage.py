@@ -115,6 +115,8 @@ class Passage:
         beside: a tree that was extracted, and waits for a reviewer's word.
         extractions: how many trees have lain beside it, the number of the one that does.
         id: names it in the history for good; 0 while it is not in there.
+        repaired: the file of corrections has the saved tree as it was before it was repaired. Of this session: as long as it is
+            not saved, it is repaired again in the next one.
         waiting: an extraction was asked for.
         error: why there is no tree, a sentence.
     """
@@ -131,6 +133,7 @@ class Passage:
     beside: Version | None = None
     extractions: int = 0
     id: int = 0
+    repaired: bool = False
     waiting: bool = False
     error: str = ""
 
@@ -342,7 +345,7 @@ class Passage:
 
     def written(self, version: Version) -> "Passage":
         """With the version that the file of corrections has from now on, see :attr:`kept`."""
-        kept = replace(self, saved=version._replace(undone=False))
+        kept = replace(self, saved=version._replace(undone=False), repaired=False)
         if _content(version) not in (_content(self.now), _content(self.now.standing)):
             return kept  # what was undone is still in there
         past = tuple(one._replace(undone=False) for one in self.past)
@@ -350,7 +353,10 @@ class Passage:
 
     @property
     def is_unsaved(self) -> bool:
-        """Whether the file of corrections has something else than the tree as it stands, or lacks the approved one under it."""
+        """Whether the file of corrections has something else than the tree as it stands, or lacks the approved one under it,
+        or what was repaired in it."""
+        if self.repaired:
+            return True
         touched = self.now.state in REVIEWED or self.saved is not None
         return (touched and _content(self.now) != _content(self.saved)) or _content(self.kept) != _content(self.saved)
 
