@@ -119,6 +119,31 @@ def test_a_name_stays_with_the_folder_that_is_served_by_it(made: Path, tmp_path:
     assert found["x"].folder == first / "x"
 
 
+def test_a_name_stays_with_its_folder_while_that_is_broken(made: Path, tmp_path: Path) -> None:
+    """Clients that ask for it must not get another adapter's answers."""
+    said: list[str] = []
+    first, second = shutil.copytree(made / "one", tmp_path / "a" / "x"), tmp_path / "b" / "x"
+    second.parent.mkdir()
+    found = catalogue(tmp_path / "b", tmp_path / "a", say=said.append)
+    shutil.copytree(made / "two", second)  # which is looked at first
+    weights = first / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for _ in range(2):
+        weights.write_bytes(whole[: len(whole) // 2])
+        for _ in range(2):
+            found.scan()
+            assert names(found) == []
+        weights.write_bytes(whole)
+        found.scan()
+        assert found["x"].folder == first
+    assert sum("two adapters are called 'x'" in one for one in said) == 1
+    weights.write_bytes(b"")
+    found.scan()
+    shutil.rmtree(first)
+    found.scan()
+    assert found["x"].folder == second
+
+
 def test_an_unfinished_folder_takes_no_name(made: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

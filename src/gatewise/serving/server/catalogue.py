@@ -2,8 +2,8 @@
 
 A version is known by the names, sizes and times of its files. It is served from a copy that was taken of all of them while they
 stayed the same, so that no answer ever mixes old files with new ones. A folder that somebody still writes into is left alone until
-it has not changed for a moment. A name stays with the folder that is served by it. Whatever is wrong with a folder that is watched
-is no reason to pass over others. Only JSON, templates of chats and safetensors are read.
+it has not changed for a moment. A name stays with the folder that was served by it, as long as that is there. Whatever is wrong
+with a folder that is watched is no reason to pass over others. Only JSON, templates of chats and safetensors are read.
 """
 
 import glob
@@ -139,6 +139,7 @@ class Catalogue:
         self._places, self._taken, self._settled = list(places), set(taken), settled
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._versions: dict[str, Version] = {}
+        self._homes: dict[str, Path] = {}  # the folder that a name was served from, until it is gone
         self._seen: dict[Path, tuple[Signature, float]] = {}  # and since when it has been so
         self._said: dict[Path, str] = {}
         self._lock = threading.Lock()
@@ -191,14 +192,15 @@ class Catalogue:
 
         Args:
             strict: what cannot be served is an error where the user named the adapter itself, or where two have one name. Otherwise
-                the one that is served keeps its name.
+                the one that was served keeps its name, even while it cannot be: clients must not get another one's answers.
         """
         with self._lock:
             there: dict[str, Version] = {}
             late: list[Path] = []
-            homes: dict[str, Path] = {}
-            served = {one.folder for one in self._versions.values()}
-            folders = sorted(self._folders(strict), key=lambda one: one[1] not in served)
+            folders = list(self._folders(strict))
+            found = {folder for _, folder, _ in folders}
+            kept = {name: folder for name, folder in self._homes.items() if folder in found}
+            homes = dict(kept)
             for name, folder, is_named in folders:
                 problem = self._refused_name(name, folder, homes)
                 if problem is not None:
@@ -225,13 +227,14 @@ class Catalogue:
             for name, version in self._versions.items():
                 version.gone = there.get(name) is not version
             self._versions = there
-            self._seen = {folder: seen for folder, seen in self._seen.items() if any(folder == one for _, one, _ in folders)}
+            self._homes = kept | {name: version.folder for name, version in there.items()}
+            self._seen = {folder: seen for folder, seen in self._seen.items() if folder in found}
             return late
 
     def _refused_name(self, name: str, folder: Path, homes: dict[str, Path]) -> str | None:
         if name in self._taken:
             return f"the adapter {folder} is called {name!r} as the base model is: rename its folder, or give it as NAME=FOLDER"
-        if name in homes:
+        if homes.get(name, folder) != folder:
             return f"two adapters are called {name!r}, {homes[name]} and {folder}: rename one, or give them as NAME=FOLDER"
         if has_half_a_pair(name) or not name.isprintable():
             return f"the folder {folder!r} has a name that no client can send: rename it"
