@@ -186,6 +186,63 @@ def test_a_folder_that_cannot_be_read_is_passed_over(made: Path, tmp_path: Path,
         catalogue(tmp_path / "places")
 
 
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("call", ["stat", "listdir", "scandir"])
+def test_what_is_served_stays_through_faults_of_the_file_system(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    said: list[str] = []
+    for name in ("runs/a/adapter", "runs/b/adapter", "many/c", "d"):
+        shutil.copytree(made / "one", tmp_path / name)
+    found = catalogue(f"{tmp_path}/runs/*/adapter", tmp_path / "many", f"mine={tmp_path / 'd'}", tmp_path / "d", say=said.append)
+    before = found.all()
+    assert [one.name for one in before] == ["a", "b", "c", "mine"]
+    shutil.copytree(made / "two", tmp_path / "runs" / "new" / "adapter")
+    shutil.copytree(made / "two", tmp_path / "many" / "new")
+    known = getattr(os, call)
+
+    def fails(path: Any = ".", **more: Any) -> Any:
+        if not isinstance(path, int) and tmp_path in (place := Path(os.fsdecode(path))).parents:
+            raise OSError(code, os.strerror(code), str(place))
+        return known(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        for _ in range(2):
+            found.scan()
+            assert [one for one in found.all() if one.name != "new"] == before
+    assert not any(one.gone for one in before)
+    assert len(said) == len(set(said))
+    shutil.rmtree(tmp_path / "runs" / "b")
+    shutil.rmtree(tmp_path / "many" / "new")
+    found.scan()
+    assert names(found) == ["a", "c", "mine", "new"]
+    shutil.rmtree(tmp_path / "many")
+    shutil.rmtree(tmp_path / "d")
+    found.scan()
+    assert names(found) == ["a", "new"]
+
+
+def test_a_place_that_cannot_be_read_for_a_moment_gives_nothing_new(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    shutil.copytree(made / "one", tmp_path / "x")
+    found = catalogue(tmp_path, say=said.append)
+    shutil.copytree(made / "two", tmp_path / "y")
+
+    def fails(path: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", fails)
+        found.scan()
+    assert names(found) == ["x"]
+    assert said == [f"note: the folder {tmp_path} cannot be read (Input/output error); nothing new of it is served"]
+    found.scan()
+    assert names(found) == ["x", "y"]
+
+
 def test_whatever_is_in_a_folder_ends_no_look_at_the_others(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     found = catalogue(tmp_path, say=said.append)

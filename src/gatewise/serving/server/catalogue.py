@@ -140,6 +140,7 @@ class Catalogue:
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._versions: dict[str, Version] = {}
         self._homes: dict[str, Path] = {}  # the folder that a name was served from, until it is gone
+        self._met: dict[str, dict[Path, bool]] = {}  # what each place held, and whether it was named itself
         self._seen: dict[Path, tuple[Signature, float]] = {}  # and since when it has been so
         self._said: dict[Path, str] = {}
         self._lock = threading.Lock()
@@ -248,12 +249,18 @@ class Catalogue:
     def _folders(self, strict: bool) -> Iterator[tuple[str, Path, bool]]:
         """Name and folder of each adapter, once, and whether the user named the very folder.
 
+        What was served is there until it is known to be gone: file systems have faults that pass, and ``glob`` tells of none.
+
         Args:
             strict: a place that cannot be read is an error, and so is a folder that the user named and that is no adapter.
         """
+        homes, before = set(self._homes.values()), self._met
+        self._met = {}
         met: set[Path] = set()
         for place in self._places:
             given, path = _split(place)
+            known = {folder: is_named for folder, is_named in before.get(place, {}).items() if folder in homes}
+            found: list[tuple[Path, bool]] = []
             try:
                 if glob.has_magic(path):
                     found = [(Path(one), False) for one in sorted(glob.glob(path))]
@@ -262,12 +269,11 @@ class Catalogue:
                 else:
                     found = [(Path(path) / name, False) for name in sorted(os.listdir(path))]
             except (FileNotFoundError, NotADirectoryError):  # it is gone
-                continue
+                pass
             except OSError as error:
-                self._pass_over(Path(path), error, strict)
-                continue
-            for folder, is_named in found:
-                folder = folder.absolute()
+                if Path(path).absolute() not in homes:  # of which less is known than before, and that may pass
+                    self._pass_over(Path(path), error, strict, "nothing new of it is served" if known else None)
+            for folder, is_named in ({folder.absolute(): is_named for folder, is_named in found} | known).items():
                 if folder.name.startswith("."):
                     if strict and is_named:
                         raise GatewiseError(
@@ -278,19 +284,22 @@ class Catalogue:
                 try:
                     is_one = _has_config(folder)
                 except OSError as error:
-                    self._pass_over(folder, error, strict and is_named)
-                    continue
+                    is_one = folder in known
+                    if not is_one:
+                        self._pass_over(folder, error, strict and is_named)
+                        continue
                 if strict and is_named and not is_one:
                     read_config(folder)  # whose error says what is there instead
                 if is_one and folder not in met:
                     met.add(folder)
+                    self._met.setdefault(place, {})[folder] = is_named
                     yield given or name_of(folder), folder, is_named
 
-    def _pass_over(self, folder: Path, error: OSError, strict: bool) -> None:
+    def _pass_over(self, folder: Path, error: OSError, strict: bool, outcome: str | None = None) -> None:
         problem = f"the folder {folder} cannot be read ({error.strerror or error})"
         if strict:
             raise GatewiseError(f"{problem}: let the user of this process read it, or leave it out") from error
-        self._note(folder, f"{problem}; what it holds is not served")
+        self._note(folder, f"{problem}; {outcome or 'what it holds is not served'}")
 
     def _version_in(self, name: str, folder: Path, is_named: bool) -> Version | None:
         """The version that is served now: the one from before as long as the next one is not whole; None while there is none."""
