@@ -490,3 +490,81 @@ def test_an_answer_with_nothing_that_may_come_is_alone_in_its_fault(
         with pytest.raises(openai.InternalServerError, match="wrote what is no number"):
             ask(server, "tiny", temperature=temperature, extra_body={"vllm_xargs": {"nothing": "1"}})
         assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
+
+
+DEVICE_FAULT = "CUDA error: an illegal memory access was encountered"
+
+
+class Unreadable:
+    """Logits as a GPU gives them that has had a fault: that is told where they are first looked at."""
+
+    def argmax(self, dim: int) -> Any:
+        return self
+
+    def tolist(self) -> Any:
+        raise torch.AcceleratorError(DEVICE_FAULT.replace("CUDA", "HIP"))
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize(
+    ("place", "more"),
+    [
+        ("lanes.Lane.read", {}),
+        ("lanes.Lane.join", {}),
+        ("lanes.Lane.step", {}),
+        ("lanes.Lane.keep", {"tokens": 2}),
+        ("lanes.Lane.load", {"name": "later"}),
+        ("engine._drawn", {"temperature": 1}),
+        ("engine._told", {"logprobs": 1}),
+        ("engine._told_of", {"logprobs": 1, "echo": True}),
+        (None, {}),
+    ],
+)
+def test_a_dead_device_ends_the_engine(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str | None, more: dict[str, Any]
+) -> None:
+    """It went on, in good health by what it said, and failed everybody for ever."""
+
+    def fails(*_: Any, **more: Any) -> Any:
+        raise RuntimeError(DEVICE_FAULT)
+
+    shutil.copytree(made["b"], tmp_path / "later")
+    with serving(made["base"], made["a"], made["routed"], tmp_path) as server, ThreadPoolExecutor(3) as threads:
+        stream = iter(ask(server, "routed", 90, stream=True, extra_body={"ignore_eos": True}))
+        next(stream)
+        if place is None:
+            monkeypatch.setattr(Lane, "step", lambda self, tokens: Unreadable())
+        else:
+            monkeypatch.setattr(f"gatewise.serving.server.{place}", fails)
+        for one in [threads.submit(ask, server, **{"name": "a", **more}) for _ in range(3)]:
+            if more.get("tokens") == 2 and one.exception(30) is None:
+                continue  # that was whole before it left
+            with pytest.raises(openai.InternalServerError, match="the engine has ended") as told:
+                one.result(30)
+            assert told.value.status_code == 503
+        with pytest.raises(openai.APIError, match="the engine has ended"):
+            list(stream)
+        soon(lambda: not server.engine.is_alive)
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{server.url}/health")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=type,
+)
+def test_a_device_without_memory_goes_on(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    with serving(made["base"]) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(Lane, "step", fails)
+            with pytest.raises(openai.InternalServerError, match=type(error).__name__):
+                ask(server, "tiny")
+        assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))

@@ -39,6 +39,7 @@ Limit = Callable[[Sequence[int], Tensor], Tensor]
 
 _GREEDY = 1e-5  # a lower temperature is none
 _PASSING = (OSError, MemoryError, torch.OutOfMemoryError)
+_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")  # what CUDA and cuBLAS say then
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ class Engine:
         self._running: dict[Lane, list[Answer]] = {self._plain: []}
         self._loaded: dict[str, _Loaded] = {}
         self._waiting: deque[Answer] = deque()
+        self._entering: set[Answer] = set()  # that wait no more and have no row yet
         self._news = threading.Condition()
         self._is_ending, self._is_broken, self._broke = False, False, broke
         self._thread = threading.Thread(target=self._run, name="gatewise-engine", daemon=True)
@@ -260,12 +262,12 @@ class Engine:
                 for lane in list(self._running):
                     if self._running[lane]:
                         self._step(lane)
-        except Exception as error:  # a fault of ours: nobody must wait for answers that never come
+        except Exception as error:  # a fault of ours, or a device that is dead: nobody must wait for answers that never come
             traceback.print_exception(error, file=sys.stderr)
             self._is_broken = True
         with self._news:
             self._is_ending = True
-        for one in (*self._waiting, *(one for rows in self._running.values() for one in rows)):
+        for one in (*self._waiting, *self._entering, *(one for rows in self._running.values() for one in rows)):
             self._fail(one, self._why_ended())
         if self._is_broken:
             self._broke()
@@ -318,6 +320,7 @@ class Engine:
             if batch and (len(batch) + 1) * max(len(one.prompt) for one in (*batch, first)) > self._most_read([*batch, first]):
                 break
             self._leave_queue()
+            self._entering.add(first)
             batches.setdefault(lane, []).append(first)
             room -= 1
         for lane, batch in batches.items():
@@ -372,6 +375,8 @@ class Engine:
         except ReplacedError:
             raise
         except Exception as error:
+            if self.is_alive:
+                _raise_if_dead(error)
             if not isinstance(error, GatewiseError):
                 traceback.print_exception(error, file=sys.stderr)
             # Said of the folder that the user knows, not of the copy.
@@ -423,6 +428,7 @@ class Engine:
                     try:
                         self._unload(held)
                     except Exception as error:  # what is left of it is asked for by nobody
+                        _raise_if_dead(error)
                         traceback.print_exception(error, file=sys.stderr)
 
     # ---- rows ----
@@ -434,6 +440,7 @@ class Engine:
         try:
             read = lane.read([one.prompt for one in batch], [one.key for one in batch], any(one.tells_prompt for one in batch))
         except Exception as error:
+            _raise_if_dead(error)
             traceback.print_exception(error, file=sys.stderr)
             for one in batch:
                 self._fail(one, error)
@@ -444,6 +451,7 @@ class Engine:
             self._break(lane, batch, error)
             return
         self._running[lane] += batch
+        self._entering.difference_update(batch)
         for one, decided in zip(batch, read.routed, strict=True):
             self._metrics.count("gatewise_prompt_tokens_total", len(one.prompt), model=one.model)
             if decided is not None:
@@ -500,6 +508,9 @@ class Engine:
                 if self._next(one, best[place], logits[place], unlimited.get(place, logits[place])):
                     done.add(one)
             except Exception as error:
+                if _is_dead(error):  # nobody is told again that has the whole answer
+                    self._running[lane] = [other for other in self._running[lane] if other not in done]
+                    raise
                 traceback.print_exception(error, file=sys.stderr)
                 self._fail(one, error)
                 done.add(one)
@@ -544,6 +555,7 @@ class Engine:
 
     def _break(self, lane: Lane, more: Sequence[Answer], error: Exception) -> None:
         """A fault of ours, or no memory: all rows of the lane end with it, and the lane goes on empty."""
+        _raise_if_dead(error)
         traceback.print_exception(error, file=sys.stderr)
         rows, self._running[lane] = self._running[lane], []
         lane.clear()
@@ -551,6 +563,7 @@ class Engine:
             self._fail(one, error)
 
     def _fail(self, one: Answer, problem: Exception) -> None:
+        self._entering.discard(one)
         if not one.cancelled:
             self._ended(one, "refused" if isinstance(problem, BusyError | ReplacedError) else "failed")
             one.tell(Piece(problem=problem))
@@ -569,6 +582,25 @@ class Engine:
 def _is_passing(error: BaseException | None) -> bool:
     """Whether what was not loaded may be loaded later. Of a processor's memory PyTorch has no error of its own."""
     return isinstance(error, _PASSING) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def _is_dead(error: BaseException | None) -> bool:
+    """Whether the device computes nothing more: after such a fault every call to it fails until the process ends.
+
+    A want of memory passes. For faults in cuBLAS PyTorch has no error of its own.
+    """
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+        return isinstance(error, GatewiseError) and _is_dead(error.__cause__)
+    said = str(error)
+    if any(one in said for one in _NO_MEMORY):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in said
+
+
+def _raise_if_dead(error: Exception) -> None:
+    """Ends the engine where it could only fail everybody: its end is seen from outside, and whatever started it starts it again."""
+    if _is_dead(error):
+        raise error
 
 
 def _drawn(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
