@@ -67,6 +67,18 @@ def test_what_vllm_keeps_of_what_it_is_told(told: list[str] | None) -> None:
     assert is_told("model.layers.0.mlp.experts.gate_up_proj", {"experts"}, "gpt_oss")
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama", None])
+@pytest.mark.parametrize("path", ["experts.7.gate_proj", "experts.gate_up_proj", "experts"])
+def test_experts_are_told_of_as_one(path: str, model_type: str | None) -> None:
+    """Those that vLLM is not told of lose their LoRA, whatever else is called as a part of theirs."""
+    path = f"model.layers.1.mlp.{path}"
+    assert not is_told(path, {"gate_proj", "gate_up_proj", "up_proj"}, model_type)
+    assert is_told(path, {"gate_proj", "experts"}, model_type)
+    assert is_told("model.layers.1.mlp.shared_expert.gate_proj", {"gate_proj"}, model_type)
+    assert not is_told("model.layers.1.mlp.shared_expert.gate_proj", {"experts"}, model_type)
+    assert is_told(path, {path}, model_type) or path.endswith("gate_proj")
+
+
 @pytest.mark.parametrize(
     ("model_type", "path", "kind"),
     [

@@ -105,7 +105,9 @@ def _settings(
 def is_told(path: str, told: Collection[str], model_type: str | None) -> bool:
     """Whether vLLM keeps the LoRA of a module where ``--lora-target-modules`` are those: by kind, or by all of its full names."""
     above, _, kind = path.rpartition(".")
-    if not {kind, _PACKED.get(kind, kind)}.isdisjoint(told) or (".experts" in path and "experts" in told):
+    # Experts are one module in vLLM, whatever it is that each has within.
+    kinds = {"experts"} if ".experts" in path else {kind, _PACKED.get(kind, kind)}
+    if not kinds.isdisjoint(told):
         return True
     return any(
         {f"{owner}.{kind}", f"{owner}.{_PACKED.get(kind, kind)}"} <= set(told) for owner in _owners(above, model_type) or [above]
