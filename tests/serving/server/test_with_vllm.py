@@ -85,7 +85,7 @@ def test_vllms_own_arguments_are_taken_as_it_takes_them(made: Path) -> None:
         (["--max-loras", "64"], ["--max-cpu-loras", "64"]),
         (["--max_loras=8", "--max-loras", "40"], ["--max-cpu-loras", "40"]),
         (["--max-loras", "4"], ["--max-cpu-loras", "32"]),
-        (["--max-cpu-loras", "1"], ["--max-loras", "1"]),  # vLLM wants no more than of those
+        (["--max-cpu-loras", "2"], ["--max-loras", "2"]),
         (["--max-cpu-loras=64"], ["--max-loras", "2"]),
     ):
         arguments, _ = arguments_for([], 96, 32, ["--max-lora-rank=16", *rest])
@@ -96,6 +96,19 @@ def test_vllms_own_arguments_are_taken_as_it_takes_them(made: Path) -> None:
             arguments_for([], 96, 32, [name, "--seed"])
     with pytest.raises(GatewiseError, match=r"--api-key is among vLLM's own arguments, .* GATEWISE_API_KEY"):
         VllmServer(str(made / "base"), [], port=0, rest=["--api-key", "secret"])
+
+
+def test_no_slot_is_lost_to_the_users_own_arguments(made: Path) -> None:
+    """With one fewer, vLLM 0.32 gives rows without an adapter that of the last slot on a CPU."""
+    one = versions(made / "adapters")["one"]
+    found = [(one, settings_of(one, "llama"))]
+    for count, needed in ((0, 2), (1, 2), (3, 4), (20, 9)):
+        enough = ["--max-cpu-loras", str(needed)]
+        assert arguments_for(found * count, 96, 32, enough)[0][-2:] == ["--max-loras", str(needed)]
+        few = [f"--max_cpu_loras={needed - 1}"]
+        with pytest.raises(GatewiseError, match=rf"--max-cpu-loras is {needed - 1} .* give at least {needed}, or --max-loras too$"):
+            arguments_for(found * count, 96, 32, few)
+        assert "--max-loras" not in arguments_for(found * count, 96, 32, [*few, "--max-loras", "1"])[0]
 
 
 def test_modules_that_the_user_names_are_all_that_there_is_room_for(made: Path) -> None:

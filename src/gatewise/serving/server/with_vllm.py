@@ -127,8 +127,11 @@ def arguments_for(
     if "--max-loras" in given:
         slots = _number(rest, "--max-loras")
     else:
-        if "--max-cpu-loras" in given:  # of which vLLM wants no fewer
-            slots = min(slots, _number(rest, "--max-cpu-loras"))
+        if "--max-cpu-loras" in given and (few := _number(rest, "--max-cpu-loras")) < slots:  # vLLM takes no fewer of these
+            raise GatewiseError(
+                f"--max-cpu-loras is {few} among vLLM's own arguments, and {slots} are needed, one more than adapters in a batch: "
+                f"give at least {slots}, or --max-loras too"
+            )
         arguments += ["--max-loras", str(slots)]
     if "--max-cpu-loras" not in given:
         arguments += ["--max-cpu-loras", str(max(most_loaded, slots))]
