@@ -325,6 +325,10 @@ def test_nobody_else_is_let_in_without_a_key() -> None:
     for key in ("", " ", "a\nb", "é"):
         with pytest.raises(GatewiseError, match="the API key is empty"):
             check_reach("127.0.0.1", 0, key)
+    for key in (" secret", "secret "):  # HTTP takes them off, and nobody would be let in
+        with pytest.raises(GatewiseError, match=r"a blank at its beginning or end, .*: take it off$"):
+            check_reach("127.0.0.1", 0, key)
+    assert check_reach("127.0.0.1", 0, "a secret") is None
 
 
 def test_what_the_server_cannot_have_is_told(made: dict[str, Path]) -> None:

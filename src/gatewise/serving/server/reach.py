@@ -18,6 +18,8 @@ def check_reach(host: str, port: int, key: str | None) -> frozenset[str] | None:
     if key is not None:
         if not key.strip() or not key.isascii() or not key.isprintable():
             raise GatewiseError("the API key is empty, or has more than ASCII characters that can be printed: give another one")
+        if key != key.strip():
+            raise GatewiseError("the API key has a blank at its beginning or end, which no client can send: take it off")
         return None
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         raise GatewiseError(f"--host {host} lets other machines in: give a key, in GATEWISE_API_KEY or with --api-key")
