@@ -422,6 +422,19 @@ def test_what_cannot_be_copied_is_not_called_replaced(
     told()  # nobody can tell whether it was replaced
 
 
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ESTALE, errno.EIO])
+def test_no_room_is_asked_for_where_there_is_some(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    shutil.copytree(made / "one", tmp_path / "x")
+    version = catalogue(tmp_path)["x"]
+
+    def fails(source: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code), str(source))
+
+    monkeypatch.setattr("gatewise.serving.server.catalogue.shutil.copyfile", fails)
+    with pytest.raises(GatewiseError, match=r"x cannot be copied \(.*\): that may pass, and is tried again$"), version.copied():
+        pass
+
+
 def test_no_key_is_a_part_of_another() -> None:
     keys = [Version("x", Path("x"), "plain", ()).key for _ in range(120)]
     assert not any(one in other for one in keys for other in keys if one is not other)

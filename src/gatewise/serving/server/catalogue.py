@@ -6,6 +6,7 @@ it has not changed for a moment. A name stays with the folder that was served by
 with a folder that is watched is no reason to pass over others. Only JSON, templates of chats and safetensors are read.
 """
 
+import errno
 import glob
 import itertools
 import os
@@ -33,6 +34,7 @@ _PATIENCE = 60.0  # seconds, at the start, for adapters that somebody still writ
 
 _SUFFIXES = (".json", ".jinja")
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # of LoRA: the others change the base model, which is shared
+_OURS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
 _numbers = itertools.count(1)
 
 Signature = tuple[tuple[str, int, int, int, int], ...]
@@ -109,10 +111,12 @@ class Version:
         # Of the file that is read; each copy's own path is another one, and would be news each time.
         is_read = error.filename2 is None and str(error.filename).startswith(str(self.folder))
         reason = f"{error.strerror or type(error).__name__}{f', {error.filename}' if is_read else ''}"
-        return GatewiseError(
-            f"the adapter {self.folder} cannot be copied ({reason}): see that the temporary folder (TMPDIR) has room, and that the "
-            "user of this process may read its files"
+        advice = (
+            "see that the temporary folder (TMPDIR) has room, and that the user of this process may read its files"
+            if error.errno in _OURS_TO_MEND
+            else "that may pass, and is tried again"
         )
+        return GatewiseError(f"the adapter {self.folder} cannot be copied ({reason}): {advice}")
 
 
 class ReplacedError(Exception):
