@@ -124,6 +124,31 @@ def test_modules_that_the_user_names_are_all_that_there_is_room_for(made: Path) 
         VllmServer(str(made / "base"), [str(made / "adapters" / "one")], port=0, rest=["--lora-target-modules", "q_proj"])
 
 
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        ([], "has rank 12, .*: start the server again"),
+        (["--max-lora-rank", "8"], "has rank 12, .*: change vLLM's arguments after --"),
+        (["--max-lora-rank", "16", "--lora-target-modules", "o_proj"], "has modules .*: change vLLM's arguments after --"),
+        (["--max-lora-rank", "16"], "has modules .*: start the server again"),
+    ],
+)
+def test_what_has_to_be_changed_for_an_adapter_that_came_later_is_told(
+    made: Path, tmp_path: Path, rest: list[str], said: str
+) -> None:
+    lines: list[str] = []
+    watched, copies = tmp_path / "watched", tmp_path / "copies"
+    copies.mkdir()
+    adapter_folder(made / "base", watched / "one", seed=1, target_modules=["o_proj"])
+    server = VllmServer(str(made / "base"), [str(watched)], port=0, say=lines.append, settled=0.0, rest=rest)
+    shutil.copytree(made / "adapters" / "two", watched / "two")
+    for _ in range(2):
+        server.catalogue.scan()
+        telling(server, copies)
+    assert len(lines) == 1
+    assert re.search(f"^note: the adapter {watched / 'two'} {said} to serve it$", lines[0]), lines
+
+
 def test_what_vllm_does_not_serve_is_told(made: Path, tmp_path: Path) -> None:
     with pytest.raises(GatewiseError, match=r"vLLM does not serve the adapter .*dora: take --engine transformers"):
         VllmServer(str(made / "base"), [str(made / "dora")], port=0)

@@ -198,7 +198,8 @@ class VllmServer:
                 f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}"
             ) from error
         self._model_type = config.model_type
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
+        self._positions = most_tokens or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
+        self._most_loaded, self._rest = most_loaded, list(rest)
         self._said: set[str] = set()
         found = [one for version in self.catalogue.all() if (one := self._fitting(version, None, strict=version.is_named))]
         self._room: Room | None = None
@@ -209,7 +210,7 @@ class VllmServer:
             *(["--max-model-len", str(most_tokens)] if most_tokens else []),
         ]  # fmt: skip
         if adapters:
-            more, self._room = arguments_for(found, most_tokens or positions, most_loaded, rest)
+            more, self._room = arguments_for(found, self._positions, most_loaded, rest)
             self._arguments += more
             for version, settings in found:
                 if version.is_named and (problem := self._room.problem(version, settings)) is not None:
@@ -368,7 +369,7 @@ class VllmServer:
             settings = settings_of(version, self._model_type, folder)
             problem = None if room is None else room.problem(version, settings)
             if problem is not None:
-                raise GatewiseError(f"the adapter {version.folder} {problem}: start the server again to serve it")
+                raise GatewiseError(f"the adapter {version.folder} {problem}: {self._way_out(version, settings)} to serve it")
         except Exception as error:
             problem = fault_in(version.folder, error).replace(str(folder or version.folder), str(version.folder))
             if strict:
@@ -377,6 +378,11 @@ class VllmServer:
             self._say(f"note: {problem}")
             return None
         return version, settings
+
+    def _way_out(self, version: Version, settings: Mapping[str, Any]) -> str:
+        """What is to be done for an adapter that does not fit in: to start again is in vain where it would not fit in by itself."""
+        _, own = arguments_for([(version, settings)], self._positions, self._most_loaded, self._rest)
+        return "start the server again" if own.problem(version, settings) is None else "change vLLM's arguments after --"
 
     def _answers(self) -> bool:
         """Whether vLLM serves all adapters that it was told of, or has had a minute for them."""
