@@ -61,6 +61,31 @@ def test_a_character_within_which_the_prompt_ends_is_given_out_whole(cut: int, k
     assert "".join(given[cut:]) + writing.end() == "🙃xyz🙃 uv"
 
 
+@pytest.mark.parametrize("kind", [byte_tokenizer, fallback_tokenizer])
+@pytest.mark.parametrize(
+    ("text", "place", "cut"),
+    [("aééx", 2, 1), ("aé€🙂x", 3, 2), ("🙂🙂é", 2, 0), ("é€€ ", 2, 1), ("ab🙂🙂éxyz", 4, 0)],
+)
+def test_whole_characters_of_the_prompt_are_not_given_out_again(text: str, place: int, cut: int, kind: Any) -> None:
+    """Where a prompt ends within a character, or what is read of it begins within one."""
+    tokenizer = kind()
+    before, whole = (tokenizer(one, add_special_tokens=False)["input_ids"] for one in (text[:place], text))
+    writing = Writing(tokenizer, whole[: len(before) + cut])
+    assert "".join(writing.add(token) for token in whole[len(before) + cut :]) + writing.end() == text[place:]
+
+
+@pytest.mark.parametrize("kind", [byte_tokenizer, fallback_tokenizer])
+def test_an_answer_is_what_the_prompt_lacks(kind: Any) -> None:
+    tokenizer, chance = kind(), random.Random(1)
+    for _ in range(300):
+        text = "".join(chance.choice("ab 🙂é€x") for _ in range(chance.randint(2, 14)))
+        parts = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in text]
+        ids, place = [token for part in parts for token in part], chance.randrange(len(text))
+        cut = sum(map(len, parts[:place])) + chance.randrange(len(parts[place]))
+        writing = Writing(tokenizer, ids[:cut])
+        assert "".join(writing.add(token) for token in ids[cut:]) + writing.end() == text[place:], (text, cut)
+
+
 def test_a_mark_of_the_prompts_own_is_not_given_out_again() -> None:
     tokenizer = byte_tokenizer()
     writing = Writing(tokenizer, tokenizer("ab\ufffd", add_special_tokens=False)["input_ids"])

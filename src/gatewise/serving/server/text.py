@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 _BEFORE = 6  # tokens of the prompt by which a tokenizer knows whether a space stands before the first new one
+_MOST_BYTES = 4  # of a character
 _HALF = "�"  # what a tokenizer writes for bytes that are no character yet
 
 
@@ -21,7 +22,7 @@ class Writing:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, list(stop)
-        self._ids = list(prompt[-_BEFORE:])
+        self._ids = self._context(prompt)
         self._from, self._read = 0, len(self._ids)  # text is read from the first on, and known up to the second
         self._known = self._decode(self._ids)
         self._held = ""
@@ -52,9 +53,21 @@ class Writing:
     def _unknown(self, text: str) -> str:
         """The part of a text that is new; all of a character within which the prompt ended, once it is whole."""
         known = self._known
-        while known.endswith(_HALF) and not text.startswith(known):
-            known = known[:-1]
+        if not text.startswith(known):
+            while known.endswith(_HALF) and not text.startswith(known):
+                known = known[:-1]
+            # Of a byte a token, as Llama 2 has it, one that is no character makes marks of the whole ones before it too.
+            fewer = [self._decode(self._ids[self._from : self._read - count]) for count in range(1, _MOST_BYTES)]
+            known = max([known, *(one for one in fewer if text.startswith(one))], key=len)
         return text[len(known) :]
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt, from where a character begins; the prompt may end within one."""
+        for count in range(_BEFORE, _BEFORE + _MOST_BYTES):
+            ids = list(prompt[-count:])
+            if any(not self._decode(ids[: len(ids) - less]).startswith(_HALF) for less in range(_MOST_BYTES)):
+                return ids
+        return list(prompt[-_BEFORE:])
 
     def _give(self, new: str) -> str:
         self._held += new
