@@ -22,7 +22,7 @@ class Writing:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, list(stop)
-        self._ids = self._context(prompt)
+        self._ids = self._last_tokens(prompt)
         self._from, self._read = 0, len(self._ids)  # text is read from the first on, and known up to the second
         self._known = self._decode(self._ids)
         self._held = ""
@@ -61,7 +61,7 @@ class Writing:
             known = max([known, *(one for one in fewer if text.startswith(one))], key=len)
         return text[len(known) :]
 
-    def _context(self, prompt: Sequence[int]) -> list[int]:
+    def _last_tokens(self, prompt: Sequence[int]) -> list[int]:
         """The last tokens of a prompt, from where a character begins; the prompt may end within one."""
         for count in range(_BEFORE, _BEFORE + _MOST_BYTES):
             ids = list(prompt[-count:])
