@@ -264,8 +264,8 @@ def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
                 raise GatewiseError(f"{where}: the column {twice!r} is there twice: give each its own name")
             continue
         # A text that begins so by right has its quotes doubled in the file.
-        raw = "".join(taken)
-        if quoted := next((cell for cell in cells if re.fullmatch(r'\s+".*"\s*', cell, re.DOTALL) and cell in raw), None):
+        in_quotes = (cell for cell in cells if re.fullmatch(r'\s+".*"\s*', cell, re.DOTALL))
+        if quoted := next((cell for cell in in_quotes if cell in "".join(taken)), None):
             raise GatewiseError(
                 f"{where}: {quoted.strip()} comes after a blank, so that its quotes would count: leave the blank out"
             )

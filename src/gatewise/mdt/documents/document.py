@@ -9,6 +9,7 @@ from typing import Literal
 # No text of a document holds these: they stand around a superscript, and around the name of a footnote where it is referred to,
 # until all of a paragraph is known.
 RAISED, LOWERED, NOTE = "\x02", "\x03", "\x04"
+_MARK = re.compile(rf"\s*{NOTE}([^{NOTE}]*){NOTE}")  # of a footnote
 UNKNOWN = "\ufffd"
 """Stands for a sign that a document gives no meaning to."""
 Kind = Literal["paragraph", "item", "row", "footnote"]
@@ -80,16 +81,10 @@ def with_footnotes(block: Block, notes: Mapping[str, str]) -> Iterator[Block]:
 
     A footnote that only a note of the block refers to is said in that note, for it is about nothing that the block says.
     """
-    found = re.findall(f"{NOTE}([^{NOTE}]*){NOTE}", block.text)
-
-    def bare(text: str) -> str:
-        return re.sub(rf"\s*{NOTE}[^{NOTE}]*{NOTE}", "", text)
-
-    def said(text: str) -> str:
-        return re.sub(rf"\s*{NOTE}([^{NOTE}]*){NOTE}", lambda mark: f" (footnote: {notes[mark[1]]})", text)
-
-    text = " ".join(bare(block.text).split()) if found else block.text
-    yield replace(block, text=text, stem=bare(block.stem), notes=tuple(map(said, block.notes)))
+    found = _MARK.findall(block.text)
+    told = tuple(_MARK.sub(lambda mark: f" (footnote: {notes[mark[1]]})", note) for note in block.notes)
+    text = " ".join(_MARK.sub("", block.text).split()) if found else block.text
+    yield replace(block, text=text, stem=_MARK.sub("", block.stem), notes=told)
     for note in dict.fromkeys(found):
         kind = "脚注：" if re.search("[\u4e00-\u9fff]", notes[note]) else "Footnote: "
         yield Block(f"{kind}{notes[note]}", 0, block.where, "footnote")
