@@ -12,7 +12,7 @@ from gatewise.errors import GatewiseError
 from gatewise.files import check_new_file, finite, write_json_lines
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.tasks import evaluate
-from gatewise.tasks.metrics import Metrics
+from gatewise.tasks.metrics import Metrics, cut_line
 
 
 def measure_adapter(
@@ -61,8 +61,8 @@ def measure_adapter(
                 progress=count,
                 answers=answers,
             )
-        if cut := sum("cut" in answer for answer in answers):
-            progress.say(f"{cut} of {len(answers)} answers had not ended when they were cut; --max-new-tokens lets them be longer")
+        if line := cut_line(answers, "--max-new-tokens"):
+            progress.say(line)
     if out is not None:
         write_json_lines(out, (finite({**row, **answer}) for row, answer in zip(loaded.records.rows, answers, strict=True)))
     return metrics

@@ -71,7 +71,7 @@ from gatewise.runs.trainer import (
     has_stopped_early,
 )
 from gatewise.tasks import PadCollator, Records, Template, default_template, encode, encode_classification, evaluate, load_records
-from gatewise.tasks.metrics import Metrics, metrics_line
+from gatewise.tasks.metrics import Metrics, cut_line, metrics_line
 from gatewise.tasks.records import check_labels, load_like
 
 
@@ -595,8 +595,6 @@ def _measure(
                     answers=answers,
                 )
         progress.say(f"{name} {when} training: {metrics_line(metrics[name][when])}")
-        if when == "after" and (cut := sum("cut" in answer for answer in answers)):
-            progress.say(
-                f"{cut} of {len(answers)} answers had not ended when they were cut; data.max_new_tokens lets them be longer"
-            )
+        if when == "after" and (line := cut_line(answers, "data.max_new_tokens")):
+            progress.say(line)
     seconds["evaluation"] += time.monotonic() - begun

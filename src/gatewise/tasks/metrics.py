@@ -162,6 +162,12 @@ def metrics_line(metrics: Mapping[str, float | int]) -> str:
     return ", ".join(f"{name} {format_metric(name, value)}" for name, value in metrics.items())
 
 
+def cut_line(answers: Answers, option: str) -> str | None:
+    """How many of the texts that ``evaluate`` had written had not ended, and the option by which they may be longer."""
+    cut = sum("cut" in answer for answer in answers)
+    return f"{cut} of {len(answers)} answers had not ended when they were cut; {option} lets them be longer" if cut else None
+
+
 def format_metric(name: str, value: float | int) -> str:
     """A metric with as many digits as mean something."""
     if name == "n":
