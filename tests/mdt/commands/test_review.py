@@ -80,6 +80,7 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
         (["trees.json", "--verbatim"], "--verbatim was given without --adapter"),
         (["trees.json", "--candidates", "5"], "--candidates was given without --adapter"),
         (["trees.json", "--max-new-tokens", "9"], "--max-new-tokens was given without --adapter"),
+        (["trees.json", "--max-new-tokens", "512"], "--max-new-tokens was given without --adapter"),
         (["trees.json", "--device", "cpu"], "--device was given without --adapter"),
     ],
 )

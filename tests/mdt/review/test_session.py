@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -231,6 +232,28 @@ def test_an_approved_tree_that_is_repaired_is_said_to_be_another_one(trees: Path
     session.save()
     assert [one["review"] for one in lines(out)] == ["approved", "approved"]
     session.close()
+
+
+def test_an_approved_tree_of_another_file_that_is_repaired_is_said_to_be_another_one(trees: Path) -> None:
+    """That file may be the corrections of an earlier review, under which a new one is begun."""
+    wrong = gout()
+    wrong[1]["logical_rel"] = "null"
+    held = [{"text": TEXT, "tree": wrong}, {"text": OTHER, "tree": gout()}, {"text": "a third one", "tree": wrong}]
+    for one, by in zip(held, ("Ada", "Bea"), strict=False):
+        one |= {"review": "approved", "reviewed": {"by": by}}
+    trees.write_text(json.dumps(held))
+    with closing(Session.open(str(trees), repair=True)) as session:
+        assert [(one.now.state, one.now.reviewed) for one in session.passages] == [
+            ("corrected", None),
+            ("approved", {"by": "Bea"}),
+            ("drafted", None),
+        ]
+        assert [note.endswith('node 2: logical_rel "null" with 3 triples is read as "and"') for note in session.notes] == [
+            True,
+            True,
+            False,
+        ]
+        assert "was approved by Ada is another one after the repair, so it counts as corrected" in session.notes[2]
 
 
 def test_no_record_of_the_file_of_corrections_is_lost_by_a_save(trees: Path) -> None:

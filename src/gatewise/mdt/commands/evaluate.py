@@ -24,6 +24,7 @@ from gatewise.mdt.commands.model import (
     check_ways,
     loaded,
     of_two,
+    options_given,
 )
 from gatewise.mdt.commands.trees import RepairOption, read_file
 
@@ -92,10 +93,8 @@ def evaluate(
             values = measure_adapter(extractor, records, stage.value if stage else None, count, mistakes=mistakes)
     else:
         assert pred is not None
-        sources = {name: context.get_parameter_source(name) for name in _EXTRACTING}
-        if given := [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]:
-            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise GatewiseError(f"{named} with --pred: nothing is extracted there; leave it out, or give --adapter")
+        if given := options_given(context, _EXTRACTING):
+            raise GatewiseError(f"{', '.join(given)} with --pred: nothing is extracted there; leave it out, or give --adapter")
         values = _measure_file(gold, pred, repair, mistakes)
     if as_json:
         typer.echo(json.dumps(values))

@@ -1,7 +1,7 @@
 """The model that a command extracts with: its options, and loading it."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +51,12 @@ def of_two(candidates: int | None, second: Path | None) -> int:
     from gatewise.mdt.pointing.together import CANDIDATES  # and all that pointing needs
 
     return CANDIDATES
+
+
+def options_given(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of some options that stand on the command line, as "--name", with their default as well as with another value."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 def check_ways(free: bool, verbatim: bool, level: Any, pipeline: bool) -> None:

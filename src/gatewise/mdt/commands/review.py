@@ -9,7 +9,7 @@ import typer
 
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
-from gatewise.mdt.commands.model import CandidatesOption, PipelineOption, TokensOption, VerbatimOption
+from gatewise.mdt.commands.model import CandidatesOption, PipelineOption, TokensOption, VerbatimOption, options_given
 from gatewise.mdt.commands.trees import RepairOption, say
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ OPEN = (
 NAMELESS = "note: it answers only at 127.0.0.1 and localhost: give the name or address that browsers use with --allow-host"
 
 
+_EXTRACTING = ("base", "language", "pipeline", "verbatim", "candidates", "max_new_tokens", "device")
+"""Options that say how trees are extracted."""
+
+
 def review(
+    context: typer.Context,
     file: Annotated[
         str | None,
         typer.Argument(help="A text (.txt, .md, .pdf, .docx), a file of trees, or sample:guidelines.", show_default=False),
@@ -99,19 +104,9 @@ def review(
     if file is None and population is not None:
         raise GatewiseError("--population was given without a file: the page asks for it with each text that is added")
     if adapter is None:
-        needs_adapter = {
-            "base": base is not None,
-            "language": language is not None,
-            "pipeline": pipeline,
-            "verbatim": verbatim,
-            "candidates": candidates != 1,
-            "max-new-tokens": max_new_tokens != 512,
-            "device": device != "auto",
-        }
-        for name, given in needs_adapter.items():
-            if given:
-                raise GatewiseError(f"--{name} was given without --adapter, where it means nothing: add --adapter or leave it out")
-    if adapter is not None and not os.path.exists(adapter):  # unlike a Path's own it takes any name
+        if given := options_given(context, _EXTRACTING):
+            raise GatewiseError(f"{given[0]} was given without --adapter, where it means nothing: add --adapter or leave it out")
+    elif not os.path.exists(adapter):  # unlike a Path's own it takes any name
         raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
     session = Session.open(file, out, population=population, repair=repair, reviewer=reviewer)
     extracting: Extracting | None = None

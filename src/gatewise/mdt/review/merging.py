@@ -14,7 +14,7 @@ from gatewise.mdt.documents.passages import ORIGIN
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.review.edits import Nodes
 from gatewise.mdt.review.files import Draft
-from gatewise.mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, REVIEWED, Passage, Version, others, version_of
+from gatewise.mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version, after_repair, others, short, version_of
 
 L = TypeVar("L")
 R = TypeVar("R")
@@ -51,7 +51,7 @@ def merged(
     made = [_merged(row, notes, row.record is not None and row.record.number in repaired) for row in rows]
     without = {row.text for row in rows if row.record is None}
     notes += [
-        f"the file of corrections has a tree for {_short(row.text)}, a text that comes several times, and nothing says for which of"
+        f"the file of corrections has a tree for {short(row.text)}, a text that comes several times, and nothing says for which of"
         " them: it is shown as a passage of its own"
         for row in rows
         if row.source is row.old is None and row.text in without
@@ -265,15 +265,9 @@ def _merged(row: _Row, notes: list[str], repaired: bool) -> Passage:
     if record is not None:
         known = [(version.nodes, version.state) for version in (old.now, old.saved) if version is not None] if old else []
         saved = version_of(record, "drafted")
-        if repaired and saved.state in REVIEWED and (saved.nodes, saved.state) not in known:
-            # Nobody has read the tree as the repair left it.
-            if saved.state == "approved":
-                by = f" by {saved.approver}" if saved.approver else ""
-                notes.append(
-                    f"the tree of {_short(record.text)} that was approved{by} is another one after the repair, so it counts as"
-                    " corrected: read it and approve it anew"
-                )
-            saved = saved._replace(state="corrected", reviewed=None)
+        if repaired and (saved.nodes, saved.state) not in known:
+            saved, said = after_repair(saved, record.text)
+            notes.extend(said)
         # What a file of corrections holds beside the tree is as old as the tree.
         more = _placed({**(first.more if first else {}), **others(record.more)}, source)
         if old is None:
@@ -281,7 +275,7 @@ def _merged(row: _Row, notes: list[str], repaired: bool) -> Passage:
             return Passage(0, record.text, saved, more, saved, came, past, repaired=repaired)
         if (saved.nodes, saved.state) not in known:
             notes.append(
-                f"the file of corrections has another tree than before for {_short(record.text)}, which is shown; undo brings back"
+                f"the file of corrections has another tree than before for {short(record.text)}, which is shown; undo brings back"
                 " yours"
             )
             return replace(_next(old, saved, more, saved, came, old.now), repaired=repaired)
@@ -317,7 +311,3 @@ def _next(old: Passage, now: Version, more: dict[str, Any], saved: Version | Non
     past = (undone,) if undone != now._replace(undone=undone.undone) and undone.nodes is not None else ()
     number = old.version + (now != old.now)
     return replace(old, now=now, more=more, saved=saved, came=came, past=past, version=number)
-
-
-def _short(text: str) -> str:
-    return f'"{text[:40]}{"…" if len(text) > 40 else ""}"'
