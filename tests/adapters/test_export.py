@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from saved_models import tiny_tokenizer
@@ -224,6 +225,40 @@ def test_an_adapter_that_was_taken_out_of_the_base_is_refused(adapted, tmp_path,
     with pytest.raises(GatewiseError, match=f"init_lora_weights '{start}', for which PEFT changes the base model by the rank"):
         to_lora(tmp_path / "saved", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kasa_config": KasaConfig()}, "kasa_config, which scales every rank by a number of its own"),
+        (
+            {"use_bdlora": BdLoraConfig(target_modules_bd_a=["o_proj"], nblocks=2, match_strict=False)},
+            "use_bdlora, which stores A or B in blocks",
+        ),
+        (
+            {"use_bdlora": BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2, match_strict=False)},
+            "use_bdlora, which stores A or B in blocks",
+        ),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_variants_that_plain_lora_cannot_be_are_refused(adapted, tmp_path, settings, said, padded):
+    adapted(target_modules=["q_proj", "o_proj"], r=4, **settings).save_pretrained(tmp_path / "saved")
+    with pytest.raises(GatewiseError, match=said):
+        to_lora(tmp_path / "saved", tmp_path / "out", padded=padded)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_noise_of_an_adapter_keeps_its_ranks(adapted, batch, tmp_path):
+    adapted(target_modules=["q_proj", "o_proj"], r=4, monteclora_config=MontecloraConfig()).save_pretrained(tmp_path / "saved")
+    with pytest.raises(GatewiseError, match="monteclora_config, whose noise is stored for the ranks"):
+        to_lora(tmp_path / "saved", tmp_path / "out", padded=True, rank=8)
+    assert not (tmp_path / "out").exists()
+    torch.manual_seed(0)
+    expected = output(PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "saved"), batch("llama"))
+    out = to_lora(tmp_path / "saved", tmp_path / "out")
+    torch.manual_seed(0)
+    torch.testing.assert_close(output(PeftModel.from_pretrained(tiny_base("llama"), out), batch("llama")), expected)
 
 
 def allocated(family, seed, folder):

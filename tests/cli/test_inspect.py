@@ -1,14 +1,21 @@
 """``gatewise inspect --scores``: what it prints where, the files it writes, and one sentence for everything that is wrong."""
 
 import json
+import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from adapter_folders import random_factors, write_folder
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import random_adapter
 from tiny_run import write_adapter, write_base, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from gatewise.adapters.data_options import DataOptions
@@ -16,6 +23,7 @@ from gatewise.allocation.scores import DEFAULT
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.cli.main import app
 from gatewise.inspection.importance import score_adapter
+from gatewise.routed import RoutedLoraConfig
 from gatewise.scores import SCORES
 
 Inspect = Callable[..., Any]
@@ -162,6 +170,9 @@ def test_the_plot_is_drawn_by_its_name(name: str, begins: bytes, inspect: Inspec
         ("--scores --data DATA --suggest 99 --out DATA/pattern.json", "rows.jsonl/pattern.json"),
         ("--scores --data DATA --suggest 99 --out .", ". is a folder, expected a file to write: give another path"),
         ("--scores --data DATA --plot DATA/map.png", "rows.jsonl/map.png"),
+        ("--scores --data DATA --plot .", "cannot plot to ."),
+        ("--scores --data DATA --labels=", "labels is empty: give one, or leave it out (--labels)"),
+        ("--scores --data DATA --template-prompt=", "prompt is empty: give one, or leave it out (--template-prompt)"),
         ("--scores --data none.jsonl", "none.jsonl: there is no such file"),
         ("--scores --data DATA --base ./none", "none' is not a folder"),
         ("--scores --data DATA --labels bad", "--labels 'bad': expected"),
@@ -210,3 +221,87 @@ def test_adapters_without_ranks_are_not_loaded_to_be_scored(
     assert result.exit_code == 2
     assert f"is of peft_type '{kind}', but only plain LoRA has ranks that can be scored" in result.stderr
     assert hint in result.stderr
+
+
+def test_scores_are_shown_though_nothing_can_be_suggested(inspect: Inspect, data: Path, tmp_path: Path) -> None:
+    """Which modules are worth more than nothing, and so how many parameters they have room for, the scores say."""
+    room = re.findall(r"have room for ([\d,]+): give", inspect("--scores", "--data", data, "--suggest", "1M").stderr)
+    words = ("--scores", "--data", data, "--score", "taylor", "--suggest", room[0].replace(",", ""), "--out", "pattern.json")
+    shown, told = inspect(*words), inspect(*words, "--json")
+    for result in (shown, told):
+        assert result.exit_code == 2
+        assert "modules worth more than nothing have room for" in result.stderr
+    assert "could go: " in shown.stdout
+    assert json.loads(told.stdout)["could_go"]
+    assert not (tmp_path / "pattern.json").exists()
+
+
+# ---- routing ----
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A routed classifier of two classes on a BERT of 96 positions."""
+    folder = tmp_path_factory.mktemp("routed")
+    base = AutoModelForSequenceClassification.from_pretrained(write_base(folder / "bert", "bert"))
+    model = random_adapter(get_peft_model(base, RoutedLoraConfig(r=2, top_k=2, task_type="SEQ_CLS")))
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return folder / "adapter"
+
+
+def route(adapter: Path, rows: list[dict[str, str]], tmp_path: Path, *words: str) -> Any:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return CliRunner().invoke(app, ["inspect", str(adapter), "--routing", "--data", str(tmp_path / "rows.jsonl"), *words])
+
+
+def test_prompts_are_routed_cut_as_the_model_takes_them(routed: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"{number} " + "very " * 30 + "nice", "label": ("bad", "good")[number % 2]} for number in range(4)]
+    result = route(routed, rows, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "prompts: 4 of" in result.stdout
+
+
+@pytest.mark.parametrize("command", [("inspect", "--routing"), ("export", "out", "--static")])
+def test_another_number_of_classes_is_refused(command: tuple[str, ...], routed: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"text {number}", "label": ("bad", "good", "so-so")[number % 3]} for number in range(44)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name, *rest = command
+    words = [name, str(routed), *(str(tmp_path / one) if one == "out" else one for one in rest)]
+    result = CliRunner().invoke(app, [*words, "--data", str(tmp_path / "rows.jsonl"), "--labels", "bad,good,so-so"])
+    assert result.exit_code == 2, result.output
+    assert "the model has 2 classes, but" in result.stderr
+
+
+def test_routers_that_are_broken_choose_nothing(routed: Path, tmp_path: Path) -> None:
+    shutil.copytree(routed, tmp_path / "broken")
+    path = tmp_path / "broken" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if "lora_router" in name:
+            tensors[name] = torch.full_like(tensors[name], math.nan)
+    save_file(tensors, path, metadata={"format": "pt"})
+    result = route(tmp_path / "broken", [{"text": "nice", "label": "good"}, {"text": "awful", "label": "bad"}], tmp_path)
+    assert result.exit_code == 2, result.output
+    assert "are not finite: look for numbers that are not in the adapter" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_routed(
+    routed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatewise.inspection.routing.load_with_data", lambda *_, **__: pytest.fail("the adapter was loaded"))
+    (tmp_path / "map.png").mkdir()
+    result = route(routed, [{"text": "nice", "label": "good"}], tmp_path, "--plot", str(tmp_path / "map.png"))
+    assert result.exit_code == 2
+    assert "map.png is a folder, expected a file to write" in result.stderr
+
+
+def test_what_is_piped_is_as_wide_as_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "shared_expert_gate")
+    tensors: dict[str, Any] = {}
+    for kind in kinds:
+        tensors |= random_factors(f"model.layers.0.mlp.{kind}", r=16, d_in=64, d_out=64)
+    write_folder(tmp_path / "adapter", tensors, r=16)
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "adapter"), "--value", "parameters"])
+    assert result.stdout.split()[:8] == ["layer", "q", "k", "v", "o", "in_proj_qkvz", "shared_expert_gate", "total"]

@@ -12,6 +12,7 @@ from adapter_folders import a_round, random_factors, write_folder
 from maps import budget_stack, rendered
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -291,3 +292,19 @@ def test_nan_weights_are_shown_not_hidden(tmp_path: Path) -> None:
     assert "nan" in rendered(ranks_table(budget, "norm"))
     for name in ("a.png", "a.html"):
         assert plot(budget, tmp_path / name, "norm").stat().st_size > 0
+
+
+def test_a_name_of_an_adapter_that_is_not_in_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "mine", random_factors("model.layers.0.self_attn.q_proj"))
+    assert read_budget(folder, "mine").ranks == read_budget(folder, "default").ranks == read_budget(folder).ranks
+    with pytest.raises(GatewiseError, match="has no folder 'typo' with an adapter: leave the name out"):
+        read_budget(folder, "typo")
+
+
+def test_factors_in_blocks_are_not_called_damaged(adapted: Any, tmp_path: Path) -> None:
+    blocks = BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2, match_strict=False)
+    model = adapted(target_modules=["q_proj", "o_proj"], r=4, use_bdlora=blocks)
+    model.save_pretrained(tmp_path / "saved")
+    for source in (model, tmp_path / "saved"):
+        with pytest.raises(GatewiseError, match="has use_bdlora, which stores A or B in blocks that gatewise does not read"):
+            read_budget(source)

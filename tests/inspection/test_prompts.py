@@ -55,6 +55,19 @@ def test_a_search_leaves_its_gates_and_losses(tmp_path: Path) -> None:
     assert plot_prompts(prompts, tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_adapter_made_in_python_says_itself_how_many_layers_the_model_has(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {1: None}, made_for={"model_type": "llama", "layers": 4, "hidden_size": 3})
+    assert "1 of 4 (fixed by the recipe)" in prompts_lines(read_prompts(folder))[2]
+
+
+def test_gates_that_are_no_numbers_are_drawn_as_none_and_null_in_json(tmp_path: Path) -> None:
+    prompts = read_prompts(folder_of(tmp_path, {0: math.nan, 1: -2000.0, 2: 0.0}))
+    assert prompts.gates is not None
+    assert (math.isnan(prompts.gates[0]), prompts.gates[1:]) == (True, (0.0, 0.5))
+    assert plot_prompts(prompts, tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(json.dumps(prompts_json(prompts), allow_nan=False))["gates"] == [None, 0.0, 0.5]
+
+
 def test_a_checkpoint_of_a_search_is_a_hyper_network(tmp_path: Path) -> None:
     prompts = read_prompts(folder_of(tmp_path, {0: 0.0, 1: 2.0}))
     assert prompts.hyper_network

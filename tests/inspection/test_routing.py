@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import matplotlib
 import pytest
+from maps import rendered
 
 from gatewise.errors import GatewiseError
-from gatewise.inspection import ModuleUse, RoutingMap, plot_routing, routing_json, routing_lines
+from gatewise.inspection import ModuleUse, RoutingMap, grid_table, plot_routing, routing_json, routing_lines
+from gatewise.inspection.image import image_of
 from gatewise.sites import site
 
 
@@ -21,6 +24,13 @@ def test_margins_are_means() -> None:
     assert (grid.cells, grid.rows, grid.columns, grid.total) == ([[1.0, 0.0], [0.5, 0.5]], [0.5, 0.5], [0.75, 0.25], 0.5)
     assert grid.write(None) == "·"
     assert routing().by_kind == {"q": 0.75, "v": 0.25}
+
+
+def test_margins_are_called_means() -> None:
+    grid = routing().grid()
+    assert rendered(grid_table(grid)).split()[:4] == ["layer", "q", "v", "mean"]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert b">mean per layer<" in image_of(grid, "title", ("", ""), "svg")
 
 
 def test_the_summary_and_json() -> None:

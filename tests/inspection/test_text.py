@@ -38,6 +38,16 @@ def test_table_fits_eighty_columns_and_reads_without_colour(value: Any) -> None:
     assert all(len(row) == 9 for row in numbered)
 
 
+def test_no_number_is_cut_short_where_there_are_many_kinds(tmp_path: Path) -> None:
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkvz", "shared_expert_gate")
+    tensors: dict[str, Any] = {}
+    for kind in kinds:
+        tensors |= random_factors(f"model.layers.0.mlp.{kind}", r=16, d_in=64, d_out=64)
+    table = ranks_table(read_budget(write_folder(tmp_path, tensors, r=16)), "parameters")
+    row = next(line.split() for line in rendered(table).splitlines() if line.split()[:1] == ["0"])
+    assert row == ["0", *["2.05k"] * 9, "18.4k"]
+
+
 def test_table_holds_every_rank_and_total() -> None:
     budget = budget_stack(5)
     rows = [line.split() for line in rendered(ranks_table(budget)).splitlines() if line.split()]
@@ -61,13 +71,19 @@ def test_summary_says_where_it_went(tmp_path: Path) -> None:
     budget = read_budget(write_folder(tmp_path, tensors, base_model_name_or_path="some/model", use_rslora=True))
     assert summary_lines(budget) == [
         "base model: some/model",
-        "adapter: rsLoRA, 2 modules in 4 layers",
+        "adapter: rsLoRA, 2 modules in 2 layers",
         "total rank: 3 of 4 slots",
         "parameters: 33 in use, 11 in dead slots, and 4 outside LoRA",
         "rank by kind: q 0%, v 100%",
         "most rank: layer 3 (3)",
         "empty layers: 0-2",
     ]
+
+
+def test_layers_below_the_only_module_are_not_counted(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, random_factors("model.layers.10.self_attn.q_proj"))
+    assert "adapter: LoRA, 1 module in 1 layer" in summary_lines(read_budget(folder))
+    assert "empty layers: 0-9" in summary_lines(read_budget(folder))
 
 
 def test_json_of_a_budget_is_plain_and_complete() -> None:

@@ -93,9 +93,17 @@ def own_names(trees: dict[str, ast.Module]) -> set[str]:
                 own.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 own.add(node.id)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) in ("self", "cls"):
                 own.add(node.attr)
     return own
+
+
+def test_what_is_written_into_an_object_of_a_library_is_not_gatewises_own():
+    tree = ast.parse(
+        "def f(self, arguments):\n    self._mine = 1\n    arguments._n_gpu = 1\n    arguments.__dict__['_setup_devices'] = 1"
+    )
+    assert own_names({"x.py": tree}) == {"f", "_mine"}
+    assert uses(tree) == {"_mine", "_n_gpu", "_setup_devices"}
 
 
 def test_no_other_private_name_is_used():

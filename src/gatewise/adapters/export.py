@@ -67,6 +67,7 @@ def to_lora(
     with _folder_of(model_or_dir, adapter) as folder:
         _check_plain_lora(folder)
         file = read_lora(folder)
+        before = {module.path: _rank(module) for module in file.modules}
         modules = [compacted for module in file.modules if (compacted := _compact(module, file)) is not None]
         if all(module.stacked and not module.live().any() for module in modules):
             raise GatewiseError(f"{model_or_dir if not isinstance(model_or_dir, PeftModel) else 'the adapter'} has no live rank")
@@ -83,6 +84,11 @@ def to_lora(
             modules = [_pad(module, wanted if rank is None else rank) for module in modules]
             if rank is not None:
                 modules += _without_ranks(folder, file, modules)
+        if file.config.get("monteclora_config") and any(_rank(module) != before.get(module.path) for module in modules):
+            raise GatewiseError(
+                "the adapter has monteclora_config, whose noise is stored for the ranks that it was made with, and here they would "
+                "be others: use it as it is"
+            )
         tensors = dict(file.others)
         for module in modules:
             name_of_a, name_of_b = module.keys
@@ -124,6 +130,11 @@ def _check_plain_lora(folder: Path) -> None:
             f"the adapter has init_lora_weights {config['init_lora_weights']!r}, for which PEFT changes the base model by the rank "
             "when it loads it: at other ranks it would be wrong. Convert it first: save_pretrained with "
             "path_initial_model_for_weight_conversion"
+        )
+    if config.get("kasa_config"):
+        raise GatewiseError(
+            "the adapter has kasa_config, which scales every rank by a number of its own and cuts the base model by the rank: "
+            "plain LoRA has neither, so use it as it is"
         )
 
 

@@ -335,7 +335,7 @@ class Scalings:
         known: path -> scaling, for modules whose scaling is known from elsewhere.
 
     Raises:
-        GatewiseError: not the configuration of a LoRA adapter, or numbers in it that are none.
+        GatewiseError: not the configuration of a LoRA adapter, one with factors in blocks, or numbers in it that are none.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str, known: Mapping[str, float] | None = None) -> None:
@@ -343,6 +343,10 @@ class Scalings:
         if kind not in LORA_TYPES:
             hint = ": its prompts have no ranks" if kind.endswith(("_PROMPT", "_TUNING")) else ""
             raise GatewiseError(f"{where}: peft_type is {kind}, expected a LoRA adapter ({', '.join(LORA_TYPES)}){hint}")
+        if config.get("use_bdlora"):
+            raise GatewiseError(
+                f"{where} has use_bdlora, which stores A or B in blocks that gatewise does not read: use the adapter as it is"
+            )
         self._known = dict(known or {})
         self._adaptive = kind == "ADALORA"
         self._stabilised = bool(config.get("use_rslora")) and not self._adaptive

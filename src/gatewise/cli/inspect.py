@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.allocation.scores import DEFAULT, NAMES
@@ -38,7 +39,7 @@ class Budget(StrEnum):
 @takes_data_options(leave_out="limit")
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter, or one of method spt.", show_default=False)],
-    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or .html file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or (LoRA alone) .html file.")] = None,
     value: Annotated[Value | None, typer.Option(help="What to show of each module. [default: rank]")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Score the ranks on --data and show what each module is worth.")] = False,
     routing: Annotated[
@@ -114,6 +115,15 @@ def inspect(
     _show_scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows, plot, size, unit, out, as_json)
 
 
+def _console(*tables: Table) -> Console:
+    """Where tables go: as wide as the terminal, or, in a file or a pipe, as wide as they are."""
+    console = Console()
+    if not console.is_terminal:
+        wide = console.options.update(width=10_000)
+        console.width = max(console.width, *(console.measure(table, options=wide).maximum for table in tables))
+    return console
+
+
 def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
     from gatewise import inspection
     from gatewise.adapters.files import peft_type
@@ -127,8 +137,9 @@ def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json:
     if as_json:
         typer.echo(json.dumps(inspection.to_json(budget), indent=2, ensure_ascii=False))
         return
-    console = Console()
-    console.print(inspection.ranks_table(budget, value.value))
+    table = inspection.ranks_table(budget, value.value)
+    console = _console(table)
+    console.print(table)
     for line in inspection.summary_lines(budget):
         console.print(line, markup=False, highlight=False)
     if written:
@@ -167,14 +178,15 @@ def _show_scores(
     as_json: bool,
 ) -> None:
     from gatewise import inspection
-    from gatewise.adapters.files import peft_type
+    from gatewise.adapters.files import peft_type, read_lora
     from gatewise.files import check_new_file, write_json
     from gatewise.inspection.importance import score_adapter
-    from gatewise.inspection.suggestion import check_budget, lora_settings, suggested_ranks
+    from gatewise.inspection.suggestion import check_budget, check_fits, lora_settings, suggested_ranks
 
     # Scoring takes a while: what can be refused before it is.
     if plot:
         inspection.check_suffix(plot)
+        check_new_file(plot)
     if out:
         check_new_file(out)
     if budget is not None:
@@ -183,22 +195,31 @@ def _show_scores(
     if kind != "LORA":
         hint = "; --routing shows which of its modules prompts choose" if kind == "ROUTED_LORA" else ""
         raise GatewiseError(f"{adapter} is of peft_type {kind!r}, but only plain LoRA has ranks that can be scored{hint}")
+    if budget is not None:
+        check_fits(read_lora(adapter).modules, budget, unit)
     importance = score_adapter(adapter, data, options, score=score, rows=rows)
-    ranks = None if budget is None else suggested_ranks(importance, budget, unit)
+    ranks = refused = None
+    try:
+        ranks = None if budget is None else suggested_ranks(importance, budget, unit)
+    except GatewiseError as error:  # what was scored is shown all the same
+        refused = error
     suggestion = None if ranks is None else lora_settings(importance, ranks)
-    if out:
+    if out and suggestion is not None:
         write_json(out, suggestion)
     if plot:
         inspection.plot_importance(importance, plot, ranks)
     if as_json:
         told = inspection.importance_json(importance) | ({} if suggestion is None else {"suggestion": suggestion})
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+        if refused:
+            raise refused
         return
-    console = Console()
     grid = importance.score_grid()
+    table, most_important = inspection.grid_table(grid), inspection.top_table(importance)
+    console = _console(table, most_important)
     console.print(f"{grid.title}, the sum over the ranks of a module", markup=False, highlight=False)
-    console.print(inspection.grid_table(grid))
-    console.print(inspection.top_table(importance))
+    console.print(table)
+    console.print(most_important)
     for line in inspection.importance_lines(importance):
         console.print(line, markup=False, highlight=False)
     if plot:
@@ -210,24 +231,29 @@ def _show_scores(
         typer.echo(f"suggestion: {parameters:,} parameters, {sum(kept):,} ranks in {where}" + (f", written: {out}" if out else ""))
         if not out:
             typer.echo(json.dumps(suggestion, indent=2, ensure_ascii=False))
+    if refused:
+        raise refused
 
 
 def _show_routing(adapter: Path, data: str, options: DataOptions, plot: Path | None, as_json: bool) -> None:
     from gatewise import inspection
+    from gatewise.files import check_new_file
     from gatewise.inspection.routing import route_data
 
     if plot:
         inspection.check_image_suffix(plot, "routing is")
+        check_new_file(plot)
     routing = route_data(adapter, data, options)
     if plot:
         inspection.plot_routing(routing, plot)
     if as_json:
         typer.echo(json.dumps(inspection.routing_json(routing), indent=2, ensure_ascii=False))
         return
-    console = Console()
     grid = routing.grid()
-    console.print(f"{grid.title}; means at the margins", markup=False, highlight=False)
-    console.print(inspection.grid_table(grid))
+    table = inspection.grid_table(grid)
+    console = _console(table)
+    console.print(grid.title, markup=False, highlight=False)
+    console.print(table)
     for line in inspection.routing_lines(routing):
         console.print(line, markup=False, highlight=False)
     if plot:

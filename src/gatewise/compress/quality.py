@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.losses import loss_kind, microbatches, row_losses
-from gatewise.tasks import PadCollator, Records, Template, encode, evaluate
-from gatewise.tasks.encoding import encode_classification
-from gatewise.tasks.metrics import measuring, most_positions
+from gatewise.tasks import PadCollator, Records, Template, evaluate
+from gatewise.tasks.metrics import encoded, measuring
 
 Measure = Literal["right", "loss"]
 MEASURES: tuple[str, ...] = get_args(Measure)
@@ -64,16 +63,6 @@ def qualities(
             if progress:
                 progress(min(start + 16, len(order)), len(order))
     return found
-
-
-def encoded(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, records: Records, template: Template | None, max_length: int
-) -> list[dict[str, Any]]:
-    """Rows as the model trains on them."""
-    length = min(max_length, most_positions(model))
-    if loss_kind(model) == "rows":
-        return encode_classification(records, tokenizer, max_length=length)
-    return [dict(row) for row in encode(records, tokenizer, template, max_length=length)]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from gatewise.adapters.export import copy_tokenizer
 from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, LoraAdapter, LoraModule, read_config, read_lora
 from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import rank_settings
-from gatewise.compress.quality import Difference, Measure, check_rows, difference, encoded, measure_for, qualities, split
+from gatewise.compress.quality import Difference, Measure, check_rows, difference, measure_for, qualities, split
 from gatewise.compress.search import shown_of, without_repeats
 from gatewise.errors import GatewiseError
 from gatewise.files import check_new_folder, finite, whole_folder, write_json
@@ -40,7 +40,7 @@ from gatewise.routed import RoutedLoraConfig
 from gatewise.routed.statistics import routing_of_batches
 from gatewise.serving.engines import SERVING_FILE, model_type_of, serving_settings
 from gatewise.tasks import PadCollator, Records
-from gatewise.tasks.metrics import measuring
+from gatewise.tasks.metrics import encoded, measuring
 
 SHARES = (0.5, 0.25, 0.1, 0.0)
 """The candidates: modules that at least this share of prompts keeps; 0 is those that any prompt keeps."""
@@ -210,6 +210,11 @@ def _check(
         raise GatewiseError(f"rows is {rows}: expected at least {LEAST} to choose modules by (--rows)")
     if measure not in (None, "right", "loss"):
         raise GatewiseError(f"measure {measure!r} is not known; expected right or loss")
+    if measure is not None and tolerance is None:
+        raise GatewiseError(
+            "measure was given without a tolerance, which alone it is about: both losses and right answers are measured anyway; "
+            "leave it out, or give a tolerance (--tolerance)"
+        )
 
 
 # ---------------------------------------------------------------- the choice

@@ -159,7 +159,7 @@ def read_budget(source: "str | Path | PeftModel", adapter: str | None = None) ->
         source: an adapter folder as PEFT saves it (``adapter_config.json`` and ``adapter_model.safetensors``; the base
             model is not needed), or a model in memory.
         adapter: which adapter: of a model, its name (default: the active one); of a folder, the sub-folder of that name
-            where there is one, as PEFT saves adapters not called "default".
+            where there is one, as PEFT saves adapters not called "default"; "default" is the folder itself.
 
     Raises:
         GatewiseError: no such folder, adapter or file, a file that cannot be read, or not a LoRA adapter.
@@ -170,6 +170,8 @@ def read_budget(source: "str | Path | PeftModel", adapter: str | None = None) ->
 def _of_folder(folder: Path, adapter: str | None) -> BudgetMap:
     if adapter and (folder / adapter / CONFIG_FILE).is_file():
         folder = folder / adapter
+    elif adapter not in (None, "default", folder.name):
+        raise GatewiseError(f"{folder} has no folder {adapter!r} with an adapter: leave the name out for the adapter in {folder}")
     lora = read_lora(folder)
     return _map(lora.config, lora.modules, lora.others, read_allocation(folder))
 

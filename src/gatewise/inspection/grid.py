@@ -1,4 +1,4 @@
-"""The numbers of modules laid out by layer and kind, with totals: what tables, images and pages show."""
+"""The numbers of modules laid out by layer and kind, with totals or means at the margins: what tables, images and pages show."""
 
 import math
 import re
@@ -27,7 +27,8 @@ class Grid:
         title: what the numbers are, with their unit.
         layers, kinds: labels of the rows and columns.
         cells: the rows; None where there is no module.
-        rows, columns, total: totals per row, per column and over all.
+        rows, columns, total: of a row, of a column and of all.
+        margin: what these are, in one word: "total" or "mean".
         write: a number as short text; a dot for None.
         tick: a number as the colour key shows it.
         whole: the colour key has whole numbers only.
@@ -46,6 +47,7 @@ class Grid:
     tick: Callable[[float], str]
     whole: bool = True
     signed: bool = False
+    margin: str = "total"
 
     @property
     def most(self) -> float:
@@ -63,6 +65,7 @@ def grid_of(
     tick: Callable[[float], str] | None = None,
     whole: bool = True,
     signed: bool = False,
+    margin: str = "total",
 ) -> Grid:
     """Lays modules out by layer and kind.
 
@@ -86,6 +89,7 @@ def grid_of(
         tick=tick or write,
         whole=whole,
         signed=signed,
+        margin=margin,
     )
 
 

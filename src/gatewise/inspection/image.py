@@ -118,7 +118,7 @@ def _draw(grid: Grid, title: str, notes: Sequence[str]) -> "Figure":
     by_layer.set_ylim(heat.get_ylim())
     by_layer.set_xticks([])
     by_layer.set_yticks([])
-    by_layer.set_xlabel("total per layer", size=8.5, color=_FAINT, loc="left")
+    by_layer.set_xlabel(f"{grid.margin} per layer", size=8.5, color=_FAINT, loc="left")
     for y, text in enumerate([grid.write(total) for total in grid.rows]):
         side = {"ha": "left"} if ends[y] >= 0 else {"ha": "right"}
         at, away = (ends[y], y + 0.52), (3 if ends[y] >= 0 else -3, 0)

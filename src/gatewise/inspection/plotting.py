@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.inspection.budget import BudgetMap, Value
+from gatewise.inspection.grid import finite_or_zero
 from gatewise.inspection.image import file_of, image_of
 from gatewise.inspection.page import budget_page, importance_page
 from gatewise.inspection.prompts import PromptMap
@@ -183,12 +184,12 @@ def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
         axes = _axes(figure, "Where the prompts enter", prompts.base_model, "gate" if known else "", "layer")
         for layer in range(prompts.layers):
             new = layer in prompts.chosen
-            size = prompts.gates[layer] if prompts.gates is not None and layer < len(prompts.gates) else float(new)
+            size = finite_or_zero(prompts.gates[layer]) if prompts.gates and layer < len(prompts.gates) else float(new)
             axes.barh(layer, size, height=0.8, color=_TO if new else _REST)
             words = {"new": "new prompt", "carried": "carried on", "none": ""}[prompts.role(layer)]
             axes.annotate(words, (size, layer), (4, 0), textcoords="offset points", va="center", size=7.5, color=_INK)
         axes.set_ylim(prompts.layers - 0.4, -0.6)
-        axes.set_xlim(0, 1.35 * max([1.0] if prompts.gates is None else [*prompts.gates, 1e-6]))
+        axes.set_xlim(0, 1.35 * max([1.0] if prompts.gates is None else [*map(finite_or_zero, prompts.gates), 1e-6]))
         axes.set_yticks(range(prompts.layers))
         if not known:
             axes.set_xticks([])

@@ -1,9 +1,10 @@
 """Which layers an SPT adapter (arXiv 2310.20127) puts new prompts into, read from its folder."""
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from gatewise.adapters.files import SEARCH_FILE, read_config, read_note, read_selection, read_tensors, weights_of
 from gatewise.checks import is_whole
@@ -77,14 +78,14 @@ def read_prompts(folder: str | Path) -> PromptMap:
         raise GatewiseError(f"{weights} holds no prompt generators: save the adapter again")
     gates = losses = None
     if logits:
-        gates = tuple(1 / (1 + math.exp(-logits[layer])) for layer in sorted(logits))
+        gates = tuple(torch.tensor([logits[layer] for layer in sorted(logits)], dtype=torch.float64).sigmoid().tolist())
     elif (folder / SEARCH_FILE).is_file():
         selection = read_selection(folder / SEARCH_FILE)
         gates, losses = tuple(selection.gates), None if selection.losses is None else tuple(selection.losses)
     chosen = tuple(sorted(parameters))
-    noted = read_note(folder).get("num_layers")
+    told = (read_note(folder).get("num_layers"), (config.get("made_for") or {}).get("layers"))
     return PromptMap(
-        layers=max(chosen[-1] + 1, len(gates or ()), noted if is_whole(noted) else 0),
+        layers=max(chosen[-1] + 1, len(gates or ()), *(count for count in told if is_whole(count))),
         chosen=chosen,
         gates=gates,
         hyper_network=bool(logits),

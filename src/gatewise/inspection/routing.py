@@ -19,7 +19,8 @@ from gatewise.progress import ConsoleProgress, quiet
 from gatewise.routed import RoutedLoraConfig, RoutedLoraModel
 from gatewise.routed.statistics import routing_of_batches
 from gatewise.sites import Site, sites_in_order
-from gatewise.tasks import PadCollator, encode, encode_classification
+from gatewise.tasks import PadCollator
+from gatewise.tasks.metrics import encoded
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class RoutingMap:
             title="share of prompts that keep a module",
             write=percent,
             whole=False,
+            margin="mean",
         )
 
 
@@ -98,10 +100,7 @@ def route_data(
     progress = ConsoleProgress(console or Console(stderr=True))
     with quiet(bars=True):
         loaded = load_with_data(adapter, data, options, say=progress.say)
-        if loaded.template is None:
-            features = encode_classification(loaded.records, loaded.tokenizer, max_length=loaded.max_length)
-        else:
-            features = list(encode(loaded.records, loaded.tokenizer, loaded.template, max_length=loaded.max_length))
+        features = encoded(loaded.model, loaded.tokenizer, loaded.records, loaded.template, loaded.max_length)
         with progress.counting("routing") as count:
             return routing_of_rows(
                 loaded.model, loaded.tokenizer, features, batch_size, progress=count, base_model=loaded.base, data=data
@@ -122,7 +121,7 @@ def routing_of_rows(
     """``route_data`` for a model in memory, with its active adapter, and encoded rows with labels.
 
     Raises:
-        GatewiseError: the active adapter is not a routed one, or there are no rows.
+        GatewiseError: the active adapter is not a routed one, or there are no rows, or gates are not finite.
     """
     config = model.peft_config[str(model.active_adapter)]
     if not isinstance(model.base_model, RoutedLoraModel) or not isinstance(config, RoutedLoraConfig):
@@ -148,6 +147,12 @@ def routing_of_rows(
     finally:
         model.train(was_training)
     every = routing.gates  # (rows, l, m), on the CPU: what follows counts in float64, which MPS lacks
+    broken = [layer for layer, own in zip(routing.layers, every.unbind(dim=1), strict=True) if not bool(own.isfinite().all())]
+    if broken:
+        raise GatewiseError(
+            f"the gates of {broken[0]} are not finite: look for numbers that are not in the adapter and its base model, or route "
+            "other prompts"
+        )
     kept = every > 0
     experts = {
         f"{layer}.{name}": (i, j)

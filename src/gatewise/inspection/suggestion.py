@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from gatewise.adapters.files import LoraModule
 from gatewise.adapters.lora import rank_settings
 from gatewise.errors import GatewiseError
 from gatewise.inspection import Importance
@@ -98,6 +99,27 @@ def check_budget(budget: int, unit: Unit = "parameters") -> None:
         raise GatewiseError(f"the unit of a budget is {unit!r}, expected one of {', '.join(get_args(Unit))}")
     if budget < 1:
         raise GatewiseError(f"a budget of {budget} {unit} was asked for: expected the {unit} of all modules together, at least 1")
+
+
+def check_fits(modules: Sequence[LoraModule], budget: int, unit: Unit = "parameters") -> None:
+    """Refuses what ``suggested_ranks`` would refuse whatever the scores are.
+
+    Args:
+        modules: those of an adapter's file.
+
+    Raises:
+        GatewiseError: a budget below one rank of any module, or above the room of all.
+    """
+    if not modules or any(module.blocks != 1 for module in modules):  # experts and groups have other rooms
+        return
+    sides = [(module.rows.shape[2], module.columns.shape[2]) for module in modules]
+    costs = [sum(pair) if unit == "parameters" else 1 for pair in sides]
+    room = sum(min(pair) * cost for pair, cost in zip(sides, costs, strict=True))
+    asked = f"a budget of {budget:,} {unit} was asked for, but"
+    if budget > room:
+        raise GatewiseError(f"{asked} the {len(modules):,} modules together have room for {room:,}: give {room:,} or less")
+    if budget < min(costs):
+        raise GatewiseError(f"{asked} one rank of the smallest module has {min(costs):,}: give more")
 
 
 def divide(weights: Sequence[float], room: Sequence[int], budget: int, costs: Sequence[int]) -> list[int]:

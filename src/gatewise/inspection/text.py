@@ -54,12 +54,16 @@ def grid_table(grid: Grid) -> Table:
         return Text(f" {grid.write(number)}", style=shades[step])
 
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, collapse_padding=True)
-    table.add_column("layer", Text("total", style="bold"), justify="right", no_wrap=True)
-    for kind, total in zip(grid.kinds, grid.columns, strict=True):
-        table.add_column(Text(kind), Text(grid.write(total), style="bold"), justify="right", no_wrap=True)
-    table.add_column("total", Text(grid.write(grid.total), style="bold"), justify="right", no_wrap=True)
-    for layer, row, total in zip(grid.layers, grid.cells, grid.rows, strict=True):
-        table.add_row(Text(layer), *map(cell, row), Text(grid.write(total), style="bold"))
+    table.add_column("layer", Text(grid.margin, style="bold"), justify="right", no_wrap=True, min_width=len("layer"))
+    cells = [[*map(cell, row), Text(grid.write(total), style="bold")] for row, total in zip(grid.cells, grid.rows, strict=True)]
+    heads = zip([*grid.kinds, grid.margin], [*grid.columns, grid.total], strict=True)
+    for at, (kind, total) in enumerate(heads):
+        foot = Text(grid.write(total), style="bold")
+        # Where the table is too wide, the longest names of kinds go on in the next line, and no number is cut short.
+        widest = max(text.cell_len for text in (foot, *(row[at] for row in cells)))
+        table.add_column(Text(kind, overflow="fold"), foot, justify="right", min_width=widest)
+    for layer, row in zip(grid.layers, cells, strict=True):
+        table.add_row(Text(layer), *row)
     return table
 
 
@@ -103,12 +107,13 @@ def facts_of(budget: BudgetMap) -> list[tuple[str, str]]:
     fullest = [layer for layer in sorted(stack, key=lambda layer: -held[layer])[:3] if held[layer]]
     slots = f"{budget.rank:,}" + (f" of {budget.capacity:,} slots" if budget.capacity != budget.rank else "")
     unused = budget.allocated - budget.parameters
+    placed = len({module.layer for module in budget.modules} - {None})
     stored = f"{budget.parameters:,}" + (f" in use, {unused:,} in dead slots" if unused else "")
     if budget.other_parameters:
         stored += f", and {budget.other_parameters:,} outside LoRA"
     facts = [
         ("base model", budget.base_model or "not named"),
-        ("adapter", f"{budget.adapter_type}, {len(budget.modules):,} modules in {len(stack):,} layers"),
+        ("adapter", f"{budget.adapter_type}, {_count(len(budget.modules), 'module')} in {_count(placed, 'layer')}"),
         ("total rank", slots),
         ("parameters", stored),
     ]
@@ -121,6 +126,10 @@ def facts_of(budget: BudgetMap) -> list[tuple[str, str]]:
     if budget.rounds:
         facts.append(("rounds", f"{len(budget.rounds)}" + (f", ranks scored by {budget.score}" if budget.score else "")))
     return facts
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -237,7 +246,7 @@ def routing_lines(routing: "RoutingMap") -> list[str]:
 
 def routing_json(routing: "RoutingMap") -> dict[str, Any]:
     """The whole map as plain lists, numbers and text for ``json.dumps``."""
-    return {**asdict(routing), "modules": [asdict(module) for module in routing.modules], "by_kind": routing.by_kind}
+    return finite({**asdict(routing), "modules": [asdict(module) for module in routing.modules], "by_kind": routing.by_kind})
 
 
 def prompts_table(prompts: PromptMap) -> Table:
@@ -277,4 +286,4 @@ def prompts_lines(prompts: PromptMap) -> list[str]:
 
 def prompts_json(prompts: PromptMap) -> dict[str, Any]:
     """The whole map as plain lists, numbers and text for ``json.dumps``."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(prompts).items()}
+    return finite({name: list(value) if isinstance(value, tuple) else value for name, value in asdict(prompts).items()})

@@ -212,7 +212,7 @@ def prompt_ids(
         if left < 1:
             raise GatewiseError(
                 f"{records.source}: the answer to {_shortened(text)!r} takes {max_length - space} tokens, which leaves "
-                f"no room for the prompt in {max_length}; raise max_length"
+                f"no room for the prompt in {max_length}; raise max_length in the recipe of a run, or leave the row out"
             )
         prompts.append([*prefix, *ids[-left:]])
     return prompts

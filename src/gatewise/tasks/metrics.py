@@ -25,7 +25,7 @@ from gatewise.errors import GatewiseError
 from gatewise.internals.soft_prompt_fixes import written_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
 from gatewise.models.device import random_state_kept
-from gatewise.tasks.encoding import PadCollator, candidate_ids, encode_classification, pad, prompt_ids, token_ids
+from gatewise.tasks.encoding import PadCollator, candidate_ids, encode, encode_classification, pad, prompt_ids, token_ids
 from gatewise.tasks.records import Records, final_number
 from gatewise.tasks.template import Template, default_template, references
 
@@ -369,6 +369,21 @@ def _evaluate_classifier(
             progress(min(start + batch_size, len(features)), len(features))
     answers += found
     return {"accuracy": hits / len(features), "loss": total / len(features), "n": len(features)}
+
+
+def encoded(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, records: Records, template: Template | None, max_length: int
+) -> list[dict[str, Any]]:
+    """Rows with their labels, as the model trains on them, cut to the positions that it has.
+
+    Raises:
+        GatewiseError: a classifier with another number of classes than the records have labels, or an answer that leaves no room.
+    """
+    length = min(max_length, most_positions(model))
+    if loss_kind(model) == "rows":
+        check_classes(model, records)
+        return encode_classification(records, tokenizer, max_length=length)
+    return [dict(row) for row in encode(records, tokenizer, template, max_length=length)]
 
 
 def check_classes(model: nn.Module, records: Records) -> None:
