@@ -8,6 +8,7 @@ from mdt_trees import TEXT, gout, node, preorders, properties, published, trees
 from gatewise.errors import GatewiseError
 from gatewise.mdt import DecisionTree, in_text_order, linearise, parse, parse_lenient, read_trees
 from gatewise.mdt.formats.lines import letters
+from gatewise.mdt.relations import relation_in
 
 LEVELS = [(level, by_number) for level in (0, 1, 2) for by_number in (True, False)]
 LEVEL_0 = """\
@@ -119,8 +120,9 @@ def test_lenient_reading_mends_and_says_so() -> None:
     slips = LEVEL_0.replace("| basic |", "| Basic Conditon |").replace("C: ad", "c: ad").replace("| and", "| AND")
     parsed = parse_lenient(f"Here is the tree:\n```\n{slips}\n```")
     assert parsed.tree == tree
-    assert len(parsed.notes) == 3
+    assert len(parsed.notes) == 4
     assert "line 1" in parsed.notes[0]
+    assert parsed.notes[2] == "line 3: the relation 'Basic Conditon' is read as \"basic condition\""
 
     parsed = parse_lenient(LEVEL_0.replace(" | or", "").replace("flare\nD: ~", "flare | or\nD: ~"))
     assert parsed.tree is not None
@@ -145,6 +147,33 @@ def test_lenient_reading_finds_the_join_where_a_model_puts_it(line: str) -> None
     assert [triple.object for triple in parsed.tree.triples] == ["b", "x", "c"]
     with pytest.raises(GatewiseError):
         parse(f"{line}\nD\nD")
+
+
+@pytest.mark.parametrize(
+    "word", ["prohibted drugs", "Prohibited  Drug", "prohibitde drugs", "prohibited_drugs", "prohibiteddrugs", "禁用 药物"]
+)
+def test_a_relation_with_a_slip_is_read_and_what_was_spelt_otherwise_is_noted(word: str) -> None:
+    parsed = parse_lenient(f"D: adults | {word} | aspirin")
+    assert parsed.tree is not None
+    assert relation_in(parsed.tree.triples[0].relation, "en") == "prohibited drugs"
+    assert len(parsed.notes) == 1
+    assert " is read as " in parsed.notes[0]
+    assert word in parsed.notes[0]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("prescribed drugs", "permitted drugs", "preferred drugs", "no drug therapy", "non-drug therapy", "nondrug therapy"),
+        *("unprohibited drugs", "therapeutic drugs", "drugs", "basic cognition", "subclinical manifestation"),
+        *("常用药物", "使用药物", "选用药物", "应用药物", "停用药物", "治疗药品", "非药物治疗", "基本治疗"),
+    ],
+)
+def test_another_word_is_no_relation(word: str) -> None:
+    parsed = parse_lenient(f"D: adults | {word} | aspirin; adults | drug therapy | ibuprofen")
+    assert [triple.object for triple in parsed.triples] == ["ibuprofen"]
+    assert len(parsed.notes) == 1
+    assert "the relation is" in parsed.notes[0]
 
 
 def test_lenient_reading_of_what_is_cut_off() -> None:

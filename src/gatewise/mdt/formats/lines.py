@@ -326,6 +326,8 @@ class _Reader:
             return None
         subject = self.main if raw[0] == "~" else _unescaped(raw[0])
         relation = from_short(raw[1]) or (self.lenient and nearest(raw[1])) or raw[1]
+        if relation != raw[1] and from_short(" ".join(raw[1].casefold().split())) is None:
+            self.fault(number, f'the relation {checks.shown(raw[1])} is read as "{relation}"')
         try:
             parts = checks.triple_parts([subject, relation, _unescaped(raw[2])])
         except checks.TreeError as fault:
