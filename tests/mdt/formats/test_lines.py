@@ -103,6 +103,8 @@ STRICT_FAULTS = [
     (LEVEL_2.replace("E. C: 6", "E. C: 9"), ["line 12", "triple 9", "1 to 7"]),
     (LEVEL_2.replace("6. ~", "8. ~"), ["line 7", "number 8", "expected 6"]),
     (LEVEL_2.replace("\nF\n", "\nZ\n"), ["'Z'"]),
+    (LEVEL_2.replace("F. D: 7", "E. D: 7"), ["line 13", "name E", "expected F"]),
+    (LEVEL_2.replace("B. D", "F. D"), ["line 11", "name F", "expected B"]),
     ("", ["line 1"]),
 ]
 
@@ -174,6 +176,52 @@ def test_another_word_is_no_relation(word: str) -> None:
     assert [triple.object for triple in parsed.triples] == ["ibuprofen"]
     assert len(parsed.notes) == 1
     assert "the relation is" in parsed.notes[0]
+
+
+def test_a_number_that_several_triples_have_names_none() -> None:
+    parsed = parse_lenient("triples:\n1. adults | sign | flare\n1. ~ | drug | colchicine\ntree:\nC: 1\nD: 1\nD")
+    assert parsed.tree is None
+    assert [triple.object for triple in parsed.triples] == ["flare", "colchicine"]
+    assert parsed.notes[0] == "line 3: the number 1 was given to a triple above already"
+    assert parsed.notes[1].startswith("line 5: no one triple has the number 1")
+    unknown = parse_lenient("triples:\n0. adults | drug | colchicine\ntree:\nD: 1234567")
+    assert unknown.tree is not None
+    assert unknown.tree.triples == ()
+    unread = parse_lenient("triples:\n1. a flare\n1. adults | drug | colchicine\n2. ~ | sign | flare\ntree:\nC: 2\nD: 1\nD")
+    assert unread.tree is not None
+    assert unread.tree.nodes[1].is_empty
+    assert len(unread.notes) == 3
+    same = parse_lenient("triples:\n1. adults | sign | flare\n1. adults | sign | flare\ntree:\nC: 1\nD\nD")
+    assert same.tree is not None
+    assert len(same.notes) == 1
+
+
+def test_a_name_that_several_nodes_have_names_none() -> None:
+    triples = "triples:\n1. adults | sign | flare\n2. ~ | drug | colchicine\n3. ~ | drug | naproxen\n"
+    parsed = parse_lenient(f"{triples}nodes:\nA. C: 1\nB. D: 2\nB. D: 3\ntree:\nA\nB\nD")
+    assert parsed.tree is None
+    assert [one.triples[0].object for one in parsed.nodes] == ["flare", "colchicine", "naproxen"]
+    assert parsed.notes[0] == "line 8: the name B was given to a node above already"
+    assert parsed.notes[-1].startswith("no tree: line 11: nobody can tell which node B is")
+    # One that cannot be read leaves no gap either, into which the nodes below would move.
+    assert parse_lenient(f"{triples}nodes:\nA. C: 1\nB. give it\nE. D: 3\ntree:\nA\nB\nE").tree is None
+    assert parse_lenient(f"{triples}nodes:\nA. C: 1\nD. D: 2\ntree:\nA\nD\nD").tree is None
+    same = parse_lenient(f"{triples}nodes:\nA. C: 1\nB. D: 2; 3 | or\nB. D: 3; 2 | or\ntree:\nA\nB\nD")
+    assert same.tree is not None
+    assert len(same.notes) == 1
+    assert len(same.nodes) == 2
+
+
+@pytest.mark.parametrize("line", ["C: a | sign | x | or; ~ | sign | y | and", "C and: a | sign | x; ~ | sign | y | or"])
+def test_a_node_that_is_joined_in_two_ways_gives_no_tree(line: str) -> None:
+    parsed = parse_lenient(f"{line}\nD: ~ | drug | z\nD")
+    assert parsed.tree is None
+    assert parsed.notes[0].startswith("line 1: the triples are joined by ")
+    assert parsed.notes[-1].startswith("no tree: line 1")
+    known = parse_lenient("C: a | sign | x | null; ~ | sign | y | or\nD\nD")
+    assert known.tree is not None
+    assert known.tree.nodes[0].logical_rel == "or"
+    assert len(known.notes) == 1
 
 
 def test_lenient_reading_of_what_is_cut_off() -> None:

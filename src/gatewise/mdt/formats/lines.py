@@ -33,7 +33,7 @@ parser reads both.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from gatewise.errors import GatewiseError
@@ -193,9 +193,10 @@ def parse(output: str, where: str = "") -> DecisionTree:
 def parse_lenient(output: Any) -> Parsed:
     """The tree in a model's output, as well as it can be read. Raises nothing, whatever the output.
 
-    Lines that say nothing are left out; relations may be misspelt; a triple that cannot be read is left out; children that are
-    missing at the end are taken as "no recommendation"; nodes after the tree is complete are left out. All of this is noted. A
-    condition that has no triple left gives no tree, as no side of it can be trusted.
+    Lines that say nothing are left out; relations may be misspelt; a triple that cannot be read is left out, and so is one that is
+    named by a number which several have; children that are missing at the end are taken as "no recommendation"; nodes after the
+    tree is complete are left out. All of this is noted. No tree is given where it could say something else than was meant: with a
+    condition that has no triple left, a name that several nodes have, or a node that is joined both by "and" and by "or".
     """
     if not isinstance(output, str):
         return Parsed(None, (f"the output is {checks.shown(output)}, expected text",))
@@ -211,10 +212,21 @@ def parse_lenient(output: Any) -> Parsed:
 
 @dataclass
 class _Line:
+    """A node.
+
+    Attributes:
+        unclear: why nobody can tell what it says; empty for most.
+    """
+
     number: int
     role: Role
     logical_rel: LogicalRel
     triples: list[Triple] = field(default_factory=list)
+    unclear: str = ""
+
+    def says(self) -> tuple[Any, ...]:
+        """What it says, wherever it stands."""
+        return self.role, self.logical_rel, set(self.triples), self.unclear
 
 
 class _Reader:
@@ -225,8 +237,10 @@ class _Reader:
         self.lenient, self.where = lenient, where
         self.notes: list[str] = []
         self.main: str | None = None
-        self.numbered: dict[int, Triple] = {}
-        self.named: dict[str, _Line] = {}
+        # None: it could not be read, or was given to several.
+        self.numbered: dict[int, Triple | None] = {}
+        self.named: dict[str, _Line | None] = {}
+        self.nodes: list[_Line] = []
         self.tree: list[_Line] = []
         self.seen: dict[Triple, None] = {}
 
@@ -241,8 +255,8 @@ class _Reader:
                 self._numbered(number, line)
             elif section == "nodes":
                 self._named(number, line)
-            elif (known := self.named.get(line.rstrip("."))) is not None:
-                self.tree.append(_Line(number, known.role, known.logical_rel, list(known.triples)))
+            elif (name := line.rstrip(".")) in self.named:
+                self.tree.append(self._called(number, name))
             elif (node := self._node(number, line)) is not None:
                 self.tree.append(node)
 
@@ -263,17 +277,39 @@ class _Reader:
         if count != len(self.numbered) + 1 and not self.lenient:
             self.fault(number, f"the triple has the number {count}, expected {len(self.numbered) + 1}")
         triple = self._triple(number, match[2])
-        if triple is not None:
-            self.numbered[count] = triple
+        if count in self.numbered:
+            self.fault(number, f"the number {count} was given to a triple above already")
+            triple = triple if triple == self.numbered[count] else None
+        self.numbered[count] = triple
 
     def _named(self, number: int, line: str) -> None:
         match = _NAMED.fullmatch(line)
         if match is None:
             self.fault(number, f'found {checks.shown(line)}, expected a node with its name, such as "A. C: 1", or "tree:"')
             return
+        name = match[1]
+        if name != letters(len(self.named)) and not self.lenient:
+            self.fault(number, f"the node has the name {name}, expected {letters(len(self.named))}")
         node = self._node(number, match[2])
-        if node is not None:
-            self.named[match[1]] = node
+        known = self.named.get(name)
+        same = node is not None and known is not None and node.says() == known.says()
+        if node is not None and not same:
+            self.nodes.append(node)
+        if name in self.named:
+            self.fault(number, f"the name {name} was given to a node above already")
+            node = node if same else None
+        if name == "D":
+            self.fault(number, "the node has the name D, which is an empty decision too")
+            node = None
+        self.named[name] = node
+
+    def _called(self, number: int, name: str) -> _Line:
+        """The node of a name, at another place."""
+        known = self.named[name]
+        if known is not None:
+            return replace(known, number=number, triples=list(known.triples))
+        # Without it the nodes below would come to other places.
+        return _Line(number, "D", "null", unclear=f"nobody can tell which node {name} is, which could not be read or is several")
 
     def _node(self, number: int, line: str) -> _Line | None:
         match = (_LOOSE_NODE if self.lenient else _NODE).fullmatch(line)
@@ -282,20 +318,26 @@ class _Reader:
                 self.fault(number, f'found {checks.shown(line)}, expected a node such as "C: subject | relation | object"')
             return None
         role: Role = "C" if match[1].upper() == "C" else "D"
-        node, joined = _Line(number, role, "null"), match[2].lower()
+        node, joined = _Line(number, role, "null"), [match[2].lower()]
         items = [] if match[3] is None else list(_split(match[3], ";"))
         if self.lenient and len(items) > 1 and not items[-1].strip():
             items.pop()
         for place, item in enumerate(items, start=1):
             if self.lenient or place == len(items):
                 item, after = self._join(item)
-                joined = after or joined
+                joined.append(after)
             triple = self._item(number, item)
             if triple is not None and triple in node.triples:
                 self.fault(number, f"the triple {checks.shown(list(triple))} comes twice, expected each triple once in a node")
             elif triple is not None:
                 node.triples.append(triple)
-        node.logical_rel = "and" if joined == "and" else "or" if joined == "or" else "null"
+        joins = dict.fromkeys(filter(None, joined))
+        if len(joins) > 1:
+            said = " and ".join(f'"{word}"' for word in joins)
+            self.fault(number, f"the triples are joined by {said}, expected one of them")
+        if "and" in joins and "or" in joins:
+            node.unclear = 'its triples are joined both by "and" and by "or"'
+        node.logical_rel = "and" if "and" in joins else "or" if "or" in joins else "null"
         return node
 
     def _join(self, item: str) -> tuple[str, str]:
@@ -311,8 +353,11 @@ class _Reader:
         text = item.strip()
         if not (text.isascii() and text.isdigit()):
             return self._triple(number, item)
-        known = self.numbered.get(int(text)) if len(text) <= 6 else None
-        if known is None:
+        count = int(text) if len(text) <= 6 else -1
+        known = self.numbered.get(count)
+        if known is None and count in self.numbered:
+            self.fault(number, f"no one triple has the number {count}: it could not be read, or several have it")
+        elif known is None:
             self.fault(number, f"the triple {text[:20]} was not written above, expected one of 1 to {len(self.numbered)}")
         return known
 
@@ -349,9 +394,9 @@ class _Reader:
 
     def named_nodes(self) -> Iterator[Node]:
         """The nodes of the part "nodes" that can stand in a tree."""
-        for line in self.named.values():
+        for line in self.nodes:
             self.mend(line)
-            if line.triples:
+            if line.triples and not line.unclear:
                 yield Node(role=line.role, triples=tuple(line.triples), logical_rel=line.logical_rel)
 
     def mend(self, line: _Line) -> None:
@@ -372,6 +417,8 @@ class _Reader:
             if not waiting:
                 self.fault(line.number, "the tree is complete above; this node and what follows is left out")
                 break
+            if line.unclear:
+                raise GatewiseError(f"line {line.number}: {line.unclear}")
             waiting += 1 if line.role == "C" else -1
             self.mend(line)
             triples = [list(triple) for triple in line.triples]
