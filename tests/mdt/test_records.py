@@ -88,6 +88,27 @@ def test_repair_is_noted_by_record(tmp_path: Path) -> None:
     assert read.notes == (f'{path}, record 1: node 1: logical_rel "or" with no triples is read as "null"',)
 
 
+def test_an_approval_does_not_hold_for_a_tree_that_is_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "reviewed.json"
+    wrong = gout()
+    wrong[1]["logical_rel"] = "null"
+    held: list[dict[str, Any]] = [{"text": TEXT, "tree": tree} for tree in (wrong, gout(), wrong, wrong)]
+    for one, state in zip(held, ("approved", "approved", "corrected"), strict=False):
+        one |= {"review": state, "reviewed": {"by": "Ada"}, "page": 7}
+    path.write_text(json.dumps(held))
+    read = read_trees(path, repair=True)
+    assert [record.more for record in read.records] == [
+        {"review": "corrected", "page": 7},
+        {"review": "approved", "reviewed": {"by": "Ada"}, "page": 7},
+        {"review": "corrected", "page": 7},
+        {},
+    ]
+    assert read.repaired == {1, 3, 4}
+    said = "that was approved by Ada is another one after the repair, so it counts as corrected: read it and approve it anew"
+    assert read.notes[3:] == (f'the tree of "{TEXT[:40]}…" {said}',)
+    assert read.unapproved == {1: read.notes[3]}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -28,6 +28,7 @@ SUFFIXES = (".json", ".jsonl", ".txt")
 _OWN_KEYS = ("text", "tree")
 DOUBTFUL = 0.5
 """A node of less confidence is more likely wrong than right."""
+_REVIEWED = ("approved", "corrected")  # what a record's "review" may be, see gatewise.mdt.review.passage
 _DEEPEST = 2 * checks.MAX_DEPTH  # a nested tree among them is well within
 
 
@@ -129,8 +130,11 @@ class TreeFile:
     Attributes:
         records: those that could be read, in their order.
         faults: number of a record -> what is wrong with it, a whole sentence.
-        notes: what was put right, a whole sentence each (only where repair was asked for).
+        notes: what was put right, a whole sentence each (only where repair was asked for); then those of ``unapproved``.
         count: records in the file, read or not.
+        repaired: numbers of the records that have a tree only after a repair.
+        unapproved: number of a record that was approved with its tree as it was before a repair -> that it counts as corrected, a
+            whole sentence.
     """
 
     source: str
@@ -138,13 +142,16 @@ class TreeFile:
     faults: dict[int, str]
     notes: tuple[str, ...]
     count: int
+    repaired: frozenset[int] = frozenset()
+    unapproved: dict[int, str] = field(default_factory=dict)
 
 
 def read_trees(path: str | Path, *, repair: bool = False) -> TreeFile:
     """Reads texts with trees; a record with a fault does not stop the others.
 
     Args:
-        repair: put right what has one plain meaning, see :meth:`DecisionTree.repaired`.
+        repair: put right what has one plain meaning, see :meth:`DecisionTree.repaired`. Nobody has read the tree as that leaves
+            it, so one that was approved then counts as corrected.
 
     Raises:
         GatewiseError: the file cannot be read at all, or has no records.
@@ -169,16 +176,43 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
     records: list[TreeRecord] = []
     faults: dict[int, str] = {}
     notes: list[str] = []
+    repaired: set[int] = set()
+    unapproved: dict[int, str] = {}
     for number, item in enumerate(items, start=1):
         where = f"{name}, record {number}"
         try:
-            record, made = _record(item, number, where, repair)
+            try:
+                record = _record(item, number, where)
+            except GatewiseError:
+                if not repair:
+                    raise
+                record, made = _repaired(item, number, where)
+                notes += made
+                repaired.add(number)
+                if record.more.get("review") in _REVIEWED:
+                    if record.more["review"] == "approved":
+                        unapproved[number] = _unapproved(record)
+                    more = {key: value for key, value in record.more.items() if key != "reviewed"}
+                    record = replace(record, more={**more, "review": "corrected"})
         except GatewiseError as error:
             faults[number] = str(error)
         else:
             records.append(record)
-            notes += made
-    return TreeFile(name, tuple(records), faults, tuple(notes), len(items))
+    return TreeFile(name, tuple(records), faults, (*notes, *unapproved.values()), len(items), frozenset(repaired), unapproved)
+
+
+def _unapproved(record: TreeRecord) -> str:
+    said = (record.reviewed or {}).get("by")
+    by = f" by {said}" if isinstance(said, str) and said else ""
+    return (
+        f"the tree of {short(record.text)} that was approved{by} is another one after the repair, so it counts as corrected: read"
+        " it and approve it anew"
+    )
+
+
+def short(text: str) -> str:
+    """The beginning of a text, in quotation marks, for a sentence about it."""
+    return f'"{text[:40]}{"…" if len(text) > 40 else ""}"'
 
 
 def read_items(path: str | Path) -> list[Any]:
@@ -263,32 +297,41 @@ def outlined(record: TreeRecord, comments: Sequence[str] = ()) -> str:
     return f"text: {escaped(record.text)}\n{outline_of(record.tree, comments)}"
 
 
-def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecord, list[str]]:
+def _record(item: Any, number: int, where: str) -> TreeRecord:
     if isinstance(item, Broken):
         raise GatewiseError(item.message)
     if isinstance(item, TreeRecord):
-        return replace(item, number=number), []
+        return replace(item, number=number)
+    text, more = _around(item, where)
+    make = DecisionTree.from_nested if isinstance(item["tree"], dict) else DecisionTree.from_preorder
+    return TreeRecord(text, make(item["tree"], where), number, more)
+
+
+def _repaired(item: Any, number: int, where: str) -> tuple[TreeRecord, list[str]]:
+    """The record with its tree repaired, and what was put right."""
+    if isinstance(item, Broken):
+        raise GatewiseError(item.message)
+    text, more = _around(item, where)
+    tree, notes = DecisionTree.repaired(item["tree"], where)
+    return TreeRecord(text, tree, number, more), notes
+
+
+def _around(item: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """The text of a record, and its other keys."""
     if not isinstance(item, dict):
         raise GatewiseError(f'{where}: found {checks.shown(item)}, expected an object with "text" and "tree"')
     for key in _OWN_KEYS:
         if key not in item:
             raise GatewiseError(f'{where}: the key "{key}" is missing, expected "text" and "tree"')
-    text, nodes = item["text"], item["tree"]
+    text = item["text"]
     if not isinstance(text, str) or not text.strip():
         raise GatewiseError(f"{where}: text is {checks.shown(text)}, expected the passage, such as 'adults with asthma@If …'")
     if has_half_a_pair(text):
         raise GatewiseError(f"{where}: text {HALF_A_PAIR}")
-    notes: list[str] = []
-    if isinstance(nodes, dict):
-        tree = DecisionTree.from_nested(nodes, where)
-    elif repair:
-        tree, notes = DecisionTree.repaired(nodes, where)
-    else:
-        tree = DecisionTree.from_preorder(nodes, where)
     more = {key: value for key, value in item.items() if key not in _OWN_KEYS}
     if _is_deeper(more, _DEEPEST):
         raise GatewiseError(f"{where}: its other keys are nested deeper than {_DEEPEST} levels: take them out")
-    return TreeRecord(text, tree, number, writable(more)), notes
+    return text, writable(more)
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

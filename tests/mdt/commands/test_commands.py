@@ -180,6 +180,29 @@ def test_prepare_takes_only_what_was_approved(gatewise: Gatewise, tmp_path: Path
     assert not (tmp_path / "none.jsonl").exists()
 
 
+def test_no_command_takes_an_approval_for_a_tree_that_it_repairs(gatewise: Gatewise, tmp_path: Path) -> None:
+    wrong = gout()
+    wrong[1]["logical_rel"] = "null"
+    for name, by in (("ada", "Ada"), ("ben", "Ben")):
+        held = {"text": TEXT, "tree": wrong, "review": "approved", "reviewed": {"by": by, "at": "2026-01-02T03:04:05+00:00"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps([held]))
+    said = "that was approved by Ada is another one after the repair, so it counts as corrected"
+    shown = gatewise("show", "ada.json", "--repair", "--record", 1)
+    assert said in shown.stderr
+    assert "approved by" not in shown.stdout
+    prepared = gatewise("prepare", "ada.json", "--only", "approved", "--repair", "--out", "x.jsonl")
+    assert_refused(prepared, "none of the 1 records of ada.json was approved")
+    assert said in gatewise("prepare", "ada.json", "--repair", "--out", "x.jsonl").stderr
+    agreed = gatewise("agree", "ada.json", "ben.json", "--repair", "--json", "--adjudicate", "third.review.jsonl")
+    assert said in agreed.stderr
+    assert json.loads(agreed.stdout)["pairs"][0]["states"]["table"] == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert '"approved"' not in (tmp_path / "third.review.jsonl").read_text()
+    pytest.importorskip("fhir.resources")
+    bundle = gatewise("show", "ada.json", "--repair", "--format", "fhir").stdout
+    assert "Ada" not in bundle
+    assert "approvalDate" not in bundle
+
+
 def test_prepare_splits_by_document(gatewise: Gatewise, tmp_path: Path) -> None:
     names = ["a.pdf"] * 6 + ["b.pdf"] * 2 + ["c.pdf"] * 2
     items = [{"text": f"{TEXT} {name} {i}", "tree": gout(), "source": name} for i, name in enumerate(names)]

@@ -229,6 +229,8 @@ def test_an_approved_tree_that_is_repaired_is_said_to_be_another_one(trees: Path
     session.close()
     session = Session.open(str(out), repair=not saved)
     assert session.passage(1).now.state == "approved"
+    assert not any("was approved by Ada" in note for note in session.notes)
+    assert session.passage(1).past[-1].state == "corrected"
     session.save()
     assert [one["review"] for one in lines(out)] == ["approved", "approved"]
     session.close()

@@ -77,6 +77,8 @@ def prepare(
     read = read_file(data, repair)
     faults = dict(read.faults)
     records = chosen(read, None)
+    for note in read.notes:
+        say(f"repaired: {note}", err=True)
     if only is not None:
         records = _approved(records, data)
     train, held = (records, []) if dev is None else split(records, 0.2 if dev_share is None else dev_share, seed=seed)

@@ -52,8 +52,9 @@ def show(
         if not records:
             raise GatewiseError(next(iter(faults.values())))
     written = give(records, format, out, several=len(records) > 1)
-    for note in read.notes if record is None else [note for note in read.notes if f", record {record}: " in note]:
-        say(f"repaired: {note}", err=True)
+    for note in read.notes:
+        if record is None or f", record {record}: " in note or note == read.unapproved.get(record):
+            say(f"repaired: {note}", err=True)
     if written:
         say(f"written: {written}")
     if faults:

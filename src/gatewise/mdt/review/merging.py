@@ -6,15 +6,15 @@ again by its tree and by where it comes from, and by its order only where that c
 
 import json
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from gatewise.mdt.documents.passages import ORIGIN
-from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.records import TreeRecord, short
 from gatewise.mdt.review.edits import Nodes
-from gatewise.mdt.review.files import Draft
-from gatewise.mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version, after_repair, others, short, version_of
+from gatewise.mdt.review.files import Corrections, Draft
+from gatewise.mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version, others, version_of
 
 L = TypeVar("L")
 R = TypeVar("R")
@@ -34,21 +34,16 @@ class _Row(NamedTuple):
         return next(one.text for one in self if one is not None)
 
 
-def merged(
-    sources: Iterable[Passage], saved: Sequence[TreeRecord], draft: Draft, repaired: Collection[int] = ()
-) -> tuple[list[Passage], list[str]]:
+def merged(sources: Iterable[Passage], saved: Corrections, draft: Draft) -> tuple[list[Passage], list[str]]:
     """The passages of a review, with all that earlier reviews of them left, numbered from 1; and what has to be said of it.
 
     Passages are the same only when their texts are. The draft has the last word, unless another program changed a saved record
     meanwhile: then that one has, and the draft's tree can be had back by undoing. A saved record that may be of several passages
     becomes a passage of its own, so that no tree passes for one that a person approved.
-
-    Args:
-        repaired: numbers of the saved records whose trees were repaired when they were read.
     """
     rows = _rows(list(sources), saved, draft)
     notes: list[str] = []
-    made = [_merged(row, notes, row.record is not None and row.record.number in repaired) for row in rows]
+    made = [_merged(row, notes, saved) for row in rows]
     without = {row.text for row in rows if row.record is None}
     notes += [
         f"the file of corrections has a tree for {short(row.text)}, a text that comes several times, and nothing says for which of"
@@ -59,10 +54,11 @@ def merged(
     return [replace(passage, number=number) for number, passage in enumerate(made, start=1)], notes
 
 
-def _rows(sources: list[Passage], saved: Sequence[TreeRecord], draft: Draft) -> list[_Row]:
+def _rows(sources: list[Passage], corrections: Corrections, draft: Draft) -> list[_Row]:
     """What comes in, in its order; then what only the draft has, then what only the file of corrections has."""
+    saved = corrections.records
     draft_of_source = _drafts_of(sources, draft.passages)
-    draft_of_record = _drafts_with(saved, draft.passages)
+    draft_of_record = _drafts_with(saved, draft.passages, corrections.unapproved)
     drafts = {j: saved[i] for i, j in draft_of_record.items()}
     left = [record for i, record in enumerate(saved) if i not in draft_of_record]
     free = [i for i in range(len(sources)) if i not in draft_of_source]
@@ -100,12 +96,19 @@ def _drafts_of(sources: Sequence[Passage], drafted: Sequence[Passage]) -> dict[i
     return found
 
 
-def _drafts_with(saved: Sequence[TreeRecord], drafted: Sequence[Passage]) -> dict[int, int]:
+def _drafts_with(saved: Sequence[TreeRecord], drafted: Sequence[Passage], unapproved: Container[int]) -> dict[int, int]:
     """The passages of the draft that the records of the file of corrections are of."""
     found: dict[int, int] = {}
     _join(found, saved, drafted, _record_version, lambda old: _version(old.text, old.saved))
     # Records are written before the draft: one of a review that broke off in between does not know that it was saved.
     _join(found, saved, drafted, _record_version, lambda old: _version(old.text, old.now))
+
+    # Somebody may have approved a tree as a repair left it, which the file does not have so yet.
+    def approved(record: TreeRecord) -> Key:
+        version = version_of(record, "drafted")._replace(state="approved")
+        return _version(record.text, version) if record.number in unapproved else None
+
+    _join(found, saved, drafted, approved, lambda old: _version(old.text, old.now))
 
     # Another program changed or added the rest; a passage that had a record is the likelier one.
     def like(old: Passage) -> Key:
@@ -258,22 +261,26 @@ _PLACES: tuple[tuple[Place, Place], ...] = (
 # ---- one passage ----
 
 
-def _merged(row: _Row, notes: list[str], repaired: bool) -> Passage:
+def _merged(row: _Row, notes: list[str], corrections: Corrections) -> Passage:
     source, old, record = row
     first = source or old
     came = first.came if first else None
     if record is not None:
         known = [(version.nodes, version.state) for version in (old.now, old.saved) if version is not None] if old else []
         saved = version_of(record, "drafted")
-        if repaired and (saved.nodes, saved.state) not in known:
-            saved, said = after_repair(saved, record.text)
-            notes.extend(said)
+        is_known = (saved.nodes, saved.state) in known
+        repaired = record.number in corrections.repaired
+        if record.number in corrections.unapproved:
+            if (saved.nodes, "approved") in known:
+                is_known = True  # somebody approved it as the repair left it
+            else:
+                notes.append(corrections.unapproved[record.number])
         # What a file of corrections holds beside the tree is as old as the tree.
         more = _placed({**(first.more if first else {}), **others(record.more)}, source)
         if old is None:
             past = (source.now,) if source and source.now.nodes is not None and source.now.nodes != saved.nodes else ()
             return Passage(0, record.text, saved, more, saved, came, past, repaired=repaired)
-        if (saved.nodes, saved.state) not in known:
+        if not is_known:
             notes.append(
                 f"the file of corrections has another tree than before for {short(record.text)}, which is shown; undo brings back"
                 " yours"

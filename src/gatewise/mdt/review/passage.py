@@ -390,25 +390,6 @@ def version_of(record: TreeRecord, otherwise: State) -> Version:
     return made._replace(confidence=record.confidence)
 
 
-def after_repair(version: Version, text: str) -> tuple[Version, list[str]]:
-    """The version with a tree that a repair changed, which nobody has read since, and what is to be said of it."""
-    if version.state not in REVIEWED:
-        return version, []
-    notes = []
-    if version.state == "approved":
-        by = f" by {version.approver}" if version.approver else ""
-        notes.append(
-            f"the tree of {short(text)} that was approved{by} is another one after the repair, so it counts as corrected: read it"
-            " and approve it anew"
-        )
-    return version._replace(state="corrected", reviewed=None), notes
-
-
-def short(text: str) -> str:
-    """The beginning of a text, in quotation marks, for a sentence about it."""
-    return f'"{text[:40]}{"…" if len(text) > 40 else ""}"'
-
-
 def others(more: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a record that stay true when its tree is corrected, as a file can hold them."""
     held = {key: value for key, value in more.items() if key not in _OF_THE_TREE}

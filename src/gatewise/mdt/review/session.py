@@ -527,7 +527,7 @@ def _come_in(file: str | None, out: Path | None, population: str | None, repair:
 
 def _put_together(files: ReviewFiles, source: Source, repair: bool = False) -> tuple[list[Passage], list[str], Draft]:
     saved, draft = files.read_saved(repair), files.read_draft()
-    passages, notes = merged(source.passages, saved.records, draft, saved.repaired)
+    passages, notes = merged(source.passages, saved, draft)
     return passages, [*source.faults, *saved.notes, *notes], draft
 
 

@@ -12,7 +12,7 @@ from gatewise.files import content_of
 from gatewise.mdt.documents.passages import split_passages
 from gatewise.mdt.documents.reading import document_of
 from gatewise.mdt.records import SUFFIXES, TreeRecord, trees_of
-from gatewise.mdt.review.passage import Passage, after_repair, others, version_of
+from gatewise.mdt.review.passage import Passage, others, version_of
 from gatewise.mdt.samples import NAME, sample
 
 
@@ -74,10 +74,7 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
         read = trees_of(content, name, suffix, repair=repair)
         if not read.records:
             raise GatewiseError(next(iter(read.faults.values())))
-        repaired = trees_of(content, name, suffix).faults if repair else {}
-        notes: list[str] = []
-        passages = [_passage_of(record, notes if record.number in repaired else None) for record in read.records]
-        return Source(passages, [*read.faults.values(), *read.notes, *notes])
+        return Source([_passage_of(record) for record in read.records], [*read.faults.values(), *read.notes])
     if suffix not in (".txt", ".md", ".markdown", ".pdf", ".docx"):
         raise GatewiseError(
             f"{name}: the name ends in {suffix!r}, expected a text (.txt, .md, .pdf, .docx) or trees (.json, .jsonl)"
@@ -115,14 +112,10 @@ def _document(content: bytes, name: str, suffix: str, population: str | None) ->
     return Source(made, [writable(note) for note in document.notes])
 
 
-def _passage_of(record: TreeRecord, repaired: list[str] | None = None) -> Passage:
-    """The passage of a record; where its tree was repaired, what is to be said of that is added to a list."""
+def _passage_of(record: TreeRecord) -> Passage:
     if not record.text.strip():
         raise GatewiseError(f"record {record.number} has no text, against which its tree could be read")
     version = version_of(record, "drafted")
-    if repaired is not None:
-        version, said = after_repair(version, record.text)
-        repaired.extend(said)
     return Passage(0, record.text, version, others(record.more), came=version.nodes)
 
 
