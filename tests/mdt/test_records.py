@@ -88,6 +88,27 @@ def test_repair_is_noted_by_record(tmp_path: Path) -> None:
     assert read.notes == (f'{path}, record 1: node 1: logical_rel "or" with no triples is read as "null"',)
 
 
+@pytest.mark.parametrize("suffix", [".json", ".txt"])
+def test_nested_trees_and_outlines_are_repaired_too(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"some{suffix}"
+    good, wrong = TREE.to_nested(), TREE.to_nested()
+    wrong["false"]["logical_rel"] = "or"
+    wrong["true"]["triples"][0][1] = "Drug  Therapy"
+    outline = TREE.to_outline().replace("  if:", "  if any:").replace("| drug therapy", "| Drug  Therapy", 1)
+    broken = {".json": {**wrong, "false": None}, ".txt": "if:\n"}[suffix]
+    held = [json.dumps([{"text": TEXT, "tree": tree} for tree in (good, wrong, broken)])]
+    if suffix == ".txt":
+        held = [f"text: {TEXT}\n{one}" for one in (TREE.to_outline(), outline, broken)]
+    path.write_text("---\n".join(held))
+    strict = read_trees(path)
+    assert list(strict.faults) == [2, 3]
+    read = read_trees(path, repair=True)
+    assert [(record.text, record.tree) for record in read.records] == [(TEXT, TREE)] * 2
+    assert read.notes == (f'{path}, record 2: node 3: logical_rel "or" with one triple is read as "null"',)
+    assert (read.repaired, list(read.faults)) == ({2}, [3])
+    assert read.faults[3] == strict.faults[3]
+
+
 def test_an_approval_does_not_hold_for_a_tree_that_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "reviewed.json"
     wrong = gout()

@@ -219,11 +219,12 @@ def _plain_relation(triple: Any) -> Any:
     return [subject, plain, object_]
 
 
-def flattened(root: Any, *, foreign: bool = False) -> list[Any]:
+def flattened(root: Any, *, foreign: bool = False, unchecked: bool = False) -> list[Any]:
     """Nested JSON as a pre-order list, without the keys "true" and "false".
 
     Args:
         foreign: as for :func:`tree_parts`.
+        unchecked: only the children are looked at; the nodes are to be repaired.
 
     Raises:
         TreeError: names the way from the root to the node.
@@ -244,7 +245,8 @@ def flattened(root: Any, *, foreign: bool = False) -> list[Any]:
             raise TreeError(f'a decision (role D) has a child under "{given[0]}", expected none', way=way)
         own = {key: value for key, value in node.items() if key not in ("true", "false")}
         try:
-            _node_parts(own, False, foreign)
+            if not unchecked:
+                _node_parts(own, False, foreign)
         except TreeError as fault:
             raise TreeError(fault.message, way=way) from None
         nodes.append(own)

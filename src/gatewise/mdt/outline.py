@@ -65,8 +65,27 @@ def tree_of(text: str, where: str = "") -> DecisionTree:
         GatewiseError: names the line, what was given and what was expected.
     """
     reader = _Reader(text, where)
-    nodes: list[dict[str, Any]] = []
-    first_lines: list[int] = []
+    lines_and_nodes = _numbered(reader)
+    for number, node in lines_and_nodes:
+        try:
+            checks.check_node(node["role"], [tuple(triple) for triple in node["triples"]], node["logical_rel"])
+        except checks.TreeError as fault:
+            raise GatewiseError(reader.at(number, fault.message)) from None
+    return DecisionTree.from_preorder([node for _, node in lines_and_nodes], where)
+
+
+def nodes_of(text: str, where: str = "") -> list[dict[str, Any]]:
+    """The nodes of an outline in the published format, for a repair: triples and how they are joined may be wrong.
+
+    Raises:
+        GatewiseError: as :func:`tree_of`, but for those.
+    """
+    return [node for _, node in _numbered(_Reader(text, where, unchecked=True))]
+
+
+def _numbered(reader: "_Reader") -> list[tuple[int, dict[str, Any]]]:
+    """The nodes in pre-order, each with its first line."""
+    nodes: list[tuple[int, dict[str, Any]]] = []
     # What is still to come: a node, or the word that heads a child, each inside a line of this indentation.
     waiting: list[tuple[str, int]] = [("node", -1)]
     while waiting:
@@ -77,33 +96,26 @@ def tree_of(text: str, where: str = "") -> DecisionTree:
                 raise reader.fault(number, content, f'"{what}:"')
             waiting.append(("node", indent))
             continue
-        first_lines.append(number)
         if content.lower().rstrip(".") == _EMPTY:
-            nodes.append({"role": "D", "triples": [], "logical_rel": "null"})
+            nodes.append((number, {"role": "D", "triples": [], "logical_rel": "null"}))
             continue
         head = _HEAD.fullmatch(content)
         if head is None:
             raise reader.fault(number, content, '"if:", "if all:", "if any:", "do:", "do all:", "do any:" or "no recommendation"')
         word, joined = head[1].lower(), (head[2] or "").lower() or None
-        nodes.append(
-            {"role": "C" if word == "if" else "D", "triples": reader.triples(indent, number), "logical_rel": _RELS[joined]}
-        )
+        triples = reader.triples(number)
+        nodes.append((number, {"role": "C" if word == "if" else "D", "triples": triples, "logical_rel": _RELS[joined]}))
         if word == "if":
             waiting += [("no", indent - 1), ("yes", indent - 1)]
     reader.expect_end()
-    for number, node in zip(first_lines, nodes, strict=True):
-        try:
-            checks.check_node(node["role"], [tuple(triple) for triple in node["triples"]], node["logical_rel"])
-        except checks.TreeError as fault:
-            raise GatewiseError(reader.at(number, fault.message)) from None
-    return DecisionTree.from_preorder(nodes, where)
+    return nodes
 
 
 class _Reader:
     """The lines that count, one after the other."""
 
-    def __init__(self, text: str, where: str) -> None:
-        self.where = where
+    def __init__(self, text: str, where: str, *, unchecked: bool = False) -> None:
+        self.where, self.unchecked = where, unchecked
         self.lines: list[tuple[int, int, str]] = []
         for number, line in enumerate(text.split("\n"), start=1):
             content = line.strip()
@@ -123,13 +135,13 @@ class _Reader:
         self.position += 1
         return number, indent, content
 
-    def triples(self, indent: int, head: int) -> list[list[str]]:
+    def triples(self, head: int) -> list[list[str]]:
         found = []
         while self.position < len(self.lines) and self.lines[self.position][2].startswith("-"):
             number, _, content = self.lines[self.position]
             parts = split(content[1:])
             try:
-                found.append(list(checks.triple_parts(parts)))
+                found.append(parts if self.unchecked else list(checks.triple_parts(parts)))
             except checks.TreeError as fault:
                 raise GatewiseError(self.at(number, fault.message)) from None
             self.position += 1

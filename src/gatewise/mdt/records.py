@@ -21,7 +21,7 @@ from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, finite, whole_file
 from gatewise.mdt import checks
-from gatewise.mdt.outline import escaped, outline_of, split
+from gatewise.mdt.outline import escaped, nodes_of, outline_of, split
 from gatewise.mdt.tree import DecisionTree
 
 SUFFIXES = (".json", ".jsonl", ".txt")
@@ -254,9 +254,16 @@ def _items(content: bytes, name: str, suffix: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Broken:
-    """A line or an outline that could not be read, and why."""
+    """A line or an outline that could not be read, and why.
+
+    Attributes:
+        text: of the record, for an outline.
+        outline: which a repair may put right; empty for a line.
+    """
 
     message: str
+    text: str = ""
+    outline: str = ""
 
 
 def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
@@ -309,10 +316,15 @@ def _record(item: Any, number: int, where: str) -> TreeRecord:
 
 def _repaired(item: Any, number: int, where: str) -> tuple[TreeRecord, list[str]]:
     """The record with its tree repaired, and what was put right."""
+    more: dict[str, Any] = {}
     if isinstance(item, Broken):
-        raise GatewiseError(item.message)
-    text, more = _around(item, where)
-    tree, notes = DecisionTree.repaired(item["tree"], where)
+        if not item.outline:
+            raise GatewiseError(item.message)
+        text, nodes = item.text, nodes_of(item.outline, where)
+    else:
+        text, more = _around(item, where)
+        nodes = item["tree"]
+    tree, notes = DecisionTree.repaired(nodes, where)
     return TreeRecord(text, tree, number, more), notes
 
 
@@ -356,20 +368,21 @@ def _outlines(text: str, name: str) -> Iterator[TreeRecord | Broken]:
             continue
         if any(part.strip() for part in block):
             number += 1
+            said, outline = _apart(block)
             try:
-                yield _outline(block, f"{name}, record {number}")
+                yield TreeRecord(said, DecisionTree.from_outline(outline, f"{name}, record {number}"))
             except GatewiseError as error:
-                yield Broken(str(error))
+                yield Broken(str(error), said, outline)
         block = [""] * (len(block) + 1)  # keeps the line numbers of the file
 
 
-def _outline(block: list[str], where: str) -> TreeRecord:
+def _apart(block: list[str]) -> tuple[str, str]:
+    """The text before an outline, empty without one, and the outline."""
     for i, line in enumerate(block):
         word, colon, rest = line.partition(":")
         if colon and word.strip().lower() == "text":
-            outline = "\n".join(["" if j == i else other for j, other in enumerate(block)])
-            return TreeRecord(" | ".join(split(rest)), DecisionTree.from_outline(outline, where))
-    return TreeRecord("", DecisionTree.from_outline("\n".join(block), where))
+            return " | ".join(split(rest)), "\n".join(["" if j == i else other for j, other in enumerate(block)])
+    return "", "\n".join(block)
 
 
 def _line(line: str, where: str) -> Any:

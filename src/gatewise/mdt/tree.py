@@ -226,7 +226,7 @@ class DecisionTree(BaseModel):
 
     @classmethod
     def repaired(cls, nodes: Any, where: str = "") -> tuple["DecisionTree", list[str]]:
-        """Like :meth:`from_preorder`, but puts right what has one plain meaning, and says what it did.
+        """Like :meth:`from_preorder`, but puts right what has one plain meaning, and says what it did; nested JSON is taken, too.
 
         "and" or "or" over at most one triple becomes "null"; "null" over several becomes "and"; a triple given twice counts once;
         the names of relations may differ in case and spaces. Everything else is refused as ever.
@@ -234,7 +234,10 @@ class DecisionTree(BaseModel):
         Raises:
             GatewiseError: the tree is wrong in another way; names the node.
         """
-        mended, notes = checks.repaired_parts(nodes)
+        try:
+            mended, notes = checks.repaired_parts(checks.flattened(nodes, unchecked=True) if isinstance(nodes, dict) else nodes)
+        except checks.TreeError as fault:
+            raise GatewiseError(fault.at(where)) from None
         tree = cls.from_preorder(mended, where)
         return tree, [f"{where}: {note}" if where else note for note in notes]
 

@@ -15,6 +15,7 @@ from refusals import assert_refused
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
+from gatewise.mdt import DecisionTree
 from gatewise.mdt.formats.views import FORMATS
 
 Gatewise = Callable[..., Any]
@@ -201,6 +202,15 @@ def test_no_command_takes_an_approval_for_a_tree_that_it_repairs(gatewise: Gatew
     bundle = gatewise("show", "ada.json", "--repair", "--format", "fhir").stdout
     assert "Ada" not in bundle
     assert "approvalDate" not in bundle
+
+
+def test_evaluate_repairs_outlines_too(gatewise: Gatewise, tmp_path: Path) -> None:
+    (tmp_path / "pred.txt").write_text(DecisionTree.from_preorder(gout()).to_outline().replace("  if:", "  if any:"))
+    values = [
+        json.loads(gatewise("evaluate", "--gold", "one.json", "--pred", "pred.txt", "--json", *words).stdout)
+        for words in ((), ("--repair",))
+    ]
+    assert [one["tree_acc"] for one in values] == [0, 1]
 
 
 def test_prepare_splits_by_document(gatewise: Gatewise, tmp_path: Path) -> None:

@@ -132,10 +132,10 @@ def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[s
     from gatewise.mdt.evaluation.intervals import intervals
     from gatewise.mdt.evaluation.metrics import count_trees, metrics_of
     from gatewise.mdt.evaluation.mistakes import count_mistakes
-    from gatewise.mdt.records import Broken, read_items
+    from gatewise.mdt.records import Broken
 
-    wanted = list(read_file(gold, repair).records) if gold.startswith("sample:") else read_items(gold)
-    found = read_items(pred)
+    wanted = list(read_file(gold, repair).records) if gold.startswith("sample:") else _items(gold, repair)
+    found = _items(pred, repair)
     for number, item in enumerate(wanted, start=1):
         if isinstance(item, Broken):
             raise GatewiseError(item.message)
@@ -148,6 +148,17 @@ def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[s
     counts = count_trees(wanted, found, repair=repair, source=gold)
     metrics = {**metrics_of(counts).to_json(), "intervals": intervals(counts)}
     return {**metrics, "mistakes": count_mistakes(wanted, found, repair=repair)} if mistakes else metrics
+
+
+def _items(file: str | Path, repair: bool) -> list[Any]:
+    """The records of a file, unchecked; outlines, which have to be trees to be read at all, repaired where that is asked for."""
+    from gatewise.mdt.records import Broken, read_items, read_trees
+
+    items = read_items(file)
+    if repair and any(isinstance(item, Broken) and item.outline for item in items):
+        repaired = {record.number: record for record in read_trees(file, repair=True).records}
+        return [repaired.get(number, item) for number, item in enumerate(items, start=1)]
+    return items
 
 
 def _check_same_text(gold: Any, pred: Any, number: int, gold_file: str, pred_file: Path) -> None:
