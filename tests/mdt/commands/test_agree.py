@@ -164,6 +164,14 @@ def test_malformed_records_are_named_and_left_out(gatewise: Gatewise, tmp_path: 
     assert "repaired: ben.review.jsonl, record 5" in gatewise(*BOTH, "--repair", "--json").stderr
 
 
+def test_json_is_json_whatever_a_file_says_of_its_review(gatewise: Gatewise, tmp_path: Path) -> None:
+    for name, score in (("one", "NaN"), ("other", "Infinity")):
+        held = json.dumps([{"text": TEXT, "tree": gout(), "reviewed": {"by": name, "score": 0}}])
+        (tmp_path / f"{name}.json").write_text(held.replace('"score": 0', f'"score": {score}'))
+    result = gatewise("one.json", "other.json", "--json")
+    json.loads(result.stdout, parse_constant=pytest.fail)
+
+
 # Adjudication ---------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
+from gatewise.files import finite
 from gatewise.flags import JsonOption
 from gatewise.mdt.commands.trees import RepairOption, check_target, read_file, say
 
@@ -83,7 +84,7 @@ def agree(
         for i, j in combinations(range(len(read)), 2)
     ]
     if as_json:
-        typer.echo(json.dumps({"pairs": [agreement.to_json() for agreement in found]}))
+        typer.echo(json.dumps(finite({"pairs": [agreement.to_json() for agreement in found]})))
     elif format == View.html:
         _give_page(found[0], out)
     else:
