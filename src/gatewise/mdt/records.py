@@ -266,15 +266,31 @@ class Broken:
     outline: str = ""
 
 
+def check_texts(records: Iterable[TreeRecord]) -> None:
+    """Refuses for JSON what could not be read back from it: a tree without its text, as an outline may come.
+
+    Raises:
+        GatewiseError: names the record.
+    """
+    for record in records:
+        if not record.text.strip():
+            raise GatewiseError(
+                f"record {record.number} has no text, without which it cannot be read back from JSON: put a line"
+                ' "text: population@passage" before its outline'
+            )
+
+
 def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
     """Writes records in the format that the suffix names, whole or not at all.
 
     Raises:
-        GatewiseError: the place cannot be written, or the suffix is unknown.
+        GatewiseError: the place cannot be written, the suffix is unknown, or a record without a text goes into JSON.
     """
     suffix = Path(path).suffix.lower()
     _check_suffix(suffix, str(path))
     items = list(records)
+    if suffix != ".txt":
+        check_texts(items)
     if suffix == ".txt":
         content = outlines_of(items)
     elif suffix == ".jsonl":

@@ -15,7 +15,8 @@ from refusals import assert_refused
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
-from gatewise.mdt import DecisionTree
+from gatewise.errors import GatewiseError
+from gatewise.mdt import DecisionTree, read_trees, write_trees
 from gatewise.mdt.formats.views import FORMATS
 
 Gatewise = Callable[..., Any]
@@ -103,6 +104,23 @@ def test_show_refuses_in_one_sentence(gatewise: Gatewise, tmp_path: Path) -> Non
     one_good = gatewise("show", "mixed.json", "--record", 3)
     assert one_good.exit_code == 0
     assert one_good.stderr == ""
+
+
+def test_an_outline_without_a_text_is_shown_but_never_as_json(gatewise: Gatewise, tmp_path: Path) -> None:
+    outline = DecisionTree.from_preorder(gout()).to_outline()
+    (tmp_path / "bare.txt").write_text(f"text: {TEXT}\n{outline}---\n{outline}")
+    for format in FORMATS:
+        result = gatewise("show", "bare.txt", "--record", 2, "--format", format, "--out", f"made.{format}")
+        if format == "json":
+            assert_refused(result, "record 2 has no text, without which it cannot be read back from JSON")
+            assert not (tmp_path / "made.json").exists()
+        else:
+            assert result.exit_code == 0, result.output
+    records = read_trees(tmp_path / "bare.txt").records
+    with pytest.raises(GatewiseError, match="record 2 has no text"):
+        write_trees(tmp_path / "made.jsonl", records)
+    write_trees(tmp_path / "made.txt", records)
+    assert read_trees(tmp_path / "made.txt").records == records
 
 
 def test_show_without_the_fhir_library_says_what_to_install(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:

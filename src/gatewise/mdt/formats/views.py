@@ -15,7 +15,7 @@ from gatewise.mdt.formats.page import page_of
 from gatewise.mdt.formats.svg import drawing_of
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.outline import escaped
-from gatewise.mdt.records import TreeRecord, outlined
+from gatewise.mdt.records import TreeRecord, check_texts, outlined
 from gatewise.mdt.spans import Span, TripleSpans, absent_triples, locate_tree, part_of
 from gatewise.mdt.tree import Triple
 
@@ -47,9 +47,12 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
             and "dmn" cannot hold.
 
     Raises:
-        GatewiseError: there is no record, the format is unknown, no text or cannot hold several, or fhir.resources is missing.
+        GatewiseError: there is no record, the format is unknown, no text or cannot hold several, a record for "json" is without
+            a text, or fhir.resources is missing.
     """
     _check(records, format)
+    if format == "json":
+        check_texts(records)
     if format in WORKBOOKS:
         raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file")
     if format in ONE_TREE and len(records) > 1:
