@@ -257,6 +257,14 @@ def test_prepare_splits_by_document(gatewise: Gatewise, tmp_path: Path) -> None:
     assert not (tmp_path / "dev.jsonl").exists()
 
 
+def test_prepare_writes_two_sides_into_two_files(gatewise: Gatewise, tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "data.jsonl")
+    for dev in ("data.jsonl", "./data.jsonl", tmp_path / "data.jsonl", "link.jsonl"):
+        result = gatewise("prepare", "sample:guidelines", "--out", "data.jsonl", "--dev", dev)
+        assert_refused(result, "--out data.jsonl and --dev ", "are one file: expected two")
+    assert not (tmp_path / "data.jsonl").exists()
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_what_is_read_is_not_written_over(gatewise: Gatewise, tmp_path: Path, link: bool) -> None:
     before = (tmp_path / "one.json").read_bytes()

@@ -1,7 +1,6 @@
 """``gatewise mdt agree``: whether people, or a person and a model, agree on the trees of the same passages, and where not."""
 
 import json
-import os
 from enum import StrEnum
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +16,7 @@ from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.flags import JsonOption
-from gatewise.mdt.commands.trees import RepairOption, check_target, read_file, say
+from gatewise.mdt.commands.trees import RepairOption, check_target, is_one_file, read_file, say
 
 if TYPE_CHECKING:
     from gatewise.mdt.evaluation.agreement import Agreement
@@ -103,7 +102,7 @@ def _check(files: list[str], adjudicate: Path | None, reviewer: str | None, as_j
     if len(files) < 2:
         raise GatewiseError(f"{files[0]} is the only file, expected two or more to compare")
     for one, other in combinations(files, 2):
-        if one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)):
+        if is_one_file(one, other):
             raise GatewiseError(f"{one} and {other} are the same file, expected the trees of two people: name another file")
     if as_json and format == View.html:
         raise GatewiseError("--json and --format html exclude each other: give one of them")

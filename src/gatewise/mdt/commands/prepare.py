@@ -9,7 +9,7 @@ import typer
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.commands.model import LevelOption
-from gatewise.mdt.commands.trees import RepairOption, check_target, chosen, read_file, say
+from gatewise.mdt.commands.trees import RepairOption, check_target, chosen, is_one_file, read_file, say
 
 if TYPE_CHECKING:
     from gatewise.mdt.records import TreeRecord
@@ -70,8 +70,8 @@ def prepare(
         if path.suffix.lower() != ".jsonl":
             raise GatewiseError(f"{path}: the name ends in {path.suffix!r}, expected .jsonl")
         check_target(path, [data])
-    if out == dev:
-        raise GatewiseError(f"--out and --dev are both {out}: expected two files")
+    if dev is not None and is_one_file(out, dev):
+        raise GatewiseError(f"--out {out} and --dev {dev} are one file: expected two")
     if dev is None and dev_share is not None:
         raise GatewiseError("--dev-share was given without --dev: name the file for the rows of that share with --dev")
     read = read_file(data, repair)

@@ -77,6 +77,14 @@ def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:
             raise GatewiseError(f"--out {out} is what is read, and would be lost: give another path")
 
 
+def is_one_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one file, which need not be there yet."""
+    try:
+        return os.path.realpath(one) == os.path.realpath(other) or os.path.samefile(one, other)
+    except (OSError, ValueError):  # one is not there, or has a NUL in its name, which is told when it is opened
+        return False
+
+
 def check_format(format: Format, out: Path | None) -> None:
     """Refuses before any work a format that cannot be made, or not be printed.
 
