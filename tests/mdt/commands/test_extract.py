@@ -134,6 +134,9 @@ def test_several_candidates_say_how_alike_they_are(gatewise: Gatewise) -> None:
 def test_settings_that_contradict_each_other(gatewise: Gatewise) -> None:
     assert_refused(gatewise("extract", "good.txt", "--candidates", "2"), "candidates is 2", "at least 3")
     assert_refused(gatewise("evaluate", "--gold", "gold.json", "--stage", "nodes", "--candidates", "3"), "leave one of the two out")
+    for words in (("--level", "0"), ("--second", "other")):
+        result = gatewise("evaluate", "--gold", "gold.json", "--stage", "nodes", *words)
+        assert_refused(result, f"{words[0]} and --stage were both given", "leave one out")
     for words in (("extract", "good.txt"), ("evaluate", "--gold", "gold.json")):
         assert_refused(gatewise(*words, "--pipeline", "--level", "1"), "--level and --pipeline exclude each other")
         assert_refused(gatewise(*words, "--free", "--verbatim"), "--free and --verbatim exclude each other")

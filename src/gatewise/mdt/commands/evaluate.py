@@ -82,6 +82,10 @@ def evaluate(
     if adapter is not None:
         from gatewise.mdt.extraction.measuring import measure as measure_adapter
 
+        if stage is not None and level is not None:
+            raise GatewiseError("--level and --stage were both given: the stages of the pipeline have no levels, leave one out")
+        if stage is not None and second is not None:
+            raise GatewiseError("--second and --stage were both given: a stage is measured of one adapter, leave one out")
         check_ways(free, verbatim, level, pipeline)
         read = read_file(gold, repair)
         if read.faults:
