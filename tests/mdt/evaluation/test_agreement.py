@@ -352,6 +352,25 @@ def test_passages_of_one_text_without_places_are_paired_by_order_and_a_note_says
     assert len(notes) == 1
 
 
+def test_passages_of_one_text_at_other_places_of_one_document_are_never_paired() -> None:
+    def there(number: int, start: int, sha256: str = "aa", **more: Any) -> TreeRecord:
+        return record(gout(), number=number, sha256=sha256, offsets=[start, start + 20], **more)
+
+    a, b = [there(1, 0), there(2, 500)], [there(1, 900), there(2, 0)]
+    found = agree(a, b, names=("Ada", "Ben"))
+    assert [(one.a.number, one.b.number) for one in found.passages] == [(1, 2)]
+    assert ([one.number for one in found.only_a], [one.number for one in found.only_b], found.notes) == ([2], [1], ())
+    # One that does not say where it stands may be any that is left.
+    found = agree([*a, record(gout(), number=3)], b, names=("Ada", "Ben"))
+    assert [(one.a.number, one.b.number) for one in found.passages] == [(1, 2), (3, 1)]
+    assert len(found.notes) == 1
+    # In another document the offsets say nothing.
+    assert pairs_of(a, [there(1, 900, "bb"), there(2, 0, "bb")])[0] == [(1, 2), (2, 1)]
+    # Nor does the same page make one passage of two.
+    a, b = [there(1, 0), there(2, 500, place="page 3")], [there(1, 900, place="page 3"), there(2, 0)]
+    assert pairs_of(a, b) == ([(1, 2)], ())
+
+
 # What differs ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,8 @@
 
 **Which passages belong together** is told by their texts, in which runs of white space and Unicode's canonical forms (NFC) do not
 count. Passages of one text are told apart by where they stand (``sha256``, ``source``, ``offsets``, ``place``, ``headings`` of
-their records), and else by their order, which a note then says. Phrases are compared in the same way, and without case.
+their records), and else by their order, which a note then says, but never where ``offsets`` of one ``sha256`` say that they are
+two. Phrases are compared in the same way, and without case.
 
 **F1, not kappa, is the measure of triples, nodes and paths.** Cohen's kappa corrects the observed agreement by what chance gives,
 for which it has to count what neither has. For triples that is all that could have been written down and was not: nobody can count
@@ -376,7 +377,12 @@ def _paired(a: Sequence[TreeRecord], b: Sequence[TreeRecord], names: tuple[str, 
         found |= {here[i]: there[j] for i, j in by_place.items()}
         taken = {there[j] for j in by_place.values()}
         left_b = [j for j in there if j not in taken]
-        by_order = list(zip((i for i in here if i not in found), left_b, strict=False))
+        by_order: list[tuple[int, int]] = []
+        for i in (i for i in here if i not in found):
+            j = next((j for j in left_b if not _are_two(a[i], b[j])), None)
+            if j is not None:
+                left_b.remove(j)
+                by_order.append((i, j))
         found.update(by_order)
         if by_order:
             of_one, of_other = ", ".join(str(a[i].number) for i, _ in by_order), ", ".join(str(b[j].number) for _, j in by_order)
@@ -403,8 +409,15 @@ def _at_one_place(ours: Sequence[TreeRecord], theirs: Sequence[TreeRecord]) -> d
         places_a = _grouped([None if i in found else _place(record, keys) for i, record in enumerate(ours)])
         places_b = _grouped([None if j in taken else _place(record, keys) for j, record in enumerate(theirs)])
         both = [(here, places_b.get(place, [])) for place, here in places_a.items()]
-        found |= {here[0]: there[0] for here, there in both if len(here) == len(there) == 1}
+        sure = [(here[0], there[0]) for here, there in both if len(here) == len(there) == 1]
+        found |= {i: j for i, j in sure if not _are_two(ours[i], theirs[j])}
     return found
+
+
+def _are_two(one: TreeRecord, other: TreeRecord) -> bool:
+    """Whether two records of one text are of two passages of a document for sure."""
+    ends = [record.more.get("offsets") for record in (one, other)]
+    return bool(one.sha256) and one.sha256 == other.sha256 and all(isinstance(pair, list) for pair in ends) and ends[0] != ends[1]
 
 
 def _grouped(names: Sequence[Hashable]) -> dict[Hashable, list[int]]:
