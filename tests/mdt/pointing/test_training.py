@@ -310,6 +310,17 @@ def test_a_tree_with_a_node_twice_is_told_of(tmp_path: Path) -> None:
     assert "cannot be pointed at" not in said.replace("data.dev", "")
 
 
+def test_what_is_left_out_is_counted_as_all_is() -> None:
+    """A triple of several nodes stands in each."""
+    finding, drug = triple("absent finding"), triple("another drug", "drug therapy")
+    tree = DecisionTree.from_preorder([node("C", finding), node("C", finding), node("D", drug), node("D", drug), node("D", drug)])
+    said: list[str] = []
+    records = [*RECORDS, TreeRecord("a@something else", tree)]
+    training_rows(records, byte_tokenizer(), longest=8, max_length=512, say=said.append)
+    triples = sum(len(one.triples) for record in RECORDS for one in record.tree.nodes)
+    assert said[0].startswith(f"data.train: 5 of {triples + 5} triples cannot be pointed at")
+
+
 @pytest.mark.parametrize("swapped", [0, 3])
 def test_what_is_set_aside_has_no_copy_in_training(swapped: int) -> None:
     tokenizer = byte_tokenizer()

@@ -65,7 +65,7 @@ def training_rows(
     """
     rows, pointed = encode_records([*records, *swapped_copies(records, swapped, seed=seed)], tokenizer, longest)
     own = pointed[: len(records)]
-    lost, triples = sum(one.left_out for one in own), sum(len(set(record.tree.triples)) for record in records)
+    lost, triples = sum(one.left_out for one in own), sum(len(node.triples) for record in records for node in record.tree.nodes)
     if lost:
         say(
             f"{what}: {lost} of {triples} triples cannot be pointed at (their phrases do not stand in the text, overlap, or are too"
