@@ -31,6 +31,7 @@ from gatewise.mdt.pointing.targets import KINDS, NOBODY, POPULATION, Mention, Po
 from gatewise.mdt.pointing.training import calibration
 from gatewise.mdt.pointing.units import Units
 from gatewise.mdt.records import TreeRecord
+from gatewise.mdt.tree import Node, Triple
 
 TEXTS = [record.text for record in RECORDS]
 NOTE: dict[str, Any] = {"task": "text2mdt", "heads": {"hidden": 16, "width": 16, "longest": 8, "dropout": 0.0}}
@@ -223,6 +224,26 @@ def test_a_decision_without_a_place_is_said(untrained: PointingExtractor) -> Non
     assert [triple.object for triple in found.tree.triples] == ["colchicine"]
     assert found.warnings == ("1 of the 2 nodes found have no place in the tree",)
     assert not untrained._trees(Asked(text, "en"), units, Found(replace(both, subjects=(POPULATION, NOBODY)))).warnings
+
+
+def test_more_nodes_than_a_tree_has_room_for_are_a_warning_or_a_sentence(untrained: PointingExtractor) -> None:
+    def nodes(role: str, relation: str, count: int) -> tuple[Node, ...]:
+        triples = [Triple(subject="adults", relation=relation, object=f"{role.lower()}{i}") for i in range(count)]
+        return tuple(Node(role=role, triples=(one,)) for one in triples)  # type: ignore[arg-type]
+
+    # One condition has two sides, for which there are four decisions.
+    few = (*nodes("C", "clinical manifestation", 1), *nodes("D", "drug therapy", 4))
+    (found,) = sound(untrained.trees([Asked("adults@c0 d0 d1 d2 d3", "en", nodes=few)]))
+    placed = sum(not one.is_empty for one in found.tree.nodes)
+    assert placed <= 3
+    assert found.warnings == (f"{5 - placed} of the 5 nodes found have no place in the tree",)
+    many = nodes("C", "clinical manifestation", 101)
+    text = " ".join(one.triples[0].object for one in many)
+    (fault,) = untrained.trees([Asked(f"adults@{text}", "en", nodes=many)])
+    assert str(fault).startswith("101 phrases of the text would go into its tree")
+    assert isinstance(fault, GatewiseError)
+    (found,) = sound(untrained.trees([Asked("adults@c0 c1", "en", nodes=many)]))
+    assert {one.object for one in found.tree.triples} <= {"c0", "c1"}
 
 
 def test_no_phrase_is_a_single_empty_leaf(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,12 @@ from gatewise.mdt.pointing.calibration import Calibration
 from gatewise.mdt.pointing.decoding import Found
 from gatewise.mdt.pointing.heads import HeadSettings, PointingHeads, UnitPlaces, UnitStates
 from gatewise.mdt.pointing.model import PointingCollator, PointingModel, encode_texts, exact
-from gatewise.mdt.pointing.targets import NOTHING, Pointed, pointed_at, preorder, tree_of, triple_of, unplaced
+from gatewise.mdt.pointing.targets import NOTHING, Pointed, nodes_at, preorder, tree_of, triple_of, unplaced
 from gatewise.mdt.pointing.units import Units
 from gatewise.mdt.records import DOUBTFUL, TreeRecord
 from gatewise.mdt.relations import Language, relation_in
 from gatewise.mdt.spans import absent_triples
-from gatewise.mdt.tree import DecisionTree, Node, Triple
+from gatewise.mdt.tree import Node, Triple
 from gatewise.models.loading import most_tokens
 
 MOST_PHRASES = 64
@@ -126,14 +126,14 @@ class PointingExtractor:
 
     def nodes(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Asked | GatewiseError]:
         """The nodes of each text with triples; a triple whose phrases do not stand in the text is lost."""
-        given = [_placed(one.text, _both(one.triples)) for one in asked]
-        bare = [replace(one, nodes=(), own=(), joins=(), root=-1, children=()) for one in given]
+        given = [nodes_at(one.text, Units.of(one.text), _both(one.triples)) for one in asked]
+        bare = [replace(one, nodes=(), own=(), joins=()) for one in given]
         return self._read(asked, bare, progress, self._nodes)
 
     def trees(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Extraction | GatewiseError]:
         """The tree of each text with nodes; a node none of whose phrases stands in the text is lost."""
-        given = [_placed(one.text, one.nodes) for one in asked]
-        return self._read(asked, [replace(one, root=-1, children=()) for one in given], progress, self._trees)
+        given = [nodes_at(one.text, Units.of(one.text), one.nodes) for one in asked]
+        return self._read(asked, given, progress, self._trees)
 
     def judged(self, records: Sequence[TreeRecord]) -> tuple[list[tuple[float, float, float, float]], list[bool]]:
         """What the heads say of every node that is found in the records' texts (``Found.of_node``), and whether it is one of the
@@ -260,14 +260,3 @@ def _both(triples: Sequence[Triple]) -> list[Node]:
         if held:
             made.append(Node(role=role, triples=tuple(held), logical_rel="and" if len(held) > 1 else "null"))  # type: ignore[arg-type]
     return made
-
-
-def _placed(text: str, nodes: Sequence[Node]) -> Pointed:
-    """Nodes by their places, in whatever tree holds them: conditions in a chain, each with a decision as its yes child."""
-    conditions, decisions = ([node for node in nodes if node.is_condition == wanted] for wanted in (True, False))
-    empty = Node(role="D", triples=(), logical_rel="null")
-    order = []
-    for condition in conditions:
-        order += [condition, decisions.pop(0) if decisions else empty]
-    order.append(decisions.pop(0) if decisions else empty)
-    return pointed_at(TreeRecord(text, DecisionTree(nodes=tuple(order))), Units.of(text))

@@ -9,16 +9,16 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gatewise.mdt.checks import MAX_DEPTH
 from gatewise.mdt.pointing.units import Units
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.relations import RELATIONS, Language, relation_in
-from gatewise.mdt.spans import find, locate_tree
-from gatewise.mdt.tree import DecisionTree
+from gatewise.mdt.spans import find, locate_nodes
+from gatewise.mdt.tree import DecisionTree, Node
 
 KINDS: tuple[tuple[str, str], ...] = tuple((relation, role) for relation in RELATIONS for role in "CD")
 """(relation, role) of each kind of mention, by number."""
@@ -92,7 +92,17 @@ def pointed_at(record: TreeRecord, units: Units, longest: int = 10**6) -> Pointe
     A triple is left out whose object does not stand in the text, or has no place of at most ``longest`` units left, or whose
     subject has none. Of a tree that loses a whole node by that, only the mentions remain.
     """
-    tree, population = record.tree, _plain(record.population)
+    return _pointed(record.text, units, record.tree.nodes, record.tree.children, longest)
+
+
+def nodes_at(text: str, units: Units, nodes: Sequence[Node]) -> Pointed:
+    """The places of nodes that are in no tree yet, as those of a tree's in :func:`pointed_at`; one without any is left out."""
+    return replace(_pointed(text, units, nodes, [None] * len(nodes), 10**6), root=EMPTY, children=())
+
+
+def _pointed(text: str, units: Units, nodes: Sequence[Node], children: Sequence[tuple[int, int] | None], longest: int) -> Pointed:
+    before, at, _ = text.partition("@")
+    population = _plain(before) if at else ""
     taken: dict[int, _Place] = {}  # unit -> the mention that it is of
     kinds: dict[_Place, int] = {}
     held: dict[_Place, list[_Object]] = defaultdict(list)
@@ -105,7 +115,7 @@ def pointed_at(record: TreeRecord, units: Units, longest: int = 10**6) -> Pointe
         kinds[place] = kind
         taken.update(dict.fromkeys(range(*place), place))
 
-    for one in _objects(record, units):
+    for one in _objects(text, units, nodes):
         possible = [place for place in one.places if may(place, one.kind)]
         # Beside another subject the triple is lost, but its phrase is still in its node.
         same = [place for place in possible if all(other.subject == one.subject for other in held.get(place, ()))]
@@ -123,7 +133,7 @@ def pointed_at(record: TreeRecord, units: Units, longest: int = 10**6) -> Pointe
     for place, here in held.items():
         subjects[place] = POPULATION
         if not units.population or here[0].subject != population:
-            found = [at for at in map(units.of_span, find(record.text, here[0].subject)) if at and at != place]
+            found = [at for at in map(units.of_span, find(text, here[0].subject)) if at and at != place]
             found.sort(key=lambda at: max(at[0] - place[1], place[0] - at[1]))
             at = next((at for at in found if at in kinds or may(at, SUBJECT)), None)
             subjects[place] = NOBODY if at is None else at
@@ -134,12 +144,13 @@ def pointed_at(record: TreeRecord, units: Units, longest: int = 10**6) -> Pointe
     linked = [subjects.get(place, NOBODY) for place in places]
     kept = [one for place, here in held.items() for one in here if subjects[place] != NOBODY and one.subject == here[0].subject]
     return _with_tree(
-        tree,
+        nodes,
+        children,
         mentions,
         [subject if isinstance(subject, int) else places.index(subject) for subject in linked],
         [sorted({one.node for one in held.get(place, ())}) for place in places],
         [owners.get(place) for place in places],
-        sum(len(node.triples) for node in tree.nodes) - len(kept),
+        sum(len(node.triples) for node in nodes) - len(kept),
     )
 
 
@@ -152,13 +163,13 @@ class _Object(NamedTuple):
     places: list[_Place]
 
 
-def _objects(record: TreeRecord, units: Units) -> list[_Object]:
+def _objects(text: str, units: Units, nodes: Sequence[Node]) -> list[_Object]:
     """The triples in the order in which they look for a place."""
     made = []
-    for number, (node, spans) in enumerate(zip(record.tree.nodes, locate_tree(record.text, record.tree), strict=True)):
+    for number, (node, spans) in enumerate(zip(nodes, locate_nodes(text, nodes), strict=True)):
         for triple, where in zip(node.triples, spans, strict=True):
             likeliest = where.object.start if where.object else 0
-            found = sorted(find(record.text, triple.object), key=lambda span: abs(span.start - likeliest))
+            found = sorted(find(text, triple.object), key=lambda span: abs(span.start - likeliest))
             kind = KINDS.index((relation_in(triple.relation, "en"), node.role))
             made.append(_Object(number, kind, _plain(triple.subject), [at for at in map(units.of_span, found) if at]))
     alone = [one.places[0] for one in made if len(one.places) == 1]
@@ -193,7 +204,8 @@ def _owners(held: dict[_Place, list[_Object]]) -> dict[_Place, int]:
 
 
 def _with_tree(
-    tree: DecisionTree,
+    given: Sequence[Node],
+    given_children: Sequence[tuple[int, int] | None],
     mentions: list[Mention],
     subjects: list[int],
     in_nodes: list[list[int]],
@@ -205,12 +217,12 @@ def _with_tree(
     order = [node for node in dict.fromkeys(owned) if node >= 0]
     new = {node: i for i, node in enumerate(order)}
     nodes = tuple(tuple(m for m, of in enumerate(in_nodes) if node in of) for node in order)
-    joins = tuple(tree.nodes[node].logical_rel if len(held) > 1 else "null" for node, held in zip(order, nodes, strict=True))
+    joins = tuple(given[node].logical_rel if len(held) > 1 else "null" for node, held in zip(order, nodes, strict=True))
     root = LOST
     children: list[tuple[int, int] | None] = []
-    if all(node.is_empty or number in new for number, node in enumerate(tree.nodes)):
+    if all(node.is_empty or number in new for number, node in enumerate(given)):
         root = new.get(0, EMPTY)
-        for both in (tree.children[node] for node in order):
+        for both in (given_children[node] for node in order):
             children.append(None if both is None else (new.get(both[0], EMPTY), new.get(both[1], EMPTY)))
     own = tuple(new.get(node, -1) for node in owned)
     return Pointed(tuple(mentions), tuple(subjects), nodes, own, joins, root, tuple(children), left_out)
