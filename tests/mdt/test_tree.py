@@ -114,6 +114,13 @@ def test_repair_puts_right_what_has_one_meaning_and_says_so() -> None:
         DecisionTree.repaired([node("D", triple("x", "drug therapie"))])
 
 
+def test_two_triples_that_are_one_in_a_language_are_one_there() -> None:
+    twice = node("D", triple("colchicine", "drug therapy"), triple("colchicine", "治疗药物"), joined="or")
+    for language, relation in (("en", "drug therapy"), ("zh", "治疗药物")):
+        made = DecisionTree.from_preorder([twice]).in_language(language)  # type: ignore[arg-type]
+        assert made == DecisionTree.from_preorder([node("D", triple("colchicine", relation))])
+
+
 # Shapes ---------------------------------------------------------------------------------------------------------------
 
 

@@ -169,13 +169,15 @@ class DecisionTree(BaseModel):
     def in_language(self, language: Language) -> "DecisionTree":
         """The same tree with the relations' names in a language; subjects and objects stay as they are.
 
+        Two triples of a node that differ only in the language of their relations are then one.
+
         Raises:
             GatewiseError: the language is neither "en" nor "zh".
         """
         nodes = [
             {**node.to_json(), "triples": [[s, relation_in(r, language), o] for s, r, o in node.triples]} for node in self.nodes
         ]
-        return DecisionTree.from_preorder(nodes)
+        return DecisionTree.repaired(nodes)[0]
 
     def paths(self) -> list[Path]:
         """All ways from the root to a leaf, from the leftmost (always true) to the rightmost."""
