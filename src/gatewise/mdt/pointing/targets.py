@@ -101,8 +101,8 @@ def nodes_at(text: str, units: Units, nodes: Sequence[Node]) -> Pointed:
 
 
 def _pointed(text: str, units: Units, nodes: Sequence[Node], children: Sequence[tuple[int, int] | None], longest: int) -> Pointed:
-    before, at, _ = text.partition("@")
-    population = _plain(before) if at else ""
+    before, mark, _ = text.partition("@")
+    population = _plain(before) if mark else ""
     taken: dict[int, _Place] = {}  # unit -> the mention that it is of
     kinds: dict[_Place, int] = {}
     held: dict[_Place, list[_Object]] = defaultdict(list)
