@@ -261,7 +261,7 @@ def test_prepare_writes_two_sides_into_two_files(gatewise: Gatewise, tmp_path: P
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "data.jsonl")
     for dev in ("data.jsonl", "./data.jsonl", tmp_path / "data.jsonl", "link.jsonl"):
         result = gatewise("prepare", "sample:guidelines", "--out", "data.jsonl", "--dev", dev)
-        assert_refused(result, "--out data.jsonl and --dev ", "are one file: expected two")
+        assert_refused(result, "--out data.jsonl and --dev ", "are one file: expected two files")
     assert not (tmp_path / "data.jsonl").exists()
 
 

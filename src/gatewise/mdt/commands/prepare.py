@@ -71,7 +71,7 @@ def prepare(
             raise GatewiseError(f"{path}: the name ends in {path.suffix!r}, expected .jsonl")
         check_target(path, [data])
     if dev is not None and is_one_file(out, dev):
-        raise GatewiseError(f"--out {out} and --dev {dev} are one file: expected two")
+        raise GatewiseError(f"--out {out} and --dev {dev} are one file: expected two files")
     if dev is None and dev_share is not None:
         raise GatewiseError("--dev-share was given without --dev: name the file for the rows of that share with --dev")
     read = read_file(data, repair)
