@@ -118,6 +118,40 @@ def test_a_dose_of_the_people_is_that_of_the_only_drug() -> None:
     assert "not certain which drug" in notes_of(of_two)[0]
 
 
+def test_a_dose_of_a_drug_that_comes_twice_is_text() -> None:
+    """Otherwise trees that are equal would give it to the adults or to the children."""
+    dose = triple("1 g three times daily", "dosage and administration", "amoxicillin")
+    groups = [triple("amoxicillin", "drug therapy", people) for people in ("adults", "children")]
+    for order in itertools.permutations([dose, *groups]):
+        record = decision(*order, joined="and")
+        assert not any("dosage" in one for one in resources(record, "ActivityDefinition"))
+        assert "not certain which drug" in notes_of(record)[0]
+    other = decision(dose, groups[0], triple("ibuprofen", "drug therapy", "children"), joined="and")
+    assert [one["title"].partition(" (")[0] for one in resources(other, "ActivityDefinition")] == [
+        "amoxicillin: 1 g three times daily",
+        "ibuprofen",
+    ]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [triple("colchicine", "therapeutic schedule"), triple("NSAIDs", "prohibited drugs")],
+        [triple("NSAIDs", "prohibited drugs")],
+        [triple("cisplatin", "drug therapy"), triple("radiotherapy", "therapeutic schedule")],
+        [triple("cisplatin", "drug therapy"), triple("NSAIDs", "prohibited drugs")],
+        [triple("cisplatin", "drug therapy", "children")],
+        [triple("do not give cisplatin", "drug therapy")],
+    ],
+)
+def test_a_dose_of_the_people_is_text_where_it_may_be_of_something_else(others: list[list[str]]) -> None:
+    record = decision(*others, triple("60 Gy", "dosage and administration"), joined="and")
+    assert not any("dosage" in one for one in resources(record, "ActivityDefinition"))
+    assert any(
+        "'adults with gout | dosage and administration | 60 Gy'" in one and "not certain which" in one for one in notes_of(record)
+    )
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_prohibited_drug_is_not_to_be_performed(language: Any) -> None:
     tree = DecisionTree.from_preorder([node("D", triple("naproxen", "prohibited drugs"))]).in_language(language)

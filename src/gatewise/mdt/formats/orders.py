@@ -36,19 +36,22 @@ class Order(NamedTuple):
 def orders_of(node: Node) -> tuple[Order, ...]:
     """The orders of a decision, in the order of its triples.
 
-    A dose goes with the drug of the node that is its subject, or with the node's only drug where it has that drug's own subject
-    (a dose of "adults with gout"). Any other dose stands alone, as text.
+    A dose goes with the one drug of the node that is its subject. A dose of the people ("adults with gout") goes with the drug that
+    they are given, if that is all there is to do, or not to do, in the node. Any other dose stands alone, as text.
     """
-    drugs = [triple for kind in ("drug", "avoid") for triple in node.triples if _kind(triple) == kind]
+    drugs = [triple for triple in node.triples if _kind(triple) in ("drug", "avoid")]
+    done = [triple for triple in node.triples if _kind(triple) in ("drug", "avoid", "measure")]
     doses: dict[Triple, list[Triple]] = {drug: [] for drug in drugs}
     placed = set()
     for triple in node.triples:
+        if _kind(triple) != "dose":
+            continue
         about = triple.key[0]
-        drug = next((drug for drug in drugs if drug.key[2] == about), None)
-        if drug is None and len(drugs) == 1 and drugs[0].key[0] == about:
-            drug = drugs[0]
-        if _kind(triple) == "dose" and drug is not None:
-            doses[drug].append(triple)
+        fitting = [drug for drug in drugs if drug.key[2] == about]
+        if not fitting and len(done) == 1 and _order(done[0], ()).kind == "drug" and done[0].key[0] == about:
+            fitting = done
+        if len(fitting) == 1:
+            doses[fitting[0]].append(triple)
             placed.add(triple)
     return tuple(_order(triple, tuple(doses.get(triple, ()))) for triple in node.triples if triple not in placed)
 
