@@ -180,9 +180,9 @@ def test_prohibitions_are_no_choice() -> None:
     [
         (triple("2 mg", "dosage and administration", "aspirin"), "is a dose of which it is not certain"),
         (triple("severe", "basic condition"), "is no order (basic condition)"),
-        (triple("No antibiotic", "therapeutic schedule"), "begins with a negation"),
-        (triple("do not give NSAIDs", "drug therapy"), "begins with a negation"),
-        (triple("不推荐使用抗生素", "治疗方案"), "begins with a negation"),
+        (triple("No antibiotic", "therapeutic schedule"), "has a negation"),
+        (triple("do not give NSAIDs", "drug therapy"), "has a negation"),
+        (triple("不推荐使用抗生素", "治疗方案"), "has a negation"),
     ],
 )
 def test_what_is_no_order_is_text_with_a_note(said: list[str], why: str) -> None:
@@ -195,6 +195,112 @@ def test_what_is_no_order_is_text_with_a_note(said: list[str], why: str) -> None
     assert why in note
     assert note in plan["description"]
     assert resources(decision(triple("normal saline", "drug therapy")), "ActivityDefinition") != []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "stop aspirin",
+        "Discontinue aspirin",
+        "withhold aspirin",
+        "aspirin withheld",
+        "avoid aspirin",
+        "cessation of aspirin",
+        "withdrawal of aspirin",
+        "aspirin should be suspended",
+        "aspirin should not be given",
+        "aspirin is contraindicated",
+        "aspirin is contra-indicated",
+        "aspirin isn’t given",
+        "there is no need for aspirin",
+        "NEVER aspirin",
+        "advise against aspirin",
+        "停用阿司匹林",
+        "立即停阿司匹林",
+        "阿司匹林禁用",
+        "应避免阿司匹林",
+        "暂不用阿司匹林",
+        "切勿使用阿司匹林",
+        "不适宜使用阿司匹林",
+        "中断阿司匹林",
+    ],
+)
+def test_a_drug_that_is_not_given_or_is_stopped_is_no_order(said: str) -> None:
+    for relation in ("drug therapy", "prohibited drugs"):  # "prohibited: do not use NSAIDs" would be negated twice
+        record = decision(triple(said, relation))
+        assert resources(record, "ActivityDefinition") == []
+        assert "has a negation" in notes_of(record)[0]
+        assert "DO NOT USE" not in json.dumps(bundle_of([record], "R4"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "non-steroidal anti-inflammatory drugs",
+        "non-selective beta blockers",
+        "stop-smoking aids",
+        "smoking cessation drugs",
+        "No-Spa",
+        "inhaled NO",
+        "noradrenaline",
+        "nortriptyline",
+        "oral suspension of amoxicillin",
+        "aspirin suspended in water",
+        "not only aspirin but clopidogrel",
+        "not more than 100 mg of aspirin",
+        "tranexamic acid to stop bleeding",
+        "vaccine against hepatitis E",
+        "ceftriaxone",
+        "非甾体抗炎药",
+        "多不饱和脂肪酸",
+        "避孕药",
+        "双嘧达莫",
+        "西罗莫司",
+        "别嘌醇",
+        "心脏停搏液",
+        "两种不同的抗生素",
+        "不可逆性质子泵抑制剂",
+        "不超过100mg的阿司匹林",
+        "心功能不全者用地高辛",
+        "无禁忌者阿司匹林",
+    ],
+)
+def test_the_name_of_a_drug_is_no_negation(name: str) -> None:
+    for relation, avoided in (("drug therapy", False), ("prohibited drugs", True)):
+        record = decision(triple(name, relation))
+        (activity,) = resources(record, "ActivityDefinition")
+        assert (activity["kind"], activity["doNotPerform"]) == ("MedicationRequest", avoided)
+        assert notes_of(record) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "is_order"),
+    [
+        ("stop smoking", True),
+        ("discontinuation of diuretics", True),
+        ("conservative treatment without dialysis", True),
+        ("延长禁食时间", True),
+        ("停用雾化药物", True),
+        ("surgery is generally not the preferred initial option", False),
+        ("long-term bed rest is not recommended", False),
+        ("暂不手术", False),
+        ("禁食", False),
+    ],
+)
+def test_to_stop_something_may_be_a_measure_and_not_to_do_it_is_none(said: str, is_order: bool) -> None:
+    record = decision(triple(said, "therapeutic schedule"))
+    assert bool(resources(record, "ActivityDefinition")) is is_order
+    assert bool(notes_of(record)) is not is_order
+
+
+def test_what_is_prohibited_is_no_choice_where_its_words_are_doubtful_either() -> None:
+    drugs = [triple(drug, "drug therapy") for drug in "ab"]
+    record = decision(*drugs, triple("do not use c", "prohibited drugs"), joined="or")
+    (root,) = resources(record, "PlanDefinition")[0]["action"]
+    choice, never = root["action"]
+    assert [one["title"][0] for one in choice["action"]] == ["a", "b"]
+    assert never["textEquivalent"].startswith("do not use c")
+    assert any("prohibited drugs are none of the choices" in note for note in notes_of(record))
 
 
 @pytest.mark.parametrize("release", RELEASES)
