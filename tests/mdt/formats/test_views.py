@@ -150,6 +150,27 @@ def test_every_view_says_of_which_words_a_dose_is_but_a_part() -> None:
     assert "# “20mg”在原文中只作为“10~20mg”的一部分出现: 成人 | 用法用量 | 20mg\n" in render([chinese], "text")
 
 
+@pytest.mark.parametrize("format", ["fhir", "fhir-r4", "fhir-r5", "dak"])
+def test_a_phrase_that_comes_twice_is_cited_where_the_other_views_find_it(format: str, tmp_path: Path) -> None:
+    """The second dose is that of the second drug."""
+    nodes = [node("C", triple("mild pain"))]
+    for drug, last in (("paracetamol", False), ("metamizole", True)):
+        nodes.append(node("D", triple(drug, "drug therapy"), triple("1 g", "dosage and administration"), joined="and"))
+        nodes += [node("D")] if last else [node("C", triple("severe pain"))]
+    text = "adults with gout@For mild pain give paracetamol 1 g. For severe pain give metamizole 1 g."
+    record = TreeRecord(text, DecisionTree.from_preorder(nodes))
+    place = json.loads(render([record], "json"))[0]["spans"][3][1]["object"]
+    assert place == [text.rindex("1 g"), len(text) - 1]
+    if format == "dak":
+        pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install 'gatewise[mdt]'")
+        content = b"".join(sheets(write_view([record], format, tmp_path / "x.xlsx")).values()).decode()
+    else:
+        if format == "fhir":
+            pytest.importorskip("fhir.resources")
+        content = render([record], format)
+    assert {int(start) for start in re.findall(r"characters (\d+) to \d+: 1 g", content)} == {text.index("1 g") + 1, place[0] + 1}
+
+
 def test_svg_in_chinese_speaks_chinese() -> None:
     texts = shown(drawing_of(TREE.in_language("zh")).svg)
     assert {"如果同时满足", "则任选其一", "是", "否", "无推荐", "条件", "决策"} <= set(texts)

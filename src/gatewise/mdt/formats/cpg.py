@@ -28,6 +28,7 @@ from gatewise.mdt.formats.fhir import (
     encoded,
     group,
     grouped,
+    located_of,
     people_of,
     source_of,
 )
@@ -114,6 +115,7 @@ class _Resources:
         self.title = about or "Decision tree"
         focus = {"system": "http://terminology.hl7.org/CodeSystem/usage-context-type", "code": "focus", "display": "Clinical Focus"}
         self.context = {"useContext": [{"code": focus, "valueCodeableConcept": {"text": about}}]} if about else {}
+        self.located = located_of(record)
         self.activities: dict[int, list[dict[str, Any]]] = {}
 
     def made(self) -> Iterator[dict[str, Any]]:
@@ -175,7 +177,7 @@ class _Resources:
         return {
             **self._link(f"node-{number}-{'yes' if side else 'no'}"),
             "title": f"If {words}",
-            **documentation_of(node.triples, self.record),
+            **documentation_of(node.triples, self.located[number - 1]),
             "condition": [{"kind": "applicability", "expression": expression}],
             **inside,
         }
@@ -187,7 +189,7 @@ class _Resources:
 
     def _order(self, order: Order, join: str, number: int, place: int) -> dict[str, Any]:
         title, link = clean(order_words(order, join)), f"node-{number}-order-{place}"
-        action = {**self._link(link), "title": title, **documentation_of((order.triple, *order.doses), self.record)}
+        action = {**self._link(link), "title": title, **documentation_of((order.triple, *order.doses), self.located[number - 1])}
         if order.kind == "text":
             return {**action, "textEquivalent": title}
         name = f"{self.name}Node{number}Order{place}"

@@ -9,8 +9,8 @@ source text goes along as documentation, each action names its phrases in it.
 import base64
 import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 from uuid import NAMESPACE_URL, uuid5
 
 from gatewise.errors import GatewiseError
@@ -18,13 +18,20 @@ from gatewise.mdt.formats.orders import is_choice, notes_of_choices, order_words
 from gatewise.mdt.formats.origin import approval_of, corrector_of, document_of, origin_of
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
-from gatewise.mdt.spans import locate, part_of
+from gatewise.mdt.spans import TripleSpans, locate_tree, part_of
 from gatewise.mdt.tree import Node, Triple, joined_words
 
 NOTICE = "Needs review by a clinician before any use. Drafted from the text by software; not medical advice."
 _TYPE = "http://terminology.hl7.org/CodeSystem/plan-definition-type"
 # What XML has no way to write, in which FHIR's resources come as well as in JSON.
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+
+class Located(NamedTuple):
+    """Where the triples of a node stand in the text."""
+
+    text: str
+    spans: Mapping[Triple, TripleSpans]
 
 
 def plan_of(record: TreeRecord) -> dict[str, Any]:
@@ -105,14 +112,17 @@ def _validated(kind: str, resource: dict[str, Any]) -> dict[str, Any]:
 def _root_action(record: TreeRecord) -> dict[str, Any]:
     """The actions of all nodes, each inside the one of its parent. Children are made first, so that no depth is too deep."""
     tree = record.tree
+    located = located_of(record)
     made: list[dict[str, Any]] = [{} for _ in tree.nodes]
     for i in range(len(tree.nodes) - 1, -1, -1):
         node, both = tree.nodes[i], tree.children[i]
-        made[i] = _decision(node, i, record) if both is None else _condition(node, i, record, [made[child] for child in both])
+        made[i] = (
+            _decision(node, i, located[i]) if both is None else _condition(node, i, located[i], [made[child] for child in both])
+        )
     return made[0]
 
 
-def _condition(node: Node, i: int, record: TreeRecord, children: list[dict[str, Any]]) -> dict[str, Any]:
+def _condition(node: Node, i: int, located: Located, children: list[dict[str, Any]]) -> dict[str, Any]:
     words = clean(joined_words(node))
     sides = []
     for side, child, expression in (("true", children[0], words), ("false", children[1], f"not ({words})")):
@@ -134,12 +144,12 @@ def _condition(node: Node, i: int, record: TreeRecord, children: list[dict[str, 
         "title": f"Condition: {words}",
         "groupingBehavior": "logical-group",
         "selectionBehavior": "exactly-one",
-        **documentation_of(node.triples, record),
+        **documentation_of(node.triples, located),
         "action": sides,
     }
 
 
-def _decision(node: Node, i: int, record: TreeRecord) -> dict[str, Any]:
+def _decision(node: Node, i: int, located: Located) -> dict[str, Any]:
     link = f"node-{i + 1}"
     if node.is_empty:
         return {"linkId": link, "title": "No recommendation", "description": "The source text recommends nothing for this case."}
@@ -148,7 +158,7 @@ def _decision(node: Node, i: int, record: TreeRecord) -> dict[str, Any]:
         {
             "linkId": f"{link}-{number}",
             "title": clean(order_words(order, join)),
-            **documentation_of((order.triple, *order.doses), record),
+            **documentation_of((order.triple, *order.doses), located),
         }
         for number, order in enumerate(orders, start=1)
     ]
@@ -218,17 +228,23 @@ def people_of(record: TreeRecord) -> dict[str, Any]:
     return {"editor": [{"name": by}]} if by else {}
 
 
-def documentation_of(triples: Sequence[Triple], record: TreeRecord) -> dict[str, Any]:
-    """The phrases of the source text on which triples rest, as the ``documentation`` of an action."""
-    phrases: dict[str, None] = {}
+def located_of(record: TreeRecord) -> list[Located]:
+    """For each node where its triples stand in the text: at the places that the other formats name."""
+    rows = zip(record.tree.nodes, locate_tree(record.text, record.tree), strict=True)
+    return [Located(record.text, dict(zip(node.triples, row, strict=True))) for node, row in rows]
+
+
+def documentation_of(triples: Sequence[Triple], located: Located) -> dict[str, Any]:
+    """The phrases of the source text on which triples of a node rest, as the ``documentation`` of an action."""
+    text, phrases = located.text, dict[str, None]()
     for triple in triples:
-        spans = locate(record.text, triple)
+        spans = located.spans[triple]
         for name, part, span in (("subject", triple.subject, spans.subject), ("object", triple.object, spans.object)):
             if span is not None:
-                quoted = record.text[span.start : span.end]
+                quoted = text[span.start : span.end]
                 phrases[f"source text, characters {span.start + 1} to {span.end}: {clean(quoted)}"] = None
-            elif record.text.strip():
-                whole = part_of(record.text, part)
+            elif text.strip():
+                whole = part_of(text, part)
                 only = "not in the source text" if whole is None else f"in the source text only as part of '{clean(whole)}'"
                 phrases[f"{name} {only}: {clean(part)}"] = None
     return {"documentation": [{"type": "documentation", "display": phrase} for phrase in phrases]} if phrases else {}

@@ -20,7 +20,7 @@ from gatewise.mdt.formats.orders import is_choice, notes_of_choices, order_words
 from gatewise.mdt.formats.svg import main_subject
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
-from gatewise.mdt.spans import locate
+from gatewise.mdt.spans import TripleSpans, locate_tree
 from gatewise.mdt.tree import DecisionTree, Node, joined_words
 
 _DMN = "https://www.omg.org/spec/DMN/20191111/MODEL/"
@@ -252,10 +252,11 @@ def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
     _row(sheet, 4, ["Inputs", *[""] * (len(inputs) - 1), *_HEADS], bold=True)
     # Without the annotation, that reader takes the names of a table's only input for one.
     _row(sheet, 5, [*(f"{words}\n{facts}" for words, facts in inputs), "", "", _ONE_ROW], bold=True)
+    located = locate_tree(record.text, tree)
     for place, rule in enumerate(table.rules, start=6):
         answers = rule.answers or (None,)
         cells = [_answer(*one, answer) for one, answer in zip(inputs, answers, strict=True)]
-        _row(sheet, place, [*cells, *_outputs(tree.nodes[rule.leaf], rule.leaf, record, name)])
+        _row(sheet, place, [*cells, *_outputs(rule.leaf, record, located[rule.leaf], name)])
     sheet.freeze_panes = "A6"
 
 
@@ -267,15 +268,16 @@ def _answer(words: str, facts: str, answer: bool | None) -> str:
     return f"{words}\n{asked} = TRUE" if answer else f"Not: {words}\n{asked} = FALSE"
 
 
-def _outputs(node: Node, leaf: int, record: TreeRecord, name: str) -> tuple[str, str, str, str]:
+def _outputs(leaf: int, record: TreeRecord, located: Sequence[TripleSpans], name: str) -> tuple[str, str, str, str]:
+    node = record.tree.nodes[leaf]
     choices, always = _choices(node)
     actions = "\n".join([*choices, *always])
     annotation = f"node {leaf + 1}"
     if node.logical_rel != "null":
         told = f"; any of the first {len(choices)} actions, and all of the others" if always else "; any of the actions"
         annotation += told if len(choices) > 1 or (choices and not always) else "; all of the actions"
-    spans = [locate(record.text, triple).object for triple in node.triples]
-    phrases = [f"characters {span.start + 1} to {span.end}: {record.text[span.start : span.end]}" for span in spans if span]
+    spans = [found.object for found in located if found.object]
+    phrases = [f"characters {span.start + 1} to {span.end}: {record.text[span.start : span.end]}" for span in spans]
     return f"{_line(_recommendation(node))}\nnode {leaf + 1} of {name}", actions, annotation, "\n".join(phrases)
 
 
