@@ -265,6 +265,36 @@ def test_a_sheet_has_what_a_dak_asks_for() -> None:
     assert "tree_1: Headings: Gout › Flares" in said
 
 
+def test_what_is_not_in_the_text_is_marked_with_the_reason() -> None:
+    """In a decision beside its rule, in a condition beside its fact; and for the whole tree where it begins."""
+    text = "adults with gout@For an acute flare give colchicine 0.5-1 mg."
+    drug, dose = triple("colchicine", "drug therapy"), triple("1 mg", "dosage and administration", "colchicine")
+    nodes = [node("C", triple("acute\nflare"), triple("fever"), joined="or"), node("D", drug, dose, joined="and"), node("D")]
+    record = TreeRecord(text, DecisionTree.from_preorder(nodes), 7)
+    part = "'1 mg' stands in the text only as part of '0.5-1 mg': colchicine | dosage and administration | 1 mg"
+    fever = "not in the text: adults with gout | clinical manifestation | fever"
+
+    root = ET.fromstring(dmn_of([record]))
+    (whole,) = (str(one.text) for one in root.findall("decision/description", NS))
+    assert part in whole
+    assert fever in whole
+    assert [one.text for one in root.findall("decision/decisionTable/rule/description", NS)] == [part]
+    rule = root.find("decision/decisionTable/rule", NS)
+    assert rule is not None
+    assert rule[0].tag.endswith("}description")  # the schema wants it first
+    facts = [str(one.text) for one in root.findall("inputData/description", NS)]
+    assert facts == [
+        "adults with gout | clinical manifestation | acute\nflare",
+        f"adults with gout | clinical manifestation | fever\n{fever}",
+    ]
+
+    assert read_as_who_does(dak_of([record]))["tree_7"]["Reference(s)"][0].splitlines()[-1] == part
+    said = [row[0] for row in sheets([record])["COVER"].iter_rows(values_only=True)]
+    assert {f"tree_7: {part}", f"tree_7: {fever}"} <= set(said)
+    for without in (TreeRecord("", record.tree), RECORD):  # nothing can be absent from no text
+        assert "in the text" not in dmn_of([without])
+
+
 def test_prohibitions_are_no_choice() -> None:
     """They always hold, whatever joins them."""
     tree = DecisionTree.from_preorder([node("D", *(triple(drug, "prohibited drugs") for drug in "ab"), joined="or")])

@@ -21,7 +21,7 @@ from gatewise.mdt.formats.svg import main_subject
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.spans import TripleSpans, locate_tree
-from gatewise.mdt.tree import DecisionTree, Node, joined_words
+from gatewise.mdt.tree import DecisionTree, Node, Triple, joined_words
 
 _DMN = "https://www.omg.org/spec/DMN/20191111/MODEL/"
 _MOST_IN_A_CELL = 32_767  # Excel's limit; more would be cut without a word
@@ -127,7 +127,7 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
     tree, prefix = record.tree, f"{name}_"
     for number, fact in enumerate(tree.facts, start=1):
         data = ET.SubElement(root, _tag("inputData"), {"id": f"{prefix}fact_{number}", "name": f"{prefix}fact_{number}"})
-        _text(data, "description", str(fact))
+        _text(data, "description", "\n".join([str(fact), *_absent(record, (fact,))]))
         ET.SubElement(data, _tag("variable"), {"name": f"{prefix}fact_{number}", "typeRef": "boolean"})
     decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(_about(record))})
     _text(decision, "description", "\n\n".join(_described(record)))
@@ -146,6 +146,8 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
         ET.SubElement(made, _tag("output"), {"id": f"{prefix}{output}", "name": output, "typeRef": type_})
     for rule in table.rules:
         row = ET.SubElement(made, _tag("rule"), {"id": f"{prefix}rule_{rule.leaf + 1}"})
+        if absent := _absent(record, tree.nodes[rule.leaf].triples):
+            _text(row, "description", "\n".join(absent))
         answers = ["-" if answer is None else str(answer).lower() for answer in rule.answers]
         outputs = [str(rule.leaf + 1), _feel(_recommendation(tree.nodes[rule.leaf]))]
         for kind, values in (("input", answers), ("output", outputs)):
@@ -161,7 +163,16 @@ def _described(record: TreeRecord) -> list[str]:
 
 
 def _noted(record: TreeRecord) -> list[str]:
-    return [*said_of(record), *(f"Note of the export: {note}" for note in notes_of(record))]
+    notes = (f"Note of the export: {note}" for note in notes_of(record))
+    return [*said_of(record), *_absent(record, record.tree.triples), *notes]
+
+
+def _absent(record: TreeRecord, triples: Sequence[Triple]) -> list[str]:
+    """Which of some triples do not stand in the text and why, a line each, in the words of the other formats."""
+    if not record.text.strip():
+        return []
+    whys = [words_for("en").why_absent(record.text, triple) for triple in triples]
+    return [_line(f"{why}: {triple}") for why, triple in zip(whys, triples, strict=True) if why]
 
 
 def _about(record: TreeRecord) -> str:
@@ -278,6 +289,7 @@ def _outputs(leaf: int, record: TreeRecord, located: Sequence[TripleSpans], name
         annotation += told if len(choices) > 1 or (choices and not always) else "; all of the actions"
     spans = [found.object for found in located if found.object]
     phrases = [f"characters {span.start + 1} to {span.end}: {record.text[span.start : span.end]}" for span in spans]
+    phrases += _absent(record, node.triples)
     return f"{_line(_recommendation(node))}\nnode {leaf + 1} of {name}", actions, annotation, "\n".join(phrases)
 
 
