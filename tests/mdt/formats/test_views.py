@@ -228,6 +228,26 @@ def test_mermaid_takes_nothing_from_the_texts_for_its_own() -> None:
             assert re.fullmatch(r'  n\d(?:\("|\[").*(?:"\)|"\]):::\w+', line)
 
 
+@pytest.mark.parametrize("begin", ["1. ", "12. ", " 3. ", "- ", "+ ", "* ", "# ", "1) ", "---", "==="])
+def test_no_line_of_a_mermaid_label_is_a_list_or_heading_of_markdown(begin: str) -> None:
+    """Builds that read labels as Markdown show no label with a list, and so no notice."""
+    said = f"{begin}x" if begin.endswith(" ") else begin
+    nodes = [
+        node("C", triple(said, subject=said), triple("b", subject=said + "2"), joined="or"),
+        node("D", triple(said, "drug therapy")),
+    ]
+    record = replace(RECORD, tree=DecisionTree.from_preorder([*nodes, node("D")]), more={"headings": [said], "warnings": [said]})
+    source = render([record], "mermaid")
+    labels = re.findall(r'^  \w+[\[(]"(.*)"[\])]:::', source, re.MULTILINE)
+    assert labels[0].startswith("Needs review by a clinician")
+    assert len(labels) == 4
+    for line in (line for label in labels for line in label.split("<br/>")):
+        assert not re.match(r"\s*(?:\d*[.)](?:\s|$)|[-+*](?:\s|$)|#+\s|-+$|=+$)", line), line
+    seen = html.unescape(re.sub(r"#(\d+);", r"&#\1;", source))
+    assert seen.count(said.strip()) >= 6
+    assert "0.5 mg twice daily" in mermaid_of(TREE)  # which is no list
+
+
 # HTML -----------------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ from gatewise.mdt.tree import DecisionTree, Node, Triple
 
 # What Mermaid or the HTML it makes would take for its own; written as the entity codes that Mermaid knows.
 _CODES = str.maketrans({character: f"#{ord(character)};" for character in '#"<>&;`\\*_~[]{}|()@%:'})
+# Some builds read labels as Markdown, and put "Unsupported markdown: list" in place of one with a line such as "1. Treatment".
+_MARKDOWN = re.compile(r"^(\s*\d*)([.+=-])(?=[\s=-]|$)")
 # Line breaks of every kind would end the node's line; other control characters have no place in a chart.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _STYLES = {
@@ -41,13 +43,12 @@ def mermaid_of(
     words, main = words_for(tree.language), main_subject(tree)
     absent = {triple: words.why_absent(text, triple) for triple in missing}
     lines = ["flowchart TD", *(f"  %% {_comment(phrase)}" for phrase in origin)]
-    about = f"{_escaped(' › '.join(headings))}<br/>" if headings else ""
-    about += f"{_escaped(main)}<br/>" if main else ""
+    about = "".join(f"<br/>{_escaped(one)}" for one in (" › ".join(headings), main) if one)
     warned = f"<br/>{_escaped(words.warnings)}" if warnings else ""
     warned += "".join(f"<br/>! {_escaped(warning)}" for warning in warnings)
     sure = [words.sure(one) for one in confidence] or [""] * len(tree.nodes)
     warned += f"<br/>{_escaped(words.confidence_means)}" if any(sure) else ""
-    lines.append(f'  notice["{about}{_escaped(words.notice)}{warned}"]:::notice')
+    lines.append(f'  notice["{_escaped(words.notice)}{about}{warned}"]:::notice')
     for i, node in enumerate(tree.nodes):
         opened, closed = ('("', '")') if node.is_condition else ('["', '"]')
         beside = f"<br/><i>{_escaped(sure[i])}</i>" if sure[i] else ""
@@ -77,4 +78,5 @@ def _comment(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return _CONTROL.sub(" ", text).translate(_CODES)
+    """A text that begins a line of a label or stands within one."""
+    return _MARKDOWN.sub(lambda found: f"{found[1]}#{ord(found[2])};", _CONTROL.sub(" ", text).translate(_CODES))
