@@ -30,8 +30,8 @@ def test_the_way_taken_is_explained() -> None:
 def test_facts_may_be_written_otherwise() -> None:
     facts: dict[Any, bool] = {
         ("Adults  with GOUT", "临床表现", "acute flare "): True,
-        Triple(subject=POPULATION, relation="basic condition", object="Normal kidney function"): True,
-        ("nobody", "no relation", "x"): False,
+        (POPULATION, " Basic  condition", "normal kidney function"): True,
+        Triple(subject="nobody", relation="basic condition", object="x"): False,
     }
     assert DecisionTree.from_preorder(gout()).decide(facts).leaf == 1
     assert DecisionTree.from_preorder(gout()).decide(lambda fact: False).leaf == 4
@@ -48,6 +48,27 @@ def test_what_is_not_known_stops_the_walk_only_where_it_matters() -> None:
         tree.decide({FLARE: "maybe"})  # type: ignore[dict-item]
     with pytest.raises(GatewiseError, match="expected a triple"):
         tree.decide({"acute flare": True})
+
+
+def test_a_fact_of_no_relation_is_refused() -> None:
+    for relation in ("no relation", "manifestation", ""):
+        with pytest.raises(GatewiseError, match=r"'acute flare'\), whose relation is none: expected one of clinical manifestation"):
+            DecisionTree.from_preorder(gout()).decide({FLARE: True, (POPULATION, relation, "acute flare"): False})
+
+
+def test_facts_that_case_alone_parts_as_units_are_two() -> None:
+    insulin = [triple(f"insulin 10 {unit}", "dosage and administration") for unit in ("MU", "mU")]
+    tree = DecisionTree.from_preorder(
+        [node("C", *insulin, joined="and"), node("D", triple("rest", "therapeutic schedule")), node("D")]
+    )
+    assert len(tree.facts) == 2
+    many, few = map(tuple, insulin)
+    assert tree.decide({many: True, few: False}).leaf == 2
+    assert tree.decide({many: True, few: True}).leaf == 1
+    with pytest.raises(GatewiseError, match="insulin 10 mU"):
+        tree.decide({many: True})
+    dose = DecisionTree.from_preorder([node("C", triple("5 MG")), node("C", triple("5  mg")), node("D"), node("D"), node("D")])
+    assert len(dose.facts) == 1
 
 
 @properties

@@ -6,14 +6,15 @@ empty one means "no recommendation". A :class:`DecisionTree` in memory always ke
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt import checks
-from gatewise.mdt.relations import Language, is_relation, language_of, relation_in
+from gatewise.mdt.relations import Language, expected_relations, is_relation, language_of, relation_in
+from gatewise.mdt.wholes import fold
 
 Role = Literal["C", "D"]
 LogicalRel = Literal["and", "or", "null"]
@@ -51,9 +52,17 @@ class Triple(BaseModel):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes two triples the same fact: case, spaces and the language of the relation do not matter."""
-        subject, object_ = (" ".join(part.casefold().split()) for part in (self.subject, self.object))
-        return subject, relation_in(self.relation, "en"), object_
+        """What makes two triples the same fact: case, spaces and the language of the relation do not matter.
+
+        Nor does what :func:`gatewise.mdt.wholes.fold` leaves out, which keeps "MU" and "mU" apart.
+        """
+        return _plain(self.subject), relation_in(self.relation, "en"), _plain(self.object)
+
+
+@lru_cache(maxsize=4096)
+def _plain(phrase: str) -> str:
+    """A phrase to be compared."""
+    return fold(phrase).text.strip()
 
 
 class Node(BaseModel):
@@ -347,11 +356,12 @@ def decide(tree: DecisionTree, facts: Facts) -> Decision:
     stops the walk only where the answer hangs on it: one false is enough for "and", one true for "or".
 
     Args:
-        facts: a mapping from triples (``Triple`` or a sequence of three texts; case, spaces and the language of the relation do
-            not matter) to bool, or a function from a triple to bool, or to None where it does not know.
+        facts: a mapping from triples (``Triple`` or a sequence of three texts, compared as :attr:`Triple.key` says) to bool, or a
+            function from a triple to bool, or to None where it does not know.
 
     Raises:
-        GatewiseError: a fact on which the way hangs is not known, a fact is no bool, or two facts contradict each other.
+        GatewiseError: a fact on which the way hangs is not known, a fact is no bool or its relation none of the six, or two facts
+            contradict each other.
     """
     known = facts if callable(facts) else _look_up(facts)
     turns: list[Turn] = []
@@ -388,10 +398,10 @@ def _key(triple: Any) -> tuple[str, str, str]:
     parts = tuple(triple) if isinstance(triple, Triple | tuple | list) else ()
     if len(parts) != 3 or not all(isinstance(part, str) for part in parts):
         raise GatewiseError(f"a fact is about {triple!r}, expected a triple of subject, relation and object")
-    if not is_relation(parts[1]):
-        return parts  # of no tree, so it decides nothing
-    subject, object_ = (" ".join(part.casefold().split()) for part in (parts[0], parts[2]))
-    return subject, relation_in(parts[1], "en"), object_
+    relation = " ".join(parts[1].casefold().split())
+    if not is_relation(relation):
+        raise GatewiseError(f"a fact is about {parts!r}, whose relation is none: expected {expected_relations()}")
+    return _plain(parts[0]), relation_in(relation, "en"), _plain(parts[2])
 
 
 def _checked(value: Any, triple: Triple) -> bool | None:
