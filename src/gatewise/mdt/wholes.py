@@ -145,15 +145,20 @@ _NUMBER = (
     rf"(?:{_APART}|(?<=\dx))(?:(?:{_DIGITS}|(?<!\.)\.\d++)(?:e[-+]?\d++)?(?:\^[-+]?\d++)?(?: ?{_FRACTION}| \d++/\d++(?!/))?"
     rf"(?: ?(?:million|billion|thousand|hundred|lakh){_NO_MORE}| ?[十百千万亿]+|个半)?(?:\+(?! ?\d))?|{_FRACTION})"
 )
+_HAN_DIGITS = "[〇零一二两三四五六七八九十百千万亿]"
 _HAN_NUMBER = r"[〇零一二两三四五六七八九十百千万亿半数几]{1,12}+(?:点[〇零一二三四五六七八九]{1,12}+|个半)?"
 _COUNT = _any(
     "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
     " twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million dozen half quarter"
 )
 _SPELT = rf"{_APART}(?<!-){_COUNT}(?:[- ](?:and )?(?:an? )?{_COUNT}){{0,6}}+{_NO_MORE}"
-_PER = (  # "/kg", "/ (kg·d)", "/24 h", "per day", "weekly", "·d", ".min", " kg^-1"
+_WEIGHT = rf"(?:kgs?|kilos?|kilogram(?:me)?s?|lbs?|pounds?|m2|sqm|square met(?:er|re)s?){_NO_MORE}"
+_HAN_WEIGHT = "每 ?(?:千克|公斤|kg|平方米|m2)(?:的?体重|的?体表面积)?"
+_PER = (  # "/kg", "/ (kg·d)", "/24 h", "per day", "weekly", "once a week", "daily for each kg", "·d", " kg^-1", "每公斤"
     rf"(?: ?/ ?(?:{_NUMBER} ?)?(?:[(\[][^()\[\]@]{{1,30}}[)\]]|(?!{_FRACTION}|x? ?\d){_SIGN}++{_POWER}|{_HAN_UNIT})"
-    rf"| per (?:{_NUMBER} ?)?{_SIGN}++| (?:week|month|year|hour)ly{_NO_MORE}|·{_SIGN}++{_POWER}"
+    rf"| per (?:{_NUMBER} ?)?{_SIGN}++| (?:once )?(?:week|month|year|hour|fortnight)ly{_NO_MORE}|·{_SIGN}++{_POWER}"
+    rf"| (?:once )?(?:an?|each|every) (?:week|month|year|hour|fortnight){_NO_MORE}(?! (?:before|after|prior|later){_NO_MORE})"
+    rf"| (?:[a-z]++ ){{0,4}}(?:per|each|every|a) (?:\d++ )?{_WEIGHT}| ?{_HAN_WEIGHT}"
     rf"|\.{_UNIT_WORDS}{_POWER}{_NO_MORE}| {_UNIT_WORDS}\^?-[1-3](?!\d))"
 )
 _UNIT = (  # glued, anything is a unit; apart, what is known as one
@@ -163,17 +168,19 @@ _SPELT_UNIT = rf"[- ](?:of )?(?:an? |the )?{_UNIT_WORDS}{_NO_MORE}"
 _QUANTITY = (
     rf"(?:(?:(?<![^\s(\[<>=≤≥,;:~@{_HAN}])(?:[-+]|± ?))?{_NUMBER}"
     rf"(?:{_UNIT}{_PER}{{0,8}}+|(?: ?/ ?{_UNIT_WORDS}{_POWER}{_NO_MORE}{_PER}{{0,8}}+))?"
-    rf"|{_HAN_NUMBER} ?{_HAN_UNIT}半?{_PER}{{0,8}}+"
+    rf"|(?:{_HAN_NUMBER}(?: ?(?:--?|~|至|到|或) ?)){{0,2}}{_HAN_NUMBER} ?{_HAN_UNIT}半?{_PER}{{0,8}}+"
     rf"|{_SPELT}(?:{_SPELT_UNIT}{_PER}{{0,8}}+)?)"
 )
-_COMPARED = (  # "< ", "no more than ", "up to ", "every ", "不超过", "每日"
+_COMPARED = (  # "< ", "no more than ", "up to ", "max. ", "every ", "不超过", "最大剂量为", "每公斤体重", "第", "每日"
     rf"(?:[<>=≤≥≠≈≮≯]{{1,4}}+ ?|{_APART}(?:(?:not|no|never) (?:to )?)?(?:{_SIGN}++ than(?: or equal to)?|at least|at most"
     rf"|at or (?:above|below)|up to|over|under|below|above|beyond|exceed(?:s|ing|ed)?|every|q|within"
-    rf"|(?:minimum|maximum|max|min)(?: (?:daily |single |total )?(?:dose|dosage))?(?: of| is)?)"
-    rf" (?:about |approximately |an? |the )?"
+    rf"|(?:minimum|maximum|maximal|max\.?|min)(?: (?:daily|single|total|recommended|allowed|adult|oral)){{0,3}}"
+    rf"(?: (?:dose|dosage|amount))?(?: of| is| ?:)?)"
+    rf"(?: |(?<=:))(?:about |approximately |an? |the )?"
     rf"|[不未无]?(?:小于|大于|少于|多于|低于|高于|短于|长于|早于|晚于|超过|超出|至少|至多|最多|最少|不足|不到|不满|满)"
     rf"(?:或?等于)? ?"
-    rf"|[每隔一](?:日|天|晚|周|月|年|晨|早|夜) ?|[每隔] ?)"
+    rf"|(?:最[大高低小](?:日|单次|每[日天次])?(?:用?剂?量)?|[上下]限|极量)(?:可?[为是达至])?(?: ?:)? ?"
+    rf"|{_HAN_WEIGHT}(?:给予?|使?用|予)? ?|第 ?|[每隔一](?:日|天|晚|周|月|年|晨|早|夜) ?|[每隔] ?)"
 )
 _TO = (  # between two quantities: "-", " to ", "一" for a dash, " x ", "/", "+", ":"
     r"(?: ?(?:--?|~|至|到) ?|一(?=\d)| (?:or )?(?:to|up to|through|until) | ?[x×*/] ?| ?(?:\+/-|\+|±) ?|(?<=\d):(?=\d)| : (?=\d)"
@@ -182,6 +189,10 @@ _TO = (  # between two quantities: "-", " to ", "一" for a dash, " x ", "/", "+
 _BOUND = (
     rf"(?:(?: of age| old)?(?: (?:or|and) (?:more(?! than)|less|fewer|greater|lower|higher|older|younger|longer|shorter|over|under"
     rf"|above|below|up|upwards|beyond)| of age| old){_NO_MORE}"
+    rf"|(?<=years) plus(?= ?(?:$|[^\w\s]|(?:with|who|and|or|on|in|should|may|can|are|is){_NO_MORE}))"
+    rf"|(?: daily)? (?:(?:maximum|max|minimum){_NO_MORE}|at (?:most|least){_NO_MORE}(?! (?:once|twice|thrice|every|until|till|if"
+    rf"|when|half|as|for|before|after|during|daily|weekly|monthly|yearly){_NO_MORE}))"
+    rf"(?! ?:| (?:(?:of|is|an?|the|about|daily|single|total) ){{0,4}}(?:{_NUMBER}|{_SPELT}|dos))"
     rf"| ?[及或]?(?:以上|以下|以内|以外|之内|之上|之下|内(?![服科镜脏分固])))"
 )
 _TIMES = rf"(?:once|twice|thrice|(?:{_NUMBER}|{_SPELT})(?:{_TO}(?:{_NUMBER}|{_SPELT}))? (?:times?|x))"
@@ -208,9 +219,10 @@ _WHOLE = [
         rf"|normal|adult|daily|full|recommended|maximum|initial|previous|current) ){{0,5}}"
         rf"(?:doses?|dosage|amount|{_UNIT_WORDS}){_NO_MORE}",
         rf"(?:{_NUMBER}|{_HAN_NUMBER})分之(?:{_NUMBER}|{_HAN_NUMBER})",
-        # Stages, larger numbers in Chinese, and what begins with a number: "II-IV", "十二", "6-巯基嘌呤".
+        # Stages: "II-IV". Larger numbers, ordinals, ranges in Chinese: "十二", "第三". What begins with a number: "6-巯基嘌呤".
         rf"{_APART}[ivx]{{1,4}}[a-d]?(?: ?[-~/至到] ?| to )[ivx]{{1,4}}[a-d]?{_NO_MORE}(?:级|期|度|型)?",
-        r"[〇零一二两三四五六七八九十百千万亿]{2,}",
+        rf"{_HAN_DIGITS}{{2,}}|第 ?(?:\d++|{_HAN_DIGITS}++)",
+        rf"{_HAN_DIGITS}{{1,12}}+(?: ?(?:--?|~|至|到) ?{_HAN_DIGITS}{{1,12}}+){{1,3}}+",
         rf"\d-[{_HAN}]",
         # What is negated, with its "not": "non diabetic", "should not be used", "不宜", "无感染".
         rf"{_APART}(?:non|contra|anti|un|no|not(?! only)|never|cannot|neither|nor|[a-z]+n't)(?: ?- ?| )"
