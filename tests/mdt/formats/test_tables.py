@@ -5,6 +5,7 @@ import itertools
 import re
 import types
 import xml.etree.ElementTree as ET
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,21 @@ def test_prohibitions_are_no_choice() -> None:
     assert table["Annotations"] == ["node 1; any of the first 2 actions, and all of the others"]
     assert [line[0] for line in table[HEADS[1]][0].splitlines()] == ["a", "b", "D"]
     assert any("prohibited drugs are none of the choices" in note for note in notes_of(record))
+
+
+def test_a_cell_without_a_text_is_not_written_as_one() -> None:
+    pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install 'gatewise[mdt]'")
+    with zipfile.ZipFile(io.BytesIO(dak_of([RECORD]))) as book:
+        cells = [
+            cell
+            for name in book.namelist()
+            if "worksheets/" in name
+            for cell in ET.fromstring(book.read(name)).iter()
+            if cell.tag.endswith("}c")
+        ]
+    empty = [cell for cell in cells if len(cell) == 0]
+    assert len(cells) > len(empty) > 0
+    assert not any(cell.get("t") in ("s", "inlineStr") for cell in empty)
 
 
 def test_no_text_is_a_formula_and_none_is_cut_without_a_word() -> None:

@@ -302,8 +302,9 @@ def _row(sheet: Any, place: int, values: Sequence[str], *, bold: bool = False) -
 
     for column, value in enumerate(values, start=1):
         cell = sheet.cell(place, column)
-        cell.value = _cut(clean(value)) or None
-        cell.data_type = "s"  # whatever it begins with, a text is no formula
+        if text := _cut(clean(value)):
+            cell.value = text
+            cell.data_type = "s"  # whatever it begins with, a text is no formula
         cell.alignment = Alignment(wrap_text=True, vertical="top")
         if bold:
             cell.font = Font(bold=True)
