@@ -55,7 +55,7 @@ def test_show_writes_every_format(gatewise: Gatewise, tmp_path: Path, format: st
 
 
 def test_what_a_format_cannot_say_is_said_beside_it(gatewise: Gatewise, tmp_path: Path) -> None:
-    for record, format, said in ((1, "dmn", "joined by 'or'"), (28, "fhir-r4", "begins with a negation")):
+    for record, format, said in ((1, "dmn", "joined by 'or'"), (28, "fhir-r4", "has a negation")):
         result = gatewise("show", "sample:guidelines", "--record", record, "--format", format, "--out", "made")
         assert result.exit_code == 0, result.output
         assert result.stderr.startswith(f"note: record {record}, node")
