@@ -109,6 +109,16 @@ def test_nested_trees_and_outlines_are_repaired_too(tmp_path: Path, suffix: str)
     assert read.faults[3] == strict.faults[3]
 
 
+def test_what_no_repair_puts_right_in_an_outline_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "some.txt"
+    outline = TREE.to_outline().replace("  if:", "  if any:").splitlines()
+    at = next(number for number, line in enumerate(outline) if "| drug therapy" in line)
+    outline[at] = outline[at].replace("drug therapy", "nonsense")
+    path.write_text("\n".join([f"text: {TEXT}", *outline]))
+    # The line that the node begins with; that with the text is the first one.
+    assert f"record 1, line {at + 1}: the relation is 'nonsense'" in read_trees(path, repair=True).faults[1]
+
+
 def test_an_approval_does_not_hold_for_a_tree_that_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "reviewed.json"
     wrong = gout()

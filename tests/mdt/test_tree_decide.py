@@ -69,6 +69,9 @@ def test_facts_that_case_alone_parts_as_units_are_two() -> None:
         tree.decide({many: True})
     dose = DecisionTree.from_preorder([node("C", triple("5 MG")), node("C", triple("5  mg")), node("D"), node("D"), node("D")])
     assert len(dose.facts) == 1
+    need = triple("need of MV or MPA", "basic condition")
+    tree = DecisionTree.from_preorder([node("C", need), node("D"), node("D")])
+    assert tree.decide({(need[0], need[1], "need of mv or mpa"): True}).leaf == 1
 
 
 @properties

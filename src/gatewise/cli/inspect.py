@@ -118,7 +118,9 @@ def inspect(
 def _console(*tables: Table) -> Console:
     """Where tables go: as wide as the terminal, or, in a file or a pipe, as wide as they are."""
     console = Console()
-    if not console.is_terminal:
+    if console.is_terminal:  # which goes on in its next line, where rich would leave numbers out
+        console.width = max(console.width, *(sum((column.min_width or 0) + 2 for column in table.columns) for table in tables))
+    else:
         wide = console.options.update(width=10_000)
         console.width = max(console.width, *(console.measure(table, options=wide).maximum for table in tables))
     return console

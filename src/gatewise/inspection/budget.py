@@ -170,7 +170,7 @@ def read_budget(source: "str | Path | PeftModel", adapter: str | None = None) ->
 def _of_folder(folder: Path, adapter: str | None) -> BudgetMap:
     if adapter and (folder / adapter / CONFIG_FILE).is_file():
         folder = folder / adapter
-    elif adapter not in (None, "default", folder.name):
+    elif adapter and adapter not in ("default", folder.name):
         raise GatewiseError(f"{folder} has no folder {adapter!r} with an adapter: leave the name out for the adapter in {folder}")
     lora = read_lora(folder)
     return _map(lora.config, lora.modules, lora.others, read_allocation(folder))

@@ -65,22 +65,29 @@ def tree_of(text: str, where: str = "") -> DecisionTree:
         GatewiseError: names the line, what was given and what was expected.
     """
     reader = _Reader(text, where)
-    lines_and_nodes = _numbered(reader)
-    for number, node in lines_and_nodes:
-        try:
-            checks.check_node(node["role"], [tuple(triple) for triple in node["triples"]], node["logical_rel"])
-        except checks.TreeError as fault:
-            raise GatewiseError(reader.at(number, fault.message)) from None
-    return DecisionTree.from_preorder([node for _, node in lines_and_nodes], where)
+    return _checked(reader, _numbered(reader))
 
 
-def nodes_of(text: str, where: str = "") -> list[dict[str, Any]]:
-    """The nodes of an outline in the published format, for a repair: triples and how they are joined may be wrong.
+def repaired_tree(text: str, where: str = "") -> tuple[DecisionTree, list[str]]:
+    """:meth:`DecisionTree.repaired` of an outline: the tree, and what was put right in its triples and how they are joined.
 
     Raises:
-        GatewiseError: as :func:`tree_of`, but for those.
+        GatewiseError: as :func:`tree_of`.
     """
-    return [node for _, node in _numbered(_Reader(text, where, unchecked=True))]
+    reader = _Reader(text, where, unchecked=True)
+    lines, nodes = zip(*_numbered(reader), strict=True)
+    mended, notes = checks.repaired_parts(nodes)
+    tree = _checked(reader, list(zip(lines, mended, strict=True)))
+    return tree, [f"{where}: {note}" if where else note for note in notes]
+
+
+def _checked(reader: "_Reader", lines_and_nodes: list[tuple[int, dict[str, Any]]]) -> DecisionTree:
+    for number, node in lines_and_nodes:
+        try:
+            checks.check_node(node["role"], [checks.triple_parts(triple) for triple in node["triples"]], node["logical_rel"])
+        except checks.TreeError as fault:
+            raise GatewiseError(reader.at(number, fault.message)) from None
+    return DecisionTree.from_preorder([node for _, node in lines_and_nodes], reader.where)
 
 
 def _numbered(reader: "_Reader") -> list[tuple[int, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, finite, whole_file
 from gatewise.mdt import checks
-from gatewise.mdt.outline import escaped, nodes_of, outline_of, split
+from gatewise.mdt.outline import escaped, outline_of, repaired_tree, split
 from gatewise.mdt.tree import DecisionTree
 
 SUFFIXES = (".json", ".jsonl", ".txt")
@@ -336,11 +336,11 @@ def _repaired(item: Any, number: int, where: str) -> tuple[TreeRecord, list[str]
     if isinstance(item, Broken):
         if not item.outline:
             raise GatewiseError(item.message)
-        text, nodes = item.text, nodes_of(item.outline, where)
+        text = item.text
+        tree, notes = repaired_tree(item.outline, where)
     else:
         text, more = _around(item, where)
-        nodes = item["tree"]
-    tree, notes = DecisionTree.repaired(nodes, where)
+        tree, notes = DecisionTree.repaired(item["tree"], where)
     return TreeRecord(text, tree, number, more), notes
 
 

@@ -37,7 +37,7 @@ _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
 _LONGEST_POWER = 10
 _LEVELLED = str.maketrans(_RAISED + "₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
 _METRES = re.compile(r"(?:^|[^a-zA-Zµμ])[kcdmnµμ]?m$")
-_MEGA = re.compile(rf"(?<=[\d\s])M(?=(?i:i?u|bq|hz|pa|v)(?!{_SIGN}))")
+_MEGA = re.compile(rf"(?:(?<=\d)|(?<=\d\s))M(?=(?i:i?u|bq|hz|pa|v)(?!{_SIGN}))")
 _MICROGRAM = re.compile(rf"(?<![^\W\d_{_HAN}])(?:mcg|ug)(?!{_SIGN})")
 
 

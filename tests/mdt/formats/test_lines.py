@@ -271,3 +271,23 @@ def test_no_slip_of_a_model_breaks_the_lenient_reader(nodes: list[dict[str, Any]
 def test_a_triple_that_looks_like_a_number_or_a_ditto_keeps_its_meaning() -> None:
     odd = DecisionTree.from_preorder([node("D", ["~", "drug therapy", "1"], ["a;b|c\\", "drug therapy", "~\n2"], joined="and")])
     assert parse(linearise(odd)) == odd
+
+
+@pytest.mark.parametrize(
+    ("named", "called"), [("B. D: 2", "F"), ("B. D: 2", "f:"), ("B D: 2", "B"), ("B D: 2", "b."), ("B. nothing", "B")]
+)
+def test_a_name_that_no_node_has_gives_no_tree(named: str, called: str) -> None:
+    """Without it the nodes below would come to other places."""
+    triples = "triples:\n1. p | sign | fever\n2. ~ | drug | aspirin\n3. ~ | drug | ibuprofen\n"
+    found = parse_lenient(f"{triples}nodes:\nA. C: 1\n{named}\nE. D: 3\ntree:\nA\n{called}\nE\n")
+    assert found.tree is None
+    assert any("nobody can tell which node" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("called", ["b", "B:", "b.", "B"])
+@pytest.mark.parametrize("named", ["B. D: 2", "b. D: 2", "B) D: 2"])
+def test_a_name_may_be_written_small_and_with_a_mark(named: str, called: str) -> None:
+    triples = "triples:\n1. p | sign | fever\n2. ~ | drug | aspirin\n3. ~ | drug | ibuprofen\n"
+    found = parse_lenient(f"{triples}nodes:\nA. C: 1\n{named}\nE. D: 3\ntree:\nA\n{called}\nE\n")
+    assert found.tree is not None
+    assert [triple.object for node in found.tree.nodes for triple in node.triples] == ["fever", "aspirin", "ibuprofen"]

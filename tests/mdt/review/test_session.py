@@ -256,6 +256,11 @@ def test_an_approved_tree_of_another_file_that_is_repaired_is_said_to_be_another
             False,
         ]
         assert "was approved by Ada is another one after the repair, so it counts as corrected" in session.notes[2]
+        session.approve(1, session.passage(1).version)
+        session.save()
+    with closing(Session.open(str(trees), repair=True)) as session:
+        assert session.passage(1).now.state == "approved"
+        assert not any("was approved by Ada" in note for note in session.notes)
 
 
 def test_no_record_of_the_file_of_corrections_is_lost_by_a_save(trees: Path) -> None:

@@ -273,7 +273,7 @@ def agree(
     if not pairs:
         raise GatewiseError(
             f"{names[0]} and {names[1]} have no passage in common: expected two files of trees for the same texts"
-            " (white space and Unicode's normal form do not count)"
+            " (white space and Unicode's normal form do not count), at the same places where a text comes several times"
         )
     compared = [_compared(one, other) for one, other in pairs]
     ones, others = ([trees[side].to_preorder() for _, trees in compared] for side in (0, 1))

@@ -155,6 +155,7 @@ def escaped(part: str) -> str:
 _SECTIONS = ("triples", "nodes", "tree")
 _NUMBERED = re.compile(r"(\d{1,6})\.\s*(.*)", re.DOTALL)
 _NAMED = re.compile(r"([A-Z]{1,6})\.\s*(.*)", re.DOTALL)
+_LOOSE_NAMED = re.compile(r"([A-Z]{1,6})[.)]\s*(.*)", re.DOTALL | re.IGNORECASE)
 _NODE = re.compile(r"([CD])()(?::(.*))?", re.DOTALL)
 _LOOSE_NODE = re.compile(r"[-*\s]*([CD])\b[\s,]*(and\b|or\b|null\b|)\s*(?::(.*))?", re.DOTALL | re.IGNORECASE)
 _UNESCAPED = {"n": "\n", "r": "\r"}
@@ -255,7 +256,7 @@ class _Reader:
                 self._numbered(number, line)
             elif section == "nodes":
                 self._named(number, line)
-            elif (name := line.rstrip(".")) in self.named:
+            elif (name := self._name(line)) is not None:
                 self.tree.append(self._called(number, name))
             elif (node := self._node(number, line)) is not None:
                 self.tree.append(node)
@@ -283,11 +284,13 @@ class _Reader:
         self.numbered[count] = triple
 
     def _named(self, number: int, line: str) -> None:
-        match = _NAMED.fullmatch(line)
+        match = (_LOOSE_NAMED if self.lenient else _NAMED).fullmatch(line)
         if match is None:
             self.fault(number, f'found {checks.shown(line)}, expected a node with its name, such as "A. C: 1", or "tree:"')
+            if (letter := re.match(r"([A-Z])\b", line, re.IGNORECASE)) and (name := letter[1].upper()) not in ("C", "D"):
+                self.named.setdefault(name, None)
             return
-        name = match[1]
+        name = match[1].upper()
         if name != letters(len(self.named)) and not self.lenient:
             self.fault(number, f"the node has the name {name}, expected {letters(len(self.named))}")
         node = self._node(number, match[2])
@@ -303,13 +306,24 @@ class _Reader:
             node = None
         self.named[name] = node
 
+    def _name(self, line: str) -> str | None:
+        """The name of a node that a line of the tree is; leniently also in small letters, before a colon, or that no node has."""
+        name = line.rstrip(".:").upper() if self.lenient else line.rstrip(".")
+        if name in self.named:
+            return name
+        longest = max(map(len, self.named), default=0)
+        is_one = self.lenient and name.isascii() and name.isalpha() and len(name) <= longest and name not in ("C", "D")
+        return name if is_one else None
+
     def _called(self, number: int, name: str) -> _Line:
         """The node of a name, at another place."""
-        known = self.named[name]
+        known = self.named.get(name)
         if known is not None:
             return replace(known, number=number, triples=list(known.triples))
         # Without it the nodes below would come to other places.
-        return _Line(number, "D", "null", unclear=f"nobody can tell which node {name} is, which could not be read or is several")
+        return _Line(
+            number, "D", "null", unclear=f"nobody can tell which node {name} is, which is missing, could not be read or is several"
+        )
 
     def _node(self, number: int, line: str) -> _Line | None:
         match = (_LOOSE_NODE if self.lenient else _NODE).fullmatch(line)
