@@ -146,7 +146,9 @@ _NUMBER = (
     rf"(?: ?(?:million|billion|thousand|hundred|lakh){_NO_MORE}| ?[十百千万亿]+|个半)?(?:\+(?! ?\d))?|{_FRACTION})"
 )
 _HAN_DIGITS = "[〇零一二两三四五六七八九十百千万亿]"
-_HAN_NUMBER = r"[〇零一二两三四五六七八九十百千万亿半数几]{1,12}+(?:点[〇零一二三四五六七八九]{1,12}+|个半)?"
+_HAN_NUMBER = (  # no 数 of 次数 or 计数
+    r"(?!(?<=[次计指倍参系总多少人分读])数)[〇零一二两三四五六七八九十百千万亿半数几]{1,12}+(?:点[〇零一二三四五六七八九]{1,12}+|个半)?"
+)
 _COUNT = _any(
     "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
     " twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million dozen half quarter"
@@ -154,11 +156,12 @@ _COUNT = _any(
 _SPELT = rf"{_APART}(?<!-){_COUNT}(?:[- ](?:and )?(?:an? )?{_COUNT}){{0,6}}+{_NO_MORE}"
 _WEIGHT = rf"(?:kgs?|kilos?|kilogram(?:me)?s?|lbs?|pounds?|m2|sqm|square met(?:er|re)s?){_NO_MORE}"
 _HAN_WEIGHT = "每 ?(?:千克|公斤|kg|平方米|m2)(?:的?体重|的?体表面积)?"
+_NO_TIME = rf"(?! (?:(?:before|after|prior|later|earlier|apart|ago){_NO_MORE}|pre-?(?:op|dos|proced)))"
 _PER = (  # "/kg", "/ (kg·d)", "/24 h", "per day", "weekly", "once a week", "daily for each kg", "·d", " kg^-1", "每公斤"
     rf"(?: ?/ ?(?:{_NUMBER} ?)?(?:[(\[][^()\[\]@]{{1,30}}[)\]]|(?!{_FRACTION}|x? ?\d){_SIGN}++{_POWER}|{_HAN_UNIT})"
     rf"| per (?:{_NUMBER} ?)?{_SIGN}++| (?:once )?(?:week|month|year|hour|fortnight)ly{_NO_MORE}|·{_SIGN}++{_POWER}"
-    rf"| (?:once )?(?:an?|each|every) (?:week|month|year|hour|fortnight){_NO_MORE}(?! (?:before|after|prior|later){_NO_MORE})"
-    rf"| (?:[a-z]++ ){{0,4}}(?:per|each|every|a) (?:\d++ )?{_WEIGHT}| ?{_HAN_WEIGHT}"
+    rf"| (?:once )?(?:an?|each|every) (?:week|month|year|hour|fortnight){_NO_MORE}{_NO_TIME}"
+    rf"| (?:(?:[a-z]++ ){{0,4}}(?:per|each|every) (?:\d++ )?|a ){_WEIGHT}| ?{_HAN_WEIGHT}"
     rf"|\.{_UNIT_WORDS}{_POWER}{_NO_MORE}| {_UNIT_WORDS}\^?-[1-3](?!\d))"
 )
 _UNIT = (  # glued, anything is a unit; apart, what is known as one
@@ -190,9 +193,11 @@ _BOUND = (
     rf"(?:(?: of age| old)?(?: (?:or|and) (?:more(?! than)|less|fewer|greater|lower|higher|older|younger|longer|shorter|over|under"
     rf"|above|below|up|upwards|beyond)| of age| old){_NO_MORE}"
     rf"|(?<=years) plus(?= ?(?:$|[^\w\s]|(?:with|who|and|or|on|in|should|may|can|are|is){_NO_MORE}))"
-    rf"|(?: daily)? (?:(?:maximum|max|minimum){_NO_MORE}|at (?:most|least){_NO_MORE}(?! (?:once|twice|thrice|every|until|till|if"
-    rf"|when|half|as|for|before|after|during|daily|weekly|monthly|yearly){_NO_MORE}))"
-    rf"(?! ?:| (?:(?:of|is|an?|the|about|daily|single|total) ){{0,4}}(?:{_NUMBER}|{_SPELT}|dos))"
+    rf"|(?: daily)? (?:(?:maximum|max|minimum){_NO_MORE}(?! (?:response|effect|efficacy|benefit|relief|improvement|plasma|serum)"
+    rf"{_NO_MORE})|at (?:most|least){_NO_MORE}(?! (?:once|twice|thrice|every|until|till|if|when|half|as|for|before|after|during"
+    rf"|daily|weekly|monthly|yearly|on|in|an? (?:hour|day|night|week|fortnight|month|year)){_NO_MORE}))"
+    rf"(?! ?:|\.? ?(?:(?:of|is|an?|the|about|daily|single|total) ){{0,4}}(?:{_NUMBER}|{_SPELT}|dos)"
+    rf"| (?:recommended|allowed|adult|oral) (?:daily )?(?:dose|dosage)(?: of| is| ?:)? {_NUMBER})"
     rf"| ?[及或]?(?:以上|以下|以内|以外|之内|之上|之下|内(?![服科镜脏分固])))"
 )
 _TIMES = rf"(?:once|twice|thrice|(?:{_NUMBER}|{_SPELT})(?:{_TO}(?:{_NUMBER}|{_SPELT}))? (?:times?|x))"
