@@ -13,21 +13,55 @@ _KINDS: dict[str, Literal["drug", "avoid", "measure"]] = {
     "therapeutic schedule": "measure",
 }
 # An order of "no antibiotics", or of "stop aspirin" as a drug, would be an order of the wrong thing; only the relation says for
-# certain that something is not to be done. Names ("no-spa", "stop-smoking aids") and amounts ("not more than") are no negations.
-_BEGINS_NEGATED = re.compile(r"\W*(?:(?:no|neither|avoid|avoiding|without)(?![\w.-])|禁|忌|避免)", re.IGNORECASE)
+# certain that something is not to be done. In doubt what begins with a negation is text, and one inside a name or a purpose none.
+_MORE = "more|less|fewer|longer|shorter|later|earlier|sooner|higher|lower|greater|larger|smaller|older|younger"
+_STATE = "血吸跳搏颤速扑作厥搐"  # the last signs of what stops by itself, as 出血 or 发作
+_HARM = (  # what a drug is given to end; not a list of what may be stopped
+    r"(?:bleeding|ha?emorrhage|contractions?|labou?r|seizures?|convulsions?|vomiting|diarrho?ea|tachycardia|arrhythmias?"
+    r"|fibrillation|thrombosis|embolism|strokes?|infections?|relapses?|recurrence|complications?|smoking|drinking|alcohol"
+    r"|tobacco|nicotine)\b"
+)
+_HARM_OF = (  # "menstrual bleeding", but not "in bleeding"
+    r"(?:the )?(?:(?!(?:in|on|at|if|when|while|with|for|from|by|during|before|after|given|despite|because|until|and|or)\b)[\w-]+ )?"
+    + _HARM
+)
+_NO_NEGATION = re.compile(
+    # Amounts: "no more than", "not below 120 mmHg", "not to be exceeded", 不得超过, 不足6周.
+    rf"(?<![\w-])(?:(?:no|not) (?:{_MORE}) than(?![\w-])|not (?:above|below|over|under|beyond) (?=(?:about )?\d)"
+    r"|(?:not|never|cannot|[a-z]+n['’ʼ]t) (?:to )?(?:be )?exceed\w*"
+    # Names and phrases: "vitamin B no. 1", "if not contraindicated", "amoxicillin suspended in water".
+    r"|no\. ?(?=\d)|not only\b"
+    r"|(?:unless (?:(?:it|they|is|are) ){0,2}|(?:if|when) (?:(?:it|they|there|is|are) ){0,2}not? )contra[- ]?indicat\w+"
+    rf"|stop (?:the )?{_HARM}|(?:smoking|tobacco|alcohol) cessation\b|suspended in\b"
+    # Purposes and times of a drug: "to stop menstrual bleeding", "for withdrawal of alcohol", "until bleeding stops".
+    rf"|(?:(?<=\S to )(?:stop|avoid|halt|interrupt)|(?<=\S for )(?:cessation|withdrawal|avoidance) of) {_HARM_OF}"
+    r"|(?<=\w )(?:until|till) (?:(?!then\b|and\b)\w+ ){1,4}(?:stops|stopped|stop(?=\W*$)|cease[sd]|cease(?=\W*$)))"
+    r"|不[得应宜可能要须需]{0,2}(?:超[过出]|[大小多少高低长短早晚迟]于|[足到满超] ?(?=[\d一二三四五六七八九十两半]))"
+    r"|不(?:饱和|稳定|可逆|对称|同的|孕|育|典型|良|规则|宁腿|溶性|明原因|间断|仅|但)"
+    # What would be a verb at the beginning: 肾功能不全, but 不全身使用.
+    r"|(?<=[^\W暂])不(?:全(?![身部程面切])|同(?![意时步用服])|断(?=[加增])|限(?=于|$)|适(?=[感者]|$)|足(?!以)|明|宁|均|等(?![同待]))"
+    rf"|停[搏跳经]|[{_STATE}][停终]止(?=$|[后时者为]|\W)|(?:无|没有)禁忌|(?<=\w)以避[免开](?![使应用服给])"
+    r"|终止(?=妊娠|早产|发作|室|房|心[动律]|阵发|折返|癫痫|惊厥|抽搐|哮喘)",
+    re.IGNORECASE,
+)
+_UNFIT = "inadvisable|inappropriate|unsuitable|unnecessary"
+_BEGINS_NEGATED = re.compile(rf"\W*(?:(?:no|neither|avoid|avoiding|without|{_UNFIT})(?![\w.-])|禁|忌|避免)", re.IGNORECASE)
 _NEGATED = re.compile(
-    r"(?<![\w-])(?:no(?![.]|$)"  # nitric oxide is in capitals
-    r"|(?i:not(?! only\b| (?:to )?exceed| (?:more|less|fewer) than\b)|never|cannot|nor|[a-z]+n['’]t|contra[- ]?indicated"
-    r"|(?:advis|recommend|warn)\w* against|discouraged|inadvisable|inappropriate|unsuitable|unnecessary))(?![\w-])"
-    r"|不(?!饱和|同(?!意)|全|足|稳定|良|孕|育|典型|明|溶|对称|规则|宁|断|仅|但|限|均|等|少于|超过|大于|小于|低于|高于|多于|间断|可逆"
-    r"|适(?![用合宜当]))|勿|无需|无须|无必要|没有?必要"
+    r"(?i:[:;,=–—-]\s*no(?=\s*(?:$|[.,;!])))"
+    r"|(?<![\w-])(?:(?<!inhaled )[Nn]o"  # nitric oxide is in capitals
+    r"|(?i:not|never|cannot|nor|none|nothing|nil|[a-z]+n['’ʼ]t|contra[- ]?indicated"
+    rf"|(?:advis|recommend|warn)\w* against|discouraged|(?:is|are|be|was|were) (?:\w+ )?(?:{_UNFIT})"
+    # Not "unnecessary catheters", which are removed.
+    rf"|(?:{_UNFIT})(?=\W*$|[^\w\s]| (?:in|for|if|when|as|to|and|or|because|unless|at|after|during|before)\b)))(?![\w-])"
+    r"|不|勿|无需|无须|无必要|没有?必要"
 )
 _STOPPED = re.compile(
-    r"(?<![\w-])(?:(?:stop(?:s|ped|ping)?(?! (?:the )?(?:bleeding|ha?emorrhage|seizures?|smoking)\b)|discontinu\w+|withh[eo]ld\w*"
-    r"|withdr[ae]w(?:s|n|ing|al of)?|ceas(?:e|es|ed|ing)|(?<!smoking )(?<!tobacco )(?<!alcohol )cessation|halt(?:s|ed|ing)?"
-    r"|suspend(?:s|ing|ed(?! in\b))?|interrupt(?:s|ed|ing|ion)?|omit(?:s|ted|ting)?|refrain(?:s|ed|ing)?|abstain(?:s|ed|ing)?"
-    r"|forgo|avoid(?:s|ed|ing|ance)?|prohibit(?:s|ed)?|forbid(?:den)?|banned|be held|hold(?! on)))(?![\w-])"
-    r"|停(?![搏跳经])|(?<!无)禁|(?<![无禁])忌|避[免开]|[回规]避|[中终]止(?!妊娠)|中断|撤[除药用停]|暂缓|弃用|取消",
+    r"(?<![\w-])(?:stop(?:s|ped|ping)?|discontinu\w+|withh[eo]ld\w*|withdr[ae]w(?:s|n|ing|al of)?|ceas(?:e|es|ed|ing)|cessation"
+    r"|halt(?:s|ed|ing)?|suspend(?:s|ing|ed)?|interrupt(?:s|ed|ing|ion)?|omit(?:s|ted|ting)?|refrain(?:s|ed|ing)?"
+    r"|abstain(?:s|ed|ing)?|forgo|avoid(?:s|ed|ing|ance)?|prohibit(?:s|ed)?|forbid(?:den)?|banned|be held|hold(?! on))(?![\w-])"
+    # Not 易蒙停, the name of a drug.
+    r"|停(?:[用药止服]|(?= ?\d))|(?:^|[暂应须需要该即可宜先再前后时者日天周月并均则请\W])停"
+    r"|禁|忌|避[免开]|[回规]避|[中终]止|中断|撤[除药用停]|暂缓|弃用|取消",
     re.IGNORECASE,
 )
 
@@ -87,7 +121,8 @@ def _order(triple: Triple, doses: tuple[Triple, ...]) -> Order:
 
 def _is_negated(words: str, *, stopped: bool) -> bool:
     """Whether words say that something is not done, or with ``stopped`` that it is ended. To stop something may be a measure."""
-    return bool(_BEGINS_NEGATED.match(words) or _NEGATED.search(words) or (stopped and _STOPPED.search(words)))
+    left = _NO_NEGATION.sub("·", words)
+    return bool(_BEGINS_NEGATED.match(left) or _NEGATED.search(left) or (stopped and _STOPPED.search(left)))
 
 
 def _kind(triple: Triple) -> Literal["drug", "avoid", "measure", "dose", "fact"]:
