@@ -367,6 +367,37 @@ def test_what_is_prohibited_is_no_choice_where_its_words_are_doubtful_either() -
     assert any("prohibited drugs are none of the choices" in note for note in notes_of(record))
 
 
+@pytest.mark.parametrize(
+    ("drugs", "dose"),
+    [
+        (
+            [triple("aspirin", "drug therapy"), triple("aspirin", "drug therapy", "children")],
+            triple("100 mg", "dosage and administration", "aspirin"),
+        ),
+        (
+            [triple("cisplatin", "drug therapy"), triple("radiotherapy", "therapeutic schedule")],
+            triple("60 Gy", "dosage and administration"),
+        ),
+    ],
+)
+def test_a_dose_is_no_alternative_to_a_drug(drugs: list[list[str]], dose: list[str]) -> None:
+    record = decision(*drugs, dose, joined="or")
+    for plan in (resources(record, "PlanDefinition")[0], plan_of(record)):
+        (root,) = plan["action"]
+        choice, beside = root["action"]
+        assert (root["selectionBehavior"], choice["selectionBehavior"]) == ("all", "one-or-more")
+        assert [one["title"].split(" (")[0] for one in choice["action"]] == [drug[2] for drug in drugs]
+        assert beside["title"].startswith(dose[2])
+        assert "none of the choices" in plan["description"]
+
+
+def test_doses_alone_are_alternatives() -> None:
+    record = decision(*(triple(dose, "dosage and administration", "aspirin") for dose in ("100 mg", "75 mg")), joined="or")
+    (root,) = resources(record, "PlanDefinition")[0]["action"]
+    assert root["selectionBehavior"] == "one-or-more"
+    assert not any("none of the choices" in note for note in notes_of(record))
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_tree_that_recommends_nothing_has_no_action_and_says_so(release: Any) -> None:
     record = TreeRecord("", DecisionTree.from_preorder([node("C", triple("fever")), node("D"), node("D")]))

@@ -316,6 +316,17 @@ def test_prohibitions_are_no_choice() -> None:
     assert any("prohibited drugs are none of the choices" in note for note in notes_of(record))
 
 
+def test_a_dose_is_no_alternative_to_a_drug() -> None:
+    drugs = [triple("aspirin", "drug therapy"), triple("aspirin", "drug therapy", "children")]
+    dose = triple("100 mg", "dosage and administration", "aspirin")
+    record = TreeRecord("", DecisionTree.from_preorder([node("D", *drugs, dose, joined="or")]))
+    table = read_as_who_does(dak_of([record]))["tree_1"]
+    assert table["Annotations"] == ["node 1; any of the first 2 actions, and all of the others"]
+    assert ", and 100 mg (" in table["Output"][0]
+    assert ", and 100 mg (" in dmn_of([record])
+    assert any("none of the choices" in note for note in notes_of(record))
+
+
 def test_a_cell_without_a_text_is_not_written_as_one() -> None:
     pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install 'gatewise[mdt]'")
     with zipfile.ZipFile(io.BytesIO(dak_of([RECORD]))) as book:

@@ -32,7 +32,7 @@ from gatewise.mdt.formats.fhir import (
     people_of,
     source_of,
 )
-from gatewise.mdt.formats.orders import Order, is_choice, notes_of_choices, order_words, orders_of
+from gatewise.mdt.formats.orders import Order, choices_of, notes_of_choices, order_words, orders_of
 from gatewise.mdt.formats.svg import main_subject
 from gatewise.mdt.records import TreeRecord
 from gatewise.mdt.tree import DecisionTree, Node, joined_words
@@ -185,7 +185,7 @@ class _Resources:
     def _decision(self, node: Node, number: int) -> dict[str, Any] | None:
         orders = orders_of(node)
         actions = [self._order(order, node.logical_rel, number, i) for i, order in enumerate(orders, start=1)]
-        return grouped(actions, [is_choice(order, node.logical_rel) for order in orders], self._link(f"node-{number}-choice"))
+        return grouped(actions, choices_of(orders, node.logical_rel), self._link(f"node-{number}-choice"))
 
     def _order(self, order: Order, join: str, number: int, place: int) -> dict[str, Any]:
         title, link = clean(order_words(order, join)), f"node-{number}-order-{place}"

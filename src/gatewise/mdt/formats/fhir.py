@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from uuid import NAMESPACE_URL, uuid5
 
 from gatewise.errors import GatewiseError
-from gatewise.mdt.formats.orders import is_choice, notes_of_choices, order_words, orders_of
+from gatewise.mdt.formats.orders import choices_of, notes_of_choices, order_words, orders_of
 from gatewise.mdt.formats.origin import approval_of, corrector_of, document_of, origin_of
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
@@ -162,7 +162,7 @@ def _decision(node: Node, i: int, located: Located) -> dict[str, Any]:
         }
         for number, order in enumerate(orders, start=1)
     ]
-    group = grouped(actions, [is_choice(order, join) for order in orders], {"linkId": f"{link}-choice"})
+    group = grouped(actions, choices_of(orders, join), {"linkId": f"{link}-choice"})
     return {"linkId": link, "title": f"Decision: {clean(joined_words(node))}", **(group or {})}
 
 

@@ -1,6 +1,7 @@
 """What a decision asks a system to do: a drug with its doses, a drug that is not to be used, another measure, or plain text."""
 
 import re
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from gatewise.mdt.relations import relation_in
@@ -138,9 +139,18 @@ def order_words(order: Order, join: str) -> str:
     return f"{'DO NOT USE: ' if order.kind == 'avoid' else ''}{what} ({triple.relation}; {triple.subject})"
 
 
-def is_choice(order: Order, join: str) -> bool:
-    """Whether an order is one of several to choose from: "do not use A, or B" leaves no choice among what is not to be done."""
-    return join == "or" and not _is_prohibition(order)
+def choices_of(orders: Sequence[Order], join: str) -> list[bool]:
+    """For each order of a decision whether it is one of several to choose from.
+
+    "Do not use A, or B" leaves no choice among what is not to be done. A dose that is text is no alternative to a drug, which may
+    be its own; doses are alternatives where they are all that the decision says.
+    """
+    only_doses = all(map(_is_dose, orders))
+    return [join == "or" and not _is_prohibition(order) and (only_doses or not _is_dose(order)) for order in orders]
+
+
+def _is_dose(order: Order) -> bool:
+    return _kind(order.triple) == "dose"
 
 
 def _is_prohibition(order: Order) -> bool:
@@ -149,10 +159,16 @@ def _is_prohibition(order: Order) -> bool:
 
 
 def notes_of_choices(tree: DecisionTree) -> list[str]:
-    """A sentence for each decision with prohibited drugs that its triples join by "or"."""
-    return [
-        f"node {number}: its triples are joined by 'or'; prohibited drugs are none of the choices, but always hold"
-        for number, node in enumerate(tree.nodes, start=1)
-        if not node.is_condition and node.logical_rel == "or" and len(orders := orders_of(node)) > 1
-        if any(map(_is_prohibition, orders))
-    ]
+    """A sentence for each decision that its triples join by "or" and of which something is no choice."""
+    notes = []
+    for number, node in enumerate(tree.nodes, start=1):
+        orders = () if node.is_condition or node.logical_rel != "or" else orders_of(node)
+        always = [order for order, is_choice in zip(orders, choices_of(orders, "or"), strict=True) if not is_choice]
+        said = f"node {number}: its triples are joined by 'or'"
+        if len(orders) > 1 and any(map(_is_prohibition, always)):
+            notes.append(f"{said}; prohibited drugs are none of the choices, but always hold")
+        if len(orders) > 1 and any(map(_is_dose, always)):
+            notes.append(
+                f"{said}; a dose of which it is not certain which drug it is of is none of the choices, but stands beside them"
+            )
+    return notes

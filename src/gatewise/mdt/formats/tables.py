@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from gatewise.errors import GatewiseError
 from gatewise.mdt.formats.fhir import NOTICE, clean, said_of
-from gatewise.mdt.formats.orders import is_choice, notes_of_choices, order_words, orders_of
+from gatewise.mdt.formats.orders import choices_of, notes_of_choices, order_words, orders_of
 from gatewise.mdt.formats.svg import main_subject
 from gatewise.mdt.formats.words import words_for
 from gatewise.mdt.records import TreeRecord
@@ -92,8 +92,9 @@ def _choices(node: Node) -> tuple[list[str], list[str]]:
     """The orders of a decision: those to choose from, and those that all hold."""
     choices: list[str] = []
     always: list[str] = []
-    for order in orders_of(node):
-        (choices if is_choice(order, node.logical_rel) else always).append(order_words(order, node.logical_rel))
+    orders = orders_of(node)
+    for order, is_choice in zip(orders, choices_of(orders, node.logical_rel), strict=True):
+        (choices if is_choice else always).append(order_words(order, node.logical_rel))
     return choices, always
 
 
