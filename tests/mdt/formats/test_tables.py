@@ -290,7 +290,16 @@ def test_what_is_not_in_the_text_is_marked_with_the_reason() -> None:
     ]
 
     assert read_as_who_does(dak_of([record]))["tree_7"]["Reference(s)"][0].splitlines()[-1] == part
-    said = [row[0] for row in sheets([record])["COVER"].iter_rows(values_only=True)]
+    book = sheets([record])
+    assert [row[-2:] for row in book["Facts"].iter_rows(values_only=True)] == [
+        ("Type", "In the text"),
+        ("Boolean", "yes"),
+        ("Boolean", "not in the text"),
+    ]
+    (column,) = read_as_who_does(dak_of([record]))["tree_7"]["inputs"]
+    assert column.endswith(f"; {fever}\nfact_1 or fact_2")
+    assert [row[-1] for row in sheets([TreeRecord("", record.tree)])["Facts"].iter_rows(values_only=True)][1:] == [None, None]
+    said = [row[0] for row in book["COVER"].iter_rows(values_only=True)]
     assert {f"tree_7: {part}", f"tree_7: {fever}"} <= set(said)
     for without in (TreeRecord("", record.tree), RECORD):  # nothing can be absent from no text
         assert "in the text" not in dmn_of([without])

@@ -176,6 +176,13 @@ def _absent(record: TreeRecord, triples: Sequence[Triple]) -> list[str]:
     return [_line(f"{why}: {triple}") for why, triple in zip(whys, triples, strict=True) if why]
 
 
+def _stands(record: TreeRecord, triple: Triple) -> str:
+    """Whether a triple stands in the text; if not, why. Empty where there is no text."""
+    if not record.text.strip():
+        return ""
+    return _line(words_for("en").why_absent(record.text, triple)) or "yes"
+
+
 def _about(record: TreeRecord) -> str:
     return record.population or main_subject(record.tree) or words_for(record.tree.language).title
 
@@ -223,7 +230,7 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
     _row(cover, 1, (NOTICE,))
     _row(cover, 3, _COVER, bold=True)
     facts = book.create_sheet("Facts")
-    _row(facts, 1, ("Fact", "Decision ID", "Subject", "Relation", "Object", "Type"), bold=True)
+    _row(facts, 1, ("Fact", "Decision ID", "Subject", "Relation", "Object", "Type", "In the text"), bold=True)
     said = ["A row of a table is one way to an output. An input has a name and, below it, what it is made of; - does not matter."]
     said += ["The facts, which are TRUE or FALSE, are in the sheet Facts."]
     for record, number in zip(records, _numbers(records), strict=True):
@@ -233,7 +240,7 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
         source = ", ".join(str(record.more[key]) for key in ("source", "place") if record.more.get(key))
         _row(cover, cover.max_row + 1, (f"{name} {about}", tab, name, about, source or "-"))
         for place, fact in enumerate(record.tree.facts, start=1):
-            _row(facts, facts.max_row + 1, (f"fact_{place}", name, *fact, "Boolean"))
+            _row(facts, facts.max_row + 1, (f"fact_{place}", name, *fact, "Boolean", _stands(record, fact)))
         said += [f"{name}: {one}" for one in _noted(record)]
     for place, sentence in enumerate(said, start=cover.max_row + 2):  # the list ends with an empty row
         _row(cover, place, (sentence,))
@@ -263,7 +270,10 @@ def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
     inputs = inputs or [(_line(_about(record)), "always TRUE: the text names no condition")]
     _row(sheet, 4, ["Inputs", *[""] * (len(inputs) - 1), *_HEADS], bold=True)
     # Without the annotation, that reader takes the names of a table's only input for one.
-    _row(sheet, 5, [*(f"{words}\n{facts}" for words, facts in inputs), "", "", _ONE_ROW], bold=True)
+    absent = [_absent(record, tree.nodes[i].triples) for i in table.conditions] or [[]]
+    names = ["; ".join([words, *lost]) for (words, _), lost in zip(inputs, absent, strict=True)]
+    definitions = (f"{one}\n{facts}" for one, (_, facts) in zip(names, inputs, strict=True))
+    _row(sheet, 5, [*definitions, "", "", _ONE_ROW], bold=True)
     located = locate_tree(record.text, tree)
     for place, rule in enumerate(table.rules, start=6):
         answers = rule.answers or (None,)
