@@ -70,7 +70,7 @@ def test_json_is_all_of_stdout(export: Export, saved: Path) -> None:
         ("--device cpu", "--device was given without --static"),
         ("--json", "--json was given without --static"),
         ("--static --data DATA --modules 3 --share 0.5", "modules and share were both given"),
-        ("--static --data DATA --measure loss", "measure was given without a tolerance"),
+        ("--static --data DATA --measure loss", "--measure was given without --tolerance"),
         ("--static --data DATA --limit 30", "rows.jsonl has 30 rows, and of those that choose modules none may measure"),
         ("--static --data DATA --tolerance 0.1", "and a tolerance of 0.1 cannot be shown with fewer than 30: give more rows"),
         ("--static --data none.jsonl", "none.jsonl: there is no such file"),

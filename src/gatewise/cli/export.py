@@ -83,6 +83,8 @@ def export(
                 raise GatewiseError(f"--{name} was given with --static: export what --static has written once more, with --{name}")
         if data is None:
             raise GatewiseError("--static was given without --data: name rows like those of its use, such as --data dev.jsonl")
+        if measure is not None and tolerance is None:
+            raise GatewiseError("--measure was given without --tolerance, which alone it is about: add it, or leave --measure out")
         from gatewise.compress.static import ROWS, to_static
 
         result = to_static(

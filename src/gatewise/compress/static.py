@@ -210,11 +210,6 @@ def _check(
         raise GatewiseError(f"rows is {rows}: expected at least {LEAST} to choose modules by (--rows)")
     if measure not in (None, "right", "loss"):
         raise GatewiseError(f"measure {measure!r} is not known; expected right or loss")
-    if measure is not None and tolerance is None:
-        raise GatewiseError(
-            "measure was given without a tolerance, which alone it is about: both losses and right answers are measured anyway; "
-            "leave it out, or give a tolerance (--tolerance)"
-        )
 
 
 # ---------------------------------------------------------------- the choice
