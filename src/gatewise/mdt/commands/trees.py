@@ -73,7 +73,7 @@ def check_target(out: Path | None, inputs: Iterable[str | Path]) -> None:
         GatewiseError: the target is one of the inputs.
     """
     for one in inputs if out is not None and os.path.isfile(out) else ():
-        if os.path.exists(one) and os.path.samefile(one, out):  # type: ignore[arg-type]
+        if is_one_file(one, out):  # type: ignore[arg-type]
             raise GatewiseError(f"--out {out} is what is read, and would be lost: give another path")
 
 
