@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "orders": (*ORDERS, *PER_MODULE), "sizes": {"parameters": HALVES, "modules": HALVES},
         "refitted": (("path_moments", "singular", "activation"), (1 / 16,), (1 / 3,)),
         "recovered": (("path_moments", "random"), (1 / 4,), (1 / 3,)),
-        "fast": (0,), "small": (2, 8), "rates": (1e-3, 2e-3, 4e-3),
+        "fast": (0,), "small": (2,), "rates": (1e-3, 2e-3, 4e-3),
     },
     "smollm2": {
         "model": "smollm2-135m-instruct", "task": "causal", "steps": 120, "learning_rate": 5e-4, "dev": 200,
@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sizes": {"parameters": (1 / 4, 1 / 16), "modules": (1 / 3,)},
         "refitted": (("path_moments",), (1 / 4, 1 / 16), (1 / 3,)),
         "recovered": (("path_moments",), (1 / 4,), (1 / 3,)),
-        "fast": (), "small": (2, 8), "rates": (5e-4, 1e-3, 2e-3),
+        "fast": (), "small": (2,), "rates": (5e-4, 1e-3, 2e-3),
     },
 }  # fmt: skip
 ALPHA, RANK, RECOVERY, HELD_BACK = 16, 8, 60, 128
