@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "orders": (*ORDERS, *PER_MODULE), "sizes": {"parameters": HALVES, "modules": HALVES},
         "refitted": (("path_moments", "singular", "activation"), (1 / 16,), (1 / 3,)),
         "recovered": (("path_moments", "random"), (1 / 4,), (1 / 3,)),
-        "fast": (0,), "small": (2,), "rates": (1e-3, 2e-3, 4e-3),
+        "fast": (0,), "rates": (1e-3, 2e-3, 4e-3),
     },
     "smollm2": {
         "model": "smollm2-135m-instruct", "task": "causal", "steps": 120, "learning_rate": 5e-4, "dev": 200,
@@ -51,10 +51,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sizes": {"parameters": (1 / 4, 1 / 16), "modules": (1 / 3,)},
         "refitted": (("path_moments",), (1 / 4, 1 / 16), (1 / 3,)),
         "recovered": (("path_moments",), (1 / 4,), (1 / 3,)),
-        "fast": (), "small": (2,), "rates": (5e-4, 1e-3, 2e-3),
+        "fast": (), "rates": (5e-4, 1e-3, 2e-3),
     },
 }  # fmt: skip
-ALPHA, RANK, RECOVERY, HELD_BACK = 16, 8, 60, 128
+ALPHA, RANK, SMALL, RECOVERY, HELD_BACK = 16, 8, 2, 60, 128
 SCORED = {"text2mdt": 32}  # rows that value ranks and fit numbers; of the others all that are held back, which have one label each
 BATCH = {"text2mdt": 8}  # rows a step; of the others, which are shorter, 16
 FAST = "recovered fast"  # at the learning rate of the training, in some seeds, in place of a quarter of it
@@ -253,23 +253,22 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
 
 def small_ones(case: Case, results: Path, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
     """LoRA of a smaller rank trained from the start, for as many steps as the whole adapter and its recovery."""
-    for rank in case.settings["small"]:
-        rates = case.settings["rates"]
-        if case.seed:
-            same = {"model": case.name, "task": case.task, "seed": 0, "stage": "trained", "fraction": rank / RANK}
-            tried = [one for one in read(results) if all(one[key] == value for key, value in same.items())]
-            if len(tried) < len(rates):
-                continue  # the first seed says which rate
-            rates = [max(tried, key=lambda one: (one["accuracy"], -one["loss"]))["learning_rate"]]
-        for rate in rates:
-            row = {"model": case.name, "task": case.task, "seed": case.seed, "order": f"trained, {rate:g}", "unit": "parameters",
-                   "fraction": round(rank / RANK, 4), "stage": "trained"}  # fmt: skip
-            if done(row):
-                continue
-            model = case.fresh(rank)
-            case.train(model, case.settings["steps"] + RECOVERY, rate)
-            count = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
-            yield {**row, "learning_rate": rate, "parameters": count, **case.measured(model)}
+    rates = case.settings["rates"]
+    if case.seed:
+        same = {"model": case.name, "task": case.task, "seed": 0, "stage": "trained", "fraction": SMALL / RANK}
+        tried = [one for one in read(results) if all(one[key] == value for key, value in same.items())]
+        if len(tried) < len(rates):
+            return  # the first seed says which rate
+        rates = [max(tried, key=lambda one: (one["accuracy"], -one["loss"]))["learning_rate"]]
+    for rate in rates:
+        row = {"model": case.name, "task": case.task, "seed": case.seed, "order": f"trained, {rate:g}", "unit": "parameters",
+               "fraction": round(SMALL / RANK, 4), "stage": "trained"}  # fmt: skip
+        if done(row):
+            continue
+        model = case.fresh(SMALL)
+        case.train(model, case.settings["steps"] + RECOVERY, rate)
+        count = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
+        yield {**row, "learning_rate": rate, "parameters": count, **case.measured(model)}
 
 
 SPEED_CELLS = {
