@@ -343,12 +343,12 @@ def report(rows: list[dict[str, Any]]) -> None:
                             told.append(f"{cell[2]:.3g}: {interval(points)} {statistics.mean(nats):+.3f} n={len(points)}")
                     print(f"  {order:14s} {'   '.join(told)}")
         for unit, fraction in (("parameters", 0.25), ("modules", 0.3333)):
-            print(f"\n{model}, {fraction:.2g} of the {unit} by task: the whole adapter, and path_moments less that by stage")
+            print(f"\n{model}, {fraction:.2g} of the {unit} by task: the whole one; path_moments less it; small LoRA (trained)")
             for task in TASKS:
                 whole = [100 * row["accuracy"] for at, row in cells.get(WHOLE, {}).items() if at[0] == task]
                 told = []
-                for stage in ("as it is", "refitted", "recovered", FAST):
-                    cell = ("path_moments", unit, fraction, stage)
+                for stage in ("as it is", "refitted", "recovered", FAST, "trained"):
+                    cell = ("small LoRA" if stage == "trained" else "path_moments", unit, fraction, stage)
                     points = (
                         {at: gap for at, gap in gaps(cells, cell, "accuracy").items() if at[0] == task} if cell in cells else {}
                     )
