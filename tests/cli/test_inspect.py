@@ -272,17 +272,25 @@ def test_another_number_of_classes_is_refused(command: tuple[str, ...], routed: 
     assert "the model has 2 classes, but" in result.stderr
 
 
-def test_routers_that_are_broken_choose_nothing(routed: Path, tmp_path: Path) -> None:
-    shutil.copytree(routed, tmp_path / "broken")
-    path = tmp_path / "broken" / "adapter_model.safetensors"
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("adapter", "has numbers that are not finite"),
+        ("bert", "are not finite: look for numbers that are not in the adapter and its base model"),
+    ],
+)
+def test_routers_that_are_broken_choose_nothing(where: str, said: str, routed: Path, tmp_path: Path) -> None:
+    shutil.copytree(routed.parent, tmp_path, dirs_exist_ok=True)
+    (path,) = (tmp_path / where).glob("*.safetensors")
     tensors = load_file(path)
     for name in tensors:
-        if "lora_router" in name:
+        if "lora_router" in name or "LayerNorm" in name:
             tensors[name] = torch.full_like(tensors[name], math.nan)
     save_file(tensors, path, metadata={"format": "pt"})
-    result = route(tmp_path / "broken", [{"text": "nice", "label": "good"}, {"text": "awful", "label": "bad"}], tmp_path)
+    rows = [{"text": "nice", "label": "good"}, {"text": "awful", "label": "bad"}]
+    result = route(tmp_path / "adapter", rows, tmp_path, "--base", str(tmp_path / "bert"))
     assert result.exit_code == 2, result.output
-    assert "are not finite: look for numbers that are not in the adapter" in result.stderr
+    assert said in result.stderr
     assert result.stdout == ""
 
 

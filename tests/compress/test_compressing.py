@@ -25,7 +25,7 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config
 from gatewise.adapters.loading import load_adapter, load_with_data
 from gatewise.allocation.callback import RankAllocation
-from gatewise.allocation.slots import lora_layers
+from gatewise.allocation.slots import factors, lora_layers
 from gatewise.compress import Compressed, Goal, Recovery, compress, search, writing
 from gatewise.compress.quality import qualities, split
 from gatewise.compress.work import Work
@@ -690,8 +690,16 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
     tensors = weights(adapter)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(GatewiseError, match="have numbers that are none"):
+    with pytest.raises(GatewiseError, match=r"is damaged: .* has numbers that are not finite"):
         compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="loss", score_rows=16)
+
+
+def test_damaged_models_in_memory_are_refused(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path)
+    model, tokenizer, _ = load_adapter(adapter, trainable=True)
+    factors(next(iter(lora_layers(model, "default").values())), "default")[0].data[0, 0] = float("nan")
+    with pytest.raises(GatewiseError, match="have numbers that are none"):
+        compress(model, str(rows), tmp_path / "small", Goal(parameters=100), tokenizer=tokenizer, measure="loss", score_rows=16)
 
 
 def test_a_dataset_of_the_hub_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

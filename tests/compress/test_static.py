@@ -15,6 +15,7 @@ from tiny_models import random_adapter
 from tiny_run import write_adapter, write_base, write_recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config
 from gatewise.adapters.loading import load_adapter
 from gatewise.compress import Static, static, to_static
@@ -233,12 +234,12 @@ def test_settings_out_of_range(moving: tuple[Path, Path], tmp_path: Path, settin
 
 
 def test_losses_that_are_no_numbers_are_said(moving: tuple[Path, Path], tmp_path: Path) -> None:
-    adapter = Path(shutil.copytree(moving[0], tmp_path / "damaged"))
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
-    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = Path(shutil.copytree(read_config(moving[0])["base_model_name_or_path"], tmp_path / "damaged"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(GatewiseError, match="is not finite: look for numbers that are not in the adapter and its base model"):
-        to_static(adapter, str(moving[1]), tmp_path / "static")
+        to_static(moving[0], str(moving[1]), tmp_path / "static", options=DataOptions(base=str(base)))
     assert not (tmp_path / "static").exists()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.adapters.data_options import DataOptions
@@ -274,14 +275,14 @@ def take_place(model: PeftModel, name: str, adapter_dir: str | Path) -> bool:
         Whether it did; if not, since PEFT has other names for the tensors, the other one is as it was.
 
     Raises:
-        GatewiseError: a file is damaged. The other one is as it was.
+        GatewiseError: a file is damaged, or its LoRA has numbers that are not finite. The other one is as it was.
     """
     weights = weights_of(adapter_dir)
     with quiet():
         there = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if {key: list(tensor.shape) for key, tensor in there.items()} != tensor_shapes(weights):
         return False
-    tensors, _ = read_tensors(weights)
+    tensors = _sound(weights)
     # All that can fail, such as memory of a GPU, before anything is changed.
     tensors = {key: tensor.to(there[key]) for key, tensor in tensors.items()}
     with torch.no_grad():
@@ -340,6 +341,7 @@ def _put(
     model: PreTrainedModel | PeftModel, config: PeftConfig, folder: Path, name: str, base_name: str, trainable: bool = False
 ) -> PeftModel:
     config.inference_mode = not trainable
+    _sound(weights_of(folder))
     try:
         with quiet():
             adapted = model if isinstance(model, PeftModel) else get_peft_model(model, config, adapter_name=name)
@@ -348,6 +350,17 @@ def _put(
         raise _misfit(folder, base_name, _why_not(error)) from error
     _check_all_found(result, config, folder, base_name)
     return adapted
+
+
+def _sound(weights: Path) -> dict[str, Tensor]:
+    """An adapter's tensors. LoRA that is not finite is refused: a router makes of it a choice of experts like any other."""
+    tensors, _ = read_tensors(weights)
+    for key, tensor in tensors.items():
+        if "lora_" in key and tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise GatewiseError(
+                f"{weights} is damaged: {key} has numbers that are not finite; copy or download the adapter again, or train it anew"
+            )
+    return tensors
 
 
 def _check_all_found(result: Any, config: PeftConfig, folder: Path, base_name: str) -> None:
