@@ -237,3 +237,30 @@ def test_a_fingerprint_is_of_weights_and_configuration_wherever_they_lie(tmp_pat
     (tmp_path / "b" / config.name).unlink()
     with pytest.raises(GatewiseError, match="cannot be read"):
         fingerprint(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("note", "said"),
+    [
+        ({"template": 5}, "template is 5, expected text"),
+        ({"max_length": "x"}, "max_length is 'x', expected a whole number of at least 1"),
+        ({"max_length": -3}, "max_length is -3, expected a whole number of at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, expected a whole number of at least 1"),
+        ({"labels": 5}, "labels is 5, expected a list of texts"),
+        ({"labels": ["a", 1]}, r"labels is \['a', 1\], expected a list of texts"),
+        ({"label_words": ["a"]}, r"label_words is \['a'\], expected a text for each label"),
+        ({"training": "x"}, "training is 'x', expected an object"),
+        ({"training": {"learning_rate": "fast"}}, "learning_rate is 'fast', expected a number above 0"),
+        ({"training": {"learning_rate": 0}}, "learning_rate is 0, expected a number above 0"),
+        ({"training": {"batch_size": 0}}, "batch_size is 0, expected a whole number of at least 1"),
+        ({"training": {"max_grad_norm": -1.0}}, "max_grad_norm is -1.0, expected a number of at least 0"),
+    ],
+)
+def test_a_note_of_other_kinds_of_values_is_refused(note: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "gatewise.json"
+    path.write_text(json.dumps(note))
+    with pytest.raises(GatewiseError, match=rf"gatewise\.json: {said}: restore it, or remove it"):
+        read_note(tmp_path)
+    empty = dict.fromkeys(note)
+    path.write_text(json.dumps(empty))
+    assert read_note(tmp_path) == empty  # says nothing

@@ -1,11 +1,14 @@
 """``gatewise compress``: what it prints and writes, and one sentence for everything that is wrong."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraModel
 from tiny_run import write_recipe, write_rows
 from typer.testing import CliRunner
 
@@ -58,6 +61,30 @@ def test_it_says_what_is_left_and_how_sure_it_is(compress: Compress) -> None:
     assert not Path("small.work").exists()
 
 
+def test_too_few_rows_have_no_bound(compress: Compress) -> None:
+    words = ("--modules", "3", "--measure", "loss", "--limit", "40")
+    result = compress(*words)
+    assert result.exit_code == 0, result.output
+    assert "nats a token, too few rows to say at most how much (30 rows)" in result.stdout
+    shutil.rmtree("small")
+    assert json.loads(compress(*words, "--json").stdout)["chosen"]["difference"]["high"] is None
+
+
+@pytest.mark.parametrize("how", ["is another one", "fails"])
+def test_what_must_not_be_merged_is_said(how: str, compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
+    def merge_adapter(self: LoraModel, names: list[str]) -> None:
+        if how == "fails":
+            raise NotImplementedError
+        with torch.no_grad():
+            self.model.lm_head.weight.mul_(2)
+
+    monkeypatch.setattr(LoraModel, "merge_adapter", merge_adapter)
+    result = compress("--modules", "3", "--measure", "loss")
+    assert result.exit_code == 0, result.output
+    told = "PEFT cannot" if how == "fails" else "the model is another one then, as where embeddings are tied"
+    assert f"do not merge it: {told}" in result.stdout
+
+
 def test_json_is_all_of_stdout(compress: Compress) -> None:
     result = compress("--parameters", "0.2k", "--rank-cap", "1", "--order", "singular", "--measure", "loss", "--json")
     assert result.exit_code == 0, result.output
@@ -97,6 +124,8 @@ def test_recovery_is_shown(compress: Compress, saved: Path) -> None:
         (["--recover-split", "train"], "--recover-split was given without --recover, the rows to train on"),
         (["--steps", "3"], "--steps was given without --recover, the rows to train on: add them or leave it out"),
         (["--order", "best"], "order 'best' is not known; expected one of"),
+        (["--data", ""], "and 2 data were given: give one of each, or add --shared"),
+        (["--recover", ""], "the data's name is empty: give a file, sample:NAME or a data set's name"),
         (["--tolerance", "0.001"], "rows to measure on, and a tolerance of 0.001 cannot be shown with fewer than"),
         (["--parameters", "1k", "--modules", "2"], "parameters and modules were both given as targets: give one of them"),
     ],

@@ -1,6 +1,7 @@
 """``compress`` as a whole, on an adapter that was trained: what it finds, writes, refuses and goes on with."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import EXPERTS, random_adapter, tiny_base, word_tokenizer
-from tiny_run import weights, write_adapter, write_base, write_recipe, write_rows
+from tiny_run import SIZES, weights, write_adapter, write_base, write_recipe, write_rows
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -32,7 +37,7 @@ from gatewise.compress.work import Work
 from gatewise.errors import GatewiseError
 from gatewise.runs.recipe import load_recipe
 from gatewise.runs.run import train
-from gatewise.tasks import Records, load_records
+from gatewise.tasks import Records, Template, load_records
 
 TOLERANCE = 0.05
 
@@ -894,3 +899,150 @@ def test_free_text_is_neither_right_nor_wrong(tmp_path: Path) -> None:
     rows.write_text("".join(json.dumps({"source": f"a {i}", "target": f"b {i}"}) + "\n" for i in range(30)))
     with pytest.raises(GatewiseError, match="has free text, of which none is right or wrong: take --measure loss"):
         compress(adapter, str(rows), tmp_path / "small", Goal(parameters=100), measure="right")
+
+
+# ---- a model in memory ----
+
+
+def in_memory(tmp_path: Path, family: str = "llama", **names: Any) -> tuple[Any, Any, Path]:
+    adapter = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", family, **names))
+    model, tokenizer, _ = load_adapter(adapter)
+    return model, tokenizer, write_rows(tmp_path / "rows.jsonl", 80, seed=3)
+
+
+@pytest.mark.parametrize("labels", [None, "good,bad"])
+def test_classes_of_a_classifier_in_memory_are_those_of_its_configuration(labels: str | None, tmp_path: Path) -> None:
+    named = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+    model, tokenizer, rows = in_memory(tmp_path, "bert", **named)
+    settings: dict[str, Any] = {"measure": "right", "score_rows": 16, "options": DataOptions(labels=labels)}
+    wanted = compress(tmp_path / "adapter", str(rows), tmp_path / "one", Goal(modules=3), **settings)
+    found = compress(model, rows, tmp_path / "other", Goal(modules=3), tokenizer=tokenizer, **settings)
+    assert found.whole_quality == wanted.whole_quality
+    assert found.candidates == wanted.candidates
+    model.get_base_model().config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+    if labels is None:
+        with pytest.raises(GatewiseError, match="the model in memory does not say which of its classes is which of the labels"):
+            compress(model, rows, tmp_path / "more", Goal(modules=3), tokenizer=tokenizer, **settings)
+
+
+def test_options_say_how_a_file_is_read_for_a_model_in_memory(tmp_path: Path) -> None:
+    model, tokenizer, rows = in_memory(tmp_path)
+    settings: dict[str, Any] = {"measure": "loss", "score_rows": 16}
+    prompt = DataOptions(prompt="{text} is ")
+    wanted = compress(tmp_path / "adapter", str(rows), tmp_path / "one", Goal(modules=3), options=prompt, **settings)
+    settings["tokenizer"] = tokenizer
+    found = compress(model, str(rows), tmp_path / "other", Goal(modules=3), options=prompt, **settings)
+    assert found.whole_quality == pytest.approx(wanted.whole_quality, abs=1e-6)
+    assert found.whole_quality != compress(model, str(rows), tmp_path / "third", Goal(modules=3), **settings).whole_quality
+    template = Template("{text}", {"bad": "bad", "good": "good"})
+    for data, given, said in (
+        (str(rows), {"options": DataOptions(base="other")}, "options name a base model or a device"),
+        (str(rows), {"options": DataOptions(device="cpu")}, "options name a base model or a device"),
+        (load_records(rows), {"options": DataOptions(limit=30)}, "data is Records, which are read already"),
+        (str(rows), {"options": prompt, "template": template}, "or beside the prompt of options"),
+    ):
+        with pytest.raises(GatewiseError, match=said):
+            compress(model, data, tmp_path / "more", Goal(modules=3), **settings, **given)  # type: ignore[arg-type]
+    with pytest.raises(GatewiseError, match="data is Records, which go with a model in memory"):
+        compress(tmp_path / "adapter", load_records(rows), tmp_path / "more", Goal(modules=3))
+
+
+@pytest.mark.parametrize("family", ["t5", "bert-mlm"])
+def test_models_that_would_read_the_answer_are_refused(family: str, tmp_path: Path) -> None:
+    base: Any = (
+        T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2))
+        if family == "t5"
+        else BertForMaskedLM(BertConfig(vocab_size=64, **{**SIZES, "num_hidden_layers": 1}))
+    )
+    modules = ["q", "v"] if family == "t5" else ["query", "value"]
+    model = random_adapter(get_peft_model(base, LoraConfig(r=2, target_modules=modules))).eval()
+    records = Records("label", [{"text": f"w{i}", "label": ("w3", "w4")[i % 2]} for i in range(30)], ["w3", "w4"], "rows")
+    with pytest.raises(GatewiseError, match="neither writes token by token nor sorts rows into classes"):
+        compress(model, records, tmp_path / "small", Goal(modules=1), tokenizer=word_tokenizer(), measure="loss", score_rows=8)
+
+
+# ---- what is written ----
+
+
+@pytest.mark.parametrize("head", ["classifier", "lm_head", "tokens"])
+def test_what_was_trained_is_measured_in_the_format_that_it_is_written_in(head: str, tmp_path: Path) -> None:
+    if head == "classifier":
+        adapter = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", "bert"))
+    else:
+        more: dict[str, Any] = {"modules_to_save": ["lm_head"]} if head == "lm_head" else {"trainable_token_indices": [5, 6]}
+        adapter = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"), target_modules=["q_proj", "v_proj"], **more)
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in weights(adapter).items()}, path, metadata={"format": "pt"})
+    rows, train_rows = write_rows(tmp_path / "rows.jsonl", 80, seed=3), write_rows(tmp_path / "train.jsonl", 60, seed=9)
+    recovery = Recovery(str(train_rows), steps=20, learning_rate=0.02)
+    settings: dict[str, Any] = {"measure": "loss", "score_rows": 16, "recovery": recovery}
+    found = compress(adapter, str(rows), tmp_path / "small", Goal(modules=2), **settings)
+    assert found.chosen.recovered
+    assert {tensor.dtype for tensor in weights(tmp_path / "small").values()} == {torch.bfloat16}
+    assert found.deviation["loaded"] < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_another_model_when_it_is_merged_is_said_to_be(tied: bool, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", tie_word_embeddings=tied)
+    adapter = write_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens", "q_proj"])
+    found = compress(
+        adapter,
+        str(write_rows(tmp_path / "rows.jsonl", 80)),
+        tmp_path / "small",
+        Goal(parameters=600),
+        measure="loss",
+        score_rows=16,
+    )
+    assert found.merges is not tied
+    assert (found.deviation["merged"] > 1) is tied
+    assert json.loads((tmp_path / "small" / "compress.json").read_text())["merges"] is not tied
+
+
+def test_the_configuration_names_what_the_whole_adapter_names(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", "bert"))
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
+    before = read_config(adapter)
+    options = DataOptions(base=str(tmp_path / "copy"))
+    rows = str(write_rows(tmp_path / "rows.jsonl", 80))
+    compress(adapter, rows, tmp_path / "small", Goal(modules=3), options=options, measure="loss", score_rows=16)
+    now = read_config(tmp_path / "small")
+    assert now["base_model_name_or_path"] == before["base_model_name_or_path"] == str(tmp_path / "base")
+    assert now["modules_to_save"] == ["classifier", "score"]
+
+
+def test_a_bound_needs_enough_rows(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path)
+    found = compress(adapter, str(rows), tmp_path / "small", Goal(modules=3), measure="loss", score_rows=16)
+    assert found.chosen.difference.rows < 150
+    assert math.isnan(found.chosen.difference.high)
+    told = json.loads((tmp_path / "small" / "compress.json").read_text())["chosen"]["difference"]
+    assert (told["low"], told["high"]) == (None, None)
+
+
+# ---- the folder beside it ----
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_was_killed_before_anything_was_kept_is_begun_again(begun: bool, tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path)
+    (tmp_path / "small.work").mkdir()
+    if begun:
+        (tmp_path / "small.work" / ".state.json.x7").mkdir()
+    compress(adapter, str(rows), tmp_path / "small", Goal(modules=3), measure="loss", score_rows=16)
+    assert not (tmp_path / "small.work").exists()
+
+
+def test_damaged_weights_of_an_interrupted_run_are_said_to_be_its(tmp_path: Path) -> None:
+    work = Work(tmp_path / "small.work", "")
+    work.keep_weights(3, {"a": torch.ones(9)})
+    path = tmp_path / "small.work" / "trained-3.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(GatewiseError, match=r"damaged or cut short.*as it is of an interrupted compression, remove .*small\.work"):
+        work.weights(3)
+
+
+def test_a_name_that_is_too_long_is_said_to_be(tmp_path: Path) -> None:
+    adapter, rows = saved(tmp_path)
+    with pytest.raises(GatewiseError, match=r"lock cannot be made \(File name too long\): give a shorter --out"):
+        compress(adapter, str(rows), tmp_path / ("x" * 248), Goal(modules=3), measure="loss", score_rows=16)

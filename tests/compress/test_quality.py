@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,9 +167,21 @@ def test_the_interval_of_losses_is_that_of_the_mean() -> None:
 
 
 def test_losses_that_do_not_differ_are_the_same() -> None:
-    assert difference(torch.randn(60).double(), torch.zeros(60).double(), "loss").high > 0
-    same = torch.randn(60).double()
+    assert difference(torch.randn(160).double(), torch.zeros(160).double(), "loss").high > 0
+    same = torch.randn(160).double()
     assert difference(same, same, "loss").high == 0
+
+
+@pytest.mark.parametrize(("measure", "least"), [("loss", 150), ("right", 20)])
+def test_too_few_rows_have_no_bound(measure: Any, least: int) -> None:
+    whole, smaller = torch.ones(least).double(), torch.zeros(least).double()
+    enough, few = difference(whole, smaller, measure), difference(whole[1:], smaller[1:], measure)
+    assert enough.mean == few.mean == 1
+    assert 0.5 < enough.low <= enough.high == 1
+    assert math.isnan(few.low)
+    assert math.isnan(few.high)
+    assert not few.within(1e9)
+    assert (enough.at_most, few.at_most) == ("at most by 1.0000", "too few rows to say at most how much")
 
 
 def test_too_few_rows_are_refused_with_what_would_do() -> None:

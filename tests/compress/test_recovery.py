@@ -141,13 +141,26 @@ def test_settings_of_the_run_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(recovery._Trainer, "train", lambda self: seen.append(self.args))
     model = adapted()
-    note = {"training": {"learning_rate": 3e-3, "batch_size": 4, "weight_decay": 0.1, "max_grad_norm": 0.5}}
+    note = {
+        "training": {"learning_rate": 3e-3, "batch_size": 4, "weight_decay": 0.1, "max_grad_norm": 0.5, "gradient_accumulation": 2}
+    }
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7), note)
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7, learning_rate=1e-2, batch_size=2), note)
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7), {})
     recover(model, word_tokenizer(), features(model), Recovery("", steps=7), {"training": dict.fromkeys(note["training"])})
     told = [(one.learning_rate, one.per_device_train_batch_size, one.weight_decay, one.max_grad_norm) for one in seen]
+    assert [one.gradient_accumulation_steps for one in seen] == [2, 1, 1, 1]
     assert told == [(3e-3 / 4, 4, 0.1, 0.5), (1e-2, 2, 0.1, 0.5), (1e-4, 16, 0.0, 1.0), (1e-4, 16, 0.0, 1.0)]
+
+
+def test_the_random_state_is_as_it_was() -> None:
+    model = adapted(lora_dropout=0.5)
+    rows = features(model)
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    recover(model, word_tokenizer(), rows, Recovery("", steps=2), {})
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_a_loss_that_is_not_finite_is_said() -> None:

@@ -328,3 +328,16 @@ def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     (tmp_path / "more.work" / "state.json").write_text("{}")  # as compressing one adapter leaves it
     with pytest.raises(GatewiseError, match=r"more.work is in the way, and is not what an interrupted compression of several"):
         together(folder, tmp_path / "more", goal)
+
+
+def test_a_folder_at_the_root_has_a_name_too() -> None:
+    assert sharing._names(["/adapter", "/tmp/two", "/tmp/three/adapter"]) == ["adapter", "two", "three"]
+
+
+def test_what_was_measured_of_others_is_said_to_be_left(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "out.work" / "three"
+    other.mkdir(parents=True)
+    (other / "state.json").write_text("{}")
+    together(folder, tmp_path / "out", Goal(modules=6))
+    assert "out.work still has what an earlier command measured of three: remove it if it is not" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out.work").iterdir()) == ["three"]

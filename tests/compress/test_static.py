@@ -1,6 +1,7 @@
 """Routed adapters as plain LoRA: constant routers against the same outputs, choices against counts made by hand."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,8 +187,10 @@ def test_what_is_taken_is_what_the_rule_says(moving: tuple[Path, Path], tmp_path
     stored = load_file(tmp_path / "static" / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in stored.values()) == found.chosen.parameters
     assert found.quality["static"]["loss"] - found.quality["routed"]["loss"] == pytest.approx(found.loss.mean)
-    assert found.loss.low <= found.loss.mean <= found.loss.high
     assert found.loss.rows == 240 - 120
+    assert math.isnan(found.loss.high)  # too few rows to measure losses
+    assert found.right is not None
+    assert found.right.low <= found.right.mean <= found.right.high
     # The rows that measure, with the adapter as it lies there, loaded by itself.
     from gatewise.adapters.loading import load_with_data
     from gatewise.compress.quality import qualities, split
@@ -203,7 +206,9 @@ def test_what_is_taken_is_what_the_rule_says(moving: tuple[Path, Path], tmp_path
 
 def test_so_many_modules_and_no_more(moving: tuple[Path, Path], tmp_path: Path) -> None:
     adapter, data = moving
-    found = to_static(adapter, str(data), tmp_path / "static", modules=3, measure="loss")
+    found = to_static(adapter, str(data), tmp_path / "static", modules=3, measure="loss", rows=80)
+    assert found.loss.low <= found.loss.mean <= found.loss.high
+    assert found.loss.rows == 240 - 80
     assert len(read_config(tmp_path / "static")["target_modules"]) == 3
     assert all(one.modules == 3 for one in found.candidates)
 

@@ -18,11 +18,16 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from saved_models import IDS, adapter_of, bert_config, llama_config, saved, tiny_tokenizer
 from tiny_models import tiny_base
 from transformers import (
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
@@ -447,6 +452,38 @@ def test_load_model_refuses_damaged_pickled_and_unfitting_weights(llama: Path, t
     weights.write_bytes(b"not a tensor")
     with pytest.raises(GatewiseError, match=r"llama.model\.safetensors is damaged or cut short"):
         load_model(llama)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta"])
+def test_a_classifier_whose_pooler_is_in_no_file_is_refused(family: str, tmp_path: Path) -> None:
+    """PEFT saves the classifier with an adapter, and not what pools for it: the adapter would find another one each time."""
+    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if family == "bert":
+        saved(BertForMaskedLM(bert_config()), tmp_path / "base")
+    else:
+        saved(DebertaV2Model(DebertaV2Config(**small, pooler_hidden_size=16)), tmp_path / "base")
+    with pytest.raises(
+        GatewiseError, match=r"no weights for \S*pooler\.dense\.bias and 1 more, .*save a base model with them once"
+    ):
+        load_model(tmp_path / "base", task="classification", num_labels=3)
+    assert load_model(tmp_path / "base", task="classification", num_labels=3, brought=["pooler"]).config.num_labels == 3
+    load_model(tmp_path / "base", task="encoder")  # nobody reads its pooler
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    saved(whole, tmp_path / "whole")  # as the sentence says
+    for name in [key for key in whole.state_dict() if "pooler" in key]:
+        found = load_model(tmp_path / "whole", task="classification", num_labels=3).state_dict()[name]
+        assert torch.equal(found, whole.state_dict()[name])
+
+
+def test_an_adapter_that_brings_its_pooler_needs_none_of_the_base(tmp_path: Path) -> None:
+    base = saved(BertForMaskedLM(bert_config()), tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["pooler"])
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        wanted = adapted(IDS).logits
+        assert torch.allclose(load_adapter(tmp_path / "adapter")[0](IDS).logits, wanted, atol=1e-6)
 
 
 def test_classification_draws_only_the_classifier_afresh(llama: Path, tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ def test_a_csv_text_may_begin_with_a_blank_and_a_quote(write: Write) -> None:
 
 
 def test_sources_that_are_not_there(tmp_path: Path, write: Write) -> None:
+    with pytest.raises(GatewiseError, match="the data's name is empty: give a file, sample:NAME or a data set's name"):
+        load_records(" ")
     with pytest.raises(GatewiseError, match=r"nowhere\.jsonl: there is no such file"):
         load_records("nowhere.jsonl")
     with pytest.raises(GatewiseError, match="there is no such file"):

@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gatewise.checks import is_number
+from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 
@@ -528,11 +528,38 @@ def read_note(folder: str | Path) -> dict[str, Any]:
     """What a run noted beside its adapter: how it wrote prompts and labels, and more; empty for an adapter from elsewhere.
 
     Raises:
-        GatewiseError: the file is damaged.
+        GatewiseError: the file is damaged, or one of its values is of another kind than a run writes.
     """
     path = Path(folder) / NOTE_FILE
     advice = "restore it, or remove it and give --template-prompt and --labels where prompts are written"
-    return _object(path, advice) if path.is_file() else {}
+    note = _object(path, advice) if path.is_file() else {}
+    training = note.get("training")
+    for found, kinds in ((note, _IN_NOTE), (training if isinstance(training, dict) else {}, _IN_TRAINING)):
+        for key, (expected, fits) in kinds.items():
+            if (value := found.get(key)) is not None and not fits(value):
+                raise GatewiseError(f"{path}: {key} is {value!r}, expected {expected}: {advice}")
+    return note
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+# What of a note is read, in words and as a test. Null says nothing.
+_COUNT = ("a whole number of at least 1", lambda value: is_whole(value) and value >= 1)
+_NOT_NEGATIVE = ("a number of at least 0", lambda value: is_number(value) and 0 <= value < math.inf)
+_IN_NOTE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("task", "template", "dtype"), ("text", _text)),
+    **dict.fromkeys(("max_length", "max_new_tokens"), _COUNT),
+    "labels": ("a list of texts", lambda value: isinstance(value, list) and all(map(_text, value))),
+    "label_words": ("a text for each label", lambda value: isinstance(value, dict) and all(map(_text, value.values()))),
+    "training": ("an object", lambda value: isinstance(value, dict)),
+}
+_IN_TRAINING: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("batch_size", "gradient_accumulation"), _COUNT),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), _NOT_NEGATIVE),
+    "learning_rate": ("a number above 0", lambda value: is_number(value) and 0 < value < math.inf),
+}
 
 
 # ---------------------------------------------------------------- JSON

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,18 +78,37 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     note = read_note(adapter)
     if note.get("task") == "text2mdt":
         raise _points(adapter)
-    names, words = note.get("labels"), note.get("label_words")
     causal = (note.get("task") or _task_of(_peft_config(adapter), adapter)) == "causal"
+    base = options.base or (None if causal else _peft_config(adapter).base_model_name_or_path)
+    records, template = read_rows(str(adapter), data, options, note, causal, lambda: class_names(base) if base else None)
+    return records, template, int(note.get("max_length") or 512)
+
+
+def read_rows(
+    called: str, data: str, options: DataOptions, note: Mapping[str, Any], causal: bool, classes: Callable[[], list[str] | None]
+) -> tuple[Records, Template | None]:
+    """Rows for a model, with their labels in the order of its classes, and how prompts are written for it.
+
+    Args:
+        called: what the model is called in errors.
+        note: of its run; empty where there is none.
+        causal: it writes; otherwise it is a classifier.
+        classes: what the model itself calls its classes, in order; None where it does not say.
+
+    Raises:
+        GatewiseError: the data cannot be read, or labels and classes do not fit each other.
+    """
+    names, words = note.get("labels"), note.get("label_words")
     if options.labels:
         given, with_words = _labels(options.labels)
         same = names is not None and set(given) == set(names)  # in an order of one's own, perhaps, with the run's words
         if with_words and not causal:
-            raise GatewiseError(f"{adapter} is a classifier, which writes no words: give --labels without them")
+            raise GatewiseError(f"{called} is a classifier, which writes no words: give --labels without them")
         if causal or not same:  # of a run's classifier, which class is which does not change
             names, words = given, words if same and with_words is None else with_words
     records = load_like(data, names, split=options.split, limit=options.limit)
     if not causal and names is None and records.labels is not None:
-        records = replace(records, labels=_classes(adapter, options.base, records.labels))
+        records = replace(records, labels=_in_order(called, classes(), records.labels))
     if options.labels and records.labels is None:
         raise GatewiseError(f"{data} holds {records.kind} rows, which have no labels: leave --labels out")
     check_labels(records, "give --labels with all of them")
@@ -98,22 +117,20 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
         prompt = options.prompt or note.get("template") or default_template(records).prompt
         template = Template(prompt, words if records.labels is not None else None)
     elif options.prompt:
-        raise GatewiseError(f"{adapter} is a classifier, which reads the text itself: leave the prompt's template out")
-    return records, template, int(note.get("max_length") or 512)
+        raise GatewiseError(f"{called} is a classifier, which reads the text itself: leave the prompt's template out")
+    return records, template
 
 
-def _classes(adapter: Path, base: str | None, found: Sequence[str]) -> list[str]:
-    """The labels in the order of a classifier's classes, where its note does not say: as its base model calls them.
+def _in_order(called: str, known: list[str] | None, found: Sequence[str]) -> list[str]:
+    """The labels that rows have, in the order of a classifier's classes.
 
     Raises:
-        GatewiseError: that has other names, or none.
+        GatewiseError: they have other names, or none.
     """
-    name = base or _peft_config(adapter).base_model_name_or_path
-    known = class_names(name) if name else None
     if known is None or not set(found) <= set(known):
         told = f" (its base model calls them {', '.join(known)})" if known else ""
         raise GatewiseError(
-            f"{adapter} does not say which of its classes{told} is which of the labels {', '.join(found)}: give --labels with all "
+            f"{called} does not say which of its classes{told} is which of the labels {', '.join(found)}: give --labels with all "
             "of them, in the order of the classes"
         )
     return known
@@ -188,7 +205,8 @@ def load_adapter(
     place = pick_device(device)
     precision = torch.float32 if dtype == "auto" and task == "classification" else pick_dtype(dtype, place)
     try:
-        model = load_model(base_name, task=task, num_labels=num_labels, dtype=precision)
+        brought = getattr(config, "modules_to_save", None) or ()
+        model = load_model(base_name, task=task, num_labels=num_labels, dtype=precision, brought=brought)
         model = around(model) if around else model
         own_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(folder if own_tokenizer else base_name)
@@ -414,4 +432,6 @@ def _misfit(folder: Path, base: str, why: str) -> GatewiseError:
 
 def _why_not(error: Exception) -> str:
     first = _SIZE_MISMATCH.search(str(error))
+    if isinstance(error, KeyError):
+        return f"there is no {error.args[0] if error.args else 'such module'}"
     return "{} is {} in the adapter and {} in the base".format(*first.groups()) if first else reason_of(error)

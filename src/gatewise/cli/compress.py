@@ -1,6 +1,7 @@
 """The ``compress`` command: a finished adapter -> the smallest one that is as good on some data."""
 
 import json
+import math
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +16,7 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.checks import number_of
 from gatewise.cli.options import takes_data_options
 from gatewise.errors import GatewiseError
+from gatewise.files import finite
 from gatewise.flags import JsonOption
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ def compress(
         adapters[0], data[0], out, goal, options=options, recovery=recovery, measure=measure, score_rows=score_rows, **chosen  # type: ignore[arg-type]
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps({**asdict(result), "out": str(result.out)}))
+        typer.echo(json.dumps(finite({**asdict(result), "out": str(result.out)})))
         return
     Console().print(_table(result))
     for line in _lines(result):
@@ -132,7 +134,7 @@ def _show_shared(result: "Shared", as_json: bool) -> None:
     if as_json:
         told = {name: {**asdict(one), "out": str(one.out)} for name, one in result.adapters.items()}
         ends = {"before": asdict(result.before), "after": asdict(result.after)}
-        typer.echo(json.dumps({"out": str(result.out), "adapters": told, **ends}))
+        typer.echo(json.dumps(finite({"out": str(result.out), "adapters": told, **ends})))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("adapter", "parameters", "modules", "largest rank", "whole", "smaller", "worse by", "at most by"):
@@ -141,7 +143,7 @@ def _show_shared(result: "Shared", as_json: bool) -> None:
         gap, size = one.chosen.difference, one.chosen.size
         table.add_row(
             name, f"{size.parameters:,}", f"{size.modules:,}", f"{size.largest:,}", f"{abs(one.whole_quality):.4f}",
-            f"{abs(one.chosen.quality):.4f}", f"{gap.mean:.4f}", f"{gap.high:.4f}",
+            f"{abs(one.chosen.quality):.4f}", f"{gap.mean:.4f}", "" if math.isnan(gap.high) else f"{gap.high:.4f}",
         )  # fmt: skip
     Console().print(table)
     before, after = result.before, result.after
@@ -172,7 +174,7 @@ def _lines(result: "Compressed") -> list[str]:
     share = size.parameters / result.whole_size.parameters
     lines = [
         f"{share:.0%} of the parameters, {size.modules} of {result.whole_size.modules} modules{how}",
-        f"worse by {gap.mean:.4f} {unit}, at most by {gap.high:.4f} with 95% confidence ({gap.rows} rows)",
+        f"worse by {gap.mean:.4f} {unit}, {gap.at_most}{'' if math.isnan(gap.high) else ' with 95% confidence'} ({gap.rows} rows)",
     ]
     if result.seconds is not None:
         whole, smaller, none = (1000 * one for one in result.seconds)
@@ -184,5 +186,10 @@ def _lines(result: "Compressed") -> list[str]:
             )
     checks = [f"{name} {value:.1g}" for name, value in result.deviation.items()]
     lines.append(f"as measured: logits differ by {', '.join(checks)}")
+    if result.merges is False:
+        lines.append(
+            "do not merge it: "
+            + ("the model is another one then, as where embeddings are tied" if "merged" in result.deviation else "PEFT cannot")
+        )
     lines.append(f"written: {result.out}, with what engines need to know in serving.json")
     return lines

@@ -1,6 +1,7 @@
 """The ``export`` command: an adapter as plain LoRA, at its true ranks or, of a routed one, with the same gates for all prompts."""
 
 import json
+import math
 from dataclasses import asdict, fields
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 from gatewise.adapters.data_options import DataOptions
 from gatewise.cli.options import takes_data_options
 from gatewise.errors import GatewiseError
+from gatewise.files import finite
 from gatewise.flags import JsonOption
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ def export(
             measure=None if measure is None else measure.value, rows=ROWS if rows is None else rows,
         )  # fmt: skip
         if as_json:
-            typer.echo(json.dumps({**asdict(result), "out": str(result.out)}))
+            typer.echo(json.dumps(finite({**asdict(result), "out": str(result.out)})))
             return
         Console().print(_table(result))
         for line in _lines(result):
@@ -145,4 +147,5 @@ def _told(result: "Static", name: str) -> str:
 
 
 def _worse(gap: "Difference", unit: str) -> str:
-    return f"static is worse by {gap.mean:.4f} {unit}, {gap.low:.4f} to {gap.high:.4f} with 90% confidence ({gap.rows} rows)"
+    bounds = "too few rows to say between what" if math.isnan(gap.high) else f"{gap.low:.4f} to {gap.high:.4f} with 90% confidence"
+    return f"static is worse by {gap.mean:.4f} {unit}, {bounds} ({gap.rows} rows)"

@@ -22,7 +22,7 @@ from rich.console import Console
 from gatewise import __version__
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_note, read_tensors, weights_of
-from gatewise.adapters.loading import Loaded, load_with_data
+from gatewise.adapters.loading import Loaded, load_with_data, read_rows
 from gatewise.adapters.lora import active_adapter
 from gatewise.compress.goal import Compressed, Goal
 from gatewise.compress.order import DEFAULT, ORDERS
@@ -32,18 +32,18 @@ from gatewise.compress.search import Rows, Search, left_as_it_was, rows_for
 from gatewise.compress.work import Work, alone, beside, check_place, files_of, fingerprint_of, removed_if_refused
 from gatewise.compress.writing import written
 from gatewise.errors import GatewiseError
-from gatewise.losses import loss_kind
+from gatewise.losses import base_of, loss_kind
 from gatewise.models.cache import folder_of
+from gatewise.models.loading import names_in
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.tasks import Records, default_template
-from gatewise.tasks.records import load_like
 
 WITHIN = Goal()
 
 
 def compress(
     model_or_dir: PeftModel | str | Path,
-    data: str | Records,
+    data: str | Path | Records,
     out: str | Path,
     goal: Goal = WITHIN,
     *,
@@ -69,7 +69,7 @@ def compress(
         out: the folder to write, new or empty. Beside it lies OUT.work while this runs: what was measured, so that the same call
             goes on after an interruption. Not for a model in memory.
         goal: what the smaller adapter is to be.
-        options: how to read the data, and where the model runs.
+        options: how to read the data, and where the model runs; of a model in memory, how to read a file.
         recovery: rows to train on after ranks are gone. Without them nothing is trained but one number a rank.
         order: how ranks are valued, see ``rank_values``.
         measure: "right" answers, or "loss"; None for right answers where there are some.
@@ -99,8 +99,8 @@ def compress(
         work = Work(None) if source is None else Work(beside(out), fingerprint_with(settings, source, loaded, rows, note))
         name = active_adapter(loaded.model, adapter)
         with left_as_it_was(loaded.model, name):
-            dtype = torch.float32 if source is None else stored_dtype(source)
-            search = Search(loaded, name, rows, goal, recovery, refitted, order, seed, note, work, progress, dtype)
+            formats = stored_formats(source) if source is not None else (torch.float32, {})
+            search = Search(loaded, name, rows, goal, recovery, refitted, order, seed, note, work, progress, *formats)
             with removed_if_refused([work]):
                 search.prepare()
                 chosen = search.of_size() if goal.has_target else search.smallest(looks)
@@ -121,13 +121,14 @@ def check_settings(order: str, measure: str | None, score_rows: int, looks: int)
 
 def _loaded(
     model_or_dir: PeftModel | str | Path,
-    data: str | Records,
+    data: str | Path | Records,
     options: DataOptions,
     tokenizer: Any,
     template: Any,
     trainable: bool,
     progress: ConsoleProgress,
 ) -> tuple[Loaded, Mapping[str, Any]]:
+    data = str(data) if isinstance(data, Path) else data
     if not isinstance(model_or_dir, PeftModel):
         if not isinstance(data, str):
             raise GatewiseError(
@@ -136,10 +137,22 @@ def _loaded(
         return load_with_data(model_or_dir, data, options, trainable=trainable, say=progress.say), read_note(model_or_dir)
     if tokenizer is None:
         raise GatewiseError("a model in memory was given without its tokenizer: pass tokenizer=")
-    records = data if isinstance(data, Records) else load_like(data, None, split=options.split, limit=options.limit)
-    if template is None and loss_kind(model_or_dir) != "rows":  # a classifier reads the text itself
-        template = default_template(records)
-    return Loaded(model_or_dir, tokenizer, "", records, template, 512), {}
+    kind = loss_kind(model_or_dir)
+    if kind not in ("causal", "rows"):
+        named = type(base_of(model_or_dir)).__name__
+        raise GatewiseError(f"{named} neither writes token by token nor sorts rows into classes: only such models are made smaller")
+    if options.base is not None or options.device != "auto":
+        raise GatewiseError("options name a base model or a device, but the model is in memory: leave them out")
+    if isinstance(data, Records):
+        if options != DataOptions():
+            raise GatewiseError("options say how to read a file, but data is Records, which are read already: leave them out")
+        records, own = data, default_template(data) if kind == "causal" else None
+    else:
+        names = names_in(base_of(model_or_dir).config)
+        records, own = read_rows("the model in memory", data, options, {}, kind == "causal", lambda: names)
+    if template is not None and (kind == "rows" or options.prompt is not None):
+        raise GatewiseError("a template was given to a classifier, which reads the text itself, or beside the prompt of options")
+    return Loaded(model_or_dir, tokenizer, "", records, template or own, 512), {}
 
 
 def fingerprint_with(settings: Mapping[str, Any], source: Path, loaded: Loaded, rows: Rows, note: Mapping[str, Any]) -> str:
@@ -157,7 +170,9 @@ def fingerprint_with(settings: Mapping[str, Any], source: Path, loaded: Loaded, 
     return fingerprint_of({**settings, **read}, source)
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The number format of an adapter's factors on disk."""
+def stored_formats(folder: Path) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+    """The number format of an adapter's factors on disk, and of its other tensors there by name."""
     tensors, _ = read_tensors(weights_of(folder))
-    return next((tensor.dtype for name, tensor in tensors.items() if ".lora_" in name), torch.float32)
+    formats = {name: tensor.dtype for name, tensor in tensors.items()}
+    factors = next((dtype for name, dtype in formats.items() if ".lora_" in name), torch.float32)
+    return factors, {name: dtype for name, dtype in formats.items() if ".lora_" not in name}

@@ -102,6 +102,7 @@ class Compressed:
         measure: "right" or "loss"; order, goal, rows: how it was searched, and the rows that measured.
         seconds: of a step with the whole adapter, the smaller one, and none, where time was measured.
         deviation: the largest difference of logits between the adapter as measured and as written: "loaded" again, and "merged".
+        merges: whether it is the same model when it is merged into its base; None where that was not tried (a model in memory).
     """
 
     out: Path
@@ -116,3 +117,4 @@ class Compressed:
     rows: int
     seconds: tuple[float, float, float] | None = None
     deviation: Mapping[str, float] = field(default_factory=dict)
+    merges: bool | None = None

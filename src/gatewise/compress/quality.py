@@ -71,7 +71,8 @@ class Difference:
 
     Attributes:
         mean: the mean over rows of the whole one's quality less the smaller one's; below zero where the smaller one is better.
-        low, high: it is at most ``high`` with a confidence of 95%, and at least ``low`` with one of 95%.
+        low, high: it is at most ``high`` with a confidence of 95%, and at least ``low`` with one of 95%. NaN where there are too
+            few rows for a bound, see ``least_rows``.
         rows: how many were compared.
     """
 
@@ -84,10 +85,16 @@ class Difference:
         """Whether the smaller adapter is worse by at most the tolerance, with a confidence of 95%."""
         return self.high <= tolerance
 
+    @property
+    def at_most(self) -> str:
+        """The upper bound in words."""
+        return "too few rows to say at most how much" if math.isnan(self.high) else f"at most by {self.high:.4f}"
+
 
 def difference(whole: Tensor, smaller: Tensor, measure: Measure = "right", seed: int = 0) -> Difference:
-    """Compares two adapters by their qualities (n,) on the same rows: ``differences`` of one."""
-    return differences(whole, [smaller], measure, seed)[0]
+    """Compares two adapters by their qualities (n,) on the same rows: ``differences`` of one; bounds need ``least_rows``."""
+    found = differences(whole, [smaller], measure, seed)[0]
+    return found if len(whole) >= least_rows(measure) else replace(found, low=math.nan, high=math.nan)
 
 
 def differences(whole: Tensor, smaller: Sequence[Tensor], measure: Measure = "right", seed: int = 0) -> list[Difference]:
@@ -133,13 +140,18 @@ def rows_needed(tolerance: float) -> int:
     return math.ceil(3 / tolerance)
 
 
+def least_rows(measure: Measure) -> int:
+    """The rows without which nothing can be said with 95% confidence, see ``LEAST_ROWS``."""
+    return LEAST_ROWS if measure == "loss" else _LEAST_ANSWERS
+
+
 def check_rows(records: Records, measure: Measure, tolerance: float) -> None:
     """Refuses rows that can show nothing, before long work: see ``rows_needed``, and ``LEAST_ROWS`` for losses.
 
     Raises:
         GatewiseError: too few rows.
     """
-    floor = LEAST_ROWS if measure == "loss" else _LEAST_ANSWERS
+    floor = least_rows(measure)
     needed = floor if measure == "loss" else max(floor, rows_needed(tolerance))
     if len(records) < needed:
         answers = "losses" if measure == "loss" else "right answers"

@@ -16,6 +16,7 @@ from gatewise.allocation.slots import by_slot, factors, set_slots
 from gatewise.errors import GatewiseError
 from gatewise.internals.trainer_device import run_on
 from gatewise.losses import Batch, scored
+from gatewise.models.device import random_state_kept
 from gatewise.tasks import PadCollator
 
 RATE_OF_RUN = 0.25
@@ -30,7 +31,7 @@ class Recovery:
         data: rows to train on, as ``gatewise eval --data`` takes them.
         steps: optimiser steps, with a learning rate that falls to zero.
         learning_rate: None for a quarter of that of the run that made the adapter, or 1e-4 where it does not say.
-        batch_size: None for the run's, or 16.
+        batch_size: rows of a step; None for the run's, whose gradients may be of several batches, or 16.
         split: of ``data`` where that is a Hugging Face dataset, such as "train".
     """
 
@@ -102,11 +103,12 @@ def recover(
     """
     run = {name: value for name, value in (note.get("training") or {}).items() if value is not None}
     device = next(model.parameters()).device
-    with tempfile.TemporaryDirectory() as folder:
+    with random_state_kept(device), tempfile.TemporaryDirectory() as folder:  # the trainer seeds all of it
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=recovery.steps,
             per_device_train_batch_size=recovery.batch_size or int(run.get("batch_size", 16)),
+            gradient_accumulation_steps=1 if recovery.batch_size else int(run.get("gradient_accumulation", 1)),
             learning_rate=recovery.learning_rate or RATE_OF_RUN * float(run.get("learning_rate", 1e-4 / RATE_OF_RUN)),
             weight_decay=float(run.get("weight_decay", 0.0)),
             max_grad_norm=float(run.get("max_grad_norm", 1.0)),

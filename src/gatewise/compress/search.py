@@ -224,6 +224,9 @@ class Search:
     work: Work
     progress: ConsoleProgress
     dtype: torch.dtype = torch.float32  # of the adapter's file, in which the smaller one is written too
+    formats: Mapping[str, torch.dtype] = field(
+        default_factory=dict
+    )  # of what else that file has, such as a head, by its name there
     shared: bool = False  # with other adapters
     candidates: list[Candidate] = field(default_factory=list)
     candidate_rows: list[Tensor] = field(default_factory=list)  # what was measured of each
@@ -343,7 +346,10 @@ class Search:
                     max_length=loaded.max_length, progress=count,
                 )  # fmt: skip
             if not bool(torch.isfinite(held).all()):
-                raise GatewiseError(f"the loss on {self.rows.held_out.source} is not finite: train with a lower learning rate")
+                raise GatewiseError(
+                    f"the loss on {self.rows.held_out.source} is not finite: look for numbers that are not in the adapter and its "
+                    "base model, or measure on other data"
+                )
             self.work.keep_rows(key, held)
         return held
 
@@ -419,8 +425,8 @@ class Search:
             self.weights = (tried, _copied(self.loaded.model, self.name))
         judged = "" if self.goal.has_target else "; within the tolerance" if holds else "; not within the tolerance"
         self.progress.say(
-            f"{what}: worse by {tried.difference.mean:.4f}, at most by {tried.difference.high:.4f}"
-            f"{' after recovery' if tried.recovered else ''}{judged}"
+            f"{what}{' after recovery' if tried.recovered else ''}: worse by {tried.difference.mean:.4f}, "
+            f"{tried.difference.at_most}{judged}"
         )
         return tried
 
@@ -448,11 +454,12 @@ class Search:
 
     def _round(self) -> None:
         """To the numbers that the file will hold, so that what is measured is what is written."""
-        if self.dtype != torch.float32:
-            with torch.no_grad():
-                for key, value in _own(self.loaded.model, self.name).items():
-                    if ".lora_" in key:  # a head has a format of its own in the file
-                        value.copy_(value.to(self.dtype))
+        with torch.no_grad():
+            for key, value in _own(self.loaded.model, self.name).items():
+                stored = re.sub(rf"(\.modules_to_save)?\.{re.escape(self.name)}(?=\.|$)", "", key, count=1)
+                dtype = self.dtype if ".lora_" in key else self.formats.get(stored, torch.float32)
+                if dtype != value.dtype:
+                    value.copy_(value.to(dtype))
 
     def _recover(self, at: int) -> bool:
         """Trains what is left after ``at`` steps; whether that lowers the loss on the rows that valued ranks.

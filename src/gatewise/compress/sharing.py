@@ -20,14 +20,14 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config, read_note, read_tensors, weights_of
 from gatewise.adapters.loading import Loaded, base_weights_in, check_base_weights, load_beside, load_with_data, read_data
 from gatewise.allocation.slots import lora_layers
-from gatewise.compress.compressing import check_settings, fingerprint_with, stored_dtype
+from gatewise.compress.compressing import check_settings, fingerprint_with, stored_formats
 from gatewise.compress.goal import Compressed, Goal, Size
 from gatewise.compress.order import DEFAULT, Cost, Move, moves, stays_whole
 from gatewise.compress.quality import Measure
 from gatewise.compress.search import Search, furthest, rows_for
 from gatewise.compress.work import STATE_FILE, Work, alone, beside, check_place, removed_if_refused
 from gatewise.compress.writing import written
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, some
 from gatewise.files import whole_folder, write_json
 from gatewise.losses import base_of, loss_kind
 from gatewise.models.loading import Task, load_model
@@ -133,6 +133,10 @@ def compress_shared(
             write_json(part / SERVING_FILE, settings_together(settings))
         for search in searches:
             search.work.remove()
+        if others := sorted(path.parent.name for path in beside(out).glob(f"*/{STATE_FILE}")):
+            progress.say(
+                f"{beside(out)} still has what an earlier command measured of {some(others)}: remove it if it is not wanted"
+            )
     return Shared(Path(out), found, before, after)
 
 
@@ -205,7 +209,7 @@ def _nothing_holds(names: Sequence[str], searches: Sequence[Search], tolerance: 
 def _names(adapters: Sequence[str | Path]) -> list[str]:
     """A name for each adapter: its folder's, or where that is taken or just "adapter", with the folder's above."""
     paths = [Path(one).resolve() for one in adapters]
-    names = [path.parent.name if path.name == "adapter" else path.name for path in paths]
+    names = [(path.parent.name if path.name == "adapter" else "") or path.name for path in paths]
     for at, name in enumerate(names):
         if names.count(name) > 1:
             names[at] = f"{paths[at].parent.name}-{name}"
@@ -270,7 +274,7 @@ def _searches(
             note,
             Work(work / name, fingerprint_with(settings, folder, loaded, rows, note)),
             progress,
-            stored_dtype(folder),
+            *stored_formats(folder),
             shared=True,
         )
         with removed_if_refused([search.work]):

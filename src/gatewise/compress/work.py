@@ -95,6 +95,10 @@ def alone(out: str | Path) -> Iterator[None]:
         except NotImplementedError:  # a file system without locks
             yield
             return
+        except OSError as error:
+            raise GatewiseError(
+                f"{path} cannot be made ({error.strerror or error}): give a shorter --out, or one in another folder"
+            ) from error
         held = locked_file_is_at(lock, path)
         if not held:
             lock.release()
@@ -123,6 +127,8 @@ class Work:
         self._weights: dict[int, dict[str, Tensor]] = {}
         if folder is None or not folder.exists():
             return
+        if folder.is_dir() and all(path.name.startswith(f".{STATE_FILE}.") for path in folder.iterdir()):
+            return  # of a run that was killed before anything was kept
         try:
             found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             if found["format"] != _FORMAT or not isinstance(found["rows"], dict) or "order" not in found:
@@ -165,7 +171,10 @@ class Work:
         if self.folder is None:
             return self._weights.get(at)
         path = self._weights_file(at)
-        return read_tensors(path)[0] if path.is_file() else None
+        try:
+            return read_tensors(path)[0] if path.is_file() else None
+        except GatewiseError as error:
+            raise GatewiseError(f"{error}; as it is of an interrupted compression, remove {self.folder} and start again") from error
 
     def keep_weights(self, at: int, weights: dict[str, Tensor]) -> None:
         """Keeps what ``weights`` gives."""

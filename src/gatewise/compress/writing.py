@@ -1,5 +1,6 @@
 """What a compression writes: plain LoRA, what engines must be told of it, and a report."""
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from gatewise.adapters.export import copy_tokenizer, to_lora
-from gatewise.adapters.files import ALLOCATION_FILE, NOTE_FILE, WEIGHTS_FILE, read_lora, read_tensors
+from gatewise.adapters.files import ALLOCATION_FILE, CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, read_config, read_lora, read_tensors
 from gatewise.compress.goal import Candidate, Compressed
 from gatewise.compress.search import Search
 from gatewise.compress.timing import seconds_a_step
@@ -50,13 +51,15 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None, u
         if source is not None:
             _as_in(source, part, search.dtype)
             copy_tokenizer(source, part)
+            _named_as_in(source, part)
             if search.note:
                 write_json(part / NOTE_FILE, search.note)
-        deviation, seconds = _compared(search, part, source is not None, used_on)
+        deviation, seconds, merges = _compared(search, part, source is not None, used_on)
         result = Compressed(
             out=out, chosen=chosen, whole_size=search.whole_size, whole_quality=float(search.whole_rows.mean()),
             base_quality=float(search.base_rows.mean()), candidates=tuple(search.candidates), measure=search.rows.measure,
             order=search.order, goal=search.goal, rows=len(search.rows.held_out), seconds=seconds, deviation=deviation,
+            merges=merges,
         )  # fmt: skip
         write_json(part / SERVING_FILE, serving_settings(read_lora(part), model_type_of(model)))
         write_json(part / REPORT_FILE, {"format": 1, **finite({**asdict(replace(result, out=Path())), "out": None})})
@@ -88,6 +91,18 @@ def _as_in(source: Path, part: Path, dtype: torch.dtype) -> None:
     save_file(cast, part / WEIGHTS_FILE, metadata=metadata)
 
 
+def _named_as_in(source: Path, part: Path) -> None:
+    """Has the configuration name the base model that the whole adapter names, and each module that is trained whole once.
+
+    PEFT puts in the place that the base model was loaded from here, and adds a classifier's head each time it loads one.
+    """
+    config = read_config(part)
+    config["base_model_name_or_path"] = read_config(source).get("base_model_name_or_path") or config["base_model_name_or_path"]
+    if config.get("modules_to_save"):
+        config["modules_to_save"] = list(dict.fromkeys(config["modules_to_save"]))
+    write_json(part / CONFIG_FILE, config)
+
+
 @contextmanager
 def _base_put_back(model: Any) -> Iterator[None]:
     """Puts back the base weights under an adapter exactly: merging and taking out again rounds them, in half precision by much."""
@@ -104,7 +119,7 @@ def _base_put_back(model: Any) -> Iterator[None]:
 
 def _compared(
     search: Search, folder: Path, merge: bool, used_on: bool
-) -> tuple[dict[str, float], tuple[float, float, float] | None]:
+) -> tuple[dict[str, float], tuple[float, float, float] | None, bool | None]:
     """Loads what was written beside the adapter that was measured.
 
     Args:
@@ -112,8 +127,8 @@ def _compared(
         used_on: the model is used on, so that its base weights have to be put back after merging. That takes their memory twice.
 
     Returns:
-        The largest difference of logits on a few rows; and where time counts, the seconds of a step with the whole adapter, with
-        what was written, and with none.
+        The largest difference of logits on a few rows; where time counts, the seconds of a step with the whole adapter, with what
+        was written, and with none; and whether merging leaves the model as it is.
 
     Raises:
         GatewiseError: what was written is another function.
@@ -137,7 +152,8 @@ def _compared(
                 )
             model.set_adapter(_CHECK)
             found["loaded"] = deviation()
-            if not found["loaded"] <= _BOUND * max(1.0, float(wanted.abs().max())):
+            bound = _BOUND * max(1.0, float(wanted.abs().max()))
+            if not found["loaded"] <= bound:
                 raise GatewiseError(
                     f"the adapter as written gives logits that differ by {found['loaded']:.3g} from those of the one that was "
                     "measured, so nothing was written: please report this, with the adapter's adapter_config.json"
@@ -162,4 +178,4 @@ def _compared(
             model.set_adapter(name)
             if _CHECK in model.peft_config:
                 model.delete_adapter(_CHECK)
-    return found, seconds
+    return found, seconds, found.get("merged", math.inf) <= bound if merge else None

@@ -1,5 +1,6 @@
 """Loads base models and tokenizers by the name that a user gives. What is wrong with them is said in one sentence."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ _AUTO: dict[str, Any] = {
     "encoder": AutoModel,
 }
 
+_HEADS = ("classifier", "score")  # how PEFT knows what it saves of every classifier, see PeftModelForSequenceClassification
+
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, padding on the right; without a pad token of its own it pads with end-of-text.
@@ -66,6 +69,7 @@ def load_model(
     num_labels: int | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    brought: Collection[str] = (),
 ) -> PreTrainedModel:
     """A base model in evaluation mode.
 
@@ -74,7 +78,8 @@ def load_model(
 
     An embedded model keeps its name (`model.name_or_path`), which PEFT then writes into adapters, so that they name a
     base that can be found on any machine. With task "classification" a classifier of `num_labels` outputs is drawn
-    afresh unless the model has one of that size. With task "encoder" it comes without a head.
+    afresh unless the model has one of that size; other weights may only be missing in modules that are `brought`: an adapter
+    has them as a whole (PEFT's `modules_to_save`). With task "encoder" it comes without a head.
 
     Raises GatewiseError when the model is not to be found, is damaged, has no safetensors, or is not made for the task.
     """
@@ -109,11 +114,17 @@ def load_model(
     except Exception as error:  # hub, configuration and weights each raise their own kinds
         raise _not_loaded("model", name_or_path, source, error) from error
     fresh = [*notes["missing_keys"], *(key for key, *_ in notes["mismatched_keys"])]
-    if task == "classification":
-        prefix = f"{model.base_model_prefix}."
-        fresh = [key for key in fresh if key.startswith(prefix)]
-    if task != "causal":  # nobody reads what an encoder pools
+    if task == "encoder":  # nobody reads what it pools
         fresh = [key for key in fresh if "pooler" not in key]
+    if task == "classification":  # its pooler is read, and may be in no file: PEFT saves what has one of these names
+        fresh = [key for key in fresh if not any(part.endswith((*_HEADS, *brought)) for part in key.split("."))]
+        if fresh and not any(key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key for key in fresh):
+            raise GatewiseError(
+                f"{str(name_or_path)!r} has no weights for {some(sorted(fresh), 1)}, which its classifier reads and PEFT does "
+                "not save with an adapter, so that they would be random each time: save a base model with them once "
+                "(AutoModelForSequenceClassification.from_pretrained(NAME).save_pretrained(FOLDER), and the tokenizer too) and "
+                "give that folder"
+            )
     if fresh:
         raise GatewiseError(
             f"{str(name_or_path)!r} cannot serve as a {task} model: its files have no fitting weights for "
@@ -142,6 +153,11 @@ def class_names(name_or_path: str | Path) -> list[str] | None:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise _not_loaded("model", name_or_path, source, error) from error
+    return names_in(config)
+
+
+def names_in(config: Any) -> list[str] | None:
+    """What a Transformers configuration calls the classes of a classifier, in order; None where it only counts them."""
     names = [str(config.id2label[at]) for at in sorted(config.id2label)]
     return None if names == [f"LABEL_{at}" for at in range(len(names))] else names
 

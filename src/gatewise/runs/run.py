@@ -337,7 +337,9 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None,
             "label_words": template.labels if template else None,
             "max_length": max_length,
             "max_new_tokens": data.max_new_tokens,
-            "training": recipe.training.model_dump(include={"learning_rate", "batch_size", "weight_decay", "max_grad_norm"}),
+            "training": recipe.training.model_dump(
+                include={"learning_rate", "batch_size", "weight_decay", "max_grad_norm", "gradient_accumulation"}
+            ),
         },
         held_out=held_out,
         fresh_base=fresh_base,

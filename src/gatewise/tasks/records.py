@@ -115,6 +115,8 @@ def load_records(
         GatewiseError: the source cannot be read, or a row is not what its kind needs: names the file, line and field.
     """
     name = str(source)
+    if not name.strip():  # an unset variable of a shell
+        raise GatewiseError("the data's name is empty: give a file, sample:NAME or a data set's name")
     if limit is not None and limit < 1:
         raise GatewiseError(f"limit is {limit}: expected a whole number of rows, at least 1")
     if labels is not None and (len(set(labels)) < len(labels) or not labels):
