@@ -280,6 +280,18 @@ KEYS = ("model", "task", "seed", "order", "unit", "fraction", "stage")
 
 
 WHOLE = ("whole", "parameters", 1, "as it is")
+TRAINED_ON = ("whole", "parameters", 1, "recovered")
+QUARTER, THIRD = ("path_moments", "parameters", 0.25), ("path_moments", "modules", 0.3333)
+SMALL_LORA = ("small LoRA", "parameters", 0.25, "trained")
+# What is compared with the same steps, the second less the first.
+SAME_STEPS = {
+    "1/4 of the parameters, recovered, less the whole one with the same steps": (TRAINED_ON, (*QUARTER, "recovered")),
+    "1/3 of the modules, recovered, less the whole one with the same steps": (TRAINED_ON, (*THIRD, "recovered")),
+    "small LoRA less the whole one with the same steps": (TRAINED_ON, SMALL_LORA),
+    "small LoRA less 1/4 of the parameters, recovered": ((*QUARTER, "recovered"), SMALL_LORA),
+    "small LoRA less 1/4 of the parameters, as it is": ((*QUARTER, "as it is"), SMALL_LORA),
+    "1/3 of the modules, recovered, path_moments less random": (("random", *THIRD[1:], "recovered"), (*THIRD, "recovered")),
+}
 
 
 def by_cell(rows: list[dict[str, Any]], model: str) -> dict[tuple[Any, ...], dict[tuple[str, int], dict[str, Any]]]:
@@ -302,12 +314,15 @@ def by_cell(rows: list[dict[str, Any]], model: str) -> dict[tuple[Any, ...], dic
 
 
 def gaps(
-    cells: Mapping[tuple[Any, ...], Mapping[tuple[str, int], dict[str, Any]]], cell: tuple[Any, ...], measure: str
+    cells: Mapping[tuple[Any, ...], Mapping[tuple[str, int], dict[str, Any]]],
+    cell: tuple[Any, ...],
+    measure: str,
+    other: tuple[Any, ...] = WHOLE,
 ) -> dict[tuple[str, int], float]:
-    """(task, seed) -> what a cell has more than the whole adapter: points of accuracy, or nats."""
-    whole = cells.get(WHOLE, {})
+    """(task, seed) -> what a cell has more than another, the whole adapter: points of accuracy, or nats."""
+    less = cells.get(other, {})
     factor = 100 if measure == "accuracy" else 1
-    return {at: factor * (row[measure] - whole[at][measure]) for at, row in cells[cell].items() if at in whole}
+    return {at: factor * (row[measure] - less[at][measure]) for at, row in cells.get(cell, {}).items() if at in less}
 
 
 def interval(values: Mapping[tuple[str, int], float]) -> str:
@@ -349,13 +364,47 @@ def report(rows: list[dict[str, Any]]) -> None:
                 told = []
                 for stage in ("as it is", "refitted", "recovered", FAST, "trained"):
                     cell = ("small LoRA" if stage == "trained" else "path_moments", unit, fraction, stage)
-                    points = (
-                        {at: gap for at, gap in gaps(cells, cell, "accuracy").items() if at[0] == task} if cell in cells else {}
-                    )
+                    points = {at: gap for at, gap in gaps(cells, cell, "accuracy").items() if at[0] == task}
                     if points:
                         told.append(f"{stage} {interval(points)} n={len(points)}")
                 if whole:
                     print(f"  {task:9s} {statistics.mean(whole):.1f}   {'   '.join(told)}")
+        _compared(rows, cells, model)
+
+
+def _compared(rows: list[dict[str, Any]], cells: dict[tuple[Any, ...], dict[tuple[str, int], dict[str, Any]]], model: str) -> None:
+    """What is compared with something else than the whole adapter as it is."""
+    print(f"\n{model}, with the same steps")
+    for name, (other, cell) in SAME_STEPS.items():
+        if points := gaps(cells, cell, "accuracy", other):
+            later = {at: gap for at, gap in points.items() if at[1]}  # the first seed chose the small LoRA's rate
+            print(f"  {name}: {interval(points)} n={len(points)}; without the first seed {interval(later)}")
+            by_task = {task: {at: gap for at, gap in points.items() if at[0] == task} for task in TASKS}
+            print("    " + "   ".join(f"{task} {interval(own)}" for task, own in by_task.items() if own))
+    later = {at: gap for at, gap in gaps(cells, SMALL_LORA, "accuracy").items() if at[1]}
+    print(f"  small LoRA less the whole one as it is, without the first seed: {interval(later)} n={len(later)}")
+    print(f"\n{model}, small LoRA in the first seed by its learning rate, less the whole one as it is; that one's rate first")
+    at_own: list[float] = []
+    for task in TASKS:
+        tried = {
+            one["learning_rate"]: 100 * (one["accuracy"] - cells[WHOLE][task, 0]["accuracy"])
+            for one in rows
+            if (one["model"], one["stage"], one["task"], one["seed"]) == (model, "trained", task, 0)
+        }
+        if tried:
+            print(f"  {task:9s} " + "   ".join(f"{rate:g}: {gap:+.1f}" for rate, gap in sorted(tried.items())))
+            at_own.extend(gap for rate, gap in tried.items() if rate == SETTINGS[model]["learning_rate"])
+    if at_own:
+        print(f"  mean at the whole one's rate: {statistics.mean(at_own):+.1f}")
+    print(f"\n{model}, path_moments less another order, on the pairs of both")
+    for stage in ("as it is", "refitted"):
+        for order in ("singular", "activation", "path_integral", "random"):
+            told = []
+            for _, unit, fraction, _ in sorted(cell for cell in cells if cell[0] == order and cell[3] == stage):
+                if points := gaps(cells, ("path_moments", unit, fraction, stage), "accuracy", (order, unit, fraction, stage)):
+                    told.append(f"{fraction:.3g} of the {unit} {interval(points)} n={len(points)}")
+            if told:
+                print(f"  {stage}, less {order}: {'   '.join(told)}")
 
 
 def table(rows: list[dict[str, Any]], model: str) -> None:
@@ -368,7 +417,10 @@ def table(rows: list[dict[str, Any]], model: str) -> None:
         told, pairs = [], 0
         for unit, fraction in sizes:
             cell = (order, unit, round(fraction, 4), "as it is")
-            points = gaps(cells, cell, "accuracy") if cell in cells else {}
+            points = gaps(cells, cell, "accuracy")
+            # One share of the squares for all keeps a rank in each module, and is no smaller than that.
+            if any(row[unit] > 1.2 * fraction * cells[WHOLE][at][unit] for at, row in cells.get(cell, {}).items() if at in points):
+                points = {}
             told.append(f"{round(statistics.mean(points.values()), 1) + 0.0:.1f}" if points else "")
             pairs = max(pairs, len(points))
         print(f"| `{order}` | " + " | ".join(told) + f" | {pairs} |")
