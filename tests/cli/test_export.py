@@ -43,7 +43,10 @@ def test_it_says_what_moved_what_is_left_and_what_is_lost(export: Export, saved:
     modal, gap = report["choice"]["modal"].values(), report["loss"]
     assert f"routing: {sum(modal) / 2:.0%} of 25 prompts make the choice that most of them make" in result.stdout
     assert f"left: {report['chosen']['modules']} of 14 modules, of which a prompt kept 4; " in result.stdout
-    interval = f"{gap['mean']:.4f} nats a token, {gap['low']:.4f} to {gap['high']:.4f} with 90% confidence (25 rows)"
+    assert f"static is worse by {gap['mean']:.4f} nats a token, too few rows to say between what (25 rows)" in result.stdout
+    assert (gap["low"], gap["high"]) == (None, None)
+    gap = report["right"]
+    interval = f"{gap['mean']:.4f} of the answers, {gap['low']:.4f} to {gap['high']:.4f} with 90% confidence (25 rows)"
     assert f"static is worse by {interval}" in result.stdout
     assert "right answers: routed " in result.stdout
     assert "written: out, with what engines need to know in serving.json" in result.stdout

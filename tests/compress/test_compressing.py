@@ -919,6 +919,14 @@ def test_classes_of_a_classifier_in_memory_are_those_of_its_configuration(labels
     found = compress(model, rows, tmp_path / "other", Goal(modules=3), tokenizer=tokenizer, **settings)
     assert found.whole_quality == wanted.whole_quality
     assert found.candidates == wanted.candidates
+    if labels is None:
+        settings.pop("options")
+        read = load_records(rows)
+        assert read.labels == ["bad", "good"]
+        again = compress(model, read, tmp_path / "records", Goal(modules=3), tokenizer=tokenizer, **settings)
+        assert again.whole_quality == wanted.whole_quality
+        with pytest.raises(GatewiseError, match="a template was given for a classifier"):
+            compress(model, read, tmp_path / "more", Goal(modules=3), tokenizer=tokenizer, template=Template("{text}"), **settings)
     model.get_base_model().config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
     if labels is None:
         with pytest.raises(GatewiseError, match="the model in memory does not say which of its classes is which of the labels"):
@@ -939,7 +947,8 @@ def test_options_say_how_a_file_is_read_for_a_model_in_memory(tmp_path: Path) ->
         (str(rows), {"options": DataOptions(base="other")}, "options name a base model or a device"),
         (str(rows), {"options": DataOptions(device="cpu")}, "options name a base model or a device"),
         (load_records(rows), {"options": DataOptions(limit=30)}, "data is Records, which are read already"),
-        (str(rows), {"options": prompt, "template": template}, "or beside the prompt of options"),
+        (str(rows), {"options": prompt, "template": template}, "a prompt or words for labels in options"),
+        (str(rows), {"options": DataOptions(labels="bad=no,good=yes"), "template": template}, "a prompt or words for labels in"),
     ):
         with pytest.raises(GatewiseError, match=said):
             compress(model, data, tmp_path / "more", Goal(modules=3), **settings, **given)  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from tiny_run import byte_tokenizer, weights, write_adapter, write_base, write_recipe, write_rows
+from tiny_run import NAMED, SIZES, byte_tokenizer, weights, write_adapter, write_base, write_recipe, write_rows
+from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
 from gatewise.adapters.files import read_config, read_lora
@@ -341,3 +342,30 @@ def test_what_was_measured_of_others_is_said_to_be_left(folder: Path, tmp_path: 
     together(folder, tmp_path / "out", Goal(modules=6))
     assert "out.work still has what an earlier command measured of three: remove it if it is not" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out.work").iterdir()) == ["three"]
+
+
+def test_what_must_not_be_merged_is_said_of_each(folder: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", tie_word_embeddings=True)
+    given = {
+        "tied": write_adapter(tmp_path / "tied", base, target_modules=["embed_tokens", "q_proj"]),
+        "plain": write_adapter(tmp_path / "plain", base, target_modules=["q_proj", "v_proj"]),
+    }
+    rows = str(write_rows(tmp_path / "rows.jsonl", 40))
+    words = ["compress", *map(str, given.values()), "--shared", "--data", rows, "--modules", "4", "--measure", "loss"]
+    result = CliRunner().invoke(app, [*words, "--score-rows", "8", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "tied: do not merge it: the model is another one then" in result.stdout
+    assert "plain: do not merge" not in result.stdout
+    assert "too few rows to say at most how much worse: tied, plain" in result.stdout
+
+
+def test_a_pooler_that_adapters_bring_is_not_asked_of_the_base(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    BertForMaskedLM(BertConfig(**{**NAMED, **SIZES, "vocab_size": len(byte_tokenizer())})).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    given = [write_adapter(tmp_path / name, base, target_modules=["query"], modules_to_save=["pooler"]) for name in ("one", "two")]
+    model, _, _ = load_adapter(given[0])
+    model.save_pretrained(str(given[0]), save_embedding_layers=True)
+    rows = str(write_rows(tmp_path / "rows.jsonl", 40))
+    compress_shared(given, [rows], tmp_path / "out", Goal(modules=1), measure="loss", score_rows=8)
+    assert (tmp_path / "out" / "one").is_dir()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,10 +283,11 @@ def test_dora_is_scored_with_its_magnitudes_in_place(saved: Path, tmp_path: Path
 
 
 def test_scores_that_are_not_finite_are_refused_with_the_module(saved: Path, tmp_path: Path) -> None:
-    broken = write_adapter(tmp_path / "broken", saved / "base")
-    file = broken / "adapter_model.safetensors"
+    base = Path(shutil.copytree(saved / "base", tmp_path / "base"))
+    broken = write_adapter(tmp_path / "broken", base)
+    file = base / "model.safetensors"
     tensors = load_file(file)
-    tensors[f"base_model.model.{QUERY}.lora_B.weight"][0, 0] = math.nan
+    tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(GatewiseError, match=r"^the path_integral scores of model\.layers\.\S+ are not finite: "):
         score_adapter(broken, str(saved / "rows.jsonl"), score="path_integral")

@@ -30,6 +30,8 @@ from transformers import (
     DebertaV2Model,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from gatewise.errors import GatewiseError
@@ -475,15 +477,22 @@ def test_a_classifier_whose_pooler_is_in_no_file_is_refused(family: str, tmp_pat
         assert torch.equal(found, whole.state_dict()[name])
 
 
-def test_an_adapter_that_brings_its_pooler_needs_none_of_the_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pooler", "bert.pooler", "pooler.dense", "dense"])
+def test_an_adapter_that_brings_its_pooler_needs_none_of_the_base(name: str, tmp_path: Path) -> None:
     base = saved(BertForMaskedLM(bert_config()), tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(base)
-    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["pooler"])
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=[name])
     adapted = get_peft_model(model, config).eval()
     adapted.save_pretrained(str(tmp_path / "adapter"))
     with torch.no_grad():
         wanted = adapted(IDS).logits
         assert torch.allclose(load_adapter(tmp_path / "adapter")[0](IDS).logits, wanted, atol=1e-6)
+
+
+def test_a_classifier_whose_head_is_in_no_adapter_is_refused(tmp_path: Path) -> None:
+    saved(XLNetModel(XLNetConfig(vocab_size=32, d_model=16, d_inner=24, n_layer=1, n_head=2)), tmp_path / "base")
+    with pytest.raises(GatewiseError, match=r"becomes a classifier whose head PEFT does not save .*XLNetForSequenceClassification"):
+        load_model(tmp_path / "base", task="classification", num_labels=2)
 
 
 def test_classification_draws_only_the_classifier_afresh(llama: Path, tmp_path: Path) -> None:

@@ -87,10 +87,11 @@ def test_damaged_adapters_are_refused(folder: Path) -> None:
     with pytest.raises(GatewiseError, match="top_k is 9 for 7 experts"):
         read_routed(folder, D)
     rewrite(folder, top_k=2)
-    broken = {key: value * torch.nan if key.endswith("lora_router.weight") else value for key, value in weights.items()}
-    save_file(broken, folder / "adapter_model.safetensors")
-    with pytest.raises(GatewiseError, match=r"or is damaged \(the router of \S+ has numbers that are not finite\)"):
-        read_routed(folder, D)
+    for name in ("weight", "center"):
+        broken = {key: value * torch.nan if key.endswith(f"lora_router.{name}") else value for key, value in weights.items()}
+        save_file(broken, folder / "adapter_model.safetensors")
+        with pytest.raises(GatewiseError, match=r"or is damaged \(the router of \S+ has numbers that are not finite\)"):
+            read_routed(folder, D)
     save_file(
         {key: value for key, value in weights.items() if not key.endswith("lora_router.weight")},
         folder / "adapter_model.safetensors",

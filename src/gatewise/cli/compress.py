@@ -146,6 +146,11 @@ def _show_shared(result: "Shared", as_json: bool) -> None:
             f"{abs(one.chosen.quality):.4f}", f"{gap.mean:.4f}", "" if math.isnan(gap.high) else f"{gap.high:.4f}",
         )  # fmt: skip
     Console().print(table)
+    if few := [name for name, one in result.adapters.items() if math.isnan(one.chosen.difference.high)]:
+        typer.echo(f"too few rows to say at most how much worse: {', '.join(few)}")
+    for name, one in result.adapters.items():
+        if one.merges is False:
+            typer.echo(f"{name}: {_unmerged(one)}")
     before, after = result.before, result.after
     typer.echo(f"modules of any: {after.modules} of {before.modules}, largest rank {after.rank} of {before.rank}")
     typer.echo(f"numbers that an engine reserves: {after.numbers:,} of {before.numbers:,} ({after.numbers / before.numbers:.0%})")
@@ -165,6 +170,11 @@ def _table(result: "Compressed") -> Table:
     add("whole", result.whole_size, result.whole_quality)
     add("smaller", result.chosen.size, result.chosen.quality)
     return table
+
+
+def _unmerged(result: "Compressed") -> str:
+    why = "the model is another one then, as where embeddings are tied" if "merged" in result.deviation else "PEFT cannot"
+    return f"do not merge it: {why}"
 
 
 def _lines(result: "Compressed") -> list[str]:
@@ -187,9 +197,6 @@ def _lines(result: "Compressed") -> list[str]:
     checks = [f"{name} {value:.1g}" for name, value in result.deviation.items()]
     lines.append(f"as measured: logits differ by {', '.join(checks)}")
     if result.merges is False:
-        lines.append(
-            "do not merge it: "
-            + ("the model is another one then, as where embeddings are tied" if "merged" in result.deviation else "PEFT cannot")
-        )
+        lines.append(_unmerged(result))
     lines.append(f"written: {result.out}, with what engines need to know in serving.json")
     return lines

@@ -11,7 +11,7 @@ The idea is gatewise's own, not a paper's; the parts that are others' (the score
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +143,19 @@ def _loaded(
         raise GatewiseError(f"{named} neither writes token by token nor sorts rows into classes: only such models are made smaller")
     if options.base is not None or options.device != "auto":
         raise GatewiseError("options name a base model or a device, but the model is in memory: leave them out")
+    names = names_in(base_of(model_or_dir).config)
     if isinstance(data, Records):
         if options != DataOptions():
             raise GatewiseError("options say how to read a file, but data is Records, which are read already: leave them out")
         records, own = data, default_template(data) if kind == "causal" else None
+        if kind == "rows" and names is not None and set(data.labels or ()) == set(names):
+            records = replace(data, labels=names)  # in the order of the classes, and not that of a file
     else:
-        names = names_in(base_of(model_or_dir).config)
         records, own = read_rows("the model in memory", data, options, {}, kind == "causal", lambda: names)
-    if template is not None and (kind == "rows" or options.prompt is not None):
-        raise GatewiseError("a template was given to a classifier, which reads the text itself, or beside the prompt of options")
+    if template is not None and kind == "rows":
+        raise GatewiseError("a template was given for a classifier, which reads the text itself: leave it out")
+    if template is not None and (options.prompt is not None or "=" in (options.labels or "")):
+        raise GatewiseError("a template was given, and a prompt or words for labels in options: give them in one of the two")
     return Loaded(model_or_dir, tokenizer, "", records, template or own, 512), {}
 
 

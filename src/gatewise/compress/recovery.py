@@ -103,7 +103,7 @@ def recover(
     """
     run = {name: value for name, value in (note.get("training") or {}).items() if value is not None}
     device = next(model.parameters()).device
-    with random_state_kept(device), tempfile.TemporaryDirectory() as folder:  # the trainer seeds all of it
+    with random_state_kept(device), tempfile.TemporaryDirectory() as folder:  # torch's, which the trainer seeds
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=recovery.steps,

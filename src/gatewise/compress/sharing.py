@@ -295,7 +295,8 @@ def _check_one_base(folders: Sequence[Path], first: Loaded) -> None:
     model, base = first.model, base_of(first.model)
     classes = base.config.num_labels if loss_kind(model) == "rows" else None
     task: Task = "causal" if classes is None else "classification"
-    bare = load_model(first.base, task=task, num_labels=classes, dtype=base.dtype)
+    brought = [name for one in folders for name in read_config(one).get("modules_to_save") or ()]
+    bare = load_model(first.base, task=task, num_labels=classes, dtype=base.dtype, brought=brought)
     for folder in folders:
         check_base_weights(bare, folder)
 

@@ -127,9 +127,9 @@ class Work:
         self._weights: dict[int, dict[str, Tensor]] = {}
         if folder is None or not folder.exists():
             return
-        if folder.is_dir() and all(path.name.startswith(f".{STATE_FILE}.") for path in folder.iterdir()):
-            return  # of a run that was killed before anything was kept
         try:
+            if all(path.name.startswith(f".{STATE_FILE}.") for path in folder.iterdir()):
+                return  # of a run that was killed before anything was kept
             found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             if found["format"] != _FORMAT or not isinstance(found["rows"], dict) or "order" not in found:
                 raise ValueError("unknown format")

@@ -117,7 +117,12 @@ def load_model(
     if task == "encoder":  # nobody reads what it pools
         fresh = [key for key in fresh if "pooler" not in key]
     if task == "classification":  # its pooler is read, and may be in no file: PEFT saves what has one of these names
-        fresh = [key for key in fresh if not any(part.endswith((*_HEADS, *brought)) for part in key.split("."))]
+        fresh = [key for key in fresh if not _within(key, (*_HEADS, *brought))]
+        if fresh and not any(name.endswith(_HEADS) for name, _ in model.named_modules()):
+            raise GatewiseError(
+                f"{str(name_or_path)!r} becomes a classifier whose head PEFT does not save with an adapter "
+                f"({type(model).__name__}): give another base model, such as a BERT, or a decoder"
+            )
         if fresh and not any(key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key for key in fresh):
             raise GatewiseError(
                 f"{str(name_or_path)!r} has no weights for {some(sorted(fresh), 1)}, which its classifier reads and PEFT does "
@@ -135,6 +140,12 @@ def load_model(
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     set_model_name(model, str(name_or_path))
     return model.to(place).eval()
+
+
+def _within(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a weight is in a module of one of these names, as PEFT finds `modules_to_save`: by how the module's path ends."""
+    parts = key.split(".")
+    return any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts)))
 
 
 def pad_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

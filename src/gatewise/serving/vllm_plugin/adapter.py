@@ -122,7 +122,7 @@ def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapt
             state = states.pop(f"{path}.{names[0]}")
             router = Router(hidden_size, len(names), *settings).eval().requires_grad_(False)
             router.load_state_dict(state)
-            if not all(bool(parameter.isfinite().all()) for parameter in router.parameters()):
+            if not all(bool(tensor.isfinite().all()) for tensor in router.state_dict().values()):
                 raise ValueError(f"the router of {path} has numbers that are not finite")
             if not 1 <= top_k <= len(names):
                 raise ValueError(f"top_k is {top_k} for {len(names)} experts of {path}")
