@@ -14,7 +14,7 @@ from peft import PeftModel
 from rich.console import Console
 from several_processes import launched
 from tiny_run import assert_same_adapter, stop_at, weights, write_base, write_recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from gatewise.adapters.loading import load_as_trained
 from gatewise.allocation.slots import lora_layers
@@ -573,3 +573,36 @@ def test_a_picture_that_fails_does_not_lose_the_run(
     assert json.loads(result.metrics_file.read_text())["metrics"] == result.metrics
     assert (result.adapter / "adapter_model.safetensors").is_file()
     assert (result.routing is None) == (fails != "gatewise.inspection.plot_routing")
+
+
+def without_pooler(folder: Path, method: str) -> Path:
+    """A recipe for a BERT that was saved as a masked language model."""
+    recipe = write_recipe(folder, method, "bert")
+    config = BertConfig.from_pretrained(folder / "bert")
+    BertForMaskedLM(config).save_pretrained(folder / "bert")
+    return recipe
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "alora", "milora", "spt"])
+def test_a_pooler_that_is_in_no_file_is_trained_and_saved(method: str, tmp_path: Path) -> None:
+    """Of a masked language model: an adapter without it would be another one each time that it is loaded."""
+    recipe = without_pooler(tmp_path, method)
+    train(recipe, tmp_path / "run")
+    after = json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["dev"]["after"]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found = measure_adapter(tmp_path / "run" / "adapter", str(tmp_path / "dev.jsonl"))
+        assert found["loss"] == pytest.approx(after["loss"], abs=1e-4)
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["bert.pooler.dense", "classifier", "score"]
+    name = "base_model.model.bert.pooler.dense.weight"
+    held = weights(tmp_path / "run" / "adapter")
+    assert held[name].shape == (16, 16)
+    assert not any("pooler" in key and "lora_" in key for key in held)  # no LoRA on what is trained whole
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_prompts_have_no_room_for_a_pooler(method: str, tmp_path: Path) -> None:
+    recipe = without_pooler(tmp_path, method)
+    with pytest.raises(GatewiseError, match=r"has no weights for bert\.pooler\.dense\.bias and 1 more"):
+        train(recipe, tmp_path / "run")

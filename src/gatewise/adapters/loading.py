@@ -16,7 +16,7 @@ from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, read_note, read_tensors, tensor_shapes, weights_of
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.device import DTYPES, pick_device, pick_dtype
-from gatewise.models.loading import Task, class_names, load_model, load_tokenizer, pad_as
+from gatewise.models.loading import HEADS, Task, class_names, load_model, load_tokenizer, pad_as
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_like
@@ -319,7 +319,7 @@ def base_weights_in(adapter_dir: str | Path) -> list[str]:
     names = list(tensor_shapes(weights_of(adapter_dir)))
     if config.get("peft_type") != "LORA":  # prompts and routers have names of their own
         return [key for key in names if _BASE_WEIGHT.search(key)]
-    whole = {*(config.get("modules_to_save") or ()), *(("classifier", "score") if config.get("task_type") == "SEQ_CLS" else ())}
+    whole = {*(config.get("modules_to_save") or ()), *(HEADS if config.get("task_type") == "SEQ_CLS" else ())}
     own = re.compile("|".join([r"\.(lora_|token_adapter\.)", *(rf"{re.escape(name)}\." for name in sorted(whole))]))
     trained = "" if config.get("bias") in (None, "none") else ".bias"  # of base modules, which the adapter says that it has
     return [

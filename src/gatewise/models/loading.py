@@ -39,7 +39,8 @@ _AUTO: dict[str, Any] = {
     "encoder": AutoModel,
 }
 
-_HEADS = ("classifier", "score")  # how PEFT knows what it saves of every classifier, see PeftModelForSequenceClassification
+HEADS = ("classifier", "score")
+"""How PEFT knows what it trains and saves of every classifier, see ``PeftModelForSequenceClassification``."""
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -79,7 +80,8 @@ def load_model(
     An embedded model keeps its name (`model.name_or_path`), which PEFT then writes into adapters, so that they name a
     base that can be found on any machine. With task "classification" a classifier of `num_labels` outputs is drawn
     afresh unless the model has one of that size; other weights may only be missing in modules that are `brought`: an adapter
-    has them as a whole (PEFT's `modules_to_save`). With task "encoder" it comes without a head.
+    has them as a whole (PEFT's `modules_to_save`), or is to. `model.trained_whole` names those. With task "encoder" it comes
+    without a head.
 
     Raises GatewiseError when the model is not to be found, is damaged, has no safetensors, or is not made for the task.
     """
@@ -117,8 +119,11 @@ def load_model(
     if task == "encoder":  # nobody reads what it pools
         fresh = [key for key in fresh if "pooler" not in key]
     if task == "classification":  # its pooler is read, and may be in no file: PEFT saves what has one of these names
-        fresh = [key for key in fresh if not _within(key, (*_HEADS, *brought))]
-        if fresh and not any(name.endswith(_HEADS) for name, _ in model.named_modules()):
+        fresh = [key for key in fresh if not _within(key, HEADS)]
+        drawn = [key for key in fresh if _within(key, tuple(brought))]
+        model.trained_whole = tuple(dict.fromkeys(key.rpartition(".")[0] for key in drawn))
+        fresh = [key for key in fresh if key not in drawn]
+        if fresh and not any(name.endswith(HEADS) for name, _ in model.named_modules()):
             raise GatewiseError(
                 f"{str(name_or_path)!r} becomes a classifier whose head PEFT does not save with an adapter "
                 f"({type(model).__name__}): give another base model, such as a BERT, or a decoder"

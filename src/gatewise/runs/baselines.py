@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gatewise.adapters.files import PEFT_PREFIX
 from gatewise.allocation.slots import compact
 from gatewise.files import whole_file
+from gatewise.models.loading import HEADS
 
 STATE_FILE = "adalora_state.safetensors"
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -103,6 +104,7 @@ def to_plain_lora(model: PeftModel) -> PeftModel:
         b = layer.lora_B[adapter].detach() * ratio
         # A slot is dead when its row of A and its column of B are both zero.
         factors[path] = (a * live[:, None], b * live[None, :])
+    is_classifier = config.task_type == TaskType.SEQ_CLS
     plain = get_peft_model(
         model.unload(),
         LoraConfig(
@@ -111,8 +113,8 @@ def to_plain_lora(model: PeftModel) -> PeftModel:
             lora_dropout=config.lora_dropout,
             target_modules=list(factors),
             task_type=config.task_type,
-            # The trained ones are in the base model now; a classifier's PEFT finds by itself.
-            modules_to_save=None if config.task_type == TaskType.SEQ_CLS else config.modules_to_save,
+            # The trained ones are in the base model now. PEFT has added a classifier's head, and adds it once more.
+            modules_to_save=[name for name in config.modules_to_save or () if name not in HEADS or not is_classifier] or None,
         ),
     )
     for path, (a, b) in factors.items():

@@ -97,12 +97,12 @@ def _task_type(recipe: Recipe) -> str:
 
 
 def _whole(recipe: Recipe, base: nn.Module) -> dict[str, Any]:
-    """What PEFT is to train whole, and to put no adapter on; of a classifier it knows by itself."""
+    """What PEFT is to train whole, and to put no adapter on; of a classifier's head it knows by itself."""
     heads = getattr(base, "trained_whole", ())
     if not heads:
         return {}
     own = tuple(f"{name}." for name in heads)
-    linear = [path for path, module in base.named_modules() if isinstance(module, nn.Linear) and path.startswith(own)]
+    linear = [path for path, module in base.named_modules() if isinstance(module, nn.Linear) and f"{path}.".startswith(own)]
     excluded = {} if recipe.method in PROMPTING else {"exclude_modules": [*(recipe.peft.exclude_modules or ()), *linear]}
     return {"modules_to_save": list(heads), **excluded}
 

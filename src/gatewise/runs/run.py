@@ -410,7 +410,9 @@ def _base(recipe: Recipe, num_labels: int | None, dtype: torch.dtype, tokenizer:
         section = recipe.pointing or PointingSection()
         encoder = load_model(recipe.model, task="encoder", dtype=dtype)
         return _pointing().pointing_model(encoder, **section.model_dump(include={"width", "longest", "dropout"}))
-    base = load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=dtype)
+    # What some encoders pool with is in no file, and is trained whole then. PEFT's own prompts have no room for it.
+    brought = () if recipe.method in ("prompt-tuning", "prefix-tuning") else ("pooler",)
+    base = load_model(recipe.model, task=recipe.task, num_labels=num_labels, dtype=dtype, brought=brought)
     if recipe.task == "classification":
         pad_as(base, tokenizer)
     return base
