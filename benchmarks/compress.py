@@ -319,7 +319,7 @@ def gaps(
     measure: str,
     other: tuple[Any, ...] = WHOLE,
 ) -> dict[tuple[str, int], float]:
-    """(task, seed) -> what a cell has more than another, the whole adapter: points of accuracy, or nats."""
+    """(task, seed) -> what a cell has more than another one, mostly the whole adapter: points of accuracy, or nats."""
     less = cells.get(other, {})
     factor = 100 if measure == "accuracy" else 1
     return {at: factor * (row[measure] - less[at][measure]) for at, row in cells.get(cell, {}).items() if at in less}

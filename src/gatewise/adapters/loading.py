@@ -79,8 +79,12 @@ def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, 
     if note.get("task") == "text2mdt":
         raise _points(adapter)
     causal = (note.get("task") or _task_of(_peft_config(adapter), adapter)) == "causal"
-    base = options.base or (None if causal else _peft_config(adapter).base_model_name_or_path)
-    records, template = read_rows(str(adapter), data, options, note, causal, lambda: class_names(base) if base else None)
+
+    def classes() -> list[str] | None:
+        base = options.base or _peft_config(adapter).base_model_name_or_path
+        return class_names(base) if base else None
+
+    records, template = read_rows(str(adapter), data, options, note, causal, classes)
     return records, template, int(note.get("max_length") or 512)
 
 
@@ -234,9 +238,7 @@ def load_beside(model: PeftModel, adapter_dir: str | Path, name: str, base_name:
         GatewiseError: the folder is no adapter, a file is damaged, or the adapter does not fit the base.
     """
     folder = Path(adapter_dir)
-    config = _peft_config(folder)
-    tensor_shapes(weights_of(folder))
-    _put(model, config, folder, name, base_name)
+    _put(model, _peft_config(folder), folder, name, base_name)
     return load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
 
 
@@ -254,7 +256,6 @@ def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: st
     """
     folder = Path(adapter_dir)
     config = _peft_config(folder)
-    tensor_shapes(weights_of(folder))
     if (task := _task_of(config, folder)) != "causal":
         raise GatewiseError(f"the adapter {folder} is for {task}: expected one that writes text (CAUSAL_LM)")
     try:

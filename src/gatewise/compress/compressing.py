@@ -137,13 +137,13 @@ def _loaded(
         return load_with_data(model_or_dir, data, options, trainable=trainable, say=progress.say), read_note(model_or_dir)
     if tokenizer is None:
         raise GatewiseError("a model in memory was given without its tokenizer: pass tokenizer=")
-    kind = loss_kind(model_or_dir)
+    kind, base = loss_kind(model_or_dir), base_of(model_or_dir)
     if kind not in ("causal", "rows"):
-        named = type(base_of(model_or_dir)).__name__
+        named = type(base).__name__
         raise GatewiseError(f"{named} neither writes token by token nor sorts rows into classes: only such models are made smaller")
     if options.base is not None or options.device != "auto":
         raise GatewiseError("options name a base model or a device, but the model is in memory: leave them out")
-    names = names_in(base_of(model_or_dir).config)
+    names = names_in(base.config)
     if isinstance(data, Records):
         if options != DataOptions():
             raise GatewiseError("options say how to read a file, but data is Records, which are read already: leave them out")

@@ -224,9 +224,8 @@ class Search:
     work: Work
     progress: ConsoleProgress
     dtype: torch.dtype = torch.float32  # of the adapter's file, in which the smaller one is written too
-    formats: Mapping[str, torch.dtype] = field(
-        default_factory=dict
-    )  # of what else that file has, such as a head, by its name there
+    # Of what else that file has, such as a head, by its name there.
+    formats: Mapping[str, torch.dtype] = field(default_factory=dict)
     shared: bool = False  # with other adapters
     candidates: list[Candidate] = field(default_factory=list)
     candidate_rows: list[Tensor] = field(default_factory=list)  # what was measured of each
@@ -457,9 +456,11 @@ class Search:
         with torch.no_grad():
             for key, value in _own(self.loaded.model, self.name).items():
                 stored = re.sub(rf"(\.modules_to_save)?\.{re.escape(self.name)}(?=\.|$)", "", key, count=1)
-                dtype = self.dtype if ".lora_" in key else self.formats.get(stored, torch.float32)
-                if dtype != value.dtype:
-                    value.copy_(value.to(dtype))
+                value.copy_(value.to(self.format_of(stored)))
+
+    def format_of(self, stored: str) -> torch.dtype:
+        """The number format in which a tensor of that name is written."""
+        return self.formats.get(stored, self.dtype)
 
     def _recover(self, at: int) -> bool:
         """Trains what is left after ``at`` steps; whether that lowers the loss on the rows that valued ranks.

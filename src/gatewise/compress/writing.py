@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
@@ -49,7 +48,7 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None, u
             (saved / ALLOCATION_FILE).unlink(missing_ok=True)
             to_lora(saved, part)
         if source is not None:
-            _as_in(source, part, search.dtype)
+            _in_formats(part, search)
             copy_tokenizer(source, part)
             _named_as_in(source, part)
             if search.note:
@@ -82,12 +81,10 @@ def _save(model: Any, name: str, folder: Path, source: Path | None) -> None:
         save_file({**tensors, **kept}, weights, metadata=metadata)
 
 
-def _as_in(source: Path, part: Path, dtype: torch.dtype) -> None:
+def _in_formats(part: Path, search: Search) -> None:
     """Gives tensors the number format that they have in the whole adapter's file."""
-    before, _ = read_tensors(source / WEIGHTS_FILE)
     now, metadata = read_tensors(part / WEIGHTS_FILE)
-    formats = {name: dtype if ".lora_" in name or name not in before else before[name].dtype for name in now}
-    cast = {name: tensor.to(formats[name]).contiguous() for name, tensor in now.items()}
+    cast = {name: tensor.to(search.format_of(name)).contiguous() for name, tensor in now.items()}
     save_file(cast, part / WEIGHTS_FILE, metadata=metadata)
 
 
