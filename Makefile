@@ -27,7 +27,7 @@ serve-env: $(SERVE)/.installed
 
 test-serve: $(VENV)/.installed-dev $(SERVE)/.installed
 	GATEWISE_VLLM_PYTHON=$(abspath $(SERVE)/bin/python) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-	  $(BIN)/python -m pytest tests/serving/test_vllm.py tests/serving/test_vllm_routed.py tests/serving/server/test_with_vllm.py tests/serving/server/test_soak.py tests/mdt/extraction/test_in_vllm.py
+	  $(BIN)/python -m pytest tests/serving/test_vllm.py tests/serving/test_vllm_routed.py tests/serving/server/test_with_vllm.py tests/serving/server/test_soak.py mdt/tests/extraction/test_in_vllm.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -49,13 +49,13 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml mdt/pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable './mdt[dev]'
 	@touch $@ $(VENV)/.installed
 
-$(LOWEST)/.installed-dev: pyproject.toml tools/lowest_requirements.py | $(LOWEST)/bin/python
+$(LOWEST)/.installed-dev: pyproject.toml mdt/pyproject.toml tools/lowest_requirements.py | $(LOWEST)/bin/python
 	$(LOWEST)/bin/python tools/lowest_requirements.py > $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/python -m pip install --quiet --editable '.[dev]' --constraint $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --editable '.[dev]' --editable './mdt[dev]' --constraint $(LOWEST)/lowest.txt
 	@touch $@
 
 # PyPI's torchaudio and torchcodec do not load beside PyTorch's CPU build, and vLLM does without them.

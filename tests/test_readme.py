@@ -14,7 +14,13 @@ import typer.main
 from gatewise.cli.main import app
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "mdt/README.md",
+    *sorted((ROOT / "mdt/docs").glob("*.md")),
+]
 PLACEHOLDERS = {"NAME", "json"}  # gatewise.NAME, and the file gatewise.json
 COMMANDS = typer.main.get_command(app)
 
@@ -77,7 +83,7 @@ def test_command_lines_parse(page: Path) -> None:
         command, words = command_of(shlex.split(line)[1:])
         command.make_context(line, list(words))  # parses and does not run it
         for word in words:
-            if word.startswith("recipes/"):
+            if "recipes/" in word:
                 assert (ROOT / word).is_file(), f"{page.name} names {word}, which does not exist"
 
 

@@ -124,7 +124,7 @@ def test_a_training_step_is_on_the_device(folder: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("second_device")
 def test_a_review_loads_its_model_there(folder: Path) -> None:
-    from gatewise.mdt.commands.review import _loaded
+    from gatewise_mdt.commands.review import _loaded
 
     pytest.importorskip("llguidance")
     extractor = _loaded(folder / "lora", None, "cuda:1", max_new_tokens=20, pipeline=False, verbatim=False, candidates=1)

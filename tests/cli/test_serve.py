@@ -24,7 +24,7 @@ def test_an_engine_that_would_ignore_an_option_refuses_it() -> None:
         assert (result.exit_code, said in result.stderr) == (2, True), result.output
 
 
-@pytest.mark.parametrize("missing", ["llguidance", "gatewise.mdt.extraction.constraint"])
+@pytest.mark.parametrize("missing", ["llguidance", "gatewise_mdt.extraction.constraint"])
 def test_trees_need_what_constrains_them(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     given = ("--engine", "transformers", "--adapters", "nothing")

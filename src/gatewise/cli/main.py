@@ -75,13 +75,9 @@ models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 
 
-try:
-    from gatewise.mdt.commands import mdt_app
-except ModuleNotFoundError as error:  # the folder may be removed, and the rest still works
-    if error.name not in ("gatewise.mdt", "gatewise.mdt.commands"):
-        raise
-else:
-    app.add_typer(mdt_app, name="mdt")
+# Other packages bring commands of their own, as gatewise-mdt brings `gatewise mdt`.
+for point in metadata.entry_points(group="gatewise.commands"):
+    app.add_typer(point.load(), name=point.name)
 
 
 def main() -> None:

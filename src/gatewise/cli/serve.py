@@ -124,17 +124,17 @@ def serve(
 
 
 def _limits(trees: bool) -> dict[str, Any]:
-    """What requests may ask to be kept to: trees, where gatewise.mdt and llguidance are installed, which ``trees`` insists on."""
+    """What requests may ask to be kept to: trees, where gatewise_mdt and llguidance are installed, which ``trees`` insists on."""
     try:
-        from gatewise.mdt.extraction.constraint import TreeScores, check_available
-        from gatewise.mdt.extraction.course import ARGUMENT
+        from gatewise_mdt.extraction.constraint import TreeScores, check_available
+        from gatewise_mdt.extraction.course import ARGUMENT
 
         check_available()
     except (ImportError, GatewiseError) as error:
         if trees:
             missing = getattr(error, "name", None) or "llguidance"
             raise GatewiseError(
-                f"--trees needs {missing}, which is not installed: pip install 'gatewise[mdt]', or leave it out"
+                f"--trees needs {missing}, which is not installed: pip install gatewise-mdt, or leave it out"
             ) from error
         return {}
     return {ARGUMENT: TreeScores}

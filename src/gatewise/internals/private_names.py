@@ -83,13 +83,6 @@ PRIVATE_NAMES = (
         _MODULE, "_load_from_state_dict", "has a router look again at how many prompts it has seen", (), ("routed/router.py",)
     ),
     PrivateName("torch.autograd:Variable", "_execution_engine", "averages gradients at the end of a backward pass"),
-    PrivateName(
-        "transformers:PreTrainedModel",
-        "_can_set_experts_implementation",
-        "a pointing model on a mixture of experts",
-        (),
-        ("mdt/pointing/model.py",),
-    ),
     # PEFT: what tuners override
     PrivateName(
         _TUNER,

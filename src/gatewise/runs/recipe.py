@@ -269,7 +269,7 @@ class SearchSection(Section):
 
 
 class PointingSection(Section):
-    """The heads of a pointing model, see ``gatewise.mdt.pointing.heads``. Only with task text2mdt.
+    """The heads of a pointing model, see ``gatewise_mdt.pointing.heads``. Only with task text2mdt.
 
     ``swapped``: copies of each training passage whose phrases have changed places with those of others. ``width`` is that of the
     heads, ``dropout`` theirs in training. ``longest``: units (words, doses, Chinese characters) of the longest phrase that can be

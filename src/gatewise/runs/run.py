@@ -384,8 +384,8 @@ def _read_rows(recipe: Recipe) -> tuple[Records, dict[str, Any], Template | None
 
 
 def _pointing() -> Any:
-    """What runs with task text2mdt take from ``gatewise.mdt``, which all others do without."""
-    from gatewise.mdt.pointing import training
+    """What runs with task text2mdt take from ``gatewise_mdt``, which all others do without."""
+    from gatewise_mdt.pointing import training
 
     return training
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib import resources
+from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -199,9 +200,9 @@ def _sample_lines(name: str) -> Iterable[bytes]:
 
 
 def _samples() -> dict[str, Any]:
-    """Name -> file of every sample; the rows for decision trees lie with the trees that they were made of."""
-    package = resources.files("gatewise")
-    folders = [folder for folder in (package / "samples", package / "mdt" / "samples") if folder.is_dir()]
+    """Name -> file of every sample: gatewise's, and those of packages with an entry point in the group ``gatewise.samples``."""
+    others = [point.value for point in entry_points(group="gatewise.samples")]
+    folders = [resources.files("gatewise") / "samples", *map(resources.files, others)]
     files = [file for folder in folders for file in folder.iterdir() if file.name.endswith(".jsonl")]
     return {file.name.removesuffix(".jsonl").replace("_", "-"): file for file in files}
 

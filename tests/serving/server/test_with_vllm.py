@@ -508,7 +508,7 @@ def test_nothing_is_left_behind(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "key").read_text() == "secret\n"
     told = (tmp_path / "arguments").read_text()
     assert "secret" not in told
-    assert told.endswith("--logits-processors gatewise.mdt.extraction.in_vllm:TreeLogits --seed 3\n")
+    assert told.endswith("--logits-processors gatewise_mdt.extraction.in_vllm:TreeLogits --seed 3\n")
     assert (tmp_path / "runner").read_text() == "0\n"
 
 

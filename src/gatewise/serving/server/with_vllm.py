@@ -38,7 +38,7 @@ from gatewise.serving.server.reach import HOST, PORT, check_reach
 MOST_IN_BATCH = 8
 """Adapters in one batch of vLLM, unless ``--max-loras`` is among its own arguments: it reserves memory for each."""
 
-TREES = "gatewise.mdt.extraction.in_vllm:TreeLogits"
+TREES = "gatewise_mdt.extraction.in_vllm:TreeLogits"
 """What keeps vLLM's requests for decision trees to these."""
 
 _PATIENCE = 20.0  # seconds for vLLM to end by itself

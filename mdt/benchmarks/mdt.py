@@ -1,0 +1,307 @@
+"""Decision trees from medical text: LoRA, ALoRA and PI-LoRA at one budget, by chain of thought and by what may be written.
+
+A task is a language and a chain-of-thought level: en-cot0, en-cot1, en-cot2 with SmolLM2-135M, zh-cot0, zh-cot1, zh-cot2 with
+Gemma 3 270M (fetch it first: `gatewise models fetch gemma3-270m`). A run is what `gatewise train mdt/recipes/mdt-METHOD.yaml` does
+with other data, model and budget, on every passage and three copies of it with swapped phrases (gatewise_mdt.training.swapping). The dev
+passages are then read by the adapter it wrote, three times:
+
+    free           what the model likes to write, read as well as it goes
+    constrained    only what can still become a valid tree
+    verbatim       that, and only subjects and objects that are whole words of the text
+
+Everything is measured on the dev split by all metrics and the errors of gatewise_mdt.evaluation, gold trees repaired as
+`gatewise mdt evaluate --repair` does; "as_published" has the metrics without that. Time is that of the processor: with
+OMP_NUM_THREADS=1 minutes of one core. A run that is stopped goes on where it was: its checkpoints and what was written for each
+passage are in runs/mdt, where they are kept to look at the errors.
+
+    OMP_NUM_THREADS=1 python mdt/benchmarks/mdt.py --data-dir DATA --tasks en-cot0 --seeds 0      # DATA/text2mdt/en_train.json, ...
+    python mdt/benchmarks/mdt.py --report                             # the tables from the results file; --plot FILE for the errors
+"""
+
+import dataclasses
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from campaign import append, campaign, read, spread
+
+ROOT = Path(__file__).parents[1]  # of gatewise-mdt
+RUNS = ROOT / "runs" / "mdt"
+# Changes of the recipes: of all, of a language's, of a method's.
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",  # on CPUs without AMX faster than bfloat16
+    "peft.r": 16,
+    "peft.lora_alpha": 32,
+    "peft.lora_dropout": 0.0,  # drawing its zeros takes a fifth of the time on a CPU
+    "copies": 3,  # no setting of recipes: so many copies of every training record, with phrases swapped, join it
+    "training.epochs": 2,
+    "training.batch_size": 8,
+    "training.learning_rate": 1e-3,
+    "training.save_every": 25,
+}
+LANGUAGES: dict[str, dict[str, Any]] = {"en": {"model": "smollm2-135m-instruct"}, "zh": {"model": "gemma3-270m"}}
+ROUNDS: dict[str, Any] = {
+    "allocation.budget": "ranks", "allocation.rounds": 3, "allocation.first_round": 0.5, "allocation.recover": 0.125,
+}  # fmt: skip
+# Each named for its recipe, a variant with more after it.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    # In as many steps: the records alone, and more copies, so that nothing comes twice.
+    "lora-plain": {"copies": 0, "training.epochs": 8},
+    "lora-once": {"copies": 7, "training.epochs": 1},
+    # Exact ablation of all 3360 ranks would take longer than the training.
+    "alora": {**ROUNDS, "allocation.score": "ablation", "allocation.score_options": {"mode": "screened", "max_exact": 0}},
+    "pi-lora": {**ROUNDS, "allocation.score_options": {"points": 4}},
+}
+TASKS = [f"{language}-cot{level}" for language in LANGUAGES for level in (0, 1, 2)]
+DECODINGS: dict[str, dict[str, bool]] = {
+    "free": {"constrained": False},
+    "constrained": {},
+    "verbatim": {"verbatim": True},
+}
+DECODING_BATCH = 25
+MAX_NEW_TOKENS = 384  # the longest gold output of the dev splits has about 250
+SHOWN = ("triplet_f1", "node_f1", "tree_acc", "path_f1", "ter")
+
+
+def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
+    """Trains one adapter and has it read the dev split in every way."""
+    from gatewise_mdt.records import read_items
+
+    from gatewise.files import write_json
+    from gatewise.progress import quiet
+
+    language, level = task.split("-cot")
+    folder = RUNS / f"{task}-{method}-{seed}"
+    files = {split: data_dir / "text2mdt" / f"{language}_{split}.json" for split in ("train", "dev")}
+    with quiet(bars=True):
+        settings = {**LANGUAGES[language], **SETTINGS, **METHODS[method]}
+        recipe, trained = train_once(folder, files, method, settings, int(level), seed)
+        published = read_items(files["dev"])
+        texts = [item["text"] for item in published]
+        extractor, forced = None, folder / "forced.json"
+        if not forced.is_file() or any(len(read(_file(folder, name))) < len(texts) for name in DECODINGS):
+            extractor = loaded(folder / "run" / "adapter", int(level))
+            if not forced.is_file():
+                write_json(forced, forced_metrics(extractor, files["dev"], int(level)))
+        decodings = {name: measured(published, written(extractor, texts, language, name, folder)) for name in DECODINGS}
+    return {
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "decodings": decodings,
+        **json.loads(forced.read_text()),
+        **trained,
+        "recipe": {**recipe.model_dump(mode="json"), "data": {"max_length": recipe.data.max_length}},
+    }
+
+
+# ---- training ----
+
+
+def train_once(
+    folder: Path, files: dict[str, Path], method: str, settings: dict[str, Any], level: int, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """The recipe, and what its training came to; one that was stopped is gone on with, one that ended is not repeated."""
+    from gatewise_mdt import read_trees, swapped_copies, training_rows
+
+    from gatewise.files import write_json
+    from gatewise.runs.folder import what_is_kept
+    from gatewise.runs.recipe import load_recipe
+    from gatewise.runs.run import train
+
+    rows = {split: folder / "rows" / f"{split}.jsonl" for split in files}
+    copies = settings.pop("copies")
+    own = {"seed": seed, "data.train": str(rows["train"]), "data.dev": str(rows["dev"]), "data.limit_dev": 2, **settings}
+    changes = [f"{key}={json.dumps(value)}" for key, value in own.items()]
+    base = next(name for name in ("pi-lora", "alora", "lora") if method == name or method.startswith(f"{name}-"))
+    recipe = load_recipe(ROOT / "recipes" / f"mdt-{base}.yaml", changes)
+    output, ended = folder / "run", folder / "trained.json"
+    if ended.is_file():
+        done = json.loads(ended.read_text())
+        if load_recipe(output / "recipe.yaml") != recipe or done["copies"] != copies:
+            raise SystemExit(f"the run in {folder} had another recipe: remove the folder to make it anew")
+        return recipe, done
+    for split, file in files.items():
+        rows[split].parent.mkdir(parents=True, exist_ok=True)
+        records = list(read_trees(file, repair=True).records)
+        if split == "train":
+            records += swapped_copies(records, copies, seed=seed)
+        lines = (json.dumps(row, ensure_ascii=False) for row in training_rows(records, level=level))
+        rows[split].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    kept = what_is_kept(output) is not None and not (output / "metrics.json").is_file()
+    began = time.process_time()
+    result = train(recipe, output, resume=kept, overwrite=not kept)
+    # Of a training that was stopped, only the last part is timed: the whole is taken to have gone at its speed.
+    share = 1 - (result.resumed_from or 0) / result.steps
+    made = {
+        "parameters": result.parameters["adapter"],
+        "ranks": result.ranks,
+        "copies": copies,
+        "steps": result.steps,
+        "resumed_from": result.resumed_from,
+        "training_seconds": round((time.process_time() - began) / share, 1),
+    }
+    write_json(ended, made)
+    shutil.rmtree(folder / "rows")
+    return recipe, made
+
+
+# ---- reading the dev split ----
+
+
+def loaded(adapter: Path, level: int) -> Any:
+    """The adapter, to read texts with it."""
+    from gatewise_mdt import Extractor
+
+    return Extractor.load(adapter, level=level, max_new_tokens=MAX_NEW_TOKENS, batch_size=DECODING_BATCH)
+
+
+def forced_metrics(extractor: Any, file: Path, level: int) -> dict[str, float]:
+    """Loss and accuracy of each next token of the gold outputs, which tell methods apart with less noise than whole trees do."""
+    from benchmark_data import teacher_forced
+    from gatewise_mdt import read_trees, training_rows
+
+    from gatewise.tasks import PadCollator, Records, encode
+
+    rows = training_rows(read_trees(file, repair=True).records, level=level)
+    features = encode(Records("generation", rows, None, file.name), extractor.tokenizer, extractor.template, max_length=1024)
+    made = teacher_forced(extractor.model, features, PadCollator(extractor.tokenizer))
+    return {"loss": round(made["loss"], 4), "token_accuracy": round(made["token_accuracy"], 4)}
+
+
+def written(extractor: Any, texts: Sequence[str], language: str, decoding: str, folder: Path) -> list[dict[str, Any]]:
+    """What was read from each text, in their order; what is in the folder already is not read again."""
+    from gatewise import GatewiseError
+
+    file = _file(folder, decoding)
+    done = {one["number"] for one in read(file)}
+    # Texts of like length together, and each batch kept as soon as it is read.
+    order = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: (-len(texts[i]), i))
+    for start in range(0, len(order), DECODING_BATCH):
+        batch = order[start : start + DECODING_BATCH]
+        reader = dataclasses.replace(extractor, **DECODINGS[decoding])
+        began = time.process_time()
+        found = reader([texts[i] for i in batch], language=language)
+        seconds = (time.process_time() - began) / len(batch)
+        for i, one in zip(batch, found, strict=True):
+            if isinstance(one, GatewiseError):
+                said: dict[str, Any] = {"tree": [], "failed": str(one)}
+            else:
+                said = {"tree": one.tree.to_preorder(), "written": one.written, "warnings": one.warnings}
+                said["absent"] = [list(triple) for triple in one.absent]
+            append({"number": i, "text": texts[i], **said, "seconds": round(seconds, 2)}, file)
+        print(f"  {decoding}: {len(texts) - len(order) + start + len(batch)} of {len(texts)}, {seconds:.1f} s each", flush=True)
+    return sorted(read(file), key=lambda one: one["number"])
+
+
+def measured(published: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All that is measured of one way of writing."""
+    from gatewise_mdt import count_mistakes, evaluate
+
+    trees = [one["tree"] for one in predicted]
+    metrics, as_published = (evaluate(published, trees, repair=repair).to_json() for repair in (True, False))
+    errors = {kind: one for kind, one in count_mistakes(published, trees, repair=True).items() if one["count"]}
+    return {
+        "metrics": {name: round(value, 4) for name, value in metrics.items()},
+        "as_published": {name: round(value, 4) for name, value in as_published.items()},
+        "errors": errors,
+        "absent": sum(bool(one.get("absent")) for one in predicted),
+        "warned": sum(bool(one.get("warnings")) for one in predicted),
+        "seconds": round(sum(one["seconds"] for one in predicted), 1),
+    }
+
+
+def _file(folder: Path, decoding: str) -> Path:
+    return folder / f"{decoding}.jsonl"
+
+
+# ---- the report ----
+
+
+def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
+    """Prints a table a task, then the errors of the best way of each language."""
+    for task in [task for task in TASKS if any(run["task"] == task for run in runs)]:
+        held = [run for run in runs if run["task"] == task]
+        print(f"\n{task} (dev, {held[0]['decodings']['free']['metrics']['n']} passages, {held[0]['recipe']['model']})")
+        for method in METHODS:
+            group = [run for run in held if run["method"] == method]
+            if group:
+                print(_trained_line(method, group))
+            for decoding in DECODINGS if group else ():
+                print(_decoding_line(decoding, [run["decodings"][decoding] for run in group]))
+    best = {language: found for language in LANGUAGES if (found := best_of(runs, language))}
+    for (task, method, decoding), group in best.values():
+        print(f"\nerrors of {task}, {method}, {decoding} (means over {len(group)} seeds; alone: trees right but for this kind)")
+        for kind, one in errors_of(group).items():
+            print(f"  {kind:16} {one['count']:6.1f} in {one['trees']:5.1f} trees, alone in {one['alone']:5.1f}")
+    if plot and best:
+        _plot([(" ".join(key), errors_of(group)) for key, group in best.values()], plot)
+
+
+def best_of(runs: list[dict[str, Any]], language: str) -> tuple[tuple[str, str, str], list[dict[str, Any]]] | None:
+    """(task, method, decoding) with the highest tree accuracy, of equal ones the highest triplet F1, and its results a seed."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        for decoding, one in run["decodings"].items() if run["task"].startswith(f"{language}-") else ():
+            groups.setdefault((run["task"], run["method"], decoding), []).append(one)
+
+    def worth(key: tuple[str, str, str]) -> tuple[float, ...]:
+        return tuple(statistics.mean(one["metrics"][name] for one in groups[key]) for name in ("tree_acc", "triplet_f1"))
+
+    return max(((key, groups[key]) for key in groups), key=lambda item: worth(item[0]), default=None)
+
+
+def errors_of(group: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean counts of each kind of error, the commonest first."""
+    kinds = dict.fromkeys(kind for one in group for kind in one["errors"])
+    none = {"count": 0, "trees": 0, "alone": 0}
+    means = {kind: {name: statistics.mean(one["errors"].get(kind, none)[name] for one in group) for name in none} for kind in kinds}
+    return dict(sorted(means.items(), key=lambda item: -item[1]["count"]))
+
+
+def _trained_line(method: str, group: list[dict[str, Any]]) -> str:
+    size, minutes = (statistics.mean(run[key] for run in group) for key in ("parameters", "training_seconds"))
+    loss, tokens = (spread([run[key] for run in group], 4) for key in ("loss", "token_accuracy"))
+    return (
+        f"  {method:12} loss {loss}   token accuracy {tokens}   {size / 1e6:.2f}M parameters   {minutes / 60:.0f} core minutes of"
+        f" training   seeds {len(group)}"
+    )
+
+
+def _decoding_line(decoding: str, group: list[dict[str, Any]]) -> str:
+    metrics = [one["metrics"] for one in group]
+    shown = "   ".join(f"{name} {spread([one[name] for one in metrics], 3)}" for name in SHOWN)
+    malformed = spread([one["malformed"] / one["n"] for one in metrics], 2)
+    minutes = statistics.mean(one["seconds"] for one in group) / 60
+    return f"    {decoding:11} {shown}   malformed {malformed}   {minutes:.1f} core minutes"
+
+
+def _plot(best: list[tuple[str, dict[str, dict[str, float]]]], out: Path) -> None:
+    """Bars of the errors by kind, one panel a language."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(best), figsize=(6 * len(best), 4.5), squeeze=False, layout="constrained")
+    for axis, (title, errors) in zip(axes.flat, best, strict=True):
+        kinds = list(errors)[::-1]
+        axis.barh(kinds, [errors[kind]["count"] for kind in kinds], label="times")
+        axis.barh(kinds, [errors[kind]["alone"] for kind in kinds], label="alone in a tree")
+        axis.set(title=title, xlabel="errors on the dev split")
+        axis.legend()
+    figure.savefig(out, dpi=90)
+
+
+def _told(run: dict[str, Any]) -> str:
+    ways = (f"{name}: tree accuracy {one['metrics']['tree_acc']}" for name, one in run["decodings"].items())
+    return f"loss {run['loss']}, {', '.join(ways)}, {run['training_seconds']} s"
+
+
+if __name__ == "__main__":
+    campaign(__doc__, "mdt.jsonl", TASKS, METHODS, one_run, _told, report)

@@ -1,0 +1,130 @@
+"""From guideline text to medical decision trees (Text2MDT, arXiv 2401.02034), and what people do with them.
+
+    import gatewise_mdt as mdt
+
+    record = mdt.sample()[0]
+    print(record.tree.to_outline())
+    mdt.write_view([record], "html", "tree.html")
+
+At the top lie what every room needs: ``tree`` with its rules (``checks``) and relations, its ``outline``, files of texts with trees
+(``records``), and where the phrases of a tree stand in its text (``spans``).
+
+| room          | its story                                                                              |
+|---------------|----------------------------------------------------------------------------------------|
+| ``formats``   | a tree becomes the lines that a model writes, and is read back; and what people look at and hand on |
+| ``documents`` | a guideline becomes passages                                                           |
+| ``evaluation``| trees against trees                                                                    |
+| ``extraction``| a passage becomes a tree                                                               |
+| ``training``  | trees become rows to train on                                                          |
+| ``pointing``  | the same with a model that points at the text: its heads, training and extractor        |
+| ``review``    | a person corrects and approves trees                                                   |
+| ``commands``  | ``gatewise mdt``                                                                       |
+
+Each word has one meaning, in code, messages and documentation. A *passage* is a piece of a document with its population; a
+*record* is a passage with its tree in a file. A *stage* is a part of the pipeline, a *turn* a condition with the answer taken
+there, an *edit* a change of a tree in a review, which makes a new *version* of the passage; the *history* has them all. A *fault*
+is what is wrong with something that was given (a document, a file, a tree), a *mistake* is where a prediction differs from the
+gold tree. A *note* says what was put right or left out of what was read, a *warning* what has to be known of an extraction.
+
+Names are imported when first used. Every tree, hand-written or extracted, needs review by a clinician.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatewise_mdt.evaluation.agreement import Agreement, agree
+    from gatewise_mdt.evaluation.metrics import TreeMetrics, evaluate, tree_edit_ratio
+    from gatewise_mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
+    from gatewise_mdt.extraction.batch import extract_files
+    from gatewise_mdt.extraction.extractor import Extraction, Extractor, extract
+    from gatewise_mdt.extraction.measuring import measure
+    from gatewise_mdt.formats.lines import Parsed, linearise, parse, parse_lenient
+    from gatewise_mdt.formats.views import render, write_view
+    from gatewise_mdt.pointing.extractor import PointingExtractor
+    from gatewise_mdt.pointing.loading import load_extractor
+    from gatewise_mdt.records import TreeFile, TreeRecord, read_trees, write_trees
+    from gatewise_mdt.relations import RELATIONS, relation_in
+    from gatewise_mdt.samples import sample
+    from gatewise_mdt.spans import Span, TripleSpans, in_text_order, locate, locate_tree
+    from gatewise_mdt.training.rows import training_rows
+    from gatewise_mdt.training.swapping import swapped_copies
+    from gatewise_mdt.tree import Decision, DecisionTree, Node, Path, Triple, Turn, decide
+
+# Module -> the public names in it.
+_HOME = {
+    "evaluation.agreement": ("Agreement", "agree"),
+    "evaluation.metrics": ("TreeMetrics", "evaluate", "tree_edit_ratio"),
+    "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
+    "extraction.batch": ("extract_files",),
+    "extraction.extractor": ("Extraction", "Extractor", "extract"),
+    "extraction.measuring": ("measure",),
+    "formats.lines": ("Parsed", "linearise", "parse", "parse_lenient"),
+    "formats.views": ("render", "write_view"),
+    "pointing.extractor": ("PointingExtractor",),
+    "pointing.loading": ("load_extractor",),
+    "records": ("TreeFile", "TreeRecord", "read_trees", "write_trees"),
+    "relations": ("RELATIONS", "relation_in"),
+    "samples": ("sample",),
+    "spans": ("Span", "TripleSpans", "in_text_order", "locate", "locate_tree"),
+    "training.rows": ("training_rows",),
+    "training.swapping": ("swapped_copies",),
+    "tree": ("Decision", "DecisionTree", "Node", "Path", "Triple", "Turn", "decide"),
+}
+__all__ = [
+    "RELATIONS",
+    "Agreement",
+    "Decision",
+    "DecisionTree",
+    "Extraction",
+    "Extractor",
+    "Mistake",
+    "Node",
+    "Parsed",
+    "Path",
+    "PointingExtractor",
+    "Span",
+    "TreeFile",
+    "TreeMetrics",
+    "TreeRecord",
+    "Triple",
+    "TripleSpans",
+    "Turn",
+    "agree",
+    "count_mistakes",
+    "decide",
+    "evaluate",
+    "extract",
+    "extract_files",
+    "in_text_order",
+    "linearise",
+    "load_extractor",
+    "locate",
+    "locate_tree",
+    "measure",
+    "mistakes",
+    "parse",
+    "parse_lenient",
+    "read_trees",
+    "relation_in",
+    "render",
+    "sample",
+    "swapped_copies",
+    "training_rows",
+    "tree_edit_ratio",
+    "write_trees",
+    "write_view",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = next((module for module, names in _HOME.items() if name in names), None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"gatewise_mdt.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

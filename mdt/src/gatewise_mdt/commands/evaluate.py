@@ -1,0 +1,183 @@
+"""``gatewise mdt evaluate``: how good trees are, those of a file or those that an adapter extracts."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gatewise.errors import GatewiseError
+from gatewise.flags import BaseOption, DeviceOption, JsonOption
+from gatewise_mdt.commands.model import (
+    BatchOption,
+    FreeOption,
+    LevelOption,
+    OfTwoOption,
+    PipelineOption,
+    SecondOption,
+    TokensOption,
+    VerbatimOption,
+    check_ways,
+    loaded,
+    of_two,
+    options_given,
+)
+from gatewise_mdt.commands.trees import RepairOption, read_file
+
+
+class StageName(StrEnum):
+    """A stage of the pipeline."""
+
+    triples = "triples"
+    nodes = "nodes"
+    tree = "tree"
+
+
+_EXTRACTING = (
+    "second", "base", "stage", "level", "pipeline", "verbatim", "free", "candidates", "max_new_tokens", "batch_size", "device",
+    "limit",
+)  # fmt: skip
+"""Options that say how trees are extracted."""
+
+
+def evaluate(
+    context: typer.Context,
+    gold: Annotated[str, typer.Option(help="The right trees: a .json or .jsonl file, or sample:guidelines.", show_default=False)],
+    pred: Annotated[Path | None, typer.Option(help="The predicted trees, in the same order.", show_default=False)] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
+    second: SecondOption = None,
+    base: BaseOption = None,
+    stage: Annotated[StageName | None, typer.Option(help="With --adapter: this stage alone, from gold input.")] = None,
+    level: LevelOption = None,
+    pipeline: PipelineOption = False,
+    verbatim: VerbatimOption = False,
+    free: FreeOption = False,
+    candidates: OfTwoOption = None,
+    max_new_tokens: TokensOption = 512,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    limit: Annotated[int | None, typer.Option(help="With --adapter: only the first records.", min=1)] = None,
+    mistakes: Annotated[
+        bool, typer.Option("--mistakes", "--errors", help="Show what is wrong with the trees, too, by kind.")
+    ] = False,
+    as_json: JsonOption = False,
+    repair: RepairOption = False,
+) -> None:
+    """Measure trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio, with 95% bootstrap intervals.
+
+    The trees are those of a file, or are extracted with an adapter; then a stage of the pipeline can be measured alone. Predictions
+    that are no trees count as wrong.
+
+    \b
+    Examples:
+      gatewise mdt evaluate --gold dev.json --pred predicted.json --mistakes
+      gatewise mdt evaluate --gold dev.json --adapter runs/mdt-stages/adapter --stage nodes
+    """
+    if (pred is None) == (adapter is None):
+        raise GatewiseError("give --pred, a file of predicted trees, or --adapter, to extract them now, and not both")
+    if adapter is not None:
+        from gatewise_mdt.extraction.measuring import measure as measure_adapter
+
+        if stage is not None and level is not None:
+            raise GatewiseError("--level and --stage were both given: the stages of the pipeline have no levels, leave one out")
+        if stage is not None and second is not None:
+            raise GatewiseError("--second and --stage were both given: a stage is measured of one adapter, leave one out")
+        check_ways(free, verbatim, level, pipeline)
+        read = read_file(gold, repair)
+        if read.faults:
+            raise GatewiseError(next(iter(read.faults.values())))
+        settings: dict[str, Any] = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim}
+        settings |= {"candidates": of_two(candidates, second), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        with loaded(adapter, base, device, second, **settings) as (extractor, count):
+            records = read.records[:limit]
+            values = measure_adapter(extractor, records, stage.value if stage else None, count, mistakes=mistakes)
+    else:
+        assert pred is not None
+        if given := options_given(context, _EXTRACTING):
+            raise GatewiseError(f"{', '.join(given)} with --pred: nothing is extracted there; leave it out, or give --adapter")
+        values = _measure_file(gold, pred, repair, mistakes)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    from gatewise_mdt.evaluation.intervals import DRAWS
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("metric", "precision", "recall", "F1"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name in ("triplet", "node", "path"):
+        if f"{name}_f1" in values:
+            table.add_row(name, *(_shown(values, f"{name}_{kind}") for kind in ("precision", "recall", "f1")))
+    console = Console()
+    console.print(table)
+    if "ter" in values:
+        console.print(f"tree accuracy: {_shown(values, 'tree_acc')}")
+        console.print(f"tree accuracy of the predictions that are not empty: {_shown(values, 'tree_acc_nonempty')}")
+        console.print(f"tree edit ratio: {_shown(values, 'ter')}, lower is better; 1 - TER is {1 - values['ter']:.4f}")
+        console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
+    else:
+        console.print(f"records: {values['n']}, of which nothing could be read for {values['failed']}")
+    if values["intervals"]:
+        console.print(f"in brackets: 95% intervals, from {DRAWS:,} bootstrap draws of the {values['n']} passages")
+    if mistakes:
+        _show_mistakes(console, values["mistakes"])
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    """A metric, and its interval in brackets if it has one."""
+    ends = values["intervals"].get(name)
+    return f"{values[name]:.4f}" + (f" ({ends['low']:.3f}-{ends['high']:.3f})" if ends else "")
+
+
+def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[str, Any]:
+    from gatewise_mdt.evaluation.intervals import intervals
+    from gatewise_mdt.evaluation.metrics import count_trees, metrics_of
+    from gatewise_mdt.evaluation.mistakes import count_mistakes
+    from gatewise_mdt.records import Broken
+
+    wanted = list(read_file(gold, repair).records) if gold.startswith("sample:") else _items(gold, repair)
+    found = _items(pred, repair)
+    for number, item in enumerate(wanted, start=1):
+        if isinstance(item, Broken):
+            raise GatewiseError(item.message)
+        if number <= len(found):
+            _check_same_text(item, found[number - 1], number, gold, pred)
+    if len(wanted) != len(found):
+        raise GatewiseError(
+            f"{gold} has {len(wanted)} trees and {pred} has {len(found)}: expected one prediction for each, in the same order"
+        )
+    counts = count_trees(wanted, found, repair=repair, source=gold)
+    metrics = {**metrics_of(counts).to_json(), "intervals": intervals(counts)}
+    return {**metrics, "mistakes": count_mistakes(wanted, found, repair=repair)} if mistakes else metrics
+
+
+def _items(file: str | Path, repair: bool) -> list[Any]:
+    """The records of a file, unchecked; outlines, which have to be trees to be read at all, repaired where that is asked for."""
+    from gatewise_mdt.records import Broken, read_items, read_trees
+
+    items = read_items(file)
+    if repair and any(isinstance(item, Broken) and item.outline for item in items):
+        repaired = {record.number: record for record in read_trees(file, repair=True).records}
+        return [repaired.get(number, item) for number, item in enumerate(items, start=1)]
+    return items
+
+
+def _check_same_text(gold: Any, pred: Any, number: int, gold_file: str, pred_file: Path) -> None:
+    """Predictions in another order would all count as wrong, which says nothing about them."""
+    given = [item.get("text") if isinstance(item, dict) else getattr(item, "text", None) for item in (gold, pred)]
+    texts = [text.strip() for text in given if isinstance(text, str) and text.strip()]
+    if len(texts) == 2 and texts[0] != texts[1]:
+        raise GatewiseError(f"record {number} of {pred_file} has another text than record {number} of {gold_file}: keep the order")
+
+
+def _show_mistakes(console: Console, counts: dict[str, dict[str, int]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="alone: trees that would be right without this kind")
+    for column in ("what is wrong", "times", "trees", "alone"):
+        table.add_column(column, justify="left" if column == "what is wrong" else "right")
+    for kind, one in sorted(counts.items(), key=lambda item: -item[1]["count"]):
+        if one["count"]:
+            table.add_row(kind, *(str(one[name]) for name in ("count", "trees", "alone")))
+    console.print(table if table.row_count else "nothing is wrong")

@@ -1,0 +1,80 @@
+"""``gatewise mdt passages``: what a model will read of a document, before any model is loaded."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatewise.checks import writable
+from gatewise.flags import JsonOption
+from gatewise_mdt.commands.trees import say
+
+if TYPE_CHECKING:
+    from gatewise_mdt.documents.passages import Passage
+
+PopulationOption = Annotated[str | None, typer.Option(help="Whom all passages are about, in place of what headings say.")]
+CharactersOption = Annotated[
+    int | None, typer.Option(help="Most characters of a passage. [default: 800 in English, 300 in Chinese]", min=50)
+]
+DoclingOption = Annotated[bool, typer.Option("--docling", help="Read PDF and DOCX with docling, if it is installed.")]
+
+
+def passages(
+    file: Annotated[str, typer.Argument(help="A text: .txt, .md, .pdf or .docx; - is stdin.", show_default=False)],
+    population: PopulationOption = None,
+    passage_characters: CharactersOption = None,
+    docling: DoclingOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what will be read from a document: its passages as a model reads them, with their places and notes.
+
+    A passage is "population@text". The text begins with the headings that name no people, and each row of a table says
+    "header: cell". Offsets count characters of the document's text as it was read: a line for each heading, paragraph, item
+    and row. With --json stands the SHA-256 of the document, which trees that are extracted from it carry too.
+
+    \b
+    Examples:
+      gatewise mdt passages guideline.pdf
+      gatewise mdt passages guideline.docx --json > passages.json
+    """
+    from gatewise_mdt.documents.passages import split_passages
+    from gatewise_mdt.documents.reading import read_document
+
+    document = read_document(file, docling=docling)
+    found = split_passages(document, population=population, most=passage_characters)
+    name = writable(document.name)
+    if as_json:
+        made = {
+            "document": name,
+            "sha256": document.sha256,
+            "characters": len(document.text),
+            "notes": [writable(note) for note in document.notes],
+            "passages": [_as_json(number, passage) for number, passage in enumerate(found, start=1)],
+        }
+        typer.echo(json.dumps(made, ensure_ascii=False, indent=2))
+        return
+    for note in document.notes:
+        say(f"note: {writable(note)}", err=True)
+    say(f"{writable(name)}: {len(found)} {'passage' if len(found) == 1 else 'passages'}")
+    for number, passage in enumerate(found, start=1):
+        say(f"\n{number}. {writable(passage.where)}, characters {passage.start} to {passage.end}")
+        if passage.headings:
+            say(f"   headings: {writable(' › '.join(passage.headings))}")
+        say(f"   population: {writable(passage.population) or 'none'}")
+        say(f"   {writable(passage.passage)}")
+        for note in passage.notes:
+            say(f"   note: {writable(note)}")
+
+
+def _as_json(number: int, passage: "Passage") -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "number": number,
+        "text": passage.text,
+        "population": passage.population,
+        "passage": passage.passage,
+        "headings": list(passage.headings),
+        "place": passage.where,
+        "offsets": [passage.start, passage.end],
+        "notes": list(passage.notes),
+    }
+    return {key: writable(value) for key, value in said.items()}

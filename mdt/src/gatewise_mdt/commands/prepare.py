@@ -1,0 +1,134 @@
+"""``gatewise mdt prepare``: trees to rows that ``gatewise train`` takes."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatewise.errors import GatewiseError
+from gatewise_mdt.commands.model import LevelOption
+from gatewise_mdt.commands.trees import RepairOption, check_target, chosen, is_one_file, read_file, say
+
+if TYPE_CHECKING:
+    from gatewise_mdt.records import TreeRecord
+
+
+class StageOrAll(StrEnum):
+    """A stage of the pipeline, or all of them."""
+
+    triples = "triples"
+    nodes = "nodes"
+    tree = "tree"
+    all = "all"
+
+
+class Only(StrEnum):
+    """Which records are taken."""
+
+    approved = "approved"
+
+
+def prepare(
+    data: Annotated[str, typer.Argument(help="A .json, .jsonl or .txt file of trees, or sample:guidelines.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "--output", "-o", help="The .jsonl file of rows to write.", show_default=False)],
+    level: LevelOption = None,
+    stage: Annotated[StageOrAll | None, typer.Option(help="Rows for a stage of the pipeline, or for all three.")] = None,
+    only: Annotated[Only | None, typer.Option(help="Only the records that a reviewer approved.")] = None,
+    dev: Annotated[
+        Path | None, typer.Option(help="Write the rows of some documents here instead, all of each.", show_default=False)
+    ] = None,
+    dev_share: Annotated[
+        float | None, typer.Option(help="With --dev: about this share of the records, 0.2 if not given.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the documents of --dev and the phrases of --swapped.")] = 0,
+    swapped: Annotated[
+        int,
+        typer.Option(help="So many copies of each record to train on, with phrases of other records in place of its own.", min=0),
+    ] = 0,
+    repair: RepairOption = False,
+) -> None:
+    """Write the rows that `gatewise train` takes: prompts and what is to be written, end to end or for a stage of the pipeline.
+
+    The recipe's template is "{source}", see mdt/recipes/mdt-pi-lora.yaml.
+
+    \b
+    Examples:
+      gatewise mdt prepare sample:guidelines --out runs/mdt-data/train.jsonl --dev runs/mdt-data/dev.jsonl
+      gatewise mdt prepare trees.json --swapped 3 --out train.jsonl
+      gatewise mdt prepare trees.json --stage all --out stages.jsonl
+      gatewise mdt prepare guideline.pdf.review.jsonl --only approved --out train.jsonl
+    """
+    from gatewise.files import write_json_lines
+    from gatewise_mdt.training.splitting import by_document, split
+    from gatewise_mdt.training.swapping import swapped_copies
+
+    if level is not None and stage is not None:
+        raise GatewiseError("--level and --stage were both given: the stages of the pipeline have no levels, leave one out")
+    for path in filter(None, (out, dev)):
+        if path.suffix.lower() != ".jsonl":
+            raise GatewiseError(f"{path}: the name ends in {path.suffix!r}, expected .jsonl")
+        check_target(path, [data])
+    if dev is not None and is_one_file(out, dev):
+        raise GatewiseError(f"--out {out} and --dev {dev} are one file: expected two files")
+    if dev is None and dev_share is not None:
+        raise GatewiseError("--dev-share was given without --dev: name the file for the rows of that share with --dev")
+    read = read_file(data, repair)
+    faults = dict(read.faults)
+    records = chosen(read, None)
+    for note in read.notes:
+        say(f"repaired: {note}", err=True)
+    if only is not None:
+        records = _approved(records, data)
+    train, held = (records, []) if dev is None else split(records, 0.2 if dev_share is None else dev_share, seed=seed)
+    sides: dict[Path, list[TreeRecord]] = {out: [*train, *swapped_copies(train, swapped, seed=seed)]}
+    if dev is not None:
+        sides = {dev: held, **sides}
+    made = {target: _rows(side, faults, level=level or 0, stage=stage.value if stage else None) for target, side in sides.items()}
+    for target, rows in made.items():
+        if not rows:
+            where = " on both sides" if dev else ""
+            raise GatewiseError(f"{data} gives no rows for {target}: expected trees with triples{where}")
+    for target, rows in made.items():
+        write_json_lines(target, [row for _, row in rows])
+        used = {record.number for record, _ in rows}
+        passages = [record for record in records if record.number in used]
+        say(
+            f"written: {target}, {len(rows)} rows of {_counted(len(passages), 'passage')}"
+            f" of {_counted(len(by_document(passages)), 'document')}"
+        )
+    if faults:
+        for number in sorted(faults):
+            say(f"failed: {faults[number]}", err=True)
+        raise GatewiseError(f"{len(faults)} of the {read.count} records of {data} give no rows and were left out")
+
+
+def _approved(records: "list[TreeRecord]", data: str) -> "list[TreeRecord]":
+    """Those that a reviewer approved; says how many others there are."""
+    from gatewise_mdt.review.passage import version_of
+
+    kept = [one for one in records if version_of(one, "drafted").state == "approved"]
+    if not kept:
+        raise GatewiseError(
+            f"none of the {len(records)} records of {data} was approved: approve some in `gatewise mdt review`, or leave --only out"
+        )
+    say(f"left out: {len(records) - len(kept)} of {_counted(len(records), 'record')}, which no reviewer approved")
+    return kept
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _rows(records: "Sequence[TreeRecord]", faults: dict[int, str], **how: Any) -> "list[tuple[TreeRecord, dict[str, Any]]]":
+    """Each training row with its record; what is wrong with records that give none goes to the faults, by their numbers."""
+    from gatewise_mdt.training.rows import training_rows
+
+    rows: list[tuple[TreeRecord, dict[str, Any]]] = []
+    for record in records:
+        try:
+            rows += [(record, row) for row in training_rows([record], **how)]
+        except GatewiseError as error:
+            faults[record.number] = str(error)
+    return rows

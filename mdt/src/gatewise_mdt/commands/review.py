@@ -1,0 +1,175 @@
+"""``gatewise mdt review``: a page on this machine to read trees against their text and correct them."""
+
+import os
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gatewise.errors import GatewiseError
+from gatewise.flags import BaseOption, DeviceOption
+from gatewise_mdt.commands.model import CandidatesOption, PipelineOption, TokensOption, VerbatimOption, options_given
+from gatewise_mdt.commands.trees import RepairOption, say
+
+if TYPE_CHECKING:
+    from gatewise_mdt.extraction.extractor import Extracts
+    from gatewise_mdt.review.users import UserFile
+
+NO_ADAPTER = "no model was given: start the review with --adapter DIR to extract trees"
+OPEN = (
+    "note: other machines reach this review, and tokens and texts go to them unencrypted: outside a network that you trust, put a"
+    " proxy with TLS in front of it (mdt/docs/review.md)"
+)
+
+NAMELESS = "note: it answers only at 127.0.0.1 and localhost: give the name or address that browsers use with --allow-host"
+
+
+_EXTRACTING = ("base", "language", "pipeline", "verbatim", "candidates", "max_new_tokens", "device")
+"""Options that say how trees are extracted."""
+
+
+def review(
+    context: typer.Context,
+    file: Annotated[
+        str | None,
+        typer.Argument(help="A text (.txt, .md, .pdf, .docx), a file of trees, or sample:guidelines.", show_default=False),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter; without one, trees are only corrected.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "--output", "-o", help="The .jsonl file of corrections. [default: FILE.review.jsonl]"),
+    ] = None,
+    base: BaseOption = None,
+    language: Annotated[str | None, typer.Option(help="The texts' language, en or zh. [default: found out]")] = None,
+    population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
+    pipeline: PipelineOption = False,
+    verbatim: VerbatimOption = False,
+    candidates: CandidatesOption = 1,
+    max_new_tokens: TokensOption = 512,
+    device: DeviceOption = "auto",
+    port: Annotated[
+        int, typer.Option(help="Port on this machine. [default: a free one]", min=0, max=65535, show_default=False)
+    ] = 0,
+    host: Annotated[
+        str, typer.Option(help="Address of this machine to serve at: 0.0.0.0 for all, which needs --users.")
+    ] = "127.0.0.1",
+    users: Annotated[
+        Path | None, typer.Option(help="The file of the reviewers, a token each; without one there is one reviewer.")
+    ] = None,
+    add_user: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Add a reviewer to the file of --users, print their token, and end.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:PORT]", help="A name by which browsers reach the review, such as that of a proxy; repeatable."),
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, or only print its address.")] = True,
+    repair: RepairOption = False,
+    reviewer: Annotated[
+        str | None, typer.Option(help="Who reviews: the name that the history has beside each change. [default: the login name]")
+    ] = None,
+) -> None:
+    """Review trees in the browser: read each against its text, correct it, approve it, save.
+
+    The page is served on this machine only, unless --host says otherwise; with --users several people review at once. What is
+    corrected or approved goes into a JSONL file in the published format, which is training data; every change, of unfinished trees
+    too, is kept in a history beside it as soon as it is made, with the reviewer's name and the time. Ctrl-C ends.
+
+    \b
+    Examples:
+      gatewise mdt review guideline.pdf --adapter runs/mdt-pi-lora/adapter
+      gatewise mdt review trees.json
+      gatewise mdt review --users users.json --add-user Ada
+      gatewise mdt review trees.json --users users.json --port 8000 --allow-host review.clinic.example
+    """
+    from gatewise_mdt.relations import check_language
+    from gatewise_mdt.review import Extracting, Review, Session, model_extract
+    from gatewise_mdt.review.users import UserFile
+
+    people = None if users is None else UserFile(users)
+    if add_user is not None:
+        _add(people, add_user, allow_host)
+        return
+    if people is not None and not people.read():
+        raise GatewiseError(f"{users} has no reviewer yet: --add-user NAME adds one")
+    try:
+        from gatewise_mdt.review.server import ReviewServer
+    except ModuleNotFoundError as error:
+        raise GatewiseError(
+            f"a review needs {(error.name or '').partition('.')[0]}, which is not installed: pip install gatewise-mdt"
+        ) from error
+    if language is not None:
+        check_language(language)
+    if file is None and population is not None:
+        raise GatewiseError("--population was given without a file: the page asks for it with each text that is added")
+    if adapter is None:
+        if given := options_given(context, _EXTRACTING):
+            raise GatewiseError(f"{given[0]} was given without --adapter, where it means nothing: add --adapter or leave it out")
+    elif not os.path.exists(adapter):  # unlike a Path's own it takes any name
+        raise GatewiseError(f"{adapter}: there is no such folder, expected one with an adapter")
+    session = Session.open(file, out, population=population, repair=repair, reviewer=reviewer)
+    extracting: Extracting | None = None
+    try:
+        for note in session.notes:
+            say(f"note: {note}", err=True)
+        if adapter is not None:
+            settings = {"max_new_tokens": max_new_tokens, "pipeline": pipeline, "verbatim": verbatim, "candidates": candidates}
+            named: Any = language
+            extractor = _loaded(adapter, base, device, **settings)
+            extracting = Extracting(session, model_extract(extractor), language=named, most=extractor.most_tokens)
+        page = Review(session, extracting, "" if adapter else NO_ADAPTER)
+        with ReviewServer(page, people, host=host, port=port, allowed=allow_host or ()) as server:
+            say(f"review: {server.url}")
+            by = session.reviewer if people is None else f"whoever has a token of {users}"
+            say(f"corrections go to {session.files.out}, by {by}; end with Ctrl-C", err=True)
+            if not server.is_local:
+                say(OPEN, err=True)
+                if not allow_host and server.url.startswith("http://127.0.0.1:"):
+                    say(NAMELESS, err=True)
+            if browser and people is None:  # nobody's token is known here
+                webbrowser.open(server.url)
+            _serve(server)
+    finally:
+        if extracting is not None:
+            extracting.end()
+        session.close()  # which tries once more to write what the history lacks
+    unsaved = session.unsaved
+    if unsaved:
+        what = "1 passage is" if unsaved == 1 else f"{unsaved} passages are"
+        kept = "" if session.trouble else "; the history keeps them for the next review"
+        say(f"{what} not in {session.files.out} as they stand{kept}", err=True)
+    if session.trouble:
+        raise GatewiseError(
+            f"the history could not be written, so that of what was done last only what is in {session.files.out} is kept"
+            f" ({session.trouble})"
+        )
+
+
+def _serve(server: Any) -> None:
+    """Serves until Ctrl-C, which is how a review ends and no interruption of it."""
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        say("review ended", err=True)
+
+
+def _add(people: "UserFile | None", name: str, names: list[str] | None) -> None:
+    """Adds a reviewer; what to put behind the address of the review goes to stdout, once."""
+    if people is None:
+        raise GatewiseError("--add-user needs --users FILE, the file to add the reviewer to")
+    token = people.add(name)
+    say(f"{f'https://{names[0]}' if names else ''}/#token={token}")
+    where = "the address of" if names else "what stands behind the review's address for"
+    say(f"this is {where} {name.strip()}: it is shown once, give it to nobody else; {people.path} keeps only its SHA-256", err=True)
+
+
+def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "Extracts":
+    from rich.console import Console
+
+    from gatewise.progress import ConsoleProgress, quiet
+    from gatewise_mdt.pointing.loading import load_extractor
+
+    with quiet(bars=True):
+        say = ConsoleProgress(Console(stderr=True)).say
+        return load_extractor(adapter, base=base, device=device, say=say, batch_size=settings["candidates"], **settings)

@@ -1,0 +1,194 @@
+"""Documents to extract from: plain text, Markdown, PDF and DOCX, read into headings and paragraphs with their places."""
+
+import errno
+import hashlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gatewise.errors import GatewiseError, reason_of
+from gatewise.files import content_of
+from gatewise_mdt.documents.document import Block, Document, listed
+from gatewise_mdt.documents.docx import read_docx
+from gatewise_mdt.documents.headings import population_mark, without_text
+from gatewise_mdt.documents.markdown import read_markdown
+from gatewise_mdt.documents.pdf import read_pdf
+from gatewise_mdt.documents.plain_text import read_plain_text
+
+__all__ = ["STDIN", "Block", "Document", "document_of", "documents_in", "population_mark", "read_document"]
+
+STDIN = "-"
+
+
+def read_document(path: str | Path, *, docling: bool = False) -> Document:
+    """Reads a document by the suffix of its name; "-" is plain text or Markdown from standard input.
+
+    Args:
+        path: of a file; see :func:`documents_in` for folders.
+        docling: read PDF and DOCX with docling, which knows more layouts and reads scans, where it is installed.
+
+    Raises:
+        GatewiseError: the file cannot be read, is of another kind, damaged, locked or empty, has no text but pictures of it, or its
+            reader (extra ``mdt``) is not installed.
+    """
+    if str(path) == STDIN:
+        return document_of(sys.stdin.buffer.read(), "stdin", ".md")
+    name, suffix = str(path), Path(path).suffix
+    if _is_folder(path):
+        raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
+    _check_suffix(suffix, name)
+    return document_of(content_of(path), name, suffix, docling=docling)
+
+
+def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
+    """The paths, with what can be read in each folder in its place: its documents and those of folders in it, by name.
+
+    What is no file, files of other kinds, hidden ones and those by which Word locks a document ("~$...") are passed over. Links
+    to folders are followed, each folder once.
+
+    Raises:
+        GatewiseError: a folder has no document, or cannot be read.
+    """
+    found: list[str | Path] = []
+    for path in paths:
+        if str(path) == STDIN or not _is_folder(path):
+            found.append(path)
+            continue
+        faults: list[OSError] = []
+        inside = []
+        seen = {os.path.realpath(path)}  # or links to folders could lead round in a circle
+        for folder, folders, names in os.walk(path, onerror=faults.append, followlinks=True):
+            places: dict[str, str] = {}
+            for name in sorted(name for name in folders if not name.startswith(".")):
+                places.setdefault(os.path.realpath(Path(folder) / name), name)
+            folders[:] = [name for place, name in places.items() if place not in seen]
+            seen |= places.keys()
+            inside += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
+        if faults:
+            raise GatewiseError(f"{path} cannot be read ({reason_of(faults[0])})")
+        readable = [one for one in inside if one.suffix.lower() in _READERS and not one.name.startswith("~$")]
+        documents = [one for one in readable if one.is_file() or one.is_symlink()]  # a link to nothing is told, not passed over
+        if not documents:
+            raise GatewiseError(f"{path} has no document: expected files in it that end in {_suffixes()}")
+        found += documents
+    return found
+
+
+def document_of(content: bytes, name: str, suffix: str, *, docling: bool = False) -> Document:
+    """Reads the content of a file; the document knows the SHA-256 of just these bytes.
+
+    Args:
+        name: what messages call it.
+        suffix: what kind of file it is, such as ".pdf"; case does not matter.
+        docling: as in :func:`read_document`.
+
+    Raises:
+        GatewiseError: as :func:`read_document`.
+    """
+    _check_suffix(suffix, name)
+    if not content.strip():
+        raise GatewiseError(f"{name} is empty, expected a text in English or Chinese")
+    reader = _docling if docling and suffix.lower() in (".pdf", ".docx") else _READERS[suffix.lower()]
+    read = reader(content, name)
+    blocks = tuple(block for block in read.blocks if any(map(str.isalnum, block.text)))
+    if not any(any(map(str.isalpha, block.text)) for block in blocks):
+        raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
+    notes = (*read.notes, *_headings_alone(blocks, name))
+    return replace(read, blocks=blocks, notes=notes, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _headings_alone(blocks: Sequence[Block], name: str) -> list[str]:
+    alone = without_text(blocks)
+    if not alone:
+        return []
+    texts = listed([block.text for block in alone], [block.where for block in alone])
+    return [f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}"]
+
+
+def _text(content: bytes, name: str) -> Document:
+    return read_plain_text(_decoded(content, name), name)
+
+
+def _markdown(content: bytes, name: str) -> Document:
+    try:
+        return read_markdown(_decoded(content, name), name)
+    except ImportError:
+        raise _missing("markdown-it-py", name) from None
+
+
+def _pdf(content: bytes, name: str) -> Document:
+    try:
+        return read_pdf(content, name)
+    except ImportError:
+        raise _missing("pdfplumber", name) from None
+
+
+def _docx(content: bytes, name: str) -> Document:
+    try:
+        return read_docx(content, name)
+    except ImportError:
+        raise _missing("python-docx", name) from None
+
+
+def _docling(content: bytes, name: str) -> Document:
+    """What docling makes of a file, by way of its Markdown."""
+    try:
+        from docling.datamodel.base_models import DocumentStream
+        from docling.document_converter import DocumentConverter
+    except ImportError:
+        raise GatewiseError(f"{name} is to be read with docling, which is not installed: install gatewise-mdt[docling]") from None
+    try:
+        converted = DocumentConverter().convert(DocumentStream(name=Path(name).name, stream=io.BytesIO(content)))
+        text = converted.document.export_to_markdown()
+    except Exception as error:  # it has as many ways to fail as it has readers and models
+        raise GatewiseError(f"{name} could not be read with docling ({reason_of(error, 150)}): leave --docling out") from error
+    read = _markdown(text.encode(), name)
+    return replace(read, notes=(f"{name} was read with docling: lines are those of the Markdown that it made", *read.notes))
+
+
+_READERS: dict[str, Callable[[bytes, str], Document]] = {
+    ".txt": _text,
+    ".md": _markdown,
+    ".markdown": _markdown,
+    ".pdf": _pdf,
+    ".docx": _docx,
+}
+
+
+def _is_folder(path: str | Path) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise GatewiseError(
+                f"{str(path)[:60]}…: there is no such file, the name is too long for one; a text itself can be given on standard"
+                " input with -"
+            ) from None
+        raise GatewiseError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GatewiseError(f"{name}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from error
+    if "\x00" in text:
+        raise GatewiseError(f"{name}: not text (it has zero bytes), expected {_suffixes()}")
+    return re.sub("[\x02-\x04]", "", text).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_suffix(suffix: str, name: str) -> None:
+    if suffix.lower() not in _READERS:
+        raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {_suffixes()}")
+
+
+def _missing(library: str, name: str) -> GatewiseError:
+    return GatewiseError(f"{name} needs {library} to be read, which is not installed: install gatewise-mdt")
+
+
+def _suffixes() -> str:
+    return ".txt, .md, .pdf or .docx"

@@ -1,0 +1,163 @@
+"""A table as sentences: each row says "header: cell" for all of its cells, so that no value stands without what it is of."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from gatewise_mdt.documents.document import Block
+from gatewise_mdt.documents.headings import gives_dose, reads_as_sentence, tells_what_to_do
+from gatewise_mdt.documents.language import has_han
+
+_END = re.compile(r"[.!?;:。！？；：][\"'”’)）\]]*$")
+_HEADER = re.compile(
+    r"(?:(?:the|name of the|type of)\s+)?(?:drugs?|medicines?|medications?|agents?|doses?|dosage|dosing|indications?|populations?"
+    r"|patients?|groups?|age|weight|severity|risk|grade|stage|frequency|route|duration|time|steps?|conditions?|criteria|findings?"
+    r"|actions?|treatments?|recommendations?|targets?|comments?|notes?|evidence|strength|if|then|what to do|[a-z]+ \([^)]*\))"
+    r"|药物(?:名称)?|药品|剂量|用法(?:用量)?|人群|适应证|禁忌证?|分级|分期|严重程度|推荐(?:意见|等级)?|时间|处理|条件|措施|备注",
+    re.IGNORECASE,
+)
+_LONGEST_HEADER = 60
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell.
+
+    Attributes:
+        column: the first one that it covers, from 0.
+        span: columns that it covers.
+        bold: whether all of its text is.
+    """
+
+    text: str
+    column: int
+    span: int = 1
+    bold: bool = False
+
+
+Row = Sequence[Cell]
+
+
+def row_of(texts: Sequence[str], bold: bool = False) -> list[Cell]:
+    """A row whose cells cover one column each."""
+    return [Cell(text, column, bold=bold) for column, text in enumerate(texts)]
+
+
+def table_blocks(rows: Sequence[Row], places: Sequence[str], headers: int | None = None) -> list[Block]:
+    """The rows of a table as blocks.
+
+    Args:
+        places: of each row, for the blocks.
+        headers: how many rows at the top are its headers; None where the document does not say, and the look of the first row has
+            to tell.
+    """
+    filled = [[replace(cell, text=" ".join(cell.text.split())) for cell in row] for row in rows]
+    known = headers is not None
+    count = min(headers, len(rows)) if headers is not None else header_count(filled)
+    said = [number for number, row in enumerate(filled) if any(cell.text for cell in row)]
+    if not said or said[-1] < count:  # nothing below that they could head
+        count = 0
+    top = [header_of(filled[:count], column) for column in range(_width(filled))]
+    notes: list[str] = []
+    if count and not known:
+        notes.append(f"the first row of the table was taken for its headers: {_quoted(top)}")
+    elif not count and len(said) > 1 and max(map(len, filled)) > 1:
+        notes.append("no headers were found in the table")
+    if count and (idle := _idle(filled[count:], top)):
+        notes.append(f"headers of the table were left out, as nothing stands under: {_quoted(idle)}")
+    return list(_blocks(filled[count:], places[count:], top if count else [], tuple(notes)))
+
+
+def _quoted(headers: Sequence[str]) -> str:
+    return ", ".join(f'"{header}"' for header in dict.fromkeys(filter(None, headers)))
+
+
+def _idle(rows: Sequence[Row], top: Sequence[str]) -> list[str]:
+    """The headers that no row says."""
+    width = _width(rows)
+    cells = [cell for row in rows if not _is_over_all(row, width) for cell in row if cell.text]
+    said = {header for cell in cells for header in top[cell.column : cell.column + cell.span]}
+    return [header for header in top if header and header not in said]
+
+
+def _width(rows: Sequence[Row]) -> int:
+    return max((cell.column + cell.span for row in rows for cell in row), default=0)
+
+
+def _is_over_all(row: Row, width: int) -> bool:
+    """Whether all that a row says stands in one cell over all columns."""
+    said = [cell for cell in row if cell.text]
+    return len(said) == 1 and said[0].span == width > 1
+
+
+def header_count(rows: Sequence[Row]) -> int:
+    """How many rows at the top of a table look like its headers: one, or two if a cell of the first covers several columns."""
+    if not _looks_like_header(rows):
+        return 0
+    grouped = len(rows) > 2 and any(cell.span > 1 for cell in rows[0]) and not any(gives_dose(cell.text) for cell in rows[1])
+    return 2 if grouped else 1
+
+
+def header_of(rows: Sequence[Row], column: int) -> str:
+    """What the header rows say above a column, from the top."""
+    said = [cell.text for row in rows for cell in row if cell.column <= column < cell.column + cell.span and cell.text]
+    return ", ".join(dict.fromkeys(text.rstrip(":：") for text in said))
+
+
+def _blocks(rows: Sequence[Row], places: Sequence[str], top: Sequence[str], notes: tuple[str, ...]) -> Iterator[Block]:
+    width = _width(rows)
+    label, waiting = "", None  # of a row over all columns that names what the rows below it are about
+    for row, where in zip(rows, places, strict=True):
+        said = [cell for cell in row if cell.text]
+        if not said:
+            continue
+        if _is_over_all(row, width):
+            if waiting is not None:
+                yield waiting
+            alone = Block(said[0].text, 0, where, "row", notes=notes)
+            is_label = not (reads_as_sentence(alone.text) or _END.search(alone.text))
+            label, waiting = (alone.text, alone) if is_label else (label, None)
+            if not is_label:
+                yield alone
+            continue
+        waiting = None
+        text, stem = _row(said, top, label)
+        yield Block(text, 0, where, "row", stem, notes)
+    if waiting is not None:
+        yield waiting
+
+
+def _row(row: Row, top: Sequence[str], label: str) -> tuple[str, str]:
+    """A row as one text, and its beginning."""
+    chinese = has_han("".join([label, *(cell.text for cell in row), *top]))
+    colon, stop, gap, both = ("：", "。", "", "和") if chinese else (": ", ".", " ", " and ")
+    parts = [label] if label else []
+    for cell in row:
+        header = both.join(dict.fromkeys(filter(None, top[cell.column : cell.column + cell.span])))
+        parts.append(f"{header}{colon}{cell.text}" if header else cell.text)
+    if top or label:
+        parts = [part if _END.search(part) else f"{part}{stop}" for part in parts]
+        return gap.join(parts), parts[0] if len(parts) > 1 else ""
+    said = parts[0]
+    for part in parts[1:]:
+        # "Low risk", then "Stop it.": a new sentence in the second cell.
+        new = bool(re.match(r"[A-Z]", part)) and not _END.search(said)
+        said += f"{colon}{part}" if new and not chinese else f" {part}"
+    return said, parts[0] if len(parts) > 1 else ""
+
+
+def _looks_like_header(rows: Sequence[Row]) -> bool:
+    """Whether the first row of a table is its header, though nothing says so. In doubt it is not: a value would become a name."""
+    first = [cell for cell in rows[0] if cell.text] if rows else []
+    if len(rows) < 2 or len(first) < 2:
+        return False
+    if any(len(cell.text) > _LONGEST_HEADER or re.search(r"[.!;。！；]$", cell.text) or gives_dose(cell.text) for cell in first):
+        return False
+    if all(cell.bold for cell in first) and not all(cell.bold for row in rows[1:] for cell in row if cell.text):
+        return True
+    if sum(bool(_HEADER.fullmatch(cell.text)) for cell in first) > (0 if _HEADER.fullmatch(first[0].text) else 1):
+        return True
+    if len(rows) < 3 or any(tells_what_to_do(cell.text) or re.search(r"\d", cell.text) for cell in first):
+        return False
+    below = [[other.text for row in rows[1:] for other in row if other.column == cell.column] for cell in first]
+    return any(len(texts) > 1 and all(re.search(r"\d", text) for text in texts) for texts in below)

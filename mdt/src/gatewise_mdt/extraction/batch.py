@@ -1,0 +1,278 @@
+"""Documents to records: read, cut into passages, extracted, with everything that failed in its place.
+
+With a :class:`Journal`, what is found for a passage is on disk as soon as it is there, and an extraction that broke off, however it
+did, goes on from there. What was found before keeps its date.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gatewise.checks import writable
+from gatewise.errors import GatewiseError
+from gatewise.files import JsonLines
+from gatewise_mdt.documents.language import detect_language
+from gatewise_mdt.documents.passages import Passage, split_passages
+from gatewise_mdt.documents.reading import STDIN, read_document
+from gatewise_mdt.extraction.extractor import Extraction, Extracts, Progress
+from gatewise_mdt.extraction.served import ServedExtractor
+from gatewise_mdt.records import TreeRecord
+from gatewise_mdt.relations import Language
+from gatewise_mdt.spans import absent_triples
+from gatewise_mdt.tree import DecisionTree
+
+_FORMAT = 1
+_BATCHES_AT_ONCE = 4  # among which passages are sorted by length: few, so that an interrupt leaves the first passages and no gaps
+
+
+@dataclass
+class Batch:
+    """What was found in some documents.
+
+    Attributes:
+        records: the trees, in the order of the documents; ``more`` says where each comes from and what has to be known of it.
+        faults: what failed, a sentence with its place each.
+        notes: what was put right or left out, a sentence with its place each.
+        failed: the documents that gave no tree at all.
+        read: passages that are done.
+    """
+
+    records: list[TreeRecord] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    read: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A passage of a document, and its language."""
+
+    name: str
+    passage: Passage
+    language: Language
+
+    @property
+    def where(self) -> str:
+        """Document and place, for messages."""
+        return ", ".join(filter(None, (self.name, self.passage.where)))
+
+
+class Journal:
+    """What was found for passages, a line each, written as it comes.
+
+    Args:
+        path: the file, which is made with the first passage.
+        settings: what the trees depend on beside the texts, as JSON holds it.
+
+    Raises:
+        GatewiseError: the file is no journal, is damaged, or is one of an extraction with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._lines, self._head = JsonLines(path), {"journal": _FORMAT, "settings": dict(settings)}
+        self._found: dict[tuple[str, str], deque[Extraction | GatewiseError]] = defaultdict(deque)
+        rows = self._lines.read()
+        self._begun = bool(rows)
+        if rows and rows[0].get("journal") != _FORMAT:
+            raise GatewiseError(
+                f"{path} is in the way, and is not what an interrupted extraction left: move it, or give another --out"
+            )
+        if rows and (held := rows[0].get("settings")) != self._head["settings"]:
+            raise GatewiseError(
+                f"{path} is what an interrupted extraction with another {_first_difference(held, settings)} left: give the same"
+                " command again to go on with it, or remove the file to begin anew"
+            )
+        for number, row in enumerate(rows[1:], start=2):
+            try:
+                self._found[row["language"], row["text"]].append(_extraction(row))
+            except (KeyError, TypeError, GatewiseError) as error:
+                raise GatewiseError(f"{path}, line {number} is damaged ({error}): remove the file to begin anew") from error
+
+    def take(self, piece: "Piece") -> Extraction | GatewiseError | None:
+        """What was found for a passage; each that was found is given once, as a text may come several times."""
+        found = self._found.get((piece.language, piece.passage.text))
+        return found.popleft() if found else None
+
+    def keep(self, pieces: "Sequence[Piece]", found: Sequence[Extraction | GatewiseError]) -> None:
+        """Returns when what was found for the passages is on disk.
+
+        Raises:
+            GatewiseError: it cannot be written.
+        """
+        rows = [_row(piece, one) for piece, one in zip(pieces, found, strict=True)]
+        self._lines.append(rows if self._begun else [self._head, *rows])
+        self._begun = True
+
+    def remove(self) -> None:
+        """At the end, when everything is where it belongs."""
+        self.path.unlink(missing_ok=True)
+
+
+def read_pieces(
+    files: Sequence[str | Path],
+    into: Batch,
+    *,
+    language: Language | None = None,
+    population: str | None = None,
+    most_characters: int | None = None,
+    docling: bool = False,
+) -> list[Piece]:
+    """The passages of documents; those that cannot be read go to the faults. Arguments are those of :func:`extract_files`."""
+    pieces: list[Piece] = []
+    for file in files:
+        name = "stdin" if str(file) == STDIN else writable(str(file))
+        try:
+            document = read_document(file, docling=docling)
+            whole = language or detect_language(" ".join(block.text for block in document.blocks), name)
+            passages = split_passages(document, population=population, most=most_characters)
+            into.notes += map(writable, document.notes)
+            into.notes += [f"{name}, {passage.where}: {writable(note)}" for passage in passages for note in passage.notes]
+        except GatewiseError as error:
+            into.faults.append(str(error))
+            into.failed.append(name)
+            continue
+        pieces += [Piece(name, passage, language or _of(passage, whole)) for passage in passages]
+    return pieces
+
+
+def extract_files(
+    files: Sequence[str | Path],
+    extractor: Extracts,
+    *,
+    language: Language | None = None,
+    population: str | None = None,
+    most_characters: int | None = None,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> Batch:
+    """The trees of documents; what fails does not stop the rest.
+
+    Args:
+        files: .txt, .md, .pdf or .docx; "-" is standard input.
+        language: of all documents; None finds it out.
+        population: of all passages, instead of what documents and headings say.
+        most_characters: of a passage; None takes 800 of English and 300 of Chinese.
+        progress: as for :class:`Extracts`.
+        journal: keeps what is found as it comes, and knows what was found before.
+
+    Raises:
+        GatewiseError: something is wrong that is no single document's fault.
+    """
+    batch = Batch()
+    pieces = read_pieces(files, batch, language=language, population=population, most_characters=most_characters)
+    return extract_pieces(pieces, extractor, batch, progress, journal)
+
+
+def extract_pieces(
+    pieces: Sequence[Piece],
+    extractor: Extracts,
+    into: Batch,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> Batch:
+    """The trees of passages, added to what a batch has: what an interrupt leaves can be used."""
+    with_trees: set[str] = set()
+    batch = max(len(pieces), 1) if isinstance(extractor, ServedExtractor) else extractor.batch_size
+    at_once = _BATCHES_AT_ONCE * batch
+    for start in range(0, len(pieces), at_once):
+        portion = pieces[start : start + at_once]
+        found = [journal.take(piece) if journal else None for piece in portion]
+        left = sorted((i for i, one in enumerate(found) if one is None), key=lambda i: len(portion[i].passage.text))
+        try:
+            for at in range(0, len(left), batch):
+                now = left[at : at + batch]
+                told = partial(_tell, progress, start + len(portion) - len(left) + at, len(pieces)) if progress else None
+                for some in _as_found([portion[i] for i in now], extractor, told):
+                    for k, one in some.items():
+                        found[now[k]] = one
+                    if journal:
+                        journal.keep([portion[now[k]] for k in some], list(some.values()))
+        finally:
+            for piece, got in zip(portion, found, strict=True):
+                if got is not None:
+                    _add(piece, got, into, with_trees)
+    for name in dict.fromkeys(piece.name for piece in pieces):
+        if name not in with_trees:
+            into.failed.append(name)
+            count = sum(piece.name == name for piece in pieces)
+            into.faults.append(f"{name}: no decision was found in its {'only passage' if count == 1 else f'{count} passages'}")
+    return into
+
+
+def _as_found(pieces: Sequence[Piece], extractor: Extracts, progress: Progress | None) -> Iterator[dict[int, Any]]:
+    """What is found for pieces, by their numbers: all at once, or one after the other as they come from a server."""
+    texts, languages = [piece.passage.text for piece in pieces], [piece.language for piece in pieces]
+    if isinstance(extractor, ServedExtractor):
+        for number, one in extractor.as_they_come(texts, language=languages, progress=progress):
+            yield {number: one}
+    else:
+        yield dict(enumerate(extractor(texts, language=languages, progress=progress)))
+
+
+def _add(piece: Piece, one: Extraction | GatewiseError, into: Batch, with_trees: set[str]) -> None:
+    into.read += 1
+    if isinstance(one, GatewiseError):
+        into.faults.append(f"{piece.where}: {one}")
+        return
+    into.notes += [f"{piece.where}: {warning}" for warning in one.warnings]
+    if one.is_empty:
+        into.notes.append(f"{piece.where}: no decision was found in {_quoted(piece.passage.passage)}")
+        return
+    with_trees.add(piece.name)
+    into.records.append(_record(one, piece, len(into.records) + 1))
+
+
+def _row(piece: Piece, one: Extraction | GatewiseError) -> dict[str, Any]:
+    """A passage and what was found as a line of a journal; where it stands in its document is read from that anew."""
+    key = {"language": piece.language, "text": piece.passage.text}
+    if isinstance(one, GatewiseError):
+        return {**key, "fault": writable(str(one))}
+    warnings = [writable(warning) for warning in one.warnings]
+    said = {"warnings": warnings, "agreement": one.agreement, "confidence": one.confidence, "extraction": one.made_with}
+    return {**key, "tree": one.tree.to_preorder(), **said}
+
+
+def _extraction(row: Mapping[str, Any]) -> Extraction | GatewiseError:
+    if "fault" in row:
+        return GatewiseError(row["fault"])
+    tree = DecisionTree.from_preorder(row["tree"])
+    absent = absent_triples(row["text"], tree)
+    if not isinstance(made_with := row.get("extraction"), dict | None):
+        raise TypeError("what its tree was made with is no object")
+    confidence = row.get("confidence")
+    said = {
+        "agreement": row["agreement"],
+        "made_with": made_with,
+        "confidence": None if confidence is None else tuple(confidence),
+    }
+    return Extraction(row["text"], tree, row["language"], absent, tuple(row["warnings"]), **said)
+
+
+def _first_difference(held: Any, settings: Mapping[str, Any]) -> str:
+    return next((name for name, value in settings.items() if not isinstance(held, dict) or held.get(name) != value), "settings")
+
+
+def _tell(progress: Progress, before: int, total: int, what: str, done: int, _: int) -> None:
+    """The progress of a portion as that of all passages."""
+    progress(what, before + done, total)
+
+
+def _record(found: Extraction, piece: Piece, number: int) -> TreeRecord:
+    return found.record(number, piece.passage.origin(piece.name))
+
+
+def _of(passage: Passage, otherwise: Language) -> Language:
+    """A passage's own language; a short one that does not tell has the document's."""
+    try:
+        return detect_language(passage.passage)
+    except GatewiseError:
+        return otherwise
+
+
+def _quoted(text: str) -> str:
+    return f'"{text[:40]}{"…" if len(text) > 40 else ""}"'

@@ -1,0 +1,269 @@
+"""A decision tree that a FHIR system runs, in R4 or R5, in the way of CPG-on-FHIR (https://hl7.org/fhir/uv/cpg/).
+
+A Bundle holds three kinds of resources for each record:
+
+- a ``Library`` with CQL: a Boolean parameter and a ``define`` for each fact (a triple of a condition), and for each condition one
+  ``define`` that joins them and one that is its ``not``. It runs as it is, with the facts given as parameters; who codes a fact
+  replaces the parameter in its ``define`` by a query.
+- a ``PlanDefinition``: each branch of a condition is an action that applies under one of these two, by its name
+  (``text/cql-identifier``). Branches are inside each other as in the tree. What recommends nothing has no action.
+- an ``ActivityDefinition`` for each order of a decision: a drug with its doses, a measure, or a drug with ``doNotPerform``.
+
+The resources name the profiles of FHIR itself (such as ``shareableplandefinition``), and those of R4 the profiles of CPG too, which
+there are for R4 only: a recommendation, a computable library, and activities for a drug or a measure. Everything is a draft;
+populations and drugs are words without codes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any, Literal
+
+from gatewise_mdt.formats.fhir import (
+    NOTICE,
+    clean,
+    description_of,
+    documentation_of,
+    encoded,
+    group,
+    grouped,
+    located_of,
+    people_of,
+    source_of,
+)
+from gatewise_mdt.formats.orders import Order, choices_of, notes_of_choices, order_words, orders_of
+from gatewise_mdt.formats.svg import main_subject
+from gatewise_mdt.records import TreeRecord
+from gatewise_mdt.tree import DecisionTree, Node, joined_words
+
+Release = Literal["R4", "R5"]
+BASE = "http://example.org/fhir"
+"""What the canonical addresses begin with; who publishes the resources puts their own in its place."""
+_VERSIONS = {"R4": "4.0.1", "R5": "5.0.0"}
+_PROFILES = "http://hl7.org/fhir/StructureDefinition/"
+_CPG = "http://hl7.org/fhir/uv/cpg/StructureDefinition/"
+_PUBLISHER = "gatewise (a draft, not published)"
+_COMMENT = """\
+// Needs review by a clinician before any use. Drafted from a text by software; not medical advice.
+// A fact is given as a parameter. To read it from a record, put a query in place of the parameter in its define.
+"""
+
+
+def bundle_of(records: Sequence[TreeRecord], release: Release) -> dict[str, Any]:
+    """A ``Bundle`` of type collection with the resources of the records."""
+    entries = []
+    for record, name in zip(records, _names(records), strict=True):
+        for resource in _Resources(record, name, release).made():
+            entries.append({"fullUrl": resource["url"], "resource": resource})
+    return {"resourceType": "Bundle", "id": f"trees-{_hash(json.dumps(entries))}", "type": "collection", "entry": entries}
+
+
+def notes_of(record: TreeRecord) -> list[str]:
+    """What the resources of a record cannot say as the tree does, a sentence each."""
+    notes = []
+    if all(node.is_empty for node in record.tree.nodes if not node.is_condition):
+        notes.append("the tree recommends nothing, so the plan has no action")
+    for number, node in enumerate(record.tree.nodes, start=1):
+        if node.is_condition:
+            continue
+        for order in orders_of(node):
+            if order.kind == "text":
+                notes.append(f"node {number}: {str(order.triple)!r} {order.why_text}; it is an action with this text and no more")
+    return [*notes, *notes_of_choices(record.tree)]
+
+
+def library_of(tree: DecisionTree, name: str, version: str, release: Release) -> str:
+    """The CQL of a tree's conditions."""
+    facts = _facts(tree)
+    lines = [f"library {name} version '{version}'", "", _COMMENT, f"using FHIR version '{_VERSIONS[release]}'", ""]
+    lines += [f"parameter Fact{number} Boolean" for number, _ in facts.values()]
+    lines += ["", "context Patient"]
+    for number, words in facts.values():
+        lines += ["", f"define {words}:", f"  Fact{number}"]
+    for number, node in enumerate(tree.nodes, start=1):
+        if node.is_condition:
+            joined = f"\n    {node.logical_rel} ".join(facts[triple.key][1] for triple in node.triples)
+            lines += ["", f"define {_holds(number, True)}:", f"  {joined}"]
+            lines += ["", f"define {_holds(number, False)}:", f"  not {_holds(number, True)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(tree: DecisionTree) -> dict[tuple[str, str, str], tuple[int, str]]:
+    """For each fact its number and the identifier of its ``define``, by the key of the triple."""
+    return {fact.key: (number, _quoted(f"Fact {number}: {fact}")) for number, fact in enumerate(tree.facts, start=1)}
+
+
+def _holds(number: int, side: bool) -> str:
+    return f"Node{number}Holds" if side else f"Node{number}DoesNotHold"
+
+
+def _quoted(text: str) -> str:
+    """A quoted identifier of CQL."""
+    escaped = clean(text).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + escaped.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t") + '"'
+
+
+class _Resources:
+    """The resources of one record."""
+
+    def __init__(self, record: TreeRecord, name: str, release: Release) -> None:
+        self.record, self.tree, self.name, self.release = record, record.tree, name, release
+        # A number of the tree's content: another tree of the same text is another version. Larger is not later.
+        self.version = f"0.1.{int(_hash(json.dumps(self.tree.to_preorder()))[:7], 16)}"
+        about = clean(record.population or main_subject(self.tree))
+        self.title = about or "Decision tree"
+        focus = {"system": "http://terminology.hl7.org/CodeSystem/usage-context-type", "code": "focus", "display": "Clinical Focus"}
+        self.context = {"useContext": [{"code": focus, "valueCodeableConcept": {"text": about}}]} if about else {}
+        self.located = located_of(record)
+        self.activities: dict[int, list[dict[str, Any]]] = {}
+
+    def made(self) -> Iterator[dict[str, Any]]:
+        plan = self._plan()
+        yield plan
+        yield self._library()
+        for number in sorted(self.activities):
+            yield from self.activities[number]
+
+    def _plan(self) -> dict[str, Any]:
+        root = self._root()
+        profiles = ("shareableplandefinition", "computableplandefinition")
+        # A recommendation of CPG has an action.
+        cpg = "shareableplandefinition" if root is None else "recommendationdefinition"
+        plan = self._head("PlanDefinition", profiles, cpg, self.name, self.title)
+        plan["type"] = _coded("plan-definition-type", "eca-rule")
+        plan["description"] = description_of(self.record, notes_of(self.record))
+        plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": NOTICE}
+        plan |= people_of(self.record) | source_of(self.record) | {"library": [self._canonical("Library", self.name)]}
+        plan["text"] = _narrative(self.title, self.tree.to_outline())
+        if root is not None:
+            plan["action"] = [{**self._link("tree"), "title": self.title, **root}]
+        return plan
+
+    def _library(self) -> dict[str, Any]:
+        library = self._head("Library", ("shareablelibrary",), "computablelibrary", self.name, f"Conditions: {self.title}")
+        library["type"] = _coded("library-type", "logic-library")
+        library["description"] = NOTICE
+        parameters = [
+            {"name": f"Fact{number}", "use": "in", "min": 0, "max": "1", "documentation": clean(str(fact)), "type": "boolean"}
+            for number, fact in enumerate(self.tree.facts, start=1)
+        ]
+        if parameters:
+            library["parameter"] = parameters
+        cql = library_of(self.tree, self.name, self.version, self.release)
+        library["text"] = _narrative(library["title"], cql)
+        library["content"] = [{"contentType": "text/cql", "data": encoded(cql)}]
+        return library
+
+    def _root(self) -> dict[str, Any] | None:
+        """What is inside the action of the whole tree; None where it recommends nothing."""
+        made: dict[int, dict[str, Any] | None] = {}
+        for i in range(len(self.tree.nodes) - 1, -1, -1):  # children first, so that no depth is too deep
+            node, both = self.tree.nodes[i], self.tree.children[i]
+            if both is None:
+                made[i] = self._decision(node, i + 1)
+                continue
+            sides = [self._branch(i + 1, node, side, made.pop(child)) for side, child in zip((True, False), both, strict=True)]
+            made[i] = group([one for one in sides if one is not None], "exactly-one" if all(sides) else "at-most-one")
+        return made[0]
+
+    def _branch(self, number: int, node: Node, side: bool, inside: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What is to be done when a condition holds, or when it does not. It is None where that is nothing."""
+        if inside is None:
+            return None
+        words = clean(joined_words(node))
+        words = words if side else f"not ({words})"
+        expression = {"description": words, "language": "text/cql-identifier", "expression": _holds(number, side)}
+        return {
+            **self._link(f"node-{number}-{'yes' if side else 'no'}"),
+            "title": f"If {words}",
+            **documentation_of(node.triples, self.located[number - 1]),
+            "condition": [{"kind": "applicability", "expression": expression}],
+            **inside,
+        }
+
+    def _decision(self, node: Node, number: int) -> dict[str, Any] | None:
+        orders = orders_of(node)
+        actions = [self._order(order, node.logical_rel, number, i) for i, order in enumerate(orders, start=1)]
+        return grouped(actions, choices_of(orders, node.logical_rel), self._link(f"node-{number}-choice"))
+
+    def _order(self, order: Order, join: str, number: int, place: int) -> dict[str, Any]:
+        title, link = clean(order_words(order, join)), f"node-{number}-order-{place}"
+        action = {**self._link(link), "title": title, **documentation_of((order.triple, *order.doses), self.located[number - 1])}
+        if order.kind == "text":
+            return {**action, "textEquivalent": title}
+        name = f"{self.name}Node{number}Order{place}"
+        kind = "ServiceRequest" if order.kind == "measure" else "MedicationRequest"
+        activity = self._head("ActivityDefinition", ("shareableactivitydefinition",), f"{kind.lower()}activity", name, title)
+        activity |= {"description": NOTICE, "text": _narrative(title), **self.context, "kind": kind}
+        if self.release == "R4":
+            activity["profile"] = f"{_CPG}cpg-{kind.lower()}"
+        activity |= {"intent": "proposal", "doNotPerform": order.kind == "avoid"}
+        what = {"text": clean(order.triple.object)}
+        if order.kind == "measure":
+            activity["code"] = what
+        else:
+            activity["productCodeableConcept"] = what
+            if order.doses:
+                # Several dosages of one activity would all be taken; what joins them can only be said in words.
+                activity["dosage"] = [{"text": clean(f" {join} ".join(dose.object for dose in order.doses))}]
+        self.activities.setdefault(number, []).append(activity)
+        return {**action, "definitionCanonical": self._canonical("ActivityDefinition", name)}
+
+    def _link(self, link: str) -> dict[str, Any]:
+        return {"id": link, "linkId": link} if self.release == "R5" else {"id": link}  # R4 has no linkId
+
+    def _canonical(self, kind: str, name: str) -> str:
+        return f"{BASE}/{kind}/{name}|{self.version}"
+
+    def _head(self, kind: str, profiles: Sequence[str], cpg: str, name: str, title: str) -> dict[str, Any]:
+        """What all resources begin with.
+
+        Args:
+            profiles: those of FHIR.
+            cpg: that of CPG.
+        """
+        urls, extensions = [_PROFILES + one for one in profiles], []
+        if self.release == "R4":
+            urls.append(f"{_CPG}cpg-{cpg}")
+            said = [("Capability", "shareable"), ("Capability", "computable"), ("RepresentationLevel", "structured")]
+            extensions = [{"url": f"{_CPG}cpg-knowledge{what}", "valueCode": code} for what, code in said]
+        return {
+            "resourceType": kind,
+            "id": name,
+            "meta": {"profile": urls},
+            "language": self.tree.language,
+            **({"extension": extensions} if extensions else {}),
+            "url": f"{BASE}/{kind}/{name}",
+            "version": self.version,
+            "name": name,
+            "title": title,
+            "status": "draft",
+            "experimental": True,
+            "publisher": _PUBLISHER,
+        }
+
+
+def _narrative(title: str, content: str = "") -> dict[str, str]:
+    """What a person reads where a system shows no more than text."""
+    pre = f"<pre>{escape(clean(content), quote=False)}</pre>" if content else ""
+    div = f'<div xmlns="http://www.w3.org/1999/xhtml"><p>{escape(title, quote=False)}</p><p>{NOTICE}</p>{pre}</div>'
+    return {"status": "generated", "div": div}
+
+
+def _coded(system: str, code: str) -> dict[str, Any]:
+    return {"coding": [{"system": f"http://terminology.hl7.org/CodeSystem/{system}", "code": code}]}
+
+
+def _names(records: Sequence[TreeRecord]) -> list[str]:
+    """A name for each record that its text decides, so that it stays when the tree is corrected; equal texts get a number."""
+    names: list[str] = []
+    for record in records:
+        name = f"Tree{_hash(record.text if record.text.strip() else json.dumps(record.tree.to_preorder()))}"
+        seen = sum(one == name or one.startswith(f"{name}No") for one in names)
+        names.append(f"{name}No{seen + 1}" if seen else name)
+    return names
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]

@@ -1,0 +1,124 @@
+"""Where a tree comes from, in words for people: who stands for it, of which document it is, and what drafted it.
+
+A record may come from anywhere, and hold anything under the keys that gatewise writes: what is no text there is not said.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from gatewise.checks import is_whole, printable
+from gatewise_mdt.formats.words import Words, words_for
+from gatewise_mdt.records import TreeRecord
+
+_DIGITS = 12  # of a SHA-256, as people compare them
+_MOST = 300  # characters of a comment
+
+
+def origin_of(record: TreeRecord, words: Words | None = None) -> list[str]:
+    """Up to three phrases, each on one line: who approved or corrected the tree, its place in a document, and how it was drafted.
+
+    Args:
+        words: of what language; None takes the tree's.
+    """
+    words = words or words_for(record.tree.language)
+    found = (_reviewed(record, words), _document(record, words), _drafted(record, words))
+    return [one for one in found if one]
+
+
+def approval_of(record: TreeRecord) -> tuple[str, str] | None:
+    """Who approved a tree, and on which day (UTC, ISO 8601), empty where that cannot be read; None for one that nobody approved."""
+    held = record.reviewed or {}
+    by = _text(held, "by")
+    return (by, _day(_text(held, "at"))) if record.more.get("review") == "approved" and by else None
+
+
+def corrector_of(record: TreeRecord) -> str:
+    """Who corrected a tree that nobody approved since; empty where that is not known."""
+    return _text(record.reviewed or {}, "by") if record.more.get("review") == "corrected" else ""
+
+
+def confidence_of(record: TreeRecord) -> tuple[float | None, ...]:
+    """For each node how likely it is right as the model gave it; empty where that is not known, and for a tree that a person
+    approved, who stands for all of it."""
+    return () if record.more.get("review") == "approved" else record.confidence or ()
+
+
+def document_of(record: TreeRecord, words: Words | None = None) -> tuple[str, str] | None:
+    """The file of a tree's document, and the place of its passage in it with the whole SHA-256; None where it is of no document."""
+    source = _text(record.more, "source")
+    words = words or words_for(record.tree.language)
+    where = words.comma.join(_places(record, words, len(record.sha256)))
+    return (source, where) if source else None
+
+
+def _reviewed(record: TreeRecord, words: Words) -> str:
+    said = words.origin
+    state = record.more.get("review")
+    if state not in ("approved", "corrected"):
+        return ""
+    held = record.reviewed or {}
+    by, at, comment, read = (_text(held, key) for key in ("by", "at", "comment", "sha256"))
+    parts = [said[f"{state}_by"].format(by=by) if by else said[state], *([_minute(at)] if at else [])]
+    if read and record.sha256 and read != record.sha256:
+        parts.append(said["read"].format(sha256=_short(read)))
+    return words.comma.join(parts) + (said["comment"].format(comment=comment) if comment else "")
+
+
+def _document(record: TreeRecord, words: Words) -> str:
+    source = _text(record.more, "source")
+    return words.comma.join([words.origin["from"].format(source=source), *_places(record, words)]) if source else ""
+
+
+def _places(record: TreeRecord, words: Words, digits: int = _DIGITS) -> list[str]:
+    offsets = record.more.get("offsets")
+    parts = [_text(record.more, "place")]
+    if isinstance(offsets, list) and len(offsets) == 2 and all(map(is_whole, offsets)):
+        parts.append(words.origin["characters"].format(start=offsets[0], end=offsets[1]))
+    if sha256 := _text(record.more, "sha256"):
+        parts.append(f"SHA-256 {_short(sha256, digits)}")
+    return [part for part in parts if part]
+
+
+def _drafted(record: TreeRecord, words: Words) -> str:
+    held, said = record.extraction or {}, words.origin
+    base, version, date = (_text(held, key) for key in ("base", "gatewise", "date"))
+    adapter = held.get("adapter")
+    name, sha256 = (_text(adapter, key) if isinstance(adapter, dict) else "" for key in ("name", "sha256"))
+    if name and sha256:
+        name += f" (SHA-256 {_short(sha256)})"
+    model = said["on"].format(adapter=name, base=base) if name and base else name or base
+    parts = [said["drafted"].format(model=model)] if model else []
+    parts += [said["version"].format(version=version)] if version else []
+    return "".join(parts) + (f"{words.comma}{_minute(date)}" if date else "") if parts else ""
+
+
+def _text(held: Mapping[str, Any], key: str) -> str:
+    """What a record holds under a key, on one line, and as much of it as people read."""
+    said = held.get(key)
+    if not isinstance(said, str):
+        return ""
+    line = " ".join(printable(said).split())
+    return line if len(line) <= _MOST else f"{line[: _MOST - 1]}…"
+
+
+def _short(sha256: str, digits: int = _DIGITS) -> str:
+    return sha256 if len(sha256) <= digits else f"{sha256[:digits]}…"
+
+
+def _moment(said: str) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(said)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _minute(said: str) -> str:
+    moment = _moment(said)
+    return said if moment is None else f"{moment.date().isoformat()} {moment:%H:%M} UTC"
+
+
+def _day(said: str) -> str:
+    moment = _moment(said)
+    return moment.date().isoformat() if moment else ""

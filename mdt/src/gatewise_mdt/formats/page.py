@@ -1,0 +1,138 @@
+"""Trees as one HTML page that needs no network: the text on the left, the tree on the right, each marking the other.
+
+The page is ``page.html``, its looks are ``page.css``, its script is ``marking.js``. Its Content-Security-Policy names the two by
+their hashes, so that a browser runs and applies nothing else, whatever the texts of the records hold.
+"""
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from gatewise.errors import GatewiseError
+from gatewise_mdt.formats.origin import confidence_of, origin_of
+from gatewise_mdt.formats.svg import drawing_of, main_subject
+from gatewise_mdt.formats.words import words_for
+from gatewise_mdt.records import TreeRecord
+from gatewise_mdt.spans import locate_tree
+from gatewise_mdt.tree import DecisionTree
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+SMALLEST = 0.72  # a drawing shrinks to the room there is, as far as it stays readable
+
+
+def page_of(records: Sequence[TreeRecord]) -> str:
+    """A page with one article a record. Everything that comes from the records is escaped.
+
+    Raises:
+        GatewiseError: Jinja2 is not installed (the extra ``mdt``).
+    """
+    words, several = words_for(records[0].tree.language), len(records) > 1
+    drawings = [
+        drawing_of(one.tree, one.text, focusable=True, prefix=f"record-{i}-", confidence=confidence_of(one))
+        for i, one in enumerate(records, start=1)
+    ]
+    widths = [f"#record-{i} svg{{min-width:{SMALLEST * one.width:.0f}px}}\n" for i, one in enumerate(drawings, start=1)]
+    style, script = content_of(__package__, "page.css") + "".join(widths), content_of(__package__, "marking.js")
+    articles = [
+        {**_article(record), "id": f"record-{i}", "svg": drawing.svg}
+        for i, (record, drawing) in enumerate(zip(records, drawings, strict=True), start=1)
+    ]
+    return template_of(content_of(__package__, "page.html")).render(
+        words=words,
+        several=several,
+        title=words.title if several else f"{words.title}: {_name(records[0])}",
+        style=style,
+        script=script,
+        style_hash=source_of_policy(style),
+        script_hash=source_of_policy(script),
+        articles=articles,
+    )
+
+
+@cache
+def template_of(content: str) -> "Template":
+    """A Jinja2 template in which everything is escaped that does not say otherwise. It may include "head.html" of this room.
+
+    Raises:
+        GatewiseError: Jinja2 is not installed (the extra ``mdt``).
+    """
+    try:
+        from jinja2 import DictLoader, Environment, StrictUndefined
+    except ImportError as error:
+        raise GatewiseError("the format html needs jinja2, which is not installed: pip install gatewise-mdt") from error
+    environment = Environment(
+        loader=DictLoader({"head.html": content_of(__package__, "head.html")}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(content)
+
+
+def content_of(room: str, name: str) -> str:
+    """A page, style sheet or script that lies in a room of the package, such as "gatewise_mdt.formats"."""
+    return (resources.files(room) / name).read_text(encoding="utf-8")
+
+
+def source_of_policy(content: str) -> str:
+    """A source of a Content-Security-Policy that allows an inline style sheet or script of this content and no other."""
+    return f"sha256-{b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+
+
+def _article(record: TreeRecord) -> dict[str, Any]:
+    """What the page says of a record."""
+    words = words_for(record.tree.language)
+    mark = record.text.find("@")
+    pieces: list[dict[str, Any]] = [
+        {"start": start, "text": piece, "names": names, "label": _label(names, words.language)}
+        for start, piece, names in pieces_of(record.text, record.tree)
+    ]
+    note = record.more.get("note")
+    return {
+        "words": words,
+        "number": record.number,
+        "name": _name(record),
+        "population": [piece for piece in pieces if piece["start"] < mark] if mark >= 0 else None,
+        "passage": [piece for piece in pieces if piece["start"] > mark] if record.text.strip() else None,
+        "note": note if isinstance(note, str) else "",
+        "headings": " › ".join(record.headings),
+        "origin": origin_of(record, words),
+        "notes": record.notes,
+        "warnings": record.warnings,
+        "outline": record.tree.to_outline(),
+    }
+
+
+def _label(names: Sequence[str], language: str) -> str:
+    nodes = ", ".join(dict.fromkeys(str(int(name.split(".")[0]) + 1) for name in names))
+    return f"节点 {nodes}" if language == "zh" else f"node {nodes}"
+
+
+def _name(record: TreeRecord) -> str:
+    return record.population or main_subject(record.tree) or words_for(record.tree.language).title
+
+
+def pieces_of(text: str, tree: DecisionTree) -> list[tuple[int, str, list[str]]]:
+    """The text in pieces, (start, piece, names of the triples that rest on it as "node.triple"), without the population's "@"."""
+    rests: list[tuple[int, int, str]] = []
+    for i, row in enumerate(locate_tree(text, tree)):
+        for j, spans in enumerate(row):
+            rests += [(span.start, span.end, f"{i}.{j}") for span in spans if span is not None]
+    mark = text.find("@")
+    cuts = {0, len(text), *(edge for start, end, _ in rests for edge in (start, end))}
+    cuts |= {mark, mark + 1} if mark >= 0 else set()
+    pieces = []
+    for start, end in pairwise(sorted(cuts)):
+        if start == mark:
+            continue
+        names = dict.fromkeys(name for begin, stop, name in rests if begin <= start and end <= stop)
+        pieces.append((start, text[start:end], list(names) if text[start:end].strip() else []))
+    return pieces

@@ -1,0 +1,332 @@
+"""A decision tree as a decision table: DMN 1.3 (https://www.omg.org/spec/DMN/1.3) for engines, a workbook for WHO's DAKs.
+
+A column is a condition of the tree, a row one way from the root to a decision. Conditions that a way does not pass are left open,
+so that exactly one row applies (hit policy UNIQUE). In DMN a fact (a triple of a condition) is a Boolean input, ``tree_1_fact_2``,
+and a column the expression that joins facts. Where a fact that matters is not known (null), no row applies.
+
+Digital Adaptation Kits (DAKs) lay decision-support logic out as a workbook: a sheet COVER that lists the decisions, and for each a
+table with its ID, business rule and trigger, then inputs, output, guidance for the health worker, annotations and references. Names
+and places are those that WHO's own reader of such workbooks looks for (``dt_extractor.py`` in WorldHealthOrganization/smart-base).
+"""
+
+import io
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gatewise.errors import GatewiseError
+from gatewise_mdt.formats.fhir import NOTICE, clean, said_of
+from gatewise_mdt.formats.orders import choices_of, notes_of_choices, order_words, orders_of
+from gatewise_mdt.formats.svg import main_subject
+from gatewise_mdt.formats.words import words_for
+from gatewise_mdt.records import TreeRecord
+from gatewise_mdt.spans import TripleSpans, locate_tree
+from gatewise_mdt.tree import DecisionTree, Node, Triple, joined_words
+
+_DMN = "https://www.omg.org/spec/DMN/20191111/MODEL/"
+_MOST_IN_A_CELL = 32_767  # Excel's limit; more would be cut without a word
+
+
+class Rule(NamedTuple):
+    """A way from the root to a decision.
+
+    Attributes:
+        answers: for each condition of the table whether it holds on this way; None where the way does not pass it.
+        leaf: the decision's position in the tree's pre-order, from 0.
+    """
+
+    answers: tuple[bool | None, ...]
+    leaf: int
+
+
+class Table(NamedTuple):
+    """A tree as a table.
+
+    Attributes:
+        conditions: their positions in the tree's pre-order, from 0.
+    """
+
+    conditions: tuple[int, ...]
+    rules: tuple[Rule, ...]
+
+
+def table_of(tree: DecisionTree) -> Table:
+    """The decision table of a tree; one without conditions has a single rule."""
+    conditions = tuple(i for i, node in enumerate(tree.nodes) if node.is_condition)
+    rules = []
+    to_do: list[tuple[int, dict[int, bool]]] = [(0, {})]
+    while to_do:
+        at, answers = to_do.pop()
+        if (both := tree.children[at]) is None:
+            rules.append(Rule(tuple(answers.get(i) for i in conditions), at))
+        else:
+            to_do += [(both[1], {**answers, at: False}), (both[0], {**answers, at: True})]
+    return Table(conditions, tuple(rules))
+
+
+def notes_of(record: TreeRecord) -> list[str]:
+    """What a table cannot say as the tree does, a sentence each."""
+    choices = [number for number, node in enumerate(record.tree.nodes, start=1) if not node.is_condition and _says_or(node)]
+    if not choices:
+        return notes_of_choices(record.tree)
+    nodes = f"{'nodes' if len(choices) > 1 else 'node'} {', '.join(map(str, choices))}"
+    said = (
+        f"{nodes}: a decision of a table is one text; that its parts are joined by 'or' is said in words and no engine offers them"
+    )
+    return [said, *notes_of_choices(record.tree)]
+
+
+def _says_or(node: Node) -> bool:
+    return node.logical_rel == "or" and (len(_choices(node)[0]) > 1 or any(len(order.doses) > 1 for order in orders_of(node)))
+
+
+def _recommendation(node: Node) -> str:
+    """A decision on one line, each dose with its drug."""
+    if node.is_empty:
+        return "no recommendation"
+    choices, always = _choices(node)
+    return ", and ".join(filter(None, (" or ".join(choices), " and ".join(always))))
+
+
+def _choices(node: Node) -> tuple[list[str], list[str]]:
+    """The orders of a decision: those to choose from, and those that all hold."""
+    choices: list[str] = []
+    always: list[str] = []
+    orders = orders_of(node)
+    for order, is_choice in zip(orders, choices_of(orders, node.logical_rel), strict=True):
+        (choices if is_choice else always).append(order_words(order, node.logical_rel))
+    return choices, always
+
+
+def _expression(node: Node, tree: DecisionTree, prefix: str) -> str:
+    """A condition over the names of its facts, in FEEL (and as people read it)."""
+    numbers = {fact.key: number for number, fact in enumerate(tree.facts, start=1)}
+    return f" {node.logical_rel} ".join(f"{prefix}fact_{numbers[triple.key]}" for triple in node.triples)
+
+
+def _numbers(records: Sequence[TreeRecord]) -> list[int]:
+    """The records' numbers, or where these are not all different, their places."""
+    numbers = [record.number for record in records]
+    return numbers if len(set(numbers)) == len(numbers) else list(range(1, len(numbers) + 1))
+
+
+# ---- DMN ----
+
+
+def dmn_of(records: Sequence[TreeRecord]) -> str:
+    """DMN 1.3 with a decision for each record, its outputs being the leaf's ``node`` (from 1) and its ``recommendation``."""
+    ET.register_namespace("", _DMN)
+    root = ET.Element(_tag("definitions"), {"id": "trees", "name": "Decision trees", "namespace": "http://example.org/dmn"})
+    _text(root, "description", NOTICE)
+    for record, number in zip(records, _numbers(records), strict=True):
+        _add_decision(root, record, f"tree_{number}")
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
+    tree, prefix = record.tree, f"{name}_"
+    for number, fact in enumerate(tree.facts, start=1):
+        data = ET.SubElement(root, _tag("inputData"), {"id": f"{prefix}fact_{number}", "name": f"{prefix}fact_{number}"})
+        _text(data, "description", "\n".join([str(fact), *_absent(record, (fact,))]))
+        ET.SubElement(data, _tag("variable"), {"name": f"{prefix}fact_{number}", "typeRef": "boolean"})
+    decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(_about(record))})
+    _text(decision, "description", "\n\n".join(_described(record)))
+    ET.SubElement(decision, _tag("variable"), {"name": name})
+    for number in range(1, len(tree.facts) + 1):
+        needed = ET.SubElement(decision, _tag("informationRequirement"))
+        ET.SubElement(needed, _tag("requiredInput"), {"href": f"#{prefix}fact_{number}"})
+    table = table_of(tree)
+    made = ET.SubElement(decision, _tag("decisionTable"), {"id": f"{prefix}table", "hitPolicy": "UNIQUE"})
+    for i in table.conditions:
+        node = tree.nodes[i]
+        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}node_{i + 1}", "label": clean(joined_words(node))})
+        expression = ET.SubElement(column, _tag("inputExpression"), {"typeRef": "boolean"})
+        _text(expression, "text", _expression(node, tree, prefix))
+    for output, type_ in (("node", "number"), ("recommendation", "string")):
+        ET.SubElement(made, _tag("output"), {"id": f"{prefix}{output}", "name": output, "typeRef": type_})
+    for rule in table.rules:
+        row = ET.SubElement(made, _tag("rule"), {"id": f"{prefix}rule_{rule.leaf + 1}"})
+        if absent := _absent(record, tree.nodes[rule.leaf].triples):
+            _text(row, "description", "\n".join(absent))
+        answers = ["-" if answer is None else str(answer).lower() for answer in rule.answers]
+        outputs = [str(rule.leaf + 1), _feel(_recommendation(tree.nodes[rule.leaf]))]
+        for kind, values in (("input", answers), ("output", outputs)):
+            for place, value in enumerate(values, start=1):
+                entry = ET.SubElement(row, _tag(f"{kind}Entry"), {"id": f"{row.get('id')}_{kind}_{place}"})  # engines ask for ids
+                _text(entry, "text", value)
+
+
+def _described(record: TreeRecord) -> list[str]:
+    population = [f"Population: {record.population}"] if record.population else []
+    passage = [f"Passage: {record.passage}"] if record.passage else []
+    return [NOTICE, *_noted(record), *population, *passage]
+
+
+def _noted(record: TreeRecord) -> list[str]:
+    notes = (f"Note of the export: {note}" for note in notes_of(record))
+    return [*said_of(record), *_absent(record, record.tree.triples), *notes]
+
+
+def _absent(record: TreeRecord, triples: Sequence[Triple]) -> list[str]:
+    """Which of some triples do not stand in the text and why, a line each, in the words of the other formats."""
+    if not record.text.strip():
+        return []
+    whys = [words_for("en").why_absent(record.text, triple) for triple in triples]
+    return [_line(f"{why}: {triple}") for why, triple in zip(whys, triples, strict=True) if why]
+
+
+def _stands(record: TreeRecord, triple: Triple) -> str:
+    """Whether a triple stands in the text; if not, why. Empty where there is no text."""
+    if not record.text.strip():
+        return ""
+    return _line(words_for("en").why_absent(record.text, triple)) or "yes"
+
+
+def _about(record: TreeRecord) -> str:
+    return record.population or main_subject(record.tree) or words_for(record.tree.language).title
+
+
+def _feel(text: str) -> str:
+    """A string literal of FEEL, on one line."""
+    return '"' + " ".join(text.split()).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _tag(name: str) -> str:
+    return f"{{{_DMN}}}{name}"
+
+
+def _text(parent: ET.Element, name: str, text: str) -> None:
+    ET.SubElement(parent, _tag(name)).text = clean(text)
+
+
+# ---- WHO DAK ----
+
+_COVER = (
+    "Activity ID.Activity name",
+    "Tab name",
+    "Decision-support table (DT), contraindications table and scheduling-logic table (S) identification (ID)",
+    "Table description",
+    "Reference/source",
+)
+_HEADS = ("Output", "Guidance displayed to health worker", "Annotations", "Reference(s)")
+_NO_TRIGGER = "To be filled in: the text does not say at which point of care this is decided."
+_ONE_ROW = "Hit policy UNIQUE: exactly one of the rows below applies."
+
+
+def dak_of(records: Sequence[TreeRecord]) -> bytes:
+    """A workbook with a sheet that lists the decisions and says how to read them, one for each record, and one with all facts.
+
+    Raises:
+        GatewiseError: openpyxl is not installed (the extra ``mdt``).
+    """
+    check_workbooks()
+    from openpyxl import Workbook
+
+    book = Workbook()
+    cover = book.active
+    assert cover is not None
+    cover.title = "COVER"
+    _row(cover, 1, (NOTICE,))
+    _row(cover, 3, _COVER, bold=True)
+    facts = book.create_sheet("Facts")
+    _row(facts, 1, ("Fact", "Decision ID", "Subject", "Relation", "Object", "Type", "In the text"), bold=True)
+    said = ["A row of a table is one way to an output. An input has a name and, below it, what it is made of; - does not matter."]
+    said += ["The facts, which are TRUE or FALSE, are in the sheet Facts."]
+    for record, number in zip(records, _numbers(records), strict=True):
+        name, tab = f"tree_{number}", f"DT {number}"
+        _fill(book.create_sheet(tab), record, name)
+        about = _line(_about(record))
+        source = ", ".join(str(record.more[key]) for key in ("source", "place") if record.more.get(key))
+        _row(cover, cover.max_row + 1, (f"{name} {about}", tab, name, about, source or "-"))
+        for place, fact in enumerate(record.tree.facts, start=1):
+            _row(facts, facts.max_row + 1, (f"fact_{place}", name, *fact, "Boolean", _stands(record, fact)))
+        said += [f"{name}: {one}" for one in _noted(record)]
+    for place, sentence in enumerate(said, start=cover.max_row + 2):  # the list ends with an empty row
+        _row(cover, place, (sentence,))
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
+
+
+def check_workbooks() -> None:
+    """Refuses early where the library that writes workbooks is missing.
+
+    Raises:
+        GatewiseError: openpyxl is not installed.
+    """
+    try:
+        import openpyxl  # noqa: F401
+    except ImportError as error:
+        raise GatewiseError("the format dak needs openpyxl, which is not installed: pip install gatewise-mdt") from error
+
+
+def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
+    tree, table = record.tree, table_of(record.tree)
+    business = f"{_about(record)}: {record.passage}" if record.passage else _about(record)
+    for place, row in enumerate((("Decision ID", name), ("Business rule", business), ("Trigger", _NO_TRIGGER)), start=1):
+        _row(sheet, place, row)
+    inputs = [(_line(joined_words(node)), _expression(node, tree, "")) for node in (tree.nodes[i] for i in table.conditions)]
+    inputs = inputs or [(_line(_about(record)), "always TRUE: the text names no condition")]
+    _row(sheet, 4, ["Inputs", *[""] * (len(inputs) - 1), *_HEADS], bold=True)
+    # Without the annotation, that reader takes the names of a table's only input for one.
+    absent = [_absent(record, tree.nodes[i].triples) for i in table.conditions] or [[]]
+    names = ["; ".join([words, *lost]) for (words, _), lost in zip(inputs, absent, strict=True)]
+    definitions = (f"{one}\n{facts}" for one, (_, facts) in zip(names, inputs, strict=True))
+    _row(sheet, 5, [*definitions, "", "", _ONE_ROW], bold=True)
+    located = locate_tree(record.text, tree)
+    for place, rule in enumerate(table.rules, start=6):
+        answers = rule.answers or (None,)
+        cells = [_answer(*one, answer) for one, answer in zip(inputs, answers, strict=True)]
+        _row(sheet, place, [*cells, *_outputs(rule.leaf, record, located[rule.leaf], name)])
+    sheet.freeze_panes = "A6"
+
+
+def _answer(words: str, facts: str, answer: bool | None) -> str:
+    """An input of a row: a name of its own for each answer, and what it asks of the facts."""
+    if answer is None:
+        return "-"
+    asked = f"({facts})" if " " in facts else facts
+    return f"{words}\n{asked} = TRUE" if answer else f"Not: {words}\n{asked} = FALSE"
+
+
+def _outputs(leaf: int, record: TreeRecord, located: Sequence[TripleSpans], name: str) -> tuple[str, str, str, str]:
+    node = record.tree.nodes[leaf]
+    choices, always = _choices(node)
+    actions = "\n".join([*choices, *always])
+    annotation = f"node {leaf + 1}"
+    if node.logical_rel != "null":
+        told = f"; any of the first {len(choices)} actions, and all of the others" if always else "; any of the actions"
+        annotation += told if len(choices) > 1 or (choices and not always) else "; all of the actions"
+    spans = [found.object for found in located if found.object]
+    phrases = [f"characters {span.start + 1} to {span.end}: {record.text[span.start : span.end]}" for span in spans]
+    phrases += _absent(record, node.triples)
+    return f"{_line(_recommendation(node))}\nnode {leaf + 1} of {name}", actions, annotation, "\n".join(phrases)
+
+
+def _line(text: str) -> str:
+    return " ".join(clean(text).split())
+
+
+def _row(sheet: Any, place: int, values: Sequence[str], *, bold: bool = False) -> None:
+    from openpyxl.styles import Alignment, Font
+
+    for column, value in enumerate(values, start=1):
+        cell = sheet.cell(place, column)
+        if text := _cut(clean(value)):
+            cell.value = text
+            cell.data_type = "s"  # whatever it begins with, a text is no formula
+        cell.alignment = Alignment(wrap_text=True, vertical="top")
+        if bold:
+            cell.font = Font(bold=True)
+        sheet.column_dimensions[cell.column_letter].width = 32
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _MOST_IN_A_CELL:
+        return text
+    # What is asked of the facts, and which node a row leads to, stands in the last line, without which a table decides nothing.
+    _, line, last = text.rpartition("\n")
+    mark = " [cut: longer than a cell holds]"
+    end = f"{mark}\n{last}" if line and len(last) < _MOST_IN_A_CELL // 2 else mark
+    return text[: _MOST_IN_A_CELL - len(end)] + end

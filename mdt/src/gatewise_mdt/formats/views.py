@@ -1,0 +1,155 @@
+"""Trees as people look at them, hand them on and run them. Each format asks for review by a clinician."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gatewise.errors import GatewiseError
+from gatewise.files import finite, whole_file
+from gatewise_mdt.formats import cpg, fhir, tables
+from gatewise_mdt.formats.mermaid import mermaid_of
+from gatewise_mdt.formats.origin import confidence_of, origin_of
+from gatewise_mdt.formats.page import page_of
+from gatewise_mdt.formats.svg import drawing_of
+from gatewise_mdt.formats.words import words_for
+from gatewise_mdt.outline import escaped
+from gatewise_mdt.records import TreeRecord, check_texts, outlined
+from gatewise_mdt.spans import Span, TripleSpans, absent_triples, locate_tree, part_of
+from gatewise_mdt.tree import Triple
+
+FORMATS = {
+    "text": ".txt",
+    "json": ".json",
+    "mermaid": ".mmd",
+    "svg": ".svg",
+    "html": ".html",
+    "fhir": ".json",
+    "fhir-r4": ".r4.json",
+    "fhir-r5": ".r5.json",
+    "dmn": ".dmn",
+}
+"""Formats that are one text, with the suffix of a file."""
+WORKBOOKS = {"dak": ".xlsx"}
+"""Formats that are no text, and can only be written."""
+ONE_TREE = {"mermaid": "a Mermaid chart", "svg": "an SVG"}
+"""Formats that show one tree, with what messages call them."""
+NOTICE = "Needs review by a clinician. Not medical advice."
+
+
+def render(records: Sequence[TreeRecord], format: str) -> str:
+    """Records in a format, as one text that ends in a line break.
+
+    Args:
+        format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number: "json" and "text" can be read
+            back by :func:`gatewise_mdt.read_trees`, "fhir" makes a Bundle of several. :func:`notes_of` says what those of FHIR
+            and "dmn" cannot hold.
+
+    Raises:
+        GatewiseError: there is no record, the format is unknown, no text or cannot hold several, a record for "json" is without
+            a text, or fhir.resources is missing.
+    """
+    _check(records, format)
+    if format == "json":
+        check_texts(records)
+    if format in WORKBOOKS:
+        raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file")
+    if format in ONE_TREE and len(records) > 1:
+        raise GatewiseError(f"{ONE_TREE[format]} shows one tree, but {len(records)} were given: name one of them")
+    makers: dict[str, Callable[[Sequence[TreeRecord]], str]] = {
+        "text": lambda records: f"# {words_for(records[0].tree.language).notice}\n{_with_comments(records)}",
+        "json": lambda records: _json([_as_json(record) for record in records]),
+        "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, **_around(records[0])),
+        "svg": lambda records: drawing_of(records[0].tree, records[0].text, **_around(records[0])).svg,
+        "html": page_of,
+        "fhir": lambda records: _json(fhir.bundle_of(records)),
+        "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),
+        "fhir-r5": lambda records: _json(cpg.bundle_of(records, "R5")),
+        "dmn": tables.dmn_of,
+    }
+    return makers[format](records)
+
+
+def _around(record: TreeRecord) -> dict[str, Any]:
+    """What stands around the drawing of a tree, or in it unseen."""
+    return {
+        "warnings": record.warnings,
+        "headings": record.headings,
+        "origin": origin_of(record),
+        "confidence": confidence_of(record),
+    }
+
+
+def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
+    """What a format cannot say as the trees do, a sentence each, with the record's number. What is made of them says it, too."""
+    made = {"fhir": fhir.notes_of, "fhir-r4": cpg.notes_of, "fhir-r5": cpg.notes_of, "dmn": tables.notes_of, "dak": tables.notes_of}
+    notes = made.get(format)
+    return [f"record {record.number}, {note}" for record in records for note in notes(record)] if notes else []
+
+
+def _check(records: Sequence[TreeRecord], format: str) -> None:
+    if format not in {**FORMATS, **WORKBOOKS}:
+        raise GatewiseError(f"the format is {format!r}: expected one of {', '.join([*FORMATS, *WORKBOOKS])}")
+    if not records:
+        raise GatewiseError("there is no tree to show: give at least one record")
+
+
+def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> Path:
+    """Writes what :func:`render` gives, or the workbook "dak", whole or not at all.
+
+    Raises:
+        GatewiseError: as :func:`render`, openpyxl is missing, or the place cannot be written.
+    """
+    _check(records, format)
+    content = tables.dak_of(records) if format in WORKBOOKS else render(records, format).encode()
+    with whole_file(path) as part:
+        part.write_bytes(content)
+    return Path(path)
+
+
+def _with_comments(records: Sequence[TreeRecord]) -> str:
+    """Outlines with what does not count as comments: above each node how sure the model was of it, and after the outline where it
+    comes from, its warnings and what is not in its text."""
+    made = []
+    for record in records:
+        missing = absent_triples(record.text, record.tree) if record.text.strip() else ()
+        words = words_for(record.tree.language)
+        sure = [words.sure(one) for one in confidence_of(record)]
+        comments = [words.confidence_means] if any(sure) else []
+        comments += [escaped(phrase) for phrase in origin_of(record, words)]
+        comments += [f"{words.warnings}: {escaped(warning)}" for warning in record.warnings]
+        comments += [f"{escaped(words.why_absent(record.text, triple))}: {' | '.join(map(escaped, triple))}" for triple in missing]
+        made.append(outlined(record, sure) + "".join(f"# {comment}\n" for comment in comments))
+    return "---\n".join(made)
+
+
+def _as_json(record: TreeRecord) -> dict[str, Any]:
+    """The published format with what a program may want beside it: the nested tree and the phrases' places in the text."""
+    located = locate_tree(record.text, record.tree)
+    spans = [
+        [_places(record.text, triple, found) for triple, found in zip(node.triples, row, strict=True)]
+        for node, row in zip(record.tree.nodes, located, strict=True)
+    ]
+    first = {"text": record.text, "tree": record.tree.to_preorder(), "notice": NOTICE}
+    # What is ours comes twice: before a record's own keys, and after them, so that none of these takes its place.
+    return {**first, **record.more, **first, "nested": record.tree.to_nested(), "spans": spans}
+
+
+def _places(text: str, triple: Triple, found: TripleSpans) -> dict[str, Any]:
+    """Where subject and object stand, and for one that is but a part of other words these words."""
+    places: dict[str, Any] = {"subject": _pair(found.subject), "object": _pair(found.object)}
+    for name, phrase in (("subject", triple.subject), ("object", triple.object)):
+        if places[name] is None and (whole := part_of(text, phrase)) is not None:
+            places[f"{name}_part_of"] = whole
+    return places
+
+
+def _pair(span: Span | None) -> list[int] | None:
+    return None if span is None else list(span)
+
+
+def _json(value: Any) -> str:
+    made = json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
+    # JSON escapes only those below the space, and these a terminal obeys as well.
+    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", made)

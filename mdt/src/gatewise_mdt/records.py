@@ -1,0 +1,417 @@
+"""Files of texts with their trees: a JSON list in the published format, JSONL, or an outline that people edit.
+
+| suffix       | content                                                                                |
+|--------------|----------------------------------------------------------------------------------------|
+| ``.json``    | a list of ``{"text": "population@passage", "tree": [nodes in pre-order]}``, or one of them |
+| ``.jsonl``   | one of them a line                                                                     |
+| ``.txt``     | outlines, see :mod:`gatewise_mdt.outline`, each after a line ``text: …``, parted by ``---`` |
+
+A tree may also be nested (an object instead of a list). Other keys of a record are kept, and written back, as far as a file can
+hold them: NaN comes back as null, and half of a surrogate pair as the replacement character.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
+from gatewise.errors import GatewiseError
+from gatewise.files import content_of, finite, whole_file
+from gatewise_mdt import checks
+from gatewise_mdt.outline import escaped, outline_of, repaired_tree, split
+from gatewise_mdt.tree import DecisionTree
+
+SUFFIXES = (".json", ".jsonl", ".txt")
+_OWN_KEYS = ("text", "tree")
+DOUBTFUL = 0.5
+"""A node of less confidence is more likely wrong than right."""
+_REVIEWED = ("approved", "corrected")  # what a record's "review" may be, see gatewise_mdt.review.passage
+_DEEPEST = 2 * checks.MAX_DEPTH  # a nested tree among them is well within
+
+
+@dataclass(frozen=True)
+class TreeRecord:
+    """A text and its tree.
+
+    Attributes:
+        text: "population@passage"; without an "@" all of it is the passage.
+        number: place in the file, from 1.
+        more: other keys of the record.
+    """
+
+    text: str
+    tree: DecisionTree
+    number: int = 1
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def population(self) -> str:
+        """Whom the passage is about: what stands before the first "@"; empty without one."""
+        before, at, _ = self.text.partition("@")
+        return before.strip() if at else ""
+
+    @property
+    def passage(self) -> str:
+        """The text after the population."""
+        before, at, after = self.text.partition("@")
+        return (after if at else before).strip()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an extraction said of its tree: what was put right, left out or cut short."""
+        return self._texts("warnings")
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """The headings above its passage in the document that it comes from, the outermost first."""
+        return self._texts("headings")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be known of how its passage was read."""
+        return self._texts("notes")
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes of the document that its passage is of; empty where it is not known."""
+        said = self.more.get("sha256")
+        return said if isinstance(said, str) else ""
+
+    @property
+    def extraction(self) -> dict[str, Any] | None:
+        """What a model's tree was made with, see :attr:`gatewise_mdt.Extraction.made_with`; None for other trees."""
+        return self._object("extraction")
+
+    @property
+    def reviewed(self) -> dict[str, Any] | None:
+        """Who approved or corrected the tree last: "by", "at" (UTC), "comment" where there was one, and "sha256", the document that
+        they read, where it is known. None where it is not known, or nobody did."""
+        return self._object("reviewed")
+
+    @property
+    def confidence(self) -> tuple[float | None, ...] | None:
+        """For each node, in pre-order, how likely it is right as the model gave it, in [0, 1], see
+        :attr:`gatewise_mdt.Extraction.confidence`; None for an empty leaf and a node that a person changed. None as a whole where
+        it is not known."""
+        said = shares(self.more.get("confidence"))
+        return said if said and len(said) == len(self.tree.nodes) else None
+
+    def _object(self, key: str) -> dict[str, Any] | None:
+        said = self.more.get(key)
+        return said if isinstance(said, dict) else None
+
+    def _texts(self, key: str) -> tuple[str, ...]:
+        said = self.more.get(key)
+        return tuple(one for one in said if isinstance(one, str) and one.strip()) if isinstance(said, list | tuple) else ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The record in the published format, with its other keys after it."""
+        return {"text": self.text, "tree": self.tree.to_preorder(), **self.more}
+
+
+def shares(said: Any) -> tuple[float | None, ...] | None:
+    """A list of numbers in [0, 1] and nulls; None for anything else, which a file may hold as well."""
+
+    def fits(one: Any) -> bool:
+        return one is None or (isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= 1)
+
+    if not isinstance(said, list | tuple) or not all(map(fits, said)):
+        return None
+    return tuple(one if one is None else float(one) for one in said)
+
+
+@dataclass(frozen=True)
+class TreeFile:
+    """What a file holds.
+
+    Attributes:
+        records: those that could be read, in their order.
+        faults: number of a record -> what is wrong with it, a whole sentence.
+        notes: what was put right, a whole sentence each (only where repair was asked for); then those of ``unapproved``.
+        count: records in the file, read or not.
+        repaired: numbers of the records that have a tree only after a repair.
+        unapproved: number of a record that was approved with its tree as it was before a repair -> that it counts as corrected, a
+            whole sentence.
+    """
+
+    source: str
+    records: tuple[TreeRecord, ...]
+    faults: dict[int, str]
+    notes: tuple[str, ...]
+    count: int
+    repaired: frozenset[int] = frozenset()
+    unapproved: dict[int, str] = field(default_factory=dict)
+
+
+def read_trees(path: str | Path, *, repair: bool = False) -> TreeFile:
+    """Reads texts with trees; a record with a fault does not stop the others.
+
+    Args:
+        repair: put right what has one plain meaning, see :meth:`DecisionTree.repaired`. Nobody has read the tree as that leaves
+            it, so one that was approved then counts as corrected.
+
+    Raises:
+        GatewiseError: the file cannot be read at all, or has no records.
+    """
+    return _checked(read_items(path), str(path), repair)
+
+
+def trees_of(content: bytes, name: str, suffix: str, *, repair: bool = False) -> TreeFile:
+    """Like :func:`read_trees`, from the content of a file.
+
+    Args:
+        name: what messages call it.
+        suffix: what kind of file it is, one of ``SUFFIXES``; case does not matter.
+
+    Raises:
+        GatewiseError: the content cannot be read at all, or has no records.
+    """
+    return _checked(_items(content, name, suffix), name, repair)
+
+
+def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
+    records: list[TreeRecord] = []
+    faults: dict[int, str] = {}
+    notes: list[str] = []
+    repaired: set[int] = set()
+    unapproved: dict[int, str] = {}
+    for number, item in enumerate(items, start=1):
+        where = f"{name}, record {number}"
+        try:
+            try:
+                record = _record(item, number, where)
+            except GatewiseError:
+                if not repair:
+                    raise
+                record, made = _repaired(item, number, where)
+                notes += made
+                repaired.add(number)
+                if record.more.get("review") in _REVIEWED:
+                    if record.more["review"] == "approved":
+                        unapproved[number] = _unapproved(record)
+                    more = {key: value for key, value in record.more.items() if key != "reviewed"}
+                    record = replace(record, more={**more, "review": "corrected"})
+        except GatewiseError as error:
+            faults[number] = str(error)
+        else:
+            records.append(record)
+    return TreeFile(name, tuple(records), faults, (*notes, *unapproved.values()), len(items), frozenset(repaired), unapproved)
+
+
+def _unapproved(record: TreeRecord) -> str:
+    said = (record.reviewed or {}).get("by")
+    by = f" by {said}" if isinstance(said, str) and said else ""
+    return (
+        f"the tree of {short(record.text)} that was approved{by} is another one after the repair, so it counts as corrected: read"
+        " it and approve it anew"
+    )
+
+
+def short(text: str) -> str:
+    """The beginning of a text, in quotation marks, for a sentence about it."""
+    return f'"{text[:40]}{"…" if len(text) > 40 else ""}"'
+
+
+def read_items(path: str | Path) -> list[Any]:
+    """The records of a file, unchecked: as JSON has them, those of a ``.txt`` as :class:`TreeRecord`.
+
+    A line of a JSONL file that is no JSON, and an outline that is no tree, come as a :class:`Broken`.
+
+    Raises:
+        GatewiseError: the file cannot be read, is no JSON, or has no records.
+    """
+    place, name = Path(path), str(path)
+    if os.path.isdir(place):  # unlike a Path's own it takes any name
+        raise GatewiseError(f"{name} is a folder: expected a file that ends in {', '.join(SUFFIXES)}")
+    _check_suffix(place.suffix, name)
+    return _items(content_of(place), name, place.suffix)
+
+
+def _items(content: bytes, name: str, suffix: str) -> list[Any]:
+    _check_suffix(suffix, name)
+    suffix = suffix.lower()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GatewiseError(f"{name}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+    if suffix == ".txt":
+        items: list[Any] = list(_outlines(text, name))
+    elif suffix == ".jsonl":
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+        items = [_line(line, f"{name}, line {number}") for number, line in lines]
+    else:
+        whole = _parsed(text, name)
+        items = [whole] if isinstance(whole, dict) else whole
+        if not isinstance(items, list):
+            raise GatewiseError(f'{name}: expected a list of records {{"text", "tree"}}, found {checks.shown(whole)}')
+    if not items:
+        raise GatewiseError(f"{name} has no records")
+    return items
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A line or an outline that could not be read, and why.
+
+    Attributes:
+        text: of the record, for an outline.
+        outline: which a repair may put right; empty for a line.
+    """
+
+    message: str
+    text: str = ""
+    outline: str = ""
+
+
+def check_texts(records: Iterable[TreeRecord]) -> None:
+    """Refuses for JSON what could not be read back from it: a tree without its text, as an outline may come.
+
+    Raises:
+        GatewiseError: names the record.
+    """
+    for record in records:
+        if not record.text.strip():
+            raise GatewiseError(
+                f"record {record.number} has no text, without which it cannot be read back from JSON: put a line"
+                ' "text: population@passage" before its outline'
+            )
+
+
+def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
+    """Writes records in the format that the suffix names, whole or not at all.
+
+    Raises:
+        GatewiseError: the place cannot be written, the suffix is unknown, or a record without a text goes into JSON.
+    """
+    suffix = Path(path).suffix.lower()
+    _check_suffix(suffix, str(path))
+    items = list(records)
+    if suffix != ".txt":
+        check_texts(items)
+    if suffix == ".txt":
+        content = outlines_of(items)
+    elif suffix == ".jsonl":
+        content = "".join(json.dumps(finite(record.to_json()), ensure_ascii=False) + "\n" for record in items)
+    else:
+        content = json.dumps(finite([record.to_json() for record in items]), indent=2, ensure_ascii=False) + "\n"
+    with whole_file(path) as part:
+        part.write_text(content, encoding="utf-8", newline="\n")
+
+
+def _check_suffix(suffix: str, name: str) -> None:
+    if suffix.lower() not in SUFFIXES:
+        raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {', '.join(SUFFIXES)}")
+
+
+def outlines_of(records: Sequence[TreeRecord]) -> str:
+    """Records as outlines, each after its text."""
+    return "---\n".join(map(outlined, records))
+
+
+def outlined(record: TreeRecord, comments: Sequence[str] = ()) -> str:
+    """A record as an outline after its text.
+
+    Args:
+        comments: for each node a line that does not count, to stand above it; empty for none.
+    """
+    return f"text: {escaped(record.text)}\n{outline_of(record.tree, comments)}"
+
+
+def _record(item: Any, number: int, where: str) -> TreeRecord:
+    if isinstance(item, Broken):
+        raise GatewiseError(item.message)
+    if isinstance(item, TreeRecord):
+        return replace(item, number=number)
+    text, more = _around(item, where)
+    make = DecisionTree.from_nested if isinstance(item["tree"], dict) else DecisionTree.from_preorder
+    return TreeRecord(text, make(item["tree"], where), number, more)
+
+
+def _repaired(item: Any, number: int, where: str) -> tuple[TreeRecord, list[str]]:
+    """The record with its tree repaired, and what was put right."""
+    more: dict[str, Any] = {}
+    if isinstance(item, Broken):
+        if not item.outline:
+            raise GatewiseError(item.message)
+        text = item.text
+        tree, notes = repaired_tree(item.outline, where)
+    else:
+        text, more = _around(item, where)
+        tree, notes = DecisionTree.repaired(item["tree"], where)
+    return TreeRecord(text, tree, number, more), notes
+
+
+def _around(item: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """The text of a record, and its other keys."""
+    if not isinstance(item, dict):
+        raise GatewiseError(f'{where}: found {checks.shown(item)}, expected an object with "text" and "tree"')
+    for key in _OWN_KEYS:
+        if key not in item:
+            raise GatewiseError(f'{where}: the key "{key}" is missing, expected "text" and "tree"')
+    text = item["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise GatewiseError(f"{where}: text is {checks.shown(text)}, expected the passage, such as 'adults with asthma@If …'")
+    if has_half_a_pair(text):
+        raise GatewiseError(f"{where}: text {HALF_A_PAIR}")
+    more = {key: value for key, value in item.items() if key not in _OWN_KEYS}
+    if _is_deeper(more, _DEEPEST):
+        raise GatewiseError(f"{where}: its other keys are nested deeper than {_DEEPEST} levels: take them out")
+    return text, writable(more)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether mappings and lists are nested deeper, which what walks through them level by level could not take."""
+    held = [value]
+    for _ in range(levels + 1):
+        held = [
+            one
+            for outer in held
+            if isinstance(outer, dict | list)
+            for one in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(held)
+
+
+def _outlines(text: str, name: str) -> Iterator[TreeRecord | Broken]:
+    number = 0
+    block: list[str] = []
+    for line in [*text.split("\n"), "---"]:
+        if line.strip() != "---":
+            block.append(line)
+            continue
+        if any(part.strip() for part in block):
+            number += 1
+            said, outline = _apart(block)
+            try:
+                yield TreeRecord(said, DecisionTree.from_outline(outline, f"{name}, record {number}"))
+            except GatewiseError as error:
+                yield Broken(str(error), said, outline)
+        block = [""] * (len(block) + 1)  # keeps the line numbers of the file
+
+
+def _apart(block: list[str]) -> tuple[str, str]:
+    """The text before an outline, empty without one, and the outline."""
+    for i, line in enumerate(block):
+        word, colon, rest = line.partition(":")
+        if colon and word.strip().lower() == "text":
+            return " | ".join(split(rest)), "\n".join(["" if j == i else other for j, other in enumerate(block)])
+    return "", "\n".join(block)
+
+
+def _line(line: str, where: str) -> Any:
+    try:
+        return _parsed(line, where)
+    except GatewiseError as error:
+        return Broken(str(error))
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GatewiseError(f"{where}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise GatewiseError(f"{where}: not valid JSON: {error}") from None

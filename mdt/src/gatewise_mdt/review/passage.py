@@ -1,0 +1,403 @@
+"""A passage under review: its tree as it is now, the trees before and after it, and how far the review has come.
+
+Passages are values: a change makes a new one, so that whoever reads one sees it whole, whatever is done meanwhile.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
+
+from gatewise.checks import writable
+from gatewise.errors import GatewiseError
+from gatewise_mdt.documents.language import detect_language
+from gatewise_mdt.records import TreeRecord, shares
+from gatewise_mdt.relations import Language
+from gatewise_mdt.review.edits import Fault, Nodes, empty_tree, fault_of
+from gatewise_mdt.tree import DecisionTree
+
+# empty: no tree yet; drafted: as a model or a file gave it, seen by nobody; then what a person did.
+State = Literal["empty", "drafted", "corrected", "approved"]
+STATES: tuple[State, ...] = get_args(State)
+REVIEWED: tuple[State, ...] = ("corrected", "approved")
+REVIEW_KEY, REVIEWED_KEY, EXTRACTION_KEY, CONFIDENCE_KEY = "review", "reviewed", "extraction", "confidence"
+CARRIED_KEY = "carried"
+"""The key of a record that says where its tree was carried over from: "from" is the name of the file that had it, "sha256" and
+"place" those of its document where they are known, "text" the text that the tree was made for, where that was another one, and
+"reviewed" who had approved or corrected it there, where nobody has yet for the newer text."""
+ADJUDICATED_KEY = "adjudicated"
+"""The key of a record whose review chose between two: "files" and "names", those of A and B, or of the one who had the passage,
+"reviewed", what their records said under this key, and "agreed", whether both had the same tree."""
+_MOST_STEPS = 200
+# What `gatewise mdt extract` writes beside a tree is no longer true of a corrected one.
+_OF_THE_TREE = ("notice", "nested", "spans", "absent", "warnings", REVIEW_KEY)
+# These are of one version of the tree.
+_MADE = (EXTRACTION_KEY, REVIEWED_KEY)
+
+
+class Version(NamedTuple):
+    """A tree at one moment, None where there is none, with its state and what its extraction warned of.
+
+    Attributes:
+        approved: of one that is not approved itself, the version that was approved last, which is that of the file of corrections
+            until another one is approved or the approval is taken back.
+        extraction: what a model's tree was made with, see :attr:`gatewise_mdt.Extraction.made_with`; it stays when the tree is
+            corrected. None for one that was written by hand, and where it is not known.
+        reviewed: who approved or corrected the tree last, as it stands: "by", "at" (the time in UTC that the history has),
+            "comment" where there was one, and "sha256", which document they read, where it is known. None where nobody did, and for
+            what was reviewed before gatewise noted it.
+        of: of the tree of another reviewer that lies beside one, whose it is.
+        taken_back: who took an approval back, or undid it, which an undo or redo from here would bring back. It is of the moment,
+            as what can be undone is, and not on disk.
+        confidence: for each node how likely it is right as the model gave it, see :attr:`gatewise_mdt.Extraction.confidence`; None
+            for one that a person changed, and as a whole where no node has any.
+        undone: a person came to it by undoing what the file of corrections has, which gets it in the place of that, also where it
+            is a draft: one that was extracted or taken takes nothing out of the file.
+    """
+
+    nodes: Nodes | None = None
+    state: State = "empty"
+    warnings: tuple[str, ...] = ()
+    approved: "Version | None" = None
+    extraction: dict[str, Any] | None = None
+    reviewed: dict[str, Any] | None = None
+    of: str = ""
+    taken_back: str = ""
+    confidence: tuple[float | None, ...] | None = None
+    undone: bool = False
+
+    @property
+    def least(self) -> float | None:
+        """The least confidence of a node; None where no node has any."""
+        return min((one for one in self.confidence or () if one is not None), default=None)
+
+    def still_sure_of(self, nodes: Nodes) -> tuple[float | None, ...] | None:
+        """The confidence of nodes that an edit made of these: that of those which it left as they were, see ``edits.apply``."""
+        known = {id(node): one for node, one in zip(self.nodes or (), self.confidence or (), strict=False) if one is not None}
+        made = tuple(known.get(id(node)) for node in nodes)
+        return made if any(one is not None for one in made) else None
+
+    @property
+    def standing(self) -> "Version | None":
+        """The version that a person stands for: this one, if it is approved, or the one that was."""
+        return self if self.state == "approved" else self.approved
+
+    @property
+    def approver(self) -> str:
+        """Who stands for it or for the one that was approved; empty where nobody does, and where it is not known."""
+        by = ((self.standing and self.standing.reviewed) or {}).get("by")
+        return by if isinstance(by, str) else ""
+
+    @property
+    def word(self) -> tuple[Nodes | None, str] | None:
+        """The tree that a person stands for, and who; None where nobody does."""
+        return None if self.standing is None else (self.standing.nodes, self.approver)
+
+    def after(self, before: "Version") -> "Version":
+        """In the place of another version, whose approved tree stays that of the file of corrections."""
+        return self if self.state == "approved" else self._replace(approved=before.standing)
+
+
+NOTHING = Version()
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text with its tree, as far as it has come.
+
+    Attributes:
+        number: names it in the session; never used again.
+        more: other keys of its record.
+        saved: the tree that the file of corrections has for it; None while it has none.
+        came: the tree that the reviewed file had for it; None where that was a text.
+        version: the number of its present version, which grows with every change: whoever changes something names the one that
+            the change is of.
+        beside: a tree that was extracted, and waits for a reviewer's word.
+        extractions: how many trees have lain beside it, the number of the one that does.
+        id: names it in the history for good; 0 while it is not in there.
+        repaired: the file of corrections has the saved tree as it was before it was repaired. Of this session: as long as it is
+            not saved, it is repaired again in the next one.
+        waiting: an extraction was asked for.
+        error: why there is no tree, a sentence.
+    """
+
+    number: int
+    text: str
+    now: Version = NOTHING
+    more: dict[str, Any] = field(default_factory=dict)
+    saved: Version | None = None
+    came: Nodes | None = None
+    past: tuple[Version, ...] = ()
+    future: tuple[Version, ...] = ()
+    version: int = 0
+    beside: Version | None = None
+    extractions: int = 0
+    id: int = 0
+    repaired: bool = False
+    waiting: bool = False
+    error: str = ""
+
+    def with_version(self, version: Version) -> "Passage":
+        """A new version; the one before it can be had back."""
+        if version == self.now:
+            return self
+        return self._at(version, past=(*self.past, self.now)[-_MOST_STEPS:], future=())
+
+    def undone(self, by: str = "") -> "Passage":
+        """Back to the version before.
+
+        Args:
+            by: who asks for it.
+
+        Raises:
+            GatewiseError: there is none, or it has an approval that somebody took back who does not ask for it.
+        """
+        if not self.past:
+            raise GatewiseError("there is nothing to undo in this passage")
+        version, future = self._again(self.past[-1], by, back=True), (*self.future, self.now._replace(undone=False))
+        if self.now.undone or self._has_saved(future):
+            version = version._replace(undone=True)
+        return self._at(version, past=self.past[:-1], future=future)
+
+    def redone(self, by: str = "") -> "Passage":
+        """Forward again to the version that was undone.
+
+        Args:
+            by: who asks for it.
+
+        Raises:
+            GatewiseError: there is none, or it has an approval that somebody took back who does not ask for it.
+        """
+        if not self.future:
+            raise GatewiseError("there is nothing to do again in this passage")
+        # What was undone may be in the file no more, and what comes back then takes the place of nothing that was undone.
+        version = self._again(self.future[-1], by, back=False)._replace(undone=self._has_saved(self.future[:-1]))
+        return self._at(version, past=(*self.past, self.now), future=self.future[:-1])
+
+    def _has_saved(self, versions: Sequence[Version]) -> bool:
+        """Whether the tree that the file of corrections has is one of these."""
+        return self.saved is not None and any(one.nodes == self.saved.nodes for one in versions)
+
+    def _again(self, version: Version, by: str, back: bool) -> Version:
+        """A version that there was. An approval is a person's word: only they, or who took it back, bring it back.
+
+        Args:
+            back: by an undo, which takes an approval back also where an earlier one then stands. A redo from one to a later one
+                does not, as whoever gave that did so.
+        """
+        now = self.now
+        other = version.word is not None and version.word != now.word
+        if other and not (back and now.word) and now.taken_back not in ("", by) and version.approver != by:
+            raise GatewiseError(
+                f"{now.taken_back} took the approval of {version.approver or 'an earlier reviewer'} back, so only one of the two"
+                " brings it back; approve the tree yourself if you stand for it"
+            )
+        lost = now.word is not None and (version.word is None or (back and other))
+        return version._replace(taken_back=by) if lost else version
+
+    @property
+    def undo_takes_back(self) -> str:
+        """Whose approval an undo would take back; empty where it takes none, or nobody knows whose."""
+        return self.now.approver if self.past and self.now.word != self.past[-1].word else ""
+
+    @property
+    def redo_takes_back(self) -> str:
+        """Whose approval a redo would take back, as :attr:`undo_takes_back`. Who approved a later tree did that themselves."""
+        return self.now.approver if self.future and self.now.approver != self.future[-1].approver else ""
+
+    def begun(self, reviewed: dict[str, Any] | None = None) -> "Passage":
+        """With an empty tree, to be written by hand.
+
+        Args:
+            reviewed: who does it and when, see :class:`Version`.
+
+        Raises:
+            GatewiseError: it has a tree.
+        """
+        if self.now.nodes is not None:
+            raise GatewiseError("this passage has a tree already")
+        return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected", reviewed=reviewed, taken_back=""))
+
+    def edited(self, change: Callable[[Nodes], Nodes], reviewed: dict[str, Any] | None = None) -> "Passage":
+        """Corrects the tree; an approved tree is approved no more.
+
+        Args:
+            reviewed: who does it and when, see :class:`Version`.
+
+        Raises:
+            GatewiseError: there is no tree, or the edit does not fit it.
+        """
+        if self.now.nodes is None:
+            raise GatewiseError("this passage has no tree yet: extract one, or begin with an empty one")
+        nodes = change(self.now.nodes)
+        if nodes == self.now.nodes:
+            return self
+        confidence = self.now.still_sure_of(nodes)
+        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, taken_back="", undone=False)
+        return self.with_version(made._replace(confidence=confidence).after(self.now))
+
+    def judged(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
+        """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
+
+        Args:
+            reviewed: who does it and when, see :class:`Version`. One that is approved already is then approved by them.
+
+        Raises:
+            GatewiseError: there is no tree, or it is not valid.
+        """
+        if self.now.nodes is None:
+            raise GatewiseError("this passage has no tree yet, so there is nothing to approve")
+        if approved and (fault := self.fault) is not None:
+            where = "" if fault.node is None else f"node {fault.node + 1}: "
+            raise GatewiseError(f"the tree cannot be approved yet: {where}{fault.message}")
+        if approved:
+            return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed, taken_back=""))
+        state, before = self._before
+        by = (reviewed or {}).get("by", "")
+        return self.with_version(self.now._replace(state=state, approved=None, reviewed=before, taken_back=by))
+
+    @property
+    def _before(self) -> tuple[State, dict[str, Any] | None]:
+        """The state without the approval, and who corrected the tree then.
+
+        Of one of an earlier review nothing tells; "corrected" is what no extraction replaces.
+        """
+        same = (one for one in (self.now, *reversed(self.past)) if one.nodes == self.now.nodes and one.state != "approved")
+        return next(((one.state, one.reviewed) for one in same), ("corrected", None))
+
+    def extracted(self, version: Version, of: int) -> "Passage":
+        """With a tree that was extracted: in the place of one that no person touched, else beside it.
+
+        Args:
+            of: the number of the version that there was when it was asked for.
+        """
+        if self.version == of and self.now.state not in REVIEWED:
+            return self.with_version(version.after(self.now))
+        return replace(self, beside=version, extractions=self.extractions + 1, error="")
+
+    def taken(self, extraction: int, replaced: bool) -> "Passage":
+        """The tree that lies beside takes its place; an approved tree stays that of the file of corrections.
+
+        Args:
+            extraction: the number of the one that lies beside.
+            replaced: a reviewer says that the tree may go that a person corrected or approved.
+
+        Raises:
+            GatewiseError: another tree lies beside, or none; or a reviewed tree would go without a word.
+        """
+        self._check_beside(extraction)
+        assert self.beside is not None
+        if self.now.state in REVIEWED and not replaced:
+            raise GatewiseError(f"the tree was {self.now.state} by a person, so it is replaced only when a reviewer says so")
+        return replace(self.with_version(self.beside._replace(of="").after(self.now)), beside=None)
+
+    def left(self, extraction: int) -> "Passage":
+        """Without the tree that lies beside.
+
+        Raises:
+            GatewiseError: another tree lies beside, or none.
+        """
+        self._check_beside(extraction)
+        return replace(self, beside=None)
+
+    def _check_beside(self, extraction: int) -> None:
+        if self.beside is None or self.extractions != extraction:
+            raise GatewiseError("that extraction does not lie beside this tree any more: look at what there is now")
+
+    def _at(self, version: Version, past: tuple[Version, ...], future: tuple[Version, ...]) -> "Passage":
+        return replace(self, now=version, past=past, future=future, version=self.version + 1, error="")
+
+    @cached_property
+    def fault(self) -> Fault | None:
+        """What keeps the nodes from being a tree; None for a valid one, and where there are none yet."""
+        return None if self.now.nodes is None else fault_of(self.now.nodes)
+
+    @property
+    def is_valid(self) -> bool:
+        return self.now.nodes is not None and self.fault is None
+
+    @property
+    def language(self) -> Language:
+        """The language of its relations, else of the text."""
+        for node in self.now.nodes or ():
+            for _, relation, _ in node["triples"]:
+                return "en" if relation.isascii() else "zh"
+        try:
+            return detect_language(self.text.partition("@")[2] or self.text)
+        except GatewiseError:
+            return "en"
+
+    @property
+    def kept(self) -> Version | None:
+        """The version that belongs into the file of corrections.
+
+        That is what was approved last and not taken back since; else the tree if it is valid and a person corrected it or came to
+        it by undoing what the file has; else what the file already has, if any.
+        """
+        now, saved = self.now, self.saved
+        if now.standing is not None:
+            return now.standing
+        if self.is_valid and (now.state == "corrected" or (saved is not None and (now.undone or now.nodes == saved.nodes))):
+            return now
+        if saved is not None and saved.state == "approved":  # which somebody took back
+            return saved._replace(state="corrected", reviewed=None)
+        return saved
+
+    def written(self, version: Version) -> "Passage":
+        """With the version that the file of corrections has from now on, see :attr:`kept`."""
+        kept = replace(self, saved=version._replace(undone=False), repaired=False)
+        if _content(version) not in (_content(self.now), _content(self.now.standing)):
+            return kept  # what was undone is still in there
+        past = tuple(one._replace(undone=False) for one in self.past)
+        return replace(kept, now=self.now._replace(undone=False), past=past)
+
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether the file of corrections has something else than the tree as it stands, or lacks the approved one under it,
+        or what was repaired in it."""
+        if self.repaired:
+            return True
+        touched = self.now.state in REVIEWED or self.saved is not None
+        return (touched and _content(self.now) != _content(self.saved)) or _content(self.kept) != _content(self.saved)
+
+    def record(self, version: Version | None = None) -> TreeRecord:
+        """A valid version as a record of the published format, the present one if none is given.
+
+        Raises:
+            GatewiseError: it is not valid.
+        """
+        version = version or self.now
+        more = others(self.more)
+        if version.warnings and version.state not in REVIEWED:
+            more["warnings"] = list(version.warnings)
+        if version.extraction is not None:
+            more[EXTRACTION_KEY] = version.extraction
+        if version.confidence is not None:
+            more[CONFIDENCE_KEY] = list(version.confidence)
+        if version.state in REVIEWED:
+            more[REVIEW_KEY] = version.state
+            more |= {} if version.reviewed is None else {REVIEWED_KEY: version.reviewed}
+        return TreeRecord(self.text, DecisionTree.from_preorder(version.nodes, f"passage {self.number}"), self.number, more)
+
+
+def version_of(record: TreeRecord, otherwise: State) -> Version:
+    """The version that a record of a file holds; ``otherwise`` where it names no state."""
+    named = record.more.get(REVIEW_KEY)
+    state: State = named if named in REVIEWED else otherwise
+    warnings = tuple(map(writable, record.warnings))
+    reviewed = record.reviewed if state in REVIEWED else None
+    made = Version(record.tree.to_preorder(), state, warnings, None, writable(record.extraction), writable(reviewed))
+    return made._replace(confidence=record.confidence)
+
+
+def others(more: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a record that stay true when its tree is corrected, as a file can hold them."""
+    held = {key: value for key, value in more.items() if key not in _OF_THE_TREE}
+    # What a file of somebody else's has under these names, and is not what gatewise writes, is theirs.
+    ours = {key for key in _MADE if isinstance(held.get(key), dict)}
+    ours |= {CONFIDENCE_KEY} if shares(held.get(CONFIDENCE_KEY)) is not None else set()
+    return dict(writable({key: value for key, value in held.items() if key not in ours}))
+
+
+def _content(version: Version | None) -> tuple[Nodes | None, State, dict[str, Any] | None] | None:
+    return None if version is None else (version.nodes, version.state, version.reviewed)

@@ -1,0 +1,166 @@
+"""What the page shows of a review, as JSON."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gatewise_mdt.formats.page import pieces_of
+from gatewise_mdt.formats.svg import drawing_of, main_subject
+from gatewise_mdt.formats.views import FORMATS
+from gatewise_mdt.formats.words import percent, words_for
+from gatewise_mdt.records import DOUBTFUL
+from gatewise_mdt.relations import RELATIONS
+from gatewise_mdt.review.carrying import difference
+from gatewise_mdt.review.edits import drawable, empty_tree
+from gatewise_mdt.review.files import Entry
+from gatewise_mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version
+from gatewise_mdt.review.session import Session
+from gatewise_mdt.spans import locate_tree, part_of
+from gatewise_mdt.tree import DecisionTree
+
+_MOST_ENTRIES = 100  # of a history that a page is sent
+
+
+def overview(session: Session) -> dict[str, Any]:
+    """The passages and how far each is; without their trees, as it is asked for often."""
+    entries = session.entries()
+    return {
+        "passages": [_line(passage, entries[passage.id]) for passage in session.passages],
+        "unsaved": session.unsaved,
+        "out": str(session.files.out),
+        "notes": session.notes,
+        "trouble": session.trouble,
+        "formats": list(FORMATS),
+    }
+
+
+def _line(passage: Passage, entries: int) -> dict[str, Any]:
+    population, at, rest = passage.text.partition("@")
+    return {
+        "number": passage.number,
+        "title": (population if at else "").strip(),
+        "begins": " ".join((rest if at else passage.text).split())[:120],
+        "state": passage.now.state,
+        "reviewed": _reviewed(passage.now),
+        "valid": passage.is_valid,
+        "waiting": passage.waiting,
+        "error": passage.error,
+        "warned": bool(passage.now.warnings),
+        "least": _sure(passage.now.least),
+        "unsaved": passage.is_unsaved,
+        "version": passage.version,
+        "entries": entries,
+        "beside": passage.extractions if passage.beside is not None else 0,
+    }
+
+
+def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
+    """A passage with its text in pieces, its tree, its drawing, what is wrong with it, and the end of its history."""
+    tree = drawable(passage.now.nodes or empty_tree())
+    words = words_for(passage.language)
+    has_tree = passage.now.nodes is not None
+    mark = passage.text.find("@")
+    pieces = [(start, piece, names if has_tree else []) for start, piece, names in pieces_of(passage.text, tree)]
+    fault = passage.fault
+    return {
+        **_line(passage, len(entries)),
+        "history": changes(entries[-_MOST_ENTRIES:]),
+        "language": passage.language,
+        "population": [[piece, names] for start, piece, names in pieces if start < mark],
+        "passage": [[piece, names] for start, piece, names in pieces if start > mark],
+        "about": main_subject(tree) or (passage.text[:mark].strip() if mark > 0 else ""),
+        "place": ", ".join(str(part) for part in (passage.more.get("source"), passage.more.get("place")) if part),
+        "headings": _texts(passage.more.get("headings")),
+        "notes": _texts(passage.more.get("notes")),
+        "carried": _carried(passage),
+        "adjudicated": _adjudicated(passage),
+        "nodes": _nodes(passage, tree) if has_tree else None,
+        "drawing": _drawing(passage, passage.now, tree, focusable=True) if has_tree else "",
+        "fault": None if fault is None else {"node": fault.node, "message": fault.message},
+        "warnings": list(passage.now.warnings),
+        "made_with": passage.now.extraction,
+        "extraction": None if passage.beside is None else _beside(passage, passage.beside),
+        "kept": passage.now.approved is not None,
+        "undo": len(passage.past),
+        "redo": len(passage.future),
+        "undo_takes_back": passage.undo_takes_back,
+        "redo_takes_back": passage.redo_takes_back,
+        "relations": [chinese if words.language == "zh" else english for english, chinese in RELATIONS.items()],
+        "removable": passage.saved is None,
+    }
+
+
+def _reviewed(version: Version) -> dict[str, str] | None:
+    """Who stands for the tree, since when and with what words, as far as a file says it in texts."""
+    held = version.reviewed or {}
+    return {name: held[name] for name in ("by", "at", "comment") if isinstance(held.get(name), str)} or None
+
+
+def _texts(held: object) -> list[str]:
+    """What a record holds under a key that is to be a list of texts; a file may have anything there."""
+    return [str(one) for one in held] if isinstance(held, list) else []
+
+
+def _carried(passage: Passage) -> dict[str, Any] | None:
+    """Where a tree was carried over from, and how the text was changed since."""
+    held = passage.more.get(CARRIED_KEY)
+    if not isinstance(held, dict):
+        return None
+    old, reviewed = held.get("text"), held.get("reviewed")
+    origin = [held.get("from"), held.get("place"), reviewed.get("by") if isinstance(reviewed, dict) else None]
+    return {
+        "from": ", ".join(_texts([one for one in origin if one])),
+        "difference": difference(old, passage.text) if isinstance(old, str) else None,
+    }
+
+
+def _adjudicated(passage: Passage) -> dict[str, Any] | None:
+    """Whose trees an adjudicator has to choose from, and whether they were the same."""
+    held = passage.more.get(ADJUDICATED_KEY)
+    names = _texts(held.get("names")) if isinstance(held, dict) else []
+    return {"names": names[:2], "agreed": held["agreed"] is True} if isinstance(held, dict) and names and "agreed" in held else None
+
+
+def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """What was done to a passage, by whom and when."""
+    return [
+        {name: getattr(one, name) for name in ("time", "reviewer", "action", "version", "comment", "window")} for one in entries
+    ]
+
+
+def _beside(passage: Passage, version: Version) -> dict[str, Any]:
+    """The other tree that lies beside a tree, to be looked at."""
+    drawing = _drawing(passage, version, drawable(version.nodes or empty_tree()))
+    said = {"number": passage.extractions, "warnings": list(version.warnings), "made_with": version.extraction, "of": version.of}
+    return {**said, "drawing": drawing}
+
+
+def _drawing(passage: Passage, version: Version, tree: DecisionTree, focusable: bool = False) -> str:
+    sure = version.confidence or ()
+    return drawing_of(tree, passage.text, focusable=focusable, language=passage.language, confidence=sure).svg
+
+
+def _sure(confidence: float | None) -> dict[str, Any] | None:
+    """How sure a model was of a node, as the page says it."""
+    return None if confidence is None else {"percent": percent(confidence), "doubtful": confidence < DOUBTFUL}
+
+
+def _nodes(passage: Passage, tree: DecisionTree) -> list[dict[str, Any]]:
+    """The nodes with their children's positions; for each triple whether subject and object stand in the text or are but a part."""
+    found = locate_tree(passage.text, tree)
+    sure = passage.now.confidence or (None,) * len(found)
+    made = []
+    for node, rows, both, one in zip(passage.now.nodes or (), found, tree.children, sure, strict=True):
+        triples = [
+            {
+                "parts": parts,
+                "absent": [bool(part) and span is None for part, span in zip((parts[0], parts[2]), spans, strict=True)],
+                "part_of": [
+                    part_of(passage.text, part) if span is None else None
+                    for part, span in zip((parts[0], parts[2]), spans, strict=True)
+                ],
+            }
+            for parts, spans in zip(node["triples"], rows, strict=True)
+        ]
+        held = {"role": node["role"], "join": node["logical_rel"], "triples": triples, "children": both}
+        made.append({**held, "confidence": _sure(one)})
+    return made

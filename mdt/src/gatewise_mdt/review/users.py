@@ -1,0 +1,149 @@
+"""Who may review: each person has a token of their own, and a file has the names with the SHA-256 of each token.
+
+A token is 24 random bytes, so a plain hash gives nothing away and nobody can guess one. It is shown once, when it is made. The file
+is read for every request: who is added may come in at once, and whose entry is taken out is refused from then on.
+"""
+
+import json
+import os
+import re
+import secrets
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gatewise.errors import GatewiseError
+from gatewise.files import content_of, whole_file
+from gatewise_mdt.review.session import checked_name
+
+_PATIENCE = 30  # seconds that another command may take to add somebody
+
+
+class OneUser:
+    """Who has the token is the one who started the review."""
+
+    def __init__(self) -> None:
+        self.token = secrets.token_urlsafe(24)
+
+    def who(self, token: str) -> str | None:
+        """The empty name for the right token, None for any other."""
+        return _owner(token, {"": _hash(self.token)})
+
+
+class UserFile:
+    """A JSON object: name -> SHA-256 of the person's token, in hexadecimal digits."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def who(self, token: str) -> str | None:
+        """The name that a token stands for, None for any other text.
+
+        Raises:
+            GatewiseError: the file cannot be read, so that nobody can be let in.
+        """
+        return _owner(token, self.read())
+
+    def read(self) -> dict[str, str]:
+        """The names with their hashes.
+
+        Raises:
+            GatewiseError: there is no such file, it is no list of reviewers, or two of them cannot be told apart.
+        """
+        try:
+            held = json.loads(content_of(self.path), object_pairs_hook=self._pairs)
+        except (ValueError, RecursionError) as error:
+            raise GatewiseError(f"{self.path} is not valid JSON ({error}): mend it, it has the names of the reviewers") from error
+        if not isinstance(held, dict):
+            raise GatewiseError(f"{self.path} holds no JSON object, expected names of reviewers with hashes of their tokens")
+        names: dict[str, str] = {}
+        for name, digest in held.items():
+            self._check_free(name, names)
+            if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+                raise GatewiseError(
+                    f"{self.path}: what stands beside {name!r} is no SHA-256 of a token: take the entry out and --add-user it"
+                )
+            if digest in names.values():
+                raise GatewiseError(f"{self.path}: {name!r} has the token of another one: take the entry out and add it again")
+            names[name] = digest
+        return names
+
+    def add(self, name: str) -> str:
+        """Adds a person and gives their token back, which is kept nowhere.
+
+        Raises:
+            GatewiseError: the name cannot be one or is taken, or the file cannot be read or written.
+        """
+        name = checked_name(name)
+        token = secrets.token_urlsafe(24)
+        with self._alone():
+            names = self.read() if os.path.exists(self.path) else {}
+            self._check_free(name, names)
+            with whole_file(self.path) as part:
+                part.write_text(json.dumps({**names, name: _hash(token)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                os.chmod(part, 0o600)
+            with suppress(OSError):  # it took the mode of the one before it
+                os.chmod(self.path, 0o600)
+        return token
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While others who would add somebody wait: they would write back the names that they read before.
+
+        The lock's file stays, as one that is taken away may be held already by somebody who waited for it.
+        """
+        place = Path(os.path.realpath(self.path))
+        lock = FileLock(place.with_name(f".{place.name}.lock"))
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            raise GatewiseError(f"another command is writing {self.path}: wait until it ends, and try again") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            said = getattr(error, "strerror", None) or error
+            raise GatewiseError(f"cannot write {self.path}: {said}; give a path that can be written") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object, whose names JSON itself would let stand twice."""
+        names = [name for name, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise GatewiseError(f"{self.path} has {twice!r} twice: take one of them out")
+        return dict(pairs)
+
+    def _check_free(self, name: str, others: dict[str, str]) -> None:
+        if checked_name(name) != name:
+            raise GatewiseError(f"{self.path}: the name {name!r} begins or ends with a blank: take it away")
+        for other in others:
+            if _folded(other) == _folded(name):
+                raise GatewiseError(
+                    f"{self.path} has a reviewer {other!r} already, from whom {name!r} cannot be told: take another name, or take"
+                    " that entry out to give a new token"
+                )
+
+
+def _owner(token: str, hashes: dict[str, str]) -> str | None:
+    """All are compared, each in constant time: how long it takes says nothing of how near a token is, or to whose."""
+    given, found = _hash(token), None
+    for name, digest in hashes.items():
+        if secrets.compare_digest(given, digest):
+            found = name
+    return found
+
+
+def _hash(token: str) -> str:
+    return sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
+def _folded(name: str) -> str:
+    """What is left of a name without case, blanks, what is not to be seen, and other ways to write the same letters."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(sign for sign in plain if not sign.isspace() and unicodedata.category(sign) != "Cf")

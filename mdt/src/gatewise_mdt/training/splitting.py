@@ -1,0 +1,73 @@
+"""Records for training and for measuring, by document: what a model learned of one must not help it on the other side.
+
+Passages of one guideline share drugs, phrases and their writer's habits. Split passage by passage, they make dev scores that no
+other guideline will reach.
+"""
+
+import os
+import random
+from collections.abc import Iterable, Sequence
+
+from gatewise.errors import GatewiseError
+from gatewise_mdt.records import TreeRecord
+
+
+def by_document(records: Iterable[TreeRecord]) -> list[list[TreeRecord]]:
+    """The records of each document, in the order in which the documents come.
+
+    Records are of one document where extractions and reviews gave them the same "source" or the same "sha256": a file may lie at
+    several paths, and have several versions, which share most of their text. A record with neither is a document of its own, but
+    for others with neither that have the same text.
+    """
+    same: dict[tuple[str, str], tuple[str, str]] = {}  # what a document goes by -> another thing that it goes by
+
+    def first(key: tuple[str, str]) -> tuple[str, str]:
+        while same.setdefault(key, key) != key:
+            key = same[key]
+        return key
+
+    keyed = [(record, _keys(record)) for record in records]
+    for _, keys in keyed:
+        same[first(keys[-1])] = first(keys[0])
+    documents: dict[tuple[str, str], list[TreeRecord]] = {}
+    for record, keys in keyed:
+        documents.setdefault(first(keys[0]), []).append(record)
+    return list(documents.values())
+
+
+def _keys(record: TreeRecord) -> list[tuple[str, str]]:
+    name = record.more.get("source")
+    keys = [("source", os.path.normpath(name.strip()))] if isinstance(name, str) and name.strip() else []
+    keys += [("sha256", record.sha256.strip().lower())] if record.sha256.strip() else []
+    return keys or [("text", record.text)]
+
+
+def split(records: Sequence[TreeRecord], share: float, *, seed: int = 0) -> tuple[list[TreeRecord], list[TreeRecord]]:
+    """Records to train on and dev records, whole documents each, in their order.
+
+    Documents are drawn one after another, and each that brings the number of dev records nearer to the share goes there. Each side
+    gets one document at least: few large documents cannot give a small share.
+
+    Args:
+        share: of the records, for dev; in (0, 1).
+
+    Raises:
+        GatewiseError: the share is none, or there are fewer than two documents.
+    """
+    if not 0 < share < 1:
+        raise GatewiseError(f"the share of dev is {share:g}: expected a number between 0 and 1, such as 0.2")
+    documents = by_document(records)
+    if len(documents) < 2:
+        raise GatewiseError(
+            f"all {len(records)} records are of one document, expected two or more to split them: leave --dev out, or add trees of"
+            " other documents"
+        )
+    random.Random(f"{seed}/split").shuffle(documents)
+    target, count = share * len(records), 0
+    dev: list[list[TreeRecord]] = []
+    for document in documents[:]:
+        if len(dev) < len(documents) - 1 and abs(target - count - len(document)) < abs(target - count):
+            dev.append(document)
+            count += len(document)
+    held = {id(record) for document in dev or [min(documents, key=len)] for record in document}
+    return [one for one in records if id(one) not in held], [one for one in records if id(one) in held]

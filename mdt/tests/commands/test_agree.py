@@ -1,0 +1,449 @@
+"""``gatewise mdt agree``: what it prints and refuses, and that no adjudicator's work is lost."""
+
+import copy
+import io
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gatewise_mdt import read_trees
+from gatewise_mdt.review import Review, adjudication
+from gatewise_mdt.review.extracting import Extracting
+from gatewise_mdt.review.passage import Version
+from gatewise_mdt.review.server import ReviewServer
+from gatewise_mdt.review.session import Session
+from gatewise_mdt.review.shown import whole
+from mdt_trees import TEXT, gout, node, triple
+from PIL import Image
+from refusals import assert_refused
+from typer.testing import CliRunner
+
+from gatewise.cli.main import app
+from gatewise.errors import GatewiseError
+
+Gatewise = Callable[..., Any]
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "review.md"
+THIRD = "third.review.jsonl"
+
+
+def items(by: str, trees: list[list[dict[str, Any]]], states: list[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "text": f"{TEXT} Passage {i}.",
+            "tree": tree,
+            "review": state,
+            "source": "g.pdf",
+            "reviewed": {"by": by, "at": "2026-11-27"},
+        }
+        for i, (tree, state) in enumerate(zip(trees, states, strict=True), start=1)
+    ]
+
+
+@pytest.fixture
+def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gatewise:
+    """gatewise("a.jsonl", ...) -> the result of `gatewise mdt agree a.jsonl ...`, in a folder with the reviews of Ada and Ben.
+
+    They differ in the second of three passages; Ada has one more.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    other = copy.deepcopy(gout())
+    other[1]["triples"][0][2] = "low-dose colchicine"
+    ada = items("Ada", [gout()] * 4, ["approved", "approved", "corrected", "approved"])
+    ben = items("Ben", [gout(), other, gout()], ["approved"] * 3)
+    for name, held in (("ada", ada), ("ben", ben)):
+        (tmp_path / f"{name}.review.jsonl").write_text("".join(json.dumps(one) + "\n" for one in held))
+    return lambda *words: CliRunner().invoke(app, ["mdt", "agree", *map(str, words)])
+
+
+BOTH = ("ada.review.jsonl", "ben.review.jsonl")
+
+
+def test_agree_prints_measures_and_what_differs(gatewise: Gatewise) -> None:
+    result = gatewise(*BOTH)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Ada and Ben: 3 passages in both\n")
+    # Triples: 7 + 6 + 7 of 21 are shared; trees: 2 of 3.
+    for said in ("F1 of triples", "0.952", "same trees", "0.667", "2 of 3", "not defined", "Only Ada has record 4"):
+        assert said in result.stdout
+    assert '  other words | Ada "colchicine", Ben "low-dose colchicine": drug therapy\n' in result.stdout
+    assert "Passage 1" not in result.stdout
+    assert "\x1b" not in result.stdout
+    assert result.stderr == ""
+
+
+def test_agree_prints_json_and_nothing_else(gatewise: Gatewise, tmp_path: Path) -> None:
+    values = json.loads(gatewise(*BOTH, "--json").stdout)["pairs"]
+    assert len(values) == 1
+    assert values[0]["triplet_f1"] == pytest.approx(20 / 21)
+    assert values[0]["a"] == {"name": "Ada", "file": "ada.review.jsonl"}
+    assert values[0]["intervals"]["triplet_f1"]["high"] == 1
+    assert [one["same"] for one in values[0]["by_passage"]] == [True, False, True]
+    assert values[0]["only_a"][0]["record"] == 4
+    with_third = gatewise(*BOTH, "--json", "--adjudicate", THIRD)
+    assert json.loads(with_third.stdout)["pairs"] == values
+    assert "to adjudicate: gatewise mdt review third.review.jsonl" in with_third.stderr
+
+
+def test_agree_takes_more_files_in_pairs(gatewise: Gatewise) -> None:
+    words = (*BOTH, "third.jsonl")
+    Path("third.jsonl").write_text(Path(BOTH[0]).read_text().replace("Ada", "Cy"))
+    pairs = json.loads(gatewise(*words, "--json").stdout)["pairs"]
+    assert [(one["a"]["name"], one["b"]["name"]) for one in pairs] == [("Ada", "Ben"), ("Ada", "Cy"), ("Ben", "Cy")]
+    assert [one["tree_agreement"] for one in pairs] == pytest.approx([2 / 3, 1, 2 / 3])
+    assert gatewise(*words).stdout.count("same trees") == 3
+    assert_refused(gatewise(*words, "--adjudicate", THIRD), "--adjudicate takes two files, and 3 were given")
+    assert_refused(gatewise(*words, "--format", "html"), "--format html takes two files")
+
+
+def test_agree_writes_a_page(gatewise: Gatewise, tmp_path: Path) -> None:
+    result = gatewise(*BOTH, "--format", "html", "--out", "made/page.html")
+    assert (result.exit_code, result.stdout) == (0, "written: made/page.html\n")
+    page = (tmp_path / "made" / "page.html").read_text()
+    assert page == gatewise(*BOTH, "--format", "html").stdout
+    assert "low-dose colchicine" in page
+    assert "default-src 'none'; style-src 'sha256-" in page
+
+
+@pytest.mark.browser
+def test_the_page_in_a_browser(gatewise: Gatewise, tmp_path: Path, chromium: Any) -> None:
+    gatewise(*BOTH, "--format", "html", "--out", "page.html")
+    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto((tmp_path / "page.html").as_uri())
+    left, right = (page.locator(f"#passage-2{side}-tree svg").bounding_box() for side in "ab")
+    assert left["x"] + left["width"] <= right["x"]
+    assert left["y"] == right["y"]
+    widths = page.locator("#passage-2a-node-2 .box, #passage-2a-node-1 .box").evaluate_all(
+        "boxes => boxes.map(box => getComputedStyle(box).strokeWidth)"
+    )
+    assert widths == ["1.5px", "4px"]
+    assert not page.locator("#passage-1 svg").is_visible()
+    if folder := os.environ.get("GATEWISE_SCREENSHOTS"):
+        picture = Image.open(io.BytesIO(page.locator("#passage-2").screenshot()))
+        picture.quantize(128, dither=Image.Dither.NONE).save(Path(folder) / "agreement.png", optimize=True)
+    assert said == []  # the policy blocked nothing
+    page.close()
+
+
+def test_agree_refuses_in_one_sentence(gatewise: Gatewise, tmp_path: Path) -> None:
+    ada, ben = BOTH
+    assert_refused(gatewise(ada), "ada.review.jsonl is the only file, expected two")
+    assert_refused(gatewise(ada, f"./{ada}"), "are the same file")
+    assert_refused(gatewise("sample:guidelines", "sample:guidelines"), "are the same file")
+    assert_refused(gatewise(ada, "none.jsonl"), "none.jsonl: there is no such file")
+    assert_refused(gatewise(ada, "sample:guidelines"), "Ada and sample:guidelines have no passage in common")
+    assert_refused(gatewise(ada, ben, "--out", "x.txt"), "--out was given without --format html")
+    assert_refused(gatewise(ada, ben, "--json", "--format", "html"), "exclude each other")
+    assert_refused(gatewise(ada, ben, "--format", "html", "--out", ben), "is what is read")
+    assert_refused(gatewise(ada, ben, "--reviewer", "Cy"), "--reviewer was given without --adjudicate")
+    (tmp_path / "texts.jsonl").write_text('{"text": "x"}\n')
+    assert_refused(gatewise(ada, "texts.jsonl"), 'texts.jsonl, record 1: the key "tree" is missing')
+    (tmp_path / "empty.jsonl").write_text("")
+    assert_refused(gatewise(ada, "empty.jsonl"), "empty.jsonl has no records")
+
+
+def test_malformed_records_are_named_and_left_out(gatewise: Gatewise, tmp_path: Path) -> None:
+    with (tmp_path / BOTH[1]).open("a") as stream:
+        stream.write("nonsense\n" + json.dumps({"text": TEXT, "tree": [node("D", triple("x"), joined="and")]}) + "\n")
+    result = gatewise(*BOTH, "--json", "--adjudicate", THIRD)
+    assert_refused(
+        result, "2 of the 9 records could not be read and were left out, so third.review.jsonl was not prepared; --repair"
+    )
+    assert not Path(THIRD).exists()
+    assert "failed: ben.review.jsonl, line 4: not valid JSON" in result.stderr
+    assert "failed: ben.review.jsonl, record 5, node 1: " in result.stderr
+    assert json.loads(result.stdout)["pairs"][0]["passages"] == 3
+    assert "repaired: ben.review.jsonl, record 5" in gatewise(*BOTH, "--repair", "--json").stderr
+
+
+def test_json_is_json_whatever_a_file_says_of_its_review(gatewise: Gatewise, tmp_path: Path) -> None:
+    for name, score in (("one", "NaN"), ("other", "Infinity")):
+        held = json.dumps([{"text": TEXT, "tree": gout(), "reviewed": {"by": name, "score": 0}}])
+        (tmp_path / f"{name}.json").write_text(held.replace('"score": 0', f'"score": {score}'))
+    result = gatewise("one.json", "other.json", "--json")
+    json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+# Adjudication ---------------------------------------------------------------------------------------------------------
+
+
+def rows(file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def test_adjudication_begins_with_both_trees(gatewise: Gatewise) -> None:
+    result = gatewise(*BOTH, "--adjudicate", THIRD, "--reviewer", "Cy")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(
+        "written: third.review.jsonl: 1 passage to decide, 2 with the same tree (1 approved by both), 1 that only one has\n"
+        "to adjudicate: gatewise mdt review third.review.jsonl\n"
+    )
+    # Who has which tree stands in the history from the start, beside the name of whoever prepared it.
+    history = rows("third.review.history.jsonl")
+    assert [(row["action"], row["reviewer"], row.get("comment")) for row in history] == [
+        ("open", "Cy", None),
+        ("add", "Cy", "the tree of Ada and Ben"),
+        ("add", "Cy", "Ada's tree; beside it Ben's tree"),
+        ("add", "Cy", "the tree of Ada and Ben"),
+        ("add", "Cy", "Ada's tree; there is no other"),
+        ("save", "Cy", None),
+    ]
+    saved = rows(THIRD)
+    assert len(saved) == 1
+    by = [{"by": name, "at": "2026-11-27"} for name in ("Ada", "Ben")]
+    assert saved[0]["adjudicated"] == {"files": list(BOTH), "names": ["Ada", "Ben"], "reviewed": by, "agreed": True}
+    assert saved[0]["reviewed"] == by[0]
+    assert (saved[0]["review"], saved[0]["source"], saved[0]["tree"]) == ("approved", "g.pdf", gout())
+
+    session = Session.open(THIRD)
+    try:
+        assert [passage.now.state for passage in session.passages] == ["approved", "drafted", "drafted", "drafted"]
+        assert [passage.now.reviewed for passage in session.passages] == [by[0], None, None, None]
+        assert [passage.beside is not None for passage in session.passages] == [False, True, False, False]
+        differing = session.passages[1]
+        assert (differing.now.nodes, differing.beside and differing.beside.nodes) == (gout(), rows(BOTH[1])[1]["tree"])
+        assert [passage.more["adjudicated"]["agreed"] for passage in session.passages] == [True, False, True, False]
+        shown = [whole(passage) for passage in session.passages]
+        assert "low-dose" in shown[1]["extraction"]["drawing"]
+        assert [one["adjudicated"] for one in shown[1:]] == [
+            {"names": ["Ada", "Ben"], "agreed": False},
+            {"names": ["Ada", "Ben"], "agreed": True},
+            {"names": ["Ada"], "agreed": False},
+        ]
+        assert shown[1]["extraction"]["of"] == "Ben"
+    finally:
+        session.close()
+
+
+def test_a_million_units_and_a_thousandth_of_one_are_decided_on_by_the_third(gatewise: Gatewise) -> None:
+    """The measures, which are published ones, leave case out."""
+    for name, dose in zip(BOTH, ("10 MU", "10 mU"), strict=True):
+        tree = [
+            node("D", triple(dose, "dosage and administration", "colchicine"), triple("Colchicine", "drug therapy"), joined="and")
+        ]
+        if dose == "10 mU":
+            tree[0]["triples"][1][2] = "colchicine"  # which is the same for any reader
+        same = [node("D", triple("rest" if dose == "10 mU" else "Rest", "therapeutic schedule"))]
+        held = items(name, [tree, same], ["approved", "approved"])
+        Path(name).write_text("".join(json.dumps(one) + "\n" for one in held))
+    result = gatewise(*BOTH, "--adjudicate", THIRD)
+    assert "2 of 2" in result.stdout
+    assert "1 passage to decide, 1 with the same tree (1 approved by both)" in result.stdout
+    assert [row["text"] for row in rows(THIRD)] == [f"{TEXT} Passage 2."]
+    session = Session.open(THIRD)
+    assert [passage.now.state for passage in session.passages] == ["drafted", "approved"]
+    assert [passage.beside is not None for passage in session.passages] == [True, False]
+    assert [passage.more["adjudicated"]["agreed"] for passage in session.passages] == [False, True]
+    session.close()
+
+
+def test_a_tree_that_a_model_makes_meanwhile_does_not_pass_for_a_reviewers(gatewise: Gatewise) -> None:
+    gatewise(*BOTH, "--adjudicate", THIRD)
+    session = Session.open(THIRD, reviewer="Cy")
+    for number in (1, 3, 4):  # the same tree, and one that only Ada has
+        session.approve(number, session.passage(number).version)
+        session.put(number, Version([node("D")], "drafted"))
+        assert whole(session.passage(number))["extraction"]["of"] == ""
+    assert whole(session.passage(2))["extraction"]["of"] == "Ben"
+    session.close()
+    session = Session.open(THIRD)
+    assert [whole(passage)["extraction"]["of"] for passage in session.passages] == ["", "Ben", "", ""]
+    taken = session.take(2, session.passage(2).version, 1)
+    session.put(2, Version([node("D")], "drafted"), taken.version - 1)
+    assert whole(session.passage(2))["extraction"]["of"] == ""
+    session.close()
+
+
+def test_an_extraction_takes_the_place_of_no_reviewers_tree(gatewise: Gatewise) -> None:
+    gatewise(*BOTH, "--adjudicate", THIRD)
+    session = Session.open(THIRD, reviewer="Cy")
+    asked: list[str] = []
+
+    def extract(text: str, language: Any, tick: Any) -> Any:
+        asked.append(text)
+        raise GatewiseError("no model")
+
+    extracting = Extracting(session, extract)
+    review = Review(session, extracting)
+    before = session.passage(2)
+    with pytest.raises(GatewiseError, match="the tree of Ben lies beside that of passage 2: take it or leave it"):
+        review.done("extract", {"passages": [[4, session.passage(4).version], [2, before.version]]})
+    assert session.passage(2) == before
+    left = session.leave(2, before.version, 1)
+    review.done("extract", {"passages": [[2, left.version]]})
+    extracting.end()
+    assert session.passage(4).waiting is False
+    assert set(asked) <= {before.text}
+    session.close()
+
+
+def test_what_an_adjudicator_decides_is_kept_and_can_be_compared(gatewise: Gatewise) -> None:
+    gatewise(*BOTH, "--adjudicate", THIRD)
+    session = Session.open(THIRD, reviewer="Cy")
+    taken = session.take(2, session.passage(2).version, session.passage(2).extractions)
+    session.approve(2, taken.version)
+    session.approve(3, session.passage(3).version)
+    session.save()
+    session.close()
+    # Opened again, everything is there, and the passage that only one had is still to review.
+    session = Session.open(THIRD)
+    assert [passage.now.state for passage in session.passages] == ["approved", "approved", "approved", "drafted"]
+    session.close()
+    decided = read_trees(THIRD).records
+    assert [(record.reviewed or {})["by"] for record in decided] == ["Ada", "Cy", "Cy"]
+    assert json.loads(gatewise(THIRD, BOTH[1], "--json").stdout)["pairs"][0]["tree_agreement"] == 1
+    against_ada = gatewise(THIRD, BOTH[0])
+    assert against_ada.exit_code == 0, against_ada.output
+    assert 'other words | third.review.jsonl "low-dose colchicine", Ada "colchicine": drug therapy' in against_ada.stdout
+
+
+def test_an_adjudicators_files_are_never_written_over(gatewise: Gatewise, tmp_path: Path) -> None:
+    gatewise(*BOTH, "--adjudicate", THIRD)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert_refused(gatewise(*BOTH, "--adjudicate", THIRD), "third.review.jsonl is there already", "name another file")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for gone in (THIRD, "third.review.history.jsonl"):
+        content = (tmp_path / gone).read_bytes()
+        (tmp_path / gone).unlink()
+        assert_refused(gatewise(*BOTH, "--adjudicate", THIRD), "is there already")
+        assert not (tmp_path / gone).exists()
+        (tmp_path / gone).write_bytes(content)
+    for file in BOTH:
+        assert_refused(gatewise(*BOTH, "--adjudicate", file), f"{file} is there already")
+    assert_refused(gatewise(*BOTH, "--adjudicate", "third.json"), "expected .jsonl")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_review_that_was_prepared_meanwhile_is_left_alone(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look before the files are taken is not enough: another process may write them right after it."""
+    check, looks = adjudication.check_new, []
+
+    def look(out: Path) -> None:
+        check(out)
+        looks.append(out)
+        if len(looks) == 2:  # the command's, and that of the preparation
+            Path(THIRD).write_text('{"text": "x", "tree": [{"role": "D", "triples": [], "logical_rel": "null"}]}\n')
+
+    monkeypatch.setattr(adjudication, "check_new", look)
+    assert_refused(gatewise(*BOTH, "--adjudicate", THIRD), "third.review.jsonl is there already")
+    assert len(rows(THIRD)) == 1
+    assert not Path("third.review.history.jsonl").exists()
+
+
+def test_a_history_that_cannot_be_written_is_no_review(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gatewise_mdt.review.files import ReviewFiles
+
+    from gatewise.errors import GatewiseError
+
+    def full(*_: Any) -> None:
+        raise GatewiseError("no space left")
+
+    monkeypatch.setattr(ReviewFiles, "append", full)
+    assert_refused(gatewise(*BOTH, "--adjudicate", THIRD), "the review could not be prepared: no space left")
+    assert not Path(THIRD).exists()
+
+
+def test_a_preparation_that_broke_off_leaves_no_part_of_a_review(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+
+    def copy_or_die(one: Path, part: Path) -> None:
+        if copies:
+            raise KeyboardInterrupt
+        copies.append(shutil.copyfile(one, part))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adjudication, "copyfile", copy_or_die)
+        assert gatewise(*BOTH, "--adjudicate", THIRD).exit_code == 130
+    # The history is whole, and the message says how to open it.
+    assert not Path(THIRD).exists()
+    assert_refused(
+        gatewise(*BOTH, "--adjudicate", THIRD), "third.review.history.jsonl is there", "mdt review --out third.review.jsonl"
+    )
+    session = Session.open(None, Path(THIRD))
+    assert [passage.now.state for passage in session.passages] == ["approved", "drafted", "drafted", "drafted"]
+    assert session.save().records == 1
+    session.close()
+
+
+def test_trees_with_warnings_keep_them_until_they_are_reviewed(gatewise: Gatewise, tmp_path: Path) -> None:
+    sure = {name: [share, None, 0.5, 0.6, None] for name, share in zip(BOTH, (0.4, 0.9), strict=True)}
+    for name in BOTH:
+        more = {"warnings": [f"of {name}"], "absent": [], "confidence": sure[name]}
+        held = [{**{k: v for k, v in row.items() if k != "review"}, **more} for row in rows(name)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in held))
+    assert gatewise(*BOTH, "--adjudicate", THIRD).exit_code == 0
+    assert rows(THIRD) == []
+    session = Session.open(THIRD)
+    passage = session.passages[1]
+    assert passage.now.warnings == (f"of {BOTH[0]}",)
+    assert passage.beside is not None
+    assert passage.beside.warnings == (f"of {BOTH[1]}",)
+    assert [passage.now.confidence, passage.beside.confidence] == [tuple(sure[name]) for name in BOTH]
+    assert not {"absent", "confidence"} & {*passage.more}
+    session.close()
+
+
+@pytest.mark.browser
+def test_an_adjudicator_takes_the_other_tree_in_a_browser(gatewise: Gatewise, chromium: Any) -> None:
+    from playwright.sync_api import expect
+
+    gatewise(*BOTH, "--adjudicate", THIRD)
+    session = Session.open(THIRD, reviewer="Cy")
+    server = ReviewServer(Review(session))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    context = chromium.new_context(reduced_motion="reduce")
+    context.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
+    try:
+        page = context.new_page()
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(server.url)
+        expect(page.locator("#adjudicated")).to_have_text("Ada and Ben had the same tree.")
+        page.click("#passages button >> nth=1")
+        expect(page.locator("#adjudicated")).to_have_text("Ada and Ben had different trees; this one began as that of Ada.")
+        expect(page.locator("#beside-head")).to_have_text("The tree of Ben lies beside this one")
+        page.click("#beside-head")
+        expect(page.locator("#beside-tree svg")).to_contain_text("low-dose colchicine")
+        page.click("#beside-take")
+        expect(page.locator("#tree svg")).to_contain_text("low-dose colchicine")
+        page.click("#approve")
+        expect(page.locator("#state")).to_have_text("approved")
+        page.click("#save")
+        expect(page.locator("#save")).to_have_text("Save")
+        page.click("#passages button >> nth=3")
+        expect(page.locator("#adjudicated")).to_have_text("Only Ada had this passage.")
+        assert said == []
+    finally:
+        context.close()
+        server.end()
+        thread.join()
+        session.close()
+    decided = {record.text: record for record in read_trees(THIRD).records}[f"{TEXT} Passage 2."]
+    assert (decided.more["review"], decided.tree.to_preorder()[1]["triples"][0][2]) == ("approved", "low-dose colchicine")
+
+
+# The documentation ----------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_documentation_prints_what_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    section = DOCS.read_text(encoding="utf-8").partition("## Do two reviewers agree?")[2].partition("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    printed = re.search(r"```text\n(.*?)```", section, re.DOTALL)
+    assert code is not None
+    assert printed is not None
+    exec(code[1], {})
+    result = CliRunner().invoke(app, ["mdt", "agree", "ada.jsonl", "ben.jsonl"])
+    assert result.exit_code == 0, result.output
+    assert [line.rstrip() for line in result.stdout.strip().splitlines()] == printed[1].strip().splitlines()

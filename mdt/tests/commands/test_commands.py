@@ -1,0 +1,401 @@
+"""``gatewise mdt``: what it prints where, its exit codes, and one sentence for everything a user can put right."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gatewise_mdt import DecisionTree, read_trees, write_trees
+from gatewise_mdt.formats.views import FORMATS
+from mdt_trees import TEXT, gout, node, triple
+from refusals import assert_refused
+from typer.testing import CliRunner
+
+from gatewise.cli.main import app
+from gatewise.errors import GatewiseError
+
+Gatewise = Callable[..., Any]
+
+
+@pytest.fixture
+def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gatewise:
+    """gatewise("show", ...) -> the result of `gatewise mdt show ...`, run in a folder with some files of trees."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    good, wrong = {"text": TEXT, "tree": gout()}, {"text": TEXT, "tree": [*gout(), node("D")]}
+    joined = {"text": TEXT, "tree": [node("D", joined="or")]}
+    for name, items in {"good": [good, good], "one": [good], "mixed": [good, wrong, good, joined], "wrong": [wrong]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(items))
+    return lambda *words: CliRunner().invoke(app, ["mdt", *map(str, words)])
+
+
+def test_show_prints_the_outline(gatewise: Gatewise) -> None:
+    result = gatewise("show", "one.json")
+    assert result.exit_code == 0, result.output
+    assert "review by a clinician" in result.stdout.splitlines()[0]
+    assert "if all:\n  - adults with gout | clinical manifestation | acute flare" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_show_writes_every_format(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
+    if format == "fhir":
+        pytest.importorskip("fhir.resources")
+    result = gatewise("show", "sample:guidelines", "--record", 3, "--format", format, "--out", "made/tree")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "written: made/tree\n"
+    content = (tmp_path / "made" / "tree").read_text(encoding="utf-8")
+    assert content == gatewise("show", "sample:guidelines", "--record", 3, "-f", format).stdout
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["tree"]
+
+
+def test_what_a_format_cannot_say_is_said_beside_it(gatewise: Gatewise, tmp_path: Path) -> None:
+    for record, format, said in ((1, "dmn", "joined by 'or'"), (28, "fhir-r4", "has a negation")):
+        result = gatewise("show", "sample:guidelines", "--record", record, "--format", format, "--out", "made")
+        assert result.exit_code == 0, result.output
+        assert result.stderr.startswith(f"note: record {record}, node")
+        assert said in result.stderr
+        assert said in (tmp_path / "made").read_text(encoding="utf-8")
+    assert gatewise("show", "sample:guidelines", "--record", 1, "--format", "fhir-r5").stderr == ""
+
+
+def test_a_workbook_needs_a_file(gatewise: Gatewise, tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl")
+    assert_refused(gatewise("show", "good.json", "--format", "dak"), "name a file with --out")
+    result = gatewise("show", "good.json", "--format", "dak", "--out", "trees.xlsx")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "trees.xlsx").read_bytes()[:2] == b"PK"
+
+
+def test_show_of_several_as_svg_fills_a_folder(gatewise: Gatewise, tmp_path: Path) -> None:
+    result = gatewise("show", "good.json", "--format", "svg", "--out", "drawings")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "drawings").iterdir()) == ["record-0001.svg", "record-0002.svg"]
+    assert_refused(gatewise("show", "good.json", "--format", "svg", "--out", "drawings"), "not empty")
+    assert_refused(gatewise("show", "good.json", "--format", "svg"), "--record")
+
+
+def test_show_goes_on_and_says_at_the_end_what_failed(gatewise: Gatewise, tmp_path: Path) -> None:
+    result = gatewise("show", "mixed.json", "--format", "json", "--out", "made.json")
+    assert_refused(result, "2 of the 4 records of mixed.json could not be shown: 2, 4")
+    assert "failed: mixed.json, record 2, node 6: " in result.stderr
+    assert "failed: mixed.json, record 4, node 1: " in result.stderr
+    assert len(json.loads((tmp_path / "made.json").read_text())) == 2
+
+    repaired = gatewise("show", "mixed.json", "--repair", "--format", "json")
+    assert_refused(repaired, "1 of the 4 records of mixed.json could not be shown: 2")
+    assert "repaired: mixed.json, record 4: node 1" in repaired.stderr
+    assert len(json.loads(repaired.stdout)) == 3
+
+
+def test_show_refuses_in_one_sentence(gatewise: Gatewise, tmp_path: Path) -> None:
+    assert_refused(gatewise("show", "none.json"), "none.json: there is no such file")
+    assert_refused(gatewise("show", "sample:trees"), "expected sample:guidelines")
+    assert_refused(gatewise("show", "one.json", "--record", 2), "has 1 records", "number 2")
+    assert_refused(gatewise("show", "mixed.json", "--record", 2, "--out", "x.txt"), "mixed.json, record 2, node 6")
+    assert_refused(gatewise("show", "wrong.json", "--out", "x.txt"), "wrong.json, record 1, node 6")
+    assert_refused(gatewise("show", "one.json", "--out", "one.json/x"), "cannot write")
+    assert not (tmp_path / "x.txt").exists()
+    one_good = gatewise("show", "mixed.json", "--record", 3)
+    assert one_good.exit_code == 0
+    assert one_good.stderr == ""
+
+
+def test_an_outline_without_a_text_is_shown_but_never_as_json(gatewise: Gatewise, tmp_path: Path) -> None:
+    outline = DecisionTree.from_preorder(gout()).to_outline()
+    (tmp_path / "bare.txt").write_text(f"text: {TEXT}\n{outline}---\n{outline}")
+    for format in FORMATS:
+        result = gatewise("show", "bare.txt", "--record", 2, "--format", format, "--out", f"made.{format}")
+        if format == "json":
+            assert_refused(result, "record 2 has no text, without which it cannot be read back from JSON")
+            assert not (tmp_path / "made.json").exists()
+        else:
+            assert result.exit_code == 0, result.output
+    records = read_trees(tmp_path / "bare.txt").records
+    with pytest.raises(GatewiseError, match="record 2 has no text"):
+        write_trees(tmp_path / "made.jsonl", records)
+    write_trees(tmp_path / "made.txt", records)
+    assert read_trees(tmp_path / "made.txt").records == records
+
+
+def test_show_without_the_fhir_library_says_what_to_install(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fhir.resources", None)
+    assert_refused(gatewise("show", "one.json", "--format", "fhir"), "pip install gatewise-mdt")
+
+
+def test_evaluate_prints_a_table_or_json(gatewise: Gatewise, tmp_path: Path) -> None:
+    (tmp_path / "pred.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}, {"text": TEXT, "tree": [node("C")] * 9}]))
+    result = gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json")
+    assert result.exit_code == 0, result.output
+    for text in ("triplet", "node", "path", "0.6667", "tree accuracy: 0.5000", "tree edit ratio: 0.3333", "1 are no trees"):
+        assert text in result.stdout
+    values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json", "--json").stdout)
+    assert values["triplet_f1"] == pytest.approx(2 / 3)
+    assert values["malformed"] == 1
+    assert values["n"] == 2
+    # Both right, one or none: a draw of two passages is enough to say nothing.
+    assert values["intervals"]["triplet_f1"] == {"low": 0, "high": 1}
+    assert "0.6667 (0.000-1.000)" in result.stdout
+    assert "95% intervals, from 2,000 bootstrap draws of the 2 passages" in result.stdout
+    alone = gatewise("evaluate", "--gold", "one.json", "--pred", "one.json")
+    assert "(" not in alone.stdout.split("trees:")[0]
+
+
+def test_evaluate_fits_a_narrow_terminal(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json").stdout.splitlines()
+    assert [
+        len(re.findall(r"1\.0000 \(1\.000-1\.000\)", line)) for line in lines if line.startswith((" triplet", " node", " path"))
+    ] == [3] * 3
+
+
+def test_evaluate_shows_errors_by_kind(gatewise: Gatewise, tmp_path: Path) -> None:
+    wrong = gout()
+    wrong[0]["triples"][0][2] = "flare"
+    (tmp_path / "pred.json").write_text(json.dumps([{"text": TEXT, "tree": wrong}, {"text": TEXT, "tree": []}]))
+    said = gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json", "--errors").stdout
+    rows = [line.split() for line in said.splitlines()]
+    assert ["wrong", "span", "1", "1", "1"] in rows
+    assert ["malformed", "1", "1", "1"] in rows
+    assert "grouping" not in said
+    values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.json", "--mistakes", "--json").stdout)
+    assert values["mistakes"]["wrong span"] == {"count": 1, "trees": 1, "alone": 1}
+    assert "nothing is wrong" in gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--mistakes").stdout
+    assert "mistakes" not in json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", "--json").stdout)
+
+
+def test_evaluate_takes_any_prediction_but_only_trees_as_gold(gatewise: Gatewise, tmp_path: Path) -> None:
+    lines = "\n".join(["nonsense", json.dumps({"text": TEXT, "tree": "nonsense"})])
+    (tmp_path / "pred.jsonl").write_text(lines)
+    values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.jsonl", "--json").stdout)
+    assert (values["malformed"], values["ter"], values["path_f1"]) == (2, 1, 0)
+    assert_refused(gatewise("evaluate", "--gold", "pred.jsonl", "--pred", "good.json"), "pred.jsonl, line 1")
+    assert_refused(gatewise("evaluate", "--gold", "wrong.json", "--pred", "one.json"), "wrong.json, record 1, node 6")
+    assert_refused(gatewise("evaluate", "--gold", "good.json", "--pred", "one.json"), "has 2 trees", "has 1")
+    (tmp_path / "other.json").write_text(json.dumps([{"text": "something else", "tree": gout()}]))
+    assert_refused(gatewise("evaluate", "--gold", "one.json", "--pred", "other.json"), "record 1 of other.json has another text")
+
+
+def test_prepare_takes_only_what_was_approved(gatewise: Gatewise, tmp_path: Path) -> None:
+    states = ["approved", None, "corrected", "approved", "approval", True]
+    items = [{"text": f"{TEXT} {i}", "tree": gout(), **({"review": one} if one else {})} for i, one in enumerate(states)]
+    (tmp_path / "a.review.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    result = gatewise("prepare", "a.review.jsonl", "--only", "approved", "--out", "train.jsonl")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "left out: 4 of 6 records, which no reviewer approved",
+        "written: train.jsonl, 2 rows of 2 passages of 2 documents",
+    ]
+    rows = [json.loads(line)["source"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [f"{TEXT.partition('@')[2]} {i}" in row for i, row in zip((0, 3), rows, strict=True)] == [True, True]
+    assert_refused(
+        gatewise("prepare", "good.json", "--only", "approved", "--out", "none.jsonl"), "none of the 2 records", "leave --only out"
+    )
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_no_command_takes_an_approval_for_a_tree_that_it_repairs(gatewise: Gatewise, tmp_path: Path) -> None:
+    wrong = gout()
+    wrong[1]["logical_rel"] = "null"
+    for name, by in (("ada", "Ada"), ("ben", "Ben")):
+        held = {"text": TEXT, "tree": wrong, "review": "approved", "reviewed": {"by": by, "at": "2026-01-02T03:04:05+00:00"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps([held]))
+    said = "that was approved by Ada is another one after the repair, so it counts as corrected"
+    shown = gatewise("show", "ada.json", "--repair", "--record", 1)
+    assert said in shown.stderr
+    assert "approved by" not in shown.stdout
+    prepared = gatewise("prepare", "ada.json", "--only", "approved", "--repair", "--out", "x.jsonl")
+    assert_refused(prepared, "none of the 1 records of ada.json was approved")
+    assert said in gatewise("prepare", "ada.json", "--repair", "--out", "x.jsonl").stderr
+    agreed = gatewise("agree", "ada.json", "ben.json", "--repair", "--json", "--adjudicate", "third.review.jsonl")
+    assert said in agreed.stderr
+    assert json.loads(agreed.stdout)["pairs"][0]["states"]["table"] == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert '"approved"' not in (tmp_path / "third.review.jsonl").read_text()
+    pytest.importorskip("fhir.resources")
+    bundle = gatewise("show", "ada.json", "--repair", "--format", "fhir").stdout
+    assert "Ada" not in bundle
+    assert "approvalDate" not in bundle
+
+
+def test_evaluate_repairs_outlines_too(gatewise: Gatewise, tmp_path: Path) -> None:
+    (tmp_path / "pred.txt").write_text(DecisionTree.from_preorder(gout()).to_outline().replace("  if:", "  if any:"))
+    values = [
+        json.loads(gatewise("evaluate", "--gold", "one.json", "--pred", "pred.txt", "--json", *words).stdout)
+        for words in ((), ("--repair",))
+    ]
+    assert [one["tree_acc"] for one in values] == [0, 1]
+
+
+def test_prepare_splits_by_document(gatewise: Gatewise, tmp_path: Path) -> None:
+    names = ["a.pdf"] * 6 + ["b.pdf"] * 2 + ["c.pdf"] * 2
+    items = [{"text": f"{TEXT} {name} {i}", "tree": gout(), "source": name} for i, name in enumerate(names)]
+    (tmp_path / "trees.json").write_text(json.dumps(items))
+    words = ("prepare", "trees.json", "--out", "train.jsonl", "--dev", "dev.jsonl")
+    result = gatewise(*words, "--swapped", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "written: dev.jsonl, 2 rows of 2 passages of 1 document",
+        "written: train.jsonl, 16 rows of 8 passages of 2 documents",
+    ]
+    dev = (tmp_path / "dev.jsonl").read_text()
+    name = "b.pdf" if "b.pdf" in dev else "c.pdf"
+    assert dev.count(name) == 2
+    assert name not in (tmp_path / "train.jsonl").read_text()
+    assert "4 passages of 2 documents" in gatewise(*words, "--dev-share", 0.4).stdout
+    seeds = {gatewise(*words, "--seed", seed).stdout + (tmp_path / "dev.jsonl").read_text() for seed in range(6)}
+    assert len(seeds) == 2
+    assert_refused(gatewise(*words, "--dev-share", 1), "the share of dev is 1", "between 0 and 1")
+    assert_refused(gatewise(*words[:4], "--dev-share", 0.2), "--dev-share was given without --dev")
+    (tmp_path / "trees.json").write_text(json.dumps(items[:6]))
+    (tmp_path / "dev.jsonl").unlink()
+    assert_refused(gatewise(*words), "all 6 records are of one document", "leave --dev out")
+    assert not (tmp_path / "dev.jsonl").exists()
+
+
+def test_prepare_writes_two_sides_into_two_files(gatewise: Gatewise, tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "data.jsonl")
+    for dev in ("data.jsonl", "./data.jsonl", tmp_path / "data.jsonl", "link.jsonl"):
+        result = gatewise("prepare", "sample:guidelines", "--out", "data.jsonl", "--dev", dev)
+        assert_refused(result, "--out data.jsonl and --dev ", "are one file: expected two files")
+    assert not (tmp_path / "data.jsonl").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_read_is_not_written_over(gatewise: Gatewise, tmp_path: Path, link: bool) -> None:
+    before = (tmp_path / "one.json").read_bytes()
+    out = tmp_path / "again.json" if link else Path("one.json")
+    if link:
+        out.symlink_to(tmp_path / "one.json")
+    assert_refused(gatewise("show", "one.json", "--format", "html", "--out", out), "is what is read")
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": TEXT, "tree": gout()}))
+    assert_refused(gatewise("prepare", "one.jsonl", "--out", "./one.jsonl"), "is what is read")
+    assert_refused(gatewise("prepare", "one.jsonl", "--out", "x.jsonl", "--dev", "one.jsonl"), "is what is read")
+    assert (tmp_path / "one.json").read_bytes() == before
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_show_of_several_as_mermaid_fills_a_folder(gatewise: Gatewise, tmp_path: Path) -> None:
+    assert gatewise("show", "good.json", "-f", "mermaid", "--out", "charts").exit_code == 0
+    charts = sorted(tmp_path.glob("charts/*.mmd"))
+    assert len(charts) == 2
+    assert all(chart.read_text().count("flowchart TD") == 1 for chart in charts)
+    assert_refused(gatewise("show", "good.json", "-f", "mermaid"), "shows one tree", "--record")
+
+
+@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html"])
+def test_half_a_character_in_other_keys_hurts_no_format(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
+    record = {"text": TEXT, "tree": gout(), "note": "\ud800", "warnings": ["a\udc80b"], "\ud801": [{"x": "\udfff"}]}
+    (tmp_path / "half.json").write_text(json.dumps(record))
+    result = gatewise("show", "half.json", "-f", format, "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert "a\ufffdb" in (tmp_path / "out").read_text(encoding="utf-8")
+
+
+def test_an_argument_that_is_no_possible_name(gatewise: Gatewise) -> None:
+    assert_refused(gatewise("show", "x" * 300 + ".json"), "cannot be read")
+    assert_refused(gatewise("show", "one.json", "-o", "x" * 300), "cannot write")
+    assert_refused(gatewise("show", "good.json", "-f", "svg", "-o", "x" * 300), "cannot write")
+
+
+def test_one_tree_too_deep_for_fhir_does_not_stop_the_others(gatewise: Gatewise, tmp_path: Path) -> None:
+    pytest.importorskip("fhir.resources")
+    deep = [node("C", ["a", "basic condition", str(i)]) for i in range(90)] + [node("D")] * 91
+    (tmp_path / "deep.json").write_text(json.dumps([{"text": TEXT, "tree": deep}, {"text": TEXT, "tree": gout()}]))
+    result = gatewise("show", "deep.json", "-f", "fhir")
+    assert_refused(result, "1 of the 2 records")
+    assert "failed: record 1: the tree is too deep" in result.stderr
+    assert json.loads(result.stdout)["resourceType"] == "PlanDefinition"
+
+
+@pytest.mark.parametrize("name", ["pred.txt", "nested.json"])
+def test_evaluate_reads_predictions_as_show_does(gatewise: Gatewise, tmp_path: Path, name: str) -> None:
+    assert gatewise("show", "good.json", "--out", "pred.txt").exit_code == 0
+    nested = json.loads(gatewise("show", "one.json", "-f", "json").stdout)[0]["nested"]
+    (tmp_path / "nested.json").write_text(json.dumps([{"text": TEXT, "tree": nested}] * 2))
+    for words in (("--gold", "good.json", "--pred", name), ("--gold", name, "--pred", "good.json")):
+        result = gatewise("evaluate", *words, "--mistakes", "--json")
+        assert result.exit_code == 0, result.output
+        values = json.loads(result.stdout)
+        assert (values["tree_acc"], values["malformed"]) == (1, 0)
+        assert not any(one["count"] for one in values["mistakes"].values())
+
+
+def test_an_outline_that_is_no_tree_is_a_fault_of_its_record(gatewise: Gatewise, tmp_path: Path) -> None:
+    assert gatewise("show", "good.json", "--out", "pred.txt").exit_code == 0
+    written = (tmp_path / "pred.txt").read_text()
+    (tmp_path / "pred.txt").write_text(written.replace("if all:", "if perhaps:", 1))
+    values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.txt", "--json").stdout)
+    assert (values["malformed"], values["tree_acc"]) == (1, 0.5)
+    assert_refused(gatewise("evaluate", "--gold", "pred.txt", "--pred", "good.json"), "pred.txt, record 1, line")
+
+
+@pytest.mark.parametrize(
+    "words", [("--stage", "nodes"), ("--free",), ("--level", "2"), ("--device", "auto"), ("--second", "x"), ("--limit", "3")]
+)
+def test_evaluate_refuses_with_predictions_what_says_how_to_extract(gatewise: Gatewise, words: tuple[str]) -> None:
+    refused = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", *words)
+    assert_refused(refused, f"{words[0]} with --pred: nothing is extracted there")
+
+
+def test_evaluate_against_the_sample(gatewise: Gatewise) -> None:
+    assert gatewise("show", "sample:guidelines", "-f", "json", "--out", "sample.json").exit_code == 0
+    result = gatewise("evaluate", "--gold", "sample:guidelines", "--pred", "sample.json", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["tree_acc"] == 1
+
+
+def test_prepare_goes_on_where_a_record_gives_no_rows(gatewise: Gatewise, tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text(json.dumps([{"text": "1 2 3", "tree": [node("D")]}, {"text": TEXT, "tree": gout()}]))
+    result = gatewise("prepare", "odd.json", "--out", "rows.jsonl")
+    assert_refused(result, "1 of the 2 records of odd.json give no rows")
+    assert "failed: record 1" in result.stderr
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_stdout_that_is_no_utf8_shows_codes(tmp_path: Path) -> None:
+    nodes = [node("D", ["痛风患者", "治疗药物", "秋水仙碱"])]
+    (tmp_path / "zh.json").write_text(json.dumps({"text": "痛风患者@首选秋水仙碱", "tree": nodes}))
+    command = [sys.executable, "-c", "from gatewise.cli.main import main; main()", "mdt", "show", "zh.json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"\\u79cb\\u6c34\\u4ed9\\u78b1" in result.stdout
+
+
+@pytest.mark.parametrize("levels", [150, 400, 900])
+def test_other_keys_that_are_nested_deep(gatewise: Gatewise, tmp_path: Path, levels: int) -> None:
+    deep: Any = "\ud800"
+    for i in range(levels):
+        deep = [deep] if i % 2 else {"x": deep}
+    (tmp_path / "deep.json").write_text(json.dumps([{"text": TEXT, "tree": gout(), "deep": deep}, {"text": TEXT, "tree": gout()}]))
+    for format in ("text", "json"):
+        result = gatewise("show", "deep.json", "-f", format)
+        if levels == 150:
+            assert result.exit_code == 0, result.output
+        else:
+            assert_refused(result, "1 of the 2 records")
+            assert "record 1: its other keys are nested deeper than 200 levels" in result.stderr
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_a_terminal_is_told_nothing_by_a_tree(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
+    """Control characters of a file, which could colour, clear or rewrite what stands on a terminal, are not printed."""
+    if format == "fhir":
+        pytest.importorskip("fhir.resources")
+    escapes = "\x1b[31m\x1b]0;title\x07\x9b2J\x00\x08\x7f\r\u0085"
+    tree = [node("D", triple(f"rest{escapes} well", "therapeutic schedule"))]
+    records = [{"text": f"adults{escapes}@Then{escapes} rest.", "tree": tree, "warnings": [escapes]}, {"text": escapes, "tree": 3}]
+    (tmp_path / f"a{escapes[:5]}.json").write_text(json.dumps(records))
+    shown, refused = (
+        CliRunner().invoke(app, ["mdt", "show", f"a{escapes[:5]}.json", "--record", record, "--format", format], color=True)
+        for record in ("1", "2")
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "rest" in shown.stdout
+    assert "record 2" in refused.stderr
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown.output + refused.output)

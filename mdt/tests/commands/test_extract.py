@@ -1,0 +1,300 @@
+"""``gatewise mdt extract`` and ``evaluate --adapter``, with an adapter of random weights."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gatewise_mdt import Extractor, extract_files, read_trees
+from mdt_models import pdf, random_adapter_folder
+from mdt_trees import TEXT, gout
+from refusals import assert_refused
+from typer.testing import CliRunner
+
+from gatewise import __version__ as gatewise_version
+from gatewise.adapters.files import fingerprint
+from gatewise.cli.main import app
+from gatewise.errors import GatewiseError
+
+pytest.importorskip("llguidance")
+
+Gatewise = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_adapter_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Path) -> Gatewise:
+    """gatewise("extract", ...) -> the result of the command with the adapter, in a folder with some texts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    Path("good.txt").write_text(TEXT)
+    Path("long.md").write_text("# Adults with gout\n\nGive colchicine at once.\n\n# Children with gout\n\nGive naproxen to them.\n")
+    Path("scan.pdf").write_bytes(pdf(""))
+    Path("gold.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
+    few = ["--max-new-tokens", "150", "--verbatim"]
+    return lambda *words, **more: CliRunner().invoke(app, ["mdt", *map(str, words), "--adapter", str(adapter), *few], **more)
+
+
+@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html", "fhir", "fhir-r4", "dmn"])
+def test_extract_gives_every_format(gatewise: Gatewise, format: str) -> None:
+    if format == "fhir":
+        pytest.importorskip("fhir.resources")
+    result = gatewise("extract", "good.txt", "--format", format, "--output", "made/tree", "--language", "en")
+    assert result.exit_code == 0, result.output
+    assert "written: made/tree" in result.stdout
+    assert Path("made/tree").read_text(encoding="utf-8").strip()
+    assert "loading" in result.stderr
+
+
+def test_extracted_trees_can_be_read_back(gatewise: Gatewise) -> None:
+    for name in ("trees.json", "trees.txt"):
+        result = gatewise("extract", "good.txt", "long.md", "-f", "json" if name.endswith("json") else "text", "-o", name)
+        assert result.exit_code == 0, result.output
+        read = read_trees(name)
+        assert not read.faults
+        assert read.records[0].text == TEXT
+        assert len(read.records) == 3
+    record = json.loads(Path("trees.json").read_text())[2]
+    assert record["text"] == "Children with gout@Give naproxen to them."
+    assert (record["source"], record["place"], record["headings"]) == ("long.md", "line 7", ["Children with gout"])
+    assert (record["absent"], len(record["spans"])) == ([], len(record["tree"]))
+
+
+def test_trees_say_what_they_were_made_with_and_from_which_document(gatewise: Gatewise, adapter: Path, tmp_path: Path) -> None:
+    result = gatewise("extract", "good.txt", "long.md", "-f", "json", "-o", "out.json", "--candidates", "3")
+    assert result.exit_code == 0, result.output
+    first, second, third = json.loads(Path("out.json").read_text())
+    assert first["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert second["sha256"] == third["sha256"] == hashlib.sha256(Path("long.md").read_bytes()).hexdigest()
+    made = first["extraction"]
+    assert (made["base"], made["gatewise"]) == ("base", gatewise_version)
+    assert made["adapter"] == {"name": "adapter", "sha256": fingerprint(adapter)}
+    assert datetime.fromisoformat(made["date"]).utcoffset() == timedelta(0)
+    assert made["settings"] == {
+        "level": None, "pipeline": False, "constrained": True, "verbatim": True, "candidates": 3, "max_new_tokens": 150,
+        "temperature": 0.7, "seed": 0, "dtype": made["settings"]["dtype"], "device": made["settings"]["device"],
+    }  # fmt: skip
+    assert made["settings"]["device"] in ("cpu", "cuda", "mps")
+    assert made["settings"]["dtype"] in ("float32", "bfloat16")
+    assert str(adapter.parent) not in json.dumps(made)
+    read = read_trees("out.json").records[0]
+    assert (read.extraction, read.sha256, read.reviewed) == (made, first["sha256"], None)
+    # None of it comes before a model in training.
+    result = CliRunner().invoke(app, ["mdt", "prepare", "out.json", "--out", "rows.jsonl"])
+    assert result.exit_code == 0, result.output
+    rows = Path("rows.jsonl").read_text()
+    assert not any(word in rows for word in (made["date"], first["sha256"], fingerprint(adapter), "extraction"))
+
+
+def test_a_batch_goes_on_and_says_at_the_end_what_failed(gatewise: Gatewise) -> None:
+    Path("russian.txt").write_text("Пациентам с подагрой назначают колхицин.")
+    result = gatewise("extract", "scan.pdf", "good.txt", "none.docx", "russian.txt", "--format", "json")
+    assert_refused(result, "3 of the 4 texts gave no tree: scan.pdf, none.docx, russian.txt")
+    assert len(json.loads(result.stdout)) == 1
+    for said in (
+        "scan.pdf has no text on its 1 page",
+        "none.docx: there is no such file",
+        "russian.txt: the text is in another script",
+    ):
+        assert f"failed: {said}" in result.stderr
+
+
+def test_extract_reads_standard_input(gatewise: Gatewise) -> None:
+    result = gatewise("extract", "-", input=TEXT)
+    assert result.exit_code == 0, result.output
+    assert "needs review by a clinician" in result.stdout.lower()
+    assert_refused(gatewise("extract", "-", input=""), "the text gave no tree: stdin")
+
+
+def test_extract_through_the_pipeline(gatewise: Gatewise) -> None:
+    result = gatewise("extract", "good.txt", "--pipeline")
+    assert result.exit_code in (0, 2), result.output
+    assert "Traceback" not in result.output
+    for what in ("triples", "nodes"):
+        assert f"writing {what} for 1 passage" in result.stderr
+
+
+def test_several_candidates_say_how_alike_they_are(gatewise: Gatewise) -> None:
+    result = gatewise("extract", "good.txt", "--candidates", "3", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert 0 <= json.loads(result.stdout)[0]["agreement"] <= 1
+    alone = gatewise("extract", "good.txt", "--format", "json")
+    assert "agreement" not in json.loads(alone.stdout)[0]
+    result = gatewise("evaluate", "--gold", "gold.json", "--candidates", "3", "--json")
+    assert result.exit_code == 0, result.output
+
+
+def test_settings_that_contradict_each_other(gatewise: Gatewise) -> None:
+    assert_refused(gatewise("extract", "good.txt", "--candidates", "2"), "candidates is 2", "at least 3")
+    assert_refused(gatewise("evaluate", "--gold", "gold.json", "--stage", "nodes", "--candidates", "3"), "leave one of the two out")
+    for words in (("--level", "0"), ("--second", "other")):
+        result = gatewise("evaluate", "--gold", "gold.json", "--stage", "nodes", *words)
+        assert_refused(result, f"{words[0]} and --stage were both given", "leave one out")
+    for words in (("extract", "good.txt"), ("evaluate", "--gold", "gold.json")):
+        assert_refused(gatewise(*words, "--pipeline", "--level", "1"), "--level and --pipeline exclude each other")
+        assert_refused(gatewise(*words, "--free", "--verbatim"), "--free and --verbatim exclude each other")
+    assert_refused(gatewise("evaluate", "--gold", "gold.json", "--pred", "gold.json"), "not both")
+
+
+def test_without_the_extra_the_sentence_says_what_to_install(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    assert_refused(gatewise("extract", "good.txt"), "install gatewise-mdt")
+
+
+def test_no_adapter_no_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("good.txt").write_text(TEXT)
+    result = CliRunner().invoke(app, ["mdt", "extract", "good.txt", "--adapter", "nowhere"])
+    assert_refused(result, "nowhere is not an adapter")
+
+
+@pytest.mark.parametrize("stage", [None, "triples", "nodes", "tree"])
+def test_evaluate_extracts_and_measures(gatewise: Gatewise, stage: str | None) -> None:
+    words = ["--stage", stage] if stage else []
+    result = gatewise("evaluate", "--gold", "gold.json", "--json", *words)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["n"] == 1
+    assert ("ter" in values) == (stage in (None, "tree"))
+    table = gatewise("evaluate", "--gold", "gold.json", *words)
+    assert table.exit_code == 0, table.output
+
+
+def test_the_note_says_how_prompts_were_written(tmp_path: Path, adapter: Path) -> None:
+    import shutil
+
+    shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "gatewise.json").write_text(json.dumps({"template": "### {source}", "dtype": "bfloat16"}))
+    extractor = Extractor.load(tmp_path / "adapter", max_new_tokens=20)
+    assert extractor.template.prompt == "### {source}"
+    assert str(extractor.model.dtype) == "torch.bfloat16"
+    (tmp_path / "adapter" / "gatewise.json").write_text(json.dumps({"task": "classification"}))
+    with pytest.raises(GatewiseError, match="is a classifier"):
+        Extractor.load(tmp_path / "adapter")
+
+
+def test_extract_files_from_python(tmp_path: Path, adapter: Path) -> None:
+    (tmp_path / "good.txt").write_text(TEXT)
+    extractor = Extractor.load(adapter, verbatim=True, max_new_tokens=150)
+    seen: list[tuple[str, int, int]] = []
+    batch = extract_files([tmp_path / "good.txt"], extractor, progress=lambda *at: seen.append(at))
+    assert [record.text for record in batch.records] == [TEXT]
+    assert (batch.faults, batch.failed) == ([], [])
+    assert seen == [("trees", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["long.md", "-f", "svg"], "an SVG shows one tree"),
+        (["long.md", "-f", "mermaid", "-o", "full"], "full is not empty"),
+        (["good.txt", "-o", "full"], "full is a folder"),
+        (["good.txt", "-o", "good.txt/x"], "cannot write good.txt/x"),
+        (["good.txt", "-o", "x" * 300], "cannot write"),
+        (["long.md", "good.txt", "-o", "./good.txt"], "is what is read"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(gatewise: Gatewise, words: list[str], said: str) -> None:
+    Path("full").mkdir()
+    Path("full/x").write_text("")
+    result = gatewise("extract", *words)
+    assert_refused(result, said)
+    assert "loading" not in result.stderr
+    assert Path("good.txt").read_text() == TEXT
+
+
+def test_trees_that_cannot_be_written_after_all_are_printed(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise GatewiseError("cannot write out.txt: No space left on device; nothing was changed")
+
+    monkeypatch.setattr("gatewise_mdt.formats.views.write_view", full)
+    result = gatewise("extract", "good.txt", "-o", "out.txt")
+    assert_refused(result, "No space left on device", "on stdout, as JSON")
+    assert json.loads(result.stdout)[0]["text"] == TEXT
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), GatewiseError("out of memory")])
+def test_what_was_found_before_a_stop_is_given(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, stop: BaseException) -> None:
+    whole, calls = Extractor.__call__, 0
+
+    def stopping(self: Extractor, texts: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise stop
+        return whole(self, texts, **more)
+
+    monkeypatch.setattr(Extractor, "__call__", stopping)
+    result = gatewise("extract", "good.txt", *["long.md"] * 4, "--batch-size", "1", "-f", "json")
+    assert result.exit_code == (130 if isinstance(stop, KeyboardInterrupt) else 2), result.output
+    assert "stopped after 4 of 9 passages" in result.stderr
+    assert len(json.loads(result.stdout)) == 4
+    assert "gave no tree" not in result.stderr
+
+
+def without_dates(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**one, "extraction": {**one["extraction"], "date": ""}} for one in records]
+
+
+@pytest.mark.parametrize("format", ["json", "svg"])
+def test_the_same_command_goes_on_after_a_stop(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    whole, asked = Extractor.__call__, list[str]()
+    words = ("extract", "good.txt", "long.md", "long.md", "--batch-size", "2", "-f", format, "-o", "out")
+    expected = json.loads(gatewise(*words[:-4], "-f", "json").stdout)
+
+    def stopping(self: Extractor, texts: Any, **more: Any) -> Any:
+        asked.extend(texts)
+        if len(asked) > 2 and stop:
+            raise KeyboardInterrupt
+        return whole(self, texts, **more)
+
+    monkeypatch.setattr(Extractor, "__call__", stopping)
+    stop = True
+    result = gatewise(*words)
+    assert result.exit_code == 130, result.output
+    assert "the same command goes on from there; out.work.jsonl has what was found" in result.stderr
+    assert Path("out").exists() == (format == "json")
+    refused = gatewise(*words, "--candidates", "3")
+    assert_refused(refused, "out.work.jsonl is what an interrupted extraction with another candidates left")
+    stop = False
+    del asked[2:]
+    result = gatewise(*words)
+    assert result.exit_code == 0, result.output
+    assert len(asked) == 5  # none of them twice
+    assert not Path("out.work.jsonl").exists()
+    if format == "json":
+        assert without_dates(json.loads(Path("out").read_text())) == without_dates(expected)
+    else:
+        assert len(list(Path("out").iterdir())) == 5
+
+
+def test_portions_give_what_one_would(gatewise: Gatewise) -> None:
+    many = ["good.txt", *["long.md"] * 3]
+    found = [json.loads(gatewise("extract", *many, "--batch-size", size, "-f", "json").stdout) for size in (1, 8)]
+    assert [one["tree"] for one in found[0]] == [one["tree"] for one in found[1]]
+    assert len(found[0]) == 7
+
+
+def test_a_file_whose_name_is_no_text(gatewise: Gatewise) -> None:
+    name = b"\xd6\xb8\xc4\xcf.txt".decode("utf-8", "surrogateescape")
+    try:
+        Path(name).write_text(TEXT)
+    except OSError:
+        pytest.skip("the file system takes no such names")
+    result = gatewise("extract", name, "-f", "json", "-o", "out.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["source"].endswith(".txt")
+
+
+def test_what_a_document_leaves_out_is_noted(gatewise: Gatewise) -> None:
+    Path("more.txt").write_text(f"Treatment\n\n{TEXT}\n\nReferences\n")
+    result = gatewise("extract", "more.txt")
+    assert result.exit_code == 0, result.output
+    assert 'note: more.txt: a heading was left out, as nothing stands under: "References" (line 5)' in result.stderr

@@ -1,0 +1,232 @@
+"""`gatewise mdt` with the adapter of a model that points, and what all other commands say to one."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from gatewise_mdt import read_trees
+from gatewise_mdt.commands import review as review_command
+from gatewise_mdt.pointing.calibration import Calibration
+from gatewise_mdt.pointing.extractor import PointingExtractor
+from gatewise_mdt.pointing.loading import load_extractor
+from gatewise_mdt.review import Extracting, Session, model_extract
+from mdt_models import random_adapter_folder
+from mdt_trees import TEXT
+from pointing_models import RECORDS, write_pointing, write_trees
+from refusals import assert_refused
+from rich.console import Console
+from tiny_run import weights, write_rows
+from typer.testing import CliRunner
+
+from gatewise.cli.main import app
+from gatewise.runs import run
+from gatewise.runs.recipe import load_recipe
+
+Gatewise = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    made = run.train(load_recipe(write_pointing(folder)), folder / "out", console=Console(quiet=True)).adapter
+    note = json.loads((made / "gatewise.json").read_text())
+    assert note["calibration"] is None  # of so few nodes
+    (made / "gatewise.json").write_text(json.dumps({**note, "calibration": Calibration().to_json()}))
+    return made
+
+
+@pytest.fixture
+def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gatewise:
+    """gatewise("mdt", "extract", ...) -> the result of the command in a folder with some files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    Path("good.txt").write_text(TEXT)
+    Path("long.md").write_text("# Adults with gout\n\nGive colchicine at once.\n\n# Children with gout\n\nGive naproxen to them.\n")
+    write_trees(Path("gold.json"), RECORDS)
+    write_rows(Path("rows.jsonl"), 6)
+    return lambda *words, **more: CliRunner().invoke(app, [*map(str, words)], **more)
+
+
+def test_extract_writes_trees_with_confidence(gatewise: Gatewise, adapter: Path) -> None:
+    result = gatewise("mdt", "extract", "good.txt", "long.md", "--adapter", adapter, "-f", "json", "-o", "out.json")
+    assert result.exit_code == 0, result.output
+    read = read_trees("out.json")
+    assert not read.faults
+    direct = PointingExtractor.load(adapter)([one.text for one in read.records])
+    for record, one in zip(read.records, direct, strict=True):
+        assert record.tree == one.tree  # type: ignore[union-attr]
+        confidence = record.more["confidence"]
+        assert [value is None for value in confidence] == [node.is_empty for node in record.tree.nodes]
+        assert all(value is None or 0 <= value <= 1 for value in confidence)
+        assert record.extraction is not None
+        assert record.extraction["settings"]["pointing"] is True
+        assert record.extraction["adapter"]["name"] == "adapter"
+
+
+def test_an_interrupted_extraction_goes_on_and_keeps_confidence(
+    gatewise: Gatewise, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("mdt", "extract", "good.txt", "long.md", "--adapter", adapter, "-f", "json", "-o", "out.json", "--batch-size", 1)
+    assert gatewise(*words).exit_code == 0
+    whole = json.loads(Path("out.json").read_text())
+    Path("out.json").unlink()
+    call = PointingExtractor.__call__
+    calls = []
+
+    def stopping(self: PointingExtractor, *args: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return call(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PointingExtractor, "__call__", stopping)
+        stopped = gatewise(*words)
+    assert stopped.exit_code != 0
+    assert "stopped after 2 of 3 passages" in stopped.stderr
+    assert gatewise(*words).exit_code == 0
+    again = json.loads(Path("out.json").read_text())
+    assert [(one["tree"], one["confidence"]) for one in again] == [(one["tree"], one["confidence"]) for one in whole]
+
+
+@pytest.mark.parametrize("stage", [(), ("--stage", "triples"), ("--stage", "nodes"), ("--stage", "tree"), ("--mistakes",)])
+def test_evaluate_measures_every_stage(stage: tuple[str, ...], gatewise: Gatewise, adapter: Path) -> None:
+    result = gatewise("mdt", "evaluate", "--gold", "gold.json", "--adapter", adapter, "--json", *stage)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert (values["n"], values["failed"]) == (len(RECORDS), 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--level", "0"), "--level"),
+        (("--pipeline",), "--pipeline"),
+        (("--candidates", "3"), "--candidates"),
+        (("--free",), "--free"),
+        (("--verbatim",), "--verbatim"),
+        (("--max-new-tokens", "100"), "--max-new-tokens"),
+    ],
+)
+def test_options_of_writing_are_refused(options: tuple[str, ...], named: str, gatewise: Gatewise, adapter: Path) -> None:
+    commands = [("extract", "good.txt"), ("evaluate", "--gold", "gold.json")]
+    commands += [] if named in ("--level", "--free") else [("review", "good.txt")]  # which has neither
+    for command in commands:
+        result = gatewise("mdt", *command, "--adapter", adapter, *options)
+        assert_refused(result, f"points at the text and writes nothing: leave out {named}")
+
+
+def test_two_adapters_judge_each_others_trees(gatewise: Gatewise, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("llguidance")
+    writing = random_adapter_folder(tmp_path_factory.mktemp("writing"))
+    few = ("--max-new-tokens", 100)
+    words = ("mdt", "extract", "good.txt", "-f", "json", *few)
+    for one, other in ((adapter, writing), (writing, adapter)):
+        result = gatewise(*words, "--adapter", one, "--second", other, "-o", "out.json", "--candidates", 2)
+        assert result.exit_code == 0, result.output
+        assert json.loads(Path("out.json").read_text())[0]["extraction"]["settings"]["together"]["written"] == 2
+    result = gatewise("mdt", "evaluate", "--gold", "gold.json", "--adapter", adapter, "--second", writing, "--json", *few)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["n"] == len(RECORDS)
+    for words, expected in (
+        (("--adapter", adapter, "--second", adapter), "both point at the text: expected one of each kind"),
+        (("--adapter", writing, "--second", writing), "both write trees"),
+        (("--adapter", adapter, "--second", writing, "--base", "x"), "--base was given with two adapters"),
+        (("--adapter", adapter, "--second", writing, "--level", "1"), "leave --pipeline and --level out"),
+        (("--adapter", adapter, "--second", writing, "--free"), "leave --free out"),
+        (("--server", "http://127.0.0.1:9", "--adapter-name", "a", "--second", writing), "--second was given with --server"),
+    ):
+        assert_refused(gatewise("mdt", "extract", "good.txt", *words), expected)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval", "ADAPTER", "--data", "rows.jsonl"),
+        ("eval", "ADAPTER", "--data", "gold.json"),
+        ("compress", "ADAPTER", "--data", "rows.jsonl", "--out", "made"),
+        ("compress", "ADAPTER", "--data", "gold.json", "--out", "made"),
+        ("compress", "ADAPTER", "ADAPTER", "--shared", "--data", "rows.jsonl", "--out", "made"),
+        ("inspect", "ADAPTER", "--scores", "--data", "gold.json"),
+        ("inspect", "ADAPTER", "--routing", "--data", "rows.jsonl"),
+        ("serving-check", "ADAPTER", "--data", "rows.jsonl"),
+    ],
+)
+def test_other_commands_say_where_it_belongs(words: tuple[str, ...], gatewise: Gatewise, adapter: Path) -> None:
+    result = gatewise(*(adapter if word == "ADAPTER" else word for word in words))
+    assert_refused(result, "points at the phrases of decision trees: give it to `gatewise mdt extract`")
+    assert not Path("made").exists()
+
+
+def test_what_is_exported_still_points(gatewise: Gatewise, adapter: Path) -> None:
+    result = gatewise("export", adapter, "plain")
+    assert result.exit_code == 0, result.output
+    assert weights(Path("plain")).keys() == weights(adapter).keys()
+    one, other = (load_extractor(folder)([TEXT])[0] for folder in (adapter, Path("plain")))
+    assert (one.tree, one.confidence) == (other.tree, other.confidence)  # type: ignore[union-attr]
+
+
+def test_inspect_shows_its_ranks(gatewise: Gatewise, adapter: Path) -> None:
+    result = gatewise("inspect", adapter)
+    assert result.exit_code == 0, result.output
+    assert "total rank: 28" in result.stdout
+
+
+# ---- review ----
+
+
+def finished(extracting: Extracting) -> None:
+    until = time.monotonic() + 60
+    while extracting.progress() is not None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_review_extracts_with_it_and_can_be_cancelled(gatewise: Gatewise, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"max_new_tokens": 512, "pipeline": False, "verbatim": False, "candidates": 1}
+    extractor = review_command._loaded(adapter, None, "cpu", **settings)
+    assert extractor.most_tokens == 0  # nothing is written, so no number of tokens is shown
+    extract = model_extract(extractor)
+    ticks: list[int] = []
+    found = extract(TEXT, None, lambda: ticks.append(1))
+    assert ticks == [1]  # one pass over the text
+    assert found.tree == PointingExtractor.load(adapter)([TEXT])[0].tree  # type: ignore[union-attr]
+
+    begun, go_on = Event(), Event()
+
+    def waiting(text: str, language: Any, tick: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return extract(text, language, tick)
+
+    session = Session.open("long.md", Path("out.jsonl"))
+    extracting = Extracting(session, waiting, most=512)
+    try:
+        extracting.ask(session.passages)
+        assert begun.wait(60)
+        assert extracting.progress()["of"] == 2  # type: ignore[index]
+        extracting.cancel()
+        go_on.set()
+        finished(extracting)
+        assert [passage.now.state for passage in session.passages] == ["empty", "empty"]
+        extracting.ask(session.passages)
+        finished(extracting)
+        assert [passage.now.state for passage in session.passages] == ["drafted", "drafted"]
+    finally:
+        extracting.end()
+        session.close()
+
+
+def test_it_is_cancelled_while_the_model_reads(adapter: Path) -> None:
+    class Stop(BaseException):
+        pass
+
+    def tick() -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        model_extract(load_extractor(adapter))(TEXT, "en", tick)

@@ -1,0 +1,251 @@
+"""``gatewise mdt review`` as a command: one sentence for what a user can put right, and a clean end with Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gatewise_mdt import Extraction
+from gatewise_mdt.review.extracting import CancelledError, model_extract
+from gatewise_mdt.review.users import UserFile
+from mdt_models import random_adapter_folder
+from mdt_trees import TEXT, gout
+from refusals import assert_refused
+from typer.testing import CliRunner
+
+from gatewise.cli.main import app
+
+Gatewise = Callable[..., Any]
+
+
+@pytest.fixture
+def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gatewise:
+    """gatewise(...) -> the result of `gatewise mdt review ...`, which serves nothing and opens no browser."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("gatewise_mdt.commands.review._serve", lambda server: None)
+    monkeypatch.setattr("gatewise_mdt.commands.review.webbrowser.open", lambda url: opened.append(url))
+    opened: list[str] = []
+    Path("trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}, {"text": TEXT, "tree": gout()[:3]}]))
+    Path("trees.txt").write_text("text: x\nif:\n")
+    return lambda *words: CliRunner().invoke(app, ["mdt", "review", *map(str, words)])
+
+
+def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) -> None:
+    result = gatewise("trees.json")
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"review: http://127\.0\.0\.1:\d+/#token=\S{32}\n", result.stdout)
+    assert "corrections go to trees.json.review.jsonl, by " in result.stderr
+    assert "note: trees.json, record 2, node 3: the tree ends after 3 nodes" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["none.json"], "none.json: there is no such file"),
+        (["trees.txt"], "trees.txt, record 1, line 2"),
+        (["trees.json", "--adapter", "nowhere"], "nowhere: there is no such folder"),
+        (["trees.json", "--adapter", "."], "is not an adapter"),
+        (["trees.json", "--out", "x.json"], "expected .jsonl"),
+        (["trees.json", "--language", "fr"], "the language is 'fr'"),
+        (["trees.json", "--out", "trees.json/x.jsonl"], "cannot write"),
+        (["sample:none"], "there is no sample"),
+        (["x" * 300], "cannot be read: File name too long"),
+        (["trees.json", "--out", "x" * 300 + ".jsonl"], "cannot write"),
+        (["trees.json", "--adapter", "x" * 300], "there is no such folder"),
+        (["."], ". is a folder"),
+        (["trees.json", "--reviewer", " "], "the reviewer is ' ', expected a name"),
+        (["trees.json", "--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: give --users FILE"),
+        (["trees.json", "--host", "nowhere.invalid"], "--host is 'nowhere.invalid'"),
+        (["trees.json", "--allow-host", "https://x.example"], "--allow-host is 'https://x.example', expected the name"),
+        (["trees.json", "--users", "none.json"], "none.json: there is no such file"),
+        (["trees.json", "--users", "trees.json"], "trees.json holds no JSON object"),
+        (["--add-user", "Ada"], "--add-user needs --users FILE"),
+        (["--add-user", " ", "--users", "new.json"], "expected a name"),
+        (["--population", "children"], "--population was given without a file"),
+        (["trees.json", "--population", "children"], "a population was given with trees.json"),
+        (["trees.json", "--base", "x"], "--base was given without --adapter"),
+        (["trees.json", "--language", "en"], "--language was given without --adapter"),
+        (["trees.json", "--pipeline"], "--pipeline was given without --adapter"),
+        (["trees.json", "--verbatim"], "--verbatim was given without --adapter"),
+        (["trees.json", "--candidates", "5"], "--candidates was given without --adapter"),
+        (["trees.json", "--max-new-tokens", "9"], "--max-new-tokens was given without --adapter"),
+        (["trees.json", "--max-new-tokens", "512"], "--max-new-tokens was given without --adapter"),
+        (["trees.json", "--device", "cpu"], "--device was given without --adapter"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_sentence(gatewise: Gatewise, words: list[str], said: str) -> None:
+    if "--adapter" in words:
+        pytest.importorskip("llguidance")
+    assert_refused(gatewise(*words), said)
+    assert_refused(gatewise(*words), said)  # nothing stays locked
+
+
+def test_reviewers_are_added_and_come_in_with_their_tokens(gatewise: Gatewise) -> None:
+    tokens = []
+    for name, words in (("Ada", ()), ("Bea", ("--allow-host", "review.clinic.example"))):
+        result = gatewise("--users", "users.json", "--add-user", name, *words)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("https://review.clinic.example/#token=" if words else "/#token=")
+        assert f"{name}: it is shown once" in result.stderr
+        tokens.append(result.stdout.strip().partition("#token=")[2])
+    assert_refused(gatewise("--users", "users.json", "--add-user", "ADA"), "users.json has a reviewer 'Ada' already")
+    users = UserFile(Path("users.json"))
+    assert [users.who(token) for token in tokens] == ["Ada", "Bea"]
+    result = gatewise("trees.json", "--users", "users.json", "--host", "0.0.0.0", "--allow-host", "review.clinic.example")
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"review: http://127\.0\.0\.1:\d+/\n", result.stdout)
+    assert "by whoever has a token of users.json; end with Ctrl-C" in result.stderr
+    assert "tokens and texts go to them unencrypted" in result.stderr
+    assert "give the name or address that browsers use with --allow-host" not in result.stderr
+    result = gatewise("trees.json", "--users", "users.json", "--host", "0.0.0.0")
+    assert "give the name or address that browsers use with --allow-host" in result.stderr
+    assert "unencrypted" not in gatewise("trees.json", "--users", "users.json").stderr
+    Path("users.json").write_text("{}")
+    assert_refused(gatewise("trees.json", "--users", "users.json"), "users.json has no reviewer yet")
+
+
+@pytest.mark.parametrize("name", ["starlette", "uvicorn"])
+def test_without_the_extra_it_says_what_to_install(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for module in [each for each in sys.modules if each == "gatewise_mdt.review.server" or each.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    assert_refused(gatewise("trees.json"), f"a review needs {name}, which is not installed: pip install gatewise-mdt")
+    assert sorted(os.listdir()) == ["trees.json", "trees.txt"]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_history_that_could_not_be_written_is_said(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch, saved: bool) -> None:
+    def work(server: Any) -> None:
+        session = server.review.session
+        session.approve(1, 0)
+        with session.files.history.open("a") as file:  # another program
+            file.write("{}\n")
+        session.edit(1, 1, "swap", {"node": 0})
+        session.approve(1, 2)
+        if saved:
+            session.save()
+
+    monkeypatch.setattr("gatewise_mdt.commands.review._serve", work)
+    result = gatewise("trees.json")
+    assert_refused(result, "only what is in trees.json.review.jsonl is kept", "history.jsonl was changed by another program")
+    assert "the history keeps them" not in result.stderr
+    assert ("1 passage is not in trees.json.review.jsonl as they stand\n" in result.stderr) != saved
+
+
+def test_nothing_is_made_for_what_is_not_there(gatewise: Gatewise) -> None:
+    assert_refused(gatewise("none/deep/er/x.pdf"), "there is no such file")
+    assert_refused(gatewise("none.pdf", "--out", "new/deep/x.jsonl"), "there is no such file")
+    assert_refused(gatewise("trees.json", "--adapter", "nowhere", "--out", "new/deep/x.jsonl"), "nowhere: there is no such folder")
+    assert sorted(os.listdir()) == ["trees.json", "trees.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8 there")
+def test_a_file_name_of_another_encoding_is_reviewed(gatewise: Gatewise) -> None:
+    name = os.fsdecode(b"\xc4\xcf.txt")
+    Path(name).write_text(TEXT)
+    result = gatewise(name)
+    assert result.exit_code == 0, result.output
+    assert "corrections go to" in result.stderr
+
+
+def test_a_busy_port_is_refused(gatewise: Gatewise) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert_refused(gatewise("trees.json", "--port", port), f"port {port} cannot be had")
+    assert gatewise("trees.json", "--port", port).exit_code == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="interrupts are sent in another way there")
+def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
+    (tmp_path / "trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
+    # Tests that run in the background inherit that interrupts are ignored.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from gatewise.cli.main import main; main()"
+    command = [sys.executable, "-c", heard, "mdt", "review", "trees.json", "--no-browser", "--reviewer", "Ada"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline()
+            found = re.fullmatch(r"review: http://(\S+)/#token=(\S+)\n", address)
+            assert found, address
+            connection = HTTPConnection(found[1], timeout=60)
+            approve = json.dumps({"number": 1, "version": 0, "approved": True})
+            headers = {"X-Gatewise-Token": found[2], "Content-Type": "application/json"}
+            connection.request("POST", "/api/approve", approve, headers)
+            assert connection.getresponse().read()  # and the connection stays open
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=120)
+            connection.close()
+        finally:
+            process.kill()  # whatever went wrong, nothing waits for it for ever
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert "1 passage is not in trees.json.review.jsonl as they stand; the history keeps them" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trees.json", "trees.json.review.history.jsonl"]
+    last = json.loads((tmp_path / "trees.json.review.history.jsonl").read_text().splitlines()[-1])
+    assert (last["reviewer"], last["action"], last["now"]["state"]) == ("Ada", "approve", "approved")
+
+
+def test_a_model_is_watched_and_stopped(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    from gatewise_mdt.extraction.extractor import Extractor
+
+    extractor = Extractor.load(random_adapter_folder(tmp_path), verbatim=True, max_new_tokens=150)
+    extract = model_extract(extractor)
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+
+    found = extract(TEXT, None, tick)
+    assert isinstance(found, Extraction)
+    assert 5 < ticks <= 151
+
+    def stop() -> None:
+        nonlocal ticks
+        ticks -= 1
+        if ticks < 3:
+            raise CancelledError
+
+    training = extractor.model.training
+    with pytest.raises(CancelledError):
+        extract(TEXT, None, stop)
+    assert ticks == 2
+    assert extractor.model.training == training
+    again = replace(extract(TEXT, None, lambda: None), made_with=found.made_with)  # which has the time
+    assert again == found  # as before, and nothing watches any more
+    assert ticks == 2
+
+
+def test_several_candidates_are_watched_to_their_end(tmp_path: Path) -> None:
+    """A tick a token of the first, and one for a token of all others at once; the agreement is a warning where it is small."""
+    pytest.importorskip("llguidance")
+    from gatewise_mdt.extraction.extractor import Extractor
+
+    settings = {"verbatim": True, "max_new_tokens": 150, "candidates": 4, "batch_size": 4, "temperature": 9.0}
+    extractor = Extractor.load(random_adapter_folder(tmp_path), **settings)
+    ticks: list[int] = []
+    found = model_extract(extractor)(TEXT, None, lambda: ticks.append(1))
+    assert 10 < len(ticks) <= 302
+    assert found.agreement is not None
+    assert found.agreement < 0.75
+    assert "the 4 outputs that were written for this text differ much" in found.warnings[-1]

@@ -1,0 +1,284 @@
+"""Word documents: no word of the body is lost, odd tables are read on, and what is left out is said."""
+
+import io
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gatewise_mdt.documents.passages import split_passages
+from gatewise_mdt.documents.reading import Document, document_of
+
+from gatewise.errors import GatewiseError
+
+docx = pytest.importorskip("docx")
+from docx.oxml import parse_xml  # noqa: E402
+from docx.oxml.ns import nsdecls  # noqa: E402
+
+SPACES = (
+    f'{nsdecls("w", "wp", "a", "pic", "r")} xmlns:v="urn:schemas-microsoft-com:vml"'
+    ' xmlns:wps="http://schemas.microsoft.com/office/word/2010/wordprocessingShape"'
+    ' xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"'
+    ' xmlns:m="http://schemas.openxmlformats.org/officeDocument/2006/math"'
+)
+
+
+def element(tag: str, inside: str = "", more: str = "") -> Any:
+    return parse_xml(f"<w:{tag} {SPACES} {more}>{inside}</w:{tag}>")
+
+
+def drawing(inside: str) -> str:
+    graphic = f'<a:graphic><a:graphicData uri="x">{inside}</a:graphicData></a:graphic>'
+    return f"<w:drawing><wp:inline>{graphic}</wp:inline></w:drawing>"
+
+
+def run(text: str, properties: str = "") -> str:
+    return f'<w:r><w:rPr>{properties}</w:rPr><w:t xml:space="preserve">{text}</w:t></w:r>'
+
+
+def read(document: Any) -> Document:
+    made = io.BytesIO()
+    document.save(made)
+    return document_of(made.getvalue(), "gout.docx", ".docx")
+
+
+def with_paragraph(inside: str) -> Any:
+    document = docx.Document()
+    document.element.body.insert(0, element("p", inside))
+    return document
+
+
+def texts(document: Any) -> list[str]:
+    return [block.text for block in read(document).blocks]
+
+
+INSERTED = f'<w:ins w:id="1" w:author="a">{run("not ")}</w:ins>'
+RAISED = '<w:vertAlign w:val="superscript"/>'
+HALF = "<m:f><m:num><m:r><m:t>1</m:t></m:r></m:num><m:den><m:r><m:t>2</m:t></m:r></m:den></m:f>"
+DELETED = '<w:del w:id="2" w:author="a"><w:r><w:delText>always </w:delText></w:r></w:del>'
+MOVED = f'<w:moveFrom w:id="3" w:author="a">{run("ever ")}</w:moveFrom><w:moveTo w:id="4" w:author="a">{run("give it.")}</w:moveTo>'
+
+
+@pytest.mark.parametrize(
+    ("inside", "text"),
+    [
+        (f"{run('In pregnancy, do ')}{INSERTED}{DELETED}{run('give it.')}", "In pregnancy, do not give it."),
+        (f"{run('Do not ')}{MOVED}", "Do not give it."),
+        (f'{run("Give ")}<w:smartTag w:element="dose">{run("500 mg")}</w:smartTag>{run(" daily.")}', "Give 500 mg daily."),
+        (f"{run('Give ')}<w:sdt><w:sdtContent>{run('5 mg')}</w:sdtContent></w:sdt>{run('.')}", "Give 5 mg."),
+        (
+            f'{run("See ")}<w:hyperlink>{run("the dose")}</w:hyperlink><w:fldSimple w:instr="REF x">{run(" below")}</w:fldSimple>',
+            "See the dose below",
+        ),
+        ("<w:r><w:t>non</w:t><w:noBreakHyphen/><w:t>steroidal</w:t><w:br/><w:t>drugs</w:t></w:r>", "non-steroidal drugs"),
+        (f'{run("eGFR ")}<w:r><w:sym w:font="Symbol" w:char="F0B3"/></w:r>{run(" 30")}', "eGFR ≥ 30"),
+        (f"{run('10')}{run('9', RAISED)}{run('/L')}", "10^9/L"),
+        (f"{run('30 kg/m')}{run('2', RAISED)}{run(' at visits')}{run('3,4', RAISED)}", "30 kg/m2 at visits[3,4]"),
+        (
+            f"<m:oMath>{HALF}</m:oMath>{run('500 mg')}",
+            "1/2 500 mg",
+        ),
+    ],
+)
+def test_no_word_of_a_paragraph_is_lost(inside: str, text: str) -> None:
+    assert texts(with_paragraph(inside)) == [text]
+
+
+def test_content_controls_and_text_boxes_are_read_once() -> None:
+    box = f"<w:txbxContent><w:p>{run('Never in pregnancy.')}</w:p></w:txbxContent>"
+    choice = f'<mc:Choice Requires="wps">{drawing(f"<wps:txbx>{box}</wps:txbx>")}</mc:Choice>'
+    fallback = f"<mc:Fallback><w:pict><v:textbox>{box}</v:textbox></w:pict></mc:Fallback>"
+    document = with_paragraph(f"{run('Give it.')}<w:r><mc:AlternateContent>{choice}{fallback}</mc:AlternateContent></w:r>")
+    document.element.body.insert(1, element("sdt", f"<w:sdtContent><w:p>{run('Not in renal failure.')}</w:p></w:sdtContent>"))
+    blocks = read(document).blocks
+    assert [block.text for block in blocks] == ["Give it.", "Never in pregnancy.", "Not in renal failure."]
+    assert [block.where for block in blocks] == ["paragraph 1", "paragraph 1, a text box", "paragraph 2"]
+
+
+def table(*rows: str) -> Any:
+    document = docx.Document()
+    made = document.add_table(len(rows), len(rows[0].split("|")))
+    for row, said in zip(made.rows, rows, strict=True):
+        for cell, text in zip(row.cells, said.split("|"), strict=True):
+            cell.text = text
+    return document
+
+
+def test_cells_that_say_the_same_are_all_read_and_merged_ones_once() -> None:
+    document = table("Day|1|5 mg|5 mg", "Adults|2|x|y", "|3|10 mg|not in pregnancy")
+    made = document.tables[0]
+    made.cell(1, 0).merge(made.cell(2, 0))
+    made.cell(1, 2).merge(made.cell(1, 3))
+    inner = made.cell(0, 3).add_table(1, 2)
+    inner.cell(0, 0).text, inner.cell(0, 1).text = "never", "in infants"
+    assert texts(document) == ["Day 1 5 mg 5 mg never in infants", "Adults 2 x y", "Adults 3 10 mg not in pregnancy"]
+
+
+@pytest.mark.parametrize("odd", ["merge without a beginning", "columns before", "no grid", "a span that is no number"])
+def test_an_odd_table_is_read_on(odd: str) -> None:
+    document = table("Give|5 mg", "do not|10 mg")
+    first, second = document.tables[0]._tbl.tr_lst
+    if odd == "merge without a beginning":
+        first.tc_lst[0].get_or_add_tcPr().append(element("vMerge"))
+    elif odd == "columns before":
+        first.remove(first.tc_lst[1])
+        second.insert(0, element("trPr", '<w:gridBefore w:val="1"/>'))
+        second.remove(second.tc_lst[0])
+        second.tc_lst[0].get_or_add_tcPr().append(element("vMerge"))
+    elif odd == "no grid":
+        document.tables[0]._tbl.remove(document.tables[0]._tbl.tblGrid)
+    else:
+        first.tc_lst[0].get_or_add_tcPr().append(element("gridSpan", more='w:val="x"'))
+    expected = ["Give", "10 mg"] if odd == "columns before" else ["Give 5 mg", "do not 10 mg"]
+    assert texts(document) == expected
+
+
+def test_a_deleted_row_is_left_out_and_one_in_a_content_control_is_not() -> None:
+    document = table("Give|5 mg", "Give|10 mg")
+    made = document.tables[0]._tbl
+    made.tr_lst[0].insert(0, element("trPr", '<w:del w:id="5" w:author="a"/>'))
+    made.append(element("sdt", f"<w:sdtContent><w:tr><w:tc><w:p>{run('not ever')}</w:p></w:tc></w:tr></w:sdtContent>"))
+    assert texts(document) == ["Give 10 mg", "not ever"]
+
+
+def test_the_title_stands_above_all_headings() -> None:
+    document = docx.Document()
+    document.add_heading("Gout in adults", 0)
+    for heading in ("Treatment", "Follow-up"):
+        document.add_heading(heading, 1)
+        document.add_paragraph("For an acute flare, give colchicine.")
+    found = split_passages(read(document))
+    assert [one.headings for one in found] == [("Gout in adults", "Treatment"), ("Gout in adults", "Follow-up")]
+    assert {one.population for one in found} == {"Gout in adults"}
+
+
+def test_the_notes_say_what_was_left_out() -> None:
+    symbol = '<w:sym w:font="Wingdings" w:char="F0E0"/>'
+    document = with_paragraph(f"{INSERTED}{run('500 mg', '<w:strike/>')}<w:r>{symbol}{drawing('<a:blip/>')}</w:r>")
+    document.sections[0].footer.paragraphs[0].text = "House guideline"
+    paragraph = document.add_paragraph("Give it.")
+    document.add_comment(paragraph.runs, text="Check this dose", author="a")
+    notes = f"<w:footnotes {SPACES}><w:footnote w:id='1'><w:p>{run('Not in pregnancy')}</w:p></w:footnote></w:footnotes>"
+    from docx.opc.constants import RELATIONSHIP_TYPE
+    from docx.opc.packuri import PackURI
+    from docx.opc.part import Part
+
+    part = Part(PackURI("/word/footnotes.xml"), "application/xml", notes.encode(), document.part.package)
+    document.part.relate_to(part, RELATIONSHIP_TYPE.FOOTNOTES)
+    said = read(document).notes
+    for expected in (
+        "1 picture could not be read",
+        "signs of a symbol font were not known (1)",
+        "tracked changes: it was read as if all were accepted",
+        'struck through was read like any other: "500 mg"',
+        'the footers were left out: "House guideline"',
+        'the comments were left out: "Check this dose"',
+        'the footnotes were left out: "Not in pregnancy"',
+    ):
+        assert sum(expected in note for note in said) == 1, expected
+    assert all("gout.docx" in note for note in said)
+    assert len(said) == 7
+
+
+def test_an_ordinary_document_has_no_notes() -> None:
+    document = docx.Document()
+    document.add_paragraph("Give colchicine.")
+    assert read(document).notes == ()
+
+
+def test_a_file_that_breaks_while_it_is_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("no such part")
+
+    document = docx.Document()
+    document.add_paragraph("Give it.")
+    monkeypatch.setattr("gatewise_mdt.documents.docx._changes", broken)
+    with pytest.raises(GatewiseError, match=r"gout\.docx cannot be read as DOCX \('no such part'\): save it again"):
+        read(document)
+
+
+def with_style(document: Any, name: str, base: str, outline: int | None = None) -> str:
+    made = document.styles.add_style(name, 1)
+    made.base_style = document.styles[base]
+    if outline is not None:
+        made.element.get_or_add_pPr().append(element("outlineLvl", more=f'w:val="{outline}"'))
+    return name
+
+
+def test_headings_by_a_style_that_is_based_on_one_and_by_outline_level() -> None:
+    document = docx.Document()
+    based = with_style(document, "Deeper", with_style(document, "Own", "Heading 1"))
+    outlined = with_style(document, "Outlined", "Normal", 1)
+    document.add_paragraph("Adults with asthma", style=based)
+    document.add_paragraph("Renal failure", style=outlined)
+    document.add_paragraph("Do not give NSAIDs.")
+    direct = document.add_paragraph("Children with asthma")
+    direct._p.get_or_add_pPr().append(element("outlineLvl", more='w:val="0"'))
+    document.add_paragraph("Offer montelukast.")
+    circle = with_style(document, "Round", with_style(document, "And round", "Normal"))
+    document.styles["And round"].base_style = document.styles[circle]
+    document.add_paragraph("Go on with it.", style=circle)
+    assert [one.text for one in split_passages(read(document))] == [
+        "Adults with asthma@Renal failure: Do not give NSAIDs.",
+        "Children with asthma@Offer montelukast. Go on with it.",
+    ]
+
+
+def test_hidden_text_is_left_out_with_a_note() -> None:
+    hidden = run(" at twice the dose", "<w:vanish/>") + run(" daily", '<w:vanish w:val="0"/>')
+    document = with_paragraph(f"{run('Give it')}{hidden}{run('.')}")
+    document.add_paragraph("Ask the board.").runs[0].style = document.styles.add_style("Unseen", 2)
+    document.styles["Unseen"].font.hidden = True
+    assert texts(document) == ["Give it daily."]
+    assert read(document).notes == ('gout.docx: hidden text was left out: "at twice the dose", "Ask the board."',)
+
+
+def test_a_document_that_expands_to_too_much_is_refused_before_it_is_read() -> None:
+    document = docx.Document()
+    document.add_paragraph("Give it.")
+    made = io.BytesIO()
+    document.save(made)
+    large = io.BytesIO()
+    with zipfile.ZipFile(made) as old, zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.writestr("word/more.xml", b" " * (200 * 2**20))
+    assert len(large.getvalue()) < 300_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            GatewiseError, match=r"^gout\.docx expands to 200 MB, expected at most 40 MB of text: split the document"
+        ):
+            document_of(large.getvalue(), "gout.docx", ".docx")
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_bold_lines_are_headings_where_no_style_says_so_and_sentences_in_bold_are_not() -> None:
+    document = docx.Document()
+    for text, bold in [
+        ("Adults with gout", True),
+        ("Give colchicine.", False),
+        ("Do not give NSAIDs.", True),
+        ("Table 1. Doses in children", True),
+        ("Renal failure:", True),
+        ("Give prednisolone.", False),
+    ]:
+        document.add_paragraph().add_run(text).bold = bold
+    assert [block.level for block in read(document).blocks] == [1, 0, 0, 0, 1, 0]
+
+
+def test_footnotes_follow_what_refers_to_them_and_a_table_of_contents_is_left_out() -> None:
+    corpus = Path(__file__).parent / "corpus" / "warfarin-hidden.docx"
+    blocks = document_of(corpus.read_bytes(), "gout.docx", ".docx").blocks
+    assert [block.text for block in blocks[-2:]] == [
+        "Change to enoxaparin 1 mg/kg twice daily.",
+        "Footnote: Not in severe renal failure.",
+    ]
+    document = docx.Document()
+    document.add_paragraph("1 Adults 5", style=with_style(document, "toc 1", "Normal"))
+    document.add_paragraph("Give it.")
+    assert texts(document) == ["Give it."]
+    assert read(document).notes == ('gout.docx: a table of contents was left out: "1 Adults 5"',)

@@ -1,0 +1,187 @@
+"""Plain text and printed pages: headings are told from sentences, page numbers from doses, and the notes say what is left out."""
+
+import time
+
+import pytest
+from gatewise_mdt.documents.passages import Passage, split_passages
+from gatewise_mdt.documents.reading import Document, document_of
+from mdt_models import pdf
+
+WHOLE = "Adults with an acute flare of gout should be given colchicine at once, unless their kidneys fail."
+
+
+def text(said: str) -> Document:
+    return document_of(said.encode(), "gout.txt", ".txt")
+
+
+def printed(*pages: str) -> Document:
+    pytest.importorskip("pypdf")
+    return document_of(pdf(*pages), "gout.pdf", ".pdf")
+
+
+def said(found: list[Passage]) -> str:
+    return " ".join(one.text for one in found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "If the patient has acute gout, give colchicine",
+        "痛风患者首选秋水仙碱",
+        "Acute gout colchicine",
+        "Stop allopurinol",
+        "2. Do not give NSAIDs",
+        "Gout in adults\n\nTreatment",
+    ],
+)
+def test_a_text_of_one_line_is_a_passage(line: str) -> None:
+    assert said(split_passages(text(line))) == line.replace("\n\n", ". ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Do not give NSAIDs in renal failure",
+        "Stop allopurinol during pregnancy",
+        "NSAIDs are contraindicated",
+        "Patients have renal failure",
+        "Adults should rest",
+        "Colchicine 0.5 mg",
+        "ALT >3 times the upper limit",
+        "妊娠期禁用秋水仙碱",
+        "患者应卧床",
+    ],
+)
+def test_an_instruction_is_no_heading(line: str) -> None:
+    document = text(f"Gout in adults\n\nFor a flare, give colchicine.\n\n{line}\n\nGive prednisolone otherwise.\n\n{line}")
+    (only,) = split_passages(document)
+    assert only.population == "Gout in adults"
+    assert only.passage.count(line) == 2
+    assert document.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "population"),
+    [
+        ("Gout in adults", "Gout in adults"),
+        ("Patients who have gout", "Patients who have gout"),
+        ("Use of steroids", "Use of steroids"),
+        ("2.1 Renal failure", "Renal failure"),
+        ("ACUTE FLARES OF GOUT AND THE LONG RUN", "ACUTE FLARES OF GOUT AND THE LONG RUN"),
+        ("一、痛风患者的药物使用", "痛风患者的药物使用"),
+        ("禁忌证", "禁忌证"),
+        ("药物不良反应", "药物不良反应"),
+        ("Acute flares of gout, and what follows in the long run", ""),
+    ],
+)
+def test_what_stands_like_a_heading_names_the_population(line: str, population: str) -> None:
+    (found,) = split_passages(text(f"{line}\n\nGive colchicine."))
+    assert found.population == population
+    assert line in f"{found.headings}{found.passage}"
+
+
+def test_a_title_stands_above_the_headings_of_a_text() -> None:
+    document = text("Gout in adults\n\nTreatment\n\nGive colchicine.\n\n1.1 Diet\n\nDrink water.\n\nAuthors")
+    assert [one.headings for one in split_passages(document)] == [
+        ("Gout in adults", "Treatment"),
+        ("Gout in adults", "Treatment", "1.1 Diet"),
+    ]
+    assert document.notes == ('gout.txt: a heading was left out, as nothing stands under: "Authors" (line 11)',)
+
+
+def test_a_number_within_a_page_or_a_text_is_a_dose() -> None:
+    lines = "Give prednisolone at a dose of\n30\nmg daily to adults with gout who cannot take colchicine."
+    assert said(split_passages(printed(lines))) == lines.replace("\n", " ")
+    assert said(split_passages(text(lines.replace("of\n30", "of\n\n30")))) == lines.replace("\n", " ")
+    assert said(split_passages(text(f"12\n{lines}\n12"))) == f"12 {lines} 12".replace("\n", " ")
+
+
+def test_page_numbers_go_from_the_edges_of_pages_alone() -> None:
+    dose = "Give prednisolone at a daily dose of"
+    assert "dose of 30 mg of it" in said(split_passages(printed(f"{WHOLE}\n{dose}\n30", f"mg of it.\n{WHOLE}")))
+    numbered = printed(f"7\n{WHOLE} Give\n30", f"8\nmg. {WHOLE}\n4/9")
+    assert said(split_passages(numbered)) == f"{WHOLE} Give 30 mg. {WHOLE}"
+    assert said(split_passages(printed(f"{WHOLE}\nPage 1 of 2", f"page 2\n{WHOLE}"))) == f"{WHOLE} {WHOLE}"
+
+
+def test_form_feeds_part_the_pages_of_a_text() -> None:
+    document = text(f"第 1 页\n{WHOLE} Give\n\n1\n\f\nit with\n30\nmg.\n\n2\n\fStop it.\n3\n")
+    assert said(split_passages(document)) == f"{WHOLE} Give it with 30 mg. Stop it."
+
+
+def test_what_stands_on_several_pages_is_left_out_with_a_note_unless_it_is_a_warning() -> None:
+    document = printed(*(f"House guideline\n{WHOLE}\nDo not use in pregnancy" for _ in range(3)))
+    assert document.notes == ('gout.pdf: "House guideline", at the top or bottom of 3 pages, was left out',)
+    assert said(split_passages(document)).count("Do not use in pregnancy") == 3
+
+
+def test_pages_without_text_are_named() -> None:
+    (note,) = printed(WHOLE, "", "", WHOLE, "").notes
+    assert note.startswith("gout.pdf has no text, or next to none, on pages 2-3, 5 of 5, as scanned pages have none: run text")
+    assert printed(WHOLE).notes == ()
+
+
+def test_reading_takes_time_in_proportion_to_the_text() -> None:
+    def seconds(count: int) -> float:
+        content = "the patient should be given colchicine and then reviewed by\n" * count
+        start = time.process_time()
+        (only,) = text(content).blocks
+        assert len(only.text) == len(content) - 1
+        return time.process_time() - start
+
+    # Four times the text took sixteen times as long, 10 s for these 480 KB.
+    assert seconds(8000) < 2
+
+
+def test_numbered_headings_need_no_empty_line_before_their_text() -> None:
+    text = (
+        "Gout in primary care\n\n1. Introduction\nGout is common.\n2. Treatment\n2.1 Adults with normal renal function\n"
+        "Give colchicine\ntwice daily.\n2.2 Patients with chronic kidney disease\nStage 3\nGive prednisolone.\n"
+        "一、儿童哮喘的治疗\n首选沙丁胺醇雾化吸入。"
+    )
+    found = [(one.population, one.passage) for one in split_passages(document_of(text.encode(), "a.txt", ".txt"))]
+    assert found == [
+        ("Gout in primary care", "Introduction: Gout is common."),
+        ("Adults with normal renal function", "Gout in primary care: Treatment: Give colchicine twice daily."),
+        ("Patients with chronic kidney disease", "Gout in primary care: Treatment: Stage 3 Give prednisolone."),
+        ("儿童哮喘的治疗", "Gout in primary care: 首选沙丁胺醇雾化吸入。"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The options are\n1. Colchicine\n2. Naproxen\n3. Prednisolone\nin this order.",
+        "The options are\n1. Colchicine\n2. Naproxen\n3. Prednisolone\nGive them in this order.",
+        "The dose of colchicine is\n2.5 Mg or less a day.",
+        "The target is\n1 Glucose below 7 mmol/L\nGive insulin above it.",
+    ],
+)
+def test_items_of_a_list_and_broken_lines_are_no_headings(text: str) -> None:
+    (passage,) = split_passages(document_of(text.encode(), "a.txt", ".txt"))
+    assert passage.passage == " ".join(text.split())
+
+
+def test_questions_and_names_with_a_colon_are_headings() -> None:
+    found = split_passages(
+        text(
+            "Adults with gout\n\nWhat if the kidneys fail?\n\nGive prednisolone.\n\nDialysis:\n\nGive less.\n\n"
+            "Children with gout\n\nGive the following:\n\nnaproxen and rest.\n\n儿童怎么办？\n\n首选布洛芬。"
+        )
+    )
+    assert [one.text for one in found] == [
+        "Adults with gout@What if the kidneys fail? Give prednisolone.",
+        "Adults with gout@What if the kidneys fail? Dialysis: Give less.",
+        "Children with gout@Give the following: naproxen and rest.",
+        "Children with gout@儿童怎么办？首选布洛芬。",
+    ]
+
+
+def test_items_of_a_list_are_told_apart_and_a_range_is_none() -> None:
+    blocks = text("Give one of these:\n- 5 mg\n- 10 mg daily\n\nA dose of 5\n- 10 mg.").blocks
+    assert [(block.kind, block.text) for block in blocks] == [
+        ("paragraph", "Give one of these:"),
+        ("item", "5 mg"),
+        ("item", "10 mg daily"),
+        ("paragraph", "A dose of 5 - 10 mg."),
+    ]

@@ -1,0 +1,267 @@
+"""Documents of every kind, made here and read back; passages with their populations; and what is said of bad ones."""
+
+import hashlib
+import io
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gatewise_mdt.documents.passages import Passage, split_passages
+from gatewise_mdt.documents.reading import Block, Document, document_of, documents_in, population_mark, read_document
+from hypothesis import given
+from hypothesis import strategies as st
+from mdt_models import pdf
+from mdt_trees import properties
+
+from gatewise.errors import GatewiseError
+
+FLARE = "For an acute flare, give colchicine 0.5 mg twice daily."
+MARKDOWN = f"""# Gout
+
+About the disease, in a few words.
+
+## Adults with gout
+
+{FLARE}
+If the kidneys *fail*, give prednisolone:
+
+- 30 mg daily
+- for **five** days
+
+### 1.2 Treatment
+
+Without a flare, check `uric acid`.
+
+| Drug | Dose |
+|---|---|
+| colchicine | 0.5 mg |
+"""
+
+
+def passages(path: Path, **settings: object) -> list[Passage]:
+    return split_passages(read_document(path), **settings)  # type: ignore[arg-type]
+
+
+def test_markdown_gives_passages_under_headings(tmp_path: Path) -> None:
+    pytest.importorskip("markdown_it")
+    file = tmp_path / "gout.md"
+    file.write_text(MARKDOWN)
+    first, second, third = passages(file)
+    assert first.text == "Gout@About the disease, in a few words."
+    assert second.population == "Adults with gout"
+    assert second.passage == f"Gout: {FLARE} If the kidneys fail, give prednisolone: 30 mg daily; for five days"
+    assert second.where == "line 7"
+    assert third.headings == ("Gout", "Adults with gout", "1.2 Treatment")
+    assert third.text == "Adults with gout@Gout: Treatment: Without a flare, check uric acid. Drug: colchicine. Dose: 0.5 mg."
+
+
+def test_plain_text_has_a_population_before_the_at_sign_or_under_a_heading(tmp_path: Path) -> None:
+    file = tmp_path / "gout.txt"
+    file.write_text(
+        f"adults with gout@{FLARE}\nadults with asthma@Give salbutamol when needed.\n\n"
+        "2. Children with gout\n\nGive\r\nnaproxen to them.\nWrite to me@example.org for more.\n"
+    )
+    first, second, third = passages(file)
+    assert first.text == f"adults with gout@{FLARE}"
+    assert second.text == "adults with asthma@Give salbutamol when needed."
+    assert third.population == "Children with gout"
+    assert third.passage.startswith("Give naproxen to them. Write to me@example.org")
+    assert {one.population for one in passages(file, population="everyone")} == {"everyone"}
+
+
+def test_a_pdf_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    pytest.importorskip("pypdf")
+    lines = (
+        "For an acute flare with normal kidneys, give colchicine twice daily, or non-\nsteroidal drugs that inflam-\nmation needs."
+    )
+    file = tmp_path / "gout.pdf"
+    file.write_bytes(pdf(*(f"House guideline\nAdults with gout {n}\n{lines}\nPage {n} of 3" for n in "123")))
+    found = passages(file)
+    assert [one.population for one in found] == ["Adults with gout 1", "Adults with gout 2", "Adults with gout 3"]
+    assert found[1].where == "page 2"
+    assert found[0].passage == lines.replace("non-\n", "non-").replace("inflam-\n", "inflam").replace("\n", " ")
+
+
+def test_a_docx_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    docx = pytest.importorskip("docx")
+    document = docx.Document()
+    document.add_heading("Gout", 0)
+    document.add_heading("Children with gout", 2)
+    document.add_paragraph(FLARE)
+    cells = document.add_table(1, 2).rows[0].cells
+    cells[0].text, cells[1].text = "naproxen", "250 mg"
+    document.save(str(tmp_path / "gout.docx"))
+    (only,) = passages(tmp_path / "gout.docx")
+    assert only.text == f"Children with gout@Gout: {FLARE} naproxen 250 mg"
+    assert (only.headings, only.where) == (("Gout", "Children with gout"), "paragraph 3")
+
+
+def test_standard_input_is_text_or_markdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"# Adults with gout\n{FLARE}".encode())))
+    document = read_document("-")
+    assert document.name == "stdin"
+    assert split_passages(document)[0].text == f"Adults with gout@{FLARE}"
+
+
+def locked() -> bytes:
+    pypdf = pytest.importorskip("pypdf")
+    writer = pypdf.PdfWriter(io.BytesIO(pdf(FLARE)))
+    writer.encrypt("secret", algorithm="RC4-128")
+    made = io.BytesIO()
+    writer.write(made)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.txt", b" \n ", "is empty"),
+        ("x.txt", b"12. 34", "has no words"),
+        ("x.txt", "é".encode("latin-1"), "not UTF-8 text (byte 1)"),
+        ("x.txt", b"a\x00b", "zero bytes"),
+        ("x.rtf", b"x", "ends in '.rtf', expected .txt, .md, .pdf or .docx"),
+        ("x.pdf", b"%PDF-1.4 and nothing", "cannot be read as PDF"),
+        ("x.pdf", pdf("", ""), "has no text on its 2 pages, as scanned pages have none: run text recognition (OCR) over it first"),
+        ("x.pdf", None, "locked with a password"),
+        ("x.docx", b"PK and nothing", "cannot be read as DOCX"),
+        ("x.md", b"# Only a heading", "has no passage"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(locked() if content is None else content)
+    with pytest.raises(GatewiseError) as raised:
+        passages(file)
+    assert said in str(raised.value)
+    assert name in str(raised.value)
+
+
+def test_a_missing_file_a_folder_and_a_missing_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GatewiseError, match="there is no such file"):
+        read_document(tmp_path / "none.txt")
+    with pytest.raises(GatewiseError, match="is a folder"):
+        read_document(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "pdfplumber", None)
+    (tmp_path / "x.pdf").write_bytes(pdf(FLARE))
+    with pytest.raises(GatewiseError, match=r"install gatewise\[mdt\]"):
+        read_document(tmp_path / "x.pdf")
+
+
+def test_a_long_passage_is_cut_between_sentences() -> None:
+    sentences = [f"Sentence {n} says what to do and when." for n in range(60)]
+    found = split_passages(Document("x", (Block(" ".join(sentences)),)))
+    assert all(len(one.passage) <= 800 for one in found)
+    assert " ".join(one.passage for one in found) == " ".join(sentences)
+    assert all(one.passage.endswith("when.") for one in found)
+    chinese = split_passages(Document("x", (Block("成人患者应口服药物治疗。" * 60),)))
+    assert all(len(one.passage) <= 300 and one.passage.endswith("。") for one in chinese)
+
+
+@properties
+@given(st.text(min_size=1, max_size=400), st.integers(50, 120))
+def test_no_passage_is_too_long_and_none_is_lost(text: str, most: int) -> None:
+    try:
+        found = split_passages(Document("x", (Block(" ".join(text.split())),)), most=most)
+    except GatewiseError:
+        return
+    assert all(one.passage.strip() and len(one.passage) <= most for one in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ("adults@Give", 6),
+        ("adults with gout @ If", 17),
+        ("Infantile cholestasis @ In cases of fever, stop.", 22),
+        ("患者@给药", 2),
+        ("输尿管结石患者@结石直径小于0.4cm的患者", 7),
+        ("me@example.org", -1),
+        ("no mark", -1),
+        ("@x", -1),
+        ("Amitriptyline 10 mg @ night for adults with pain", -1),
+        ("Adults take amitriptyline @ night", -1),
+        ("amitriptyline 10mg@night", -1),
+        ("If SpO2@rest is below 90%, give oxygen", -1),
+    ],
+)
+def test_an_address_or_a_dose_names_no_population(text: str, at: int) -> None:
+    assert population_mark(text) == at
+
+
+def test_a_dose_at_night_stays_in_its_passage(tmp_path: Path) -> None:
+    file = tmp_path / "pain.txt"
+    file.write_text("Amitriptyline 10 mg @ night for adults with pain. If not tolerated, stop it.")
+    (only,) = passages(file)
+    assert (only.population, only.passage) == ("", file.read_text())
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".txt", "Give colchicine for a flare. " * 20])
+def test_a_text_in_place_of_a_file_is_answered_in_a_sentence(name: str) -> None:
+    with pytest.raises(GatewiseError, match=r"there is no such file.*standard input with -") as raised:
+        read_document(name)
+    assert len(str(raised.value)) < 200
+
+
+def test_docling_reads_where_it_is_installed_and_is_named_where_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("markdown_it")
+    file = tmp_path / "gout.pdf"
+    file.write_bytes(pdf(FLARE))
+    for module in ("docling", "docling.datamodel", "docling.datamodel.base_models", "docling.document_converter"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(GatewiseError, match=r"read with docling, which is not installed: install gatewise\[docling\]"):
+        read_document(file, docling=True)
+
+    class Converter:
+        """Stands in for docling's: gives the name and the first bytes of what it is given as Markdown."""
+
+        def convert(self, source: Any) -> Any:
+            text = f"# Adults with gout\n\n{source.name} begins with {source.stream.read(4).decode()}"
+            return SimpleNamespace(document=SimpleNamespace(export_to_markdown=lambda: text))
+
+    monkeypatch.setitem(sys.modules, "docling.datamodel.base_models", SimpleNamespace(DocumentStream=SimpleNamespace))
+    monkeypatch.setitem(sys.modules, "docling.document_converter", SimpleNamespace(DocumentConverter=Converter))
+    document = read_document(file, docling=True)
+    assert split_passages(document)[0].text == "Adults with gout@gout.pdf begins with %PDF"
+    assert "was read with docling" in document.notes[0]
+    monkeypatch.setattr(Converter, "convert", lambda *_: 1 / 0)
+    with pytest.raises(GatewiseError, match=r"could not be read with docling \(division by zero\): leave --docling out"):
+        read_document(file, docling=True)
+
+
+def test_docling_itself_reads_a_docx(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("docling", reason="docling is not installed: pip install 'gatewise-mdt[docling]'")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a DOCX takes none of its models
+    document = read_document(Path(__file__).parent / "corpus" / "seizure-protocol.docx", docling=True)
+    texts = [passage.text for passage in split_passages(document)]
+    assert "Children with a seizure@Convulsive status epilepticus: Give midazolam 0.3 mg/kg buccally." in texts
+    assert any("Time: 0 to 5 minutes. What to do: Give oxygen." in text for text in texts)
+
+
+@pytest.mark.parametrize("content", [FLARE.encode(), b"\xef\xbb\xbf" + FLARE.encode(), FLARE.encode() + b"\r\n"])
+def test_a_document_knows_which_bytes_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(content)
+    expected = hashlib.sha256(content).hexdigest()
+    assert read_document(file).sha256 == document_of(content, "b", ".TXT").sha256 == expected
+    pytest.importorskip("markdown_it")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    (only,) = split_passages(read_document("-"))
+    assert only.origin("stdin")["sha256"] == expected
+
+
+def test_what_is_made_of_no_bytes_has_no_hash() -> None:
+    (only,) = split_passages(Document("x", (Block(FLARE),)))
+    assert "sha256" not in only.origin("x")
+
+
+def test_what_in_a_folder_is_no_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Give water.")
+    (tmp_path / "~$b.docx").write_bytes(b"lock")
+    (tmp_path / "c.txt").mkdir()
+    (tmp_path / "d.txt").symlink_to(tmp_path / "nowhere")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "e.txt")  # which would be read for ever
+    assert documents_in([tmp_path]) == [tmp_path / "a.txt", tmp_path / "d.txt"]

@@ -1,0 +1,85 @@
+"""Tables as sentences: every value with its header, and no value taken for one."""
+
+import pytest
+from gatewise_mdt.documents.document import Block
+from gatewise_mdt.documents.tables import Cell, row_of, table_blocks
+
+
+def rows(*said: str, bold: int = 0) -> list[list[Cell]]:
+    return [row_of(row.split("|"), number < bold) for number, row in enumerate(said)]
+
+
+def texts(made: list[list[Cell]], headers: int | None = None) -> list[str]:
+    return [block.text for block in table_blocks(made, ["page 1"] * len(made), headers)]
+
+
+def test_each_cell_has_its_header() -> None:
+    made = table_blocks(rows("Drug|Adults|", "colchicine|0.5 mg|with food", "naproxen||"), ["a", "b", "c"], 1)
+    assert made == [
+        Block("Drug: colchicine. Adults: 0.5 mg. with food.", 0, "b", "row", "Drug: colchicine."),
+        Block("Drug: naproxen.", 0, "c", "row"),
+    ]
+
+
+def test_chinese_rows_are_written_as_chinese_is() -> None:
+    assert texts(rows("药物|剂量", "阿司匹林|100 mg"), 1) == ["药物：阿司匹林。剂量：100 mg。"]
+
+
+def test_two_rows_of_headers_and_a_cell_over_two_columns() -> None:
+    top = [Cell("Drug", 0), Cell("Adults", 1, 2)]
+    below = [Cell("", 0), Cell("eGFR 30 to 59", 1), Cell("eGFR < 30", 2)]
+    body = [Cell("apixaban", 0), Cell("no change", 1, 2)]
+    assert texts([top, below, body], 2) == ["Drug: apixaban. Adults, eGFR 30 to 59 and Adults, eGFR < 30: no change."]
+
+
+def test_a_row_over_all_columns_names_what_is_below_and_a_sentence_stands_alone() -> None:
+    made = [*rows("Drug|Dose", "amoxicillin|500 mg"), [Cell("Penicillin allergy", 0, 2)], *rows("doxycycline|100 mg")]
+    made += [[Cell("Do not give doxycycline in pregnancy.", 0, 2)], [Cell("Dialysis", 0, 2)]]
+    assert texts(made, 1) == [
+        "Drug: amoxicillin. Dose: 500 mg.",
+        "Penicillin allergy. Drug: doxycycline. Dose: 100 mg.",
+        "Do not give doxycycline in pregnancy.",
+        "Dialysis",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "bold", "headed"),
+    [
+        (("Drug|Dose", "colchicine|0.5 mg"), 0, True),
+        (("Opioid|Starting amount", "morphine|5", "oxycodone|2.5"), 0, True),
+        (("Finding|Adults at risk", "fever|give paracetamol"), 1, True),
+        (("Acute flare|colchicine", "Renal failure|prednisolone", "Pregnancy|prednisolone"), 0, False),
+        (("Acute flare|colchicine 0.5 mg", "Renal failure|prednisolone 30 mg"), 1, False),
+        (("Low risk|Stop it one day before.", "High risk|Stop it two days before."), 0, False),
+        (("Drug|Dose",), 1, False),
+    ],
+)
+def test_a_first_row_is_a_header_only_if_it_looks_like_one(said: tuple[str, ...], bold: int, headed: bool) -> None:
+    made = table_blocks(rows(*said, bold=bold), ["page 1"] * len(said))
+    assert len(made) == len(said) - headed
+    assert all(word in " ".join(block.text for block in made) for row in said for cell in row.split("|") for word in cell.split())
+    if headed:
+        assert made[0].notes[0].startswith("the first row of the table was taken for its headers: ")
+    elif len(said) > 1:
+        assert made[0].notes == ("no headers were found in the table",)
+
+
+@pytest.mark.parametrize("headers", [1, None])
+def test_a_header_that_no_row_says_is_named_in_a_note(headers: int | None) -> None:
+    made = rows("Drug|Dose|Never in pregnancy|Dose", "colchicine|0.5 mg||", "naproxen|500 mg||")
+    made.append([Cell("Dialysis", 0, 4)])
+    blocks = table_blocks(made, ["page 1"] * 4, headers)
+    note = 'headers of the table were left out, as nothing stands under: "Never in pregnancy"'
+    assert [block.text for block in blocks] == ["Drug: colchicine. Dose: 0.5 mg.", "Drug: naproxen. Dose: 500 mg.", "Dialysis"]
+    assert all(block.notes[-1] == note for block in blocks)
+    (alone,) = table_blocks([*made[:1], *made[3:]], ["page 1"] * 2, 1)
+    assert alone.notes[0].endswith('nothing stands under: "Drug", "Dose", "Never in pregnancy"')
+
+
+def test_headers_over_nothing_but_empty_rows_are_a_row() -> None:
+    assert texts(rows("Drug|Dose", "|", "|"), 1) == ["Drug: Dose"]
+
+
+def test_cells_without_headers_are_read_one_after_the_other() -> None:
+    assert texts(rows("Low risk|Stop it.", "Give|5 mg"), 0) == ["Low risk: Stop it.", "Give 5 mg"]

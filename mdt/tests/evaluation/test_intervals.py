@@ -1,0 +1,94 @@
+"""Bootstrap intervals against the slow way: draw passages, measure them again, sort the values."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from gatewise_mdt import evaluate
+from gatewise_mdt.evaluation import intervals as module
+from gatewise_mdt.evaluation.intervals import intervals
+from gatewise_mdt.evaluation.metrics import count_sets, count_trees, metrics_of, rates
+from mdt_trees import gout, node, triple
+
+SHARES = ("precision", "recall", "f1")
+
+
+def changed(place: int, object_: str) -> list[dict[str, Any]]:
+    made = gout()
+    made[place]["triples"] = [triple(object_)]
+    return made
+
+
+STUMP = [node("D", triple("check uric acid", "therapeutic schedule"))]
+GOLD = [gout(), gout(), STUMP, changed(2, "x"), [node("D")], STUMP, gout()]
+FOUND: list[Any] = [gout(), changed(1, "y"), STUMP, gout(), [node("D")], [], "nonsense"]
+
+
+def slow(gold: list[Any], found: list[Any], draws: int, seed: int) -> dict[str, tuple[float, float]]:
+    """Each draw measured from its trees; percentiles by linear interpolation between the sorted values."""
+    random = np.random.default_rng(seed)
+    values: dict[str, list[float]] = {}
+    for _ in range(draws):
+        some = [int(random.integers(len(gold))) for _ in gold]
+        for name, value in evaluate([gold[i] for i in some], [found[i] for i in some]).to_json().items():
+            values.setdefault(name, []).append(value)
+    ends = {}
+    for name, column in values.items():
+        column.sort()
+        both = []
+        for share in (0.025, 0.975):
+            place = share * (draws - 1)
+            below = int(place)
+            both.append(column[below] + (place - below) * (column[min(below + 1, draws - 1)] - column[below]))
+        ends[name] = both[0], both[1]
+    return ends
+
+
+@pytest.mark.parametrize("at_once", [2_000_000, 20, 1])
+def test_intervals_are_those_of_trees_measured_again(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_AT_ONCE", at_once)
+    expected = slow(GOLD, FOUND, draws=200, seed=3)
+    made = intervals(count_trees(GOLD, FOUND), draws=200, seed=3)
+    assert set(made) == set(expected) - {"n", "malformed", "empty"}
+    for name, ends in made.items():
+        assert (ends["low"], ends["high"]) == pytest.approx(expected[name]), name
+    metrics = evaluate(GOLD, FOUND).to_json()
+    assert all(ends["low"] <= metrics[name] <= ends["high"] for name, ends in made.items())
+    assert made["triplet_f1"]["low"] < made["triplet_f1"]["high"]
+
+
+def test_metrics_are_those_of_the_counts() -> None:
+    assert metrics_of(count_trees(GOLD, FOUND)) == evaluate(GOLD, FOUND)
+    assert intervals(count_trees(GOLD, FOUND)) == intervals(count_trees(GOLD, FOUND))
+    assert intervals(count_trees(GOLD, FOUND)) != intervals(count_trees(GOLD, FOUND), seed=1)
+
+
+def test_sets_are_counted_by_record() -> None:
+    gold, found = [{1, 2}, {3}, set()], [{1}, {4}, set()]
+    counts = count_sets("node", gold, found)
+    totals = rates({name: column.sum() for name, column in counts.items()})
+    assert [float(totals[f"node_{kind}"]) for kind in SHARES] == pytest.approx([1 / 2, 1 / 3, 2 / 5])
+    made = intervals(counts)
+    assert set(made) == {f"node_{kind}" for kind in SHARES}
+    # A draw of the first record alone is best, 2/3, and one of the second alone worst; one of the third alone finds all of nothing.
+    assert made["node_f1"] == {"low": 0, "high": 1}
+
+
+def test_a_share_of_passages_has_the_interval_of_the_binomial() -> None:
+    gold = [STUMP] * 400
+    ends = intervals(count_trees(gold, [*gold[:100], *[[node("D")]] * 300]))["tree_acc"]
+    spread = 1.96 * (0.25 * 0.75 / 400) ** 0.5
+    assert (ends["low"], ends["high"]) == pytest.approx((0.25 - spread, 0.25 + spread), abs=0.005)
+
+
+def test_one_passage_has_no_interval() -> None:
+    assert intervals(count_trees([STUMP], [STUMP])) == {}
+
+
+def test_a_thousand_passages_take_a_moment() -> None:
+    counts = count_trees(GOLD * 150, FOUND * 150)
+    before = time.process_time()
+    intervals(counts)
+    # About 0.1 s; nothing is scored again.
+    assert time.process_time() - before < 2

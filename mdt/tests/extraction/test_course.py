@@ -1,0 +1,235 @@
+"""Constrained decoding: whatever a model prefers, what it writes is a valid tree, and every right answer can be written."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gatewise_mdt import DecisionTree, TreeRecord, linearise, parse, parse_lenient, read_trees, sample
+from gatewise_mdt.extraction.course import Course, Limits
+from gatewise_mdt.extraction.prompts import STAGES, nodes_in_order
+from gatewise_mdt.formats.lines import escaped, node_lines, triple_lines, triples_in_order
+from gatewise_mdt.spans import absent_triples, find
+from gatewise_mdt.training.rows import completion
+from hypothesis import example, given
+from hypothesis import strategies as st
+from mdt_trees import TEXT, gout, node, properties, published, triple
+from tiny_run import byte_tokenizer
+
+pytest.importorskip("llguidance")
+from gatewise_mdt.extraction.constraint import TreeConstraint, readable
+from llguidance import LLMatcher
+
+TOKENIZER = byte_tokenizer()
+END = int(TOKENIZER.eos_token_id)
+RECORD = TreeRecord(TEXT, DecisionTree.from_preorder(gout()))
+CHINESE = TreeRecord(
+    "成人患者@轻度脱水可以口服生理盐水；否则静脉注射。",
+    DecisionTree.from_preorder(
+        [
+            {"role": "C", "triples": [["成人患者", "临床表现", "轻度脱水"]], "logical_rel": "null"},
+            {
+                "role": "D",
+                "triples": [["成人患者", "治疗药物", "生理盐水"], ["生理盐水", "用法用量", "口服"]],
+                "logical_rel": "and",
+            },
+            {"role": "D", "triples": [["成人患者", "治疗方案", "静脉注射"]], "logical_rel": "null"},
+        ]
+    ),
+)
+
+SIGNS = st.sampled_from("ab ~|;\\\"'/@#{}%&药１é\u00a0\u200b\u0301😀\x01\x7f\x85")
+
+
+def course_for(record: TreeRecord, stage: Any = None, **settings: Any) -> Course:
+    """The course of a step from gold input."""
+    return Course(
+        record.tree.language,
+        stage,
+        triples=len(record.tree.triples) if stage == "nodes" else 0,
+        roles=[one.role for one in nodes_in_order(record.text, record.tree)] if stage == "tree" else (),
+        **settings,
+    )
+
+
+def write(course: Course, choose: Callable[[int, np.ndarray], int], most: int = 5000) -> TreeConstraint:
+    """Writes token by token; choose(step, allowed) names the next."""
+    constraint = TreeConstraint(TOKENIZER, [course], ends=[END], prompt_tokens=0, max_new_tokens=most)
+    ids = torch.zeros(1, 0, dtype=torch.long)
+    for step in range(most):
+        scores = constraint(ids, torch.zeros(1, len(TOKENIZER)))
+        token = choose(step, np.flatnonzero(scores[0].numpy() == 0))
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        if token == END:
+            break
+    constraint.read(ids)
+    return constraint
+
+
+def dictate(course: Course, text: str) -> None:
+    """Writes a text, and fails where the constraint forbids it."""
+    ids: Sequence[int] = [*TOKENIZER(f" {text}", add_special_tokens=False)["input_ids"], END]
+
+    def choose(step: int, allowed: np.ndarray) -> int:
+        assert ids[step] in allowed, f"forbidden after {text[: max(0, step - 1)][-60:]!r}"
+        return ids[step]
+
+    write(course, choose)
+    assert course.finished
+    assert course.written == text
+
+
+def at_random(seed: int) -> Callable[[int, np.ndarray], int]:
+    """Draws among what is allowed, with a lasting liking for some tokens, as models have."""
+    draw = np.random.default_rng(seed)
+    liking = draw.normal(scale=2.0, size=len(TOKENIZER))
+    return lambda step, allowed: int(allowed[np.argmax((liking + draw.gumbel(size=len(liking)))[allowed])])
+
+
+@pytest.mark.parametrize("verbatim", [False, True])
+@pytest.mark.parametrize("record", [RECORD, CHINESE, *sample()[:4]], ids=lambda record: record.text[:12])
+def test_every_right_answer_can_be_written(record: TreeRecord, verbatim: bool) -> None:
+    within = record.text if verbatim else None
+    for level in (0, 1, 2):
+        dictate(course_for(record, within=within), completion(record, level))  # type: ignore[arg-type]
+        dictate(course_for(record, within=within, levels=[level]), completion(record, level))  # type: ignore[arg-type]
+    for stage in STAGES:
+        dictate(course_for(record, stage, within=within), completion(record, 0, stage))
+
+
+def test_every_published_chinese_tree_can_be_written() -> None:
+    for file in (one for one in published() if one.name == "zh_dev.json"):
+        for record in read_trees(file, repair=True).records[::10]:
+            for level in (0, 2):
+                dictate(course_for(record, within=record.text), completion(record, level))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_a_model_likes_it_writes_a_tree(seed: int) -> None:
+    record = (RECORD, CHINESE)[seed % 2]
+    course = course_for(record, within=record.text if seed % 3 else None)
+    constraint = write(course, at_random(seed), most=300 + 100 * (seed % 5))
+    if course.finished:
+        assert parse(course.written).language in ("en", record.tree.language)
+    else:  # cut inside a phrase: what is whole can be read
+        assert constraint.seen == constraint.last
+        assert parse_lenient(course.written).tree is not None or not course.written or "tree" not in course.written
+    if seed % 3 and course.finished:
+        assert absent_triples(record.text, parse(course.written)) == ()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_a_model_likes_the_steps_can_be_read(seed: int) -> None:
+    triples = triples_in_order(TEXT, RECORD.tree)
+    course = course_for(RECORD, "triples", within=TEXT)
+    write(course, at_random(seed), most=1500)
+    assert parse_lenient(f"triples:\n{course.written}").triples
+    course = course_for(RECORD, "nodes")
+    write(course, at_random(seed), most=1500)
+    read = parse_lenient("\n".join(["triples:", *triple_lines(triples), "nodes:", course.written]))
+    assert not [note for note in read.notes if not note.startswith("no tree")]
+    assert read.nodes
+    course = course_for(RECORD, "tree")
+    write(course, at_random(seed), most=1500)
+    assert parse("\n".join(["nodes:", *node_lines(nodes_in_order(TEXT, RECORD.tree)), "tree:", course.written]))
+
+
+def test_no_triple_comes_twice_in_a_node() -> None:
+    course = Course("en")
+    for piece in (" D: a | drug | b;", " ~ | drug | c;"):
+        course.take(piece)
+    grammar = course.grammar()
+    for form in ("a | drug | b", "~ | drug | b", "~ | drug | c", "a | drug | c"):
+        assert f'"{form}"' in grammar
+
+
+def test_the_tree_is_bounded() -> None:
+    course = Course("en", limits=Limits(depth=3, conditions=2))
+    conditions = [" C: a | sign | b\n", "C: ~ | sign | c\n"]
+    for piece in conditions:
+        course.take(piece)
+    assert '"C: "' not in course.grammar()
+    for piece in ("D\n", "D\n", "D"):
+        assert not course.finished
+        course.take(piece)
+    assert course.finished
+
+
+def test_a_condition_is_not_asked_again_below_itself() -> None:
+    course = course_for(RECORD, "tree")
+    names = [name for name, role in course.names.items() if role == "C"]
+    course.take(f" {names[0]}\n")
+    assert f'"{names[0]}\\n"' not in course.grammar()
+    assert f'"{names[1]}\\n"' in course.grammar()
+
+
+def test_a_tree_that_runs_out_of_tokens_is_closed() -> None:
+    course = Course("en")
+    wanted = "C: a | sign | b\n" * 8
+
+    def choose(step: int, allowed: np.ndarray) -> int:
+        token = TOKENIZER(f" {wanted}", add_special_tokens=False)["input_ids"][step]
+        return token if token in allowed else int(allowed[allowed != END][0] if (allowed != END).any() else END)
+
+    constraint = write(course, choose, most=120)
+    assert constraint.rows[0].hurried
+    assert course.finished
+    assert parse(course.written).depth < 8
+
+
+@properties
+@given(st.text(SIGNS | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40), st.integers(0, 2**32 - 1))
+@example("\x7f", 2)
+@example("\x85b", 2)
+def test_any_text_can_be_written_from(text: str, seed: int) -> None:
+    text = f"a{text}"
+    course = Course("en", within=text, levels=(0,))
+    write(course, at_random(seed), most=400)
+    if course.finished:
+        tree = parse(course.written)
+        said = " ".join(text.split())
+        for triple in tree.triples:
+            for part in (triple.subject, triple.object):
+                assert part in said
+
+
+BITS = (
+    "Give take or and to not non un- contra- anti- in adults daily antibiotics patches PPIs s 's x / - ~ ; | , . ( ) 5 mg 10mg"
+    " 1,000 0.5 10-20_mg ½_tablet 1_1/2_tablets 10⁹/L <_5 5_mg/kg every_8_hours twice_daily 患者 不宜使用 非糖尿病 每日 以上"
+)
+
+
+@properties
+@given(
+    st.lists(st.tuples(st.sampled_from(BITS.split()), st.sampled_from(["", " "])), min_size=1, max_size=8),
+    st.randoms(use_true_random=False),
+)
+@example([("antibiotics", " "), ("10-20 mg", ""), ("PPIs", "患者")], random.Random(0))
+def test_what_can_be_written_is_what_stands_in_the_text(bits: list[tuple[str, str]], draw: random.Random) -> None:
+    text = "".join(bit.replace("_", " ") + gap for bit, gap in bits).strip()
+    spans = [(begin, end) for begin in range(len(text)) for end in range(begin + 1, len(text) + 1)]
+    phrases = {text[begin:end].strip() for begin, end in spans} - {"", "~"}  # "~" alone stands for a subject
+    grammar = Course("en", within=text, levels=(0,)).grammar()
+    fresh = LLMatcher(readable(TOKENIZER, (END,), len(TOKENIZER)), LLMatcher.grammar_from_lark(grammar))
+    for phrase in draw.sample(sorted(phrases), min(len(phrases), 40)):
+        ids = TOKENIZER(f" D: {escaped(phrase)} | drug | {escaped(phrase)}", add_special_tokens=False)["input_ids"]
+        matcher = fresh.deep_copy()
+        written = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+        # Found as it is, for a phrase that stands there in capitals can only be written in capitals.
+        assert written == any(text[span.start : span.end] == phrase for span in find(text, phrase)), (text, phrase)
+
+
+def test_an_object_that_reads_like_a_join_is_none() -> None:
+    nodes = [
+        node("C", triple("or")),
+        node("D", triple("and", "drug therapy"), triple("or", "drug therapy"), joined="or"),
+        node("D"),
+    ]
+    tree = DecisionTree.from_preorder(nodes)
+    record = TreeRecord("adults with gout@or and or", tree)
+    assert linearise(tree).splitlines()[:2] == ["C: adults with gout | sign | or", "D: ~ | drug | and; ~ | drug | or | or"]
+    assert parse(linearise(tree)) == parse_lenient(linearise(tree)).tree == tree
+    for level in (0, 1, 2):
+        dictate(course_for(record, within=record.text), completion(record, level))  # type: ignore[arg-type]

@@ -1,0 +1,249 @@
+"""From text to tree with tiny models: end to end and in steps, constrained and free, and what is said when it does not go well."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from gatewise_mdt import DecisionTree, Extraction, Extractor, TreeRecord, extract, linearise, render, sample
+from gatewise_mdt.extraction.measuring import measure
+from gatewise_mdt.extraction.prompts import prompt
+from gatewise_mdt.training.rows import completion, training_rows
+from mdt_models import dictated, random_model
+from mdt_trees import TEXT, gout, node
+
+from gatewise import __version__
+from gatewise.errors import GatewiseError
+from gatewise.tasks import Template
+
+pytest.importorskip("llguidance")
+
+TREE = DecisionTree.from_preorder(gout())
+RECORD = TreeRecord(TEXT, TREE)
+STAGES_WRITTEN = {
+    "Triples:": completion(RECORD, 0, "triples"),
+    "Nodes:": completion(RECORD, 0, "nodes"),
+    "Tree:": completion(RECORD, 0, "tree"),
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "settings", [{}, {"verbatim": True}, {"level": 1}, {"level": 2, "verbatim": True}, {"pipeline": True, "verbatim": True}]
+)
+def test_every_output_of_a_random_model_is_a_tree(seed: int, settings: dict) -> None:
+    model, tokenizer = random_model(seed)
+    found = Extractor(model, tokenizer, max_new_tokens=200, **settings)([record.text for record in sample()[:3]])
+    for one in found:
+        if isinstance(one, GatewiseError):  # only a step that found nothing at all
+            assert settings.get("pipeline")
+            continue
+        assert DecisionTree.from_preorder(one.tree.to_preorder()) == one.tree
+        assert not settings.get("verbatim") or not one.absent
+        assert one.written
+        assert one.warnings or not one.is_empty or one.written[-1].endswith("D")
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("constrained", [True, False])
+def test_what_a_model_has_learnt_comes_through(level: int, constrained: bool) -> None:
+    model, tokenizer = dictated({prompt(TEXT, "en"): linearise(TREE, level, text=TEXT)})  # type: ignore[arg-type]
+    found = extract(model, tokenizer, TEXT, constrained=constrained, max_new_tokens=900)
+    assert found.tree == TREE
+    assert (found.language, found.absent, found.warnings) == ("en", (), ())
+
+
+def test_an_extraction_says_what_it_was_made_with() -> None:
+    model, tokenizer = random_model()
+    before = datetime.now(UTC).replace(microsecond=0)
+    found = extract(model, tokenizer, TEXT, max_new_tokens=150, base="maker/model-1b", level=1)
+    assert found.made_with is not None
+    made = dict(found.made_with)
+    assert before <= datetime.fromisoformat(made.pop("date")) <= datetime.now(UTC)
+    assert made == {
+        "base": "maker/model-1b",
+        "gatewise": __version__,
+        "settings": {
+            "level": 1, "pipeline": False, "constrained": True, "verbatim": False, "candidates": 1, "max_new_tokens": 150,
+            "dtype": "float32", "device": "cpu",
+        },
+    }  # fmt: skip
+    assert found.record().extraction == found.made_with
+    assert Extractor(model, tokenizer, adapter={"name": "a", "sha256": "b"}).made_with()["adapter"] == {"name": "a", "sha256": "b"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("maker/model-1b", "maker/model-1b"),
+        ("smollm2-135m", "smollm2-135m"),
+        ("/home/ada/models/small", "small"),
+        ("~/models/small", "small"),
+        ("..\\models\\small", "small"),
+        ("./runs/a/adapter/", "adapter"),
+        ("here/base", "base"),
+        ("/models/sm\udcffll", "sm\ufffdll"),  # a file name of another encoding than UTF-8
+    ],
+)
+def test_of_a_folder_only_its_own_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here/base").mkdir(parents=True)
+    assert Extractor(*random_model(), base=given).made_with()["base"] == said
+
+
+def test_the_pipeline_puts_its_steps_together() -> None:
+    model, tokenizer = dictated(STAGES_WRITTEN)
+    found = extract(model, tokenizer, TEXT, pipeline=True, max_new_tokens=900)
+    assert found.tree == TREE
+    assert found.written == tuple(STAGES_WRITTEN.values())
+    assert found.warnings == ()
+
+
+def test_a_step_can_have_a_model_of_its_own() -> None:
+    wrong, tokenizer = dictated(STAGES_WRITTEN | {"Tree:": "D"})
+    right, _ = dictated(STAGES_WRITTEN)
+    extractor = Extractor(wrong, tokenizer, pipeline=True, max_new_tokens=900)
+    (found,) = extractor([TEXT])
+    assert isinstance(found, Extraction)
+    assert found.warnings == ("4 of the 4 nodes found have no place in the tree",)
+    (found,) = replace(extractor, stage_models={"tree": right})([TEXT])
+    assert isinstance(found, Extraction)
+    assert found.tree == TREE
+
+
+def test_spans_are_those_of_the_text_and_what_is_not_in_it_is_marked() -> None:
+    model, tokenizer = dictated({"tree:": "C: adults with gout | sign | acute flare\nD: ~ | drug | aspirin\nD"})
+    found = extract(model, tokenizer, TEXT)
+    spans = found.spans
+    assert [TEXT[span.start : span.end] for span in spans[0][0] if span] == ["adults with gout", "acute flare"]
+    assert spans[1][0].object is None
+    assert [triple.object for triple in found.absent] == ["aspirin"]
+    record = found.record(4, {"source": "x.md"})
+    assert record.to_json()["absent"] == [["adults with gout", "drug therapy", "aspirin"]]
+    assert (record.number, record.more["source"]) == (4, "x.md")
+    assert "# not in the text: adults with gout | drug therapy | aspirin\n" in render([record], "text")
+    assert "<b>aspirin</b><br/>(not in the text)" in render([record], "mermaid")
+    assert json.loads(render([record], "json"))[0]["spans"][1][0] == {"subject": [0, 16], "object": None}
+    for format in ("svg", "html"):
+        assert "not in the text" in render([record], format)
+    kept = extract(model, tokenizer, TEXT, verbatim=True, max_new_tokens=300)
+    assert kept.absent == ()
+
+
+def test_chinese_comes_in_and_out() -> None:
+    text = "成人患者@轻度脱水可以口服生理盐水。"
+    model, tokenizer = dictated({"诊疗决策树：": "C: 成人患者 | 临床表现 | 轻度脱水\nD: ~ | 治疗药物 | 生理盐水\nD"})
+    found = extract(model, tokenizer, text, verbatim=True)
+    assert found.language == "zh"
+    assert [triple.relation for triple in found.tree.triples] == ["临床表现", "治疗药物"]
+
+
+def test_free_writing_is_repaired_or_refused() -> None:
+    model, tokenizer = dictated({"tree:": "Sure!\nC: adults with gout | Sign | acute flare\nD: ~ | drug | colchicine; ~ | drug"})
+    found = extract(model, tokenizer, TEXT, constrained=False)
+    assert [node.role for node in found.tree.nodes] == ["C", "D", "D"]
+    assert [triple.object for triple in found.tree.triples] == ["acute flare", "colchicine"]
+    assert len(found.warnings) == 3  # the first line, the triple without an object, the leaf that is missing
+    babbling, tokenizer = dictated({"tree:": "I am not a doctor."})
+    with pytest.raises(GatewiseError, match=r"what the model wrote is no tree .* let its writing be constrained"):
+        extract(babbling, tokenizer, TEXT, constrained=False)
+
+
+def test_an_output_that_is_cut_is_closed_and_says_so() -> None:
+    written = "C: adults with gout | sign | acute flare\nD: ~ | drug | colchicine and much more that goes on and on"
+    model, tokenizer = dictated({"tree:": written})
+    found = extract(model, tokenizer, TEXT, max_new_tokens=110)
+    assert [node.role for node in found.tree.nodes] == ["C", "D", "D"]
+    assert (
+        "the output ended before it was whole: allow more new tokens" in found.warnings[0]
+        or "brought to a close" in found.warnings[0]
+    )
+    nothing = extract(model, tokenizer, TEXT, max_new_tokens=12)
+    assert nothing.is_empty
+    assert nothing.warnings
+
+
+def test_a_text_with_a_fault_does_not_stop_the_others() -> None:
+    model, tokenizer = dictated({"tree:": "D: adults with gout | drug | colchicine"})
+    texts = ["", TEXT, "gout@", "日本語のテキストです。", "Пациенты с подагрой", "x " * 3000, "\ud800 and more", "123"]
+    found = Extractor(model, tokenizer)(texts)
+    assert isinstance(found[1], Extraction)
+    said = [str(one) for one in found if isinstance(one, GatewiseError)]
+    wanted = ["is empty", "no passage after it", "Japanese", "another script", "tokens of the 2048", "surrogate", "no letters"]
+    assert len(said) == len(wanted)
+    for sentence, part in zip(said, wanted, strict=True):
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"level": 3}, "level is 3"),
+        ({"level": 1, "pipeline": True}, "leave one of the two out"),
+        ({"verbatim": True, "constrained": False}, "leave one of the two out"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"template": Template("Text: {text}")}, "without {source}"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings: dict, said: str) -> None:
+    model, tokenizer = dictated({"tree:": "D"})
+    with pytest.raises(GatewiseError, match=said):
+        extract(model, tokenizer, TEXT, **settings)
+    with pytest.raises(GatewiseError, match="language is 'de'"):
+        extract(model, tokenizer, TEXT, language="de")  # type: ignore[arg-type]
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model, tokenizer = random_model()
+    model.train()
+    extract(model, tokenizer, TEXT, max_new_tokens=5)
+    assert model.training
+
+
+def test_each_step_is_measured_alone_from_gold_input() -> None:
+    model, tokenizer = dictated(STAGES_WRITTEN | {prompt(TEXT, "en"): linearise(TREE)})
+    extractor = Extractor(model, tokenizer, max_new_tokens=900)
+    records = [RECORD, TreeRecord("adults@Give nothing.", DecisionTree.from_preorder([node("D")]))]
+    assert measure(extractor, records, "triples") == {
+        "triplet_precision": 1.0, "triplet_recall": 1.0, "triplet_f1": 1.0, "n": 1, "failed": 0, "intervals": {},
+    }  # fmt: skip
+    assert measure(extractor, [RECORD, RECORD], "nodes")["intervals"]["node_f1"] == {"low": 1, "high": 1}
+    assert measure(extractor, records, "nodes")["node_f1"] == 1.0
+    assert measure(extractor, records, "tree")["tree_acc"] == 1.0
+    assert measure(extractor, records[:1])["path_f1"] == 1.0
+
+    halved, _ = dictated(
+        STAGES_WRITTEN | {"Triples:": STAGES_WRITTEN["Triples:"].splitlines()[0], "Nodes:": "A. C: 1; 2 | and\nB. D: 3"}
+    )
+    worse = replace(extractor, model=halved)
+    assert measure(worse, records, "triples")["triplet_recall"] == pytest.approx(1 / 7)
+    assert measure(worse, records, "nodes")["node_recall"] == pytest.approx(1 / 4)
+    assert measure(extractor, records[:1], mistakes=True)["mistakes"]["missed triple"]["count"] == 0
+    short = replace(extractor, model=dictated(STAGES_WRITTEN | {"Tree:": "A\nD\nD"})[0])
+    assert measure(short, records, "tree", mistakes=True)["mistakes"]["missed triple"] == {"count": 5, "trees": 1, "alone": 1}
+    with pytest.raises(GatewiseError, match="stage nodes, which makes no trees"):
+        measure(extractor, records, "nodes", mistakes=True)
+    with pytest.raises(GatewiseError, match="no gold trees"):
+        measure(extractor, [])
+    with pytest.raises(GatewiseError, match="stage is 'leaf'"):
+        measure(extractor, records, "leaf")  # type: ignore[arg-type]
+
+
+def test_a_gold_tree_without_a_triple_is_asked_for_in_the_language_of_its_text() -> None:
+    """As in training: what was learnt of the Chinese prompt is found."""
+    record = TreeRecord("高血压患者@高血压是最常见的慢性病之一。", DecisionTree.from_preorder([node("D")]))
+    (row,) = training_rows([record])
+    model, tokenizer = dictated({row["source"]: row["target"]})
+    assert row["source"] == prompt(record.text, "zh")
+    assert measure(Extractor(model, tokenizer), [record])["failed"] == 0
+
+
+def test_a_text_whose_words_are_too_long_does_not_stop_the_others() -> None:
+    model, tokenizer = dictated(STAGES_WRITTEN)
+    extractor = Extractor(model, tokenizer, verbatim=True, pipeline=True, max_new_tokens=900)
+    found = extractor(["a" * 300 + "b", TEXT], language="en")
+    assert isinstance(found[0], GatewiseError)
+    assert "cannot be worked out" in str(found[0])
+    assert isinstance(found[1], Extraction)
+    assert found[1].tree == TREE

@@ -1,0 +1,383 @@
+"""Trees from an adapter behind a server: the same as in one process, and every fault of a server in a sentence."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gatewise_mdt import Extraction, Extractor, read_trees, sample
+from gatewise_mdt.documents.reading import documents_in
+from gatewise_mdt.extraction import served
+from gatewise_mdt.extraction.batch import Batch, Journal, extract_files, extract_pieces, read_pieces
+from gatewise_mdt.extraction.course import Course
+from gatewise_mdt.extraction.served import ServedExtractor, Server
+from mdt_models import random_model
+from mdt_trees import TEXT
+from refusals import assert_refused
+from transformers import GenerationConfig, LogitsProcessorList
+from typer.testing import CliRunner
+
+from gatewise.cli.main import app
+from gatewise.errors import GatewiseError
+
+pytest.importorskip("llguidance")
+from gatewise_mdt.extraction.constraint import TreeConstraint
+
+TEXTS = [record.text for record in sample()[:3]] + ["成人患者@轻度脱水可以口服生理盐水；否则静脉注射。"]
+MOST = 150
+BROKEN = b"an answer that breaks off"
+
+
+class Engine:
+    """A server of the completions API, as little as there is of it, on a model in this process.
+
+    Attributes:
+        obeys: it keeps to the course of a request.
+        answers: (status, body) that come before any right one.
+        asked: what was asked, in order.
+        together: of the requests, the most that were under way at a time.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.obeys, self.key = True, ""
+        self.answers: list[tuple[int, Any]] = []
+        self.asked: list[dict[str, Any]] = []
+        self.together = self.now = 0
+        self.lock = threading.Lock()
+        self.held = threading.Barrier(1)
+
+    def answer(self, path: str, key: str, body: dict[str, Any] | None) -> tuple[int, Any]:
+        if self.key and key != f"Bearer {self.key}":
+            return 401, {"error": {"message": "no such key"}}
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "base"}, {"id": "trees", "parent": "maker/base-1b"}]}
+        assert body is not None
+        with self.lock:
+            self.asked.append(body)
+            if self.answers:
+                return self.answers.pop(0)
+            self.now += 1
+            self.together = max(self.together, self.now)
+        self.held.wait(timeout=20)
+        with self.lock:
+            self.now -= 1
+            return 200, self.completion(body)
+
+    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        ids = self.tokenizer(body["prompt"], return_tensors="pt")["input_ids"]
+        end, rules = int(self.tokenizer.eos_token_id), LogitsProcessorList()
+        if self.obeys and (course := body.get("vllm_xargs", {}).get("gatewise_tree")):
+            limits = {"ends": [end], "prompt_tokens": ids.shape[1], "max_new_tokens": body["max_tokens"]}
+            rules.append(TreeConstraint(self.tokenizer, [Course.from_json(course)], **limits))
+        config = GenerationConfig(max_new_tokens=body["max_tokens"], do_sample=False, eos_token_id=end, pad_token_id=0)
+        made = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, logits_processor=rules)
+        new = made[0, ids.shape[1] :].tolist()
+        text = self.tokenizer.decode([one for one in new if one != end])
+        choice = {"text": text, "finish_reason": "stop" if new[-1] == end else "length"}
+        return {"choices": [choice], "usage": {"completion_tokens": len(new)}}
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, str]]:
+    """An engine, and its address."""
+    monkeypatch.setattr(served.time, "sleep", lambda _: None)
+    made = Engine(*random_model(3))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.give(*made.answer(self.path, self.headers.get("Authorization", ""), None))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.give(*made.answer(self.path, self.headers.get("Authorization", ""), body))
+
+        def give(self, status: int, body: Any) -> None:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content) + (body == BROKEN)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield made, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def plain(found: Any) -> Any:
+    """An extraction without its date."""
+    return (
+        (found.tree, found.absent, found.warnings, found.written, found.language) if isinstance(found, Extraction) else str(found)
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"verbatim": True}, {"level": 2, "verbatim": True}, {"pipeline": True, "verbatim": True}, {"constrained": False}],
+    ids=lambda settings: "-".join(settings) or "constrained",
+)
+def test_the_same_trees_as_in_one_process(engine: tuple[Engine, str], settings: dict[str, Any]) -> None:
+    made, url = engine
+    alone = Extractor(made.model, made.tokenizer, max_new_tokens=MOST, **settings)(TEXTS)
+    through = ServedExtractor.connect(url, "trees", max_new_tokens=MOST, **settings)(TEXTS)
+    assert [plain(one) for one in through] == [plain(one) for one in alone]
+    if settings == {"verbatim": True}:
+        assert any(isinstance(one, Extraction) and not one.is_empty for one in through)
+
+
+def test_what_tokens_cut_off_is_left_out_as_in_one_process(engine: tuple[Engine, str]) -> None:
+    made, url = engine
+    for most in (20, 47, 60, 90):
+        alone = Extractor(made.model, made.tokenizer, max_new_tokens=most)(TEXTS)
+        through = ServedExtractor.connect(url, "trees", max_new_tokens=most)(TEXTS)
+        assert [plain(one) for one in through] == [plain(one) for one in alone]
+
+
+def test_many_at_a_time_and_each_as_it_comes(engine: tuple[Engine, str]) -> None:
+    made, url = engine
+    made.held = threading.Barrier(3)
+    extractor = ServedExtractor.connect(url, "trees", max_new_tokens=60, batch_size=3)
+    found = dict(extractor.as_they_come([*TEXTS[:3], "", *TEXTS[:3]]))
+    assert sorted(found) == list(range(7))
+    assert made.together == 3
+    assert isinstance(found[3], GatewiseError)
+    told = found[0].made_with  # type: ignore[union-attr]
+    assert (told["base"], told["adapter"], told["settings"]["served"]) == ("maker/base-1b", {"name": "trees"}, True)
+
+
+def test_a_passage_that_is_refused_does_not_stop_the_others(engine: tuple[Engine, str]) -> None:
+    made, url = engine
+    made.answers = [(400, {"error": {"message": "the prompt has 9000 tokens,\nof 2048"}})]
+    extractor = ServedExtractor.connect(url, "trees", max_new_tokens=60, batch_size=1)
+    first, second = extractor(TEXTS[:2])
+    assert str(first) == "the server refused the passage (400: the prompt has 9000 tokens, of 2048)"
+    assert isinstance(second, Extraction)
+
+
+def test_a_busy_server_is_asked_again(engine: tuple[Engine, str]) -> None:
+    made, url = engine
+    made.answers = [(503, b"not yet"), (429, {"error": {"message": "too many"}})]
+    (found,) = ServedExtractor.connect(url, "trees", max_new_tokens=60)(TEXTS[:1])
+    assert isinstance(found, Extraction)
+    assert len(made.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([(503, {"error": {"message": "over\nloaded"}})] * 9, r"gave no answer \(503: over loaded\)"),
+        ([(503, BROKEN)] * 9, r"gave no answer \(503: IncompleteRead"),
+        ([(404, {"error": {"message": "gone"}})], r"refused \(404: gone\)"),
+        ([(200, b"<html>")], "no JSON object"),
+        ([(200, [1])], "no JSON object"),
+        ([(200, {"choices": []})], "no completion"),
+        ([(200, {"choices": [{"text": " Here is a tree:", "finish_reason": "stop"}]})], "does not keep to what may be written"),
+    ],
+)
+def test_what_is_wrong_with_a_server_is_said_once(engine: tuple[Engine, str], answer: list[Any], expected: str) -> None:
+    made, url = engine
+    made.answers = answer
+    with pytest.raises(GatewiseError, match=expected):
+        ServedExtractor.connect(url, "trees", max_new_tokens=60)(TEXTS[:1])
+
+
+def test_a_server_that_writes_freely_is_named(engine: tuple[Engine, str]) -> None:
+    made, url = engine
+    made.obeys = False
+    with pytest.raises(GatewiseError, match="start it with `gatewise serve --trees`"):
+        ServedExtractor.connect(url, "trees", max_new_tokens=60)(TEXTS)
+    assert all(ServedExtractor.connect(url, "trees", max_new_tokens=60, constrained=False)(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("told", "text", "most", "expected"),
+    [
+        # Where a tokenizer falls back to bytes, each byte of half a character is a mark.
+        ({"within": "患者@用药"}, " 1. 药 | 用\ufffd\ufffd", 60, ("", False)),
+        ({"within": "患者@用药"}, " 1. 药 | 用法用量 | 药\n2. ~ | \ufffd\ufffd", 60, ("1. 药 | 用法用量 | 药", False)),
+        # The last token ends a tree that only in a hurry has to end there.
+        ({"within": "患者@用药"}, " 1. 药 | 治疗方案 | 患者", 20, ("1. 药 | 治疗方案 | 患者", True)),
+        ({"within": "患者@用药方"}, " 1. 药 | 治疗方案 | 药", 20, ("", False)),
+        ({"stage": "tree", "roles": ["D"], "language": "en"}, " D", 20, ("D", True)),
+        ({"stage": "tree", "roles": ["D"], "language": "en"}, " A", 2000, ("A", True)),
+    ],
+)
+def test_what_the_last_token_cut(told: dict[str, Any], text: str, most: int, expected: tuple[str, bool]) -> None:
+    course = Course(**{"language": "zh", "stage": "triples", **told})
+    read = served._read_again(course, text, False, most, most)
+    assert isinstance(read, served.Written)
+    assert (read.text, read.ended) == expected
+
+
+def test_documents_of_which_none_can_be_read(engine: tuple[Engine, str], tmp_path: Path) -> None:
+    extractor = ServedExtractor.connect(engine[1], "trees")
+    assert extract_files([tmp_path / "none.txt"], extractor).failed == [str(tmp_path / "none.txt")]
+
+
+def test_an_end_before_the_tree_is_whole_is_a_fault_of_that_passage(engine: tuple[Engine, str]) -> None:
+    made, url = engine
+    made.answers = [(200, {"choices": [{"text": " C: a | sig", "finish_reason": "stop"}]})]
+    first, _ = ServedExtractor.connect(url, "trees", max_new_tokens=60, batch_size=1)(TEXTS[:2])
+    assert "could not work out" in str(first)
+
+
+def test_the_key_and_the_name(engine: tuple[Engine, str]) -> None:
+    made, url = engine
+    made.key = "secret"
+    with pytest.raises(GatewiseError, match=r"401: no such key\): give the right key in GATEWISE_API_KEY"):
+        ServedExtractor.connect(url, "trees")
+    with pytest.raises(GatewiseError, match="no model 'tree': expected one of base, trees"):
+        ServedExtractor.connect(f"{url}/v1", "tree", api_key="secret")
+    assert Server(f"{url}/v1/", "trees", "secret").base_model() == "maker/base-1b"
+    with pytest.raises(GatewiseError, match="expected an address"):
+        Server("127.0.0.1:8000", "trees")
+
+
+def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.time, "sleep", lambda _: None)
+    with pytest.raises(GatewiseError, match="gave no answer"):
+        ServedExtractor.connect("http://127.0.0.1:9", "trees")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "[]", "no", "{}", '{"language": "fr"}', '{"language": "en", "stage": "all"}', '{"language": "en", "levels": []}',
+        '{"language": "en", "levels": [3]}', '{"language": "en", "within": ""}', '{"language": "en", "triples": true}',
+        '{"language": "en", "within": " "}', '{"language": "en", "within": "@"}',
+        '{"language": "en", "roles": ["X"]}', '{"language": "en", "limits": {}}', '{"language": ["en"]}', "[" * 100_000,
+        json.dumps({"language": "en", "within": "a" * 30_000}), '{"language": "en", "levels": [[]]}',
+    ],
+)  # fmt: skip
+def test_a_course_that_nobody_would_ask_for(told: str) -> None:
+    with pytest.raises(GatewiseError, match="not told as gatewise tells it"):
+        Course.from_json(told)
+
+
+def test_the_command_goes_on_after_the_server_was_gone(
+    engine: tuple[Engine, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, url = engine
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "guides" / "inner"
+    folder.mkdir(parents=True)
+    (folder / ".hidden.txt").write_text(TEXT)
+    (folder / "picture.png").write_bytes(b"x")
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(TEXT.replace("0.5", f"{number}"))
+    command = ["mdt", "extract", "guides", "--server", url, "--adapter-name", "trees", "-f", "json", "-o", "trees.json"]
+    command += ["--max-new-tokens", "150", "--verbatim", "--batch-size", "1"]
+    made.answers = [(200, made.completion(body_of(0))), (404, {"error": {"message": "gone"}})]
+    result = CliRunner().invoke(app, command)
+    assert_refused(result, "404: gone")
+    assert "the same command goes on from there" in result.stderr
+    assert len((tmp_path / "trees.json.work.jsonl").read_text().splitlines()) == 2
+    before = len(made.asked)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert len(made.asked) == before + 3
+    assert len(read_trees("trees.json").records) == 4
+    assert not (tmp_path / "trees.json.work.jsonl").exists()
+
+
+def test_after_a_fault_nothing_more_is_asked_of_the_server(engine: tuple[Engine, str]) -> None:
+    """Whoever reads the trees may take long over one, and the fault that is next waits for them."""
+    made, url = engine
+    made.answers = [(200, made.completion(body_of(0))), (404, {"error": {"message": "gone"}})]
+    extractor = ServedExtractor.connect(url, "trees", max_new_tokens=MOST, verbatim=True, batch_size=1)
+    trees = extractor.as_they_come([TEXT.replace("0.5", f"{number}") for number in range(4)])
+    next(trees)
+    for thread in threading.enumerate():
+        if "(work)" in thread.name:
+            thread.join(timeout=60)
+    assert len(made.asked) == 2
+    with pytest.raises(GatewiseError, match="404: gone"):
+        list(trees)
+
+
+def test_what_an_interrupt_gave_is_no_document_of_its_folder(
+    engine: tuple[Engine, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, url = engine
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "guides"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(TEXT.replace("0.5", f"{number}"))
+    command = ["mdt", "extract", "guides", "--server", url, "--adapter-name", "trees", "-o", "guides/trees.txt"]
+    command += ["--max-new-tokens", "150", "--verbatim", "--batch-size", "1"]
+    made.answers = [(200, made.completion(body_of(0))), (404, {"error": {"message": "gone"}})]
+    assert_refused(CliRunner().invoke(app, command), "404: gone")
+    begun = (folder / "trees.txt").read_text()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert (folder / "trees.txt").read_text() != begun
+    asked = len(made.asked)
+    assert_refused(CliRunner().invoke(app, command), "would be lost")  # whose it is, nothing tells any more
+    assert len(made.asked) == asked
+
+
+def body_of(number: int) -> dict[str, Any]:
+    """What is asked for a document of the tests above."""
+    from gatewise_mdt.extraction.extractor import Asked
+    from gatewise_mdt.extraction.prompts import prompt
+
+    text = TEXT.replace("0.5", f"{number}")
+    asker = ServedExtractor(None, None, verbatim=True)  # type: ignore[arg-type]
+    course = json.dumps(asker._course(Asked(text, "en"), None))
+    return {"prompt": prompt(text, "en"), "max_tokens": 150, "vllm_xargs": {"gatewise_tree": course}}
+
+
+def test_pieces_are_kept_one_by_one(engine: tuple[Engine, str], tmp_path: Path) -> None:
+    """Not only when a whole batch is done."""
+    _, url = engine
+    file, batch = tmp_path / "a.txt", Batch()
+    file.write_text(TEXT)
+    journal = Journal(tmp_path / "work.jsonl", {})
+    kept: list[int] = []
+    keep = journal.keep
+    journal.keep = lambda pieces, found: (kept.append(len(pieces)), keep(pieces, found))[1]  # type: ignore[method-assign]
+    extractor = ServedExtractor.connect(url, "trees", max_new_tokens=60, batch_size=2)
+    extract_pieces(read_pieces([file] * 5, batch), extractor, batch, journal=journal)
+    assert kept == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "give either --adapter, a folder, or --server"),
+        (["--adapter", "a", "--server", "http://x", "--adapter-name", "b"], "give either --adapter"),
+        (["--server", "http://127.0.0.1:9"], "--server was given without --adapter-name"),
+        (["--adapter", "a", "--adapter-name", "b"], "--adapter-name was given without --server"),
+        (["--server", "http://127.0.0.1:9", "--adapter-name", "b", "--base", "c"], "--base was given with --server"),
+    ],
+)
+def test_half_of_what_is_needed(tmp_path: Path, words: list[str], expected: str) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert_refused(CliRunner().invoke(app, ["mdt", "extract", str(tmp_path / "a.txt"), *words]), expected)
+
+
+def test_a_folder_without_documents(tmp_path: Path) -> None:
+    assert_refused(CliRunner().invoke(app, ["mdt", "extract", str(tmp_path), "--adapter", "a"]), "has no document")
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    inner, outside = tmp_path / "guides" / "inner", tmp_path / "outside"
+    for folder in (inner, outside):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(TEXT)
+    (inner / "round").symlink_to(tmp_path / "guides")
+    for name in ("one", "other"):
+        (tmp_path / "guides" / name).symlink_to(outside)
+    assert documents_in([tmp_path / "guides"]) == [inner / "a.txt", tmp_path / "guides" / "one" / "a.txt"]

@@ -1,0 +1,489 @@
+"""What people look at: layout, SVG, Mermaid, HTML."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import xml.etree.ElementTree as ET
+import zipfile
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gatewise_mdt import DecisionTree, TreeRecord, read_trees, render, sample, write_trees, write_view
+from gatewise_mdt.formats.mermaid import mermaid_of
+from gatewise_mdt.formats.svg import drawing_of, place_boxes, width_of, wrap
+from gatewise_mdt.formats.views import FORMATS, ONE_TREE
+from hypothesis import given
+from mdt_trees import TEXT, gout, node, preorders, properties, triple
+
+from gatewise.errors import GatewiseError
+
+TREE = DecisionTree.from_preorder(gout())
+RECORD = TreeRecord(TEXT, TREE)
+HOSTILE = "<script>alert(1)</script>\"'&--> ]]> \x00\x0b"
+NO_FHIR = [name for name in FORMATS if name != "fhir"]
+
+
+def hostile() -> TreeRecord:
+    """A record whose every text tries to be something else."""
+    nodes = [node("C", triple(HOSTILE, subject=HOSTILE + "1")), node("D", triple(HOSTILE + "2", "drug therapy")), node("D")]
+    return TreeRecord(
+        f"{HOSTILE}@{HOSTILE} and more",
+        DecisionTree.from_preorder(nodes),
+        1,
+        {"headings": [HOSTILE], "notes": [HOSTILE], "note": HOSTILE},
+    )
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, and its text outside scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.elements)
+
+
+# Layout ---------------------------------------------------------------------------------------------------------------
+
+
+@properties
+@given(preorders(most_conditions=9))
+def test_no_box_is_over_another_and_children_are_on_their_sides(nodes: list[dict[str, Any]]) -> None:
+    tree = DecisionTree.from_preorder(nodes)
+    sizes = [(100.0, 20.0 + 10 * len(one["triples"])) for one in nodes]
+    places = place_boxes(tree, sizes, (10, 30))
+    assert min(place.x for place in places) == pytest.approx(0)
+    for i, one in enumerate(places):
+        for other in places[:i]:
+            apart_across = one.x + one.width + 9.9 <= other.x or other.x + other.width + 9.9 <= one.x
+            apart_down = one.y + one.height + 9.9 <= other.y or other.y + other.height + 9.9 <= one.y
+            assert apart_across or apart_down
+        if (both := tree.children[i]) is not None:
+            true, false = (places[child] for child in both)
+            assert true.middle < one.middle < false.middle
+            assert true.y == false.y >= one.y + one.height + 29.9
+            assert one.middle == pytest.approx((true.middle + false.middle) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("one two three", 60, ["one two", "three"]),
+        ("", 50, [""]),
+        ("a  b\nc", 200, ["a b c"]),
+        ("血压控制不佳，且无禁忌", 60, ["血压控制", "不佳，且无", "禁忌"]),  # the comma does not begin a line
+        ("antidisestablishment", 60, ["antidis", "establis", "hment"]),
+        ("piperacillin-tazobactam", 100, ["piperacillin-", "tazobactam"]),
+    ],
+)
+def test_text_is_wrapped(text: str, width: float, lines: list[str]) -> None:
+    found = wrap(text, width, 12)
+    assert "".join(found).replace(" ", "") == re.sub(r"\s", "", text)
+    assert all(width_of(line, 12) <= width + 12 for line in found)
+    assert len(found) == len(lines)
+    assert not any(line.startswith(("，", " ")) for line in found)
+
+
+# SVG ------------------------------------------------------------------------------------------------------------------
+
+
+def shown(svg: str) -> list[str]:
+    return [text.text or "" for text in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_svg_shows_the_whole_tree() -> None:
+    svg = drawing_of(TREE, TEXT).svg
+    texts = shown(svg)
+    for text in ("adults with gout", "If all of these", "Then any of these", "acute flare", "and", "or", "No recommendation"):
+        assert text in texts
+    assert "colchicine \N{RIGHTWARDS ARROW} dosage and" in " ".join(texts)
+    # Two edges with their labels below each condition, and one of each in the legend.
+    assert (texts.count("yes"), texts.count("no")) == (3, 3)
+    for text in ("condition", "decision", "Needs review by a clinician. Not medical advice."):
+        assert text in texts
+    assert not re.search(r"(?:href|src|url)\s*[=(]", svg)
+    assert "not in the text" not in svg
+
+
+def test_svg_marks_what_is_not_in_the_text() -> None:
+    assert sum("not in the text" in text for text in shown(drawing_of(TREE, TEXT.replace("naproxen", "ibuprofen")).svg)) == 1
+    assert "not in the text" not in drawing_of(TREE).svg
+
+
+def test_every_view_says_of_which_words_a_dose_is_but_a_part() -> None:
+    dose = triple("0.5 mg", "dosage and administration", "colchicine")
+    record = TreeRecord(TEXT.replace("0.5 mg", "0.5 mg/kg"), DecisionTree.from_preorder([node("D", dose)]))
+    said = "'0.5 mg' stands in the text only as part of '0.5 mg/kg'"
+    assert f"# {said}: colchicine | dosage and administration | 0.5 mg\n" in render([record], "text")
+    assert f"<br/>({said})" in render([record], "mermaid")
+    for format in ("svg", "html"):
+        assert said in " ".join(html.unescape(re.sub("<[^>]*>", " ", render([record], format))).split())
+    (found,) = json.loads(render([record], "json"))[0]["spans"][0]
+    assert (found["object"], found["object_part_of"]) == (None, "0.5 mg/kg")
+    chinese = TreeRecord("成人@口服10~20mg。", DecisionTree.from_preorder([node("D", triple("20mg", "用法用量", "成人"))]))
+    assert "# “20mg”在原文中只作为“10~20mg”的一部分出现: 成人 | 用法用量 | 20mg\n" in render([chinese], "text")
+
+
+@pytest.mark.parametrize("format", ["fhir", "fhir-r4", "fhir-r5", "dak"])
+def test_a_phrase_that_comes_twice_is_cited_where_the_other_views_find_it(format: str, tmp_path: Path) -> None:
+    """The second dose is that of the second drug."""
+    nodes = [node("C", triple("mild pain"))]
+    for drug, last in (("paracetamol", False), ("metamizole", True)):
+        nodes.append(node("D", triple(drug, "drug therapy"), triple("1 g", "dosage and administration"), joined="and"))
+        nodes += [node("D")] if last else [node("C", triple("severe pain"))]
+    text = "adults with gout@For mild pain give paracetamol 1 g. For severe pain give metamizole 1 g."
+    record = TreeRecord(text, DecisionTree.from_preorder(nodes))
+    place = json.loads(render([record], "json"))[0]["spans"][3][1]["object"]
+    assert place == [text.rindex("1 g"), len(text) - 1]
+    if format == "dak":
+        pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install gatewise-mdt")
+        content = b"".join(sheets(write_view([record], format, tmp_path / "x.xlsx")).values()).decode()
+    else:
+        if format == "fhir":
+            pytest.importorskip("fhir.resources")
+        content = render([record], format)
+    assert {int(start) for start in re.findall(r"characters (\d+) to \d+: 1 g", content)} == {text.index("1 g") + 1, place[0] + 1}
+
+
+def test_svg_in_chinese_speaks_chinese() -> None:
+    texts = shown(drawing_of(TREE.in_language("zh")).svg)
+    assert {"如果同时满足", "则任选其一", "是", "否", "无推荐", "条件", "决策"} <= set(texts)
+    assert any("须经临床医生审核" in text for text in texts)
+
+
+@properties
+@given(preorders(most_conditions=4))
+def test_svg_is_xml_whatever_the_texts(nodes: list[dict[str, Any]]) -> None:
+    tree = DecisionTree.from_preorder(nodes)
+    for focusable in (False, True):
+        root = ET.fromstring(drawing_of(tree, "some text", focusable=focusable).svg)
+        assert sum("node" in (group.get("class") or "").split() for group in root.iter()) == len(nodes)
+
+
+def test_boxes_and_texts_stay_inside_the_drawing() -> None:
+    for record in sample():
+        root = ET.fromstring(drawing_of(record.tree, record.text).svg)
+        width, height = float(root.get("width", 0)), float(root.get("height", 0))
+        for box in root.iter("{http://www.w3.org/2000/svg}rect"):
+            assert float(box.get("x", 0)) >= 0
+            assert float(box.get("x", 0)) + float(box.get("width", 0)) <= width
+            assert float(box.get("y", 0)) + float(box.get("height", 0)) <= height
+        for group in root.iter("{http://www.w3.org/2000/svg}g"):
+            box = group.find("{http://www.w3.org/2000/svg}rect")
+            if box is None or "node" not in (group.get("class") or "").split():
+                continue
+            left, top = float(box.get("x", 0)), float(box.get("y", 0))
+            for text in group.iter("{http://www.w3.org/2000/svg}text"):
+                assert top < float(text.get("y", 0)) < top + float(box.get("height", 0))
+                if text.get("text-anchor") is None:
+                    bold = text.get("font-weight") is not None
+                    right = float(text.get("x", 0)) + width_of(text.text or "", float(text.get("font-size", 0)), bold)
+                    assert right <= left + float(box.get("width", 0))
+
+
+# Mermaid --------------------------------------------------------------------------------------------------------------
+
+
+def test_mermaid_has_a_line_for_each_node_and_edge() -> None:
+    lines = mermaid_of(TREE).splitlines()
+    assert lines[0] == "flowchart TD"
+    assert "Needs review by a clinician" in lines[1]
+    assert sum(bool(re.match(r"  n\d+[\[(]", line)) for line in lines) == 5
+    assert sum("-->|yes|" in line for line in lines) == sum("-.->|no|" in line for line in lines) == 2
+    assert "  n3 -.->|no| n5" in lines
+
+
+def test_mermaid_takes_nothing_from_the_texts_for_its_own() -> None:
+    source = mermaid_of(hostile().tree)
+    assert "<script" not in source
+    for line in source.splitlines():
+        if re.match(r"  n\d+[\[(]", line):
+            assert line.count('"') == 2
+            assert re.fullmatch(r'  n\d(?:\("|\[").*(?:"\)|"\]):::\w+', line)
+
+
+@pytest.mark.parametrize("begin", ["1. ", "12. ", " 3. ", "- ", "+ ", "* ", "# ", "1) ", "---", "==="])
+def test_no_line_of_a_mermaid_label_is_a_list_or_heading_of_markdown(begin: str) -> None:
+    """Builds that read labels as Markdown show no label with a list, and so no notice."""
+    said = f"{begin}x" if begin.endswith(" ") else begin
+    nodes = [
+        node("C", triple(said, subject=said), triple("b", subject=said + "2"), joined="or"),
+        node("D", triple(said, "drug therapy")),
+    ]
+    record = replace(RECORD, tree=DecisionTree.from_preorder([*nodes, node("D")]), more={"headings": [said], "warnings": [said]})
+    source = render([record], "mermaid")
+    labels = re.findall(r'^  \w+[\[(]"(.*)"[\])]:::', source, re.MULTILINE)
+    assert labels[0].startswith("Needs review by a clinician")
+    assert len(labels) == 4
+    for line in (line for label in labels for line in label.split("<br/>")):
+        assert not re.match(r"\s*(?:\d*[.)](?:\s|$)|[-+*](?:\s|$)|#+\s|-+$|=+$)", line), line
+    seen = html.unescape(re.sub(r"#(\d+);", r"&#\1;", source))
+    assert seen.count(said.strip()) >= 6
+    assert "0.5 mg twice daily" in mermaid_of(TREE)  # which is no list
+
+
+# HTML -----------------------------------------------------------------------------------------------------------------
+
+
+def test_text_and_tree_of_the_page_name_each_other() -> None:
+    page = Page(render([RECORD], "html"))
+    marks = [attributes for tag, attributes in page.elements if tag == "mark"]
+    boxes = [attributes for tag, attributes in page.elements if "node" in (attributes.get("class") or "").split()]
+    parts = {attributes["data-triple"] for _, attributes in page.elements if "data-triple" in attributes}
+    assert [box["data-node"] for box in boxes] == ["0", "1", "2", "3", "4"]
+    assert all(item["tabindex"] == "0" for item in (*marks, *boxes))
+    assert all(box["aria-label"] for box in boxes)
+    named = {name for mark in marks for name in (mark["data-of"] or "").split()}
+    assert named == parts == {"0.0", "0.1", "1.0", "1.1", "1.2", "2.0", "3.0"}
+    assert page.open == []
+
+
+def test_the_page_shows_the_text_as_it_is() -> None:
+    page = Page(render([RECORD], "html"))
+    population, _, passage = TEXT.partition("@")
+    assert population in page.text
+    assert passage in page.text
+    assert "Needs review by a clinician" in page.text
+
+
+def test_the_page_asks_for_nothing_from_outside() -> None:
+    page = Page(render([RECORD, RECORD], "html"))
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "action", "srcset", "data", "poster"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, value)
+        assert not any(name.startswith("on") for name in attributes)
+        assert "style" not in attributes
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_page_allows_its_own_style_and_script_and_no_others() -> None:
+    for records in ([RECORD], [RECORD, hostile()]):
+        content = render(records, "html")
+        (policy,) = [one for one in re.findall(r'content="([^"]*)"', content) if "default-src" in one]
+        assert "default-src 'none'; " in policy
+        assert "unsafe" not in policy
+        for tag, rule in (("style", "style-src"), ("script", "script-src")):
+            (inline,) = re.findall(f"<{tag}>(.*?)</{tag}>", content, flags=re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+            assert f"{rule} 'sha256-{digest}';" in policy
+
+
+def test_script_in_a_text_stays_text() -> None:
+    content = render([hostile()], "html")
+    page = Page(content)
+    assert page.count("script") == 1
+    assert page.text.count("<script>alert(1)</script>") >= 5
+    assert page.open == []
+    assert "<script>alert" not in content
+
+
+@properties
+@given(preorders(most_conditions=3))
+def test_the_page_is_whole_whatever_the_texts(nodes: list[dict[str, Any]]) -> None:
+    tree = DecisionTree.from_preorder(nodes)
+    text = "@".join(part for one in tree.triples for part in (one.subject, one.object)) or "nothing"
+    page = Page(render([TreeRecord(text, tree)], "html"))
+    assert page.open == []
+    assert page.count("script") == 1
+
+
+# All formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NO_FHIR)
+def test_every_format_asks_for_a_clinicians_review(name: str) -> None:
+    for record in (RECORD, TreeRecord("仅此", TREE.in_language("zh"))):
+        content = render([record], name)
+        assert re.search("review by a clinician", content, re.IGNORECASE)
+        assert content.endswith("\n")
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
+    if name == "fhir":
+        pytest.importorskip("fhir.resources")
+    warnings = ["the output was brought to a close before its end", HOSTILE]
+    content = render([replace(RECORD, more={"warnings": warnings})], name)
+    # Mermaid needs its own entities for brackets, none of which are in the sentence; drawings wrap it at spaces.
+    plain = " ".join(shown(content)) if name == "svg" else content
+    assert "the output was brought to a close before its end" in plain
+    if name in ("html", "svg", "mermaid"):
+        assert "<script>alert" not in content
+    if name == "html":
+        page = Page(content)
+        assert "may be incomplete" in page.text
+        assert HOSTILE.split(" ")[0] in page.text
+        assert (page.count("script"), page.open) == (1, [])
+    for nothing in ([], ["", " "], "text", None, [3], {"a": 1}):
+        assert render([replace(RECORD, more={"warnings": nothing})], name).count("incomplete") == 0
+
+
+def test_text_with_warnings_is_read_back(tmp_path: Path) -> None:
+    record = replace(RECORD, more={"warnings": ["one\n---\ntext: x", "two"]})
+    path = write_view([record, record], "text", tmp_path / "trees.txt")
+    assert [(one.text, one.tree) for one in read_trees(path).records] == [(TEXT, TREE)] * 2
+
+
+@pytest.mark.parametrize("name", ["text", "json"])
+def test_text_and_json_are_read_back(tmp_path: Path, name: str) -> None:
+    path = write_view([RECORD, RECORD], name, tmp_path / f"trees{FORMATS[name]}")
+    assert [(record.text, record.tree) for record in read_trees(path).records] == [(TEXT, TREE)] * 2
+
+
+def test_json_escapes_all_that_a_terminal_obeys() -> None:
+    text = "".join(map(chr, range(1, 0xA0))) + "@If it hurts\x9b2J, rest."
+    content = render([TreeRecord(text, TREE)], "json")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", content)
+    assert json.loads(content)[0]["text"] == text
+
+
+def test_json_has_the_places_of_all_phrases() -> None:
+    (made,) = json.loads(render([RECORD], "json"))
+    start, end = made["spans"][1][1]["object"]
+    assert TEXT[start:end] == "0.5 mg twice daily"
+    assert made["nested"]["false"]["false"]["triples"] == []
+
+
+def test_what_cannot_be_rendered_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match="'png': expected one of text, json"):
+        render([RECORD], "png")
+    with pytest.raises(GatewiseError, match="no tree"):
+        render([], "text")
+    with pytest.raises(GatewiseError, match="an SVG shows one tree, but 2"):
+        render([RECORD, RECORD], "svg")
+    with pytest.raises(GatewiseError):
+        write_view([RECORD], "png", tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", list(ONE_TREE))
+def test_formats_of_one_tree_refuse_several(name: str) -> None:
+    with pytest.raises(GatewiseError, match="shows one tree, but 2 were given"):
+        render([TreeRecord(TEXT, TREE)] * 2, name)
+
+
+def test_keys_of_a_record_take_the_place_of_nothing_of_ours() -> None:
+    more = {"notice": "Approved for clinical use", "nested": 1, "spans": 2, "source": "x", "score": float("nan")}
+    made = json.loads(render([TreeRecord(TEXT, TREE, 1, more)], "json"), parse_constant=pytest.fail)[0]
+    assert "review by a clinician" in made["notice"]
+    assert made["nested"] == TREE.to_nested()
+    assert len(made["spans"]) == len(TREE.nodes)
+    assert (made["source"], made["score"]) == ("x", None)
+
+
+@pytest.mark.parametrize("format", NO_FHIR)
+def test_the_headings_of_a_passage_are_in_every_view(format: str) -> None:
+    more = {"headings": ["Asthma", "Renal failure"], "notes": ["no headers were found in the table"]}
+    shown = render([TreeRecord("adults@Asthma: Renal failure: rest.", TREE, 1, more)], format)
+    assert "Renal failure" in shown
+    if format not in ("text", "json"):
+        assert "Asthma › Renal failure" in shown
+    if format not in ("text", "svg", "mermaid"):
+        assert more["notes"][0] in shown
+
+
+# How sure a model was of each node ------------------------------------------------------------------------------------
+
+SURE = replace(RECORD, more={"confidence": [0.9, 0.41, 0.72, 0.4999, None]})
+
+
+def test_views_show_the_confidence_of_each_node_and_what_it_means() -> None:
+    said = ["confidence 90%", "confidence 41%, doubtful", "confidence 72%", "confidence 49%, doubtful"]
+    svg = shown(render([SURE], "svg"))
+    assert [line for line in svg if re.match("confidence \\d", line)] == said
+    assert "as measured on dev passages" in " ".join(svg)
+    page = Page(render([SURE], "html"))
+    labels = [attrs["aria-label"] for _, attrs in page.elements if attrs.get("role") == "button"]
+    assert [(label or "").partition(". ")[2] for label in labels] == [*said, ""]
+    assert "as measured on dev passages" in page.text
+    assert not any("style" in attrs for _, attrs in page.elements)
+    bars = [attrs for tag, attrs in page.elements if tag == "rect" and (attrs.get("class") or "").startswith("bar")]
+    wide = [float(one["width"] or 0) for one in page_tracks(page)]
+    assert [float(one["width"] or 0) / whole for one, whole in zip(bars, wide, strict=True)] == pytest.approx(
+        [0.9, 0.41, 0.72, 0.4999]
+    )
+    assert [one["class"] for one in bars] == ["bar faint", "bar warn", "bar faint", "bar warn"]
+    mermaid = render([SURE], "mermaid").split("\n")
+    assert [re.findall(r"<i>confidence ([^<]*)</i>", line) for line in mermaid if re.match(r"  n\d[(\[]", line)] == [
+        ["90#37;"], ["41#37;, doubtful"], ["72#37;"], ["49#37;, doubtful"], []
+    ]  # fmt: skip
+    assert "dev passages" in mermaid[1]
+    lines = [line.strip() for line in render([SURE], "text").split("\n")]
+    assert [(lines[i], lines[i + 1]) for i, line in enumerate(lines) if line.startswith("# confidence")] == [
+        ("# confidence 90%", "if all:"),
+        ("# confidence 41%, doubtful", "do any:"),
+        ("# confidence 72%", "if:"),
+        ("# confidence 49%, doubtful", "do:"),
+    ]
+    assert any("dev passages" in line for line in lines)
+    assert "置信度 41%，存疑" in render([replace(SURE, tree=TREE.in_language("zh"))], "svg")
+
+
+def page_tracks(page: Page) -> list[dict[str, str | None]]:
+    return [attrs for tag, attrs in page.elements if tag == "rect" and attrs.get("class") == "track"]
+
+
+@pytest.mark.parametrize("name", ["text", "svg", "html", "mermaid"])
+def test_no_view_shows_what_is_no_confidence_or_was_approved(name: str) -> None:
+    without = render([RECORD], name)
+    for said in ("high", [0.5], [0.5, 0.5, 2, 0.5, None], [None] * 5):
+        assert render([replace(RECORD, more={"confidence": said})], name) == without
+    approved = {"review": "approved"}
+    assert render([replace(SURE, more={**SURE.more, **approved})], name) == render([replace(RECORD, more=approved)], name)
+
+
+def sheets(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as book:
+        return {name: book.read(name) for name in book.namelist() if not name.startswith("docProps")}
+
+
+def test_json_keeps_confidence_and_what_runs_has_none(tmp_path: Path) -> None:
+    assert json.loads(render([SURE], "json"))[0]["confidence"] == SURE.more["confidence"]
+    for name in ("fhir-r4", "fhir-r5", "dmn"):
+        assert render([SURE], name) == render([RECORD], name)
+    pytest.importorskip("openpyxl")
+    for i, record in enumerate((SURE, RECORD)):
+        write_view([record], "dak", tmp_path / f"{i}.xlsx")
+    assert sheets(tmp_path / "0.xlsx") == sheets(tmp_path / "1.xlsx")
+    for suffix in (".json", ".jsonl"):
+        write_trees(tmp_path / f"x{suffix}", [SURE])
+        assert read_trees(tmp_path / f"x{suffix}").records[0].confidence == SURE.confidence
+
+
+def test_a_confidence_has_room_beside_its_bar() -> None:
+    for record in (SURE, replace(SURE, tree=TREE.in_language("zh"))):
+        found = re.findall(
+            r'x="([\d.]+)" y="[\d.]+" font-size="([\d.]+)"[^>]*>([^<]+)</text><rect class="track" x="([\d.]+)"',
+            render([record], "svg"),
+        )
+        assert len(found) == 4
+        for x, size, text, bar in found:
+            assert float(x) + width_of(text, float(size), bold=True) < float(bar)

@@ -1,0 +1,420 @@
+"""Trees from texts: a model that learns four passages by heart, stages from gold, odd texts, batches, and damage."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gatewise_mdt import DecisionTree, Extraction, Extractor
+from gatewise_mdt.documents.passages import Passage
+from gatewise_mdt.extraction.batch import Journal, Piece
+from gatewise_mdt.extraction.extractor import Asked
+from gatewise_mdt.extraction.measuring import measure
+from gatewise_mdt.pointing import extractor as extractor_module
+from gatewise_mdt.pointing.calibration import Calibration
+from gatewise_mdt.pointing.decoding import Found
+from gatewise_mdt.pointing.extractor import PointingExtractor
+from gatewise_mdt.pointing.heads import HeadSettings
+from gatewise_mdt.pointing.loading import load_extractor
+from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_records
+from gatewise_mdt.pointing.targets import KINDS, NOBODY, POPULATION, Mention, Pointed
+from gatewise_mdt.pointing.training import calibration
+from gatewise_mdt.pointing.units import Units
+from gatewise_mdt.records import TreeRecord
+from gatewise_mdt.tree import Node, Triple
+from mdt_models import random_adapter_folder
+from mdt_trees import node, triple
+from pointing_models import GOUT, RECORDS, encoder, pointing_model
+from tiny_run import byte_tokenizer
+
+from gatewise.errors import GatewiseError
+
+TEXTS = [record.text for record in RECORDS]
+NOTE: dict[str, Any] = {"task": "text2mdt", "heads": {"hidden": 16, "width": 16, "longest": 8, "dropout": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def learnt() -> PointingExtractor:
+    """Has learnt RECORDS by heart."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    model = PointingModel(encoder(), HeadSettings(hidden=16, width=32, longest=8, dropout=0.0)).train()
+    batch = PointingCollator(tokenizer)(encode_records(RECORDS, tokenizer, 8)[0])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return PointingExtractor(model.eval(), tokenizer, calibration=Calibration())
+
+
+@pytest.fixture(scope="module")
+def untrained() -> PointingExtractor:
+    return PointingExtractor(pointing_model(), byte_tokenizer(), calibration=Calibration())
+
+
+def sound(found: list[Extraction | GatewiseError]) -> list[Extraction]:
+    assert all(isinstance(one, Extraction) for one in found), found
+    return [one for one in found if isinstance(one, Extraction)]
+
+
+# ---- what was learnt ----
+
+
+def test_it_learns_four_passages_by_heart(learnt: PointingExtractor) -> None:
+    found = sound(learnt(TEXTS))
+    assert [one.tree for one in found] == [record.tree for record in RECORDS]
+    values = measure(learnt, RECORDS)
+    assert (values["tree_acc"], values["ter"], values["failed"]) == (1.0, 0.0, 0)
+    for one in found:
+        assert one.absent == ()
+        assert one.confidence is not None
+        assert [value is None for value in one.confidence] == [node.is_empty for node in one.tree.nodes]
+        assert all(0.9 < value <= 1 for value in one.confidence if value is not None)
+        assert one.made_with is not None
+        assert one.made_with["settings"]["pointing"] is True
+
+
+@pytest.mark.parametrize(("stage", "metric"), [("triples", "triplet_f1"), ("nodes", "node_f1"), ("tree", "tree_acc")])
+def test_each_stage_goes_on_from_gold(learnt: PointingExtractor, stage: Any, metric: str) -> None:
+    values = measure(learnt, RECORDS, stage)
+    assert (values[metric], values["failed"]) == (1.0, 0)
+
+
+def test_joins_and_nodes_that_are_given_are_kept(learnt: PointingExtractor) -> None:
+    """Even where the model thinks otherwise: every join the other way round, and two nodes that it would part."""
+    flipped = {"and": "or", "or": "and", "null": "null"}
+    for record in RECORDS:
+        given = tuple(replace_join(one, flipped) for one in record.tree.nodes if not one.is_empty)
+        (found,) = sound(learnt.trees([Asked(record.text, "en", nodes=given)]))
+        assert {(one.role, one.triples, one.logical_rel) for one in found.tree.nodes if not one.is_empty} == {
+            (one.role, one.triples, one.logical_rel) for one in given
+        }
+        assert found.confidence is None or set(found.confidence) <= {None}  # nobody asked the model for the nodes
+    mixed = tuple(one for one in GOUT.tree.nodes if not one.is_empty)
+    all_conditions = node("C", *(list(one) for held in mixed if held.is_condition for one in held.triples), joined="and")
+    whole = DecisionTree.from_preorder([all_conditions, node("D"), node("D")]).nodes[0]
+    (found,) = sound(learnt.trees([Asked(GOUT.text, "en", nodes=(whole, *(one for one in mixed if not one.is_condition)))]))
+    assert [len(one.triples) for one in found.tree.nodes if one.is_condition] == [3]
+
+
+def replace_join(one: Any, joins: dict[str, str]) -> Any:
+    return one.model_copy(update={"logical_rel": joins[one.logical_rel]})
+
+
+def test_what_does_not_stand_in_the_text_is_lost_and_nothing_fails(learnt: PointingExtractor) -> None:
+    elsewhere = DecisionTree.from_preorder([node("D", triple("elsewhere", "drug therapy"))])
+    asked = [
+        Asked(
+            GOUT.text, "en", triples=(*elsewhere.triples, *GOUT.tree.triples[:1]), nodes=(elsewhere.nodes[0], GOUT.tree.nodes[2])
+        ),
+        Asked(GOUT.text, "en", triples=tuple(elsewhere.triples), nodes=(elsewhere.nodes[0],)),
+    ]
+    grouped = learnt.nodes(asked)
+    assert all(isinstance(one, Asked) for one in grouped)
+    assert [[t.object for n in one.nodes for t in n.triples] for one in grouped if isinstance(one, Asked)] == [["acute flare"], []]
+    some, none = sound(learnt.trees(asked))
+    assert [one.object for one in some.tree.triples] == ["Without a flare"]
+    assert none.is_empty
+
+
+def test_batches_change_nothing(learnt: PointingExtractor, untrained: PointingExtractor) -> None:
+    for extractor in (learnt, untrained):
+        texts = [*TEXTS, "a@b", "cool burns", f"{TEXTS[0]} {TEXTS[2]}"]
+        one_by_one = sound(replace(extractor, batch_size=1)(texts, language="en"))
+        order = random.Random(1).sample(range(len(texts)), len(texts))
+        shuffled = sound(replace(extractor, batch_size=3)([texts[i] for i in order], language="en"))
+        for i, other in zip(order, shuffled, strict=True):
+            assert other.tree == one_by_one[i].tree
+            assert other.confidence == pytest.approx(one_by_one[i].confidence, abs=1e-4)
+
+
+def test_long_texts_go_in_smaller_batches(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = sound(untrained(TEXTS))
+    sizes: list[int] = []
+    forward = PointingModel.forward
+
+    def counted(self: PointingModel, **given: Any) -> Any:
+        sizes.append(len(given["units"]))
+        return forward(self, **given)
+
+    monkeypatch.setattr(PointingModel, "forward", counted)
+    monkeypatch.setattr(extractor_module, "MOST_TOKENS", 180)
+    assert [one.tree for one in sound(untrained(TEXTS))] == [one.tree for one in together]
+    assert sizes == [2, 1, 1]
+
+
+# ---- odd texts ----
+
+
+def test_texts_that_give_no_tree_say_why_in_their_place(untrained: PointingExtractor) -> None:
+    odd = ["", " \n", "@", "adults@", "half a pair \ud83d", "word " * 5000]
+    found = untrained([TEXTS[0], *odd, TEXTS[1]], language="en")
+    assert [isinstance(one, GatewiseError) for one in found] == [False, *[True] * len(odd), False]
+    said = [str(one) for one in found[1:-1]]
+    assert "the text is empty" in said[0]
+    assert 'a population before the "@" and no passage' in said[3]
+    assert said[5] == "the text has 25000 tokens, but the model reads at most 512: cut it into passages"
+
+
+def test_text_of_odd_characters_gives_a_tree(untrained: PointingExtractor) -> None:
+    odd = ["👩‍⚕️ 💊@👍🏽 😀", "@x", "x@.", "成人@儿童发热，给药。", "a\u0301@\ufeffb\u200b c", "x@y@z"]
+    for one in sound(untrained(odd, language="en")):
+        assert one.absent == ()
+        assert all(value is None or 0 <= value <= 1 for value in one.confidence or ())
+
+
+_ODD = [
+    "gout",
+    "@",
+    "or",
+    "成人",
+    "发热",
+    "，",
+    "5\u2009mg",
+    "if\u00a0not",
+    "\n",
+    "\u200b",
+    "👩‍⚕️",
+    "é",
+    "½",
+    "~",
+    "D:",
+    "\u00ad",
+    "１",
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_heads_say_is_a_tree_of_the_text(seed: int) -> None:
+    """From the text, and from the triples and nodes of that tree."""
+    draw = random.Random(seed)
+    model = pointing_model(["llama", "bert"][seed % 2])
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.heads.parameters():
+            parameter.normal_(std=[0.05, 0.3, 1.0][seed % 3])
+    texts = ["x@y" + "".join(draw.choice(_ODD) + draw.choice([" ", ""]) for _ in range(draw.randrange(1, 30))) for _ in range(5)]
+    extractor = PointingExtractor(model, byte_tokenizer(), calibration=Calibration())
+    found = sound(extractor(texts, language="en"))
+    for one in found:
+        assert one.absent == ()
+        assert (one.confidence is None) == one.is_empty
+        assert one.confidence is None or len(one.confidence) == len(one.tree.nodes)
+        assert all(value is None or 0 <= value <= 1 for value in one.confidence or ())
+    nodes = [tuple(node for node in one.tree.nodes if not node.is_empty) for one in found]
+    sound(extractor.trees([Asked(one.text, "en", nodes=held) for one, held in zip(found, nodes, strict=True)]))
+    triples = [Asked(one.text, "en", triples=tuple(one.tree.triples)) for one in found]
+    assert all(isinstance(one, Asked) for one in extractor.nodes(triples))
+
+
+def test_a_decision_without_a_place_is_said(untrained: PointingExtractor) -> None:
+    """Two decisions and no condition between them: a tree has room for one. What is said of nobody asks for no room."""
+    text = "adults with gout@Give colchicine. Give aspirin."
+    units = Units.of(text)
+    words = [text[span.start : span.end] for span in units.spans]
+    drugs = [words.index(drug) for drug in ("colchicine", "aspirin")]
+    mentions = tuple(Mention(at, at + 1, KINDS.index(("drug therapy", "D"))) for at in drugs)
+    both = Pointed(mentions, (POPULATION, POPULATION), ((0,), (1,)), (0, 1), ("null", "null"), 0, (None, None))
+    found = untrained._trees(Asked(text, "en"), units, Found(both))
+    assert [triple.object for triple in found.tree.triples] == ["colchicine"]
+    assert found.warnings == ("1 of the 2 nodes found have no place in the tree",)
+    assert not untrained._trees(Asked(text, "en"), units, Found(replace(both, subjects=(POPULATION, NOBODY)))).warnings
+
+
+def test_more_nodes_than_a_tree_has_room_for_are_a_warning_or_a_sentence(untrained: PointingExtractor) -> None:
+    def nodes(role: str, relation: str, count: int) -> tuple[Node, ...]:
+        triples = [Triple(subject="adults", relation=relation, object=f"{role.lower()}{i}") for i in range(count)]
+        return tuple(Node(role=role, triples=(one,)) for one in triples)  # type: ignore[arg-type]
+
+    # One condition has two sides, for which there are four decisions.
+    few = (*nodes("C", "clinical manifestation", 1), *nodes("D", "drug therapy", 4))
+    (found,) = sound(untrained.trees([Asked("adults@c0 d0 d1 d2 d3", "en", nodes=few)]))
+    placed = sum(not one.is_empty for one in found.tree.nodes)
+    assert placed <= 3
+    assert found.warnings == (f"{5 - placed} of the 5 nodes found have no place in the tree",)
+    many = nodes("C", "clinical manifestation", 101)
+    text = " ".join(one.triples[0].object for one in many)
+    (fault,) = untrained.trees([Asked(f"adults@{text}", "en", nodes=many)])
+    assert str(fault).startswith("101 phrases of the text would go into its tree")
+    assert isinstance(fault, GatewiseError)
+    (found,) = sound(untrained.trees([Asked("adults@c0 c1", "en", nodes=many)]))
+    assert {one.object for one in found.tree.triples} <= {"c0", "c1"}
+
+
+def test_no_phrase_is_a_single_empty_leaf(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extractor_module.decoding, "best_phrases", lambda scores, lengths: [[] for _ in lengths])
+    found = sound(untrained(TEXTS))
+    assert all(one.tree == DecisionTree.from_preorder([node("D")]) for one in found)
+    assert [one.confidence for one in found] == [None] * len(TEXTS)
+    assert all(one.is_empty for one in found)
+    listed = untrained.triples([Asked(text, "en") for text in TEXTS])
+    assert [one.triples for one in listed if isinstance(one, Asked)] == [()] * len(TEXTS)
+
+
+def test_too_many_phrases_are_a_fault_of_their_text_alone(untrained: PointingExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def every_unit(scores: Any, lengths: torch.Tensor) -> list[list[tuple[int, int, int]]]:
+        return [[(i, i + 1, 0) for i in range(int(length))] for length in lengths]
+
+    monkeypatch.setattr(extractor_module.decoding, "best_phrases", every_unit)
+    short, long = untrained(["a@b c d", "a@" + "b " * 80], language="en")
+    assert isinstance(short, Extraction)
+    assert str(long).startswith("82 phrases of the text would go into its tree, and at most 64 can: cut it into passages")
+
+
+def test_a_tokenizers_own_limit_counts_too() -> None:
+    """RoBERTa's positions count two that are no text's."""
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 20
+    (found,) = PointingExtractor(pointing_model(), tokenizer)([TEXTS[0]])
+    assert "but the model reads at most 20" in str(found)
+
+
+def test_progress_counts_texts_and_its_interrupt_goes_through(untrained: PointingExtractor) -> None:
+    told: list[tuple[str, int, int]] = []
+    replace(untrained, batch_size=3)(TEXTS, progress=lambda *what: told.append(what))
+    assert told == [("trees", 3, 4), ("trees", 4, 4)]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        untrained(TEXTS, progress=stop)
+
+
+def test_a_batch_has_at_least_one_text(untrained: PointingExtractor) -> None:
+    with pytest.raises(GatewiseError, match="batch_size is 0: expected at least 1"):
+        replace(untrained, batch_size=0)
+
+
+# ---- confidence ----
+
+
+def test_unsure_nodes_are_warned_of_where_confidence_is_fitted(learnt: PointingExtractor) -> None:
+    doubting = replace(learnt, calibration=Calibration((1.0, 0.0, 0.0, 0.0), -3.0))
+    found = sound(doubting([TEXTS[1]]))[0]
+    assert found.warnings == ("3 of the 3 nodes are more likely wrong than right",)
+    assert all(value is not None and value < 0.5 for value in found.confidence or ())
+    assert found.record().more["confidence"] == [round(value, 3) for value in found.confidence or () if value is not None]
+    assert sound(learnt([TEXTS[1]]))[0].warnings == ()
+
+
+def test_there_is_no_confidence_that_nobody_measured(learnt: PointingExtractor) -> None:
+    found = sound(replace(learnt, calibration=None)(TEXTS))
+    assert [one.tree for one in found] == [one.tree for one in sound(learnt(TEXTS))]
+    assert all(one.confidence is None and "confidence" not in one.record().more for one in found)
+
+
+def test_nodes_are_judged_against_gold(learnt: PointingExtractor) -> None:
+    logs, right = learnt.judged(RECORDS)
+    assert right == [True] * sum(not one.is_empty for record in RECORDS for one in record.tree.nodes)
+    assert all(len(one) == 4 and max(one) <= 1e-6 for one in logs)
+    wrong = [TreeRecord(RECORDS[0].text, RECORDS[3].tree), TreeRecord("@", RECORDS[3].tree)]
+    assert set(learnt.judged(wrong)[1]) == {False}
+    assert calibration(learnt.model, learnt.tokenizer, RECORDS) is None  # all are right
+
+
+def test_confidence_is_kept_in_the_journal_and_old_journals_are_read(learnt: PointingExtractor, tmp_path: Path) -> None:
+    pieces = [Piece("a.txt", Passage(text), "en") for text in TEXTS]
+    found = sound(learnt(TEXTS))
+    journal = Journal(tmp_path / "journal", {})
+    journal.keep(pieces, found)
+    read = Journal(tmp_path / "journal", {})
+    for piece, one in zip(pieces, found, strict=True):
+        again = read.take(piece)
+        assert isinstance(again, Extraction)
+        assert (again.confidence, again.tree, again.made_with) == (one.confidence, one.tree, one.made_with)
+    lines = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
+    for line in lines:
+        line.pop("confidence", None)
+    (tmp_path / "old").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    old = Journal(tmp_path / "old", {}).take(pieces[0])
+    assert isinstance(old, Extraction)
+    assert old.confidence is None
+    lines[1]["confidence"] = 3
+    (tmp_path / "old").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(GatewiseError, match="line 2 is damaged"):
+        Journal(tmp_path / "old", {})
+
+
+# ---- loading ----
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of a model that writes."""
+    return random_adapter_folder(tmp_path_factory.mktemp("writer"))
+
+
+@pytest.mark.parametrize("load", [PointingExtractor.load, load_extractor])
+def test_each_extractor_takes_its_own_adapters(load: Callable[..., Any], writer: Path) -> None:
+    if load is load_extractor:
+        assert isinstance(load(writer, constrained=False), Extractor)
+        return
+    with pytest.raises(GatewiseError, match="does not point at the text: expected an adapter of a run with task: text2mdt"):
+        load(writer)
+    (writer / "gatewise.json").write_text(json.dumps(NOTE))
+    try:
+        with pytest.raises(GatewiseError, match="points at the text: expected an adapter that was trained to write trees"):
+            Extractor.load(writer, constrained=False)
+    finally:
+        (writer / "gatewise.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"heads": None}, "gatewise.json is damaged"),
+        ({"heads": {"hidden": 16, "depth": 3}}, "gatewise.json is damaged"),
+        ({"heads": {"hidden": 16, "width": 10}}, r"gatewise.json is damaged \(width of the heads is 10"),
+        ({"heads": {"hidden": 16, "width": "x"}}, "gatewise.json is damaged"),
+        ({"calibration": {"weights": [1.0]}}, r"is damaged \(its calibration is not what a run writes\)"),
+        ({"calibration": [1]}, r"is damaged \(its calibration"),
+        ({"calibration": {"weights": [1.0] * 4, "bias": "x"}}, r"is damaged \(its calibration"),
+        ({"heads": {"hidden": 8}}, "the heads are made for states of 8 numbers, but the base model's have 16"),
+        ({}, "the adapter has no weights for|does not fit"),  # those of the writer
+    ],
+)
+def test_damaged_notes_say_one_sentence(change: dict[str, Any], said: str, writer: Path) -> None:
+    (writer / "gatewise.json").write_text(json.dumps(NOTE | change))
+    try:
+        with pytest.raises(GatewiseError, match=said) as error:
+            PointingExtractor.load(writer)
+        assert len(str(error.value).splitlines()) == 1
+    finally:
+        (writer / "gatewise.json").unlink()
+
+
+def test_a_note_without_heads_is_damaged(writer: Path) -> None:
+    (writer / "gatewise.json").write_text(json.dumps({"task": "text2mdt"}))
+    try:
+        with pytest.raises(GatewiseError, match=r"gatewise.json is damaged \(it has no 'heads'\): copy it"):
+            PointingExtractor.load(writer)
+    finally:
+        (writer / "gatewise.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"level": 0}, "--level"),
+        ({"level": 2, "pipeline": True}, "--level, --pipeline"),
+        ({"verbatim": True}, "--verbatim"),
+        ({"candidates": 3}, "--candidates"),
+        ({"max_new_tokens": 100}, "--max-new-tokens"),
+        ({"constrained": False}, "--free"),
+        ({"constrained": False, "level": 1}, "--level, --free"),
+    ],
+)
+def test_what_is_asked_of_writing_is_refused(settings: dict[str, Any], named: str, writer: Path) -> None:
+    (writer / "gatewise.json").write_text(json.dumps(NOTE))
+    try:
+        with pytest.raises(GatewiseError) as error:
+            load_extractor(writer, **settings)
+    finally:
+        (writer / "gatewise.json").unlink()
+    assert str(error.value) == f"{writer} points at the text and writes nothing: leave out {named}"

@@ -1,0 +1,318 @@
+"""What goes wrong around a review costs nobody's work: odd names and characters, a full disk, a model that fails, an older page."""
+
+import errno
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gatewise_mdt import DecisionTree, TreeRecord
+from gatewise_mdt.documents.reading import Block, Document
+from gatewise_mdt.review import Extracting, Session, sources
+from gatewise_mdt.review.passage import Version, version_of
+from gatewise_mdt.review.session import OldPageError
+from mdt_trees import TEXT, gout, triple
+
+from gatewise.errors import GatewiseError
+
+OTHER = "children with fever@If the fever lasts, give paracetamol."
+HALF = "\ud800"
+
+
+def file_of(folder: Path, *items: dict[str, Any]) -> str:
+    file = folder / "trees.json"
+    file.write_text(json.dumps(items or [{"text": TEXT, "tree": gout()}, {"text": OTHER, "tree": gout()}]))
+    return str(file)
+
+
+def correct(session: Session, number: int = 1) -> None:
+    arguments = {"node": 1, "triple": 0, "parts": triple("ibuprofen", "drug therapy")}
+    session.edit(number, session.passage(number).version, "set_triple", arguments)
+
+
+def found(*warnings: str) -> Any:
+    return SimpleNamespace(tree=DecisionTree.from_preorder(gout()), warnings=warnings, made_with=None, confidence=None)
+
+
+def assert_all_done(extracting: Extracting) -> None:
+    end = time.monotonic() + 20
+    while extracting.progress() is not None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert extracting.progress() is None
+    assert not any(passage.waiting for passage in extracting.session.passages)
+    assert extracting._thread.is_alive()
+
+
+# Characters that no file takes ----------------------------------------------------------------------------------------
+
+
+def test_half_a_pair_in_other_keys_of_a_record_stops_no_edit(tmp_path: Path) -> None:
+    file = file_of(tmp_path, {"text": TEXT, "tree": gout(), "note": [HALF], HALF: {"x": f"a{HALF}b"}, "warnings": [f"cut {HALF}"]})
+    session = Session.open(file)
+    assert session.passage(1).now.warnings == ("cut \ufffd",)
+    correct(session)
+    assert session.trouble == ""
+    assert session.save().records == 1
+    (line,) = session.files.out.read_text(encoding="utf-8").splitlines()
+    assert (json.loads(line)["note"], json.loads(line)["\ufffd"]) == (["\ufffd"], {"x": "a\ufffdb"})
+    session.close()
+    assert Session.open(file).passage(1).now.state == "corrected"
+
+
+def test_a_record_that_was_not_cleaned_before_is_cleaned_here(tmp_path: Path) -> None:
+    more = {"note": HALF, "warnings": [HALF]}
+    passage = sources._passage_of(TreeRecord(TEXT, DecisionTree.from_preorder(gout()), 1, more))
+    assert (passage.more, passage.now.warnings) == ({"note": "\ufffd"}, ("\ufffd",))
+    assert version_of(TreeRecord(TEXT, DecisionTree.from_preorder(gout()), 1, {}), "drafted").warnings == ()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8 there")
+def test_a_file_name_of_another_encoding_stops_no_edit(tmp_path: Path) -> None:
+    file = os.fsdecode(os.fsencode(tmp_path) + b"/\xc4\xcf.txt")
+    Path(file).write_text(TEXT)
+    session = Session.open(file)
+    session.begin(1, 0)
+    assert session.trouble == ""
+    assert session.passage(1).more["source"].endswith("/\ufffd\ufffd.txt")
+    assert session.save().records == 1
+    session.load(TEXT.encode(), os.fsdecode(b"\xd6.md"))
+    assert session.trouble == ""
+    session.close()
+    assert [passage.now.state for passage in Session.open(file).passages] == ["corrected", "empty"]
+
+
+def test_a_population_with_half_a_pair_is_refused(tmp_path: Path) -> None:
+    session = Session.open(None, tmp_path / "x.jsonl")
+    for add in (lambda: session.paste("Give colchicine to them.", HALF), lambda: session.load(b"Give it to them.", "a.txt", HALF)):
+        with pytest.raises(GatewiseError, match="the population has half of a surrogate pair"):
+            add()
+    assert session.passages == []
+
+
+def test_half_a_pair_in_a_document_and_in_a_warning_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the text of a PDF with damaged fonts may have it."""
+    session = Session.open(None, tmp_path / "x.jsonl")
+    text = f"Give colchicine {HALF} to them."
+    monkeypatch.setattr(sources, "document_of", lambda content, name, suffix: Document(name, (Block(text),)))
+    session.load(b"", "a.pdf")
+    session.put(1, Version(gout(), "drafted", (HALF,)))
+    assert session.trouble == ""
+    assert (session.passage(1).text, session.passage(1).now.warnings) == ("Give colchicine \ufffd to them.", ("\ufffd",))
+
+
+# A disk that is full, a draft that cannot be written ------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session.open(file_of(tmp_path))
+    session.approve(1, 0)
+    session.save()
+    before = session.files.out.read_bytes()
+    session.approve(2, 0)
+    with monkeypatch.context() as full:
+
+        def write_text(self: Path, *_: Any, **__: Any) -> None:
+            self.touch()  # the file is made, and nothing more fits
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def write(*_: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        full.setattr(Path, "write_text", write_text)
+        full.setattr(os, "write", write)
+        with pytest.raises(GatewiseError, match="No space left on device; nothing was changed"):
+            session.save()
+        correct(session)
+        assert "No space left on device" in session.trouble
+    assert session.files.out.read_bytes() == before
+    assert (session.unsaved, session.passage(2).saved) == (2, None)
+    assert session.save().records == 2
+    assert session.trouble == ""
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("error", [UnicodeEncodeError("utf-8", HALF, 0, 1, "no"), RecursionError("too deep"), MemoryError()])
+def test_whatever_keeps_a_draft_from_being_written_is_said_and_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    session = Session.open(file_of(tmp_path))
+    extracting = Extracting(session, lambda *_: found())
+    monkeypatch.setattr(session.files, "append", fail)
+    correct(session)
+    assert session.trouble.startswith(f"cannot write {session.files.history} ({type(error).__name__}")
+    extracting.ask(session.passages)
+    assert_all_done(extracting)
+    assert session.passage(2).now.nodes == gout()
+    assert session.passage(1).beside == Version(gout(), "drafted")
+    monkeypatch.undo()
+    session.undo(1, session.passage(1).version)
+    assert session.trouble == ""
+    assert [entry.action for entry in session._entries] == ["come", "come", "open", "edit", "extract", "undo"]
+    assert [json.loads(line)["action"] for line in session.files.history.read_text().splitlines()] == [
+        entry.action for entry in session._entries
+    ]
+    extracting.end()
+
+
+def test_a_review_that_has_ended_writes_nothing_any_more(tmp_path: Path) -> None:
+    """Its files may be those of the next review, which a model that is still at work must not write over."""
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    session.close()
+    again = Session.open(file)
+    again.approve(2, 0)
+    kept = again.files.history.read_bytes()
+    session.put(1, Version(gout(), "drafted", ("late",)))
+    assert "has ended" in session.trouble
+    with pytest.raises(GatewiseError, match="has ended, so nothing is written any more"):
+        session.save()
+    session.close()  # once more, which must not give the next review's files free
+    with pytest.raises(GatewiseError, match="open in another review"):
+        Session.open(file)
+    assert again.files.history.read_bytes() == kept
+
+
+# A model that fails ---------------------------------------------------------------------------------------------------
+
+
+class PanicError(BaseException):
+    """As a library in Rust raises it, which is no Exception."""
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory"), PanicError("a panic"), SystemExit(3), KeyboardInterrupt(), RecursionError()]
+)
+def test_any_error_of_an_extraction_is_the_fault_of_its_passage(tmp_path: Path, error: BaseException) -> None:
+    def extract(text: str, *_: Any) -> Any:
+        if text == TEXT:
+            raise error
+        return found()
+
+    session = Session.open(None, tmp_path / "x.jsonl")
+    session.paste(f"{TEXT}\n\n{OTHER}")
+    extracting = Extracting(session, extract)
+    extracting.ask(session.passages)
+    assert_all_done(extracting)
+    assert session.passage(1).error.startswith(f"the extraction failed ({type(error).__name__}: ")
+    assert [passage.now.state for passage in session.passages] == ["empty", "drafted"]
+    extracting.end()
+
+
+def test_a_result_that_is_no_tree_is_the_fault_of_its_passage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session.open(None, tmp_path / "x.jsonl")
+    session.paste(f"{TEXT}\n\n{OTHER}")
+    extracting = Extracting(session, lambda text, *_: None if text == TEXT else found())  # type: ignore[arg-type, return-value]
+    with monkeypatch.context() as gone:
+        gone.setattr(sys, "stderr", None)  # where there is no terminal
+        extracting.ask(session.passages)
+        assert_all_done(extracting)
+    assert "AttributeError" in session.passage(1).error
+    assert session.passage(2).now.state == "drafted"
+    extracting.end()
+
+
+def test_an_extractor_that_catches_faults_does_not_catch_the_cancelling(tmp_path: Path) -> None:
+    session = Session.open(None, tmp_path / "x.jsonl")
+    session.paste(TEXT)
+
+    def extract(text: str, language: Any, tick: Any) -> Any:
+        end = time.monotonic() + 20
+        try:
+            while time.monotonic() < end:
+                tick()
+                time.sleep(0.002)
+        except Exception as error:
+            raise GatewiseError("the passage has a fault") from error
+
+    extracting = Extracting(session, extract)
+    extracting.ask(session.passages)
+    while not (extracting.progress() or {"tokens": 1})["tokens"]:
+        time.sleep(0.002)
+    extracting.cancel()
+    assert_all_done(extracting)
+    assert session.passage(1).error == ""
+    extracting.end()
+
+
+# Names that cannot be those of files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("x" * 300, "cannot be read: File name too long"),
+        (f"{'x' * 300}.json", "cannot be read: File name too long"),
+        ("a\0b.json", "cannot be read: embedded null"),
+        ("trees.json/x.pdf", "cannot be read: Not a directory"),
+        ("/", "/ is a folder"),
+        (".", r"\. is a folder"),
+        ("", "there is no such file"),
+        ("none/deep/er/x.pdf", "there is no such file"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="the messages are others there")
+def test_a_name_that_is_no_file_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file_of(tmp_path)
+    for out in (None, Path("new/deep/out.jsonl")):
+        with pytest.raises(GatewiseError, match=said):
+            Session.open(file, out)
+        with pytest.raises(GatewiseError, match=said):
+            sources.read_source(file)
+    assert os.listdir() == ["trees.json"]
+
+
+def test_no_folder_is_made_for_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(GatewiseError, match="not valid JSON"):
+        Session.open(str(tmp_path / "bad.json"), tmp_path / "new" / "out.jsonl")
+    assert os.listdir(tmp_path) == ["bad.json"]
+
+
+@pytest.mark.parametrize("out", [f"{'x' * 300}.jsonl", f"{'x' * 300}/a.jsonl", "a\0b.jsonl", "a\0b/x.jsonl"])
+@pytest.mark.parametrize("with_file", [False, True])
+def test_a_file_of_corrections_that_cannot_be_is_one_sentence(tmp_path: Path, out: str, with_file: bool) -> None:
+    file = file_of(tmp_path) if with_file else None
+    with pytest.raises(GatewiseError, match=r"cannot write .*; name another file with --out"):
+        Session.open(file, tmp_path / out)
+
+
+# Approvals, and a page that is opened twice ---------------------------------------------------------------------------
+
+
+def test_an_approval_that_is_taken_back_leaves_what_was_before(tmp_path: Path) -> None:
+    """A tree that nobody corrected is not written as a corrected one because somebody approved it by a slip."""
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    session.approve(1, 0)
+    session.approve(1, 1, approved=False)
+    correct(session, 2)
+    session.approve(2, 1)
+    session.approve(2, 2, approved=False)
+    assert [passage.now.state for passage in session.passages] == ["drafted", "corrected"]
+    session.approve(1, 2, approved=False)  # of what is not approved there is nothing to take back
+    assert session.passage(1).version == 2
+    assert session.save().records == 1
+    session.approve(2, 3)
+    session.close()
+    again = Session.open(file)
+    again.approve(2, again.passage(2).version, approved=False)
+    assert again.passage(2).now.state == "corrected"
+
+
+def test_an_older_page_removes_nothing(tmp_path: Path) -> None:
+    session = Session.open(file_of(tmp_path))
+    correct(session)
+    with pytest.raises(OldPageError):
+        session.remove(1, 0)
+    session.remove(1, 1)
+    assert [passage.number for passage in session.passages] == [2]

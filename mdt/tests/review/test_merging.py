@@ -1,0 +1,496 @@
+"""Passages with one text, in a second review: each has its own tree and its own approval again, whatever was done to the others."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gatewise_mdt.documents.passages import split_passages
+from gatewise_mdt.documents.reading import document_of
+from gatewise_mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Version
+from gatewise_mdt.review.session import By, Session
+from mdt_trees import TEXT, node, triple
+
+Nodes = list[dict[str, Any]]
+DRUGS = ("colchicine", "naproxen", "rest")
+
+
+def drug(name: str) -> Nodes:
+    return [node("D", triple(name, "drug therapy"))]
+
+
+def trees(folder: Path, *names: str, **more: list[Any]) -> str:
+    """A file of trees for one text, each of which recommends a drug; ``more`` gives a key its value for each."""
+    items = [{"text": TEXT, "tree": drug(name), **{key: held[i] for key, held in more.items()}} for i, name in enumerate(names)]
+    file = folder / "dup.json"
+    file.write_text(json.dumps(items))
+    return str(file)
+
+
+def edit(session: Session, number: int, name: str) -> None:
+    """Corrects the tree of a passage so that it recommends another drug."""
+    arguments = {"node": 0, "triple": 0, "parts": triple(name, "drug therapy")}
+    session.edit(number, session.passage(number).version, "set_triple", arguments)
+
+
+def approve(session: Session, number: int) -> None:
+    session.approve(number, session.passage(number).version)
+
+
+def name_of(nodes: Nodes | None) -> str:
+    assert nodes is not None
+    return str(nodes[0]["triples"][0][2])
+
+
+def shown(session: Session) -> list[tuple[str, str, bool]]:
+    """The drug, the state, and whether the file of corrections has it, of every passage."""
+    return [(name_of(one.now.nodes), one.now.state, one.saved is not None) for one in session.passages]
+
+
+def left(session: Session, lose_draft: bool = False) -> None:
+    session.close()
+    if lose_draft:
+        session.files.history.unlink(missing_ok=True)
+
+
+def records(session: Session) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in session.files.out.read_text().splitlines()]
+
+
+def rewrite(session: Session, *items: dict[str, Any]) -> None:
+    """Another program writes the file of corrections."""
+    session.files.out.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def record(name: str, **more: Any) -> dict[str, Any]:
+    return {"text": TEXT, "tree": drug(name), **more}
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("lose_draft", [False, True])
+def test_an_approval_stays_with_its_tree(tmp_path: Path, edited: bool, lose_draft: bool) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    if edited:
+        edit(session, 2, "ibuprofen")
+    approve(session, 2)
+    session.save()
+    left(session, lose_draft)
+    again = Session.open(file)
+    mine = "ibuprofen" if edited else "naproxen"
+    if edited and lose_draft:  # nothing tells which of the two was corrected
+        assert shown(again) == [("colchicine", "drafted", False), ("naproxen", "drafted", False), (mine, "approved", True)]
+        assert "comes several times" in again.notes[0]
+    else:
+        assert shown(again) == [("colchicine", "drafted", False), (mine, "approved", True)]
+        assert again.notes == []
+    again.save()
+    assert [name_of(item["tree"]) for item in records(again)] == [mine]
+    again.close()
+
+
+ACTIONS = ("nothing", "approve", "edit", "edit and approve", "like the next", "remove")
+
+
+@pytest.mark.parametrize("first", ACTIONS)
+@pytest.mark.parametrize("save", [False, True])
+def test_whatever_was_done_is_there_again(tmp_path: Path, first: str, save: bool) -> None:
+    for number, others in enumerate(product(ACTIONS, repeat=2)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert_all_is_there_again(trees(folder, *DRUGS), (first, *others), save)
+
+
+def assert_all_is_there_again(file: str, actions: tuple[str, ...], save: bool) -> None:
+    session = Session.open(file)
+    for number, action in enumerate(actions, start=1):
+        if "edit" in action:
+            edit(session, number, f"drug {number}")
+        if action == "like the next":
+            edit(session, number, DRUGS[number % 3])
+        if "approve" in action:
+            approve(session, number)
+        if action == "remove":
+            session.remove(number)
+    if save:
+        session.save()
+    before = shown(session)
+    left(session)
+    again = Session.open(file)
+    assert again.notes == [], actions
+    assert shown(again) == before, actions
+    left(again, lose_draft=True)
+    third = Session.open(file)
+    if save:  # what was saved is shown once
+        reviewed = sorted((name, state) for name, state, _ in shown(third) if state != "drafted")
+        assert reviewed == sorted((name, state) for name, state, _ in before if state != "drafted"), actions
+    if "like the next" not in actions:  # what nobody touched is there as it came
+        untouched = {name for name, action in zip(DRUGS, actions, strict=True) if action == "nothing"}
+        assert untouched <= {name for name, state, _ in shown(third) if state == "drafted"}, actions
+    third.close()
+
+
+def test_one_that_became_like_another_is_not_taken_for_it(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    edit(session, 1, "naproxen")
+    approve(session, 1)
+    left(session)
+    assert shown(Session.open(file)) == [("naproxen", "approved", False), ("naproxen", "drafted", False)]
+
+
+def test_records_that_were_moved_or_taken_out_by_another_program(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    approve(session, 1)
+    edit(session, 2, "ibuprofen")
+    session.save()
+    first, second = records(session)
+    rewrite(session, second, first)
+    left(session)
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "approved", True), ("ibuprofen", "corrected", True)]
+    rewrite(again, second)
+    left(again)
+    third = Session.open(file)
+    assert shown(third) == [("colchicine", "approved", False), ("ibuprofen", "corrected", True)]
+    assert third.notes == []
+    third.close()
+
+
+def test_a_pasted_passage_whose_record_was_taken_out_can_be_removed(tmp_path: Path) -> None:
+    session = Session.open(trees(tmp_path, "colchicine"))
+    ((added,), _) = session.paste("men@Give naproxen to them.")
+    session.begin(added.number, 0)
+    session.save()
+    rewrite(session)
+    left(session)
+    again = Session.open(str(tmp_path / "dup.json"))
+    assert [(one.text, one.saved) for one in again.passages] == [(TEXT, None), ("men@Give naproxen to them.", None)]
+    again.remove(2)
+    again.close()
+
+
+def test_a_record_that_was_changed_by_another_program_stays_with_the_passage_that_had_one(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    approve(session, 2)
+    session.save()
+    rewrite(session, record("ibuprofen", review="approved"))
+    left(session)
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "drafted", False), ("ibuprofen", "approved", True)]
+    assert "another tree than before" in again.notes[0]
+    again.undo(2, again.passage(2).version)
+    assert shown(again)[1] == ("naproxen", "approved", True)
+    again.close()
+
+
+def test_a_record_that_was_added_by_another_program_takes_no_passage_over(tmp_path: Path) -> None:
+    file = trees(tmp_path, *DRUGS)
+    session = Session.open(file)
+    approve(session, 3)
+    session.save()
+    rewrite(session, record("ibuprofen", review="approved"), *records(session))
+    left(session)
+    again = Session.open(file)
+    untouched = [("colchicine", "drafted", False), ("naproxen", "drafted", False)]
+    assert shown(again) == [*untouched, ("rest", "approved", True), ("ibuprofen", "approved", True)]
+    approve(again, 1)
+    again.save()
+    left(again)
+    third = Session.open(file)  # it stays a passage of its own
+    assert shown(third) == [("colchicine", "approved", True), *shown(again)[1:]]
+    assert third.notes == []
+    third.close()
+
+
+def test_a_review_that_broke_off_between_the_records_and_the_draft(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    approve(session, 2)
+    draft = session.files.history.read_bytes()
+    session.save()
+    session.files.history.write_bytes(draft)
+    left(session)
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "drafted", False), ("naproxen", "approved", True)]
+    assert again.notes == []
+    again.close()
+
+
+def test_where_it_comes_from_tells_passages_apart_without_a_draft(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen", place=["page 3", "page 9"])
+    session = Session.open(file)
+    edit(session, 2, "ibuprofen")
+    session.save()
+    left(session, lose_draft=True)
+    again = Session.open(file)
+    assert shown(again) == [("colchicine", "drafted", False), ("ibuprofen", "corrected", True)]
+    again.undo(2, again.passage(2).version)
+    assert name_of(again.passage(2).now.nodes) == "naproxen"
+    again.close()
+
+
+def test_a_repeated_paragraph_of_a_text_keeps_its_tree_by_its_heading(tmp_path: Path) -> None:
+    text = tmp_path / "guide.md"
+    text.write_text("# Adults\n\nGive colchicine to them.\n\n# ADULTS\n\nGive colchicine to them.\n")
+    session = Session.open(str(text), population="adults")
+    assert [one.text for one in session.passages] == ["adults@Give colchicine to them."] * 2
+    session.begin(2, 0)
+    session.remove(1)
+    left(session)
+    again = Session.open(str(text), population="adults")
+    assert [(one.more["headings"], one.now.state) for one in again.passages] == [(["ADULTS"], "corrected")]
+    again.close()
+
+
+def test_a_tree_that_was_extracted_again_is_not_replaced_by_that_of_the_file(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    session.put(1, Version(drug("ibuprofen"), "drafted"))
+    left(session)
+    again = Session.open(file)
+    assert shown(again) == [("ibuprofen", "drafted", False), ("naproxen", "drafted", False)]
+    again.undo(1, again.passage(1).version)
+    assert name_of(again.passage(1).now.nodes) == "colchicine"
+    left(again)
+    file = trees(tmp_path, "rest", "naproxen")  # the file was made anew
+    assert shown(Session.open(file)) == [("rest", "drafted", False), ("naproxen", "drafted", False)]
+
+
+@pytest.mark.parametrize("tells_what_came", [False, True])
+def test_a_draft_of_an_earlier_version_is_read(tmp_path: Path, tells_what_came: bool) -> None:
+    """It was written in place of the history, as here; of a tree that was extracted again it had only that, with its record."""
+    file = trees(tmp_path, *DRUGS)
+    approved = {"tree": drug("naproxen"), "state": "approved", "warnings": []}
+    again = {"tree": drug("aspirin"), "state": "drafted", "warnings": ["hurried"]}
+    items = [
+        {"text": TEXT, "now": {"tree": drug("colchicine"), "state": "drafted", "warnings": []}, "saved": None},
+        {"text": TEXT, "now": approved, "saved": None},
+        {"text": TEXT, "now": again, "saved": {"tree": drug("rest"), "state": "approved", "warnings": []}},
+    ]
+    for item, name in zip(items, DRUGS, strict=True):
+        item |= {"more": {}} | ({"came": drug(name)} if tells_what_came else {})
+    draft = tmp_path / "dup.json.review.draft.json"
+    draft.write_text(json.dumps({"format": 1, "passages": items, "removed": []}))
+    (tmp_path / "dup.json.review.jsonl").write_text(json.dumps(record("rest", review="approved")) + "\n")
+    session = Session.open(file)
+    assert shown(session)[:3] == [("colchicine", "drafted", False), ("naproxen", "approved", False), ("aspirin", "drafted", True)]
+    session.save()
+    assert [(name_of(item["tree"]), item["review"]) for item in records(session)] == [
+        ("naproxen", "approved"),
+        ("rest", "approved"),
+    ]
+    left(session)
+    written = draft.read_bytes()
+    again_open = Session.open(file)  # from the history now
+    assert [state for _, state, _ in shown(again_open)][:3] == ["drafted", "approved", "drafted"]
+    assert draft.read_bytes() == written
+    again_open.close()
+
+
+def test_a_removed_passage_is_the_one_that_stays_away(tmp_path: Path) -> None:
+    file = trees(tmp_path, "colchicine", "naproxen")
+    session = Session.open(file)
+    session.remove(1)
+    left(session)
+    assert shown(Session.open(file)) == [("naproxen", "drafted", False)]
+
+
+# ---- documents: the same one, one that was saved anew, and one of a review of an earlier gatewise ----
+
+GUIDE = "# Adults\n\nGive colchicine to them.\n\n# ADULTS\n\nGive colchicine to them.\n\n# Children\n\nGive rest to them.\n"
+
+
+def guide(folder: Path, text: str = GUIDE) -> str:
+    file = folder / "guide.md"
+    file.write_text(text)
+    return str(file)
+
+
+def open_guide(file: str) -> Session:
+    pytest.importorskip("markdown_it")
+    return Session.open(file, population="people")
+
+
+def headings(session: Session) -> list[tuple[str, str]]:
+    """The heading and the state of every passage."""
+    return [("›".join(one.more["headings"]), one.now.state) for one in session.passages]
+
+
+def write_and_approve(session: Session, number: int, name: str) -> None:
+    held = session.begin(number, session.passage(number).version)
+    session.edit(number, held.version, "add_triple", {"node": 0, "parts": triple(name, "drug therapy")})
+    approve(session, number)
+
+
+def as_an_earlier_gatewise_wrote_them(session: Session) -> None:
+    """Takes out of the files what records of documents did not say then."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        held = {key: without(one) for key, one in value.items() if key not in ("sha256", "reviewed", "extraction")}
+        if isinstance(held.get("approved"), dict):  # it had but the nodes of a tree that was approved
+            held["approved"] = held["approved"]["tree"]
+        return held | ({"format": 2} if "format" in held else {})
+
+    for file in (session.files.out, session.files.history):
+        if file.exists():
+            rows = [without(json.loads(line)) for line in file.read_text().splitlines()]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+PREFACE = "# Preface\n\nGive all of it to people.\n\n"
+
+
+@pytest.mark.parametrize("text", [GUIDE, f"{GUIDE}\n\n", PREFACE + GUIDE])
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("earlier", [True, False])
+@pytest.mark.parametrize("removed", [True, False])
+def test_passages_of_a_document_that_was_saved_anew_are_the_same(
+    tmp_path: Path, text: str, saved: bool, earlier: bool, removed: bool
+) -> None:
+    """``earlier``: the review is one of a gatewise whose records did not say of which bytes they are."""
+    session = open_guide(guide(tmp_path))
+    write_and_approve(session, 2, "colchicine")
+    if removed:
+        session.remove(1)
+    if saved:
+        session.save()
+    left(session)
+    if earlier:
+        as_an_earlier_gatewise_wrote_them(session)
+    again = open_guide(guide(tmp_path, text))
+    there = [("Adults", "empty"), ("ADULTS", "approved"), ("Children", "empty")][removed:]
+    assert headings(again) == [("Preface", "empty")] * (PREFACE in text) + there
+    assert again.notes == []
+    again.save()
+    assert [name_of(one["tree"]) for one in records(again)] == ["colchicine"]
+    again.close()
+
+
+@pytest.mark.parametrize("text", [GUIDE, f"{GUIDE}\n\n", PREFACE + GUIDE])
+def test_a_record_is_found_by_its_headings_without_a_history(tmp_path: Path, text: str) -> None:
+    session = open_guide(guide(tmp_path))
+    write_and_approve(session, 2, "colchicine")
+    session.save()
+    left(session, lose_draft=True)
+    as_an_earlier_gatewise_wrote_them(session)
+    again = open_guide(guide(tmp_path, text))
+    assert [one for one in headings(again) if one[1] == "approved"] == [("ADULTS", "approved")]
+    assert len(again.passages) == 3 + (PREFACE in text)
+    again.close()
+
+
+def test_offsets_of_another_version_of_the_document_are_not_compared(tmp_path: Path) -> None:
+    """The first of two passages that are the same in all else moves to just where the second was."""
+    pytest.importorskip("markdown_it")
+    text = "# Adults\n\nGive rest.\n\n# Children\n\nGive nothing.\n\n# Adults\n\nGive rest.\n"
+    session = open_guide(guide(tmp_path, text))
+    for number, name in ((1, "colchicine"), (3, "naproxen")):
+        write_and_approve(session, number, name)
+    first, _, third = (one.more["offsets"] for one in session.passages)
+    left(session)
+    before = "# All\n\nGive ." + "x" * (third[0] - first[0] - len("All\nGive .\n")) + "\n\n"
+    again = open_guide(guide(tmp_path, before + text))
+    moved = split_passages(document_of((before + text).encode(), "a.md", ".md"))
+    assert [moved[1].start, moved[1].end] == third
+    assert [name_of(one.now.nodes) for one in again.passages if one.now.nodes] == ["colchicine", "naproxen"]
+    assert [one.now.state for one in again.passages] == ["empty", "approved", "empty", "approved"]
+    again.close()
+
+
+@pytest.mark.parametrize("key", [CARRIED_KEY, ADJUDICATED_KEY])
+@pytest.mark.parametrize("lose_history", [False, True])
+def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path, key: str, lose_history: bool) -> None:
+    text = "# Adults\n\n## 1. Dose\n\nGive it daily.\n\n## 2. Dose\n\nGive it daily.\n"
+    session = open_guide(guide(tmp_path, text))
+    for number, name in ((1, "colchicine"), (2, "naproxen")):
+        write_and_approve(session, number, name)
+    session.save()
+    left(session, lose_draft=True)
+    session.files.out.write_text("".join(json.dumps({**one, key: {"from": "old"}}) + "\n" for one in records(session)))
+    session = open_guide(guide(tmp_path, text))  # all of it is in the history now
+    session.approve(1, session.passage(1).version, by=By("Ada"))
+    session.save()
+    left(session, lose_draft=lose_history)
+    again = open_guide(guide(tmp_path, text.replace("## 1. Dose\n\nGive it daily.\n\n", "")))
+    assert [(one.more["headings"][-1], name_of(one.now.nodes)) for one in again.passages] == [
+        ("2. Dose", "naproxen"),
+        ("1. Dose", "colchicine"),
+    ]
+    again.close()
+
+
+def test_a_file_that_was_renamed_is_the_same_document(tmp_path: Path) -> None:
+    session = open_guide(guide(tmp_path))
+    write_and_approve(session, 2, "colchicine")
+    session.save()
+    left(session)
+    other = tmp_path / "other.md"
+    Path(guide(tmp_path)).rename(other)
+    for file in (session.files.out, session.files.history):
+        file.rename(tmp_path / file.name.replace("guide.md", "other.md"))
+    again = open_guide(str(other))
+    assert headings(again) == [("Adults", "empty"), ("ADULTS", "approved"), ("Children", "empty")]
+    again.close()
+
+
+def test_a_history_of_an_earlier_gatewise_keeps_its_approved_trees(tmp_path: Path) -> None:
+    """With a tree that was corrected after it was approved, and one that was withdrawn; nobody's name is made up for them."""
+    file = trees(tmp_path, *DRUGS)
+    session = Session.open(file)
+    for number in (1, 2, 3):
+        approve(session, number)
+    edit(session, 1, "ibuprofen")
+    session.approve(2, session.passage(2).version, approved=False)
+    session.save()
+    left(session)
+    as_an_earlier_gatewise_wrote_them(session)
+    assert '"approved": [' in session.files.history.read_text()
+    again = Session.open(file)
+    assert (again.notes, again.unsaved) == ([], 1)
+    assert shown(again) == [("ibuprofen", "corrected", True), ("naproxen", "drafted", False), ("rest", "approved", True)]
+    again.save()
+    assert [(name_of(one["tree"]), one.get("review"), one.get("reviewed")) for one in records(again)] == [
+        ("colchicine", "approved", None),
+        ("rest", "approved", None),
+    ]
+    again.approve(1, again.passage(1).version, by=By("Ada"))
+    again.save()
+    assert records(again)[0]["reviewed"]["by"] == "Ada"
+    left(again)
+    third = Session.open(file)
+    assert records(third)[0] == third.passage(1).record().to_json()
+    third.close()
+
+
+def test_who_approved_read_the_document_as_it_was_then(tmp_path: Path) -> None:
+    session = open_guide(guide(tmp_path))
+    write_and_approve(session, 2, "colchicine")
+    session.save()
+    first = session.passage(2).more
+    assert records(session)[0]["reviewed"]["sha256"] == first["sha256"]
+    left(session)
+    again = open_guide(guide(tmp_path, PREFACE + GUIDE))
+    moved = again.passage(3).more
+    assert moved["sha256"] != first["sha256"]
+    assert moved["offsets"] == [at + len("Preface\nGive all of it to people.\n") for at in first["offsets"]]
+    assert again.unsaved == 0  # no decision has changed
+    again.save()
+    (record,) = records(again)  # where the passage is now, and what was read when it was approved
+    assert {key: record[key] for key in moved} == moved
+    assert record["reviewed"]["sha256"] == first["sha256"]
+    approve(again, 3)
+    assert again.unsaved == 1
+    again.save()
+    assert records(again)[0]["reviewed"]["sha256"] == moved["sha256"]
+    left(again, lose_draft=True)
+    third = open_guide(guide(tmp_path, PREFACE + GUIDE))
+    assert third.passage(3).record().to_json() == {**records(third)[0], "review": "approved"}
+    third.close()

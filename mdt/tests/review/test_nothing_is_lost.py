@@ -1,0 +1,998 @@
+"""Nobody's work is lost: two who change one passage, an extraction that lands meanwhile, a server that is killed, a full disk.
+
+What "lost" means here: what was answered with success is there after any restart; a tree that was approved stays in the file of
+corrections until a reviewer approves another one or takes the approval back; and a change that was refused is one that was told so.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gatewise_mdt import DecisionTree, Extraction, read_trees
+from gatewise_mdt.review import Extracting, Review, Session
+from gatewise_mdt.review.passage import Version
+from gatewise_mdt.review.server import ReviewServer
+from gatewise_mdt.review.session import NOBODY, By, OldPageError
+from gatewise_mdt.review.shown import overview, whole
+from mdt_trees import TEXT, gout, node, triple
+from review_serving import serving
+
+from gatewise.errors import GatewiseError
+
+OTHER = "children with fever@If the fever lasts, give paracetamol."
+DRAFT = [node("D", triple("rest", "therapeutic schedule"))]
+
+
+def file_of(folder: Path, count: int = 2) -> str:
+    file = folder / "trees.json"
+    file.write_text(json.dumps([{"text": f"{TEXT} ({i})", "tree": gout()} for i in range(count)]))
+    return str(file)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    opened = Session.open(file_of(tmp_path), reviewer="ada")
+    yield opened
+    opened.close()
+
+
+def correct(session: Session, number: int, words: str, by: By = NOBODY) -> None:
+    arguments = {"node": 1, "triple": 0, "parts": [None, None, words]}
+    session.edit(number, session.passage(number).version, "set_triple", arguments, by)
+
+
+def rows(session: Session) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in session.files.history.read_text(encoding="utf-8").splitlines()]
+
+
+def records(session: Session) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in session.files.out.read_text(encoding="utf-8").splitlines()]
+
+
+# An approval is a person's word ---------------------------------------------------------------------------------------
+
+
+def act(session: Session, what: str, who: str, *more: Any) -> Any:
+    return getattr(session, what)(1, session.passage(1).version, *more, by=By(who))
+
+
+def approver(session: Session) -> str | None:
+    standing = session.passage(1).now.standing
+    return standing.reviewed["by"] if standing and standing.reviewed else None
+
+
+@pytest.mark.parametrize("back", ["undo", "redo"])
+@pytest.mark.parametrize("edited", [False, True])
+def test_nobody_else_brings_back_an_approval_that_was_taken_back(session: Session, back: str, edited: bool) -> None:
+    act(session, "approve", "Ada", True)
+    if back == "redo":
+        act(session, "undo", "Ada")
+    else:
+        if edited:  # what stands is then the tree before it
+            correct(session, 1, "ibuprofen", By("Bea"))
+        act(session, "approve", "Ada", False)
+    assert approver(session) is None
+    with pytest.raises(GatewiseError, match="Ada took the approval of Ada back, so only one of the two"):
+        act(session, back, "Bea")
+    assert approver(session) is None
+    act(session, back, "Ada")
+    assert approver(session) == "Ada"
+
+
+@pytest.mark.parametrize("slip", ["withdraw", "undo"])
+def test_a_slip_with_the_approval_of_another_can_be_undone_by_both(session: Session, slip: str) -> None:
+    act(session, "approve", "Ada", True)
+    for who in ("Bea", "Ada"):
+        act(session, *(["approve", "Bea", False] if slip == "withdraw" else ["undo", "Bea"]))
+        assert approver(session) is None
+        with pytest.raises(GatewiseError, match="Bea took the approval of Ada back"):
+            act(session, "undo" if slip == "withdraw" else "redo", "Cleo")
+        act(session, "undo" if slip == "withdraw" else "redo", who)
+        assert approver(session) == "Ada"
+
+
+def test_who_undoes_an_edit_brings_back_what_stood_before(session: Session) -> None:
+    act(session, "approve", "Ada", True)
+    correct(session, 1, "ibuprofen", By("Bea"))
+    act(session, "undo", "Cleo")
+    assert (session.passage(1).now.state, approver(session)) == ("approved", "Ada")
+    act(session, "approve", "Bea", True)
+    act(session, "undo", "Cleo")  # Ada's approval stands under Bea's
+    assert approver(session) == "Ada"
+    act(session, "approve", "Ada", False)
+    act(session, "approve", "Cleo", True)
+    correct(session, 1, "naproxen", By("Bea"))
+    act(session, "undo", "Bea")
+    assert approver(session) == "Cleo"
+
+
+def test_an_approval_over_an_earlier_one_of_the_same_person_is_her_word_too(session: Session) -> None:
+    act(session, "approve", "Ada", True)
+    correct(session, 1, "ibuprofen", By("Ada"))
+    act(session, "approve", "Ada", True)
+    assert whole(session.passage(1))["undo_takes_back"] == "Ada"
+    act(session, "undo", "Ben")
+    assert whole(session.passage(1))["undo_takes_back"] == ""  # her first one stands, and would further back
+    with pytest.raises(GatewiseError, match="Ben took the approval of Ada back, so only one of the two"):
+        act(session, "redo", "Carl")
+    act(session, "undo", "Carl")  # which is free, and no way around
+    act(session, "redo", "Carl")
+    with pytest.raises(GatewiseError, match="Ben took the approval of Ada back"):
+        act(session, "redo", "Carl")
+    act(session, "redo", "Ben")
+    assert session.passage(1).now.state == "approved"
+    # It only came after the first one: who undoes it brings that back, whoever brought the second back.
+    act(session, "undo", "Carl")
+    act(session, "redo", "Ada")
+    assert session.passage(1).now.state == "approved"
+
+
+def test_an_approval_of_another_under_the_one_that_was_undone_stays_free_of_it(session: Session) -> None:
+    act(session, "approve", "Ada", True)
+    act(session, "approve", "Bea", True)
+    act(session, "approve", "Cleo", True)
+    act(session, "undo", "Ada")
+    with pytest.raises(GatewiseError, match="Ada took the approval of Cleo back"):
+        act(session, "redo", "Dora")
+    act(session, "undo", "Dora")  # the word of Bea, which Dora takes back, and not one that Ada took
+    assert approver(session) == "Ada"
+    with pytest.raises(GatewiseError, match="Dora took the approval of Bea back"):
+        act(session, "redo", "Cleo")
+
+
+# An extraction that lands ---------------------------------------------------------------------------------------------
+
+
+def test_an_extraction_lands_beside_a_tree_that_was_edited_meanwhile(session: Session) -> None:
+    seen = session.passage(1).version
+    correct(session, 1, "ibuprofen")
+    session.put(1, Version(DRAFT, "drafted"), seen)
+    assert session.passage(1).now.nodes[1]["triples"][0][2] == "ibuprofen"  # type: ignore[index]
+    assert session.passage(1).beside == Version(DRAFT, "drafted")
+    session.undo(1, 1)  # a draft again, but not the version that the extraction was asked for
+    session.put(1, Version([*DRAFT], "drafted", ("hurried",)), seen)
+    assert session.passage(1).now.nodes == gout()
+    with pytest.raises(GatewiseError, match="does not lie beside this tree any more"):  # it is another one by now
+        session.take(1, 2, extraction=1)
+    session.take(1, 2, extraction=2)
+    assert session.passage(1).now == Version(DRAFT, "drafted", ("hurried",))
+    assert session.passage(1).beside is None
+
+
+def test_what_lies_beside_a_tree_is_there_after_a_restart(tmp_path: Path) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    session.approve(1, 0)
+    session.put(1, Version(DRAFT, "drafted", ("hurried",)))
+    for left in (False, True):
+        session.close()
+        session = Session.open(file)
+        assert session.passage(1).beside == (None if left else Version(DRAFT, "drafted", ("hurried",)))
+        if not left:
+            session.leave(1, 1, extraction=1)
+            session.put(2, Version(DRAFT, "drafted"))
+    assert [one.now.state for one in session.passages] == ["approved", "drafted"]
+    session.put(1, Version(DRAFT, "drafted"))
+    assert session.passage(1).extractions == 2
+    session.close()
+
+
+def test_an_extraction_takes_the_place_of_what_nobody_touched(session: Session) -> None:
+    session.put(1, Version(DRAFT, "drafted"), 0)
+    assert (session.passage(1).now.nodes, session.passage(1).beside) == (DRAFT, None)
+    session.undo(1, 1)
+    assert session.passage(1).now.nodes == gout()
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_extract_again_then_save_leaves_the_approved_record(tmp_path: Path, reopen: bool) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen")
+    session.approve(1, 1)
+    session.save()
+    approved = records(session)
+    session.put(1, Version(DRAFT, "drafted"))
+    for taken in (False, True):
+        if taken:
+            with pytest.raises(
+                GatewiseError, match="the tree was approved by a person, so it is replaced only when a reviewer says"
+            ):
+                session.take(1, 2, extraction=1)
+            session.take(1, 2, extraction=1, replaced=True)
+            session.edit(1, 3, "add_triple", {"node": 0, "parts": ["x", "", "y"]})  # and goes on with it
+        if reopen:
+            session.close()
+            session = Session.open(file)
+        saved = session.save()
+        assert (saved.records, saved.unapproved) == (1, [1] if taken else [])
+        assert records(session) == approved
+        assert session.passage(1).version == (4 if taken else 2)
+    session.approve(1, session.passage(1).version)
+    session.save()
+    assert records(session)[0]["tree"][0]["triples"] == [DRAFT[0]["triples"][0], ["x", "therapeutic schedule", "y"]]
+    session.close()
+
+
+def test_only_a_word_of_the_reviewer_takes_an_approval_out_of_the_file(session: Session) -> None:
+    session.approve(1, 0)
+    session.save()
+    correct(session, 1, "ibuprofen")
+    assert session.save().unapproved == [1]
+    assert (records(session)[0]["review"], records(session)[0]["tree"]) == ("approved", gout())
+    session.approve(1, 2, approved=False)  # of a tree that was changed since
+    assert session.save().unapproved == []
+    assert (records(session)[0]["review"], session.passage(1).now.state) == ("corrected", "corrected")
+    session.approve(1, 3)
+    session.save()
+    session.approve(1, 4, approved=False)
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 5, extraction=1, replaced=True)
+    session.save()
+    assert records(session)[0]["review"] == "corrected"  # no longer approved, and no draft either
+    assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
+
+
+def test_an_approved_tree_under_one_that_was_taken_is_unsaved_until_it_is_saved(session: Session) -> None:
+    session.approve(1, 0)
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 1, extraction=1, replaced=True)
+    assert session.unsaved == 1
+    assert overview(session)["passages"][0]["unsaved"]
+    saved = session.save()
+    assert (saved.records, saved.unapproved, saved.earlier) == (1, [1], [])
+    assert (records(session)[0]["review"], records(session)[0]["tree"]) == ("approved", gout())
+
+
+@pytest.mark.parametrize("approved", [False, True])
+@pytest.mark.parametrize("reopen", [False, True])
+def test_what_a_person_undid_goes_out_of_the_file_with_the_next_save(tmp_path: Path, approved: bool, reopen: bool) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen")
+    if approved:
+        session.approve(1, 1)
+    session.save()
+    for _ in range(1 + approved):
+        session.undo(1, session.passage(1).version)
+    assert session.unsaved == 1
+    for _ in range(2):
+        if reopen:
+            session.close()
+            session = Session.open(file)
+        saved = session.save()
+        assert (saved.records, saved.unfinished, saved.unapproved, saved.earlier) == (1, [], [], [])
+        (record,) = records(session)
+        assert (record["tree"], {"review", "reviewed"} & record.keys(), session.unsaved) == (gout(), set(), 0)
+    if not reopen:
+        session.redo(1, session.passage(1).version)
+        session.save()
+        assert (records(session)[0]["review"], session.passage(1).now.nodes) == ("corrected", records(session)[0]["tree"])
+    elif not approved:  # and there is nothing to undo that would change nothing
+        session.close()
+        session = Session.open(file)
+        assert session.passage(1).past == ()
+    session.close()
+
+
+def test_a_correction_that_the_file_keeps_under_a_taken_extraction_does_not_pass_for_an_approved_tree(session: Session) -> None:
+    correct(session, 1, "ibuprofen")
+    session.save()
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 1, extraction=1, replaced=True)
+    saved = session.save()
+    assert (saved.records, saved.unfinished, saved.unapproved, saved.earlier) == (1, [], [], [1])
+    # Nor does it go by undoing what was done to the extraction, or by taking that once more.
+    session.edit(1, 2, "add_triple", {"node": 0})
+    for back in (session.undo, session.undo, session.redo):
+        back(1, session.passage(1).version)
+    assert session.passage(1).now.nodes == DRAFT
+    assert session.save().earlier == [1]
+    assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
+
+
+def test_what_was_undone_before_the_last_save_goes_out_of_the_file_too(session: Session) -> None:
+    correct(session, 1, "ibuprofen")
+    correct(session, 1, "rest")
+    session.save()
+    for _ in range(2):
+        session.undo(1, session.passage(1).version)
+    saved = session.save()
+    assert (saved.earlier, records(session)[0]["tree"], "review" in records(session)[0]) == ([], gout(), False)
+
+
+def test_an_extraction_that_a_redo_brings_back_takes_no_correction_out_of_the_file(session: Session) -> None:
+    def again(back: str) -> None:
+        getattr(session, back)(1, session.passage(1).version)
+
+    correct(session, 1, "ibuprofen")
+    session.save()
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 1, extraction=1, replaced=True)
+    session.approve(1, 2)
+    session.save()
+    again("undo")
+    again("undo")
+    session.save()
+    again("redo")
+    assert (session.passage(1).now.nodes, session.passage(1).now.state) == (DRAFT, "drafted")
+    assert session.save().earlier == [1]
+    assert (records(session)[0]["review"], records(session)[0]["tree"][1]["triples"][0][2]) == ("corrected", "ibuprofen")
+    again("redo")  # and so does the approval, which is a word of a person
+    session.save()
+    assert (records(session)[0]["review"], records(session)[0]["tree"]) == ("approved", DRAFT)
+
+
+def test_who_goes_forward_and_back_again_has_still_undone_what_the_file_has(session: Session) -> None:
+    correct(session, 1, "ibuprofen")
+    correct(session, 1, "rest")
+    session.save()
+    for back in (session.undo, session.undo, session.redo, session.undo):
+        back(1, session.passage(1).version)
+    assert session.save().earlier == []
+    assert (records(session)[0]["tree"], "review" in records(session)[0]) == (gout(), False)
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_what_was_undone_before_a_save_lets_no_draft_in_after_it(tmp_path: Path, reopen: bool) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen")
+    session.approve(1, 1)
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 2, extraction=1, replaced=True)
+    session.approve(1, 3)
+    session.save()
+    session.undo(1, 4)  # under it stands what was approved first
+    session.save()
+    assert records(session)[0]["tree"][1]["triples"][0][2] == "ibuprofen"
+    if reopen:
+        session.close()
+        session = Session.open(file)
+    session.approve(1, 5, approved=False)
+    assert session.save().earlier == [1]
+    assert (records(session)[0]["review"], records(session)[0]["tree"][1]["triples"][0][2]) == ("corrected", "ibuprofen")
+    session.close()
+
+
+def test_a_save_of_what_was_undone_brings_nothing_in_when_the_review_is_opened_again(tmp_path: Path) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen")
+    session.save()
+    session.undo(1, 1)
+    session.save()
+    session.close()
+    session = Session.open(file)
+    session.approve(1, 2)
+    assert [entry.action for entry in session.history(session.passage(1))] == ["come", "edit", "undo", "approve"]
+    session.close()
+
+
+def test_the_page_is_told_whose_approval_an_undo_or_redo_takes_back(session: Session) -> None:
+    def taken_back() -> tuple[str, str]:
+        shown = whole(session.passage(1))
+        return shown["undo_takes_back"], shown["redo_takes_back"]
+
+    assert taken_back() == ("", "")
+    act(session, "approve", "Ada", True)
+    assert taken_back() == ("Ada", "")
+    correct(session, 1, "ibuprofen", By("Bea"))
+    assert taken_back() == ("", "")  # Ada's approval stays under it
+    act(session, "approve", "Bea", True)
+    assert taken_back() == ("Bea", "")
+    act(session, "approve", "Bea", False)
+    act(session, "undo", "Bea")
+    assert taken_back() == ("Bea", "Bea")
+
+
+# Who stands for a tree ----------------------------------------------------------------------------------------------
+
+
+def stands(session: Session, number: int = 1) -> tuple[Any, ...] | None:
+    """Who, when and with what words stands for what the file of corrections gets."""
+    kept = session.passage(number).kept
+    return None if kept is None or kept.reviewed is None else tuple(kept.reviewed.get(key) for key in ("by", "at", "comment"))
+
+
+def test_the_last_who_corrected_or_approved_a_tree_stands_for_it(session: Session) -> None:
+    assert stands(session) is None
+    correct(session, 1, "ibuprofen", By("ben", comment="see page 3"))
+    assert stands(session) == ("ben", rows(session)[-1]["time"], "see page 3")
+    assert whole(session.passage(1))["reviewed"] == session.passage(1).now.reviewed
+    session.approve(1, 1, by=By("cleo"))
+    approval = ("cleo", rows(session)[-1]["time"], None)
+    assert stands(session) == approval
+    correct(session, 1, "rest", By("ben"))  # the approved tree stays hers, until another is approved
+    assert stands(session) == approval
+    assert session.passage(1).now.reviewed != session.passage(1).kept.reviewed  # type: ignore[union-attr]
+    session.save()
+    assert records(session)[0]["reviewed"] == {"by": "cleo", "at": approval[1]}
+    session.undo(1, 3, by=By("ben"))
+    assert stands(session) == approval
+    session.redo(1, 4, by=By("cleo"))
+    assert session.passage(1).now.reviewed["by"] == "ben"  # type: ignore[index]
+    session.approve(1, 5, approved=False, by=By("cleo"))  # now it is a correction of ben's
+    assert stands(session)[0] == "ben"  # type: ignore[index]
+    session.approve(1, 6, by=By("cleo"))
+    session.approve(1, 7, by=By("dora"))  # who approves it too
+    assert stands(session)[0] == "dora"  # type: ignore[index]
+
+
+def test_nobody_stands_for_a_draft_whose_approval_was_taken_back(session: Session) -> None:
+    session.approve(1, 0, by=By("ben"))
+    session.save()
+    session.approve(1, 1, approved=False, by=By("ben"))
+    assert (session.passage(1).now.state, stands(session)) == ("drafted", None)
+    session.save()
+    assert "reviewed" not in records(session)[0]
+    session.approve(1, 2, by=By("ben"))
+    session.put(1, Version(DRAFT, "drafted"))
+    session.take(1, 3, extraction=1, replaced=True)
+    assert stands(session)[0] == "ben"  # type: ignore[index]  # of the tree that he approved
+    session.save()
+    session.approve(1, 4, approved=False, by=By("cleo"))  # that of the file is approved no more, and she did not correct it
+    session.save()
+    assert (records(session)[0]["review"], records(session)[0].get("reviewed")) == ("corrected", None)
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_who_stands_for_a_tree_is_there_after_a_restart(tmp_path: Path, save: bool) -> None:
+    file = file_of(tmp_path, 3)
+    session = Session.open(file)
+    correct(session, 1, "ibuprofen", By("ben", comment="see page 3"))
+    session.approve(2, 0, by=By("cleo"))
+    correct(session, 2, "rest", By("ben"))
+    if save:
+        session.save()
+    before = [(one.now, one.kept) for one in session.passages]
+    session.close()
+    again = Session.open(file)
+    assert [(one.now, one.kept) for one in again.passages] == before
+    assert again.unsaved == (1 if save else 2)
+    again.save()
+    written = records(again)
+    again.close()
+    again.files.history.unlink()
+    third = Session.open(file)  # from what was saved alone
+    assert [one.record().to_json() for one in third.passages if one.now.state != "drafted"] == written
+    third.close()
+
+
+# What a draft was made with -------------------------------------------------------------------------------------------
+
+MADE, MADE_LATER = ({"base": "maker/model", "date": date} for date in ("2026-01-01T00:00:00+00:00", "2026-02-02T00:00:00+00:00"))
+
+
+def test_what_a_draft_was_made_with_stays_with_its_tree(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT)
+    session = Session.open(str(text))
+    session.begin(1, 0)
+    assert session.passage(1).now.extraction is None  # by hand
+    session.undo(1, 1)
+    found = Extraction(TEXT, DecisionTree.from_preorder(gout()), "en", made_with=MADE)
+    extracting = Extracting(session, lambda *_: found)
+    extracting.ask(session.passages)
+    while extracting.progress():
+        time.sleep(0.01)
+    extracting.end()
+    assert whole(session.passage(1))["made_with"] == MADE
+    correct(session, 1, "ibuprofen")
+    session.approve(1, session.passage(1).version)
+    session.save()
+    assert records(session)[0]["extraction"] == MADE
+    session.put(1, Version(DRAFT, "drafted", extraction=MADE_LATER))
+    assert whole(session.passage(1))["extraction"]["made_with"] == MADE_LATER
+    session.take(1, session.passage(1).version, extraction=1, replaced=True)
+    assert (session.passage(1).now.extraction, session.passage(1).kept.extraction) == (MADE_LATER, MADE)  # type: ignore[union-attr]
+    session.save()
+    session.close()
+    again = Session.open(str(text))
+    assert (again.passage(1).now.extraction, records(again)[0]["extraction"]) == (MADE_LATER, MADE)
+    again.undo(1, again.passage(1).version)
+    assert (again.passage(1).now.state, again.passage(1).now.extraction) == ("approved", MADE)
+    again.close()
+    again.files.history.unlink()
+    third = Session.open(str(text))
+    assert (third.passage(1).now.state, third.passage(1).now.extraction) == ("approved", MADE)
+    third.close()
+
+
+def test_trees_of_a_file_bring_what_they_were_made_with(tmp_path: Path) -> None:
+    file = tmp_path / "trees.json"
+    items = [{"text": TEXT, "tree": gout(), "extraction": made} for made in (MADE, "a word of their own")]
+    file.write_text(json.dumps(items))
+    session = Session.open(str(file))
+    assert [one.now.extraction for one in session.passages] == [MADE, None]
+    for number in (1, 2):
+        session.approve(number, 0)
+    session.save()
+    assert [one["extraction"] for one in records(session)] == [MADE, "a word of their own"]
+    session.close()
+    file.write_text(json.dumps([{**one, "extraction": MADE_LATER} for one in items[:1]]))  # made anew: the same passage
+    again = Session.open(str(file))
+    assert [one.now.extraction for one in again.passages] == [MADE, None]
+    again.close()
+
+
+# Two who change one passage -------------------------------------------------------------------------------------------
+
+
+def test_a_stale_change_is_refused_with_what_was_done_since(session: Session) -> None:
+    correct(session, 1, "ibuprofen", By("ben", "w1", "see page 3"))
+    session.approve(1, 1, by=By("ben", "w1"))
+    for change in (
+        lambda: session.edit(1, 0, "swap", {"node": 0}),
+        lambda: session.undo(1, 1),
+        lambda: session.redo(1, 0),
+        lambda: session.approve(1, 0),
+        lambda: session.begin(1, 0),
+        lambda: session.take(1, 0, 1),
+        lambda: session.leave(1, 0, 1),
+        lambda: session.remove(1, 0),
+    ):
+        with pytest.raises(OldPageError, match="has changed since the page showed it, so your change was not made") as refused:
+            change()
+        assert refused.value.passage == session.passage(1)
+        assert refused.value.since[-1][1:3] == ("ben", "approve")
+    assert session.since(session.passage(1), 0)[0].comment == "see page 3"
+    assert session.passage(1).version == 2
+
+
+def test_the_history_says_who_did_what_and_when_and_only_grows(tmp_path: Path) -> None:
+    file = file_of(tmp_path)
+    session = Session.open(file, reviewer="Ada Müller")
+    correct(session, 1, "ibuprofen", By(comment="as on page 3"))
+    before = session.files.history.read_bytes()
+    session.approve(1, 1, by=By("Ben"))
+    session.save()
+    session.remove(2)
+    session.close()
+    again = Session.open(file, reviewer="Cleo")
+    again.undo(1, 2) if again.passage(1).past else again.approve(1, 2, approved=False)
+    assert again.files.history.read_bytes().startswith(before)
+    found = rows(again)
+    assert [(row["reviewer"], row["action"], row.get("passage"), row.get("version")) for row in found] == [
+        ("Ada Müller", "come", 1, 0),
+        ("Ada Müller", "come", 2, 0),
+        ("Ada Müller", "open", None, None),
+        ("Ada Müller", "edit", 1, 1),
+        ("Ben", "approve", 1, 2),
+        ("Ada Müller", "save", None, None),
+        ("Ada Müller", "remove", 2, None),
+        ("Cleo", "open", None, None),
+        ("Cleo", "withdraw", 1, 3),
+    ]
+    assert found[3]["comment"] == "as on page 3"
+    times = [row["time"] for row in found]
+    assert times == sorted(times)
+    assert all(time.endswith("+00:00") for time in times)
+    again.paste(OTHER)
+    assert rows(again)[-1]["passage"] == 3  # the id of one that was removed is not given again
+    again.close()
+
+
+def test_a_comment_stays_with_a_change_that_changes_nothing(session: Session) -> None:
+    words = gout()[1]["triples"][0][2]
+    correct(session, 1, f"{words} ", By("ben", "w1", "is this the right dose?"))
+    correct(session, 1, f"{words} ", By("ben", "w1"))
+    assert session.passage(1).version == 0
+    assert [(row["reviewer"], row["action"]) for row in rows(session)][2:] == [("ada", "open"), ("ben", "comment")]
+    assert [entry.comment for entry in session.history(session.passage(1))] == ["", "is this the right dose?"]
+
+
+@pytest.mark.parametrize("comment", ["\ud800", "x" * 4001])
+def test_no_comment_stops_the_history(session: Session, comment: str) -> None:
+    """A line that can never be written would keep all that come after it from the disk."""
+    mine = By("ben", "w1", comment)
+    for change in (
+        lambda: correct(session, 1, "ibuprofen", mine),
+        lambda: session.approve(1, 0, by=mine),
+        lambda: session.comment(1, mine),
+        lambda: session.paste(OTHER, by=mine),
+        lambda: session.remove(2, by=mine),
+        lambda: session.save(mine),
+    ):
+        with pytest.raises(GatewiseError, match="the comment has"):
+            change()
+    session.approve(1, 0)
+    assert not session.trouble
+    assert rows(session)[-1]["action"] == "approve"
+    assert len(session.passages) == 2
+
+
+@pytest.mark.parametrize("name", ["", " ", "x" * 101, "a\nb", "\x1b[2J", "\ud800"])
+def test_names_that_cannot_be(tmp_path: Path, name: str) -> None:
+    with pytest.raises(GatewiseError, match=r"the reviewer is .*, expected a name of at most 100 characters in one line"):
+        Session.open(file_of(tmp_path), reviewer=name)
+    Session.open(file_of(tmp_path)).close()
+
+
+def test_reading_never_fails_under_edits(session: Session) -> None:
+    """A passage was read while it changed: about one read in 900 failed."""
+    sys_interval = sys.getswitchinterval()
+    stop = threading.Event()
+
+    def edits() -> None:
+        while not stop.is_set():
+            one = session.passage(1)
+            if len(one.now.nodes or ()) > 5:
+                session.undo(1, one.version)
+            else:
+                session.edit(1, one.version, "to_condition", {"node": 4})
+
+    thread = threading.Thread(target=edits)
+    sys.setswitchinterval(1e-5)
+    session._keep = lambda rows: None  # type: ignore[method-assign]
+    thread.start()
+    try:
+        for _ in range(400):  # 12 of them failed
+            whole(session.passage(1))
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(sys_interval)
+    assert session.passage(1).version > 400
+
+
+# Over HTTP ------------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """A browser: asks as the page does."""
+
+    def __init__(self, port: int, token: str, window: str) -> None:
+        self.window = window
+        self.connection = HTTPConnection("127.0.0.1", port, timeout=30)
+        self.headers = {"X-Gatewise-Token": token, "Content-Type": "application/json"}
+
+    def get(self, path: str) -> Any:
+        self.connection.request("GET", f"/api/{path}", headers=self.headers)
+        return json.loads(self.connection.getresponse().read())
+
+    def __call__(self, action: str, **body: Any) -> tuple[int, Any]:
+        self.connection.request("POST", f"/api/{action}", json.dumps({**body, "window": self.window}), self.headers)
+        answer = self.connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+@pytest.fixture
+def served(session: Session) -> Iterator[Callable[[str], Client]]:
+    """served(window) -> a client of a review of two trees."""
+    found = SimpleNamespace(tree=DecisionTree.from_preorder(DRAFT), warnings=(), made_with=None, confidence=None)
+    extracting = Extracting(session, lambda *_: found)
+    with serving(Review(session, extracting)) as server:
+        yield lambda window: Client(server.port, server.url.partition("#token=")[2], window)
+    extracting.end()
+
+
+def test_two_browsers(served: Callable[[str], Client], session: Session) -> None:
+    ada, ben = served("a"), served("b")
+    seen = [one.get("passage?number=1")["version"] for one in (ada, ben)]
+    change = {"number": 1, "edit": "set_triple"}
+    first = {"node": 1, "triple": 0, "parts": [None, None, "from ada"]}
+    second = {"node": 1, "triple": 2, "parts": [None, None, "from ben"]}
+    assert ada("edit", version=seen[0], arguments=first, comment="why not", **change)[0] == 200
+    status, answer = ben("edit", version=seen[1], arguments=second, **change)
+    assert status == 409
+    assert answer["passage"]["nodes"][1]["triples"][0]["parts"][2] == "from ada"
+    (done,) = answer["since"]
+    assert [done[name] for name in ("reviewer", "action", "window", "comment")] == ["ada", "edit", "a", "why not"]
+    assert ben("edit", version=answer["passage"]["version"], arguments=second, **change)[0] == 200
+    assert [one[2] for one in session.passage(1).now.nodes[1]["triples"]] == ["from ada", "0.5 mg twice daily", "from ben"]  # type: ignore[index]
+
+
+def test_many_changes_at_once_are_made_or_refused_each(served: Callable[[str], Client], session: Session) -> None:
+    made: list[list[str]] = [[], []]
+
+    def work(which: int) -> None:
+        client = served(str(which))
+        for i in range(25):
+            version = client.get("passage?number=1")["version"]
+            parts = ["x", "", f"{which}.{i}"]
+            status, answer = client("edit", number=1, version=version, edit="add_triple", arguments={"node": 3, "parts": parts})
+            assert status in (200, 409), answer
+            made[which] += [parts[2]] if status == 200 else []
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    held = [one[2] for one in session.passage(1).now.nodes[3]["triples"]][1:]  # type: ignore[index]
+    assert sorted(held) == sorted(made[0] + made[1])
+    assert session.passage(1).version == len(held) >= 25
+    assert [row["now"]["tree"][3]["triples"][-1][2] for row in rows(session) if row["action"] == "edit"] == held
+
+
+def test_the_second_request_of_a_double_click_is_refused(served: Callable[[str], Client], session: Session) -> None:
+    client = served("a")
+    delete = {"number": 1, "version": 0, "edit": "remove_triple", "arguments": {"node": 1, "triple": 0}}
+    assert client("edit", **delete)[0] == 200
+    status, answer = client("edit", **delete)
+    assert status == 409
+    assert [one["window"] for one in answer["since"]] == ["a"]  # so that the page says nothing of it
+    assert len(session.passage(1).now.nodes[1]["triples"]) == 2  # type: ignore[index]
+
+
+def test_an_extraction_over_http_says_of_which_version_it_is(served: Callable[[str], Client], session: Session) -> None:
+    client = served("a")
+    edit = {"edit": "swap", "arguments": {"node": 0}}
+    assert client("edit", number=1, version=0, **edit)[0] == 200
+    assert client("extract", passages=[[1, 0], [2, 0]])[0] == 200
+    for _ in range(500):
+        if client.get("session")["progress"] is None:
+            break
+        time.sleep(0.01)
+    first, second = client.get("session")["passages"]
+    assert (first["state"], first["beside"], second["state"], second["beside"]) == ("corrected", 1, "drafted", 0)
+    assert session.passage(2).now.nodes == DRAFT
+    assert client("take", number=1, version=1, extraction=1)[0] == 400
+    assert client("take", number=1, version=1, extraction=1, replaced=True)[1]["passage"]["state"] == "drafted"
+    assert client("undo", number=1, version=2)[1]["passage"]["state"] == "corrected"
+
+
+# A server that is killed ----------------------------------------------------------------------------------------------
+
+
+class Killed:
+    """A review in a process of its own, with two clients at work, that is killed after a moment.
+
+    Attributes:
+        told: (passage, version) -> the nodes and the state that were answered.
+        saved: passages that were approved before a save that was answered.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.told: dict[tuple[int, int], tuple[Any, str]] = {}
+        self.saved: set[int] = set()
+        self.answers = 0
+        self.faults: list[str] = []
+
+    def round(self, answers: int, seconds: float, seed: int) -> None:
+        """So many changes are answered, then it is killed after so many seconds."""
+        enough = self.answers + answers
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                server = ReviewServer(Review(Session.open(self.file, reviewer="ada")))
+                os.write(writing, f"{server.port} {server.url.partition('#token=')[2]}\n".encode())
+                server.run()
+            finally:
+                os._exit(1)
+        os.close(writing)
+        with os.fdopen(reading) as said:
+            port, token = said.readline().split()
+        clients = [threading.Thread(target=self.work, args=(Client(int(port), token, str(i)), seed + i)) for i in range(2)]
+        for one in clients:
+            one.start()
+        end = time.monotonic() + 20
+        while self.answers < enough and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for one in clients:
+            one.join()
+
+    def work(self, client: Client, seed: int) -> None:
+        """Changes at random until the server is gone; what is answered is noted."""
+        chance = random.Random(seed)
+        try:
+            while True:
+                self.step(client, chance)
+        except (OSError, HTTPException, json.JSONDecodeError):
+            return
+        except AssertionError as error:
+            self.faults.append(str(error))
+
+    def step(self, client: Client, chance: random.Random) -> None:
+        before = {one["number"] for one in client.get("session")["passages"] if one["state"] == "approved"}
+        number = chance.randint(1, 4)
+        version = client.get(f"passage?number={number}")["version"]
+        parts = [None, None, f"drug {chance.random()}"]
+        edit = {"edit": "set_triple", "arguments": {"node": 3, "triple": 0, "parts": parts}}
+        action, body = chance.choice([("edit", edit), ("edit", edit), ("approve", {"approved": True}), ("save", {})])
+        if action == "save":
+            status, answer = client("save")
+            assert status == 200, answer
+            if not answer["session"]["trouble"]:
+                self.saved |= before
+            return
+        status, answer = client(action, number=number, version=version, **body)
+        assert status in (200, 409), answer
+        if status == 200 and not answer["session"]["trouble"]:
+            self.answers += 1
+            shown = answer["passage"]
+            nodes = [[triple["parts"] for triple in one["triples"]] for one in shown["nodes"]]
+            self.told[number, shown["version"]] = (nodes, shown["state"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    file = file_of(tmp_path, 4)
+    review, chance = Killed(file), random.Random(7)
+    for i in range(12):
+        review.round(chance.randint(0, 12), chance.uniform(0, 0.03), 100 * i)
+        assert review.faults == []
+        session = Session.open(file)
+        held = {
+            (row["passage"], row["version"]): ([one["triples"] for one in row["now"]["tree"]], row["now"]["state"])
+            for row in rows_or_none(session)
+            if "now" in row and row["action"] != "come"
+        }
+        assert {key: held.get(key) for key in review.told} == review.told  # every change that was answered is there
+        for number in range(1, 5):
+            last = max((version for passage, version in review.told if passage == number), default=0)
+            assert session.passage(number).version >= last
+            if (number, session.passage(number).version) in review.told:
+                now = session.passage(number).now
+                assert ([one["triples"] for one in now.nodes or ()], now.state) == review.told[
+                    number, session.passage(number).version
+                ]
+        # What was approved and saved is in the file, as a tree that was approved at some time.
+        read = read_trees(session.files.out) if session.files.out.exists() else None
+        assert not (read and read.faults)
+        approved = {one.text: one.tree.to_preorder() for one in (read.records if read else ()) if one.more["review"] == "approved"}
+        texts = {one.number: one.text for one in session.passages}
+        assert {texts[number] for number in review.saved} <= approved.keys()
+        ever = [row["now"]["tree"] for row in rows_or_none(session) if row["action"] == "approve"]
+        assert all(tree in ever for tree in approved.values())
+        session.close()
+    assert review.answers > 50
+    assert review.saved
+
+
+def rows_or_none(session: Session) -> list[dict[str, Any]]:
+    if not session.files.history.exists():
+        return []
+    content = session.files.history.read_text(encoding="utf-8")
+    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+
+
+# A disk that is full --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KB."""
+    place, mount = tmp_path / "disk", shutil.which("mount")
+    place.mkdir()
+    if sys.platform != "linux" or not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", place]).returncode:
+        pytest.skip("only root can mount a small file system here")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path) -> None:
+    file, out = file_of(tmp_path), small_disk / "out.jsonl"
+    session = Session.open(file, out)
+    session.approve(1, 0)
+    session.save()
+    before, history = out.read_bytes(), session.files.history.read_bytes()
+    with (small_disk / "filler").open("wb", buffering=0) as filler:
+        for size in (4096, 512, 64, 1):
+            try:
+                while filler.write(b"x" * size) == size:
+                    pass
+            except OSError:
+                pass
+        for i in range(9):  # what the last block still holds may be enough for one
+            history = session.files.history.read_bytes()
+            correct(session, 2, f"{i} " + "naproxen " * 200)
+            if session.trouble:
+                break
+        assert session.trouble.startswith(f"cannot write {session.files.history}: No space left on device; nothing was changed")
+        edited = session.passage(2).version
+        session.approve(2, edited)
+        with pytest.raises(GatewiseError, match=r"cannot write .*out\.jsonl: No space left on device; nothing was changed"):
+            session.save()
+    assert (out.read_bytes(), session.files.history.read_bytes()) == (before, history)
+    assert [one.now.state for one in session.passages] == ["approved", "approved"]
+    (small_disk / "filler").unlink()
+    assert session.save().records == 2  # and the history has it all
+    assert session.trouble == ""
+    session.close()
+    again = Session.open(file, out)
+    assert [(one.now.state, one.is_unsaved) for one in again.passages] == [("approved", False)] * 2
+    assert [one.version for one in again.passages] == [1, edited + 1]
+    assert [row["action"] for row in rows(again)][-4:] == ["save", *["edit"] * edited, "approve", "save"][-4:]
+    again.close()
+
+
+# How sure a model was of each node --------------------------------------------------------------------------------------
+
+SURE = (0.9, 0.41, 0.72, 0.499, None)
+
+
+def test_the_confidence_of_a_node_stays_until_somebody_changes_it(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT)
+    session = Session.open(str(text))
+    found = Extraction(TEXT, DecisionTree.from_preorder(gout()), "en", made_with=MADE, confidence=(0.9, 0.40996, 0.72, 0.499, None))
+    extracting = Extracting(session, lambda *_: found)
+    extracting.ask(session.passages)
+    while extracting.progress():
+        time.sleep(0.01)
+    extracting.end()
+    assert session.passage(1).now.confidence == SURE
+    shown = [one["confidence"] for one in whole(session.passage(1))["nodes"]]
+    assert [one and (one["percent"], one["doubtful"]) for one in shown] == [
+        (90, False), (41, True), (72, False), (49, True), None
+    ]  # fmt: skip
+    assert overview(session)["passages"][0]["least"] == {"percent": 41, "doubtful": True}
+
+    def do(edit: str, **arguments: Any) -> tuple[float | None, ...] | None:
+        session.edit(1, session.passage(1).version, edit, arguments)
+        return session.passage(1).now.confidence
+
+    assert do("swap", node=0) == (0.9, 0.72, 0.499, None, 0.41)
+    assert do("put_above", node=4, side="true") == (0.9, 0.72, 0.499, None, None, 0.41, None)
+    assert do("keep_branch", node=4, side="true") == (0.9, 0.72, 0.499, None, 0.41)
+    assert do("set_triple", node=4, triple=0, parts=triple("ibuprofen", "drug therapy")) == (0.9, 0.72, 0.499, None, None)
+    kept = session.passage(1).now.confidence
+    assert overview(session)["passages"][0]["least"] == {"percent": 49, "doubtful": True}
+    session.undo(1, session.passage(1).version)
+    assert session.passage(1).now.confidence == (0.9, 0.72, 0.499, None, 0.41)
+    session.redo(1, session.passage(1).version)
+    session.approve(1, session.passage(1).version)
+    session.save()
+    assert (session.passage(1).now.confidence, records(session)[0]["confidence"]) == (kept, list(kept or ()))
+    session.put(1, Version(gout(), "drafted", confidence=SURE))  # beside it
+    session.close()
+    again = Session.open(str(text))
+    assert (again.passage(1).now.confidence, again.passage(1).beside.confidence) == (kept, SURE)  # type: ignore[union-attr]
+    again.take(1, again.passage(1).version, extraction=1, replaced=True)
+    assert (again.passage(1).now.confidence, again.passage(1).kept.confidence) == (SURE, kept)  # type: ignore[union-attr]
+    again.close()
+    again.files.history.unlink()
+    third = Session.open(str(text))  # from what was saved alone
+    assert third.passage(1).now.confidence == kept
+    for _ in range(5):  # what remains is a tree that is all a person's
+        third.edit(1, third.passage(1).version, "delete", {"node": 0})
+    assert third.passage(1).now.confidence is None
+    third.close()
+
+
+def test_a_file_brings_confidence_and_what_only_looks_like_it_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "trees.json"
+    held = [list(SURE), "high", {"all": 0.5}, [0.5] * 4, [*SURE[:4], 7]]
+    file.write_text(json.dumps([{"text": f"{TEXT} {i}", "tree": gout(), "confidence": one} for i, one in enumerate(held)]))
+    session = Session.open(str(file))
+    assert [one.now.confidence for one in session.passages] == [SURE, None, None, None, None]
+    for number in range(1, 6):
+        session.approve(number, 0)
+    session.save()
+    # Somebody else's word is theirs; numbers for other nodes than there are would pass for these after an edit.
+    assert [one.get("confidence") for one in records(session)] == [list(SURE), "high", {"all": 0.5}, None, [*SURE[:4], 7]]
+    session.close()
+
+
+@pytest.mark.parametrize("damaged", ["high", [0.5], [2, 0, 0, 0, 0], {}])
+def test_a_confidence_of_the_history_that_is_none_is_left_out(tmp_path: Path, damaged: Any) -> None:
+    file = tmp_path / "trees.json"
+    file.write_text(json.dumps([{"text": TEXT, "tree": gout(), "confidence": list(SURE)}]))
+    session = Session.open(str(file))
+    correct(session, 1, "ibuprofen")
+    session.close()
+    rows = [json.loads(line) for line in session.files.history.read_text().splitlines()]
+    rows[-1]["now"]["confidence"] = damaged
+    session.files.history.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = Session.open(str(file))
+    assert (again.passage(1).now.confidence, again.passage(1).now.state) == (None, "corrected")
+    again.close()

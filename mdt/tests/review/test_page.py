@@ -1,0 +1,1197 @@
+"""The page of a review in a real browser: load, extract, correct, save, reload.
+
+It needs a Chromium that is installed on this machine (or named in GATEWISE_CHROMIUM) and Playwright to drive it; no browser is
+downloaded. GATEWISE_SCREENSHOTS names a folder for pictures of the page, of which `docs/` has three.
+"""
+
+import io
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gatewise_mdt import DecisionTree, read_trees, sample
+from gatewise_mdt.review import Extracting, Session
+from gatewise_mdt.review import Review as Reviewed
+from gatewise_mdt.review import session as session_module
+from gatewise_mdt.review.edits import EDITS, apply
+from gatewise_mdt.review.passage import Version
+from gatewise_mdt.review.server import ReviewServer
+from gatewise_mdt.review.session import By
+from gatewise_mdt.review.users import UserFile
+from mdt_trees import TEXT, node, triple
+from PIL import Image
+
+from gatewise.errors import GatewiseError
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'gatewise-mdt[dev]'")
+pytestmark = pytest.mark.browser
+
+HOSTILE = "women@For <script>document.title='broken'</script> & <b>pain</b>, give \"ibuprofen\"."
+ASTHMA = next(record for record in sample() if record.population == "Adults asthma" or "asthma" in record.population)
+
+
+def tree_of(text: str) -> Any:
+    """What the model of these tests writes: the right tree of a sample with one wrong phrase, or an empty one."""
+    record = next((record for record in sample() if record.text == text), None)
+    if record is None:
+        return SimpleNamespace(
+            tree=DecisionTree.from_preorder([{"role": "D", "triples": [], "logical_rel": "null"}]),
+            warnings=(),
+            made_with=None,
+            confidence=None,
+        )
+    nodes = record.tree.to_preorder()
+    nodes[1]["triples"][0][2] = "paracetamol"
+    return SimpleNamespace(
+        tree=DecisionTree.from_preorder(nodes),
+        warnings=("the output was brought to a close before its end",),
+        made_with=None,
+        confidence=None,
+    )
+
+
+class Review:
+    """A running review and a page that shows it. A page that logs an error fails the test."""
+
+    def __init__(self, session: Session, chromium: Any, slow: float = 0, users: UserFile | None = None) -> None:
+        self.session = session
+        self.slow = slow
+        self.extracting = Extracting(session, self.extract, most=100)
+        self.server = ReviewServer(Reviewed(session, self.extracting), users)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        self.contexts: list[Any] = []
+        self.chromium = chromium
+        sync_api.expect.set_options(timeout=20_000)  # on a busy machine a reload can take more than the 5 s it has otherwise
+        self.errors: list[str] = []
+        self.asked: list[str] = []
+        if users is None:
+            self.page = self.stranger(self.server.url)
+
+    def stranger(self, url: str) -> Any:
+        """The page in a browser that knows nothing of any other."""
+        size = {"width": 1280, "height": 800}
+        self.context = self.chromium.new_context(viewport=size, accept_downloads=True, reduced_motion="reduce", timezone_id="UTC")
+        self.context.set_default_timeout(20_000)
+        self.contexts.append(self.context)
+        return self.opened(url)
+
+    def opened(self, url: str) -> Any:
+        page = self.context.new_page()
+        page.on("console", self.logged)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.goto(url)
+        return page
+
+    def logged(self, message: Any) -> None:
+        # The browser logs every answer that refuses something.
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            self.errors.append(message.text)
+
+    def extract(self, text: str, language: Any, tick: Callable[[], None]) -> Any:
+        for _ in range(60):
+            tick()
+            time.sleep(self.slow)
+        if "unreadable" in text:
+            raise GatewiseError("the passage takes 9,000 tokens of the 2,048 that the model can read")
+        return tree_of(text)
+
+    def end(self) -> None:
+        for context in self.contexts:
+            context.close()
+        self.server.end()
+        self.thread.join()
+        self.extracting.end()
+        self.session.close()
+
+    def shot(self, name: str, **more: Any) -> None:
+        if folder := os.environ.get("GATEWISE_SCREENSHOTS"):
+            picture = Image.open(io.BytesIO(self.page.screenshot(**more)))
+            picture.quantize(128, dither=Image.Dither.NONE).save(Path(folder) / f"{name}.png", optimize=True)
+
+    # ---- what is on the page ----
+
+    def node(self, number: int) -> Any:
+        return self.page.locator(f"#tree .node[data-node='{number - 1}']")
+
+    def state(self) -> str:
+        return str(self.page.inner_text("#state"))
+
+    def wait_state(self, word: str) -> None:
+        sync_api.expect(self.page.locator("#state")).to_have_text(word)
+
+    def validity(self, text: str) -> None:
+        sync_api.expect(self.page.locator("#validity")).to_contain_text(text)
+
+
+@pytest.fixture
+def review(tmp_path: Path, chromium: Any) -> Iterator[Callable[..., Review]]:
+    """review(file, slow, users) -> a running review of a file, which goes to out.jsonl, with its page open, without users."""
+    running: list[Review] = []
+
+    def start(file: Any = None, slow: float = 0, users: UserFile | None = None) -> Review:
+        session = Session.open(None if file is None else str(file), tmp_path / "out.jsonl", reviewer="Cora Weiss")
+        running.append(Review(session, chromium, slow, users))
+        return running[-1]
+
+    yield start
+    for one in running:
+        if one.thread.is_alive():
+            one.end()
+        assert one.errors == []
+        # Nothing comes from anywhere else, and the token is in no address.
+        assert all(url.startswith((f"http://127.0.0.1:{one.server.port}/", "blob:", "data:")) for url in one.asked)
+        assert not any("token=" in url.partition("#")[0] for url in one.asked)
+
+
+def add(review: Review, text: str) -> None:
+    review.page.click("#add")
+    review.page.fill("#add-text", text)
+    review.page.click("#add-go")
+    review.page.wait_for_selector("#add-dialog", state="hidden")
+
+
+def select_in_text(page: Any, words: str) -> None:
+    """Selects words of the passage as a mouse would."""
+    page.evaluate(
+        """words => {
+          const walk = document.createTreeWalker(document.getElementById("passage"), NodeFilter.SHOW_TEXT);
+          const nodes = []; let text = "";
+          while (walk.nextNode()) { nodes.push([walk.currentNode, text.length]); text += walk.currentNode.data; }
+          const place = at => { const [node, start] = nodes.filter(([, begin]) => begin <= at).at(-1); return [node, at - start]; };
+          const from = text.indexOf(words), range = document.createRange();
+          range.setStart(...place(from)); range.setEnd(...place(from + words.length));
+          getSelection().removeAllRanges(); getSelection().addRange(range);
+        }""",
+        words,
+    )
+
+
+def test_load_extract_correct_save_reload(review: Callable[..., Review], tmp_path: Path) -> None:
+    first = sample()[0]
+    here = review(slow=0.02)
+    page = here.page
+    assert page.is_visible("text=Nothing to review yet")
+    assert page.is_visible("text=Needs review by a clinician")
+    assert "token" not in page.url
+    add(here, first.text)
+    page.click("#extract")
+    page.wait_for_selector("#progress:not([hidden])")
+    here.wait_state("to review")
+    assert page.locator("#tree .node").count() == len(first.tree.nodes)
+    assert page.is_visible("text=the output was brought to a close before its end")
+    here.validity("some phrases are not in the text")
+    # The wrong phrase, set by selecting the right one in the text.
+    page.click("#validity button")
+    assert page.input_value("#object-0") == "paracetamol"
+    assert page.is_visible("#editor >> text=not in the text")
+    right = first.tree.nodes[1].triples[0].object
+    select_in_text(page, right)
+    page.click("#take-object-0")
+    here.validity("every phrase is in the text")
+    assert page.input_value("#object-0") == right
+    here.wait_state("corrected")
+    assert page.inner_text("#save") == "Save (1)"
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#save")
+    sync_api.expect(page.locator("#save")).to_have_text("Save")
+    (record,) = read_trees(tmp_path / "out.jsonl").records
+    assert (record.text, record.tree, record.more["review"]) == (first.text, first.tree, "approved")
+
+    # The page is loaded again, then the whole review is started again.
+    page.reload()
+    here.wait_state("approved")
+    assert page.locator("#tree .node").count() == len(first.tree.nodes)
+    here.end()
+    again = review()
+    again.wait_state("approved")
+    assert again.page.inner_text("#save") == "Save"
+    assert again.page.is_disabled("#redo")
+
+
+def test_every_step_on_the_tree(review: Callable[..., Review]) -> None:
+    here = review()
+    page = here.page
+    add(here, "men with fever@If the fever lasts for three days, give paracetamol. Otherwise rest.")
+    page.click("#begin")
+    here.validity("A valid tree")
+    page.click("#kind-C")
+    here.validity("Not a valid tree yet: node 1: a condition (role C) without triples")
+    assert page.is_disabled("#approve")
+    assert here.state() == "unfinished"
+    select_in_text(page, "the fever lasts for three days")
+    page.click("#phrase-add")
+    sync_api.expect(page.locator("#object-0")).to_be_focused()
+    here.validity("every phrase is in the text")
+    assert page.input_value("#subject-0") == "men with fever"
+
+    # With the keys: to the yes leaf, a triple, its fields one after another.
+    here.node(1).focus()
+    page.keyboard.press("ArrowLeft")
+    sync_api.expect(here.node(2)).to_be_focused()
+    page.click("#add-triple")
+    sync_api.expect(page.locator("#object-0")).to_be_focused()
+    page.keyboard.type("paracetamol")
+    page.keyboard.press("Shift+Tab")  # leaving a field keeps what is in it
+    here.validity("every phrase is in the text")
+    page.select_option("#relation-0", "drug therapy")
+    sync_api.expect(here.node(2)).to_contain_text("drug therapy")
+    page.click("#add-triple")
+    page.fill("#object-1", "rest")
+    page.keyboard.press("Enter")
+    page.check("#join-or")
+    sync_api.expect(here.node(2)).to_contain_text("Then any of these")
+    page.click("#remove-1")
+    sync_api.expect(here.node(2)).not_to_contain_text("rest")
+
+    here.node(1).click()
+    page.click("#swap")
+    sync_api.expect(here.node(3)).to_contain_text("paracetamol")
+    page.click("#undo")
+    sync_api.expect(here.node(2)).to_contain_text("paracetamol")
+    here.node(1).focus()
+    page.keyboard.press("Control+Shift+z")
+    sync_api.expect(here.node(3)).to_contain_text("paracetamol")
+    page.keyboard.press("Control+z")
+    sync_api.expect(here.node(2)).to_contain_text("paracetamol")
+    here.node(3).click()
+    page.click("#above-yes")
+    sync_api.expect(page.locator("#tree .node")).to_have_count(5)
+    page.click("#keep-yes")
+    sync_api.expect(page.locator("#tree .node")).to_have_count(3)
+    here.node(1).click()
+    page.click("#delete")
+    sync_api.expect(page.locator("#tree .node")).to_have_count(1)
+    for _ in range(200):
+        if page.locator("#begin").count():
+            break
+        page.evaluate("document.getElementById('undo').click()")
+        page.wait_for_timeout(20)
+    sync_api.expect(page.locator("#begin")).to_be_visible()
+
+
+def test_text_and_tree_mark_each_other(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    here.node(2).hover()
+    lit = page.locator("mark.on").all_inner_texts()
+    assert {triple.object for triple in sample()[0].tree.nodes[1].triples} <= {text.strip() for text in lit}
+    page.locator("#passage mark").first.hover()
+    assert page.locator("#tree .node.on").count() == 1
+    page.locator("#passage mark").nth(1).click()
+    selected = page.locator("#tree .node.selected").get_attribute("data-node")
+    assert page.inner_text("#editor h2").startswith(f"Node {int(selected) + 1}")
+    page.locator("#object-0").focus()
+    assert page.locator("#tree .triple.on").count() == 1
+
+
+def test_a_dose_that_is_but_a_part_is_said_to_be_one(review: Callable[..., Review]) -> None:
+    here = review()
+    page = here.page
+    add(here, "adults with gout@For a flare, give colchicine 10-20 mg.")
+    page.click("#extract-all")
+    sync_api.expect(page.locator("#passages .chip.drafted")).to_have_count(1)
+    page.click("#open-1")
+    page.click("#add-triple")
+    page.fill("#object-0", "20 mg")
+    page.keyboard.press("Enter")
+    here.validity("some phrases are not in the text")
+    sync_api.expect(page.locator("#object-0-absent")).to_have_text("! in the text only as part of “10-20 mg”")
+    sync_api.expect(page.locator("#tree")).to_contain_text("! '20 mg' stands in the text only")
+    page.fill("#object-0", "10-20mg")
+    page.keyboard.press("Enter")
+    here.validity("every phrase is in the text")
+
+
+def test_texts_stay_texts_and_passages_are_told_apart(review: Callable[..., Review]) -> None:
+    here = review()
+    page = here.page
+    add(here, f"{HOSTILE}\n\n高血压患者@若血压仍高，加用氨氯地平。\n\nmen@This is unreadable.")
+    sync_api.expect(page.locator("#passages li")).to_have_count(3)
+    page.click("#extract-all")
+    page.wait_for_selector("#passages .chip.failed")
+    sync_api.expect(page.locator("#passages .chip.drafted")).to_have_count(2)
+    page.click("#open-1")
+    assert page.inner_text("#passage") == HOSTILE.partition("@")[2]
+    assert page.locator("#passage script, #passage b").count() == 0
+    page.click("#add-triple")
+    page.fill("#object-0", "<script>document.title='broken'</script>")
+    page.keyboard.press("Enter")
+    here.validity("every phrase is in the text")
+    assert page.title() == "Review of decision trees"
+    page.click("#open-2")
+    sync_api.expect(page.locator("#population")).to_have_text("高血压患者")
+    page.click("#add-triple")
+    page.select_option("#relation-0", "治疗药物")
+    sync_api.expect(here.node(1)).to_contain_text("治疗药物")  # what comes later would take the selection away
+    select_in_text(page, "氨氯地平")
+    page.click("#take-object-0")
+    here.validity("every phrase is in the text")
+    sync_api.expect(here.node(1)).to_contain_text("则")
+    page.click("#next")
+    sync_api.expect(page.locator("#tree")).to_contain_text("9,000 tokens")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#remove")
+    sync_api.expect(page.locator("#passages li")).to_have_count(2)
+
+
+def test_files_come_in_and_exports_go_out(review: Callable[..., Review], tmp_path: Path) -> None:
+    here = review()
+    page = here.page
+    (tmp_path / "guide.md").write_text("# Adults with gout\n\nGive colchicine for a flare.\n")
+    (tmp_path / "trees.json").write_text(json.dumps([sample()[1].to_json()]))
+    for name in ("guide.md", "trees.json"):
+        page.click("#add")
+        page.set_input_files("#add-file", tmp_path / name)
+        page.click("#add-go")
+        page.wait_for_selector("#add-dialog", state="hidden")
+    page.click("#add")
+    page.click("#add-go")  # with nothing in it
+    sync_api.expect(page.locator("#add-error")).to_contain_text("is empty")
+    page.keyboard.press("Escape")
+    assert page.inner_text("#title") == "Passage 2"
+    page.click("#export")
+    page.select_option("#export-format", "html")
+    with page.expect_download() as download:
+        page.click("#export-go")
+    content = Path(download.value.path()).read_text(encoding="utf-8")
+    assert download.value.suggested_filename == "out-2.html"
+    assert sample()[1].population in content
+    page.click("#export")
+    page.select_option("#export-which", "approved")
+    page.click("#export-go")
+    sync_api.expect(page.locator("#export-error")).to_contain_text("no tree was approved yet")
+
+
+def test_a_long_extraction_can_be_watched_and_cancelled(review: Callable[..., Review]) -> None:
+    here = review(slow=0.03)
+    page = here.page
+    add(here, "\n\n".join(record.text for record in sample()[:4]))
+    page.click("#extract-all")
+    sync_api.expect(page.locator("#passages .chip.drafted")).to_have_count(1)
+    sync_api.expect(page.locator("#progress-text")).to_contain_text("of at most 100 tokens")
+    page.click("#open-1")  # what is done can be looked at meanwhile
+    here.wait_state("to review")
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#cancel")
+    sync_api.expect(page.locator("#progress")).to_be_hidden()
+    assert page.locator("#passages .chip.empty").count() >= 1
+
+
+def test_two_windows_and_an_address_without_the_token(review: Callable[..., Review]) -> None:
+    """What each of two people did stays: the second one is told of the first one's change, and makes theirs on it."""
+    here = review("sample:guidelines")
+    page, other = here.page, here.stranger(here.server.url)  # two tabs of one window would slow each other down
+    other.wait_for_selector("#tree svg")
+    here.node(2).click()
+    old = page.input_value("#object-0")
+    other.click("#swap")
+    sync_api.expect(other.locator("#state")).to_have_text("corrected")
+    page.fill("#object-0", "words of mine")
+    page.keyboard.press("Enter")  # on the older tree
+    said = page.locator("#conflict")
+    sync_api.expect(said).to_contain_text(f"{here.session.reviewer} changed the tree")
+    sync_api.expect(said).to_contain_text("words of mine")
+    here.wait_state("to review")  # still the tree that was being read
+    page.click("#add-triple")  # on the older tree too
+    sync_api.expect(said).to_contain_text("“words of mine”; a new triple.")
+    assert here.session.passage(1).version == 1
+    here.shot("review_conflict")
+    page.click("#conflict-look")
+    here.wait_state("corrected")
+    page.click("#conflict-make")
+    sync_api.expect(said).to_be_hidden()
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of mine")
+    nodes = here.session.passage(1).now.nodes
+    phrases = [one[2] for node in nodes for one in node["triples"]]
+    assert "words of mine" in phrases
+    assert old not in phrases
+    sync_api.expect(page.locator("#history-list li", has_text="(×3)")).to_have_count(1)
+    for _ in range(300):  # the new triple may still be on its way
+        made = [entry.action for entry in here.session.since(here.session.passage(1), 0)]
+        if len(made) > 2:
+            break
+        time.sleep(0.1)
+    assert made == ["edit", "edit", "edit"]
+    # What can no longer be made is kept to be read until it is dropped.
+    page.click("#remove-0")
+    sync_api.expect(page.locator("#remove-0")).to_have_count(1)
+    other.reload()
+    other.wait_for_selector("#tree svg")
+    other.locator("#tree .node[data-node='0']").click()
+    target = page.locator("#tree .node[data-node='0']")
+    target.click()
+    other.fill("#object-0", "theirs")
+    other.keyboard.press("Enter")
+    sync_api.expect(other.locator("#tree")).to_contain_text("theirs")
+    page.fill("#object-0", "mine again")
+    page.keyboard.press("Enter")
+    sync_api.expect(said).to_contain_text("mine again")
+    # A second one, of another passage, takes nothing away from the first.
+    other.click("#open-2")
+    page.click("#open-2")
+    for one in (page, other):
+        sync_api.expect(one.locator("#title")).to_have_text("Passage 2")
+    other.click("#swap")
+    sync_api.expect(other.locator("#state")).to_have_text("corrected")
+    page.click("#swap")
+    sync_api.expect(said).to_contain_text("Passage 2 was changed")
+    page.click("#conflict-drop")
+    sync_api.expect(said).to_contain_text("mine again")
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#object-0")).to_have_value("theirs")
+    assert page.is_disabled("#conflict-make")
+    page.click("#conflict-drop")
+    sync_api.expect(said).to_be_hidden()
+    stranger = here.context.new_page()
+    stranger.goto(here.server.url.partition("#")[0])
+    sync_api.expect(stranger.locator("#trouble")).to_contain_text("open the address that the terminal shows")
+    assert stranger.locator("#passages li").count() == 0
+
+
+def test_all_that_was_kept_is_made_one_after_the_other(review: Callable[..., Review]) -> None:
+    """A change that moves nodes takes nothing away from the next one, and what has no place any more stays to be read."""
+    here = review("sample:guidelines")
+    page = here.page
+    said = page.locator("#conflict")
+    page.wait_for_selector("#tree svg")
+    bea = By("Bea", "another window")
+    here.session.edit(1, 0, "set_triple", {"node": 2, "triple": 0, "parts": [None, None, "words of Bea"]}, bea)
+    page.click("#swap")
+    sync_api.expect(said).to_contain_text("a change of the tree.")
+    here.node(2).click()
+    page.fill("#object-0", "words of mine")
+    page.keyboard.press("Enter")
+    sync_api.expect(said).to_contain_text("a change of the tree; “words of mine”.")
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of Bea")
+    page.click("#conflict-make")
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of mine")
+    sync_api.expect(said).to_be_hidden()
+    nodes = here.session.passage(1).now.nodes
+    assert [one["triples"][0][2] for one in nodes[1:]] == ["words of Bea", "words of mine"]
+    assert [entry.window == "another window" for entry in here.session.since(here.session.passage(1), 0)] == [True, False, False]
+
+    # An approval is of a tree with all that was wanted before it, so it waits with what has no place.
+    here.node(3).click()
+    here.session.edit(1, 3, "set_triple", {"node": 2, "triple": 0, "parts": [None, None, "other words"]}, bea)
+    page.fill("#object-0", "mine again")
+    page.keyboard.press("Enter")
+    sync_api.expect(said).to_contain_text("“mine again”.")
+    page.click("#approve")
+    sync_api.expect(said).to_contain_text("“mine again”; the approval.")
+    here.node(1).click()
+    page.click("#swap")
+    sync_api.expect(said).to_contain_text("the approval; a change of the tree.")
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#tree")).to_contain_text("other words")
+    page.click("#conflict-make")
+    sync_api.expect(said).to_contain_text("kept here: “mine again”; the approval.")
+    sync_api.expect(page.locator("#conflict-make")).to_be_disabled()
+    assert [one["triples"][0][2] for one in here.session.passage(1).now.nodes[1:]] == ["other words", "words of Bea"]
+    here.wait_state("corrected")
+
+
+def test_what_was_kept_and_cannot_be_sent_is_kept_on(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    said = page.locator("#conflict")
+    page.wait_for_selector("#tree svg")
+    edit = ("set_triple", {"node": 2, "triple": 0, "parts": [None, None, "words of Bea"]}, By("Bea", "another window"))
+    here.session.edit(1, 0, *edit)
+    for words in ("words of mine", "other words"):
+        page.fill("#object-0", words)
+        page.keyboard.press("Enter")
+        sync_api.expect(said).to_contain_text(words)
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of Bea")
+    page.route("**/api/edit", lambda route: route.abort())
+    page.click("#conflict-make")
+    sync_api.expect(page.locator("#said")).to_contain_text("cannot be reached")
+    sync_api.expect(said).to_contain_text("“words of mine”; “other words”.")
+    page.unroute("**/api/edit")
+    page.click("#conflict-make")
+    sync_api.expect(said).to_be_hidden()
+    assert here.session.passage(1).now.nodes[0]["triples"][0][2] == "other words"
+
+
+def test_what_is_asked_for_before_the_answer_comes_is_not_lost(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    held: list[Any] = []
+
+    def swap() -> None:
+        """Asks for an exchange of the branches, and keeps it on its way."""
+        page.route("**/api/edit", lambda route: held.append(route))  # an own attribute is set on it
+        with page.expect_request("**/api/edit"):
+            page.click("#swap")
+
+    def arrive() -> None:
+        held.pop().continue_()
+        page.unroute("**/api/edit")
+
+    swap()
+    here.node(2).click()
+    page.fill("#object-0", "words of mine")  # which belong to the triple that is the other branch's by then
+    page.keyboard.press("Enter")
+    arrive()
+    sync_api.expect(page.locator("#tree")).to_contain_text("words of mine")
+    assert here.session.passage(1).now.nodes[2]["triples"][0][2] == "words of mine"
+    assert page.is_hidden("#conflict")
+    # An approval is of the tree that was seen: it waits until the one that came of it was looked at.
+    here.node(1).click()
+    swap()
+    page.click("#approve")
+    arrive()
+    sync_api.expect(page.locator("#conflict")).to_contain_text("Not done yet, and kept here: the approval.")
+    here.wait_state("corrected")
+    page.click("#conflict-make")
+    here.wait_state("approved")
+    assert page.is_hidden("#conflict")
+
+
+def leaf(*words: str) -> dict[str, Any]:
+    triples = [["adults", "therapeutic schedule", word] for word in words]
+    return {"role": "D", "triples": triples, "logical_rel": "and" if len(words) > 1 else "null"}
+
+
+def condition(word: str) -> dict[str, Any]:
+    return {"role": "C", "triples": [["adults", "clinical manifestation", word]], "logical_rel": "null"}
+
+
+TWICE = [condition("fever"), condition("cough"), leaf("rest"), leaf(), condition("cough"), leaf("syrup"), leaf()]
+
+
+def held_back(page: Any, button: str) -> Callable[[], None]:
+    """Clicks, and keeps the request on its way until what comes back is called."""
+    held: list[Any] = []
+    page.route("**/api/edit", lambda route: held.append(route))  # an own attribute is set on it
+    with page.expect_request("**/api/edit"):
+        page.click(button)
+
+    def arrive() -> None:
+        held.pop().continue_()
+        page.unroute("**/api/edit")
+
+    return arrive
+
+
+def trees_in(folder: Path, nodes: list[dict[str, Any]]) -> Path:
+    file = folder / "trees.json"
+    file.write_text(json.dumps([{"text": "adults@If fever and cough, rest. Else syrup.", "tree": nodes}]))
+    return file
+
+
+def objects(here: Review) -> list[list[str]]:
+    return [[one[2] for one in node["triples"]] for node in here.session.passage(1).now.nodes or ()]
+
+
+def test_what_is_asked_for_before_the_answer_comes_is_made_on_the_node_that_was_meant(
+    review: Callable[..., Review], tmp_path: Path
+) -> None:
+    here = review(trees_in(tmp_path, [condition("fever"), leaf(), leaf()]))
+    page = here.page
+    here.node(2).click()
+    arrive = held_back(page, "#kind-C")
+    here.node(3).click()  # an empty leaf as those that the new condition gets, one of which comes into its place
+    page.click("#add-triple")
+    arrive()
+    sync_api.expect(page.locator("#object-0")).to_be_focused()
+    sync_api.expect(page.locator("#editor h2")).to_contain_text("Node 5")
+    assert [one["role"] for one in here.session.passage(1).now.nodes or ()] == ["C", "C", "D", "D", "D"]
+    assert objects(here) == [["fever"], [], [], [], [""]]
+    assert page.is_hidden("#conflict")
+
+
+@pytest.mark.parametrize(("first", "second"), [("#keep-yes", "#delete"), ("#swap", "#keep-yes"), ("#kind-D", "#swap")])
+def test_what_is_asked_for_of_a_node_that_goes_meanwhile_is_made_on_no_other(
+    review: Callable[..., Review], tmp_path: Path, first: str, second: str
+) -> None:
+    here = review(trees_in(tmp_path, TWICE))
+    page = here.page
+    here.node(2).click()
+    arrive = held_back(page, first)
+    page.click(second)
+    arrive()
+    sync_api.expect(page.locator("#conflict")).to_contain_text("Not done yet, and kept here: a change of the tree.")
+    sync_api.expect(page.locator("#conflict-make")).to_be_disabled()
+    after = {"#keep-yes": [["rest"]], "#swap": [["cough"], [], ["rest"]], "#kind-D": [["cough"]]}[first]
+    assert objects(here) == [["fever"], *after, ["cough"], ["syrup"], []]
+
+
+def test_what_was_kept_is_made_on_no_other_node_that_is_like_it(review: Callable[..., Review], tmp_path: Path) -> None:
+    here = review(trees_in(tmp_path, TWICE))
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    bea = By("Bea", "another window")
+    here.session.edit(1, 0, "keep_branch", {"node": 1, "side": "true"}, bea)
+    here.node(2).click()
+    page.click("#delete")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("a change of the tree.")
+    page.click("#conflict-look")
+    sync_api.expect(page.locator("#conflict-make")).to_be_disabled()
+    page.click("#conflict-drop")
+    # Of two the first gives the place of the second, an empty leaf, to another one.
+    here.node(2).click()
+    here.session.edit(1, 1, "set_triple", {"node": 0, "triple": 0, "parts": [None, None, "high fever"]}, bea)
+    page.click("#kind-C")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("a change of the tree.")
+    here.node(5).click()
+    page.click("#add-triple")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("a change of the tree; a new triple.")
+    page.click("#conflict-look")
+    page.click("#conflict-make")
+    sync_api.expect(page.locator("#conflict")).to_be_hidden()
+    page.wait_for_function("document.querySelectorAll('#tree .node').length === 7")
+    assert objects(here) == [["high fever"], ["rest"], [], [], ["cough"], ["syrup"], [""]]
+
+
+def test_the_page_knows_where_an_edit_moves_nodes_and_triples(review: Callable[..., Review]) -> None:
+    """Against the edits themselves: what is not changed is the very object that was given."""
+    here = review("sample:guidelines")
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    nodes = [
+        condition("a"),
+        condition("b"),
+        leaf("c", "d", "e"),
+        leaf(),
+        condition("f"),
+        leaf("g"),
+        condition("h"),
+        leaf(),
+        leaf("i"),
+    ]
+    children = [[1, 4], [2, 3], None, None, [5, 6], None, [7, 8], None, None]
+    seen = [{**node, "children": both} for node, both in zip(nodes, children, strict=True)]
+    more: dict[str, list[dict[str, Any]]] = {
+        "join": [{"join": "or"}],
+        "set_triple": [{"triple": 1, "parts": [None, None, "x"]}],
+        "add_triple": [{}],
+        "remove_triple": [{"triple": 1}],
+        "keep_branch": [{"side": "true"}, {"side": "false"}],
+        "put_above": [{"side": "true"}, {"side": "false"}],
+    }
+    places = "async args => { const { followed } = await import('./conflict.js'); return args[2].map(at => followed("
+    places += "{ edit: 'add_triple', arguments: at }, 'edit', args[0], args[1])).map(one => one && one.arguments); }"
+    tried = 0
+    for edit in EDITS:
+        for at in range(len(nodes)):
+            for arguments in more.get(edit, [{}]):
+                made = {"edit": edit, "arguments": {"node": at, **arguments}}
+                try:
+                    after = apply(nodes, edit, made["arguments"])
+                except GatewiseError:  # there is no such triple, or no branches
+                    continue
+                tried += 1
+                found = page.evaluate(places, [made, seen, [{"node": i} for i in range(len(nodes))]])
+                stands = {id(one): i for i, one in enumerate(after)}
+                for i, one in enumerate(nodes):
+                    if i != at or id(one) in stands:
+                        assert (found[i] or {}).get("node") == stands.get(id(one)), (made, i)
+                    elif found[i] is not None:  # the one that was changed
+                        kept = [triple for triple in one["triples"] if triple in after[found[i]["node"]]["triples"]]
+                        assert len(kept) >= len(one["triples"]) - 1 or edit == "delete", made
+    assert tried > 50
+    triples = [{"node": 2, "triple": i} for i in range(3)]
+    made = {"edit": "remove_triple", "arguments": {"node": 2, "triple": 1}}
+    assert page.evaluate(places, [made, seen, triples]) == [{"node": 2, "triple": 0}, None, {"node": 2, "triple": 1}]
+    assert page.evaluate(places, [{"edit": "delete", "arguments": {"node": 2}}, seen, triples]) == [None] * 3
+    assert page.evaluate(places, [{"edit": "unknown", "arguments": {"node": 2}}, seen, triples]) == [None] * 3
+
+
+def test_an_undo_of_the_approval_of_another_asks_before(review: Callable[..., Review], tmp_path: Path) -> None:
+    users = UserFile(tmp_path / "users.json")
+    token = users.add("Bea")
+    here = review("sample:guidelines", users=users)
+    here.session.approve(1, 0, by=By("Ada"))
+    page = here.page = here.stranger(f"{here.server.url}#token={token}")
+    here.wait_state("approved")
+    asked: list[str] = []
+
+    def dismiss(dialog: Any) -> None:
+        asked.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", dismiss)
+    page.fill("#comment", "a slip?")
+    page.click("#undo")
+    sync_api.expect(page.locator("#comment")).to_have_value("a slip?")
+    assert asked == ["Take the approval of Ada back?"]
+    page.fill("#comment", "")
+    # Of two at once the first takes only one's own change back.
+    page.click("#swap")
+    here.wait_state("corrected")
+    page.evaluate("() => { const one = document.getElementById('undo'); one.click(); one.click(); }")
+    here.wait_state("approved")
+    page.wait_for_timeout(300)
+    assert len(asked) == 2
+    assert here.state() == "approved"
+    page.remove_listener("dialog", dismiss)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#undo")
+    here.wait_state("to review")
+    page.click("#redo")  # brings it back, for which nobody is asked
+    here.wait_state("approved")
+
+
+def test_the_page_says_what_to_do_where_the_history_cannot_be_written(review: Callable[..., Review], tmp_path: Path) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    (tmp_path / "out.history.jsonl").mkdir()
+    page.click("#swap")
+    sync_api.expect(page.locator("#trouble")).to_contain_text("Save first: then what you corrected and approved is kept.")
+    page.click("#save")
+    sync_api.expect(page.locator("#save")).to_have_text("Save")
+    assert len(read_trees(tmp_path / "out.jsonl").records) == 1
+    page.route("**/api/**", lambda route: route.abort())  # as after its end
+    page.click("#approve")
+    sync_api.expect(page.locator("#said")).to_contain_text("Of what it could not write only what you saved is kept.")
+
+
+def test_a_save_says_for_which_passages_the_file_keeps_an_earlier_correction(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    here.session.edit(1, 0, "swap", {"node": 0})
+    here.session.save()
+    here.session.put(1, Version([node("D")], "drafted"))
+    here.session.take(1, 1, 1, replaced=True)
+    here.page.click("#save")
+    said = here.page.locator("#said")
+    sync_api.expect(said).to_contain_text("; as it was saved before, until you correct or approve it: passage 1")
+    assert "approved before" not in said.inner_text()
+
+
+def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Path) -> None:
+    """Each in a browser of their own: what one does the other is told, and by whom, and no word of either is lost."""
+    users = UserFile(tmp_path / "users.json")
+    tokens = [users.add(name) for name in ("Ada", "Bea <b>")]
+    here = review("sample:guidelines", users=users)
+    asked: list[str] = []
+    ada, bea = (here.stranger(f"{here.server.url}#token={token}") for token in tokens)
+    for page, name in ((ada, "Ada"), (bea, "Bea <b>")):
+        sync_api.expect(page.locator("#you")).to_have_text(f"Reviewer: {name}")
+        page.locator("#tree .node[data-node='1']").click()
+    # Ada is typing when Bea changes the same passage: the tree before her stays, and she is told.
+    ada.fill("#comment", "as in the table")
+    ada.fill("#object-0", "words of Ada")
+    bea.fill("#object-0", "words of Bea")
+    bea.keyboard.press("Enter")
+    sync_api.expect(bea.locator("#reviewed")).to_contain_text("corrected by Bea <b>, 20")
+    sync_api.expect(ada.locator("#news")).to_contain_text("Bea <b> changed the tree")
+    assert "words of Bea" not in ada.inner_text("#tree")
+    ada.press("#object-0", "Enter")
+    sync_api.expect(ada.locator("#conflict")).to_contain_text("Bea <b> changed the tree")
+    sync_api.expect(ada.locator("#conflict")).to_contain_text("“words of Ada” (as in the table)")
+    assert ada.is_hidden("#news")
+    assert bea.is_hidden("#conflict")
+    assert ada.input_value("#comment") == ""
+    ada.click("#conflict-look")
+    sync_api.expect(ada.locator("#tree")).to_contain_text("words of Bea")
+    sync_api.expect(ada.locator("#reviewed")).to_contain_text("corrected by Bea <b>")
+    ada.click("#conflict-drop")
+    bea.fill("#object-0", "other words of Bea")
+    bea.keyboard.press("Enter")
+    sync_api.expect(ada.locator("#news")).to_contain_text("Bea <b> changed the tree")
+    ada.click("#news-look")
+    sync_api.expect(ada.locator("#news")).to_be_hidden()
+    sync_api.expect(ada.locator("#tree")).to_contain_text("other words of Bea")
+    # A comment alone changes nothing; Bea's page goes on with the version that it has.
+    ada.fill("#comment", "who says so?\n<script>document.title='broken'</script>")
+    ada.click("#comment-go")
+    sync_api.expect(ada.locator("#history-list")).to_contain_text("Ada commented")
+    bea.fill("#comment", "dose checked")
+    bea.click("#approve")
+    sync_api.expect(bea.locator("#state")).to_have_text("approved")
+    sync_api.expect(bea.locator("#history-list")).to_contain_text("Ada commented")
+    sync_api.expect(bea.locator("#history-list q").nth(1)).to_contain_text("<script>document.title='broken'</script>")
+    # The tree is the same, so Ada's page follows by itself.
+    for place in ("#state", "#open-1 .chip"):
+        sync_api.expect(ada.locator(place)).to_have_text("approved")
+    sync_api.expect(ada.locator("#reviewed")).to_have_text(
+        re.compile(r"approved by Bea <b>, 20\d\d-\d\d-\d\d \d\d:\d\d: “dose checked”")
+    )
+    sync_api.expect(ada.locator("#open-1 .by")).to_have_text("Bea <b>")
+    first = ada.locator("#history-list li").first
+    sync_api.expect(first).to_contain_text("Bea <b> approved it")
+    sync_api.expect(first.locator("q")).to_have_text("dose checked")
+    ada.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    ada.click("#approve")  # meant to approve it, too, or to take Bea's word back: it is asked which
+    assert asked == ["Take the approval of Bea <b> back?"]
+    sync_api.expect(ada.locator("#state")).to_have_text("approved")
+    assert ada.title() == "Review of decision trees"
+    assert ada.locator("#history-list script, #reviewed b, #passages .by b").count() == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.history.jsonl").read_text(encoding="utf-8").splitlines()]
+    done = [(row["reviewer"], row["action"], row.get("comment", "")) for row in rows if row.get("passage") == 1][1:]
+    said = "who says so?\n<script>document.title='broken'</script>"
+    assert done == [
+        ("Bea <b>", "edit", ""),
+        ("Bea <b>", "edit", ""),
+        ("Ada", "comment", said),
+        ("Bea <b>", "approve", "dose checked"),
+    ]
+
+
+def test_a_comment_waits_at_its_passage_and_comes_back_when_it_is_refused(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    assert page.is_disabled("#comment-go")
+    page.fill("#comment", "of the first")
+    page.click("#next")
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 2")
+    assert page.input_value("#comment") == ""
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#previous")
+    sync_api.expect(page.locator("#comment")).to_have_value("of the first")
+    page.fill("#comment", "x" * 4000)
+    page.evaluate("document.getElementById('comment').maxLength = 5000")
+    page.fill("#comment", "x" * 4001)
+    page.click("#swap")
+    sync_api.expect(page.locator("#said")).to_contain_text("the comment has 4001 characters")
+    assert page.input_value("#comment") == "x" * 4001
+    page.fill("#comment", "the branches were exchanged")
+    page.click("#swap")
+    here.wait_state("corrected")
+    assert page.input_value("#comment") == ""
+    sync_api.expect(page.locator("#reviewed")).to_contain_text("“the branches were exchanged”")
+    assert [entry.comment for entry in here.session.history(here.session.passage(2))][-1] == ""
+
+
+def test_a_comment_that_comes_back_takes_nothing_away_from_one_begun_meanwhile(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines")
+    page = here.page
+    held: list[Any] = []
+    page.route("**/api/approve", lambda route: held.append(route))  # an own attribute is set on it
+    page.fill("#comment", "the dose is right")
+    with page.expect_request("**/api/approve"):
+        page.click("#approve")
+    page.fill("#comment", "but what of children?")
+    held[0].abort()
+    sync_api.expect(page.locator("#comment")).to_have_value("the dose is right\nbut what of children?")
+
+
+def test_a_page_of_an_earlier_run_says_so_and_keeps_what_was_typed(review: Callable[..., Review]) -> None:
+    """Another review at the same address: its passages have other numbers, though its reviewers' tokens are the same."""
+    here = review("sample:guidelines")
+    page = here.page
+    page.wait_for_selector("#tree svg")
+    here.server.review.run = "later"
+    page.fill("#comment", "the dose is right")
+    page.click("#approve")
+    sync_api.expect(page.locator("#said")).to_contain_text("the review was started again since this page was loaded")
+    sync_api.expect(page.locator("#trouble")).to_contain_text("load the page again")
+    assert page.input_value("#comment") == "the dose is right"
+    assert here.session.passage(1).version == 0
+    page.once("dialog", lambda dialog: dialog.accept())  # that something is typed
+    page.reload()
+    page.click("#approve")
+    here.wait_state("approved")
+
+
+@pytest.mark.parametrize("fast", ["double click", "two clicks at once"])
+def test_a_double_click_deletes_one_triple(review: Callable[..., Review], fast: str) -> None:
+    here = review()
+    page = here.page
+    add(here, "men with fever@Give paracetamol, rest and water.")
+    page.click("#begin")
+    for number, drug in enumerate(("paracetamol", "rest", "water")):
+        page.click("#add-triple")
+        page.fill(f"#object-{number}", drug)
+        page.keyboard.press("Enter")
+        sync_api.expect(here.node(1)).to_contain_text(drug)
+        page.wait_for_timeout(600)  # no double click
+    if fast == "double click":
+        page.dblclick("#remove-0", delay=10)
+    else:
+        page.evaluate("() => { const one = document.getElementById('remove-0'); one.click(); one.click(); }")
+    sync_api.expect(here.node(1)).not_to_contain_text("paracetamol")
+    page.wait_for_timeout(300)
+    assert [one[2] for one in here.session.passage(1).now.nodes[0]["triples"]] == ["rest", "water"]
+    assert page.is_hidden("#conflict")
+    page.dblclick("#approve", delay=10)
+    here.wait_state("approved")
+    page.wait_for_timeout(300)
+    assert here.state() == "approved"
+    # Keys that come fast are all meant.
+    page.evaluate("() => { for (let i = 0; i < 3; i++) document.getElementById('undo').click(); }")
+    sync_api.expect(page.locator("#redo")).to_be_enabled()
+    here.wait_state("corrected")
+    for _ in range(100):
+        if here.session.passage(1).future and len(here.session.passage(1).future) == 3:
+            break
+        page.wait_for_timeout(50)
+    assert len(here.session.passage(1).future) == 3
+
+
+def test_what_is_typed_fast_is_all_kept(review: Callable[..., Review]) -> None:
+    """The second field is left before the answer to the first one has come."""
+    here = review()
+    page = here.page
+    add(here, "men with fever@Give paracetamol, rest and water.")
+    page.click("#begin")
+    page.click("#add-triple")
+    sync_api.expect(page.locator("#object-0")).to_be_focused()
+    page.route("**/api/edit", lambda route: (time.sleep(0.4), route.continue_()))
+    page.fill("#subject-0", "boys")
+    page.keyboard.press("Tab")
+    page.fill("#object-0", "water")
+    page.keyboard.press("Tab")
+    page.click("#add-triple")
+    sync_api.expect(page.locator("#object-1")).to_be_visible()
+    for _ in range(200):  # what was typed may still be on its way
+        triples = here.session.passage(1).now.nodes[0]["triples"]
+        if len(triples) > 1:
+            break
+        page.wait_for_timeout(50)
+    assert [triples[0][0], triples[0][2], len(triples)] == ["boys", "water", 2]
+    assert page.is_hidden("#conflict")
+
+
+def test_an_extraction_that_lands_on_what_is_being_typed_keeps_the_words(review: Callable[..., Review]) -> None:
+    here = review("sample:guidelines", slow=0.03)
+    page = here.page
+    here.wait_state("to review")
+    page.click("#extract")
+    here.node(2).click()
+    page.fill("#object-0", "words of mine")  # and the field is not left
+    for _ in range(400):
+        if here.session.passage(1).version == 1:
+            break
+        page.wait_for_timeout(50)
+    sync_api.expect(page.locator("#progress")).to_be_hidden()
+    sync_api.expect(page.locator("#tree")).to_contain_text("paracetamol")  # what the model wrote
+    assert page.input_value("#object-0") == "words of mine"
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("had it extracted")
+    sync_api.expect(page.locator("#conflict")).to_contain_text("words of mine")
+    page.click("#conflict-look")
+    assert page.is_disabled("#conflict-make")  # the triple is another one by now
+    page.click("#conflict-drop")
+    assert (here.session.passage(1).now.nodes or [])[1]["triples"][0][2] == "paracetamol"
+
+
+def test_an_extraction_lands_beside_what_a_person_did(review: Callable[..., Review], tmp_path: Path) -> None:
+    first = sample()[0]
+    here = review("sample:guidelines", slow=0.03)
+    page = here.page
+    here.wait_state("to review")
+    page.click("#extract")
+    page.wait_for_selector("#progress:not([hidden])")
+    page.click("#swap")  # while the model writes
+    here.wait_state("corrected")
+    page.wait_for_selector("#beside", state="visible")
+    assert here.state() == "corrected"
+    page.click("#undo")
+    here.wait_state("to review")
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#save")
+    sync_api.expect(page.locator("#save")).to_have_text("Save")
+    # Taken only when the reviewer says so; the approved tree stays in the file until another one is approved.
+    page.click("#beside summary")
+    sync_api.expect(page.locator("#beside-tree svg")).to_be_visible()
+    here.shot("review_beside")
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.click("#beside-take")
+    assert here.state() == "approved"
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#beside-take")
+    here.wait_state("to review")
+    sync_api.expect(page.locator("#kept")).to_be_visible()
+    page.click("#save")
+    sync_api.expect(page.locator("#said")).to_contain_text("as it was approved before, until you approve it again: passage 1")
+    (record,) = read_trees(tmp_path / "out.jsonl").records
+    assert (record.tree, record.more["review"]) == (first.tree, "approved")
+    page.click("#approve")
+    here.wait_state("approved")
+    page.click("#save")
+    sync_api.expect(page.locator("#save")).to_have_text("Save")
+    (record,) = read_trees(tmp_path / "out.jsonl").records
+    assert record.tree == tree_of(first.text).tree
+    # And one that is left goes.
+    page.click("#extract")
+    page.wait_for_selector("#beside", state="visible")
+    page.click("#beside summary") if not page.is_visible("#beside-leave") else None
+    page.click("#beside-leave")
+    page.wait_for_selector("#beside", state="hidden")
+    assert here.state() == "approved"
+
+
+@pytest.fixture
+def reviewed(review: Callable[..., Review], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Review:
+    """A review on which two people have been at work, at times that are always the same, as one of them sees it."""
+    monkeypatch.setattr(session_module, "_now", lambda: "2026-03-02T09:10:00.000+00:00")
+    users = UserFile(tmp_path / "users.json")
+    token = users.add("Ada Lind")
+    here = review("sample:guidelines", users=users)
+    hours = (f"2026-03-02T09:{minute}:00.000+00:00" for minute in count(20))
+    monkeypatch.setattr(session_module, "_now", lambda: next(hours))
+    ada, ben = By("Ada Lind"), By("Ben Oro")
+    parts = [None, None, "blood pressure stays high"]
+    ben_says = ben._replace(comment="shorter, as in the other trees")
+    here.session.edit(1, 0, "set_triple", {"node": 0, "triple": 0, "parts": parts}, ben_says)
+    here.session.comment(1, ada._replace(comment="These are not the words of the text. How high, and for how long?"))
+    here.session.approve(2, 0, by=ada._replace(comment="doses checked"))
+    here.session.approve(3, 0, by=ben)
+    here.page = here.stranger(f"{here.server.url}#token={token}")
+    here.page.wait_for_selector("#tree svg")
+    return here
+
+
+def test_who_did_what_and_when_is_on_the_page(reviewed: Review) -> None:
+    page = reviewed.page
+    assert page.inner_text("#you") == "Reviewer: Ada Lind"
+    assert page.locator("#passages .by").all_inner_texts() == ["Ben Oro", "Ada Lind", "Ben Oro"]
+    assert page.inner_text("#reviewed") == "corrected by Ben Oro, 2026-03-02 09:20: “shorter, as in the other trees”"
+    assert page.locator("#history-list time").all_inner_texts() == ["2026-03-02 09:21", "2026-03-02 09:20", "2026-03-02 09:10"]
+    reviewed.node(1).click()
+    assert page.is_visible("#history-list q >> nth=0")
+    reviewed.shot("review")
+    page.click("#open-2")
+    sync_api.expect(page.locator("#reviewed")).to_have_text("approved by Ada Lind, 2026-03-02 09:22: “doses checked”")
+    page.click("#approve")
+    reviewed.wait_state("to review")  # as nobody stands for it any more
+    assert page.inner_text("#reviewed") == ""
+
+
+def test_on_a_small_screen(reviewed: Review) -> None:
+    page = reviewed.page
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_selector("#tree svg")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    reviewed.node(2).click()
+    page.locator("#object-0").scroll_into_view_if_needed()
+    assert page.is_visible("#object-0")
+    reviewed.shot("review_small", full_page=True)
+
+
+def test_what_was_carried_over_from_an_older_version(review: Callable[..., Review], tmp_path: Path) -> None:
+    old = sample()[:2]
+    record = [replace(one, more={"review": "approved", "place": "page 3"}) for one in old]
+    file = tmp_path / "new.txt"
+    file.write_text(f"{old[0].text.replace('140/90 mmHg', '130/80 mmHg')}\n\n{old[1].text}\n")
+    here = review(file)
+    page = here.page
+    here.session.carry(record, "old.review.jsonl")
+    page.reload()
+    here.wait_state("to review")
+    sync_api.expect(page.locator("#carried-head")).to_have_text(
+        "Carried over from old.review.jsonl, page 3; the text has changed since"
+    )
+    assert page.inner_text("#carried-difference del") == "at or above 140/90 mmHg"
+    assert page.inner_text("#carried-difference ins") == "at or above 130/80 mmHg"
+    assert page.evaluate("document.getElementById('carried').open")
+    here.shot("review_carried", full_page=True)
+    page.click("#open-2")
+    here.wait_state("approved")
+    sync_api.expect(page.locator("#carried-head")).to_have_text("Carried over from old.review.jsonl, page 3; the text is the same")
+    assert not page.evaluate("document.getElementById('carried').open")
+
+
+def test_the_page_speaks_chinese(review: Callable[..., Review]) -> None:
+    here = review(slow=0.01)
+    page = here.page
+    page.select_option("#language", "zh")
+    sync_api.expect(page.locator("#save")).to_have_text("保存")
+    add(here, "高血压患者@若血压仍高，加用氨氯地平。")
+    sync_api.expect(page.locator("#title")).to_have_text("第 1 段")
+    page.click("#extract")
+    here.wait_state("待审核")
+    page.click("#kind-C")
+    here.validity("还不是有效的决策树")
+    sync_api.expect(here.node(2)).to_have_text("无推荐")
+    left = page.evaluate(
+        """name => [...document.querySelectorAll("button,label,legend,h1,h2,h3,summary,#you")].filter(one => one.offsetParent)
+          .map(one => one.innerText.replace(name, "")).filter(text => /[a-z]{3}/.test(text))""",
+        here.session.reviewer,
+    )
+    assert left == []
+    here.shot("review_chinese")
+
+
+def test_controls_have_names(review: Callable[..., Review]) -> None:
+    """What a screen reader would say of every control."""
+    here = review("sample:guidelines")
+    here.page.wait_for_selector("#tree svg")
+    nameless = here.page.evaluate(
+        """() => [...document.querySelectorAll("button,input,select,textarea,[role=button],dialog,section,nav")].filter(one =>
+          !(one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.textContent.trim()
+            || (one.labels && [...one.labels].some(label => label.textContent.trim())))).map(one => one.outerHTML)"""
+    )
+    assert nameless == []
+
+
+def test_the_least_sure_come_first_and_a_changed_node_is_nobodys_guess(review: Callable[..., Review], tmp_path: Path) -> None:
+    file = tmp_path / "trees.json"
+    sure = [[0.9, 0.8, 0.7], [0.95, 0.41, 0.3], None, [0.6, 0.9, 0.499]]
+    nodes = [
+        node("C", triple("acute flare")),
+        node("D", triple("rest", "therapeutic schedule")),
+        node("D", triple("ibuprofen", "drug therapy")),
+    ]
+    rows = [{"text": f"{TEXT} {i}", "tree": nodes} | ({"confidence": one} if one else {}) for i, one in enumerate(sure, start=1)]
+    file.write_text(json.dumps(rows))
+    here = review(file)
+    page = here.page
+
+    def listed() -> list[str]:
+        return [text.split("\n")[0] for text in page.locator("#passages button .number").all_inner_texts()]
+
+    page.wait_for_selector("#tree svg")
+    assert listed() == ["1", "2", "3", "4"]
+    assert page.locator("#passages .sure").all_inner_texts() == [
+        "least sure node: 70%", "least sure node: 30%, doubtful", "least sure node: 49%, doubtful"
+    ]  # fmt: skip
+    sync_api.expect(page.locator("#sure")).to_have_text("Least sure of the nodes: node 3 (70%)")
+    # By keyboard: the list of orders is a control like any other.
+    page.focus("#order")
+    page.keyboard.press("ArrowDown")
+    assert page.input_value("#order") == "sure"
+    assert listed() == ["2", "4", "1", "3"]
+    page.click("#open-2")
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 2")
+    assert page.is_disabled("#previous")
+    sync_api.expect(page.locator("#sure")).to_have_text("Doubtful, more likely wrong than right: node 3 (30%), node 2 (41%)")
+    assert (here.node(2).get_attribute("aria-label") or "").endswith(". confidence 41%, doubtful")
+    page.click("#sure button >> nth=1")
+    sync_api.expect(page.locator("#node-sure")).to_contain_text("Confidence 41%: doubtful, more likely wrong than right")
+    assert page.evaluate("document.querySelector('#node-sure meter').value") == 41
+    here.shot("review_confidence")
+    page.fill("#object-0", "colchicine")
+    page.keyboard.press("Enter")
+    here.wait_state("corrected")
+    assert page.locator("#node-sure").count() == 0
+    assert "confidence" not in (here.node(2).get_attribute("aria-label") or "")
+    sync_api.expect(page.locator("#sure")).to_have_text("Doubtful, more likely wrong than right: node 3 (30%)")
+    page.click("#sure button")
+    page.click("#delete")
+    sync_api.expect(page.locator("#sure")).to_have_text("Least sure of the nodes: node 1 (95%)")
+    assert listed() == ["2", "4", "1", "3"]  # nothing moves under who is at work
+    page.click("#approve")
+    here.wait_state("approved")
+    assert page.is_hidden("#sure")
+    assert page.locator("#open-2 .sure").count() == 0
+    page.click("#next")
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 4")
+    page.reload()
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 4")
+    assert (page.input_value("#order"), listed()) == ("sure", ["4", "1", "2", "3"])
+    page.select_option("#order", "place")
+    assert listed() == ["1", "2", "3", "4"]
+    page.select_option("#language", "zh")
+    sync_api.expect(page.locator("#sure")).to_have_text("存疑，更可能是错的：节点 3 (49%)")
+    assert page.locator("#order option").all_inner_texts() == ["按原文顺序", "置信度最低者优先"]

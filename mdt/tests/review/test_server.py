@@ -1,0 +1,488 @@
+"""The server of a review over real HTTP: whom it answers, what it refuses, and that nothing ends it."""
+
+import base64
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
+from importlib import resources
+from itertools import repeat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gatewise_mdt import DecisionTree
+from gatewise_mdt.review import Extracting, Review, Session
+from gatewise_mdt.review import server as server_module
+from gatewise_mdt.review.server import MOST_BYTES, ReviewServer
+from mdt_trees import TEXT, gout
+from review_serving import serving
+
+from gatewise.errors import GatewiseError
+from gatewise.internals import http
+
+HOSTILE = "<script>alert(1)</script>\"'&\u2028 \U0001f600"
+
+
+class Caller:
+    """Asks a server as its page does, unless told otherwise."""
+
+    def __init__(self, server: ReviewServer) -> None:
+        self.server, self.token = server, server.url.partition("#token=")[2]
+
+    def __call__(self, path: str, body: Any = None, *, method: str = "", raw: bytes | None = None, **headers: str | None) -> Any:
+        """(status, parsed answer); a header of None is left out, underscores in names are hyphens."""
+        status, content, _ = self.whole(path, body, method=method, raw=raw, **headers)
+        return status, json.loads(content)
+
+    def whole(self, path: str, body: Any = None, *, method: str = "", raw: bytes | None = None, **headers: str | None) -> Any:
+        sent: dict[str, str | None] = {"X-Gatewise-Token": self.token, "Content-Type": "application/json"}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+        content = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection = HTTPConnection("127.0.0.1", self.server.port, timeout=30)
+        try:
+            connection.putrequest(
+                method or ("GET" if content is None else "POST"), path, skip_host="Host" in sent, skip_accept_encoding=True
+            )
+            if content is not None and "Content-Length" not in sent:
+                sent["Content-Length"] = str(len(content))
+            for name, value in sent.items():
+                if value is not None:
+                    connection.putheader(name, value)
+            connection.endheaders(content)
+            answer = connection.getresponse()
+            return answer.status, answer.read(), answer.headers
+        finally:
+            connection.close()
+
+
+@contextmanager
+def calling(folder: Path) -> Iterator[Caller]:
+    """A running review of one tree and of a passage without one, with a model that always writes the same tree."""
+    (folder / "trees.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}]))
+    session = Session.open(str(folder / "trees.json"))
+    session.paste("men@Give colchicine to them.")
+    found = SimpleNamespace(tree=DecisionTree.from_preorder(gout()), warnings=("hurried",), made_with=None, confidence=None)
+    extracting = Extracting(session, lambda text, language, tick: found)
+    with serving(Review(session, extracting)) as server:
+        yield Caller(server)
+    extracting.end()
+    session.close()
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Iterator[Caller]:
+    with calling(tmp_path) as caller:
+        yield caller
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+    """The same, for all that changes nothing."""
+    with calling(tmp_path_factory.mktemp("asked")) as caller:
+        yield caller
+
+
+# Whom it answers ------------------------------------------------------------------------------------------------------
+
+
+def test_it_listens_on_this_machine_only(ask: Caller) -> None:
+    assert ask.server.socket.getsockname()[0] == "127.0.0.1"
+    assert ask.server.is_local
+    assert ask.server.url == f"http://127.0.0.1:{ask.server.port}/#token={ask.token}"
+    assert len(ask.token) >= 32
+
+
+@pytest.mark.parametrize("path", ["/api/session", "/api/passage?number=1"])
+def test_nothing_is_told_without_the_token(ask: Caller, path: str) -> None:
+    assert ask(path)[0] == 200
+    for token in (None, "", "x", ask.token[:-1], "Ünïcode"):
+        status, answer = ask(path, X_Gatewise_Token=None if token is None else token.encode("utf-8").decode("latin-1"))
+        assert (status, "no token" in answer["error"]) == (401, True)
+    assert ask(f"{path}{'&' if '?' in path else '?'}token={ask.token}", X_Gatewise_Token=None)[0] == 401
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "edit",
+        "undo",
+        "approve",
+        "paste",
+        "save",
+        "export",
+        "extract",
+        "cancel",
+        "remove",
+        "load",
+        "begin",
+        "take",
+        "leave",
+        "comment",
+    ],
+)
+def test_nothing_is_changed_without_the_token(ask: Caller, path: str) -> None:
+    before = ask("/api/session")[1]
+    assert ask(f"/api/{path}", {"number": 1, "version": 0}, X_Gatewise_Token="wrong")[0] == 401
+    assert ask("/api/session")[1] == before
+
+
+def test_other_names_and_other_sites_are_refused(call: Caller) -> None:
+    port = call.server.port
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1",
+        f"127.0.0.1:{port + 1}",
+        f"127.0.0.1.evil.example:{port}",
+        "",
+    ):
+        for path in ("/", "/api/session"):
+            assert call(path, Host=host)[0] == 403
+        assert call("/api/save", {}, Host=host)[0] == 403
+    assert call("/api/session", Host=f"localhost:{port}")[0] == 200
+    for origin in ("http://evil.example", "null", f"https://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"):
+        assert call("/api/save", {}, Origin=origin)[0] == 403
+    assert call("/api/save", {}, Origin=f"http://127.0.0.1:{port}")[0] == 200
+    # No answer of it may be read by other sites.
+    status, _, headers = call.whole("/api/session", method="OPTIONS", Origin="http://evil.example")
+    assert status >= 400
+    assert "Access-Control-Allow-Origin" not in headers
+
+
+def test_what_a_form_of_another_page_could_send_is_refused(call: Caller) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None, "application/jsonx"):
+        assert call("/api/save", {}, Content_Type=kind)[0] == 415
+    assert call("/api/save", {}, Content_Type="application/json; charset=utf-8")[0] == 200
+    assert call("/api/save")[0] == 404  # not by GET
+
+
+def test_all_words_of_the_page_are_there_in_chinese() -> None:
+    folder = resources.files("gatewise_mdt.review")
+    scripts = "".join(
+        (folder / name).read_text(encoding="utf-8") for name in ("page.js", "editor.js", "calls.js", "conflict.js", "history.js")
+    )
+    known = set(re.findall(r'^  "(.+?)":', (folder / "words.js").read_text(encoding="utf-8"), re.MULTILINE))
+    asked = set(re.findall(r'\btr\("([^"]+)"', scripts))
+    page = re.sub(r"<(script|style).*?</\1>", "", (folder / "page.html").read_text(encoding="utf-8"), flags=re.DOTALL)
+    texts = {text.strip() for text in re.findall(r">([^<>]+)<", page)} | set(re.findall(r'(?:aria-label|title)="([^"]+)"', page))
+    standing = {text for text in texts if re.search(r"[A-Za-z]{3}", text) and not text.startswith("Ctrl+")} - {"English"}
+    assert asked - known == set()
+    assert standing - known == set()
+    assert known - asked - standing == set()  # and none is left over
+
+
+def test_every_answer_is_locked_up(ask: Caller) -> None:
+    for path in (
+        "/",
+        "/page.js",
+        "/editor.js",
+        "/calls.js",
+        "/conflict.js",
+        "/history.js",
+        "/words.js",
+        "/page.css",
+        "/views.css",
+        "/marking.js",
+        "/api/session",
+        "/none",
+    ):
+        _, content, headers = ask.whole(path)
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
+        assert headers["Cache-Control"] == "no-store"
+        assert ask.token not in content.decode()
+        assert b"http://" not in content.replace(b"http://www.w3.org/", b"")
+        assert b"https://" not in content
+        assert not re.search(rb'(href|src)="/|["`]/api/', content)  # a proxy may serve it below a path
+
+
+# What it refuses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/none",
+        "/../pyproject.toml",
+        "/../../../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/..%2fsession.py",
+        "/session.py",
+        "/page.html",
+        "//etc/passwd",
+        "/page.js/../session.py",
+        "/api/../session.py",
+        "/api/none",
+        "/\\..\\session.py",
+        "/%00",
+    ],
+)
+def test_only_its_own_pages_are_served(ask: Caller, path: str) -> None:
+    assert ask(path)[0] == 404
+    assert ask(path, {})[0] == 404
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"number": NaN'])
+def test_bodies_that_are_no_json_object_are_refused(ask: Caller, raw: bytes) -> None:
+    assert ask("/api/undo", raw=raw)[0] == 400
+    assert ask("/api/session")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("edit", {}, "arguments"),
+        ("edit", {"number": "x", "version": 0, "edit": "swap", "arguments": {}}, "number is 'x'"),
+        ("edit", {"number": True, "version": 0, "edit": "swap", "arguments": {}}, "expected a number"),
+        ("edit", {"number": 1e400, "version": 0, "edit": "swap", "arguments": {}}, "expected a number"),
+        ("edit", {"number": 1, "version": 0, "edit": ["swap"], "arguments": {}}, "expected text"),
+        ("edit", {"number": 1, "version": 0, "edit": "swap", "arguments": {"node": -1}}, "no node -1"),
+        ("edit", {"number": 2, "version": 0, "edit": "swap", "arguments": {"node": 0}}, "no tree yet"),
+        ("undo", {"number": 99, "version": 0}, "no passage 99"),
+        ("undo", {"number": 1, "version": 0}, "nothing to undo"),
+        ("approve", {"number": 2, "version": 0, "approved": True}, "no tree yet"),
+        ("begin", {"number": 1, "version": 0}, "a tree already"),
+        ("paste", {"text": ""}, "is empty"),
+        ("paste", {"text": ["x"]}, "expected text"),
+        ("paste", {"text": "\ud800 and some words"}, "surrogate"),
+        ("paste", {"text": "some words", "population": "\ud800"}, "the population has half of a surrogate pair"),
+        ("load", {"name": "a.pdf", "content": "###"}, "did not arrive whole"),
+        ("load", {"name": "a.pdf", "content": base64.b64encode(b"no pdf").decode()}, "a.pdf cannot be read as PDF"),
+        ("load", {"name": "../../etc/passwd", "content": "eA=="}, "expected a text"),
+        ("load", {"name": "", "content": "eA=="}, "expected a text"),
+        ("extract", {"passages": [[1, 0], ["x", 0]]}, "no passage 'x'"),
+        ("extract", {"passages": [[[1], 0]]}, "no passage"),
+        ("extract", {"passages": [[1]]}, "missing"),
+        ("extract", {"passages": [[1, "0"]]}, "missing"),
+        ("take", {"number": 1, "version": 0, "extraction": 1}, "does not lie beside this tree"),
+        ("leave", {"number": 1, "version": 0, "extraction": 0}, "does not lie beside this tree"),
+        ("undo", {"number": 1, "version": 0, "window": 1}, "window is '1', expected text"),
+        ("approve", {"number": 1, "version": 0, "approved": True, "comment": "x" * 4001}, "the comment has 4001 characters"),
+        ("approve", {"number": 1, "version": 0, "approved": True, "comment": "\ud800"}, "surrogate"),
+        ("extract", {}, "missing"),
+        ("export", {"format": "exe", "which": "all"}, "'exe': expected one of text"),
+        ("export", {"format": "json", "which": {"a": 1}}, 'expected the number of a passage, "all"'),
+        ("export", {"format": "json", "which": 2}, "passage 2 has no valid tree"),
+    ],
+)
+def test_bad_requests_get_one_sentence(ask: Caller, path: str, body: dict[str, Any], said: str) -> None:
+    before = ask("/api/session")[1]
+    status, answer = ask(f"/api/{path}", body)
+    assert status == 400
+    assert said in answer["error"]
+    assert ask("/api/session")[1] == before
+
+
+def test_large_bodies_and_odd_lengths_are_refused_unread(ask: Caller) -> None:
+    status, answer = ask("/api/paste", raw=b"{}", Content_Length=str(MOST_BYTES + 1))
+    assert (status, "at most 30 MB" in answer["error"]) == (413, True)
+    for length in ("-1", "x", "1e3", "", None, "²", "9" * 5000):
+        encoded = None if length is None else length.encode("utf-8").decode("latin-1")
+        assert ask("/api/paste", raw=b"{}", Content_Length=encoded)[0] == 400
+    assert ask("/api/session")[0] == 200
+
+
+def test_a_body_in_chunks_is_read_up_to_the_same_size(ask: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunked: dict[str, str | None] = {"Content_Length": None, "Transfer_Encoding": "chunked"}
+    status, answer = ask("/api/paste", raw=b"2\r\n{}\r\n0\r\n\r\n", **chunked)
+    assert (status, "is empty" in answer["error"]) == (400, True)
+    monkeypatch.setattr(server_module, "MOST_BYTES", 1000)
+    chunk = b"1f4\r\n" + b" " * 500 + b"\r\n"
+    assert ask("/api/paste", raw=3 * chunk, **chunked)[0] == 413  # though no end of it comes
+    assert ask("/api/paste", raw=2 * chunk + b"0\r\n\r\n", **chunked)[0] == 400
+    assert ask("/api/paste", raw=b"zz\r\n{}\r\n", **chunked)[0] == 400
+    assert ask("/api/session")[0] == 200
+
+
+def test_a_silent_connection_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, in and after a request; one that waits for an answer stays."""
+    monkeypatch.setattr(http, "SILENCE", 0.3)
+
+    def save(self: Session, by: Any) -> Any:
+        time.sleep(0.8)
+        raise GatewiseError("late")
+
+    monkeypatch.setattr(Session, "save", save)
+    with calling(tmp_path) as call:
+        head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
+        page, body = f"GET / HTTP/1.1\r\n{head}\r\n", f"POST /api/save HTTP/1.1\r\n{head}Content-Length: 9\r\n\r\n"
+        for sent, answer in (("", b""), ("GET / HT", b""), (body + "{", b" 408 "), (page, b" 200 "), (page + "GET", b" 200 ")):
+            with socket.create_connection(("127.0.0.1", call.server.port), timeout=20) as connection:
+                connection.sendall(sent.encode())
+                got = b"".join(iter(lambda: connection.recv(65536), b""))
+                assert answer in got
+        assert call("/api/save", {}) == (400, {"error": "late"})
+        asked = page.replace(" / ", " /page.js ").encode() * 1000
+        with (
+            socket.create_connection(("127.0.0.1", call.server.port), timeout=20) as connection,
+            pytest.raises(ConnectionError),  # it reads none of the answers
+        ):
+            list(map(connection.sendall, repeat(asked, 1000)))
+        assert call("/api/session")[0] == 200
+
+
+def test_many_silent_connections_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would take all the files that the process may have open, those of the history among them."""
+    monkeypatch.setattr(http.PatientProtocol, "most_connections", 20)
+    with calling(tmp_path) as call:
+        head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
+        asking = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(5)]
+        for connection in asking:
+            connection.sendall(f"POST /api/save HTTP/1.1\r\n{head}Content-Length: 2\r\n\r\n{{".encode())
+        assert call("/api/begin", {"number": 2, "version": 0})[0] == 200
+        silent = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(100)]
+        assert call("/api/session")[0] == 200
+        for connection in silent[:80]:  # the oldest had to go
+            with suppress(ConnectionError):
+                assert connection.recv(100) == b""
+        for connection in asking:  # whoever waits for an answer stays
+            connection.sendall(b"}")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+        for connection in (*asking, *silent):
+            connection.close()
+        assert call("/api/session")[0] == 200
+
+
+def test_what_one_sends_slowly_keeps_nobody_waiting(call: Caller) -> None:
+    head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
+    slow = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(50)]
+    for connection in slow:
+        connection.sendall(f"POST /api/save HTTP/1.1\r\n{head}Content-Length: 2\r\n\r\n{{".encode())
+    assert call("/api/begin", {"number": 2, "version": 0})[0] == 200
+    for connection in slow:
+        connection.sendall(b"}")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+        connection.close()
+
+
+def test_nonsense_on_the_wire_does_not_end_it(ask: Caller, capsys: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """What is answered is answered as all else is, and the terminal stays quiet."""
+    whole = f"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1:{ask.server.port}\r\nTransfer-Encoding: chunked\r\n".encode()
+    for sent, answered in (
+        (b"", b""),
+        (b"\x00\xff" * 50 + b"\r\n\r\n", b"400"),
+        (b"GET", b""),
+        (b"POST /api/save HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: x", b""),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", b"400"),
+        (b"GET http://127.0.0.1/ HTTP/1.0\r\n\r\n", b"403"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"403"),
+        (whole + b"\r\n2\r\n{}\r\nnonsense\r\n", b"400"),
+        (whole + f"X-Gatewise-Token: {ask.token}\r\nContent-Type: application/json\r\n\r\nnonsense\r\n".encode(), b"400"),
+    ):
+        with socket.create_connection(("127.0.0.1", ask.server.port), timeout=10) as connection:
+            connection.sendall(sent)
+            got = b"".join(iter(lambda: connection.recv(65536), b"")) if answered else b""
+        if answered:
+            assert got.startswith(b"HTTP/1.1 " + answered), sent
+            assert got.lower().count(b"content-security-policy: default-src 'none'") == got.count(b"HTTP/1.1 ")
+            assert json.loads(got[got.index(b"\r\n\r\n") :].partition(b"HTTP/1.1")[0])["error"]
+    assert ask("/api/session")[0] == 200
+    assert (capsys.readouterr(), caplog.records) == (("", ""), [])
+
+
+def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(self: Session, by: Any) -> None:
+        raise RuntimeError("oh")
+
+    monkeypatch.setattr(Session, "save", fail)
+    status, answer = call("/api/save", {})
+    assert (status, "a fault in gatewise (RuntimeError)" in answer["error"]) == (500, True)
+    assert "RuntimeError: oh" in capsys.readouterr().err
+    assert call("/api/session")[0] == 200
+
+
+def test_a_busy_port_is_one_sentence(ask: Caller, tmp_path: Path) -> None:
+    with pytest.raises(GatewiseError, match=f"port {ask.server.port} cannot be had"):
+        ReviewServer(ask.server.review, port=ask.server.port)
+
+
+def test_an_older_page_removes_nothing(call: Caller) -> None:
+    assert call("/api/begin", {"number": 2, "version": 0})[0] == 200  # in another window
+    status, answer = call("/api/remove", {"number": 2, "version": 0})
+    assert (status, "has changed since the page showed it" in answer["error"]) == (409, True)
+    assert call("/api/remove", {"number": 2})[0] == 400
+    assert len(call("/api/session")[1]["passages"]) == 2
+    assert call("/api/remove", {"number": 2, "version": 1})[0] == 200
+
+
+# What it does ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_told_of_which_words_a_dose_is_but_a_part(call: Caller) -> None:
+    arguments = {"node": 1, "triple": 1, "parts": ["colchicine", "dosage and administration", "5 mg"]}
+    answer = call("/api/edit", {"number": 1, "version": 0, "edit": "set_triple", "arguments": arguments})[1]
+    shown = answer["passage"]["nodes"][1]["triples"][1]
+    assert (shown["absent"], shown["part_of"]) == ([False, True], [None, "0.5 mg"])
+
+
+def test_a_whole_review(call: Caller) -> None:
+    seen = call("/api/passage?number=1")[1]
+    assert [piece for piece, _ in seen["population"]] == ["adults with gout"]
+    assert "".join(piece for piece, _ in seen["passage"]) == TEXT.partition("@")[2]
+    assert seen["nodes"][0]["children"] == [1, 2]
+    assert (seen["fault"], seen["warnings"], seen["undo"]) == (None, [], 0)
+    edit = {"number": 1, "version": 0, "edit": "set_triple"}
+    arguments = {"node": 3, "triple": 0, "parts": ["adults with gout", "therapeutic schedule", HOSTILE]}
+    status, answer = call("/api/edit", {**edit, "arguments": arguments})
+    assert status == 200
+    assert answer["passage"]["nodes"][3]["triples"][0]["absent"] == [False, True]
+    assert "<script" not in answer["passage"]["drawing"]
+    assert answer["session"]["unsaved"] == 1
+    assert call("/api/edit", {**edit, "arguments": arguments})[0] == 409  # a page that shows the older tree
+    answer = call("/api/edit", {"number": 1, "version": 1, "edit": "to_condition", "arguments": {"node": 4}})[1]
+    assert answer["passage"]["fault"]["node"] == 4
+    assert "without triples" in answer["passage"]["fault"]["message"]
+    answer = call("/api/undo", {"number": 1, "version": 2})[1]
+    assert (answer["passage"]["fault"], answer["passage"]["redo"]) == (None, 1)
+    assert call("/api/approve", {"number": 1, "version": 3, "approved": True})[1]["passage"]["state"] == "approved"
+    saved = call("/api/save", {})[1]
+    assert saved["saved"]["records"] == 1
+    (record,) = (json.loads(line) for line in Path(saved["saved"]["path"]).read_text(encoding="utf-8").split("\n") if line)
+    assert (record["review"], record["tree"][3]["triples"][0][2]) == ("approved", HOSTILE)
+    file = call("/api/export", {"format": "html", "which": 1})[1]["file"]
+    assert file["name"].endswith(".html")
+    assert "<script>alert" not in file["content"]
+
+
+def test_extraction_through_the_server(call: Caller) -> None:
+    status, answer = call("/api/extract", {"passages": [[2, 0]]})
+    assert (status, answer["session"]["extracts"]) == (200, True)
+    for _ in range(500):
+        answer = call("/api/session")[1]
+        if answer["progress"] is None:
+            break
+    assert [line["state"] for line in answer["passages"]] == ["drafted", "drafted"]
+    assert call("/api/passage?number=2")[1]["warnings"] == ["hurried"]
+    assert call("/api/cancel", {})[0] == 200
+
+
+def test_without_a_model_the_reason_is_given(tmp_path: Path) -> None:
+    session = Session.open(None, tmp_path / "x.jsonl")
+    with serving(Review(session, reason="no model was given")) as server:
+        call = Caller(server)
+        assert (call("/api/session")[1]["extracts"], call("/api/session")[1]["reason"]) == (False, "no model was given")
+        assert call("/api/extract", {"passages": []}) == (400, {"error": "no model was given"})
+    session.close()
+
+
+def test_files_come_in_by_their_content_alone(call: Caller, tmp_path: Path) -> None:
+    trees = json.dumps([{"text": "boys@Rest.", "tree": gout()}, {"text": "x"}]).encode()
+    answer = call("/api/load", {"name": "../more.json", "content": base64.b64encode(trees).decode()})[1]
+    assert (answer["added"], "record 2" in answer["faults"][0]) == ([3], True)
+    text = base64.b64encode("# 成人\n\n若血压高，用氨氯地平。".encode()).decode()
+    answer = call("/api/load", {"name": "文.md", "content": text, "population": "老年人"})[1]
+    seen = call(f"/api/passage?number={answer['added'][0]}")[1]
+    assert (seen["language"], seen["population"][0][0], seen["relations"][1]) == ("zh", "老年人", "治疗药物")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [
+        "trees.json",
+        "trees.json.review.history.jsonl",
+    ]

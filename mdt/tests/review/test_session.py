@@ -1,0 +1,561 @@
+"""A review without its page: what is kept, what is saved, and that nothing is lost between two of them."""
+
+import hashlib
+import json
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gatewise_mdt import DecisionTree, read_trees, sample
+from gatewise_mdt.review.extracting import NOTHING_FOUND, Extracting
+from gatewise_mdt.review.session import OldPageError, Session
+from gatewise_mdt.review.shown import whole
+from mdt_trees import TEXT, gout, node, triple
+
+from gatewise.errors import GatewiseError
+
+OTHER = "children with fever@If the fever lasts, give paracetamol."
+CHINESE = "高血压患者@若血压仍高，加用氨氯地平。"
+
+
+@pytest.fixture
+def trees(tmp_path: Path) -> Path:
+    """A file of two trees, as `gatewise mdt extract` writes them."""
+    file = tmp_path / "trees.json"
+    tree = [node("C", triple("fever", subject="children")), node("D", triple("paracetamol", "drug therapy", "children")), node("D")]
+    items = [
+        {
+            "notice": "x",
+            "text": TEXT,
+            "tree": gout(),
+            "absent": [],
+            "warnings": ["cut short"],
+            "source": "a.pdf",
+            "spans": [],
+            "nested": {},
+        },
+        {"text": OTHER, "tree": tree},
+    ]
+    file.write_text(json.dumps(items))
+    return file
+
+
+def correct(session: Session, number: int = 1) -> None:
+    passage = session.passage(number)
+    arguments = {"node": 1, "triple": 0, "parts": triple("naproxen or colchicine", "drug therapy")}
+    session.edit(number, passage.version, "set_triple", arguments)
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def reopened(session: Session, file: Path | None) -> Session:
+    out = session.files.out
+    session.close()
+    return Session.open(None if file is None else str(file), out)
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_a_person_saw_is_saved_in_the_published_format(trees: Path) -> None:
+    session = Session.open(str(trees))
+    assert [passage.now.state for passage in session.passages] == ["drafted", "drafted"]
+    assert session.save().records == 0
+    correct(session)
+    session.approve(2, 0)
+    assert session.unsaved == 2
+    saved = session.save()
+    assert (saved.path, saved.records, saved.unfinished, session.unsaved) == (trees.with_name("trees.json.review.jsonl"), 2, [], 0)
+    first, second = lines(saved.path)
+    # What was true of the extracted tree is not said of the corrected one; where it comes from is.
+    assert first.keys() == {"text", "tree", "source", "review", "reviewed"}
+    assert (first["text"], first["review"], second["review"]) == (TEXT, "corrected", "approved")
+    assert first["tree"][1]["triples"][0][2] == "naproxen or colchicine"
+    read = read_trees(saved.path)
+    assert (len(read.records), read.faults) == (2, {})
+
+
+def test_saved_corrections_are_training_data(trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from gatewise.cli.main import app
+
+    monkeypatch.chdir(trees.parent)
+    session = Session.open(str(trees))
+    correct(session)
+    out = str(session.save().path)
+    session.close()
+    rows = CliRunner().invoke(app, ["mdt", "prepare", out, "--out", "rows.jsonl"])
+    assert rows.exit_code == 0, rows.output
+    assert "naproxen or colchicine" in lines(Path("rows.jsonl"))[0]["target"]
+    same = CliRunner().invoke(app, ["mdt", "evaluate", "--gold", out, "--pred", out, "--json"])
+    assert same.exit_code == 0, same.output
+    assert json.loads(same.stdout)["tree_acc"] == 1
+    assert CliRunner().invoke(app, ["mdt", "show", out, "--format", "html"]).exit_code == 0
+
+
+def test_an_unfinished_tree_is_not_saved_and_not_lost(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    session.save()
+    session.edit(1, session.passage(1).version, "to_condition", {"node": 4})
+    assert not session.passage(1).is_valid
+    assert session.unsaved == 1
+    with pytest.raises(GatewiseError, match="cannot be approved yet: node 5: a condition"):
+        session.approve(1, session.passage(1).version)
+    saved = session.save()
+    assert (saved.records, saved.unfinished) == (1, [1])
+    assert len(lines(saved.path)[0]["tree"]) == 5  # the version that was saved before
+    again = reopened(session, trees)
+    assert len(again.passage(1).now.nodes or ()) == 7
+    assert again.passage(1).saved is not None
+    again.undo(1, again.passage(1).version)  # back to what was saved
+    assert again.passage(1).is_valid
+    assert again.unsaved == 0
+
+
+def test_a_file_that_another_program_changed_is_left_alone(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    out = session.save().path
+    session.approve(2, 0)
+    changed = lines(out)[0]
+    changed["tree"][1]["triples"][0][2] = "ibuprofen"
+    out.write_text(json.dumps(changed) + "\n")
+    with pytest.raises(GatewiseError, match="changed by another program"):
+        session.save()
+    assert lines(out) == [changed]
+    again = reopened(session, trees)
+    assert (again.passage(1).now.nodes or [])[1]["triples"][0][2] == "ibuprofen"
+    assert "another tree than before" in again.notes[0]
+    again.undo(1, again.passage(1).version)
+    assert (again.passage(1).now.nodes or [])[1]["triples"][0][2] == "naproxen or colchicine"
+    assert again.passage(2).now.state == "approved"
+    assert again.save().records == 2
+
+
+# Keeping --------------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_there_again_without_a_save(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    session.approve(2, 0)
+    added = session.paste(CHINESE)[0][0]
+    assert added.language == "zh"
+    session.begin(added.number, 0)
+    session.edit(added.number, 1, "add_triple", {"node": 0})
+    again = reopened(session, trees)
+    assert [passage.now.state for passage in again.passages] == ["corrected", "approved", "corrected"]
+    assert [passage.text for passage in again.passages] == [TEXT, OTHER, CHINESE]
+    assert again.passage(3).now.nodes == [{"role": "D", "triples": [["", "治疗方案", ""]], "logical_rel": "null"}]
+    assert not again.files.out.exists()
+    # Without the file it came from, too.
+    assert len(reopened(again, None).passages) == 3
+
+
+def test_saved_corrections_are_there_without_the_draft(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    session.save()
+    session.close()
+    session.files.history.unlink()
+    again = Session.open(str(trees))
+    assert [passage.now.state for passage in again.passages] == ["corrected", "drafted"]
+    again.undo(1, again.passage(1).version)
+    assert again.passage(1).now.nodes == gout()
+
+
+def test_the_file_of_corrections_itself_can_be_reviewed(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    session.save()
+    again = reopened(session, session.files.out)
+    assert again.files.out == session.files.out
+    assert len(again.passages) == 2  # the draft knows of the other
+    again.close()
+    session.files.history.unlink()
+    alone = Session.open(str(session.files.out))
+    assert [passage.now.state for passage in alone.passages] == ["corrected"]
+
+
+def test_a_file_of_corrections_is_repaired_where_that_is_asked_for(trees: Path) -> None:
+    out = trees.with_name("x.review.jsonl")
+    wrong = [{**node("D", triple("rest", "therapeutic schedule")), "logical_rel": "and"}]
+    out.write_text(json.dumps({"text": TEXT, "tree": wrong, "review": "corrected"}) + "\n")
+    for file in (out, trees):
+        with pytest.raises(GatewiseError, match="mend the record"):
+            Session.open(str(file), out)
+    session = Session.open(str(out), repair=True)
+    assert session.passage(1).is_valid
+    session.save()
+    assert lines(out)[0]["tree"][0]["logical_rel"] == "null"
+    session.close()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_approved_tree_that_is_repaired_is_said_to_be_another_one(trees: Path, saved: bool) -> None:
+    out = trees.with_name("x.review.jsonl")
+    wrong = gout()
+    wrong[1]["logical_rel"] = "null"
+    held = [{"text": TEXT, "tree": wrong, "review": "approved", "reviewed": {"by": "Ada"}}, {"text": OTHER, "tree": gout()}]
+    held[1] |= {"review": "approved", "reviewed": {"by": "Bea"}}
+    out.write_text("".join(json.dumps(one) + "\n" for one in held))
+    for again in (False, True):
+        session = Session.open(str(out), repair=not (again and saved))
+        repaired, other = session.passages
+        assert [one.now.state for one in session.passages] == ["corrected", "approved"]
+        assert (repaired.now.reviewed, other.now.reviewed) == (None, {"by": "Bea"})
+        if again and saved:
+            assert (session.notes, session.unsaved) == ([], 0)
+        else:
+            assert session.unsaved == 1
+            assert session.notes[0].endswith('node 2: logical_rel "null" with 3 triples is read as "and"')
+            assert "was approved by Ada is another one after the repair, so it counts as corrected" in session.notes[1]
+            assert len(session.notes) == 2
+        if saved and not again:
+            assert session.save().records == 2
+            assert session.unsaved == 0
+            assert [one.get("reviewed") for one in lines(out)] == [None, {"by": "Bea"}]
+            assert lines(out)[0]["review"] == "corrected"
+        session.close()
+    # Who read it as it is by now approves it, also where it is not saved before the end.
+    session = Session.open(str(out), repair=not saved)
+    session.approve(1, session.passage(1).version)
+    session.close()
+    session = Session.open(str(out), repair=not saved)
+    assert session.passage(1).now.state == "approved"
+    assert not any("was approved by Ada" in note for note in session.notes)
+    assert session.passage(1).past[-1].state == "corrected"
+    session.save()
+    assert [one["review"] for one in lines(out)] == ["approved", "approved"]
+    session.close()
+
+
+def test_an_approved_tree_of_another_file_that_is_repaired_is_said_to_be_another_one(trees: Path) -> None:
+    """That file may be the corrections of an earlier review, under which a new one is begun."""
+    wrong = gout()
+    wrong[1]["logical_rel"] = "null"
+    held = [{"text": TEXT, "tree": wrong}, {"text": OTHER, "tree": gout()}, {"text": "a third one", "tree": wrong}]
+    for one, by in zip(held, ("Ada", "Bea"), strict=False):
+        one |= {"review": "approved", "reviewed": {"by": by}}
+    trees.write_text(json.dumps(held))
+    with closing(Session.open(str(trees), repair=True)) as session:
+        assert [(one.now.state, one.now.reviewed) for one in session.passages] == [
+            ("corrected", None),
+            ("approved", {"by": "Bea"}),
+            ("drafted", None),
+        ]
+        assert [note.endswith('node 2: logical_rel "null" with 3 triples is read as "and"') for note in session.notes] == [
+            True,
+            True,
+            False,
+        ]
+        assert "was approved by Ada is another one after the repair, so it counts as corrected" in session.notes[2]
+        session.approve(1, session.passage(1).version)
+        session.save()
+    with closing(Session.open(str(trees), repair=True)) as session:
+        assert session.passage(1).now.state == "approved"
+        assert not any("was approved by Ada" in note for note in session.notes)
+
+
+def test_no_record_of_the_file_of_corrections_is_lost_by_a_save(trees: Path) -> None:
+    """Any file of trees may be named: records that nobody reviewed stay in it as well."""
+    out = trees.with_suffix(".jsonl")
+    out.write_text("".join(json.dumps({"text": text, "tree": gout(), "mine": 1}) + "\n" for text in (TEXT, OTHER, OTHER)))
+    session = Session.open(str(trees), out)
+    session.approve(3, 0)
+    assert session.save().records == 3
+    assert [record.get("review") for record in lines(out)] == [None, None, "approved"]
+    assert all(record["mine"] == 1 for record in lines(out))
+
+
+def test_a_fresh_extraction_replaces_only_what_nobody_touched(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    session.close()
+    items = json.loads(trees.read_text())
+    for item in items:
+        item["tree"] = [node("D", triple("rest", "therapeutic schedule"))]
+    trees.write_text(json.dumps(items))
+    again = Session.open(str(trees))
+    assert [len(passage.now.nodes or ()) for passage in again.passages] == [5, 1]
+
+
+def test_two_reviews_cannot_have_the_same_files(trees: Path) -> None:
+    session = Session.open(str(trees))
+    with pytest.raises(GatewiseError, match="open in another review"):
+        Session.open(str(trees))
+    session.close()
+    Session.open(str(trees)).close()
+    assert sorted(path.name for path in trees.parent.iterdir()) == ["trees.json"]  # nothing changed, nothing written
+
+
+def test_removed_passages_stay_away_and_saved_ones_cannot_go(trees: Path) -> None:
+    session = Session.open(str(trees))
+    session.remove(1)
+    session.approve(2, 0)
+    session.save()
+    with pytest.raises(GatewiseError, match="no correction is lost by a slip"):
+        session.remove(2)
+    again = reopened(session, trees)
+    assert [passage.text for passage in again.passages] == [OTHER]
+    again.paste(TEXT)
+    assert [passage.text for passage in reopened(again, trees).passages] == [TEXT, OTHER]
+
+
+def test_that_the_draft_cannot_be_written_is_said(trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session.open(str(trees))
+    session.files.history.mkdir()  # a folder is in its place
+    correct(session)
+    assert "cannot write" in session.trouble
+    session.files.history.rmdir()
+    session.undo(1, session.passage(1).version)
+    assert session.trouble == ""
+
+
+# Changing -------------------------------------------------------------------------------------------------------------
+
+
+def test_undo_and_redo(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    session.approve(1, 1)
+    for state in ("corrected", "drafted"):
+        session.undo(1, session.passage(1).version)
+        assert session.passage(1).now.state == state
+    with pytest.raises(GatewiseError, match="nothing to undo"):
+        session.undo(1, session.passage(1).version)
+    assert session.passage(1).now.warnings == ("cut short",)
+    for state in ("corrected", "approved"):
+        session.redo(1, session.passage(1).version)
+        assert session.passage(1).now.state == state
+    with pytest.raises(GatewiseError, match="nothing to do again"):
+        session.redo(1, session.passage(1).version)
+    session.edit(1, session.passage(1).version, "swap", {"node": 0})
+    assert session.passage(1).now.state == "corrected"  # approved no more
+
+
+def test_an_older_page_changes_nothing(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    with pytest.raises(OldPageError):
+        session.edit(1, 0, "swap", {"node": 0})
+    with pytest.raises(GatewiseError, match="no passage 9"):
+        session.undo(9, 0)
+
+
+def test_sources_of_all_kinds(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Give colchicine for a flare.")
+    (tmp_path / "outline.txt").write_text(f"# notice\ntext: {TEXT}\nno recommendation\n")
+    assert Session.open(str(tmp_path / "text.txt")).passages[0].now.nodes is None
+    assert Session.open(str(tmp_path / "outline.txt")).passages[0].is_valid
+    session = Session.open("sample:guidelines", tmp_path / "x.jsonl")
+    assert len(session.passages) == len(sample())
+    passages, faults = session.load(json.dumps([{"text": OTHER, "tree": gout()}, {"text": OTHER}]).encode(), "more.json")
+    assert (len(passages), "record 2" in faults[0]) == (1, True)
+    assert session.load(b"# Adults\n\nGive naproxen.\n", "a.md", "men")[0][0].text == "men@Adults: Give naproxen."
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("none.json", None, "there is no such file"),
+        ("bad.json", "{", "not valid JSON"),
+        ("empty.jsonl", "", "has no records"),
+        ("wrong.json", '[{"text": "a", "tree": []}]', "record 1: the tree has no nodes"),
+        ("x.exe", "x", "expected a text"),
+        ("sample:nothing", None, "no sample"),
+        ("trees.json.review.jsonl", '{"text": "a"}\n', 'the key "tree" is missing'),
+    ],
+)
+def test_what_cannot_be_reviewed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: Any, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(file).write_text(content)
+    for _ in range(2):  # the files are free again
+        with pytest.raises(GatewiseError, match=said):
+            Session.open(file)
+    Path("folder.jsonl").mkdir()
+    with pytest.raises(GatewiseError, match=r"folder\.jsonl cannot be read"):
+        Session.open(None, Path("folder.jsonl"))
+    with pytest.raises(GatewiseError, match="for the file of corrections"):
+        Session.open(None, Path("out.json"))
+
+
+def test_a_population_is_refused_for_trees_which_say_it_themselves(trees: Path) -> None:
+    out = trees.with_name("x.review.jsonl")
+    out.write_text(json.dumps({"text": TEXT, "tree": gout()}) + "\n")
+    for file in (str(trees), str(out), "sample:guidelines"):
+        with pytest.raises(
+            GatewiseError, match="whose trees come with texts that say whom they are about: leave the population out"
+        ):
+            Session.open(file, out, population="children")
+    session = Session.open(None, out)
+    with pytest.raises(GatewiseError, match=r"a population was given with trees\.json"):
+        session.load(trees.read_bytes(), "trees.json", "children")
+    session.close()
+
+
+def test_a_damaged_history_is_refused_not_overwritten(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    correct(session, 2)
+    session.close()
+    whole = session.files.history.read_text()
+    for old, new in (('"corrected"', '"great"'), ('"format": 3', '"format": 4'), ('{"time"', '"time"'), ('"reviewer"', '"x"')):
+        damaged = whole.replace(old, new)
+        session.files.history.write_text(damaged)
+        with pytest.raises(GatewiseError, match=r"history\.jsonl, which has the work of earlier reviews, cannot be read"):
+            Session.open(str(trees))
+        assert session.files.history.read_text() == damaged
+
+
+def test_a_torn_end_of_the_history_costs_only_what_was_never_confirmed(trees: Path) -> None:
+    session = Session.open(str(trees))
+    correct(session)
+    before = session.files.history.read_bytes()
+    session.approve(2, 0)
+    whole = session.files.history.read_bytes()
+    session.close()
+    for end in range(len(before), len(whole), 37):
+        session.files.history.write_bytes(whole[:end])
+        again = Session.open(str(trees))
+        assert [passage.now.state for passage in again.passages] == ["corrected", "drafted"]
+        assert ("was torn by an interruption" in " ".join(again.notes)) == (end > len(before))
+        again.approve(2, 0)
+        third = reopened(again, trees)
+        assert [passage.now.state for passage in third.passages] == ["corrected", "approved"]
+        assert third.notes == []
+        third.close()
+    session.files.history.write_bytes(b"")  # the file was made, and no more
+    assert [passage.now.state for passage in Session.open(str(trees)).passages] == ["drafted", "drafted"]
+
+
+def test_exports(trees: Path) -> None:
+    session = Session.open(str(trees))
+    assert session.export("html", 1).name == "trees.json-1.html"
+    assert "cut short" in session.export("html", 1).content
+    assert json.loads(session.export("json", "all").content)[1]["text"] == OTHER
+    with pytest.raises(GatewiseError, match="no tree was approved yet"):
+        session.export("json", "approved")
+    with pytest.raises(GatewiseError, match="an SVG shows one tree"):
+        session.export("svg", "all")
+    correct(session)
+    assert "cut short" not in session.export("html", 1).content
+    session.edit(1, 1, "add_triple", {"node": 0})
+    with pytest.raises(GatewiseError, match="passage 1 has no valid tree"):
+        session.export("text", 1)
+
+
+# Extracting -----------------------------------------------------------------------------------------------------------
+
+
+def extraction(nodes: list[dict[str, Any]], *warnings: str) -> Any:
+    return SimpleNamespace(tree=DecisionTree.from_preorder(nodes), warnings=warnings, made_with=None, confidence=None)
+
+
+def wait(extracting: Extracting) -> None:
+    import time
+
+    end = time.monotonic() + 20
+    while extracting.progress() is not None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert extracting.progress() is None
+
+
+def test_passages_are_extracted_one_after_another(tmp_path: Path) -> None:
+    session = Session.open(None, tmp_path / "x.jsonl")
+    session.paste(f"{TEXT}\n\n{OTHER}\n\nwomen@This is broken.\n\nmen@Nothing is said.\n\nboys@This is wrong.")
+
+    def extract(text: str, language: Any, tick: Any) -> Any:
+        tick()
+        if "broken" in text:
+            raise GatewiseError("the passage is too long")
+        if "wrong" in text:
+            raise RuntimeError("a fault")
+        return extraction([node("D")] if "Nothing" in text else gout(), "hurried")
+
+    extracting = Extracting(session, extract, most=9)
+    extracting.ask(session.passages)
+    wait(extracting)
+    assert [passage.now.state for passage in session.passages] == ["drafted", "drafted", "empty", "drafted", "empty"]
+    assert [passage.error[:26] for passage in session.passages] == [
+        "",
+        "",
+        "the passage is too long",
+        "",
+        "the extraction failed (Run",
+    ]
+    assert session.passage(4).now.warnings == ("hurried", NOTHING_FOUND)
+    assert not any(passage.waiting for passage in session.passages)
+    session.edit(1, 1, "swap", {"node": 0})
+    extracting.ask([session.passage(1)])
+    wait(extracting)
+    assert session.passage(1).now.state == "corrected"  # what a person did is not replaced
+    session.take(1, 2, extraction=1, replaced=True)
+    assert session.passage(1).now.state == "drafted"
+    session.undo(1, session.passage(1).version)
+    assert session.passage(1).now.state == "corrected"
+    extracting.end()
+
+
+def test_an_extraction_is_stopped_between_two_tokens(tmp_path: Path) -> None:
+    import threading
+
+    session = Session.open(None, tmp_path / "x.jsonl")
+    session.paste(f"{TEXT}\n\n{OTHER}")
+    begun = threading.Event()
+
+    def extract(text: str, language: Any, tick: Any) -> Any:
+        while True:
+            tick()
+            begun.set()
+            threading.Event().wait(0.005)
+
+    extracting = Extracting(session, extract)
+    extracting.ask(session.passages)
+    assert begun.wait(20)
+    progress = extracting.progress()
+    assert progress is not None
+    assert (progress["passage"], progress["at"], progress["of"]) == (1, 1, 2)
+    extracting.cancel()
+    wait(extracting)
+    assert [passage.now.state for passage in session.passages] == ["empty", "empty"]
+    extracting.ask([session.passage(2)])
+    extracting.end(20)
+    assert not extracting._thread.is_alive()
+
+
+def test_what_a_document_leaves_out_is_said(tmp_path: Path) -> None:
+    text = f"Treatment\n\n{TEXT}\n\nReferences\n"
+    said = "nothing stands under"
+    session = Session.open(None, tmp_path / "out.jsonl")
+    assert said in session.paste(text)[1][0]
+    assert said in session.load(text.encode(), "a.txt")[1][0]
+    session.close()
+    (tmp_path / "a.txt").write_text(text)
+    assert said in Session.open(str(tmp_path / "a.txt")).notes[0]
+
+
+def test_the_page_shows_the_headings_of_a_passage_and_how_it_was_read(tmp_path: Path) -> None:
+    pytest.importorskip("markdown_it")
+    (tmp_path / "a.md").write_text("# Adults\n\n## Renal failure\n\nOtherwise rest.\n")
+    shown = whole(Session.open(str(tmp_path / "a.md")).passages[0])
+    assert (shown["headings"], shown["place"]) == (["Adults", "Renal failure"], f"{tmp_path / 'a.md'}, line 5")
+    assert shown["notes"] == ['"Otherwise rest." refers to what is not under its heading']
+    assert "".join(piece for piece, _ in shown["passage"]) == "Renal failure: Otherwise rest."
+
+
+def test_a_pasted_text_has_a_hash_too(tmp_path: Path) -> None:
+    session = Session.open(None, tmp_path / "a.review.jsonl")
+    ((added,), _) = session.paste("men@Give naproxen to them.")
+    assert added.more["sha256"] == hashlib.sha256(b"men@Give naproxen to them.").hexdigest()
+    assert added.more["offsets"] == [4, 26]
+    session.close()

@@ -1,0 +1,351 @@
+"""Who may review: the file of the reviewers, and several of them at one server."""
+
+import json
+import os
+import random
+import stat
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import sha256
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from gatewise_mdt.review import Review, Session
+from gatewise_mdt.review.server import Names, ReviewServer
+from gatewise_mdt.review.session import By
+from gatewise_mdt.review.users import OneUser, UserFile
+from mdt_trees import TEXT, gout
+from review_serving import serving
+
+from gatewise.errors import GatewiseError
+
+NAMES = ("Ada", "Bea", "Carl", "Dora", "Eva", "Finn", "Gerd", "Hana")
+
+
+class Client:
+    """One person's page, on a connection that stays open."""
+
+    def __init__(self, server: ReviewServer, token: str, **headers: str) -> None:
+        self.connection = HTTPConnection("127.0.0.1", server.port, timeout=30)
+        self.headers = {"X-Gatewise-Token": token, "Content-Type": "application/json", **headers}
+
+    def get(self, path: str) -> tuple[int, Any]:
+        self.connection.request("GET", f"/api/{path}", headers=self.headers)
+        answer = self.connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def __call__(self, action: str, **body: Any) -> tuple[int, Any]:
+        self.connection.request("POST", f"/api/{action}", json.dumps(body), self.headers)
+        answer = self.connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> UserFile:
+    return UserFile(tmp_path / "users.json")
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    (tmp_path / "trees.json").write_text(json.dumps([{"text": f"{TEXT} ({i})", "tree": gout()} for i in range(3)]))
+    opened = Session.open(str(tmp_path / "trees.json"), reviewer="starter")
+    yield opened
+    opened.close()
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_says_who_asks_and_is_kept_nowhere(users: UserFile) -> None:
+    tokens = {name: users.add(name) for name in ("Ada", "Bea", "王伟")}
+    assert {name: users.who(token) for name, token in tokens.items()} == {name: name for name in tokens}
+    assert all(len(token) == 32 for token in tokens.values())
+    assert json.loads(users.path.read_text(encoding="utf-8")) == {
+        name: sha256(token.encode()).hexdigest() for name, token in tokens.items()
+    }
+    for wrong in ("", "x", tokens["Ada"][:-1], users.read()["Ada"], "\ud800", tokens["Ada"] + " "):
+        assert users.who(wrong) is None
+    assert OneUser().who(tokens["Ada"]) is None
+    one = OneUser()
+    assert (one.who(one.token), one.who(one.token[1:])) == ("", None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are another thing there")
+def test_the_file_is_its_owners_alone(users: UserFile) -> None:
+    users.add("Ada")
+    assert stat.S_IMODE(os.stat(users.path).st_mode) == 0o600
+    users.path.chmod(0o644)
+    users.add("Bea")
+    assert stat.S_IMODE(os.stat(users.path).st_mode) == 0o600
+    assert sorted(path.name for path in users.path.parent.iterdir()) == [".users.json.lock", "users.json"]
+
+
+def test_who_are_added_at_the_same_instant_are_all_in(users: UserFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = UserFile.read
+
+    def slowly(self: UserFile) -> dict[str, str]:
+        names = read(self)
+        time.sleep(0.02)
+        return names
+
+    monkeypatch.setattr(UserFile, "read", slowly)
+    given: dict[str, str] = {}
+    (users.path.parent / "link.json").symlink_to(users.path)  # names the same file
+
+    def add(name: str, path: Path) -> None:
+        given[name] = UserFile(path).add(name)
+
+    paths = (users.path, users.path.parent / "link.json")
+    threads = [threading.Thread(target=add, args=(name, paths[i % 2])) for i, name in enumerate(NAMES)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(30)
+    assert {name: users.who(token) for name, token in given.items()} == {name: name for name in NAMES}
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(GatewiseError, match=r"cannot write .*users\.json"):
+        UserFile(tmp_path / "file" / "users.json").add("Ada")
+    monkeypatch.setattr("gatewise_mdt.review.users._PATIENCE", 0.1)
+    with FileLock(tmp_path / ".users.json.lock"), pytest.raises(GatewiseError, match="another command is writing"):
+        UserFile(tmp_path / "users.json").add("Ada")
+
+
+@pytest.mark.parametrize(
+    "name", ["Ada L", "ada l", " Ada  L", "ＡＤＡ L", "AdaL", "A\u200bda L", "", "x" * 101, "a\nb", "a\x1b[2Jb", "\ud800"]
+)
+def test_a_name_that_is_taken_or_none_is_refused(users: UserFile, name: str) -> None:
+    users.add("Ada L")
+    before = users.path.read_bytes()
+    with pytest.raises(GatewiseError, match=r"already|expected a name"):
+        users.add(name)
+    assert users.path.read_bytes() == before
+
+
+HASHES = [sha256(bytes([i])).hexdigest() for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "no JSON object"),
+        ('{"Ada": "secret"}', "beside 'Ada' is no SHA-256"),
+        ('{"Ada": {"token": "x"}}', "beside 'Ada' is no SHA-256"),
+        (json.dumps({"Ada": HASHES[0].upper()}), "no SHA-256"),
+        (f'{{"Ada": "{HASHES[0]}", "Ada": "{HASHES[1]}"}}', "'Ada' twice"),
+        (json.dumps({"Ada": HASHES[0], "ADA": HASHES[1]}), "a reviewer 'Ada' already"),
+        (json.dumps({"Ada": HASHES[0], "A d a": HASHES[1]}), "a reviewer 'Ada' already"),
+        (json.dumps({"Ada": HASHES[0], "Bea": HASHES[0]}), "'Bea' has the token of another"),
+        (json.dumps({" ": HASHES[0]}), "expected a name"),
+        (json.dumps({"Ada ": HASHES[0]}), "begins or ends with a blank"),
+    ],
+)
+def test_a_bad_file_is_one_sentence_and_lets_nobody_in(users: UserFile, content: str, said: str) -> None:
+    users.path.write_text(content)
+    for read in (users.read, lambda: users.who("x"), lambda: users.add("Zoe")):
+        with pytest.raises(GatewiseError, match=said):
+            read()
+    assert users.path.read_text() == content
+
+
+def test_no_file_lets_nobody_in(users: UserFile) -> None:
+    with pytest.raises(GatewiseError, match="there is no such file"):
+        users.who("x")
+
+
+# The names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_origins() -> None:
+    names = Names.of(8000, ["Review.clinic.example", "10.0.0.5:9000", "[fd00::1]"])
+    loopback = {"127.0.0.1:8000", "localhost:8000", "[::1]:8000"}
+    others = {"review.clinic.example", "review.clinic.example:8000", "10.0.0.5:9000", "[fd00::1]", "[fd00::1]:8000"}
+    assert names.hosts == loopback | others
+    assert names.origins == {f"http://{name}" for name in loopback | others} | {f"https://{name}" for name in others}
+    assert "127.0.0.1" in Names.of(80).hosts
+    for bad in ("https://review.clinic.example", "a/b", "", "a:b", "a b", "*", "a:123456", "-a", "[::1", "ä"):
+        with pytest.raises(GatewiseError, match="--allow-host is"):
+            Names.of(8000, [bad])
+
+
+def test_it_is_reached_under_allowed_names_by_http_and_https(session: Session, users: UserFile) -> None:
+    token = users.add("Ada")
+    with serving(Review(session), users, allowed=["review.clinic.example", "other.example:8443"]) as server:
+        assert server.url == f"http://127.0.0.1:{server.port}/"
+        for host in (
+            "review.clinic.example",
+            "REVIEW.clinic.example",
+            f"review.clinic.example:{server.port}",
+            "other.example:8443",
+        ):
+            for scheme in ("http", "https"):
+                assert Client(server, token, Host=host, Origin=f"{scheme}://{host}")("save")[0] == 200
+        for host in (
+            "clinic.example",
+            "x.review.clinic.example",
+            "review.clinic.example:1",
+            "other.example",
+            "review.clinic.example.",
+        ):
+            assert Client(server, token, Host=host).get("session")[0] == 403
+            assert Client(server, token, Host="review.clinic.example", Origin=f"https://{host}")("save")[0] == 403
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_other_machines_come_in_with_users_only(session: Session, users: UserFile, host: str) -> None:
+    if host == "::" and not os.path.exists("/proc/net/if_inet6"):
+        pytest.skip("there is no IPv6 here")
+    with pytest.raises(GatewiseError, match=f"--host {host} lets other machines in: give --users FILE"):
+        ReviewServer(Review(session), host=host)
+    token = users.add("Ada")
+    with serving(Review(session), users, host=host) as server:
+        assert not server.is_local
+        assert server.url == f"http://127.0.0.1:{server.port}/"
+        assert Client(server, token).get("session")[0] == 200
+        assert Client(server, token, Host=f"{host}:{server.port}").get("session")[0] == 403
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "", "a b", "x" * 300, "203.0.113.7"])
+def test_a_host_that_is_not_this_machine_is_one_sentence(session: Session, users: UserFile, host: str) -> None:
+    with pytest.raises(GatewiseError, match=r"--host is|of 203\.0\.113\.7 cannot be had"):
+        ReviewServer(Review(session), users, host=host)
+
+
+# Several of them ------------------------------------------------------------------------------------------------------
+
+
+def test_each_is_called_by_their_name(session: Session, users: UserFile) -> None:
+    tokens = {name: users.add(name) for name in NAMES[:2]}
+    with serving(Review(session), users) as server:
+        ada, bea = (Client(server, token) for token in tokens.values())
+        assert [one.get("session")[1]["you"] for one in (ada, bea)] == ["Ada", "Bea"]
+        assert ada("approve", number=1, version=0, approved=True, comment="dose checked", reviewer="Bea")[0] == 200
+        status, answer = bea("undo", number=1, version=0)
+        assert (status, answer["since"][0]["reviewer"], answer["since"][0]["comment"]) == (409, "Ada", "dose checked")
+        assert Client(server, "wrong").get("session")[0] == 401
+
+
+def test_a_comment_is_kept_and_makes_no_page_an_older_one(session: Session, users: UserFile, tmp_path: Path) -> None:
+    tokens = {name: users.add(name) for name in NAMES[:2]}
+    with serving(Review(session), users) as server:
+        ada, bea = (Client(server, token) for token in tokens.values())
+        assert ada("comment", number=1, comment="is <b>this</b> the dose?", window="a")[0] == 200
+        assert ada("comment", number=1, comment=" ") == (400, ada("comment", number=1)[1])
+        assert ada("comment", number=9, comment="x")[0] == 400
+        status, answer = bea("approve", number=1, version=0, approved=True, comment="checked")  # of the version seen before it
+        assert status == 200
+        assert [(one["reviewer"], one["action"], one["comment"]) for one in answer["passage"]["history"]] == [
+            ("starter", "come", ""),
+            ("Ada", "comment", "is <b>this</b> the dose?"),
+            ("Bea", "approve", "checked"),
+        ]
+        reviewed = answer["passage"]["reviewed"]
+        assert (reviewed["by"], reviewed["comment"]) == ("Bea", "checked")
+        lines = ada.get("session")[1]["passages"]
+        assert [line["entries"] for line in lines] == [answer["passage"]["entries"], 1, 1] == [3, 1, 1]
+        assert [line["reviewed"] for line in lines] == [reviewed, None, None]
+        for i in range(120):
+            session.comment(2, By("Ada", "", str(i)))
+        shown = ada.get("passage?number=2")[1]
+        assert (shown["entries"], len(shown["history"]), shown["history"][-1]["comment"], shown["version"]) == (121, 100, "119", 0)
+    session.close()
+    again = Session.open(str(tmp_path / "trees.json"), reviewer="starter")  # which replays the history
+    assert [entry.comment for entry in again.history(again.passage(1))] == ["", "is <b>this</b> the dose?", "checked"]
+    assert [passage.version for passage in again.passages] == [1, 0, 0]
+    again.close()
+
+
+def test_who_is_added_comes_in_at_once_and_who_is_taken_out_goes(
+    session: Session, users: UserFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ada = users.add("Ada")
+    with serving(Review(session), users) as server:
+        bea = users.add("Bea")
+        assert [Client(server, token).get("session")[0] for token in (ada, bea)] == [200, 200]
+        users.path.write_text(json.dumps({name: digest for name, digest in users.read().items() if name != "Ada"}))
+        assert [Client(server, token).get("session")[0] for token in (ada, bea)] == [401, 200]
+        users.path.write_text("{")  # nobody is let in by a file that cannot be read, and the terminal says why
+        status, answer = Client(server, bea)("approve", number=1, version=0, approved=True)
+        assert (status, str(users.path) in answer["error"]) == (503, False)
+        assert f"nobody can be let in: {users.path} is not valid JSON" in capsys.readouterr().err
+        assert session.passage(1).version == 0
+
+
+def test_a_page_that_was_open_when_the_review_was_started_again_changes_nothing(
+    session: Session, users: UserFile, tmp_path: Path
+) -> None:
+    """Its token is still one, and its numbers are other passages' now."""
+    token = users.add("Ada")
+    session.remove(1)
+    with serving(Review(session), users) as server:
+        page = Client(server, token)
+        run = page.get("session")[1]["run"]
+        assert page("comment", number=2, comment="before", run=run)[0] == 200
+    second = session.passage(2).text
+    session.close()
+    again = Session.open(str(tmp_path / "trees.json"), reviewer="starter")
+    assert again.passage(1).text == second  # of which the page thinks as number 2
+    with serving(Review(again), users) as server:
+        page = Client(server, token)
+        for action in ("approve", "edit", "undo", "remove", "comment", "save", "paste", "extract", "export"):
+            status, answer = page(action, number=2, version=0, approved=True, comment="mine", run=run)
+            assert (status, "the review was started again" in answer["error"]) == (400, True)
+        for path in (f"session?run={run}", f"passage?number=2&run={run}"):
+            assert page.get(path)[0] == 400
+        assert [(one.version, one.now.state) for one in again.passages] == [(0, "drafted")] * 2
+        run = page.get("session?run=")[1]["run"]
+        assert page("approve", number=1, version=0, approved=True, run=run)[0] == 200
+        assert page("save", run=[run])[0] == 400
+    assert [one.now.state for one in again.passages] == ["approved", "drafted"]
+    again.close()
+
+
+def test_many_at_once_are_each_made_or_refused_and_named(session: Session, users: UserFile) -> None:
+    """Eight people change three passages, as fast as they can; the history has exactly what was answered, with the right names."""
+    tokens = {name: users.add(name) for name in NAMES}
+    made: dict[str, list[tuple[str, int, int]]] = {name: [] for name in NAMES}
+    refused: Counter[int] = Counter()
+
+    def work(name: str, server: ReviewServer) -> None:
+        client, chance = Client(server, tokens[name]), random.Random(name)
+        seen = dict.fromkeys((1, 2, 3), 0)
+        for i in range(25):
+            number = chance.randint(1, 3)
+            edit = {"edit": "set_triple", "arguments": {"node": 3, "triple": 0, "parts": [None, None, f"{name} {i}"]}}
+            action, body = chance.choice([("edit", edit), ("edit", edit), ("approve", {"approved": True}), ("passage", {})])
+            if action == "passage":
+                seen[number] = client.get(f"passage?number={number}")[1]["version"]
+                continue
+            status, answer = client(action, number=number, version=seen[number], comment=f"{name}, {i}", **body)
+            assert status in (200, 409), answer
+            refused[status] += 1
+            if status == 200 and answer["passage"]["version"] > seen[number]:  # else it was so already
+                made[name].append((action, number, answer["passage"]["version"]))
+            seen[number] = answer["passage"]["version"]
+
+    with serving(Review(session), users) as server:
+        threads = [threading.Thread(target=work, args=(name, server)) for name in NAMES]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+    rows = [json.loads(line) for line in session.files.history.read_text(encoding="utf-8").splitlines()]
+    held: dict[str, list[tuple[str, int, int]]] = {name: [] for name in NAMES}
+    for row in rows:
+        if row["action"] in ("edit", "approve"):
+            held[row["reviewer"]].append((row["action"], row["passage"], row["version"]))
+            assert row["comment"].startswith(f"{row['reviewer']}, ")
+    assert held == made
+    versions = sorted((number, version) for changes in made.values() for _, number, version in changes)
+    assert versions == [(number, i + 1) for number in (1, 2, 3) for i in range(session.passage(number).version)]
+    assert min(refused[200], refused[409]) > 20
