@@ -21,7 +21,14 @@ PAGES = [
     ROOT / "mdt/README.md",
     *sorted((ROOT / "mdt/docs").glob("*.md")),
 ]
-PLACEHOLDERS = {"NAME", "json"}  # gatewise.NAME, and the file gatewise.json
+PLACEHOLDERS = {
+    "NAME",
+    "json",
+    "commands",
+    "samples",
+    "methods",
+    "constraints",
+}  # gatewise.NAME, the file gatewise.json, groups of entry points
 COMMANDS = typer.main.get_command(app)
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,8 +2,8 @@
 
 A task is a language and a chain-of-thought level: en-cot0, en-cot1, en-cot2 with SmolLM2-135M, zh-cot0, zh-cot1, zh-cot2 with
 Gemma 3 270M (fetch it first: `gatewise models fetch gemma3-270m`). A run is what `gatewise train mdt/recipes/mdt-METHOD.yaml` does
-with other data, model and budget, on every passage and three copies of it with swapped phrases (gatewise_mdt.training.swapping). The dev
-passages are then read by the adapter it wrote, three times:
+with other data, model and budget, on every passage and three copies of it with swapped phrases
+(gatewise_mdt.training.swapping). The dev passages are then read by the adapter it wrote, three times:
 
     free           what the model likes to write, read as well as it goes
     constrained    only what can still become a valid tree
