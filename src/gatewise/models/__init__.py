@@ -7,18 +7,21 @@ from gatewise.models.embedded import EMBEDDED, EmbeddedModel
 
 if TYPE_CHECKING:
     from gatewise.adapters.loading import load_adapter
-    from gatewise.models.loading import load_model, load_tokenizer
+    from gatewise.internals.library_attributes import attention_implementation
+    from gatewise.models.loading import load_model, load_tokenizer, most_tokens
 
 __all__ = [
     "EMBEDDED",
     "EmbeddedModel",
     "EmbeddedStatus",
+    "attention_implementation",
     "cache_dir",
     "fetch",
     "list_embedded",
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "most_tokens",
     "resolve",
 ]
 
@@ -29,7 +32,11 @@ def __getattr__(name: str) -> Any:
         from gatewise.adapters.loading import load_adapter
 
         return load_adapter
-    if name in {"load_model", "load_tokenizer"}:
+    if name == "attention_implementation":
+        from gatewise.internals.library_attributes import attention_implementation
+
+        return attention_implementation
+    if name in {"load_model", "load_tokenizer", "most_tokens"}:
         from gatewise.models import loading
 
         return getattr(loading, name)

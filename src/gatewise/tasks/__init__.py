@@ -1,7 +1,7 @@
 """What is trained and measured: rows, prompts, token ids, metrics."""
 
-from gatewise.tasks.encoding import PadCollator, encode, encode_classification, score_batch
-from gatewise.tasks.metrics import evaluate
+from gatewise.tasks.encoding import PadCollator, encode, encode_classification, prompt_ids, score_batch
+from gatewise.tasks.metrics import end_ids, evaluate, generate_ids, measuring, most_positions
 from gatewise.tasks.records import Records, final_number, load_records, sample_names
 from gatewise.tasks.template import Template, default_template
 
@@ -12,9 +12,14 @@ __all__ = [
     "default_template",
     "encode",
     "encode_classification",
+    "end_ids",
     "evaluate",
     "final_number",
+    "generate_ids",
     "load_records",
+    "measuring",
+    "most_positions",
+    "prompt_ids",
     "sample_names",
     "score_batch",
 ]

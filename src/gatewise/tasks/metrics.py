@@ -415,17 +415,13 @@ def write_texts(
     Args:
         cut: a set to which the numbers of the texts are added that neither ended.
     """
-    pad_id = PadCollator(tokenizer).pad_id
     ends = end_ids(model, tokenizer)
-    config = greedy(max_new_tokens, ends, pad_id)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        ids = pad([prompts[row] for row in rows], pad_id, left=True).to(_device(model))
-        mask = pad([[1] * len(prompts[row]) for row in rows], 0, left=True).to(_device(model))
-        stopped = _Stopped(tokenizer, until, ids.shape[1], min(ends)) if until and ends else None
-        written = written_after(model, ids, mask, config, stopped).tolist()
+        stopped = _Stopped(tokenizer, until, len(prompts[rows[0]]), min(ends)) if until and ends else None
+        written = generate_ids(model, tokenizer, [prompts[row] for row in rows], max_new_tokens, stopped).tolist()
         for row, tokens in zip(rows, written, strict=True):
             end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
             text = str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
@@ -435,6 +431,30 @@ def write_texts(
         if progress:
             progress(start + len(rows), len(prompts))
     return texts
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    processor: LogitsProcessor | None = None,
+) -> Tensor:
+    """The most probable tokens after each prompt: (b, n), in each row up to an end-of-text token (``end_ids``) and padding after it.
+
+    Args:
+        model: causal, with or without an adapter, PEFT's soft prompts among them.
+        prompts: token ids, for one batch.
+        processor: changes the scores of each next token. It is called with the prompts, padded on the left to the longest, and what
+            was generated after them.
+
+    Raises:
+        GatewiseError: the tokenizer has no padding token.
+    """
+    pad_id = PadCollator(tokenizer).pad_id
+    ids = pad(prompts, pad_id, left=True).to(_device(model))
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(_device(model))
+    return written_after(model, ids, mask, greedy(max_new_tokens, end_ids(model, tokenizer), pad_id), processor)
 
 
 class _Stopped(LogitsProcessor):
