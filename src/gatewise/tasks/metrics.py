@@ -440,7 +440,7 @@ def generate_ids(
     max_new_tokens: int,
     processor: LogitsProcessor | None = None,
 ) -> Tensor:
-    """The most probable tokens after each prompt: (b, n), in each row up to an end-of-text token (``end_ids``) and padding after it.
+    """The most probable tokens after each prompt: (b, n), up to an end-of-text token (``end_ids``) and padding after it.
 
     Args:
         model: causal, with or without an adapter, PEFT's soft prompts among them.
