@@ -23,8 +23,6 @@ ranks are pruned decides some of the changes: compare them between checkouts, no
 
     python tools/walks.py [--src OTHER_CHECKOUT/src] [--json FILE]    # a table; a minute on one core
     python tools/walks.py --list rank                                 # the walk itself, to be followed in an editor
-
-tools/walks_before.json is of commit 9d9dbba, before the modules were sorted into rooms.
 """
 
 import argparse
