@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import random_adapter
@@ -96,7 +95,7 @@ def write_recipe(folder: Path, method: str = "lora", family: str = "llama", **ch
         tree["prompts"] = {"num_prompt_tokens": 3, "bottleneck": 4}
         tree["search"] = {"keep": 1, "max_steps": 6}
     path = folder / f"{method}.yaml"
-    path.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
+    path.write_text(json.dumps(tree | changes), encoding="utf-8")
     return path
 
 

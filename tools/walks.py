@@ -48,7 +48,6 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -58,7 +57,11 @@ COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
 
 # Where the walk `recipe` goes in, in the modules' order of age: all that has to follow when they move. The other walks go in
 # by the names that the README gives, and by the command of pyproject.toml.
-RECIPE_READER = (("gatewise.runs.recipe", "load_recipe"), ("gatewise.recipe_file", "load_recipe"))
+RECIPE_READER = (
+    ("gatewise.runs.recipe_file", "load_recipe"),
+    ("gatewise.runs.recipe", "load_recipe"),
+    ("gatewise.recipe_file", "load_recipe"),
+)
 RECIPE_RUNNER = (("gatewise.runs.run", "train"), ("gatewise.run", "train"))
 
 
@@ -259,7 +262,7 @@ def write_recipe(folder: Path) -> Path:
         "training": {"max_steps": 8, "batch_size": 4, "learning_rate": 0.01, "log_every": 2, "save_every": 2},
     }
     path = folder / "alora.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path.write_text(json.dumps(recipe), encoding="utf-8")
     return path
 
 

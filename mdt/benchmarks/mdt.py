@@ -111,7 +111,7 @@ def train_once(
 
     from gatewise.files import write_json
     from gatewise.runs.folder import what_is_kept
-    from gatewise.runs.recipe import load_recipe
+    from gatewise.runs.recipe_file import load_recipe
     from gatewise.runs.run import train
 
     rows = {split: folder / "rows" / f"{split}.jsonl" for split in files}

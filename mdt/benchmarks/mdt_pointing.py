@@ -73,7 +73,7 @@ def train_once(
 ) -> tuple[Any, dict[str, Any]]:
     """The recipe, and what its training came to; one that was stopped is gone on with."""
     from gatewise.runs.folder import what_is_kept
-    from gatewise.runs.recipe import load_recipe
+    from gatewise.runs.recipe_file import load_recipe
     from gatewise.runs.run import train
 
     files = {}

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from gatewise_mdt import DecisionTree
 from gatewise_mdt.pointing.heads import HeadSettings
 from gatewise_mdt.pointing.model import PointingModel
@@ -97,5 +96,5 @@ def write_pointing(folder: Path, method: str = "lora", family: str = "llama", **
         tree["prompts"] = {"num_prompt_tokens": 3, "bottleneck": 4}
         tree["search"] = {"keep": 1, "max_steps": 2, "consistency": 0}
     path = folder / f"{method}-{family}.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in (tree | changes).items() if value is not None}), encoding="utf-8")
+    path.write_text(json.dumps({key: value for key, value in (tree | changes).items() if value is not None}), encoding="utf-8")
     return path

@@ -35,7 +35,7 @@ from gatewise.compress import Compressed, Goal, Recovery, compress, search, writ
 from gatewise.compress.quality import qualities, split
 from gatewise.compress.work import Work
 from gatewise.errors import GatewiseError
-from gatewise.runs.recipe import load_recipe
+from gatewise.runs.recipe_file import load_recipe
 from gatewise.runs.run import train
 from gatewise.tasks import Records, Template, load_records
 

@@ -21,7 +21,7 @@ from gatewise.compress import Goal, compress, compress_shared, sharing
 from gatewise.compress.work import alone
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
-from gatewise.runs.recipe import load_recipe
+from gatewise.runs.recipe_file import load_recipe
 from gatewise.runs.run import train
 
 

@@ -24,7 +24,7 @@ from gatewise.compress.static import Choice, choice_of, static_gates
 from gatewise.errors import GatewiseError
 from gatewise.routed import RoutedLoraConfig
 from gatewise.routed.statistics import Routing
-from gatewise.runs.recipe import load_recipe
+from gatewise.runs.recipe_file import load_recipe
 from gatewise.runs.run import train
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 from routed_models import routed_config, trained_routers
 from tiny_models import random_adapter
@@ -71,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (root / "tasks").mkdir()
     for name, own in tasks.items():
-        (root / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({**common, "task": name, **own}))
+        (root / "tasks" / f"{name}.yaml").write_text(json.dumps({**common, "task": name, **own}))
     return root
 
 

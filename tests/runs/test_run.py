@@ -22,7 +22,7 @@ from gatewise.errors import GatewiseError
 from gatewise.inspection import rank_map
 from gatewise.runs import run
 from gatewise.runs.measure import measure_adapter
-from gatewise.runs.recipe import load_recipe
+from gatewise.runs.recipe_file import load_recipe
 from gatewise.runs.trainer import RecipeTrainer, checkpoint_step, complete_checkpoints
 
 SILENT = Console(quiet=True)

@@ -21,7 +21,7 @@ from gatewise.inspection.routing import route_data, routing_of_rows
 from gatewise.models import load_model, load_tokenizer
 from gatewise.routed import RoutedLoraModel
 from gatewise.runs import run
-from gatewise.runs.recipe import load_recipe
+from gatewise.runs.recipe_file import load_recipe
 from gatewise.runs.trainer import RecipeTrainer, TwoLevelRecipeTrainer
 from gatewise.tasks import default_template, encode, load_records
 

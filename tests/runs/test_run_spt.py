@@ -24,7 +24,7 @@ from gatewise.prompts import SelectivePromptConfig
 from gatewise.runs import run
 from gatewise.runs.build import fixed_layers
 from gatewise.runs.measure import measure_adapter
-from gatewise.runs.recipe import load_recipe
+from gatewise.runs.recipe_file import load_recipe
 from gatewise.runs.trainer import SearchRecipeTrainer, checkpoint_step, complete_checkpoints
 from gatewise.tasks import PadCollator
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
-from gatewise.runs.recipe import load_recipe
+from gatewise.runs.recipe_file import load_recipe
 from gatewise.tasks import Template, load_records
 
 RECORD = TreeRecord(TEXT, DecisionTree.from_preorder(gout()))

@@ -141,7 +141,7 @@ def train(
       gatewise train my.yaml --output runs/slower --resume
       gatewise train my.yaml --processes 2 --strategy fsdp2
     """
-    from gatewise.runs.recipe import load_recipe
+    from gatewise.runs.recipe_file import load_recipe
 
     flags = {"device": device, "launch.processes": count, "launch.strategy": strategy}
     checked = load_recipe(recipe, [*(set_ or ()), *(f"{key}={value}" for key, value in flags.items() if value is not None)])

@@ -33,7 +33,8 @@ from gatewise.files import finite, whole_file, whole_folder, write_json
 from gatewise.inspection import BudgetMap, PromptMap, RoutingMap, routing_json
 from gatewise.prompts.stages import SEARCH_FOLDER
 from gatewise.runs.baselines import STATE_FILE
-from gatewise.runs.recipe import Recipe, load_recipe
+from gatewise.runs.recipe import Recipe
+from gatewise.runs.recipe_file import load_recipe, recipe_as_yaml
 from gatewise.runs.trainer import checkpoint_step, complete_checkpoints
 from gatewise.tasks.metrics import Metrics
 
@@ -242,7 +243,7 @@ def writing(output: Path, recipe: Recipe, overwrite: bool) -> Iterator[None]:
                     _remove_run(output)
                 (output / CHECKPOINTS).mkdir(exist_ok=True)
                 with whole_file(output / RECIPE) as part:
-                    part.write_text(WRITTEN_BY + recipe.as_yaml(), encoding="utf-8")
+                    part.write_text(WRITTEN_BY + recipe_as_yaml(recipe), encoding="utf-8")
                 yield
             finally:
                 _tidy(output, recipe)
