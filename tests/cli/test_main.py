@@ -286,7 +286,7 @@ def test_an_unknown_key_and_a_wrong_type(gatewise: Gatewise, tmp_path: Path) -> 
 
 
 def test_missing_files(gatewise: Gatewise, tmp_path: Path) -> None:
-    assert_refused(gatewise("train", "none.yaml"), "the recipe none.yaml does not exist")
+    assert_refused(gatewise("train", "none.yaml"), "the recipe none.yaml cannot be read: No such file or directory")
     recipe = write_recipe(tmp_path)
     assert_refused(gatewise("train", recipe, "--set", "data.train=none.jsonl"), "none.jsonl: there is no such file")
     assert_refused(gatewise("train", recipe, "--set", "model=./none"), "none' is not a folder")
