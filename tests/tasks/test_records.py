@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 from collections import Counter
@@ -55,6 +56,12 @@ def test_given_labels_set_the_order_and_refuse_others(write: Write) -> None:
         load_records(path, labels=["bad", "bad"])
     with pytest.raises(GatewiseError, match="labels were given"):
         load_records(write([{"source": "a", "target": "b"}]), labels=["bad"])
+
+
+def test_labels_may_be_whole_numbers(write: Write) -> None:
+    path = write([{"text": "a", "label": 1}, {"text": "b", "label": 0}, {"text": "c", "label": "1"}])
+    assert load_records(path).labels == ["0", "1"]
+    assert load_records(path, labels=["1", "0"]).rows[0] == {"text": "a", "label": "1"}
 
 
 def test_limit_stops_reading_where_no_label_set_is_needed(write: Write) -> None:
@@ -146,6 +153,9 @@ def test_csv(write: Write) -> None:
     assert load_records(path).rows == [{"question": "q", "choices": ["a", "b"], "answer": 1}]
     path = write("question,answer\nq,#### 7\n", "rows.csv")
     assert load_records(path).rows == [{"question": "q", "answer": "#### 7"}]
+    before = csv.field_size_limit()
+    assert len(load_records(write(f"text,label\n{'a' * 200_000},good\n", "rows.csv")).rows[0]["text"]) == 200_000
+    assert csv.field_size_limit() == before == 131_072
 
 
 @pytest.mark.parametrize("targets", [None, "", []])

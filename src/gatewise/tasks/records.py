@@ -7,7 +7,7 @@
 | number     | ``question``, ``answer`` (text that ends in ``#### n``)        |
 | generation | ``source``, ``target``; or ``source``, ``targets`` (a list)    |
 
-A row may have more fields; a template can write them into its prompt.
+A label may be a whole number. A row may have more fields; a template can write them into its prompt.
 """
 
 import csv
@@ -253,9 +253,12 @@ def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
         where = f"{name}, line {first_line}"
         taken.clear()
         try:
+            limit = csv.field_size_limit(2**31 - 1)  # of the whole process, and by default shorter than a long document
             cells = next(reader, None)
         except csv.Error as error:
             raise GatewiseError(f"{where}: not valid CSV: {error}") from error
+        finally:
+            csv.field_size_limit(limit)
         first_line = reader.line_num + 1
         if cells is None:
             return
@@ -398,6 +401,8 @@ def _checked(row: Row, shape: _Shape, first: str, where: str) -> Row:
         if other.kind != shape.kind or other.kind != "generation":
             raise GatewiseError(f"{where}: this row has {other}, but {first} has {shape}; keep one shape in a file")
         shape = other
+    if shape.kind == "label" and is_whole(row["label"]):
+        row = {**row, "label": str(row["label"])}
     for field in shape.fields:
         value = row[field]
         if field in ("choices", "targets"):
