@@ -19,6 +19,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from gatewise.runs.trainer import RecipeTrainer
@@ -45,12 +47,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_base(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """A random two-layer model, "llama" or "bert", with its tokenizer; BERT's classes have the names of ``write_rows``'s labels."""
+    """A random two-layer "llama", "bert" or "roberta" with its tokenizer; encoders name their classes as ``write_rows`` does."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 96, "pad_token_id": 0} | changes
-    model = LlamaForCausalLM(LlamaConfig(**sizes)) if family == "llama" else BertModel(BertConfig(**NAMED | sizes))
-    model.save_pretrained(folder)
+    model_class, config_class, own = {
+        "llama": (LlamaForCausalLM, LlamaConfig, {}),
+        "bert": (BertModel, BertConfig, NAMED),
+        "roberta": (RobertaModel, RobertaConfig, NAMED),
+    }[family]
+    model_class(config_class(**own | sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -80,7 +86,7 @@ def write_recipe(folder: Path, method: str = "lora", family: str = "llama", **ch
         "peft": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1},
         "training": {"max_steps": 8, "batch_size": 4, "learning_rate": 0.01, "log_every": 2, "save_every": 2},
     }
-    if family == "bert":
+    if family != "llama":
         tree["task"] = "classification"
     if method in ("alora", "pi-lora"):
         tree["allocation"] = {"rounds": 2, "first_round": 3, "recover": 3, "validation_rows": 6}

@@ -178,22 +178,23 @@ def names_in(config: Any) -> list[str] | None:
     return None if names == [f"LABEL_{at}" for at in range(len(names))] else names
 
 
-def config_positions(model: PreTrainedModel) -> int:
-    """How many positions a model has, as its configuration says; a huge number where it does not."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+def text_positions(model: PreTrainedModel) -> int:
+    """How many tokens of a text the positions of a base model allow; 2**31 where its configuration names no number.
 
-
-def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens of a text a model reads at most.
-
-    RoBERTa and its kin count positions from their padding's number on, so that of their table the first ones are no text's.
+    RoBERTa and its kin begin to count behind the padding token's number, so the first entries of their table are no text's.
     """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     tables = [
         module.num_embeddings - module.padding_idx - 1
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2] and module.padding_idx is not None
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
     ]
-    return min(config_positions(model), tokenizer.model_max_length, *tables)
+    return min([positions, *tables])
+
+
+def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens of a text a model and its tokenizer allow."""
+    return min(text_positions(model), tokenizer.model_max_length)
 
 
 def _check_model_folder(folder: Path) -> None:

@@ -29,7 +29,7 @@ from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.internals.zero import is_asked_for
 from gatewise.models import load_model, load_tokenizer, resolve
 from gatewise.models.device import has_bfloat16, pick_device, pick_dtype, say_slow
-from gatewise.models.loading import class_names, config_positions, most_tokens, pad_as
+from gatewise.models.loading import class_names, most_tokens, pad_as
 from gatewise.progress import quiet
 from gatewise.prompts.stages import search
 from gatewise.routed import ACTIVATION_PARAMETERS, RoutingLog
@@ -285,7 +285,7 @@ def _prepare(recipe: Recipe, progress: RunProgress, selection: Selection | None,
     fresh_base = partial(_base, recipe, len(labels or ()) if recipe.task == "classification" else None, dtype, tokenizer)
     base = fresh_base()
     # Learned positions end where the table ends, and PEFT's prompts take some of them.
-    positions = most_tokens(base, tokenizer) if pointing else config_positions(base)
+    positions = most_tokens(base, tokenizer)
     if recipe.method in ("prompt-tuning", "prefix-tuning"):
         positions -= (recipe.prompts or PromptsSection()).num_prompt_tokens
     max_length = min(data.max_length, positions)

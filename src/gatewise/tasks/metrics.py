@@ -25,6 +25,7 @@ from gatewise.errors import GatewiseError
 from gatewise.internals.soft_prompt_fixes import written_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
 from gatewise.models.device import random_state_kept
+from gatewise.models.loading import text_positions
 from gatewise.tasks.encoding import PadCollator, candidate_ids, encode, encode_classification, pad, prompt_ids, token_ids
 from gatewise.tasks.records import Records, final_number
 from gatewise.tasks.template import Template, default_template, references
@@ -528,5 +529,4 @@ def _device(model: nn.Module) -> torch.device:
 
 def most_positions(model: nn.Module) -> int:
     """The longest text that the model's positions allow, beside a soft prompt that takes some of them."""
-    config = base_of(model).config
-    return int(getattr(config, "max_position_embeddings", None) or 2**31) - prompt_length(model)
+    return text_positions(base_of(model)) - prompt_length(model)

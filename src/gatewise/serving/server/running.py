@@ -14,7 +14,7 @@ from gatewise.internals import http
 from gatewise.internals.http import PatientProtocol
 from gatewise.internals.listening import listening, resolved
 from gatewise.models.device import pick_device, pick_dtype
-from gatewise.models.loading import config_positions, load_model, load_tokenizer
+from gatewise.models.loading import load_model, load_tokenizer, text_positions
 from gatewise.serving.server.app import Limits, Served, app, unreadable
 from gatewise.serving.server.catalogue import SETTLED, Catalogue
 from gatewise.serving.server.engine import Engine
@@ -108,7 +108,7 @@ class AdapterServer:
             model = load_model(base, dtype=precision, device=place)
             tokenizer = load_tokenizer(base)
             check_model(model)
-            positions = config_positions(model)
+            positions = text_positions(model)
             length = most_tokens or (positions if positions < 2**31 else _UNTOLD)
             if length > positions:
                 raise GatewiseError(f"--max-model-len is {length}, but {base} has {positions} positions: give at most that")
