@@ -5,7 +5,6 @@ shows its traceback. Torch and Transformers are imported inside the commands, so
 """
 
 import json
-import logging
 import os
 import sys
 import time
@@ -33,6 +32,7 @@ from gatewise.cli.serve import serve
 from gatewise.cli.serving_check import serving_check
 from gatewise.errors import GatewiseError
 from gatewise.flags import JsonOption
+from gatewise.internals.import_warnings import no_import_warnings
 
 if TYPE_CHECKING:
     from gatewise.runs.run import RunResult
@@ -45,10 +45,9 @@ class Commands(TyperGroup):
     """Turns what ends a command into a sentence and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        # Where it is installed, Accelerate imports it, and it warns on stdout, which is for results.
-        logging.getLogger("DeepSpeed").addFilter(_is_error)
         try:
-            return super().invoke(ctx)
+            with no_import_warnings():
+                return super().invoke(ctx)
         except GatewiseError as error:
             if int(os.environ.get("RANK", "0")) > 0:  # the first of several processes says it, and then a launcher ends this one
                 time.sleep(SECONDS_FOR_OTHERS)
@@ -61,10 +60,6 @@ class Commands(TyperGroup):
             if "LOCAL_RANK" in os.environ:  # where another process failed first, a launcher ends this one before it complains
                 time.sleep(SECONDS_FOR_OTHERS)
             raise
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 # Plain text in the help: square brackets and line breaks of the examples stay as written.
