@@ -154,7 +154,7 @@ def ready(model: PeftModel) -> PeftModel:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-        elif "lora_router.alike" in name and name.endswith("weight"):
+        elif "prompt_router.alike" in name and name.endswith("weight"):
             torch.nn.init.zeros_(parameter)
     return model.eval().requires_grad_(False)
 

@@ -204,7 +204,7 @@ def _randomise(model: Any) -> None:
             value.normal_(std=value.shape[1] ** -0.5)
         elif "lora_B" in name:
             value.normal_(std=0.1)
-        elif ".lora_router." in name:
+        elif ".prompt_router." in name:
             if name.endswith("center"):
                 value.copy_(0.3 * torch.randn_like(value))
             elif name.endswith(("spread", "observed")):

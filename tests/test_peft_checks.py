@@ -81,7 +81,7 @@ def scatter(model: Any, seed: int) -> None:
     """Random values in everything that belongs to adapters."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if any(part in name for part in ("lora_A", "lora_B", "lora_router", "spt_", "modules_to_save")):
+        if any(part in name for part in ("lora_A", "lora_B", "prompt_router", "spt_", "modules_to_save")):
             with torch.no_grad():
                 parameter.copy_(0.3 * torch.randn(parameter.shape))  # the same numbers in every precision
 
@@ -213,7 +213,7 @@ def test_gradient_checkpointing(method: str, family: str, reentrant: bool) -> No
     trained = {
         name: parameter.requires_grad_(True)
         for name, parameter in model.named_parameters()
-        if any(part in name for part in ("lora_A", "lora_B", "lora_router", "spt_"))
+        if any(part in name for part in ("lora_A", "lora_B", "prompt_router", "spt_"))
     }
 
     def gradients() -> dict[str, torch.Tensor]:

@@ -43,7 +43,7 @@ def write_routed(folder: Path, base: Path, scale: float = 0.0, **settings: Any) 
                 parameter.copy_(torch.tensor([1.0, 5 * scale, 0, 0, 0, 0, 0]))
             elif name.endswith("denominator"):
                 parameter.zero_()
-            elif ".lora_router." in name and name.endswith(".weight"):
+            elif ".prompt_router." in name and name.endswith(".weight"):
                 parameter.copy_(torch.randn(len(parameter), 1) / parameter.shape[1] + scale * torch.randn(parameter.shape))
     model.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
@@ -164,7 +164,7 @@ def moving(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model, tokenizer, _ = load_adapter(folder / "run" / "adapter")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("lora_router.default.weight"):
+            if name.endswith("prompt_router.default.weight"):
                 parameter.mul_(20)
     model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     tokenizer.save_pretrained(str(folder / "adapter"))

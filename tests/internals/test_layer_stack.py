@@ -4,7 +4,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_base
 from torch import nn
-from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+from transformers import AutoModel, BertConfig, DebertaConfig, DebertaV2Config, EncoderDecoderConfig, EncoderDecoderModel
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.layer_stack import Stack, models_around
@@ -75,3 +75,24 @@ def test_experts_that_no_router_could_choose_are_refused():
     for target, message in (("lm_head", "lies outside the layers of model.layers"), ("mlp", "only linear modules can be experts")):
         with pytest.raises(GatewiseError, match=message):
             stack.experts(model, LoraConfig(target_modules=[target]))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "names"),
+    [
+        (DebertaV2Config, {"share_att_key": True}, ["query_proj", "key_proj"]),
+        (DebertaV2Config, {}, ["pos_key_proj", "pos_query_proj"]),
+        (DebertaConfig, {}, ["pos_proj", "pos_q_proj"]),
+    ],
+)
+def test_modules_that_project_positions_are_no_experts(config, settings, names):
+    """DeBERTa's, which run on a table of positions and not on the tokens of a prompt."""
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    model = AutoModel.from_config(config(**sizes, **relative, **settings))
+    for name in names:
+        path = f"encoder.layer.0.attention.self.{name}"
+        with pytest.raises(GatewiseError, match=rf"target_modules matches {path}, .*positions.*exclude_modules"):
+            Stack(model).experts(model, LoraConfig(target_modules=[name]))
+    rest = LoraConfig(target_modules=Stack(model).linear_modules(model), exclude_modules=names)
+    assert len(Stack(model).experts(model, rest)["encoder.layer.0"]) == (4 if settings else 6 if config is DebertaV2Config else 4)

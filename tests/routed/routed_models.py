@@ -38,14 +38,14 @@ def routed_base(family: str) -> Any:
 def trained_routers(model: PeftModel, scale: float = 1.0) -> PeftModel:
     """Gives routers weights that tell prompts apart, rationals that are no longer GELU, and a centre of prompts seen before."""
     for name, parameter in model.named_parameters():
-        if ".lora_router." in name:
+        if ".prompt_router." in name:
             with torch.no_grad():
                 if name.endswith(("numerator", "denominator")):
                     parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
                 else:
                     torch.nn.init.normal_(parameter, std=scale)
     for name, buffer in model.named_buffers():
-        if ".lora_router." in name:
+        if ".prompt_router." in name:
             values = {"center": 0.3 * torch.randn_like(buffer), "spread": torch.tensor(0.8), "observed": torch.tensor(70.0)}
             buffer.copy_(values[name.rpartition(".")[2]])
     return model

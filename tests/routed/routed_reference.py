@@ -192,7 +192,7 @@ def merge_layer(
     config = model.peft_config[adapter]
     experts = {name: model.base_model.model.get_submodule(f"{path}.{name}") for name in names}
     experts = {name: expert for name, expert in experts.items() if adapter in getattr(expert, "lora_A", ())}
-    router = next(iter(experts.values())).lora_router[adapter]
+    router = next(iter(experts.values())).prompt_router[adapter]
     p = probabilities(hidden.double().tolist(), router, config.pooler, config.activation, config.normalize_states)
     gate = gates(p, config.top_k, config.normalize_gates)
     for (name, expert), value in zip(experts.items(), gate, strict=True):

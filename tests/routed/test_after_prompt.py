@@ -290,7 +290,7 @@ def test_gradients_are_those_of_the_answer_alone():
             return torch.nn.functional.cross_entropy(model(**data).logits[:, :-1].transpose(1, 2), labels)
 
     loss().backward()
-    for name in ("c_attn.lora_A.default.weight", "c_proj.lora_B.default.weight", "c_attn.lora_router.default.weight"):
+    for name in ("c_attn.lora_A.default.weight", "c_proj.lora_B.default.weight", "c_attn.prompt_router.default.weight"):
         parameter = model.get_parameter(f"base_model.model.transformer.h.0.attn.{name}")
         at = divmod(int(parameter.grad.abs().argmax()), parameter.shape[1])
         values = []

@@ -117,11 +117,11 @@ def test_targets_that_cannot_be_experts(batch, family, setting, message):
 
 def test_all_linear_leaves_out_what_lies_outside_the_layers():
     model = get_peft_model(routed_base("bert"), routed_config("bert"))
-    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_router")}
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "prompt_router")}
     assert len(adapted) == 12
     assert not any("pooler" in name or "classifier" in name for name in adapted)
     excluded = get_peft_model(routed_base("llama"), routed_config(exclude_modules=["down_proj"]))
-    assert sum(hasattr(module, "lora_router") for module in excluded.modules()) == 12
+    assert sum(hasattr(module, "prompt_router") for module in excluded.modules()) == 12
 
 
 def test_one_expert_of_a_mixture_is_refused():
@@ -131,7 +131,7 @@ def test_one_expert_of_a_mixture_is_refused():
     with pytest.raises(GatewiseError, match="one expert of a mixture"):
         get_peft_model(base, routed_config(target_modules=["q_proj", "experts.0"], top_k=1))
     model = get_peft_model(base, routed_config())
-    assert not any(hasattr(module, "lora_router") for module in model.base_model.model.model.layers[0].mlp.experts)
+    assert not any(hasattr(module, "prompt_router") for module in model.base_model.model.model.layers[0].mlp.experts)
 
 
 class QuantLinear(torch.nn.Module):

@@ -205,7 +205,7 @@ def test_the_balance_loss_is_that_of_both_stacks(routed, family):
     assert len(statistics.share) == 4
     assert all(sum(row.values()) == pytest.approx(3) for row in statistics.share.values())
     loss.backward()
-    assert all(float(p.grad.abs().max()) > 0 for name, p in model.named_parameters() if "lora_router" in name)
+    assert all(float(p.grad.abs().max()) > 0 for name, p in model.named_parameters() if "prompt_router" in name)
     sums, counts = row_losses(model, {**data, "labels": labels})
     same((sums.sum() / counts.sum()).detach(), bare)
 
@@ -255,7 +255,7 @@ def test_trained_by_seq2seq_trainer(tmp_path, family, checkpointing):
         **upper,
     )
     RoutingLog.attach(trainer)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_router" in name}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "prompt_router" in name}
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert sum(entry["loss"] for entry in logs[-4:]) < 0.8 * sum(entry["loss"] for entry in logs[:4])

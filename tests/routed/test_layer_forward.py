@@ -108,14 +108,14 @@ def test_uniform_router_over_all_experts_is_lora(routed, batch, family):
     model = routed(family, trained=False, top_k={"llama": 7, "gpt2": 4, "bert": 6}[family])
     random_adapter(model)
     for name, parameter in model.named_parameters():
-        if name.endswith("lora_router.default.weight"):
+        if name.endswith("prompt_router.default.weight"):
             torch.nn.init.zeros_(parameter)
     config = model.peft_config["default"]
     plain = get_peft_model(
         reference.plain_copy(model), LoraConfig(r=3, lora_alpha=6, target_modules=config.target_modules, task_type=config.task_type)
     ).eval()
     result = plain.load_state_dict(model.state_dict(), strict=False)
-    assert all("lora_router" in key for key in result.unexpected_keys)
+    assert all("prompt_router" in key for key in result.unexpected_keys)
     assert not result.missing_keys
     for layer in plain.modules():
         if isinstance(layer, LoraLayer):
@@ -192,9 +192,9 @@ def test_every_parameter_gets_a_gradient_in_training(routed, batch):
     model = routed("llama", top_k=1).train()
     model(**batch()).loss.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert sum("lora_router" in name for name in trained) == 8
+    assert sum("prompt_router" in name for name in trained) == 8
     assert all(grad is not None for grad in trained.values())
-    routers = [grad for name, grad in trained.items() if "lora_router" in name]
+    routers = [grad for name, grad in trained.items() if "prompt_router" in name]
     assert all(float(grad.abs().max()) > 0 for grad in routers)
 
 
@@ -224,7 +224,7 @@ def test_router_gradients_match_finite_differences(routed, batch, monkeypatch, k
     monkeypatch.setattr(gatewise.routed.layer, "gates_of", replay)
     checked = 0
     for name, parameter in model.named_parameters():
-        if ".lora_router." not in name:
+        if ".prompt_router." not in name:
             continue
         assert float(parameter.grad.abs().max()) > 1e-4, name
         for index in range(0, parameter.numel(), max(1, parameter.numel() // 3)):
@@ -246,7 +246,7 @@ def test_router_gradients_match_finite_differences(routed, batch, monkeypatch, k
 def test_half_precision_bases(batch, family, dtype):
     base = routed_base(family).to(dtype)
     model = trained_routers(random_adapter(get_peft_model(base, routed_config(family)), 0.05)).eval()
-    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name)
+    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name or "prompt_router" in name)
     data = batch(family)
     with torch.no_grad():
         got = model(**data).logits

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.optimizers import create_lorafa_optimizer
 from peft.utils import get_peft_model_state_dict
 from routed_models import routed_base, routed_config, trained_routers
 from safetensors.torch import load_file, save_file
@@ -31,7 +32,7 @@ def same_base(model):
     weights = {
         key.replace(".base_layer", "").replace(".original_module", ""): value
         for key, value in model.get_base_model().state_dict().items()
-        if "lora_" not in key and "modules_to_save" not in key
+        if not any(part in key for part in ("lora_", "prompt_router", "modules_to_save"))
     }
     base.load_state_dict(weights)
     return base.eval()
@@ -134,7 +135,7 @@ def test_training_goes_on_after_loading(routed, batch, tmp_path):
     loaded = PeftModel.from_pretrained(same_base(model), tmp_path, is_trainable=True).train()
     loaded(**batch()).loss.backward()
     trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
-    assert trained == {name for name, _ in loaded.named_parameters() if ".lora_" in name}
+    assert trained == {name for name, _ in loaded.named_parameters() if ".lora_" in name or ".prompt_router." in name}
     assert all(p.grad is not None for p in loaded.parameters() if p.requires_grad)
 
 
@@ -163,6 +164,17 @@ def test_a_resumed_run_is_one_never_stopped(batch, tmp_path):
     whole = run(tmp_path)
     for name, value in run(tmp_path, resume=True).items():
         torch.testing.assert_close(value, whole[name], rtol=0, atol=0, msg=name)
+
+
+def test_lora_fa_trains_routers_by_adam(routed, batch):
+    """It takes every two parameters with "lora" in their names for an A and a B, so routers are called something else."""
+    model = routed("llama").train()
+    optimizer = create_lorafa_optimizer(model, r=3, lora_alpha=6, lr=1e-2)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model(**batch()).loss.backward()
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if ".lora_B." in name or "router" in name}
 
 
 def test_half_precision_bases_keep_the_router_in_float32(routed, tmp_path):
@@ -229,7 +241,7 @@ def test_only_the_active_adapter_is_trained(two):
     assert trained() == {"default"}
     two.set_adapter("second")
     assert trained() == {"second"}
-    routers = [p for name, p in two.named_parameters() if ".lora_router.second." in name]
+    routers = [p for name, p in two.named_parameters() if ".prompt_router.second." in name]
     assert len(routers) == 2
     assert all(p.requires_grad for p in routers)
 

@@ -65,9 +65,9 @@ def test_it_has_a_gradient_for_the_routers_and_what_lies_below(routed, batch):
     model(**batch())
     model.balance_loss().backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
-    assert sum("lora_router" in name for name in reached) == 8
+    assert sum("prompt_router" in name for name in reached) == 8
     assert any("layers.0." in name and "lora_B" in name for name in reached)
-    assert not any("layers.1." in name and "lora_router" not in name for name in reached)
+    assert not any("layers.1." in name and "prompt_router" not in name for name in reached)
 
 
 def test_a_loss_of_ones_own_adds_it(routed, batch):

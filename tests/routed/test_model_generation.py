@@ -220,7 +220,7 @@ def test_adapters_of_one_batch_in_a_forward(three, prompts):
 def test_adapters_of_one_batch_in_half_precision(three, prompts, base, adapters):
     names = ["partial", "narrow", "partial", "__base__"]
     for name, parameter in three.named_parameters():
-        parameter.data = parameter.data.to(adapters if ".lora_" in name else base)
+        parameter.data = parameter.data.to(adapters if ".lora_" in name or ".prompt_router." in name else base)
     with torch.no_grad():
         together = three(**prompts, adapter_names=names).logits
         for row, name in enumerate(names[:2]):
@@ -254,7 +254,7 @@ def test_two_active_adapters_add_up(three, prompts):
         for row, mask in enumerate(prompts["attention_mask"].bool()):
             expected = layer.base_layer(seen["x"][row])
             for name in ("default", "narrow"):
-                config, router = three.peft_config[name], layer.lora_router[name]
+                config, router = three.peft_config[name], layer.prompt_router[name]
                 hidden = seen["hidden"][row][mask].double().tolist()
                 p = reference.probabilities(hidden, router, config.pooler, config.activation, config.normalize_states)
                 gate = reference.gates(p, config.top_k, config.normalize_gates)[0]

@@ -100,7 +100,7 @@ def test_training_is_that_of_a_text_a_row(plain, checkpointing):
         )
     for name, value in found[0].items():
         alike(found[1][name], value, msg=lambda text, name=name: f"{name}: {text}")
-    assert float(found[0]["base_model.model.model.layers.0.self_attn.q_proj.lora_router.default.observed"]) == 64
+    assert float(found[0]["base_model.model.model.layers.0.self_attn.q_proj.prompt_router.default.observed"]) == 64
 
 
 def test_rows_of_several_texts_each(routed):

@@ -92,7 +92,7 @@ def test_evaluation_with_gradients_keeps_no_graph(routed, batch):
     model = routed("llama")
     seen = watched_states(model)
     model(**batch()).loss.backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_router" in name)
+    assert all(p.grad is not None for name, p in model.named_parameters() if "prompt_router" in name)
     gc.collect()
     assert not any(state() is not None for state in seen)
     assert not tracker_of(model).last.decided["model.layers.0"].decisions[0].probabilities.requires_grad

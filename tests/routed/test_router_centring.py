@@ -105,4 +105,4 @@ def test_what_was_observed_is_saved(batch, tmp_path):
 def test_it_can_be_left_out(batch, tmp_path):
     model = new(center_states=False).train()
     model(**batch()).loss.backward()
-    assert not [name for name, _ in model.named_buffers() if "lora_router" in name]
+    assert not [name for name, _ in model.named_buffers() if "prompt_router" in name]

@@ -417,7 +417,7 @@ def routed(llama: LlamaForCausalLM) -> PeftModel:
     """One whose decision from a prompt is another one with the answer in sight."""
     model = get_peft_model(llama, RoutedLoraConfig(r=2, top_k=1, init_lora_weights=False, task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
-        if "lora_router" in name and name.endswith(("weight", "pool")):
+        if "prompt_router" in name and name.endswith(("weight", "pool")):
             nn.init.normal_(parameter)
     return model.eval()
 

@@ -76,6 +76,7 @@ class Stack:
         from peft.tuners.tuners_utils import check_target_module_exists
 
         found: dict[str, list[str]] = {}
+        positions = _position_modules(model)
         for path, module in _outside_of_adapters(model):
             if not path or not check_target_module_exists(config, path):
                 continue
@@ -90,6 +91,11 @@ class Stack:
                 raise GatewiseError(
                     f"target_modules matches {path}, one expert of a mixture, which sees a choice of tokens only and cannot be "
                     "routed by the prompt: leave it out with exclude_modules"
+                )
+            if path.rpartition(".")[2] in positions:
+                raise GatewiseError(
+                    f"target_modules matches {path}, which also projects a table of relative positions, and those belong to no "
+                    f"prompt: leave it out with exclude_modules={positions!r}"
                 )
             if not _is_linear(module):
                 raise GatewiseError(f"target_modules matches {path}, a {type(module).__name__}: only linear modules can be experts")
@@ -154,6 +160,16 @@ def _longest_list(model: nn.Module, part: nn.Module) -> list[tuple[str, nn.Modul
             "Transformer layers"
         )
     return [(f"{best[0]}.{name}", layer) for name, layer in best[1].named_children()]
+
+
+def _position_modules(model: Any) -> list[str]:
+    """The last names of the linear modules that run on a table of relative positions (DeBERTa's), not on the tokens of a text."""
+    config = model.config
+    if config.model_type not in ("deberta", "deberta-v2") or not config.relative_attention:
+        return []
+    if getattr(config, "share_att_key", False):
+        return ["query_proj", "key_proj"]
+    return ["pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj"]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -120,6 +120,9 @@ PRIVATE_NAMES = (
     ),
     PrivateName(_TUNER, "_enable_adapter_layers", "learns that adapters are switched off", ("enabled",), _BOTH_TUNERS),
     PrivateName(_TUNER, "_get_adapter_state_dict", "refuses to save what was unloaded", ("model",), ("prompts/model.py",)),
+    PrivateName(
+        _TUNER, "_remove_adapter_name_from_key", "what routers are called in files", ("key", "adapter_name"), ("routed/model.py",)
+    ),
     PrivateName(_TUNER, "_convert_state_dict_for_initial_model", "refuses to become plain LoRA", (), ("routed/model.py",)),
     PrivateName(
         _LORA,

@@ -196,7 +196,7 @@ class LayerRouting:
         self._routers = {}
         for layer in self.modules.values():
             layer.now = self.now
-            for adapter, router in layer.lora_router.items():
+            for adapter, router in layer.prompt_router.items():
                 experts = tuple(orders[adapter][self.path])
                 self._routers[adapter] = (cast(Router, router), experts, configs[adapter])
 
@@ -291,18 +291,18 @@ def _argument(name: str, place: int, args: tuple[Any, ...], kwargs: Mapping[str,
 class RoutedLinear(nn.Module, LoraLayer):
     """PEFT's A and B around any linear base module: ``nn.Linear``, GPT-2's ``Conv1D``, quantised layers. Only base(x) is called.
 
-    ``now`` is one object for the whole model; it tells what the module runs. ``lora_router`` holds the routers of the adapters
+    ``now`` is one object for the whole model; it tells what the module runs. ``prompt_router`` holds the routers of the adapters
     whose first expert in the layer this is: there PEFT saves, loads, moves, freezes and deletes them with A and B.
     """
 
-    adapter_layer_names: tuple[str, ...] = (*LoraLayer.adapter_layer_names, "lora_router")
+    adapter_layer_names: tuple[str, ...] = (*LoraLayer.adapter_layer_names, "prompt_router")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int, lora_alpha: int, **kwargs: Any
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
-        self.lora_router = nn.ModuleDict()
+        self.prompt_router = nn.ModuleDict()
         self.now = RoutingState()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -405,12 +405,12 @@ class RoutedLinear(nn.Module, LoraLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT, which also casts to the base's precision; the router keeps its own."""
-        router = self.lora_router.pop(adapter_name) if adapter_name in self.lora_router else None
+        router = self.prompt_router.pop(adapter_name) if adapter_name in self.prompt_router else None
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if router is not None:
             target = device or cast(nn.Linear, self.lora_A[adapter_name]).weight.device
             held_back = any(parameter.is_meta for parameter in router.parameters())
-            self.lora_router[adapter_name] = router if held_back else router.to(target)
+            self.prompt_router[adapter_name] = router if held_back else router.to(target)
 
     def __repr__(self) -> str:
         return "routed." + super().__repr__()

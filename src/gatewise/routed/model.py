@@ -141,8 +141,13 @@ class RoutedLoraModel(LoraModel):
                 lora_config.center_states,
             )
             router.requires_grad_(adapter_name in self.active_adapters and not lora_config.inference_mode)
-            layer.lora_router[adapter_name] = router
+            layer.prompt_router[adapter_name] = router
             layer._move_adapter_to_device_of_base_layer(adapter_name)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # In files routers have the name that they always had. In a model LoRA-FA's optimiser, among others, would take it for an A.
+        return super()._remove_adapter_name_from_key(key, adapter_name).replace(".prompt_router.", ".lora_router.")
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> RoutedLinear:
@@ -298,7 +303,7 @@ class RoutedLoraModel(LoraModel):
     def activation_parameters(self, adapter: str | None = None) -> dict[str, nn.Parameter]:
         """The rationals' coefficients of an adapter (None: the active one) by name; the paper trains them on a validation set."""
         name = adapter or self.active_adapters[0]
-        ends = (f".lora_router.{name}.numerator", f".lora_router.{name}.denominator")
+        ends = (f".prompt_router.{name}.numerator", f".prompt_router.{name}.denominator")
         return {path: parameter for path, parameter in self.named_parameters() if path.endswith(ends)}
 
     def _config_of(self, adapter: str) -> RoutedLoraConfig:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from gatewise.routed.config import Activation, Pooler
 
-ACTIVATION_PARAMETERS = r"\.lora_router\.[^.]+\.(numerator|denominator)$"
+ACTIVATION_PARAMETERS = r"\.prompt_router\.[^.]+\.(numerator|denominator)$"
 """The rationals' coefficients among a model's parameters, for ``upper_parameters``."""
 
 
