@@ -284,7 +284,7 @@ def test_routers_that_are_broken_choose_nothing(where: str, said: str, routed: P
     (path,) = (tmp_path / where).glob("*.safetensors")
     tensors = load_file(path)
     for name in tensors:
-        if "prompt_router" in name or "LayerNorm" in name:
+        if "lora_router" in name or "LayerNorm" in name:
             tensors[name] = torch.full_like(tensors[name], math.nan)
     save_file(tensors, path, metadata={"format": "pt"})
     rows = [{"text": "nice", "label": "good"}, {"text": "awful", "label": "bad"}]

@@ -168,7 +168,7 @@ def test_a_resumed_run_is_one_never_stopped(batch, tmp_path):
 
 def test_lora_fa_trains_routers_by_adam(routed, batch):
     """It takes every two parameters with "lora" in their names for an A and a B, so routers are called something else."""
-    model = routed("llama").train()
+    model = routed("llama", top_k=7).train()
     optimizer = create_lorafa_optimizer(model, r=3, lora_alpha=6, lr=1e-2)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model(**batch()).loss.backward()
