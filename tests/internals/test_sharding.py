@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_base
 from torch import nn
 from torch.distributed.fsdp import StateDictType
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 
 def plugin(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> SimpleNamespace:
     settings: dict[str, Any] = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "ignored_modules": None}
-    settings |= {"state_dict_type": StateDictType.FULL_STATE_DICT} | changes
+    settings |= {"state_dict_type": StateDictType.FULL_STATE_DICT, "transformer_cls_names_to_wrap": None} | changes
     made = SimpleNamespace(**settings)
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", made)
     return made
@@ -55,6 +56,18 @@ def test_weights_of_more_modules_than_embedding_and_head_are_tied(family):
     model = tiny_base(family)
     shared = {"t5": "shared", "bart": "model.shared"}.get(family)
     assert list(map(id, sharding.tied_weights(model))) == ([] if shared is None else [id(model.get_submodule(shared).weight)])
+
+
+@pytest.mark.parametrize(("family", "sharded"), [("bert", {"BertLayer"}), ("llama", {"LlamaDecoderLayer"})])
+def test_modules_around_the_input_embedding_are_not_sharded(monkeypatch, family, sharded):
+    """Accelerate 1.15 shards the embedding afterwards, and torch then says "Invariant encountered: value was None"."""
+    made = plugin(monkeypatch)
+    model = get_peft_model(tiny_base(family), LoraConfig(target_modules="all-linear"))
+    sharding.leave_out_of_sharding(model, [], CPU)
+    assert set(made.transformer_cls_names_to_wrap) == sharded
+    made.transformer_cls_names_to_wrap = ["BertEmbeddings", "Linear"]
+    sharding.leave_out_of_sharding(model, [], CPU)
+    assert made.transformer_cls_names_to_wrap == (["Linear"] if family == "bert" else ["BertEmbeddings", "Linear"])
 
 
 def test_without_fsdp_nothing_is_told(monkeypatch):

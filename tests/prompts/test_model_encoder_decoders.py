@@ -217,7 +217,8 @@ def test_gradient_checkpointing(texts: list[Tensor], family: str, layers: Any, r
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_what_fsdp_leaves_whole(monkeypatch: Any, family: str) -> None:
     """Prompts read T5's biases where the layer that has them is not running."""
-    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False, ignored_modules=None, state_dict_type=None)
+    settings = dict.fromkeys(("ignored_modules", "state_dict_type", "transformer_cls_names_to_wrap"))
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False, **settings)
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
     model = prompted(family, prompt_layers=[1])
     args = SimpleNamespace(device=torch.device("cpu"), load_best_model_at_end=False)

@@ -144,6 +144,7 @@ PRIVATE_NAMES = (
     ),
     PrivateName("peft.tuners.lora:Embedding", "_embed", "puts gates between A and B", ("input", "weight")),
     # Transformers
+    PrivateName("transformers:PreTrainedModel", "_no_split_modules", "has FSDP leave modules around the embedding to Accelerate"),
     PrivateName("transformers:TrainingArguments", "_n_gpu", "keeps a Trainer on one of several GPUs"),
     PrivateName("transformers:TrainingArguments", "_setup_devices", "puts a Trainer on one named device"),
     PrivateName("transformers:PretrainedConfig", "_attn_implementation", "refuses attention whose masks prompts do not make"),

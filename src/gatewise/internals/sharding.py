@@ -68,6 +68,17 @@ def leave_out_of_sharding(
     # A list of modules is what Accelerate takes; a ParameterList is one with exactly these parameters. FSDP does not move them.
     whole = nn.ParameterList(dict.fromkeys([*parameters, *tied_weights(model)])).to(device)
     plugin.ignored_modules = [*(plugin.ignored_modules or ()), whole]
+    plugin.transformer_cls_names_to_wrap = _classes_to_wrap(model, plugin.transformer_cls_names_to_wrap)
+
+
+def _classes_to_wrap(model: nn.Module, names: Sequence[str] | None) -> list[str]:
+    """The classes whose modules FSDP shards one by one (Transformers names them, if nobody else), but for such as BertEmbeddings.
+
+    Accelerate shards the input embedding by itself, which fails where a module around it has been sharded before.
+    """
+    embedding = _end_of(model, "input")
+    around = {type(one).__name__ for one in model.modules() if one is not embedding and embedding in one.modules()}
+    return [name for name in names or getattr(model, "_no_split_modules", None) or () if name not in around]
 
 
 def tied_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -79,11 +90,15 @@ def tied_weights(model: nn.Module) -> list[nn.Parameter]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, []).append(module)
-    ends = []
-    for end in ("input", "output"):
-        with suppress(AttributeError, NotImplementedError):  # models of sounds have no embedding
-            ends.append(getattr(model, f"get_{end}_embeddings")())
+    ends = [_end_of(model, "input"), _end_of(model, "output")]
     return [parameter for parameter, found in owners.items() if len(found) > 1 and not all(one in ends for one in found)]
+
+
+def _end_of(model: nn.Module, end: str) -> nn.Module | None:
+    """The embedding ("input") or the LM head ("output"), which models of sounds do not have."""
+    with suppress(AttributeError, NotImplementedError):
+        return getattr(model, f"get_{end}_embeddings")()
+    return None
 
 
 def join(device: torch.device) -> None:
