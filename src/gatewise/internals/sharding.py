@@ -77,7 +77,7 @@ def _classes_to_wrap(model: nn.Module, names: Sequence[str] | None) -> list[str]
     Accelerate shards the input embedding by itself, which fails where a module around it has been sharded before.
     """
     embedding = _end_of(model, "input")
-    around = {type(one).__name__ for one in model.modules() if one is not embedding and embedding in one.modules()}
+    around = {type(one).__name__ for one in model.modules() if one is not embedding and any(m is embedding for m in one.modules())}
     return [name for name in names or getattr(model, "_no_split_modules", None) or () if name not in around]
 
 
