@@ -12,9 +12,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-gpu"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A browser that is installed on this machine, driven by Playwright; none is downloaded."""
+    """A browser that is installed on this machine, driven by Playwright; none is downloaded.
+
+    It ends with the module: as long as Playwright is at work, an event loop runs in this thread, and no other test could start one.
+    """
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'gatewise-mdt[dev]'")
     found = os.environ.get("GATEWISE_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:

@@ -44,8 +44,6 @@ def test_show_prints_the_outline(gatewise: Gatewise) -> None:
 
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_show_writes_every_format(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
-    if format == "fhir":
-        pytest.importorskip("fhir.resources")
     result = gatewise("show", "sample:guidelines", "--record", 3, "--format", format, "--out", "made/tree")
     assert result.exit_code == 0, result.output
     assert result.stdout == "written: made/tree\n"
@@ -121,11 +119,6 @@ def test_an_outline_without_a_text_is_shown_but_never_as_json(gatewise: Gatewise
         write_trees(tmp_path / "made.jsonl", records)
     write_trees(tmp_path / "made.txt", records)
     assert read_trees(tmp_path / "made.txt").records == records
-
-
-def test_show_without_the_fhir_library_says_what_to_install(gatewise: Gatewise, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fhir.resources", None)
-    assert_refused(gatewise("show", "one.json", "--format", "fhir"), "pip install gatewise-mdt")
 
 
 def test_evaluate_prints_a_table_or_json(gatewise: Gatewise, tmp_path: Path) -> None:
@@ -216,8 +209,7 @@ def test_no_command_takes_an_approval_for_a_tree_that_it_repairs(gatewise: Gatew
     assert said in agreed.stderr
     assert json.loads(agreed.stdout)["pairs"][0]["states"]["table"] == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
     assert '"approved"' not in (tmp_path / "third.review.jsonl").read_text()
-    pytest.importorskip("fhir.resources")
-    bundle = gatewise("show", "ada.json", "--repair", "--format", "fhir").stdout
+    bundle = gatewise("show", "ada.json", "--repair", "--format", "fhir-r5").stdout
     assert "Ada" not in bundle
     assert "approvalDate" not in bundle
 
@@ -302,16 +294,6 @@ def test_an_argument_that_is_no_possible_name(gatewise: Gatewise) -> None:
     assert_refused(gatewise("show", "good.json", "-f", "svg", "-o", "x" * 300), "cannot write")
 
 
-def test_one_tree_too_deep_for_fhir_does_not_stop_the_others(gatewise: Gatewise, tmp_path: Path) -> None:
-    pytest.importorskip("fhir.resources")
-    deep = [node("C", ["a", "basic condition", str(i)]) for i in range(90)] + [node("D")] * 91
-    (tmp_path / "deep.json").write_text(json.dumps([{"text": TEXT, "tree": deep}, {"text": TEXT, "tree": gout()}]))
-    result = gatewise("show", "deep.json", "-f", "fhir")
-    assert_refused(result, "1 of the 2 records")
-    assert "failed: record 1: the tree is too deep" in result.stderr
-    assert json.loads(result.stdout)["resourceType"] == "PlanDefinition"
-
-
 @pytest.mark.parametrize("name", ["pred.txt", "nested.json"])
 def test_evaluate_reads_predictions_as_show_does(gatewise: Gatewise, tmp_path: Path, name: str) -> None:
     assert gatewise("show", "good.json", "--out", "pred.txt").exit_code == 0
@@ -385,8 +367,6 @@ def test_other_keys_that_are_nested_deep(gatewise: Gatewise, tmp_path: Path, lev
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_a_terminal_is_told_nothing_by_a_tree(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
     """Control characters of a file, which could colour, clear or rewrite what stands on a terminal, are not printed."""
-    if format == "fhir":
-        pytest.importorskip("fhir.resources")
     escapes = "\x1b[31m\x1b]0;title\x07\x9b2J\x00\x08\x7f\r\u0085"
     tree = [node("D", triple(f"rest{escapes} well", "therapeutic schedule"))]
     records = [{"text": f"adults{escapes}@Then{escapes} rest.", "tree": tree, "warnings": [escapes]}, {"text": escapes, "tree": 3}]

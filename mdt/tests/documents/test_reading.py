@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from gatewise_mdt.documents.passages import Passage, split_passages
@@ -139,15 +138,11 @@ def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path: Path, name: str, co
     assert name in str(raised.value)
 
 
-def test_a_missing_file_a_folder_and_a_missing_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(GatewiseError, match="there is no such file"):
         read_document(tmp_path / "none.txt")
     with pytest.raises(GatewiseError, match="is a folder"):
         read_document(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "pdfplumber", None)
-    (tmp_path / "x.pdf").write_bytes(pdf(FLARE))
-    with pytest.raises(GatewiseError, match=r"install gatewise\[mdt\]"):
-        read_document(tmp_path / "x.pdf")
 
 
 def test_a_long_passage_is_cut_between_sentences() -> None:
@@ -203,41 +198,6 @@ def test_a_text_in_place_of_a_file_is_answered_in_a_sentence(name: str) -> None:
     with pytest.raises(GatewiseError, match=r"there is no such file.*standard input with -") as raised:
         read_document(name)
     assert len(str(raised.value)) < 200
-
-
-def test_docling_reads_where_it_is_installed_and_is_named_where_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("markdown_it")
-    file = tmp_path / "gout.pdf"
-    file.write_bytes(pdf(FLARE))
-    for module in ("docling", "docling.datamodel", "docling.datamodel.base_models", "docling.document_converter"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(GatewiseError, match=r"read with docling, which is not installed: install gatewise\[docling\]"):
-        read_document(file, docling=True)
-
-    class Converter:
-        """Stands in for docling's: gives the name and the first bytes of what it is given as Markdown."""
-
-        def convert(self, source: Any) -> Any:
-            text = f"# Adults with gout\n\n{source.name} begins with {source.stream.read(4).decode()}"
-            return SimpleNamespace(document=SimpleNamespace(export_to_markdown=lambda: text))
-
-    monkeypatch.setitem(sys.modules, "docling.datamodel.base_models", SimpleNamespace(DocumentStream=SimpleNamespace))
-    monkeypatch.setitem(sys.modules, "docling.document_converter", SimpleNamespace(DocumentConverter=Converter))
-    document = read_document(file, docling=True)
-    assert split_passages(document)[0].text == "Adults with gout@gout.pdf begins with %PDF"
-    assert "was read with docling" in document.notes[0]
-    monkeypatch.setattr(Converter, "convert", lambda *_: 1 / 0)
-    with pytest.raises(GatewiseError, match=r"could not be read with docling \(division by zero\): leave --docling out"):
-        read_document(file, docling=True)
-
-
-def test_docling_itself_reads_a_docx(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("docling", reason="docling is not installed: pip install 'gatewise-mdt[docling]'")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a DOCX takes none of its models
-    document = read_document(Path(__file__).parent / "corpus" / "seizure-protocol.docx", docling=True)
-    texts = [passage.text for passage in split_passages(document)]
-    assert "Children with a seizure@Convulsive status epilepticus: Give midazolam 0.3 mg/kg buccally." in texts
-    assert any("Time: 0 to 5 minutes. What to do: Give oxygen." in text for text in texts)
 
 
 @pytest.mark.parametrize("content", [FLARE.encode(), b"\xef\xbb\xbf" + FLARE.encode(), FLARE.encode() + b"\r\n"])

@@ -12,7 +12,6 @@ import pytest
 from fhir_rules import faults_of
 from gatewise_mdt import DecisionTree, TreeRecord, decide, render, sample
 from gatewise_mdt.formats.cpg import bundle_of, library_of, notes_of
-from gatewise_mdt.formats.fhir import plan_of
 from hypothesis import given
 from mdt_trees import TEXT, gout, node, preorders, properties, triple
 
@@ -382,13 +381,13 @@ def test_what_is_prohibited_is_no_choice_where_its_words_are_doubtful_either() -
 )
 def test_a_dose_is_no_alternative_to_a_drug(drugs: list[list[str]], dose: list[str]) -> None:
     record = decision(*drugs, dose, joined="or")
-    for plan in (resources(record, "PlanDefinition")[0], plan_of(record)):
-        (root,) = plan["action"]
-        choice, beside = root["action"]
-        assert (root["selectionBehavior"], choice["selectionBehavior"]) == ("all", "one-or-more")
-        assert [one["title"].split(" (")[0] for one in choice["action"]] == [drug[2] for drug in drugs]
-        assert beside["title"].startswith(dose[2])
-        assert "none of the choices" in plan["description"]
+    plan = resources(record, "PlanDefinition")[0]
+    (root,) = plan["action"]
+    choice, beside = root["action"]
+    assert (root["selectionBehavior"], choice["selectionBehavior"]) == ("all", "one-or-more")
+    assert [one["title"].split(" (")[0] for one in choice["action"]] == [drug[2] for drug in drugs]
+    assert beside["title"].startswith(dose[2])
+    assert "none of the choices" in plan["description"]
 
 
 def test_doses_alone_are_alternatives() -> None:
@@ -478,23 +477,6 @@ def test_the_deepest_tree_is_valid(release: Any) -> None:
     nodes = [node("C", triple(f"sign {i}")) for i in range(99)] + [node("D", triple("rest", "therapeutic schedule"))] * 100
     made = json.loads(render([TreeRecord("", DecisionTree.from_preorder(nodes))], f"fhir-{release.lower()}"))
     assert faults_of(made, release) == []
-
-
-def test_the_plan_to_read_keeps_the_rules_too() -> None:
-    pytest.importorskip("fhir.resources")
-    for record in sample():
-        assert faults_of(plan_of(record), "R5") == []
-    assert faults_of(json.loads(render([RECORD, RECORD], "fhir")), "R5") == []
-
-
-@pytest.mark.parametrize("release", RELEASES)
-def test_fhir_resources_takes_them_too(release: Any) -> None:
-    pytest.importorskip("fhir.resources")
-    # There are no models of R4 itself; R4B differs from it in none of the elements used here.
-    module = pytest.importorskip("fhir.resources.R4B" if release == "R4" else "fhir.resources")
-    for record in sample():
-        for entry in bundle_of([record], release)["entry"]:
-            module.get_fhir_model_class(entry["resource"]["resourceType"]).model_validate(entry["resource"])
 
 
 def change(bundle: dict[str, Any], how: Callable[[dict[str, dict[str, Any]]], Any]) -> dict[str, Any]:

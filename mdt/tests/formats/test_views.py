@@ -25,7 +25,6 @@ from gatewise.errors import GatewiseError
 TREE = DecisionTree.from_preorder(gout())
 RECORD = TreeRecord(TEXT, TREE)
 HOSTILE = "<script>alert(1)</script>\"'&--> ]]> \x00\x0b"
-NO_FHIR = [name for name in FORMATS if name != "fhir"]
 
 
 def hostile() -> TreeRecord:
@@ -150,7 +149,7 @@ def test_every_view_says_of_which_words_a_dose_is_but_a_part() -> None:
     assert "# “20mg”在原文中只作为“10~20mg”的一部分出现: 成人 | 用法用量 | 20mg\n" in render([chinese], "text")
 
 
-@pytest.mark.parametrize("format", ["fhir", "fhir-r4", "fhir-r5", "dak"])
+@pytest.mark.parametrize("format", ["fhir-r4", "fhir-r5", "dak"])
 def test_a_phrase_that_comes_twice_is_cited_where_the_other_views_find_it(format: str, tmp_path: Path) -> None:
     """The second dose is that of the second drug."""
     nodes = [node("C", triple("mild pain"))]
@@ -165,8 +164,6 @@ def test_a_phrase_that_comes_twice_is_cited_where_the_other_views_find_it(format
         pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install gatewise-mdt")
         content = b"".join(sheets(write_view([record], format, tmp_path / "x.xlsx")).values()).decode()
     else:
-        if format == "fhir":
-            pytest.importorskip("fhir.resources")
         content = render([record], format)
     assert {int(start) for start in re.findall(r"characters (\d+) to \d+: 1 g", content)} == {text.index("1 g") + 1, place[0] + 1}
 
@@ -318,7 +315,7 @@ def test_the_page_is_whole_whatever_the_texts(nodes: list[dict[str, Any]]) -> No
 # All formats ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NO_FHIR)
+@pytest.mark.parametrize("name", list(FORMATS))
 def test_every_format_asks_for_a_clinicians_review(name: str) -> None:
     for record in (RECORD, TreeRecord("仅此", TREE.in_language("zh"))):
         content = render([record], name)
@@ -328,8 +325,6 @@ def test_every_format_asks_for_a_clinicians_review(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
-    if name == "fhir":
-        pytest.importorskip("fhir.resources")
     warnings = ["the output was brought to a close before its end", HOSTILE]
     content = render([replace(RECORD, more={"warnings": warnings})], name)
     # Mermaid needs its own entities for brackets, none of which are in the sentence; drawings wrap it at spaces.
@@ -399,7 +394,7 @@ def test_keys_of_a_record_take_the_place_of_nothing_of_ours() -> None:
     assert (made["source"], made["score"]) == ("x", None)
 
 
-@pytest.mark.parametrize("format", NO_FHIR)
+@pytest.mark.parametrize("format", list(FORMATS))
 def test_the_headings_of_a_passage_are_in_every_view(format: str) -> None:
     more = {"headings": ["Asthma", "Renal failure"], "notes": ["no headers were found in the table"]}
     shown = render([TreeRecord("adults@Asthma: Renal failure: rest.", TREE, 1, more)], format)

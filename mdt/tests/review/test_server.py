@@ -163,9 +163,7 @@ def test_what_a_form_of_another_page_could_send_is_refused(call: Caller) -> None
 
 def test_all_words_of_the_page_are_there_in_chinese() -> None:
     folder = resources.files("gatewise_mdt.review")
-    scripts = "".join(
-        (folder / name).read_text(encoding="utf-8") for name in ("page.js", "editor.js", "calls.js", "conflict.js", "history.js")
-    )
+    scripts = "".join((folder / name).read_text(encoding="utf-8") for name in ("page.js", "editor.js", "calls.js", "history.js"))
     known = set(re.findall(r'^  "(.+?)":', (folder / "words.js").read_text(encoding="utf-8"), re.MULTILINE))
     asked = set(re.findall(r'\btr\("([^"]+)"', scripts))
     page = re.sub(r"<(script|style).*?</\1>", "", (folder / "page.html").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -182,7 +180,6 @@ def test_every_answer_is_locked_up(ask: Caller) -> None:
         "/page.js",
         "/editor.js",
         "/calls.js",
-        "/conflict.js",
         "/history.js",
         "/words.js",
         "/page.css",

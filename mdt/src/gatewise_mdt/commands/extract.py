@@ -26,8 +26,8 @@ from gatewise_mdt.commands.model import (
     loaded,
     of_two,
 )
-from gatewise_mdt.commands.passages import CharactersOption, DoclingOption, PopulationOption
-from gatewise_mdt.commands.trees import Format, OutOption, check_format, check_place, check_target, give, say, with_plans
+from gatewise_mdt.commands.passages import CharactersOption, PopulationOption
+from gatewise_mdt.commands.trees import Format, OutOption, check_format, check_place, check_target, give, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord
@@ -55,7 +55,6 @@ def extract(
     language: Annotated[LanguageName | None, typer.Option(help="The texts' language. [default: found out]")] = None,
     population: PopulationOption = None,
     passage_characters: CharactersOption = None,
-    docling: DoclingOption = False,
     level: LevelOption = None,
     pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
@@ -101,7 +100,7 @@ def extract(
     batch = Batch()
     named: Any = language.value if language else None
     cut: dict[str, Any] = {"population": population, "most_characters": passage_characters}
-    pieces = read_pieces(files, batch, language=named, docling=docling, **cut)
+    pieces = read_pieces(files, batch, language=named, **cut)
     several = len(pieces) > 1
     stopped: BaseException | None = None
     journal: Journal | None = None
@@ -138,7 +137,7 @@ def extract(
     written = None
     try:
         if not (stopped and journal and several and format in ONE_TREE):  # a folder that is there would be in the way then
-            written = _give_found(batch.records, format, out, several, faults)
+            written = _give_found(batch.records, format, out, several)
         if journal and not stopped:
             journal.remove()
     except GatewiseError as error:
@@ -183,18 +182,12 @@ def _fingerprint(adapter: Path) -> str | None:
     return None
 
 
-def _give_found(records: "Sequence[TreeRecord]", format: Format, out: Path | None, several: bool, faults: list[str]) -> Path | None:
+def _give_found(records: "Sequence[TreeRecord]", format: Format, out: Path | None, several: bool) -> Path | None:
     """Gives what an extraction found; what cannot be given so is printed, so that the work is not lost."""
     from gatewise_mdt.formats.views import render
 
-    without_plan: dict[int, str] = {}
-    given = with_plans(records, without_plan) if format == Format.fhir else records
-    faults += without_plan.values()
-    for one in records:
-        if one.number in without_plan:
-            say(render([one], "text"), err=True, nl=False)
     try:
-        return give(given, format, out, several) if given else None
+        return give(records, format, out, several) if records else None
     except GatewiseError as error:
-        say(render(given, "json"), nl=False)
+        say(render(records, "json"), nl=False)
         raise GatewiseError(f"{error} (the trees are on stdout, as JSON)") from None

@@ -16,14 +16,12 @@ PopulationOption = Annotated[str | None, typer.Option(help="Whom all passages ar
 CharactersOption = Annotated[
     int | None, typer.Option(help="Most characters of a passage. [default: 800 in English, 300 in Chinese]", min=50)
 ]
-DoclingOption = Annotated[bool, typer.Option("--docling", help="Read PDF and DOCX with docling, if it is installed.")]
 
 
 def passages(
     file: Annotated[str, typer.Argument(help="A text: .txt, .md, .pdf or .docx; - is stdin.", show_default=False)],
     population: PopulationOption = None,
     passage_characters: CharactersOption = None,
-    docling: DoclingOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what will be read from a document: its passages as a model reads them, with their places and notes.
@@ -40,7 +38,7 @@ def passages(
     from gatewise_mdt.documents.passages import split_passages
     from gatewise_mdt.documents.reading import read_document
 
-    document = read_document(file, docling=docling)
+    document = read_document(file)
     found = split_passages(document, population=population, most=passage_characters)
     name = writable(document.name)
     if as_json:

@@ -15,7 +15,6 @@ from gatewise_mdt.commands.trees import (
     give,
     read_file,
     say,
-    with_plans,
 )
 
 
@@ -26,7 +25,7 @@ def show(
     out: OutOption = None,
     repair: RepairOption = False,
 ) -> None:
-    """Show trees as text, JSON, Mermaid, SVG, one HTML page, or FHIR R5; or export them for systems that run them.
+    """Show trees as text, JSON, Mermaid, SVG or one HTML page; or export them for systems that run them.
 
     Systems run fhir-r4 and fhir-r5 (PlanDefinition with CQL), dmn (decision tables, DMN 1.3) and dak (WHO's workbooks, with --out).
     What one of them cannot say is said in a note.
@@ -47,10 +46,6 @@ def show(
     records = chosen(read, record)
     if record is not None:
         faults = {}
-    if format == Format.fhir:
-        records = with_plans(records, faults)
-        if not records:
-            raise GatewiseError(next(iter(faults.values())))
     written = give(records, format, out, several=len(records) > 1)
     for note in read.notes:
         if record is None or f", record {record}: " in note or note == read.unapproved.get(record):

@@ -35,7 +35,6 @@ class Format(StrEnum):
     mermaid = "mermaid"
     svg = "svg"
     html = "html"
-    fhir = "fhir"
     fhir_r4 = "fhir-r4"
     fhir_r5 = "fhir-r5"
     dmn = "dmn"
@@ -86,19 +85,13 @@ def is_one_file(one: str | Path, other: str | Path) -> bool:
 
 
 def check_format(format: Format, out: Path | None) -> None:
-    """Refuses before any work a format that cannot be made, or not be printed.
+    """Refuses before any work a format that cannot be printed.
 
     Raises:
-        GatewiseError: the library that the format needs is missing, or a workbook has no file to go to.
+        GatewiseError: a workbook has no file to go to.
     """
-    from gatewise_mdt.formats import fhir, tables
-
-    if format == Format.fhir:
-        fhir.check_available()
-    if format == Format.dak:
-        tables.check_workbooks()
-        if out is None:
-            raise GatewiseError("the format dak is a workbook, which cannot be printed: name a file with --out, such as trees.xlsx")
+    if format == Format.dak and out is None:
+        raise GatewiseError("the format dak is a workbook, which cannot be printed: name a file with --out, such as trees.xlsx")
 
 
 def check_place(format: Format, out: Path | None, several: bool) -> None:
@@ -156,17 +149,3 @@ def give(records: "Sequence[TreeRecord]", format: Format, out: Path | None, seve
         return write_view(records, format, out)
     say(render(records, format), nl=False)
     return None
-
-
-def with_plans(records: "Sequence[TreeRecord]", faults: dict[int, str]) -> "list[TreeRecord]":
-    """The records that FHIR can hold; what is wrong with the others goes to the faults, by their numbers."""
-    from gatewise_mdt.formats.fhir import plan_of
-
-    kept = []
-    for one in records:
-        try:
-            plan_of(one)
-            kept.append(one)
-        except GatewiseError as error:
-            faults[one.number] = f"record {one.number}: {error}"
-    return kept

@@ -59,7 +59,6 @@ def read_docx(content: bytes, name: str) -> Document:
 
     Raises:
         GatewiseError: the content cannot be read, or expands to too much.
-        ImportError: python-docx is not installed.
     """
     import docx
 

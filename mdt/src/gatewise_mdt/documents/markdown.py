@@ -43,11 +43,7 @@ _NESTING = 200  # of lists; deeper ones would be left out
 
 
 def read_markdown(text: str, name: str) -> Document:
-    """Headings, paragraphs, list items and rows of tables.
-
-    Raises:
-        ImportError: markdown-it-py is not installed.
-    """
+    """Headings, paragraphs, list items and rows of tables."""
     from markdown_it import MarkdownIt
 
     notes: list[str] = []

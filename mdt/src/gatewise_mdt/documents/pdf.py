@@ -70,7 +70,6 @@ def read_pdf(content: bytes, name: str) -> Document:
     """Reads the text of a PDF.
 
     Raises:
-        ImportError: pdfplumber (extra ``mdt``) is not installed.
         GatewiseError: the file is damaged, locked, or has no text but pictures of it.
     """
     import pdfplumber

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import os
 import re
 import sys
@@ -24,16 +23,14 @@ __all__ = ["STDIN", "Block", "Document", "document_of", "documents_in", "populat
 STDIN = "-"
 
 
-def read_document(path: str | Path, *, docling: bool = False) -> Document:
+def read_document(path: str | Path) -> Document:
     """Reads a document by the suffix of its name; "-" is plain text or Markdown from standard input.
 
     Args:
         path: of a file; see :func:`documents_in` for folders.
-        docling: read PDF and DOCX with docling, which knows more layouts and reads scans, where it is installed.
 
     Raises:
-        GatewiseError: the file cannot be read, is of another kind, damaged, locked or empty, has no text but pictures of it, or its
-            reader (extra ``mdt``) is not installed.
+        GatewiseError: the file cannot be read, is of another kind, damaged, locked or empty, or has no text but pictures of it.
     """
     if str(path) == STDIN:
         return document_of(sys.stdin.buffer.read(), "stdin", ".md")
@@ -41,7 +38,7 @@ def read_document(path: str | Path, *, docling: bool = False) -> Document:
     if _is_folder(path):
         raise GatewiseError(f"{name} is a folder: expected a file that ends in {_suffixes()}")
     _check_suffix(suffix, name)
-    return document_of(content_of(path), name, suffix, docling=docling)
+    return document_of(content_of(path), name, suffix)
 
 
 def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
@@ -78,13 +75,12 @@ def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
     return found
 
 
-def document_of(content: bytes, name: str, suffix: str, *, docling: bool = False) -> Document:
+def document_of(content: bytes, name: str, suffix: str) -> Document:
     """Reads the content of a file; the document knows the SHA-256 of just these bytes.
 
     Args:
         name: what messages call it.
         suffix: what kind of file it is, such as ".pdf"; case does not matter.
-        docling: as in :func:`read_document`.
 
     Raises:
         GatewiseError: as :func:`read_document`.
@@ -92,8 +88,7 @@ def document_of(content: bytes, name: str, suffix: str, *, docling: bool = False
     _check_suffix(suffix, name)
     if not content.strip():
         raise GatewiseError(f"{name} is empty, expected a text in English or Chinese")
-    reader = _docling if docling and suffix.lower() in (".pdf", ".docx") else _READERS[suffix.lower()]
-    read = reader(content, name)
+    read = _READERS[suffix.lower()](content, name)
     blocks = tuple(block for block in read.blocks if any(map(str.isalnum, block.text)))
     if not any(any(map(str.isalpha, block.text)) for block in blocks):
         raise GatewiseError(f"{name} has no words, expected a text in English or Chinese")
@@ -109,53 +104,12 @@ def _headings_alone(blocks: Sequence[Block], name: str) -> list[str]:
     return [f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}"]
 
 
-def _text(content: bytes, name: str) -> Document:
-    return read_plain_text(_decoded(content, name), name)
-
-
-def _markdown(content: bytes, name: str) -> Document:
-    try:
-        return read_markdown(_decoded(content, name), name)
-    except ImportError:
-        raise _missing("markdown-it-py", name) from None
-
-
-def _pdf(content: bytes, name: str) -> Document:
-    try:
-        return read_pdf(content, name)
-    except ImportError:
-        raise _missing("pdfplumber", name) from None
-
-
-def _docx(content: bytes, name: str) -> Document:
-    try:
-        return read_docx(content, name)
-    except ImportError:
-        raise _missing("python-docx", name) from None
-
-
-def _docling(content: bytes, name: str) -> Document:
-    """What docling makes of a file, by way of its Markdown."""
-    try:
-        from docling.datamodel.base_models import DocumentStream
-        from docling.document_converter import DocumentConverter
-    except ImportError:
-        raise GatewiseError(f"{name} is to be read with docling, which is not installed: install gatewise-mdt[docling]") from None
-    try:
-        converted = DocumentConverter().convert(DocumentStream(name=Path(name).name, stream=io.BytesIO(content)))
-        text = converted.document.export_to_markdown()
-    except Exception as error:  # it has as many ways to fail as it has readers and models
-        raise GatewiseError(f"{name} could not be read with docling ({reason_of(error, 150)}): leave --docling out") from error
-    read = _markdown(text.encode(), name)
-    return replace(read, notes=(f"{name} was read with docling: lines are those of the Markdown that it made", *read.notes))
-
-
 _READERS: dict[str, Callable[[bytes, str], Document]] = {
-    ".txt": _text,
-    ".md": _markdown,
-    ".markdown": _markdown,
-    ".pdf": _pdf,
-    ".docx": _docx,
+    ".txt": lambda content, name: read_plain_text(_decoded(content, name), name),
+    ".md": lambda content, name: read_markdown(_decoded(content, name), name),
+    ".markdown": lambda content, name: read_markdown(_decoded(content, name), name),
+    ".pdf": read_pdf,
+    ".docx": read_docx,
 }
 
 
@@ -184,10 +138,6 @@ def _decoded(content: bytes, name: str) -> str:
 def _check_suffix(suffix: str, name: str) -> None:
     if suffix.lower() not in _READERS:
         raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {_suffixes()}")
-
-
-def _missing(library: str, name: str) -> GatewiseError:
-    return GatewiseError(f"{name} needs {library} to be read, which is not installed: install gatewise-mdt")
 
 
 def _suffixes() -> str:

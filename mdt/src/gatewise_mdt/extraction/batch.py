@@ -120,14 +120,13 @@ def read_pieces(
     language: Language | None = None,
     population: str | None = None,
     most_characters: int | None = None,
-    docling: bool = False,
 ) -> list[Piece]:
     """The passages of documents; those that cannot be read go to the faults. Arguments are those of :func:`extract_files`."""
     pieces: list[Piece] = []
     for file in files:
         name = "stdin" if str(file) == STDIN else writable(str(file))
         try:
-            document = read_document(file, docling=docling)
+            document = read_document(file)
             whole = language or detect_language(" ".join(block.text for block in document.blocks), name)
             passages = split_passages(document, population=population, most=most_characters)
             into.notes += map(writable, document.notes)

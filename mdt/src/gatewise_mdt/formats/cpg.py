@@ -14,28 +14,20 @@ there are for R4 only: a recommendation, a computable library, and activities fo
 populations and drugs are words without codes.
 """
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any, Literal
 
-from gatewise_mdt.formats.fhir import (
-    NOTICE,
-    clean,
-    description_of,
-    documentation_of,
-    encoded,
-    group,
-    grouped,
-    located_of,
-    people_of,
-    source_of,
-)
 from gatewise_mdt.formats.orders import Order, choices_of, notes_of_choices, order_words, orders_of
+from gatewise_mdt.formats.origin import BEFORE_USE, approval_of, clean, corrector_of, document_of, said_beside
 from gatewise_mdt.formats.svg import main_subject
+from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
-from gatewise_mdt.tree import DecisionTree, Node, joined_words
+from gatewise_mdt.spans import locate_tree, part_of
+from gatewise_mdt.tree import DecisionTree, Node, Triple, joined_words
 
 Release = Literal["R4", "R5"]
 BASE = "http://example.org/fhir"
@@ -115,7 +107,9 @@ class _Resources:
         self.title = about or "Decision tree"
         focus = {"system": "http://terminology.hl7.org/CodeSystem/usage-context-type", "code": "focus", "display": "Clinical Focus"}
         self.context = {"useContext": [{"code": focus, "valueCodeableConcept": {"text": about}}]} if about else {}
-        self.located = located_of(record)
+        # For each node where its triples stand in the text.
+        rows = zip(self.tree.nodes, locate_tree(record.text, self.tree), strict=True)
+        self.located = [dict(zip(node.triples, spans, strict=True)) for node, spans in rows]
         self.activities: dict[int, list[dict[str, Any]]] = {}
 
     def made(self) -> Iterator[dict[str, Any]]:
@@ -132,9 +126,11 @@ class _Resources:
         cpg = "shareableplandefinition" if root is None else "recommendationdefinition"
         plan = self._head("PlanDefinition", profiles, cpg, self.name, self.title)
         plan["type"] = _coded("plan-definition-type", "eca-rule")
-        plan["description"] = description_of(self.record, notes_of(self.record))
-        plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": NOTICE}
-        plan |= people_of(self.record) | source_of(self.record) | {"library": [self._canonical("Library", self.name)]}
+        plan["description"] = clean(
+            "\n\n".join([BEFORE_USE, *said_beside(self.record), *(f"Note of the export: {note}" for note in notes_of(self.record))])
+        )
+        plan |= self.context | {"purpose": "To run the decisions that the source text describes.", "usage": BEFORE_USE}
+        plan |= _people(self.record) | _source(self.record) | {"library": [self._canonical("Library", self.name)]}
         plan["text"] = _narrative(self.title, self.tree.to_outline())
         if root is not None:
             plan["action"] = [{**self._link("tree"), "title": self.title, **root}]
@@ -143,7 +139,7 @@ class _Resources:
     def _library(self) -> dict[str, Any]:
         library = self._head("Library", ("shareablelibrary",), "computablelibrary", self.name, f"Conditions: {self.title}")
         library["type"] = _coded("library-type", "logic-library")
-        library["description"] = NOTICE
+        library["description"] = BEFORE_USE
         parameters = [
             {"name": f"Fact{number}", "use": "in", "min": 0, "max": "1", "documentation": clean(str(fact)), "type": "boolean"}
             for number, fact in enumerate(self.tree.facts, start=1)
@@ -152,7 +148,7 @@ class _Resources:
             library["parameter"] = parameters
         cql = library_of(self.tree, self.name, self.version, self.release)
         library["text"] = _narrative(library["title"], cql)
-        library["content"] = [{"contentType": "text/cql", "data": encoded(cql)}]
+        library["content"] = [{"contentType": "text/cql", "data": _encoded(cql)}]
         return library
 
     def _root(self) -> dict[str, Any] | None:
@@ -164,7 +160,7 @@ class _Resources:
                 made[i] = self._decision(node, i + 1)
                 continue
             sides = [self._branch(i + 1, node, side, made.pop(child)) for side, child in zip((True, False), both, strict=True)]
-            made[i] = group([one for one in sides if one is not None], "exactly-one" if all(sides) else "at-most-one")
+            made[i] = _group([one for one in sides if one is not None], "exactly-one" if all(sides) else "at-most-one")
         return made[0]
 
     def _branch(self, number: int, node: Node, side: bool, inside: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -177,25 +173,31 @@ class _Resources:
         return {
             **self._link(f"node-{number}-{'yes' if side else 'no'}"),
             "title": f"If {words}",
-            **documentation_of(node.triples, self.located[number - 1]),
+            **self._documentation(node.triples, number),
             "condition": [{"kind": "applicability", "expression": expression}],
             **inside,
         }
 
     def _decision(self, node: Node, number: int) -> dict[str, Any] | None:
+        """The actions of a decision as one group: all are to be taken, but of the choices among them one or more; None for none."""
         orders = orders_of(node)
         actions = [self._order(order, node.logical_rel, number, i) for i, order in enumerate(orders, start=1)]
-        return grouped(actions, choices_of(orders, node.logical_rel), self._link(f"node-{number}-choice"))
+        choices = choices_of(orders, node.logical_rel)
+        chosen = [action for action, choice in zip(actions, choices, strict=True) if choice]
+        always = [action for action, choice in zip(actions, choices, strict=True) if not choice]
+        if chosen and always:
+            return _group([{**self._link(f"node-{number}-choice"), **(_group(chosen, "one-or-more") or {})}, *always], "all")
+        return _group(chosen or always, "one-or-more" if chosen else "all")
 
     def _order(self, order: Order, join: str, number: int, place: int) -> dict[str, Any]:
         title, link = clean(order_words(order, join)), f"node-{number}-order-{place}"
-        action = {**self._link(link), "title": title, **documentation_of((order.triple, *order.doses), self.located[number - 1])}
+        action = {**self._link(link), "title": title, **self._documentation((order.triple, *order.doses), number)}
         if order.kind == "text":
             return {**action, "textEquivalent": title}
         name = f"{self.name}Node{number}Order{place}"
         kind = "ServiceRequest" if order.kind == "measure" else "MedicationRequest"
         activity = self._head("ActivityDefinition", ("shareableactivitydefinition",), f"{kind.lower()}activity", name, title)
-        activity |= {"description": NOTICE, "text": _narrative(title), **self.context, "kind": kind}
+        activity |= {"description": BEFORE_USE, "text": _narrative(title), **self.context, "kind": kind}
         if self.release == "R4":
             activity["profile"] = f"{_CPG}cpg-{kind.lower()}"
         activity |= {"intent": "proposal", "doNotPerform": order.kind == "avoid"}
@@ -209,6 +211,21 @@ class _Resources:
                 activity["dosage"] = [{"text": clean(f" {join} ".join(dose.object for dose in order.doses))}]
         self.activities.setdefault(number, []).append(activity)
         return {**action, "definitionCanonical": self._canonical("ActivityDefinition", name)}
+
+    def _documentation(self, triples: Sequence[Triple], number: int) -> dict[str, Any]:
+        """The phrases of the source text on which triples of a node rest, as the ``documentation`` of an action."""
+        text, phrases = self.record.text, dict[str, None]()
+        for triple in triples:
+            spans = self.located[number - 1][triple]
+            for name, part, span in (("subject", triple.subject, spans.subject), ("object", triple.object, spans.object)):
+                if span is not None:
+                    quoted = clean(text[span.start : span.end])
+                    phrases[f"source text, characters {span.start + 1} to {span.end}: {quoted}"] = None
+                elif text.strip():
+                    whole = part_of(text, part)
+                    only = "not in the source text" if whole is None else f"in the source text only as part of '{clean(whole)}'"
+                    phrases[f"{name} {only}: {clean(part)}"] = None
+        return {"documentation": [{"type": "documentation", "display": phrase} for phrase in phrases]} if phrases else {}
 
     def _link(self, link: str) -> dict[str, Any]:
         return {"id": link, "linkId": link} if self.release == "R5" else {"id": link}  # R4 has no linkId
@@ -244,10 +261,45 @@ class _Resources:
         }
 
 
+def _group(actions: Sequence[dict[str, Any]], selection: str) -> dict[str, Any] | None:
+    """Actions of which a FHIR selection is to be taken, such as "all"; None for no action."""
+    return {"groupingBehavior": "logical-group", "selectionBehavior": selection, "action": list(actions)} if actions else None
+
+
+def _source(record: TreeRecord) -> dict[str, Any]:
+    """The text, and the document that it is from, each as a ``relatedArtifact`` of a resource; nothing where there is none.
+
+    The document is cited with its SHA-256: the ``hash`` that an attachment of FHIR has is another one (SHA-1).
+    """
+    text, made = clean(record.text), []
+    if text.strip():
+        document = {"contentType": "text/plain; charset=utf-8", "data": _encoded(text)}
+        made.append({"type": "documentation", "label": "source", "display": "Source text", "citation": text, "document": document})
+    if found := document_of(record, words_for("en")):
+        source, where = map(clean, found)
+        cited = f"{source}: {where}" if where else source
+        made.append({"type": "derived-from", "label": "document", "display": source, "citation": cited})
+    return {"relatedArtifact": made} if made else {}
+
+
+def _people(record: TreeRecord) -> dict[str, Any]:
+    """Who approved the tree and when, or who corrected it, as elements of a resource. It stays a draft."""
+    if (approval := approval_of(record)) is not None:
+        by, day = approval
+        return {"reviewer": [{"name": clean(by)}]} | ({"approvalDate": day} if day else {})
+    by = clean(corrector_of(record))
+    return {"editor": [{"name": by}]} if by else {}
+
+
+def _encoded(text: str) -> str:
+    """A text as the data of an attachment."""
+    return base64.b64encode(text.encode()).decode()
+
+
 def _narrative(title: str, content: str = "") -> dict[str, str]:
     """What a person reads where a system shows no more than text."""
     pre = f"<pre>{escape(clean(content), quote=False)}</pre>" if content else ""
-    div = f'<div xmlns="http://www.w3.org/1999/xhtml"><p>{escape(title, quote=False)}</p><p>{NOTICE}</p>{pre}</div>'
+    div = f'<div xmlns="http://www.w3.org/1999/xhtml"><p>{escape(title, quote=False)}</p><p>{BEFORE_USE}</p>{pre}</div>'
     return {"status": "generated", "div": div}
 
 

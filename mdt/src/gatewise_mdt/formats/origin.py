@@ -3,6 +3,7 @@
 A record may come from anywhere, and hold anything under the keys that gatewise writes: what is no text there is not said.
 """
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -11,6 +12,10 @@ from gatewise.checks import is_whole, printable
 from gatewise_mdt.formats.words import Words, words_for
 from gatewise_mdt.records import TreeRecord
 
+BEFORE_USE = "Needs review by a clinician before any use. Drafted from the text by software; not medical advice."
+"""Stands in everything that a system runs."""
+# What XML has no way to write, in which FHIR's resources come as well as in JSON.
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _DIGITS = 12  # of a SHA-256, as people compare them
 _MOST = 300  # characters of a comment
 
@@ -24,6 +29,19 @@ def origin_of(record: TreeRecord, words: Words | None = None) -> list[str]:
     words = words or words_for(record.tree.language)
     found = (_reviewed(record, words), _document(record, words), _drafted(record, words))
     return [one for one in found if one]
+
+
+def said_beside(record: TreeRecord) -> list[str]:
+    """What a record says of its passage and its tree beside these, a sentence each, for what a system runs."""
+    headings = [f"Headings: {' › '.join(record.headings)}"] if record.headings else []
+    notes = [f"Note of the reading: {one}" for one in record.notes]
+    notes += [f"Origin: {phrase}" for phrase in origin_of(record, words_for("en"))]
+    return [*headings, *notes, *(f"Warning of the extraction: {one}" for one in record.warnings)]
+
+
+def clean(text: str) -> str:
+    """A text as FHIR and any other XML may hold it."""
+    return _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def approval_of(record: TreeRecord) -> tuple[str, str] | None:

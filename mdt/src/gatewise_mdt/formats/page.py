@@ -12,7 +12,6 @@ from importlib import resources
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from gatewise.errors import GatewiseError
 from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.svg import drawing_of, main_subject
 from gatewise_mdt.formats.words import words_for
@@ -27,11 +26,7 @@ SMALLEST = 0.72  # a drawing shrinks to the room there is, as far as it stays re
 
 
 def page_of(records: Sequence[TreeRecord]) -> str:
-    """A page with one article a record. Everything that comes from the records is escaped.
-
-    Raises:
-        GatewiseError: Jinja2 is not installed (the extra ``mdt``).
-    """
+    """A page with one article a record. Everything that comes from the records is escaped."""
     words, several = words_for(records[0].tree.language), len(records) > 1
     drawings = [
         drawing_of(one.tree, one.text, focusable=True, prefix=f"record-{i}-", confidence=confidence_of(one))
@@ -57,15 +52,9 @@ def page_of(records: Sequence[TreeRecord]) -> str:
 
 @cache
 def template_of(content: str) -> "Template":
-    """A Jinja2 template in which everything is escaped that does not say otherwise. It may include "head.html" of this room.
+    """A Jinja2 template in which everything is escaped that does not say otherwise. It may include "head.html" of this room."""
+    from jinja2 import DictLoader, Environment, StrictUndefined
 
-    Raises:
-        GatewiseError: Jinja2 is not installed (the extra ``mdt``).
-    """
-    try:
-        from jinja2 import DictLoader, Environment, StrictUndefined
-    except ImportError as error:
-        raise GatewiseError("the format html needs jinja2, which is not installed: pip install gatewise-mdt") from error
     environment = Environment(
         loader=DictLoader({"head.html": content_of(__package__, "head.html")}),
         autoescape=True,

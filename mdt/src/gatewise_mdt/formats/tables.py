@@ -14,9 +14,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gatewise.errors import GatewiseError
-from gatewise_mdt.formats.fhir import NOTICE, clean, said_of
 from gatewise_mdt.formats.orders import choices_of, notes_of_choices, order_words, orders_of
+from gatewise_mdt.formats.origin import BEFORE_USE, clean, said_beside
 from gatewise_mdt.formats.svg import main_subject
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
@@ -117,7 +116,7 @@ def dmn_of(records: Sequence[TreeRecord]) -> str:
     """DMN 1.3 with a decision for each record, its outputs being the leaf's ``node`` (from 1) and its ``recommendation``."""
     ET.register_namespace("", _DMN)
     root = ET.Element(_tag("definitions"), {"id": "trees", "name": "Decision trees", "namespace": "http://example.org/dmn"})
-    _text(root, "description", NOTICE)
+    _text(root, "description", BEFORE_USE)
     for record, number in zip(records, _numbers(records), strict=True):
         _add_decision(root, record, f"tree_{number}")
     ET.indent(root)
@@ -160,12 +159,12 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
 def _described(record: TreeRecord) -> list[str]:
     population = [f"Population: {record.population}"] if record.population else []
     passage = [f"Passage: {record.passage}"] if record.passage else []
-    return [NOTICE, *_noted(record), *population, *passage]
+    return [BEFORE_USE, *_noted(record), *population, *passage]
 
 
 def _noted(record: TreeRecord) -> list[str]:
     notes = (f"Note of the export: {note}" for note in notes_of(record))
-    return [*said_of(record), *_absent(record, record.tree.triples), *notes]
+    return [*said_beside(record), *_absent(record, record.tree.triples), *notes]
 
 
 def _absent(record: TreeRecord, triples: Sequence[Triple]) -> list[str]:
@@ -215,19 +214,14 @@ _ONE_ROW = "Hit policy UNIQUE: exactly one of the rows below applies."
 
 
 def dak_of(records: Sequence[TreeRecord]) -> bytes:
-    """A workbook with a sheet that lists the decisions and says how to read them, one for each record, and one with all facts.
-
-    Raises:
-        GatewiseError: openpyxl is not installed (the extra ``mdt``).
-    """
-    check_workbooks()
+    """A workbook with a sheet that lists the decisions and says how to read them, one for each record, and one with all facts."""
     from openpyxl import Workbook
 
     book = Workbook()
     cover = book.active
     assert cover is not None
     cover.title = "COVER"
-    _row(cover, 1, (NOTICE,))
+    _row(cover, 1, (BEFORE_USE,))
     _row(cover, 3, _COVER, bold=True)
     facts = book.create_sheet("Facts")
     _row(facts, 1, ("Fact", "Decision ID", "Subject", "Relation", "Object", "Type", "In the text"), bold=True)
@@ -247,18 +241,6 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()
-
-
-def check_workbooks() -> None:
-    """Refuses early where the library that writes workbooks is missing.
-
-    Raises:
-        GatewiseError: openpyxl is not installed.
-    """
-    try:
-        import openpyxl  # noqa: F401
-    except ImportError as error:
-        raise GatewiseError("the format dak needs openpyxl, which is not installed: pip install gatewise-mdt") from error
 
 
 def _fill(sheet: Any, record: TreeRecord, name: str) -> None:

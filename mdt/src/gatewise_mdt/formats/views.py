@@ -8,7 +8,7 @@ from typing import Any
 
 from gatewise.errors import GatewiseError
 from gatewise.files import finite, whole_file
-from gatewise_mdt.formats import cpg, fhir, tables
+from gatewise_mdt.formats import cpg, tables
 from gatewise_mdt.formats.mermaid import mermaid_of
 from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.page import page_of
@@ -25,7 +25,6 @@ FORMATS = {
     "mermaid": ".mmd",
     "svg": ".svg",
     "html": ".html",
-    "fhir": ".json",
     "fhir-r4": ".r4.json",
     "fhir-r5": ".r5.json",
     "dmn": ".dmn",
@@ -43,12 +42,11 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
 
     Args:
         format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number: "json" and "text" can be read
-            back by :func:`gatewise_mdt.read_trees`, "fhir" makes a Bundle of several. :func:`notes_of` says what those of FHIR
-            and "dmn" cannot hold.
+            back by :func:`gatewise_mdt.read_trees`. :func:`notes_of` says what those of FHIR and "dmn" cannot hold.
 
     Raises:
-        GatewiseError: there is no record, the format is unknown, no text or cannot hold several, a record for "json" is without
-            a text, or fhir.resources is missing.
+        GatewiseError: there is no record, the format is unknown, no text or cannot hold several, or a record for "json" is
+            without a text.
     """
     _check(records, format)
     if format == "json":
@@ -63,7 +61,6 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
         "mermaid": lambda records: mermaid_of(records[0].tree, records[0].text, **_around(records[0])),
         "svg": lambda records: drawing_of(records[0].tree, records[0].text, **_around(records[0])).svg,
         "html": page_of,
-        "fhir": lambda records: _json(fhir.bundle_of(records)),
         "fhir-r4": lambda records: _json(cpg.bundle_of(records, "R4")),
         "fhir-r5": lambda records: _json(cpg.bundle_of(records, "R5")),
         "dmn": tables.dmn_of,
@@ -83,7 +80,7 @@ def _around(record: TreeRecord) -> dict[str, Any]:
 
 def notes_of(records: Sequence[TreeRecord], format: str) -> list[str]:
     """What a format cannot say as the trees do, a sentence each, with the record's number. What is made of them says it, too."""
-    made = {"fhir": fhir.notes_of, "fhir-r4": cpg.notes_of, "fhir-r5": cpg.notes_of, "dmn": tables.notes_of, "dak": tables.notes_of}
+    made = {"fhir-r4": cpg.notes_of, "fhir-r5": cpg.notes_of, "dmn": tables.notes_of, "dak": tables.notes_of}
     notes = made.get(format)
     return [f"record {record.number}, {note}" for record in records for note in notes(record)] if notes else []
 
@@ -99,7 +96,7 @@ def write_view(records: Sequence[TreeRecord], format: str, path: str | Path) -> 
     """Writes what :func:`render` gives, or the workbook "dak", whole or not at all.
 
     Raises:
-        GatewiseError: as :func:`render`, openpyxl is missing, or the place cannot be written.
+        GatewiseError: as :func:`render`, or the place cannot be written.
     """
     _check(records, format)
     content = tables.dak_of(records) if format in WORKBOOKS else render(records, format).encode()

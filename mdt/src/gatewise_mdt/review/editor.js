@@ -142,12 +142,12 @@ function structure(passage, at, condition, edit) {
     !empty && button("delete", condition ? tr("Delete this node and all below it") : tr("Empty this leaf"), "delete", {}));
 }
 
-// What somebody is typing while an answer comes in stays as it is, with the cursor in its place.
+// What somebody is typing while an answer comes in stays as it is, with what is selected in it.
 function heldInput(place) {
   const active = document.activeElement;
   if (!active || !place.contains(active) || !active.id) return null;
   const typed = active.dataset.given !== undefined && active.value !== active.dataset.given;
-  return { id: active.id, value: typed ? active.value : null, at: active.selectionStart, of: { ...active.dataset } };
+  return { id: active.id, value: typed ? active.value : null, from: active.selectionStart, to: active.selectionEnd, of: { ...active.dataset } };
 }
 
 function giveBack(place, held, passage) {
@@ -158,5 +158,5 @@ function giveBack(place, held, passage) {
     input.dataset.version = held.of.version;
   }
   input.focus({ preventScroll: true });
-  if (input.setSelectionRange && held.at !== null && held.at !== undefined) input.setSelectionRange(held.at, held.at);
+  if (Number.isInteger(held.from)) input.setSelectionRange(held.from, held.to);
 }

@@ -1,7 +1,6 @@
 // The page of a review: the list of passages, the text, the tree, and what the buttons and keys do.
 
 import { Failed, WINDOW, base64, element, get, inOrder, post, single } from "./calls.js";
-import { alike, fitted, followed, makeable, saidOf } from "./conflict.js";
 import { showEditor } from "./editor.js";
 import { saidOfOthers, saidOfReviewed, showHistory } from "./history.js";
 import { choose, language, tr, translatePage } from "./words.js";
@@ -33,34 +32,19 @@ function say(text, bad = false) {
 async function failed(error) {
   if (!(error instanceof Failed)) throw error;
   say(error.message, true);
-  if (error.status === 409 && passage) await show(passage.number);
 }
 
-// Our own changes: what each was, of which version and to which it led, and whether nodes and triples kept their places in it.
+// Our own changes: what each was of, to which version it led, and whether nodes and triples kept their places in it.
 const own = [];
 const STILL = ["join", "set_triple", "add_triple"];
-// The passages as they were shown, for what is asked for of one that is no longer shown.
-const shown = new Map();
-// What could not be done because somebody else had changed the passage, by its number: kept until it is done after all, or dropped.
-const conflicts = new Map();
+// What could not be made, as somebody else had changed the passage: kept to be read until it is dropped.
+let unsent = [];
 
 // The version that a change is of, which was seen at an older one, if all changes in between are our own and left it what it meant.
 function forward(number, seen, relative) {
   let version = seen;
   for (const one of own) if (one.number === number && one.from === version && (one.still || relative)) version = one.to;
   return version;
-}
-
-// An edit of the tree of a version as it is after all that we changed since, up to another version; null where that is not certain.
-function afterOurs(number, body, version, last) {
-  let made = body, at = version;
-  for (const one of own) {
-    if (one.number !== number || one.from !== at || one.to === at) continue;
-    const before = shown.get(`${number} ${at}`);
-    made = made && followed(made, one.action, one.sent, before && before.nodes);
-    at = one.to;
-  }
-  return at === last ? made : null;
 }
 
 // Comments that were begun, by the number of the passage: each goes with the next change of it.
@@ -92,93 +76,46 @@ function giveCommentBack(number, text) {
 
 // A change of the present passage as it was seen, after the ones asked for before it.
 function change(action, body = {}, then = () => {}, seen = passage.version) {
-  const { number } = passage;
-  const wanted = { number, action, body: { ...body, comment: takeComment(number) }, then };
-  const relative = action === "undo" || action === "redo"; // of whatever is there then
-  return inOrder(async () => {
-    const version = forward(number, seen, relative);
-    // Up to there all is in the places where it was seen, and as it is by now.
-    wanted.of = shown.get(`${number} ${version}`) || shown.get(`${number} ${seen}`);
-    if (relative && wanted.of && !mayTakeBack(wanted.of[`${action}_takes_back`])) giveCommentBack(number, wanted.body.comment);
-    else await attempt(wanted, wanted.body, version, seen);
-  }).catch(failed);
+  const { number } = passage, comment = takeComment(number);
+  return inOrder(() => send(number, action, { ...body, comment }, then, seen)).catch(failed);
 }
 
-async function attempt(wanted, body, version, seen) {
+async function send(number, action, body, then, seen) {
+  const version = forward(number, seen, action === "undo" || action === "redo"); // these are of whatever is there then
   try {
-    await send(wanted, body, version);
+    const answer = await post(`api/${action}`, { number, version, ...body });
+    own.push({ number, from: version, to: answer.passage.version,
+      still: action === "approve" || action === "leave" || STILL.includes(body.edit) });
+    session = answer.session;
+    if (passage && passage.number === number) setPassage(answer.passage);
+    then();
+    showAll();
   } catch (error) {
-    if (isRefusal(error)) return refused(error, wanted, version, seen);
-    giveCommentBack(wanted.number, wanted.body.comment);
-    throw error;
+    giveCommentBack(number, body.comment);
+    if (!(error instanceof Failed) || error.status !== 409) throw error;
+    await refused(number, action, body, error.content.since);
   }
 }
 
-function isRefusal(error) {
-  return error instanceof Failed && error.status === 409;
-}
-
-// Makes a change in its turn, on the tree of a version, and answers with the passage that it led to.
-async function send(wanted, body, version) {
-  const { number, action, then } = wanted;
-  const answer = await post(`api/${action}`, { number, version, ...body });
-  own.push({ action, body: wanted.body, sent: body, number, from: version, to: answer.passage.version,
-    still: action === "approve" || action === "leave" || STILL.includes(body.edit) });
-  session = answer.session;
-  if (passage && passage.number === number) setPassage(answer.passage);
-  else keepShown(answer.passage);
-  then();
-  const { node: meant } = wanted.body.arguments || {}, { node: made } = body.arguments || {};
-  if (made !== meant && passage && passage.number === number) node = made; // so that what is typed next goes where this went
-  showAll();
-  return answer.passage;
-}
-
-// A change of an older tree. Where only we changed it, what was asked for before the answer came is made where it belongs by now,
-// and a second click is nothing to speak of. What has no certain place any more is kept to be read, and what is of a tree that
-// somebody else changed to be made there.
-async function refused(error, wanted, version, seen) {
-  const { since, passage: present } = error.content, { number } = wanted;
-  const others = ofOthers(since), mine = since.length && !others.length;
-  const second = mine && own.some(one => one.number === number && one.from >= seen && alike(one, wanted));
-  if (mine && !second && wanted.action === "edit") {
-    const body = afterOurs(number, wanted.body, version, present.version);
-    if (body) return attempt(wanted, body, present.version, seen);
-    wanted.of = null; // what is like it elsewhere in the tree is not what was meant
-  }
-  if (second) giveCommentBack(number, wanted.body.comment);
-  else keep(number, [wanted], mine ? since : others);
-  if (mine && passage && passage.number === number) {
-    await show(number);
-    if (!second) conflicts.get(number).looked = true;
+// Somebody was faster: the present tree is shown, and above it what was not made, with the words that had been typed.
+async function refused(number, action, body, since) {
+  const words = ((body.arguments || {}).parts || []).filter(Boolean);
+  const what = words.length ? `“${words.join(" · ")}”` : action === "approve"
+    ? (body.approved ? tr("the approval") : tr("taking the approval back")) : tr("a change of the tree");
+  const last = unsent.at(-1);
+  // A field that is left sends its words once more.
+  if (!last || last.number !== number || last.what !== what) unsent.push({ number, what, others: saidOfOthers(since) });
+  for (const field of at("editor").querySelectorAll("textarea")) {
+    if (words.includes(field.value.trim())) field.dataset.given = field.value; // they stand above the tree now
   }
   session = await get("api/session");
-  if (!mine) news = null; // the conflict says it
-  showAll();
-}
-
-// An extraction that we asked for is no change of ours: we have not seen what it brings.
-function ofOthers(entries) {
-  return entries.filter(one => one.window !== WINDOW || one.action === "extract");
-}
-
-function keep(number, wanted, others, looked = false) {
-  const before = conflicts.get(number) || { wanted: [], looked: false };
-  // A field that is left for "Look at the present tree" sends its words once more.
-  const known = one => before.wanted.some(held => alike(held, one) && [held.body.comment, ""].includes(one.body.comment));
-  const added = wanted.filter(one => !known(one));
-  conflicts.set(number, { number, wanted: [...before.wanted, ...added], others, looked: added.length ? looked : before.looked });
-}
-
-function keepShown(answer) {
-  shown.set(`${answer.number} ${answer.version}`, answer);
-  if (shown.size > 50) shown.delete(shown.keys().next().value);
+  if (passage && passage.number === number) await show(number);
+  else showAll();
 }
 
 function setPassage(answer) {
   if (news && news.number === answer.number && news.version <= answer.version) news = null;
   passage = answer;
-  keepShown(answer);
 }
 
 // An approval of somebody else is their word: it goes only when we say so.
@@ -225,8 +162,7 @@ async function refresh() {
   if (!passage && session.passages.length) {
     const last = Number(sessionStorage.getItem("gatewise-review-passage"));
     await show((session.passages.find(one => one.number === last) || session.passages[0]).number);
-  } else if (line && !(conflicts.has(line.number) && !conflicts.get(line.number).looked)
-    && ["version", "beside", "error", "waiting", "entries"].some(name => line[name] !== passage[name])) {
+  } else if (line && ["version", "beside", "error", "waiting", "entries"].some(name => line[name] !== passage[name])) {
     await follow(line);
   } else if (!passage) {
     showAll();
@@ -238,11 +174,13 @@ async function refresh() {
   }
 }
 
-// The passage has changed. A tree is not exchanged under the eyes of who reads it: they are told what others did, and look then.
+// The passage has changed. A tree is not exchanged under the eyes of who reads it: they are told what others did, and look then. Nor
+// is it while they write in one of its fields, also if the new one is an extraction that they asked for.
 async function follow(line) {
   if (!news || news.number !== line.number || news.version !== line.version) {
     const answer = await get("api/passage", { number: line.number });
-    const others = answer.history.filter(one => one.version > passage.version && one.window !== WINDOW);
+    const writing = at("editor").querySelector("textarea:focus");
+    const others = answer.history.filter(one => one.version > passage.version && (writing || one.window !== WINDOW));
     if (others.length && JSON.stringify(answer.nodes) !== JSON.stringify(passage.nodes)) {
       news = { number: line.number, version: answer.version, others };
     } else {
@@ -294,8 +232,8 @@ function showHead() {
   at("trouble").hidden = !why;
   at("trouble").textContent = why
     && tr("Your edits are not kept on disk: {why}. Save first: then what you corrected and approved is kept.", { why });
-  showConflict();
-  at("news").hidden = !news || !at("conflict").hidden || !passage || news.number !== passage.number;
+  showUnsent();
+  at("news").hidden = !news || !passage || news.number !== passage.number;
   if (news) at("news-text").textContent = tr("This is no longer the present tree: {what}.", { what: saidOfOthers(news.others) });
   at("you").textContent = tr("Reviewer: {name}", { name: session.you });
   at("notes").hidden = !session.notes.length;
@@ -308,25 +246,10 @@ function showHead() {
   at("export").disabled = !session.passages.some(one => one.valid);
 }
 
-// That of the passage that is shown, else the oldest one.
-function presentConflict() {
-  return (passage && conflicts.get(passage.number)) || [...conflicts.values()][0];
-}
-
-function showConflict() {
-  const conflict = presentConflict();
-  at("conflict").hidden = !conflict;
-  if (!conflict) return;
-  const { number, wanted, others, looked } = conflict;
-  at("conflict-text").replaceChildren(
-    element("p", { text: tr("Passage {number} was changed while you were at work on it: {what}.",
-      { number, what: saidOfOthers(others) }) }),
-    element("p", { text: tr("Not done yet, and kept here: {what}.", { what: wanted.map(saidOf).join("; ") }) }));
-  at("conflict-look").hidden = looked;
-  const here = looked && passage && passage.number === number;
-  at("conflict-make").hidden = !looked;
-  at("conflict-make").disabled = !here || !makeable(wanted, passage);
-  at("conflict-make").title = at("conflict-make").disabled ? tr("What it was about is no longer in the tree") : "";
+function showUnsent() {
+  at("conflict").hidden = !unsent.length;
+  at("conflict-text").replaceChildren(...unsent.map(one => element("p", {
+    text: tr("Passage {number} was changed while you were at work on it: {others}. Not made: {what}.", one) })));
 }
 
 function stateOf(line) {
@@ -621,53 +544,9 @@ onClick("beside-take", () => {
   change("take", { extraction: passage.extraction.number, replaced: reviewed }, () => { node = 0; });
 });
 onClick("beside-leave", () => change("leave", { extraction: passage.extraction.number }));
-onClick("conflict-look", () => {
-  const conflict = presentConflict();
-  conflict.looked = true;
-  open(conflict.number);
-});
-onClick("conflict-make", () => inOrder(make).catch(failed));
-
-// Makes what was kept on the tree that is shown, one after the other, and keeps what has no place there and what fails.
-async function make() {
-  const conflict = presentConflict();
-  if (!conflict || !conflict.looked || !passage || conflict.number !== passage.number) return; // two clicks at once
-  const { number, wanted, others } = conflict;
-  const left = [];
-  const looked = passage, done = [];
-  let places = passage, { version } = passage;
-  conflicts.delete(number);
-  for (const [i, one] of wanted.entries()) {
-    // Found in the tree that was looked at, and followed through what was made on it since.
-    const found = one.action === "approve" ? !left.length && fitted(one, places) : fitted(one, looked);
-    const body = found && one.action === "edit" ? done.reduce((made, follow) => made && follow(made), found) : found;
-    const back = body && body.approved === false && places.state === "approved";
-    if (!body || (back && !mayTakeBack(places.reviewed && places.reviewed.by))) {
-      left.push(one);
-      continue;
-    }
-    try {
-      const made = await send(one, body, version);
-      const { nodes } = places;
-      done.push(next => followed(next, one.action, body, nodes));
-      places = made;
-      ({ version } = made);
-    } catch (error) {
-      // It waits with all that was to come after it: somebody was faster again, or it cannot be made.
-      const refusal = isRefusal(error);
-      keep(number, [...left, ...wanted.slice(i)], refusal ? ofOthers(error.content.since) : others, !refusal);
-      showAll();
-      if (refusal) return;
-      throw error;
-    }
-  }
-  if (left.length) keep(number, left, others, true);
-  showAll();
-}
 onClick("conflict-drop", () => {
-  const { number } = presentConflict();
-  conflicts.delete(number);
-  open(number);
+  unsent = [];
+  showUnsent();
 });
 onClick("news-look", () => open(passage.number));
 at("comment").placeholder = tr("goes with your next approval or change");
@@ -797,7 +676,7 @@ document.addEventListener("keydown", event => {
 });
 
 window.addEventListener("beforeunload", event => {
-  if (conflicts.size || [...comments.values()].some(text => text.trim())) event.preventDefault();
+  if (unsent.length || [...comments.values()].some(text => text.trim())) event.preventDefault();
 });
 window.addEventListener("focus", () => { if (session) watch(); });
 document.addEventListener("visibilitychange", () => { if (session && !document.hidden) watch(); });

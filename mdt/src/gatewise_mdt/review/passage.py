@@ -47,8 +47,6 @@ class Version(NamedTuple):
             "comment" where there was one, and "sha256", which document they read, where it is known. None where nobody did, and for
             what was reviewed before gatewise noted it.
         of: of the tree of another reviewer that lies beside one, whose it is.
-        taken_back: who took an approval back, or undid it, which an undo or redo from here would bring back. It is of the moment,
-            as what can be undone is, and not on disk.
         confidence: for each node how likely it is right as the model gave it, see :attr:`gatewise_mdt.Extraction.confidence`; None
             for one that a person changed, and as a whole where no node has any.
         undone: a person came to it by undoing what the file of corrections has, which gets it in the place of that, also where it
@@ -62,7 +60,6 @@ class Version(NamedTuple):
     extraction: dict[str, Any] | None = None
     reviewed: dict[str, Any] | None = None
     of: str = ""
-    taken_back: str = ""
     confidence: tuple[float | None, ...] | None = None
     undone: bool = False
 
@@ -150,11 +147,12 @@ class Passage:
             by: who asks for it.
 
         Raises:
-            GatewiseError: there is none, or it has an approval that somebody took back who does not ask for it.
+            GatewiseError: there is none, or an approval of somebody else would go or come back by it.
         """
         if not self.past:
             raise GatewiseError("there is nothing to undo in this passage")
-        version, future = self._again(self.past[-1], by, back=True), (*self.future, self.now._replace(undone=False))
+        self._check_word(self.past[-1], by)
+        version, future = self.past[-1], (*self.future, self.now._replace(undone=False))
         if self.now.undone or self._has_saved(future):
             version = version._replace(undone=True)
         return self._at(version, past=self.past[:-1], future=future)
@@ -166,44 +164,27 @@ class Passage:
             by: who asks for it.
 
         Raises:
-            GatewiseError: there is none, or it has an approval that somebody took back who does not ask for it.
+            GatewiseError: there is none, or an approval of somebody else would go or come back by it.
         """
         if not self.future:
             raise GatewiseError("there is nothing to do again in this passage")
         # What was undone may be in the file no more, and what comes back then takes the place of nothing that was undone.
-        version = self._again(self.future[-1], by, back=False)._replace(undone=self._has_saved(self.future[:-1]))
+        self._check_word(self.future[-1], by)
+        version = self.future[-1]._replace(undone=self._has_saved(self.future[:-1]))
         return self._at(version, past=(*self.past, self.now), future=self.future[:-1])
 
     def _has_saved(self, versions: Sequence[Version]) -> bool:
         """Whether the tree that the file of corrections has is one of these."""
         return self.saved is not None and any(one.nodes == self.saved.nodes for one in versions)
 
-    def _again(self, version: Version, by: str, back: bool) -> Version:
-        """A version that there was. An approval is a person's word: only they, or who took it back, bring it back.
-
-        Args:
-            back: by an undo, which takes an approval back also where an earlier one then stands. A redo from one to a later one
-                does not, as whoever gave that did so.
-        """
-        now = self.now
-        other = version.word is not None and version.word != now.word
-        if other and not (back and now.word) and now.taken_back not in ("", by) and version.approver != by:
+    def _check_word(self, version: Version, by: str) -> None:
+        """An approval is a person's word: no undo or redo by others takes it back or brings it back."""
+        others = {one.approver for one in (version, self.now)} - {"", by}
+        if version.word != self.now.word and others:
             raise GatewiseError(
-                f"{now.taken_back} took the approval of {version.approver or 'an earlier reviewer'} back, so only one of the two"
-                " brings it back; approve the tree yourself if you stand for it"
+                f"this would take back, or bring back, an approval of {' and '.join(sorted(others))}: only they undo or redo it."
+                " Take it back with its button, or approve the tree yourself if you stand for it"
             )
-        lost = now.word is not None and (version.word is None or (back and other))
-        return version._replace(taken_back=by) if lost else version
-
-    @property
-    def undo_takes_back(self) -> str:
-        """Whose approval an undo would take back; empty where it takes none, or nobody knows whose."""
-        return self.now.approver if self.past and self.now.word != self.past[-1].word else ""
-
-    @property
-    def redo_takes_back(self) -> str:
-        """Whose approval a redo would take back, as :attr:`undo_takes_back`. Who approved a later tree did that themselves."""
-        return self.now.approver if self.future and self.now.approver != self.future[-1].approver else ""
 
     def begun(self, reviewed: dict[str, Any] | None = None) -> "Passage":
         """With an empty tree, to be written by hand.
@@ -216,7 +197,7 @@ class Passage:
         """
         if self.now.nodes is not None:
             raise GatewiseError("this passage has a tree already")
-        return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected", reviewed=reviewed, taken_back=""))
+        return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected", reviewed=reviewed))
 
     def edited(self, change: Callable[[Nodes], Nodes], reviewed: dict[str, Any] | None = None) -> "Passage":
         """Corrects the tree; an approved tree is approved no more.
@@ -233,7 +214,7 @@ class Passage:
         if nodes == self.now.nodes:
             return self
         confidence = self.now.still_sure_of(nodes)
-        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, taken_back="", undone=False)
+        made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, undone=False)
         return self.with_version(made._replace(confidence=confidence).after(self.now))
 
     def judged(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
@@ -251,10 +232,9 @@ class Passage:
             where = "" if fault.node is None else f"node {fault.node + 1}: "
             raise GatewiseError(f"the tree cannot be approved yet: {where}{fault.message}")
         if approved:
-            return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed, taken_back=""))
+            return self.with_version(self.now._replace(state="approved", approved=None, reviewed=reviewed))
         state, before = self._before
-        by = (reviewed or {}).get("by", "")
-        return self.with_version(self.now._replace(state=state, approved=None, reviewed=before, taken_back=by))
+        return self.with_version(self.now._replace(state=state, approved=None, reviewed=before))
 
     @property
     def _before(self) -> tuple[State, dict[str, Any] | None]:

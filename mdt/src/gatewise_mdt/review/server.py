@@ -44,7 +44,6 @@ _PAGES = {
     "/page.js": ("review", "page.js"),
     "/editor.js": ("review", "editor.js"),
     "/calls.js": ("review", "calls.js"),
-    "/conflict.js": ("review", "conflict.js"),
     "/history.js": ("review", "history.js"),
     "/words.js": ("review", "words.js"),
     "/page.css": ("review", "page.css"),

@@ -498,8 +498,7 @@ class Session:
             raise GatewiseError(f"{ONE_TREE[format]} shows one tree: export this passage alone, or take another format")
         stem = self.files.out.name.removesuffix(".jsonl").removesuffix(".review")
         part = f"-{which}" if isinstance(which, int) or which == "approved" else ""
-        content = render(records, format)
-        return Export(f"{stem}{part}{'.fhir' if format == 'fhir' else ''}{FORMATS[format]}", content)
+        return Export(f"{stem}{part}{FORMATS[format]}", render(records, format))
 
     def _records(self, which: str | int) -> list[TreeRecord]:
         if isinstance(which, int):

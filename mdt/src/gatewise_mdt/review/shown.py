@@ -82,8 +82,6 @@ def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
         "kept": passage.now.approved is not None,
         "undo": len(passage.past),
         "redo": len(passage.future),
-        "undo_takes_back": passage.undo_takes_back,
-        "redo_takes_back": passage.redo_takes_back,
         "relations": [chinese if words.language == "zh" else english for english, chinese in RELATIONS.items()],
         "removable": passage.saved is None,
     }
