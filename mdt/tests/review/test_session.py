@@ -72,7 +72,7 @@ def test_only_what_a_person_saw_is_saved_in_the_published_format(trees: Path) ->
     assert (saved.path, saved.records, saved.unfinished, session.unsaved) == (trees.with_name("trees.json.review.jsonl"), 2, [], 0)
     first, second = lines(saved.path)
     # What was true of the extracted tree is not said of the corrected one; where it comes from is.
-    assert first.keys() == {"text", "tree", "source", "review", "reviewed"}
+    assert first.keys() == {"text", "tree", "source", "review", "reviewed", "passage_id"}
     assert (first["text"], first["review"], second["review"]) == (TEXT, "corrected", "approved")
     assert first["tree"][1]["triples"][0][2] == "naproxen or colchicine"
     read = read_trees(saved.path)

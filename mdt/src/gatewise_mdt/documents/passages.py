@@ -4,7 +4,10 @@ A passage reads "population@Heading: heading: text", as near as can be to what m
 with nothing lost: headings that name people are the population, and the others begin the text.
 """
 
+import hashlib
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,8 +40,9 @@ _DEPENDENT = re.compile(
 _REFERS = re.compile(r"(?:otherwise|else|if\s+(?:not|so)|in\s+(?:this|that)\s+case)\b|否则|不然|反之", re.IGNORECASE)
 
 
+PASSAGE_ID = "passage_id"
 # What a record says of the document that its passage is of, see `Passage.origin`.
-ORIGIN = ("source", "sha256", "place", "headings", "offsets", "notes")
+ORIGIN = (PASSAGE_ID, "source", "sha256", "place", "headings", "offsets", "notes")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Passage:
             first to the one after the last. Headings that are said before it, and what is said again, stand elsewhere.
         notes: what has to be known of how it was read and cut, a sentence each.
         sha256: of the document's bytes, see :class:`Document`.
+        id: names it in the records of its trees, see :func:`passage_ids`.
     """
 
     passage: str
@@ -64,6 +69,7 @@ class Passage:
     end: int = 0
     notes: tuple[str, ...] = ()
     sha256: str = ""
+    id: str = ""
 
     @property
     def text(self) -> str:
@@ -76,7 +82,7 @@ class Passage:
 
         "sha256" names the document's bytes, and "offsets" are ``[start, end]``, which count characters of :attr:`Document.text`.
         """
-        document = {"source": source, **({"sha256": self.sha256} if self.sha256 else {})}
+        document = {PASSAGE_ID: self.id, "source": source, **({"sha256": self.sha256} if self.sha256 else {})}
         said = {**document, "place": self.where, "headings": list(self.headings), "offsets": [self.start, self.end]}
         return {**said, "notes": list(self.notes)} if self.notes else said
 
@@ -131,7 +137,23 @@ def split_passages(document: Document, *, population: str | None = None, most: i
         raise GatewiseError(
             f"{document.name} has no passage, only headings or a few words: expected a text that says what to do and when"
         )
-    return [replace(one, sha256=document.sha256) for one in found]
+    ids = passage_ids([(one.text, one.headings) for one in found])
+    return [replace(one, sha256=document.sha256, id=name) for one, name in zip(found, ids, strict=True)]
+
+
+def passage_ids(passages: Sequence[tuple[str, Any]]) -> list[str]:
+    """Ids of passages, given in their order as text and headings.
+
+    The same text under the same headings has the same id, also in another version of the document. Of several that are alike in
+    both, each has one of its own, by its place among them.
+    """
+    times: Counter[str] = Counter()
+    made = []
+    for text, headings in passages:
+        said = json.dumps([" ".join(text.split()), list(headings or ())], ensure_ascii=False)
+        times[said] += 1
+        made.append(hashlib.sha256(f"{times[said]} {said}".encode("utf-8", "surrogatepass")).hexdigest()[:16])
+    return made
 
 
 def _starts(blocks: Sequence[Block]) -> dict[int, int]:

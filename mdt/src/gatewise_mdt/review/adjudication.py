@@ -48,7 +48,7 @@ def check_new(out: Path) -> None:
         GatewiseError: one of the files is there, or the name cannot be one.
     """
     files = ReviewFiles(out)
-    for path in (files.out, files.history, files.draft):
+    for path in (files.out, files.history):
         if path.exists():
             raise GatewiseError(
                 f"{path} is there already, and may hold an adjudicator's work: open it with gatewise mdt review --out {out}, or"

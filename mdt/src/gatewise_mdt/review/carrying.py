@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from gatewise_mdt.documents.passages import ORIGIN
 from gatewise_mdt.records import TreeRecord
-from gatewise_mdt.review.passage import CARRIED_KEY, NOTHING, REVIEWED, Passage, State, Version, others, version_of
+from gatewise_mdt.review.passage import CARRIED_KEY, NOTHING, REVIEWED, Passage, State, Version, ids_of, others, version_of
 from gatewise_mdt.wholes import pieces
 
 ALIKE = 0.6
@@ -74,40 +74,30 @@ class Carried:
 def matches(passages: Sequence[Passage], records: Sequence[TreeRecord]) -> list[Match]:
     """Which older record is of which newer passage.
 
-    Those with the same text (up to white space) go together in their order. Where a text comes a different number of times than
-    before, or under other headings, and had different trees, nothing says which of them is of which place: then none of them counts
-    as the same. Those that only moved with their headings do. Of the rest, the likest pair goes together first, down to
-    :data:`ALIKE`; among equals, the one that stands in its place.
+    Those with the same text (up to white space) go together, several by their ids. Where a text comes a different number of times
+    than before, or under other headings, and had different trees, nothing says which of them is of which place: then none of them
+    counts as the same. Of the rest, the likest pair goes together first, down to :data:`ALIKE`; among equals, the one that
+    stands in its place.
     """
-    places: dict[str, list[int]] = defaultdict(list)
-    for i, record in enumerate(records):
-        places[_plain(record.text)].append(i)
+    older: dict[str, dict[str, int]] = defaultdict(dict)  # text -> id -> position
+    newer: dict[str, dict[str, int]] = defaultdict(dict)
+    both: tuple[tuple[Sequence[Passage | TreeRecord], dict[str, dict[str, int]]], ...] = ((records, older), (passages, newer))
+    for held, by_text in both:
+        for i, (one, name) in enumerate(zip(held, ids_of(held), strict=True)):
+            by_text[_plain(one.text)][name] = i
     found: list[Match] = []
-    by_text: dict[str, list[int]] = defaultdict(list)
-    for j, passage in enumerate(passages):
-        by_text[_plain(passage.text)].append(j)
-    for text, newer in by_text.items():
-        older = places.get(text, [])
-        trees = {_content(records[i]) for i in older}
-        if len(trees) == 1:  # one tree for all
-            found += [Match(older[min(at, len(older) - 1)], j, True) for at, j in enumerate(newer)]
-        elif trees and (placed := _in_their_places([records[i].more for i in older], [passages[j].more for j in newer])):
-            found += [Match(older[at], j, True) for at, j in zip(placed, newer, strict=True)]
+    for text, now in newer.items():
+        was = older.get(text, {})
+        before = list(was.values())
+        if len({_content(records[i]) for i in before}) == 1:  # one tree for all
+            found += [Match(before[min(at, len(before) - 1)], j, True) for at, j in enumerate(now.values())]
+        elif was.keys() == now.keys():
+            found += [Match(was[name], j, True) for name, j in now.items()]
         else:
-            found += [Match(i, j, False) for i, j in zip(older, newer, strict=False)]
+            found += [Match(i, j, False) for i, j in zip(before, now.values(), strict=False)]
     taken, done = {one.record for one in found}, {one.passage for one in found}
-    known = {text for text, newer in by_text.items() if newer}
-    left = [i for i, record in enumerate(records) if i not in taken and _plain(record.text) not in known]
+    left = [i for i, record in enumerate(records) if i not in taken and _plain(record.text) not in newer]
     return sorted([*found, *_alike(passages, records, left, done)], key=lambda one: one.passage)
-
-
-def _in_their_places(older: Sequence[dict[str, Any]], newer: Sequence[dict[str, Any]]) -> list[int]:
-    """The positions of the older ones of a text, in the order of the newer ones that they are; empty where nothing tells."""
-    was, now = ([json.dumps(more.get("headings")) for more in held] for held in (older, newer))
-    unknown = {"null", "[]"} & {*was, *now}
-    if len(was) == len(now) and (was == now or unknown):
-        return list(range(len(was)))
-    return [was.index(one) for one in now] if sorted(was) == sorted(now) and len(set(was)) == len(was) else []
 
 
 def _alike(passages: Sequence[Passage], records: Sequence[TreeRecord], left: Sequence[int], done: set[int]) -> list[Match]:

@@ -3,15 +3,13 @@
 guideline.pdf                        what is reviewed
 guideline.pdf.review.jsonl           trees that a person corrected or approved: written by "save", read by every command
 guideline.pdf.review.history.jsonl   who did what and when, a line each, with the tree that it led to: unfinished trees too
-guideline.pdf.review.draft.json      what earlier versions had in place of the history; only read, and while there is no history
 
 The history only grows: a line is added with every change, and nothing that is in there is ever written again. The state of a review
 is what its lines lead to, one after another, see :func:`_replayed`.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,13 +20,14 @@ from filelock import FileLock, Timeout
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise.files import JsonLines
+from gatewise_mdt.documents.passages import PASSAGE_ID
 from gatewise_mdt.records import TreeRecord, read_trees, shares, write_trees
 from gatewise_mdt.review.edits import check_shape
 from gatewise_mdt.review.passage import STATES, Passage, Version
 
 SUFFIX = ".review.jsonl"
 _FORMAT = 3  # of the history
-_FORMATS = (2, _FORMAT)  # that are read; 2 has no names beside trees, 1 is that of the drafts of earlier versions
+_FORMATS = (2, _FORMAT)  # that are read; 2 has no names beside trees
 
 
 class Entry(NamedTuple):
@@ -62,7 +61,7 @@ class Draft:
     """What earlier reviews left.
 
     Attributes:
-        removed: the texts of passages that were taken out of the review.
+        removed: the ids of passages that were taken out of the review; in histories of earlier versions their texts.
         entries: what was done, in its order.
         last: the largest id that a passage ever had.
         notes: what has to be said of it, a sentence each.
@@ -105,7 +104,7 @@ class ReviewFiles:
         if out.suffix.lower() != ".jsonl":
             raise GatewiseError(f"{out}: the name ends in {out.suffix!r}, expected .jsonl for the file of corrections")
         self.out = out
-        self.history, self.draft = out.with_suffix(".history.jsonl"), out.with_suffix(".draft.json")
+        self.history = out.with_suffix(".history.jsonl")
         self._lines = JsonLines(self.history)
         self._lock = FileLock(out.with_name(f".{out.name}.lock"), thread_local=False)  # the page is served by several
         self._digest: str | None = None
@@ -164,37 +163,22 @@ class ReviewFiles:
         """What the last review left.
 
         Raises:
-            GatewiseError: the history, or the draft of an earlier version, is damaged.
+            GatewiseError: the history is damaged.
         """
-        if self.history.exists():
-            return self._read(self.history, self._from_history)
-        return self._read(self.draft, self._from_draft) if self.draft.exists() else Draft()
-
-    def _read(self, path: Path, reading: Callable[[], Draft]) -> Draft:
+        if not self.history.exists():
+            return Draft()
         try:
-            return reading()
+            draft = _replayed(writable(self._lines.read()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, GatewiseError) as error:
             said = str(error) or type(error).__name__
             raise GatewiseError(
-                f"{path}, which has the work of earlier reviews, cannot be read ({said}): move it away to begin anew"
+                f"{self.history}, which has the work of earlier reviews, cannot be read ({said}): move it away to begin anew"
             ) from error
-
-    def _from_history(self) -> Draft:
-        draft = _replayed(writable(self._lines.read()))
         if self._lines.cut:
             draft.notes.append(
                 f"the last line of {self.history} was torn by an interruption, and is left out: its change was never confirmed"
             )
         return draft
-
-    def _from_draft(self) -> Draft:
-        held = writable(json.loads(self.draft.read_text(encoding="utf-8")))
-        if held["format"] != 1:
-            raise GatewiseError(f"its format is {held['format']!r}, expected 1")
-        passages = [_passage(item, number) for number, item in enumerate(held["passages"], start=1)]
-        # There an edit, or another extraction, made an approved tree one that a save would lose.
-        kept = [replace(one, now=one.now.after(one.saved)) if one.saved and one.now.approved is None else one for one in passages]
-        return Draft(kept, [str(text) for text in held["removed"]])
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds lines to the history, and returns when they are on disk.
@@ -275,10 +259,11 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
         elif entry.action == "comment":
             continue
         elif entry.action == "remove":
-            removed.append(held.pop(entry.passage)["text"])
+            row = held.pop(entry.passage)
+            removed.append(row["more"].get(PASSAGE_ID) or row["text"])
         else:
-            if entry.action == "add" and row["text"] in removed:
-                removed.remove(row["text"])
+            if entry.action == "add" and (name := row["more"].get(PASSAGE_ID) or row["text"]) in removed:
+                removed.remove(name)
             held.setdefault(entry.passage, {"id": entry.passage}).update(row)
     return Draft([_passage(item, number) for number, item in enumerate(held.values(), start=1)], removed, entries, last)
 
@@ -304,8 +289,7 @@ def _passage(item: dict[str, Any], number: int) -> Passage:
     now = _read_version(item["now"])
     if now is None:
         raise GatewiseError(f"passage {number} has no version")
-    came = item.get("came", now.nodes if now.state == "drafted" else None)  # drafts of earlier versions do not tell
-    came = None if came is None else check_shape(came)
+    came = None if item.get("came") is None else check_shape(item["came"])
     beside, extractions = _read_version(item.get("beside")), int(item.get("extractions", 0))
     made = Passage(number, item["text"], now, item["more"], _read_version(item["saved"]), came)
     made = replace(made, version=int(item.get("version", 0)), id=int(item.get("id", 0)))

@@ -1,47 +1,48 @@
-"""What earlier reviews left, put together with what comes in: which saved record and which passage of the draft is of which text.
+"""What earlier reviews left, put together with what comes in.
 
-Several passages may have one text, as in a guideline that repeats itself or a file with two trees for a text. So each is found
-again by its tree and by where it comes from, and by its order only where that cannot give a tree to a passage of another one.
+A passage is known by its id, see :func:`gatewise_mdt.documents.passages.passage_ids`, which its records carry. Files of earlier
+versions have none: their passages get those that their texts and headings make, and their records are found again by their trees
+and places. Passages are never the same unless their texts are.
 """
 
 import json
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from gatewise_mdt.documents.passages import ORIGIN
+from gatewise_mdt.documents.passages import ORIGIN, PASSAGE_ID
 from gatewise_mdt.records import TreeRecord, short
 from gatewise_mdt.review.edits import Nodes
 from gatewise_mdt.review.files import Corrections, Draft
-from gatewise_mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Passage, Version, others, version_of
-
-L = TypeVar("L")
-R = TypeVar("R")
-Key = tuple[Any, ...] | None
-Place = Callable[[dict[str, Any]], str | None]
+from gatewise_mdt.review.passage import Passage, Version, others, version_of, with_ids
 
 
 class _Row(NamedTuple):
-    """A passage as what comes in has it, as the draft has it, and as the file of corrections has it; at least one is there."""
+    """A passage as what comes in has it, as the history has it, and as the file of corrections has it; at least one is there."""
 
     source: Passage | None
     old: Passage | None
-    record: TreeRecord | None
+    record: TreeRecord | None = None
+
+    @property
+    def first(self) -> Passage | TreeRecord:
+        """What is known of it from where it comes, or else from the history, or else from the file of corrections."""
+        return next(one for one in self if one is not None)
 
     @property
     def text(self) -> str:
-        return next(one.text for one in self if one is not None)
+        return self.first.text
 
 
-def merged(sources: Iterable[Passage], saved: Corrections, draft: Draft) -> tuple[list[Passage], list[str]]:
+def merged(sources: Sequence[Passage], saved: Corrections, draft: Draft) -> tuple[list[Passage], list[str]]:
     """The passages of a review, with all that earlier reviews of them left, numbered from 1; and what has to be said of it.
 
-    Passages are the same only when their texts are. The draft has the last word, unless another program changed a saved record
-    meanwhile: then that one has, and the draft's tree can be had back by undoing. A saved record that may be of several passages
-    becomes a passage of its own, so that no tree passes for one that a person approved.
+    The history has the last word, unless another program changed a saved record meanwhile: then that one has, and the tree of the
+    history can be had back by undoing. A saved record that may be of several passages becomes a passage of its own, so that no tree
+    passes for one that a person approved.
     """
-    rows = _rows(list(sources), saved, draft)
+    rows = _with_records(_rows(with_ids(sources), with_ids(draft.passages), list(draft.removed)), saved.records)
     notes: list[str] = []
     made = [_merged(row, notes, saved) for row in rows]
     without = {row.text for row in rows if row.record is None}
@@ -51,210 +52,71 @@ def merged(sources: Iterable[Passage], saved: Corrections, draft: Draft) -> tupl
         for row in rows
         if row.source is row.old is None and row.text in without
     ]
-    return [replace(passage, number=number) for number, passage in enumerate(made, start=1)], notes
+    return [replace(passage, number=number) for number, passage in enumerate(with_ids(made), start=1)], notes
 
 
-def _rows(sources: list[Passage], corrections: Corrections, draft: Draft) -> list[_Row]:
-    """What comes in, in its order; then what only the draft has, then what only the file of corrections has."""
-    saved = corrections.records
-    draft_of_source = _drafts_of(sources, draft.passages)
-    draft_of_record = _drafts_with(saved, draft.passages, corrections.unapproved)
-    drafts = {j: saved[i] for i, j in draft_of_record.items()}
-    left = [record for i, record in enumerate(saved) if i not in draft_of_record]
-    free = [i for i in range(len(sources)) if i not in draft_of_source]
-    free_of_left = _sources_with(left, [sources[i] for i in free])
-    fresh = {free[j]: left[i] for i, j in free_of_left.items()}
+def _key(one: Passage | TreeRecord) -> tuple[Any, str]:
+    return one.more.get(PASSAGE_ID), one.text
 
-    removed = Counter(draft.removed)
+
+def _rows(sources: Sequence[Passage], drafted: Sequence[Passage], removed: list[str]) -> list[_Row]:
+    """What comes in, in its order, without what was removed; then what only the history has."""
+    left = {_key(one): one for one in drafted}
+    found = {_key(one): left.pop(_key(one)) for one in sources if _key(one) in left}
+    by_text: dict[str, list[Passage]] = defaultdict(list)  # under other headings than before
+    for one in left.values():
+        by_text[one.text].append(one)
     rows: list[_Row] = []
-    for i, source in enumerate(sources):
-        j = draft_of_source.get(i)
-        if j is not None:
-            rows.append(_Row(source, draft.passages[j], drafts.get(j)))
-        elif i not in fresh and removed[source.text]:
-            removed[source.text] -= 1
+    for source in sources:
+        old = found.get(_key(source))
+        if old is None and by_text[source.text]:
+            old = left.pop(_key(by_text[source.text].pop(0)))
+        gone = [
+            name for name in (source.more[PASSAGE_ID], source.text) if name in removed
+        ]  # texts in histories of earlier versions
+        if old is None and gone:
+            removed.remove(gone[0])
         else:
-            rows.append(_Row(source, None, fresh.get(i)))
-    shown = set(draft_of_source.values())
-    rows += [_Row(None, old, drafts.get(j)) for j, old in enumerate(draft.passages) if j not in shown]
-    rows += [_Row(None, None, record) for i, record in enumerate(left) if i not in free_of_left]
-    return rows
+            rows.append(_Row(source, old))
+    return [*rows, *(_Row(None, one) for one in left.values())]
 
 
-# ---- which belongs to which, by position ----
+def _with_records(rows: list[_Row], records: Iterable[TreeRecord]) -> list[_Row]:
+    """The rows with the records of the file of corrections; then what only that has."""
+    made, left = list(rows), list(records)
+    for way in _WAYS:
+        there: dict[Any, list[int]] = defaultdict(list)
+        for i, row in enumerate(made):
+            if row.record is None:
+                there[way(row)].append(i)
+        asking: dict[Any, list[TreeRecord]] = defaultdict(list)
+        for record in left:
+            asking[way(_Row(None, None, record))].append(record)
+        for key, asked in asking.items():
+            places = there[key]
+            if len(asked) < len(places) and len({_nodes(made[i].first) for i in places}) > 1:
+                continue  # nothing says of which
+            for i, record in zip(places, asked, strict=False):
+                made[i] = made[i]._replace(record=record)
+                left.remove(record)
+    return [*made, *(_Row(None, None, record) for record in left)]
 
 
-def _drafts_of(sources: Sequence[Passage], drafted: Sequence[Passage]) -> dict[int, int]:
-    """What the draft has of the passages that come in."""
-    found: dict[int, int] = {}
-    for left, right in _PLACES:
-        _join(found, sources, drafted, _tree_at(left), _tree_at(right))
-    _join(found, sources, drafted, _tree, _tree)
-    for left, right in _PLACES:
-        _join(found, sources, drafted, _at(left), _at(right))
-    _join(found, sources, drafted, _text, _text)
-    return found
-
-
-def _drafts_with(saved: Sequence[TreeRecord], drafted: Sequence[Passage], unapproved: Container[int]) -> dict[int, int]:
-    """The passages of the draft that the records of the file of corrections are of."""
-    found: dict[int, int] = {}
-    _join(found, saved, drafted, _record_version, lambda old: _version(old.text, old.saved))
-    # Records are written before the draft: one of a review that broke off in between does not know that it was saved.
-    _join(found, saved, drafted, _record_version, lambda old: _version(old.text, old.now))
-
-    # Somebody may have approved a tree as a repair left it, which the file does not have so yet.
-    def approved(record: TreeRecord) -> Key:
-        version = version_of(record, "drafted")._replace(state="approved")
-        return _version(record.text, version) if record.number in unapproved else None
-
-    _join(found, saved, drafted, approved, lambda old: _version(old.text, old.now))
-
-    # Another program changed or added the rest; a passage that had a record is the likelier one.
-    def like(old: Passage) -> Key:
-        return _version(old.text, old.now), _version(old.text, old.saved)
-
-    for left, right in _PLACES:
-        _join(found, saved, drafted, _record_at(left), _saved(_at(right)), like)
-    _join(found, saved, drafted, _text, _saved(_text), like)
-    for left, right in _PLACES:
-        _join(found, saved, drafted, _record_at(left), _at(right), like)
-    _join(found, saved, drafted, _text, _text, like)
-    return found
-
-
-def _sources_with(saved: Sequence[TreeRecord], sources: Sequence[Passage]) -> dict[int, int]:
-    """The passages that come in, and are in no draft, that records are of."""
-    found: dict[int, int] = {}
-    like = _tree_at(_held)
-    for left, right in _PLACES:
-        _join(found, saved, sources, _record_tree_at(left), _tree_at(right))
-    _join(found, saved, sources, _record_tree, _tree)
-    for left, right in _PLACES:
-        _join(found, saved, sources, _record_at(left), _at(right), like)
-    _join(found, saved, sources, _text, _text, like)
-    return found
-
-
-def _join(
-    found: dict[int, int],
-    lefts: Sequence[L],
-    rights: Sequence[R],
-    left_key: Callable[[L], Key],
-    right_key: Callable[[R], Key],
-    like: Callable[[R], Key] | None = None,
-) -> None:
-    """Adds to ``found`` which of those that are left over go together: the first of a key on the left with the first on the right.
-
-    Args:
-        found: positions on the left -> on the right.
-        left_key: None goes with nothing, here and on the right.
-        like: where fewer are on the left than on the right, those on the right have to be equal in this, or none is taken.
-    """
-    taken = set(found.values())
-    waiting: dict[Key, deque[int]] = defaultdict(deque)
-    asking: dict[Key, list[int]] = defaultdict(list)
-    for j, right in enumerate(rights):
-        if j not in taken:
-            waiting[right_key(right)].append(j)
-    for i, left in enumerate(lefts):
-        if i not in found:
-            asking[left_key(left)].append(i)
-    for key, positions in asking.items():
-        there = waiting[key]
-        doubtful = like is not None and len(positions) < len(there) and len({like(rights[j]) for j in there}) > 1
-        if key is not None and not doubtful:
-            found.update(zip(positions, there, strict=False))
-
-
-def _text(one: Passage | TreeRecord) -> Key:
-    return (one.text,)
-
-
-def _tree(passage: Passage) -> Key:
-    return None if passage.came is None else (passage.text, _nodes(passage.came))
-
-
-def _record_tree(record: TreeRecord) -> Key:
-    return record.text, _nodes(record.tree.to_preorder())
-
-
-def _record_version(record: TreeRecord) -> Key:
-    return _version(record.text, version_of(record, "drafted"))
-
-
-def _version(text: str, version: Version | None) -> Key:
-    return None if version is None else (text, _nodes(version.nodes), version.state)
-
-
-def _nodes(nodes: Nodes | None) -> str:
+def _nodes(one: Passage | TreeRecord) -> str:
+    nodes = one.tree.to_preorder() if isinstance(one, TreeRecord) else one.came if one.saved is None else one.saved.nodes
     return json.dumps(nodes, sort_keys=True)
 
 
-# ---- where a passage comes from, as the other keys of its record say it ----
+def _place(row: _Row) -> str:
+    return json.dumps([row.text, [row.first.more.get(key) for key in ("place", "headings")]], sort_keys=True)
 
 
-def _at(place: Place) -> Callable[[Passage], Key]:
-    """The text and where it comes from."""
-    return lambda passage: _both((passage.text,), place(passage.more))
-
-
-def _tree_at(place: Place) -> Callable[[Passage], Key]:
-    """The text, the tree that came with it, and where they come from."""
-    return lambda passage: _both((passage.text, _nodes(passage.came)), place(passage.more))
-
-
-def _saved(key: Callable[[Passage], Key]) -> Callable[[Passage], Key]:
-    return lambda passage: key(passage) if passage.saved else None
-
-
-def _record_at(place: Place) -> Callable[[TreeRecord], Key]:
-    return lambda record: _both((record.text,), place(others(record.more)))
-
-
-def _record_tree_at(place: Place) -> Callable[[TreeRecord], Key]:
-    return lambda record: _both(_record_tree(record), place(others(record.more)))
-
-
-def _both(said: Key, place: str | None) -> Key:
-    return None if said is None or place is None else (*said, place)
-
-
-# Where the tree comes from, which says nothing of its passage: what comes in from a document does not have it.
-_OF_TREES = (CARRIED_KEY, ADJUDICATED_KEY)
-
-
-def _held(more: dict[str, Any], *but: str) -> str:
-    return json.dumps({key: value for key, value in more.items() if key not in (*but, *_OF_TREES)}, sort_keys=True)
-
-
-def _in_document(more: dict[str, Any]) -> str:
-    """The place in a document of these very bytes, whatever its file is called, and however it was read."""
-    return _held(more, "source", "notes")
-
-
-def _in_any_document(more: dict[str, Any]) -> str:
-    return _held(more, "source", "notes", "sha256")
-
-
-def _in_unknown_document(more: dict[str, Any]) -> str | None:
-    """The same of a record that does not say of which bytes: those of earlier versions of gatewise do not."""
-    return None if "sha256" in more else _in_any_document(more)
-
-
-def _under_headings(more: dict[str, Any]) -> str:
-    """Without what moves when a document is changed in front of it."""
-    return _held(more, "source", "notes", "sha256", "place", "offsets")
-
-
-# From what tells passages of one text apart for sure to what does at all: of what is on the left, and on the right. Of two versions
-# of a document the offsets are not compared: there they may be those of another passage that moved.
-_PLACES: tuple[tuple[Place, Place], ...] = (
-    (_held, _held),
-    (_in_document, _in_document),
-    (_in_unknown_document, _in_any_document),
-    (_in_any_document, _in_unknown_document),
-    (_under_headings, _under_headings),
+# By what a record is found to be of a passage: its id; of files without ids its tree, its place in the document, and its text.
+_WAYS: tuple[Callable[[_Row], Any], ...] = (
+    lambda row: _key(row.first),
+    lambda row: (row.text, _nodes(row.first)),
+    _place,
+    lambda row: row.text,
 )
 
 

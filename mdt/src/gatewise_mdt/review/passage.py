@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise_mdt.documents.language import detect_language
+from gatewise_mdt.documents.passages import PASSAGE_ID, passage_ids
 from gatewise_mdt.records import TreeRecord, shares
 from gatewise_mdt.relations import Language
 from gatewise_mdt.review.edits import Fault, Nodes, empty_tree, fault_of
@@ -151,7 +152,7 @@ class Passage:
         """
         if not self.past:
             raise GatewiseError("there is nothing to undo in this passage")
-        self._check_word(self.past[-1], by)
+        _check_word(self.past[-1], self.now, by)
         version, future = self.past[-1], (*self.future, self.now._replace(undone=False))
         if self.now.undone or self._has_saved(future):
             version = version._replace(undone=True)
@@ -169,22 +170,13 @@ class Passage:
         if not self.future:
             raise GatewiseError("there is nothing to do again in this passage")
         # What was undone may be in the file no more, and what comes back then takes the place of nothing that was undone.
-        self._check_word(self.future[-1], by)
+        _check_word(self.now, self.future[-1], by)
         version = self.future[-1]._replace(undone=self._has_saved(self.future[:-1]))
         return self._at(version, past=(*self.past, self.now), future=self.future[:-1])
 
     def _has_saved(self, versions: Sequence[Version]) -> bool:
         """Whether the tree that the file of corrections has is one of these."""
         return self.saved is not None and any(one.nodes == self.saved.nodes for one in versions)
-
-    def _check_word(self, version: Version, by: str) -> None:
-        """An approval is a person's word: no undo or redo by others takes it back or brings it back."""
-        others = {one.approver for one in (version, self.now)} - {"", by}
-        if version.word != self.now.word and others:
-            raise GatewiseError(
-                f"this would take back, or bring back, an approval of {' and '.join(sorted(others))}: only they undo or redo it."
-                " Take it back with its button, or approve the tree yourself if you stand for it"
-            )
 
     def begun(self, reviewed: dict[str, Any] | None = None) -> "Passage":
         """With an empty tree, to be written by hand.
@@ -358,6 +350,34 @@ class Passage:
             more[REVIEW_KEY] = version.state
             more |= {} if version.reviewed is None else {REVIEWED_KEY: version.reviewed}
         return TreeRecord(self.text, DecisionTree.from_preorder(version.nodes, f"passage {self.number}"), self.number, more)
+
+
+def _check_word(before: Version, after: Version, by: str) -> None:
+    """An approval is a person's word: only they undo or redo what gave it or took it back between two versions."""
+    concerned = after.approver if after.word else before.approver
+    if before.word != after.word and concerned not in ("", by):
+        raise GatewiseError(
+            f"this is about an approval of {concerned}, which only they undo or redo: take it back with its button, or approve the"
+            " tree yourself if you stand for it"
+        )
+
+
+def ids_of(held: Sequence[Passage | TreeRecord]) -> list[str]:
+    """The ids of passages or records: those that they carry, else those of their texts and headings; none comes twice."""
+    made: dict[str, None] = {}
+    for one, computed in zip(held, passage_ids([(one.text, one.more.get("headings")) for one in held]), strict=True):
+        carried = one.more.get(PASSAGE_ID)
+        name = carried if isinstance(carried, str) and carried else computed
+        while name in made:  # of files that were put together, or a text that was pasted twice
+            name += "+"
+        made[name] = None
+    return list(made)
+
+
+def with_ids(passages: Sequence[Passage]) -> list[Passage]:
+    """The passages, each of which carries its id."""
+    both = zip(passages, ids_of(passages), strict=True)
+    return [one if one.more.get(PASSAGE_ID) == name else replace(one, more={**one.more, PASSAGE_ID: name}) for one, name in both]
 
 
 def version_of(record: TreeRecord, otherwise: State) -> Version:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from gatewise.checks import HALF_A_PAIR, has_half_a_pair, is_whole, printable, writable
 from gatewise.errors import GatewiseError
+from gatewise_mdt.documents.passages import PASSAGE_ID
 from gatewise_mdt.formats.views import FORMATS, ONE_TREE, render
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.review import carrying, edits
 from gatewise_mdt.review.files import Draft, Entry, ReviewFiles, change_row, opening_row, passage_row
 from gatewise_mdt.review.merging import merged
-from gatewise_mdt.review.passage import Passage, Version
+from gatewise_mdt.review.passage import Passage, Version, with_ids
 from gatewise_mdt.review.sources import Source, of_trees, pasted, path_of, read_source, source_of
 
 _MOST_PASSAGES = 5000
@@ -236,11 +237,11 @@ class Session:
             if len(self._passages) + len(passages) > _MOST_PASSAGES:
                 raise GatewiseError(f"this would make more than {_MOST_PASSAGES} passages: start a review of its own for this text")
             added = []
-            for passage, _ in passages:
+            for passage in with_ids([*self.passages, *(passage for passage, _ in passages)])[len(self._passages) :]:
                 self._last += 1
                 added.append(self._with_id(replace(passage, number=self._last)))
-                if passage.text in self._removed:
-                    self._removed.remove(passage.text)
+                if passage.more[PASSAGE_ID] in self._removed:
+                    self._removed.remove(passage.more[PASSAGE_ID])
             self._passages |= {passage.number: passage for passage in added}
             said = [by._replace(comment=comment) for _, comment in passages]
             self._keep([self._row("add", one, passage, passage_row(passage)) for one, passage in zip(said, added, strict=True)])
@@ -266,7 +267,7 @@ class Session:
                     f"passage {number} is in {self.files.out}: take it out there, so that no correction is lost by a slip"
                 )
             del self._passages[number]
-            self._removed.append(passage.text)
+            self._removed.append(passage.more[PASSAGE_ID])
             self._keep([self._row("remove", by, passage, {})])
 
     def carry(self, records: Sequence[TreeRecord], source: str, by: By = NOBODY) -> carrying.Carried:
