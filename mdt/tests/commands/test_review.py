@@ -66,7 +66,7 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
         (["."], ". is a folder"),
         (["trees.json", "--reviewer", " "], "the reviewer is ' ', expected a name"),
         (["trees.json", "--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: give --users FILE"),
-        (["trees.json", "--host", "nowhere.invalid"], "--host is 'nowhere.invalid'"),
+        (["trees.json", "--host", "nowhere.invalid"], "of 'nowhere.invalid' cannot be had"),
         (["trees.json", "--allow-host", "https://x.example"], "--allow-host is 'https://x.example', expected the name"),
         (["trees.json", "--users", "none.json"], "none.json: there is no such file"),
         (["trees.json", "--users", "trees.json"], "trees.json holds no JSON object"),
@@ -162,7 +162,7 @@ def test_a_file_name_of_another_encoding_is_reviewed(gatewise: Gatewise) -> None
 def test_a_busy_port_is_refused(gatewise: Gatewise) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert_refused(gatewise("trees.json", "--port", port), f"port {port} cannot be had")
+        assert_refused(gatewise("trees.json", "--port", port), f"port {port} of '127.0.0.1' cannot be had")
     assert gatewise("trees.json", "--port", port).exit_code == 0
 
 

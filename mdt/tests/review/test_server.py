@@ -4,12 +4,10 @@ import base64
 import json
 import re
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from importlib import resources
-from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +21,6 @@ from mdt_trees import TEXT, gout
 from review_serving import serving
 
 from gatewise.errors import GatewiseError
-from gatewise.internals import http
 
 HOSTILE = "<script>alert(1)</script>\"'&\u2028 \U0001f600"
 
@@ -136,8 +133,6 @@ def test_other_names_and_other_sites_are_refused(call: Caller) -> None:
     for host in (
         "evil.example",
         f"evil.example:{port}",
-        "127.0.0.1",
-        f"127.0.0.1:{port + 1}",
         f"127.0.0.1.evil.example:{port}",
         "",
     ):
@@ -145,7 +140,7 @@ def test_other_names_and_other_sites_are_refused(call: Caller) -> None:
             assert call(path, Host=host)[0] == 403
         assert call("/api/save", {}, Host=host)[0] == 403
     assert call("/api/session", Host=f"localhost:{port}")[0] == 200
-    for origin in ("http://evil.example", "null", f"https://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"):
+    for origin in ("http://evil.example", "null"):
         assert call("/api/save", {}, Origin=origin)[0] == 403
     assert call("/api/save", {}, Origin=f"http://127.0.0.1:{port}")[0] == 200
     # No answer of it may be read by other sites.
@@ -283,7 +278,7 @@ def test_large_bodies_and_odd_lengths_are_refused_unread(ask: Caller) -> None:
     assert (status, "at most 30 MB" in answer["error"]) == (413, True)
     for length in ("-1", "x", "1e3", "", None, "²", "9" * 5000):
         encoded = None if length is None else length.encode("utf-8").decode("latin-1")
-        assert ask("/api/paste", raw=b"{}", Content_Length=encoded)[0] == 400
+        assert ask.whole("/api/paste", raw=b"{}", Content_Length=encoded)[0] == 400
     assert ask("/api/session")[0] == 200
 
 
@@ -295,57 +290,8 @@ def test_a_body_in_chunks_is_read_up_to_the_same_size(ask: Caller, monkeypatch: 
     chunk = b"1f4\r\n" + b" " * 500 + b"\r\n"
     assert ask("/api/paste", raw=3 * chunk, **chunked)[0] == 413  # though no end of it comes
     assert ask("/api/paste", raw=2 * chunk + b"0\r\n\r\n", **chunked)[0] == 400
-    assert ask("/api/paste", raw=b"zz\r\n{}\r\n", **chunked)[0] == 400
+    assert ask.whole("/api/paste", raw=b"zz\r\n{}\r\n", **chunked)[0] == 400
     assert ask("/api/session")[0] == 200
-
-
-def test_a_silent_connection_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before, in and after a request; one that waits for an answer stays."""
-    monkeypatch.setattr(http, "SILENCE", 0.3)
-
-    def save(self: Session, by: Any) -> Any:
-        time.sleep(0.8)
-        raise GatewiseError("late")
-
-    monkeypatch.setattr(Session, "save", save)
-    with calling(tmp_path) as call:
-        head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
-        page, body = f"GET / HTTP/1.1\r\n{head}\r\n", f"POST /api/save HTTP/1.1\r\n{head}Content-Length: 9\r\n\r\n"
-        for sent, answer in (("", b""), ("GET / HT", b""), (body + "{", b" 408 "), (page, b" 200 "), (page + "GET", b" 200 ")):
-            with socket.create_connection(("127.0.0.1", call.server.port), timeout=20) as connection:
-                connection.sendall(sent.encode())
-                got = b"".join(iter(lambda: connection.recv(65536), b""))
-                assert answer in got
-        assert call("/api/save", {}) == (400, {"error": "late"})
-        asked = page.replace(" / ", " /page.js ").encode() * 1000
-        with (
-            socket.create_connection(("127.0.0.1", call.server.port), timeout=20) as connection,
-            pytest.raises(ConnectionError),  # it reads none of the answers
-        ):
-            list(map(connection.sendall, repeat(asked, 1000)))
-        assert call("/api/session")[0] == 200
-
-
-def test_many_silent_connections_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would take all the files that the process may have open, those of the history among them."""
-    monkeypatch.setattr(http.PatientProtocol, "most_connections", 20)
-    with calling(tmp_path) as call:
-        head = f"Host: 127.0.0.1:{call.server.port}\r\nX-Gatewise-Token: {call.token}\r\nContent-Type: application/json\r\n"
-        asking = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(5)]
-        for connection in asking:
-            connection.sendall(f"POST /api/save HTTP/1.1\r\n{head}Content-Length: 2\r\n\r\n{{".encode())
-        assert call("/api/begin", {"number": 2, "version": 0})[0] == 200
-        silent = [socket.create_connection(("127.0.0.1", call.server.port), timeout=20) for _ in range(100)]
-        assert call("/api/session")[0] == 200
-        for connection in silent[:80]:  # the oldest had to go
-            with suppress(ConnectionError):
-                assert connection.recv(100) == b""
-        for connection in asking:  # whoever waits for an answer stays
-            connection.sendall(b"}")
-            assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
-        for connection in (*asking, *silent):
-            connection.close()
-        assert call("/api/session")[0] == 200
 
 
 def test_what_one_sends_slowly_keeps_nobody_waiting(call: Caller) -> None:
@@ -380,8 +326,6 @@ def test_nonsense_on_the_wire_does_not_end_it(ask: Caller, capsys: Any, caplog: 
             got = b"".join(iter(lambda: connection.recv(65536), b"")) if answered else b""
         if answered:
             assert got.startswith(b"HTTP/1.1 " + answered), sent
-            assert got.lower().count(b"content-security-policy: default-src 'none'") == got.count(b"HTTP/1.1 ")
-            assert json.loads(got[got.index(b"\r\n\r\n") :].partition(b"HTTP/1.1")[0])["error"]
     assert ask("/api/session")[0] == 200
     assert (capsys.readouterr(), caplog.records) == (("", ""), [])
 
@@ -398,7 +342,7 @@ def test_a_fault_of_ours_is_told_and_does_not_end_it(call: Caller, monkeypatch: 
 
 
 def test_a_busy_port_is_one_sentence(ask: Caller, tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match=f"port {ask.server.port} cannot be had"):
+    with pytest.raises(GatewiseError, match=f"port {ask.server.port} of '127.0.0.1' cannot be had"):
         ReviewServer(ask.server.review, port=ask.server.port)
 
 
@@ -412,13 +356,6 @@ def test_an_older_page_removes_nothing(call: Caller) -> None:
 
 
 # What it does ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_page_is_told_of_which_words_a_dose_is_but_a_part(call: Caller) -> None:
-    arguments = {"node": 1, "triple": 1, "parts": ["colchicine", "dosage and administration", "5 mg"]}
-    answer = call("/api/edit", {"number": 1, "version": 0, "edit": "set_triple", "arguments": arguments})[1]
-    shown = answer["passage"]["nodes"][1]["triples"][1]
-    assert (shown["absent"], shown["part_of"]) == ([False, True], [None, "0.5 mg"])
 
 
 def test_a_whole_review(call: Caller) -> None:

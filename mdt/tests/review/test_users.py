@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from gatewise_mdt.review import Review, Session
-from gatewise_mdt.review.server import Names, ReviewServer
+from gatewise_mdt.review.server import ReviewServer, names_of
 from gatewise_mdt.review.session import By
 from gatewise_mdt.review.users import OneUser, UserFile
 from mdt_trees import TEXT, gout
@@ -166,39 +166,23 @@ def test_no_file_lets_nobody_in(users: UserFile) -> None:
 # The names ------------------------------------------------------------------------------------------------------------
 
 
-def test_names_and_origins() -> None:
-    names = Names.of(8000, ["Review.clinic.example", "10.0.0.5:9000", "[fd00::1]"])
-    loopback = {"127.0.0.1:8000", "localhost:8000", "[::1]:8000"}
-    others = {"review.clinic.example", "review.clinic.example:8000", "10.0.0.5:9000", "[fd00::1]", "[fd00::1]:8000"}
-    assert names.hosts == loopback | others
-    assert names.origins == {f"http://{name}" for name in loopback | others} | {f"https://{name}" for name in others}
-    assert "127.0.0.1" in Names.of(80).hosts
-    for bad in ("https://review.clinic.example", "a/b", "", "a:b", "a b", "*", "a:123456", "-a", "[::1", "ä"):
-        with pytest.raises(GatewiseError, match="--allow-host is"):
-            Names.of(8000, [bad])
+@pytest.mark.parametrize("bad", ["https://review.clinic.example", "a/b", "", "a:b", "a b", "*", "a:123456", "-a", "[::1", "ä"])
+def test_what_is_no_name_is_refused(bad: str) -> None:
+    with pytest.raises(GatewiseError, match="--allow-host is"):
+        names_of([bad])
 
 
 def test_it_is_reached_under_allowed_names_by_http_and_https(session: Session, users: UserFile) -> None:
     token = users.add("Ada")
-    with serving(Review(session), users, allowed=["review.clinic.example", "other.example:8443"]) as server:
+    with serving(Review(session), users, allowed=["review.clinic.example", "other.example:8443", "[fd00::1]"]) as server:
         assert server.url == f"http://127.0.0.1:{server.port}/"
-        for host in (
-            "review.clinic.example",
-            "REVIEW.clinic.example",
-            f"review.clinic.example:{server.port}",
-            "other.example:8443",
-        ):
+        for host in ("review.clinic.example", "REVIEW.clinic.example", "other.example:8443", "[fd00::1]:80", "localhost:1"):
             for scheme in ("http", "https"):
                 assert Client(server, token, Host=host, Origin=f"{scheme}://{host}")("save")[0] == 200
-        for host in (
-            "clinic.example",
-            "x.review.clinic.example",
-            "review.clinic.example:1",
-            "other.example",
-            "review.clinic.example.",
-        ):
+        for host in ("clinic.example", "x.review.clinic.example", "review.clinic.example.", "review.clinic.example@evil.example"):
             assert Client(server, token, Host=host).get("session")[0] == 403
             assert Client(server, token, Host="review.clinic.example", Origin=f"https://{host}")("save")[0] == 403
+        assert Client(server, token, Origin="null")("save")[0] == 403  # of a page in a sandbox
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -215,9 +199,9 @@ def test_other_machines_come_in_with_users_only(session: Session, users: UserFil
         assert Client(server, token, Host=f"{host}:{server.port}").get("session")[0] == 403
 
 
-@pytest.mark.parametrize("host", ["nowhere.invalid", "", "a b", "x" * 300, "203.0.113.7"])
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a b", "x" * 300, "203.0.113.7"])
 def test_a_host_that_is_not_this_machine_is_one_sentence(session: Session, users: UserFile, host: str) -> None:
-    with pytest.raises(GatewiseError, match=r"--host is|of 203\.0\.113\.7 cannot be had"):
+    with pytest.raises(GatewiseError, match=r"port 0 of '.*' cannot be had"):
         ReviewServer(Review(session), users, host=host)
 
 
@@ -329,7 +313,10 @@ def test_many_at_once_are_each_made_or_refused_and_named(session: Session, users
             status, answer = client(action, number=number, version=seen[number], comment=f"{name}, {i}", **body)
             assert status in (200, 409), answer
             refused[status] += 1
-            if status == 200 and answer["passage"]["version"] > seen[number]:  # else it was so already
+            if status == 409:
+                seen[number] = answer["since"][-1]["version"]
+                continue
+            if answer["passage"]["version"] > seen[number]:  # else it was so already
                 made[name].append((action, number, answer["passage"]["version"]))
             seen[number] = answer["passage"]["version"]
 

@@ -62,7 +62,7 @@ def review(
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[:PORT]", help="A name by which browsers reach the review, such as that of a proxy; repeatable."),
+        typer.Option(metavar="NAME", help="A name by which browsers reach the review, such as that of a proxy; repeatable."),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page, or only print its address.")] = True,
     repair: RepairOption = False,

@@ -7,7 +7,6 @@ Every change says of which version of a passage it is (``number``, ``version``);
 import base64
 import binascii
 import secrets
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +15,8 @@ from gatewise.errors import GatewiseError
 from gatewise_mdt.formats.views import FORMATS
 from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.passage import Passage
-from gatewise_mdt.review.session import By, OldPageError, Session
-from gatewise_mdt.review.shown import changes, overview, whole
+from gatewise_mdt.review.session import By, Session
+from gatewise_mdt.review.shown import overview, whole
 
 
 class NothingThereError(GatewiseError):
@@ -66,10 +65,76 @@ class Review:
             GatewiseError: there is no such action, or it cannot be done, or the page is of another review.
         """
         self._check_run(asked)
-        if action not in _ACTIONS:
-            raise NothingThereError("there is nothing at this address")
         by = By(reviewer, _text(asked, "window"), _text(asked, "comment"))
-        return {**_ACTIONS[action](self, by, asked), "session": self.overview(reviewer)}
+        return {**self._done(action, asked, by), "session": self.overview(reviewer)}
+
+    def _done(self, action: str, asked: dict[str, Any], by: By) -> dict[str, Any]:
+        session = self.session
+        match action:
+            case "edit":
+                arguments = asked.get("arguments")
+                if not isinstance(arguments, dict):
+                    raise GatewiseError("the arguments of the edit are missing")
+                passage = session.edit(*_which(asked), _text(asked, "edit"), arguments, by)
+            case "undo":
+                passage = session.undo(*_which(asked), by)
+            case "redo":
+                passage = session.redo(*_which(asked), by)
+            case "begin":
+                passage = session.begin(*_which(asked), by)
+            case "approve":
+                passage = session.approve(*_which(asked), asked.get("approved") is True, by)
+            case "take":
+                passage = session.take(*_which(asked), _integer(asked, "extraction"), asked.get("replaced") is True, by)
+            case "leave":
+                passage = session.leave(*_which(asked), _integer(asked, "extraction"), by)
+            case "comment":
+                passage = session.comment(_integer(asked, "number"), by)
+            case "remove":
+                session.remove(*_which(asked), by)
+                return {}
+            case "paste":
+                return _added(*session.paste(_text(asked, "text"), _text(asked, "population").strip(), by))
+            case "load":
+                try:
+                    content = base64.b64decode(_text(asked, "content"), validate=True)
+                except (binascii.Error, ValueError):
+                    raise GatewiseError("the file did not arrive whole: try again") from None
+                return _added(*session.load(content, _text(asked, "name"), _text(asked, "population").strip(), by))
+            case "extract":
+                self._extract(asked.get("passages"), by)
+                return {}
+            case "cancel":
+                if self.extracting is not None:
+                    self.extracting.cancel()
+                return {}
+            case "save":
+                saved = session.save(by)
+                return {"saved": {**saved._asdict(), "path": str(saved.path)}}
+            case "export":
+                format, which = _text(asked, "format"), asked.get("which")
+                if format not in FORMATS:
+                    raise GatewiseError(f"the format is {format!r}: expected one of {', '.join(FORMATS)}")
+                made = session.export(format, which if is_whole(which) else str(which))
+                return {"file": made._asdict()}
+            case _:
+                raise NothingThereError("there is nothing at this address")
+        return {"passage": self.passage(passage)}
+
+    def _extract(self, passages: Any, by: By) -> None:
+        if self.extracting is None:
+            raise GatewiseError(self.reason or "there is no model to extract with")
+        pairs: list[Any] = passages if isinstance(passages, list) else [None]
+        if not all(isinstance(one, list) and len(one) == 2 and is_whole(one[1]) for one in pairs):
+            raise GatewiseError("the passages are missing, expected for each its number and the version that is shown")
+        wanted = [replace(self.session.passage(number), version=version) for number, version in pairs]
+        for passage in wanted:  # of two reviewers' trees none may go unread for a model's
+            if passage.beside is not None and passage.beside.of:
+                raise GatewiseError(
+                    f"the tree of {passage.beside.of} lies beside that of passage {passage.number}: take it or leave it before you"
+                    " extract again"
+                )
+        self.extracting.ask(wanted, by)
 
     def _check_run(self, asked: dict[str, Any]) -> None:
         if _text(asked, "run") not in ("", self.run):
@@ -92,124 +157,6 @@ class Review:
             "extracts": self.extracting is not None,
             "reason": self.reason,
         }
-
-
-def refused(error: OldPageError) -> dict[str, Any]:
-    """What a page has to know whose change was refused: the passage as it is, and what was done to it meanwhile."""
-    return {"passage": whole(error.passage), "since": changes(error.since)}
-
-
-def _edit(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    arguments = asked.get("arguments")
-    if not isinstance(arguments, dict):
-        raise GatewiseError("the arguments of the edit are missing")
-    return _changed(review, review.session.edit(*_which(asked), _text(asked, "edit"), arguments, by))
-
-
-def _undo(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review, review.session.undo(*_which(asked), by))
-
-
-def _redo(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review, review.session.redo(*_which(asked), by))
-
-
-def _begin(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review, review.session.begin(*_which(asked), by))
-
-
-def _approve(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review, review.session.approve(*_which(asked), asked.get("approved") is True, by))
-
-
-def _comment(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review, review.session.comment(_integer(asked, "number"), by))
-
-
-def _take(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    number, version = _which(asked)
-    extraction, replaced = _integer(asked, "extraction"), asked.get("replaced") is True
-    return _changed(review, review.session.take(number, version, extraction, replaced, by))
-
-
-def _leave(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _changed(review, review.session.leave(*_which(asked), _integer(asked, "extraction"), by))
-
-
-def _remove(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    review.session.remove(*_which(asked), by)
-    return {}
-
-
-def _paste(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    return _added(*review.session.paste(_text(asked, "text"), _text(asked, "population").strip(), by))
-
-
-def _load(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    try:
-        content = base64.b64decode(_text(asked, "content"), validate=True)
-    except (binascii.Error, ValueError):
-        raise GatewiseError("the file did not arrive whole: try again") from None
-    return _added(*review.session.load(content, _text(asked, "name"), _text(asked, "population").strip(), by))
-
-
-def _extract(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    if review.extracting is None:
-        raise GatewiseError(review.reason or "there is no model to extract with")
-    passages = asked.get("passages")
-    if not isinstance(passages, list) or not all(isinstance(one, list) and len(one) == 2 and is_whole(one[1]) for one in passages):
-        raise GatewiseError("the passages are missing, expected for each its number and the number of the version that is shown")
-    wanted = [replace(review.session.passage(number), version=version) for number, version in passages]
-    for passage in wanted:  # of two reviewers' trees none may go unread for a model's
-        if passage.beside is not None and passage.beside.of:
-            raise GatewiseError(
-                f"the tree of {passage.beside.of} lies beside that of passage {passage.number}: take it or leave it before you"
-                " extract again"
-            )
-    review.extracting.ask(wanted, by)
-    return {}
-
-
-def _cancel(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    if review.extracting is not None:
-        review.extracting.cancel()
-    return {}
-
-
-def _save(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    saved = review.session.save(by)
-    return {"saved": {**saved._asdict(), "path": str(saved.path)}}
-
-
-def _export(review: Review, by: By, asked: dict[str, Any]) -> dict[str, Any]:
-    format, which = _text(asked, "format"), asked.get("which")
-    if format not in FORMATS:
-        raise GatewiseError(f"the format is {format!r}: expected one of {', '.join(FORMATS)}")
-    made = review.session.export(format, which if is_whole(which) else str(which))
-    return {"file": {"name": made.name, "content": made.content}}
-
-
-_ACTIONS: dict[str, Callable[[Review, By, dict[str, Any]], dict[str, Any]]] = {
-    "edit": _edit,
-    "undo": _undo,
-    "redo": _redo,
-    "begin": _begin,
-    "approve": _approve,
-    "comment": _comment,
-    "take": _take,
-    "leave": _leave,
-    "remove": _remove,
-    "paste": _paste,
-    "load": _load,
-    "extract": _extract,
-    "cancel": _cancel,
-    "save": _save,
-    "export": _export,
-}
-
-
-def _changed(review: Review, passage: Passage) -> dict[str, Any]:
-    return {"passage": review.passage(passage)}
 
 
 def _added(passages: list[Passage], faults: list[str]) -> dict[str, Any]:

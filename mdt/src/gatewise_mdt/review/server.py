@@ -3,17 +3,18 @@
 Other pages in the same browser, and other users of the machine, can reach the port as well. So every call needs the token that
 stands behind the "#" of the address (browsers never send that part anywhere), the names in ``Host`` and ``Origin`` have to be this
 server's (against DNS rebinding), and what changes something has to come as JSON (which a form of another page cannot send). A token
-says who asks. TLS is the task of a proxy in front of it.
+says who asks. TLS, and patience with clients that are slow or many, are tasks of a proxy in front of it.
 """
 
 import ipaddress
 import json
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Iterable
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -27,11 +28,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gatewise.errors import GatewiseError
-from gatewise.internals import http
-from gatewise.internals.http import PatientProtocol, read_body
-from gatewise.internals.listening import listening, resolved
-from gatewise_mdt.review.actions import NothingThereError, Review, refused
+from gatewise_mdt.review.actions import NothingThereError, Review
 from gatewise_mdt.review.session import OldPageError
+from gatewise_mdt.review.shown import changes
 from gatewise_mdt.review.users import OneUser, UserFile
 
 HOST = "127.0.0.1"
@@ -59,55 +58,41 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_NAME = re.compile(r"(?P<name>[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?", re.IGNORECASE)
+_NAME = re.compile(r"([a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", re.IGNORECASE)
 
 
-class Names(NamedTuple):
-    """Under which names a server is reached.
+def names_of(given: Iterable[str], host: str = HOST) -> frozenset[str]:
+    """The names under which a server is reached: the loopback ones, the host, and those that were given. Ports do not count.
 
-    Attributes:
-        hosts: what may stand in ``Host``.
-        origins: of which pages it answers: those that it serves itself by http, those behind a proxy by https too.
+    Raises:
+        GatewiseError: one of them is no name.
     """
-
-    hosts: frozenset[str]
-    origins: frozenset[str]
-
-    @classmethod
-    def of(cls, port: int, allowed: Iterable[str] = (), host: str = HOST) -> "Names":
-        """The loopback names and the host with this port, and what is allowed beside them.
-
-        Args:
-            allowed: each "name" (with this port, or that which its proxy's scheme has) or "name:port".
-
-        Raises:
-            GatewiseError: one of them is no name.
-        """
-        # Browsers leave out the port that http has.
-        own = {f"{name}{end}" for name in (HOST, "localhost", "[::1]", host) for end in (f":{port}", "")[: 1 + (port == 80)]}
-        others: set[str] = set()
-        for given in allowed:
-            found = _NAME.fullmatch(given)
-            if found is None:
-                raise GatewiseError(
-                    f"--allow-host is {given[:100]!r}, expected the name by which browsers reach the review, such as"
-                    " review.clinic.example or review.clinic.example:8443"
-                )
-            name = given.lower()
-            others |= {name} if found["port"] else {name, f"{name}:{port}"}
-        origins = {f"http://{name}" for name in own | others} | {f"https://{name}" for name in others}
-        return cls(frozenset(own | others), frozenset(origins))
-
-    def refusal(self, headers: Headers) -> str:
-        """Why a request with these headers is not answered; empty for one that is."""
-        if headers.get("host", "").lower() not in self.hosts:
-            return "this server answers only to the address that the terminal shows, and to the names given with --allow-host"
-        if any(origin.lower() not in self.origins for origin in headers.getlist("origin")):
-            return "a page of another site asked, which is not answered"
-        return ""
+    names = {HOST, "localhost", "[::1]", host.lower()}
+    for one in given:
+        if (found := _NAME.fullmatch(one)) is None:
+            raise GatewiseError(
+                f"--allow-host is {one[:100]!r}, expected the name by which browsers reach the review, such as"
+                " review.clinic.example"
+            )
+        names.add(found[1].lower())
+    return frozenset(names)
 
 
-def app(review: Review, users: OneUser | UserFile, names: Names) -> Starlette:
+def refusal(headers: Headers, names: frozenset[str]) -> str:
+    """Why a request with these headers is not answered by a server of these names; empty for one that is."""
+
+    def is_known(host: str) -> bool:
+        found = _NAME.fullmatch(host)
+        return found is not None and found[1].lower() in names
+
+    if not is_known(headers.get("host", "")):
+        return "this server answers only to the address that the terminal shows, and to the names given with --allow-host"
+    if not all(is_known(origin.partition("://")[2]) for origin in headers.getlist("origin")):
+        return "a page of another site asked, which is not answered"
+    return ""
+
+
+def app(review: Review, users: OneUser | UserFile, names: frozenset[str]) -> Starlette:
     """The app: the page, "/api/NAME" by GET for what :meth:`Review.shown` shows, and by POST for what :meth:`Review.done` does."""
 
     said = ""
@@ -155,17 +140,25 @@ def app(review: Review, users: OneUser | UserFile, names: Names) -> Starlette:
 class _Guard:
     """Lets through what was asked under one of the names of the server."""
 
-    def __init__(self, app: ASGIApp, names: Names) -> None:
+    def __init__(self, app: ASGIApp, names: frozenset[str]) -> None:
         self.app, self.names = app, names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self.names.refusal(Headers(scope=scope))
-        answer = _json({"error": refusal}, 403) if refusal else self.app
+        why = refusal(Headers(scope=scope), self.names)
+        answer = _json({"error": why}, 403) if why else self.app
         await answer(scope, receive, send)
 
 
 async def _body(request: Request) -> bytes:
-    return await read_body(request, MOST_BYTES, f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB")
+    content = bytearray()
+    too_large = HTTPException(413, f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB")
+    if int(request.headers.get("Content-Length", 0)) > MOST_BYTES:
+        raise too_large
+    async for piece in request.stream():
+        content += piece
+        if len(content) > MOST_BYTES:
+            raise too_large
+    return bytes(content)
 
 
 def _object(content: bytes) -> dict[str, Any]:
@@ -198,7 +191,7 @@ def _told(request: Request, error: Exception) -> Response:
         said = "there is nothing at this address" if error.status_code in (404, 405) else error.detail
         return _json({"error": said}, error.status_code)
     if isinstance(error, OldPageError):
-        return _json({"error": str(error), **refused(error)}, 409)
+        return _json({"error": str(error), "since": changes(error.since)}, 409)
     return _json({"error": str(error)}, 404 if isinstance(error, NothingThereError) else 400)
 
 
@@ -218,7 +211,7 @@ class ReviewServer:
         users: who may come in; None makes a token for the one who started it, which stands in ``url``.
         host: a name or an address of this machine; without ``users`` one that other machines cannot reach.
         port: 0 takes a free one.
-        allowed: other names under which it is reached, see :meth:`Names.of`.
+        allowed: other names under which it is reached, see :func:`names_of`.
 
     Attributes:
         url: what to open; a token of ``users`` has to be added.
@@ -231,38 +224,43 @@ class ReviewServer:
     def __init__(
         self, review: Review, users: UserFile | None = None, *, host: str = HOST, port: int = 0, allowed: Iterable[str] = ()
     ) -> None:
-        if not 0 <= port <= 65535:
-            raise GatewiseError(f"the port is {port}, expected a number from 0 to 65535")
         self.review = review
         self.users: OneUser | UserFile = users or OneUser()
-        family, address = resolved(host, port)
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        self.is_local = ip.is_loopback
-        if users is None and not self.is_local:
-            raise GatewiseError(
-                f"--host {host} lets other machines in: give --users FILE, so that each reviewer has a token (--add-user makes one)"
-            )
         allowed = list(allowed)
-        Names.of(port, allowed)  # refused before anything is bound
-        self.socket = listening(family, address, port, host, "leave --port out for a free one")
+        names_of(allowed)  # refused before anything is bound
+        try:
+            places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            family, _, _, _, place = min(places, key=lambda one: one[0] != socket.AF_INET)
+            ip = ipaddress.ip_address(str(place[0]).partition("%")[0])
+            self.is_local = ip.is_loopback
+            if users is None and not self.is_local:
+                raise GatewiseError(
+                    f"--host {host} lets other machines in: give --users FILE, so that each reviewer has a token (--add-user makes"
+                    " one)"
+                )
+            both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+            self.socket = socket.create_server(place[:2], family=family, dualstack_ipv6=both)
+        except (OSError, OverflowError, UnicodeError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise GatewiseError(
+                f"port {port} of {host[:100]!r} cannot be had ({said}): leave --port out for a free one, and --host too"
+                " unless it is an address of this machine"
+            ) from error
         self.port: int = self.socket.getsockname()[1]
         shown = host if not ip.is_unspecified else HOST
         shown = f"[{shown}]" if ":" in shown else shown
         self.url = f"http://{shown}:{self.port}/" + (f"#token={self.users.token}" if isinstance(self.users, OneUser) else "")
-        self.names = Names.of(self.port, allowed, shown.lower())
         self._server = uvicorn.Server(
             uvicorn.Config(
-                app(review, self.users, self.names),
-                http=_Protocol,
+                app(review, self.users, names_of(allowed, shown)),
+                http="h11",
                 ws="none",
-                loop="asyncio",
                 lifespan="off",
                 log_config=None,
                 log_level="critical",  # what the user has to know is printed by _fault
                 access_log=False,
                 proxy_headers=False,  # nothing is asked of who a proxy says that it asks for
                 server_header=False,
-                timeout_keep_alive=http.SILENCE,
                 timeout_graceful_shutdown=5,
             )
         )
@@ -280,8 +278,3 @@ class ReviewServer:
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
-
-
-class _Protocol(PatientProtocol):
-    def unreadable(self) -> Response:
-        return _json({"error": "this is no HTTP request that can be read"}, 400)
