@@ -1,18 +1,33 @@
 """What counts as a number, and what numbers texts mean."""
 
+import numpy as np
 import pytest
 
+from gatewise import RoutedLoraConfig, SelectivePromptConfig
 from gatewise.checks import is_number, is_whole, number_of
 from gatewise.errors import GatewiseError
 
 
 @pytest.mark.parametrize(
     ("value", "number", "whole"),
-    [(0, True, True), (-3, True, True), (0.5, True, False), (float("nan"), True, False), (True, False, False)]
-    + [(other, False, False) for other in (False, None, "1", [1], 1j)],
+    [
+        (0, True, True),
+        (-3, True, True),
+        (0.5, True, False),
+        (np.int64(2), True, True),
+        (np.float64(2), True, False),
+        (float("nan"), True, False),
+        (True, False, False),
+    ]
+    + [(other, False, False) for other in (False, np.bool_(True), None, "1", [1], 1j)],
 )
 def test_numbers(value, number, whole):
     assert (is_number(value), is_whole(value)) == (number, whole)
+
+
+def test_numbers_of_numpy_in_a_configuration_can_be_saved(tmp_path):
+    RoutedLoraConfig(r=np.int64(4), top_k=np.int64(2)).save_pretrained(tmp_path)
+    SelectivePromptConfig(bottleneck=np.int64(8), phm=np.int64(4), prompt_layers=list(np.arange(2))).save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

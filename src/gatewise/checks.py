@@ -2,29 +2,30 @@
 
 import re
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, TypeGuard
 
 from gatewise.errors import GatewiseError
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """True for any whole number, NumPy's among them, but not for True and False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number, not a number (NaN) and infinity among them."""
+    """True for any int or float, including NaN and infinity."""
     return is_whole(value) or isinstance(value, float)
 
 
 def number_of(text: str, name: str) -> int:
-    """The whole number that a text means: 500000, "500,000", "500k" or "1.5M". A comma parts thousands, and nothing else.
+    """Reads a number such as 500000, "500,000", "500k" or "1.5M". Commas separate thousands.
 
     Args:
-        name: of the option that it was given for, for the error.
+        name: the option's name, for the error.
 
     Raises:
-        GatewiseError: it means none.
+        GatewiseError: the text is no such number.
     """
     match = re.fullmatch(r"((?:\d+|\d{1,3}(?:[,_]\d{3})+)(\.\d+(?=\D))?)([kKmM]?)", text.strip())
     if match is None:
@@ -37,7 +38,7 @@ HALF_A_PAIR = "has half of a surrogate pair, which is no character"
 
 
 def has_half_a_pair(text: str) -> bool:
-    """Whether a text holds what is no character, as JSON's "\\ud800" makes it."""
+    """True for text with half of a surrogate pair, which JSON's "\\ud800" makes and UTF-8 cannot write."""
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -45,12 +46,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """Text without the control characters that a terminal would obey; tabs and line breaks stay."""
+    """Removes the control characters that a terminal would obey; tabs and line breaks stay."""
     return _CONTROL.sub("", text)
 
 
 def writable(value: Any) -> Any:
-    """Text, or text anywhere in mappings and lists, with the replacement character in place of what is no character."""
+    """Replaces halves of surrogate pairs, in a text or anywhere in mappings and lists, by the replacement character."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if has_half_a_pair(value) else value
     if isinstance(value, Mapping):

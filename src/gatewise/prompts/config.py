@@ -73,14 +73,14 @@ class SelectivePromptConfig(SavedWithNote, PeftConfig):
         self.peft_type = peft_type("SELECTIVE_PROMPT")
         self._came_with_base = self.made_for is not None
         for name in ("num_prompt_tokens", "bottleneck"):
-            _check_whole(name, getattr(self, name))
+            setattr(self, name, _whole(name, getattr(self, name)))
         tau: Any = self.tau
         if not is_number(tau) or not 0 < tau <= 1:
             raise GatewiseError(f"tau is {tau!r}: expected a number above 0 and at most 1")
         if self.balanced not in (True, False, None):
             raise GatewiseError(f"balanced is {self.balanced!r}: expected True, False or None")
         if self.phm is not None:
-            _check_whole("phm", self.phm)
+            self.phm = _whole("phm", self.phm)
             if self.bottleneck % self.phm:
                 raise GatewiseError(f"phm is {self.phm}, which does not divide bottleneck {self.bottleneck}: expected a divisor")
         if self.activation not in get_args(Activation):
@@ -113,9 +113,10 @@ class SelectivePromptConfig(SavedWithNote, PeftConfig):
             raise GatewiseError(
                 f"prompt_layers is {layers!r}: expected a list of different layer numbers from 0, such as [3, 7], or None to search"
             )
-        self.prompt_layers = sorted(layers)
+        self.prompt_layers = sorted(map(int, layers))
 
 
-def _check_whole(name: str, value: Any) -> None:
+def _whole(name: str, value: Any) -> int:
     if not is_whole(value) or value < 1:
         raise GatewiseError(f"{name} is {value!r}: expected a whole number of at least 1")
+    return int(value)  # NumPy's would not go into the JSON file

@@ -92,13 +92,13 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
     takes_order = False
 
     def __post_init__(self) -> None:
+        self._check_ranges()
         if self.lora_alpha is None:
             self.lora_alpha = self.r
         super().__post_init__()
         self.peft_type = peft_type("ROUTED_LORA")
         if self.target_modules is None:
             self.target_modules = "all-linear"
-        self._check_ranges()
         self._check_variants()
         if self.experts is not None and not is_order(self.experts):
             raise GatewiseError(
@@ -109,6 +109,7 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         for name, number in (("r", self.r), ("top_k", self.top_k)):
             if not is_whole(number) or number < 1:
                 raise GatewiseError(f"{name} is {number!r}: expected a whole number of at least 1")
+            setattr(self, name, int(number))  # NumPy's would not go into the JSON file
         for name, value, choices in (
             ("pooler", self.pooler, get_args(Pooler)),
             ("activation", self.activation, get_args(Activation)),
