@@ -130,11 +130,9 @@ class TreeFile:
     Attributes:
         records: those that could be read, in their order.
         faults: number of a record -> what is wrong with it, a whole sentence.
-        notes: what was put right, a whole sentence each (only where repair was asked for); then those of ``unapproved``.
+        notes: what was put right, a whole sentence each (only where repair was asked for).
         count: records in the file, read or not.
         repaired: numbers of the records that have a tree only after a repair.
-        unapproved: number of a record that was approved with its tree as it was before a repair -> that it counts as corrected, a
-            whole sentence.
     """
 
     source: str
@@ -143,7 +141,6 @@ class TreeFile:
     notes: tuple[str, ...]
     count: int
     repaired: frozenset[int] = frozenset()
-    unapproved: dict[int, str] = field(default_factory=dict)
 
 
 def read_trees(path: str | Path, *, repair: bool = False) -> TreeFile:
@@ -177,7 +174,6 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
     faults: dict[int, str] = {}
     notes: list[str] = []
     repaired: set[int] = set()
-    unapproved: dict[int, str] = {}
     for number, item in enumerate(items, start=1):
         where = f"{name}, record {number}"
         try:
@@ -191,23 +187,18 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
                 repaired.add(number)
                 if record.more.get("review") in _REVIEWED:
                     if record.more["review"] == "approved":
-                        unapproved[number] = _unapproved(record)
+                        said = (record.reviewed or {}).get("by")
+                        notes.append(
+                            f"{where}: the tree of {short(record.text)} that was approved{f' by {said}' if said else ''} is another"
+                            " one after the repair, so it counts as corrected: read it and approve it anew"
+                        )
                     more = {key: value for key, value in record.more.items() if key != "reviewed"}
                     record = replace(record, more={**more, "review": "corrected"})
         except GatewiseError as error:
             faults[number] = str(error)
         else:
             records.append(record)
-    return TreeFile(name, tuple(records), faults, (*notes, *unapproved.values()), len(items), frozenset(repaired), unapproved)
-
-
-def _unapproved(record: TreeRecord) -> str:
-    said = (record.reviewed or {}).get("by")
-    by = f" by {said}" if isinstance(said, str) and said else ""
-    return (
-        f"the tree of {short(record.text)} that was approved{by} is another one after the repair, so it counts as corrected: read"
-        " it and approve it anew"
-    )
+    return TreeFile(name, tuple(records), faults, tuple(notes), len(items), frozenset(repaired))
 
 
 def short(text: str) -> str:

@@ -229,7 +229,6 @@ def test_an_approved_tree_that_is_repaired_is_said_to_be_another_one(trees: Path
     session.close()
     session = Session.open(str(out), repair=not saved)
     assert session.passage(1).now.state == "approved"
-    assert not any("was approved by Ada" in note for note in session.notes)
     assert session.passage(1).past[-1].state == "corrected"
     session.save()
     assert [one["review"] for one in lines(out)] == ["approved", "approved"]
@@ -250,17 +249,12 @@ def test_an_approved_tree_of_another_file_that_is_repaired_is_said_to_be_another
             ("approved", {"by": "Bea"}),
             ("drafted", None),
         ]
-        assert [note.endswith('node 2: logical_rel "null" with 3 triples is read as "and"') for note in session.notes] == [
-            True,
-            True,
-            False,
-        ]
-        assert "was approved by Ada is another one after the repair, so it counts as corrected" in session.notes[2]
+        assert sum(note.endswith('node 2: logical_rel "null" with 3 triples is read as "and"') for note in session.notes) == 2
+        assert sum("was approved by Ada is another one after the repair" in note for note in session.notes) == 1
         session.approve(1, session.passage(1).version)
         session.save()
     with closing(Session.open(str(trees), repair=True)) as session:
         assert session.passage(1).now.state == "approved"
-        assert not any("was approved by Ada" in note for note in session.notes)
 
 
 def test_no_record_of_the_file_of_corrections_is_lost_by_a_save(trees: Path) -> None:

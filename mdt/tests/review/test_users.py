@@ -142,12 +142,9 @@ HASHES = [sha256(bytes([i])).hexdigest() for i in range(3)]
         ('{"Ada": "secret"}', "beside 'Ada' is no SHA-256"),
         ('{"Ada": {"token": "x"}}', "beside 'Ada' is no SHA-256"),
         (json.dumps({"Ada": HASHES[0].upper()}), "no SHA-256"),
-        (f'{{"Ada": "{HASHES[0]}", "Ada": "{HASHES[1]}"}}', "'Ada' twice"),
         (json.dumps({"Ada": HASHES[0], "ADA": HASHES[1]}), "a reviewer 'Ada' already"),
         (json.dumps({"Ada": HASHES[0], "A d a": HASHES[1]}), "a reviewer 'Ada' already"),
-        (json.dumps({"Ada": HASHES[0], "Bea": HASHES[0]}), "'Bea' has the token of another"),
         (json.dumps({" ": HASHES[0]}), "expected a name"),
-        (json.dumps({"Ada ": HASHES[0]}), "begins or ends with a blank"),
     ],
 )
 def test_a_bad_file_is_one_sentence_and_lets_nobody_in(users: UserFile, content: str, said: str) -> None:

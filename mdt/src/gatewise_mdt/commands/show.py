@@ -48,7 +48,7 @@ def show(
         faults = {}
     written = give(records, format, out, several=len(records) > 1)
     for note in read.notes:
-        if record is None or f", record {record}: " in note or note == read.unapproved.get(record):
+        if record is None or f", record {record}: " in note:
             say(f"repaired: {note}", err=True)
     if written:
         say(f"written: {written}")

@@ -44,8 +44,8 @@ def read_document(path: str | Path) -> Document:
 def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
     """The paths, with what can be read in each folder in its place: its documents and those of folders in it, by name.
 
-    What is no file, files of other kinds, hidden ones and those by which Word locks a document ("~$...") are passed over. Links
-    to folders are followed, each folder once.
+    What is no file, files of other kinds, hidden ones and those by which Word locks a document ("~$...") are passed over, and links
+    to folders.
 
     Raises:
         GatewiseError: a folder has no document, or cannot be read.
@@ -57,13 +57,8 @@ def documents_in(paths: Sequence[str | Path]) -> list[str | Path]:
             continue
         faults: list[OSError] = []
         inside = []
-        seen = {os.path.realpath(path)}  # or links to folders could lead round in a circle
-        for folder, folders, names in os.walk(path, onerror=faults.append, followlinks=True):
-            places: dict[str, str] = {}
-            for name in sorted(name for name in folders if not name.startswith(".")):
-                places.setdefault(os.path.realpath(Path(folder) / name), name)
-            folders[:] = [name for place, name in places.items() if place not in seen]
-            seen |= places.keys()
+        for folder, folders, names in os.walk(path, onerror=faults.append):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             inside += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
         if faults:
             raise GatewiseError(f"{path} cannot be read ({reason_of(faults[0])})")

@@ -23,8 +23,6 @@ ALIKE = 0.6
 """From this share of words in common on, a passage passes for a changed one and not for a new one."""
 # What a record says of its place in its document; the newer one has its own.
 _OF_THE_DOCUMENT = (*ORIGIN, CARRIED_KEY)
-# A text that another program wrote under CARRIED_KEY may be anything, and comparing can take the cube of its length.
-_LONGEST, _MOST_PAIRS = 100_000, 400_000
 _CLOSEST = 5  # of the older passages with the most words in common, so many are compared word for word
 Kind = Literal["same", "gone", "new"]
 
@@ -206,18 +204,9 @@ def difference(old: str, new: str) -> list[tuple[Kind, str]]:
     """Two texts in pieces that both have, that only the old one has, and that only the new one has, in the order of reading.
 
     Words, numbers with their units, ranges and fractions are taken whole (:mod:`gatewise_mdt.wholes`): "5 mg" became "50 mg", and
-    not "5" "50". What has next to nothing in common, or is far longer than a passage is, is one change: a page waits for this.
+    not "5" "50".
     """
-    if max(len(old), len(new)) > _LONGEST:
-        return [("gone", old), ("new", new)]
     before, after = pieces(old)[0], pieces(new)[0]
-    head = _alike_from(before, after)
-    tail = _alike_from(before[head:][::-1], after[head:][::-1])
-    i, j = len(before) - tail, len(after) - tail
-    if (i - head) * (j - head) > _MOST_PAIRS:
-        middle: list[tuple[Kind, str]] = [("gone", "".join(before[head:i])), ("new", "".join(after[head:j]))]
-        whole: list[tuple[Kind, str]] = [("same", "".join(before[:head])), *middle, ("same", "".join(before[i:]))]
-        return [one for one in whole if one[1]]
     made: list[tuple[Kind, str]] = []
     for operation, i, k, j, m in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         if operation == "equal":
@@ -225,11 +214,6 @@ def difference(old: str, new: str) -> list[tuple[Kind, str]]:
         else:
             made += [("gone", "".join(before[i:k])), ("new", "".join(after[j:m]))]
     return _joined([one for one in made if one[1]])
-
-
-def _alike_from(one: Sequence[str], other: Sequence[str]) -> int:
-    """With how many equal pieces two texts begin."""
-    return next((i for i, both in enumerate(zip(one, other, strict=False)) if both[0] != both[1]), min(len(one), len(other)))
 
 
 def _joined(parts: list[tuple[Kind, str]]) -> list[tuple[Kind, str]]:

@@ -4,7 +4,7 @@ Every edit keeps the tree whole: each condition has two children, each decision 
 empty phrase or no triple; :func:`fault_of` says so, by the rules of :mod:`gatewise_mdt.checks` and no others.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gatewise.checks import is_whole
@@ -20,6 +20,14 @@ _MOST_CHARACTERS = 2000
 _MOST_NODES, _MOST_TRIPLES = 400, 100  # the largest published tree has 9 nodes
 
 
+# fmt: off
+EDITS = (
+    "join", "set_triple", "add_triple", "remove_triple", "to_condition", "to_decision", "delete", "swap", "keep_branch",
+    "put_above",
+)
+# fmt: on
+
+
 class Fault(NamedTuple):
     """What is wrong with a tree, and at which node (from 0); None where it is no single node's fault."""
 
@@ -29,7 +37,7 @@ class Fault(NamedTuple):
 
 def empty_tree() -> Nodes:
     """The tree to begin with by hand: it recommends nothing."""
-    return [_empty_leaf()]
+    return [{"role": "D", "triples": [], "logical_rel": "null"}]
 
 
 def fault_of(nodes: Nodes) -> Fault | None:
@@ -76,86 +84,52 @@ def apply(nodes: Nodes, edit: str, arguments: Mapping[str, Any], language: Langu
     wherever they stand now.
 
     Args:
-        edit: a key of ``EDITS``.
-        arguments: ``node`` (from 0), and what the edit takes besides.
+        edit: one of ``EDITS``.
+        arguments: ``node`` (from 0), and what the edit takes besides: ``triple`` (from 0), its ``parts``, ``join`` or ``side``.
         language: of the relation that a new triple begins with.
 
     Raises:
         GatewiseError: there is no such edit or node, or an argument does not fit.
     """
-    if edit not in EDITS:
-        raise GatewiseError(f"the edit is {checks.shown(edit)}: expected one of {', '.join(EDITS)}")
-    function, wanted = EDITS[edit]
     at = _number(arguments, "node", len(nodes), "node")
-    own = {**nodes[at], "triples": [list(triple) for triple in nodes[at]["triples"]]}  # the only one that an edit writes into
-    made = function([*nodes[:at], own, *nodes[at + 1 :]], at, *(_READERS[name](arguments, own, language) for name in wanted))
+    old, before, end = nodes[at], nodes[:at], subtree_end(nodes, at)
+    own = {**old, "triples": [list(triple) for triple in old["triples"]]}  # the only one that an edit writes into
+    here = [own, *nodes[at + 1 : end]]  # what comes into the place of the node and of all that hangs on it
+    match edit:
+        case "join":
+            own["logical_rel"] = _one_of(arguments, "join", ("and", "or"))
+        case "set_triple":
+            number = _number(arguments, "triple", len(own["triples"]), "triple")
+            own["triples"][number] = _some_parts(own["triples"][number], arguments.get("parts"))
+        case "add_triple":
+            own["triples"].append(_new_triple(own, arguments.get("parts") or ["", "", ""], language))
+        case "remove_triple":
+            del own["triples"][_number(arguments, "triple", len(own["triples"]), "triple")]
+        case "to_condition":  # a decision becomes one over two empty leaves
+            here = here if own["role"] == "C" else [own, *empty_tree(), *empty_tree()]
+            own["role"] = "C"
+        case "to_decision":  # what hung on it is gone
+            own["role"] = "D"
+            here = [own]
+        case "delete":
+            here = empty_tree()
+        case "swap":
+            yes, no = _branches(nodes, at)
+            here = [own, *no, *yes]
+        case "keep_branch":  # the condition goes, with its other branch
+            yes, no = _branches(nodes, at)
+            here = yes if _one_of(arguments, "side", ("true", "false")) == "true" else no
+        case "put_above":  # a condition, still without triples, over the node and an empty leaf
+            above = {"role": "C", "triples": [], "logical_rel": "null"}
+            on_yes = _one_of(arguments, "side", ("true", "false")) == "true"
+            here = [above, *here, *empty_tree()] if on_yes else [above, *empty_tree(), *here]
+        case _:
+            raise GatewiseError(f"the edit is {checks.shown(edit)}: expected one of {', '.join(EDITS)}")
+    made = [*before, *here, *nodes[end:]]
     if len(made) > _MOST_NODES or any(len(node["triples"]) > _MOST_TRIPLES for node in made):
         raise GatewiseError(f"the tree would have more than {_MOST_NODES} nodes, or a node more than {_MOST_TRIPLES} triples")
-    now = _joined(own)
-    return [(nodes[at] if now == nodes[at] else now) if node is own else node for node in made]
-
-
-# ---- edits at a node ----
-
-
-def _join(nodes: Nodes, at: int, join: str) -> Nodes:
-    nodes[at]["logical_rel"] = join
-    return nodes
-
-
-def _set_triple(nodes: Nodes, at: int, number: int, triple: list[str]) -> Nodes:
-    nodes[at]["triples"][number] = triple
-    return nodes
-
-
-def _add_triple(nodes: Nodes, at: int, triple: list[str]) -> Nodes:
-    nodes[at]["triples"].append(triple)
-    return nodes
-
-
-def _remove_triple(nodes: Nodes, at: int, number: int) -> Nodes:
-    del nodes[at]["triples"][number]
-    return nodes
-
-
-def _to_condition(nodes: Nodes, at: int) -> Nodes:
-    """A decision becomes a condition over two empty leaves."""
-    if nodes[at]["role"] == "C":
-        return nodes
-    nodes[at]["role"] = "C"
-    return [*nodes[: at + 1], _empty_leaf(), _empty_leaf(), *nodes[at + 1 :]]
-
-
-def _to_decision(nodes: Nodes, at: int) -> Nodes:
-    """A condition becomes a decision; what hung on it is gone."""
-    end = subtree_end(nodes, at)
-    nodes[at]["role"] = "D"
-    return [*nodes[: at + 1], *nodes[end:]]
-
-
-def _delete(nodes: Nodes, at: int) -> Nodes:
-    """An empty leaf takes the place of a node and all that hangs on it."""
-    return [*nodes[:at], _empty_leaf(), *nodes[subtree_end(nodes, at) :]]
-
-
-def _swap(nodes: Nodes, at: int) -> Nodes:
-    """A condition's two branches change places."""
-    yes, no, end = _branches(nodes, at)
-    return [*nodes[:yes], *nodes[no:end], *nodes[yes:no], *nodes[end:]]
-
-
-def _keep_branch(nodes: Nodes, at: int, side: str) -> Nodes:
-    """A condition goes, with one of its branches; the other takes its place."""
-    yes, no, end = _branches(nodes, at)
-    kept = nodes[yes:no] if side == "true" else nodes[no:end]
-    return [*nodes[:at], *kept, *nodes[end:]]
-
-
-def _put_above(nodes: Nodes, at: int, side: str) -> Nodes:
-    """A new condition, still without triples, comes above a node; its other branch is an empty leaf."""
-    end = subtree_end(nodes, at)
-    branches = [*nodes[at:end], _empty_leaf()] if side == "true" else [_empty_leaf(), *nodes[at:end]]
-    return [*nodes[:at], {"role": "C", "triples": [], "logical_rel": "null"}, *branches, *nodes[end:]]
+    own["logical_rel"] = checks.fitting_join(own["logical_rel"], len(own["triples"]))
+    return [old if node is own and own == old else node for node in made]
 
 
 def subtree_end(nodes: Nodes, at: int) -> int:
@@ -167,20 +141,11 @@ def subtree_end(nodes: Nodes, at: int) -> int:
     return at
 
 
-def _branches(nodes: Nodes, at: int) -> tuple[int, int, int]:
+def _branches(nodes: Nodes, at: int) -> tuple[Nodes, Nodes]:
     if nodes[at]["role"] != "C":
         raise GatewiseError(f"node {at + 1} is a decision, which has no branches")
     no = subtree_end(nodes, at + 1)
-    return at + 1, no, subtree_end(nodes, no)
-
-
-def _empty_leaf() -> dict[str, Any]:
-    return {"role": "D", "triples": [], "logical_rel": "null"}
-
-
-def _joined(node: dict[str, Any]) -> dict[str, Any]:
-    """A node whose triples became one, or several, has the logical_rel that goes with it."""
-    return {**node, "logical_rel": checks.fitting_join(node["logical_rel"], len(node["triples"]))}
+    return nodes[at + 1 : no], nodes[no : subtree_end(nodes, no)]
 
 
 # ---- arguments ----
@@ -193,33 +158,21 @@ def _number(arguments: Mapping[str, Any], name: str, count: int, what: str) -> i
     return value
 
 
-def _which_triple(arguments: Mapping[str, Any], node: dict[str, Any], language: Language) -> int:
-    return _number(arguments, "triple", len(node["triples"]), "triple")
+def _one_of(arguments: Mapping[str, Any], name: str, values: tuple[str, str]) -> str:
+    if arguments.get(name) not in values:
+        raise GatewiseError(f'{name} is {checks.shown(arguments.get(name))}, expected "{values[0]}" or "{values[1]}"')
+    return str(arguments[name])
 
 
-def _which_join(arguments: Mapping[str, Any], node: dict[str, Any], language: Language) -> str:
-    if arguments.get("join") not in ("and", "or"):
-        raise GatewiseError(f'join is {checks.shown(arguments.get("join"))}, expected "and" or "or"')
-    return str(arguments["join"])
-
-
-def _which_side(arguments: Mapping[str, Any], node: dict[str, Any], language: Language) -> str:
-    if arguments.get("side") not in ("true", "false"):
-        raise GatewiseError(f'side is {checks.shown(arguments.get("side"))}, expected "true" or "false"')
-    return str(arguments["side"])
-
-
-def _some_parts(arguments: Mapping[str, Any], node: dict[str, Any], language: Language) -> list[str]:
+def _some_parts(old: list[str], given: Any) -> list[str]:
     """The triple with those parts that were given; null leaves a part as it is, which another edit may just have set."""
-    old, given = node["triples"][_which_triple(arguments, node, language)], arguments.get("parts")
     if isinstance(given, list) and len(given) == 3:
         given = [before if part is None else part for before, part in zip(old, given, strict=True)]
     return _parts(given)
 
 
-def _new_triple(arguments: Mapping[str, Any], node: dict[str, Any], language: Language) -> list[str]:
+def _new_triple(node: dict[str, Any], given: Any, language: Language) -> list[str]:
     """The triple that was given, with what it leaves out as it mostly is in a node of its kind."""
-    given = arguments.get("parts") or ["", "", ""]
     if isinstance(given, list) and len(given) == 3 and not given[1]:
         usual = "clinical manifestation" if node["role"] == "C" else "therapeutic schedule"
         before = node["triples"][-1][1] if node["triples"] else relation_in(usual, language)
@@ -239,25 +192,3 @@ def _short(triple: checks.TripleParts) -> list[str]:
     if any(len(part) > _MOST_CHARACTERS for part in triple):
         raise GatewiseError(f"a phrase is longer than {_MOST_CHARACTERS} characters, expected a few words of the text")
     return list(triple)
-
-
-_READERS: dict[str, Callable[[Mapping[str, Any], dict[str, Any], Language], Any]] = {
-    "triple": _which_triple,
-    "parts": _some_parts,
-    "new": _new_triple,
-    "join": _which_join,
-    "side": _which_side,
-}
-# edit -> what carries it out, and the arguments that it takes after the node
-EDITS: dict[str, tuple[Callable[..., Nodes], tuple[str, ...]]] = {
-    "join": (_join, ("join",)),
-    "set_triple": (_set_triple, ("triple", "parts")),
-    "add_triple": (_add_triple, ("new",)),
-    "remove_triple": (_remove_triple, ("triple",)),
-    "to_condition": (_to_condition, ()),
-    "to_decision": (_to_decision, ()),
-    "delete": (_delete, ()),
-    "swap": (_swap, ()),
-    "keep_branch": (_keep_branch, ("side",)),
-    "put_above": (_put_above, ("side",)),
-}

@@ -80,13 +80,11 @@ class Corrections:
 
     Attributes:
         repaired: numbers of the records that have a tree only after a repair, which is not in the file yet.
-        unapproved: see :class:`gatewise_mdt.TreeFile`.
         notes: what was put right, a sentence each.
     """
 
     records: Sequence[TreeRecord] = ()
     repaired: frozenset[int] = frozenset()
-    unapproved: Mapping[int, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
@@ -156,8 +154,7 @@ class ReviewFiles:
         read = read_trees(self.out, repair=repair)
         if read.faults:
             raise GatewiseError(f"{next(iter(read.faults.values()))}; mend the record, or name another file with --out")
-        notes = [note for note in read.notes if note not in read.unapproved.values()]
-        return Corrections(read.records, read.repaired, read.unapproved, notes)
+        return Corrections(read.records, read.repaired, read.notes)
 
     def read_draft(self) -> Draft:
         """What the last review left.

@@ -130,13 +130,9 @@ def _merged(row: _Row, notes: list[str], corrections: Corrections) -> Passage:
     if record is not None:
         known = [(version.nodes, version.state) for version in (old.now, old.saved) if version is not None] if old else []
         saved = version_of(record, "drafted")
-        is_known = (saved.nodes, saved.state) in known
         repaired = record.number in corrections.repaired
-        if record.number in corrections.unapproved:
-            if (saved.nodes, "approved") in known:
-                is_known = True  # somebody approved it as the repair left it
-            else:
-                notes.append(corrections.unapproved[record.number])
+        # Somebody may have approved it as the repair left it.
+        is_known = (saved.nodes, saved.state) in known or (repaired and (saved.nodes, "approved") in known)
         # What a file of corrections holds beside the tree is as old as the tree.
         more = _placed({**(first.more if first else {}), **others(record.more)}, source)
         if old is None:

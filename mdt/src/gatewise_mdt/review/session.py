@@ -528,9 +528,6 @@ def _come_in(file: str | None, out: Path | None, population: str | None, repair:
 def _put_together(files: ReviewFiles, source: Source, repair: bool = False) -> tuple[list[Passage], list[str], Draft]:
     saved, draft = files.read_saved(repair), files.read_draft()
     passages, notes = merged(source.passages, saved, draft)
-    # An earlier review may have approved the tree as the repair left it, or have another one.
-    open_ = {(passage.text, str(passage.now.nodes)) for passage in passages if passage.now.state == "corrected"}
-    notes += [said for passage, said in source.unapproved if (passage.text, str(passage.now.nodes)) in open_ and said not in notes]
     return passages, [*source.faults, *saved.notes, *notes], draft
 
 

@@ -18,6 +18,7 @@ from gatewise_mdt.spans import locate_tree, part_of
 from gatewise_mdt.tree import DecisionTree
 
 _MOST_ENTRIES = 100  # of a history that a page is sent
+_LONGEST = 5000  # characters that are compared with those of an older text; a passage has fewer
 
 
 def overview(session: Session) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _carried(passage: Passage) -> dict[str, Any] | None:
     origin = [held.get("from"), held.get("place"), reviewed.get("by") if isinstance(reviewed, dict) else None]
     return {
         "from": ", ".join(_texts([one for one in origin if one])),
-        "difference": difference(old, passage.text) if isinstance(old, str) else None,
+        "difference": difference(old[:_LONGEST], passage.text[:_LONGEST]) if isinstance(old, str) else None,
     }
 
 

@@ -2,7 +2,6 @@
 
 import os
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,10 @@ from gatewise_mdt.samples import NAME, sample
 
 @dataclass(frozen=True)
 class Source:
-    """Passages to review, and what could not be read, was left out or was put right, a sentence each.
-
-    Attributes:
-        unapproved: passages whose tree was approved and is another one after a repair, each with a sentence that says so.
-    """
+    """Passages to review, and what could not be read, was left out or was put right, a sentence each."""
 
     passages: list[Passage]
     faults: list[str]
-    unapproved: Sequence[tuple[Passage, str]] = ()
 
 
 def read_source(file: str, *, population: str | None = None, repair: bool = False) -> Source:
@@ -80,14 +74,7 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
         read = trees_of(content, name, suffix, repair=repair)
         if not read.records:
             raise GatewiseError(next(iter(read.faults.values())))
-        passages = [_passage_of(record) for record in read.records]
-        notes = [note for note in read.notes if note not in read.unapproved.values()]
-        unapproved = [
-            (passage, read.unapproved[record.number])
-            for passage, record in zip(passages, read.records, strict=True)
-            if record.number in read.unapproved
-        ]
-        return Source(passages, [*read.faults.values(), *notes], unapproved)
+        return Source([_passage_of(record) for record in read.records], [*read.faults.values(), *read.notes])
     if suffix not in (".txt", ".md", ".markdown", ".pdf", ".docx"):
         raise GatewiseError(
             f"{name}: the name ends in {suffix!r}, expected a text (.txt, .md, .pdf, .docx) or trees (.json, .jsonl)"
