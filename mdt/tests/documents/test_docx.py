@@ -134,14 +134,6 @@ def test_an_odd_table_is_read_on(odd: str) -> None:
     assert texts(document) == expected
 
 
-def test_a_deleted_row_is_left_out_and_one_in_a_content_control_is_not() -> None:
-    document = table("Give|5 mg", "Give|10 mg")
-    made = document.tables[0]._tbl
-    made.tr_lst[0].insert(0, element("trPr", '<w:del w:id="5" w:author="a"/>'))
-    made.append(element("sdt", f"<w:sdtContent><w:tr><w:tc><w:p>{run('not ever')}</w:p></w:tc></w:tr></w:sdtContent>"))
-    assert texts(document) == ["Give 10 mg", "not ever"]
-
-
 def test_the_title_stands_above_all_headings() -> None:
     document = docx.Document()
     document.add_heading("Gout in adults", 0)
@@ -181,48 +173,12 @@ def test_the_notes_say_what_was_left_out() -> None:
     assert len(said) == 7
 
 
-def test_an_ordinary_document_has_no_notes() -> None:
-    document = docx.Document()
-    document.add_paragraph("Give colchicine.")
-    assert read(document).notes == ()
-
-
-def test_a_file_that_breaks_while_it_is_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise KeyError("no such part")
-
-    document = docx.Document()
-    document.add_paragraph("Give it.")
-    monkeypatch.setattr("gatewise_mdt.documents.docx._changes", broken)
-    with pytest.raises(GatewiseError, match=r"gout\.docx cannot be read as DOCX \('no such part'\): save it again"):
-        read(document)
-
-
 def with_style(document: Any, name: str, base: str, outline: int | None = None) -> str:
     made = document.styles.add_style(name, 1)
     made.base_style = document.styles[base]
     if outline is not None:
         made.element.get_or_add_pPr().append(element("outlineLvl", more=f'w:val="{outline}"'))
     return name
-
-
-def test_headings_by_a_style_that_is_based_on_one_and_by_outline_level() -> None:
-    document = docx.Document()
-    based = with_style(document, "Deeper", with_style(document, "Own", "Heading 1"))
-    outlined = with_style(document, "Outlined", "Normal", 1)
-    document.add_paragraph("Adults with asthma", style=based)
-    document.add_paragraph("Renal failure", style=outlined)
-    document.add_paragraph("Do not give NSAIDs.")
-    direct = document.add_paragraph("Children with asthma")
-    direct._p.get_or_add_pPr().append(element("outlineLvl", more='w:val="0"'))
-    document.add_paragraph("Offer montelukast.")
-    circle = with_style(document, "Round", with_style(document, "And round", "Normal"))
-    document.styles["And round"].base_style = document.styles[circle]
-    document.add_paragraph("Go on with it.", style=circle)
-    assert [one.text for one in split_passages(read(document))] == [
-        "Adults with asthma@Renal failure: Do not give NSAIDs.",
-        "Children with asthma@Offer montelukast. Go on with it.",
-    ]
 
 
 def test_hidden_text_is_left_out_with_a_note() -> None:
@@ -254,20 +210,6 @@ def test_a_document_that_expands_to_too_much_is_refused_before_it_is_read() -> N
         assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
     finally:
         tracemalloc.stop()
-
-
-def test_bold_lines_are_headings_where_no_style_says_so_and_sentences_in_bold_are_not() -> None:
-    document = docx.Document()
-    for text, bold in [
-        ("Adults with gout", True),
-        ("Give colchicine.", False),
-        ("Do not give NSAIDs.", True),
-        ("Table 1. Doses in children", True),
-        ("Renal failure:", True),
-        ("Give prednisolone.", False),
-    ]:
-        document.add_paragraph().add_run(text).bold = bold
-    assert [block.level for block in read(document).blocks] == [1, 0, 0, 0, 1, 0]
 
 
 def test_footnotes_follow_what_refers_to_them_and_a_table_of_contents_is_left_out() -> None:

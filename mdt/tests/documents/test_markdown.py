@@ -4,8 +4,6 @@ import pytest
 from gatewise_mdt.documents.passages import split_passages
 from gatewise_mdt.documents.reading import Document, document_of
 
-pytest.importorskip("markdown_it")
-
 
 def read(text: str) -> Document:
     return document_of(text.encode(), "gout.md", ".md")

@@ -71,7 +71,6 @@ def _numbered(lines: Sequence[str]) -> tuple[str, list[str]]:
 @properties
 @given(data=st.data())
 def test_every_word_is_somewhere(suffix: str, data: st.DataObject) -> None:
-    pytest.importorskip("markdown_it")
     kinds = _LINES + (_MARKED if suffix == ".md" else ["\f"])
     text, words = _numbered(data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=25)))
     try:

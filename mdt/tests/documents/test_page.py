@@ -8,7 +8,6 @@ import pytest
 from gatewise_mdt.documents.document import Block, Document
 from gatewise_mdt.documents.reading import document_of
 
-pytest.importorskip("pdfplumber")
 pytest.importorskip("reportlab")
 from reportlab.lib import colors
 from reportlab.lib.styles import ParagraphStyle
@@ -135,11 +134,6 @@ def test_a_frame_makes_a_box_and_a_frame_around_the_page_none() -> None:
     assert texts(read(story)) == ["Adults", "Give oxygen.", "Red flags:", "Call the team.", "Do not wait.", "Then wait."]
     framed = Table([[story]], colWidths=[490], rowHeights=[700], style=GRID)
     assert read([framed]).blocks[0] == Block("Adults", 1, "page 1")
-
-
-def test_words_that_stand_apart_without_a_table_are_noted() -> None:
-    (note,) = read([p(LONG), Table([["Signed by", "Dr. No"]], colWidths=[200, 200]), p(LONG)]).notes
-    assert note.startswith("a.pdf: words stand apart on page 1 as in a table, but none was found")
 
 
 def test_a_heading_at_the_left_of_what_comes_below_two_columns_stays_with_it() -> None:

@@ -14,7 +14,6 @@ NSAIDS = "Do not give NSAIDs."
 
 
 def read(text: str, suffix: str = ".md", **settings: object) -> list[Passage]:
-    pytest.importorskip("markdown_it")
     return split_passages(document_of(text.encode(), f"a{suffix}", suffix), **settings)  # type: ignore[arg-type]
 
 
@@ -113,7 +112,6 @@ def test_a_second_half_without_a_first_is_noted() -> None:
 
 
 def test_a_row_that_is_too_long_says_its_beginning_again() -> None:
-    pytest.importorskip("markdown_it")
     cells = [f"{number} mg in the morning and nothing in the evening" for number in range(5)]
     table = f"|Drug|{'|'.join('ABCDE')}|\n|{'---|' * 6}\n|colchicine|{'|'.join(cells)}|"
     parts = read(table, most=150)
@@ -131,7 +129,6 @@ def test_no_number_is_cut_from_its_unit() -> None:
 
 
 def test_places_are_those_of_the_document_as_it_was_read() -> None:
-    pytest.importorskip("markdown_it")
     document = document_of(
         b"# Adults\n\n## Gout\n\nGive colchicine.\n\n- 5 mg\n\n## Asthma\n\nadults@Give salbutamol.", "a.md", ".md"
     )

@@ -79,17 +79,6 @@ def test_pages_with_pictures_are_named() -> None:
     assert note.startswith("gout.pdf has pictures on pages 2-3 of 4, which were not read: if they show text, such as a flow chart,")
 
 
-def test_a_form_that_draws_itself_and_a_damaged_picture_stop_nothing() -> None:
-    writer = pages(2)
-    circle = form(writer, picture(writer))
-    draws(circle.get_object(), [circle])
-    damaged = picture(writer)
-    del damaged.get_object()["/Width"]
-    draws(writer.pages[0], [circle])
-    draws(writer.pages[1], [damaged])
-    assert not [one for one in notes(writer) if "pictures" in one]
-
-
 def test_a_page_whose_text_was_recognised_has_been_read() -> None:
     writer = pages(1)
     draws(writer.pages[0], [picture(writer)])
@@ -97,17 +86,6 @@ def test_a_page_whose_text_was_recognised_has_been_read() -> None:
     page = writer.pages[0]
     contents(writer, page, page.get_contents().get_data().replace(b"BT ", b"BT 3 Tr "))
     assert notes(writer) == ()
-
-
-def test_pages_that_share_what_they_could_draw() -> None:
-    writer = pages(3)
-    shared = [picture(writer)]
-    for page in writer.pages:
-        draws(page, shared)
-    for number in (0, 2):
-        contents(writer, writer.pages[number], writer.pages[number].get_contents().get_data().replace(b"/Drawing0 Do", b""))
-    (note,) = [one for one in notes(writer) if "pictures" in one]
-    assert "pictures on page 2 of 3" in note
 
 
 RAISED = "<super rise=4 size=5>{}</super>".format

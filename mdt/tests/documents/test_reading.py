@@ -10,10 +10,7 @@ from types import SimpleNamespace
 import pytest
 from gatewise_mdt.documents.passages import Passage, split_passages
 from gatewise_mdt.documents.reading import Block, Document, document_of, documents_in, population_mark, read_document
-from hypothesis import given
-from hypothesis import strategies as st
 from mdt_models import pdf
-from mdt_trees import properties
 
 from gatewise.errors import GatewiseError
 
@@ -44,19 +41,6 @@ def passages(path: Path, **settings: object) -> list[Passage]:
     return split_passages(read_document(path), **settings)  # type: ignore[arg-type]
 
 
-def test_markdown_gives_passages_under_headings(tmp_path: Path) -> None:
-    pytest.importorskip("markdown_it")
-    file = tmp_path / "gout.md"
-    file.write_text(MARKDOWN)
-    first, second, third = passages(file)
-    assert first.text == "Gout@About the disease, in a few words."
-    assert second.population == "Adults with gout"
-    assert second.passage == f"Gout: {FLARE} If the kidneys fail, give prednisolone: 30 mg daily; for five days"
-    assert second.where == "line 7"
-    assert third.headings == ("Gout", "Adults with gout", "1.2 Treatment")
-    assert third.text == "Adults with gout@Gout: Treatment: Without a flare, check uric acid. Drug: colchicine. Dose: 0.5 mg."
-
-
 def test_plain_text_has_a_population_before_the_at_sign_or_under_a_heading(tmp_path: Path) -> None:
     file = tmp_path / "gout.txt"
     file.write_text(
@@ -82,20 +66,6 @@ def test_a_pdf_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert [one.population for one in found] == ["Adults with gout 1", "Adults with gout 2", "Adults with gout 3"]
     assert found[1].where == "page 2"
     assert found[0].passage == lines.replace("non-\n", "non-").replace("inflam-\n", "inflam").replace("\n", " ")
-
-
-def test_a_docx_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    docx = pytest.importorskip("docx")
-    document = docx.Document()
-    document.add_heading("Gout", 0)
-    document.add_heading("Children with gout", 2)
-    document.add_paragraph(FLARE)
-    cells = document.add_table(1, 2).rows[0].cells
-    cells[0].text, cells[1].text = "naproxen", "250 mg"
-    document.save(str(tmp_path / "gout.docx"))
-    (only,) = passages(tmp_path / "gout.docx")
-    assert only.text == f"Children with gout@Gout: {FLARE} naproxen 250 mg"
-    assert (only.headings, only.where) == (("Gout", "Children with gout"), "paragraph 3")
 
 
 def test_standard_input_is_text_or_markdown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,16 +125,6 @@ def test_a_long_passage_is_cut_between_sentences() -> None:
     assert all(len(one.passage) <= 300 and one.passage.endswith("。") for one in chinese)
 
 
-@properties
-@given(st.text(min_size=1, max_size=400), st.integers(50, 120))
-def test_no_passage_is_too_long_and_none_is_lost(text: str, most: int) -> None:
-    try:
-        found = split_passages(Document("x", (Block(" ".join(text.split())),)), most=most)
-    except GatewiseError:
-        return
-    assert all(one.passage.strip() and len(one.passage) <= most for one in found)
-
-
 @pytest.mark.parametrize(
     ("text", "at"),
     [
@@ -186,13 +146,6 @@ def test_an_address_or_a_dose_names_no_population(text: str, at: int) -> None:
     assert population_mark(text) == at
 
 
-def test_a_dose_at_night_stays_in_its_passage(tmp_path: Path) -> None:
-    file = tmp_path / "pain.txt"
-    file.write_text("Amitriptyline 10 mg @ night for adults with pain. If not tolerated, stop it.")
-    (only,) = passages(file)
-    assert (only.population, only.passage) == ("", file.read_text())
-
-
 @pytest.mark.parametrize("name", ["x" * 300 + ".txt", "Give colchicine for a flare. " * 20])
 def test_a_text_in_place_of_a_file_is_answered_in_a_sentence(name: str) -> None:
     with pytest.raises(GatewiseError, match=r"there is no such file.*standard input with -") as raised:
@@ -206,15 +159,9 @@ def test_a_document_knows_which_bytes_it_is_of(tmp_path: Path, monkeypatch: pyte
     file.write_bytes(content)
     expected = hashlib.sha256(content).hexdigest()
     assert read_document(file).sha256 == document_of(content, "b", ".TXT").sha256 == expected
-    pytest.importorskip("markdown_it")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
     (only,) = split_passages(read_document("-"))
     assert only.origin("stdin")["sha256"] == expected
-
-
-def test_what_is_made_of_no_bytes_has_no_hash() -> None:
-    (only,) = split_passages(Document("x", (Block(FLARE),)))
-    assert "sha256" not in only.origin("x")
 
 
 def test_what_in_a_folder_is_no_document(tmp_path: Path) -> None:

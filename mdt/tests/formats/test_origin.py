@@ -8,7 +8,7 @@ from typing import Any
 
 import fhir_rules
 import pytest
-from gatewise_mdt import DecisionTree, TreeRecord, read_trees, render
+from gatewise_mdt import DecisionTree, TreeRecord, render
 from gatewise_mdt.formats.origin import origin_of
 from gatewise_mdt.formats.views import write_view
 from gatewise_mdt.formats.words import words_for
@@ -81,20 +81,6 @@ def test_what_is_not_there_or_is_anything_else_is_not_said(more: dict[str, Any],
         assert fhir_rules.faults_of(json.loads(render([record], f"fhir-{release.lower()}")), release) == []
 
 
-def test_a_long_comment_is_shortened() -> None:
-    (first, *_) = origin_of(of(reviewed={"by": "Ben", "comment": "x " * 2000}))
-    assert len(first) < 350
-    assert first.endswith('…"')
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_json_keeps_the_keys(tmp_path: Path, suffix: str) -> None:
-    file = tmp_path / f"a{suffix}"
-    file.write_text(render([RECORD], "json") if suffix == ".json" else json.dumps(RECORD.to_json()))
-    (read,) = read_trees(file).records
-    assert {key: read.more[key] for key in MORE} == MORE
-
-
 def test_text_and_pages_say_it() -> None:
     said = [APPROVED, DOCUMENT, DRAFTED]
     assert render([RECORD], "text").splitlines()[-3:] == [f"# {one}" for one in said]
@@ -104,11 +90,6 @@ def test_text_and_pages_say_it() -> None:
     assert [unescape(one) for one in re.findall("<span>(.*?)</span>", line)] == said
     assert "<b>L." not in page
     assert 'class="origin"' not in render([TreeRecord(TEXT, TREE)], "html")
-
-
-def test_text_with_it_is_read_back(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(render([RECORD, RECORD], "text"))
-    assert [(one.text, one.tree) for one in read_trees(tmp_path / "a.txt").records] == [(TEXT, TREE)] * 2
 
 
 def test_drawings_say_it_unseen() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 from gatewise_mdt import DecisionTree, TreeRecord, render, sample, write_view
 from gatewise_mdt.formats.tables import dak_of, dmn_of, notes_of, table_of
@@ -52,29 +53,6 @@ def engine(xml: str) -> Run:
     return lambda facts: DMNEngine(table).result(types.SimpleNamespace(data=dict(facts), workflow=workflow))
 
 
-def by_hand(xml: str) -> Run:
-    """A decision table read off the XML: the one rule whose entries all fit. Expressions are names joined by one word."""
-    (table,) = ET.fromstring(xml).iter(f"{{{NS['']}}}decisionTable")
-    columns = [str(column.findtext("inputExpression/text", namespaces=NS)) for column in table.findall("input", NS)]
-    outputs = [output.attrib["name"] for output in table.findall("output", NS)]
-    rules = []
-    for rule in table.findall("rule", NS):
-        asked, made = (
-            [str(one.findtext("text", namespaces=NS)) for one in rule.findall(f"{kind}Entry", NS)] for kind in ("input", "output")
-        )
-        rules.append((asked, made))
-
-    def run(facts: dict[str, bool]) -> dict[str, Any]:
-        values = [(all if " and " in column else any)(facts[name] for name in re.split(" and | or ", column)) for column in columns]
-        fitting = [
-            made for asked, made in rules if all(one in ("-", str(value).lower()) for one, value in zip(asked, values, strict=True))
-        ]
-        ((number, words),) = fitting  # the hit policy UNIQUE
-        return dict(zip(outputs, (int(number), re.sub(r"\\(.)", r"\1", words[1:-1])), strict=True))
-
-    return run
-
-
 # DMN ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -95,11 +73,10 @@ def test_a_condition_is_a_column_and_a_way_a_rule() -> None:
     assert TEXT.split("@")[1] in description
 
 
-@pytest.mark.parametrize("run", [engine, by_hand])
-def test_every_combination_of_facts_comes_to_our_own_decision(run: Callable[[str], Run]) -> None:
+def test_every_combination_of_facts_comes_to_our_own_decision() -> None:
     count = 0
     for record in [*sample(), RECORD]:
-        evaluate = run(dmn_of([record]))
+        evaluate = engine(dmn_of([record]))
         for values in combinations(record.tree):
             facts = {f"tree_{record.number}_fact_{i}": value for i, value in enumerate(values, start=1)}
             made = evaluate(facts)
@@ -110,22 +87,20 @@ def test_every_combination_of_facts_comes_to_our_own_decision(run: Callable[[str
     assert count > 400
 
 
-@pytest.mark.parametrize("run", [engine, by_hand])
 @properties
 @given(nodes=preorders(most_conditions=2))
-def test_any_tree_comes_to_our_own_decision(run: Callable[[str], Run], nodes: list[dict[str, Any]]) -> None:
+def test_any_tree_comes_to_our_own_decision(nodes: list[dict[str, Any]]) -> None:
     tree = DecisionTree.from_preorder(nodes)
-    evaluate = run(dmn_of([TreeRecord("", tree)]))
+    evaluate = engine(dmn_of([TreeRecord("", tree)]))
     for values in combinations(tree):
         made = evaluate({f"tree_1_fact_{i}": value for i, value in enumerate(values, start=1)})
         assert made["node"] == wanted(tree, values)
 
 
-@pytest.mark.parametrize("run", [engine, by_hand])
-def test_texts_stay_texts(run: Callable[[str], Run]) -> None:
+def test_texts_stay_texts() -> None:
     nodes = [node("C", triple(HOSTILE, subject=HOSTILE)), node("D", triple(HOSTILE, "drug therapy", HOSTILE)), node("D")]
     record = TreeRecord(f"{HOSTILE}@{HOSTILE}", DecisionTree.from_preorder(nodes), 1, {"warnings": [HOSTILE]})
-    evaluate = run(dmn_of([record]))
+    evaluate = engine(dmn_of([record]))
     shown = " ".join(HOSTILE.replace("\x00", "\ufffd").replace("\ufffe", "\ufffd").split())
     assert evaluate({"tree_1_fact_1": True})["recommendation"] == f"{shown} (drug therapy; {shown})"
     assert evaluate({"tree_1_fact_1": False}) == {"node": 3, "recommendation": "no recommendation"}
@@ -162,7 +137,6 @@ def test_a_choice_is_said_in_words_and_in_a_note() -> None:
 
 
 def sheets(records: list[TreeRecord]) -> Any:
-    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install gatewise-mdt")
     return openpyxl.load_workbook(io.BytesIO(dak_of(records)))
 
 
@@ -230,7 +204,6 @@ def workbook_by_hand(table: dict[str, Any]) -> Run:
 
 
 def test_a_workbook_decides_as_we_do() -> None:
-    pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install gatewise-mdt")
     alone = DecisionTree.from_preorder([node("D", triple("rest", "therapeutic schedule"))])
     records = [*sample(), TreeRecord(TEXT, TREE, 99), TreeRecord("", alone, 100)]
     tables = read_as_who_does(dak_of(records))
@@ -337,7 +310,6 @@ def test_a_dose_is_no_alternative_to_a_drug() -> None:
 
 
 def test_a_cell_without_a_text_is_not_written_as_one() -> None:
-    pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install gatewise-mdt")
     with zipfile.ZipFile(io.BytesIO(dak_of([RECORD]))) as book:
         cells = [
             cell
@@ -361,7 +333,6 @@ def test_no_text_is_a_formula_and_none_is_cut_without_a_word() -> None:
 
 
 def test_a_table_with_phrases_longer_than_a_cell_decides_as_we_do() -> None:
-    pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install gatewise-mdt")
     long = "x " * 20_000
     leaves = [node("D", triple(f"{long}{i}", "drug therapy")) for i in range(2)]
     tree = DecisionTree.from_preorder([node("C", triple(f"{long}a"), triple(f"{long}b"), joined="or"), *leaves])
@@ -371,13 +342,6 @@ def test_a_table_with_phrases_longer_than_a_cell_decides_as_we_do() -> None:
 
 
 def test_a_workbook_is_written_and_not_shown(tmp_path: Path) -> None:
-    pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install gatewise-mdt")
     with pytest.raises(GatewiseError, match="write it to a file"):
         render([RECORD], "dak")
     assert write_view([RECORD], "dak", tmp_path / "trees.xlsx").read_bytes()[:2] == b"PK"
-
-
-def test_without_openpyxl_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
-    with pytest.raises(GatewiseError, match=r"pip install 'gatewise\[mdt\]'"):
-        dak_of([RECORD])

@@ -117,16 +117,6 @@ def test_a_draft_in_the_newer_file_of_corrections_is_nobodys_work() -> None:
     assert (made.now, made.beside and made.beside.nodes, done.beside) == (held, gout(), [1])
 
 
-def test_an_approved_tree_stays_though_an_extraction_was_taken_in_its_place() -> None:
-    session_like = (
-        replace(passages(TEXT)[0], now=Version(SHORT, "approved")).extracted(Version(gout(), "drafted"), -1).taken(1, True)
-    )
-    assert session_like.now.state == "drafted"
-    (made,), done = carry([session_like], [record(tree=[node("D", triple("x", "drug therapy"))], review="approved")], "old")
-    assert made is session_like
-    assert done.kept == [1]
-
-
 def test_a_newer_draft_gives_way_to_an_approved_tree_of_the_same_text_and_can_be_had_back() -> None:
     (before,) = passages(TEXT)
     draft = [node("D", triple("rest", "therapeutic schedule"))]
@@ -147,15 +137,6 @@ def test_beside_a_newer_draft_of_a_changed_text_lies_the_old_tree() -> None:
     assert carry([made], [record(review="approved")], "old")[0] == [made]
 
 
-def test_a_newer_draft_beside_which_the_old_tree_lies_already_says_where_it_comes_from() -> None:
-    (before,) = passages(CHANGED)
-    before = replace(before, now=Version(SHORT, "drafted"), beside=Version(gout(), "drafted"), extractions=1)
-    (made,), done = carry([before], [record(review="approved")], "old")
-    assert (made.now, made.beside, done.beside) == (before.now, before.beside, [1])
-    assert made.more[CARRIED_KEY] == {"from": "old", "text": TEXT}
-    assert carry([made], [record(review="approved")], "old")[0] == [made]
-
-
 @pytest.mark.parametrize("text", [TEXT, CHANGED])
 def test_of_two_reviewers_trees_none_gives_way_to_an_old_one(text: str) -> None:
     (before,) = passages(text)
@@ -167,12 +148,6 @@ def test_of_two_reviewers_trees_none_gives_way_to_an_old_one(text: str) -> None:
 
 
 # Several passages -----------------------------------------------------------------------------------------------------
-
-
-def test_a_text_that_comes_as_often_as_before_keeps_its_trees_in_order() -> None:
-    made, done = one([TEXT, TEXT], record(review="approved"), record(tree=SHORT, number=2, review="approved"))
-    assert [passage.now.nodes for passage in made] == [gout(), SHORT]
-    assert done.approved == [1, 2]
 
 
 def test_a_text_that_comes_less_often_with_several_trees_is_read_anew() -> None:

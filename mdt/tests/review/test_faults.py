@@ -10,11 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, TreeRecord
-from gatewise_mdt.documents.reading import Block, Document
+from gatewise_mdt import DecisionTree
 from gatewise_mdt.review import Extracting, Session, sources
-from gatewise_mdt.review.passage import Version, version_of
-from gatewise_mdt.review.session import OldPageError
+from gatewise_mdt.review.passage import Version
 from mdt_trees import TEXT, gout, triple
 
 from gatewise.errors import GatewiseError
@@ -63,13 +61,6 @@ def test_half_a_pair_in_other_keys_of_a_record_stops_no_edit(tmp_path: Path) -> 
     assert Session.open(file).passage(1).now.state == "corrected"
 
 
-def test_a_record_that_was_not_cleaned_before_is_cleaned_here(tmp_path: Path) -> None:
-    more = {"note": HALF, "warnings": [HALF]}
-    passage = sources._passage_of(TreeRecord(TEXT, DecisionTree.from_preorder(gout()), 1, more))
-    assert (passage.more, passage.now.warnings) == ({"note": "\ufffd"}, ("\ufffd",))
-    assert version_of(TreeRecord(TEXT, DecisionTree.from_preorder(gout()), 1, {}), "drafted").warnings == ()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8 there")
 def test_a_file_name_of_another_encoding_stops_no_edit(tmp_path: Path) -> None:
     file = os.fsdecode(os.fsencode(tmp_path) + b"/\xc4\xcf.txt")
@@ -91,17 +82,6 @@ def test_a_population_with_half_a_pair_is_refused(tmp_path: Path) -> None:
         with pytest.raises(GatewiseError, match="the population has half of a surrogate pair"):
             add()
     assert session.passages == []
-
-
-def test_half_a_pair_in_a_document_and_in_a_warning_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the text of a PDF with damaged fonts may have it."""
-    session = Session.open(None, tmp_path / "x.jsonl")
-    text = f"Give colchicine {HALF} to them."
-    monkeypatch.setattr(sources, "document_of", lambda content, name, suffix: Document(name, (Block(text),)))
-    session.load(b"", "a.pdf")
-    session.put(1, Version(gout(), "drafted", (HALF,)))
-    assert session.trouble == ""
-    assert (session.passage(1).text, session.passage(1).now.warnings) == ("Give colchicine \ufffd to them.", ("\ufffd",))
 
 
 # A disk that is full, a draft that cannot be written ------------------------------------------------------------------
@@ -205,19 +185,6 @@ def test_any_error_of_an_extraction_is_the_fault_of_its_passage(tmp_path: Path, 
     extracting.end()
 
 
-def test_a_result_that_is_no_tree_is_the_fault_of_its_passage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session.open(None, tmp_path / "x.jsonl")
-    session.paste(f"{TEXT}\n\n{OTHER}")
-    extracting = Extracting(session, lambda text, *_: None if text == TEXT else found())  # type: ignore[arg-type, return-value]
-    with monkeypatch.context() as gone:
-        gone.setattr(sys, "stderr", None)  # where there is no terminal
-        extracting.ask(session.passages)
-        assert_all_done(extracting)
-    assert "AttributeError" in session.passage(1).error
-    assert session.passage(2).now.state == "drafted"
-    extracting.end()
-
-
 def test_an_extractor_that_catches_faults_does_not_catch_the_cancelling(tmp_path: Path) -> None:
     session = Session.open(None, tmp_path / "x.jsonl")
     session.paste(TEXT)
@@ -271,13 +238,6 @@ def test_a_name_that_is_no_file_is_one_sentence_and_leaves_nothing(
     assert os.listdir() == ["trees.json"]
 
 
-def test_no_folder_is_made_for_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(GatewiseError, match="not valid JSON"):
-        Session.open(str(tmp_path / "bad.json"), tmp_path / "new" / "out.jsonl")
-    assert os.listdir(tmp_path) == ["bad.json"]
-
-
 @pytest.mark.parametrize("out", [f"{'x' * 300}.jsonl", f"{'x' * 300}/a.jsonl", "a\0b.jsonl", "a\0b/x.jsonl"])
 @pytest.mark.parametrize("with_file", [False, True])
 def test_a_file_of_corrections_that_cannot_be_is_one_sentence(tmp_path: Path, out: str, with_file: bool) -> None:
@@ -307,12 +267,3 @@ def test_an_approval_that_is_taken_back_leaves_what_was_before(tmp_path: Path) -
     again = Session.open(file)
     again.approve(2, again.passage(2).version, approved=False)
     assert again.passage(2).now.state == "corrected"
-
-
-def test_an_older_page_removes_nothing(tmp_path: Path) -> None:
-    session = Session.open(file_of(tmp_path))
-    correct(session)
-    with pytest.raises(OldPageError):
-        session.remove(1, 0)
-    session.remove(1, 1)
-    assert [passage.number for passage in session.passages] == [2]

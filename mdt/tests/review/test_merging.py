@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewise_mdt.documents.passages import split_passages
-from gatewise_mdt.documents.reading import document_of
-from gatewise_mdt.review.passage import ADJUDICATED_KEY, CARRIED_KEY, Version
+from gatewise_mdt.review.passage import CARRIED_KEY, Version
 from gatewise_mdt.review.session import By, Session
 from mdt_trees import TEXT, node, triple
 
@@ -89,13 +87,12 @@ def test_an_approval_stays_with_its_tree(tmp_path: Path, edited: bool, lose_draf
 ACTIONS = ("nothing", "approve", "edit", "edit and approve", "like the next", "remove")
 
 
-@pytest.mark.parametrize("first", ACTIONS)
 @pytest.mark.parametrize("save", [False, True])
-def test_whatever_was_done_is_there_again(tmp_path: Path, first: str, save: bool) -> None:
-    for number, others in enumerate(product(ACTIONS, repeat=2)):
+def test_whatever_was_done_is_there_again(tmp_path: Path, save: bool) -> None:
+    for number, actions in enumerate(product(ACTIONS, repeat=2)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        assert_all_is_there_again(trees(folder, *DRUGS), (first, *others), save)
+        assert_all_is_there_again(trees(folder, *DRUGS[:2]), actions, save)
 
 
 def assert_all_is_there_again(file: str, actions: tuple[str, ...], save: bool) -> None:
@@ -104,7 +101,7 @@ def assert_all_is_there_again(file: str, actions: tuple[str, ...], save: bool) -
         if "edit" in action:
             edit(session, number, f"drug {number}")
         if action == "like the next":
-            edit(session, number, DRUGS[number % 3])
+            edit(session, number, DRUGS[number % 2])
         if "approve" in action:
             approve(session, number)
         if action == "remove":
@@ -122,18 +119,9 @@ def assert_all_is_there_again(file: str, actions: tuple[str, ...], save: bool) -
         reviewed = sorted((name, state) for name, state, _ in shown(third) if state != "drafted")
         assert reviewed == sorted((name, state) for name, state, _ in before if state != "drafted"), actions
     if "like the next" not in actions:  # what nobody touched is there as it came
-        untouched = {name for name, action in zip(DRUGS, actions, strict=True) if action == "nothing"}
+        untouched = {name for name, action in zip(DRUGS[:2], actions, strict=True) if action == "nothing"}
         assert untouched <= {name for name, state, _ in shown(third) if state == "drafted"}, actions
     third.close()
-
-
-def test_one_that_became_like_another_is_not_taken_for_it(tmp_path: Path) -> None:
-    file = trees(tmp_path, "colchicine", "naproxen")
-    session = Session.open(file)
-    edit(session, 1, "naproxen")
-    approve(session, 1)
-    left(session)
-    assert shown(Session.open(file)) == [("naproxen", "approved", False), ("naproxen", "drafted", False)]
 
 
 def test_records_that_were_moved_or_taken_out_by_another_program(tmp_path: Path) -> None:
@@ -165,21 +153,6 @@ def test_a_pasted_passage_whose_record_was_taken_out_can_be_removed(tmp_path: Pa
     again = Session.open(str(tmp_path / "dup.json"))
     assert [(one.text, one.saved) for one in again.passages] == [(TEXT, None), ("men@Give naproxen to them.", None)]
     again.remove(2)
-    again.close()
-
-
-def test_a_record_that_was_changed_by_another_program_stays_with_the_passage_that_had_one(tmp_path: Path) -> None:
-    file = trees(tmp_path, "colchicine", "naproxen")
-    session = Session.open(file)
-    approve(session, 2)
-    session.save()
-    rewrite(session, {**records(session)[0], "tree": drug("ibuprofen")})
-    left(session)
-    again = Session.open(file)
-    assert shown(again) == [("colchicine", "drafted", False), ("ibuprofen", "approved", True)]
-    assert "another tree than before" in again.notes[0]
-    again.undo(2, again.passage(2).version)
-    assert shown(again)[1] == ("naproxen", "approved", True)
     again.close()
 
 
@@ -216,32 +189,6 @@ def test_a_review_that_broke_off_between_the_records_and_the_draft(tmp_path: Pat
     again.close()
 
 
-def test_where_it_comes_from_tells_passages_apart_without_a_draft(tmp_path: Path) -> None:
-    file = trees(tmp_path, "colchicine", "naproxen", place=["page 3", "page 9"])
-    session = Session.open(file)
-    edit(session, 2, "ibuprofen")
-    session.save()
-    left(session, lose_draft=True)
-    again = Session.open(file)
-    assert shown(again) == [("colchicine", "drafted", False), ("ibuprofen", "corrected", True)]
-    again.undo(2, again.passage(2).version)
-    assert name_of(again.passage(2).now.nodes) == "naproxen"
-    again.close()
-
-
-def test_a_repeated_paragraph_of_a_text_keeps_its_tree_by_its_heading(tmp_path: Path) -> None:
-    text = tmp_path / "guide.md"
-    text.write_text("# Adults\n\nGive colchicine to them.\n\n# ADULTS\n\nGive colchicine to them.\n")
-    session = Session.open(str(text), population="adults")
-    assert [one.text for one in session.passages] == ["adults@Give colchicine to them."] * 2
-    session.begin(2, 0)
-    session.remove(1)
-    left(session)
-    again = Session.open(str(text), population="adults")
-    assert [(one.more["headings"], one.now.state) for one in again.passages] == [(["ADULTS"], "corrected")]
-    again.close()
-
-
 def test_a_tree_that_was_extracted_again_is_not_replaced_by_that_of_the_file(tmp_path: Path) -> None:
     file = trees(tmp_path, "colchicine", "naproxen")
     session = Session.open(file)
@@ -256,14 +203,6 @@ def test_a_tree_that_was_extracted_again_is_not_replaced_by_that_of_the_file(tmp
     assert shown(Session.open(file)) == [("rest", "drafted", False), ("naproxen", "drafted", False)]
 
 
-def test_a_removed_passage_is_the_one_that_stays_away(tmp_path: Path) -> None:
-    file = trees(tmp_path, "colchicine", "naproxen")
-    session = Session.open(file)
-    session.remove(1)
-    left(session)
-    assert shown(Session.open(file)) == [("naproxen", "drafted", False)]
-
-
 # ---- documents: the same one, one that was saved anew, and one of a review of an earlier gatewise ----
 
 GUIDE = "# Adults\n\nGive colchicine to them.\n\n# ADULTS\n\nGive colchicine to them.\n\n# Children\n\nGive rest to them.\n"
@@ -276,7 +215,6 @@ def guide(folder: Path, text: str = GUIDE) -> str:
 
 
 def open_guide(file: str) -> Session:
-    pytest.importorskip("markdown_it")
     return Session.open(file, population="people")
 
 
@@ -313,20 +251,16 @@ def as_an_earlier_gatewise_wrote_them(session: Session) -> None:
 PREFACE = "# Preface\n\nGive all of it to people.\n\n"
 
 
-@pytest.mark.parametrize("text", [GUIDE, f"{GUIDE}\n\n", PREFACE + GUIDE])
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("text", [f"{GUIDE}\n\n", PREFACE + GUIDE])
 @pytest.mark.parametrize("earlier", [True, False])
 @pytest.mark.parametrize("removed", [True, False])
-def test_passages_of_a_document_that_was_saved_anew_are_the_same(
-    tmp_path: Path, text: str, saved: bool, earlier: bool, removed: bool
-) -> None:
+def test_passages_of_a_document_that_was_saved_anew_are_the_same(tmp_path: Path, text: str, earlier: bool, removed: bool) -> None:
     """``earlier``: the review is one of a gatewise whose records did not say of which bytes they are."""
     session = open_guide(guide(tmp_path))
     write_and_approve(session, 2, "colchicine")
     if removed:
         session.remove(1)
-    if saved:
-        session.save()
+    session.save()
     left(session)
     if earlier:
         as_an_earlier_gatewise_wrote_them(session)
@@ -339,7 +273,7 @@ def test_passages_of_a_document_that_was_saved_anew_are_the_same(
     again.close()
 
 
-@pytest.mark.parametrize("text", [GUIDE, f"{GUIDE}\n\n", PREFACE + GUIDE])
+@pytest.mark.parametrize("text", [f"{GUIDE}\n\n", PREFACE + GUIDE])
 def test_a_record_is_found_by_its_headings_without_a_history(tmp_path: Path, text: str) -> None:
     session = open_guide(guide(tmp_path))
     write_and_approve(session, 2, "colchicine")
@@ -352,34 +286,15 @@ def test_a_record_is_found_by_its_headings_without_a_history(tmp_path: Path, tex
     again.close()
 
 
-def test_offsets_of_another_version_of_the_document_are_not_compared(tmp_path: Path) -> None:
-    """The first of two passages that are the same in all else moves to just where the second was."""
-    pytest.importorskip("markdown_it")
-    text = "# Adults\n\nGive rest.\n\n# Children\n\nGive nothing.\n\n# Adults\n\nGive rest.\n"
-    session = open_guide(guide(tmp_path, text))
-    for number, name in ((1, "colchicine"), (3, "naproxen")):
-        write_and_approve(session, number, name)
-    first, _, third = (one.more["offsets"] for one in session.passages)
-    left(session)
-    before = "# All\n\nGive ." + "x" * (third[0] - first[0] - len("All\nGive .\n")) + "\n\n"
-    again = open_guide(guide(tmp_path, before + text))
-    moved = split_passages(document_of((before + text).encode(), "a.md", ".md"))
-    assert [moved[1].start, moved[1].end] == third
-    assert [name_of(one.now.nodes) for one in again.passages if one.now.nodes] == ["colchicine", "naproxen"]
-    assert [one.now.state for one in again.passages] == ["empty", "approved", "empty", "approved"]
-    again.close()
-
-
-@pytest.mark.parametrize("key", [CARRIED_KEY, ADJUDICATED_KEY])
 @pytest.mark.parametrize("lose_history", [False, True])
-def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path, key: str, lose_history: bool) -> None:
+def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path, lose_history: bool) -> None:
     text = "# Adults\n\n## 1. Dose\n\nGive it daily.\n\n## 2. Dose\n\nGive it daily.\n"
     session = open_guide(guide(tmp_path, text))
     for number, name in ((1, "colchicine"), (2, "naproxen")):
         write_and_approve(session, number, name)
     session.save()
     left(session, lose_draft=True)
-    session.files.out.write_text("".join(json.dumps({**one, key: {"from": "old"}}) + "\n" for one in records(session)))
+    session.files.out.write_text("".join(json.dumps({**one, CARRIED_KEY: {"from": "old"}}) + "\n" for one in records(session)))
     session = open_guide(guide(tmp_path, text))  # all of it is in the history now
     session.approve(1, session.passage(1).version, by=By("Ada"))
     session.save()
@@ -389,20 +304,6 @@ def test_a_tree_that_comes_from_another_review_stays_at_its_place(tmp_path: Path
         ("2. Dose", "naproxen"),
         ("1. Dose", "colchicine"),
     ]
-    again.close()
-
-
-def test_a_file_that_was_renamed_is_the_same_document(tmp_path: Path) -> None:
-    session = open_guide(guide(tmp_path))
-    write_and_approve(session, 2, "colchicine")
-    session.save()
-    left(session)
-    other = tmp_path / "other.md"
-    Path(guide(tmp_path)).rename(other)
-    for file in (session.files.out, session.files.history):
-        file.rename(tmp_path / file.name.replace("guide.md", "other.md"))
-    again = open_guide(str(other))
-    assert headings(again) == [("Adults", "empty"), ("ADULTS", "approved"), ("Children", "empty")]
     again.close()
 
 

@@ -22,7 +22,6 @@ from gatewise_mdt import DecisionTree, read_trees, sample
 from gatewise_mdt.review import Extracting, Session
 from gatewise_mdt.review import Review as Reviewed
 from gatewise_mdt.review import session as session_module
-from gatewise_mdt.review.passage import Version
 from gatewise_mdt.review.server import ReviewServer
 from gatewise_mdt.review.session import By
 from gatewise_mdt.review.users import UserFile
@@ -280,39 +279,6 @@ def test_every_step_on_the_tree(review: Callable[..., Review]) -> None:
     sync_api.expect(page.locator("#begin")).to_be_visible()
 
 
-def test_text_and_tree_mark_each_other(review: Callable[..., Review]) -> None:
-    here = review("sample:guidelines")
-    page = here.page
-    here.node(2).hover()
-    lit = page.locator("mark.on").all_inner_texts()
-    assert {triple.object for triple in sample()[0].tree.nodes[1].triples} <= {text.strip() for text in lit}
-    page.locator("#passage mark").first.hover()
-    assert page.locator("#tree .node.on").count() == 1
-    page.locator("#passage mark").nth(1).click()
-    selected = page.locator("#tree .node.selected").get_attribute("data-node")
-    assert page.inner_text("#editor h2").startswith(f"Node {int(selected) + 1}")
-    page.locator("#object-0").focus()
-    assert page.locator("#tree .triple.on").count() == 1
-
-
-def test_a_dose_that_is_but_a_part_is_said_to_be_one(review: Callable[..., Review]) -> None:
-    here = review()
-    page = here.page
-    add(here, "adults with gout@For a flare, give colchicine 10-20 mg.")
-    page.click("#extract-all")
-    sync_api.expect(page.locator("#passages .chip.drafted")).to_have_count(1)
-    page.click("#open-1")
-    page.click("#add-triple")
-    page.fill("#object-0", "20 mg")
-    page.keyboard.press("Enter")
-    here.validity("some phrases are not in the text")
-    sync_api.expect(page.locator("#object-0-absent")).to_have_text("! in the text only as part of “10-20 mg”")
-    sync_api.expect(page.locator("#tree")).to_contain_text("! '20 mg' stands in the text only")
-    page.fill("#object-0", "10-20mg")
-    page.keyboard.press("Enter")
-    here.validity("every phrase is in the text")
-
-
 def test_texts_stay_texts_and_passages_are_told_apart(review: Callable[..., Review]) -> None:
     here = review()
     page = here.page
@@ -498,18 +464,6 @@ def test_the_page_says_what_to_do_where_the_history_cannot_be_written(review: Ca
     page.route("**/api/**", lambda route: route.abort())  # as after its end
     page.click("#approve")
     sync_api.expect(page.locator("#said")).to_contain_text("Of what it could not write only what you saved is kept.")
-
-
-def test_a_save_says_for_which_passages_the_file_keeps_an_earlier_correction(review: Callable[..., Review]) -> None:
-    here = review("sample:guidelines")
-    here.session.edit(1, 0, "swap", {"node": 0})
-    here.session.save()
-    here.session.put(1, Version([node("D")], "drafted"))
-    here.session.take(1, 1, 1, replaced=True)
-    here.page.click("#save")
-    said = here.page.locator("#said")
-    sync_api.expect(said).to_contain_text("; as it was saved before, until you correct or approve it: passage 1")
-    assert "approved before" not in said.inner_text()
 
 
 def test_two_reviewers_at_one_server(review: Callable[..., Review], tmp_path: Path) -> None:

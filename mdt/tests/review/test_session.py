@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gatewise_mdt import DecisionTree, read_trees, sample
 from gatewise_mdt.review.extracting import NOTHING_FOUND, Extracting
-from gatewise_mdt.review.session import OldPageError, Session
+from gatewise_mdt.review.session import Session
 from gatewise_mdt.review.shown import whole
 from mdt_trees import TEXT, gout, node, triple
 
@@ -158,18 +158,6 @@ def test_everything_is_there_again_without_a_save(trees: Path) -> None:
     assert len(reopened(again, None).passages) == 3
 
 
-def test_saved_corrections_are_there_without_the_draft(trees: Path) -> None:
-    session = Session.open(str(trees))
-    correct(session)
-    session.save()
-    session.close()
-    session.files.history.unlink()
-    again = Session.open(str(trees))
-    assert [passage.now.state for passage in again.passages] == ["corrected", "drafted"]
-    again.undo(1, again.passage(1).version)
-    assert again.passage(1).now.nodes == gout()
-
-
 def test_the_file_of_corrections_itself_can_be_reviewed(trees: Path) -> None:
     session = Session.open(str(trees))
     correct(session)
@@ -302,16 +290,6 @@ def test_removed_passages_stay_away_and_saved_ones_cannot_go(trees: Path) -> Non
     assert [passage.text for passage in reopened(again, trees).passages] == [TEXT, OTHER]
 
 
-def test_that_the_draft_cannot_be_written_is_said(trees: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session.open(str(trees))
-    session.files.history.mkdir()  # a folder is in its place
-    correct(session)
-    assert "cannot write" in session.trouble
-    session.files.history.rmdir()
-    session.undo(1, session.passage(1).version)
-    assert session.trouble == ""
-
-
 # Changing -------------------------------------------------------------------------------------------------------------
 
 
@@ -332,15 +310,6 @@ def test_undo_and_redo(trees: Path) -> None:
         session.redo(1, session.passage(1).version)
     session.edit(1, session.passage(1).version, "swap", {"node": 0})
     assert session.passage(1).now.state == "corrected"  # approved no more
-
-
-def test_an_older_page_changes_nothing(trees: Path) -> None:
-    session = Session.open(str(trees))
-    correct(session)
-    with pytest.raises(OldPageError):
-        session.edit(1, 0, "swap", {"node": 0})
-    with pytest.raises(GatewiseError, match="no passage 9"):
-        session.undo(9, 0)
 
 
 def test_sources_of_all_kinds(tmp_path: Path) -> None:
@@ -539,7 +508,6 @@ def test_what_a_document_leaves_out_is_said(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_the_headings_of_a_passage_and_how_it_was_read(tmp_path: Path) -> None:
-    pytest.importorskip("markdown_it")
     (tmp_path / "a.md").write_text("# Adults\n\n## Renal failure\n\nOtherwise rest.\n")
     shown = whole(Session.open(str(tmp_path / "a.md")).passages[0])
     assert (shown["headings"], shown["place"]) == (["Adults", "Renal failure"], f"{tmp_path / 'a.md'}, line 5")
