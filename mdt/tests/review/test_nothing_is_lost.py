@@ -643,8 +643,8 @@ class Killed:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     file = file_of(tmp_path, 4)
     review, chance = Killed(file), random.Random(7)
-    for i in range(5):
-        review.round(chance.randint(0, 12), chance.uniform(0, 0.03), 100 * i)
+    for i in range(6):
+        review.round(chance.randint(5, 12), chance.uniform(0, 0.03), 100 * i)
         assert review.faults == []
         session = Session.open(file)
         held = {

@@ -6,7 +6,6 @@ text, misses headings by outline level or by a style based on a heading, and dro
 
 import io
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -44,9 +43,6 @@ _SYMBOLS = {
     0xB7: "•", 0xB8: "÷", 0xB9: "≠", 0xBB: "≈", 0x3C: "<", 0x3D: "=", 0x3E: ">", 0x2B: "+", 0x2D: "-", 0x61: "α", 0x62: "β",
     0x63: "χ", 0x64: "δ", 0x65: "ε", 0x67: "γ", 0x6B: "κ", 0x6C: "λ", 0x6D: "μ", 0x44: "Δ",
 }  # fmt: skip
-_MEGABYTE = 2**20
-# What a file may expand to: its text with all marks (a thousand pages have about 30 MB), and with pictures.
-_MOST_TEXT, _MOST = 40 * _MEGABYTE, 400 * _MEGABYTE
 _BODY = 9  # the outline level of text
 _LARGER = 1.15  # of the size of most text: a line in such letters is a heading
 
@@ -58,38 +54,22 @@ def read_docx(content: bytes, name: str) -> Document:
     are based on, and outline levels; where none of that is, by bold or large letters.
 
     Raises:
-        GatewiseError: the content cannot be read, or expands to too much.
+        GatewiseError: the content cannot be read.
     """
     import docx
 
     try:
-        _check_size(content, name)
         opened = docx.Document(io.BytesIO(content))
-        reading = _Reading(name, _Styles.of(opened), _notes_of(opened))
+        notes = {key: said for key, kind, said in _parts_beside(opened) if kind in ("footnotes", "endnotes")}
+        reading = _Reading(name, _Styles.of(opened), notes)
         blocks = tuple(reading.read(opened.element.body))
         return Document(
             name, blocks, (*reading.notes(), *_changes(opened.element.body, name), *_beside(opened, name, reading.referred))
         )
-    except GatewiseError:
-        raise
     except Exception as error:  # no zip archive, no document in it, broken XML, and as many damages as there are files
         raise GatewiseError(
             f"{name} cannot be read as DOCX ({reason_of(error, 150)}): save it again as a Word document (.docx)"
         ) from error
-
-
-def _check_size(content: bytes, name: str) -> None:
-    """A small file may hold a gigabyte of one letter; what the archive says of its sizes is all that is ever read of it."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        infos = archive.infolist()
-    text = sum(info.file_size for info in infos if info.filename.lower().endswith((".xml", ".rels")))
-    whole = sum(info.file_size for info in infos)
-    if text > _MOST_TEXT or whole > _MOST:
-        size, most = (text, _MOST_TEXT) if text > _MOST_TEXT else (whole, _MOST)
-        raise GatewiseError(
-            f"{name} expands to {size // _MEGABYTE} MB, expected at most {most // _MEGABYTE} MB"
-            f"{' of text' if text > _MOST_TEXT else ''}: split the document, or save it as .txt"
-        )
 
 
 @dataclass(frozen=True)
@@ -135,13 +115,13 @@ class _Styles:
         """The outline level of a paragraph, 0 for "Heading 1", -1 for a title, 9 for text."""
         own = paragraph.find(f"{_W}pPr/{_W}outlineLvl")
         if own is not None:
-            return _level(own)
+            return _number(own, _BODY)
         for style in self.chain(self.of_paragraph(paragraph)):
             set_to, named = style.find(f"{_W}pPr/{_W}outlineLvl"), style.find(f"{_W}name")
             name = "" if named is None else named.get(f"{_W}val", "").lower()
             heading = re.fullmatch(r"heading (\d)", name)
             if set_to is not None or heading:
-                return _level(set_to) if set_to is not None else int(heading[1]) - 1 if heading else _BODY
+                return _number(set_to, _BODY) if set_to is not None else int(heading[1]) - 1 if heading else _BODY
             if name == "title":
                 return -1
         return _BODY
@@ -174,14 +154,14 @@ class _Styles:
     def look(self, paragraph: Any) -> tuple[float, bool]:
         """The size in points of the largest letters, and whether all are bold."""
         runs = [run for run in paragraph.iter(f"{_W}r") if any((text.text or "").strip() for text in run.iter(f"{_W}t"))]
-        sizes = [self.property(run, paragraph, "sz") for run in runs]
-        points = [_half_points(size) / 2 for size in sizes]
+        points = [_number(self.property(run, paragraph, "sz"), 22) / 2 for run in runs]
         return max(points, default=0.0), bool(runs) and all(_on(self.property(run, paragraph, "b")) for run in runs)
 
 
-def _level(element: Any) -> int:
-    value = element.get(f"{_W}val", "")
-    return int(value) if value.isascii() and value.isdigit() else _BODY
+def _number(element: Any, otherwise: int) -> int:
+    """The value of an element; ``otherwise`` where there is none, or no number."""
+    value = "" if element is None else element.get(f"{_W}val", "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 5 else otherwise
 
 
 def _first_row(look: Any) -> bool:
@@ -191,11 +171,6 @@ def _first_row(look: Any) -> bool:
         return bool(int(look.get(f"{_W}val", "0"), 16) & 0x20)
     except ValueError:
         return False
-
-
-def _half_points(element: Any) -> int:
-    value = "" if element is None else element.get(f"{_W}val", "")
-    return int(value) if value.isascii() and value.isdigit() else 22
 
 
 def _on(element: Any) -> bool:
@@ -319,7 +294,7 @@ class _Reading:
                 continue
             headers += len(made) == headers and _on(row.find(f"{_W}trPr/{_W}tblHeader"))
             cells: list[Cell] = []
-            column = _number_at(row, "trPr", "gridBefore", 0)
+            column = _number(row.find(f"{_W}trPr/{_W}gridBefore"), 0)
             for cell in _within(row, "tc"):
                 text = "" if cell.find(f"{_W}tcPr/{_W}cellDel") is not None else one_line(self._all(cell, boxes))
                 merge = cell.find(f"{_W}tcPr/{_W}vMerge")
@@ -329,7 +304,7 @@ class _Reading:
                     spanning[column] = text
                 else:
                     text = f"{spanning[column]} {text}".strip()
-                span = max(1, _number_at(cell, "tcPr", "gridSpan", 1))
+                span = max(1, _number(cell.find(f"{_W}tcPr/{_W}gridSpan"), 1))
                 cells.append(Cell(text, column, span, all(self.styles.look(one)[1] for one in cell.iter(f"{_W}p"))))
                 column += span
             made.append(cells)
@@ -424,11 +399,6 @@ class _Reading:
             yield f"{self.name}: a table of contents was left out: {listed(self.contents, most=3)}"
 
 
-def _notes_of(opened: Any) -> dict[str, str]:
-    """The texts of footnotes and endnotes."""
-    return {key: said for key, _, said in _parts_beside(opened) if key.startswith(("footnotes ", "endnotes "))}
-
-
 def _chosen(element: Any) -> Any:
     """The children to read: of a content that is given in several ways only the first."""
     if element.tag != f"{_CHOICE}AlternateContent":
@@ -444,12 +414,6 @@ def _within(element: Any, tag: str) -> Iterator[Any]:
             yield child
         elif isinstance(child.tag, str) and child.tag not in _UNSAID and child.tag not in (f"{_W}tr", f"{_W}tc"):
             yield from _within(child, tag)
-
-
-def _number_at(element: Any, properties: str, tag: str, otherwise: int) -> int:
-    found = element.find(f"{_W}{properties}/{_W}{tag}")
-    value = "" if found is None else found.get(f"{_W}val", "")
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 5 else otherwise
 
 
 def _changes(body: Any, name: str) -> Iterator[str]:

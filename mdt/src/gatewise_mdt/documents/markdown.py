@@ -88,8 +88,9 @@ class _Walk:
             elif token.type == "tr_open" and table is not None:
                 row, cells = token.map[0] if token.map else -1, list[str]()
             elif token.type == "tr_close" and table is not None:
-                beyond = _cells(self.lines[row])[len(cells) :] if row >= 0 else []  # a row may have more than the first one
-                table.append(row_of([*cells, *(self._text(cell) for cell in beyond)]))
+                held = re.sub(r"^\s*\|?|(?<!\\)\|?\s*$", "", self.lines[row]) if row >= 0 else ""
+                beyond = re.split(r"(?<!\\)\|", held)[len(cells) :]  # a row may have more than the first one
+                table.append(row_of([*cells, *(self._text(cell.replace("\\|", "|").strip()) for cell in beyond)]))
                 places.append(f"line {row + 1}" if row >= 0 else "")
             elif token.type == "thead_close" and table is not None:
                 headers = int(any(cell.text for cell in table[0]))
@@ -102,7 +103,8 @@ class _Walk:
                 said = self._text(_inline(token.children or ()))
                 if place := re.fullmatch(_PLACE.format(r"(\d+)"), said):
                     rows = self.tables[int(place[1])]
-                    yield from table_blocks(rows, [where] * len(rows), _headers(rows))
+                    top = next((i for i, cells_ in enumerate(rows) if not all(cell.bold for cell in cells_)), len(rows))
+                    yield from table_blocks(rows, [where] * len(rows), top or None)
                     continue
                 # A line of "---" under a sentence was meant to part it from the next.
                 is_sentence = (
@@ -202,12 +204,6 @@ def _spanned(name: str, attributes: str) -> int:
     return max(1, int(found[1])) if found else 1
 
 
-def _headers(rows: Sequence[Sequence[Cell]]) -> int | None:
-    """The rows at the top whose cells are all headers; None where there are none."""
-    count = next((number for number, row in enumerate(rows) if not all(cell.bold for cell in row)), len(rows))
-    return count or None
-
-
 def _inline(children: Any) -> str:
     said, ends = "", []
     for token in children:
@@ -245,10 +241,6 @@ def _paired(source: str) -> set[str]:
     opened = {found[2].lower() for found in _TAG.finditer(source) if not found[1]}
     closed = {found[2].lower() for found in _TAG.finditer(source) if found[1]}
     return (opened & closed) | set(_ALONE)
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.replace("\\|", "|").strip() for cell in re.split(r"(?<!\\)\|", re.sub(r"^\s*\|?|(?<!\\)\|?\s*$", "", line))]
 
 
 def _without_comments(text: str, name: str, notes: list[str]) -> str:

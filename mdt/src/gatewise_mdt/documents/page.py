@@ -15,6 +15,7 @@ _BOLD = re.compile(r"bold|black|heavy|demi|semibold|[-,]bd\b", re.IGNORECASE)
 _MARK = re.compile(
     r"(?:[•●▪■◦‣∙·○–*\uf0b7\uf0a7-]|\(?(?:\d+(?:\.\d+)*|[a-zA-Z]|[ivx]{1,4})[.)]?|[（(]?[一二三四五六七八九十]+[）)、]?)$"
 )
+_NO_LETTER = re.compile(r"\(cid:\d+\)")
 _GUTTER = 8.0  # points between columns of text
 # Of the size of letters: between cells of a table without rules, and between pieces of a line that are no sentence.
 _APART, _FAR = 1.1, 2.2
@@ -98,9 +99,11 @@ def items_of(page: Any, going: Sequence[float] = ()) -> list[PageItem]:
     Args:
         going: where the columns of a table without rules begin that may go on from the page before.
     """
+    upright = page.filter(lambda thing: thing["object_type"] != "char" or bool(thing["upright"]))
     words = [
         Word(
-            _known(word["text"]),
+            # Letters that the file gives no meaning to; one by itself is most often a bullet.
+            "•" if _NO_LETTER.fullmatch(word["text"]) else _NO_LETTER.sub(UNKNOWN, word["text"]),
             word["x0"],
             word["x1"],
             word["top"],
@@ -108,20 +111,11 @@ def items_of(page: Any, going: Sequence[float] = ()) -> list[PageItem]:
             word["size"],
             bool(_BOLD.search(word["fontname"])),
         )
-        for word in page.filter(_upright).extract_words(x_tolerance_ratio=0.2, y_tolerance=2, extra_attrs=["fontname", "size"])
+        for word in upright.extract_words(x_tolerance_ratio=0.2, y_tolerance=2, extra_attrs=["fontname", "size"])
     ]
     ruled = list(_ruled(page, words))
     held = {id(word) for _, inside in ruled for word in inside}
     return list(_read([*(word for word in words if id(word) not in held), *(thing for thing, _ in ruled)], going))
-
-
-def _known(text: str) -> str:
-    """A word in which letters that the file gives no meaning to are marked; one by itself is most often a bullet."""
-    return "•" if re.fullmatch(r"\(cid:\d+\)", text) else re.sub(r"\(cid:\d+\)", UNKNOWN, text)
-
-
-def _upright(thing: dict[str, Any]) -> bool:
-    return thing["object_type"] != "char" or bool(thing["upright"])
 
 
 def _within(word: Word, box: Sequence[float]) -> bool:
@@ -442,15 +436,6 @@ def _split_at(line: Sequence[list[Word]], columns: Sequence[float]) -> list[list
     return made
 
 
-def _nearest(x: float, columns: Sequence[float]) -> int:
-    return min(range(len(columns)), key=lambda number: abs(columns[number] - x))
-
-
-def _would_fit(before: Word, word: Word, edge: float) -> bool:
-    """Whether a word would have had its place after the last one of the line above: it is then no rest of a cell."""
-    return before.x1 + 0.3 * word.size + (word.x1 - word.x0) < edge - 0.5 * word.size
-
-
 def _unruled(pieces: Sequence[list[list[Word]]], columns: Sequence[float]) -> PageTable:
     tops = [min(word.top for piece in line for word in piece) for line in pieces]
     bottoms = [max(word.bottom for piece in line for word in piece) for line in pieces]
@@ -460,15 +445,20 @@ def _unruled(pieces: Sequence[list[list[Word]]], columns: Sequence[float]) -> Pa
     for number, line in enumerate(pieces):
         placed: dict[int, list[Word]] = {}
         for piece in line:
-            placed.setdefault(_nearest(piece[0].x0, columns), []).extend(piece)
+            nearest = min(range(len(columns)), key=lambda number: abs(columns[number] - piece[0].x0))
+            placed.setdefault(nearest, []).extend(piece)
         size = line[0][0].size
         above = tops[number] - bottoms[number - 1] if number else 0.0
         below = tops[number + 1] - bottoms[number] if number + 1 < len(pieces) else above
         if 0 in placed and len(line) > 1:
-            goes_on = above < 0.55 * size and not any(
-                column in last and _would_fit(last[column], piece[0], [*columns, right + size][column + 1])
+            # A word that would have had its place after the last one of the line above is no rest of a cell.
+            ends = [*columns[1:], right + size]
+            rooms = [
+                ends[column] - last[column].x1 - (piece[0].x1 - piece[0].x0) - 0.8 * piece[0].size
                 for column, piece in placed.items()
-            )
+                if column in last
+            ]
+            goes_on = above < 0.55 * size and not any(room > 0 for room in rooms)
             begins = 0 in last and not goes_on
         else:  # a cell of several lines may begin above the others of its row, which stand beside its middle
             begins = above > below + 0.2 * size

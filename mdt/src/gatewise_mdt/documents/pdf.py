@@ -95,7 +95,11 @@ def read_pdf(content: bytes, name: str) -> Document:
             " were read"
         )
     blocks = _blocks(pages)
-    return Document(name, (*first, *blocks), (*notes, *_unknown(blocks, name)))
+    if places := sorted({block.where for block in blocks if UNKNOWN in block.text}):
+        notes.append(
+            f"{name}: some letters have no meaning in the file; {UNKNOWN} stands for each: compare {', '.join(places[:20])}"
+        )
+    return Document(name, (*first, *blocks), tuple(notes))
 
 
 @contextmanager
@@ -160,11 +164,6 @@ def _unread(pages: Sequence[_Page], name: str) -> Iterator[str]:
     if turned := [(page.turned, page.where) for page in pages if any(map(str.isalpha, page.turned))]:
         texts, places = zip(*turned, strict=True)
         yield f"{name}: text that is turned on the page was left out: {listed(texts, places)}"
-
-
-def _unknown(blocks: Sequence[Block], name: str) -> Iterator[str]:
-    if places := sorted({block.where for block in blocks if UNKNOWN in block.text}):
-        yield f"{name}: some letters have no meaning in the file; {UNKNOWN} stands for each: compare {', '.join(places[:20])}"
 
 
 def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Block], list[str]]:
@@ -238,12 +237,11 @@ def _blocks(pages: Sequence[_Page]) -> list[Block]:
     for page in pages:
         for item in page.items:
             reading.take(item, page)
-    blocks = reading.finished()
-    return [made for block in blocks for made in with_footnotes(_in_one_line(block), notes)]
-
-
-def _in_one_line(block: Block) -> Block:
-    return replace(block, text=one_line(block.text), stem=one_line(block.stem), notes=tuple(map(one_line, block.notes)))
+    made: list[Block] = []
+    for block in reading.finished():
+        plain = replace(block, text=one_line(block.text), stem=one_line(block.stem), notes=tuple(map(one_line, block.notes)))
+        made += with_footnotes(plain, notes)
+    return made
 
 
 def _look(line: PageLine) -> tuple[float, bool]:
@@ -418,11 +416,10 @@ class _Reading:
 
     def _box(self, box: PageBox, where: str) -> None:
         self.table = None
-        lines = [
-            Line("", "") if blank else Line(where, line.text, line.full)
-            for line in box.lines
-            for blank in _blank_first(line, self.blank)
-        ]
+        lines: list[Line] = []
+        for line in box.lines:
+            lines += [Line("", "")] if line.gap > self.blank * line.size else []
+            lines.append(Line(where, line.text, line.full))
         made = [replace(block, level=0) for block in gathered(lines, printed=True, named=False)]
         if len(made) > 1 and not re.search(r"[.!?:;。！？：；]$", made[0].text):
             made[0] = replace(made[0], text=f"{made[0].text}:")  # its title
@@ -446,10 +443,6 @@ class _Reading:
 
 def _said(row: Sequence[Cell]) -> list[str]:
     return [cell.text for cell in row]
-
-
-def _blank_first(line: PageLine, blank: float) -> tuple[bool, ...]:
-    return (True, False) if line.gap > blank * line.size else (False,)
 
 
 def _with_levels(blocks: Sequence[Block], looks: dict[int, tuple[float, bool]]) -> list[Block]:

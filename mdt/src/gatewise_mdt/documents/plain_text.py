@@ -88,7 +88,8 @@ def _gathered(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Blo
     place, item = "", False
 
     def block() -> Block:
-        made = _paragraph(held, place, item, named)
+        is_one = not item and len(held) == 1 and stands_alone_as_heading(held[0]) and (named or number_of(held[0]) is not None)
+        made = Block(joined(held), int(is_one), place, "item" if item else "paragraph")
         held.clear()
         return made
 
@@ -138,11 +139,6 @@ def _begins_anew(line: str) -> bool:
     return stands_like_heading(line) or bool(re.match(r"[^\w\s]*(?:[A-Z]|[^\W\d_a-z])", line))
 
 
-def _paragraph(lines: Sequence[str], where: str, item: bool, named: bool) -> Block:
-    is_one = not item and len(lines) == 1 and (stands_alone_as_heading(lines[0]) if named else _is_numbered(lines[0]))
-    return Block(joined(lines), int(is_one), where, "item" if item else "paragraph")
-
-
 def joined(lines: Sequence[str]) -> str:
     """Lines as one, with words that were cut at their ends put together."""
     parts = list(lines[:1])
@@ -156,10 +152,6 @@ def joined(lines: Sequence[str]) -> str:
     return " ".join("".join(parts).split())
 
 
-def _is_numbered(line: str) -> bool:
-    return number_of(line) is not None and stands_alone_as_heading(line)
-
-
 def without_margins(pages: Sequence[Sequence[Line]], name: str) -> tuple[list[Line], list[str]]:
     """The lines of pages without page numbers and without what stands at the top or bottom of several pages; and notes on that.
 
@@ -167,11 +159,10 @@ def without_margins(pages: Sequence[Sequence[Line]], name: str) -> tuple[list[Li
     """
     filled = [[line for line in page if line.text.strip()] for page in pages]
     steps = _steps(filled)
-    outer = Counter(
-        line
-        for number, page in enumerate(filled)
-        for line in set(_edges([one.text.strip() for one in _trimmed(page, number, steps, set())]))
-    )
+    outer: Counter[str] = Counter()
+    for number, page in enumerate(filled):
+        trimmed = _trimmed(page, number, steps, set())
+        outer.update({line.text.strip() for line in [*trimmed[:1], *trimmed[-1:]]})
     # What ends a sentence or says what to do is no header, and text left out could be a warning.
     margins = {
         line for line, count in outer.items() if count >= _REPEATED and stands_like_heading(line) and not reads_as_sentence(line)
@@ -200,10 +191,6 @@ def _steps(pages: Sequence[Sequence[Line]]) -> set[int]:
 def _value(line: str) -> int | None:
     number = _BARE_NUMBER.fullmatch(line.strip())
     return int(number[1] or number[2]) if number else None
-
-
-def _edges(lines: Sequence[str]) -> Sequence[str]:
-    return [lines[0], lines[-1]] if lines else []
 
 
 def _trimmed(page: Sequence[Line], number: int, steps: set[int], margins: set[str]) -> list[Line]:

@@ -27,7 +27,9 @@ def origin_of(record: TreeRecord, words: Words | None = None) -> list[str]:
         words: of what language; None takes the tree's.
     """
     words = words or words_for(record.tree.language)
-    found = (_reviewed(record, words), _document(record, words), _drafted(record, words))
+    source = _text(record.more, "source")
+    document = words.comma.join([words.origin["from"].format(source=source), *_places(record, words)]) if source else ""
+    found = (_reviewed(record, words), document, _drafted(record, words))
     return [one for one in found if one]
 
 
@@ -48,7 +50,8 @@ def approval_of(record: TreeRecord) -> tuple[str, str] | None:
     """Who approved a tree, and on which day (UTC, ISO 8601), empty where that cannot be read; None for one that nobody approved."""
     held = record.reviewed or {}
     by = _text(held, "by")
-    return (by, _day(_text(held, "at"))) if record.more.get("review") == "approved" and by else None
+    moment = _moment(_text(held, "at"))
+    return (by, moment.date().isoformat() if moment else "") if record.more.get("review") == "approved" and by else None
 
 
 def corrector_of(record: TreeRecord) -> str:
@@ -81,11 +84,6 @@ def _reviewed(record: TreeRecord, words: Words) -> str:
     if read and record.sha256 and read != record.sha256:
         parts.append(said["read"].format(sha256=_short(read)))
     return words.comma.join(parts) + (said["comment"].format(comment=comment) if comment else "")
-
-
-def _document(record: TreeRecord, words: Words) -> str:
-    source = _text(record.more, "source")
-    return words.comma.join([words.origin["from"].format(source=source), *_places(record, words)]) if source else ""
 
 
 def _places(record: TreeRecord, words: Words, digits: int = _DIGITS) -> list[str]:
@@ -135,8 +133,3 @@ def _moment(said: str) -> datetime | None:
 def _minute(said: str) -> str:
     moment = _moment(said)
     return said if moment is None else f"{moment.date().isoformat()} {moment:%H:%M} UTC"
-
-
-def _day(said: str) -> str:
-    moment = _moment(said)
-    return moment.date().isoformat() if moment else ""

@@ -130,7 +130,8 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
         _text(data, "description", "\n".join([str(fact), *_absent(record, (fact,))]))
         ET.SubElement(data, _tag("variable"), {"name": f"{prefix}fact_{number}", "typeRef": "boolean"})
     decision = ET.SubElement(root, _tag("decision"), {"id": name, "name": name, "label": clean(_about(record))})
-    _text(decision, "description", "\n\n".join(_described(record)))
+    about = [f"{name}: {said}" for name, said in (("Population", record.population), ("Passage", record.passage)) if said]
+    _text(decision, "description", "\n\n".join([BEFORE_USE, *_noted(record), *about]))
     ET.SubElement(decision, _tag("variable"), {"name": name})
     for number in range(1, len(tree.facts) + 1):
         needed = ET.SubElement(decision, _tag("informationRequirement"))
@@ -156,12 +157,6 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
                 _text(entry, "text", value)
 
 
-def _described(record: TreeRecord) -> list[str]:
-    population = [f"Population: {record.population}"] if record.population else []
-    passage = [f"Passage: {record.passage}"] if record.passage else []
-    return [BEFORE_USE, *_noted(record), *population, *passage]
-
-
 def _noted(record: TreeRecord) -> list[str]:
     notes = (f"Note of the export: {note}" for note in notes_of(record))
     return [*said_beside(record), *_absent(record, record.tree.triples), *notes]
@@ -173,13 +168,6 @@ def _absent(record: TreeRecord, triples: Sequence[Triple]) -> list[str]:
         return []
     whys = [words_for("en").why_absent(record.text, triple) for triple in triples]
     return [_line(f"{why}: {triple}") for why, triple in zip(whys, triples, strict=True) if why]
-
-
-def _stands(record: TreeRecord, triple: Triple) -> str:
-    """Whether a triple stands in the text; if not, why. Empty where there is no text."""
-    if not record.text.strip():
-        return ""
-    return _line(words_for("en").why_absent(record.text, triple)) or "yes"
 
 
 def _about(record: TreeRecord) -> str:
@@ -234,7 +222,8 @@ def dak_of(records: Sequence[TreeRecord]) -> bytes:
         source = ", ".join(str(record.more[key]) for key in ("source", "place") if record.more.get(key))
         _row(cover, cover.max_row + 1, (f"{name} {about}", tab, name, about, source or "-"))
         for place, fact in enumerate(record.tree.facts, start=1):
-            _row(facts, facts.max_row + 1, (f"fact_{place}", name, *fact, "Boolean", _stands(record, fact)))
+            stands = (_line(words_for("en").why_absent(record.text, fact)) or "yes") if record.text.strip() else ""
+            _row(facts, facts.max_row + 1, (f"fact_{place}", name, *fact, "Boolean", stands))
         said += [f"{name}: {one}" for one in _noted(record)]
     for place, sentence in enumerate(said, start=cover.max_row + 2):  # the list ends with an empty row
         _row(cover, place, (sentence,))

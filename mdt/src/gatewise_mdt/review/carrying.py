@@ -145,7 +145,8 @@ def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: st
         there = version.nodes in [one.nodes for one in (passage.now, passage.beside, passage.now.standing, passage.saved) if one]
         # A draft that was carried over before and is not there any more gave way to something else in the newer review.
         gave_way = version.state == "drafted" and passage.more.get(CARRIED_KEY) == origin and not there
-        if _is_reviewed(passage) or gave_way or is_of_two(passage):
+        reviewed = passage.now.standing is not None or any(one.state in REVIEWED for one in (passage.now, passage.saved) if one)
+        if reviewed or gave_way or is_of_two(passage):
             done["kept"].append(passage.number)
             unlike += [] if there else [(passage.number, old)]
             continue
@@ -154,24 +155,15 @@ def carry(passages: Sequence[Passage], records: Sequence[TreeRecord], source: st
         done[version.state if same else "beside" if laid_beside else "changed"].append(passage.number)
     matched = {one.passage for one in found}
     done["new"] = [passage.number for at, passage in enumerate(passages) if at not in matched]
-    return made, Carried(**{name: done[name] for name in LISTS}, unlike=unlike, gone=_gone(records, found))
-
-
-def _is_reviewed(passage: Passage) -> bool:
-    now, saved = passage.now, passage.saved
-    return now.state in REVIEWED or now.standing is not None or (saved is not None and saved.state in REVIEWED)
+    # Gone are those of which the newer version has nothing: no text like theirs, or no place for their tree.
+    taken, kept = {one.record for one in found}, {_content(records[one.record]) for one in found if one.same}
+    gone = [old for i, old in enumerate(records) if i not in taken and _content(old) not in kept]
+    return made, Carried(**{name: done[name] for name in LISTS}, unlike=unlike, gone=gone)
 
 
 def is_of_two(passage: Passage) -> bool:
     """Whether another reviewer's tree lies beside its own: both wait for a word, and a third one has no place."""
     return passage.beside is not None and passage.beside.of != ""
-
-
-def _gone(records: Sequence[TreeRecord], found: Sequence[Match]) -> list[TreeRecord]:
-    """The records of which the newer version has nothing: no text like theirs, or no place for their tree."""
-    taken = {one.record for one in found}
-    kept = {_content(records[one.record]) for one in found if one.same}
-    return [record for i, record in enumerate(records) if i not in taken and _content(record) not in kept]
 
 
 def _old(passage: Passage, record: TreeRecord, same: bool, source: str) -> tuple[Version, dict[str, Any]]:

@@ -268,16 +268,9 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
 def _version(version: Version | None) -> dict[str, Any] | None:
     if version is None:
         return None
-    made: dict[str, Any] = {"tree": version.nodes, "state": version.state, "warnings": list(version.warnings)}
-    sure = None if version.confidence is None else list(version.confidence)
-    more = {
-        "confidence": sure,
-        "extraction": version.extraction,
-        "reviewed": version.reviewed,
-        "approved": _version(version.approved),
-    }
-    made |= {name: value for name, value in more.items() if value is not None}
-    return made | ({"of": version.of} if version.of else {}) | ({"undone": True} if version.undone else {})
+    held = version._asdict() | {"approved": _version(version.approved), "warnings": list(version.warnings)}
+    held["tree"] = held.pop("nodes")
+    return {name: value for name, value in held.items() if name in ("tree", "warnings") or value not in (None, "", False)}
 
 
 def _passage(item: dict[str, Any], number: int) -> Passage:

@@ -412,18 +412,14 @@ class Session:
             passage = self.passage(number)
             self._check_seen(passage, version)
             time = _now()
-            made = change(passage, self._reviewed(by, passage, time))
+            said = {"by": by.reviewer or self.reviewer, "at": time, "comment": by.comment, "sha256": passage.more.get("sha256")}
+            made = change(passage, {name: value for name, value in said.items() if isinstance(value, str) and value})
             if made is not passage:
                 self._passages[number] = made
                 self._keep([self._row(action, by, made, {**(more or {}), **change_row(made)}, time)])
             elif by.comment.strip():  # what changes nothing may still be said something of
                 self._keep([self._row("comment", by, passage, {}, time)])
             return made
-
-    def _reviewed(self, by: By, passage: Passage, time: str) -> dict[str, Any]:
-        """What a version says of a change that makes a person stand for its tree, see :class:`Version`."""
-        said = {"by": by.reviewer or self.reviewer, "at": time, "comment": by.comment, "sha256": passage.more.get("sha256")}
-        return {name: value for name, value in said.items() if isinstance(value, str) and value}
 
     def _check_seen(self, passage: Passage, version: int) -> None:
         if passage.version != version:

@@ -61,7 +61,12 @@ def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
     has_tree = passage.now.nodes is not None
     mark = passage.text.find("@")
     pieces = [(start, piece, names if has_tree else []) for start, piece, names in pieces_of(passage.text, tree)]
-    fault = passage.fault
+    fault, beside = passage.fault, passage.beside
+    other = None
+    if beside is not None:  # to be looked at
+        drawing = _drawing(passage, beside, drawable(beside.nodes or empty_tree()))
+        other = {"number": passage.extractions, "warnings": list(beside.warnings), "made_with": beside.extraction}
+        other |= {"of": beside.of, "drawing": drawing}
     return {
         **_line(passage, len(entries)),
         "history": changes(entries[-_MOST_ENTRIES:]),
@@ -79,7 +84,7 @@ def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
         "fault": None if fault is None else {"node": fault.node, "message": fault.message},
         "warnings": list(passage.now.warnings),
         "made_with": passage.now.extraction,
-        "extraction": None if passage.beside is None else _beside(passage, passage.beside),
+        "extraction": other,
         "kept": passage.now.approved is not None,
         "undo": len(passage.past),
         "redo": len(passage.future),
@@ -124,13 +129,6 @@ def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     return [
         {name: getattr(one, name) for name in ("time", "reviewer", "action", "version", "comment", "window")} for one in entries
     ]
-
-
-def _beside(passage: Passage, version: Version) -> dict[str, Any]:
-    """The other tree that lies beside a tree, to be looked at."""
-    drawing = _drawing(passage, version, drawable(version.nodes or empty_tree()))
-    said = {"number": passage.extractions, "warnings": list(version.warnings), "made_with": version.extraction, "of": version.of}
-    return {**said, "drawing": drawing}
 
 
 def _drawing(passage: Passage, version: Version, tree: DecisionTree, focusable: bool = False) -> str:
