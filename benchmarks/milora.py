@@ -64,11 +64,12 @@ def trained_and_measured(
     import torch
     from transformers import TrainingArguments, set_seed
 
+    from gatewise.bilevel import BilevelMixin
     from gatewise.inspection.routing import routing_of_rows
     from gatewise.losses import mean_loss
     from gatewise.models import load_model, load_tokenizer
     from gatewise.routed import ACTIVATION_PARAMETERS
-    from gatewise.runs.trainer import RecipeTrainer, TwoLevelRecipeTrainer
+    from gatewise.runs.trainer import RecipeTrainer
     from gatewise.tasks import PadCollator, default_template, encode, evaluate, load_records
 
     draw = random.Random(seed)
@@ -106,7 +107,7 @@ def trained_and_measured(
             "collator": PadCollator(tokenizer), "note": {}, "callbacks": [], "group_by_length": True,
         }  # fmt: skip
         if routed:
-            trainer: RecipeTrainer = TwoLevelRecipeTrainer(
+            trainer: RecipeTrainer = type("TwoLevels", (BilevelMixin, RecipeTrainer), {})(
                 upper_dataset=held_out,
                 upper_parameters=ACTIVATION_PARAMETERS,
                 upper_learning_rate=s["activation_learning_rate"],

@@ -194,13 +194,14 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
     from transformers import set_seed
 
     from gatewise.prompts import search
+    from gatewise.prompts.method import LabelledSearch
     from gatewise.prompts.stages import chosen_layers
-    from gatewise.runs.trainer import SearchRecipeTrainer
+    from gatewise.runs.trainer import RecipeTrainer
 
     s, asked = {**cell.settings}, 0.0
     s["steps"] = s.get("search_steps", s["steps"])
 
-    class Timed(SearchRecipeTrainer):
+    class Timed(LabelledSearch, RecipeTrainer):
         def subset_losses(self, subsets: Any) -> Any:
             nonlocal asked
             start = time.perf_counter()
@@ -240,7 +241,7 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
 
 def guessed(method: str, seed: int, s: dict[str, Any]) -> list[int]:
     """The layers of a fixed choice."""
-    from gatewise.runs.build import fixed_layers
+    from gatewise.prompts.method import fixed_layers
 
     choice, _, number = method.partition("-")
     if choice != "random":

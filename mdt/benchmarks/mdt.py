@@ -133,7 +133,7 @@ def train_once(
             records += swapped_copies(records, copies, seed=seed)
         lines = (json.dumps(row, ensure_ascii=False) for row in training_rows(records, level=level))
         rows[split].write_text("\n".join(lines) + "\n", encoding="utf-8")
-    kept = what_is_kept(output) is not None and not (output / "metrics.json").is_file()
+    kept = what_is_kept(output, recipe.parts()[1]) is not None and not (output / "metrics.json").is_file()
     began = time.process_time()
     result = train(recipe, output, resume=kept, overwrite=not kept)
     # Of a training that was stopped, only the last part is timed: the whole is taken to have gone at its speed.

@@ -90,7 +90,7 @@ def train_once(
         if load_recipe(output / "recipe.yaml") != recipe:
             raise SystemExit(f"the run in {folder} had another recipe: remove the folder to make it anew")
     else:
-        kept = what_is_kept(output) is not None
+        kept = what_is_kept(output, recipe.parts()[1]) is not None
         train(recipe, output, resume=kept, overwrite=not kept)
     told = json.loads((output / "metrics.json").read_text())
     return recipe, {

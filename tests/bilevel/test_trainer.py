@@ -22,11 +22,12 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import gatewise
+from gatewise.adapters.checkpoints import complete_checkpoints
 from gatewise.bilevel import split_in_half
 from gatewise.bilevel.state import CyclicRows, select_upper
 from gatewise.bilevel.trainer import STATE_FILE, BilevelMixin, BilevelTrainer
 from gatewise.errors import GatewiseError
-from gatewise.runs.trainer import RecipeTrainer, complete_checkpoints
+from gatewise.runs.trainer import RecipeTrainer
 from gatewise.tasks import PadCollator
 
 WEIGHTS, GATES = ("inner.weight", "outer.weight"), ("gates", "idle", "sometimes")

@@ -116,7 +116,7 @@ def test_the_model_and_all_it_gets_are_on_the_device(words: str, folder: Path, m
 def test_a_training_step_is_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured before it is left out."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("gatewise.runs.run.evaluate", lambda *_, **__: {"n": 1})
+    monkeypatch.setattr("gatewise.tasks.rows.evaluate", lambda *_, **__: {"n": 1})
     write_recipe(folder, "lora")
     result = CliRunner().invoke(app, ["train", "lora.yaml", "--output", "step-run", "--device", "cuda:1"])
     assert result.stderr.strip().splitlines()[-1] == f"error: {PLACED}", result.output

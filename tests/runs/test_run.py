@@ -16,6 +16,7 @@ from several_processes import launched
 from tiny_run import assert_same_adapter, stop_at, weights, write_base, write_recipe
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
+from gatewise.adapters.checkpoints import checkpoint_step, complete_checkpoints
 from gatewise.adapters.loading import load_as_trained
 from gatewise.allocation.slots import lora_layers
 from gatewise.errors import GatewiseError
@@ -23,7 +24,8 @@ from gatewise.inspection import rank_map
 from gatewise.runs import run
 from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe_file import load_recipe
-from gatewise.runs.trainer import RecipeTrainer, checkpoint_step, complete_checkpoints
+from gatewise.runs.trainer import RecipeTrainer
+from gatewise.tasks import rows
 
 SILENT = Console(quiet=True)
 
@@ -78,14 +80,6 @@ def test_a_cubic_budget_comes_down_to_loras(tmp_path: Path) -> None:
     assert {layer.scaling["default"] for layer in lora_layers(model, "default").values()} == {2.0}
 
 
-def test_a_budget_of_modules_leaves_so_many_as_they_were(tmp_path: Path) -> None:
-    section = {"schedule": "cubic", "budget": "modules", "target_modules": 5, "rounds": 2, "first_round": 3, "recover": 3}
-    result = train(write_recipe(tmp_path, "pi-lora", allocation=section), tmp_path / "out")
-    assert sorted(result.ranks.values()) == [0] * 9 + [2] * 5
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), str(result.adapter))
-    assert [layer.scaling["default"] for layer in lora_layers(model, "default").values()] == [2.0] * 5
-
-
 @pytest.mark.parametrize("method", ["lora", "alora", "adalora"])
 def test_the_adapter_is_plain_lora_that_peft_loads(method: str, tmp_path: Path) -> None:
     changed = ["allocation.budget=ranks"] if method == "alora" else []
@@ -115,9 +109,9 @@ def test_what_is_written_down(tmp_path: Path) -> None:
     assert note["template"] == "Is {text} good or bad?"
     assert (note["labels"], note["task"], note["base"]) == (["bad", "good"], "causal", str(tmp_path / "llama"))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "adapter", "checkpoints", "metrics.json", "ranks.png", "recipe.yaml",
+        "adapter", "checkpoints", "metrics.json", "ranks.png", "recipe.yaml", "rows.json",
     ]  # fmt: skip
-    assert result.plot.read_bytes().startswith(b"\x89PNG")
+    assert result.pictures["ranks.png"].read_bytes().startswith(b"\x89PNG")
 
 
 def test_checkpoints_hold_nothing_pickled_but_the_optimisers_state(tmp_path: Path) -> None:
@@ -289,7 +283,7 @@ def test_a_run_that_stopped_early_is_not_trained_on_when_resumed(tmp_path: Path,
     settings = ("training.eval_every=2", "training.save_every=2", "training.early_stopping_patience=1")
     recipe = write_recipe(tmp_path)
     whole = train(recipe, tmp_path / "whole", *settings)
-    original, calls = run.evaluate, []
+    original, calls = rows.evaluate, []
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -298,7 +292,7 @@ def test_a_run_that_stopped_early_is_not_trained_on_when_resumed(tmp_path: Path,
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", killed)
+        patch.setattr(rows, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "killed", *settings)
     assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path / "killed" / "checkpoints")] == [2, 4]
@@ -372,7 +366,7 @@ def finished(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_an_output_folder_in_use_is_refused_before_any_work(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, out = finished
-    monkeypatch.setattr(run, "load_records", lambda *_, **__: pytest.fail("data was read"))
+    monkeypatch.setattr(rows, "load_records", lambda *_, **__: pytest.fail("data was read"))
     for options, said in [
         ({}, "is not empty: use --resume to go on with the run in it, --overwrite to replace that run"),
         ({"resume": True}, "is finished, there is nothing to resume"),
@@ -492,14 +486,14 @@ def test_the_untrained_adapter_is_the_base_model(tmp_path: Path, monkeypatch: py
     recipe = write_recipe(tmp_path, "alora")
     seen: list[torch.Tensor] = []
     ids = torch.arange(5, 25).view(2, 10)
-    original: Callable[..., Any] = run.evaluate
+    original: Callable[..., Any] = rows.evaluate
 
     def evaluate(model: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             seen.append(model.eval()(input_ids=ids).logits)
         return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(run, "evaluate", evaluate)
+    monkeypatch.setattr(rows, "evaluate", evaluate)
     train(recipe, tmp_path / "out")
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()(input_ids=ids).logits
@@ -556,7 +550,7 @@ def test_a_classifier_is_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("method", "fails"),
     [
         ("lora", "gatewise.inspection.plot"),
-        ("milora", "gatewise.runs.run.routing_of_rows"),
+        ("milora", "gatewise.routed.method.routing_of_rows"),
         ("milora", "gatewise.inspection.plot_routing"),
     ],
 )
@@ -573,7 +567,7 @@ def test_a_picture_that_fails_does_not_lose_the_run(
     assert "could not be made (RuntimeError: Expected all tensors to be on the same device); adapter and" in said.export_text()
     assert json.loads(result.metrics_file.read_text())["metrics"] == result.metrics
     assert (result.adapter / "adapter_model.safetensors").is_file()
-    assert (result.routing is None) == (fails != "gatewise.inspection.plot_routing")
+    assert ("routing" in result.numbers) == (fails == "gatewise.inspection.plot_routing")
 
 
 def without_pooler(folder: Path, method: str) -> Path:

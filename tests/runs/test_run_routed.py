@@ -15,14 +15,16 @@ from typer.testing import CliRunner
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.export import to_lora
+from gatewise.bilevel import BilevelMixin
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
+from gatewise.inspection import routing_json
 from gatewise.inspection.routing import route_data, routing_of_rows
 from gatewise.models import load_model, load_tokenizer
 from gatewise.routed import RoutedLoraModel
 from gatewise.runs import run
 from gatewise.runs.recipe_file import load_recipe
-from gatewise.runs.trainer import RecipeTrainer, TwoLevelRecipeTrainer
+from gatewise.runs.trainer import RecipeTrainer
 from gatewise.tasks import default_template, encode, load_records
 
 
@@ -48,9 +50,8 @@ def test_the_adapter_is_routed_lora_that_peft_loads(tmp_path: Path) -> None:
     rows = load_records(str(tmp_path / "dev.jsonl"))
     tokenizer = load_tokenizer(str(tmp_path / "llama"))
     routing = routing_of_rows(model, tokenizer, list(encode(rows, tokenizer, default_template(rows), max_length=64)), 3)
-    assert result.routing is not None
-    assert [one.share for one in routing.modules] == [one.share for one in result.routing.modules]
     written = json.loads(result.metrics_file.read_text())
+    assert written["routing"] == result.numbers["routing"] == routing_json(routing)
     assert written["routing"]["prompts"] == 10
     assert sum(one["share"] for one in written["routing"]["modules"] if one["layer"] == 1) == pytest.approx(2)
     assert (tmp_path / "out" / "routing.png").read_bytes().startswith(b"\x89PNG")
@@ -72,9 +73,9 @@ def test_the_activation_learns_on_rows_of_its_own(tmp_path: Path, monkeypatch: p
     """Upper steps move the rational's coefficients alone, on rows that no lower step sees; with 0 rows all learn together."""
     seen: list[int] = []
     made: list[RecipeTrainer] = []
-    original = TwoLevelRecipeTrainer.upper_step
+    original = BilevelMixin.upper_step
 
-    def upper_step(self: TwoLevelRecipeTrainer) -> None:
+    def upper_step(self: BilevelMixin) -> None:
         before = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         original(self)
         moved = {name for name, p in self.model.named_parameters() if name in before and not torch.equal(p, before[name])}
@@ -83,7 +84,7 @@ def test_the_activation_learns_on_rows_of_its_own(tmp_path: Path, monkeypatch: p
         seen.append(self.state.global_step)
         made.append(self)
 
-    monkeypatch.setattr(TwoLevelRecipeTrainer, "upper_step", upper_step)
+    monkeypatch.setattr(BilevelMixin, "upper_step", upper_step)
     recipe = write_recipe(tmp_path, "milora")
     train(recipe, tmp_path / "two")
     assert seen == [2, 4, 6, 8]
@@ -127,8 +128,7 @@ def test_the_balance_joins_the_loss_of_a_step(tmp_path: Path, monkeypatch: pytes
 
 def test_a_classifier_is_routed_too(tmp_path: Path) -> None:
     result = train(write_recipe(tmp_path, "milora", "bert"), tmp_path / "out")
-    assert result.routing is not None
-    assert len(result.routing.modules) == 12
+    assert len(result.numbers["routing"]["modules"]) == 12
 
 
 def test_inspect_shows_the_routing(tmp_path: Path) -> None:

@@ -14,18 +14,20 @@ from tiny_run import assert_same_adapter, byte_tokenizer, stop_at, write_base, w
 from transformers import AutoModelForCausalLM, TrainingArguments
 from typer.testing import CliRunner
 
+from gatewise.adapters.checkpoints import checkpoint_step, complete_checkpoints
 from gatewise.adapters.export import to_lora
 from gatewise.adapters.files import read_selection
 from gatewise.cli.main import app
 from gatewise.errors import GatewiseError
+from gatewise.inspection import read_prompts
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.models import load_adapter, load_model
 from gatewise.prompts import SelectivePromptConfig
+from gatewise.prompts.method import LabelledSearch, SelectivePrompts, fixed_layers
 from gatewise.runs import run
-from gatewise.runs.build import fixed_layers
 from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe_file import load_recipe
-from gatewise.runs.trainer import SearchRecipeTrainer, checkpoint_step, complete_checkpoints
+from gatewise.runs.trainer import RecipeTrainer
 from gatewise.tasks import PadCollator
 
 SILENT = Console(quiet=True)
@@ -38,6 +40,10 @@ def train(recipe: Path, output: Path, *overrides: str, **options: Any) -> run.Ru
 
 def written(output: Path, name: str = "search.json") -> Any:
     return json.loads((output / name).read_text(encoding="utf-8"))
+
+
+class SearchingTrainer(LabelledSearch, RecipeTrainer):
+    """As a run makes it."""
 
 
 def timeless(search: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +85,6 @@ def test_resumed_in_either_stage_it_ends_as_if_never_stopped(family: str, tmp_pa
     recipe = write_recipe(tmp_path, "spt", family, search={"keep": 1, "max_steps": 8})
     torch.manual_seed(1)
     whole = train(recipe, tmp_path / "whole", *SETTINGS)
-    assert whole.selection is not None
     stopped = tmp_path / "stopped"
     # Step 5 is behind the first checkpoint; a step is two batches and, in the search, one more for the gates.
     for call, stage in ((17, "checkpoints/search"), (30, "checkpoints")):
@@ -97,7 +102,6 @@ def test_resumed_in_either_stage_it_ends_as_if_never_stopped(family: str, tmp_pa
     assert written(stopped)["resumed_from"] == 5
     resumed = train(recipe, stopped, *SETTINGS, resume=True)
     assert (resumed.resumed_from, resumed.steps) == (5, 8)
-    assert resumed.selection is not None
     assert timeless(written(stopped)) == timeless(written(tmp_path / "whole"))
     assert resumed.metrics == whole.metrics
     assert_same_adapter(whole.adapter, resumed.adapter)
@@ -112,7 +116,7 @@ def test_interrupted_between_the_stages_the_search_is_kept(tmp_path: Path, monke
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "out")
     assert not complete_checkpoints(tmp_path / "out" / "checkpoints")
-    monkeypatch.setattr(SearchRecipeTrainer, "train", lambda *_, **__: pytest.fail("it was searched again"))
+    monkeypatch.setattr(LabelledSearch, "search_from", lambda *_, **__: pytest.fail("it was searched again"))
     result = train(recipe, tmp_path / "out", resume=True)
     assert result.resumed_from is None
     assert result.metrics == whole.metrics
@@ -159,8 +163,7 @@ def test_a_search_that_was_tampered_with_is_not_believed(tmp_path: Path, monkeyp
     overwritten = train(recipe, tmp_path / "out", "prompts.prompt_layers=[1]", "search=", overwrite=True)
     assert not path.exists()
     assert not (tmp_path / "out" / "gates.png").exists()
-    assert overwritten.prompts is not None
-    assert overwritten.prompts.chosen == (1,)
+    assert overwritten.numbers["prompt_layers"] == [1]
 
 
 def test_told_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +195,7 @@ def test_a_step_of_the_search_is_the_formulas(family: str, tmp_path: Path) -> No
         {"input_ids": [6, 11, 40, 21, 5, 17, 18], "labels": 2 if family == "bert" else [-100] * 5 + [17, -100]},
     ]
     args = TrainingArguments(str(tmp_path / "x"), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
-    trainer = SearchRecipeTrainer(
+    trainer = SearchingTrainer(
         model=model, args=args, train_dataset=rows, eval_dataset=[], collator=PadCollator(byte_tokenizer()), note={},
         callbacks=[], upper_dataset=rows, upper_learning_rate=1e-2, consistency=0.3, drop=0.5,
     )  # fmt: skip
@@ -243,9 +246,9 @@ def test_layers_chosen_by_loss(tmp_path: Path) -> None:
 
 
 def test_settings_reach_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[SearchRecipeTrainer] = []
-    original = SearchRecipeTrainer.train
-    monkeypatch.setattr(SearchRecipeTrainer, "train", lambda self, **more: seen.append(self) or original(self, **more))
+    seen: list[Any] = []
+    original = LabelledSearch.search_from
+    monkeypatch.setattr(LabelledSearch, "search_from", lambda self, *more: seen.append(self) or original(self, *more))
     section = {"keep": 2, "epochs": 0.5, "gate_learning_rate": 0.05, "reparameterise": False, "consistency": 0.0, "drop": 0.25}
     prompts = {"num_prompt_tokens": 2, "bottleneck": 8, "tau": 0.5, "phm": 2, "activation": "tanh"}
     prompts |= {"balanced": False, "normalize_states": False}
@@ -264,23 +267,26 @@ def test_settings_reach_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_length_of_a_search(tmp_path: Path) -> None:
-    recipe = load_recipe(write_recipe(tmp_path, "spt", search={"keep": 1}))
-    assert recipe.search_steps(26) == 8
-    assert load_recipe(tmp_path / "spt.yaml", ["search.epochs=2"]).search_steps(26) == 8
-    assert load_recipe(tmp_path / "spt.yaml", ["search.epochs=1", "training.batch_size=13"]).search_steps(27) == 2
-    assert load_recipe(tmp_path / "spt.yaml", ["search.max_steps=3"]).search_steps(26) == 3
+    write_recipe(tmp_path, "spt", search={"keep": 1})
+
+    def steps(rows: int, *overrides: str) -> int:
+        return SelectivePrompts(load_recipe(tmp_path / "spt.yaml", overrides)).search_steps(rows)
+
+    assert steps(26) == 8
+    assert steps(26, "search.epochs=2") == 8
+    assert steps(27, "search.epochs=1", "training.batch_size=13") == 2
+    assert steps(26, "search.max_steps=3") == 3
 
 
 def test_the_retraining_knows_nothing_of_the_search(tmp_path: Path) -> None:
     """It is the run that has the same layers by a list, on all rows, the head of a classifier included."""
     for family in ("llama", "bert"):
         searched = train(write_recipe(tmp_path, "spt", family), tmp_path / family / "searched")
-        assert searched.selection is not None
-        layers = f"prompts.prompt_layers={searched.selection.layers}"
+        layers = f"prompts.prompt_layers={searched.numbers['prompt_layers']}"
         fixed = train(write_recipe(tmp_path, "spt", family), tmp_path / family / "fixed", layers, "search=")
         assert_same_adapter(searched.adapter, fixed.adapter)
         assert searched.metrics == fixed.metrics
-        assert fixed.selection is None
+        assert "gates" not in fixed.numbers
         assert "search" not in fixed.seconds
 
 
@@ -297,8 +303,8 @@ def test_fixed_choices(tmp_path: Path) -> None:
     del_search = ("search=", "prompts.keep=1", "training.max_steps=2")
     for choice, layer in (("first", 0), ("last", 1)):
         result = train(tmp_path / "spt.yaml", tmp_path / choice, *del_search, f"prompts.prompt_layers={choice}")
-        assert result.prompts is not None
-        assert (result.prompts.chosen, result.prompts.gates, result.prompts.layers) == ((layer,), None, 2)
+        prompts = read_prompts(result.adapter)
+        assert (prompts.chosen, prompts.gates, prompts.layers) == ((layer,), None, 2)
 
 
 @pytest.mark.parametrize("method", ["spt", "prompt-tuning", "prefix-tuning"])
@@ -330,7 +336,7 @@ def test_switching_prompts_off_and_on_again(tmp_path: Path) -> None:
 def test_pefts_own_prompts(method: str, family: str, tmp_path: Path) -> None:
     """Trained, saved and measured again alike; PEFT loads them without gatewise."""
     result = train(write_recipe(tmp_path, method, family), tmp_path / "out")
-    assert (result.plot, result.ranks, result.prompts) == (None, {}, None)
+    assert (result.pictures, result.ranks, result.numbers) == ({}, {}, {})
     head = 2 * 16 + 2 if family == "bert" else 0
     assert result.parameters["adapter"] == 3 * 16 * (1 if method == "prompt-tuning" else 2 * 2) + head
     assert measure_adapter(result.adapter, str(tmp_path / "dev.jsonl"), console=SILENT) == result.metrics["dev"]["after"]
@@ -362,20 +368,20 @@ def test_mixed_precision_and_recomputed_activations(method: str, tmp_path: Path)
 
 def test_inspect_and_export(tmp_path: Path) -> None:
     result = train(write_recipe(tmp_path, "spt"), tmp_path / "out")
-    assert result.selection is not None
+    gates = result.numbers["gates"]
     adapter = str(result.adapter)
     shown = CliRunner().invoke(app, ["inspect", adapter, "--plot", str(tmp_path / "layers.svg")])
     assert shown.exit_code == 0, shown.output
-    (layer,) = result.selection.layers
+    (layer,) = result.numbers["prompt_layers"]
     assert f"layers with a new prompt: {layer} of 2 (chosen by the search)" in shown.stdout
-    assert f"{result.selection.gates[1 - layer]:.3f}" in shown.stdout
+    assert f"{gates[1 - layer]:.3f}" in shown.stdout
     assert (tmp_path / "layers.svg").read_text().count("<svg") == 1
     told = json.loads(CliRunner().invoke(app, ["inspect", adapter, "--json"]).stdout)
-    assert (told["chosen"], told["gates"]) == ([layer], pytest.approx(result.selection.gates))
+    assert (told["chosen"], told["gates"]) == ([layer], pytest.approx(gates))
     # A checkpoint of the search is a hyper-network.
     folder = complete_checkpoints(tmp_path / "out" / "checkpoints" / "search")[-1]
     told = json.loads(CliRunner().invoke(app, ["inspect", str(folder), "--json"]).stdout)
-    assert (told["hyper_network"], told["gates"]) == (True, pytest.approx(result.selection.gates, abs=1e-6))
+    assert (told["hyper_network"], told["gates"]) == (True, pytest.approx(gates, abs=1e-6))
     soft = train(write_recipe(tmp_path, "prefix-tuning"), tmp_path / "soft", "training.max_steps=1")
     for args, said in (
         (["inspect", adapter, "--value", "norm"], "--value norm was given for an adapter with prompts"),

@@ -13,8 +13,9 @@ from tiny_run import byte_tokenizer
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from gatewise.adapters.checkpoints import checkpoint_step, complete_checkpoints
 from gatewise.errors import GatewiseError
-from gatewise.runs.trainer import EarlyStopping, RecipeTrainer, RowOrder, checkpoint_step, complete_checkpoints, stop_diverged
+from gatewise.runs.trainer import EarlyStopping, RecipeTrainer, RowOrder, stop_diverged
 from gatewise.tasks import PadCollator
 
 

@@ -29,7 +29,7 @@ from transformers import (
 
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import most_tokens
-from gatewise.runs.build import recompute_activations
+from gatewise.runs.trainer import recompute_activations
 
 SETTINGS = HeadSettings(hidden=16, width=16, longest=8, dropout=0.0)
 _SMALL: dict[str, Any] = {

@@ -17,6 +17,7 @@ from gatewise_mdt.pointing.loading import load_extractor
 from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_texts
 from gatewise_mdt.pointing.training import METRICS, read_records, training_rows
 from gatewise_mdt.records import TreeRecord
+from gatewise_mdt.task import Text2Mdt
 from mdt_trees import node, triple
 from pointing_models import GOUT, RECORDS, write_pointing, write_trees
 from rich.console import Console
@@ -24,12 +25,12 @@ from several_processes import command, one_of_none
 from tiny_run import assert_same_adapter, byte_tokenizer, stop_at, weights
 from transformers import PreTrainedTokenizerFast
 
+from gatewise.adapters.checkpoints import checkpoint_step, complete_checkpoints
 from gatewise.errors import GatewiseError
 from gatewise.internals.soft_prompt_fixes import without_prompts
 from gatewise.prompts.forward import PromptPass
 from gatewise.runs import run
 from gatewise.runs.recipe_file import load_recipe, recipe_as_yaml
-from gatewise.runs.trainer import checkpoint_step, complete_checkpoints
 
 TEXTS = [record.text for record in RECORDS]
 METHODS = ["lora", "dora", "alora", "pi-lora", "milora", "adalora", "spt"]
@@ -56,8 +57,8 @@ def found_by(extractor: PointingExtractor) -> list[Any]:
 def test_what_is_loaded_is_what_was_trained(method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees and confidence bit for bit, heads in the adapter's own file, calibration in its note."""
     kept: list[Any] = []
-    save = run.save_adapter
-    monkeypatch.setattr(run, "save_adapter", lambda model, *rest: (kept.append(model), save(model, *rest)))
+    note_after = Text2Mdt.note_after
+    monkeypatch.setattr(Text2Mdt, "note_after", lambda self, run, model: kept.append(model) or note_after(self, run, model))
     monkeypatch.setattr("gatewise_mdt.pointing.training.fitted", lambda *_: Calibration((0.5, 1.0, 1.5, 0.25), 0.75))
     result = train(write_pointing(tmp_path, method, family), tmp_path / "out")
     assert sum("heads" in name for name in weights(result.adapter)) > 10
@@ -68,8 +69,7 @@ def test_what_is_loaded_is_what_was_trained(method: str, family: str, tmp_path: 
     assert {name: measure(loaded, RECORDS)[name] for name in METRICS} == result.metrics["dev"]["after"]
     assert result.parameters["adapter"] == sum(one.numel() for one in weights(result.adapter).values())
     if method == "milora":
-        assert result.routing is not None
-        assert result.routing.prompts == len(RECORDS)
+        assert result.numbers["routing"]["prompts"] == len(RECORDS)
     if method in ("alora", "pi-lora"):
         (one,) = json.loads((result.adapter / "allocation.json").read_text())["rounds"]
         assert one["loss_before"] > 1  # nats of a whole tree
@@ -221,7 +221,7 @@ def test_prompts_in_front_of_the_text_are_refused(method: str, tmp_path: Path) -
 def test_a_search_that_compares_predictions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GatewiseError, match=r"search\.consistency compares the classes or words .* set it to 0"):
         load_recipe(write_pointing(tmp_path, "spt", search=None))
-    assert load_recipe(write_pointing(tmp_path, "spt")).searched
+    assert load_recipe(write_pointing(tmp_path, "spt")).search.consistency == 0
 
 
 def test_outlines_beside_the_recipe_are_found(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, read_
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.device import DTYPES, pick_device, pick_dtype
 from gatewise.models.loading import HEADS, Task, class_names, load_model, load_tokenizer, pad_as
+from gatewise.parts import TASKS
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_like
@@ -76,8 +77,7 @@ def load_with_data(
 def read_data(adapter: Path, data: str, options: DataOptions) -> tuple[Records, Template | None, int]:
     """The part of ``load_with_data`` that needs no model: rows, how prompts are written, and the most tokens of a sequence."""
     note = read_note(adapter)
-    if note.get("task") == "text2mdt":
-        raise _points(adapter)
+    _refuse_other_tasks(adapter, note)
     causal = (note.get("task") or _task_of(_peft_config(adapter), adapter)) == "causal"
 
     def classes() -> list[str] | None:
@@ -407,17 +407,23 @@ def _task_of(config: PeftConfig, folder: Path) -> Task:
         return "classification"
     if config.task_type == TaskType.CAUSAL_LM:
         return "causal"
-    if read_note(folder).get("task") == "text2mdt":
-        raise _points(folder)
+    _refuse_other_tasks(folder, read_note(folder))
     raise GatewiseError(
         f"the adapter {folder} has task_type {config.task_type}: only CAUSAL_LM and SEQ_CLS adapters can be loaded."
     )
 
 
-def _points(folder: Path) -> GatewiseError:
-    return GatewiseError(
-        f"the adapter {folder} points at the phrases of decision trees: give it to `gatewise mdt extract`, `evaluate` or `review`"
-    )
+def _refuse_other_tasks(folder: Path, note: Mapping[str, Any]) -> None:
+    """Raises GatewiseError for an adapter of a task whose rows only its own commands can read."""
+    name = note.get("task")
+    if name is None:
+        return
+    if name not in TASKS:
+        raise GatewiseError(
+            f"the adapter {folder} is for task {name}, which no installed package brings: expected {', '.join(TASKS)}"
+        )
+    if elsewhere := TASKS[name].elsewhere:
+        raise GatewiseError(f"the adapter {folder} {elsewhere}")
 
 
 def _count_labels(shapes: dict[str, list[int]], weights: Path) -> int:

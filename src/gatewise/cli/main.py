@@ -8,8 +8,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from io import TextIOWrapper
 from pathlib import Path
@@ -35,7 +33,8 @@ from gatewise.flags import JsonOption
 from gatewise.internals.import_warnings import no_import_warnings
 
 if TYPE_CHECKING:
-    from gatewise.runs.run import RunResult
+    from gatewise.runs.folder import RunResult
+    from gatewise.runs.recipe import Recipe
 
 USER_ERROR, INTERRUPTED = 2, 130
 SECONDS_FOR_OTHERS = 5
@@ -145,30 +144,28 @@ def train(
     from gatewise import processes
     from gatewise.runs import launch
 
-    if (
-        checked.launch is not None
-        and not launch.is_launched()
-        and (checked.launch.processes > 1 or checked.launch.strategy != "ddp")
-    ):
+    if not launch.is_launched() and (checked.launch.processes > 1 or checked.launch.strategy != "ddp"):
         switches = [name for name, given in (("--resume", resume), ("--overwrite", overwrite)) if given]
         options = [word for setting in set_ or () for word in ("--set", setting)]
         options += [word for name, value in (("--device", device), ("--output", folder)) if value for word in (name, str(value))]
         code, problem = launch.start(["train", str(recipe), *options, *switches], checked.launch)
         if problem is not None:
-            typer.echo(f"error: {problem}{_kept(folder)}", err=True)
+            kept = _kept(checked, folder)
+            typer.echo(f"error: {problem}{f'; {kept}' if kept else ''}", err=True)
         raise typer.Exit(code)
 
-    from gatewise import inspection
     from gatewise.runs import run
 
-    with _told_how_to_resume(folder):
+    try:
         result = run.train(checked, folder, resume=resume, overwrite=overwrite, console=Console(stderr=True))
+    except KeyboardInterrupt:
+        how = _kept(checked, folder) or "no checkpoint was written yet: give the same command to begin again"
+        typer.echo(f"interrupted: {how}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     if processes.is_main():
         console = Console()
-        if result.prompts is not None:
-            console.print(inspection.prompts_table(result.prompts))
-        elif result.budget is not None:
-            console.print(inspection.ranks_table(result.budget))
+        if result.table is not None:
+            console.print(result.table)
         console.print(_summary(result))
     processes.leave()
 
@@ -399,29 +396,12 @@ def models_path(
     typer.echo(str(model.path))
 
 
-def _kept(folder: Path) -> str:
-    """What of a run that did not end well can be gone on from, to be said after what went wrong."""
+def _kept(recipe: "Recipe", folder: Path) -> str | None:
+    """What of a run that did not end well can be gone on from, to be said after what went wrong; None for nothing."""
     from gatewise.runs.folder import what_is_kept
 
-    kept = what_is_kept(folder)
-    return f"; {kept} is kept: give the same command with --resume to go on from there" if kept else ""
-
-
-@contextmanager
-def _told_how_to_resume(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        from gatewise.runs.folder import what_is_kept
-
-        kept = what_is_kept(folder)
-        how = (
-            f"{kept} is kept: give the same command with --resume to go on from there"
-            if kept
-            else "no checkpoint was written yet: give the same command to begin again"
-        )
-        typer.echo(f"interrupted: {how}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    kept = what_is_kept(folder, recipe.parts()[1])
+    return f"{kept} is kept: give the same command with --resume to go on from there" if kept else None
 
 
 def _summary(result: "RunResult") -> Table:
@@ -440,17 +420,16 @@ def _summary(result: "RunResult") -> Table:
     table.add_section()
     share = result.parameters["adapter"] / result.parameters["base"]
     took = result.seconds
-    searching = f"{took['search']:.0f} searching, " if "search" in took else ""
+    stages = "".join(f"{value:.0f} {name}, " for name, value in took.items() if name not in ("evaluation", "training", "total"))
     facts = {
         "rows": ", ".join(f"{both['after']['n']} {name}" for name, both in result.metrics.items()),
         "parameters": f"{result.parameters['adapter']:,} in the adapter, {share:.2%} of the base model",
         "steps": f"{result.steps}" + (f", resumed after {result.resumed_from}" if result.resumed_from else ""),
-        "seconds": f"{searching}{took['training']:.0f} training, {took['evaluation']:.0f} measuring, {took['total']:.0f} in all",
+        "seconds": f"{stages}{took['training']:.0f} training, {took['evaluation']:.0f} measuring, {took['total']:.0f} in all",
         "adapter": str(result.adapter),
         "metrics": str(result.metrics_file),
     }
-    if result.plot is not None:
-        facts["ranks" if result.prompts is None else "layers"] = str(result.plot)
+    facts |= {path.stem: str(path) for path in result.pictures.values()}
     grid = Table.grid(padding=(0, 2))
     for name, text in facts.items():
         grid.add_row(Text(name, style="dim"), Text(text, overflow="fold"))

@@ -1,28 +1,184 @@
-"""PEFT's AdaLoRA as a baseline: its schedule is called at every step, a run can be resumed, and ends in plain LoRA.
+"""The baselines that need more than a configuration of PEFT's, as parts of a recipe: AdaLoRA, prompt tuning and prefix tuning.
 
-AdaLoRA (Zhang et al., 2023) writes an update as B diag(E) A and takes away entries of E. In PEFT the effective scale is
-``lora_alpha / init_r`` throughout, not ``lora_alpha / r``: compare methods with that in mind.
+AdaLoRA (Zhang et al., 2023) writes an update as B diag(E) A and takes away entries of E. Its schedule is called at every step, a
+run can be resumed, and ends in plain LoRA. In PEFT the effective scale is ``lora_alpha / init_r`` throughout, not
+``lora_alpha / r``: compare methods with that in mind.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gatewise.adapters.files import PEFT_PREFIX
-from gatewise.allocation.slots import compact
+from gatewise.adapters.method import Lora
+from gatewise.allocation.slots import compact, ranks
+from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
+from gatewise.internals.soft_prompt_fixes import without_prompts
+from gatewise.internals.zero import is_asked_for
+from gatewise.losses import inside
 from gatewise.models.loading import HEADS
+from gatewise.parts import Count, Fraction, Method, NotNegative, Run, Section
 
 STATE_FILE = "adalora_state.safetensors"
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+class AdaloraSection(Section):
+    """AdaLoRA's schedule, see ``peft.AdaLoraConfig``; ``total_step`` is the run's.
+
+    ``init_r``, ``tinit`` and ``tfinal`` left out are derived: one and a half times ``peft.r``, a tenth and three
+    tenths of the run.
+    """
+
+    init_r: Count | None = None
+    tinit: Annotated[int, Field(ge=0)] | None = None
+    tfinal: Annotated[int, Field(ge=0)] | None = None
+    deltaT: Count = 1  # noqa: N815 (PEFT's name)
+    beta1: Fraction = 0.85
+    beta2: Fraction = 0.85
+    orth_reg_weight: NotNegative = 0.5
+
+
+class AdaLora(Lora):
+    """AdaLoRA, which ends as plain LoRA."""
+
+    checkpoint_files = (STATE_FILE,)
+    adalora: AdaloraSection
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """What AdaLoRA does not take of LoRA's settings."""
+        if self.adalora.init_r is not None and self.adalora.init_r <= self.peft.r:
+            yield (
+                "adalora.init_r",
+                f"is {self.adalora.init_r}, expected more than peft.r ({self.peft.r}), the mean rank to come down to",
+            )
+        if self.peft.use_rslora:
+            yield "peft.use_rslora", "is true, but AdaLoRA scales by lora_alpha / init_r: remove the key"
+        if self.peft.init_lora_weights is not True:
+            yield "peft.init_lora_weights", "is for the other methods: AdaLoRA has its own start, so remove the key"
+
+    def check(self) -> None:
+        """DeepSpeed frees gradients before the schedule has read them."""
+        if is_asked_for():
+            raise GatewiseError(
+                "method adalora reads whole gradients, which DeepSpeed does not keep: take launch.strategy ddp, or method alora"
+            )
+
+    def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
+        """AdaLoRA with the run's schedule."""
+        schedule = {
+            "init_r": max(self.peft.r + 1, round(1.5 * self.peft.r)),
+            "tinit": run.steps // 10,
+            "tfinal": round(0.3 * run.steps),
+            **self.adalora.model_dump(exclude_none=True),
+            "total_step": run.steps,
+        }
+        if schedule["tinit"] >= run.steps - schedule["tfinal"]:
+            raise GatewiseError(
+                f"adalora: tinit ({schedule['tinit']}) and tfinal ({schedule['tfinal']}) leave no step of the run's {run.steps} in "
+                "which ranks can be taken away: lower them or train longer"
+            )
+        return AdaLoraConfig(target_r=self.peft.r, **schedule, **self.settings(run, base))
+
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
+        """The schedule."""
+        return [*super().callbacks(run), AdaLoraSchedule(run.checkpoint)]
+
+    def loss_term(self, model: nn.Module, share: float | Tensor) -> Tensor:
+        """The weighted regulariser, as PEFT adds it to the loss of every batch."""
+        adapted: Any = inside(model)
+        return self.adalora.orth_reg_weight * orthogonality(adapted) / self.recipe.training.gradient_accumulation
+
+    def finish(self, run: Run, model: PeftModel) -> PeftModel:
+        """Plain LoRA of the same function."""
+        budget = self.peft.r * len(_layers(model))
+        plain = to_plain_lora(model)
+        left = sum(ranks(plain).values())
+        if left > budget:
+            run.progress.say(
+                f"warning: AdaLoRA has {left} ranks left, and {budget} were its budget: training (or its best checkpoint) "
+                "ended before its pruning did"
+            )
+        return plain
+
+
+class PrefixSection(Section):
+    """The prompts of prefix tuning."""
+
+    num_prompt_tokens: Count = 10
+
+
+class PromptSection(PrefixSection):
+    """The prompts of prompt tuning, which begin as token embeddings drawn from the vocabulary or as random numbers."""
+
+    init: Literal["vocabulary", "random"] = "vocabulary"
+
+
+class PrefixTuning(Method):
+    """Prefix tuning (Li and Liang, arXiv 2101.00190), as PEFT has it: keys and values of a prompt in every layer."""
+
+    trains_whole = False  # PEFT's prompts have no room for more
+    prompts: PrefixSection
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Recomputing would fill the cache twice."""
+        if self.recipe.training.gradient_checkpointing:
+            yield (
+                "training.gradient_checkpointing",
+                "is true, but prefix tuning keeps its prompts in the key-value cache, which recomputing would fill twice: remove "
+                "it",
+            )
+
+    @property
+    def prompt_tokens(self) -> int:  # type: ignore[override]
+        """Of the model's positions."""
+        return self.prompts.num_prompt_tokens
+
+    def config(self, run: Run, base: PreTrainedModel) -> PrefixTuningConfig:
+        """Prefix tuning."""
+        return PrefixTuningConfig(num_virtual_tokens=self.prompts.num_prompt_tokens, task_type=run.task.task_type)
+
+    def untrained(self, model: Any) -> AbstractContextManager[Any]:
+        """Prompts change the function from the start."""
+        return without_prompts(model)
+
+
+class PromptTuning(PrefixTuning):
+    """Prompt tuning (Lester et al., arXiv 2104.08691), as PEFT has it: embeddings before those of the text."""
+
+    prompts: PromptSection
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """None."""
+        yield from ()
+
+    def config(self, run: Run, base: PreTrainedModel) -> Any:
+        """Prompt tuning.
+
+        Raises:
+            GatewiseError: a decoder that classifies.
+        """
+        if run.task.task_type == "SEQ_CLS" and hasattr(base, "score"):
+            raise GatewiseError(
+                f"{self.recipe.model} is a decoder, which classifies by the last token that is no padding, and does not see it "
+                "with prompt tuning: take task causal, or method prefix-tuning or spt"
+            )
+        init = "SAMPLE_VOCAB" if self.prompts.init == "vocabulary" else "RANDOM"
+        return PromptTuningConfig(
+            num_virtual_tokens=self.prompts.num_prompt_tokens, prompt_tuning_init=init, task_type=run.task.task_type
+        )
 
 
 class AdaLoraSchedule(TrainerCallback):
@@ -77,13 +233,6 @@ def orthogonality(model: PeftModel) -> Tensor:
         for product in _products(layer, model.active_adapter)
     ]
     return torch.stack(total).mean()
-
-
-def ranks_asked_for(model: PeftModel) -> int:
-    """The ranks that AdaLoRA's schedule comes down to, if it has time to."""
-    config = model.peft_config[model.active_adapter]
-    assert isinstance(config, AdaLoraConfig)
-    return config.target_r * len(_layers(model))
 
 
 def to_plain_lora(model: PeftModel) -> PeftModel:

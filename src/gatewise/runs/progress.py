@@ -14,7 +14,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from gatewise.allocation.callback import Round
 from gatewise.progress import ConsoleProgress
 
 
@@ -31,14 +30,6 @@ class RunProgress(ConsoleProgress, TrainerCallback):
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._what = "training"
-
-    def say_round(self, done: Round) -> None:
-        """One line about a round of rank allocation."""
-        pruned, grown = (sum(map(len, slots.values())) for slots in (done.pruned, done.grown))
-        self.say(
-            f"step {done.step}: round {done.round}, {pruned} ranks pruned, {grown} grown, {sum(done.ranks.values())} live, "
-            f"loss on the validation batch {done.loss_before:.4f} -> {done.loss_after:.4f}, {done.seconds:.1f} s"
-        )
 
     @contextmanager
     def training(self, what: str = "training") -> Iterator[None]:

@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
@@ -19,7 +19,8 @@ from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
 from gatewise.errors import GatewiseError
-from gatewise.runs.recipe import Method, Recipe, Section, given
+from gatewise.parts import DEFAULT_TASK, METHODS, Section, given
+from gatewise.runs.recipe import Recipe, checked, owners, recipe_class
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
 
@@ -43,21 +44,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for keys, setting in changes:
         _change(tree, keys, _value_of(setting), setting)
     _drop_the_other_end(tree, {keys for keys, _ in changes})
-    tree = {key: value for key, value in tree.items() if value is not None or key not in Recipe.model_fields}
     text_expected = _text_expected(tree) if changes else set()
     for keys, setting in changes:
         if keys in text_expected:
             _change(tree, keys, _text_of(setting), setting)
     try:
-        return Recipe.model_validate(tree)
+        return checked(tree)
     except ValidationError as error:
-        raise GatewiseError("\n".join(_problems(error, path, changes))) from None
+        raise GatewiseError("\n".join(_problems(error, tree, path, changes))) from None
 
 
 def recipe_as_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML that ``load_recipe`` reads back to an equal recipe."""
     stream = io.StringIO()
-    _yaml().dump(recipe.as_tree(), stream)
+    _yaml().dump(recipe.model_dump(mode="json"), stream)
     return stream.getvalue()
 
 
@@ -172,7 +172,7 @@ def _change(tree: dict[str, Any], keys: tuple[str, ...], value: Any, setting: st
 def _text_expected(tree: dict[str, Any]) -> set[tuple[Any, ...]]:
     """The keys that take text and have something else: 'Review: {text}' and '{text}' are mappings in YAML."""
     try:
-        Recipe.model_validate(tree)
+        checked(tree)
     except ValidationError as error:
         return {fault["loc"] for fault in error.errors() if fault["type"] == "string_type" and fault["input"] is not None}
     return set()
@@ -223,7 +223,7 @@ _EXPECTED = {
     "too_short": "expected at least {min_length}",
 }
 _MISSING = {
-    "method": f"expected {_either(get_args(Method))}",
+    "method": f"expected {_either([*METHODS])}",
     "model": "expected an embedded model such as smollm2-135m-instruct, a folder or a hub name",
     "data": "expected a section with train and dev",
     "data.train": "expected a .jsonl, .json or .csv file, sample:NAME or a data set's name",
@@ -241,8 +241,11 @@ _OTHER_NAMES = {
 """What people call some keys."""
 
 
-def _problems(error: ValidationError, path: Path, changes: Sequence[tuple[tuple[str, ...], str]]) -> Iterator[str]:
+def _problems(
+    error: ValidationError, tree: dict[str, Any], path: Path, changes: Sequence[tuple[tuple[str, ...], str]]
+) -> Iterator[str]:
     """One sentence for every fault, those of the file in the order of the schema."""
+    recipe = recipe_class(tree.get("method"), tree.get("task", DEFAULT_TASK))
     for fault in error.errors(include_url=False):
         kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
         keys = tuple(str(key) for key in fault["loc"] if key != "[key]")
@@ -252,7 +255,9 @@ def _problems(error: ValidationError, path: Path, changes: Sequence[tuple[tuple[
         if kind == "combination":
             text = f"{name} {context['problem']}"
         elif kind == "extra_forbidden":
-            text = f"{name} is not a known key (given {given(value)}){_known_keys_near(keys)}"
+            text = (
+                _of_another_part(keys, tree) or f"{name} is not a known key (given {given(value)}){_known_keys_near(keys, recipe)}"
+            )
         elif kind == "missing":
             text = f"{name} is missing: {_MISSING.get(name, 'expected a value')}"
         elif kind == "literal_error":
@@ -266,10 +271,20 @@ def _problems(error: ValidationError, path: Path, changes: Sequence[tuple[tuple[
         yield f"{source}: {text}"
 
 
-def _known_keys_near(keys: tuple[str, ...]) -> str:
+def _of_another_part(keys: tuple[str, ...], tree: dict[str, Any]) -> str | None:
+    """What to do with a key that other methods or tasks have."""
+    if (found := owners(keys)) is None:
+        return None
+    kind, names = found
+    remove = f"remove the section, or set {kind}: {names[0]}" if len(keys) == 1 else "remove the key"
+    listed = f"{kind} {names[0]}" if len(names) == 1 else f"{kind}s {', '.join(names[:-1])} and {names[-1]}"
+    return f"{'.'.join(keys)} is for {listed}, but the {kind} is {tree.get(kind, DEFAULT_TASK)}: {remove}"
+
+
+def _known_keys_near(keys: tuple[str, ...], recipe: type[Recipe]) -> str:
     """A hint at the key that is meant, or else the keys that the section has."""
     section, key = ".".join(keys[:-1]), _OTHER_NAMES.get(keys[-1], keys[-1])
-    by_section = [known.rpartition(".") for known in _all_keys(Recipe)]
+    by_section = [known.rpartition(".") for known in _all_keys(recipe)]
     siblings = [name for parent, _, name in by_section if parent == section]
     near = [".".join((*keys[:-1], name)) for name in _nearest(key, siblings)]
     # A key in the wrong section is as common as a misspelt one.
@@ -280,9 +295,8 @@ def _known_keys_near(keys: tuple[str, ...]) -> str:
 def _all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                yield from _all_keys(kind, f"{prefix}{name}.")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _all_keys(field.annotation, f"{prefix}{name}.")
 
 
 def _nearest(word: str, known: Sequence[str]) -> list[str]:

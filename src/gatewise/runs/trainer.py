@@ -6,40 +6,33 @@ Shapes: b batch, t tokens.
 import json
 import math
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import AdaLoraModel, PeftModel, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from gatewise.adapters.files import CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, read_tensors, tensor_shapes
-from gatewise.adapters.whole import WholeAdapter
-from gatewise.allocation.callback import RankAllocation
-from gatewise.bilevel.trainer import BilevelMixin
+from gatewise.adapters.checkpoints import DIVERGED_FILE, complete_checkpoints
+from gatewise.adapters.files import NOTE_FILE, WEIGHTS_FILE, read_tensors
 from gatewise.errors import GatewiseError
 from gatewise.files import write_json
 from gatewise.internals.sharding import reshard
-from gatewise.internals.zero import zero_of
-from gatewise.losses import inside, mean_loss, scored, soft_prompt
-from gatewise.processes import is_sharded, shared_out
-from gatewise.prompts.darts import SearchMixin
-from gatewise.routed import RoutedLoraModel
-from gatewise.runs.baselines import orthogonality
-
-DIVERGED_FILE = "diverged"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
+from gatewise.internals.trainer_device import run_on
+from gatewise.internals.zero import is_asked_for, zero_of
+from gatewise.losses import base_of, mean_loss, scored, soft_prompt
+from gatewise.processes import count, is_sharded, shared_out
+from gatewise.runs.recipe import TrainingSection
 
 # A chunk this many batches long is sorted by length: long enough to save padding, short enough to keep rows well mixed.
 _BATCHES_A_CHUNK = 32
+LossTerm = Callable[[nn.Module, float | Tensor], Tensor | None]
 
 
 class RecipeTrainer(Trainer):
@@ -47,6 +40,7 @@ class RecipeTrainer(Trainer):
 
     Args:
         note: what ``gatewise eval`` needs to know of the run, written into every checkpoint as ``gatewise.json``.
+        loss_term: what a batch's loss gains while training, see ``gatewise.parts.Method.loss_term``.
         group_by_length: draw batches of rows of like length.
         Others: as for ``Trainer``; datasets are lists of features for ``collator``.
 
@@ -63,22 +57,22 @@ class RecipeTrainer(Trainer):
         collator: Callable[..., dict[str, Tensor]],
         note: Mapping[str, Any],
         callbacks: list[TrainerCallback],
+        loss_term: LossTerm | None = None,
         group_by_length: bool = False,
     ) -> None:
-        # RankAllocation keeps the adapter whole by itself.
-        whole = [] if any(isinstance(one, RankAllocation) for one in callbacks) else [WholeAdapter()]
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[*whole, *callbacks, FiniteGradients()],
+            callbacks=[*callbacks, FiniteGradients()],
         )
         self.remove_callback(PrinterCallback)
         # So that the Trainer counts the labels of all batches of a step and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
         self.note = dict(note)
+        self.loss_term = loss_term
         self.group_by_length = group_by_length
         if self.is_deepspeed_enabled:
             self._refuse_contradictions()
@@ -106,26 +100,20 @@ class RecipeTrainer(Trainer):
     ) -> Any:
         """Mean cross-entropy over the labels of an optimiser step, or of the batch when their number is not given.
 
-        What a method adds to the loss in training comes on top: MiLoRA's load balance, AdaLoRA's orthogonality. Outputs are the
-        loss and the logits of ``gatewise.losses.scored``: those that the loss reads.
+        ``loss_term`` comes on top. Outputs are the loss and the logits of ``gatewise.losses.scored``: those that the loss reads.
         """
         made = scored(model, inputs)
         sums, counts = made.losses()
+        share: float | Tensor = 1.0
         loss = sums.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
-        # The labels are counted over all processes, and the gradient will be the mean over them.
-        processes = self.accelerator.num_processes if num_items_in_batch is not None else 1
-        loss = loss * processes
+        if num_items_in_batch is not None:
+            # The labels are counted over all processes, and the gradient will be the mean over them.
+            processes = self.accelerator.num_processes
+            loss, share = loss * processes, processes * counts.sum() / num_items_in_batch
         if not bool(torch.isfinite(loss)):
             self._stop_diverged(f"the loss is {float(loss)} at step {self.state.global_step + 1}")
-        adapted = inside(model)
-        tuner = getattr(adapted, "base_model", None)
-        if isinstance(tuner, RoutedLoraModel):
-            # The model adds it to a loss of its own, and here it computes none. The shares of a step's batches add up to one.
-            share = 1.0 if num_items_in_batch is None else processes * counts.sum() / num_items_in_batch
-            loss = loss + share * tuner.balance_loss()
-        if isinstance(tuner, AdaLoraModel):
-            weight = adapted.peft_config[adapted.active_adapter].orth_reg_weight  # type: ignore[union-attr,index]
-            loss = loss + weight * orthogonality(adapted) / self.args.gradient_accumulation_steps  # type: ignore[arg-type]
+        term = None if self.loss_term is None else self.loss_term(model, share)
+        loss = loss if term is None else loss + term
         return (loss, {"loss": loss, "logits": made.logits}) if return_outputs else loss
 
     def evaluate(
@@ -167,9 +155,10 @@ class RecipeTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch has only RuntimeError for a full disk
             reason = getattr(error, "strerror", None) or "is the disk full?"
+            again = " with --resume" if complete_checkpoints(self._folder) else ""
             raise GatewiseError(
-                f"the checkpoint of step {self.state.global_step} could not be written to {self._folder} ({reason}): free "
-                "some space and go on with --resume"
+                f"the checkpoint of step {self.state.global_step} could not be written to {self._folder} ({reason}): free some "
+                f"space and give the same command{again}"
             ) from error
 
     # An adapter that FSDP and ZeRO leave whole is saved and loaded as without them: no process gathers the base model, and a run
@@ -265,18 +254,6 @@ class RecipeTrainer(Trainer):
         return Path(self.args.output_dir or "")
 
 
-class TwoLevelRecipeTrainer(BilevelMixin, RecipeTrainer):
-    """A ``RecipeTrainer`` with an upper level: takes the arguments of both."""
-
-
-class SearchRecipeTrainer(SearchMixin, RecipeTrainer):
-    """A ``RecipeTrainer`` that searches prompt layers: takes the arguments of both."""
-
-    def compared_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Those that the loss reads, as ``compute_loss`` gives them."""
-        return scored(model, inputs).logits
-
-
 class RowOrder(Sampler[int]):
     """Row indices in an order drawn from seed and epoch; with ``batch_size``, batches have rows of like length.
 
@@ -367,36 +344,6 @@ def stop_diverged(checkpoints: Path, step: int, what: str) -> None:
     )
 
 
-def complete_checkpoints(folder: Path, also: Sequence[str] = ()) -> list[Path]:
-    """The checkpoints that were written to their end and not marked as diverged, oldest first.
-
-    The Trainer writes ``trainer_state.json`` last, so where it can be read the rest is there. ``also`` names files that
-    are written after it.
-    """
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if _is_complete(path, also)]
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The optimiser steps a checkpoint had behind it."""
-    match = _CHECKPOINT.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
-
-
-def _is_complete(path: Path, also: Sequence[str]) -> bool:
-    needed = ("optimizer.pt", "scheduler.pt", CONFIG_FILE, *also)
-    # Several processes have a random state each.
-    if (path / DIVERGED_FILE).exists() or not all((path / name).is_file() for name in needed) or not any(path.glob("rng_state*")):
-        return False
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        tensor_shapes(path / WEIGHTS_FILE)
-    except (OSError, ValueError, GatewiseError):
-        return False
-    return True
-
-
 def _of_groups(schedule: Mapping[str, Any], groups: int) -> dict[str, Any]:
     """The state of a scheduler, for an optimiser with so many groups: DeepSpeed leaves out those without parameters.
 
@@ -408,3 +355,68 @@ def _of_groups(schedule: Mapping[str, Any], groups: int) -> dict[str, Any]:
 
 def _length(row: Mapping[str, Any]) -> int:
     return len(row["input_ids"])
+
+
+def training_arguments(
+    training: TrainingSection, seed: int, steps: int, checkpoints: Path, device: torch.device
+) -> TrainingArguments:
+    """The arguments of a Trainer that trains ``steps`` steps on a device and writes checkpoints into a folder.
+
+    Raises:
+        GatewiseError: settings that do not work here, or a batch that the processes cannot share.
+    """
+    processes, deepspeed = count(), is_asked_for()
+    if deepspeed and training.bf16 and device.type == "cpu":
+        raise GatewiseError("training.bf16 does not work under DeepSpeed on a CPU: take dtype bfloat16, or launch.strategy fsdp2")
+    if training.batch_size % processes:
+        raise GatewiseError(
+            f"training.batch_size is {training.batch_size}, which {processes} processes cannot share: give a multiple of that"
+        )
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(checkpoints),
+            max_steps=steps,
+            per_device_train_batch_size=training.batch_size // processes,
+            per_device_eval_batch_size=training.eval_batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation,
+            learning_rate=training.learning_rate,
+            warmup_steps=min(math.ceil(training.warmup_ratio * steps), steps - 1),  # the first has the rate zero
+            lr_scheduler_type=training.scheduler,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            bf16=training.bf16,
+            use_cpu=device.type == "cpu" and not deepspeed,  # or Accelerate would pass DeepSpeed by
+            logging_steps=training.log_every,
+            # The first NaN stops the run; the Trainer would hide it in the log.
+            logging_nan_inf_filter=False,
+            eval_strategy="no" if training.eval_every is None else "steps",
+            eval_steps=training.eval_every,
+            save_strategy="steps",
+            save_steps=training.checkpoint_steps(steps),
+            save_total_limit=2,
+            load_best_model_at_end=training.load_best,
+            metric_for_best_model="eval_loss" if training.eval_every else None,
+            greater_is_better=False,
+            seed=seed,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=False,
+            ddp_backend="gloo" if (processes > 1 or deepspeed) and device.type == "cpu" else None,
+        )
+    except ValueError as error:
+        raise GatewiseError(f"training: these settings do not work here: {' '.join(str(error).split())}") from error
+    if processes == 1 and not deepspeed:  # of several, each has the device that its launcher gave it
+        run_on(arguments, device)
+    return arguments
+
+
+def recompute_activations(model: PeftModel) -> None:
+    """Turns gradient checkpointing on."""
+    base = base_of(model)
+    # The name changes with Transformers 6; inputs need a gradient or nothing before the first adapter would be recomputed.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable()
+    base.enable_input_require_grads()
+    base.config.use_cache = False

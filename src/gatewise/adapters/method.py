@@ -1,0 +1,95 @@
+"""LoRA and DoRA as parts of a recipe, and what all methods on LoRA have in common."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gatewise import inspection
+from gatewise.errors import GatewiseError
+from gatewise.parts import Count, Method, Report, Run, Section, Share, only_if
+
+
+def _names_modules(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value))
+
+
+class PeftSection(Section):
+    """The settings of ``peft.LoraConfig``. With adalora, ``r`` is the mean rank at the end."""
+
+    r: Count = 8
+    lora_alpha: Count = 16
+    target_modules: Annotated[Any, only_if(_names_modules, "'all-linear' or a list of module names")] = "all-linear"
+    exclude_modules: list[str] | None = None
+    lora_dropout: Share = 0.0
+    use_rslora: bool = False
+    init_lora_weights: Annotated[Any, only_if(lambda value: value is True or value == "gaussian", "true or 'gaussian'")] = True
+
+
+class Lora(Method):
+    """LoRA (Hu et al., arXiv 2106.09685), as PEFT has it."""
+
+    files: tuple[str, ...] = ("ranks.png",)
+    peft: PeftSection
+
+    def settings(self, run: Run, base: PreTrainedModel) -> dict[str, Any]:
+        """The arguments that all configurations of LoRA's kind take, but for rank and rank-stabilised scale.
+
+        Raises:
+            GatewiseError: a module that the base model does not have.
+        """
+        _check_modules("peft.target_modules", self.peft.target_modules, base, self.recipe.model)
+        _check_modules("peft.exclude_modules", self.peft.exclude_modules, base, self.recipe.model)
+        whole = list(getattr(base, "trained_whole", ()))
+        inside = tuple(f"{name}." for name in whole)
+        linear = [path for path, module in base.named_modules() if isinstance(module, nn.Linear) and f"{path}.".startswith(inside)]
+        return {
+            "lora_alpha": self.peft.lora_alpha,
+            "target_modules": self.peft.target_modules,
+            "exclude_modules": [*(self.peft.exclude_modules or ()), *(linear if whole else ())] or None,
+            "lora_dropout": self.peft.lora_dropout,
+            "init_lora_weights": self.peft.init_lora_weights,
+            "modules_to_save": whole or None,
+            "task_type": run.task.task_type,
+        }
+
+    def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
+        """Plain LoRA."""
+        return LoraConfig(r=self.peft.r, use_rslora=self.peft.use_rslora, **self.settings(run, base))
+
+    def report(self, adapter: Path) -> Report:
+        """Where the ranks are."""
+        budget = inspection.read_budget(adapter)
+        return Report(
+            budget.parameters + budget.other_parameters,
+            {"ranks": budget.ranks},
+            inspection.ranks_table(budget),
+            {"ranks.png": lambda path: inspection.plot(budget, path)},
+        )
+
+
+class Dora(Lora):
+    """DoRA (Liu et al., arXiv 2402.09353), as PEFT has it."""
+
+    def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
+        """LoRA with magnitudes."""
+        return LoraConfig(r=self.peft.r, use_rslora=self.peft.use_rslora, use_dora=True, **self.settings(run, base))
+
+
+def _check_modules(key: str, names: Any, base: PreTrainedModel, model: str) -> None:
+    """PEFT passes over a name that fits no module as long as another one does."""
+    if names is None or names == "all-linear":
+        return
+    linear = {path for path, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    for name in [names] if isinstance(names, str) else names:
+        if not any(path == name or path.endswith(f".{name}") for path in linear):
+            endings = sorted({path.rpartition(".")[2] for path in linear})
+            near = difflib.get_close_matches(name, endings, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise GatewiseError(
+                f"{key}: {name!r} is no linear module of {model}, expected 'all-linear' or of {', '.join(endings)}{hint}"
+            )

@@ -1,0 +1,138 @@
+"""ALoRA and PI-LoRA as parts of a recipe: LoRA whose ranks move between modules while it trains, see ``RankAllocation``."""
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from peft import LoraConfig
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+from transformers import PreTrainedModel, TrainerCallback
+
+from gatewise.adapters.method import Lora
+from gatewise.allocation import Schedule
+from gatewise.allocation.algorithm import Round
+from gatewise.allocation.callback import RankAllocation, in_steps
+from gatewise.allocation.scores import DEFAULT, NAMES
+from gatewise.checks import is_number
+from gatewise.errors import GatewiseError
+from gatewise.parts import Count, Fraction, Run, Section, only_if
+
+# A length of training: a float counts epochs, an integer counts steps (and 1 is one epoch, as 1.0 is).
+Span = Annotated[
+    Any,
+    only_if(
+        lambda value: is_number(value) and 0 < value < math.inf,
+        "a number above 0 (1.0 or 0.25: epochs; an integer above 1: steps)",
+    ),
+]
+
+
+def _score(value: Any) -> Any:
+    if isinstance(value, str) and value in NAMES:
+        return value
+    raise PydanticCustomError("literal_error", "{expected}", {"expected": ", ".join(f"'{name}'" for name in NAMES)})
+
+
+class AllocationSection(Section):
+    """The rounds of ALoRA, see ``gatewise.RankAllocation``.
+
+    ``score`` names a file in ``gatewise/allocation/scores``. With ``schedule: cubic`` every module starts with ``init_r`` ranks
+    (left out: one and a half times ``peft.r``), and the adapter ends with the parameters (or ranks, see ``budget``) that
+    ``peft.r`` everywhere would have; ``prune_fraction`` is not used.
+    """
+
+    score: Annotated[str, BeforeValidator(_score)] = DEFAULT
+    schedule: Schedule = "constant-budget"
+    budget: Literal["parameters", "ranks"] = "parameters"
+    rounds: Count = 8
+    prune_fraction: Fraction = 0.125
+    first_round: Span = 1.0
+    recover: Span = 0.25
+    r_max: Count | None = None
+    init_r: Count | None = None
+    module_pruning: bool = False
+    grace_rounds: Annotated[int, Field(ge=0)] = 0
+    validation_rows: Count = 32
+    score_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class PathSection(AllocationSection):
+    """The rounds of PI-LoRA: scored along a path of gates, and whole modules may go."""
+
+    score: Annotated[str, BeforeValidator(_score)] = "path_integral"
+    module_pruning: bool = True
+
+
+class ALora(Lora):
+    """ALoRA (Liu et al., NAACL 2024, arXiv 2403.16187)."""
+
+    allocation: AllocationSection
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Ranks that leave no room, and keys of another schedule or budget."""
+        section, r = self.allocation, self.peft.r
+        if section.r_max is not None and section.r_max < r:
+            yield "allocation.r_max", f"is {section.r_max}, expected at least peft.r ({r}), the rank every module starts with"
+        if section.schedule == "cubic" and section.r_max is not None:
+            yield "allocation.r_max", "is for schedule constant-budget: a cubic budget starts with init_r and only comes down"
+        if section.schedule == "cubic" and section.grace_rounds:
+            yield "allocation.grace_rounds", "is for ranks that grow, and with schedule cubic none do: remove the key"
+        if section.schedule != "cubic" and section.init_r is not None:
+            yield "allocation.init_r", f"is for schedule cubic, but the schedule is {section.schedule}: remove the key"
+        if section.init_r is not None and section.init_r <= r:
+            yield "allocation.init_r", f"is {section.init_r}, expected more than peft.r ({r}), the mean rank to come down to"
+
+    @property
+    def rows_aside(self) -> int:  # type: ignore[override]
+        """Rows that ranks are scored on: dev only measures."""
+        return self.allocation.validation_rows
+
+    def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
+        """Plain LoRA; where ranks only come down, with more of them at the start and the scale of those wanted at the end."""
+        settings, r = self.settings(run, base), self.peft.r
+        if self.allocation.schedule == "cubic":
+            r = self.allocation.init_r or max(r + 1, round(1.5 * r))
+            more = r / self.peft.r
+            settings["lora_alpha"] *= more**0.5 if self.peft.use_rslora else more
+        return LoraConfig(r=r, use_rslora=self.peft.use_rslora, **settings)
+
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
+        """The rounds; they keep the adapter whole too.
+
+        Raises:
+            GatewiseError: the run ends before the first round.
+        """
+        section = self.allocation
+        first = in_steps(section.first_round, run.steps_per_epoch)
+        if first >= run.steps:
+            raise GatewiseError(
+                f"allocation.first_round is {section.first_round}, after step {first}, but the run has {run.steps} steps and what "
+                "a round grows must learn: lower it or train longer"
+            )
+        settings = section.model_dump(exclude={"validation_rows", "init_r"})
+        if section.schedule == "cubic":
+            settings["target_rank"] = self.peft.r
+        return [
+            RankAllocation(
+                **settings,
+                validation_batch=run.task.collator(run.tokenizer)(run.aside),
+                seed=self.recipe.seed,
+                on_round=lambda done: run.progress.say(_line(done)),
+            )
+        ]
+
+
+class PiLora(ALora):
+    """PI-LoRA (Li et al., arXiv 2510.04655)."""
+
+    allocation: PathSection
+
+
+def _line(done: Round) -> str:
+    """One line about a round."""
+    pruned, grown = (sum(map(len, slots.values())) for slots in (done.pruned, done.grown))
+    return (
+        f"step {done.step}: round {done.round}, {pruned} ranks pruned, {grown} grown, {sum(done.ranks.values())} live, "
+        f"loss on the validation batch {done.loss_before:.4f} -> {done.loss_after:.4f}, {done.seconds:.1f} s"
+    )

@@ -1,0 +1,408 @@
+"""Parts: a method says how a model is tuned, a task says what a row is. ``gatewise train`` finds both by name, in the tables below.
+
+The runner (``gatewise/runs/run.py``) knows no method and no task: it calls the verbs of ``Method`` and ``Task``, in the order in
+which they stand here. A part is one class. Its sections of the recipe are its annotated attributes whose type is a ``Section``: the
+class says ``allocation: AllocationSection``, and in a run ``self.allocation`` holds what the recipe says, defaults included. What
+``Method`` and ``Task`` do by themselves is right for most parts, so that a new one is a file of a few dozen lines. A method's part
+is ``method.py`` in its room: only the table below imports it, so it may read and draw with ``gatewise.inspection``.
+
+Another distribution brings parts by entry points: of the group ``gatewise.methods`` or ``gatewise.tasks``, with the part's name and
+``module:Class``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, get_type_hints
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from gatewise.errors import GatewiseError, reason_of
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+P = TypeVar("P", bound="Part")
+Features = list[dict[str, Any]]
+Counting = Callable[[int, int], None]
+
+# Sections of a recipe ---------------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """One mapping of the recipe: no unknown keys, no silent conversions, not changed once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def only_if(holds: Callable[[Any], bool], expected: str) -> BeforeValidator:
+    """Has a key take only the values for which ``holds`` is true; ``expected`` says in words which those are."""
+
+    def checked(value: Any) -> Any:
+        if holds(value):
+            return value
+        raise PydanticCustomError("expected", "expected {expected}, got {given}", {"expected": expected, "given": given(value)})
+
+    return BeforeValidator(checked)
+
+
+def given(value: Any) -> str:
+    """A value as the user would recognise it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the text {value!r}" if len(value) <= 60 else f"the text {value[:57] + '...'!r}"
+    if isinstance(value, dict):
+        return f"a section with {', '.join(map(str, value))}" if value else "an empty section"
+    if isinstance(value, list):
+        return "an empty list" if not value else f"a list of {len(value)}"
+    return str(value)
+
+
+class DataSection(Section):
+    """Where the rows come from: a JSONL, JSON or CSV file, or another source that the task knows. ``max_length`` is in tokens."""
+
+    train: str
+    dev: str
+    test: str | None = None
+    limit_train: Count | None = None
+    limit_dev: Count | None = None
+    max_length: Annotated[int, Field(ge=8)] = 512
+
+
+# A run, as parts see it -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a run has once its base model is loaded and its rows are encoded.
+
+    Attributes:
+        recipe: the whole recipe, see ``gatewise.runs.recipe.Recipe``.
+        output: the run's folder.
+        progress: ``say(line)`` tells the user something, ``training(what)`` names the bar of a training.
+        fresh_base: loads the base model once more, the head that a task gives it drawn anew from the recipe's seed.
+        base_parameters: how many numbers the base model has.
+        train, dev: rows as the task encoded them. aside: those of train that the method wanted for itself.
+        steps: optimiser steps of the training. steps_per_epoch: of one pass over ``train``.
+        note: what is written beside the adapter and into every checkpoint, as ``gatewise.json``.
+        model: the base model with its adapter.
+        checkpoint: the one that the training goes on from, or None.
+        seconds: of each phase.
+    """
+
+    recipe: Any
+    task: "Task"
+    output: Path
+    progress: Any
+    device: "torch.device"
+    tokenizer: "PreTrainedTokenizerBase"
+    fresh_base: Callable[[], "PreTrainedModel"]
+    base_parameters: int
+    max_length: int
+    train: Features
+    dev: Features
+    aside: Features
+    steps: int
+    steps_per_epoch: int
+    note: dict[str, Any]
+    checkpoint: Path | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    model: Any = None
+
+    def arguments(self, steps: int, evaluates: bool = True) -> "TrainingArguments":
+        """The Trainer's arguments, as the recipe has them; without ``evaluates`` nothing is measured while it trains."""
+        raise NotImplementedError
+
+    def trainer(
+        self,
+        *,
+        callbacks: Sequence["TrainerCallback"],
+        loss_term: "Callable[[nn.Module, float | Tensor], Tensor | None] | None" = None,
+        mixin: type | None = None,
+        **settings: Any,
+    ) -> Any:
+        """``gatewise.runs.trainer.RecipeTrainer`` for the run.
+
+        Args:
+            mixin: a class of which the Trainer is to be too, such as ``gatewise.bilevel.BilevelMixin``.
+            settings: further arguments, and others than the run's: ``model``, ``args``, ``train_dataset``, ``eval_dataset``.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class Report:
+    """What a method tells of the adapter that came of a run.
+
+    Attributes:
+        parameters: numbers stored in the adapter.
+        numbers: what joins ``metrics.json``.
+        table: what the command line prints, anything that rich can show.
+        pictures: file name -> function that draws into a path.
+    """
+
+    parameters: int = 0
+    numbers: dict[str, Any] = field(default_factory=dict)
+    table: Any = None
+    pictures: dict[str, Callable[[Path], object]] = field(default_factory=dict)
+
+
+# The two kinds of parts -------------------------------------------------------------------------------------------------
+
+
+class Part:
+    """What methods and tasks have in common. An instance belongs to one recipe, and to one run of it."""
+
+    def __init__(self, recipe: Any) -> None:
+        self.recipe = recipe
+        for name in self.sections():
+            setattr(self, name, getattr(recipe, name))
+
+    @classmethod
+    def sections(cls) -> dict[str, type[Section]]:
+        """The part's sections of the recipe: name -> model."""
+        hints = get_type_hints(cls).items()
+        return {name: kind for name, kind in hints if isinstance(kind, type) and issubclass(kind, Section)}
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Keys that are each fine and cannot be meant together: (path of the key, what is wrong with it and what to do)."""
+        yield from ()
+
+
+class Task(Part):
+    """What a row is: how rows are read, encoded, padded and measured, and which base model reads them.
+
+    Attributes:
+        task_type: PEFT's name for such models.
+        loads: what ``gatewise.models.load_model`` is asked for.
+        in_float32: the base model is trained in float32 whatever ``dtype`` says.
+        elsewhere: of adapters that ``gatewise eval``, ``inspect --scores`` and ``compress`` cannot run: what one does, and where to
+            give it instead.
+        train: rows to train on. measured: rows to measure on, by name ("dev", "test"). Both are set by ``read``.
+    """
+
+    task_type = "CAUSAL_LM"
+    loads = "causal"
+    in_float32 = False
+    elsewhere: str | None = None
+    data: DataSection
+    train: Any
+    measured: dict[str, Any]
+
+    def read(self) -> None:
+        """Reads and checks all rows."""
+        raise NotImplementedError
+
+    def settle(self, noted: Mapping[str, Any] | None) -> None:
+        """Decides what rows alone do not say, such as which label is which class.
+
+        Args:
+            noted: the note of the checkpoint that the run goes on from; None where it begins.
+        """
+
+    def base(self, dtype: "torch.dtype", tokenizer: "PreTrainedTokenizerBase", brought: Sequence[str]) -> "PreTrainedModel":
+        """The base model; a head of its own is drawn from torch's random state.
+
+        Args:
+            brought: modules that may be in no file, as the adapter will have them whole.
+        """
+        from gatewise.models import load_model
+
+        return load_model(self.recipe.model, task=self.loads, dtype=dtype)  # type: ignore[arg-type]
+
+    def most_tokens(self, positions: int) -> int:
+        """The most tokens of a text for a model with so many positions."""
+        return min(self.data.max_length, positions)
+
+    def encode(
+        self, rows: Any, tokenizer: "PreTrainedTokenizerBase", max_length: int, *, key: str, say: Callable[[str], None]
+    ) -> Features:
+        """Rows as the model reads them, each with ``input_ids`` and ``labels``; those with the same ``group`` are copies.
+
+        Args:
+            max_length: tokens of the longest text.
+            key: of the recipe, which the rows come from: "data.train" or "data.dev".
+            say: tells the user something.
+        """
+        raise NotImplementedError
+
+    def collator(self, tokenizer: "PreTrainedTokenizerBase") -> Callable[..., dict[str, "Tensor"]]:
+        """What makes encoded rows a batch."""
+        from gatewise.tasks import PadCollator
+
+        return PadCollator(tokenizer)
+
+    def note(self, base: "PreTrainedModel") -> dict[str, Any]:
+        """What ``gatewise.json`` says, so that the adapter is used as it was trained."""
+        return {}
+
+    def measure(self, run: Run, model: "nn.Module", rows: Any, counting: Counting) -> tuple[dict[str, float | int], str | None]:
+        """How well a model does: numbers by name, "n" among them; and a remark on them or None."""
+        raise NotImplementedError
+
+    def note_after(self, run: Run, model: "nn.Module") -> dict[str, Any]:
+        """What joins the note once the model is trained."""
+        return {}
+
+
+class Method(Part):
+    """How a model is tuned.
+
+    Attributes:
+        files: what it writes into the run's folder beside the adapter, by name.
+        stage: the name of a stage of its own before the training, if it has one: that has its checkpoints in ``checkpoints/STAGE``,
+            and ``STAGE.json`` in the run's folder says that it is done.
+        checkpoint_files: what a checkpoint must have beside the Trainer's own files to be whole.
+        trains_whole: what the base model lacks may be trained whole and saved with the adapter.
+        rows_aside: how many rows of the training data the method wants for itself, at most.
+        prompt_tokens: positions of the model that it takes from the text.
+    """
+
+    files: tuple[str, ...] = ()
+    stage: str | None = None
+    checkpoint_files: tuple[str, ...] = ()
+    trains_whole = True
+    rows_aside = 0
+    prompt_tokens = 0
+
+    def check(self) -> None:
+        """Refuses what cannot work in this process, before anything is read."""
+
+    def resume(self, output: Path) -> None:
+        """Reads what an interrupted run left in its folder beside the checkpoints of its training."""
+
+    def config(self, run: Run, base: "PreTrainedModel") -> "PeftConfig":
+        """The adapter's configuration."""
+        raise NotImplementedError
+
+    def adapt(self, run: Run, base: "PreTrainedModel") -> "PeftModel":
+        """The base model with a fresh adapter, drawn from the recipe's seed.
+
+        Raises:
+            GatewiseError: modules or layers that the base model lacks, or settings that do not go with it.
+        """
+        from peft import get_peft_model
+        from transformers import set_seed
+
+        config = self.config(run, base)
+        set_seed(self.recipe.seed)
+        try:
+            return get_peft_model(base, config)
+        except ValueError as error:
+            raise GatewiseError(f"PEFT cannot put this adapter on {self.recipe.model}: {reason_of(error)}") from error
+
+    def note(self, base: "PreTrainedModel") -> dict[str, Any]:
+        """What joins the note of the task."""
+        return {}
+
+    def before_training(self, run: Run) -> None:
+        """A stage of the method's own; it may put another model into ``run.model``."""
+
+    def callbacks(self, run: Run) -> list["TrainerCallback"]:
+        """The Trainer's. One of them keeps the adapter whole where the base model is sharded."""
+        from gatewise.adapters.whole import WholeAdapter
+
+        return [WholeAdapter()]
+
+    def loss_term(self, model: "nn.Module", share: "float | Tensor") -> "Tensor | None":
+        """What the loss of a batch gains while training, or None for nothing.
+
+        Args:
+            share: the batch's share in the labels of its optimiser step; those of all batches of a step add up to one.
+        """
+        return None
+
+    def trainer(self, run: Run) -> "Trainer":
+        """The Trainer of the run."""
+        return run.trainer(callbacks=self.callbacks(run), loss_term=self.loss_term)
+
+    def untrained(self, model: Any) -> AbstractContextManager[Any]:
+        """While open, the model to call for what the base model computes: with a fresh LoRA, which changes nothing, itself."""
+        return nullcontext(model)
+
+    def finish(self, run: Run, model: "PeftModel") -> "PeftModel":
+        """The trained model as it is measured and saved."""
+        return model
+
+    def write(self, folder: Path) -> None:
+        """Writes more files into the adapter's folder."""
+
+    def report(self, adapter: Path) -> Report:
+        """What the saved adapter is."""
+        from gatewise.adapters.files import stored_numbers
+
+        return Report(stored_numbers(adapter))
+
+    def study(self, run: Run, model: "PeftModel") -> Report:
+        """What only the model itself can tell, once all is written: numbers and pictures. If it fails, the run is whole."""
+        return Report()
+
+
+# Where they are found ---------------------------------------------------------------------------------------------------
+
+
+class Table(Mapping[str, type[P]], Generic[P]):
+    """Name -> class. A part is imported when it is asked for."""
+
+    def __init__(self, kind: str, group: str, own: dict[str, str]) -> None:
+        self.kind, self.group, self._own = kind, group, own
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """Name -> ``module:Class``, gatewise's own first."""
+        brought = {point.name: point.value for point in metadata.entry_points(group=self.group)}
+        return {**self._own, **{name: place for name, place in brought.items() if name not in self._own}}
+
+    def __getitem__(self, name: str) -> type[P]:
+        module, _, attribute = self.places[name].partition(":")
+        try:
+            part: type[P] = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise GatewiseError(f"the {self.kind} {name} cannot be used: {reason_of(error)}") from error
+        return part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+METHODS: Table[Method] = Table(
+    "method",
+    "gatewise.methods",
+    {
+        "lora": "gatewise.adapters.method:Lora",
+        "alora": "gatewise.allocation.method:ALora",
+        "pi-lora": "gatewise.allocation.method:PiLora",
+        "milora": "gatewise.routed.method:RoutedLora",
+        "adalora": "gatewise.runs.baselines:AdaLora",
+        "dora": "gatewise.adapters.method:Dora",
+        "spt": "gatewise.prompts.method:SelectivePrompts",
+        "prompt-tuning": "gatewise.runs.baselines:PromptTuning",
+        "prefix-tuning": "gatewise.runs.baselines:PrefixTuning",
+    },
+)
+TASKS: Table[Task] = Table(
+    "task",
+    "gatewise.tasks",
+    {"causal": "gatewise.tasks.rows:Causal", "classification": "gatewise.tasks.rows:Classification"},
+)
+DEFAULT_TASK = "causal"

@@ -1,0 +1,254 @@
+"""SPT as a part of a recipe: soft prompts at a few layers, which a search of its own may choose before they are trained."""
+
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
+
+from gatewise import inspection, processes
+from gatewise.adapters.checkpoints import checkpoint_before, checkpoint_step
+from gatewise.adapters.files import SEARCH_FILE, Selection, read_selection, stored_numbers
+from gatewise.checks import is_whole
+from gatewise.errors import GatewiseError
+from gatewise.files import finite
+from gatewise.internals.soft_prompt_fixes import without_prompts
+from gatewise.losses import scored
+from gatewise.parts import Count, Fraction, Method, NotNegative, Positive, Report, Run, Section, only_if
+from gatewise.prompts.config import SelectivePromptConfig
+from gatewise.prompts.darts import SearchMixin
+from gatewise.prompts.stages import SEARCH_FOLDER, search
+
+FIXED_CHOICES = ("first", "last", "spread", "random")
+"""What ``prompts.prompt_layers`` may be beside a list of layers, see ``fixed_layers``."""
+
+
+def _names_layers(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(is_whole(layer) and layer >= 0 for layer in value) and len(set(value)) == len(value)
+    return value is None or value in FIXED_CHOICES
+
+
+class PromptsSection(Section):
+    """The prompts of SPT, see ``gatewise.SelectivePromptConfig``.
+
+    ``prompt_layers`` left out is searched; it is a list of layers from 0, or with ``keep`` a fixed choice of so many layers.
+    """
+
+    num_prompt_tokens: Count = 10
+    bottleneck: Count = 64
+    prompt_layers: Annotated[
+        Any, only_if(_names_layers, "a list of different layer numbers from 0, such as [3, 7], or first, last, spread or random")
+    ] = None
+    keep: Count | None = None
+    tau: Annotated[float, Field(gt=0, le=1)] = 1.0
+    balanced: bool | None = None
+    phm: Count | None = None
+    activation: Literal["gelu", "relu", "tanh", "identity"] = "gelu"
+    normalize_states: bool = True
+
+
+class SearchSection(Section):
+    """SPT-DARTS, the search for the layers that take a new prompt. Only without ``prompts.prompt_layers``.
+
+    ``max_steps`` or ``epochs`` (of the half of the training data that the weights learn on), or as many steps as the training that
+    follows. ``keep`` is K, how many layers are kept, and ``choose`` says which: those with the largest gates, or those with the
+    lowest mean loss when only K gates are open (``gatewise.prompts.search``). ``consistency`` is the weight λ of the distance
+    between two passes, 0 for one pass without drops; ``drop`` the probability that a pass leaves a gate out.
+    """
+
+    keep: Count = 4
+    choose: Literal["gates", "loss"] = "gates"
+    max_steps: Count | None = None
+    epochs: Positive | None = None
+    gate_learning_rate: Positive = 1e-2
+    reparameterise: bool = True
+    consistency: NotNegative = 1.0
+    drop: Fraction = 0.5
+
+
+class LabelledSearch(SearchMixin):
+    """The search with a Trainer that computes logits where the loss reads them, and nowhere else."""
+
+    def compared_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Those that the loss reads."""
+        return scored(model, inputs).logits
+
+
+class SelectivePrompts(Method):
+    """SPT (Zhu and Tan, EMNLP 2023, arXiv 2310.20127)."""
+
+    files = (SEARCH_FILE, "gates.png", "layers.png")
+    stage = SEARCH_FOLDER
+    prompts: PromptsSection
+    search: SearchSection
+
+    def __init__(self, recipe: Any) -> None:
+        super().__init__(recipe)
+        self.selection: Selection | None = None
+
+    @property
+    def searches(self) -> bool:
+        """Whether the layers with a prompt are searched before they are trained."""
+        return self.prompts.prompt_layers is None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Two ways to say which layers, or none."""
+        prompts, layers = self.prompts, self.prompts.prompt_layers
+        if self.search.choose == "loss" and not self.search.consistency:
+            yield "search.choose", "is loss, which needs subsets of gates that were trained: set search.consistency above 0"
+        if prompts.phm is not None and prompts.bottleneck % prompts.phm:
+            yield "prompts.phm", f"is {prompts.phm}, expected a divisor of prompts.bottleneck ({prompts.bottleneck})"
+        if isinstance(layers, str) and prompts.keep is None:
+            yield "prompts.keep", f"is missing: with prompt_layers: {layers} say how many layers take a prompt, such as keep: 4"
+        if prompts.keep is not None and not isinstance(layers, str):
+            hint = (
+                "search.keep says how many layers a search keeps" if self.searches else "the list says which layers take a prompt"
+            )
+            yield "prompts.keep", f"is for prompt_layers: {', '.join(FIXED_CHOICES)}; remove the key, {hint}"
+        if not self.searches and self.search != SearchSection():
+            yield (
+                "search",
+                "goes without prompts.prompt_layers, which says already which layers take a prompt: remove one of the two",
+            )
+        if self.search.max_steps is not None and self.search.epochs is not None:
+            yield "search.epochs", "cannot be given together with search.max_steps: keep the one that ends the search"
+
+    def resume(self, output: Path) -> None:
+        """What the search chose, where it has ended."""
+        path = output / SEARCH_FILE
+        if self.searches:
+            self.selection = processes.by_main(lambda: read_selection(path) if path.is_file() else None)
+
+    def config(self, run: Run, base: PreTrainedModel) -> SelectivePromptConfig:
+        """Prompts at the layers that were chosen or, before the search, the network to be searched."""
+        count = int(base.config.get_text_config().num_hidden_layers)
+        key, keep = ("search.keep", self.search.keep) if self.searches else ("prompts.keep", self.prompts.keep)
+        if keep is not None and keep > count:
+            raise GatewiseError(f"{key} is {keep}, expected at most {count}, the layers of {self.recipe.model}")
+        layers = self.prompts.prompt_layers
+        if self.searches:
+            layers = self.selection and self.selection.layers
+        elif isinstance(layers, str):
+            assert keep is not None
+            layers = fixed_layers(layers, keep, count, self.recipe.seed)
+        return SelectivePromptConfig(
+            prompt_layers=None if layers is None else sorted(layers),
+            task_type=run.task.task_type,
+            modules_to_save=list(getattr(base, "trained_whole", ())) or None,
+            **self.prompts.model_dump(exclude={"prompt_layers", "keep"}),
+        )
+
+    def note(self, base: PreTrainedModel) -> dict[str, Any]:
+        """How many layers there are to choose from."""
+        return {"num_layers": int(base.config.get_text_config().num_hidden_layers)}
+
+    def untrained(self, model: Any) -> AbstractContextManager[Any]:
+        """Prompts change the function from the start."""
+        return without_prompts(model)
+
+    def search_steps(self, rows: int) -> int:
+        """Optimiser steps of the search over ``rows`` training rows, of which one half is the weights'."""
+        training = self.recipe.training
+        if self.search.epochs is not None:
+            return math.ceil(self.search.epochs * training.steps_per_epoch((rows + 1) // 2))
+        return self.search.max_steps or int(training.total_steps(rows))
+
+    def before_training(self, run: Run) -> None:
+        """Searches the layers by SPT-DARTS, and puts a fresh model with prompts there in place of the searched one.
+
+        Draws ``gates.png`` and writes ``search.json``, which says that the search is done. It goes on from the latest complete
+        checkpoint of a search in the folder; on the CPU the result is that of a search never stopped.
+        """
+        if not self.searches:
+            return
+        if self.selection is None:
+            self.selection = self._found(run)
+            # Nothing of the search but its choice: head and activations of the base are as they were too.
+            run.model = self.adapt(run, run.fresh_base())
+        run.seconds["search"] = self.selection.seconds
+
+    def _found(self, run: Run) -> Selection:
+        section, steps = self.search, self.search_steps(len(run.train))
+        checkpoint = checkpoint_before(run.output / "checkpoints" / SEARCH_FOLDER, steps)
+        set_seed(self.recipe.seed)
+        begun = time.monotonic()
+        with run.progress.training("searching"):
+            found = search(
+                run.model,
+                run.train,
+                run.arguments(steps, evaluates=False),  # dev is for the model that comes of it
+                keep=section.keep,
+                choose=section.choose,
+                trainer_class=run.trainer,
+                resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
+                mixin=LabelledSearch,
+                eval_dataset=[],
+                callbacks=self.callbacks(run),
+                upper_learning_rate=section.gate_learning_rate,
+                reparameterise=section.reparameterise,
+                consistency=section.consistency,
+                drop=section.drop,
+            )
+        selection = Selection(
+            layers=found.layers,
+            gates=found.gates[-1].tolist(),
+            losses=None if found.losses is None else found.losses.tolist(),
+            steps=steps,
+            seconds=round(time.monotonic() - begun, 2),
+            resumed_from=None if checkpoint is None else checkpoint_step(checkpoint),
+            settings={"search": section.model_dump(mode="json"), "prompts": self.prompts.model_dump(mode="json")},
+            log=[finite(entry) for entry in found.log if "loss" in entry],
+        )
+        if processes.is_main():
+            inspection.plot_gates(found.gates.tolist(), found.layers, run.output / "gates.png", self.recipe.model)
+            selection.write(run.output / SEARCH_FILE)
+        run.progress.say(_line(selection))
+        return selection
+
+    def write(self, folder: Path) -> None:
+        """What the search chose, beside the adapter."""
+        if self.selection is not None:
+            self.selection.write(folder / SEARCH_FILE)
+
+    def report(self, adapter: Path) -> Report:
+        """Which layers take a prompt, and what the search says of all."""
+        prompts, numbers = inspection.read_prompts(adapter), {}
+        if (selection := self.selection) is not None:
+            by_loss = {} if selection.losses is None else {"losses_by_layer": selection.losses}
+            numbers = {"gates": selection.gates, **by_loss, "search_steps": selection.steps}
+        return Report(
+            stored_numbers(adapter),
+            {"prompt_layers": list(prompts.chosen), **numbers},
+            inspection.prompts_table(prompts),
+            {"layers.png": lambda path: inspection.plot_prompts(prompts, path)},
+        )
+
+
+def fixed_layers(choice: str, keep: int, layers: int, seed: int = 0) -> list[int]:
+    """The baselines of a search: ``keep`` of ``layers`` layers, in order.
+
+    "first", "last"; "spread": every layers/keep-th, that is ⌊i · layers / keep⌋; "random": a set drawn from ``seed`` alone.
+    """
+    if choice == "random":
+        return sorted(random.Random(f"prompt layers/{seed}").sample(range(layers), keep))
+    if choice == "spread":
+        return [i * layers // keep for i in range(keep)]
+    return list(range(keep)) if choice == "first" else list(range(layers - keep, layers))
+
+
+def _line(selection: Selection) -> str:
+    """One line about what the search chose."""
+    numbers = selection.gates if selection.losses is None else selection.losses
+    chosen = ", ".join(f"{layer} ({numbers[layer]:.3f})" for layer in selection.layers)
+    others = [number for layer, number in enumerate(numbers) if layer not in selection.layers]
+    if not others:
+        return f"the search chose all layers: {chosen}"
+    rest = f"gates are at most {max(others):.3f}" if selection.losses is None else f"mean losses are at least {min(others):.3f}"
+    return f"the search chose layers {chosen}; the other {rest}"

@@ -1,0 +1,90 @@
+"""MiLoRA as a part of a recipe: LoRA modules that each prompt picks once, see ``RoutedLoraConfig``."""
+
+from typing import Annotated, Any, Literal
+
+from peft import LoraConfig, PeftModel
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from gatewise import inspection
+from gatewise.adapters.method import Lora
+from gatewise.bilevel import BilevelMixin
+from gatewise.inspection.routing import routing_of_rows
+from gatewise.losses import inside
+from gatewise.parts import Count, NotNegative, Positive, Report, Run, Section
+from gatewise.routed import ACTIVATION_PARAMETERS, RoutedLoraConfig, RoutingLog
+
+
+class RoutingSection(Section):
+    """The routers of MiLoRA, see ``gatewise.RoutedLoraConfig``.
+
+    The coefficients of the rational activation learn on ``validation_rows`` rows set aside of the training data, one step of rate
+    ``activation_learning_rate`` after every ``activation_every`` steps of the rest (``gatewise.BilevelTrainer``); with 0 rows they
+    learn with the rest.
+    """
+
+    top_k: Count = 3
+    pooler: Literal["attention", "mean", "max", "last"] = "attention"
+    activation: Literal["rational", "gelu", "relu", "identity"] = "rational"
+    balance_weight: NotNegative = 1e-2
+    normalize_gates: bool = True
+    normalize_states: bool = True
+    center_states: bool = True
+    adapt: Literal["always", "after_prompt"] = "always"
+    validation_rows: Annotated[int, Field(ge=0)] = 64
+    activation_learning_rate: Positive = 1e-6
+    activation_every: Count = 4
+
+
+class RoutedLora(Lora):
+    """MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035)."""
+
+    files = (*Lora.files, "routing.png")
+    routing: RoutingSection
+
+    @property
+    def rows_aside(self) -> int:  # type: ignore[override]
+        """Rows that the activation learns on, where it has any coefficients."""
+        return self.routing.validation_rows if self.routing.activation == "rational" else 0
+
+    def config(self, run: Run, base: PreTrainedModel) -> LoraConfig:
+        """Routed LoRA."""
+        own = self.routing.model_dump(exclude={"validation_rows", "activation_learning_rate", "activation_every"})
+        return RoutedLoraConfig(r=self.peft.r, use_rslora=self.peft.use_rslora, **own, **self.settings(run, base))
+
+    def loss_term(self, model: nn.Module, share: float | Tensor) -> Tensor:
+        """The load balance, which the model adds to a loss of its own alone."""
+        adapted: Any = inside(model)
+        return share * adapted.base_model.balance_loss()
+
+    def trainer(self, run: Run) -> Trainer:
+        """One with a second level, if the activation learns on rows of its own; its logs say what was routed where."""
+        upper: dict[str, Any] = {}
+        if self.rows_aside:
+            upper = {
+                "mixin": BilevelMixin,
+                "upper_dataset": run.aside,
+                "upper_parameters": ACTIVATION_PARAMETERS,
+                "upper_learning_rate": self.routing.activation_learning_rate,
+                "upper_every": min(self.routing.activation_every, run.steps),
+            }
+        trainer: Trainer = run.trainer(callbacks=self.callbacks(run), loss_term=self.loss_term, **upper)
+        RoutingLog.attach(trainer, per_layer=False)
+        return trainer
+
+    def study(self, run: Run, model: PeftModel) -> Report:
+        """Which modules the prompts of dev choose."""
+        routing = routing_of_rows(
+            model,
+            run.tokenizer,
+            run.dev,
+            self.recipe.training.eval_batch_size,
+            base_model=self.recipe.model,
+            data="dev",
+            collate=run.task.collator(run.tokenizer),
+        )
+        return Report(
+            numbers={"routing": inspection.routing_json(routing)},
+            pictures={"routing.png": lambda path: inspection.plot_routing(routing, path)},
+        )

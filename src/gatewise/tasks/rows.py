@@ -1,0 +1,175 @@
+"""The tasks on rows of text as parts of a recipe: a causal model that writes answers, and a classifier."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gatewise.checks import is_whole
+from gatewise.errors import GatewiseError
+from gatewise.models.loading import class_names, load_model, pad_as
+from gatewise.parts import Count, Counting, DataSection, Features, Run, Section, Task
+from gatewise.tasks.encoding import encode, encode_classification
+from gatewise.tasks.metrics import cut_line, evaluate
+from gatewise.tasks.records import Records, check_labels, load_like, load_records
+from gatewise.tasks.template import Template, default_template
+
+
+def _labels_as_text(value: Any) -> Any:
+    """Labels such as 0 and 1 may be written as numbers; inside they are text, as the records' labels are."""
+    if isinstance(value, dict):
+        return {str(key) if is_whole(key) else key: word for key, word in value.items()}
+    return [str(item) if is_whole(item) else item for item in value] if isinstance(value, list) else value
+
+
+class RowsSection(DataSection):
+    """Where the rows come from: a JSONL, JSON or CSV file, ``sample:NAME``, or a Hugging Face ``datasets`` name."""
+
+    train_split: str | None = None
+    dev_split: str | None = None
+    test_split: str | None = None
+    labels: Annotated[list[str], BeforeValidator(_labels_as_text), Field(min_length=2)] | None = None
+
+
+class AnsweredRowsSection(RowsSection):
+    """Rows to which a model writes answers.
+
+    ``max_new_tokens``: of an answer where it is measured, see ``gatewise.tasks.evaluate``.
+    """
+
+    max_new_tokens: Count | None = None
+
+
+class TemplateSection(Section):
+    """How a row becomes a prompt: ``{field}`` stands for a field of the row; ``labels`` has a word for each label."""
+
+    prompt: str | None = None
+    labels: Annotated[dict[str, str], BeforeValidator(_labels_as_text), Field(min_length=2)] | None = None
+
+
+class Rows(Task):
+    """What the tasks on rows have in common."""
+
+    data: RowsSection
+    train: Records
+    measured: dict[str, Records]
+    prompt: Template | None = None
+    """How a row becomes a prompt; None where the model reads the row's own text."""
+
+    def read(self) -> None:
+        """Rows to train on, and rows of the same kind, with the same labels in the same order, to measure on."""
+        data = self.data
+        self.train = load_records(data.train, split=data.train_split, limit=data.limit_train, labels=data.labels)
+        check_labels(self.train, "give rows with other labels too, or name them all in data.labels")
+        labels = self.train.labels
+        self.measured = {"dev": load_like(data.dev, labels, split=data.dev_split, limit=data.limit_dev)}
+        if data.test is not None:
+            self.measured["test"] = load_like(data.test, labels, split=data.test_split)
+        for name, records in self.measured.items():
+            if records.kind != self.train.kind:
+                raise GatewiseError(
+                    f"data.{name} ({records.source}) holds {records.kind} rows, but data.train ({self.train.source}) holds "
+                    f"{self.train.kind} rows: expected the same kind"
+                )
+
+    def note(self, base: PreTrainedModel) -> dict[str, Any]:
+        """Labels, in the order of the classes."""
+        return {"labels": self.train.labels}
+
+    def measure(self, run: Run, model: nn.Module, rows: Records, counting: Counting) -> tuple[dict[str, float | int], str | None]:
+        """The numbers of ``gatewise.tasks.evaluate``, and how many answers were cut."""
+        answers: list[dict[str, Any]] = []
+        metrics = evaluate(
+            model,
+            run.tokenizer,
+            rows,
+            self.prompt,
+            batch_size=self.recipe.training.eval_batch_size,
+            max_new_tokens=getattr(self.data, "max_new_tokens", None),
+            max_length=run.max_length,
+            progress=counting,
+            answers=answers,
+        )
+        return metrics, cut_line(answers, "data.max_new_tokens")
+
+
+class Causal(Rows):
+    """A decoder that reads a prompt and writes the answer after it."""
+
+    data: AnsweredRowsSection
+    template: TemplateSection
+
+    def read(self) -> None:
+        """Rows, and the template that writes them."""
+        super().read()
+        rows, data = self.train, self.data
+        if data.max_new_tokens is not None and rows.kind in ("label", "choice"):
+            raise GatewiseError(
+                f"data.max_new_tokens is {data.max_new_tokens}, but {data.train} holds {rows.kind} rows, to which nothing is "
+                "written: remove the key"
+            )
+        self.prompt = Template(self.template.prompt or default_template(rows).prompt, self.template.labels)
+        for records in (rows, *self.measured.values()):
+            self.prompt.check(records)
+        for row in self.measured["test"].rows if "test" in self.measured else ():  # the others are rendered when they are encoded
+            self.prompt.render(row)
+
+    def most_tokens(self, positions: int) -> int:
+        """As ever, where an answer leaves room for a prompt."""
+        longest = self.data.max_new_tokens
+        if longest is not None and longest >= positions:
+            raise GatewiseError(f"data.max_new_tokens is {longest}: expected 1 to {positions - 1} for this model")
+        return super().most_tokens(positions)
+
+    def encode(
+        self, rows: Records, tokenizer: PreTrainedTokenizerBase, max_length: int, *, key: str, say: Callable[[str], None]
+    ) -> Features:
+        """Prompt and answer."""
+        return list(encode(rows, tokenizer, self.prompt, max_length=max_length))
+
+    def note(self, base: PreTrainedModel) -> dict[str, Any]:
+        """Labels and how prompts and answers are written."""
+        assert self.prompt is not None
+        words = {"template": self.prompt.prompt, "label_words": self.prompt.labels}
+        return {**super().note(base), **words, "max_new_tokens": self.data.max_new_tokens}
+
+
+class Classification(Rows):
+    """An encoder, or a decoder, with a head that says which of the labels a row has."""
+
+    task_type = "SEQ_CLS"
+    loads = "classification"
+    in_float32 = True  # its new head is trained in full
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Half precision."""
+        if self.recipe.dtype == "bfloat16":
+            yield (
+                "dtype",
+                "is bfloat16, expected auto or float32 with task classification, whose new head is trained in full",
+            )
+
+    def settle(self, noted: Mapping[str, Any] | None) -> None:
+        """The order of the classes: the recipe's, or that of a base model that is a classifier of these labels already."""
+        if self.data.labels is not None:
+            return
+        known = class_names(self.recipe.model) if noted is None else noted.get("labels")
+        if known is not None and set(known) == set(self.train.labels or ()):
+            self.train = replace(self.train, labels=known)
+            self.measured = {name: replace(records, labels=known) for name, records in self.measured.items()}
+
+    def base(self, dtype: Any, tokenizer: PreTrainedTokenizerBase, brought: Any) -> PreTrainedModel:
+        """The base model with a class for each label."""
+        count = len(self.train.labels or ())
+        model = load_model(self.recipe.model, task="classification", num_labels=count, dtype=dtype, brought=brought)
+        pad_as(model, tokenizer)
+        return model
+
+    def encode(
+        self, rows: Records, tokenizer: PreTrainedTokenizerBase, max_length: int, *, key: str, say: Callable[[str], None]
+    ) -> Features:
+        """The row's own text."""
+        return encode_classification(rows, tokenizer, max_length=max_length)
