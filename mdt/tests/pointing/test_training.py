@@ -15,9 +15,9 @@ from gatewise_mdt.pointing.calibration import Calibration
 from gatewise_mdt.pointing.extractor import PointingExtractor
 from gatewise_mdt.pointing.loading import load_extractor
 from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_texts
+from gatewise_mdt.pointing.task import Text2Mdt
 from gatewise_mdt.pointing.training import METRICS, read_records, training_rows
 from gatewise_mdt.records import TreeRecord
-from gatewise_mdt.task import Text2Mdt
 from mdt_trees import node, triple
 from pointing_models import GOUT, RECORDS, write_pointing, write_trees
 from rich.console import Console

@@ -157,11 +157,11 @@ def checked(tree: Mapping[str, Any]) -> Recipe:
 def recipe_class(method: Any, task: Any) -> type[Recipe]:
     """The class of recipes with this method and this task."""
     known = isinstance(method, str) and method in METHODS and isinstance(task, str) and task in TASKS
-    return _class_of(TASKS[task], METHODS[method]) if known else _UnknownParts
+    return _class_of((TASKS[task], METHODS[method])) if known else _UnknownParts
 
 
 @lru_cache
-def _class_of(*parts: Any) -> type[Recipe]:
+def _class_of(parts: tuple[type[Task], type[Method]]) -> type[Recipe]:
     fields: dict[str, Any] = {}
     for part in parts:
         for name, kind in part.sections().items():

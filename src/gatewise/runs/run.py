@@ -178,7 +178,7 @@ class _Run(Run):
         if training.early_stopping_patience is not None and args.eval_steps:
             callbacks = [*callbacks, EarlyStopping(training.early_stopping_patience)]
         kind: Any = RecipeTrainer if mixin is None else type(mixin.__name__, (mixin, RecipeTrainer), {})
-        return kind(  # type: ignore[no-any-return]
+        return kind(
             args=args,
             collator=self.task.collator(self.tokenizer),
             note=self.note,
