@@ -65,7 +65,7 @@ def test_a_run(family: str, tmp_path: Path) -> None:
     assert metrics["seconds"].keys() == {"evaluation", "search", "training", "total"}
     assert metrics["metrics"]["dev"]["after"]["loss"] < metrics["metrics"]["dev"]["before"]["loss"]
     assert [entry["step"] for entry in metrics["log"] if "eval_loss" in entry] == [4, 8]
-    names = ["adapter", "checkpoints", "gates.png", "layers.png", "metrics.json", "recipe.yaml", "search.json"]
+    names = ["adapter", "checkpoints", "gates.png", "layers.png", "metrics.json", "recipe.yaml", "rows.json", "search.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert (tmp_path / "out" / "gates.png").read_bytes().startswith(b"\x89PNG")
     model, _, _ = load_adapter(result.adapter)
@@ -177,7 +177,7 @@ def test_told_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     told = CliRunner().invoke(app, ["train", recipe, "-o", str(tmp_path / "out"), "--resume"])
     assert told.exit_code == 0, told.output
     assert "layers.png" in "".join(told.stdout.split())  # a long path is wrapped
-    assert "searching" in told.stdout
+    assert " search, " in told.stdout
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
