@@ -275,10 +275,10 @@ def test_an_extraction_takes_the_place_of_no_reviewers_tree(gatewise: Gatewise) 
     review = Review(session, extracting)
     before = session.passage(2)
     with pytest.raises(GatewiseError, match="the tree of Ben lies beside that of passage 2: take it or leave it"):
-        review.done("extract", {"passages": [[4, session.passage(4).version], [2, before.version]]})
+        review.do("extract", {"passages": [[4, session.passage(4).version], [2, before.version]]})
     assert session.passage(2) == before
     left = session.leave(2, before.version, 1)
-    review.done("extract", {"passages": [[2, left.version]]})
+    review.do("extract", {"passages": [[2, left.version]]})
     extracting.end()
     assert session.passage(4).waiting is False
     assert set(asked) <= {before.text}

@@ -99,7 +99,7 @@ def test_what_a_person_did_in_the_newer_review_stays(state: Any) -> None:
 def test_an_old_draft_that_a_reviewer_did_not_want_stays_away() -> None:
     newer = Version(SHORT, "drafted")
     (made,), _ = carry([replace(passages(CHANGED)[0], now=newer)], [record(review="approved")], "old.review.jsonl")
-    for unwanted in (made.left(1), one([CHANGED], record(review="approved"))[0][0].undone()):
+    for unwanted in (made.leave_extraction(1), one([CHANGED], record(review="approved"))[0][0].undo()):
         (again,), done = carry([unwanted], [record(review="approved")], "old.review.jsonl")
         assert again is unwanted
         assert (done.kept, [number for number, _ in done.unlike]) == ([1], [1])
@@ -122,7 +122,7 @@ def test_a_newer_draft_gives_way_to_an_approved_tree_of_the_same_text_and_can_be
     draft = [node("D", triple("rest", "therapeutic schedule"))]
     (made,), _ = carry([replace(before, now=Version(draft, "drafted"))], [record(review="approved")], "old")
     assert made.now.nodes == gout()
-    assert made.undone().now.nodes == draft
+    assert made.undo().now.nodes == draft
 
 
 def test_beside_a_newer_draft_of_a_changed_text_lies_the_old_tree() -> None:

@@ -160,8 +160,8 @@ def without_margins(pages: Sequence[Sequence[Line]], name: str) -> tuple[list[Li
     filled = [[line for line in page if line.text.strip()] for page in pages]
     steps = _steps(filled)
     outer: Counter[str] = Counter()
-    for number, page in enumerate(filled):
-        trimmed = _trimmed(page, number, steps, set())
+    for number, inner in enumerate(filled):
+        trimmed = _trimmed(inner, number, steps, set())
         outer.update({line.text.strip() for line in [*trimmed[:1], *trimmed[-1:]]})
     # What ends a sentence or says what to do is no header, and text left out could be a warning.
     margins = {

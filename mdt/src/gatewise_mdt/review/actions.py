@@ -38,7 +38,7 @@ class Review:
         self.session, self.extracting, self.reason = session, extracting, reason
         self.run = secrets.token_hex(8)
 
-    def shown(self, what: str, asked: dict[str, Any], reviewer: str = "") -> dict[str, Any]:
+    def show(self, what: str, asked: dict[str, Any], reviewer: str = "") -> dict[str, Any]:
         """Something to look at: "session", or "passage" with its ``number``.
 
         Args:
@@ -54,7 +54,7 @@ class Review:
             return self.passage(self.session.passage(_integer(asked, "number")))
         raise NothingThereError("there is nothing at this address")
 
-    def done(self, action: str, asked: dict[str, Any], reviewer: str = "") -> dict[str, Any]:
+    def do(self, action: str, asked: dict[str, Any], reviewer: str = "") -> dict[str, Any]:
         """Something that changes the review, or gives a part of it away; answered with what changed and the present session.
 
         Args:
@@ -66,9 +66,9 @@ class Review:
         """
         self._check_run(asked)
         by = By(reviewer, _text(asked, "window"), _text(asked, "comment"))
-        return {**self._done(action, asked, by), "session": self.overview(reviewer)}
+        return {**self._do(action, asked, by), "session": self.overview(reviewer)}
 
-    def _done(self, action: str, asked: dict[str, Any], by: By) -> dict[str, Any]:
+    def _do(self, action: str, asked: dict[str, Any], by: By) -> dict[str, Any]:
         session = self.session
         match action:
             case "edit":

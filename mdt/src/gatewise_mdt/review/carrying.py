@@ -189,7 +189,7 @@ def _carried(passage: Passage, record: TreeRecord, version: Version, origin: dic
         return replace(passage.with_version(version), more=more)
     if passage.beside is not None and passage.beside.nodes == version.nodes:
         return replace(passage, more=more)
-    return replace(passage.extracted(version, -1), more=more)
+    return replace(passage.put_extraction(version, -1), more=more)
 
 
 def difference(old: str, new: str) -> list[tuple[Kind, str]]:

@@ -251,7 +251,7 @@ def _replayed(rows: Sequence[Mapping[str, Any]]) -> Draft:
             for number in row["saved"]:
                 passage = _passage(held[number], number)
                 if (version := passage.kept) is not None:
-                    passage = passage.written(version)
+                    passage = passage.after_save(version)
                 held[number] |= {"saved": _version(passage.saved), "now": _version(passage.now)}
         elif entry.action == "comment":
             continue

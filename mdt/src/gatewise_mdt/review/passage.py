@@ -141,7 +141,7 @@ class Passage:
             return self
         return self._at(version, past=(*self.past, self.now)[-_MOST_STEPS:], future=())
 
-    def undone(self, by: str = "") -> "Passage":
+    def undo(self, by: str = "") -> "Passage":
         """Back to the version before.
 
         Args:
@@ -158,7 +158,7 @@ class Passage:
             version = version._replace(undone=True)
         return self._at(version, past=self.past[:-1], future=future)
 
-    def redone(self, by: str = "") -> "Passage":
+    def redo(self, by: str = "") -> "Passage":
         """Forward again to the version that was undone.
 
         Args:
@@ -178,7 +178,7 @@ class Passage:
         """Whether the tree that the file of corrections has is one of these."""
         return self.saved is not None and any(one.nodes == self.saved.nodes for one in versions)
 
-    def begun(self, reviewed: dict[str, Any] | None = None) -> "Passage":
+    def begin(self, reviewed: dict[str, Any] | None = None) -> "Passage":
         """With an empty tree, to be written by hand.
 
         Args:
@@ -191,7 +191,7 @@ class Passage:
             raise GatewiseError("this passage has a tree already")
         return self.with_version(self.now._replace(nodes=empty_tree(), state="corrected", reviewed=reviewed))
 
-    def edited(self, change: Callable[[Nodes], Nodes], reviewed: dict[str, Any] | None = None) -> "Passage":
+    def edit(self, change: Callable[[Nodes], Nodes], reviewed: dict[str, Any] | None = None) -> "Passage":
         """Corrects the tree; an approved tree is approved no more.
 
         Args:
@@ -209,7 +209,7 @@ class Passage:
         made = self.now._replace(nodes=nodes, state="corrected", reviewed=reviewed, undone=False)
         return self.with_version(made._replace(confidence=confidence).after(self.now))
 
-    def judged(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
+    def set_approval(self, approved: bool, reviewed: dict[str, Any] | None = None) -> "Passage":
         """Says that a person has read the tree and stands for it, or takes that back: it is then what it was before.
 
         Args:
@@ -237,7 +237,7 @@ class Passage:
         same = (one for one in (self.now, *reversed(self.past)) if one.nodes == self.now.nodes and one.state != "approved")
         return next(((one.state, one.reviewed) for one in same), ("corrected", None))
 
-    def extracted(self, version: Version, of: int) -> "Passage":
+    def put_extraction(self, version: Version, of: int) -> "Passage":
         """With a tree that was extracted: in the place of one that no person touched, else beside it.
 
         Args:
@@ -247,7 +247,7 @@ class Passage:
             return self.with_version(version.after(self.now))
         return replace(self, beside=version, extractions=self.extractions + 1, error="")
 
-    def taken(self, extraction: int, replaced: bool) -> "Passage":
+    def take_extraction(self, extraction: int, replaced: bool) -> "Passage":
         """The tree that lies beside takes its place; an approved tree stays that of the file of corrections.
 
         Args:
@@ -263,7 +263,7 @@ class Passage:
             raise GatewiseError(f"the tree was {self.now.state} by a person, so it is replaced only when a reviewer says so")
         return replace(self.with_version(self.beside._replace(of="").after(self.now)), beside=None)
 
-    def left(self, extraction: int) -> "Passage":
+    def leave_extraction(self, extraction: int) -> "Passage":
         """Without the tree that lies beside.
 
         Raises:
@@ -315,7 +315,7 @@ class Passage:
             return saved._replace(state="corrected", reviewed=None)
         return saved
 
-    def written(self, version: Version) -> "Passage":
+    def after_save(self, version: Version) -> "Passage":
         """With the version that the file of corrections has from now on, see :attr:`kept`."""
         kept = replace(self, saved=version._replace(undone=False), repaired=False)
         if _content(version) not in (_content(self.now), _content(self.now.standing)):

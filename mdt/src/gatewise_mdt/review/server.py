@@ -93,7 +93,7 @@ def refusal(headers: Headers, names: frozenset[str]) -> str:
 
 
 def app(review: Review, users: OneUser | UserFile, names: frozenset[str]) -> Starlette:
-    """The app: the page, "/api/NAME" by GET for what :meth:`Review.shown` shows, and by POST for what :meth:`Review.done` does."""
+    """The app: the page, "/api/NAME" by GET for what :meth:`Review.show` shows, and by POST for what :meth:`Review.do` does."""
 
     said = ""
 
@@ -114,7 +114,7 @@ def app(review: Review, users: OneUser | UserFile, names: frozenset[str]) -> Sta
         return reviewer
 
     def shown(request: Request) -> Response:
-        return _json(review.shown(request.path_params["name"], dict(request.query_params), who(request)))
+        return _json(review.show(request.path_params["name"], dict(request.query_params), who(request)))
 
     async def done(request: Request) -> Response:
         reviewer = await run_in_threadpool(who, request)
@@ -122,7 +122,7 @@ def app(review: Review, users: OneUser | UserFile, names: frozenset[str]) -> Sta
             raise HTTPException(415, "expected a body of type application/json")
         content = await _body(request)
         # A change waits for its turn and for the disk, and neither may keep others from being heard.
-        return await run_in_threadpool(lambda: _json(review.done(request.path_params["name"], _object(content), reviewer)))
+        return await run_in_threadpool(lambda: _json(review.do(request.path_params["name"], _object(content), reviewer)))
 
     made = Starlette(
         routes=[
@@ -131,7 +131,12 @@ def app(review: Review, users: OneUser | UserFile, names: frozenset[str]) -> Sta
             Route("/api/{name}", done, methods=["POST"]),
         ],
         middleware=[Middleware(_Guard, names=names)],
-        exception_handlers={HTTPException: _told, ClientDisconnect: _told, GatewiseError: _told, Exception: _fault},
+        exception_handlers={
+            HTTPException: _error_answer,
+            ClientDisconnect: _error_answer,
+            GatewiseError: _error_answer,
+            Exception: _fault_answer,
+        },
     )
     made.router.redirect_slashes = False
     return made
@@ -150,14 +155,13 @@ class _Guard:
 
 
 async def _body(request: Request) -> bytes:
-    content = bytearray()
-    too_large = HTTPException(413, f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB")
-    if int(request.headers.get("Content-Length", 0)) > MOST_BYTES:
-        raise too_large
+    """The body; what is over the limit is read, so that the answer arrives, and not kept."""
+    content, size = bytearray(), 0
     async for piece in request.stream():
-        content += piece
-        if len(content) > MOST_BYTES:
-            raise too_large
+        size += len(piece)
+        content += piece if size <= MOST_BYTES else b""
+    if size > MOST_BYTES:
+        raise HTTPException(413, f"the file is too large: expected at most {MOST_BYTES * 3 // 4 // 2**20} MB")
     return bytes(content)
 
 
@@ -185,7 +189,7 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(content, status, {**_HEADERS, "Content-Type": "application/json; charset=utf-8"})
 
 
-def _told(request: Request, error: Exception) -> Response:
+def _error_answer(request: Request, error: Exception) -> Response:
     """What the one who asked can put right, a sentence."""
     if isinstance(error, HTTPException):
         said = "there is nothing at this address" if error.status_code in (404, 405) else error.detail
@@ -195,7 +199,7 @@ def _told(request: Request, error: Exception) -> Response:
     return _json({"error": str(error)}, 404 if isinstance(error, NothingThereError) else 400)
 
 
-def _fault(request: Request, error: Exception) -> Response:
+def _fault_answer(request: Request, error: Exception) -> Response:
     """A fault of ours, which must not look like one of the user's, nor end the review."""
     traceback.print_exception(error, file=sys.stderr)
     return _json({"error": f"a fault in gatewise ({type(error).__name__}): see the terminal"}, 500)
@@ -257,7 +261,7 @@ class ReviewServer:
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="critical",  # what the user has to know is printed by _fault
+                log_level="critical",  # what the user has to know is printed by _fault_answer
                 access_log=False,
                 proxy_headers=False,  # nothing is asked of who a proxy says that it asks for
                 server_header=False,

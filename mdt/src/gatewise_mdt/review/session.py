@@ -301,7 +301,7 @@ class Session:
         """
 
         def change(passage: Passage, reviewed: dict[str, Any]) -> Passage:
-            return passage.edited(lambda nodes: edits.apply(nodes, edit, arguments, passage.language), reviewed)
+            return passage.edit(lambda nodes: edits.apply(nodes, edit, arguments, passage.language), reviewed)
 
         return self._change("edit", number, version, by, change, {"edit": edit})
 
@@ -312,7 +312,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: it has a tree.
         """
-        return self._change("begin", number, version, by, Passage.begun)
+        return self._change("begin", number, version, by, Passage.begin)
 
     def undo(self, number: int, version: int, by: By = NOBODY) -> Passage:
         """Takes the last change of a passage back.
@@ -321,7 +321,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is none.
         """
-        return self._change("undo", number, version, by, lambda passage, by: passage.undone(by["by"]))
+        return self._change("undo", number, version, by, lambda passage, by: passage.undo(by["by"]))
 
     def redo(self, number: int, version: int, by: By = NOBODY) -> Passage:
         """Makes a change again that was taken back.
@@ -330,7 +330,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is none.
         """
-        return self._change("redo", number, version, by, lambda passage, by: passage.redone(by["by"]))
+        return self._change("redo", number, version, by, lambda passage, by: passage.redo(by["by"]))
 
     def approve(self, number: int, version: int, approved: bool = True, by: By = NOBODY) -> Passage:
         """Marks a passage as read and right, or takes the mark away.
@@ -340,16 +340,16 @@ class Session:
             GatewiseError: its tree is not valid.
         """
         action = "approve" if approved else "withdraw"
-        return self._change(action, number, version, by, lambda passage, reviewed: passage.judged(approved, reviewed))
+        return self._change(action, number, version, by, lambda passage, reviewed: passage.set_approval(approved, reviewed))
 
     def take(self, number: int, version: int, extraction: int, replaced: bool = False, by: By = NOBODY) -> Passage:
-        """Puts the extraction that lies beside a tree in its place, see :meth:`Passage.taken`.
+        """Puts the extraction that lies beside a tree in its place, see :meth:`Passage.take_extraction`.
 
         Raises:
             OldPageError: the passage has changed since.
             GatewiseError: there is no such extraction, or a reviewed tree would go without a word.
         """
-        return self._change("take", number, version, by, lambda passage, _: passage.taken(extraction, replaced))
+        return self._change("take", number, version, by, lambda passage, _: passage.take_extraction(extraction, replaced))
 
     def leave(self, number: int, version: int, extraction: int, by: By = NOBODY) -> Passage:
         """Takes the extraction away that lies beside a tree. The history keeps it.
@@ -358,7 +358,7 @@ class Session:
             OldPageError: the passage has changed since.
             GatewiseError: there is no such extraction.
         """
-        return self._change("leave", number, version, by, lambda passage, _: passage.left(extraction))
+        return self._change("leave", number, version, by, lambda passage, _: passage.leave_extraction(extraction))
 
     def comment(self, number: int, by: By) -> Passage:
         """Keeps what somebody says of a passage, which is no change of it: the version that others see stays the present one.
@@ -375,7 +375,7 @@ class Session:
             return passage
 
     def put(self, number: int, found: Version, of: int | None = None, by: By = NOBODY) -> None:
-        """A tree that was extracted, see :meth:`Passage.extracted`; a passage that was removed meanwhile gets none.
+        """A tree that was extracted, see :meth:`Passage.put_extraction`; a passage that was removed meanwhile gets none.
 
         Args:
             of: the number of the version that there was when it was asked for; None is the present one.
@@ -388,7 +388,7 @@ class Session:
                     number,
                     passage.version,
                     by,
-                    lambda passage, _: passage.extracted(found, passage.version if of is None else of),
+                    lambda passage, _: passage.put_extraction(found, passage.version if of is None else of),
                 )
 
     def mark(self, number: int, *, waiting: bool, error: str | None = None) -> None:
@@ -465,7 +465,7 @@ class Session:
         with self._lock:
             kept = [(passage, version) for passage in self._passages.values() if (version := passage.kept) is not None]
             self.files.save([passage.record(version) for passage, version in kept])
-            written = [(passage, passage.written(version)) for passage, version in kept]
+            written = [(passage, passage.after_save(version)) for passage, version in kept]
             changed = [before.id for before, after in written if before != after]
             self._passages |= {after.number: after for _, after in written}
             if changed:
