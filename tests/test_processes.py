@@ -16,8 +16,8 @@ def test_alone_a_process_is_the_main_one_and_its_sums_are_its_own():
     assert (processes.count(), processes.index(), processes.is_main()) == (1, 0, True)
     values = [torch.tensor([1.0, 2.0]), torch.tensor(3.0)]
     assert all(torch.equal(*pair) for pair in zip(processes.summed(values, "cpu"), values, strict=True))
-    assert processes.shared_out([1, 2, 3], even=True) == ([1, 2, 3], 1)
-    assert processes.told("word") == processes.by_main(lambda: "word") == "word"
+    assert processes.own_share([1, 2, 3], even=True) == ([1, 2, 3], 1)
+    assert processes.broadcast("word") == processes.by_main(lambda: "word") == "word"
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
     processes.average_gradients([parameter], "cpu")
@@ -45,9 +45,9 @@ def together() -> dict[str, Any]:
         "index": index,
         "sums": [value.tolist() for value in sums],
         "gradients": [None if p.grad is None else p.grad.tolist() for p in (one, other, neither)],
-        "shared": processes.shared_out([1, 2, 3]),
-        "even": processes.shared_out([1, 2, 3], even=True),
-        "told": processes.told(index + 10),
+        "shared": processes.own_share([1, 2, 3]),
+        "even": processes.own_share([1, 2, 3], even=True),
+        "told": processes.broadcast(index + 10),
         "refused": refused,
     }
 

@@ -2,8 +2,7 @@
 
 If the writing fails, what was there before stays; if the power does, either the old or the new is there, whole. What takes the
 place of something has its mode and, as far as the user may give it, its owner. Symbolic links are followed. What is no regular
-file, such as /dev/stdout or a pipe, is written into directly. ``JsonLines`` is a file that only grows. ``content_of`` reads a file
-that a user named.
+file, such as /dev/stdout or a pipe, is written into directly. ``content_of`` reads a file that a user named.
 """
 
 import errno
@@ -14,7 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             with open(path, "wb") as stream:
                 stream.write(part.read_bytes())
         else:
-            _sync(part, like=target)
+            sync_to_disk(part, like=target)
             os.replace(part, target)
             _sync_renamed(path, target.parent)
 
@@ -65,8 +64,8 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         for place, _, names in os.walk(part, topdown=False):
             for file in (Path(place, name) for name in names):
                 if not file.is_symlink():
-                    _sync(file)
-            _sync(Path(place), like=target if Path(place) == part else None)
+                    sync_to_disk(file)
+            sync_to_disk(Path(place), like=target if Path(place) == part else None)
         old = folder / "old"
         if os.path.exists(target):
             os.replace(target, old)
@@ -77,83 +76,6 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
                 os.replace(old, target)
             raise
         _sync_renamed(path, target.parent)
-
-
-class JsonLines:
-    """A file of a JSON object a line that only grows: when :meth:`append` has returned, its rows are on disk. For one process.
-
-    What an interruption or a full disk left of a row is cut off; rows that were appended before stay as they are.
-
-    Attributes:
-        cut: what :meth:`read` cut off, 0 bytes mostly.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path, self.cut = Path(path), 0
-        self._end, self._torn = 0, False  # bytes that are whole; whether something torn may stand behind them
-
-    def read(self) -> list[dict[str, Any]]:
-        """The rows, none where there is no file.
-
-        Raises:
-            GatewiseError: the file cannot be read, or a row before the last is no JSON object.
-        """
-        content = content_of(self.path) if self.path.exists() else b""
-        lines = content.split(b"\n")
-        rows: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-                if not isinstance(row, dict):
-                    raise ValueError(f"found a {type(row).__name__}, expected an object")
-            except (ValueError, RecursionError) as error:
-                if any(map(bytes.strip, lines[number:])):
-                    raise GatewiseError(
-                        f"{self.path}, line {number}: not a line of JSON ({error}): mend it, or move the file"
-                    ) from error
-                self.cut = len(content) - sum(len(whole) + 1 for whole in lines[: number - 1])
-                break  # the last, which an interruption tore
-            rows += [row] if row else []
-        self._end, self._torn = len(content) - self.cut, self.cut > 0
-        return rows
-
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows, all or none, and returns when they are on disk. A killed process may leave the first of several.
-
-        Raises:
-            GatewiseError: they cannot be written, or another program has changed the file.
-        """
-        added = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows).encode()
-        try:
-            new = not self.path.exists()
-            with open(os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "rb+", buffering=0) as stream:
-                if new:
-                    _sync(self.path.parent)
-                self._append(stream.fileno(), added)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            said = getattr(error, "strerror", None) or error
-            raise GatewiseError(f"cannot write {self.path}: {said}; nothing was changed") from error
-
-    def _append(self, file: int, added: bytes) -> None:
-        size = os.fstat(file).st_size
-        if size < self._end or (size > self._end and not self._torn):
-            raise GatewiseError(f"{self.path} was changed by another program, so it is left alone: start again")
-        os.ftruncate(file, self._end)
-        if self._end:
-            os.lseek(file, self._end - 1, os.SEEK_SET)
-            added = added if os.read(file, 1) == b"\n" else b"\n" + added
-        self._torn = True
-        try:
-            at = 0
-            while at < len(added):
-                os.lseek(file, self._end + at, os.SEEK_SET)
-                at += os.write(file, added[at:])
-            os.fsync(file)
-        except BaseException:
-            with suppress(OSError):
-                os.ftruncate(file, self._end)
-            raise
-        self._end, self._torn = self._end + at, False
 
 
 def check_new_file(path: str | Path) -> None:
@@ -227,7 +149,7 @@ def _try(path: str | Path) -> None:
         (folder / target.name).touch()
 
 
-def _sync(path: Path, like: Path | None = None) -> None:
+def sync_to_disk(path: Path, like: Path | None = None) -> None:
     """Waits until a file, or the names in a folder, are on disk.
 
     Args:
@@ -254,7 +176,7 @@ def _sync(path: Path, like: Path | None = None) -> None:
 
 def _sync_renamed(path: str | Path, folder: Path) -> None:
     try:
-        _sync(folder)
+        sync_to_disk(folder)
     except OSError as error:
         raise GatewiseError(f"{path} was written, but a power failure may undo it: {error.strerror or error}") from error
 

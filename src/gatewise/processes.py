@@ -7,45 +7,38 @@ main one, and its sums are its own.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
 
 from gatewise.errors import GatewiseError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 T = TypeVar("T")
 
 
 def count() -> int:
     """How many processes work together; 1 without a group."""
-    from torch import distributed
-
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def index() -> int:
     """This process's place among them, from 0."""
-    from torch import distributed
-
     return distributed.get_rank() if count() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and shows progress."""
+    """True in the one process that writes files and shows progress."""
     return index() == 0
 
 
-def summed(tensors: Sequence["Tensor"], device: "Any") -> list["Tensor"]:
-    """Tensors added up over all processes, in one message; every process gets the same numbers, bit for bit.
+def summed(tensors: Sequence[Tensor], device: Any) -> list[Tensor]:
+    """Adds tensors up over all processes, in one message; every process gets the same numbers, bit for bit.
 
     Args:
         tensors: of one floating dtype, of the same shapes in every process.
         device: one that the group can send from: that of the model's parameters.
     """
-    import torch
-    from torch import distributed
-
     if count() == 1 or not tensors:
         return list(tensors)
     flat = torch.cat([one.detach().flatten() for one in tensors]).to(device)
@@ -54,10 +47,8 @@ def summed(tensors: Sequence["Tensor"], device: "Any") -> list["Tensor"]:
     return [part.view(one.shape).to(one.device) for part, one in zip(parts, tensors, strict=True)]
 
 
-def average_gradients(parameters: Sequence["nn.Parameter"], device: "Any") -> None:
+def average_gradients(parameters: Sequence[nn.Parameter], device: Any) -> None:
     """Replaces each gradient by its mean over all processes; None stays where no process has one."""
-    import torch
-
     if count() == 1 or not parameters:
         return
     # Every process sends the same numbers in one message, whichever gradients it has.
@@ -68,72 +59,62 @@ def average_gradients(parameters: Sequence["nn.Parameter"], device: "Any") -> No
         parameter.grad = (total / count()).to(parameter) if any_has else None
 
 
-def told(value: T) -> T:
-    """What the main process has for ``value``, in all of them. It travels pickled between the processes of one run."""
-    from torch import distributed
-
-    if count() == 1:
-        return value
+def broadcast(value: T) -> T:
+    """Returns the main process's value in every process. It travels pickled between the processes of one run."""
     box = [value]
-    distributed.broadcast_object_list(box, src=0)
+    if count() > 1:
+        distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def by_main(do: Callable[[], T]) -> T:
-    """What the main process gets by doing something, in all of them. What it refuses, they all refuse.
+    """Has the main process call a function, and returns what it returns in every process.
 
     Raises:
-        GatewiseError: the main process's.
+        GatewiseError: in every process, where the main one raised it.
     """
-    if count() == 1:
-        return do()
-    result: T | None = None
-    refused: str | None = None
+    result: Any = None
     if is_main():
         try:
             result = do()
         except GatewiseError as error:
-            refused = str(error)
-    result, refused = told((result, refused))
-    if refused is not None:
-        raise GatewiseError(refused)
-    return result  # type: ignore[return-value]
+            result = error
+    result = broadcast(result)
+    if isinstance(result, GatewiseError):
+        raise result
+    return result
 
 
 def wait() -> None:
-    """Waits until all processes are here."""
-    from torch import distributed
-
+    """Waits until every process has called this."""
     if count() > 1:
         distributed.barrier()
 
 
 def leave() -> None:
-    """Ends this process when all are here; alone it goes on.
+    """Ends this process, once every process has called this; does nothing in a single one.
 
-    At Python's own end threads of a process group or of DeepSpeed may still run, which now and then aborts a process whose work is
-    done; a launcher would take that for a failure.
+    When Python itself ends, threads of a process group or of DeepSpeed may still run and abort a process whose work is done, which
+    a launcher would take for a failure.
     """
-    from torch import distributed
-
     if count() == 1:
         return
-    distributed.barrier()
+    wait()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def is_sharded(model: "nn.Module") -> bool:
-    """Whether processes hold a part of the model each, so that every forward is one of all of them (FSDP, ZeRO-3)."""
+def is_sharded(model: nn.Module) -> bool:
+    """True where each process holds a part of the model (FSDP, ZeRO-3), so that all must run every forward together."""
     return any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def shared_out(items: Sequence[T], even: bool = False) -> tuple[list[T], int]:
-    """This process's part of the items, and how many processes each item falls to: divide sums over all processes by that.
+def own_share(items: Sequence[T], even: bool = False) -> tuple[list[T], int]:
+    """This process's part of the items, and how many processes get each item: divide sums over all processes by that.
 
     Args:
-        even: every process must get as many as every other, as with a sharded model; where that cannot be, each gets all.
+        even: give every process the same number, as a sharded model needs; where the items cannot be divided so, each gets all.
     """
     if count() == 1 or (even and len(items) % count()):
         return list(items), count()

@@ -20,7 +20,7 @@ from gatewise.internals.library_attributes import original_forward, recomputed_l
 from gatewise.internals.quantised import computing_as_in_training, is_quantised
 from gatewise.losses import IGNORED, Batch, LossKind, base_of, loss_kind, mean_loss, microbatches, padded_tokens, row_losses
 from gatewise.models.device import has_bfloat16, random_state_kept
-from gatewise.processes import count, is_sharded, shared_out, summed
+from gatewise.processes import count, is_sharded, own_share, summed
 
 Scores = dict[str, Tensor]
 Batches = Batch | Sequence[Batch]
@@ -104,7 +104,7 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
     while len(parts) % n and (rows := max(map(_rows, parts))) > 1:
         at = [_rows(part) for part in parts].index(rows)
         parts[at : at + 1] = [taken(parts[at], slice(rows // 2)), taken(parts[at], slice(rows // 2, None))]
-    own, copies = shared_out(parts, even=is_sharded(model))
+    own, copies = own_share(parts, even=is_sharded(model))
     tokens = partial(padded_tokens, kind=kind)
     together = [parts[i : i + n] if copies == 1 else parts[i : i + 1] for i in range(0, len(parts), n if copies == 1 else 1)]
     return Parts(own, [max(map(tokens, group)) for group in together][: len(own)], copies, device)

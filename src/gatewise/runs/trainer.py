@@ -27,7 +27,7 @@ from gatewise.internals.sharding import reshard
 from gatewise.internals.trainer_device import run_on
 from gatewise.internals.zero import is_asked_for, zero_of
 from gatewise.losses import base_of, mean_loss, scored, soft_prompt
-from gatewise.processes import count, is_sharded, shared_out
+from gatewise.processes import count, is_sharded, own_share
 from gatewise.runs.recipe import TrainingSection
 
 # A chunk this many batches long is sorted by length: long enough to save padding, short enough to keep rows well mixed.
@@ -123,7 +123,7 @@ class RecipeTrainer(Trainer):
         rows = sorted(self.eval_dataset, key=_length)  # type: ignore[arg-type]
         size = self.args.per_device_eval_batch_size
         model: Any = self.model
-        own, _ = shared_out([rows[start : start + size] for start in range(0, len(rows), size)], even=is_sharded(model))
+        own, _ = own_share([rows[start : start + size] for start in range(0, len(rows), size)], even=is_sharded(model))
         batches = [self._prepare_inputs(self.data_collator(batch)) for batch in own]
         loss = mean_loss(model.eval(), batches, over_all=True)
         if not math.isfinite(loss):

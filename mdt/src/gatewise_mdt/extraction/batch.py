@@ -13,12 +13,12 @@ from typing import Any
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
-from gatewise.files import JsonLines
 from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.documents.passages import Passage, split_passages
 from gatewise_mdt.documents.reading import STDIN, read_document
 from gatewise_mdt.extraction.extractor import Extraction, Extracts, Progress
 from gatewise_mdt.extraction.served import ServedExtractor
+from gatewise_mdt.json_lines import JsonLines
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.relations import Language
 from gatewise_mdt.spans import absent_triples

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 from gatewise.checks import writable
 from gatewise.errors import GatewiseError
-from gatewise.files import JsonLines
 from gatewise_mdt.documents.passages import PASSAGE_ID
+from gatewise_mdt.json_lines import JsonLines
 from gatewise_mdt.records import TreeRecord, read_trees, shares, write_trees
 from gatewise_mdt.review.edits import check_shape
 from gatewise_mdt.review.passage import STATES, Passage, Version
