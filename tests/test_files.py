@@ -104,20 +104,12 @@ def test_what_is_no_file_is_written_into(tmp_path):
     assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "x" * 250])
-def test_a_name_can_be_too_long_for_the_system_but_not_for_us(tmp_path, name):
-    if len(name) > 255:
-        with pytest.raises(GatewiseError, match="cannot write"):
-            write_json(tmp_path / name, 1)
-        with pytest.raises(GatewiseError, match="cannot write"), whole_folder(tmp_path / name):
-            pass
-        assert not list(tmp_path.iterdir())
-    else:
-        write_json(tmp_path / name, 1)
-        assert content_of(tmp_path / name) == b"1\n"
-
-
-def test_a_name_with_a_nul_is_no_bug_of_ours():
+def test_names_that_the_system_does_not_take(tmp_path):
+    with pytest.raises(GatewiseError, match="cannot write"):
+        write_json(tmp_path / ("x" * 300), 1)
+    with pytest.raises(GatewiseError, match="cannot write"), whole_folder(tmp_path / ("x" * 300)):
+        pass
+    assert not list(tmp_path.iterdir())
     with pytest.raises(GatewiseError, match="cannot be read"):
         content_of("a\0b")
 

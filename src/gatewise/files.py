@@ -1,8 +1,8 @@
-"""Writes files and folders so that nobody ever sees half of one: into a temporary place beside the target, then renamed.
+"""Writes files and folders whole or not at all: into a temporary folder beside the target, then renamed.
 
-If the writing fails, what was there before stays; if the power does, either the old or the new is there, whole. What takes the
-place of something has its mode and, as far as the user may give it, its owner. Symbolic links are followed. What is no regular
-file, such as /dev/stdout or a pipe, is written into directly. ``content_of`` reads a file that a user named.
+When writing fails, the old file stays; when the power fails, either the old or the new one is there. A new file keeps the mode of
+the one that it replaces and, where the user may set it, the owner. Symbolic links are followed. Devices and pipes, such as
+/dev/stdout, are written into directly. ``content_of`` reads a file that a user named.
 """
 
 import errno
@@ -22,12 +22,10 @@ from safetensors import SafetensorError
 
 from gatewise.errors import GatewiseError
 
-_PREFIX = 40  # of a name that is as long as names can be, no longer one could be made
-
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path; when the block ends well the file there takes the place of ``path``.
+    """Yields a temporary path. When the block ends without an error, the file written there replaces ``path``.
 
     Raises:
         GatewiseError: the place cannot be written.
@@ -47,10 +45,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder; when the block ends well it becomes ``path``.
+    """Yields a temporary folder. When the block ends without an error, it becomes ``path``.
 
     Args:
-        replace: take the place of a folder that is there; otherwise a non-empty one is refused.
+        replace: replace an existing folder; otherwise one that is not empty is refused.
 
     Raises:
         GatewiseError: the place cannot be written, or is taken.
@@ -79,7 +77,7 @@ def whole_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
 
 def check_new_file(path: str | Path) -> None:
-    """Refuses a path that :func:`whole_file` could not write, as far as can be told before. The folder above it is made.
+    """Tries whether :func:`whole_file` could write a path, before long work. Makes the folder above it.
 
     Raises:
         GatewiseError: the path is a folder's, or nothing can be written there.
@@ -91,7 +89,7 @@ def check_new_file(path: str | Path) -> None:
 
 
 def check_new_folder(path: str | Path) -> None:
-    """Refuses a path that :func:`whole_folder` could not write, as far as can be told before. The folder above it is made.
+    """Tries whether :func:`whole_folder` could write a path, before long work. Makes the folder above it.
 
     Raises:
         GatewiseError: the path is a file's, that of a folder with something in it, or nothing can be written there.
@@ -101,7 +99,7 @@ def check_new_folder(path: str | Path) -> None:
 
 
 def content_of(path: str | Path) -> bytes:
-    """The bytes of a file that a user named.
+    """Reads the bytes of a file that a user named.
 
     Raises:
         GatewiseError: there is no such file, or it cannot be read.
@@ -127,7 +125,7 @@ def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """A value of mappings, lists, numbers and text as JSON can hold it, which has no NaN: null instead."""
+    """Replaces NaN and infinity, which JSON does not have, by None, anywhere in mappings and lists."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -143,17 +141,17 @@ def _check_free(path: str | Path, replace: bool) -> None:
 
 
 def _try(path: str | Path) -> None:
-    """Makes a file of the name beside the place that it is meant for: the system may refuse the name, too."""
+    """Makes an empty file of this name in a temporary folder: the system may refuse the place or the name."""
     target = Path(os.path.realpath(path))
     with _temporary(path, target.parent) as folder:
         (folder / target.name).touch()
 
 
 def sync_to_disk(path: Path, like: Path | None = None) -> None:
-    """Waits until a file, or the names in a folder, are on disk.
+    """Waits until a file's content, or the names in a folder, are on disk.
 
     Args:
-        like: what it takes the place of, if there is such a thing; it gets the mode of it, and the owner.
+        like: the file or folder that it will replace. If that exists, its mode and owner are copied.
     """
     folder = path.is_dir()
     if folder and sys.platform == "win32":  # which has nothing of the kind
@@ -182,16 +180,16 @@ def _sync_renamed(path: str | Path, folder: Path) -> None:
 
 
 def is_special(path: str | Path) -> bool:
-    """Whether a path is that of a device or a pipe, which can only be written into."""
+    """True for a device or a pipe, which can be written into but not replaced."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 @contextmanager
 def _temporary(path: str | Path, parent: Path) -> Iterator[Path]:
-    """A temporary folder for what becomes ``path``, mostly beside it and so on the same file system; removed at the end."""
+    """Yields a temporary folder in ``parent``, removed at the end. Errors become sentences about ``path``."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{Path(path).name[:_PREFIX]}.", dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=".gatewise-", dir=parent))
     except OSError as error:
         raise GatewiseError(f"cannot write {path}: {error.strerror or error}; give a path that can be written") from error
     try:

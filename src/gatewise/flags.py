@@ -1,4 +1,4 @@
-"""Command-line options that the commands of several rooms share, each defined once."""
+"""Options that several commands share."""
 
 from typing import Annotated
 

@@ -1,7 +1,7 @@
 """Cross-entropy of every row of a batch, with the LM head computed only where there is a label.
 
-A vocabulary of 50k costs a small model a fifth of its forward pass, most of it at positions nobody reads. Scores, training and
-evaluation all go through this file, so they all save it.
+The head of a small model with 50,000 tokens takes a fifth of the forward pass, most of it at positions that nobody reads. Scores,
+training and evaluation all use this file and so save that time.
 
 Shapes: b batch, t tokens (the decoder's where there is an encoder too), d hidden size, n labelled positions, V vocabulary.
 """
@@ -28,14 +28,14 @@ _PATCH = 768  # the numbers of an image that make a token in most models: 16 by 
 
 
 def inside(model: nn.Module) -> nn.Module:
-    """The model inside of what trains it in several processes (DDP, DeepSpeed), or the model itself."""
+    """Unwraps a model that DDP or DeepSpeed has wrapped; returns any other as it is."""
     if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         return model.module  # type: ignore[return-value]
     return model
 
 
 def base_of(model: nn.Module) -> Any:
-    """The Transformers model under a ``PeftModel``, or the model itself."""
+    """The Transformers model in a ``PeftModel``, or the model itself."""
     # Not at the top: gatewise.routed imports this file, which has to be complete when PEFT is (see internals/registry.py).
     from peft import PeftModel
 
@@ -61,21 +61,20 @@ def loss_kind(model: nn.Module) -> LossKind:
 
 
 def measures_itself(model: nn.Module) -> bool:
-    """Whether the loss of this model is no cross-entropy of logits and labels.
+    """True for a model that computes its loss itself, such as a pointing model, which has ``measures_itself = True``.
 
-    Such a model has ``measures_itself = True``. It gives ``row_losses`` (b,) in its output for a batch with what it learns
-    from, and each row has one label, which counts it.
+    The output of its forward has ``row_losses`` (b,). Each row has one label, which only counts the row.
     """
     return bool(getattr(base_of(model), "measures_itself", False))
 
 
 @contextmanager
 def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """While open, the model's output embedding sees only the positions where ``mask`` (b, t) is true.
+    """Context in which the LM head computes only the positions where ``mask`` (b, t) is true.
 
-    ``model(...).logits`` is then (1, n, V), the positions in row-major order. Positions that PEFT's prompt tuning puts in front of
-    the text are none of the mask's. A model without an output embedding computes its logits as ever; ``labelled_logits`` tells the
-    two apart.
+    ``model(...).logits`` is then (1, n, V), the positions in row-major order. The mask does not cover the positions that PEFT's
+    prompt tuning adds in front of the text. A model without an LM head computes all its logits; ``labelled_logits`` tells the two
+    apart.
     """
     head = base_of(model).get_output_embeddings()
     if head is None:
@@ -94,14 +93,14 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
 
 def before_first(mask: Tensor) -> Tensor:
-    """(b, t): the positions before the first one of their row where ``mask`` is true; all of a row where none is."""
+    """(b, t): true before the first position of the row where ``mask`` is true; everywhere in a row without one."""
     return mask.cumsum(dim=1) == 0
 
 
 def text_starts(inputs: Batch, batch: int, tokens: int) -> Tensor | None:
-    """(b, t): where texts begin in packed rows, which have no attention mask; None if every row is one text.
+    """(b, t): true where a text begins in packed rows, which have no attention mask; None if every row is one text.
 
-    That is where Transformers has attention begin anew: where positions do not go on by one, or where ``cu_seq_lens_q`` says.
+    Transformers starts attention anew there: where positions do not increase by one, or where ``cu_seq_lens_q`` says so.
     """
     positions, ends = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
     if inputs.get("attention_mask") is not None:
@@ -119,10 +118,10 @@ def text_starts(inputs: Batch, batch: int, tokens: int) -> Tensor | None:
 
 
 def prompts_by_labels(labels: Tensor, starts: Tensor | None = None) -> Tensor:
-    """(b, t): the prompts of a causal model's texts, which end before the first label that is not -100.
+    """(b, t): true in the prompts of a causal model's texts, which end before the first label that is not -100.
 
-    The first token of a packed text has no label, for no token of its own predicts it. A text whose second token has one is taken
-    for plain language modelling, which has no prompt.
+    The first token of a packed text never has a label, since no token before it predicts it. A text whose second token has a label
+    is plain language modelling, without a prompt.
 
     Args:
         starts: what ``text_starts`` gave.
@@ -140,9 +139,9 @@ def prompts_by_labels(labels: Tensor, starts: Tensor | None = None) -> Tensor:
 
 
 def prompts_at(model: nn.Module, prompt: Tensor | None) -> AbstractContextManager[None]:
-    """While open, a model whose adapter is routed by its prompt finds it where ``prompt`` (b, t) is true; others take no notice.
+    """Context in which a model that routes by the prompt finds it where ``prompt`` (b, t) is true. Other models ignore it.
 
-    Such a model reads labels to tell prompt from answer, and nothing here gives it labels. None leaves it to the model.
+    Such a model finds the prompt by the labels, which it is not given here. With None it decides by itself.
     """
     tell = getattr(inside(model), "prompt_positions", None)
     return nullcontext() if tell is None or prompt is None else tell(prompt)
@@ -152,9 +151,9 @@ def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor, prompt: Tenso
     """(n, V) logits at the positions where ``mask`` (b, t) is true, in row-major order.
 
     Args:
-        prompt: (b, t), where the prompts lie, for ``prompts_at``. None: in a causal model they end where reading begins, for the
-            logits at a prompt's last token are those of the answer's first one; in other models the whole text is the prompt, and
-            in an encoder-decoder model what its encoder reads.
+        prompt: (b, t), true in the prompts, for ``prompts_at``. None: in a causal model they end at the first position of
+            ``mask``, as the logits at a prompt's last token predict the answer's first; in other models the whole text is the
+            prompt, in an encoder-decoder model the encoder's text.
     """
     kind = loss_kind(model)
     if prompt is None and kind != "seq2seq":
@@ -166,7 +165,7 @@ def labelled_logits(model: nn.Module, inputs: Batch, mask: Tensor, prompt: Tenso
 
 @dataclass(frozen=True)
 class Scored:
-    """What a loss is made of: the logits of a batch where they are read.
+    """The logits and labels of a batch, at the positions that the loss reads.
 
     Attributes:
         logits: (n, V) at the labelled positions in row-major order, or (b, c) of a classifier; of a model that measures itself
@@ -174,8 +173,8 @@ class Scored:
         labels: (n,), or (b,) or (b, c) of a classifier.
         rows: (n,) the row of each labelled position; None for a classifier.
         batch: b.
-        problem: a classifier's ``config.problem_type``; None where the labels tell.
-        measured: the model measured itself.
+        problem: a classifier's ``config.problem_type``; None to decide by the labels.
+        measured: ``logits`` are losses, of a model that computes them itself.
     """
 
     logits: Tensor
@@ -186,7 +185,7 @@ class Scored:
     measured: bool = False
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """As ``row_losses``."""
+        """What ``row_losses`` returns."""
         logits = self.logits.float()
         if self.measured:
             return logits, torch.ones_like(logits, dtype=torch.long)
@@ -200,23 +199,23 @@ class Scored:
 def row_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy and number of labels of every row.
 
-    Their totals give the loss Transformers computes: ``sums.sum() / counts.sum()``. Differentiable; gradients and training mode
-    are the caller's.
+    ``sums.sum() / counts.sum()`` is the loss that Transformers computes. Differentiable; switching gradients and training mode on
+    or off is left to the caller.
 
     Args:
-        batch: tensors for the model's forward and ``labels``: (b, t) with -100 where ignored, or (b,) for classification.
+        batch: tensors for the model's forward and ``labels``: (b, t) with -100 where ignored, or (b,) for a classifier.
 
     Returns:
         (b,) sums in float32 (nats) and (b,) counts.
 
     Raises:
-        GatewiseError: the batch has no labels, or none that counts.
+        GatewiseError: the batch has no labels, or all of them are -100.
     """
     return scored(model, batch).losses()
 
 
 def scored(model: nn.Module, batch: Batch) -> Scored:
-    """Logits and labels of a batch where the loss reads them. Arguments and errors are those of ``row_losses``."""
+    """Logits and labels at the positions that the loss reads. Arguments and errors as for ``row_losses``."""
     if batch.get("labels") is None:
         raise GatewiseError(f"the batch has no 'labels', only {', '.join(batch) or 'nothing'}: a loss needs labels")
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -242,9 +241,9 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
 
 
 def _read_by_decoder(model: Any, labels: Tensor) -> Tensor:
-    """(b, t) what the decoder of an encoder-decoder model reads when it is to predict ``labels``.
+    """(b, t) the decoder's input with which an encoder-decoder model predicts ``labels``.
 
-    Most read the labels after a start token, but mBART and PLBart begin with the last label, a language.
+    Mostly a start token and the labels; mBART and PLBart begin with the last label instead, which names a language.
     """
     config = model.config
     start, own = getattr(config, "decoder_start_token_id", None), getattr(model, "prepare_decoder_input_ids_from_labels", None)
@@ -265,7 +264,7 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], over_all: bool = False
     """The mean cross-entropy over all labels of the batches, without gradients.
 
     Args:
-        over_all: the batches are this process's part of them; the mean is over those of all processes.
+        over_all: average over the batches of all processes, of which these are one's own.
     """
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64)
@@ -279,14 +278,14 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], over_all: bool = False
 
 
 def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> list[dict[str, Any]]:
-    """Splits a batch into rows of like length, right padding trimmed, each part of at most ``max_tokens`` padded tokens.
+    """Splits a batch into parts of rows of similar length, of at most ``max_tokens`` tokens with padding, and trims the padding.
 
-    The parts' loss sums add up to those of the batch. Left-padded batches are split but not trimmed: a model with learned
-    absolute positions counts them from the first column. Sounds, images and embedded texts are not trimmed either.
+    The loss sums of the parts add up to those of the batch. Only right padding is trimmed: a model with learned absolute positions
+    counts them from the first column. Sounds, images and embedded texts are not trimmed either.
 
     Args:
-        kind: the model's ``loss_kind``. The labels of "rows" have a column a class, not a token, and are never trimmed. What a
-            decoder reads ("seq2seq") is trimmed after its last label, apart from what the encoder reads.
+        kind: the model's ``loss_kind``. The labels of "rows" have a column for each class, not token, and are never trimmed. A
+            decoder's tensors ("seq2seq") are trimmed after the last label, separately from the encoder's.
     """
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim > 0}
     per_token = {key: value for key, value in tensors.items() if value.ndim > 1 and not (kind == "rows" and key == "labels")}
@@ -303,31 +302,31 @@ def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> li
         answer_width = labels.shape[1]
         places = torch.arange(1, answer_width + 1, device=labels.device)
         answers = [max(1, int(n)) for n in ((labels != IGNORED) * places).amax(dim=1).tolist()]
-    order = sorted(range(rows), key=lambda row: (lengths[row], answers[row], row))
+
+    def tokens(members: list[int]) -> int:
+        return len(members) * (max(lengths[row] for row in members) + max(answers[row] for row in members))
+
     groups: list[list[int]] = []
-    widest = (0, 0)
-    for row in order:
-        widest = (max(widest[0], lengths[row]), max(widest[1], answers[row]))
-        if groups and (len(groups[-1]) + 1) * sum(widest) <= max_tokens:
+    for row in sorted(range(rows), key=lambda row: (lengths[row], answers[row], row)):
+        if groups and tokens([*groups[-1], row]) <= max_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
-            widest = (lengths[row], answers[row])
 
     def part(members: list[int]) -> dict[str, Any]:
         made = dict(batch)
         for key, value in tensors.items():
-            taken = value[torch.as_tensor(members, device=value.device)]
+            rows_of_part = value[torch.as_tensor(members, device=value.device)]
             own, longest = (width, lengths) if key in text else (answer_width, answers)
             trims = key in per_token and value.ndim == 2 and value.shape[1] == own
-            made[key] = taken[:, : max(longest[row] for row in members)] if trims else taken
+            made[key] = rows_of_part[:, : max(longest[row] for row in members)] if trims else rows_of_part
         return made
 
     return [part(members) for members in groups]
 
 
 def padded_tokens(batch: Batch, kind: LossKind = "causal") -> int:
-    """How many positions of a model a batch takes, padding included."""
+    """How many positions the model computes for a batch, padding included."""
     sides = [0, 0]  # of an encoder-decoder model
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.ndim:
@@ -337,22 +336,22 @@ def padded_tokens(batch: Batch, kind: LossKind = "causal") -> int:
 
 
 def _is_decoders(key: str) -> bool:
-    """Whether a tensor of an encoder-decoder model's batch is the decoder's."""
+    """True for the tensors of an encoder-decoder model's batch that its decoder reads."""
     return key == "labels" or key.startswith("decoder_")
 
 
 def _width(value: Tensor) -> int:
-    """Positions that a row of a batch's tensor takes."""
+    """How many positions the model computes for one row of a tensor."""
     if value.ndim > 3:  # images, videos
         return 1 + value[0].numel() // _PATCH
     return value.shape[1] if value.ndim > 1 else 1
 
 
 def _class_losses(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
-    """(b,) losses of a sequence classifier: what Transformers' loss for ``problem_type`` takes the mean of.
+    """(b,) losses of a sequence classifier, whose mean is Transformers' loss for this ``problem_type``.
 
-    Without one it is regression where the model has one output, and several classes a row otherwise. Whatever it is, labels that
-    are whole numbers (b,) are one class a row of a model with several: that is all they can be.
+    Whole numbers (b,) are always one class a row, in a model with several classes. Else, without a ``problem_type``, a model with
+    one output is taken for a regression, and one with several for multi-label classification.
     """
     if labels.ndim == 1 and not labels.is_floating_point() and logits.shape[-1] > 1:
         problem = "single_label_classification"
@@ -366,7 +365,7 @@ def _class_losses(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor
 
 
 def soft_prompt(model: nn.Module) -> Any | None:
-    """The configuration of the active adapter if it is one of PEFT's soft prompts, else None."""
+    """The active adapter's configuration if it is one of PEFT's soft prompts, else None."""
     from peft import PeftModel  # not at the top, see base_of
 
     model = inside(model)
@@ -377,7 +376,7 @@ def soft_prompt(model: nn.Module) -> Any | None:
 
 
 def prompt_length(model: nn.Module) -> int:
-    """l: how many positions of the model PEFT's soft prompts take from the text; 0 for all other adapters."""
+    """How many of the model's positions PEFT's soft prompt takes; 0 for other adapters."""
     config = soft_prompt(model)
     return 0 if config is None else int(config.num_virtual_tokens)
 
@@ -385,8 +384,8 @@ def prompt_length(model: nn.Module) -> int:
 def class_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """(b, c) logits of a sequence classifier.
 
-    They are ``model(**inputs).logits`` but for prefix tuning. PEFT 0.21 hands its prefix over only to models with an argument
-    ``past_key_values``, which Transformers 5 has renamed, and leaves encoders a mask that knows nothing of the prefix.
+    ``model(**inputs).logits``, except for prefix tuning: PEFT 0.21 gives its prefix only to models with an argument
+    ``past_key_values``, which Transformers 5 has renamed, and does not extend the mask of encoders by it.
     """
     config = soft_prompt(model)
     if config is None or config.peft_type != "PREFIX_TUNING":
@@ -411,5 +410,6 @@ def class_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def cache_argument(model: nn.Module) -> str | None:
+    """The argument of a model's forward that takes a key-value cache: "cache" or "past_key_values"; None without one."""
     names = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)

@@ -1,6 +1,5 @@
 """Shows the progress of long work as lines and bars on a console, and keeps Transformers quiet meanwhile."""
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,28 +9,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ConsoleProgress:
-    """Shows the phases of long work.
+    """Shows what a long command does now.
 
     Args:
-        console: where to; a bar appears only on a terminal, so that logs stay readable.
+        console: bars appear only if it is a terminal, so that logs stay readable.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def say(self, text: str) -> None:
-        """One line about what happens now."""
+        """Prints one line."""
         self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar over (done, total) reports, for an evaluation."""
+        """Yields a function that shows (done, total) on a bar."""
         with self.new_bar() as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def new_bar(self) -> Progress:
-        """A bar that is gone when it is done."""
+        """A bar that disappears when it is closed."""
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -43,9 +42,9 @@ class ConsoleProgress:
         )
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
-    """Keep Transformers from writing notes and warnings; with `bars` its progress bars stay."""
+    """Keeps Transformers from printing notes and warnings and, unless ``bars``, progress bars."""
     import transformers
 
     log = transformers.utils.logging

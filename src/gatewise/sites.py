@@ -1,4 +1,4 @@
-"""Names every place a budget can go: a module path, its layer index and its kind (q k v o gate up down ...)."""
+"""Sites: the modules that a budget can be spent on, each with its layer's index and its kind (q, k, v, o, gate, up, down ...)."""
 
 import re
 from collections.abc import Iterable
@@ -73,27 +73,22 @@ def site(path: str) -> Site:
     """Reads layer and kind from a module path of the base model."""
     found = _LAYER_INDEX.search(path)
     names = path.partition("[")[0].split(".")
-    kind = names[-1]
-    for length in (3, 2, 1):
-        ending = ".".join(names[-length:])
-        if ending in _KIND_BY_ENDING:
-            kind = _KIND_BY_ENDING[ending]
-            break
+    endings = (".".join(names[-length:]) for length in (3, 2, 1))
+    kind = next((_KIND_BY_ENDING[ending] for ending in endings if ending in _KIND_BY_ENDING), names[-1])
     return Site(path, int(found.group(1)) if found else None, kind)
 
 
 def layer_path(path: str) -> str:
-    """The path of the Transformer layer that a module lies in, which tells an encoder's from a decoder's; "" outside of them."""
+    """The path of the Transformer layer that a module is in, such as ``model.encoder.layers.3``; "" outside of the layers."""
     found = _LAYER_INDEX.search(path)
     return path[: found.end() - 1] if found else ""
 
 
 def sites_in_order(paths: Iterable[str]) -> list[Site]:
-    """The places of module paths as they are listed everywhere: by layer (those outside the stack last), then kind, then path."""
-    places = [site(path) for path in paths]
-    return sorted(places, key=lambda place: (place.layer is None, place.layer or 0, kind_key(place.kind), place.path))
+    """Sites in the order in which tables list them: by layer (those outside the stack last), then kind, then path."""
+    return sorted(map(site, paths), key=lambda place: (place.layer is None, place.layer or 0, kind_key(place.kind), place.path))
 
 
 def kind_key(kind: str) -> tuple[int, str]:
-    """Sort key that puts kinds in the order of ``KIND_ORDER``, unknown ones last and by name."""
+    """Sort key: kinds in the order of ``KIND_ORDER``, then others by name."""
     return (KIND_ORDER.index(kind) if kind in KIND_ORDER else len(KIND_ORDER), kind)
