@@ -60,13 +60,14 @@ def serve(
         int | None,
         typer.Option(help="Answers that may wait; more are refused with status 503. [default: 256]", min=1, show_default=False),
     ] = None,
-    trees: Annotated[
-        bool,
+    constraint: Annotated[
+        list[str] | None,
         typer.Option(
-            "--trees",
-            help="Have vLLM keep to decision trees where `gatewise mdt extract --server` asks; needs gatewise beside it.",
+            metavar="NAME",
+            help="What answers can be kept to, by its name in an installed package; repeatable. [default: all; with vLLM none]",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the folders.", min=0.1)] = 2.0,
 ) -> None:
     """Serve a base model and its adapters to OpenAI's clients, each by the name of its folder.
@@ -82,62 +83,39 @@ def serve(
         raise GatewiseError(f"--engine is {engine!r}: expected {', '.join(ENGINES)}")
     if engine == "auto":
         engine = "vllm" if python is not None or vllm or find_spec("vllm") is not None else "transformers"
+    ignored = {"--device": device != "auto", "--max-waiting": max_waiting is not None}
+    if engine == "transformers":
+        ignored = {"--python": python is not None, "vLLM's own arguments": bool(vllm)}
+    for name, is_given in ignored.items():
+        if is_given:
+            raise GatewiseError(f"{name} does not go with --engine {engine}: leave it out, or take the other engine")
     settings: dict[str, Any] = {
         "name": served_model_name, "host": host, "port": port, "key": api_key, "dtype": dtype, "most_tokens": max_model_len,
         "most_loaded": max_loaded, "most_running": max_running, "every": poll, "say": _say,
     }  # fmt: skip
     try:
+        from gatewise.serving.constraints import find_constraints
+
         if engine == "vllm":
-            if device != "auto":
-                raise GatewiseError(
-                    f"--device is {device!r}, but vLLM chooses its own: leave it out, or take --engine transformers"
-                )
-            if max_waiting is not None:
-                raise GatewiseError(
-                    f"--max-waiting is {max_waiting}, but vLLM lets any number wait: leave it out, or take --engine transformers"
-                )
             from gatewise.serving.server.with_vllm import VllmServer
 
-        else:
-            for name, given in (("--python", python), ("vLLM's own arguments", vllm)):
-                if given:
-                    raise GatewiseError(f"{name} goes with --engine vllm: leave it out")
-            from gatewise.serving.server.running import AdapterServer
-    except ModuleNotFoundError as error:
-        raise GatewiseError(
-            f"serve needs {(error.name or '').partition('.')[0]}, which is not installed: pip install 'gatewise[server]'"
-        ) from error
-    if engine == "vllm":
-        in_vllm = VllmServer(base, adapters or (), python=python or sys.executable, rest=vllm or (), trees=trees, **settings)
-        try:
+            kept_to = find_constraints(constraint or ())
+            in_vllm = VllmServer(
+                base, adapters or (), python=python or sys.executable, rest=vllm or (), constraints=kept_to, **settings
+            )
             in_vllm.run(ready=lambda: _ready(in_vllm))
-        except KeyboardInterrupt:
-            _say("serving ended")
-        return
-    limits = _limits(trees)
-    with AdapterServer(base, adapters or (), device=device, most_waiting=max_waiting or 256, limits=limits, **settings) as server:
-        _ready(server)
-        try:
-            server.run()
-        except KeyboardInterrupt:
-            _say("serving ended")
+        else:
+            from gatewise.serving.server.running import AdapterServer
 
-
-def _limits(trees: bool) -> dict[str, Any]:
-    """What requests may ask to be kept to: trees, where gatewise_mdt and llguidance are installed, which ``trees`` insists on."""
-    try:
-        from gatewise_mdt.extraction.constraint import TreeScores, check_available
-        from gatewise_mdt.extraction.course import ARGUMENT
-
-        check_available()
-    except (ImportError, GatewiseError) as error:
-        if trees:
-            missing = getattr(error, "name", None) or "llguidance"
-            raise GatewiseError(
-                f"--trees needs {missing}, which is not installed: pip install gatewise-mdt, or leave it out"
-            ) from error
-        return {}
-    return {ARGUMENT: TreeScores}
+            settings |= {"device": device, "most_waiting": max_waiting or 256, "constraints": find_constraints(constraint)}
+            with AdapterServer(base, adapters or (), **settings) as server:
+                _ready(server)
+                server.run()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise GatewiseError(f"serve needs {missing}, which is not installed: pip install 'gatewise[server]'") from error
+    except KeyboardInterrupt:
+        _say("serving ended")
 
 
 def _ready(server: "AdapterServer | VllmServer") -> None:

@@ -38,7 +38,7 @@ def serving_check(
     tolerance: Annotated[float, typer.Option(help="How far log-probabilities may differ, in nats.", min=0.0)] = 1e-3,
     as_json: JsonOption = False,
 ) -> None:
-    """Start vLLM as serving.json says, and compare its greedy answers with PEFT's, unmerged and merged.
+    """Start vLLM as serving.json says, and compare its greedy answers with PEFT's.
 
     vLLM leaves out the LoRA of modules that it is not told of, or that it calls by another name, and says nothing. Exit code 1 says
     that an answer differs, or that the prompts could not have shown it. Bfloat16 needs a tolerance such as 0.2, and then modules
@@ -66,18 +66,16 @@ def serving_check(
 
 def line_of(one: "Checked") -> str:
     """An adapter's answers in a line, and why it does not hold if it does not."""
-    sides = [f"{_told(one.unmerged)} as in PEFT"]
-    sides.append("not merged" if one.merged is None else f"{_told(one.merged)} as merged")
     name = f"{one.adapter.parent.name}/{one.adapter.name}"  # runs call all their adapters "adapter"
-    line = f"{name}: vLLM {one.vllm} chose {', '.join(sides)}; without the adapter {_told(one.without)}"
+    line = f"{name}: vLLM {one.vllm} chose {_shown(one.unmerged)} as in PEFT; without the adapter {_shown(one.without)}"
     if one.holds:
         return line
     if one.without.holds:
         return f"{line}. CANNOT TELL: the adapter changes little that these prompts show, give others"
     if not one.base.holds:
-        return f"{line}. DIFFERS: and so does the base model without an adapter ({_told(one.base)})"
+        return f"{line}. DIFFERS: and so does the base model without an adapter ({_shown(one.base)})"
     return f"{line}. DIFFERS: vLLM calls some modules by other names than the settings do, or the adapter is not what it serves"
 
 
-def _told(match: "Match") -> str:
+def _shown(match: "Match") -> str:
     return f"{match.same} of {match.compared} tokens (log-probabilities within {match.difference:.1g})"

@@ -11,6 +11,8 @@ from gatewise.adapters.files import LoraAdapter
 SERVING_FILE = "serving.json"
 ROUTED, ROUTER = "ROUTED_LORA", "lora_router"
 """The type of routed adapters, and what stands in the names of their routers' tensors."""
+CPU_LORA = "GATEWISE_CPU_LORA"
+"""The environment variable that has the plug-in for vLLM multiply plain LoRA on processors too; ``gatewise serve`` sets it."""
 NOT_SERVED = (
     "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config",
     "use_bdlora", "kasa_config", "use_qalora",

@@ -3,8 +3,7 @@
     GET  /v1/models, /v1/models/NAME        GET /health    GET /metrics
     POST /v1/completions, /v1/chat/completions
 
-Other pages in the browser of the same machine can reach the port too. So without a key it answers on a loopback address only, under
-that address's names (against DNS rebinding), and a POST has to come as JSON, which no form of another page can send.
+Who may ask is settled before, by guard.py. A POST has to come as JSON, which no form of another page can send.
 """
 
 import asyncio
@@ -13,49 +12,34 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.internals.http import read_body
-from gatewise.serving.server.asked import Asked, BadRequestError, chat, completion
+from gatewise.serving.constraints import Constraint
+from gatewise.serving.server.bodies import BadRequestError, Body, Chat, Completion, read
 from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version
 from gatewise.serving.server.engine import Answer, BusyError, EndedError, Engine, Limit, NotLoadedError, Piece, Told
+from gatewise.serving.server.guard import Guard
 from gatewise.serving.server.metrics import Metrics
-from gatewise.serving.server.vllm_server import MOST_BYTES, NO_KEY, NOT_HERE, has_key, host_of
 from gatewise.serving.server.vocabularies import Tokenizers
 
 MOST_LOGITS = 2**29  # of a prompt whose log-probabilities are asked for, which are all in memory at once
-_TYPES = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    403: "PermissionDeniedError",
-    404: "NotFoundError",
-    405: "MethodNotAllowedError",
-    408: "RequestTimeoutError",
-    413: "RequestTooLargeError",
-    415: "UnsupportedMediaTypeError",
-    500: "InternalServerError",
-    503: "ServiceUnavailableError",
-}
-
-
-Limits = Mapping[str, Callable[[str, PreTrainedTokenizerBase, Sequence[int], int, int], Limit]]
-"""Name -> what makes a limit of a request's value, the tokenizer, the tokens that end a text, the most tokens of the answer and the
-size of the vocabulary."""
+_TYPES = {404: "NotFoundError", 415: "UnsupportedMediaTypeError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -66,9 +50,9 @@ class Served:
         base: the base model's name.
         length: the most tokens of prompt and answer together.
         vocabulary: token ids are below it.
+        constraints: what a request can have its answer kept to, by its name in ``vllm_xargs``.
         key: without which nothing but /health is answered; None: everybody may ask.
         hosts: what may stand in ``Host``, None for anything.
-        limits: what a request can ask for that limits what is written, by its name in ``vllm_xargs``.
     """
 
     base: str
@@ -78,9 +62,9 @@ class Served:
     metrics: Metrics
     length: int
     vocabulary: int
-    key: str | None = None
-    hosts: frozenset[str] | None = None
-    limits: Limits = field(default_factory=dict)
+    constraints: Mapping[str, Constraint]
+    key: str | None
+    hosts: frozenset[str] | None
 
 
 def app(served: Served) -> Starlette:
@@ -106,12 +90,10 @@ def app(served: Served) -> Starlette:
         try:
             return served.catalogue[name]
         except KeyError:
-            raise HTTPException(404, f"The model `{name}` does not exist.") from None
+            raise HTTPException(404, f"The model {name!r} does not exist.") from None
 
     async def health(request: Request) -> Response:
-        if not served.engine.is_alive:
-            return _json(_error("the engine has ended", 503), 503)
-        return Response()
+        return Response() if served.engine.is_alive else _error("the engine has ended", 503)
 
     async def metrics(request: Request) -> Response:
         return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -124,69 +106,32 @@ def app(served: Served) -> Starlette:
         name = request.path_params["name"]
         return _json(card(name, version_of(name)))
 
-    async def completions(request: Request) -> ASGIApp:
-        return await answered(request, is_chat=False)
-
-    async def chats(request: Request) -> ASGIApp:
-        return await answered(request, is_chat=True)
-
-    async def answered(request: Request, is_chat: bool) -> ASGIApp:
-        body = await _object(request)
-        asked = chat(body) if is_chat else completion(body)
-        version = version_of(asked.model)
+    async def answered(request: Request, kind: type[Chat] | type[Completion]) -> Response:
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "expected a body of type application/json")
+        body: Chat | Completion = read(kind, await request.body())
+        version = version_of(body.model)
         loop = asyncio.get_running_loop()
-
-        def encoded() -> tuple[PreTrainedTokenizerBase, list[list[int]], list[str | None]]:
-            try:
-                tokenizer = served.tokenizers.of(version)
-            except GatewiseError as error:
-                if version is None or version.is_news(str(error)):
-                    print(f"error: {error}", file=sys.stderr)
-                raise NotLoadedError(f"the tokenizer of {asked.model!r} cannot be loaded: see the server's log") from error
-            if is_chat:
-                return tokenizer, [_chat_ids(tokenizer, asked)], [None]
-            ids = [_text_ids(tokenizer, one) if isinstance(one, str) else list(one) for one in asked.prompts]
-            return tokenizer, ids, [_echoed(tokenizer, one) if asked.echo else None for one in asked.prompts]
-
-        tokenizer, prompts, echoes = await loop.run_in_executor(encoding, encoded)
-        most = [_check(ids, asked, served, 16 if not is_chat else None) for ids in prompts]
-        limits: list[Limit | None] = [None] * (len(prompts) * asked.count)
-        if asked.extra:  # which reads the tokenizer
-            limits = await loop.run_in_executor(
-                encoding, lambda: [_limit(asked, served, tokenizer, one) for one in most for _ in range(asked.count)]
-            )
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
-        def teller(number: int) -> Any:
-            def tell(piece: Piece) -> None:
-                loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
+        def tell(number: int, piece: Piece) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
-            return tell
-
-        answers = [
-            Answer(
-                asked.model,
-                version,
-                ids,
-                asked.sampling(limit, copy),
-                tokenizer,
-                teller(place * asked.count + copy),
-                limits[place * asked.count + copy],
-                echoes[place],
-            )
-            for place, (ids, limit) in enumerate(zip(prompts, most, strict=True))
-            for copy in range(asked.count)
-        ]
+        answers = await loop.run_in_executor(encoding, _answers, served, body, version, tell)
         if len(answers) > served.engine.most_waiting:
-            raise BadRequestError(
-                f"{len(answers)} answers were asked for at once: expected at most {served.engine.most_waiting}", "n"
-            )
+            said = f"{len(answers)} answers were asked for at once: expected at most {served.engine.most_waiting}"
+            raise BadRequestError(said, "n")
         served.engine.ask(answers)
-        writing = _Writing(asked, is_chat, answers, pieces, served.engine, sum(map(len, prompts)))
-        if asked.stream:
-            return _Stream(writing)
-        async with _until_gone(request, writing):
-            return _json(await writing.whole())
+        writing = _Writing(body, answers, pieces)
+        try:
+            if not body.stream:
+                return _json(await _while_there(request, writing.whole()))
+            events = writing.events()
+            first = await _while_there(request, anext(events))  # an error until then is an answer with its own status
+        except BaseException:
+            served.engine.cancel(answers)
+            raise
+        return _Stream(_lines(first, events), lambda: served.engine.cancel(answers))
 
     made = Starlette(
         routes=[
@@ -194,58 +139,45 @@ def app(served: Served) -> Starlette:
             Route("/metrics", metrics, methods=["GET"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{name:path}", model, methods=["GET"]),
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chats, methods=["POST"]),
+            Route("/v1/completions", partial(answered, kind=Completion), methods=["POST"]),
+            Route("/v1/chat/completions", partial(answered, kind=Chat), methods=["POST"]),
         ],
-        middleware=[Middleware(_Guard, served=served)],
-        exception_handlers={
-            HTTPException: _told,
-            ClientDisconnect: _told,
-            BadRequestError: _told,
-            BusyError: _told,
-            EndedError: _told,
-            ReplacedError: _told,
-            NotLoadedError: _told,
-            Exception: _fault,
-        },
+        middleware=[Middleware(Guard, hosts=served.hosts, key=served.key)],
+        exception_handlers=dict.fromkeys((HTTPException, *_KNOWN), _refused) | {Exception: _fault},
     )
     made.router.redirect_slashes = False
     made.state.encoding = encoding  # whoever ends the server ends its thread
     return made
 
 
-class _Guard:
-    """Lets through who has the key, under a name of the server."""
-
-    def __init__(self, app: ASGIApp, served: Served) -> None:
-        self.app, self.served = app, served
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self.app
-        if scope["type"] == "http":
-            headers = Headers(scope=scope)
-            if self.served.hosts is not None and host_of(headers.get("host", "")) not in self.served.hosts:
-                answer = _json(_error(NOT_HERE, 403), 403)
-            elif scope["path"] != "/health" and not has_key(headers.get("authorization", ""), self.served.key):
-                answer = _json(_error(NO_KEY, 401), 401)
-                answer.headers["WWW-Authenticate"] = "Bearer"
-        await answer(scope, receive, send)
+# ---- what is asked ----
 
 
-async def _object(request: Request) -> dict[str, Any]:
-    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "expected a body of type application/json")
-    content = await read_body(request, MOST_BYTES, f"the body is too large: expected at most {MOST_BYTES // 2**20} MiB")
+def _answers(served: Served, body: Chat | Completion, version: Version | None, tell: Any) -> list[Answer]:
+    """The answers that a request asks for, in the thread of the tokenizers.
+
+    Args:
+        tell: gets the number of an answer, and a piece of it.
+    """
     try:
-        asked = json.loads(content)
-    except (ValueError, RecursionError):
-        raise BadRequestError("the body is not valid JSON") from None
-    if not isinstance(asked, dict):
-        raise BadRequestError("the body is not a JSON object")
-    return asked
-
-
-# ---- prompts ----
+        tokenizer = served.tokenizers.of(version)
+    except GatewiseError as error:
+        if version is not None:
+            served.catalogue.note(version.folder, str(error))
+        raise NotLoadedError(f"the tokenizer of {body.model!r} cannot be loaded: see the server's log") from error
+    prompts: list[Any] = [_chat_ids(tokenizer, body)] if isinstance(body, Chat) else body.prompt
+    answers: list[Answer] = []
+    for prompt in prompts:
+        ids = _text_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        most = _most_tokens(ids, body, served)
+        echo = None
+        if isinstance(body, Completion) and body.echo:
+            echo = prompt if isinstance(prompt, str) else str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        for copy in range(body.n):
+            told = partial(tell, len(answers))
+            limit = _limit(body, served, tokenizer, most)
+            answers.append(Answer(body.model, version, ids, body.sampling(most, copy), tokenizer, told, limit, echo))
+    return answers
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -255,56 +187,50 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _echoed(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int]) -> str:
-    """What echo gives back; of token ids that are not the model's nothing, for they are refused next."""
-    if isinstance(prompt, str):
-        return prompt
-    known = [one for one in prompt if 0 <= one < len(tokenizer)]
-    return str(tokenizer.decode(known, clean_up_tokenization_spaces=False))
-
-
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, asked: Asked) -> list[int]:
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, body: Chat) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
-        raise BadRequestError(f"the tokenizer of {asked.model!r} has no chat template: ask /v1/completions", "messages")
+        raise BadRequestError(f"the tokenizer of {body.model!r} has no chat template: ask /v1/completions", "messages")
+    messages = [one.model_dump(include={"role", "content"}) for one in body.messages]
     try:
-        text: Any = tokenizer.apply_chat_template(asked.messages, tokenize=False, add_generation_prompt=True)
+        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
         raise BadRequestError(f"the chat template does not take these messages: {reason_of(error)}", "messages") from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _check(ids: Sequence[int], asked: Asked, served: Served, default: int | None) -> int:
+def _most_tokens(ids: Sequence[int], body: Chat | Completion, served: Served) -> int:
     """The most tokens of the answer to a prompt, which has to fit."""
     if not all(0 <= one < served.vocabulary for one in ids):
         raise BadRequestError(f"prompt has token ids outside of the model's vocabulary of {served.vocabulary}", "prompt")
-    if asked.echo and asked.logprobs is not None and len(ids) * served.vocabulary > MOST_LOGITS:
+    is_echo = isinstance(body, Completion) and body.echo
+    if is_echo and body.counted_logprobs is not None and len(ids) * served.vocabulary > MOST_LOGITS:
         raise BadRequestError(
             f"echo with logprobs takes prompts of at most {MOST_LOGITS // served.vocabulary} tokens with this model, but this one "
             f"has {len(ids)}: shorten it",
             "echo",
         )
     room = served.length - len(ids)
-    least = 0 if asked.most == 0 else 1
-    if room < least or (asked.most is not None and asked.most > room):
-        wanted = "" if asked.most is None else f" and max_tokens is {asked.most}"
+    asked = body.max_tokens
+    if room < (0 if asked == 0 else 1) or (asked or 0) > room:
+        wanted = "" if asked is None else f" and max_tokens is {asked}"
         raise BadRequestError(
             f"This model's maximum context length is {served.length} tokens, but the prompt has {len(ids)} tokens{wanted}: shorten "
             "either",
-            "prompt" if room < least else "max_tokens",
+            "prompt" if room < 1 else "max_tokens",
         )
-    return asked.most if asked.most is not None else min(room, default or room)
+    return asked if asked is not None else room if isinstance(body, Chat) else min(room, 16)
 
 
-def _limit(asked: Asked, served: Served, tokenizer: PreTrainedTokenizerBase, most: int) -> Limit:
-    """What limits an answer of a request."""
-    if unknown := asked.extra.keys() - served.limits.keys():
-        known = ", ".join(served.limits) or "none"
-        raise BadRequestError(f"vllm_xargs has {', '.join(sorted(unknown))}, which is not served: expected {known}", "vllm_xargs")
-    if len(asked.extra) > 1:
-        raise BadRequestError(f"vllm_xargs has {', '.join(asked.extra)}: expected one of them", "vllm_xargs")
-    ((name, value),) = asked.extra.items()
+def _limit(body: Body, served: Served, tokenizer: PreTrainedTokenizerBase, most: int) -> Limit | None:
+    """What keeps an answer to what was asked for."""
+    if not body.vllm_xargs:
+        return None
+    (name, value), *others = body.vllm_xargs.items()
+    if others or name not in served.constraints:
+        known = ", ".join(served.constraints) or "nothing"
+        raise BadRequestError(f"vllm_xargs has {', '.join(body.vllm_xargs)}: this server serves one of {known}", "vllm_xargs")
     try:
-        return served.limits[name](str(value), tokenizer, sorted(served.engine.ends), most, served.vocabulary)
+        return served.constraints[name].limit(str(value), tokenizer, sorted(served.engine.ends), most, served.vocabulary)
     except GatewiseError as error:
         raise BadRequestError(f"vllm_xargs, {name}: {error}", "vllm_xargs") from error
 
@@ -315,23 +241,12 @@ def _limit(asked: Asked, served: Served, tokenizer: PreTrainedTokenizerBase, mos
 class _Writing:
     """The answers to one request as OpenAI writes them."""
 
-    def __init__(
-        self,
-        asked: Asked,
-        is_chat: bool,
-        answers: Sequence[Answer],
-        pieces: "asyncio.Queue[tuple[int, Piece]]",
-        engine: Engine,
-        prompt_tokens: int,
-    ) -> None:
-        self._asked, self._is_chat, self._answers, self._pieces, self._engine = asked, is_chat, answers, pieces, engine
-        self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._prompt_tokens, self._tokens = prompt_tokens, 0
-        self._offsets = [0] * len(answers)
-
-    def cancel(self) -> None:
-        self._engine.cancel(self._answers)
+    def __init__(self, body: Chat | Completion, answers: Sequence[Answer], pieces: "asyncio.Queue[tuple[int, Piece]]") -> None:
+        self._body, self._answers, self._pieces = body, answers, pieces
+        self._is_chat = isinstance(body, Chat)
+        self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created, self._tokens = int(time.time()), 0
+        self._offsets = [0] * len(answers)  # of the texts of tokens, in texts for which log-probabilities are told
 
     async def _each(self) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers, to the last one.
@@ -340,60 +255,54 @@ class _Writing:
             Exception: what ended an answer before its time.
         """
         left = len(self._answers)
-        try:
-            while left:
-                number, piece = await self._pieces.get()
-                if piece.problem is not None:
-                    raise piece.problem
-                self._tokens += piece.tokens
-                left -= piece.finish is not None
-                yield number, piece
-        finally:
-            if left:
-                self.cancel()
+        while left:
+            number, piece = await self._pieces.get()
+            if piece.problem is not None:
+                raise piece.problem
+            self._tokens += piece.tokens
+            left -= piece.finish is not None
+            yield number, piece
 
     async def whole(self) -> dict[str, Any]:
-        texts, told, ends = ([[] for _ in self._answers], [[] for _ in self._answers], [""] * len(self._answers))  # type: ignore[var-annotated]
+        """The answer to a request that is no stream."""
+        pieces: list[list[Piece]] = [[] for _ in self._answers]
         async for number, piece in self._each():
-            texts[number].append(piece.text)
-            told[number] += piece.told
-            ends[number] = piece.finish or ""
+            pieces[number].append(piece)
         choices = []
-        for number, end in enumerate(ends):
-            text, logprobs = "".join(texts[number]), self._logprobs(number, told[number])
+        for number, own in enumerate(pieces):
+            text, told = "".join(piece.text for piece in own), [one for piece in own for one in piece.told]
             content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-            choices.append({"index": number, **content, "logprobs": logprobs, "finish_reason": end})
+            end = {"logprobs": self._logprobs(number, told), "finish_reason": own[-1].finish}
+            choices.append({"index": number, **content, **end})
         kind = "chat.completion" if self._is_chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The objects of a stream."""
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        usage = self._body.stream_options is not None and self._body.stream_options.include_usage
         started: set[int] = set()
         async for number, piece in self._each():
             content: dict[str, Any] = {"text": piece.text}
             if self._is_chat:
-                delta = {} if number in started else {"role": "assistant"}
-                started.add(number)
-                content = {"delta": {**delta, "content": piece.text}}
+                content = {"delta": {**({} if number in started else {"role": "assistant"}), "content": piece.text}}
+            is_news = piece.text or piece.finish or piece.told or (self._is_chat and number not in started)
+            started.add(number)
             choice = {"index": number, **content, "logprobs": self._logprobs(number, piece.told), "finish_reason": piece.finish}
-            event = {**self._head(kind), "choices": [choice]}
-            if self._asked.usage:
-                event["usage"] = self._usage() if self._asked.every_usage else None
-            if piece.text or piece.finish or piece.told or "role" in content.get("delta", {}):
-                yield event
-        if self._asked.usage:
+            if is_news:
+                yield {**self._head(kind), "choices": [choice], **({"usage": None} if usage else {})}
+        if usage:
             yield {**self._head(kind), "choices": [], "usage": self._usage()}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._asked.model}
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._body.model}
 
     def _usage(self) -> dict[str, int]:
-        total = self._prompt_tokens + self._tokens
-        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": self._tokens, "total_tokens": total}
+        read = sum(len(one.prompt) for one in self._answers) // self._body.n
+        return {"prompt_tokens": read, "completion_tokens": self._tokens, "total_tokens": read + self._tokens}
 
     def _logprobs(self, number: int, told: Sequence[Told]) -> dict[str, Any] | None:
-        if self._asked.logprobs is None:
+        if self._body.counted_logprobs is None:
             return None
         tokenizer = self._answers[number].tokenizer
 
@@ -409,10 +318,8 @@ class _Writing:
             rows = [{**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in told]
             return {"content": rows}
         tokens = [shown(one.token) for one in told]
-        offsets = []
-        for text in tokens:
-            offsets.append(self._offsets[number])
-            self._offsets[number] += len(text)
+        offsets = [self._offsets[number] + sum(map(len, tokens[:place])) for place in range(len(tokens))]
+        self._offsets[number] += sum(map(len, tokens))
         return {
             "tokens": tokens,
             "token_logprobs": [_finite(one.logprob) for one in told],
@@ -424,76 +331,51 @@ class _Writing:
         }
 
 
-class _until_gone:  # noqa: N801 (a context manager)
-    """Cancels the answers when the client goes before they are written."""
+async def _while_there(request: Request, made: Awaitable[_Made]) -> _Made:
+    """What an awaitable gives, which is given up when the client goes.
 
-    def __init__(self, request: Request, writing: _Writing) -> None:
-        self._request, self._writing = request, writing
-
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task, self._was_gone = task, False
-
-        async def watch() -> None:
-            await _gone(self._request.receive)
-            self._was_gone = True
-            task.cancel()
-
-        self._watching = asyncio.create_task(watch())
-
-    async def __aexit__(self, kind: type | None, *_: object) -> None:
-        self._watching.cancel()
-        if kind is asyncio.CancelledError and self._was_gone:
-            self._writing.cancel()
-            self._task.uncancel()
+    Raises:
+        ClientDisconnect: it went.
+    """
+    making = asyncio.ensure_future(made)
+    going = asyncio.ensure_future(request.receive())  # after the body comes nothing but that the client is gone
+    try:
+        await asyncio.wait((making, going), return_when=asyncio.FIRST_COMPLETED)
+        if not making.done():
             raise ClientDisconnect
+        return making.result()
+    finally:
+        going.cancel()
+        making.cancel()
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class _Stream(StreamingResponse):
+    """Server-sent events.
 
+    Args:
+        end: called when they have been sent, or the client is gone.
+    """
 
-class _Stream:
-    """Server-sent events. What goes wrong after the first of them is an event too, and the last but [DONE]."""
-
-    def __init__(self, writing: _Writing) -> None:
-        self._writing = writing
+    def __init__(self, lines: AsyncIterator[bytes], end: Callable[[], None]) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.create_task(self._write(send))
-        gone = asyncio.create_task(_gone(receive))
         try:
-            await asyncio.wait((writing, gone), return_when=asyncio.FIRST_COMPLETED)
+            await super().__call__(scope, receive, send)
         finally:
-            gone.cancel()
-            if not writing.done():
-                writing.cancel()
-                self._writing.cancel()
-        if writing.done() and not writing.cancelled() and (error := writing.exception()) is not None:
-            raise error
+            self._end()
 
-    async def _write(self, send: Send) -> None:
-        events = self._writing.events()
-        first = await anext(events, None)  # an error until then is an answer with its own status
-        head = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": head})
-        if first is not None:
-            await send({"type": "http.response.body", "body": _event(first), "more_body": True})
-        try:
-            async for event in events:
-                await send({"type": "http.response.body", "body": _event(event), "more_body": True})
-        except (GatewiseError, BusyError, EndedError, ReplacedError, NotLoadedError) as error:
-            await send({"type": "http.response.body", "body": _event(_error(str(error), 500)), "more_body": True})
-        except Exception as error:
-            said = f"a fault in gatewise ({type(error).__name__}): see the server's log"
-            await send({"type": "http.response.body", "body": _event(_error(said, 500)), "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+async def _lines(first: dict[str, Any], events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """A stream as it is sent. What goes wrong after its first event is an event too, and the last but [DONE]."""
+    try:
+        yield _event(first)
+        async for event in events:
+            yield _event(event)
+    except Exception as error:
+        yield _event(_error_of(_said(error), 500))
+    yield b"data: [DONE]\n\n"
 
 
 def _event(value: dict[str, Any]) -> bytes:
@@ -508,36 +390,47 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(json.dumps(value).encode(), status, media_type="application/json")
 
 
-def _error(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+# ---- errors ----
+
+# What is told as it is, with its status.
+_KNOWN: dict[type[Exception], int] = {
+    BadRequestError: 400,
+    ClientDisconnect: 400,
+    BusyError: 503,
+    ReplacedError: 503,
+    EndedError: 503,
+    NotLoadedError: 500,
+}
+
+
+def _error_of(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": _TYPES.get(status, "BadRequestError"), "param": param, "code": status}}
 
 
-def unreadable() -> Response:
-    """The answer to what is no HTTP."""
-    return _json(_error("this is no HTTP request that can be read", 400), 400)
+def _error(message: str, status: int, param: str | None = None) -> Response:
+    return _json(_error_of(message, status, param), status)
 
 
-def _told(request: Request, error: Exception) -> Response:
+def _said(error: Exception) -> str:
+    is_known = isinstance(error, (GatewiseError, *_KNOWN))
+    return str(error) if is_known else f"a fault in gatewise ({type(error).__name__}): see the server's log"
+
+
+def _refused(request: Request, error: Exception) -> Response:
     """What the client can put right, or has to wait for."""
+    if isinstance(error, HTTPException):
+        is_model = error.detail.startswith("The model")
+        nothing = error.status_code in (404, 405) and not is_model
+        return _error("nothing is here" if nothing else error.detail, error.status_code, "model" if is_model else None)
+    answer = _error(
+        _said(error), _KNOWN[type(error)], "model" if isinstance(error, NotLoadedError) else getattr(error, "param", None)
+    )
     if isinstance(error, BusyError | ReplacedError):
-        answer = _json(_error(str(error), 503), 503)
         answer.headers["Retry-After"] = "2"
-        return answer
-    if isinstance(error, EndedError):
-        return _json(_error(str(error), 503), 503)
-    if isinstance(error, NotLoadedError):
-        return _json(_error(str(error), 500, "model"), 500)
-    if isinstance(error, BadRequestError):
-        return _json(_error(str(error), 400, error.param), 400)
-    if isinstance(error, ClientDisconnect):
-        return _json(_error("the client went away", 400), 400)
-    assert isinstance(error, HTTPException)
-    known = error.detail if error.status_code not in (404, 405) or error.detail.startswith("The model") else "nothing is here"
-    param = "model" if error.detail.startswith("The model") else None
-    return _json(_error(known, error.status_code, param), error.status_code)
+    return answer
 
 
 def _fault(request: Request, error: Exception) -> Response:
     """A fault of ours, which must not look like one of the client's."""
     traceback.print_exception(error, file=sys.stderr)
-    return _json(_error(f"a fault in gatewise ({type(error).__name__}): see the server's log", 500), 500)
+    return _error(_said(error), 500)

@@ -6,7 +6,6 @@ it has not changed for a moment. A name stays with the folder that was served by
 with a folder that is watched is no reason to pass over others. Only JSON, templates of chats and safetensors are read.
 """
 
-import errno
 import glob
 import itertools
 import os
@@ -18,8 +17,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,20 @@ from gatewise.serving.engines import NOT_SERVED
 from gatewise.serving.server.lanes import Kind
 
 SETTLED = 2.0  # seconds in which the files of a folder must not have changed
+RETRY = 10.0  # seconds after which an adapter that could not be loaded is tried again: a want of memory or disk may have passed
 _PATIENCE = 60.0  # seconds, at the start, for adapters that somebody still writes
 
 _SUFFIXES = (".json", ".jinja")
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # of LoRA: the others change the base model, which is shared
-_OURS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
+_GONE = (FileNotFoundError, NotADirectoryError)  # which is known then; other faults of a file system may pass
 _numbers = itertools.count(1)
 
 Signature = tuple[tuple[str, int, int, int, int], ...]
 """Of each file: name, bytes, times of its content and of itself, number on its disk."""
+
+
+class ReplacedError(Exception):
+    """A version's files are no longer there."""
 
 
 @dataclass(eq=False)
@@ -52,8 +57,7 @@ class Version:
         key: its name in the model, which no other version ever has.
         created: in seconds since 1970.
         gone: the folder holds something else now, or nothing.
-        problem: why it cannot be loaded, once that was tried.
-        said: why it could not be had when that was tried last; empty where it could.
+        failed: when it could not be loaded the last time, by ``time.monotonic``.
     """
 
     name: str
@@ -65,62 +69,59 @@ class Version:
     key: str = field(default_factory=lambda: f"version{next(_numbers):012}")
     created: int = field(default_factory=lambda: int(time.time()))
     gone: bool = False
-    problem: str | None = None
-    said: str = ""
+    failed: float = -inf
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it could not be loaded a moment ago."""
+        return time.monotonic() < self.failed + RETRY
 
     @contextmanager
     def copied(self) -> Iterator[Path]:
         """A folder with a copy of its files, which nobody changes; it may be moved away.
 
+        What is raised of the copy meanwhile is said of the folder that the user knows.
+
         Raises:
             ReplacedError: they are not those of this version any more.
             GatewiseError: they cannot be copied.
         """
-        try:
-            made = tempfile.TemporaryDirectory(prefix="gatewise-")
-        except OSError as error:
-            raise self.not_copied(error) from error
-        with made as place:
-            copy, problem = Path(place) / "adapter", None
+        with ExitStack() as stack:
             try:
+                copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gatewise-"))) / "adapter"
                 copy.mkdir()
                 for name, *_ in self.signature:
                     shutil.copyfile(self.folder / name, copy / name)
+                is_whole = _signature(self.folder) == self.signature
             except OSError as error:
-                problem = error
+                if self._is_replaced():
+                    raise self._replaced() from error
+                raise self.not_copied(error) from error
+            if not is_whole:
+                raise self._replaced()
             try:
-                is_there = _signature(self.folder) == self.signature
-            except (FileNotFoundError, NotADirectoryError):
-                is_there = False
-            except OSError as error:
-                is_there, problem = True, problem or error
-            if not is_there:
-                raise ReplacedError(f"the adapter {self.name!r} is being replaced: ask again in a moment")
-            if problem is not None:
-                raise self.not_copied(problem) from problem
-            yield copy
-        self.said = ""
+                yield copy
+            except GatewiseError as error:
+                raise GatewiseError(str(error).replace(str(copy), str(self.folder))) from error
 
-    def is_news(self, problem: str) -> bool:
-        """Whether that was not why it could not be had the last time: it is tried again and again, and said once."""
-        is_news, self.said = problem != self.said, problem
-        return is_news
+    def _is_replaced(self) -> bool:
+        try:
+            return _signature(self.folder) != self.signature
+        except OSError as error:
+            return isinstance(error, _GONE)
+
+    def _replaced(self) -> ReplacedError:
+        return ReplacedError(f"the adapter {self.name!r} is being replaced: ask again in a moment")
 
     def not_copied(self, error: OSError) -> GatewiseError:
-        """What is said where there is no copy."""
-        # Of the file that is read; each copy's own path is another one, and would be news each time.
+        """What is said where there is no copy: it is tried again when somebody asks."""
+        # Of the file that is read. Each copy's own path is another one, and a line that changes is printed each time.
         is_read = error.filename2 is None and str(error.filename).startswith(str(self.folder))
         reason = f"{error.strerror or type(error).__name__}{f', {error.filename}' if is_read else ''}"
-        advice = (
-            "see that the temporary folder (TMPDIR) has room, and that the user of this process may read its files"
-            if error.errno in _OURS_TO_MEND
-            else "that may pass, and is tried again"
+        return GatewiseError(
+            f"the adapter {self.folder} cannot be copied ({reason}): if that does not pass, see that the temporary folder (TMPDIR) "
+            "has room, and that the user of this process may read its files"
         )
-        return GatewiseError(f"the adapter {self.folder} cannot be copied ({reason}): {advice}")
-
-
-class ReplacedError(Exception):
-    """A version's files are no longer there."""
 
 
 class Catalogue:
@@ -144,25 +145,9 @@ class Catalogue:
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._versions: dict[str, Version] = {}
         self._homes: dict[str, Path] = {}  # the folder that a name was served from, until it is gone
-        self._met: dict[str, dict[Path, bool]] = {}  # what each place held, and whether it was named itself
         self._seen: dict[Path, tuple[Signature, float]] = {}  # and since when it has been so
         self._said: dict[Path, str] = {}
-        self._lock = threading.Lock()
         self._ended = threading.Event()
-        for place in self._places:
-            _, path = _split(place)
-            if glob.has_magic(path):
-                continue
-            try:
-                what = None if stat.S_ISDIR(os.stat(path).st_mode) else "it is a file"
-            except (FileNotFoundError, NotADirectoryError):
-                what = "there is no such folder"
-            except OSError as error:
-                what = f"it cannot be read ({error.strerror})"
-            if what is not None:
-                raise GatewiseError(
-                    f"--adapters {place}: {what}, expected an adapter, a folder of adapters or a pattern of folders"
-                )
         limit = time.monotonic() + max(_PATIENCE, 2 * settled)
         while late := self.scan(strict=True):
             if time.monotonic() > limit:
@@ -199,42 +184,38 @@ class Catalogue:
             strict: what cannot be served is an error where the user named the adapter itself, or where two have one name. Otherwise
                 the one that was served keeps its name, even while it cannot be: clients must not get another one's answers.
         """
-        with self._lock:
-            there: dict[str, Version] = {}
-            late: list[Path] = []
-            folders = list(self._folders(strict))
-            found = {folder for _, folder, _ in folders}
-            kept = {name: folder for name, folder in self._homes.items() if folder in found}
-            homes = dict(kept)
-            for name, folder, is_named in folders:
-                problem = self._refused_name(name, folder, homes)
-                if problem is not None:
-                    if strict:
-                        raise GatewiseError(problem)
-                    self._note(folder, problem)
-                    continue
+        there: dict[str, Version] = {}
+        late: list[Path] = []
+        folders = self._folders(strict)
+        homes = {name: folder for name, folder in self._homes.items() if folder in folders}
+        kept = dict(homes)
+        for folder, (name, is_named) in folders.items():
+            problem = self._refused_name(name, folder, homes)
+            if problem is not None:
                 if strict:
-                    homes[name] = folder
-                try:
-                    version = self._version_in(name, folder, is_named)
-                    self._said.pop(folder, None)
-                except Exception as error:
-                    problem = fault_in(folder, error)
-                    if strict and is_named:
-                        raise GatewiseError(problem) from error
-                    self._note(folder, f"{problem}; it is not served")
-                    continue
-                if version is not None:
-                    there[name] = version
-                    homes[name] = folder
-                else:
-                    late.append(folder)
-            for name, version in self._versions.items():
-                version.gone = there.get(name) is not version
-            self._versions = there
-            self._homes = kept | {name: version.folder for name, version in there.items()}
-            self._seen = {folder: seen for folder, seen in self._seen.items() if folder in found}
-            return late
+                    raise GatewiseError(problem)
+                self.note(folder, problem)
+                continue
+            if strict:
+                homes[name] = folder
+            try:
+                version = self._version_in(name, folder, is_named)
+            except Exception as error:
+                problem = fault_in(folder, error)
+                if strict and is_named:
+                    raise GatewiseError(problem) from error
+                self.note(folder, f"{problem}; it is not served")
+                continue
+            if version is None:
+                late.append(folder)
+            else:
+                there[name] = version
+                homes[name] = kept[name] = folder
+        for name, version in self._versions.items():
+            version.gone = there.get(name) is not version
+        self._versions, self._homes = there, kept
+        self._seen = {folder: seen for folder, seen in self._seen.items() if folder in folders}
+        return late
 
     def _refused_name(self, name: str, folder: Path, homes: dict[str, Path]) -> str | None:
         if name in self._taken:
@@ -245,65 +226,62 @@ class Catalogue:
             return f"the folder {folder!r} has a name that no client can send: rename it"
         return None
 
-    def _note(self, folder: Path, text: str) -> None:
+    def note(self, folder: Path, text: str) -> None:
+        """Says what is wrong with a folder, unless that was the last that was said of it: it is tried again and again."""
         if self._said.get(folder) != text:
             self._said[folder] = text
             self._say(f"note: {text}")
 
-    def _folders(self, strict: bool) -> Iterator[tuple[str, Path, bool]]:
-        """Name and folder of each adapter, once, and whether the user named the very folder.
+    def _folders(self, strict: bool) -> dict[Path, tuple[str, bool]]:
+        """The folder of each adapter -> its name, and whether the user named the very folder.
 
         What was served is there until it is known to be gone: file systems have faults that pass, and ``glob`` tells of none.
 
         Args:
             strict: a place that cannot be read is an error, and so is a folder that the user named and that is no adapter.
         """
-        homes, before = set(self._homes.values()), self._met
-        self._met = {}
-        met: set[Path] = set()
+        found: dict[Path, tuple[str, bool]] = {}
         for place in self._places:
             given, path = _split(place)
-            known = {folder: is_named for folder, is_named in before.get(place, {}).items() if folder in homes}
-            found: list[tuple[Path, bool]] = []
+            listed: list[str] = []
+            is_named = False
             try:
                 if glob.has_magic(path):
-                    found = [(Path(one), False) for one in sorted(glob.glob(path))]
-                elif given is not None or _has_config(Path(path)):
-                    found = [(Path(path), True)]
+                    listed = sorted(glob.glob(path))
+                elif is_named := given is not None or _has_config(Path(path)):
+                    listed = [path]
                 else:
-                    found = [(Path(path) / name, False) for name in sorted(os.listdir(path))]
-            except (FileNotFoundError, NotADirectoryError):  # it is gone
-                pass
+                    listed = [os.path.join(path, name) for name in sorted(os.listdir(path))]
             except OSError as error:
-                if Path(path).absolute() not in homes:  # of which less is known than before, and that may pass
-                    self._pass_over(Path(path), error, strict, "nothing new of it is served" if known else None)
-            for folder, is_named in ({folder.absolute(): is_named for folder, is_named in found} | known).items():
-                if folder.name.startswith("."):
-                    if strict and is_named:
-                        raise GatewiseError(
-                            f"--adapters {place}: a folder whose name begins with a full stop is not served, as one that is still "
-                            "being written: rename it, or give its whole path"
-                        )
+                if strict and isinstance(error, _GONE):
+                    raise GatewiseError(
+                        f"--adapters {place}: expected an adapter, a folder of adapters or a pattern of folders"
+                    ) from error
+                if not isinstance(error, _GONE):
+                    self._pass_over(Path(path), error, strict)
+            for folder in map(Path.absolute, map(Path, listed)):
+                if folder.name.startswith(".") and not is_named:  # which is still being written
                     continue
                 try:
                     is_one = _has_config(folder)
                 except OSError as error:
-                    is_one = folder in known
-                    if not is_one:
-                        self._pass_over(folder, error, strict and is_named)
-                        continue
+                    self._pass_over(folder, error, strict and is_named)
+                    continue
                 if strict and is_named and not is_one:
                     read_config(folder)  # whose error says what is there instead
-                if is_one and folder not in met:
-                    met.add(folder)
-                    self._met.setdefault(place, {})[folder] = is_named
-                    yield given or name_of(folder), folder, is_named
+                if is_one:
+                    found.setdefault(folder, (given or name_of(folder), is_named))
+        for name, folder in self._homes.items():
+            if folder not in found and _may_have_config(folder):
+                found[folder] = (name, False)
+        return found
 
-    def _pass_over(self, folder: Path, error: OSError, strict: bool, outcome: str | None = None) -> None:
+    def _pass_over(self, folder: Path, error: OSError, strict: bool) -> None:
         problem = f"the folder {folder} cannot be read ({error.strerror or error})"
         if strict:
             raise GatewiseError(f"{problem}: let the user of this process read it, or leave it out") from error
-        self._note(folder, f"{problem}; {outcome or 'what it holds is not served'}")
+        if folder not in self._homes.values():
+            self.note(folder, f"{problem}; nothing new of it is served")
 
     def _version_in(self, name: str, folder: Path, is_named: bool) -> Version | None:
         """The version that is served now: the one from before as long as the next one is not whole; None while there is none."""
@@ -312,7 +290,7 @@ class Catalogue:
         try:
             signature = _signature(folder)
         except OSError as error:
-            if before is None and not isinstance(error, FileNotFoundError | NotADirectoryError):
+            if before is None and not isinstance(error, _GONE):
                 raise
             return before  # what changes as we look is looked at again
         if not signature or (before is not None and before.signature == signature):
@@ -324,6 +302,7 @@ class Catalogue:
         self._seen[folder] = (signature, since)
         if time.time() - newest < self._settled and now - since < self._settled:  # clocks of other machines may be ahead
             return before
+        self._said.pop(folder, None)
         return Version(name, folder, kind_of(folder), signature, is_named)
 
 
@@ -392,8 +371,15 @@ def _has_config(folder: Path) -> bool:
     """Whether it is an adapter; OSError where nobody can tell."""
     try:
         return stat.S_ISREG(os.stat(folder / CONFIG_FILE).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
+    except _GONE:
         return False
+
+
+def _may_have_config(folder: Path) -> bool:
+    try:
+        return _has_config(folder)
+    except OSError:
+        return True
 
 
 def _signature(folder: Path) -> Signature:

@@ -1,6 +1,6 @@
 """A lane: the model with the adapters that can share a batch, and the rows that it writes now, one token of each a step.
 
-Rows come and go between steps. New ones are read as a batch of their own, and their keys and values are then put under those of the
+Rows come and go between steps. The prompt of a new one is read by itself, and its keys and values are then put under those of the
 others, filled up on the left, where the mask hides what fills. The rows of one lane may belong to different adapters, where these
 can share a batch: plain LoRA (``fast_lora``), or routed adapters. An adapter that can share with none has a lane to itself.
 
@@ -11,10 +11,11 @@ Shapes: b rows, t columns of the longest, v vocabulary.
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from gatewise.adapters.loading import check_base_weights, likeness, put_on, take_place
+from gatewise.adapters.loading import check_base_weights, put_on
 from gatewise.errors import GatewiseError
 from gatewise.progress import quiet
 from gatewise.prompts.cache import append_prompts
@@ -37,27 +38,21 @@ Kind = Literal["plain", "routed", "alone"]
 
 
 @dataclass(frozen=True)
-class Routed:
-    """What routers decided for one prompt: by the path of the layer, the modules that are kept of those that could be."""
-
-    kept: dict[str, dict[str, bool]]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts that were read.
+class Prompt:
+    """A prompt that was read.
 
     Attributes:
-        logits: (n, v) of the token after each, in float32.
-        routed: what was decided for each, None where nothing is routed.
-        mask: (n, t).
-        cache: their keys and values.
-        everywhere: (n, t, v) of the token after each of theirs, in the model's precision, if that was asked for.
+        name: of its adapter.
+        logits: (1, v) of the token after it, in float32.
+        routing: of each module that the adapter's routers choose from, in how many layers it was kept, and of how many.
+        mask: (1, t).
+        cache: its keys and values.
+        everywhere: (t, v) of the token after each of its own, in the model's precision, if that was asked for.
     """
 
-    names: list[str]
+    name: str
     logits: Tensor
-    routed: list[Routed | None]
+    routing: dict[str, tuple[int, int]]
     mask: Tensor
     cache: Any
     everywhere: Tensor | None = None
@@ -71,15 +66,13 @@ class Lane:
         kind: of the adapters that it takes.
 
     Attributes:
-        alike: the ``likeness`` of each adapter that is loaded.
+        names: of the adapters that are loaded, unique in a server's life.
         rows: the adapter of each row, ``BASE`` for the base model.
     """
 
     def __init__(self, bare: PreTrainedModel, kind: Kind) -> None:
         self.kind = kind
-        self._called_by = dict[str, str]()  # what PEFT calls each adapter, which is a place that others have before and after
-        self._places = count()
-        self.alike = dict[str, str]()
+        self.names = set[str]()
         self.rows: list[str] = []
         self._bare = bare
         self._model: Any = with_same_weights(bare)
@@ -101,82 +94,53 @@ class Lane:
             GatewiseError: it cannot be read, or does not fit. All else is as it was.
         """
         self._close()
-        like = likeness(folder)
         check_base_weights(self._bare, folder)
         try:
-            self._peft = put_on(self._peft or self._model, folder, called := f"place{next(self._places)}", base_name)
+            self._peft = put_on(self._peft or self._model, folder, name, base_name)
         except BaseException:
             if self._peft is None:
                 self._model = with_same_weights(self._bare)
             raise
-        self._called_by[name], self.alike[name] = called, like
+        self.names.add(name)
         if self.kind == "plain" and self._fast is None:
             self._fast = fast_lora(self._peft)
-
-    def replace(self, name: str, folder: Path, new: str) -> bool:
-        """Has an adapter take the place of one that is like it (``alike``) and that no row has.
-
-        Returns:
-            Whether it did, as it nearly always does, and much faster than loading. If not, all is as it was.
-
-        Raises:
-            GatewiseError: it cannot be read. All is as it was.
-        """
-        assert name not in self.rows
-        assert self._peft is not None
-        self._close()
-        if not take_place(self._peft, self._called_by[name], folder):
-            return False
-        self._called_by[new], self.alike[new] = self._called_by.pop(name), self.alike.pop(name)
-        return True
 
     def unload(self, name: str) -> None:
         """Takes off an adapter that no row has. After the last one the model is the base model again."""
         assert name not in self.rows
         assert self._peft is not None
         self._close()
-        called = self._called_by.pop(name)
-        del self.alike[name]
+        self.names.discard(name)
         if self.names:
             with quiet():  # PEFT says which adapter is active now, and each row says so itself
-                self._peft.delete_adapter(called)
-            return
-        if self._fast is not None:
-            self._fast.remove()
-            self._fast = None
-        self._model, self._peft = with_same_weights(self._bare), None
-
-    @property
-    def names(self) -> set[str]:
-        """Of the adapters that are loaded, unique in a server's life."""
-        return set(self._called_by)
+                self._peft.delete_adapter(name)
+        else:
+            self._model, self._peft, self._fast = with_same_weights(self._bare), None, None
 
     # ---- rows ----
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[Sequence[int]], names: Sequence[str], everywhere: bool = False) -> "Prompts":
-        """Reads prompts of token ids, by the adapter that each is for. The rows stay as they are.
+    def read(self, ids: Sequence[int], name: str, everywhere: bool = False) -> Prompt:
+        """Reads a prompt of token ids by an adapter. The rows stay as they are.
 
         Args:
             everywhere: keep the logits of all positions.
         """
         self._close()
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(one)) + list(one) for one in prompts])
-        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
         cache = DynamicCache(config=self._model.config)
-        with self._called(names):
-            logits = self._forward(ids, mask, cache, keep=width if everywhere else 1)
-            routed = self._routed(names)
-        return Prompts(list(names), logits[:, -1].float(), routed, mask, cache, logits[:, -width:] if everywhere else None)
+        mask = torch.ones(1, len(ids), dtype=torch.long)
+        with self._called([name]):
+            logits = self._forward(torch.tensor([list(ids)]), mask, cache, keep=len(ids) if everywhere else 1)
+            routing = self._routing(name)
+        return Prompt(name, logits[:, -1].float(), routing, mask, cache, logits[0, -len(ids) :] if everywhere else None)
 
-    def join(self, prompts: "Prompts") -> None:
-        """Prompts that were read become the last rows."""
+    def join(self, prompt: Prompt) -> None:
+        """A prompt that was read becomes the last row."""
         if self._cache is None:
-            self._cache, self._mask = prompts.cache, prompts.mask
+            self._cache, self._mask = prompt.cache, prompt.mask
         else:
-            self._append(prompts.cache, prompts.mask)
-        self.rows += prompts.names
+            self._append(prompt.cache, prompt.mask)
+        self.rows.append(prompt.name)
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -227,7 +191,7 @@ class Lane:
         if self._peft is None:
             yield
             return
-        given = {} if self.kind == "alone" else {"adapter_names": [self._called_by.get(name, name) for name in names]}
+        given = {} if self.kind == "alone" else {"adapter_names": list(names)}
         tuner: Any = self._peft.base_model
         with tuner._enable_peft_forward_hooks(**given):
             yield
@@ -243,25 +207,16 @@ class Lane:
         logits: Tensor = self._model(input_ids=given, attention_mask=mask, use_cache=True, **options).logits
         return logits
 
-    def _routed(self, names: Sequence[str]) -> list[Routed | None]:
-        """What was decided for each row, by the adapter that it is for. The tuner tells of the modules of all of them."""
+    def _routing(self, name: str) -> dict[str, tuple[int, int]]:
+        """What was decided for a prompt of the adapter of this name, as ``Prompt`` has it."""
         if self.kind != "routed" or self._peft is None:
-            return [None] * len(names)
-        configs: Any = self._peft.peft_config
-        experts = [configs[self._called_by[name]].experts if name in self._called_by else {} for name in names]
+            return {}
+        config: Any = self._peft.peft_config[name]
         tuner: Any = self._peft.base_model
-        routing = tuner.routing()
-        kept = (routing.gates > 0).tolist()
-        return [
-            Routed(
-                {
-                    layer: {module: is_kept for module, is_kept in zip(modules, by_layer, strict=False) if module in own[layer]}
-                    for layer, modules, by_layer in zip(routing.layers, routing.modules, row, strict=True)
-                    if layer in own
-                }
-            )
-            for own, row in zip(experts, kept, strict=True)
-        ]
+        found = tuner.routing()
+        layers = zip(found.modules, found.gates[0].tolist(), strict=True)
+        kept = Counter(module for modules, gates in layers for module, gate in zip(modules, gates, strict=False) if gate > 0)
+        return {module: (kept[module], layers) for module, layers in Counter(chain(*config.experts.values())).items()}
 
     def _append(self, cache: Any, mask: Tensor) -> None:
         """The rows of another cache under one's own; the shorter of both is filled up on the left."""

@@ -5,8 +5,6 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
-from gatewise.serving.server.vllm_server import KEPT, PROMPTS
-
 Labels = tuple[tuple[str, str], ...]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -15,8 +13,8 @@ _HELP = {
     "gatewise_prompt_tokens_total": "Tokens of prompts that were read.",
     "gatewise_generated_tokens_total": "Tokens that were written.",
     "gatewise_adapter_loads_total": "Times that an adapter was loaded into the model.",
-    "gatewise_routed_prompts_total": PROMPTS,
-    "gatewise_routing_kept_total": KEPT,
+    "gatewise_routing_kept_total": "Layers of prompts in which a router kept a module.",
+    "gatewise_routing_layers_total": "Layers of prompts in which a router chose whether to keep a module.",
     "gatewise_queue_seconds": "From the request to the beginning of its prompt's reading.",
     "gatewise_first_token_seconds": "From the request to the first token.",
     "gatewise_request_seconds": "From the request to the last token.",

@@ -1,29 +1,22 @@
 """A server of one base model and many adapters, with PEFT and gatewise alone."""
 
-import ipaddress
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import uvicorn
-from starlette.responses import Response
-
 from gatewise.errors import GatewiseError
-from gatewise.internals import http
-from gatewise.internals.http import PatientProtocol
-from gatewise.internals.listening import listening, resolved
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import load_model, load_tokenizer, text_positions
-from gatewise.serving.server.app import Limits, Served, app, unreadable
+from gatewise.serving.constraints import Constraint
+from gatewise.serving.http import listen, web_server
+from gatewise.serving.server.app import Served, app
 from gatewise.serving.server.catalogue import SETTLED, Catalogue
 from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import check_model
 from gatewise.serving.server.metrics import Metrics
-from gatewise.serving.server.reach import HOST, PORT, check_reach
+from gatewise.serving.server.reach import HOST, PORT, check_reach, url_of
 from gatewise.serving.server.vocabularies import Tokenizers
 
-_LAST_WORDS = 5.0  # seconds in which a server whose engine has ended tells those who ask, and then ends
 _UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
 
 # Of a model's generation_config.json what would change the most probable answer, with the values that change nothing.
@@ -61,7 +54,7 @@ class AdapterServer:
         device, dtype: of the base model.
         most_tokens: of prompt and answer together; by default the model's positions.
         most_loaded, most_running, most_waiting: see :class:`Engine`.
-        limits: see :class:`Served`.
+        constraints: see :class:`Served`.
         every, settled: seconds between two looks at the folders, and in which a folder must not have changed.
         say: told in a line what happens.
 
@@ -89,15 +82,14 @@ class AdapterServer:
         most_loaded: int = 32,
         most_running: int = 32,
         most_waiting: int = 256,
-        limits: Limits | None = None,
+        constraints: Mapping[str, Constraint] | None = None,
         every: float = 2.0,
         settled: float = SETTLED,
         say: Callable[[str], None] | None = None,
     ) -> None:
         say = say or (lambda text: print(text, file=sys.stderr))
         hosts = check_reach(host, port, key)
-        family, address = resolved(host, port)
-        self.socket = listening(family, address, port, host, "give another --port")
+        self.socket = listen(host, port, "give another --port")
         self.port: int = self.socket.getsockname()[1]
         try:
             self.name = name or base
@@ -124,7 +116,8 @@ class AdapterServer:
             self.metrics = metrics = Metrics()
             self.engine = Engine(
                 model, base, [one for one in ends if one is not None], metrics,
-                most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, broke=self._broke,
+                most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, note=self.catalogue.note,
+                broke=self._broke,
             )  # fmt: skip
             for version in self.catalogue.all():
                 if version.is_named and self.engine.room:
@@ -135,30 +128,23 @@ class AdapterServer:
             raise
         embeddings: Any = model.get_input_embeddings()
         vocabulary = int(embeddings.weight.shape[0])
-        self._every, self._gave_up = every, False
-        shown = HOST if ipaddress.ip_address(address.partition("%")[0]).is_unspecified else host
-        self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self.port}"
+        self._every, self._is_broken = every, False
+        self.url = url_of(host, self.port)
         served = Served(
-            self.name, self.engine, self.catalogue, Tokenizers(tokenizer), metrics, length, vocabulary, key, hosts, limits or {}
+            self.name,
+            self.engine,
+            self.catalogue,
+            Tokenizers(tokenizer),
+            metrics,
+            length,
+            vocabulary,
+            constraints or {},
+            key,
+            hosts,
         )
         made = app(served)
         self._encoding = made.state.encoding
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                made,
-                http=_Protocol,
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                log_config=None,
-                log_level="critical",  # what the user has to know is printed by the app
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_keep_alive=http.SILENCE,
-                timeout_graceful_shutdown=5,
-            )
-        )
+        self._server = web_server(made, connections=512)
 
     @property
     def names(self) -> list[str]:
@@ -179,16 +165,11 @@ class AdapterServer:
             self.catalogue.end()
             self.engine.end()
             self._encoding.shutdown(wait=False, cancel_futures=True)
-        if self._gave_up:
+        if self._is_broken:
             raise GatewiseError("the engine has ended by a fault, which is told above, and the server with it: start it again")
 
     def _broke(self) -> None:
-        timer = threading.Timer(_LAST_WORDS, self._give_up)
-        timer.daemon = True
-        timer.start()
-
-    def _give_up(self) -> None:
-        self._gave_up = True
+        self._is_broken = True
         self.end()
 
     def end(self) -> None:
@@ -200,10 +181,3 @@ class AdapterServer:
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
-
-
-class _Protocol(PatientProtocol):
-    most_connections = 512
-
-    def unreadable(self) -> Response:
-        return unreadable()

@@ -2,10 +2,10 @@
 
 import hashlib
 from collections import OrderedDict
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from gatewise.errors import GatewiseError
 from gatewise.models.loading import load_tokenizer
 from gatewise.serving.server.catalogue import Version
 
@@ -18,11 +18,14 @@ class Tokenizers:
 
     Args:
         base: the base model's tokenizer.
+
+    Raises:
+        GatewiseError: it is none of the tokenizers library.
     """
 
     def __init__(self, base: PreTrainedTokenizerBase) -> None:
         self._base = _ready(base)
-        self._by_version: OrderedDict[str, str] = OrderedDict()
+        self._contents: dict[str, str] = {}  # of each version's files
         self._by_content: OrderedDict[str, PreTrainedTokenizerBase] = OrderedDict()
 
     def of(self, version: Version | None) -> PreTrainedTokenizerBase:
@@ -34,15 +37,16 @@ class Tokenizers:
         """
         if version is None or not {"tokenizer.json", "tokenizer_config.json"} <= {name for name, *_ in version.signature}:
             return self._base
-        content = self._by_version.get(version.key)
-        if content is None or content not in self._by_content:
+        content = self._contents.get(version.key, "")
+        if content not in self._by_content:
             with version.copied() as folder:
-                content = _content(folder)
+                files = [folder / name for name in _FILES if (folder / name).is_file()]
+                content = hashlib.sha256(
+                    b"".join(hashlib.sha256(one.name.encode() + one.read_bytes()).digest() for one in files)
+                ).hexdigest()
                 if content not in self._by_content:
                     self._by_content[content] = _ready(load_tokenizer(folder))
-            self._by_version[version.key] = content
-            while len(self._by_version) > 64 * _MOST:
-                self._by_version.popitem(last=False)
+            self._contents[version.key] = content
         self._by_content.move_to_end(content)
         while len(self._by_content) > _MOST:
             self._by_content.popitem(last=False)
@@ -51,13 +55,10 @@ class Tokenizers:
 
 def _ready(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A tokenizer after its first text: it may change settings of its own by that, and must not while another thread decodes."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise GatewiseError(
+            f"the tokenizer ({type(tokenizer).__name__}) is none of the tokenizers library, by which answers are written here: "
+            "take --engine vllm"
+        )
     tokenizer("a", verbose=False)
     return tokenizer
-
-
-def _content(folder: Path) -> str:
-    made = hashlib.sha256()
-    for name in _FILES:
-        if (folder / name).is_file():
-            made.update(f"{name} ".encode() + hashlib.sha256((folder / name).read_bytes()).digest())
-    return made.hexdigest()

@@ -5,8 +5,10 @@ to leave nothing of it behind. Adapters are served from copies (see catalogue.py
 neither vLLM's prefix cache nor an answer that is being written mixes two of them.
 """
 
+import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,19 +28,16 @@ from transformers import AutoConfig
 
 from gatewise.adapters.files import read_lora
 from gatewise.errors import GatewiseError, reason_of, some
-from gatewise.internals.listening import listening, resolved
 from gatewise.models.cache import resolve
-from gatewise.serving.checking import reason_in, without_plugin
-from gatewise.serving.engines import VLLM_RANKS, is_told, serving_settings, settings_together
-from gatewise.serving.server import vllm_server
+from gatewise.serving.constraints import Constraint, logits_processors
+from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, is_told, serving_settings, settings_together
+from gatewise.serving.http import listen, resolve_host
+from gatewise.serving.server import guard, vllm_server
 from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version, fault_in
-from gatewise.serving.server.reach import HOST, PORT, check_reach
+from gatewise.serving.server.reach import HOST, PORT, check_reach, url_of
 
 MOST_IN_BATCH = 8
 """Adapters in one batch of vLLM, unless ``--max-loras`` is among its own arguments: it reserves memory for each."""
-
-TREES = "gatewise_mdt.extraction.in_vllm:TreeLogits"
-"""What keeps vLLM's requests for decision trees to these."""
 
 _PATIENCE = 20.0  # seconds for vLLM to end by itself
 _KEPT = 600.0  # seconds in which an answer with an adapter that is gone may need its files again
@@ -84,10 +82,8 @@ def settings_of(version: Version, model_type: str | None, folder: Path | None = 
     Raises:
         GatewiseError: vLLM does not serve it.
     """
-    if version.kind == "alone":
-        raise GatewiseError(f"vLLM does not serve the adapter {version.folder}: take --engine transformers")
-    settings = serving_settings(read_lora(folder or version.folder), model_type)
-    if settings["vllm"] is None:
+    settings = None if version.kind == "alone" else serving_settings(read_lora(folder or version.folder), model_type)
+    if settings is None or settings["vllm"] is None:
         raise GatewiseError(
             f"vLLM does not serve the adapter {version.folder}, which has more than A and B or a rank above {VLLM_RANKS[-1]}: "
             "take --engine transformers"
@@ -104,55 +100,41 @@ def arguments_for(
         found: adapters with their ``settings_of``; none where they are still to come.
         positions: the most tokens of prompt and answer.
         most_loaded: adapters that vLLM keeps beside the model.
-        rest: arguments that the user gives vLLM; those go before ours.
+        rest: arguments that the user gives vLLM, which come after ours and override them.
     """
-    given = {one.partition("=")[0].replace("_", "-") for one in rest}
-    routed = any(version.kind == "routed" for version, _ in found)
-    arguments, rank = ["--enable-lora"], 16
-    own = _values(rest, "--lora-target-modules")
-    modules = None if own is None else frozenset(own)  # of adapters that nobody knows yet: all
+    own = _read_arguments(rest)
+    arguments, rank, modules = ["--enable-lora"], 16, None  # of adapters that nobody knows yet: all modules
     if found:
-        together = settings_together([dict(settings) for _, settings in found])
-        rank = together["vllm"]["max_lora_rank"]
-        if own is None:
-            told = together["vllm"]["arguments"]
-            arguments += (names := told[told.index("--lora-target-modules") :])
-            modules = frozenset(names[1:])
-    if "--max-lora-rank" in given:
-        rank = _number(rest, "--max-lora-rank")
-    else:
-        arguments += ["--max-lora-rank", str(rank)]
+        together = settings_together([dict(settings) for _, settings in found])["vllm"]
+        rank, names = together["max_lora_rank"], together["arguments"]
+        modules = names[names.index("--lora-target-modules") + 1 :]
+        arguments += ["--lora-target-modules", *modules]
     # One more than are used: in a batch with others, vLLM 0.32 gives rows without an adapter that of the last slot on a CPU.
-    slots = min(max(len(found), 1), MOST_IN_BATCH) + 1
-    if "--max-loras" in given:
-        slots = _number(rest, "--max-loras")
-    else:
-        if "--max-cpu-loras" in given and (few := _number(rest, "--max-cpu-loras")) < slots:  # vLLM takes no fewer of these
-            raise GatewiseError(
-                f"--max-cpu-loras is {few} among vLLM's own arguments, and {slots} are needed, one more than adapters in a batch: "
-                f"give at least {slots}, or --max-loras too"
-            )
-        arguments += ["--max-loras", str(slots)]
-    if "--max-cpu-loras" not in given:
-        arguments += ["--max-cpu-loras", str(max(most_loaded, slots))]
+    slots = own.max_loras or min(max(len(found), 1), MOST_IN_BATCH) + 1
+    arguments += ["--max-lora-rank", str(rank), "--max-loras", str(slots), "--max-cpu-loras", str(max(most_loaded, slots))]
+    routed = any(version.kind == "routed" for version, _ in found)
     whole_prompts = any(settings["whole_prompts"] for _, settings in found)
     if routed:
         arguments.append("--enforce-eager")
     if whole_prompts:
-        arguments.append("--no-enable-chunked-prefill")
-        if "--max-num-batched-tokens" not in given:
-            arguments += ["--max-num-batched-tokens", str(max(positions, 2048))]
-    return arguments, Room(rank, modules, routed, whole_prompts)
+        arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(positions, 2048))]
+    modules = own.lora_target_modules or modules
+    return arguments, Room(own.max_lora_rank or rank, modules and frozenset(modules), routed, whole_prompts)
 
 
 class VllmServer:
-    """Serves until an interrupt, or until vLLM ends.
+    """Serves until an interrupt, until vLLM ends, or :meth:`end`.
 
     Args:
         python: of an environment that has vLLM; routed adapters need gatewise there too.
         rest: more arguments for vLLM.
-        trees: requests can ask for decision trees; needs gatewise and llguidance there too.
+        constraints: what requests can have their answers kept to; their packages are needed there too.
         See :class:`gatewise.serving.server.running.AdapterServer` for the others.
+
+    Attributes:
+        url: of the server.
+        name: of the base model.
+        refused: why vLLM does not serve an adapter, by its name.
 
     Raises:
         GatewiseError: something of it cannot be had, or an adapter that was named itself cannot be served.
@@ -175,55 +157,45 @@ class VllmServer:
         every: float = 2.0,
         settled: float = SETTLED,
         rest: Sequence[str] = (),
-        trees: bool = False,
+        constraints: Mapping[str, Constraint] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self._say = say or (lambda text: print(text, file=sys.stderr))
-        self._every, self._key = every, key
-        if _values(rest, "--api-key") is not None:
+        self._python, self._every, self._key, self._constraints = str(python), every, key, constraints or {}
+        if _read_arguments(rest).api_key is not None:
             raise GatewiseError("--api-key is among vLLM's own arguments, which others see: give the key in GATEWISE_API_KEY")
-        self._hosts, self._origins = check_reach(host, port, key), _origins(rest)
-        family, address = resolved(host, port)
-        with listening(family, address, port, host, "give another --port") as free:  # told now, not in a log of vLLM's
+        self._hosts = check_reach(host, port, key)
+        with listen(host, port, "give another --port") as free:  # told now, not in a log of vLLM's
             port = free.getsockname()[1]
-        shown = {"0.0.0.0": HOST, "::": "::1"}.get(address, host)
-        self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
-        self.name = name or base
+        self.url, self.name = url_of(host, port), name or base
         self.catalogue = Catalogue(adapters, [self.name], self._say, settled)
         source = resolve(base)
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise GatewiseError(
-                f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}"
-            ) from error
+            said = f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}"
+            raise GatewiseError(said) from error
         self._model_type = config.model_type
-        self._positions = most_tokens or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
-        self._most_loaded, self._rest = most_loaded, list(rest)
-        self._said: set[str] = set()
-        found = [one for version in self.catalogue.all() if (one := self._fitting(version, None, strict=version.is_named))]
-        self._room: Room | None = None
         self._arguments = [
-            "--model", source, "--served-model-name", self.name, "--host", address, "--port", str(port),
-            "--max-num-seqs", str(most_running), "--middleware", f"{vllm_server.MODULE}.Guard",
+            "--model", source, "--served-model-name", self.name, "--host", resolve_host(host, port)[1], "--port", str(port),
+            "--max-num-seqs", str(most_running), "--middleware", f"{vllm_server.GUARD}.GuardByEnvironment",
             *(["--dtype", dtype] if dtype != "auto" else []),
             *(["--max-model-len", str(most_tokens)] if most_tokens else []),
         ]  # fmt: skip
+        self._room: Room | None = None
         if adapters:
-            more, self._room = arguments_for(found, self._positions, most_loaded, rest)
+            positions = most_tokens or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
+            more, self._room = arguments_for(self._found(), positions, most_loaded, rest)
             self._arguments += more
-            for version, settings in found:
-                if version.is_named and (problem := self._room.problem(version, settings)) is not None:
-                    raise GatewiseError(f"the adapter {version.folder} {problem}: change vLLM's arguments after --")
-        self._on_first_runner = trees  # which what keeps to them was made for
-        self._arguments += [*(["--logits-processors", TREES] if trees else []), *rest]
-        self._python = str(python)
+            for version in self.catalogue.all():
+                if version.is_named:
+                    self._check(version)
+        self._arguments += [*logits_processors(self._constraints), *rest]
+        self.refused: dict[str, str] = {}
         self._told: dict[str, Version] = {}
         self._leaving: list[tuple[float, Path]] = []
         self._lines: deque[str] = deque(maxlen=400)
-        self._is_up, self._began = False, 0.0
-        self._refused: set[str] = set()
-        self._loads_told = self._loads_done = 0
+        self._is_up = self._is_ending = False
 
     def run(self, ready: Callable[[], None] | None = None) -> None:
         """Runs vLLM.
@@ -247,27 +219,32 @@ class VllmServer:
                     self._lines.clear()  # what vLLM said when it began does not tell why it ended
                     if ready is not None:
                         ready()
+                if self._is_ending:
+                    return
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(self._every if self._is_up else 0.3)
-        raise GatewiseError(self._end(code))
+        raise GatewiseError(self._reason(code))
+
+    def end(self) -> None:
+        """Ends :meth:`run`."""
+        self._is_ending = True
 
     @property
     def names(self) -> list[str]:
         """Of the adapters that vLLM was told of, and has not refused."""
-        return sorted(set(self._told).difference(self._refused))
+        return sorted(set(self._told).difference(self.refused))
 
     @contextmanager
     def _started(self) -> Iterator["subprocess.Popen[bytes]"]:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", CPU_LORA: "1"}
         if self._hosts is not None:
-            environment[vllm_server.HOSTS] = ",".join(sorted(self._hosts))
-            environment[vllm_server.ORIGINS] = self._origins
+            environment[guard.HOSTS] = ",".join(sorted(self._hosts))
         if self._key is not None:
-            environment[vllm_server.KEY] = self._key
+            environment[guard.KEY] = self._key
         if self._room is not None and self._room.routed:
             environment[vllm_server.NEEDS_PLUGIN] = "1"
-        if self._on_first_runner:
-            environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        if self._constraints:
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # logits processors were tried with the first alone
         command = [self._python, str(Path(vllm_server.__file__)), *self._arguments]
         try:
             pipe = subprocess.PIPE
@@ -292,16 +269,45 @@ class VllmServer:
             reader.join(5)
 
     def _read(self, stream: IO[bytes]) -> None:
-        """vLLM's log goes to stderr as it comes."""
+        """vLLM's log is said as it comes."""
         for line in iter(stream.readline, b""):
             text = line.decode(errors="replace").rstrip()
             self._lines.append(text)
             if text.startswith(vllm_server.REFUSED):
                 told = tuple(self._told)  # the other thread changes it
-                self._refused.update(name for name in told if text.startswith(f"{vllm_server.REFUSED}{name!r}:"))
-            if text.startswith((vllm_server.REFUSED, vllm_server.SERVED, vllm_server.OVERTAKEN)):
-                self._loads_done += 1
+                self.refused |= {name: text for name in told if text.startswith(f"{vllm_server.REFUSED}{name!r}:")}
             self._say(text)
+
+    # ---- adapters ----
+
+    def _found(self) -> list[tuple[Version, dict[str, Any]]]:
+        """The adapters that vLLM is started for."""
+        found = []
+        for version in self.catalogue.all():
+            try:
+                found.append((version, settings_of(version, self._model_type)))
+            except Exception as error:
+                problem = fault_in(version.folder, error)
+                if version.is_named:
+                    raise GatewiseError(problem) from error
+                self.catalogue.note(version.folder, problem)
+        return found
+
+    def _check(self, version: Version, folder: Path | None = None) -> None:
+        """Refuses an adapter that vLLM cannot serve as it was started.
+
+        Args:
+            folder: with a copy of its files; by default its own.
+
+        Raises:
+            GatewiseError: it cannot.
+        """
+        assert self._room is not None
+        problem = self._room.problem(version, settings_of(version, self._model_type, folder))
+        if problem is not None:
+            raise GatewiseError(
+                f"the adapter {version.folder} {problem}: start the server again to serve it, or change vLLM's arguments after --"
+            )
 
     def _tell(self, process: "subprocess.Popen[bytes]", copies: Path) -> None:
         """Tells vLLM of adapters that came, were replaced or went."""
@@ -309,29 +315,24 @@ class VllmServer:
             return
         now = {one.name: one for one in self.catalogue.all()}
         for name, version in now.items():
-            if self._told.get(name) is version:
-                continue
-            if version.key in self._said:
-                self._take_back(process, copies, name)
+            if self._told.get(name) is version or version.is_given_up:
                 continue
             try:
                 with version.copied() as folder:
-                    if self._fitting(version, self._room, folder=folder) is None:
-                        self._take_back(process, copies, name)
-                        continue
+                    self._check(version, folder)
                     shutil.move(folder, copies / version.key)
             except ReplacedError:
                 continue  # the one before stays until the next look
-            except (GatewiseError, OSError) as error:  # so it does here
+            except Exception as error:
                 shutil.rmtree(copies / version.key, ignore_errors=True)
-                problem = str(version.not_copied(error) if isinstance(error, OSError) else error)
-                if version.is_news(problem):
-                    self._say(f"error: {problem}")
+                version.failed = time.monotonic()
+                problem = version.not_copied(error) if isinstance(error, OSError) else error
+                self.catalogue.note(version.folder, fault_in(version.folder, problem))
+                self._take_back(process, copies, name)
                 continue
             self._leave(copies, name)
-            self._refused.discard(name)
+            self.refused.pop(name, None)
             self._told[name] = version
-            self._loads_told += 1
             self._send(process, {"name": name, "path": str(copies / version.key)})
         for name in self._told.keys() - now.keys():
             self._take_back(process, copies, name)
@@ -359,52 +360,42 @@ class VllmServer:
             process.stdin.write(json.dumps(told).encode() + b"\n")
             process.stdin.flush()
 
-    def _fitting(
-        self, version: Version, room: Room | None, strict: bool = False, folder: Path | None = None
-    ) -> tuple[Version, dict[str, Any]] | None:
-        """An adapter with its settings; None, which is said once, if vLLM does not serve it, or something is wrong with it."""
-        if version.key in self._said:
-            return None
-        try:
-            settings = settings_of(version, self._model_type, folder)
-            problem = None if room is None else room.problem(version, settings)
-            if problem is not None:
-                raise GatewiseError(f"the adapter {version.folder} {problem}: {self._way_out(version, settings)} to serve it")
-        except Exception as error:
-            problem = fault_in(version.folder, error).replace(str(folder or version.folder), str(version.folder))
-            if strict:
-                raise GatewiseError(problem) from error
-            self._said.add(version.key)
-            self._say(f"note: {problem}")
-            return None
-        return version, settings
-
-    def _way_out(self, version: Version, settings: Mapping[str, Any]) -> str:
-        """What is to be done for an adapter that does not fit in: to start again is in vain where it would not fit in by itself."""
-        _, own = arguments_for([(version, settings)], self._positions, self._most_loaded, self._rest)
-        return "start the server again" if own.problem(version, settings) is None else "change vLLM's arguments after --"
-
     def _answers(self) -> bool:
-        """Whether vLLM serves all adapters that it was told of, or has had a minute for them."""
+        """Whether vLLM serves all adapters that it was told of."""
         asked = urllib.request.Request(f"{self.url}/v1/models", headers={"Authorization": f"Bearer {self._key}"})
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the key is for no proxy
-        with suppress(OSError, ValueError), direct.open(asked, timeout=2) as answer:
-            self._began = self._began or time.monotonic()
-            served = {one["id"] for one in json.load(answer)["data"]}
-            all_served = served.issuperset(set(self._told).difference(self._refused))
-            return (all_served and self._loads_done >= self._loads_told) or time.monotonic() > self._began + 60
+        with suppress(OSError, ValueError), DIRECT.open(asked, timeout=2) as answer:
+            return {one["id"] for one in json.load(answer)["data"]}.issuperset(self.names)
         return False
 
-    def _end(self, code: int) -> str:
+    def _reason(self, code: int) -> str:
         """One sentence for vLLM's end."""
         if code == vllm_server.NO_VLLM:
             return f"{self._python} has no vLLM: give the Python of an environment that has it (--python), or --engine transformers"
         if code == vllm_server.NO_PLUGIN:
-            return without_plugin(self._python)
+            return (
+                f"vLLM does not know routed adapters, because {self._python} has no gatewise, whose plug-in serves them, or an old "
+                "one without it, or VLLM_PLUGINS leaves it out: install gatewise beside vLLM"
+            )
         said = reason_in("\n".join(self._lines))
         if code < 0:
             return f"vLLM was killed by signal {-code}, as where memory runs out; the last it said: {said}"
         return f"vLLM ended with exit code {code}: {said}"
+
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks the server without a proxy, which its key is not for."""
+
+# An error as Python prints it at the end of a traceback, after what vLLM's logger puts before a line; and lines of that logger
+# that tell of an error with which vLLM went on.
+_ERROR = re.compile(r"(?:^|[\] ])((?:\w+\.)*\w*(?:Error|Exception)\b: ?.+)")
+_NO_ERROR = re.compile(r"(?:^|\) )(?:DEBUG|INFO|WARNING) ")
+
+
+def reason_in(log: str) -> str:
+    """The first error of the log: the later ones say that a process that another one waits for is gone."""
+    errors = [found[1] for line in log.splitlines() if not _NO_ERROR.search(line) and (found := _ERROR.search(line))]
+    lines = errors[:1] or log.strip().splitlines()[-1:] or ["it said nothing"]
+    return lines[0].strip()
 
 
 @contextmanager
@@ -424,26 +415,20 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _values(rest: Sequence[str], name: str) -> list[str] | None:
-    """The values of one of vLLM's arguments, the last ones where it is there twice, as vLLM has it; None where it is not there."""
-    for place in reversed(range(len(rest))):
-        head, equals, value = rest[place].partition("=")
-        if head.replace("_", "-") == name:
-            return [value] if equals else list(takewhile(lambda one: not one.startswith("-"), rest[place + 1 :]))
-    return None
+def _read_arguments(rest: Sequence[str]) -> argparse.Namespace:
+    """Those of vLLM's arguments that matter here, as vLLM reads them: the last counts, and _ is the same as - in a name.
 
-
-def _number(rest: Sequence[str], name: str) -> int:
-    found = _values(rest, name) or [""]
-    if not found[0].isdecimal():
-        raise GatewiseError(f"vLLM's argument {name} has no number behind it: give one")
-    return int(found[0])
-
-
-def _origins(rest: Sequence[str]) -> str:
-    """The sites whose pages may ask, as vLLM is told of them: commas between. What is no list vLLM refuses itself."""
+    Raises:
+        GatewiseError: one has no value, or not a number.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    for name in ("--max-loras", "--max-lora-rank"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--lora-target-modules", nargs="+")
+    parser.add_argument("--api-key")
+    parts = [one.partition("=") for one in rest]
+    dashed = [f"{head.replace('_', '-') if head.startswith('--') else head}{equals}{value}" for head, equals, value in parts]
     try:
-        given = json.loads((_values(rest, "--allowed-origins") or ["[]"])[0])
-    except ValueError:
-        given = []
-    return ",".join(map(str, given if isinstance(given, list) else []))
+        return parser.parse_known_args(dashed)[0]
+    except argparse.ArgumentError as error:
+        raise GatewiseError(f"among vLLM's own arguments, {error}") from error

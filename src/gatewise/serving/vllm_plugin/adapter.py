@@ -3,11 +3,8 @@
 Needs neither vLLM nor Transformers; PEFT comes in with the routers, when the first adapter is read.
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE, read_config, weights_of
+from gatewise.adapters.files import CONFIG_FILE, PEFT_PREFIX, read_config, weights_of
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.serving import engines
 from gatewise.serving.engines import ROUTED, ROUTER
@@ -55,44 +52,27 @@ class RoutedAdapter:
     by_last_token: bool = False
 
 
-def is_routed(folder: str | os.PathLike[str]) -> bool:
-    """Whether there is a routed adapter in a folder. Only a look at the file's time where it was asked before."""
-    return _told(folder)[0]
+@dataclass(frozen=True)
+class Kind:
+    """What an engine must know of an adapter: whether it is routed, and ``leaves_prefixes_alone`` as in engines.py."""
+
+    routed: bool
+    leaves_prefixes_alone: bool
 
 
-def leaves_prefixes_alone(folder: str | os.PathLike[str]) -> bool:
-    """Of the adapter in a folder, as in ``gatewise.serving.engines``."""
-    return _told(folder)[1]
+NOT_ROUTED = Kind(False, False)
 
 
-def stamp(folder: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Changes when an adapter's files do."""
-    paths = (os.path.join(folder, name) for name in (CONFIG_FILE, WEIGHTS_FILE))
-    return tuple(os.stat(path).st_mtime_ns for path in paths if os.path.exists(path))
-
-
-def _told(folder: str | os.PathLike[str]) -> tuple[bool, bool]:
-    path = os.path.join(folder, CONFIG_FILE)
+def kind_of(folder: str | Path) -> Kind:
+    """Of the adapter in a folder; ``NOT_ROUTED`` where there is none that can be read."""
     try:
-        stat = os.stat(path)
-    except (OSError, ValueError):
-        return False, False
-    return _told_by(path, stat.st_mtime_ns, stat.st_size)
+        config = read_config(folder)
+    except GatewiseError:
+        return NOT_ROUTED
+    return Kind(config.get("peft_type") == ROUTED, engines.leaves_prefixes_alone(config))
 
 
-@lru_cache(maxsize=4096)
-def _told_by(path: str, time: int, size: int) -> tuple[bool, bool]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError):
-        return False, False
-    return (
-        (config.get("peft_type") == ROUTED, engines.leaves_prefixes_alone(config)) if isinstance(config, dict) else (False, False)
-    )
-
-
-def read_routed(folder: str | os.PathLike[str], hidden_size: int) -> RoutedAdapter:
+def read_routed(folder: str | Path, hidden_size: int) -> RoutedAdapter:
     """Reads configuration and routers.
 
     Args:

@@ -1,80 +1,60 @@
 """What the plug-in puts into vLLM, and where: the only file that imports it.
 
-    front end    a request is refused before it is queued, and a routed adapter is loaded before its first request is
+    front end    a request is refused before it is queued
     engine       a request that came another way is refused; keys and values of routed requests are nobody else's
     worker       routers are loaded with their adapter; a step says which tokens are whose; modules multiply gates between A and B
 
-All of it was read in the versions of ``TESTED``, and is looked up before anything is changed. Elsewhere routed adapters are refused
-in a sentence, and nothing else is changed.
+All of it was read in the versions of ``TESTED``. Elsewhere routed adapters are refused in a sentence, and nothing else is changed.
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial, wraps
-from inspect import Signature, signature
+from functools import cache, partial, wraps
+from inspect import signature
 from itertools import count
 from typing import Any
 
-import torch
-
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.internals.private_names import fault_of
-from gatewise.internals.vllm_names import VLLM_NAMES
-from gatewise.serving.engines import ROUTER
-from gatewise.serving.server.vllm_server import COUNTS, shown
-from gatewise.serving.vllm_plugin.adapter import is_routed, leaves_prefixes_alone, read_routed, stamp
+from gatewise.serving.engines import CPU_LORA, ROUTER
+from gatewise.serving.server.vllm_server import shown
+from gatewise.serving.vllm_plugin.adapter import NOT_ROUTED, Kind, kind_of, read_routed
 from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import why_not, why_not_request
 from gatewise.serving.vllm_plugin.routing import Part, Placed, Routing
 
 logger = logging.getLogger(__name__)
 
-TESTED = ("0.32",)
-"""The versions of vLLM that ``make test-serve`` was run with."""
+TESTED = "0.32."
+"""How the versions of vLLM begin that ``make test-serve`` was run with."""
 
 # What is put on objects of vLLM.
-_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _LOADED, _KINDS, _OWN = (
-    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "loaded", "kinds", "own")
+_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _OWN = (
+    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "own")
 )
 _numbers = count()  # of this process's requests
-_installed = False
+_is_installed = False
 
 
 def install() -> None:
     """Puts the plug-in into this process's vLLM, once. Never raises: vLLM would not start."""
-    global _installed
-    if _installed:
+    global _is_installed
+    if _is_installed:
         return
-    _installed = True
-    try:
-        why = fault()
-        if why is None:
-            _install_all()
-        else:
-            _refuse(why)
-    except Exception as error:
-        logger.warning("routed adapters cannot be served by this vLLM: %s", reason_of(error))
-
-
-def fault() -> str | None:
-    """Why this vLLM is none that routed adapters can be served by, in a sentence; None where it is one."""
+    _is_installed = True
     import vllm
 
     version = str(vllm.__version__)
-    if not version.startswith(tuple(f"{one}." for one in TESTED)):
-        return (
-            f"this is vLLM {version}, but gatewise serves routed adapters in {' and '.join(TESTED)} alone, where it was tried: "
-            "install that, or a gatewise that was tried with yours"
-        )
-    for one in VLLM_NAMES:
-        try:
-            found = fault_of(one)
-        except ImportError as error:
-            found = f"vLLM {version} has no {one.owner} ({reason_of(error)})"
-        if found is not None:
-            return f"this vLLM is not the {version} that gatewise was tried with: {found}"
-    return None
+    try:
+        if version.startswith(TESTED):
+            _install_all()
+        else:
+            _refuse(
+                f"this is vLLM {version}, but gatewise serves routed adapters in {TESTED}x alone, where it was tried: install "
+                "that, or a gatewise that was tried with yours"
+            )
+    except Exception as error:
+        logger.warning("routed adapters cannot be served by this vLLM: %s", reason_of(error))
 
 
 def _refuse(why: str) -> None:
@@ -83,7 +63,7 @@ def _refuse(why: str) -> None:
 
     def around(load: Any) -> Any:
         def _load_adapter(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
-            if is_routed(str(getattr(lora_request, "lora_path", ""))):
+            if kind_of(lora_request.lora_path).routed:
                 raise GatewiseError(f"the routed adapter {lora_request.lora_path} cannot be served: {why}")
             return load(self, lora_request, *args, **kwargs)
 
@@ -102,85 +82,59 @@ def _install_all() -> None:
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
-    from vllm.lora.ops.torch_ops import lora_ops
-    from vllm.lora.punica_wrapper import punica_cpu
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.v1.core import block_pool, kv_cache_utils
-    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     _replace(InputProcessor, "process_inputs", _process_inputs)
-    _replace(LLMEngine, "add_request", _add_request)
-    _replace(AsyncLLM, "add_request", _add_request_async)
     for mixin in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
         _replace(mixin, "beam_search", _beam_search)
     _replace(EngineCore, "preprocess_add_request", _preprocess_add_request)
-    _replace(EngineCore, "add_lora", _add_lora)
-    _replace(EngineCore, "remove_lora", _remove_lora)
     for module in (kv_cache_utils, block_pool):  # which imports it by name
         _replace(module, "generate_block_hash_extra_keys", _hash_keys)
     _replace(WorkerLoRAManager, "__init__", _keep_config)
     _replace(WorkerLoRAManager, "_load_adapter", _load_adapter)
-    _replace(WorkerLoRAManager, "remove_adapter", _remove_adapter)
     _replace(LoRAModelManager, "activate_adapter", _activate_adapter)
-    setattr(Worker, COUNTS, _counts)
     _replace(Worker, "execute_model", _execute_model)
     _replace(LoRAModelRunnerMixin, "set_active_loras", _set_active_loras)
     _replace(SecondModelRunner, "prepare_inputs", _prepare_inputs)
     _replace(LoRAModelRunnerMixin, "_set_active_loras", _begin_step)
     _replace(BaseLinearLayerWithLoRA, "_apply_lora_to_output", _apply)
-    for module in (lora_ops, punica_cpu):  # which imports them by name
-        for name in ("bgmv_expand", "bgmv_expand_slice"):
-            _replace(module, name, _leave_base_rows)
 
 
-# ---------------------------------------------------------------- front end
+# ---------------------------------------------------------------- front end and engine
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What the engine must know of an adapter: whether it is routed, and ``leaves_prefixes_alone``."""
-
-    routed: bool
-    leaves: bool
+def _kind(lora_request: Any) -> Kind:
+    """Of a request's adapter, as it was when its number was first asked for in this process, whatever lies there by now."""
+    return NOT_ROUTED if lora_request is None else _kind_by_number(lora_request.lora_int_id, lora_request.lora_path)
 
 
-_NONE = _Kind(False, False)
-_Kinds = dict[tuple[int, str], _Kind]  # by number and path
+@cache
+def _kind_by_number(number: int, path: str) -> Kind:
+    return kind_of(_folder(path))
 
 
-def _kind(lora_request: Any, known: _Kinds | None = None) -> _Kind:
-    """As the adapter was when it was loaded, if that is known, whatever lies in its folder by now; else as it lies there."""
-    if lora_request is None:
-        return _NONE
-    found = (known or {}).get((lora_request.lora_int_id, lora_request.lora_path))
-    if found is None:
-        folder = _folder(lora_request.lora_path)
-        found = _Kind(is_routed(folder), leaves_prefixes_alone(folder))
-    return found
-
-
-@lru_cache(maxsize=4096)
 def _folder(path: str) -> str:
     from vllm.lora.utils import get_adapter_absolute_path
 
     return str(get_adapter_absolute_path(path))
 
 
-def _refusal(config: Any, kind: _Kind) -> str | None:
+def _refusal(config: Any, kind: Kind) -> str | None:
     from vllm import envs
     from vllm.platforms import current_platform
 
-    return why_not(config, current_platform, bool(envs.VLLM_LORA_ENABLE_DUAL_STREAM), kind.leaves)
+    return why_not(config, current_platform, bool(envs.VLLM_LORA_ENABLE_DUAL_STREAM), kind.leaves_prefixes_alone)
 
 
-def _check(request: Any, config: Any, kind: _Kind) -> None:
+def _check(request: Any, config: Any) -> None:
     """Refuses a request, as one of vLLM's own errors, for which a server answers 400."""
+    kind = _kind(request.lora_request)
     if kind.routed:
         why = _refusal(config, kind) or why_not_request(request)
         if why is not None:
@@ -197,123 +151,34 @@ def _raise(message: str) -> None:
 def _process_inputs(made: Any) -> Any:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = made(self, *args, **kwargs)
-        _check(request, self.vllm_config, _kind(request.lora_request))
+        _check(request, self.vllm_config)
         return request
 
     return process_inputs
 
 
-def _adapters_of(call: Signature, engine: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """The adapters that a call is given, by itself or in its request, and that are routed or were when they were loaded."""
-    given = call.bind(engine, *args, **kwargs).arguments
-    found = given.get("lora_request") or getattr(given.get("prompt"), "lora_request", None)
-    several: list[Any] = found if isinstance(found, list) else [found]
-    loaded = engine.__dict__.get(_LOADED, {})
-    return [one for one in several if one is not None and (_kind(one).routed or (one.lora_int_id, one.lora_path) in loaded)]
+def _preprocess_add_request(made: Any) -> Any:
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        _check(request, self.vllm_config)
+        return made(self, request)
 
-
-def _add_request(made: Any) -> Any:
-    call = signature(made)
-
-    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = next(iter(_adapters_of(call, self, args, kwargs)), None)
-        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config, _kind(found)):
-            try:
-                self.engine_core.add_lora(found)
-            except Exception as error:
-                _raise(reason_of(error, 1000))
-            _is_loaded(self, found)
-        return made(self, *args, **kwargs)
-
-    return add_request
-
-
-def _add_request_async(made: Any) -> Any:
-    call = signature(made)
-
-    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = next(iter(_adapters_of(call, self, args, kwargs)), None)
-        if found is not None and _is_new(self, found) and not _refusal(self.vllm_config, _kind(found)):
-            try:
-                await self.engine_core.add_lora_async(found)
-            except Exception as error:
-                _raise(reason_of(error, 1000))
-            _is_loaded(self, found)
-        return await made(self, *args, **kwargs)
-
-    return add_request
-
-
-def _is_new(engine: Any, lora_request: Any) -> bool:
-    """Whether this engine may have to load the adapter. In a step, where vLLM would load it, a fault would end the engine."""
-    loaded = engine.__dict__.get(_LOADED, {})
-    found: bool = loaded.get((lora_request.lora_int_id, lora_request.lora_path)) != stamp(_folder(lora_request.lora_path))
-    return found
-
-
-def _is_loaded(engine: Any, lora_request: Any) -> None:
-    # The first files' stamp stays. Where others came after them nobody here knows when vLLM drops what it has, and reads those.
-    key = (lora_request.lora_int_id, lora_request.lora_path)
-    engine.__dict__.setdefault(_LOADED, {}).setdefault(key, stamp(_folder(lora_request.lora_path)))
+    return preprocess_add_request
 
 
 def _beam_search(made: Any) -> Any:
     call = signature(made)
 
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for one in _adapters_of(call, self, args, kwargs):
-            _raise(
-                f"beam search with the routed adapter {shown(one.lora_name)} is refused, for vLLM reads what was written as a new "
-                "prompt at every token, by which other modules would be chosen: sample, or write greedily"
-            )
+        given = call.bind(self, *args, **kwargs).arguments.get("lora_request")
+        for one in given if isinstance(given, Sequence) else [given]:
+            if one is not None and _kind(one).routed:
+                _raise(
+                    f"beam search with the routed adapter {shown(one.lora_name)} is refused, for vLLM reads what was written as a "
+                    "new prompt at every token, by which other modules would be chosen: sample, or write greedily"
+                )
         return made(self, *args, **kwargs)
 
     return beam_search
-
-
-# ---------------------------------------------------------------- engine
-
-
-def _preprocess_add_request(made: Any) -> Any:
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        kinds = _kinds_of(self)
-        _check(request, self.vllm_config, _kind(request.lora_request, kinds))
-        _keep_kind(kinds, request.lora_request)
-        return made(self, request)
-
-    return preprocess_add_request
-
-
-def _kinds_of(engine: Any) -> _Kinds:
-    """Those of the adapters that an engine was given. Its requests find them with what makes the keys of their blocks."""
-    kinds: _Kinds = engine.__dict__.setdefault(_KINDS, {})
-    if engine.request_block_hasher is not None:
-        setattr(engine.request_block_hasher, _KINDS, kinds)
-    return kinds
-
-
-def _keep_kind(kinds: _Kinds, lora_request: Any) -> None:
-    if lora_request is not None:
-        kinds.setdefault((lora_request.lora_int_id, lora_request.lora_path), _kind(lora_request))
-
-
-def _add_lora(made: Any) -> Any:
-    def add_lora(self: Any, lora_request: Any) -> Any:
-        added = made(self, lora_request)
-        _keep_kind(_kinds_of(self), lora_request)
-        return added
-
-    return add_lora
-
-
-def _remove_lora(made: Any) -> Any:
-    def remove_lora(self: Any, lora_id: int) -> Any:
-        kinds = _kinds_of(self)
-        for key in [one for one in list(kinds) if one[0] == lora_id]:  # a thread that reads requests adds to them
-            del kinds[key]
-        return made(self, lora_id)
-
-    return remove_lora
 
 
 def _hash_keys(made: Any) -> Any:
@@ -321,10 +186,10 @@ def _hash_keys(made: Any) -> Any:
 
     def keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
         found, following = made(request, start_token_idx, end_token_idx, start_mm_idx)
-        kind = _kind(request.lora_request, getattr(request._block_hasher, _KINDS, None))
+        kind = _kind(request.lora_request)
         if not kind.routed:
             return found, following
-        if kind.leaves and end_token_idx < request.num_prompt_tokens:
+        if kind.leaves_prefixes_alone and end_token_idx < request.num_prompt_tokens:
             # The base model's keys and values, whoever asks.
             return tuple(one for one in found or () if one[0] != "lora") or None, following
         # Those of a prompt's first tokens depend on all of it, by the modules that it chooses. Another request may get the same id.
@@ -347,27 +212,19 @@ def _keep_config(made: Any) -> Any:
 
 def _load_adapter(load: Any) -> Any:
     def _load(self: Any, lora_request: Any) -> Any:
-        number, path, kind = lora_request.lora_int_id, lora_request.lora_path, _kind(lora_request)
-        kinds = self.__dict__.setdefault(_KINDS, {})
-        before, kind_before = kinds.get(number, (path, kind))
-        # Requests and keys of the prefix cache are there that count on what it was.
-        if kind != kind_before and (path == before or number in self.list_adapters()):
+        path, kind = lora_request.lora_path, kind_of(_folder(lora_request.lora_path))
+        if kind != _kind(lora_request):  # requests and keys of the prefix cache are there that count on what it was
             raise GatewiseError(
                 f"the adapter {shown(lora_request.lora_name)} ({path}) is of another kind than what was loaded by its number "
-                f"{number} ({before}), routed or not, or with another adapt or pooler: unload that before, or take another name"
+                "before, routed or not, or with another adapt or pooler: load it under another name"
             )
-        lora = _load_kind(self, lora_request, kind)
-        kinds[number] = (path, kind)
-        return lora
-
-    def _load_kind(self: Any, lora_request: Any, kind: _Kind) -> Any:
         if not kind.routed:
             return load(self, lora_request)
         config, manager = getattr(self, _CONFIG), self._adapter_manager
         why = _refusal(config, kind)
         if why is not None:
-            raise GatewiseError(f"the routed adapter {lora_request.lora_path} cannot be served, for routed adapters {why}")
-        adapter = read_routed(_folder(lora_request.lora_path), config.model_config.get_hidden_size())
+            raise GatewiseError(f"the routed adapter {path} cannot be served, for routed adapters {why}")
+        adapter = read_routed(_folder(path), config.model_config.get_hidden_size())
         model = manager.model
         before = getattr(model, "lora_skip_prefixes", None)
         model.lora_skip_prefixes = [*(before or []), f"{ROUTER}."]
@@ -375,20 +232,10 @@ def _load_adapter(load: Any) -> Any:
             lora = load(self, lora_request)
         finally:
             model.lora_skip_prefixes = before
-        setattr(lora, _PLACED, _routing_of(manager).place(adapter, partial(_name_of, model), shown(lora_request.lora_name)))
+        setattr(lora, _PLACED, _routing_of(manager).place(adapter, partial(_name_of, model)))
         return lora
 
     return _load
-
-
-def _remove_adapter(made: Any) -> Any:
-    """Told to, not for want of room."""
-
-    def remove_adapter(self: Any, adapter_id: int) -> Any:
-        self.__dict__.get(_KINDS, {}).pop(adapter_id, None)
-        return made(self, adapter_id)
-
-    return remove_adapter
 
 
 def _name_of(model: Any, path: str) -> str:
@@ -435,13 +282,6 @@ def _execute_model(made: Any) -> Any:
         return made(self, scheduler_output, *args, **kwargs)
 
     return execute_model
-
-
-def _counts(worker: Any) -> list[tuple[str, str, int, dict[str, int]]]:
-    """What the prompts of routed adapters kept, as ``Routing.counts`` has it; called in a worker from the server's process."""
-    manager = getattr(getattr(worker.model_runner, "lora_manager", None), "_adapter_manager", None)
-    routing: Routing | None = getattr(manager, _ROUTING, None)
-    return [] if routing is None else routing.counts
 
 
 def _set_active_loras(made: Any) -> Any:
@@ -502,7 +342,7 @@ def _begin_step(made: Any) -> Any:
         elif routing is not None:  # a dry run
             routing.idle()
             same_gates = False
-        if manager.device.type == "cpu":
+        if manager.device.type == "cpu" and CPU_LORA in os.environ:
             _group(manager, tuple(map(int, tokens)), same_gates)
 
     return _set_active_loras
@@ -555,13 +395,3 @@ def _apply(made: Any) -> Any:
         return output if gates is None else add_lora(self, x, output, gates)
 
     return _apply_lora_to_output
-
-
-def _leave_base_rows(made: Any) -> Any:
-    """In PyTorch's place of the kernels, the adapter -1 of a row that has none is the last one: its row is set to zero before B."""
-
-    def expand(inputs: Any, lora_b_weights: Any, output_tensor: Any, lora_indices_tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = torch.where((lora_indices_tensor < 0).unsqueeze(-1), 0, inputs)
-        return made(inputs, lora_b_weights, output_tensor, lora_indices_tensor, *args, **kwargs)
-
-    return expand

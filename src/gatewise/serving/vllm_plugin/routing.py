@@ -50,12 +50,10 @@ class Placed:
     """A routed adapter in a worker.
 
     Attributes:
-        name: by which it is counted what its prompts keep.
         layers: by path in vLLM's model, with the columns of their experts.
     """
 
     adapter: RoutedAdapter
-    name: str
     layers: Mapping[str, tuple[RoutedLayer, Tensor]]
 
 
@@ -108,7 +106,6 @@ class Routing:
         self._kept: Tensor | None = None
         self._spans: list[tuple[int, int]] | None = None  # of the last step, if all its gates were decided before
         self._watched: set[str] = set()
-        self._counts: dict[tuple[str, str], tuple[RoutedLayer, Tensor]] = {}
         self.is_at_work = False
 
     @property
@@ -116,21 +113,11 @@ class Routing:
         """Those that have gates."""
         return set(self._rows)
 
-    @property
-    def counts(self) -> list[tuple[str, str, int, dict[str, int]]]:
-        """Of each adapter and layer the prompts that its router decided on, and for how many of them it kept each expert."""
-        return [
-            (name, path, held[0], dict(zip(layer.experts, held[1:], strict=True)))
-            for (name, path), (layer, counts) in self._counts.items()
-            for held in [counts.tolist()]
-        ]
-
-    def place(self, adapter: RoutedAdapter, name_of: Callable[[str], str], name: str = "") -> Placed:
+    def place(self, adapter: RoutedAdapter, name_of: Callable[[str], str]) -> Placed:
         """Finds an adapter's experts among the modules.
 
         Args:
             name_of: what the engine calls a module, by its path in the base model.
-            name: the adapter's; others of this name before it count together with it.
 
         Raises:
             GatewiseError: the engine adapts no such module, or its layers are not given hidden states.
@@ -150,7 +137,7 @@ class Routing:
             )
         for path in layers:
             self._watch(path)
-        return Placed(adapter, name, layers)
+        return Placed(adapter, layers)
 
     def _watch(self, path: str) -> None:
         if path in self._watched:
@@ -257,18 +244,7 @@ class Routing:
             probabilities = routed.router(states[None], torch.ones(1, len(states), dtype=torch.bool, device=states.device))
             adapter = prompt.placed.adapter
             gates = gates_of(probabilities, adapter.top_k, adapter.normalize_gates)[0]
-            gates = self._agree(gates.to(self._table.dtype))
-            self._table[prompt.row, columns] = gates
-            self._count(prompt.placed.name, routed, gates)
-
-    def _count(self, name: str, layer: RoutedLayer, gates: Tensor) -> None:
-        """A prompt, and which experts its gates (m) keep. On the gates' device, which it does not hold up."""
-        key = (name, layer.path)
-        zeros = torch.zeros(1 + len(gates), dtype=torch.long, device=gates.device)
-        before, counts = self._counts.get(key, (layer, zeros))
-        if before.experts != layer.experts:  # another adapter had the name
-            counts = zeros
-        self._counts[key] = (layer, counts + torch.cat([torch.ones_like(gates[:1]), gates]).ne(0))
+            self._table[prompt.row, columns] = self._agree(gates.to(self._table.dtype))
 
     def gates(self, path: str, tokens: int) -> Tensor | None:
         """Gates (s, n, 1) of a module's slices; None where no request keeps any of them."""

@@ -1,0 +1,218 @@
+"""The bodies of OpenAI's requests: what of them is served, and what is refused, each in a sentence."""
+
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gatewise.checks import is_whole
+from gatewise.serving.server.engine import Sampling
+
+# Settings that are not served, with the values that change nothing.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
+    "guided_choice": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_grammar": (),
+    "structural_tag": (),
+    "logits_processors": ([],),
+    "thinking_token_budget": (),
+    "reasoning_effort": (),
+    "truncate_prompt_tokens": (),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "documents": ([],),
+}
+
+
+class BadRequestError(Exception):
+    """What the client can put right.
+
+    Args:
+        param: the field that it is about.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside the answer: at its end, how many tokens were read and written."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+class Body(BaseModel):
+    """What requests for texts and for chats have in common. A field that is null is one that was left out."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    only: ClassVar[dict[str, tuple[Any, ...]]] = _ONLY
+
+    model: str
+    max_tokens: int | None = Field(None, ge=0, le=2**31)
+    n: int = Field(1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: list[str] = Field([], max_length=16)
+    ignore_eos: bool = False
+    vllm_xargs: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_list(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @model_validator(mode="after")
+    def _check(self) -> "Body":
+        if "" in self.stop:
+            raise BadRequestError("stop has an empty text: leave it out", "stop")
+        if self.stream_options is not None and not self.stream:
+            raise BadRequestError("stream_options goes with stream as true: leave it out", "stream_options")
+        for name, given in (self.model_extra or {}).items():
+            neutral = self.only.get(name, (given,))
+            if not any(given == one and isinstance(given, bool) == isinstance(one, bool) for one in neutral):
+                raise BadRequestError(f"{name} is {_shown(given)}, which is not served here: leave it out", name)
+        return self
+
+    def sampling(self, most: int, number: int) -> Sampling:
+        """How the tokens of the answer of this number are chosen, at most so many."""
+        seed = None if self.seed is None else self.seed + number
+        return Sampling(most, self.temperature, self.top_p, seed, tuple(self.stop), self.ignore_eos, self.counted_logprobs)
+
+    @property
+    def counted_logprobs(self) -> int | None:
+        """Of how many tokens at each place log-probabilities are told, beside the chosen one; None: of none."""
+        raise NotImplementedError
+
+
+class Completion(Body):
+    """The body of ``/v1/completions``."""
+
+    only = _ONLY | {"add_special_tokens": (True,), "max_completion_tokens": (), "top_logprobs": (0,)}
+
+    prompt: Any
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> "Completion":
+        given = self.prompt
+        prompts = given if isinstance(given, list) and given and not all(map(is_whole, given)) else [given]
+        if not all(isinstance(one, str) or (isinstance(one, list) and one and all(map(is_whole, one))) for one in prompts):
+            said = "prompt: expected a text, a list of texts, token ids or a list of token ids, none of them empty"
+            raise BadRequestError(said, "prompt")
+        self.prompt = prompts
+        if self.max_tokens == 0 and not self.echo:
+            raise BadRequestError("max_tokens is 0: expected at least 1, or echo as true", "max_tokens")
+        return self
+
+    @property
+    def counted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class Message(BaseModel):
+    """What somebody said. Of content in parts, texts are served."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str
+    tool_calls: Literal[None] = None
+    function_call: Literal[None] = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: Any) -> Any:
+        if not isinstance(content, list):
+            return content
+        if not all(isinstance(one, dict) and one.get("type") == "text" and isinstance(one.get("text"), str) for one in content):
+            raise BadRequestError("messages: content has parts that are no text, which is not served here", "messages")
+        return "\n".join(one["text"] for one in content)
+
+
+class Chat(Body):
+    """The body of ``/v1/chat/completions``."""
+
+    only = _ONLY | {"add_special_tokens": (False,), "echo": (False,)}  # a chat template writes special tokens itself
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> "Chat":
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequestError("top_logprobs was given without logprobs: give logprobs as true", "top_logprobs")
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
+        if self.max_tokens == 0:
+            raise BadRequestError("max_tokens is 0: expected at least 1", "max_tokens")
+        return self
+
+    @property
+    def counted_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def read(kind: type[AnyBody], content: bytes) -> AnyBody:
+    """A body of JSON.
+
+    Raises:
+        BadRequestError: it makes no sense, or is not served.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        what = f"{place} is {_shown(first['input'])}" if place and first["type"] != "missing" else place or "the body"
+        raise BadRequestError(f"{what}: {first['msg']}", str(first["loc"][0]) if place else None) from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."
