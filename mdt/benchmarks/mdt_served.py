@@ -87,7 +87,8 @@ def through_the_server(texts: Sequence[str], options: argparse.Namespace, file: 
 def served(options: argparse.Namespace) -> Iterator[str]:
     """A server of the adapter, of this machine's own; its address."""
     command = [sys.executable, "-m", "gatewise", "serve", options.base, "--adapters", f"{NAME}={options.adapter}"]
-    command += ["--engine", options.engine, "--port", "0", "--max-running", str(options.together), "--dtype", "float32", "--trees"]
+    command += ["--engine", options.engine, "--port", "0", "--max-running", str(options.together), "--dtype", "float32"]
+    command += ["--constraint", "gatewise_tree"]
     command += ["--python", str(options.python)] if options.python else []
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)

@@ -1,13 +1,16 @@
 """What ``gatewise serve`` refuses before anything is loaded; what it serves is tested in ``serving/server``."""
 
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
+from gatewise.serving import constraints
 
 
 def serve(*words: str) -> Any:
@@ -16,22 +19,33 @@ def serve(*words: str) -> Any:
 
 def test_an_engine_that_would_ignore_an_option_refuses_it() -> None:
     for words, said in (
-        (("--engine", "vllm", "--max-waiting", "256"), "--max-waiting is 256, but vLLM lets any number wait"),
-        (("--engine", "vllm", "--device", "cpu"), "--device is 'cpu', but vLLM chooses its own"),
-        (("--engine", "transformers", "--python", "python"), "--python goes with --engine vllm"),
+        (("--engine", "vllm", "--max-waiting", "256"), "--max-waiting does not go with --engine vllm"),
+        (("--engine", "vllm", "--device", "cpu"), "--device does not go with --engine vllm"),
+        (("--engine", "transformers", "--python", "python"), "--python does not go with --engine transformers"),
     ):
         result = serve(*words)
         assert (result.exit_code, said in result.stderr) == (2, True), result.output
 
 
-@pytest.mark.parametrize("missing", ["llguidance", "gatewise_mdt.extraction.constraint"])
-def test_trees_need_what_constrains_them(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    given = ("--engine", "transformers", "--adapters", "nothing")
-    result = serve(*given, "--trees")
-    assert result.exit_code == 2, result.output
-    assert f"--trees needs {missing}, which is not installed: pip install" in result.stderr
-    assert "--trees" not in serve(*given).stderr  # where nobody asks, it serves without
+def test_a_constraint_is_found_among_the_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Form:
+        logits_processor = "a:B"
+
+    points = [
+        EntryPoint("form", "forms:FORM", "gatewise.constraints"),
+        EntryPoint("broken", "nowhere:FORM", "gatewise.constraints"),
+    ]
+    monkeypatch.setitem(sys.modules, "forms", SimpleNamespace(FORM=Form()))
+    monkeypatch.setattr(constraints, "entry_points", lambda group: [one for one in points if one.group == group])
+    assert list(constraints.find_constraints()) == ["form"]  # where nobody asks for it, one that is broken is passed over
+    assert constraints.logits_processors(constraints.find_constraints(["form"])) == ["--logits-processors", "a:B"]
+    for engine in ("transformers", "vllm"):
+        for name, said in (
+            ("poem", "has a constraint 'poem'; those that are there: broken, form"),
+            ("broken", "No module named 'nowhere'"),
+        ):
+            result = serve("--engine", engine, "--constraint", name)
+            assert (result.exit_code, said in " ".join(result.stderr.split())) == (2, True), result.output
 
 
 def test_a_named_folder_that_is_no_adapter_is_told(tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
-"""Stands in for ``run_vllm``: answers its requests with Transformers and PEFT, in this process.
+"""Stands in for vLLM where ``serving-check`` asks it: answers with Transformers and PEFT, in this process."""
 
-Like vLLM it leaves out, without a word, the LoRA of modules that ``--lora-target-modules`` does not name, by full name or kind.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,30 +10,33 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-
-def fake_vllm(_: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    models = {row["adapter"]: _model(request["arguments"], row["adapter"]) for rows in request["batches"] for row in rows}
-    batches = [
-        {"rows": [_answered(models[row["adapter"]].eval(), row["prompt"], request["tokens"]) for row in rows], "seconds": 0.1}
-        for rows in request["batches"]
-    ]
-    return {"version": "0.fake", "batches": batches}
+from gatewise.serving.server.with_vllm import VllmServer
 
 
-def _model(arguments: list[str], adapter: str | None) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(arguments[arguments.index("--model") + 1])
-    if adapter is None:
-        return base
-    names = set(arguments[arguments.index("--lora-target-modules") + 1 :])
-    model = PeftModel.from_pretrained(base, adapter)
+def ask_all(
+    server: VllmServer, prompted: Sequence[Sequence[list[int]]], tokens: int, left_out: str = "nothing"
+) -> tuple[str, list[Any], list[Any]]:
+    """Leaves out, without a word, the LoRA of modules with ``left_out`` in their names, as vLLM does where it has others for them."""
+    base = server._arguments[server._arguments.index("--model") + 1]
+    adapted, bare = [], []
+    for version, prompts in zip(server.catalogue.all(), prompted, strict=True):
+        model = _model(base, version.folder, left_out)
+        adapted.append([_answer(model, ids, tokens) for ids in prompts])
+        with model.disable_adapter():
+            bare.append([_answer(model, ids, tokens) for ids in prompts])
+    return "0.fake", adapted, bare
+
+
+def _model(base: str, adapter: Path, left_out: str) -> Any:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     for path, layer in model.base_model.model.named_modules():
-        if isinstance(layer, LoraLayer) and not names & {path, path.rpartition(".")[2]}:
+        if isinstance(layer, LoraLayer) and left_out in path:
             layer.lora_B["default"].weight.data.zero_()
     return model
 
 
 @torch.no_grad()
-def _answered(model: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
+def _answer(model: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
     ids, logprobs = list(prompt), []
     positions = getattr(model, "prompt_positions", lambda _: nullcontext())  # of a routed adapter
     for _ in range(tokens):
@@ -44,4 +44,4 @@ def _answered(model: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
             value, token = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1).max(-1)
         ids.append(int(token))
         logprobs.append(float(value))
-    return {"tokens": ids[len(prompt) :], "logprobs": logprobs}
+    return {"token_ids": ids[len(prompt) :], "token_logprobs": logprobs}

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 
 from gatewise import SelectivePromptConfig
 from gatewise.adapters.loading import load_adapter
+from gatewise.errors import GatewiseError
 from gatewise.models import load_model
 from gatewise.serving.server.running import AdapterServer
 
@@ -97,12 +98,17 @@ def text_of(ids: list[int]) -> str:
     return "".join(f" w{one - 2}" for one in ids if one > 1)
 
 
+def run(server: AdapterServer) -> None:
+    with suppress(GatewiseError):  # its engine was ended by a fault
+        server.run()
+
+
 @contextmanager
 def serving(base: Path, *adapters: Path | str, **settings: Any) -> Iterator[AdapterServer]:
     """A server that runs in a thread until the block ends; its base model is called "tiny"."""
     given = {"name": "tiny", "port": 0, "device": "cpu", "dtype": "float32", "say": lambda text: None, "settled": 0.1, **settings}
     with AdapterServer(str(base), [str(one) for one in adapters], **given) as server:
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(target=run, args=(server,))
         thread.start()
         try:
             yield server

@@ -94,6 +94,10 @@ class Engine:
     def delete(self, folder: str) -> None:
         shutil.rmtree(folder)
 
+    def load(self, folder: str) -> None:
+        """As vLLM's server does before it serves an adapter."""
+        self.llm.llm_engine.add_lora(self.adapter(folder))
+
     def unload(self, folder: str, name: str | None = None) -> bool:
         lora = self.adapter(folder, name)
         return bool(self.llm.llm_engine.remove_lora(lora.lora_int_id))

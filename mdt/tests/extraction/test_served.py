@@ -195,7 +195,7 @@ def test_what_is_wrong_with_a_server_is_said_once(engine: tuple[Engine, str], an
 def test_a_server_that_writes_freely_is_named(engine: tuple[Engine, str]) -> None:
     made, url = engine
     made.obeys = False
-    with pytest.raises(GatewiseError, match="start it with `gatewise serve --trees`"):
+    with pytest.raises(GatewiseError, match="start it with `gatewise serve --constraint gatewise_tree`"):
         ServedExtractor.connect(url, "trees", max_new_tokens=60)(TEXTS)
     assert all(ServedExtractor.connect(url, "trees", max_new_tokens=60, constrained=False)(TEXTS))
 

@@ -239,7 +239,7 @@ def _settings_of(folders: Sequence[Path], model_type: str, given: str | Path | N
             found.append(_read_settings(folder / SERVING_FILE))
         else:
             found.append(serving_settings(read_lora(folder), model_type))
-    return settings_together(found)
+    return found[0] if len(found) == 1 else settings_together(found)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A small web server: an address to listen at, and uvicorn with limits. For gatewise and for packages on top of it.
+"""A small web server: an address to listen at, uvicorn with limits, bodies with limits. For gatewise and packages on top of it.
 
 uvicorn waits for ever for the head of a request, and for a client that does not read its answer, and holds such connections until
 ``limit_concurrency`` is reached. A server that strangers can reach needs a proxy in front of it, for TLS too.
@@ -8,6 +8,9 @@ import socket
 from typing import Any
 
 from gatewise.errors import GatewiseError
+from gatewise.serving.server.guard import read_body
+
+__all__ = ["listen", "read_body", "resolve_host", "web_server"]
 
 
 def resolve_host(host: str, port: int) -> tuple[socket.AddressFamily, str]:

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -125,58 +126,57 @@ def test_a_running_answer_ends_with_the_adapter_that_it_began_with(made: dict[st
 def test_the_least_used_adapter_makes_room(made: dict[str, Path]) -> None:
     """More adapters than room, asked for by many at once; each time its own answer."""
     names = ["a", "b", "c", "routed"]
+    before = set(threading.enumerate())
     with serving(made["base"], *(made[name] for name in names), most_loaded=2) as server:
         with ThreadPoolExecutor(8) as threads:
             found = list(threads.map(lambda number: ask(server, names[number % 4]).choices[0].text, range(12)))
         assert found == [text(made, names[number % 4]) for number in range(12)]
         assert gauge(server, "gatewise_adapters_loaded") <= 2
         assert gauge(server, "gatewise_adapter_loads_total") > 4
+    soon(lambda: set(threading.enumerate()) <= before)
 
 
-def test_the_least_used_adapter_like_the_new_one_goes_first(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[Path] = []
-    load = Lane.load
-
-    def noted(self: Lane, folder: Path, name: str, base_name: str) -> None:
-        loaded.append(folder)
-        load(self, folder, name, base_name)
-
-    with serving(made["base"], *(made[name] for name in ("a", "b", "c", "routed")), most_loaded=3) as server:
-        for name in ("routed", "a", "b"):
-            assert ask(server, name).choices[0].text == text(made, name)
-        before = gauge(server, "gatewise_adapter_loads_total")
-        monkeypatch.setattr(Lane, "load", noted)
-        for name in ("c", "routed", "b", "a", "c"):  # each like one of the older two, of which the other one may be the oldest
-            assert ask(server, name).choices[0].text == text(made, name)
-        assert not loaded
-        assert gauge(server, "gatewise_adapters_loaded") == 3
-        assert gauge(server, "gatewise_adapter_loads_total") == before + 3
-
-
-def test_adapters_that_are_in_use_stay_though_new_ones_are_like_them(made: dict[str, Path], tmp_path: Path) -> None:
-    wide = [adapter_folder(made["base"], tmp_path / name, seed=seed, r=5) for seed, name in enumerate(("x", "y"))]
-    with serving(made["base"], made["a"], made["b"], tmp_path, most_loaded=3) as server:
-        for name in ("a", "b", "x", "y", "x", "y"):
-            found = ask(server, name).choices[0].text
-            assert found == (text(made, name) if name in made else text_of(writes(made["base"], wide[name == "y"], PROMPT, 8)))
-        assert gauge(server, "gatewise_adapter_loads_total") == 4
-
-
-def test_an_adapter_that_does_not_fit_harms_no_other(
-    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_that_does_not_fit_harms_no_other(made: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(GatewiseError, match="does not fit the base model"), serving(made["base"], made["misfit"]):
         pass
     shutil.copytree(made["a"], tmp_path / "a")
     shutil.copytree(made["misfit"], tmp_path / "misfit")
-    with serving(made["base"], tmp_path) as server:
+    said: list[str] = []
+    with serving(made["base"], tmp_path, say=said.append) as server:
         for _ in range(2):
             with pytest.raises(openai.InternalServerError, match="'misfit' cannot be loaded: see the server's log") as told:
                 ask(server, "misfit")
             assert str(tmp_path) not in str(told.value)
             assert ask(server, "a").choices[0].text == text(made, "a")
             assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
-    assert capsys.readouterr().err.count(f"the adapter {tmp_path / 'misfit'} does not fit") == 1
+    assert "".join(said).count(f"the adapter {tmp_path / 'misfit'} does not fit") == 1
+
+
+@pytest.mark.parametrize("place", ["copyfile", "load_adapter"])
+def test_what_could_not_be_loaded_is_loaded_later(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A disk or a memory that is full: said once, and the client is told nothing of folders."""
+
+    def fails(*_: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.copytree(made["a"], tmp_path / "a")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(made["base"] / name, tmp_path / "a")
+    said: list[str] = []
+    monkeypatch.setattr("gatewise.serving.server.catalogue.RETRY", 0.0)
+    with serving(made["base"], tmp_path, say=said.append) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil if place == "copyfile" else PeftModel, place, fails)
+            for _ in range(3):
+                with pytest.raises(openai.InternalServerError, match="'a' cannot be loaded: see the server's log"):
+                    ask(server, "a")
+        assert len([one for one in said if str(tmp_path / "a") in one and "No space left" in one]) == 1
+        monkeypatch.setattr("gatewise.serving.server.catalogue.RETRY", 60.0)
+        assert ask(server, "tiny").choices
+        monkeypatch.setattr("gatewise.serving.server.catalogue.RETRY", 0.0)
+        assert ask(server, "a").choices[0].text == text(made, "a")
 
 
 @pytest.mark.usefixtures("slow")
@@ -228,63 +228,6 @@ def test_a_fault_ends_its_answers_alone(
     assert "out of memory, say" in capsys.readouterr().err
 
 
-def no_memory() -> Exception:
-    """What PyTorch raises where a processor's memory does not suffice."""
-    with pytest.raises(RuntimeError) as told:
-        torch.empty(2**60, dtype=torch.uint8)
-    return told.value
-
-
-@pytest.mark.parametrize("error", [OSError("too many open files"), torch.OutOfMemoryError("no memory left"), no_memory()], ids=type)
-def test_what_could_not_be_loaded_for_want_of_room_is_loaded_later(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def fails(*_: Any, **more: Any) -> None:
-        raise error
-
-    shutil.copytree(made["a"], tmp_path / "a")
-    with serving(made["base"], tmp_path) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(PeftModel, "load_adapter", fails)
-            with pytest.raises(openai.InternalServerError, match="'a' cannot be loaded"):
-                ask(server, "a")
-        assert ask(server, "a").choices[0].text == text(made, "a")
-
-
-@pytest.mark.parametrize("with_tokenizer", [False, True])
-def test_what_cannot_be_copied_is_said_once(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], with_tokenizer: bool
-) -> None:
-    """It was called replaced, with status 503 for ever."""
-    shutil.copytree(made["a"], tmp_path / "a")
-    if with_tokenizer:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(made["base"] / name, tmp_path / "a")
-
-    def full(source: Path, target: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
-
-    with serving(made["base"], tmp_path) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(shutil, "copyfile", full)
-            for _ in range(3):
-                with pytest.raises(openai.InternalServerError, match="cannot be loaded: see the server's log") as told:
-                    ask(server, "a")
-                assert told.value.status_code == 500
-        said = capsys.readouterr().err
-        assert said.count(f"error: the adapter {tmp_path / 'a'} cannot be copied (No space left on device): ") == 1
-        assert "Traceback" not in said
-        assert ask(server, "a").choices[0].text == text(made, "a")
-
-
-def test_no_thread_stays_behind(made: dict[str, Path]) -> None:
-    before = set(threading.enumerate())
-    with serving(made["base"]) as server:
-        ask(server, "tiny")
-        assert len(threading.enumerate()) > len(before)
-    soon(lambda: set(threading.enumerate()) <= before)
-
-
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("name", ["a", "routed"])
 def test_who_goes_while_the_prompt_is_read_harms_no_other(
@@ -292,9 +235,10 @@ def test_who_goes_while_the_prompt_is_read_harms_no_other(
 ) -> None:
     enter = Engine._enter
 
-    def gone(self: Engine, lane: Lane, batch: list[Any]) -> None:
-        self.cancel([one for one in batch if one.sampling.max_tokens == 5])
-        enter(self, lane, batch)
+    def gone(self: Engine, lane: Lane, one: Any) -> None:
+        if one.sampling.max_tokens == 5:
+            self.cancel([one])
+        enter(self, lane, one)
 
     monkeypatch.setattr(Engine, "_enter", gone)
     with serving(made["base"], made[name]) as server:
@@ -322,11 +266,8 @@ def test_nobody_else_is_let_in_without_a_key() -> None:
     assert check_reach("0.0.0.0", 0, "secret") is None
     with pytest.raises(GatewiseError, match="lets other machines in: give a key"):
         check_reach("0.0.0.0", 0, None)
-    for key in ("", " ", "a\nb", "é"):
+    for key in ("", " ", "a\nb", "é", " secret", "secret "):  # HTTP takes blanks off, and nobody would be let in
         with pytest.raises(GatewiseError, match="the API key is empty"):
-            check_reach("127.0.0.1", 0, key)
-    for key in (" secret", "secret "):  # HTTP takes them off, and nobody would be let in
-        with pytest.raises(GatewiseError, match=r"a blank at its beginning or end, .*: take it off$"):
             check_reach("127.0.0.1", 0, key)
     assert check_reach("127.0.0.1", 0, "a secret") is None
 
@@ -354,42 +295,23 @@ def test_settings_of_the_base_model_that_are_passed_over_are_told(made: dict[str
     ]
 
 
-def test_nobody_waits_for_an_engine_that_ended(
+def test_an_engine_that_ended_ends_its_server(
     made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def breaks(*_: Any) -> None:
-        raise RuntimeError("a fault of ours")
-
-    with serving(made["base"], made["a"]) as server:
-        monkeypatch.setattr("gatewise.serving.server.engine.Engine._admit", breaks)
-        for _ in range(2):
-            with pytest.raises(openai.InternalServerError) as told:
-                ask(server, "a")
-            assert told.value.status_code == 503
-        with pytest.raises(urllib.error.HTTPError, match="503"):
-            urllib.request.urlopen(f"{server.url}/health")
-    assert "a fault of ours" in capsys.readouterr().err
-
-
-def test_a_server_whose_engine_ended_tells_so_and_ends(
-    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With an error, so that whatever started it starts it again."""
+    """With an error, so that whatever started it starts it again; and who waits is told."""
 
     def breaks(*_: Any) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("gatewise.serving.server.running._LAST_WORDS", 1.0)
     given: dict[str, Any] = {"name": "tiny", "port": 0, "device": "cpu", "say": lambda text: None}
     with AdapterServer(str(made["base"]), **given) as server, ThreadPoolExecutor(1) as threads:
         run = threads.submit(server.run)
         assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
         monkeypatch.setattr("gatewise.serving.server.engine.Engine._admit", breaks)
-        for _ in range(2):
-            with pytest.raises(openai.InternalServerError, match="the engine has ended: see the server's log") as told:
-                ask(server, "tiny")
-            assert told.value.status_code == 503
-            assert "Retry-After" not in told.value.response.headers
+        with pytest.raises(openai.InternalServerError, match="the engine has ended: see the server's log") as told:
+            ask(server, "tiny")
+        assert told.value.status_code == 503
+        assert "Retry-After" not in told.value.response.headers
         with pytest.raises(GatewiseError, match="the engine has ended by a fault"):
             run.result(30)
     assert "a fault of ours" in capsys.readouterr().err
@@ -466,31 +388,12 @@ def test_an_adapter_that_cannot_be_taken_off_harms_no_other(
     assert "a fault of PEFT's" in capsys.readouterr().err
 
 
-def test_any_fault_in_loading_is_the_adapters_alone(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(made["a"], tmp_path / "a")
-    shutil.copytree(made["b"], tmp_path / "b")
-    load = Lane.load
-
-    def fails(self: Lane, folder: Path, name: str, base_name: str) -> None:
-        load(self, folder, name, base_name)
-        if broken:
-            raise AssertionError
-
-    broken = True
-    monkeypatch.setattr(Lane, "load", fails)
-    with serving(made["base"], tmp_path) as server:
-        with pytest.raises(openai.InternalServerError, match="'a' cannot be loaded"):
-            ask(server, "a")
-        broken = False
-        assert ask(server, "b").choices[0].text == text(made, "b")
-
-
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_an_answer_with_nothing_that_may_come_is_alone_in_its_fault(
     made: dict[str, Path], tmp_path: Path, temperature: int
 ) -> None:
-    limits: Any = {"nothing": lambda *_: lambda written, scores: torch.full_like(scores, -torch.inf)}
-    with serving(made["base"], tmp_path, limits=limits) as server:
+    limits = {"nothing": SimpleNamespace(limit=lambda *_: lambda written, scores: torch.full_like(scores, -torch.inf))}
+    with serving(made["base"], tmp_path, constraints=limits) as server:
         with pytest.raises(openai.InternalServerError, match="wrote what is no number"):
             ask(server, "tiny", temperature=temperature, extra_body={"vllm_xargs": {"nothing": "1"}})
         assert ask(server, "tiny").choices[0].text == text_of(writes(made["base"], None, PROMPT, 8))
@@ -499,33 +402,19 @@ def test_an_answer_with_nothing_that_may_come_is_alone_in_its_fault(
 DEVICE_FAULT = "CUDA error: an illegal memory access was encountered"
 
 
-class Unreadable:
-    """Logits as a GPU gives them that has had a fault: that is told where they are first looked at."""
-
-    def argmax(self, dim: int) -> Any:
-        return self
-
-    def tolist(self) -> Any:
-        raise torch.AcceleratorError(DEVICE_FAULT.replace("CUDA", "HIP"))
-
-
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize(
     ("place", "more"),
     [
         ("lanes.Lane.read", {}),
-        ("lanes.Lane.join", {}),
         ("lanes.Lane.step", {}),
         ("lanes.Lane.keep", {"tokens": 2}),
         ("lanes.Lane.load", {"name": "later"}),
         ("engine._drawn", {"temperature": 1}),
-        ("engine._told", {"logprobs": 1}),
-        ("engine._told_of", {"logprobs": 1, "echo": True}),
-        (None, {}),
     ],
 )
 def test_a_dead_device_ends_the_engine(
-    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str | None, more: dict[str, Any]
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, more: dict[str, Any]
 ) -> None:
     """It went on, in good health by what it said, and failed everybody for ever."""
 
@@ -536,21 +425,15 @@ def test_a_dead_device_ends_the_engine(
     with serving(made["base"], made["a"], made["routed"], tmp_path) as server, ThreadPoolExecutor(3) as threads:
         stream = iter(ask(server, "routed", 90, stream=True, extra_body={"ignore_eos": True}))
         next(stream)
-        if place is None:
-            monkeypatch.setattr(Lane, "step", lambda self, tokens: Unreadable())
-        else:
-            monkeypatch.setattr(f"gatewise.serving.server.{place}", fails)
+        monkeypatch.setattr(f"gatewise.serving.server.{place}", fails)
         for one in [threads.submit(ask, server, **{"name": "a", **more}) for _ in range(3)]:
             if more.get("tokens") == 2 and one.exception(30) is None:
                 continue  # that was whole before it left
-            with pytest.raises(openai.InternalServerError, match="the engine has ended") as told:
-                one.result(30)
-            assert told.value.status_code == 503
+            with pytest.raises((openai.InternalServerError, openai.APIConnectionError), match=r"the engine has ended|Connection"):
+                one.result(30)  # who comes later finds no server
         with pytest.raises(openai.APIError, match="the engine has ended"):
             list(stream)
         soon(lambda: not server.engine.is_alive)
-        with pytest.raises(urllib.error.HTTPError, match="503"):
-            urllib.request.urlopen(f"{server.url}/health")
 
 
 @pytest.mark.parametrize(

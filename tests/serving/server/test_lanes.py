@@ -1,6 +1,5 @@
 """Rows that come and go between steps: each is what ``generate`` writes for it alone."""
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from served_models import adapter_folder, base_folder, writes
+from served_models import adapter_folder, base_folder, model_of, writes
 from tiny_models import random_adapter
 
-from gatewise.adapters.loading import likeness
 from gatewise.errors import GatewiseError
+from gatewise.losses import prompts_at
 from gatewise.models import load_model
 from gatewise.serving.products import BASE
 from gatewise.serving.server.lanes import Kind, Lane
@@ -32,7 +31,7 @@ def run(lane: Lane, asked: list[tuple[str, list[int], int]], seed: int) -> list[
     chance, waiting, running = random.Random(seed), list(range(len(asked))), list[int]()
     written: list[list[int]] = [[] for _ in asked]
 
-    def note(rows: list[int], logits: torch.Tensor) -> None:
+    def write(rows: list[int], logits: torch.Tensor) -> None:
         for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
             written[row].append(token)
         stay = [place for place, row in enumerate(running) if len(written[row]) < asked[row][2]]
@@ -40,15 +39,14 @@ def run(lane: Lane, asked: list[tuple[str, list[int], int]], seed: int) -> list[
         running[:] = [running[place] for place in stay]
 
     while waiting or running:
-        if waiting and (not running or chance.random() < 0.5):
-            count = chance.randint(1, 3)
-            new, waiting = waiting[:count], waiting[count:]
-            read = lane.read([asked[row][1] for row in new], [asked[row][0] for row in new])
+        while waiting and (not running or chance.random() < 0.5):
+            row = waiting.pop(0)
+            read = lane.read(asked[row][1], asked[row][0])
             lane.join(read)
-            running += new
-            note(new, read.logits)
+            running.append(row)
+            write([row], read.logits)
         if running:
-            note(list(running), lane.step([written[row][-1] for row in running]))
+            write(list(running), lane.step([written[row][-1] for row in running]))
     return written
 
 
@@ -89,7 +87,7 @@ def test_an_adapter_may_go_and_come_back_beside_rows_of_others(tmp_path: Path) -
     written: list[list[int]] = [[], [], []]
     running: list[int] = []
     for row, (name, prompt) in enumerate(asked):
-        read = lane.read([prompt], [name])
+        read = lane.read(prompt, name)
         lane.join(read)
         running.append(row)
         written[row].append(int(read.logits.argmax()))
@@ -104,100 +102,23 @@ def test_an_adapter_may_go_and_come_back_beside_rows_of_others(tmp_path: Path) -
         assert row[: len(alone)] == alone
 
 
-@pytest.mark.parametrize("kind", ["plain", "routed"])
-def test_an_adapter_takes_the_place_of_one_like_it_beside_rows_of_others(
-    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = base_folder(tmp_path / "base")
-    folders = {name: adapter_folder(base, tmp_path / name, kind, seed=seed) for seed, name in enumerate("abcd")}
-    folders["other"] = adapter_folder(base, tmp_path / "other", kind, seed=9, r=5)
-    config = json.loads((folders["c"] / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": "elsewhere", "target_modules": config["target_modules"][::-1]}
-    (folders["c"] / "adapter_config.json").write_text(json.dumps(config))
-    lane = Lane(load_model(base), kind)
-    for name in ("a", "b", "other"):
-        lane.load(folders[name], name, str(base))
-    monkeypatch.setattr(PeftModel, "load_adapter", None)
-    monkeypatch.setattr(PeftModel, "delete_adapter", None)
-    assert lane.alike["a"] == lane.alike["b"] == likeness(folders["c"]) != lane.alike["other"]
-    assert not lane.replace("other", folders["c"], "c")
-    prompt, written = [5, 6, 7], {name: list[int]() for name in ("b", "c", "a", "d")}
-
-    def step(*names: str) -> None:
-        assert lane.rows == list(names)
-        for name, token in zip(names, lane.step([written[name][-1] for name in names]).argmax(-1).tolist(), strict=True):
-            written[name].append(token)
-
-    def enter(name: str) -> None:
-        read = lane.read([prompt], [name])
-        lane.join(read)
-        written[name].append(int(read.logits.argmax()))
-
-    enter("b")
-    step("b")
-    assert lane.replace("a", folders["c"], "c")
-    assert lane.names == {"b", "c", "other"}
-    enter("c")
-    step("b", "c")
-    lane.keep([0])
-    assert lane.replace("c", folders["a"], "a")  # which had that place before
-    enter("a")
-    step("b", "a")
-    lane.keep([1])
-    assert lane.replace("b", folders["d"], "d")
-    enter("d")
-    step("a", "d")
-    monkeypatch.undo()
-    for name, tokens in written.items():
-        alone = writes(base, folders[name], prompt, len(tokens))
-        assert tokens[: len(alone)] == alone, name
-    assert len({tuple(writes(base, folders[name], prompt, 12)) for name in written}) == 4
-
-
 def test_rows_tell_of_the_modules_that_their_own_adapter_decided_on(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     lane = Lane(load_model(base), "routed")
     lane.load(adapter_folder(base, tmp_path / "all", "routed"), "all", str(base))
     some = adapter_folder(base, tmp_path / "some", "routed", target_modules=r".*layers\.0\..*(q_proj|v_proj)", top_k=1)
     lane.load(some, "some", str(base))
-    prompts = [[5, 6, 7], [8, 9]]
-    found = lane.read(prompts, ["all", "some"]).routed
-    assert found == [lane.read([one], [name]).routed[0] for one, name in zip(prompts, ("all", "some"), strict=True)]
-    assert {layer: sorted(modules) for layer, modules in found[1].kept.items()} == {
-        "model.layers.0": ["self_attn.q_proj", "self_attn.v_proj"]
-    }
-
-
-def test_an_adapter_that_cannot_be_read_takes_no_place(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    folders = [adapter_folder(base, tmp_path / str(seed), seed=seed) for seed in range(3)]
-    lane = Lane(load_model(base), "plain")
-    lane.load(folders[0], "a", str(base))
-    whole = (folders[1] / "adapter_model.safetensors").read_bytes()
-    (folders[1] / "adapter_model.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(GatewiseError, match="damaged or cut short"):
-        lane.replace("a", folders[1], "b")
-    tensors = load_file(folders[2] / "adapter_model.safetensors")
-    name, tensor = tensors.popitem()
-    save_file({**tensors, f"more.{name}": tensor}, folders[2] / "adapter_model.safetensors")
-    assert not lane.replace("a", folders[2], "b")
-    read = lane.read([[5, 6]], ["a"])
-    assert [int(read.logits.argmax())] == writes(base, folders[0], [5, 6], 1)
-
-
-def test_adapters_are_alike_only_where_they_compute_alike(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    one = adapter_folder(base, tmp_path / "one", rank_pattern={"v_proj": 5, ".*self_attn.*": 3})
-    assert likeness(one) == likeness(adapter_folder(base, tmp_path / "two", seed=1, rank_pattern={"v_proj": 5, ".*self_attn.*": 3}))
-    for key, value in [("alpha_pattern", {"v_proj": 60}), ("lora_alpha", 60), ("use_rslora", True), ("bias", "all")]:
-        changed = shutil.copytree(one, tmp_path / key)
-        config = json.loads((one / "adapter_config.json").read_text())
-        (changed / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-        assert likeness(changed) != likeness(one), key
-    patterns = [{"v_proj": 60, ".*self_attn.*": 3}, {".*self_attn.*": 3, "v_proj": 60}]  # of which the first that matches decides
-    for folder, pattern in zip((one, changed), patterns, strict=True):
-        (folder / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": pattern}))
-    assert likeness(changed) != likeness(one)
+    prompt = [5, 6, 7]
+    assert lane.read(prompt, "some").routing == {"self_attn.q_proj": (1, 1), "self_attn.v_proj": (0, 1)}
+    kept = lane.read(prompt, "all").routing
+    with torch.no_grad(), prompts_at(model_of(base, tmp_path / "all"), torch.ones(1, 3)):
+        model_of(base, tmp_path / "all")(input_ids=torch.tensor([prompt]))
+    found = model_of(base, tmp_path / "all").base_model.routing()
+    expected = {module: [0, 0] for module in kept}
+    for modules, gates in zip(found.modules, found.gates[0].tolist(), strict=True):
+        for module, gate in zip(modules, gates, strict=True):
+            expected[module] = [expected[module][0] + (gate > 0), expected[module][1] + 1]
+    assert kept == {module: tuple(counts) for module, counts in expected.items()}
 
 
 def test_no_adapter_changes_the_base_model_of_the_others(tmp_path: Path) -> None:
@@ -211,7 +132,7 @@ def test_no_adapter_changes_the_base_model_of_the_others(tmp_path: Path) -> None
     before = bare.lm_head.weight.clone()
     lane = Lane(bare, "plain")
     lane.load(tmp_path / "head", "head", str(base))
-    assert [int(lane.read([[5, 6]], ["head"]).logits.argmax())] == writes(base, tmp_path / "head", [5, 6], 1)
+    assert [int(lane.read([5, 6], "head").logits.argmax())] == writes(base, tmp_path / "head", [5, 6], 1)
     tensors = load_file(tmp_path / "head" / "adapter_model.safetensors")
     name = next(name for name in tensors if name.endswith("lm_head.base_layer.weight"))
     other = shutil.copytree(tmp_path / "head", tmp_path / "other")

@@ -205,6 +205,21 @@ class TreeScores:
         return scores.masked_fill(torch.from_numpy(~mask).to(scores.device), -torch.inf)
 
 
+class TreeConstraintOfServers:
+    """What `gatewise serve` keeps answers to trees with: the entry point "gatewise_tree" of ``gatewise.constraints``."""
+
+    logits_processor = "gatewise_mdt.extraction.in_vllm:TreeLogits"
+
+    def limit(
+        self, text: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], max_tokens: int, vocabulary: int
+    ) -> TreeScores:
+        """See :class:`TreeScores`."""
+        return TreeScores(text, tokenizer, ends, max_tokens, vocabulary)
+
+
+IN_SERVERS = TreeConstraintOfServers()
+
+
 @lru_cache(maxsize=16)
 def readable(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], size: int) -> Any:
     """The tokenizer as llguidance reads it, which takes about a second.

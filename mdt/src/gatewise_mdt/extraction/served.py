@@ -4,9 +4,10 @@
     for number, found in extractor.as_they_come(texts): ...
 
 What may be written depends on all before it, which no grammar says that a server would take. So the server runs the constraint
-itself: ``gatewise serve --trees``, or vLLM with ``--logits-processors gatewise_mdt.extraction.in_vllm:TreeLogits``. A request says
-in ``vllm_xargs`` what its course is. A server that does not know this would write freely and say nothing. So what comes is held
-against the course once more, and a server that did not keep to it is named.
+itself: ``gatewise serve --constraint gatewise_tree``, or vLLM with
+``--logits-processors gatewise_mdt.extraction.in_vllm:TreeLogits``. A request says in ``vllm_xargs`` what its course is. A server
+that does not know this would write freely and say nothing. So what comes is held against the course once more, and a server that
+did not keep to it is named.
 """
 
 import http.client
@@ -104,8 +105,9 @@ class Server:
         read = _read_again(Course.from_json(course), written, ended, tokens, most)
         if read is None:
             raise GatewiseError(
-                f"the server at {self.url} does not keep to what may be written in a tree: start it with `gatewise serve --trees`,"
-                " or vLLM with --logits-processors gatewise_mdt.extraction.in_vllm:TreeLogits, or write without constraint"
+                f"the server at {self.url} does not keep to what may be written in a tree: start it with `gatewise serve"
+                " --constraint gatewise_tree`, or vLLM with --logits-processors gatewise_mdt.extraction.in_vllm:TreeLogits, or"
+                " write without constraint"
             )
         return read
 

@@ -254,9 +254,8 @@ class Catalogue:
                     listed = [os.path.join(path, name) for name in sorted(os.listdir(path))]
             except OSError as error:
                 if strict and isinstance(error, _GONE):
-                    raise GatewiseError(
-                        f"--adapters {place}: expected an adapter, a folder of adapters or a pattern of folders"
-                    ) from error
+                    said = "there is no such folder, expected an adapter, a folder of adapters or a pattern of folders"
+                    raise GatewiseError(f"--adapters {place}: {said}") from error
                 if not isinstance(error, _GONE):
                     self._pass_over(Path(path), error, strict)
             for folder in map(Path.absolute, map(Path, listed)):
@@ -302,8 +301,9 @@ class Catalogue:
         self._seen[folder] = (signature, since)
         if time.time() - newest < self._settled and now - since < self._settled:  # clocks of other machines may be ahead
             return before
+        version = Version(name, folder, kind_of(folder), signature, is_named)
         self._said.pop(folder, None)
-        return Version(name, folder, kind_of(folder), signature, is_named)
+        return version
 
 
 def kind_of(folder: Path) -> Kind:

@@ -29,8 +29,8 @@ TESTED = "0.32."
 """How the versions of vLLM begin that ``make test-serve`` was run with."""
 
 # What is put on objects of vLLM.
-_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _OWN = (
-    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "own")
+_CONFIG, _ROUTING, _PLACED, _PARTS, _GATES, _GROUPS, _KINDS, _OWN = (
+    f"gatewise_{name}" for name in ("config", "routing", "placed", "parts", "gates", "groups", "kinds", "own")
 )
 _numbers = count()  # of this process's requests
 _is_installed = False
@@ -212,12 +212,15 @@ def _keep_config(made: Any) -> Any:
 
 def _load_adapter(load: Any) -> Any:
     def _load(self: Any, lora_request: Any) -> Any:
-        path, kind = lora_request.lora_path, kind_of(_folder(lora_request.lora_path))
-        if kind != _kind(lora_request):  # requests and keys of the prefix cache are there that count on what it was
+        number, path, kind = lora_request.lora_int_id, lora_request.lora_path, kind_of(_folder(lora_request.lora_path))
+        loaded = self.__dict__.setdefault(_KINDS, {})
+        before = loaded.get(number, kind) if number in self.list_adapters() else kind
+        if not kind == before == _kind(lora_request):  # requests and keys of the prefix cache are there that count on what it was
             raise GatewiseError(
                 f"the adapter {shown(lora_request.lora_name)} ({path}) is of another kind than what was loaded by its number "
                 "before, routed or not, or with another adapt or pooler: load it under another name"
             )
+        loaded[number] = kind
         if not kind.routed:
             return load(self, lora_request)
         config, manager = getattr(self, _CONFIG), self._adapter_manager

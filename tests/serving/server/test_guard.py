@@ -1,0 +1,117 @@
+"""Who is let in, with a key and without, and how much may be sent: before both engines."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from gatewise.serving.server import guard
+
+Guarded = Callable[..., TestClient]
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
+    """guarded(VARIABLE=value, ...) -> a client of a guard with that environment, before what tells the length of a body."""
+
+    async def length(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            socket = WebSocket(scope, receive, send)
+            await socket.accept()
+            await socket.close()
+        else:
+            await Response(str(len(await Request(scope, receive).body())))(scope, receive, send)
+
+    def make(**given: str) -> TestClient:
+        for name in (guard.HOSTS, guard.KEY):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        return TestClient(guard.GuardByEnvironment(length), base_url="http://localhost:8000")
+
+    return make
+
+
+def is_connected(asked: TestClient, **headers: str) -> bool:
+    try:
+        with asked.websocket_connect("ws://localhost:8000/v1/realtime", headers=headers):
+            return True
+    except WebSocketDisconnect:
+        return False
+
+
+@pytest.mark.parametrize("hosts", [None, "127.0.0.1,localhost,[::1]"])
+def test_names_and_sizes(guarded: Guarded, monkeypatch: pytest.MonkeyPatch, hosts: str | None) -> None:
+    monkeypatch.setattr(guard, "MOST_BYTES", 2**20)
+    asked = guarded(**({} if hosts is None else {"GATEWISE_HOSTS": hosts}))
+    assert asked.get("/health").text == "0"
+    assert asked.post("/v1/completions", content=b"x" * 2**20).text == str(2**20)
+    pieces = [b"x" * 1000] * 1000
+    assert asked.post("/v1/completions", content=iter(pieces)).text == "1000000"
+    for content in (b"x" * (2**20 + 1), iter(pieces + pieces)):
+        answer = asked.post("/v1/completions", content=content)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+        assert answer.json()["error"]["message"] == "the body is too large: expected at most 1 MiB"
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:1", "[::1]"):
+        assert asked.get("/health", headers={"Host": host}).status_code == 200
+    for host in ("evil.example:8000", "evil.example", "", "localhost.evil.example"):
+        answer = asked.get("/health", headers={"Host": host})
+        assert answer.status_code == (200 if hosts is None else 403)
+
+
+def test_the_key_keeps_others_out_everywhere(guarded: Guarded) -> None:
+    asked = guarded(VLLM_API_KEY="secret")
+    for method, path in (("POST", "/invocations"), ("GET", "/metrics"), ("GET", "/v1")):
+        for key in ("", "secret", "Bearer Secret", "Bearer secret2", "Basic secret"):
+            answer = asked.request(method, path, headers={"Authorization": key} if key else {})
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthenticationError")
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert asked.request(method, path, headers={"Authorization": "Bearer secret"}).is_success
+        assert asked.request(method, path, headers={"Authorization": "bearer secret", "Origin": "http://a.example"}).is_success
+    assert asked.get("/health").is_success
+    assert asked.get("/health/x").status_code == 401
+    assert not is_connected(asked)
+    assert is_connected(asked, Authorization="Bearer secret")
+    # What a browser asks first, for a page that will send the key.
+    first = {"Origin": "http://a.example", "Access-Control-Request-Method": "POST"}
+    assert asked.options("/v1/completions", headers=first).is_success
+    assert asked.options("/v1/completions").status_code == 401
+    assert asked.post("/v1/completions", headers=first).status_code == 401
+    assert guarded(VLLM_API_KEY="").get("/metrics").is_success  # which vLLM takes for none, too
+
+
+def test_no_page_of_another_site_asks_without_a_key(guarded: Guarded) -> None:
+    asked = guarded(GATEWISE_HOSTS="127.0.0.1,localhost,[::1]")
+    for origin in ("http://evil.example", "null", "http://localhost:3000", "http://localhost"):
+        for method in ("GET", "POST", "OPTIONS"):
+            answer = asked.request(method, "/v1/models", headers={"Origin": origin})
+            assert (answer.status_code, answer.json()["error"]["type"]) == (403, "PermissionDeniedError")
+        assert not is_connected(asked, Origin=origin)
+    assert not is_connected(asked, Host="evil.example")
+    for headers in ({}, {"Origin": "http://localhost:8000"}, {"Origin": "http://127.0.0.1:1", "Host": "127.0.0.1:1"}):
+        assert asked.post("/v1/completions", headers=headers).is_success
+    assert is_connected(asked, Origin="http://localhost:8000")
+    both: Any = [("Origin", "http://localhost:8000"), ("Origin", "http://evil.example")]
+    assert asked.get("/v1/models", headers=both).status_code == 403
+
+
+def test_a_body_that_does_not_come_is_given_up(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SILENCE", 0.1)
+    sent: list[Any] = []
+
+    async def nothing() -> Any:
+        await asyncio.sleep(10)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    with ThreadPoolExecutor(1) as thread:  # whose loop is its own
+        thread.submit(asyncio.run, guard.Guard(nothing, None, None)(scope, nothing, send)).result()
+    assert sent[0]["status"] == 408
