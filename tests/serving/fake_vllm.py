@@ -16,7 +16,7 @@ from gatewise.serving.server.with_vllm import VllmServer
 def ask_all(
     server: VllmServer, prompted: Sequence[Sequence[list[int]]], tokens: int, left_out: str = "nothing"
 ) -> tuple[str, list[Any], list[Any]]:
-    """Leaves out, without a word, the LoRA of modules with ``left_out`` in their names, as vLLM does where it has others for them."""
+    """Leaves out the LoRA of modules with ``left_out`` in their names, as vLLM does without a word where it has others for them."""
     base = server._arguments[server._arguments.index("--model") + 1]
     adapted, bare = [], []
     for version, prompts in zip(server.catalogue.all(), prompted, strict=True):

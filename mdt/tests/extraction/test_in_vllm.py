@@ -42,19 +42,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "gatewise",
-        "serve",
-        str(base),
-        "--python",
-        str(PYTHON),
-        "--constraint",
-        "gatewise_tree",
-        "--port",
-        "0",
-    ]
+    command = [sys.executable, "-m", "gatewise", "serve", str(base), "--python", str(PYTHON), "--port", "0"]
+    command += ["--constraint", "gatewise_tree"]
     command += ["--served-model-name", "trees", "--dtype", "float32", "--max-model-len", str(POSITIONS), "--max-running", "8"]
     # So little room that requests are set aside and read again.
     command += ["--", "--enforce-eager", "--num-gpu-blocks-override", "9"]

@@ -1,6 +1,5 @@
 """A saved adapter on its base model, and data read as the run that trained it read its data."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,9 +20,6 @@ from gatewise.parts import TASKS
 from gatewise.progress import quiet
 from gatewise.tasks import Records, Template, default_template
 from gatewise.tasks.records import check_labels, load_like
-
-# Of an adapter's configuration: where it is from, and whether it is to be trained.
-_NOT_COMPUTED = {"base_model_name_or_path", "revision", "peft_version", "inference_mode"}
 
 _BASE_WEIGHT = re.compile(r"\.(?:base_layer|original_module)\.(weight|bias)$")
 
@@ -266,48 +262,6 @@ def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: st
         raise
     adapted.requires_grad_(False)
     return adapted.eval()
-
-
-def likeness(adapter_dir: str | Path) -> str:
-    """What adapters of one base model have in common where one's weights can take the place of the other's.
-
-    That is all of their configurations that tells what they compute, and the names and shapes of their tensors.
-
-    Raises:
-        GatewiseError: the folder is no adapter, or a file is damaged.
-    """
-    config = {key: value for key, value in read_config(adapter_dir).items() if key not in _NOT_COMPUTED}
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, which PEFT writes in any order
-        if isinstance(config.get(key), list):
-            config[key] = sorted(map(str, config[key]))
-    # Within a value the order counts: the first pattern of ranks or alphas that matches a module decides.
-    return json.dumps([sorted(config.items()), sorted(tensor_shapes(weights_of(adapter_dir)).items())])
-
-
-def take_place(model: PeftModel, name: str, adapter_dir: str | Path) -> bool:
-    """Has an adapter take the place of another one of the same ``likeness``, without PEFT's many walks through all modules.
-
-    Args:
-        name: what PEFT calls the other one, and this one from here on.
-
-    Returns:
-        Whether it did; if not, since PEFT has other names for the tensors, the other one is as it was.
-
-    Raises:
-        GatewiseError: a file is damaged, or its LoRA has numbers that are not finite. The other one is as it was.
-    """
-    weights = weights_of(adapter_dir)
-    with quiet():
-        there = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    if {key: list(tensor.shape) for key, tensor in there.items()} != tensor_shapes(weights):
-        return False
-    tensors = _sound(weights)
-    # All that can fail, such as memory of a GPU, before anything is changed.
-    tensors = {key: tensor.to(there[key]) for key, tensor in tensors.items()}
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            there[key].copy_(tensor)
-    return True
 
 
 def base_weights_in(adapter_dir: str | Path) -> list[str]:

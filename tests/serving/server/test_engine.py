@@ -274,7 +274,10 @@ def test_nobody_else_is_let_in_without_a_key() -> None:
 
 def test_what_the_server_cannot_have_is_told(made: dict[str, Path]) -> None:
     with serving(made["base"]) as server:
-        with pytest.raises(GatewiseError, match=f"port {server.port} cannot be had"), serving(made["base"], port=server.port):
+        with (
+            pytest.raises(GatewiseError, match=f"port {server.port} of 127.0.0.1 cannot be had"),
+            serving(made["base"], port=server.port),
+        ):
             pass
         with pytest.raises(GatewiseError, match=f"has {POSITIONS} positions"), serving(made["base"], most_tokens=POSITIONS + 1):
             pass

@@ -1,11 +1,40 @@
-"""Whom a server lets in, and where it is found."""
+"""Where a server is found, and whom it lets in."""
 
 import ipaddress
+import socket
 
 from gatewise.errors import GatewiseError
-from gatewise.serving.http import resolve_host
 
 HOST, PORT = "127.0.0.1", 8000
+
+
+def resolve_host(host: str, port: int) -> tuple[socket.AddressFamily, str]:
+    """Family and address of ``--host``.
+
+    Raises:
+        GatewiseError: it has none.
+    """
+    try:
+        found = socket.getaddrinfo(host or "?", port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise GatewiseError(f"--host is {host[:100]!r}, expected an address or a name of this machine ({said})") from error
+    family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    return family, str(address[0])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at a host; port 0 takes a free one.
+
+    Raises:
+        GatewiseError: the host has no address, or the port cannot be had.
+    """
+    family, address = resolve_host(host, port)
+    try:
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server((address, port), family=family, backlog=128, dualstack_ipv6=both)
+    except OSError as error:
+        raise GatewiseError(f"port {port} of {host} cannot be had ({error.strerror or error}): give another --port") from error
 
 
 def check_reach(host: str, port: int, key: str | None) -> frozenset[str] | None:

@@ -4,17 +4,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import uvicorn
+
 from gatewise.errors import GatewiseError
 from gatewise.models.device import pick_device, pick_dtype
 from gatewise.models.loading import load_model, load_tokenizer, text_positions
 from gatewise.serving.constraints import Constraint
-from gatewise.serving.http import listen, web_server
 from gatewise.serving.server.app import Served, app
 from gatewise.serving.server.catalogue import SETTLED, Catalogue
 from gatewise.serving.server.engine import Engine
 from gatewise.serving.server.lanes import check_model
 from gatewise.serving.server.metrics import Metrics
-from gatewise.serving.server.reach import HOST, PORT, check_reach, url_of
+from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, url_of
 from gatewise.serving.server.vocabularies import Tokenizers
 
 _UNTOLD = 4096  # tokens, of a model that does not say how many positions it has
@@ -89,7 +90,7 @@ class AdapterServer:
     ) -> None:
         say = say or (lambda text: print(text, file=sys.stderr))
         hosts = check_reach(host, port, key)
-        self.socket = listen(host, port, "give another --port")
+        self.socket = listen(host, port)
         self.port: int = self.socket.getsockname()[1]
         try:
             self.name = name or base
@@ -144,7 +145,23 @@ class AdapterServer:
         )
         made = app(served)
         self._encoding = made.state.encoding
-        self._server = web_server(made, connections=512)
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                made,
+                http="h11",
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",  # what the user has to know is printed by the app
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                limit_concurrency=512,  # connections; requests of further ones get status 503
+                timeout_keep_alive=60,
+                timeout_graceful_shutdown=5,
+            )
+        )
 
     @property
     def names(self) -> list[str]:

@@ -31,10 +31,9 @@ from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.cache import resolve
 from gatewise.serving.constraints import Constraint, logits_processors
 from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, is_told, serving_settings, settings_together
-from gatewise.serving.http import listen, resolve_host
 from gatewise.serving.server import guard, vllm_server
 from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version, fault_in
-from gatewise.serving.server.reach import HOST, PORT, check_reach, url_of
+from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, resolve_host, url_of
 
 MOST_IN_BATCH = 8
 """Adapters in one batch of vLLM, unless ``--max-loras`` is among its own arguments: it reserves memory for each."""
@@ -165,7 +164,7 @@ class VllmServer:
         if _read_arguments(rest).api_key is not None:
             raise GatewiseError("--api-key is among vLLM's own arguments, which others see: give the key in GATEWISE_API_KEY")
         self._hosts = check_reach(host, port, key)
-        with listen(host, port, "give another --port") as free:  # told now, not in a log of vLLM's
+        with listen(host, port) as free:  # told now, not in a log of vLLM's
             port = free.getsockname()[1]
         self.url, self.name = url_of(host, port), name or base
         self.catalogue = Catalogue(adapters, [self.name], self._say, settled)
