@@ -3,7 +3,6 @@
 import copy
 import pickle
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -335,39 +334,6 @@ def test_calls_beside_one_another() -> None:
     for one in threads:
         one.join()
     assert not wrong
-
-
-@pytest.mark.parametrize("layers", ["fast", "PEFT's own too"])
-@pytest.mark.parametrize("others", [["other", "some", BASE, "all", "all"], None], ids=["mixed", "active"])
-def test_a_call_in_the_middle_of_another_threads(layers: str, others: list[str] | None) -> None:
-    """It begins and ends while the first one's layers run, which PEFT alone would then give the wrong adapters."""
-    model = mixed_model()
-    if layers != "fast":
-        model.add_adapter("embedding", LoraConfig(r=3, target_modules=["embed_tokens", "up_proj"], task_type="CAUSAL_LM"))
-        for name, parameter in model.named_parameters():
-            if "embedding" in name:
-                nn.init.normal_(parameter, std=0.3)
-        model.eval()
-    mine = MIXED if layers == "fast" else ["embedding", "all", "embedding", "some", BASE]
-    expected, wanted = logits(model, mine, prompts(5)), logits(model, others, prompts(5))
-    fast_lora(model)
-    given: list[Tensor] = []
-    thread = threading.get_ident()
-
-    def meet(*_: Any) -> None:
-        if threading.get_ident() == thread:
-            with ThreadPoolExecutor(1) as pool:
-                given.append(pool.submit(logits, model, others, prompts(5)).result())
-
-    for part in (model.base_model.model.model.embed_tokens, *model.base_model.model.model.layers):
-        part.register_forward_pre_hook(meet)
-    for _ in range(2):
-        torch.testing.assert_close(logits(model, mine, prompts(5)), expected, rtol=1e-5, atol=1e-5)
-    assert len(given) == 6
-    for one in given:
-        torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-5)
-    left = [module for module in model.modules() if "forward" in module.__dict__ or "register_forward_pre_hook" in module.__dict__]
-    assert not left
 
 
 class Stops(LogitsProcessor):

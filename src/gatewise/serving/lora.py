@@ -4,8 +4,8 @@ While PEFT's ``generate`` or ``forward`` runs, the LoRA layers have a forward of
 first runs (products.py). Between calls the model is as PEFT made it, so that training, saving and copying know nothing of this, and
 weights that have changed since are read anew. Whatever is not plain LoRA keeps PEFT's own forward, layer by layer.
 
-PEFT tells layers the adapters of a mixed batch through hooks that it puts on them for the time of the call. Here these become the
-calling thread's own: a fast layer's names are read from them, and other layers' hooks are for that thread alone.
+PEFT tells layers the adapters of a mixed batch through hooks that it puts on them for the time of the call. A fast layer has none,
+and its names are read from what would be its hook. Calls of several threads come one after the other.
 
 Shapes: b batch, d hidden size, r rank.
 """
@@ -14,18 +14,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from threading import Lock, get_ident
+from threading import RLock
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gatewise.errors import GatewiseError
-from gatewise.internals.call_tracking import ThreadState
 from gatewise.internals.torch_modules import has_forward_hooks, is_plain
 from gatewise.serving.products import BASE, Gathered, Part, Request, rows_side_by_side
 
@@ -78,7 +76,7 @@ def fast_lora(model: nn.Module) -> FastLora:
     ``model.generate`` and ``model(...)`` then give what PEFT gives, up to rounding: in half precision the adapters are read in the
     precision of the base module's output, where PEFT computes with float32 copies. Adapters may differ in rank, scaling and target
     modules, and may be added, deleted, trained, activated or disabled at any time; each call reads the weights as they are.
-    Several threads may call the model at a time: each has its own calls.
+    Several threads may call the model: their calls come one after the other.
 
     PEFT's own forward runs, with PEFT's own errors, in training mode, where gradients are on (call the model under
     ``torch.no_grad()``; ``generate`` does), while adapters are merged, under ``torch.compile``, and for every module where one of
@@ -107,12 +105,6 @@ def fast_lora(model: nn.Module) -> FastLora:
     return FastLora(calls)
 
 
-class _State(ThreadState):
-    """What a thread is doing with the model: the forwards that layers have in its call, none where PEFT's own run."""
-
-    forwards: Mapping[nn.Module, Forward] = {}
-
-
 class _Calls:
     """Stands in for the context manager that PEFT opens around every ``generate`` and ``forward``.
 
@@ -123,12 +115,10 @@ class _Calls:
     def __init__(self, tuner: LoraModel) -> None:
         self._tuner = tuner
         self._holders = 0
-        self._now = _State()
         self._known: list[str] = []
         self._layers: list[nn.Module] = []
-        self._lock = Lock()  # while a call begins or ends, which takes a moment
-        self._open = 0  # calls, of all threads
-        self._changed: set[nn.Module] = set()  # layers with a forward of ours
+        self._forwards: Mapping[nn.Module, Forward] = {}  # that layers have now, by the innermost call
+        self._turn = RLock()  # PEFT tells layers their adapters by hooks, which hold for all threads
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tuner": self._tuner}
@@ -155,96 +145,59 @@ class _Calls:
             with theirs:
                 yield
             return
-        is_fast = not self._tuner.training and kwargs.get("alora_offsets") is None
-        mixed, outer = kwargs.get("adapter_names") is not None, self._now.forwards
+        mixed = kwargs.get("adapter_names") is not None
         with ExitStack() as stack:
-            with self._lock:
-                names: dict[nn.Module, Sequence[str]] = {}
-                if is_fast:
-                    self._find_layers(mixed)
-                if mixed and is_fast:
-                    with self._own_hooks(names, stack):
-                        stack.enter_context(theirs)
-                else:
-                    stack.enter_context(theirs)
-                stack.callback(self._end, outer)
-                self._begin(self._forwards(names if mixed else None) if is_fast else {})
+            stack.enter_context(self._turn)
+            layers = []
+            if not self._tuner.training and kwargs.get("alora_offsets") is None:
+                layers = self._free_layers(mixed)
+            names: dict[nn.Module, Sequence[str]] = {}
+            with _names_instead_of_hooks(layers if mixed else [], names):
+                stack.enter_context(theirs)
+            batches = {id(one): _Batch(one) for one in names.values()}
+            active = _Batch(None)  # whose adapters serve all rows
+            forwards = {layer: _forward(layer, active) for layer in layers if not mixed}
+            forwards |= {layer: _forward(layer, batches[id(own)]) for layer, own in names.items()}
+            stack.callback(self._put, self._forwards)
+            self._put(forwards)
             stack.enter_context(rows_side_by_side(self._tuner.model))
             yield
 
-    def _find_layers(self, mixed: bool) -> None:
+    def _free_layers(self, mixed: bool) -> list[nn.Module]:
+        """Layers whose forward is not somebody else's, such as Accelerate's hooks give it."""
         adapters = list(self._tuner.peft_config)
         # Looking through all modules takes a millisecond; a layer that was missed is PEFT's, which is right for active adapters.
         if mixed or adapters != self._known:
             self._layers, self._known = [module for module in self._tuner.modules() if _is_linear(module)], adapters
+        return [layer for layer in self._layers if "forward" not in layer.__dict__ or layer in self._forwards]
 
-    @contextmanager
-    def _own_hooks(self, names: dict[nn.Module, Sequence[str]], stack: ExitStack) -> Iterator[None]:
-        """While open, PEFT's hooks with adapter names become the thread's own.
-
-        Args:
-            names: receives those of fast layers, which get no hook: it would cost more than the layer's products. The last ones
-                count: PEFT gives an encoder names of its own after the others.
-            stack: takes the other layers' hooks off, also after a call that failed.
-        """
-        fast, thread = {layer for layer in self._layers if self._is_free(layer)}, get_ident()
-
-        def register(module: nn.Module, hook: Any, **settings: Any) -> RemovableHandle:
-            if module in fast:
-                names[module] = hook.keywords["adapter_names"]
-                return RemovableHandle(OrderedDict())
-            handle = type(module).register_forward_pre_hook(module, partial(_in_thread, thread, hook), **settings)
-            stack.callback(handle.remove)
-            return handle
-
-        modules = [module for module in self._tuner.modules() if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper)]
-        for module in modules:
-            module.__dict__["register_forward_pre_hook"] = partial(register, module)
-        try:
-            yield
-        finally:
-            for module in modules:
-                del module.__dict__["register_forward_pre_hook"]
-
-    def _is_free(self, layer: nn.Module) -> bool:
-        """Whether a layer has no forward of somebody else's, such as Accelerate's hooks give it."""
-        return "forward" not in layer.__dict__ or layer in self._changed
-
-    def _forwards(self, names: Mapping[nn.Module, Sequence[str]] | None) -> dict[nn.Module, Forward]:
-        """The forwards of fast layers in one call, by the names of their rows; None: the active adapters serve all rows."""
-        if names is None:
-            batch = _Batch(None)
-            return {layer: _forward(layer, batch) for layer in self._layers if self._is_free(layer)}
-        batches = {id(one): _Batch(one) for one in names.values()}
-        return {layer: _forward(layer, batches[id(one)]) for layer, one in names.items()}
-
-    def _begin(self, forwards: dict[nn.Module, Forward]) -> None:
-        self._now.forwards = forwards
-        self._open += 1
-        for layer in forwards:
-            if "forward" not in layer.__dict__:
-                layer.__dict__["forward"] = partial(self._run, layer)
-                self._changed.add(layer)
-
-    def _end(self, outer: Mapping[nn.Module, Forward]) -> None:
-        with self._lock:
-            self._now.forwards = outer
-            self._open -= 1
-            if not self._open:
-                for layer in self._changed:
-                    layer.__dict__.pop("forward", None)
-                self._changed = set()
-
-    def _run(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward that a layer has while a call of any thread is open."""
-        run = self._now.forwards.get(layer)
-        result: Tensor = type(layer).forward(layer, x, *args, **kwargs) if run is None else run(x, *args, **kwargs)
-        return result
+    def _put(self, forwards: Mapping[nn.Module, Forward]) -> None:
+        """Layers have these forwards from here on, and PEFT's where there is none."""
+        for layer in self._forwards:
+            layer.__dict__.pop("forward", None)
+        for layer, forward in forwards.items():
+            layer.__dict__["forward"] = forward
+        self._forwards = forwards
 
 
-def _in_thread(thread: int, hook: Callable[..., Any], *given: Any) -> Any:
-    """What a hook says in the thread whose it is; nothing in others."""
-    return hook(*given) if get_ident() == thread else None
+@contextmanager
+def _names_instead_of_hooks(layers: Sequence[nn.Module], names: dict[nn.Module, Sequence[str]]) -> Iterator[None]:
+    """While open, PEFT's hooks with adapter names go into ``names``: each would cost more than its layer's products.
+
+    The last ones count: PEFT gives an encoder names of its own after the others.
+    """
+
+    def register(layer: nn.Module, hook: Any, **settings: Any) -> RemovableHandle:
+        names[layer] = hook.keywords["adapter_names"]
+        return RemovableHandle(OrderedDict())
+
+    for layer in layers:
+        layer.__dict__["register_forward_pre_hook"] = partial(register, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["register_forward_pre_hook"]
 
 
 class _Batch:
