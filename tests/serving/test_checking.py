@@ -85,12 +85,8 @@ def test_a_module_that_is_not_named_is_found_out(
     told = serving_settings(read_lora(saved / "one"), "llama")
     names = told["vllm"]["arguments"]
     told["vllm"]["arguments"] = [name for name in names if "layers.1.mlp" not in name]
-    settings = tmp_path / "serving.json"
-    settings.write_text(json.dumps(told), encoding="utf-8")
-    assert_refused(check(saved / "one", "--settings", settings), "has modules that this vLLM was not started for")
-    # Beside the adapter that is what counts, without being asked for.
     shutil.copytree(saved / "one", tmp_path / "one")
-    shutil.copyfile(settings, tmp_path / "one" / "serving.json")
+    (tmp_path / "one" / "serving.json").write_text(json.dumps(told), encoding="utf-8")
     assert_refused(check(tmp_path / "one"), "has modules that this vLLM was not started for")
     # One that vLLM calls by another name is seen by its answers alone.
     monkeypatch.setattr(checking, "_ask_all", partial(ask_all, left_out="layers.1.mlp"))
@@ -150,10 +146,11 @@ def test_what_is_wrong_is_one_sentence(saved: Path, tmp_path: Path, check: Check
 
     assert "dtype 'float64' is not known" in fails(saved / "one", "--dtype", "float64")
     told = serving_settings(read_lora(saved / "one"), "llama")
-    (tmp_path / "told.json").write_text(json.dumps({**told, "vllm": None}), encoding="utf-8")
-    assert "vLLM does not serve this" in fails(saved / "one", "--settings", tmp_path / "told.json")
-    (tmp_path / "told.json").write_text("[]", encoding="utf-8")
-    assert "is not what compress writes" in fails(saved / "one", "--settings", tmp_path / "told.json")
+    shutil.copytree(saved / "one", tmp_path / "one")
+    (tmp_path / "one" / "serving.json").write_text(json.dumps({**told, "vllm": None}), encoding="utf-8")
+    assert "vLLM does not serve this" in fails(tmp_path / "one")
+    (tmp_path / "one" / "serving.json").write_text("[]", encoding="utf-8")
+    assert "is not what compress writes" in fails(tmp_path / "one")
     write_base(tmp_path / "other")
     write_adapter(tmp_path / "far", tmp_path / "other")
     assert "give adapters of one base" in fails(saved / "one", tmp_path / "far")

@@ -26,9 +26,6 @@ def serving_check(
     ],
     data: Annotated[str, typer.Option(help="Rows to take prompts from: a file, sample:NAME or a data set.", show_default=False)],
     options: DataOptions,
-    settings: Annotated[
-        Path | None, typer.Option(help="A serving.json. [default: what the adapters' own say together]", show_default=False)
-    ] = None,
     python: Annotated[
         Path | None, typer.Option(help="The Python of an environment that has vLLM. [default: this one]", show_default=False)
     ] = None,
@@ -47,12 +44,12 @@ def serving_check(
     \b
     Examples:
       gatewise serving-check small --data dev.jsonl --python .venv-serve/bin/python
-      gatewise serving-check together/one together/two --data dev.jsonl --settings together/serving.json
+      gatewise serving-check together/one together/two --data dev.jsonl
     """
     from gatewise.serving.checking import check_in_vllm
 
     found = check_in_vllm(
-        adapters, data, options=options, settings=settings, python=python or sys.executable, prompts=prompts, tokens=tokens,
+        adapters, data, options=options, python=python or sys.executable, prompts=prompts, tokens=tokens,
         dtype=dtype, tolerance=tolerance, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
     if as_json:

@@ -81,7 +81,6 @@ def check_in_vllm(
     data: str,
     *,
     options: DataOptions = DataOptions(),
-    settings: str | Path | None = None,
     python: str | Path = sys.executable,
     prompts: int = 8,
     tokens: int = 16,
@@ -89,7 +88,7 @@ def check_in_vllm(
     tolerance: float = TOLERANCE,
     say: Callable[[str], None] | None = None,
 ) -> list[Checked]:
-    """Answers prompts with LoRA adapters in PEFT and in vLLM, with the settings that were written for vLLM.
+    """Answers prompts with LoRA adapters in PEFT and in vLLM, by what their ``serving.json`` say together, or would say.
 
     All adapters are in one engine, and their rows in one batch.
 
@@ -97,8 +96,6 @@ def check_in_vllm(
         adapters: their folders, of one base. Any plain LoRA adapter, compressed or not, and routed adapters.
         data: where the first ``prompts`` rows are taken from.
         options: how to read the data, and where PEFT runs; vLLM chooses by itself.
-        settings: a ``serving.json``; by default what the adapters' own say together, and for those that have none what
-            ``compress`` would write.
         python: of an environment that has vLLM; gatewise need not be there, unless an adapter is routed.
         tokens: that are written after each prompt.
         dtype: of the base model on both sides.
@@ -120,7 +117,7 @@ def check_in_vllm(
         raise GatewiseError(f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}") from error
     positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
     prompted = [_prompts(folder, base, positions, data, replace(options, limit=prompts), tokens) for folder in folders]
-    served = _settings_of(folders, config.model_type, settings)["vllm"]
+    served = _settings_of(folders, config.model_type)["vllm"]
     if served is None:
         raise GatewiseError(
             f"vLLM does not serve this: {SERVING_FILE} has no settings for it (DoRA, biases, modules that were trained as a whole, "
@@ -230,9 +227,7 @@ def _prompts(folder: Path, base: str, positions: int, data: str, options: DataOp
     return prompt_ids(records, tokenizer, template, [max_length - tokens] * len(records), max_length)
 
 
-def _settings_of(folders: Sequence[Path], model_type: str, given: str | Path | None) -> dict[str, Any]:
-    if given is not None:
-        return _read_settings(Path(given))
+def _settings_of(folders: Sequence[Path], model_type: str) -> dict[str, Any]:
     found = []
     for folder in folders:
         if (folder / SERVING_FILE).is_file():

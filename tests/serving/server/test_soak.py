@@ -46,7 +46,6 @@ def left(engine: Engine) -> dict[str, int]:
     held = {
         "running": sum(map(len, list(engine._running.values()))),
         "waiting": len(engine._waiting),
-        "entering": len(engine._entering),
         "rows": sum(len(lane.rows) for lane in lanes),
         "caches": sum(lane._cache is not None for lane in lanes),
         "forgotten lanes": living(Lane) - len(lanes),
