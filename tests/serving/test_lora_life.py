@@ -113,17 +113,6 @@ def test_adapters_come_and_go(tmp_path: Path) -> None:
         logits(model, ["new"] * 5, prompts(5))
 
 
-def test_an_adapter_on_modules_that_had_none() -> None:
-    model = random_adapter(get_peft_model(tiny_base("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))).eval()
-    fast_lora(model)
-    assert_same(model, None)
-    model.add_adapter("new", LoraConfig(target_modules=["down_proj"]))
-    random_adapter(model).eval()
-    assert_same(model, ["new", "default", BASE, "new", "default"])
-    model.set_adapter("new")
-    assert_same(model, None)
-
-
 def test_weights_that_changed_are_read_anew() -> None:
     model = mixed_model()
     fast_lora(model)
@@ -241,13 +230,6 @@ def test_what_is_not_plain_lora_is_peft_s(settings: dict[str, Any]) -> None:
         assert_same(model, ["plain", "plain", BASE, BASE, "plain"])
 
 
-def test_names_that_do_not_fit_the_batch() -> None:
-    model = mixed_model()
-    fast_lora(model)
-    with pytest.raises(ValueError, match="Length of `adapter_names`"):
-        logits(model, ["all", "some"], prompts(5))
-
-
 def test_gates_on_ranks_are_seen() -> None:
     """Scores put hooks on B."""
     model = mixed_model()
@@ -334,26 +316,3 @@ def test_calls_beside_one_another() -> None:
     for one in threads:
         one.join()
     assert not wrong
-
-
-class Stops(LogitsProcessor):
-    """Stops a generation at its second token."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == 2:
-            raise KeyboardInterrupt
-        return scores
-
-
-def test_nothing_is_left_after_a_call_was_stopped() -> None:
-    model = mixed_model()
-    with fast_lora(model):
-        with pytest.raises(KeyboardInterrupt):
-            generation(model, MIXED, prompts(5), logits_processor=[Stops()])
-        layers = [module for module in model.modules() if hasattr(module, "lora_A")]
-        assert not any("forward" in layer.__dict__ or layer._forward_pre_hooks for layer in layers)
-        assert_same(model)

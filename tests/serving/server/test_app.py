@@ -3,9 +3,7 @@
 import json
 import random
 import re
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -193,54 +191,6 @@ def test_lm_evaluation_harness_asks(server: AdapterServer, folders: Folders) -> 
     assert [text.split() for text in asked.generate_until(writing)] == [text.split() for text in local]
 
 
-@pytest.mark.parametrize("name", ["tiny", "routed"])
-def test_langchain_asks(server: AdapterServer, alone: Callable[..., str], name: str) -> None:
-    """Its chat model gets what OpenAI's package gets, and so does its plain one; a tool is refused."""
-    langchain = pytest.importorskip("langchain_openai")
-    settings: dict[str, Any] = {
-        "base_url": f"{server.url}/v1",
-        "api_key": "none",
-        "model": name,
-        "temperature": 0,
-        "max_retries": 0,
-    }
-    chat = langchain.ChatOpenAI(**settings, max_tokens=8)
-    messages = [[("system", "w9"), ("human", "w3")], [("human", "w7 w8"), ("ai", "w5"), ("human", "w6")]]
-    named = {"human": "user", "ai": "assistant"}
-    expected = [
-        client(server).chat.completions.create(
-            model=name,
-            messages=[{"role": named.get(role, role), "content": text} for role, text in one],
-            max_tokens=8,
-            temperature=0,
-        ).choices[0].message.content
-        for one in messages
-    ]  # fmt: skip
-    assert len(set(expected)) == 2
-    whole = chat.invoke(messages[0])
-    assert whole.content == expected[0]
-    assert whole.usage_metadata["input_tokens"] == 5
-    assert [one.content for one in chat.batch(messages)] == expected
-    pieces = list(chat.stream(messages[1]))
-    assert "".join(one.content for one in pieces) == expected[1]
-    assert len(pieces) > 2
-    told = chat.bind(logprobs=True, top_logprobs=2).invoke(messages[0]).response_metadata["logprobs"]["content"]
-    assert len(told) == whole.usage_metadata["output_tokens"]
-    assert chat.bind(stop=[expected[0].split()[1]]).invoke(messages[0]).content.split() == expected[0].split()[:1]
-
-    plain = langchain.OpenAI(**settings, max_tokens=6)
-    prompts = [prompt_of(seed) for seed in (90, 91)]
-    texts = [words(one) for one in prompts]
-    assert plain.batch(texts) == [alone(name, one, 6) for one in prompts]
-    assert "".join(plain.stream(texts[0])) == alone(name, prompts[0], 6)
-    tool = {
-        "type": "function",
-        "function": {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {}}},
-    }
-    with pytest.raises(openai.BadRequestError, match="tools is"):
-        chat.bind_tools([tool]).invoke(messages[0])
-
-
 def test_stop_strings_end_an_answer(server: AdapterServer, alone: Callable[..., str]) -> None:
     prompt = prompt_of(61)
     text = alone("plain", prompt, 12)
@@ -272,20 +222,6 @@ def test_sampling(server: AdapterServer, folders: Folders) -> None:
     assert {int(one.text[2:]) + 2 for one in drawn if one.text} <= set(likely)
     share = sum(one.text == f" w{likely[0] - 2}" for one in drawn) / len(drawn)
     assert abs(share - float(probabilities[0] / probabilities[: len(likely)].sum())) < 0.15
-
-
-def test_curl_streams(server: AdapterServer, alone: Callable[..., str]) -> None:
-    curl = shutil.which("curl")
-    if curl is None:
-        pytest.skip("curl is not installed")
-    body = {"model": "stable", "prompt": words([5, 6, 7]), "max_tokens": 7, "temperature": 0, "stream": True}
-    made = subprocess.run(
-        [curl, "-sN", f"{server.url}/v1/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    lines = [line.removeprefix("data: ") for line in made.stdout.splitlines() if line]
-    assert lines[-1] == "[DONE]"
-    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == alone("stable", [5, 6, 7], 7)
 
 
 # ---- what is refused ----
@@ -355,15 +291,6 @@ def test_what_would_change_an_answer_is_refused(name: str, value: Any, neutral: 
     with pytest.raises(BadRequestError, match=f"{name} is .*, which is not served here: leave it out"):
         read(kind, json.dumps({**body, name: value}).encode())
     read(kind, json.dumps({**body, name: neutral}).encode())
-
-
-def test_special_tokens_are_added_to_texts_and_not_to_chats() -> None:
-    """As vLLM does where nothing else is asked for."""
-    body: dict[str, Any] = {"model": "plain", "messages": [{"role": "user", "content": "w1"}], "prompt": "w1"}
-    for kind, default in ((Completion, True), (Chat, False)):
-        read(kind, json.dumps({**body, "add_special_tokens": default}).encode())
-        with pytest.raises(BadRequestError, match="add_special_tokens"):
-            read(kind, json.dumps({**body, "add_special_tokens": not default}).encode())
 
 
 @pytest.mark.parametrize(

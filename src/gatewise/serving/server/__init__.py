@@ -1,6 +1,6 @@
 """``gatewise serve``: OpenAI's requests, answered by one base model and many adapters that come and go.
 
-running.py puts it together, for the engine that needs PEFT and gatewise alone: catalogue.py which adapters there are; lanes.py the
-model and the rows that it writes; engine.py the thread that owns both; text.py and vocabularies.py words; asked.py and app.py HTTP;
-metrics.py numbers.
+Both engines: reach.py and guard.py who may ask; catalogue.py which adapters there are. The one that needs PEFT and gatewise alone is
+put together by running.py: bodies.py and app.py HTTP; engine.py the thread that owns the model; lanes.py the model and the rows that
+it writes; text.py and vocabularies.py words; metrics.py numbers. vLLM is started by with_vllm.py, in whose process vllm_server.py runs.
 """
