@@ -53,13 +53,6 @@ def test_the_same_text_keeps_its_tree_and_its_state(state: str) -> None:
     assert (made.record().more["review"], made.record().more["reviewed"]) == (state, ADA)
 
 
-def test_white_space_alone_is_no_change() -> None:
-    (made,), done = one([TEXT.replace(" ", "\n")], record(review="approved"))
-    assert made.now.state == "approved"
-    assert done.approved == [1]
-    assert "text" not in made.more[CARRIED_KEY]
-
-
 def test_a_changed_text_gets_the_old_tree_as_a_draft_with_the_old_text() -> None:
     (made,), done = one([CHANGED], record(review="approved", reviewed=ADA))
     assert (made.now.nodes, made.now.state, made.now.approved) == (gout(), "drafted", None)
@@ -106,15 +99,6 @@ def test_an_old_draft_that_a_reviewer_did_not_want_stays_away() -> None:
         # It is another one once the older review says more of it.
         (again,), _ = carry([unwanted], [record(review="approved", reviewed=ADA)], "old.review.jsonl")
         assert gout() in [again.now.nodes, again.beside and again.beside.nodes]
-
-
-def test_a_draft_in_the_newer_file_of_corrections_is_nobodys_work() -> None:
-    held = Version(SHORT, "drafted")
-    (made,), done = carry([replace(passages(TEXT)[0], now=held, saved=held)], [record(review="approved")], "old")
-    assert (made.now.nodes, made.now.state, done.approved) == (gout(), "approved", [1])
-    assert made.kept == made.now
-    (made,), done = carry([replace(passages(CHANGED)[0], now=held, saved=held)], [record(review="approved")], "old")
-    assert (made.now, made.beside and made.beside.nodes, done.beside) == (held, gout(), [1])
 
 
 def test_a_newer_draft_gives_way_to_an_approved_tree_of_the_same_text_and_can_be_had_back() -> None:

@@ -1,6 +1,5 @@
 """A review without its page: what is kept, what is saved, and that nothing is lost between two of them."""
 
-import hashlib
 import json
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 from gatewise_mdt import DecisionTree, read_trees, sample
 from gatewise_mdt.review.extracting import NOTHING_FOUND, Extracting
 from gatewise_mdt.review.session import Session
-from gatewise_mdt.review.shown import whole
 from mdt_trees import TEXT, gout, node, triple
 
 from gatewise.errors import GatewiseError
@@ -268,15 +266,6 @@ def test_a_fresh_extraction_replaces_only_what_nobody_touched(trees: Path) -> No
     assert [len(passage.now.nodes or ()) for passage in again.passages] == [5, 1]
 
 
-def test_two_reviews_cannot_have_the_same_files(trees: Path) -> None:
-    session = Session.open(str(trees))
-    with pytest.raises(GatewiseError, match="open in another review"):
-        Session.open(str(trees))
-    session.close()
-    Session.open(str(trees)).close()
-    assert sorted(path.name for path in trees.parent.iterdir()) == ["trees.json"]  # nothing changed, nothing written
-
-
 def test_removed_passages_stay_away_and_saved_ones_cannot_go(trees: Path) -> None:
     session = Session.open(str(trees))
     session.remove(1)
@@ -505,19 +494,3 @@ def test_what_a_document_leaves_out_is_said(tmp_path: Path) -> None:
     session.close()
     (tmp_path / "a.txt").write_text(text)
     assert said in Session.open(str(tmp_path / "a.txt")).notes[0]
-
-
-def test_the_page_shows_the_headings_of_a_passage_and_how_it_was_read(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("# Adults\n\n## Renal failure\n\nOtherwise rest.\n")
-    shown = whole(Session.open(str(tmp_path / "a.md")).passages[0])
-    assert (shown["headings"], shown["place"]) == (["Adults", "Renal failure"], f"{tmp_path / 'a.md'}, line 5")
-    assert shown["notes"] == ['"Otherwise rest." refers to what is not under its heading']
-    assert "".join(piece for piece, _ in shown["passage"]) == "Renal failure: Otherwise rest."
-
-
-def test_a_pasted_text_has_a_hash_too(tmp_path: Path) -> None:
-    session = Session.open(None, tmp_path / "a.review.jsonl")
-    ((added,), _) = session.paste("men@Give naproxen to them.")
-    assert added.more["sha256"] == hashlib.sha256(b"men@Give naproxen to them.").hexdigest()
-    assert added.more["offsets"] == [4, 26]
-    session.close()

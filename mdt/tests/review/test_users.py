@@ -262,35 +262,6 @@ def test_who_is_added_comes_in_at_once_and_who_is_taken_out_goes(
         assert session.passage(1).version == 0
 
 
-def test_a_page_that_was_open_when_the_review_was_started_again_changes_nothing(
-    session: Session, users: UserFile, tmp_path: Path
-) -> None:
-    """Its token is still one, and its numbers are other passages' now."""
-    token = users.add("Ada")
-    session.remove(1)
-    with serving(Review(session), users) as server:
-        page = Client(server, token)
-        run = page.get("session")[1]["run"]
-        assert page("comment", number=2, comment="before", run=run)[0] == 200
-    second = session.passage(2).text
-    session.close()
-    again = Session.open(str(tmp_path / "trees.json"), reviewer="starter")
-    assert again.passage(1).text == second  # of which the page thinks as number 2
-    with serving(Review(again), users) as server:
-        page = Client(server, token)
-        for action in ("approve", "edit", "undo", "remove", "comment", "save", "paste", "extract", "export"):
-            status, answer = page(action, number=2, version=0, approved=True, comment="mine", run=run)
-            assert (status, "the review was started again" in answer["error"]) == (400, True)
-        for path in (f"session?run={run}", f"passage?number=2&run={run}"):
-            assert page.get(path)[0] == 400
-        assert [(one.version, one.now.state) for one in again.passages] == [(0, "drafted")] * 2
-        run = page.get("session?run=")[1]["run"]
-        assert page("approve", number=1, version=0, approved=True, run=run)[0] == 200
-        assert page("save", run=[run])[0] == 400
-    assert [one.now.state for one in again.passages] == ["approved", "drafted"]
-    again.close()
-
-
 def test_many_at_once_are_each_made_or_refused_and_named(session: Session, users: UserFile) -> None:
     """Eight people change three passages, as fast as they can; the history has exactly what was answered, with the right names."""
     tokens = {name: users.add(name) for name in NAMES}
