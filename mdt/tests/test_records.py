@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from gatewise_mdt import DecisionTree, TreeRecord, read_trees, write_trees
-from gatewise_mdt.records import outlined, outlines_of
+from gatewise_mdt.records import outline_with_text, outlines_of
 from hypothesis import given
 from hypothesis import strategies as st
 from mdt_trees import TEXT, gout, node, properties, trees
@@ -180,7 +180,7 @@ def test_the_confidence_of_a_tree_is_a_number_or_null_for_each_of_its_nodes() ->
 @given(trees, st.data())
 def test_what_stands_above_nodes_of_an_outline_does_not_count(tree: DecisionTree, data: st.DataObject) -> None:
     comments = data.draw(st.lists(st.sampled_from(["", "confidence 41%"]), min_size=len(tree.nodes), max_size=len(tree.nodes)))
-    written = outlined(TreeRecord("a@b", tree), comments)
+    written = outline_with_text(TreeRecord("a@b", tree), comments)
     lines = written.split("\n")
     assert DecisionTree.from_outline(written.partition("\n")[2]) == tree
     assert sum(line.strip() == "# confidence 41%" for line in lines) == sum(map(bool, comments))

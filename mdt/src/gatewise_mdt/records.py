@@ -96,7 +96,7 @@ class TreeRecord:
         """For each node, in pre-order, how likely it is right as the model gave it, in [0, 1], see
         :attr:`gatewise_mdt.Extraction.confidence`; None for an empty leaf and a node that a person changed. None as a whole where
         it is not known."""
-        said = shares(self.more.get("confidence"))
+        said = confidence_values(self.more.get("confidence"))
         return said if said and len(said) == len(self.tree.nodes) else None
 
     def _object(self, key: str) -> dict[str, Any] | None:
@@ -112,7 +112,7 @@ class TreeRecord:
         return {"text": self.text, "tree": self.tree.to_preorder(), **self.more}
 
 
-def shares(said: Any) -> tuple[float | None, ...] | None:
+def confidence_values(said: Any) -> tuple[float | None, ...] | None:
     """A list of numbers in [0, 1] and nulls; None for anything else, which a file may hold as well."""
 
     def fits(one: Any) -> bool:
@@ -189,8 +189,8 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
                     if record.more["review"] == "approved":
                         said = (record.reviewed or {}).get("by")
                         notes.append(
-                            f"{where}: the tree of {short(record.text)} that was approved{f' by {said}' if said else ''} is another"
-                            " one after the repair, so it counts as corrected: read it and approve it anew"
+                            f"{where}: the tree of {quoted_beginning(record.text)} that was approved{f' by {said}' if said else ''}"
+                            " is another one after the repair, so it counts as corrected: read it and approve it anew"
                         )
                     more = {key: value for key, value in record.more.items() if key != "reviewed"}
                     record = replace(record, more={**more, "review": "corrected"})
@@ -201,7 +201,7 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
     return TreeFile(name, tuple(records), faults, tuple(notes), len(items), frozenset(repaired))
 
 
-def short(text: str) -> str:
+def quoted_beginning(text: str) -> str:
     """The beginning of a text, in quotation marks, for a sentence about it."""
     return f'"{text[:40]}{"…" if len(text) > 40 else ""}"'
 
@@ -299,10 +299,10 @@ def _check_suffix(suffix: str, name: str) -> None:
 
 def outlines_of(records: Sequence[TreeRecord]) -> str:
     """Records as outlines, each after its text."""
-    return "---\n".join(map(outlined, records))
+    return "---\n".join(map(outline_with_text, records))
 
 
-def outlined(record: TreeRecord, comments: Sequence[str] = ()) -> str:
+def outline_with_text(record: TreeRecord, comments: Sequence[str] = ()) -> str:
     """A record as an outline after its text.
 
     Args:

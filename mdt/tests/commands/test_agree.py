@@ -18,7 +18,7 @@ from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.passage import Version
 from gatewise_mdt.review.server import ReviewServer
 from gatewise_mdt.review.session import Session
-from gatewise_mdt.review.shown import whole
+from gatewise_mdt.review.shown import passage_json
 from mdt_trees import TEXT, gout, node, triple
 from PIL import Image
 from refusals import assert_refused
@@ -211,7 +211,7 @@ def test_adjudication_begins_with_both_trees(gatewise: Gatewise) -> None:
         differing = session.passages[1]
         assert (differing.now.nodes, differing.beside and differing.beside.nodes) == (gout(), rows(BOTH[1])[1]["tree"])
         assert [passage.more["adjudicated"]["agreed"] for passage in session.passages] == [True, False, True, False]
-        shown = [whole(passage) for passage in session.passages]
+        shown = [passage_json(passage) for passage in session.passages]
         assert "low-dose" in shown[1]["extraction"]["drawing"]
         assert [one["adjudicated"] for one in shown[1:]] == [
             {"names": ["Ada", "Ben"], "agreed": False},
@@ -251,14 +251,14 @@ def test_a_tree_that_a_model_makes_meanwhile_does_not_pass_for_a_reviewers(gatew
     for number in (1, 3, 4):  # the same tree, and one that only Ada has
         session.approve(number, session.passage(number).version)
         session.put(number, Version([node("D")], "drafted"))
-        assert whole(session.passage(number))["extraction"]["of"] == ""
-    assert whole(session.passage(2))["extraction"]["of"] == "Ben"
+        assert passage_json(session.passage(number))["extraction"]["of"] == ""
+    assert passage_json(session.passage(2))["extraction"]["of"] == "Ben"
     session.close()
     session = Session.open(THIRD)
-    assert [whole(passage)["extraction"]["of"] for passage in session.passages] == ["", "Ben", "", ""]
+    assert [passage_json(passage)["extraction"]["of"] for passage in session.passages] == ["", "Ben", "", ""]
     taken = session.take(2, session.passage(2).version, 1)
     session.put(2, Version([node("D")], "drafted"), taken.version - 1)
-    assert whole(session.passage(2))["extraction"]["of"] == ""
+    assert passage_json(session.passage(2))["extraction"]["of"] == ""
     session.close()
 
 

@@ -22,7 +22,7 @@ from gatewise_mdt.review import Extracting, Review, Session
 from gatewise_mdt.review.passage import Version
 from gatewise_mdt.review.server import ReviewServer
 from gatewise_mdt.review.session import NOBODY, By, OldPageError
-from gatewise_mdt.review.shown import overview, whole
+from gatewise_mdt.review.shown import passage_json, session_json
 from mdt_trees import TEXT, gout, node, triple
 from review_serving import serving
 
@@ -265,7 +265,7 @@ def test_the_last_who_corrected_or_approved_a_tree_stands_for_it(session: Sessio
     assert stands(session) is None
     correct(session, 1, "ibuprofen", By("ben", comment="see page 3"))
     assert stands(session) == ("ben", rows(session)[-1]["time"], "see page 3")
-    assert whole(session.passage(1))["reviewed"] == session.passage(1).now.reviewed
+    assert passage_json(session.passage(1))["reviewed"] == session.passage(1).now.reviewed
     session.approve(1, 1, by=By("cleo"))
     approval = ("cleo", rows(session)[-1]["time"], None)
     assert stands(session) == approval
@@ -343,13 +343,13 @@ def test_what_a_draft_was_made_with_stays_with_its_tree(tmp_path: Path) -> None:
     while extracting.progress():
         time.sleep(0.01)
     extracting.end()
-    assert whole(session.passage(1))["made_with"] == MADE
+    assert passage_json(session.passage(1))["made_with"] == MADE
     correct(session, 1, "ibuprofen")
     session.approve(1, session.passage(1).version)
     session.save()
     assert records(session)[0]["extraction"] == MADE
     session.put(1, Version(DRAFT, "drafted", extraction=MADE_LATER))
-    assert whole(session.passage(1))["extraction"]["made_with"] == MADE_LATER
+    assert passage_json(session.passage(1))["extraction"]["made_with"] == MADE_LATER
     session.take(1, session.passage(1).version, extraction=1, replaced=True)
     assert (session.passage(1).now.extraction, session.passage(1).kept.extraction) == (MADE_LATER, MADE)  # type: ignore[union-attr]
     session.save()
@@ -631,11 +631,11 @@ def test_the_confidence_of_a_node_stays_until_somebody_changes_it(tmp_path: Path
         time.sleep(0.01)
     extracting.end()
     assert session.passage(1).now.confidence == SURE
-    shown = [one["confidence"] for one in whole(session.passage(1))["nodes"]]
+    shown = [one["confidence"] for one in passage_json(session.passage(1))["nodes"]]
     assert [one and (one["percent"], one["doubtful"]) for one in shown] == [
         (90, False), (41, True), (72, False), (49, True), None
     ]  # fmt: skip
-    assert overview(session)["passages"][0]["least"] == {"percent": 41, "doubtful": True}
+    assert session_json(session)["passages"][0]["least"] == {"percent": 41, "doubtful": True}
 
     def do(edit: str, **arguments: Any) -> tuple[float | None, ...] | None:
         session.edit(1, session.passage(1).version, edit, arguments)
@@ -646,7 +646,7 @@ def test_the_confidence_of_a_node_stays_until_somebody_changes_it(tmp_path: Path
     assert do("keep_branch", node=4, side="true") == (0.9, 0.72, 0.499, None, 0.41)
     assert do("set_triple", node=4, triple=0, parts=triple("ibuprofen", "drug therapy")) == (0.9, 0.72, 0.499, None, None)
     kept = session.passage(1).now.confidence
-    assert overview(session)["passages"][0]["least"] == {"percent": 49, "doubtful": True}
+    assert session_json(session)["passages"][0]["least"] == {"percent": 49, "doubtful": True}
     session.undo(1, session.passage(1).version)
     assert session.passage(1).now.confidence == (0.9, 0.72, 0.499, None, 0.41)
     session.redo(1, session.passage(1).version)

@@ -99,7 +99,7 @@ def one_line(said: str) -> str:
     return " ".join(marked.replace(RAISED, "").replace(LOWERED, "").split())
 
 
-def listed(texts: Sequence[str], places: Sequence[str] = (), most: int = 20) -> str:
+def quoted_list(texts: Sequence[str], places: Sequence[str] = (), most: int = 20) -> str:
     """Texts in quotation marks, long ones shortened, with their places if given, and the number of those that are not shown."""
     said = [f'"{text[:80]}{"…" if len(text) > 80 else ""}"' for text in texts[:most]]
     said = [f"{one} ({place})" if place else one for one, place in zip_longest(said, places[:most], fillvalue="")]

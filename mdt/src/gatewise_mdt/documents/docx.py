@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise_mdt.documents.document import LOWERED, NOTE, RAISED, UNKNOWN, Block, Document, listed, one_line, with_footnotes
+from gatewise_mdt.documents.document import LOWERED, NOTE, RAISED, UNKNOWN, Block, Document, one_line, quoted_list, with_footnotes
 from gatewise_mdt.documents.headings import is_label, number_depth
 from gatewise_mdt.documents.tables import Cell, table_blocks
 
@@ -394,9 +394,9 @@ class _Reading:
         if self.left["symbol"]:
             yield f"{self.name}: signs of a symbol font were not known ({self.left['symbol']}); {UNKNOWN} stands for each"
         if hidden := [text for text in self.hidden if text]:
-            yield f"{self.name}: hidden text was left out: {listed(hidden)}"
+            yield f"{self.name}: hidden text was left out: {quoted_list(hidden)}"
         if self.contents:
-            yield f"{self.name}: a table of contents was left out: {listed(self.contents, most=3)}"
+            yield f"{self.name}: a table of contents was left out: {quoted_list(self.contents, most=3)}"
 
 
 def _chosen(element: Any) -> Any:
@@ -426,7 +426,7 @@ def _changes(body: Any, name: str) -> Iterator[str]:
         if mark.get(f"{_W}val", "1") not in ("0", "false", "off") and run is not None and run.tag == f"{_W}r":
             struck.append("".join(text.text or "" for text in run.iter(f"{_W}t")).strip())
     if any(struck):
-        yield f"{name}: text that is struck through was read like any other: {listed([text for text in struck if text])}"
+        yield f"{name}: text that is struck through was read like any other: {quoted_list([text for text in struck if text])}"
 
 
 def _beside(opened: Any, name: str, read: set[str]) -> Iterator[str]:
@@ -437,7 +437,7 @@ def _beside(opened: Any, name: str, read: set[str]) -> Iterator[str]:
             found[kind].append(said)
     for kind, texts in found.items():
         named = kind if kind.endswith("s") else f"{kind}s"
-        yield f"{name}: the {named} were left out: {listed(texts)}"
+        yield f"{name}: the {named} were left out: {quoted_list(texts)}"
 
 
 def _parts_beside(opened: Any) -> Iterator[tuple[str, str, str]]:

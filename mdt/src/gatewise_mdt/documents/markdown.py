@@ -7,7 +7,7 @@ from html import unescape
 from typing import Any
 from urllib.parse import unquote
 
-from gatewise_mdt.documents.document import NOTE, Block, Document, listed, with_footnotes
+from gatewise_mdt.documents.document import NOTE, Block, Document, quoted_list, with_footnotes
 from gatewise_mdt.documents.headings import SENTENCE_END, is_label, reads_as_sentence
 from gatewise_mdt.documents.tables import Cell, row_of, table_blocks
 
@@ -246,7 +246,7 @@ def _paired(source: str) -> set[str]:
 def _without_comments(text: str, name: str, notes: list[str]) -> str:
     comments = [" ".join(one.split()) for one in _COMMENT.findall(text)]
     if any(comments):
-        notes.append(f"{name}: {'a comment was' if len(comments) == 1 else 'comments were'} left out: {listed(comments)}")
+        notes.append(f"{name}: {'a comment was' if len(comments) == 1 else 'comments were'} left out: {quoted_list(comments)}")
     return _COMMENT.sub(lambda found: "\n" * found[0].count("\n"), text)
 
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from gatewise_mdt.documents.document import LOWERED, RAISED, UNKNOWN
-from gatewise_mdt.documents.plain_text import joined
+from gatewise_mdt.documents.plain_text import join_lines
 from gatewise_mdt.documents.tables import Cell
 
 _BOLD = re.compile(r"bold|black|heavy|demi|semibold|[-,]bd\b", re.IGNORECASE)
@@ -205,7 +205,7 @@ def _rows(
 
 
 def _cell(words: Sequence[Word], column: int, span: int = 1) -> Cell:
-    return Cell(joined([line.text for line in _lines(words)]), column, span, bool(words) and all(word.bold for word in words))
+    return Cell(join_lines([line.text for line in _lines(words)]), column, span, bool(words) and all(word.bold for word in words))
 
 
 # ---- columns ----

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
-from gatewise_mdt.documents.document import LOWERED, NOTE, RAISED, UNKNOWN, Block, Document, listed, one_line, with_footnotes
+from gatewise_mdt.documents.document import LOWERED, NOTE, RAISED, UNKNOWN, Block, Document, one_line, quoted_list, with_footnotes
 from gatewise_mdt.documents.headings import is_label, number_depth, reads_as_sentence, stands_like_heading, with_levels
 from gatewise_mdt.documents.page import PageBox, PageItem, PageLine, PageTable, items_of
-from gatewise_mdt.documents.plain_text import Line, gathered, joined, without_margins
+from gatewise_mdt.documents.plain_text import Line, blocks_without_levels, join_lines, without_margins
 from gatewise_mdt.documents.tables import Cell, header_count, table_blocks
 
 _SCANNED = 20  # fewer letters than these on a page are a page number or a stamp
@@ -163,7 +163,7 @@ def _unread(pages: Sequence[_Page], name: str) -> Iterator[str]:
         )
     if turned := [(page.turned, page.where) for page in pages if any(map(str.isalpha, page.turned))]:
         texts, places = zip(*turned, strict=True)
-        yield f"{name}: text that is turned on the page was left out: {listed(texts, places)}"
+        yield f"{name}: text that is turned on the page was left out: {quoted_list(texts, places)}"
 
 
 def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Block], list[str]]:
@@ -194,7 +194,7 @@ def _without_running_lines(pages: Sequence[_Page], name: str) -> tuple[list[Bloc
         contents += [item.text for item in page.lines if _CONTENTS.search(item.text)]
         page.items = [item for item in page.items if not (isinstance(item, PageLine) and _CONTENTS.search(item.text))]
     if contents:
-        notes.append(f"{name}: a table of contents was left out: {listed(contents, most=3)}")
+        notes.append(f"{name}: a table of contents was left out: {quoted_list(contents, most=3)}")
     return first, [*notes, *more]
 
 
@@ -288,7 +288,7 @@ def _take_footnotes(pages: Sequence[_Page], size: float) -> dict[str, str]:
                 taken.add(id(line))
         if not own:
             continue
-        notes |= {f"{page.number}:{mark}": one_line(joined(texts)) for mark, texts in own.items()}
+        notes |= {f"{page.number}:{mark}": one_line(join_lines(texts)) for mark, texts in own.items()}
         page.items = [_referring(item, page.number, own.keys()) for item in page.items if id(item) not in taken]
     return notes
 
@@ -403,7 +403,7 @@ class _Reading:
         lines, self.heading = self.heading, []
         if not lines:
             return
-        text = joined([line.text for line in lines])
+        text = join_lines([line.text for line in lines])
         if is_label(text):
             self.looks[len(self.blocks)] = _look(lines[0])
             self.blocks.append(Block(text, 1, self.where))
@@ -412,7 +412,7 @@ class _Reading:
 
     def _close_lines(self) -> None:
         lines, self.lines = self.lines, []
-        self.blocks += gathered(lines, printed=True, named=not self.looks)
+        self.blocks += blocks_without_levels(lines, printed=True, named=not self.looks)
 
     def _box(self, box: PageBox, where: str) -> None:
         self.table = None
@@ -420,7 +420,7 @@ class _Reading:
         for line in box.lines:
             lines += [Line("", "")] if line.gap > self.blank * line.size else []
             lines.append(Line(where, line.text, line.full))
-        made = [replace(block, level=0) for block in gathered(lines, printed=True, named=False)]
+        made = [replace(block, level=0) for block in blocks_without_levels(lines, printed=True, named=False)]
         if len(made) > 1 and not re.search(r"[.!?:;。！？：；]$", made[0].text):
             made[0] = replace(made[0], text=f"{made[0].text}:")  # its title
         self.blocks += made

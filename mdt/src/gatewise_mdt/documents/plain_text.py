@@ -70,10 +70,10 @@ def paragraphs(lines: Sequence[Line], *, printed: bool = False) -> list[Block]:
         printed: the lines are those of printed pages, without empty ones between them: a short line that ends a sentence ends its
             paragraph.
     """
-    return with_levels(gathered(lines, printed=printed))
+    return with_levels(blocks_without_levels(lines, printed=printed))
 
 
-def gathered(lines: Sequence[Line], *, printed: bool, named: bool = True) -> list[Block]:
+def blocks_without_levels(lines: Sequence[Line], *, printed: bool, named: bool = True) -> list[Block]:
     """As :func:`paragraphs`, with 1 for the level of all headings.
 
     Args:
@@ -89,7 +89,7 @@ def _gathered(lines: Sequence[Line], printed: bool, named: bool) -> Iterator[Blo
 
     def block() -> Block:
         is_one = not item and len(held) == 1 and stands_alone_as_heading(held[0]) and (named or number_of(held[0]) is not None)
-        made = Block(joined(held), int(is_one), place, "item" if item else "paragraph")
+        made = Block(join_lines(held), int(is_one), place, "item" if item else "paragraph")
         held.clear()
         return made
 
@@ -139,7 +139,7 @@ def _begins_anew(line: str) -> bool:
     return stands_like_heading(line) or bool(re.match(r"[^\w\s]*(?:[A-Z]|[^\W\d_a-z])", line))
 
 
-def joined(lines: Sequence[str]) -> str:
+def join_lines(lines: Sequence[str]) -> str:
     """Lines as one, with words that were cut at their ends put together."""
     parts = list(lines[:1])
     for before, line in pairwise(lines):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import content_of
-from gatewise_mdt.documents.document import Block, Document, listed
+from gatewise_mdt.documents.document import Block, Document, quoted_list
 from gatewise_mdt.documents.docx import read_docx
 from gatewise_mdt.documents.headings import population_mark, without_text
 from gatewise_mdt.documents.markdown import read_markdown
@@ -95,7 +95,7 @@ def _headings_alone(blocks: Sequence[Block], name: str) -> list[str]:
     alone = without_text(blocks)
     if not alone:
         return []
-    texts = listed([block.text for block in alone], [block.where for block in alone])
+    texts = quoted_list([block.text for block in alone], [block.where for block in alone])
     return [f"{name}: {'a heading was' if len(alone) == 1 else 'headings were'} left out, as nothing stands under: {texts}"]
 
 

@@ -15,7 +15,7 @@ from gatewise_mdt.formats.page import page_of
 from gatewise_mdt.formats.svg import drawing_of
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.outline import escaped
-from gatewise_mdt.records import TreeRecord, check_texts, outlined
+from gatewise_mdt.records import TreeRecord, check_texts, outline_with_text
 from gatewise_mdt.spans import Span, TripleSpans, absent_triples, locate_tree, part_of
 from gatewise_mdt.tree import Triple
 
@@ -117,7 +117,7 @@ def _with_comments(records: Sequence[TreeRecord]) -> str:
         comments += [escaped(phrase) for phrase in origin_of(record, words)]
         comments += [f"{words.warnings}: {escaped(warning)}" for warning in record.warnings]
         comments += [f"{escaped(words.why_absent(record.text, triple))}: {' | '.join(map(escaped, triple))}" for triple in missing]
-        made.append(outlined(record, sure) + "".join(f"# {comment}\n" for comment in comments))
+        made.append(outline_with_text(record, sure) + "".join(f"# {comment}\n" for comment in comments))
     return "---\n".join(made)
 
 

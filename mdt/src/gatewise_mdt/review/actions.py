@@ -16,7 +16,7 @@ from gatewise_mdt.formats.views import FORMATS
 from gatewise_mdt.review.extracting import Extracting
 from gatewise_mdt.review.passage import Passage
 from gatewise_mdt.review.session import By, Session
-from gatewise_mdt.review.shown import overview, whole
+from gatewise_mdt.review.shown import passage_json, session_json
 
 
 class NothingThereError(GatewiseError):
@@ -49,7 +49,7 @@ class Review:
         """
         self._check_run(asked)
         if what == "session":
-            return self.overview(reviewer)
+            return self.session_json(reviewer)
         if what == "passage":
             return self.passage(self.session.passage(_integer(asked, "number")))
         raise NothingThereError("there is nothing at this address")
@@ -66,7 +66,7 @@ class Review:
         """
         self._check_run(asked)
         by = By(reviewer, _text(asked, "window"), _text(asked, "comment"))
-        return {**self._do(action, asked, by), "session": self.overview(reviewer)}
+        return {**self._do(action, asked, by), "session": self.session_json(reviewer)}
 
     def _do(self, action: str, asked: dict[str, Any], by: By) -> dict[str, Any]:
         session = self.session
@@ -145,12 +145,12 @@ class Review:
 
     def passage(self, passage: Passage) -> dict[str, Any]:
         """A passage with its history."""
-        return whole(passage, self.session.history(passage))
+        return passage_json(passage, self.session.history(passage))
 
-    def overview(self, reviewer: str = "") -> dict[str, Any]:
+    def session_json(self, reviewer: str = "") -> dict[str, Any]:
         """The passages, how far the extraction is, and who asks."""
         return {
-            **overview(self.session),
+            **session_json(self.session),
             "run": self.run,
             "you": reviewer or self.session.reviewer,
             "progress": self.extracting.progress() if self.extracting else None,

@@ -16,7 +16,7 @@ from gatewise.files import whole_file
 from gatewise_mdt.evaluation.agreement import Agreement, PassageAgreement
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.review.files import ReviewFiles
-from gatewise_mdt.review.passage import ADJUDICATED_KEY, Passage, others, version_of
+from gatewise_mdt.review.passage import ADJUDICATED_KEY, Passage, lasting_keys, version_of
 from gatewise_mdt.review.session import Session
 from gatewise_mdt.wholes import fold
 
@@ -123,4 +123,4 @@ def _passage(record: TreeRecord, origin: dict[str, Any], *, approved: bool) -> P
     version = version_of(record, "drafted")
     if not approved:
         version = version._replace(state="drafted", reviewed=None)
-    return Passage(0, record.text, version, {**others(record.more), ADJUDICATED_KEY: origin}, came=version.nodes)
+    return Passage(0, record.text, version, {**lasting_keys(record.more), ADJUDICATED_KEY: origin}, came=version.nodes)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from gatewise_mdt.documents.passages import ORIGIN
 from gatewise_mdt.records import TreeRecord
-from gatewise_mdt.review.passage import CARRIED_KEY, NOTHING, REVIEWED, Passage, State, Version, ids_of, others, version_of
+from gatewise_mdt.review.passage import CARRIED_KEY, NOTHING, REVIEWED, Passage, State, Version, ids_of, lasting_keys, version_of
 from gatewise_mdt.wholes import pieces
 
 ALIKE = 0.6
@@ -184,7 +184,7 @@ def _old(passage: Passage, record: TreeRecord, same: bool, source: str) -> tuple
 def _carried(passage: Passage, record: TreeRecord, version: Version, origin: dict[str, Any], same: bool) -> Passage:
     more = {**passage.more, CARRIED_KEY: origin}
     if same:
-        more = {key: value for key, value in others(record.more).items() if key not in _OF_THE_DOCUMENT} | more
+        more = {key: value for key, value in lasting_keys(record.more).items() if key not in _OF_THE_DOCUMENT} | more
     if same or passage.now == NOTHING or passage.now.nodes == version.nodes:
         return replace(passage.with_version(version), more=more)
     if passage.beside is not None and passage.beside.nodes == version.nodes:

@@ -21,7 +21,7 @@ from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise_mdt.documents.passages import PASSAGE_ID
 from gatewise_mdt.json_lines import JsonLines
-from gatewise_mdt.records import TreeRecord, read_trees, shares, write_trees
+from gatewise_mdt.records import TreeRecord, confidence_values, read_trees, write_trees
 from gatewise_mdt.review.edits import check_shape
 from gatewise_mdt.review.passage import STATES, Passage, Version
 
@@ -303,7 +303,7 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
         str(held.get("of", "")),
         undone=held.get("undone") is True,
     )
-    confidence = shares(held.get("confidence"))
+    confidence = confidence_values(held.get("confidence"))
     if nodes is not None and confidence is not None and len(confidence) == len(nodes):
         made = made._replace(confidence=confidence)
     approved = held.get("approved")

@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gatewise_mdt.documents.passages import ORIGIN, PASSAGE_ID
-from gatewise_mdt.records import TreeRecord, short
+from gatewise_mdt.records import TreeRecord, quoted_beginning
 from gatewise_mdt.review.edits import Nodes
 from gatewise_mdt.review.files import Corrections, Draft
-from gatewise_mdt.review.passage import Passage, Version, others, version_of, with_ids
+from gatewise_mdt.review.passage import Passage, Version, lasting_keys, version_of, with_ids
 
 
 class _Row(NamedTuple):
@@ -35,7 +35,7 @@ class _Row(NamedTuple):
         return self.first.text
 
 
-def merged(sources: Sequence[Passage], saved: Corrections, draft: Draft) -> tuple[list[Passage], list[str]]:
+def merge(sources: Sequence[Passage], saved: Corrections, draft: Draft) -> tuple[list[Passage], list[str]]:
     """The passages of a review, with all that earlier reviews of them left, numbered from 1; and what has to be said of it.
 
     The history has the last word, unless another program changed a saved record meanwhile: then that one has, and the tree of the
@@ -47,8 +47,8 @@ def merged(sources: Sequence[Passage], saved: Corrections, draft: Draft) -> tupl
     made = [_merged(row, notes, saved) for row in rows]
     without = {row.text for row in rows if row.record is None}
     notes += [
-        f"the file of corrections has a tree for {short(row.text)}, a text that comes several times, and nothing says for which of"
-        " them: it is shown as a passage of its own"
+        f"the file of corrections has a tree for {quoted_beginning(row.text)}, a text that comes several times, and nothing says"
+        " for which of them: it is shown as a passage of its own"
         for row in rows
         if row.source is row.old is None and row.text in without
     ]
@@ -134,14 +134,14 @@ def _merged(row: _Row, notes: list[str], corrections: Corrections) -> Passage:
         # Somebody may have approved it as the repair left it.
         is_known = (saved.nodes, saved.state) in known or (repaired and (saved.nodes, "approved") in known)
         # What a file of corrections holds beside the tree is as old as the tree.
-        more = _placed({**(first.more if first else {}), **others(record.more)}, source)
+        more = _placed({**(first.more if first else {}), **lasting_keys(record.more)}, source)
         if old is None:
             past = (source.now,) if source and source.now.nodes is not None and source.now.nodes != saved.nodes else ()
             return Passage(0, record.text, saved, more, saved, came, past, repaired=repaired)
         if not is_known:
             notes.append(
-                f"the file of corrections has another tree than before for {short(record.text)}, which is shown; undo brings back"
-                " yours"
+                f"the file of corrections has another tree than before for {quoted_beginning(record.text)}, which is shown; undo"
+                " brings back yours"
             )
             return replace(_next(old, saved, more, saved, came, old.now), repaired=repaired)
         return replace(_next(old, old.now, more, saved, came, saved), repaired=repaired)

@@ -12,7 +12,7 @@ from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.documents.passages import PASSAGE_ID, passage_ids
-from gatewise_mdt.records import TreeRecord, shares
+from gatewise_mdt.records import TreeRecord, confidence_values
 from gatewise_mdt.relations import Language
 from gatewise_mdt.review.edits import Fault, Nodes, empty_tree, fault_of
 from gatewise_mdt.tree import DecisionTree
@@ -339,7 +339,7 @@ class Passage:
             GatewiseError: it is not valid.
         """
         version = version or self.now
-        more = others(self.more)
+        more = lasting_keys(self.more)
         if version.warnings and version.state not in REVIEWED:
             more["warnings"] = list(version.warnings)
         if version.extraction is not None:
@@ -390,12 +390,12 @@ def version_of(record: TreeRecord, otherwise: State) -> Version:
     return made._replace(confidence=record.confidence)
 
 
-def others(more: Mapping[str, Any]) -> dict[str, Any]:
+def lasting_keys(more: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a record that stay true when its tree is corrected, as a file can hold them."""
     held = {key: value for key, value in more.items() if key not in _OF_THE_TREE}
     # What a file of somebody else's has under these names, and is not what gatewise writes, is theirs.
     ours = {key for key in _MADE if isinstance(held.get(key), dict)}
-    ours |= {CONFIDENCE_KEY} if shares(held.get(CONFIDENCE_KEY)) is not None else set()
+    ours |= {CONFIDENCE_KEY} if confidence_values(held.get(CONFIDENCE_KEY)) is not None else set()
     return dict(writable({key: value for key, value in held.items() if key not in ours}))
 
 

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gatewise.errors import GatewiseError
 from gatewise_mdt.review.actions import NothingThereError, Review
 from gatewise_mdt.review.session import OldPageError
-from gatewise_mdt.review.shown import changes
+from gatewise_mdt.review.shown import entries_json
 from gatewise_mdt.review.users import OneUser, UserFile
 
 HOST = "127.0.0.1"
@@ -195,7 +195,7 @@ def _error_answer(request: Request, error: Exception) -> Response:
         said = "there is nothing at this address" if error.status_code in (404, 405) else error.detail
         return _json({"error": said}, error.status_code)
     if isinstance(error, OldPageError):
-        return _json({"error": str(error), "since": changes(error.since)}, 409)
+        return _json({"error": str(error), "since": entries_json(error.since)}, 409)
     return _json({"error": str(error)}, 404 if isinstance(error, NothingThereError) else 400)
 
 

@@ -20,9 +20,9 @@ from gatewise_mdt.formats.views import FORMATS, ONE_TREE, render
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.review import carrying, edits
 from gatewise_mdt.review.files import Draft, Entry, ReviewFiles, change_row, opening_row, passage_row
-from gatewise_mdt.review.merging import merged
+from gatewise_mdt.review.merging import merge
 from gatewise_mdt.review.passage import Passage, Version, with_ids
-from gatewise_mdt.review.sources import Source, of_trees, pasted, path_of, read_source, source_of
+from gatewise_mdt.review.sources import Source, path_of, population_error, read_source, source_of, source_of_text
 
 _MOST_PASSAGES = 5000
 _LONGEST_NAME, _LONGEST_COMMENT = 100, 4000
@@ -211,7 +211,7 @@ class Session:
         Raises:
             GatewiseError: there is no passage in it.
         """
-        source = pasted(text, population)
+        source = source_of_text(text, population)
         return self._add(source.passages, by), source.faults
 
     def load(self, content: bytes, name: str, population: str | None = None, by: By = NOBODY) -> tuple[list[Passage], list[str]]:
@@ -517,13 +517,13 @@ def _come_in(file: str | None, out: Path | None, population: str | None, repair:
     # A file of corrections that is to be reviewed again is read as such, and not twice.
     own = path is not None and _same(files.out, path)
     if own and population:
-        raise of_trees(str(path))
+        raise population_error(str(path))
     return files, Source([], []) if file is None or own else read_source(file, population=population, repair=repair)
 
 
 def _put_together(files: ReviewFiles, source: Source, repair: bool = False) -> tuple[list[Passage], list[str], Draft]:
     saved, draft = files.read_saved(repair), files.read_draft()
-    passages, notes = merged(source.passages, saved, draft)
+    passages, notes = merge(source.passages, saved, draft)
     return passages, [*source.faults, *saved.notes, *notes], draft
 
 

@@ -21,7 +21,7 @@ _MOST_ENTRIES = 100  # of a history that a page is sent
 _LONGEST = 5000  # characters that are compared with those of an older text; a passage has fewer
 
 
-def overview(session: Session) -> dict[str, Any]:
+def session_json(session: Session) -> dict[str, Any]:
     """The passages and how far each is; without their trees, as it is asked for often."""
     entries = session.entries()
     return {
@@ -54,7 +54,7 @@ def _line(passage: Passage, entries: int) -> dict[str, Any]:
     }
 
 
-def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
+def passage_json(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
     """A passage with its text in pieces, its tree, its drawing, what is wrong with it, and the end of its history."""
     tree = drawable(passage.now.nodes or empty_tree())
     words = words_for(passage.language)
@@ -69,7 +69,7 @@ def whole(passage: Passage, entries: Sequence[Entry] = ()) -> dict[str, Any]:
         other |= {"of": beside.of, "drawing": drawing}
     return {
         **_line(passage, len(entries)),
-        "history": changes(entries[-_MOST_ENTRIES:]),
+        "history": entries_json(entries[-_MOST_ENTRIES:]),
         "language": passage.language,
         "population": [[piece, names] for start, piece, names in pieces if start < mark],
         "passage": [[piece, names] for start, piece, names in pieces if start > mark],
@@ -124,7 +124,7 @@ def _adjudicated(passage: Passage) -> dict[str, Any] | None:
     return {"names": names[:2], "agreed": held["agreed"] is True} if isinstance(held, dict) and names and "agreed" in held else None
 
 
-def changes(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+def entries_json(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     """What was done to a passage, by whom and when."""
     return [
         {name: getattr(one, name) for name in ("time", "reviewer", "action", "version", "comment", "window")} for one in entries

@@ -12,7 +12,7 @@ from gatewise.files import content_of
 from gatewise_mdt.documents.passages import split_passages
 from gatewise_mdt.documents.reading import document_of
 from gatewise_mdt.records import SUFFIXES, TreeRecord, trees_of
-from gatewise_mdt.review.passage import Passage, others, version_of
+from gatewise_mdt.review.passage import Passage, lasting_keys, version_of
 from gatewise_mdt.samples import NAME, sample
 
 
@@ -37,7 +37,7 @@ def read_source(file: str, *, population: str | None = None, repair: bool = Fals
     """
     if file == NAME:
         if population:
-            raise of_trees(file)
+            raise population_error(file)
         return Source([_passage_of(record) for record in sample()], [])
     if file.startswith("sample:"):
         raise GatewiseError(f"there is no sample {file!r} of trees: expected {NAME}")
@@ -70,7 +70,7 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
     suffix = Path(name).suffix.lower()
     if suffix in SUFFIXES and (suffix != ".txt" or _has_outlines(content)):
         if population:
-            raise of_trees(name)
+            raise population_error(name)
         read = trees_of(content, name, suffix, repair=repair)
         if not read.records:
             raise GatewiseError(next(iter(read.faults.values())))
@@ -82,14 +82,14 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
     return _document(content, name, suffix, population)
 
 
-def of_trees(name: str) -> GatewiseError:
+def population_error(name: str) -> GatewiseError:
     """What is said where a population is given with trees: whom their texts are about they say before their "@"."""
     return GatewiseError(
         f"a population was given with {name}, whose trees come with texts that say whom they are about: leave the population out"
     )
 
 
-def pasted(text: str, population: str | None = None) -> Source:
+def source_of_text(text: str, population: str | None = None) -> Source:
     """The passages of a text that somebody pasted.
 
     Raises:
@@ -116,7 +116,7 @@ def _passage_of(record: TreeRecord) -> Passage:
     if not record.text.strip():
         raise GatewiseError(f"record {record.number} has no text, against which its tree could be read")
     version = version_of(record, "drafted")
-    return Passage(0, record.text, version, others(record.more), came=version.nodes)
+    return Passage(0, record.text, version, lasting_keys(record.more), came=version.nodes)
 
 
 def _has_outlines(content: bytes) -> bool:
