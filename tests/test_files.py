@@ -2,11 +2,7 @@
 
 import json
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -150,25 +146,3 @@ def test_everything_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     assert done[0] == "sync 7"
     assert done[-2:] == ["replace", "sync folder"]
     assert len(done) == 5
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 256 KB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = shutil.which("mount")
-    if sys.platform != "linux" or not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", place]).returncode:
-        pytest.skip("only root can mount a small file system here")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def test_a_disk_that_is_really_full(small_disk):
-    write_json(small_disk / "x.json", "old")
-    for size in (60_000, 120_000, 180_000, 220_000, 230_000):  # little or nothing is left
-        (small_disk / "filler").write_bytes(b"x" * size)
-        with pytest.raises(GatewiseError, match="No space left on device; nothing was changed"):
-            write_json(small_disk / "x.json", "n" * 200_000)
-        assert json.loads((small_disk / "x.json").read_text()) == "old"
-    assert sorted(os.listdir(small_disk)) == ["filler", "x.json"]

@@ -25,12 +25,17 @@ from gatewise.losses import logits_at, loss_kind, mean_loss, microbatches, padde
 SMALL = BertConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
 
 
+def assert_same_loss(model, data):
+    sums, counts = row_losses(model, data)
+    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit", "wav2vec2", "t5", "bart"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_totals_are_the_models_own_loss(batch, family, side):
     model, data = tiny_base(family).eval(), batch(family, side=side)
+    assert_same_loss(model, data)
     sums, counts = row_losses(model, data)
-    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
     for row in range(len(sums)):
         one = {key: value[row : row + 1] for key, value in data.items()}
         torch.testing.assert_close(sums[row] / counts[row], model(**one).loss)
@@ -61,8 +66,7 @@ def test_what_a_decoder_reads_is_the_models_own(batch, kind, config, start):
 def test_labels_at_their_own_tokens(batch, kind):
     model, data = kind(SMALL).eval(), batch()
     data["labels"] = data["labels"].clamp(max=2)
-    sums, counts = row_losses(model, data)
-    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+    assert_same_loss(model, data)
 
 
 def classifier(number, problem=None):
@@ -70,28 +74,19 @@ def classifier(number, problem=None):
     return BertForSequenceClassification(BertConfig(**settings)).eval()
 
 
-@pytest.mark.parametrize(("labels", "number"), [(torch.rand(5), 1), (torch.randint(0, 2, (5, 3)).float(), 3)])
-def test_regression_and_multi_label(batch, labels, number):
-    model = classifier(number)
-    data = {**batch("bert"), "labels": labels}
-    sums, counts = row_losses(model, data)
-    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
-
-
 @pytest.mark.parametrize(
-    ("problem", "labels"),
+    ("problem", "labels", "outputs"),
     [
-        ("regression", 3 * torch.randn(5, 3)),
-        ("multi_label_classification", torch.randint(0, 2, (5, 3)).float()),
-        ("single_label_classification", torch.randint(0, 3, (5,))),
-        ("single_label_classification", torch.randint(0, 3, (5, 1))),
+        (None, torch.rand(5), 1),
+        (None, torch.randint(0, 2, (5, 3)).float(), 3),
+        ("regression", 3 * torch.randn(5, 3), 3),  # several numbers a row may be regressed on
+        ("multi_label_classification", torch.randint(0, 2, (5, 3)).float(), 3),
+        ("single_label_classification", torch.randint(0, 3, (5,)), 3),
+        ("single_label_classification", torch.randint(0, 3, (5, 1)), 3),
     ],
 )
-def test_the_problem_type_of_the_model_decides(batch, problem, labels):
-    """Not the shape of the labels: several numbers a row may be regressed on."""
-    model, data = classifier(3, problem), {**batch("bert"), "labels": labels}
-    sums, counts = row_losses(model, data)
-    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+def test_the_problem_type_decides_or_else_the_labels(batch, problem, labels, outputs):
+    assert_same_loss(classifier(outputs, problem), {**batch("bert"), "labels": labels})
 
 
 @pytest.mark.parametrize("classes", [3, 9])
@@ -166,8 +161,7 @@ def test_classifiers_with_an_encoder_and_a_decoder(batch):
     data = batch("bert")
     data["input_ids"][:, 1:] = data["input_ids"][:, 1:].clamp(min=3) * data["attention_mask"][:, 1:]
     data["input_ids"][:, 0] = 2  # it reads the last end of text
-    sums, counts = row_losses(model, data)
-    torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
+    assert_same_loss(model, data)
 
 
 def test_microbatches_of_embedded_texts_and_images(batch):

@@ -1,7 +1,7 @@
 """What PEFT checks of every method of its own, for routed LoRA, selective prompts and LoRA whose ranks have moved.
 
-Each check works, or is refused in a sentence. Seven families of models: decoders of several kinds, one that flattens batch and
-tokens (OPT), an encoder, and an encoder-decoder.
+Each check works, or is refused in a sentence. Five families of models: decoders with linear layers and with GPT-2's Conv1D, one
+that flattens batch and tokens (OPT), an encoder, and an encoder-decoder.
 """
 
 import copy
@@ -24,20 +24,13 @@ from peft import (
 )
 from peft.utils.hotswap import hotswap_adapter
 from tiny_models import tiny_base
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import OPTConfig, OPTForCausalLM
 
 from gatewise import RoutedLoraConfig, SelectivePromptConfig
 from gatewise.allocation import slots
 from gatewise.errors import GatewiseError
 
-FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "bert", "t5"]
+FAMILIES = ["llama", "gpt2", "opt", "bert", "t5"]
 METHODS = ["ranks", "routed", "prompts"]
 TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 NOT_BUILT = {
@@ -51,21 +44,10 @@ THERE = IDS != 0
 def base(family: str) -> Any:
     """The same random model every time."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": 60,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "pad_token_id": 0,
-    }
-    heads: dict[str, Any] = {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8}
-    if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).eval()
-    if family == "gemma3":
-        return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, sliding_window=8)).eval()
-    if family == "opt":
-        return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=24, max_position_embeddings=64, word_embed_proj_dim=16)).eval()
-    return tiny_base(family).eval()
+    if family != "opt":
+        return tiny_base(family).eval()
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return OPTForCausalLM(OPTConfig(**sizes, pad_token_id=0, ffn_dim=24, max_position_embeddings=64, word_embed_proj_dim=16)).eval()
 
 
 def config(method: str, family: str, **more: Any) -> Any:
@@ -185,10 +167,9 @@ def test_modules_saved_with_the_adapter(method: str, family: str, tmp_path: Path
         same(logits(model, family), logits(base(family), family))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("method", "family"), PAIRS)
-def test_half_precision(method: str, family: str, dtype: torch.dtype) -> None:
-    half, whole = (logits(adapted(method, family, kind), family).float() for kind in (dtype, torch.float32))
+def test_half_precision(method: str, family: str) -> None:
+    half, whole = (logits(adapted(method, family, kind), family).float() for kind in (torch.bfloat16, torch.float32))
     assert (half - whole).abs().max() < 0.1 * whole.abs().max()
 
 
