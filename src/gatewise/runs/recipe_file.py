@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
@@ -40,14 +40,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     tree = _read_file(path)
     _make_paths_absolute(tree, path.parent)
-    changes = [(_keys_of(setting), setting) for setting in overrides]
-    for keys, setting in changes:
-        _change(tree, keys, _value_of(setting), setting)
-    _drop_the_other_end(tree, {keys for keys, _ in changes})
+    changes = [Change.parse(setting) for setting in overrides]
+    for change in changes:
+        change.apply(tree, change.value())
+    _drop_the_other_end(tree, {change.keys for change in changes})
     text_expected = _text_expected(tree) if changes else set()
-    for keys, setting in changes:
-        if keys in text_expected:
-            _change(tree, keys, _text_of(setting), setting)
+    for change in changes:
+        if change.keys in text_expected:
+            change.apply(tree, change.text)
     try:
         return checked(tree)
     except ValidationError as error:
@@ -134,39 +134,44 @@ def _read_file(path: Path) -> dict[str, Any]:
 # The changes of --set -------------------------------------------------------------------------------------------------
 
 
-def _keys_of(setting: str) -> tuple[str, ...]:
-    name, equals, _ = setting.partition("=")
-    keys = tuple(name.strip().split("."))
-    if not equals or not all(keys):
-        raise GatewiseError(f"--set {setting}: expected KEY=VALUE with a dotted key, such as --set training.learning_rate=1e-4")
-    return keys
+class Change(NamedTuple):
+    """What one ``--set KEY=VALUE`` asks for."""
 
+    keys: tuple[str, ...]
+    text: str
 
-def _text_of(setting: str) -> str:
-    return setting.partition("=")[2]
+    @classmethod
+    def parse(cls, setting: str) -> "Change":
+        name, equals, text = setting.partition("=")
+        keys = tuple(name.strip().split("."))
+        if not equals or not all(keys):
+            raise GatewiseError(f"--set {setting}: expected KEY=VALUE with a dotted key, such as --set training.learning_rate=1e-4")
+        return cls(keys, text)
 
+    def __str__(self) -> str:
+        return f"--set {'.'.join(self.keys)}={self.text}"
 
-def _value_of(setting: str) -> Any:
-    try:
-        return _yaml().load(_text_of(setting))
-    except YAMLError:
-        return _text_of(setting)
+    def value(self) -> Any:
+        """The value as YAML, or the text where it is not valid YAML."""
+        try:
+            return _yaml().load(self.text)
+        except YAMLError:
+            return self.text
 
-
-def _change(tree: dict[str, Any], keys: tuple[str, ...], value: Any, setting: str) -> None:
-    """Puts a value into the tree, making the sections on the way."""
-    part = value
-    for key in reversed(keys):
-        part = {key: part}
-    _make_paths_absolute(part, Path())
-    for depth, key in enumerate(keys[:-1], 1):
-        part = part[key]
-        if tree.get(key) is None:
-            tree[key] = {}
-        tree = tree[key]
-        if not isinstance(tree, dict):
-            raise GatewiseError(f"--set {setting}: {'.'.join(keys[:depth])} is a single value ({given(tree)}), so it has no keys")
-    tree.update(part)
+    def apply(self, tree: dict[str, Any], value: Any) -> None:
+        """Puts a value into the tree, making the sections on the way."""
+        part = value
+        for key in reversed(self.keys):
+            part = {key: part}
+        _make_paths_absolute(part, Path())
+        for depth, key in enumerate(self.keys[:-1], 1):
+            part = part[key]
+            if tree.get(key) is None:
+                tree[key] = {}
+            tree = tree[key]
+            if not isinstance(tree, dict):
+                raise GatewiseError(f"{self}: {'.'.join(self.keys[:depth])} is a single value ({given(tree)}), so it has no keys")
+        tree.update(part)
 
 
 def _text_expected(tree: dict[str, Any]) -> set[tuple[Any, ...]]:
@@ -241,9 +246,7 @@ _OTHER_NAMES = {
 """What people call some keys."""
 
 
-def _problems(
-    error: ValidationError, tree: dict[str, Any], path: Path, changes: Sequence[tuple[tuple[str, ...], str]]
-) -> Iterator[str]:
+def _problems(error: ValidationError, tree: dict[str, Any], path: Path, changes: Sequence[Change]) -> Iterator[str]:
     """One sentence for every fault, those of the file in the order of the schema."""
     recipe = recipe_class(tree.get("method"), tree.get("task", DEFAULT_TASK))
     for fault in error.errors(include_url=False):
@@ -267,7 +270,7 @@ def _problems(
             text = f"{name}: {_EXPECTED[kind].format(**context)}, got {given(value)}"
         else:
             text = f"{name}: {fault['msg']}"
-        source = next((f"--set {setting}" for at, setting in changes if at == keys[: len(at)]), str(path))
+        source = next((str(change) for change in changes if change.keys == keys[: len(change.keys)]), str(path))
         yield f"{source}: {text}"
 
 
