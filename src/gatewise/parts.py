@@ -134,7 +134,7 @@ class Run:
         self,
         *,
         callbacks: Sequence["TrainerCallback"],
-        loss_term: "Callable[[nn.Module, float | Tensor], Tensor | None] | None" = None,
+        loss_term: "Callable[[Any, Any], Tensor] | None" = None,
         mixin: type | None = None,
         **settings: Any,
     ) -> Any:
@@ -154,13 +154,13 @@ class Report:
     Attributes:
         parameters: numbers stored in the adapter.
         numbers: what joins ``metrics.json``.
-        table: what the command line prints, anything that rich can show.
+        table: makes what the command line prints, anything that rich can show.
         pictures: file name -> function that draws into a path.
     """
 
     parameters: int = 0
     numbers: dict[str, Any] = field(default_factory=dict)
-    table: Any = None
+    table: Callable[[], Any] | None = None
     pictures: dict[str, Callable[[Path], object]] = field(default_factory=dict)
 
 
@@ -273,6 +273,8 @@ class Method(Part):
         trains_whole: what the base model lacks may be trained whole and saved with the adapter.
         rows_aside: how many rows of the training data the method wants for itself, at most.
         prompt_tokens: positions of the model that it takes from the text.
+        loss_term: (model, share) -> what the loss of a batch gains while training. ``share`` is the batch's share in the labels of
+            its optimiser step: those of all batches of a step add up to one.
     """
 
     files: tuple[str, ...] = ()
@@ -281,6 +283,7 @@ class Method(Part):
     trains_whole = True
     rows_aside = 0
     prompt_tokens = 0
+    loss_term: Any = None
 
     def check(self) -> None:
         """Refuses what cannot work in this process, before anything is read."""
@@ -320,14 +323,6 @@ class Method(Part):
         from gatewise.adapters.whole import WholeAdapter
 
         return [WholeAdapter()]
-
-    def loss_term(self, model: "nn.Module", share: "float | Tensor") -> "Tensor | None":
-        """What the loss of a batch gains while training, or None for nothing.
-
-        Args:
-            share: the batch's share in the labels of its optimiser step; those of all batches of a step add up to one.
-        """
-        return None
 
     def trainer(self, run: Run) -> "Trainer":
         """The Trainer of the run."""

@@ -1,6 +1,7 @@
 """LoRA and DoRA as parts of a recipe, and what all methods on LoRA have in common."""
 
 import difflib
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,8 +68,8 @@ class Lora(Method):
         return Report(
             budget.parameters + budget.other_parameters,
             {"ranks": budget.ranks},
-            inspection.ranks_table(budget),
-            {"ranks.png": lambda path: inspection.plot(budget, path)},
+            partial(inspection.ranks_table, budget),
+            {"ranks.png": partial(inspection.plot, budget)},
         )
 
 

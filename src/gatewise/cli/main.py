@@ -165,7 +165,7 @@ def train(
     if processes.is_main():
         console = Console()
         if result.table is not None:
-            console.print(result.table)
+            console.print(result.table())
         console.print(_summary(result))
     processes.leave()
 

@@ -40,10 +40,9 @@ from gatewise.errors import GatewiseError
 from gatewise.losses import base_of, loss_kind, mean_loss
 from gatewise.progress import ConsoleProgress
 from gatewise.tasks import PadCollator, Records, Template
-from gatewise.tasks.encoding import check_labelled
+from gatewise.tasks.encoding import check_labelled, references
 from gatewise.tasks.metrics import check_classes
 from gatewise.tasks.records import Row, load_like
-from gatewise.tasks.template import references
 
 # ---------------------------------------------------------------- rows
 

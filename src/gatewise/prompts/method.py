@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -226,8 +227,8 @@ class SelectivePrompts(Method):
         return Report(
             stored_numbers(adapter),
             {"prompt_layers": list(prompts.chosen), **numbers},
-            inspection.prompts_table(prompts),
-            {"layers.png": lambda path: inspection.plot_prompts(prompts, path)},
+            partial(inspection.prompts_table, prompts),
+            {"layers.png": partial(inspection.plot_prompts, prompts)},
         )
 
 

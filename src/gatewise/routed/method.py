@@ -1,5 +1,6 @@
 """MiLoRA as a part of a recipe: LoRA modules that each prompt picks once, see ``RoutedLoraConfig``."""
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig, PeftModel
@@ -86,5 +87,5 @@ class RoutedLora(Lora):
         )
         return Report(
             numbers={"routing": inspection.routing_json(routing)},
-            pictures={"routing.png": lambda path: inspection.plot_routing(routing, path)},
+            pictures={"routing.png": partial(inspection.plot_routing, routing)},
         )

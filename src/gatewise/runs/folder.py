@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ class RunResult:
         dtype, device: what the base model's weights were in and where it ran, in this process.
         resumed_from: the step the run went on from, or None.
         numbers: what the method says of the adapter, as in ``metrics.json``: "ranks" by module, "prompt_layers" and so on.
-        table: the same for a terminal, or None.
+        table: makes the same for a terminal, in the main process; None where there is none.
         pictures: file name -> path of what was drawn.
     """
 
@@ -71,7 +71,7 @@ class RunResult:
     device: str
     resumed_from: int | None
     numbers: dict[str, Any]
-    table: Any = None
+    table: Callable[[], Any] | None = None
     pictures: dict[str, Path] = field(default_factory=dict)
 
     @property

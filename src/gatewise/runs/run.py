@@ -121,7 +121,6 @@ def train(
                     device=str(run.device),
                     resumed_from=checkpoint_step(run.checkpoint) if run.checkpoint else None,
                     numbers=report.numbers,
-                    table=report.table,
                 )
                 write_metrics(recipe, result, trainer.state.log_history)
                 return result
@@ -133,8 +132,9 @@ def train(
             with _may_fail("the study of the adapter", progress):
                 study = method.study(run, model)
             if processes.is_main():
-                result = replace(result, numbers={**result.numbers, **study.numbers})
-                write_metrics(recipe, result, trainer.state.log_history)
+                result = replace(result, numbers={**result.numbers, **study.numbers}, table=report.table)
+                if study.numbers:
+                    write_metrics(recipe, result, trainer.state.log_history)
                 for name, draw in {**study.pictures, **report.pictures}.items():
                     with _may_fail(name, progress):
                         draw(output / name)

@@ -32,7 +32,7 @@ from gatewise.runs.recipe import TrainingSection
 
 # A chunk this many batches long is sorted by length: long enough to save padding, short enough to keep rows well mixed.
 _BATCHES_A_CHUNK = 32
-LossTerm = Callable[[nn.Module, float | Tensor], Tensor | None]
+LossTerm = Callable[[Any, Any], Tensor]
 
 
 class RecipeTrainer(Trainer):
@@ -112,8 +112,8 @@ class RecipeTrainer(Trainer):
             loss, share = loss * processes, processes * counts.sum() / num_items_in_batch
         if not bool(torch.isfinite(loss)):
             self._stop_diverged(f"the loss is {float(loss)} at step {self.state.global_step + 1}")
-        term = None if self.loss_term is None else self.loss_term(model, share)
-        loss = loss if term is None else loss + term
+        if self.loss_term is not None:
+            loss = loss + self.loss_term(model, share)
         return (loss, {"loss": loss, "logits": made.logits}) if return_outputs else loss
 
     def evaluate(
@@ -181,12 +181,13 @@ class RecipeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's."""
-        reshard(cast(nn.Module, self.model))
+        if self.is_fsdp_enabled:
+            reshard(cast(nn.Module, self.model))
         with self._not_sharding():
             super().save_model(output_dir, _internal_call=_internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        zero = zero_of(self.optimizer)
+        zero = zero_of(self.optimizer) if self.is_deepspeed_enabled else None
         if zero is None:
             with self._not_sharding():
                 super()._save_optimizer_and_scheduler(output_dir)
@@ -197,7 +198,7 @@ class RecipeTrainer(Trainer):
             torch.save(_of_groups(schedule, len(self._groups)), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        zero = zero_of(self.optimizer)
+        zero = zero_of(self.optimizer) if self.is_deepspeed_enabled else None
         if zero is None or checkpoint is None:
             with self._not_sharding():
                 super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,9 +1,8 @@
 """What is trained and measured: rows, prompts, token ids, metrics."""
 
-from gatewise.tasks.encoding import PadCollator, encode, encode_classification, prompt_ids, score_batch
+from gatewise.tasks.encoding import PadCollator, Template, default_template, encode, encode_classification, prompt_ids, score_batch
 from gatewise.tasks.metrics import end_ids, evaluate, generate_ids, measuring, most_positions
 from gatewise.tasks.records import Records, final_number, load_records, sample_names
-from gatewise.tasks.template import Template, default_template
 
 __all__ = [
     "PadCollator",

@@ -26,9 +26,19 @@ from gatewise.internals.soft_prompt_fixes import written_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
 from gatewise.models.device import random_state_kept
 from gatewise.models.loading import text_positions
-from gatewise.tasks.encoding import PadCollator, candidate_ids, encode, encode_classification, pad, prompt_ids, token_ids
+from gatewise.tasks.encoding import (
+    PadCollator,
+    Template,
+    candidate_ids,
+    default_template,
+    encode,
+    encode_classification,
+    pad,
+    prompt_ids,
+    references,
+    token_ids,
+)
 from gatewise.tasks.records import Records, final_number
-from gatewise.tasks.template import Template, default_template, references
 
 Progress = Callable[[int, int], None]
 Metrics = dict[str, float | int]
@@ -98,7 +108,7 @@ def evaluate(
     with measuring(model):
         if records.kind in ("label", "choice"):
             return _evaluate_candidates(model, tokenizer, records, template, batch_size, max_length, progress, answers)
-        prompts = prompt_ids(records, tokenizer, template, [max_length] * len(records), max_length)
+        prompts = prompt_ids(records, tokenizer, template, [max_length] * len(records.rows), max_length)
         longest_prompt = max(map(len, prompts))
         if max_new_tokens is None:
             longest = max(map(len, token_ids(tokenizer, _golds(records))))
@@ -108,7 +118,7 @@ def evaluate(
         if max_new_tokens < 1 or room < 1:
             raise GatewiseError(f"max_new_tokens is {max_new_tokens}: expected 1 to {positions - 1} for this model")
         if longest_prompt > room:
-            prompts = prompt_ids(records, tokenizer, template, [room] * len(records), max_length)
+            prompts = prompt_ids(records, tokenizer, template, [room] * len(records.rows), max_length)
         cut: set[int] = set()
         written = write_texts(model, tokenizer, prompts, batch_size, max_new_tokens, progress=progress, cut=cut)
     for at, (text, row) in enumerate(zip(written, records.rows, strict=True)):
@@ -142,7 +152,7 @@ def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
     bleu = sacrebleu.corpus_bleu(outputs, streams, tokenize=tokenize, force=True).score  # type: ignore[arg-type]
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     rouge = [scorer.score_multi(texts, output)["rougeL"].fmeasure for texts, output in zip(golds, outputs, strict=True)]
-    return {"bleu": float(bleu), "rougeL": float(sum(rouge) / len(rouge)), "n": len(records)}
+    return {"bleu": float(bleu), "rougeL": float(sum(rouge) / len(rouge)), "n": len(records.rows)}
 
 
 def number_metrics(records: Records, written: Sequence[str]) -> Metrics:
@@ -309,7 +319,7 @@ def _evaluate_candidates(
         norm_hits += texts[per_token.index(max(per_token))] == texts[gold]
         gold_score += row[gold]
         gold_tokens += len(texts[gold])
-    n = len(records)
+    n = len(records.rows)
     metrics: Metrics = {"accuracy": hits / n}
     if records.kind == "choice":
         metrics["accuracy_norm"] = norm_hits / n

@@ -401,7 +401,7 @@ def _checked(row: Row, shape: _Shape, first: str, where: str) -> Row:
         if other.kind != shape.kind or other.kind != "generation":
             raise GatewiseError(f"{where}: this row has {other}, but {first} has {shape}; keep one shape in a file")
         shape = other
-    if shape.kind == "label" and is_whole(row["label"]):
+    if shape.kind == "label" and type(row["label"]) is int:
         row = {**row, "label": str(row["label"])}
     for field in shape.fields:
         value = row[field]

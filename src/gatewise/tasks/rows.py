@@ -12,10 +12,9 @@ from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
 from gatewise.models.loading import class_names, load_model, pad_as
 from gatewise.parts import Count, Counting, DataSection, Features, Run, Section, Task
-from gatewise.tasks.encoding import encode, encode_classification
+from gatewise.tasks.encoding import Template, default_template, encode, encode_classification
 from gatewise.tasks.metrics import cut_line, evaluate
 from gatewise.tasks.records import Records, check_labels, load_like, load_records
-from gatewise.tasks.template import Template, default_template
 
 
 def _labels_as_text(value: Any) -> Any:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
-from gatewise.tasks.template import Template
+from gatewise.tasks.encoding import Template
 from gatewise_mdt.documents.language import detect_language
 from gatewise_mdt.evaluation.metrics import tree_edit_ratio
 from gatewise_mdt.extraction.constraint import check_available

@@ -9,10 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.internals.soft_prompt_fixes import written_after
-from gatewise.tasks.encoding import pad, prompt_ids
+from gatewise.tasks.encoding import Template, pad, prompt_ids
 from gatewise.tasks.metrics import end_ids, greedy, measuring, most_positions
 from gatewise.tasks.records import Records
-from gatewise.tasks.template import Template
 from gatewise_mdt.extraction.constraint import TreeConstraint
 from gatewise_mdt.extraction.course import Course
 
