@@ -256,6 +256,23 @@ def test_a_recipe_with_a_constant_rate_is_resumed(tmp_path: Path, monkeypatch: p
     assert train(tmp_path / "out" / "recipe.yaml", tmp_path / "out", resume=True).resumed_from == 4
 
 
+@pytest.mark.parametrize("changed", ["another label", "a row more", "another dev"])
+def test_a_run_is_not_resumed_with_other_rows(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "out")
+    file = tmp_path / ("dev.jsonl" if changed == "another dev" else "train.jsonl")
+    lines = file.read_text().splitlines()
+    other = {"another label": [lines[0].replace("good", "bad"), *lines[1:]], "a row more": [*lines, lines[0]]}
+    file.write_text("\n".join(other.get(changed, lines[1:])) + "\n")
+    with pytest.raises(GatewiseError, match=rf"the rows of data.{file.stem} are not those that the run in .*out was started with"):
+        train(recipe, tmp_path / "out", resume=True)
+    file.write_text("\n\n".join(lines))  # the same rows, written otherwise
+    assert train(recipe, tmp_path / "out", resume=True).resumed_from == 4
+
+
 def test_the_old_run_is_there_where_a_row_of_test_has_no_prompt(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, template={"prompt": "{title}: {text}"})
     for name in ("train", "dev", "test"):
@@ -326,19 +343,23 @@ def test_a_base_model_that_gives_nan_stops_before_the_first_step_and_leaves_noth
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_keeps_complete_checkpoints_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = torch.save, []
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_full_disk_keeps_complete_checkpoints_only(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first checkpoint there is nothing to go on with."""
+    original = torch.save
 
     def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-        calls.append(path)
-        if "checkpoint-4" in str(path) and str(path).endswith("scheduler.pt"):
+        if f"checkpoint-{step}" in str(path) and str(path).endswith("scheduler.pt"):
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 16319 vs 16272")
         original(value, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(GatewiseError, match=r"the checkpoint of step 4 could not be written .*is the disk full"):
+    again = "the same command with --resume$" if step == 4 else "the same command$"
+    with pytest.raises(GatewiseError, match=rf"the checkpoint of step {step} could not be written .*is the disk full.*{again}"):
         train(write_recipe(tmp_path), tmp_path / "out")
-    assert calls
+    if step == 2:
+        assert not (tmp_path / "out").exists()
+        return
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
     assert train(write_recipe(tmp_path), tmp_path / "out", resume=True).resumed_from == 2
