@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from gatewise import SelectivePromptConfig
 from gatewise.adapters.loading import load_adapter
 from gatewise.cli.main import app
-from gatewise.errors import GatewiseError
 from gatewise.models import load_model
 
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
@@ -141,36 +140,6 @@ def test_the_model_asked_directly(adapter: str, folder: Path) -> None:
             logits = model(ids, labels=labels).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             expected = float(logits.gather(1, torch.tensor(answer)[:, None]).sum())
             assert score == pytest.approx(expected, abs=1e-3), (context, continuation)
-
-
-def test_whether_greedy_decoding_writes_it(folder: Path) -> None:
-    from gatewise.runs.harness import HarnessModel
-
-    model, tokenizer, _ = load_adapter(folder / "plain", base=folder / "base")
-    tokens = tokenizer.encode("Where is the lamp?")
-    for _ in range(3):
-        with torch.no_grad():
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    asked = HarnessModel(model, tokenizer)
-    context, written = tokens[:-3], tokens[-3:]
-    other = [*written[:-1], (written[-1] + 1) % 200]
-    found = asked._loglikelihood_tokens([(("", ""), context, answer) for answer in (written, other, [])])
-    assert [is_greedy for _, is_greedy in found] == [True, False, True]
-    assert found[2] == (0.0, True)
-    with pytest.raises(GatewiseError, match=r"a continuation of 161 tokens was asked for, but the model has 160 positions"):
-        asked._loglikelihood_tokens([(("", ""), [3], [4] * 161)])
-
-
-def test_answers_end_before_a_stop_text(folder: Path, evaluated: Callable[..., Any], tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    result = evaluated("plain", "--harness", "own_writing", "--harness-tasks", folder / "tasks", "--out", out, "--json")
-    assert result.exit_code == 0, result.output
-    model, tokenizer, _ = load_adapter(folder / "plain", base=folder / "base")
-    for row in lines(out):
-        ids = torch.tensor([tokenizer.encode(row["arguments"][0][0])])
-        written = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        expected = tokenizer.decode(written, skip_special_tokens=True).partition("e")[0]
-        assert row["resps"] == [[expected]]
 
 
 def test_whole_texts_have_no_prompt(folder: Path, evaluated: Callable[..., Any]) -> None:

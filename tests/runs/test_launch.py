@@ -227,10 +227,3 @@ def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.Monkey
 def test_settings_that_do_not_work_are_refused(settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(GatewiseError, match=sentence):
         environment(LaunchSection(processes=2, **settings))
-
-
-def test_the_command_line_refuses_what_the_recipe_refuses(recipe: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["train", str(recipe), "--processes", "2", "--strategy", "fdsp2"])
-    assert done.exit_code == 2
-    assert "launch.strategy" in done.output
-    assert "did you mean fsdp2" in done.output

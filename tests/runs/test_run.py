@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,21 +121,6 @@ def test_checkpoints_hold_nothing_pickled_but_the_optimisers_state(tmp_path: Pat
     assert json.loads((folders[0] / "gatewise.json").read_text())["labels"] == ["bad", "good"]
 
 
-def test_classification_trains_its_head_too(tmp_path: Path) -> None:
-    result = train(write_recipe(tmp_path, "alora", "bert"), tmp_path / "out")
-    assert set(result.metrics["dev"]["after"]) == {"accuracy", "loss", "n"}
-    head = [value for name, value in weights(result.adapter).items() if name.endswith("classifier.weight")]
-    assert [tuple(value.shape) for value in head] == [(2, 16)]
-
-
-def test_mixed_precision_and_recomputed_activations_train_too(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, "alora")
-    more = ("dtype=bfloat16", "training.bf16=true", "training.gradient_checkpointing=true")
-    result = train(recipe, tmp_path / "out", *more)
-    assert {value.dtype for value in weights(result.adapter).values()} == {torch.float32}
-    assert result.metrics["dev"]["after"]["loss"] < result.metrics["dev"]["before"]["loss"]
-
-
 def test_recomputed_activations_change_nothing_but_memory(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     plain = train(recipe, tmp_path / "plain")
@@ -246,16 +230,6 @@ def test_a_run_that_goes_on_keeps_the_order_of_its_classes(tmp_path: Path, monke
     assert json.loads((result.adapter / "gatewise.json").read_text())["labels"] == ["bad", "good"]
 
 
-def test_a_recipe_with_a_constant_rate_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run writes of its recipe names all defaults, the warm-up's among them."""
-    recipe = write_recipe(tmp_path)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 6, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, tmp_path / "out", "training.scheduler=constant")
-    assert train(tmp_path / "out" / "recipe.yaml", tmp_path / "out", resume=True).resumed_from == 4
-
-
 @pytest.mark.parametrize("changed", ["another label", "a row more", "another dev"])
 def test_a_run_is_not_resumed_with_other_rows(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path)
@@ -284,13 +258,6 @@ def test_the_old_run_is_there_where_a_row_of_test_has_no_prompt(tmp_path: Path) 
     with pytest.raises(GatewiseError, match=r"has {title}, but the row's fields are"):
         train(recipe, tmp_path / "out", f"data.test={tmp_path / 'test.jsonl'}", overwrite=True)
     assert (tmp_path / "out" / "adapter").is_dir()
-
-
-def test_early_stopping_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = iter([0.2, 0.5, 0.4, 0.3])
-    monkeypatch.setattr("gatewise.runs.trainer.mean_loss", lambda *_, **__: next(losses))
-    settings = ("training.eval_every=2", "training.early_stopping_patience=1")
-    assert train(write_recipe(tmp_path), tmp_path / "out", *settings).steps == 4
 
 
 def test_a_run_that_stopped_early_is_not_trained_on_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,37 +468,6 @@ def test_rows_longer_than_the_model_has_positions_are_cut(family: str, most: int
     write_base(tmp_path / family, family, max_position_embeddings=16)
     result = train(recipe, tmp_path / "out", "training.max_steps=1")
     assert json.loads((result.adapter / "gatewise.json").read_text())["max_length"] == most
-
-
-def test_the_untrained_adapter_is_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = write_recipe(tmp_path, "alora")
-    seen: list[torch.Tensor] = []
-    ids = torch.arange(5, 25).view(2, 10)
-    original: Callable[..., Any] = rows.evaluate
-
-    def evaluate(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            seen.append(model.eval()(input_ids=ids).logits)
-        return original(model, *args, **kwargs)
-
-    monkeypatch.setattr(rows, "evaluate", evaluate)
-    train(recipe, tmp_path / "out")
-    with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()(input_ids=ids).logits
-    torch.testing.assert_close(seen[0], base)
-    assert not torch.allclose(seen[1], base, atol=1e-3)
-
-
-def test_a_place_that_takes_no_folders_is_found_before_any_work(tmp_path):
-    import pathlib
-
-    from gatewise.runs.folder import check_writable
-
-    check_writable(tmp_path / "new" / "run")
-    assert list(tmp_path.iterdir()) == []
-    if pathlib.Path("/proc/self").exists():  # where even root cannot write
-        with pytest.raises(GatewiseError, match=r"cannot write to /proc/x: .*; give another --output"):
-            check_writable(pathlib.Path("/proc/x"))
 
 
 # Device and precision --------------------------------------------------------------------------------------------------

@@ -132,21 +132,6 @@ def test_a_classifier_is_routed_too(tmp_path: Path) -> None:
     assert len(result.numbers["routing"]["modules"]) == 12
 
 
-def test_inspect_shows_the_routing(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, "milora")
-    train(recipe, tmp_path / "out", "training.max_steps=2")
-    adapter, data = str(tmp_path / "out" / "adapter"), str(tmp_path / "dev.jsonl")
-    shown = CliRunner().invoke(app, ["inspect", adapter, "--routing", "--data", data, "--plot", str(tmp_path / "map.svg")])
-    assert shown.exit_code == 0, shown.output
-    assert "kept: 2 of 7 modules a layer" in shown.output
-    assert (tmp_path / "map.svg").read_text().count("<svg")
-    told = CliRunner().invoke(app, ["inspect", adapter, "--routing", "--data", data, "--rows", "4", "--json"])
-    routing = json.loads(told.stdout)
-    assert routing["prompts"] == 4
-    assert sum(routing["by_kind"].values()) == pytest.approx(2)
-    assert CliRunner().invoke(app, ["inspect", adapter]).exit_code == 0  # where the ranks are, without the base
-
-
 def test_agreement_is_that_of_pairs(tmp_path: Path) -> None:
     train(write_recipe(tmp_path, "milora"), tmp_path / "out", "training.learning_rate=0.3")
     model = PeftModel.from_pretrained(load_model(str(tmp_path / "llama")), str(tmp_path / "out" / "adapter"))

@@ -350,10 +350,3 @@ def test_support_sample_is_balanced_varied_and_has_no_row_twice() -> None:
         assert all(len({row["label"] for row in records.rows[i : i + 5]}) == 5 for i in range(0, len(records), 5))
     texts = [re.sub(r"\W", "", row["text"].lower()) for row in train.rows + dev.rows]
     assert len(set(texts)) == len(texts)
-
-
-def test_reminder_sample() -> None:
-    train, dev = load_records("sample:reminder-train"), load_records("sample:reminder-dev")
-    assert (train.kind, len(train), len(dev)) == ("generation", 40, 15)
-    sources = [row["source"] for row in train.rows + dev.rows]
-    assert len(set(sources)) == len(sources)
