@@ -105,6 +105,7 @@ class Run:
         model: the base model with its adapter.
         checkpoint: the one that the training goes on from, or None.
         seconds: of each phase.
+        report: what the method tells of the adapter once it is written, in the main process.
     """
 
     recipe: Any
@@ -125,6 +126,7 @@ class Run:
     checkpoint: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
     model: Any = None
+    report: "Report" = field(default_factory=lambda: Report())
 
     def arguments(self, steps: int, evaluates: bool = True) -> "TrainingArguments":
         """The Trainer's arguments, as the recipe has them; without ``evaluates`` nothing is measured while it trains."""

@@ -47,7 +47,7 @@ class RunResult:
     """What a run came to.
 
     Attributes:
-        output: its folder. adapter, metrics_file: what is in it.
+        output: its folder.
         metrics: "dev" (and "test", where the recipe has one) -> {"before": ..., "after": ...}, as the task measures them; "before"
             is the base model.
         parameters: "base" and "adapter", the numbers stored in each.
@@ -61,8 +61,6 @@ class RunResult:
     """
 
     output: Path
-    adapter: Path
-    metrics_file: Path
     metrics: dict[str, dict[str, dict[str, float | int]]]
     parameters: dict[str, int]
     seconds: dict[str, float]
@@ -73,6 +71,16 @@ class RunResult:
     numbers: dict[str, Any]
     table: Callable[[], Any] | None = None
     pictures: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter's folder."""
+        return self.output / ADAPTER
+
+    @property
+    def metrics_file(self) -> Path:
+        """The file that holds the numbers of this result."""
+        return self.output / METRICS
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from gatewise import processes
 from gatewise.adapters.checkpoints import checkpoint_before, checkpoint_step
@@ -28,7 +28,6 @@ from gatewise.progress import quiet
 from gatewise.runs.folder import (
     ADAPTER,
     CHECKPOINTS,
-    METRICS,
     RunResult,
     check_output,
     check_same_rows,
@@ -99,46 +98,14 @@ def train(
             run.note |= task.note_after(run, model)
             run.seconds["total"] = time.monotonic() - started
             metrics = {name: {"before": before[name], "after": after[name]} for name in after}
-            report = Report()
-
-            def written() -> RunResult:
-                nonlocal report
-                with whole_folder(output / ADAPTER, replace=True) as part:
-                    # save_embedding_layers=False keeps PEFT from asking the hub whether the vocabulary was changed.
-                    model.save_pretrained(str(part), save_embedding_layers=False)
-                    write_json(part / NOTE_FILE, run.note)
-                    method.write(part)
-                report = method.report(output / ADAPTER)
-                result = RunResult(
-                    output=output,
-                    adapter=output / ADAPTER,
-                    metrics_file=output / METRICS,
-                    metrics=metrics,
-                    parameters={"base": run.base_parameters, "adapter": report.parameters},
-                    seconds=run.seconds,
-                    steps=trainer.state.global_step,
-                    dtype=run.note["trained_in"],
-                    device=str(run.device),
-                    resumed_from=checkpoint_step(run.checkpoint) if run.checkpoint else None,
-                    numbers=report.numbers,
-                )
-                write_metrics(recipe, result, trainer.state.log_history)
-                return result
-
             reshard(model)
-            result = processes.by_main(written)
+            result = processes.by_main(lambda: _written(run, method, model, metrics, trainer.state))
             # The run is whole from here on: what is drawn of it may fail.
             study = Report()
             with _may_fail("the study of the adapter", progress):
                 study = method.study(run, model)
             if processes.is_main():
-                result = replace(result, numbers={**result.numbers, **study.numbers}, table=report.table)
-                if study.numbers:
-                    write_metrics(recipe, result, trainer.state.log_history)
-                for name, draw in {**study.pictures, **report.pictures}.items():
-                    with _may_fail(name, progress):
-                        draw(output / name)
-                        result.pictures[name] = output / name
+                result = _drawn(run, result, study, trainer.state)
     return result
 
 
@@ -149,6 +116,41 @@ def _may_fail(what: str, progress: RunProgress) -> Iterator[None]:
         yield
     except Exception as error:
         progress.say(f"warning: {what} could not be made ({type(error).__name__}: {error}); adapter and metrics.json are whole")
+
+
+def _written(run: Run, method: Method, model: Any, metrics: dict[str, Any], state: TrainerState) -> RunResult:
+    """Writes the adapter, and what the run came to."""
+    with whole_folder(run.output / ADAPTER, replace=True) as part:
+        # save_embedding_layers=False keeps PEFT from asking the hub whether the vocabulary was changed.
+        model.save_pretrained(str(part), save_embedding_layers=False)
+        write_json(part / NOTE_FILE, run.note)
+        method.write(part)
+    run.report = method.report(run.output / ADAPTER)
+    result = RunResult(
+        output=run.output,
+        metrics=metrics,
+        parameters={"base": run.base_parameters, "adapter": run.report.parameters},
+        seconds=run.seconds,
+        steps=state.global_step,
+        dtype=run.note["trained_in"],
+        device=str(run.device),
+        resumed_from=checkpoint_step(run.checkpoint) if run.checkpoint else None,
+        numbers=run.report.numbers,
+    )
+    write_metrics(run.recipe, result, state.log_history)
+    return result
+
+
+def _drawn(run: Run, result: RunResult, study: Report, state: TrainerState) -> RunResult:
+    """The result with what the study of the model says, and with pictures."""
+    result = replace(result, numbers={**result.numbers, **study.numbers}, table=run.report.table)
+    if study.numbers:
+        write_metrics(run.recipe, result, state.log_history)
+    for name, draw in {**study.pictures, **run.report.pictures}.items():
+        with _may_fail(name, run.progress):
+            draw(run.output / name)
+            result.pictures[name] = run.output / name
+    return result
 
 
 class _Run(Run):
