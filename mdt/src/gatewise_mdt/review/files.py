@@ -21,7 +21,7 @@ from gatewise.checks import writable
 from gatewise.errors import GatewiseError
 from gatewise_mdt.documents.passages import PASSAGE_ID
 from gatewise_mdt.json_lines import JsonLines
-from gatewise_mdt.records import TreeRecord, confidence_values, read_trees, write_trees
+from gatewise_mdt.records import TreeFile, TreeRecord, confidence_values, read_trees, write_trees
 from gatewise_mdt.review.edits import check_shape
 from gatewise_mdt.review.passage import STATES, Passage, Version
 
@@ -74,20 +74,6 @@ class Draft:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Corrections:
-    """What the file of corrections has.
-
-    Attributes:
-        repaired: numbers of the records that have a tree only after a repair, which is not in the file yet.
-        notes: what was put right, a sentence each.
-    """
-
-    records: Sequence[TreeRecord] = ()
-    repaired: frozenset[int] = frozenset()
-    notes: Sequence[str] = ()
-
-
 class ReviewFiles:
     """The files of one review, of one process at a time.
 
@@ -137,8 +123,8 @@ class ReviewFiles:
             Path(self._lock.lock_file).unlink()
         self._lock.release()
 
-    def read_saved(self, repair: bool = False) -> Corrections:
-        """What was saved before.
+    def read_saved(self, repair: bool = False) -> TreeFile:
+        """What was saved before; no records where there is no such file.
 
         Args:
             repair: put right what has one plain meaning.
@@ -146,15 +132,13 @@ class ReviewFiles:
         Raises:
             GatewiseError: one of them cannot be read: saving would lose it.
         """
-        if not self.out.exists():
-            return Corrections()
-        self._digest = _digest(self.out)
-        if self.out.stat().st_size == 0:
-            return Corrections()
+        self._digest = _digest(self.out) if self.out.exists() else None
+        if self._digest is None or self.out.stat().st_size == 0:
+            return TreeFile(str(self.out), (), {}, (), 0)
         read = read_trees(self.out, repair=repair)
         if read.faults:
             raise GatewiseError(f"{next(iter(read.faults.values()))}; mend the record, or name another file with --out")
-        return Corrections(read.records, read.repaired, read.notes)
+        return read
 
     def read_draft(self) -> Draft:
         """What the last review left.
@@ -292,26 +276,19 @@ def _read_version(held: dict[str, Any] | None) -> Version | None:
     if held["state"] not in STATES or (held["tree"] is None) != (held["state"] == "empty"):
         raise GatewiseError(f"the state {held['state']!r} does not fit its tree")
     nodes = None if held["tree"] is None else check_shape(held["tree"])
-    warnings = tuple(str(warning) for warning in held["warnings"])
-    made = Version(
+    confidence, approved = confidence_values(held.get("confidence")), held.get("approved")
+    if isinstance(approved, list):  # format 2 has the nodes alone
+        approved = {"tree": approved, "state": "approved", "warnings": []}
+    return Version(
         nodes,
         held["state"],
-        warnings,
-        None,
-        _object(held.get("extraction")),
-        _object(held.get("reviewed")),
-        str(held.get("of", "")),
+        tuple(str(warning) for warning in held["warnings"]),
+        approved=None if held["state"] == "approved" else _read_version(approved),
+        extraction=_object(held.get("extraction")),
+        reviewed=_object(held.get("reviewed")),
+        of=str(held.get("of", "")),
+        confidence=confidence if confidence and nodes and len(confidence) == len(nodes) else None,
         undone=held.get("undone") is True,
-    )
-    confidence = confidence_values(held.get("confidence"))
-    if nodes is not None and confidence is not None and len(confidence) == len(nodes):
-        made = made._replace(confidence=confidence)
-    approved = held.get("approved")
-    if approved is None or made.state == "approved":
-        return made
-    # Format 2 has the nodes alone.
-    return made._replace(
-        approved=Version(check_shape(approved), "approved") if isinstance(approved, list) else _read_version(approved)
     )
 
 

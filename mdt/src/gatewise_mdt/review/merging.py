@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gatewise_mdt.documents.passages import ORIGIN, PASSAGE_ID
-from gatewise_mdt.records import TreeRecord, quoted_beginning
+from gatewise_mdt.records import TreeFile, TreeRecord, quoted_beginning
 from gatewise_mdt.review.edits import Nodes
-from gatewise_mdt.review.files import Corrections, Draft
+from gatewise_mdt.review.files import Draft
 from gatewise_mdt.review.passage import Passage, Version, lasting_keys, version_of, with_ids
 
 
@@ -35,7 +35,7 @@ class _Row(NamedTuple):
         return self.first.text
 
 
-def merge(sources: Sequence[Passage], saved: Corrections, draft: Draft) -> tuple[list[Passage], list[str]]:
+def merge(sources: Sequence[Passage], saved: TreeFile, draft: Draft) -> tuple[list[Passage], list[str]]:
     """The passages of a review, with all that earlier reviews of them left, numbered from 1; and what has to be said of it.
 
     The history has the last word, unless another program changed a saved record meanwhile: then that one has, and the tree of the
@@ -123,7 +123,7 @@ _WAYS: tuple[Callable[[_Row], Any], ...] = (
 # ---- one passage ----
 
 
-def _merged(row: _Row, notes: list[str], corrections: Corrections) -> Passage:
+def _merged(row: _Row, notes: list[str], corrections: TreeFile) -> Passage:
     source, old, record = row
     first = source or old
     came = first.came if first else None
