@@ -33,20 +33,20 @@ SETTINGS: dict[str, Any] = {
     "recover": 8,
     "prune_fraction": 1 / 8,
     "validation_rows": 32,
-    "max_exact": 8,  # ranks a round ablates exactly; benchmarks/scoring.py shows how little the others need it
+    "max_exact": 8,  # ranks a round ablates exactly
 }
 # 300 passages, longer rows: fewer of them a step and in a scoring batch.
 OF_TASK: dict[str, dict[str, Any]] = {
     "text2mdt": {"steps": 90, "batch_size": 8, "first_round": 30, "recover": 6, "validation_rows": 16, "max_exact": 0},
 }
 PI_LORA = {"score": "path_integral", "score_options": {"points": 4}, "module_pruning": True}
-# What each method sets of RankAllocation, beside the rounds; None for no allocation at all.
+# What each method sets of RankAllocation, beside its schedule; None for no allocation at all.
 METHODS: dict[str, dict[str, Any] | None] = {
     "lora": None,
     "alora": {"score": "ablation"},
-    "pi-lora": {**PI_LORA, "grace_rounds": 1},
-    "pi-lora-cubic": {**PI_LORA, "schedule": "cubic"},
-    "moments": {"score": "path_moments", "grace_rounds": 1},
+    "pi-lora": PI_LORA,
+    "pi-lora-cubic": PI_LORA,
+    "moments": {"score": "path_moments"},
     "adalora": None,
     "adalora-4x": None,
 }
@@ -171,7 +171,7 @@ def adapted(base: Any, method: str, s: dict[str, Any]) -> Any:
 
 def allocation_of(method: str, s: dict[str, Any], batch: Any, seed: int) -> Any:
     """The method's rounds, or None where it has none."""
-    from gatewise.allocation.callback import RankAllocation
+    from gatewise import ConstantBudget, Cubic, RankAllocation
 
     own = METHODS[method]
     if own is None:
@@ -179,13 +179,13 @@ def allocation_of(method: str, s: dict[str, Any], batch: Any, seed: int) -> Any:
     own = dict(own)
     if own["score"] == "ablation":
         own["score_options"] = {"mode": "screened", "max_exact": s["max_exact"]}
-    if own.get("schedule") == "cubic":
-        own["target_rank"] = s["r"]
+    when = {name: s[name] for name in ("rounds", "first_round", "recover")}
+    if method == "pi-lora-cubic":
+        schedule: ConstantBudget | Cubic = Cubic(**when, target_rank=s["r"])
+    else:
+        schedule = ConstantBudget(**when, prune_fraction=s["prune_fraction"], grace_rounds=int(method != "alora"))
     return RankAllocation(
-        rounds=s["rounds"],
-        first_round=s["first_round"],
-        recover=s["recover"],
-        prune_fraction=s["prune_fraction"],
+        schedule=schedule,
         budget="ranks",
         validation_batch=batch,
         seed=seed,

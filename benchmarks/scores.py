@@ -374,13 +374,16 @@ def describe(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, T
 
 def exact_agreement(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, Tensor]) -> dict[str, Any]:
     """Spearman correlation of every score with exact AB-LoRA over ranks drawn at random."""
-    from gatewise.allocation.fast_ablation import exact as exactly
+    from gatewise.allocation.gates import GateBank
+    from gatewise.allocation.scores.ablation import exact as exactly
+    from gatewise.allocation.scoring import scoring
     from gatewise.allocation.slots import lora_layers
 
     ranks = [(path, slot) for path, layer in lora_layers(model).items() for slot in range(layer.r["default"])]
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(1))[:EXACT_RANKS]
     began = time.perf_counter()
-    exact = exactly(model, state.collate(state.scored[: state.settings["few"]]), [ranks[i] for i in drawn.tolist()])
+    with scoring(model), GateBank(model) as gates:
+        exact = exactly(model, state.collate(state.scored[: state.settings["few"]]), gates, [ranks[i] for i in drawn.tolist()])
     few = few | {name: path_scores(kept, state.settings["few"], n)["pi"] for name, n in state.rules.items()}
     return {
         "ranks": len(drawn),

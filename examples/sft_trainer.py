@@ -21,7 +21,8 @@ data = Dataset.from_list([{"prompt": f"{row['source']}\nReminder:", "completion"
 
 held_out = tokenizer([f"{row['source']}\nReminder: {row['target']}" for row in rows[:8]], padding=True, return_tensors="pt")
 held_out["labels"] = held_out["input_ids"].masked_fill(held_out["attention_mask"] == 0, -100)
-allocation = gatewise.RankAllocation(rounds=2, first_round=4, recover=3, validation_batch=dict(held_out))
+schedule = gatewise.ConstantBudget(rounds=2, first_round=4, recover=3)
+allocation = gatewise.RankAllocation(schedule=schedule, validation_batch=dict(held_out))
 
 trainer = SFTTrainer(
     model=load_model("smollm2-135m-instruct"),

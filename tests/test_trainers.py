@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_base, word_tokenizer
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from gatewise import RankAllocation, RoutedLoraConfig, SelectivePromptConfig
+from gatewise import ConstantBudget, RankAllocation, RoutedLoraConfig, SelectivePromptConfig
 from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import CallTracker
 
@@ -108,7 +108,7 @@ REFUSED = {
 def callbacks(method: str, validation: Any = None) -> list[Any]:
     if method != "ranks":
         return []
-    return [RankAllocation(rounds=2, first_round=2, recover=2, validation_batch=validation or batch())]
+    return [RankAllocation(schedule=ConstantBudget(rounds=2, first_round=2, recover=2), validation_batch=validation or batch())]
 
 
 def settings(kind: type[Any], folder: Path, **more: Any) -> Any:

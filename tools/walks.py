@@ -133,8 +133,9 @@ Walk = Callable[[], object]
 
 def rank_walk(folder: Path, src: Path) -> Walk:
     """From ``LoraConfig`` to the saved adapter."""
-    from gatewise import RankAllocation
+    import gatewise
 
+    RankAllocation, ConstantBudget = gatewise.RankAllocation, getattr(gatewise, "ConstantBudget", None)  # older ones have none
     base, ids = tiny_llama(layers=2), drawn_tokens(rows=16)
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
     batch = {name: torch.stack([row[name] for row in rows[:4]]) for name in rows[0]}
@@ -142,7 +143,8 @@ def rank_walk(folder: Path, src: Path) -> Walk:
 
     def walk() -> None:
         model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-        allocation = RankAllocation(rounds=1, first_round=2, validation_batch=batch)
+        schedule = {"schedule": ConstantBudget(rounds=1, first_round=2)} if ConstantBudget else {"rounds": 1, "first_round": 2}
+        allocation = RankAllocation(validation_batch=batch, **schedule)
         arguments = TrainingArguments(str(folder / "trainer"), use_cpu=True, disable_tqdm=True, **settings)
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation]).train()
         model.save_pretrained(str(folder / "adapter"))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 from gatewise.errors import GatewiseError
@@ -15,7 +15,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """True for any int or float, including NaN and infinity."""
-    return is_whole(value) or isinstance(value, float)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def number_of(text: str, name: str) -> int:

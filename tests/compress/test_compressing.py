@@ -29,7 +29,7 @@ from transformers import (
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config
 from gatewise.adapters.loading import load_adapter, load_with_data
-from gatewise.allocation.callback import RankAllocation
+from gatewise import ConstantBudget, RankAllocation
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.compress import Compressed, Goal, Recovery, compress, search, writing
 from gatewise.compress.quality import qualities, split
@@ -356,7 +356,7 @@ def test_nothing_is_told_of_an_allocation_that_made_other_ranks(folder: Path, tm
     """A model that ``RankAllocation`` trained in this process writes ``allocation.json`` with each adapter."""
     model, tokenizer, _ = load_adapter(folder / "adapter", trainable=True)
     arguments = TrainingArguments(output_dir=str(tmp_path / "run"), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
-    Trainer(model=model, args=arguments, callbacks=[RankAllocation(rounds=0)])
+    Trainer(model=model, args=arguments, callbacks=[RankAllocation(schedule=ConstantBudget(rounds=0))])
     model.save_pretrained(str(tmp_path / "whole"))
     assert (tmp_path / "whole" / "allocation.json").is_file()
     compress(model, load_records(folder / "rows.jsonl"), tmp_path / "small", Goal(modules=4), tokenizer=tokenizer, measure="loss")

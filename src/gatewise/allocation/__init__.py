@@ -1,12 +1,16 @@
 """ALoRA and PI-LoRA: ranks that move between the LoRA modules of a model while it trains.
 
-``callback.py`` is ``RankAllocation``, what a Trainer calls. ``algorithm.py`` is a round, from scores to what is pruned and grown.
-``slots.py`` has the live and dead ranks of stock LoRA layers, ``growth.py`` what the optimiser keeps and makes of them,
-``refusals.py`` the adapters and bases whose ranks cannot be moved, ``gates.py`` the gates that scores are taken through, and
-``scores/`` one file a score.
+``callback.py`` is ``RankAllocation``, what a Trainer calls. ``schedule.py`` says when rounds run and how much goes in each,
+``algorithm.py`` is a round, from scores to what is pruned and grown. ``slots.py`` has the live and dead ranks of stock LoRA layers
+and what the optimiser keeps of them, ``refusals.py`` the adapters and bases whose ranks cannot be moved, ``gates.py`` the gates
+that scores are taken through, ``scoring.py`` what all scores share, and ``scores/`` one file a score.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+from gatewise.errors import GatewiseError
 
 if TYPE_CHECKING:
     from gatewise.allocation.algorithm import Round
@@ -14,19 +18,31 @@ if TYPE_CHECKING:
 
 __all__ = ["RankAllocation", "Round"]
 
-Schedule = Literal["constant-budget", "cubic"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
-"""How the budget goes over the rounds: ALoRA's, which gives away what it takes, and AdaLoRA's, which only comes down."""
+Unit = Literal["parameters", "ranks"]
+"""What a budget counts: the numbers of live ranks, or live ranks (ALoRA's)."""
 
-Unit = Literal["parameters", "ranks", "modules"]
-UNITS: tuple[str, ...] = get_args(Unit)
-"""What a budget counts: numbers of live ranks, live ranks (ALoRA's), or modules that have any."""
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that a text such as "my_scores:by_norm" names: a module that can be imported, and what it has.
+
+    Raises:
+        GatewiseError: there is no such module or function, or importing it fails.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        function: Any = getattr(import_module(module), attribute)
+    except Exception as error:  # whatever the module does when it is imported
+        raise GatewiseError(
+            f"{name!r} names no function ({type(error).__name__}: {error}): expected module:function, of a module that Python can "
+            "import (its folder on PYTHONPATH)"
+        ) from error
+    if not callable(function):
+        raise GatewiseError(f"{name!r} is no function but a {type(function).__name__}: expected module:function")
+    return function
 
 
 def __getattr__(name: str) -> Any:
     # RankAllocation brings Transformers' Trainer; the schedules and scores' names do without.
     if name not in __all__:
         raise AttributeError(f"module 'gatewise.allocation' has no attribute {name!r}")
-    from gatewise.allocation import algorithm, callback
-
-    return getattr(algorithm if name == "Round" else callback, name)
+    return getattr(import_module(f"gatewise.allocation.{'algorithm' if name == 'Round' else 'callback'}"), name)

@@ -1,13 +1,12 @@
 """GateBank: multiplies each LoRA rank by a gate through hooks. The one mechanism under all scores.
 
 With A (r, d_in), B (d_out, r) and gates alpha (r,), the adapted module computes x W + s (x A^T * alpha) B^T: the G = diag(alpha)
-of ALoRA (arXiv 2403.16187), put between the two factors without touching PEFT's forward. Where nothing runs between the two, the
-gates multiply the rows of A.
+of ALoRA (arXiv 2403.16187), put between the two factors without touching PEFT's forward. Where no module of its own computes
+the second product (embeddings, stacked experts), the gates multiply the rows of A.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,27 +14,17 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from gatewise.adapters.lora import active_adapter
-from gatewise.allocation.slots import Expert, all_factors, capacities, carries_more_than_ranks, lora_layers
+from gatewise.allocation.slots import Expert, capacities, carries_more_than_ranks, factors, layers_of
 from gatewise.errors import GatewiseError
-from gatewise.internals.library_attributes import adapters_off, between_embedding_factors
+from gatewise.internals.library_attributes import adapters_off
 from gatewise.internals.torch_modules import replaced_while_running
 from gatewise.losses import base_of
-
-
-@dataclass(frozen=True)
-class _GateShape:
-    """What a gate of a module is like: how many slots it multiplies, where, and the dimensions of what a convolution looks at."""
-
-    slots: int
-    device: torch.device
-    pixels: int
 
 
 class GateBank:
     """Gates on every rank of an adapter while the context is open; all gates start open (no multiplication at all).
 
-    A gate is (r,), the same for the whole batch, or (b, 1, r), one row of gates for each row of the batch. DoRA computes its
-    weight norm through the same modules, so there a gate must be (r,).
+    A gate is (r,), the same for the whole batch, or (b, 1, r), one row of gates for each row of the batch: see ``watching``.
 
     Args:
         model: a ``PeftModel`` with the LoRA adapter active and not merged.
@@ -46,14 +35,15 @@ class GateBank:
 
     def __init__(self, model: nn.Module, adapter: str | None = None) -> None:
         self.adapter = active_adapter(model, adapter)
-        self.layers: dict[str, LoraLinear] = lora_layers(model, self.adapter)
+        self.layers: dict[str, LoraLinear] = layers_of(model, self.adapter)
         # Only without a magnitude or a bias is a module without ranks its base module.
         self.plain = not any(carries_more_than_ranks(layer, self.adapter) for layer in self.layers.values())
-        self._base = base_of(model)
-        self._head = id(self._base.get_output_embeddings())
+        sizes = capacities(self.layers, self.adapter)
+        self._open = {
+            path: torch.ones(sizes[path], device=factors(layer, self.adapter)[0].device) for path, layer in self.layers.items()
+        }
+        self._head = id(base_of(model).get_output_embeddings())
         self._gates: dict[str, Tensor] = {}
-        slots, pairs = capacities(self.layers, self.adapter), all_factors(self.layers, self.adapter)
-        self._shapes = {path: _GateShape(slots[path], a.device, a.ndim - 2) for path, (a, _) in pairs.items()}
         self._watchers: list[Callable[[str, Tensor], None]] = []
         self._undo = ExitStack()
         for path, layer in self.layers.items():
@@ -63,20 +53,26 @@ class GateBank:
                 raise GatewiseError(f"adapter {self.adapter!r} is not active: call model.set_adapter({self.adapter!r}) first")
 
     def __enter__(self) -> "GateBank":
-        together: dict[nn.Module, list[str]] = {}  # the experts of a parameter, which one LoRA layer holds
+        in_rows: dict[nn.Module, list[str]] = {}  # the experts of a parameter are all held by one LoRA layer
         for path, layer in self.layers.items():
-            if isinstance(layer, Expert):
-                together.setdefault(layer.layer, []).append(path)
+            if self._gates_rows_of_a(layer):
+                in_rows.setdefault(self.modules[path], []).append(path)
             else:
-                self._undo.callback(self._put_gate(path, layer))
-        for wrapper, paths in together.items():
-            held = self.layers[paths[0]].lora_A[self.adapter]
-            self._undo.callback(replaced_while_running(wrapper, held, "weight", partial(self._gated_rows, paths)))
+                hook = layer.lora_B[self.adapter].register_forward_pre_hook(partial(self._gated, path))
+                self._undo.callback(hook.remove)
+        for module, paths in in_rows.items():
+            embeddings: nn.ParameterDict = module.lora_embedding_A  # type: ignore[assignment]
+            linear: nn.ModuleDict = module.lora_A  # type: ignore[assignment]
+            held, name = (embeddings, self.adapter) if self.adapter in embeddings else (linear[self.adapter], "weight")
+            self._undo.callback(replaced_while_running(module, held, name, partial(self._gated_rows, paths)))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
         self._gates.clear()
+
+    def _gates_rows_of_a(self, layer: LoraLinear) -> bool:
+        return isinstance(layer, Expert) or self.adapter in layer.lora_embedding_A
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -89,46 +85,36 @@ class GateBank:
 
     def fill(self, value: float, requires_grad: bool = False) -> dict[str, Tensor]:
         """Sets every gate to ``value`` and returns them: path -> (r,) float32, leaves of the graph if asked for."""
-        for path in self.layers:
-            self._gates[path] = self.like(path, value).requires_grad_(requires_grad)
+        self._gates = {path: self.like(path, value).requires_grad_(requires_grad) for path in self.layers}
         return dict(self._gates)
 
     def like(self, path: str, value: float) -> Tensor:
         """Gates of one module, (r,) float32, that are all ``value``. They are not put in place."""
-        shape = self._shapes[path]
-        return torch.full((shape.slots,), value, device=shape.device)
+        return torch.full_like(self._open[path], value)
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[int], bool]]:
-        """Looks on while a forward runs; the answer, given the rows of its batch, says whether gates may be (b, 1, r).
+        """Watches a forward; the answer, given the rows of its batch, says whether gates may be (b, 1, r).
 
-        They may where each module sees one row of hidden states for each row of the batch. Not so with DoRA, in an LM head that
-        sees labelled positions only, in embeddings of anything but tokens, in stacked experts, and where a model flattens batch and
-        tokens (OPT, some mixtures of experts).
+        They may where each module sees one row of hidden states for each row of the batch. Not so with DoRA, which computes its
+        weight norm through the same modules, in an LM head that sees labelled positions only, in embeddings and stacked experts,
+        and where a model flattens batch and tokens (OPT, some mixtures of experts).
         """
-        seen: list[tuple[str, torch.Size]] = []
+        seen: list[torch.Size] = []
 
-        def fits(path: str, shape: torch.Size, rows: int) -> bool:
-            layer = self.layers[path]
-            if self.adapter in layer.lora_embedding_A:  # a table of positions may see as many positions as there are rows
-                words = self._base.get_input_embeddings().weight.shape[0]
-                return layer.get_base_layer().num_embeddings == words and len(shape) == 3 and shape[0] == rows
-            convolution = not isinstance(layer.lora_B[self.adapter], nn.Linear)
-            return (convolution or len(shape) in (2, 3)) and shape[0] == rows
+        def rows_apart(rows: int) -> bool:
+            layers = self.layers.values()
+            everywhere = self.plain and self._head not in map(id, layers) and not any(map(self._gates_rows_of_a, layers))
+            return everywhere and all(len(shape) in (2, 3) and shape[0] == rows for shape in seen)
 
-        def answer(rows: int) -> bool:
-            apart = all(fits(path, shape, rows) for path, shape in seen)
-            apart = apart and not any(isinstance(layer, Expert) for layer in self.layers.values())
-            return self.plain and self._head not in map(id, self.layers.values()) and apart
-
-        with self.looking(lambda path, hidden: seen.append((path, hidden.shape))):
-            yield answer
+        with self.looking(lambda path, hidden: seen.append(hidden.shape)):
+            yield rows_apart
 
     @contextmanager
     def looking(self, look: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """While open, ``look(path, hidden)`` is called with what A gives, (b, t, r) or (b, r, *pixels), before the module's gate.
+        """While open, ``look(path, hidden)`` is called with what A gives, (b, t, r), before the module's gate.
 
-        Not for stacked experts, nor for DoRA of embeddings and convolutions, whose gates lie in A itself.
+        Not for embeddings and stacked experts, whose gates lie in A itself.
         """
         self._watchers.append(look)
         try:
@@ -148,52 +134,35 @@ class GateBank:
         are used instead.
         """
         with ExitStack() as stack:
-            needed = {id(layer.layer) for path, layer in self.layers.items() if path in paths and isinstance(layer, Expert)}
+            modules = self.modules
+            needed = {id(modules[path]) for path in paths}
             for path, layer in self.layers.items():
                 if path in paths:
                     continue
-                own = layer.layer if isinstance(layer, Expert) else layer
-                if self.plain and len(layer.active_adapters) == 1 and id(own) not in needed:
-                    stack.enter_context(adapters_off(own))
+                if self.plain and len(layer.active_adapters) == 1 and id(modules[path]) not in needed:
+                    stack.enter_context(adapters_off(modules[path]))
                 else:
                     self._gates[path] = self.like(path, 0.0)
                     stack.callback(self._gates.pop, path)
             yield
 
-    def by_rank(self, path: str, hidden: Tensor) -> Tensor:
-        """What A gives, as ``looking`` shows it, as (tokens or pixels, r)."""
-        return (hidden.movedim(1, -1) if self._shapes[path].pixels else hidden).flatten(0, -2)
-
-    def _put_gate(self, path: str, layer: LoraLinear) -> Callable[[], None]:
-        """Has a module's gate, once it has one, multiply its ranks; returns what undoes it."""
-        embedding = self.adapter in layer.lora_embedding_A
-        if self.adapter in layer.lora_variant and (embedding or not isinstance(layer.lora_B[self.adapter], nn.Linear)):
-            # DoRA of embeddings and convolutions reads its weight norm from A and B themselves.
-            held, name = (layer.lora_embedding_A, self.adapter) if embedding else (layer.lora_A[self.adapter], "weight")
-            return replaced_while_running(layer, held, name, partial(self._gated_rows, [path]))
-        multiply = partial(self._gated, path)
-        if embedding:
-            return between_embedding_factors(layer, self.adapter, multiply)
-        hook = layer.lora_B[self.adapter].register_forward_pre_hook(lambda _, args: (multiply(args[0]), *args[1:]))
-        return hook.remove
-
-    def _gated(self, path: str, hidden: Tensor) -> Tensor:
-        """What A gives, (b, t, r) or (b, r, *pixels) in a convolution, by the module's gate."""
+    def _gated(self, path: str, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What A gives, (b, t, r), or (b, r) of one pooled token a row, by the module's gate."""
+        hidden, *more = args
         for look in self._watchers:
             look(path, hidden)
         gate = self._gates.get(path)
         if gate is None:
-            return hidden
-        pixels = self._shapes[path].pixels
-        if gate.ndim == 3 and (pixels or hidden.ndim == 2):  # a convolution, or a module that acts on one pooled token a row
+            return args
+        if gate.ndim == 3 and hidden.ndim == 2:
             gate = gate[:, 0]
-        gate = gate.view(*gate.shape, *[1] * pixels)
         # In half precision the product is taken in float32, so that the gates' gradients are summed in float32 too.
-        return hidden * gate if hidden.dtype in (torch.float32, torch.float64) else (hidden.float() * gate).to(hidden.dtype)
+        full = hidden.dtype in (torch.float32, torch.float64)
+        return (hidden * gate if full else (hidden.float() * gate).to(hidden.dtype), *more)
 
     def _gated_rows(self, paths: list[str], a: Tensor) -> Tensor:
         """A with its rows multiplied by the gates, (r,) each, of the modules it holds."""
         if not any(path in self._gates for path in paths):
             return a
-        gate = torch.cat([self._gates[path] if path in self._gates else self.like(path, 1.0) for path in paths])
-        return (a * gate.view(-1, *[1] * (a.ndim - 1))).to(a.dtype)
+        gate = torch.cat([self._gates.get(path, self._open[path]) for path in paths])
+        return (a * gate[:, None]).to(a.dtype)

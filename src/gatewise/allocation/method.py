@@ -10,9 +10,10 @@ from pydantic_core import PydanticCustomError
 from transformers import PreTrainedModel, TrainerCallback
 
 from gatewise.adapters.method import Lora
-from gatewise.allocation import Schedule
+from gatewise.allocation import Unit
 from gatewise.allocation.algorithm import Round
-from gatewise.allocation.callback import RankAllocation, in_steps
+from gatewise.allocation.callback import RankAllocation
+from gatewise.allocation.schedule import ConstantBudget, Cubic, in_steps
 from gatewise.allocation.scores import DEFAULT, NAMES
 from gatewise.checks import is_number
 from gatewise.errors import GatewiseError
@@ -29,7 +30,7 @@ Span = Annotated[
 
 
 def _score(value: Any) -> Any:
-    if isinstance(value, str) and value in NAMES:
+    if isinstance(value, str) and (value in NAMES or ":" in value):
         return value
     raise PydanticCustomError("literal_error", "{expected}", {"expected": ", ".join(f"'{name}'" for name in NAMES)})
 
@@ -37,14 +38,15 @@ def _score(value: Any) -> Any:
 class AllocationSection(Section):
     """The rounds of ALoRA, see ``gatewise.RankAllocation``.
 
-    ``score`` names a file in ``gatewise/allocation/scores``. With ``schedule: cubic`` every module starts with ``init_r`` ranks
+    ``score`` names a file in ``gatewise/allocation/scores``, or a function of one's own as module:function, and ``rule`` a
+    function of one's own for who is pruned and who grows. With ``schedule: cubic`` every module starts with ``init_r`` ranks
     (left out: one and a half times ``peft.r``), and the adapter ends with the parameters (or ranks, see ``budget``) that
     ``peft.r`` everywhere would have; ``prune_fraction`` is not used.
     """
 
     score: Annotated[str, BeforeValidator(_score)] = DEFAULT
-    schedule: Schedule = "constant-budget"
-    budget: Literal["parameters", "ranks"] = "parameters"
+    schedule: Literal["constant-budget", "cubic"] = "constant-budget"
+    budget: Unit = "parameters"
     rounds: Count = 8
     prune_fraction: Fraction = 0.125
     first_round: Span = 1.0
@@ -55,6 +57,7 @@ class AllocationSection(Section):
     grace_rounds: Annotated[int, Field(ge=0)] = 0
     validation_rows: Count = 32
     score_options: dict[str, Any] = Field(default_factory=dict)
+    rule: str | None = None
 
 
 class PathSection(AllocationSection):
@@ -110,12 +113,16 @@ class ALora(Lora):
                 f"allocation.first_round is {section.first_round}, after step {first}, but the run has {run.steps} steps and what "
                 "a round grows must learn: lower it or train longer"
             )
-        settings = section.model_dump(exclude={"validation_rows", "init_r"})
+        when: dict[str, Any] = section.model_dump(include={"rounds", "first_round", "recover"})
         if section.schedule == "cubic":
-            settings["target_rank"] = self.peft.r
+            schedule: ConstantBudget | Cubic = Cubic(**when, target_rank=self.peft.r)
+        else:
+            schedule = ConstantBudget(**when, **section.model_dump(include={"prune_fraction", "r_max", "grace_rounds"}))
         return [
             RankAllocation(
-                **settings,
+                section.score,
+                schedule,
+                **section.model_dump(include={"score_options", "rule", "budget", "module_pruning"}),
                 validation_batch=run.task.collator(run.tokenizer)(run.aside),
                 seed=self.recipe.seed,
                 on_round=lambda done: run.progress.say(_line(done)),

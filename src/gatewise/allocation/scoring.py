@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,21 +30,6 @@ def as_batches(batch: Batches) -> list[Batch]:
     return [batch] if isinstance(batch, Mapping) else list(batch)
 
 
-def as_read(batch: Batch, model: nn.Module) -> dict[str, Any]:
-    """The batch on the model's device, and images, sounds and embedded texts in the model's precision as it is now.
-
-    That is another than in training while half-precision weights are converted, or while autocast is off.
-    """
-    device, dtype = next(model.parameters()).device, getattr(base_of(model), "dtype", None)
-
-    def read(key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, dtype if value.is_floating_point() and key != "labels" else None)
-
-    return {key: read(key, value) for key, value in batch.items()}
-
-
 _most_tokens: ContextVar[int] = ContextVar("most_tokens", default=8192)
 
 
@@ -55,9 +39,10 @@ def step_tokens(device: torch.device) -> int:
 
 
 @contextmanager
-def in_steps_of(rows: int, batches: Batches, kind: LossKind) -> Iterator[None]:
+def in_steps_of(rows: int, batches: Batches, model: nn.Module) -> Iterator[None]:
     """While open, a scoring step takes no more memory on an accelerator than training on so many rows like the longest of these."""
-    longest = max(padded_tokens(one, kind) // _rows(one) for one in as_batches(batches))
+    kind = loss_kind(model)
+    longest = max(padded_tokens(one, kind) // len(one["labels"]) for one in as_batches(batches))
     token = _most_tokens.set(min(rows * longest, _most_tokens.get()))
     try:
         yield
@@ -71,55 +56,62 @@ class Parts:
 
     Attributes:
         own: the microbatches. A process may have none, but not with a sharded model.
-        widths: of each, the padded tokens of the largest that any process scores at the same time.
-        copies: how many processes score each microbatch.
+        processes: how many there are.
+        copies: how many of them score each microbatch.
         device: of the model.
     """
 
     own: list[dict[str, Any]]
-    widths: list[int]
+    processes: int
     copies: int
     device: torch.device
 
     def total(self, *values: Tensor) -> list[Tensor]:
         """Sums over all processes, each microbatch counted once. Every process gets the same numbers."""
-        return [value / self.copies for value in summed(values, self.device)] if count() > 1 else list(values)
+        return [value / self.copies for value in summed(values, self.device)] if self.processes > 1 else list(values)
 
     def loss(self, model: nn.Module) -> float:
         """The mean cross-entropy (nats) over all labels of the microbatches of all processes."""
-        return mean_loss(model, self.own, over_all=True)
+        return mean_loss(model, self.own, over_all=self.processes > 1)
 
 
 def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Parts:
     """The batches as the model reads them, cut into microbatches of like length, without rows that have no label.
 
-    Every process must be given the same batches.
+    Every process must be given the same batches. Images, sounds and embedded texts are read in the model's precision as it is now:
+    that is another than in training while half-precision weights are converted, or while autocast is off.
 
     Args:
         single_rows: a microbatch is one row.
     """
-    device, kind = next(model.parameters()).device, loss_kind(model)
-    parts = labelled_parts(model, *(as_read(one, model) for one in as_batches(batch)), single_rows=single_rows)
+    kind, dtype, device = loss_kind(model), getattr(base_of(model), "dtype", None), next(model.parameters()).device
+    batches = [
+        {
+            key: value.to(device, dtype if value.is_floating_point() and key != "labels" else None)
+            if isinstance(value, Tensor)
+            else value
+            for key, value in one.items()
+        }
+        for one in as_batches(batch)
+    ]
+    parts = _labelled_parts(batches, 1 if single_rows else step_tokens(device), kind)
     n = count()
-    while len(parts) % n and (rows := max(map(_rows, parts))) > 1:
-        at = [_rows(part) for part in parts].index(rows)
+    while len(parts) % n and (rows := max(len(part["labels"]) for part in parts)) > 1:
+        at = [len(part["labels"]) for part in parts].index(rows)
         parts[at : at + 1] = [taken(parts[at], slice(rows // 2)), taken(parts[at], slice(rows // 2, None))]
-    own, copies = own_share(parts, even=is_sharded(model))
-    tokens = partial(padded_tokens, kind=kind)
-    together = [parts[i : i + n] if copies == 1 else parts[i : i + 1] for i in range(0, len(parts), n if copies == 1 else 1)]
-    return Parts(own, [max(map(tokens, group)) for group in together][: len(own)], copies, device)
+    own, copies = own_share(parts, even=is_sharded(model)) if n > 1 else (parts, 1)
+    return Parts(own, n, copies, device)
 
 
-def labelled_parts(model: nn.Module, *batches: Batch, single_rows: bool = False) -> list[dict[str, Any]]:
+def labelled_parts(model: nn.Module, *batches: Batch) -> list[dict[str, Any]]:
     """The batches cut into microbatches of like length, without rows that have no label; their losses add up to those of all."""
-    kind, most = loss_kind(model), 1 if single_rows else step_tokens(next(model.parameters()).device)
-    parts = [part for one in batches for part in microbatches(one, most, kind)]
+    return _labelled_parts(batches, step_tokens(next(model.parameters()).device), loss_kind(model))
+
+
+def _labelled_parts(batches: Sequence[Batch], most_tokens: int, kind: LossKind) -> list[dict[str, Any]]:
+    parts = [part for one in batches for part in microbatches(one, most_tokens, kind)]
     # Without any label at all the loss says so.
     return [labelled for part in parts if (labelled := _labelled_rows(part, kind))] or parts
-
-
-def _rows(part: Batch) -> int:
-    return len(part["labels"]) if part.get("labels") is not None else 1
 
 
 def taken(part: Batch, rows: slice | Tensor) -> dict[str, Any]:
@@ -153,15 +145,19 @@ def from_nothing(scores: Mapping[str, Tensor], shift: float) -> Scores:
     return {path: values.masked_fill(values.abs() < noise, 0.0) for path, values in moved.items()}
 
 
+def loss_without(model: nn.Module, parts: Parts, adapter: str | None = None) -> float:
+    """The mean cross-entropy (nats) without any rank."""
+    with GateBank(model, adapter) as gates, gates.only(set()):
+        return parts.loss(model)
+
+
 def losses_without_and_with(
     model: nn.Module, batch: Batches, adapter: str | None = None, float32: bool | None = True
 ) -> tuple[float, float]:
     """Mean cross-entropy (nats) over the labels of the batch without any rank and with all of them."""
-    with scoring(model, float32), GateBank(model, adapter) as gates:
+    with scoring(model, float32):
         parts = parts_of(model, batch)
-        with gates.only(set()):
-            without = parts.loss(model)
-        return without, parts.loss(model)
+        return loss_without(model, parts, adapter), parts.loss(model)
 
 
 @torch.enable_grad()
@@ -178,20 +174,21 @@ def gate_gradients(
     Returns:
         Name -> gradient in the shape of its leaf (zero for a leaf the model did not use), and the mean loss in nats.
     """
-    names = list(leaves)
-    total = {name: torch.zeros_like(leaves[name]) for name in names}
+    total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     loss, labels = 0.0, 0
     for part in parts.own:
         sums, counts = row_losses(model, part)
-        gradients = torch.autograd.grad(sums.sum(), [leaves[name] for name in names], allow_unused=True)
-        for name, gradient in zip(names, gradients, strict=True):
+        gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient
         loss, labels = loss + float(sums.sum().detach()), labels + int(counts.sum())
     (told,) = parts.total(torch.tensor([loss, labels], dtype=torch.float32 if parts.device.type == "mps" else torch.float64))
-    gradients_of_all = parts.total(*total.values())
     loss, labels = told.tolist()
-    return {name: value / labels for name, value in zip(names, gradients_of_all, strict=True)}, loss / labels
+    return {name: value / labels for name, value in zip(leaves, parts.total(*total.values()), strict=True)}, loss / labels
+
+
+_being_scored: ContextVar[nn.Module | None] = ContextVar("being_scored", default=None)
 
 
 @contextmanager
@@ -200,7 +197,7 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
 
     Half-precision weights are converted in place and back, which loses nothing; the differences of losses that single ranks make
     are smaller than half precision resolves. Their gradients are not: for these bfloat16 will do. The random state and every
-    module's training mode are as before when it closes. Opened inside itself it converts nothing: a round opens it once around all
+    module's training mode are as before when it closes. Opened inside itself it does nothing: a round opens it once around all
     that it measures. Layers under gradient checkpointing keep no activations here either.
 
     Args:
@@ -208,6 +205,9 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
             gradients, converts float16, in which small ones are lost, and bfloat16 where the device only emulates it, which is
             slower. Quantised weights and those of a sharded model are left as they are in any case.
     """
+    if _being_scored.get() is model:
+        yield
+        return
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
     kept = float32 is None and has_bfloat16(device)
@@ -218,6 +218,7 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
     # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
     original = original_forward(model)
     wrapped = model.__dict__.get("forward") if original is not None else None
+    token = _being_scored.set(model)
     with random_state_kept(device), torch.autocast(device.type, enabled=False), ExitStack() as stack:
         try:
             recomputed = recomputed_layers(model)
@@ -238,6 +239,7 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
                 model.forward = wrapped
             for module in training:
                 module.training = True
+            _being_scored.reset(token)
 
 
 def _half_precision(model: nn.Module, kinds: tuple[torch.dtype, ...]) -> list[Tensor]:
@@ -247,7 +249,7 @@ def _half_precision(model: nn.Module, kinds: tuple[torch.dtype, ...]) -> list[Te
     """
     found: dict[int, Tensor] = {}
     for module in model.modules():
-        if not is_quantised(module):
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.dtype in kinds for tensor in own) and not is_quantised(module):
             found |= {id(tensor): tensor for tensor in own if tensor.dtype in kinds}
     return list(found.values())

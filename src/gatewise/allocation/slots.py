@@ -1,19 +1,24 @@
-"""Live and dead rank slots on stock PEFT LoRA layers: widen, prune, grow, compact.
+"""Live and dead rank slots on stock PEFT LoRA layers: widen, prune, grow, compact, and what the optimiser keeps of them.
 
-A LoRA layer of capacity ``r_max`` has ``r_max`` slots. Slot i is row i of A (r_max, d_in) and column i of B (d_out, r_max); of a
-convolution A is (r_max, d_in, *kernel) and B (d_out, r_max, 1, ...). It is *dead* when both are zero. A dead slot adds nothing to
-the output, and because the gradient of each factor is multiplied by the other factor its gradient is exactly zero: it stays dead
-without a mask, at stock LoRA's speed. Which slots live is read from the weights alone, so a checkpoint needs no second source of
-truth.
+A LoRA layer of capacity ``r_max`` has ``r_max`` slots. Slot i is row i of A (r_max, d_in) and column i of B (d_out, r_max). It is
+*dead* when both are zero. A dead slot adds nothing to the output, and because the gradient of each factor is multiplied by the
+other factor its gradient is exactly zero: it stays dead without a mask, at stock LoRA's speed. Which slots live is read from the
+weights alone, so a checkpoint needs no second source of truth.
 
 Each expert of a stacked parameter (``target_parameters``) is a module with slots of its own, an ``Expert``, although PEFT keeps the
 factors of all of them in one A (experts * r_max, d_in) and one B (d_out, r_max * experts).
+
+A pruned slot's optimiser state is cleared. A grown one starts with a state of zero, as any new parameter does. For SGD, Lion or
+RMSprop that is all. Adam and its relatives also divide their running averages by 1 - beta^t, where t counts the steps of the whole
+parameter, which is old: the slot would move several learning rates a step. So its running average of squares starts at the mean of
+the live slots', and its steps are about as large as theirs. An optimiser that computes exactly leaves dead slots where they are;
+one that rounds its averages to 8 bits does not, and ``put_back_dead`` zeroes them after each step.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, cast
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -21,14 +26,28 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.optim import Optimizer
 
 from gatewise.adapters.files import PEFT_PREFIX
 from gatewise.adapters.lora import active_adapter, alphas, rank_settings, start_at_any_rank, takes_out_of_base
-from gatewise.allocation import growth
-from gatewise.allocation.growth import Place
 from gatewise.errors import GatewiseError
 
 logger = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Where some slots of a LoRA layer lie in one of its factors.
+
+    Attributes:
+        parameter: A or B.
+        dim: the dimension of the slots, counted from the end (-2 or -1): AdEMAMix stacks two averages in one tensor.
+        indices: theirs along it.
+    """
+
+    parameter: nn.Parameter
+    dim: int
+    indices: Tensor
 
 
 class Expert:
@@ -48,18 +67,21 @@ class Expert:
         return getattr(self.layer, name)
 
 
+# ---------------------------------------------------------------- which layers there are
+
+
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
     """Every LoRA layer of an adapter whose ranks can be moved, by its path in the base model, in module order.
 
-    Linear layers and GPT-2's ``Conv1D`` count, quantised ones too, and embeddings and convolutions. Convolutions in groups, each of
-    which has ranks of its own, and ``nn.MultiheadAttention`` are left as they are. Of a stacked parameter each expert is there, an
-    ``Expert``, by the path of the parameter and its number, such as "model.layers.0.mlp.experts.down_proj[2]". The type is
-    nominal: all these have its attributes.
+    Linear layers and GPT-2's ``Conv1D`` count, quantised ones too, and embeddings. Convolutions and ``nn.MultiheadAttention`` are
+    left as they are. Of a stacked parameter each expert is there, an ``Expert``, by the path of the parameter and its number, such
+    as "model.layers.0.mlp.experts.down_proj[2]". The type is nominal: all these have its attributes.
     """
-    return _layers(model, active_adapter(model, adapter))
+    return layers_of(model, active_adapter(model, adapter))
 
 
-def _layers(model: nn.Module, name: str) -> dict[str, LoraLinear]:
+def layers_of(model: nn.Module, name: str) -> dict[str, LoraLinear]:
+    """``lora_layers`` of an adapter that is known to be there."""
     return {path: site for held_at, layer in _holders(model, name).items() for path, site in _modules_of(held_at, layer)}
 
 
@@ -72,111 +94,54 @@ def _modules_of(path: str, layer: LoraLinear) -> Iterator[tuple[str, LoraLinear]
         yield path if layer.num_experts == 1 else f"{path}[{number}]", cast(LoraLinear, Expert(layer, number))
 
 
+def _targeted(model: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """Every layer of an adapter, of whatever kind, by the path in the base model of what it adapts."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A):
+            path = path.removeprefix(PEFT_PREFIX)
+            if isinstance(module, ParamWrapper):  # the layers of several parameters lie in one another
+                path = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
+            found[path] = module
+    return found
+
+
 def _holders(model: nn.Module, name: str) -> dict[str, LoraLinear]:
     """The LoRA layers that hold the slots of an adapter, by the path of the module or parameter they adapt."""
+    targeted = _targeted(model, name)
     # PEFT merges the factors of these for each pass, those of a LoRA layer inside too, and gives both the same rank.
-    attention = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, MultiheadAttention))
+    attention = tuple(f"{path}." for path, layer in targeted.items() if isinstance(layer, MultiheadAttention))
     return {
-        _path_of(path, module): cast(LoraLinear, module)
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and _has_slots(module, name) and not f"{path}.".startswith(attention)
+        path: cast(LoraLinear, layer)
+        for path, layer in targeted.items()
+        if name in layer.lora_embedding_A or isinstance(layer.lora_A[name], nn.Linear)
+        if not f"{path}.".startswith(attention)
     }
 
 
-def left_alone(model: nn.Module, adapter: str | None = None) -> list[str]:
+def left_alone(model: nn.Module, adapter: str) -> list[str]:
     """Paths of what an adapter's LoRA layers adapt that ``lora_layers`` leaves out: no score reads it, and no budget counts it.
 
     Of ``nn.MultiheadAttention``, which has a LoRA layer inside, the path of the whole.
     """
-    name = active_adapter(model, adapter)
-    held = set(map(id, _holders(model, name).values()))
-    return [
-        _path_of(path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A)
-        if id(module) not in held and ".base_layer" not in path
-    ]
+    held = _holders(model, adapter)
+    return [path for path in _targeted(model, adapter) if path not in held and ".base_layer" not in path]
 
 
-def _path_of(path: str, layer: LoraLayer) -> str:
-    """The path in the base model of what a LoRA layer at ``path`` adapts."""
-    path = path.removeprefix(PEFT_PREFIX)
-    if not isinstance(layer, ParamWrapper):
-        return path
-    return f"{path.replace('.base_layer', '')}.{layer.parameter_name}"  # the layers of several parameters lie in one another
+def check_not_tied(model: nn.Module, name: str) -> None:
+    """Refuses an adapter whose layers share ranks: ``ensure_weight_tying`` gives an LM head those of the embedding, transposed.
 
-
-def _has_slots(layer: LoraLayer, name: str) -> bool:
-    if name in layer.lora_embedding_A:
-        return True
-    if name not in layer.lora_A:
-        return False
-    a, b = (getattr(held[name], "weight", None) for held in (layer.lora_A, layer.lora_B))
-    return isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter) and a.ndim > 1 and len(a) == b.shape[1]
-
-
-def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves.
-
-    Those of convolutions have a kernel, and those of an ``Expert`` hold its fellows too: see ``by_slot`` and ``places``.
+    Raises:
+        GatewiseError: there are some.
     """
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
-
-
-def places(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor) -> tuple[Place, Place]:
-    """Where slots lie in A and in B."""
-    a, b = factors(layer, adapter)
-    index = torch.as_tensor(slots if isinstance(slots, Tensor) else list(slots), dtype=torch.long, device=a.device)
-    if isinstance(layer, Expert):
-        experts = layer.layer.num_experts
-        rows, columns = index + layer.number * (len(a) // experts), index * experts + layer.number
-        return Place(a, -2, rows), Place(b, -1, columns)
-    return Place(a, -a.ndim, index), Place(b, 1 - b.ndim, index)
-
-
-def all_places(model: nn.Module, adapter: str | None = None) -> dict[str, Callable[[Sequence[int]], tuple[Place, Place]]]:
-    """Path -> what says where slots lie in A and in B, of every layer of ``lora_layers``."""
-    name = active_adapter(model, adapter)
-    return {path: partial(places, layer, name) for path, layer in _layers(model, name).items()}
-
-
-def dead_places(model: nn.Module, adapter: str | None = None) -> list[Place]:
-    """Where the dead slots of all layers lie in their factors, one place a factor."""
-    name = active_adapter(model, adapter)
-    found: dict[tuple[nn.Parameter, int], list[Tensor]] = {}
-    for layer in _layers(model, name).values():
-        for parameter, dim, index in places(layer, name, (~live_mask(layer, name)).nonzero().flatten()):
-            found.setdefault((parameter, dim), []).append(index)
-    return [Place(parameter, dim, torch.cat(indices)) for (parameter, dim), indices in found.items()]
-
-
-def by_slot(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors of the shapes of A and B, as (r_max, numbers of a slot) each."""
-    if isinstance(layer, Expert):
-        experts = layer.layer.num_experts
-        return a.unflatten(0, (experts, -1))[layer.number], b.unflatten(1, (-1, experts))[..., layer.number].T
-    return a.flatten(1), b.transpose(0, 1).flatten(1)
-
-
-def costs(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
-    """Path -> the numbers of one of its ranks, a row of A and a column of B: d_in + d_out of a linear layer."""
-    name = active_adapter(model, adapter)
-    of_slots = {path: by_slot(layer, name, *factors(layer, name)) for path, layer in _layers(model, name).items()}
-    return {path: rows.shape[1] + columns.shape[1] for path, (rows, columns) in of_slots.items()}
-
-
-def set_slots(layer: LoraLinear, adapter: str, rows: Tensor, columns: Tensor) -> None:
-    """Writes all slots of a layer: the numbers of its A and B as ``by_slot`` gives them."""
-    a, b = (factor.detach() for factor in factors(layer, adapter))
-    if isinstance(layer, Expert):
-        experts = layer.layer.num_experts
-        a.unflatten(0, (experts, -1))[layer.number].copy_(rows)
-        b.unflatten(1, (-1, experts))[..., layer.number].copy_(columns.T)
-        return
-    a.copy_(rows.view(a.shape))
-    b.copy_(columns.view(b.shape[1], b.shape[0], *b.shape[2:]).transpose(0, 1))
+    owners: dict[int, str] = {}
+    for path, layer in _holders(model, name).items():
+        for factor in factors(layer, name):
+            if factor.device.type != "meta" and owners.setdefault(factor.data_ptr(), path) != path:
+                raise GatewiseError(
+                    f"{path} and {owners[factor.data_ptr()]} share their LoRA factors (ensure_weight_tying), whose ranks cannot be "
+                    "moved apart: leave ensure_weight_tying out, or one of the two out of target_modules"
+                )
 
 
 def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
@@ -187,18 +152,11 @@ def carries_more_than_ranks(layer: LoraLinear, adapter: str) -> bool:
     return changes or (adapter in layer.lora_B and layer.lora_B[adapter].bias is not None)
 
 
-def keep_a_rank(model: nn.Module, adapter: str | None = None) -> bool:
+def keep_a_rank(model: PeftModel, name: str) -> bool:
     """Whether no module of an adapter may lose its last rank in rounds: those with a magnitude or a trained bias stay in it without
     ranks, and are written with a rank of zeros, which no budget would count."""
-    name = active_adapter(model, adapter)
-    layers = (layer for layer in _holders(model, name).values() if not isinstance(layer, ParamWrapper))
-    return any(_stays_without_ranks(cast(PeftModel, model), layer, name) for layer in layers)
-
-
-def stay_without_ranks(model: PeftModel, adapter: str | None = None) -> list[str]:
-    """Paths of what stays in an adapter when it has no live rank: see ``compact``."""
-    name = active_adapter(model, adapter)
-    return [path for path, layer in _holders(model, name).items() if _stays_without_ranks(model, layer, name)]
+    layers = [layer for layer in _holders(model, name).values() if not isinstance(layer, ParamWrapper)]
+    return any(_stays_without_ranks(model, layer, name) for layer in layers)
 
 
 def _stays_without_ranks(model: PeftModel, layer: LoraLinear, name: str) -> bool:
@@ -208,26 +166,47 @@ def _stays_without_ranks(model: PeftModel, layer: LoraLinear, name: str) -> bool
     return carries_more_than_ranks(layer, name) or (own_biases and has_bias) or isinstance(layer, ParamWrapper)
 
 
+# ---------------------------------------------------------------- the slots of a layer
+
+
+def factors(layer: LoraLinear, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (r_max, d_in) and B (d_out, r_max) of a layer, the parameters themselves.
+
+    Those of an ``Expert`` also hold the other experts: see ``by_slot`` and ``places``.
+    """
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
+
+
+def _number_and_experts(layer: LoraLinear) -> tuple[int, int]:
+    """Which of how many modules that share one A and one B a layer is."""
+    return (layer.number, layer.layer.num_experts) if isinstance(layer, Expert) else (0, 1)
+
+
+def places(layer: LoraLinear, adapter: str, slots: Sequence[int] | Tensor) -> tuple[Place, Place]:
+    """Where slots lie in A and in B."""
+    (a, b), (number, experts) = factors(layer, adapter), _number_and_experts(layer)
+    index = torch.as_tensor(slots if isinstance(slots, Tensor) else list(slots), dtype=torch.long, device=a.device)
+    return Place(a, -2, index + number * (len(a) // experts)), Place(b, -1, index * experts + number)
+
+
+def by_slot(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of the shapes of A and B, as (r_max, d_in) and (r_max, d_out): the numbers of each slot. They are views."""
+    number, experts = _number_and_experts(layer)
+    return a.unflatten(0, (experts, -1))[number], b.unflatten(1, (-1, experts))[..., number].T
+
+
+def set_slots(layer: LoraLinear, adapter: str, rows: Tensor, columns: Tensor) -> None:
+    """Writes all slots of a layer: the numbers of its A and B as ``by_slot`` gives them."""
+    for now, new in zip(by_slot(layer, adapter, *(one.detach() for one in factors(layer, adapter))), (rows, columns), strict=True):
+        now.copy_(new)
+
+
 def live_mask(layer: LoraLinear, adapter: str) -> Tensor:
     """(r_max,) bool: which slots of a layer live. Dead means that the row of A and the column of B are both zero."""
-    a, b = (factor.detach() != 0 for factor in factors(layer, adapter))
-    rows, columns = by_slot(layer, adapter, a, b)
+    rows, columns = by_slot(layer, adapter, *(factor.detach() != 0 for factor in factors(layer, adapter)))
     return rows.any(dim=1) | columns.any(dim=1)
-
-
-def capacity(layer: LoraLinear, adapter: str) -> int:
-    """How many slots a layer has."""
-    return len(factors(layer, adapter)[0]) // (layer.layer.num_experts if isinstance(layer, Expert) else 1)
-
-
-def all_factors(layers: Mapping[str, LoraLinear], adapter: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Path -> A and B."""
-    return {path: factors(layer, adapter) for path, layer in layers.items()}
-
-
-def capacities(layers: Mapping[str, LoraLinear], adapter: str) -> dict[str, int]:
-    """Path -> slots."""
-    return {path: capacity(layer, adapter) for path, layer in layers.items()}
 
 
 def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
@@ -235,10 +214,168 @@ def live_slots(layer: LoraLinear, adapter: str) -> list[int]:
     return [int(i) for i in live_mask(layer, adapter).nonzero().flatten().tolist()]
 
 
+def capacity(layer: LoraLinear, adapter: str) -> int:
+    """How many slots a layer has."""
+    return len(factors(layer, adapter)[0]) // _number_and_experts(layer)[1]
+
+
+def capacities(layers: Mapping[str, LoraLinear], adapter: str) -> dict[str, int]:
+    """Path -> slots."""
+    return {path: capacity(layer, adapter) for path, layer in layers.items()}
+
+
+def costs(layers: Mapping[str, LoraLinear], adapter: str) -> dict[str, int]:
+    """Path -> the numbers of one of its ranks, a row of A and a column of B: d_in + d_out."""
+    return {path: a.shape[1] + len(b) for path, (a, b) in ((path, factors(layer, adapter)) for path, layer in layers.items())}
+
+
 def ranks(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
     """Path -> number of live ranks."""
     name = active_adapter(model, adapter)
-    return {path: int(live_mask(layer, name).sum()) for path, layer in _layers(model, name).items()}
+    return live_ranks(layers_of(model, name), name)
+
+
+def live_ranks(layers: Mapping[str, LoraLinear], adapter: str) -> dict[str, int]:
+    """Path -> number of live ranks."""
+    return {path: int(live_mask(layer, adapter).sum()) for path, layer in layers.items()}
+
+
+# ---------------------------------------------------------------- pruning and growing
+
+
+def prune(layer: LoraLinear, adapter: str, slots: Sequence[int], optimizer: Optimizer | None = None) -> None:
+    """Kills slots: zeroes their row of A and column of B and clears the optimiser's moments for them."""
+    where = places(layer, adapter, slots) if slots else ()
+    with torch.no_grad():
+        for parameter, dim, index in where:
+            parameter.index_fill_(dim, index, 0)
+    _clear(where, optimizer)
+
+
+def grow(layer: LoraLinear, adapter: str, n: int, generator: torch.Generator, optimizer: Optimizer | None = None) -> list[int]:
+    """Brings the ``n`` lowest dead slots to life as LoRA starts a rank: a random row of A, a zero column of B.
+
+    The function is unchanged and gradient flows into B. The row is drawn as PEFT draws A (Kaiming uniform with a = sqrt(5),
+    that is uniform in +-1/sqrt(d_in)) from ``generator``, a CPU generator, so that a resumed run draws the same numbers.
+    PEFT starts embeddings the other way round, with A at zero and B normal, and so does this.
+
+    Raises:
+        ValueError: the layer has fewer than ``n`` dead slots.
+    """
+    if n <= 0:
+        return []
+    dead = [int(i) for i in (~live_mask(layer, adapter)).nonzero().flatten().tolist()[:n]]
+    if len(dead) < n:
+        raise ValueError(f"{n} ranks to grow but only {len(dead)} dead slots")
+    live = _alive_in_factors(layer, adapter)
+    grown = places(layer, adapter, dead)
+    (a, along_a, rows), (b, along_b, columns) = grown
+    with torch.no_grad():
+        if adapter in layer.lora_embedding_B:
+            b.index_copy_(along_b, columns, torch.randn(len(b), n, generator=generator).to(b))
+        else:
+            drawn = torch.rand(n, a.shape[1], generator=generator) * 2 - 1
+            a.index_copy_(along_a, rows, (drawn * a.shape[1] ** -0.5).to(a))
+    _start_in_optimizer(grown, live, optimizer)
+    return dead
+
+
+def _alive_in_factors(layer: LoraLinear, adapter: str) -> tuple[Tensor, Tensor]:
+    """Where live slots lie along A and B; of an expert, those of the other experts too, for the optimiser keeps one state."""
+    experts = (
+        [cast(LoraLinear, Expert(layer.layer, n)) for n in range(layer.layer.num_experts)] if isinstance(layer, Expert) else [layer]
+    )
+    found = [places(one, adapter, live_mask(one, adapter).nonzero().flatten()) for one in experts]
+    return torch.cat([a.indices for a, _ in found]), torch.cat([b.indices for _, b in found])
+
+
+# Running averages of squares, by the names that optimisers give them ("state2" is bitsandbytes'). Adafactor keeps the mean of those
+# of each row and of each column: Transformers drops the dimension that it averages over, torch keeps it with size 1.
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "state2")
+_FACTORED_SQUARES = {-2: ("exp_avg_sq_row", "row_var"), -1: ("exp_avg_sq_col", "col_var")}
+
+
+def _clear(places: Iterable[Place], optimizer: Optimizer | None) -> None:
+    """Sets to zero what the optimiser keeps of these slots, and their gradient: a dead slot then stays dead."""
+    if optimizer is None:
+        return
+    for parameter, dim, slots in places:
+        if parameter.grad is not None:
+            parameter.grad.index_fill_(dim, slots, 0)
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.shape[-parameter.ndim :] != parameter.shape:
+                continue
+            if type(value) is not Tensor:  # torchao's states are tensors of its own classes
+                value.copy_(value.dequantize().index_fill(dim, slots, 0))
+                continue
+            # bitsandbytes keeps codes of a table ("state1" of "qmap1"), in which code 0 is not the number 0.
+            table = state.get(key.replace("state", "qmap")) if value.dtype == torch.uint8 else None
+            value.index_fill_(dim, slots, 0 if table is None else int(table.abs().argmin()))
+
+
+def _start_in_optimizer(grown: Sequence[Place], live: Sequence[Tensor], optimizer: Optimizer | None) -> None:
+    """Gives grown slots, whose weights are in place, the optimiser state that their training starts from.
+
+    Args:
+        grown: where the grown slots lie in A and in B.
+        live: where along A and B the slots lie that lived before.
+    """
+    _clear(grown, optimizer)
+    if optimizer is None:
+        return
+    for (parameter, dim, new), old in zip(grown, live, strict=True):
+        state = optimizer.state.get(parameter, {})
+        if "z" in state:  # schedule-free optimisers: a second copy of the weights, which the parameter is drawn towards
+            state["z"].index_copy_(dim, new, parameter.detach().index_select(dim, new).to(state["z"].dtype))
+        squares = [key for key in (*_SQUARES, *_FACTORED_SQUARES[dim]) if key in state]
+        if squares and not len(old):  # no mean to take, and nothing to lose: the optimiser makes this parameter's state anew
+            del optimizer.state[parameter]
+            continue
+        for key in squares:
+            _start_at_mean(state, key, -1 if state[key].ndim == 1 else dim, new, old)
+
+
+def _start_at_mean(state: Mapping[str, Any], key: str, dim: int, grown: Tensor, live: Tensor) -> None:
+    """Sets a state of grown slots to the mean of the live slots', however the optimiser stores it."""
+    stored = state[key]
+    if stored.dtype == torch.uint8:  # bitsandbytes: codes of an ascending table, times the largest number of each block
+        table, largest = state[f"qmap{key[-1]}"], state[f"absmax{key[-1]}"]
+        # The size of a block is not kept: 256, or in older versions 2048.
+        block = 2 ** math.ceil(math.log2(stored.numel() / len(largest)))
+        scale = largest.repeat_interleave(block)[: stored.numel()].view(stored.shape)
+        values = table[stored.long()] * scale
+    else:
+        values = stored if type(stored) is Tensor else stored.dequantize()
+    mean = values.index_select(dim, live).mean(dim, keepdim=True)
+    values = values.index_copy(dim, grown, mean.repeat_interleave(len(grown), dim))
+    if stored.dtype == torch.uint8:
+        blocks = pad(values.flatten(), (0, len(largest) * block - values.numel())).view(-1, block)
+        largest.copy_(blocks.amax(1))
+        shares = blocks / largest.clamp(min=torch.finfo(largest.dtype).tiny)[:, None]
+        nearest = torch.bucketize(shares, (table[1:] + table[:-1]) / 2)
+        values = nearest.flatten()[: stored.numel()].view(stored.shape)
+    stored.copy_(values)
+
+
+def dead_places(layers: Mapping[str, LoraLinear], adapter: str) -> list[Place]:
+    """Where the dead slots of all layers lie in their factors, one place a factor."""
+    found: dict[tuple[nn.Parameter, int], list[Tensor]] = {}
+    for layer in layers.values():
+        for parameter, dim, index in places(layer, adapter, (~live_mask(layer, adapter)).nonzero().flatten()):
+            found.setdefault((parameter, dim), []).append(index)
+    together = [Place(parameter, dim, torch.cat(indices)) for (parameter, dim), indices in found.items()]
+    return [place for place in together if len(place.indices)]
+
+
+@torch.no_grad()
+def put_back_dead(dead: Sequence[Place]) -> None:
+    """Sets to zero what a step of the optimiser made of dead slots."""
+    for parameter, dim, index in dead:
+        parameter.index_fill_(dim, index, 0)
+
+
+# ---------------------------------------------------------------- more room, and none that is not used
 
 
 def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapter: str | None = None) -> dict[str, int]:
@@ -258,13 +395,12 @@ def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapte
         GatewiseError: a layer already has more ranks than ``r_max``, or layers share their ranks.
     """
     name = active_adapter(model, adapter)
-    layers = _holders(model, name)
     check_not_tied(model, name)
     slots: dict[str, int] = {}
-    for held_at, layer in layers.items():
+    for held_at, layer in _holders(model, name).items():
         modules = dict(_modules_of(held_at, layer))
         old = capacity(next(iter(modules.values())), name)
-        new = 2 * old if r_max is None else r_max if isinstance(r_max, int) else max(r_max[path] for path in modules)
+        new = 2 * old if r_max is None else max(r_max[path] for path in modules) if isinstance(r_max, Mapping) else int(r_max)
         if new < old:
             raise GatewiseError(f"r_max is {new} but {held_at} already has rank {old}: give an r_max of at least {old}")
         slots |= dict.fromkeys(modules, new)
@@ -276,10 +412,12 @@ def widen(model: PeftModel, r_max: int | Mapping[str, int] | None = None, adapte
 
 def _move_slots(layer: LoraLinear, name: str, modules: Sequence[LoraLinear], kept: Sequence[Sequence[int]], slots: int) -> None:
     """Gives a LoRA layer new factors of ``slots`` slots a module: those ``kept`` of each module first, then zeros."""
-    old = [places(module, name, some) for module, some in zip(modules, kept, strict=True)]
     a, b = factors(layer, name)
-    new_a, new_b = a.new_zeros(len(modules) * slots, *a.shape[1:]), b.new_zeros(len(b), len(modules) * slots, *b.shape[2:])
-    values = [tuple(place.parameter.detach().index_select(place.dim, place.indices) for place in both) for both in old]
+    new_a, new_b = a.new_zeros(len(modules) * slots, a.shape[1]), b.new_zeros(len(b), len(modules) * slots)
+    values = [
+        [place.parameter.detach().index_select(place.dim, place.indices) for place in places(module, name, some)]
+        for module, some in zip(modules, kept, strict=True)
+    ]
     _set_factors(layer, name, new_a, new_b)
     with torch.no_grad():
         for module, some, both in zip(modules, kept, values, strict=True):
@@ -287,80 +425,17 @@ def _move_slots(layer: LoraLinear, name: str, modules: Sequence[LoraLinear], kep
                 parameter.index_copy_(dim, index, value)
 
 
-def check_not_tied(model: nn.Module, name: str) -> None:
-    """Refuses an adapter whose layers share ranks: ``ensure_weight_tying`` gives an LM head those of the embedding, transposed.
-
-    Raises:
-        GatewiseError: there are some.
-    """
-    owners: dict[int, str] = {}
-    for path, layer in _holders(model, name).items():
-        for factor in factors(layer, name):
-            if factor.device.type != "meta" and owners.setdefault(factor.data_ptr(), path) != path:
-                raise GatewiseError(
-                    f"{path} and {owners[factor.data_ptr()]} share their LoRA factors (ensure_weight_tying), whose ranks cannot be "
-                    "moved apart: leave ensure_weight_tying out, or one of the two out of target_modules"
-                )
-
-
-def prune(layer: LoraLinear, adapter: str, slots: Sequence[int], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Kills slots: zeroes their row of A and column of B and clears the optimiser's moments for them."""
-    if not slots:
+def _set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
+    new_a, new_b = (
+        nn.Parameter(new, requires_grad=old.requires_grad) for old, new in zip(factors(layer, adapter), (a, b), strict=True)
+    )
+    layer.r[adapter] = len(a) // (layer.num_experts if isinstance(layer, ParamWrapper) else 1)
+    if adapter in layer.lora_embedding_A:
+        layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter] = new_a, new_b
         return
-    where = places(layer, adapter, slots)
-    with torch.no_grad():
-        for parameter, dim, index in where:
-            parameter.index_fill_(dim, index, 0)
-    growth.clear(where, optimizer)
-
-
-def grow(
-    layer: LoraLinear,
-    adapter: str,
-    n: int,
-    generator: torch.Generator,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> list[int]:
-    """Brings the ``n`` lowest dead slots to life as LoRA starts a rank: a random row of A, a zero column of B.
-
-    The function is unchanged and gradient flows into B. The row is drawn as PEFT draws A (Kaiming uniform with a = sqrt(5),
-    that is uniform in +-1/sqrt(d_in)) from ``generator``, a CPU generator, so that a resumed run draws the same numbers.
-    PEFT starts embeddings the other way round, with A at zero and B normal, and so does this.
-    With Adam, ``growth.YoungSlots`` must follow the optimiser's next steps, or the new ranks take steps that are too large.
-
-    Raises:
-        ValueError: the layer has fewer than ``n`` dead slots.
-    """
-    if n <= 0:
-        return []
-    mask = live_mask(layer, adapter)
-    dead = [int(i) for i in (~mask).nonzero().flatten().tolist()[:n]]
-    if len(dead) < n:
-        raise ValueError(f"{n} ranks to grow but only {len(dead)} dead slots")
-    grown = places(layer, adapter, dead)
-    (a, along_a, rows), (b, along_b, columns) = grown
-    with torch.no_grad():
-        if adapter in layer.lora_embedding_B:
-            b.index_copy_(along_b, columns, torch.randn(len(b), n, generator=generator).to(b))
-        else:
-            drawn = torch.rand(n, *a.shape[1:], generator=generator) * 2 - 1
-            a.index_copy_(along_a, rows, (drawn * a[0].numel() ** -0.5).to(a))
-    growth.start(grown, _alive_before(layer, adapter, mask), optimizer)
-    return dead
-
-
-def _alive_before(layer: LoraLinear, adapter: str, mask: Tensor) -> tuple[Place, Place]:
-    """Where a layer's slots lie that ``mask`` has as live; of an expert, its fellows' too, for the optimiser keeps one state."""
-    if not isinstance(layer, Expert):
-        return places(layer, adapter, mask.nonzero().flatten())
-    found = []
-    for number in range(layer.layer.num_experts):
-        fellow = cast(LoraLinear, Expert(layer.layer, number))
-        live = mask if number == layer.number else live_mask(fellow, adapter)
-        found.append(places(fellow, adapter, live.nonzero().flatten()))
-    (a, dim_a, _), (b, dim_b, _) = found[0]
-    rows, columns = (torch.cat([both[side].indices for both in found]) for side in (0, 1))
-    return Place(a, dim_a, rows), Place(b, dim_b, columns)
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    down.weight, up.weight = new_a, new_b
+    down.out_features = up.in_features = len(a)  # type: ignore[assignment]
 
 
 def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
@@ -378,7 +453,7 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
         GatewiseError: no live rank is left anywhere.
     """
     name = active_adapter(model, adapter)
-    if not any(live_slots(layer, name) for layer in _layers(model, name).values()):
+    if not any(bool(live_mask(layer, name).any()) for layer in layers_of(model, name).values()):
         raise GatewiseError(f"adapter {name!r} has no live rank left in any module: there is nothing to save")
     kept: dict[str, int] = {}
     for path, layer in _holders(model, name).items():
@@ -423,22 +498,6 @@ def _write_config(model: PeftModel, name: str) -> None:
         setattr(config, key, value)
 
 
-def _set_factors(layer: LoraLinear, adapter: str, a: Tensor, b: Tensor) -> None:
-    new_a, new_b = (
-        nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
-        for old, new in zip(factors(layer, adapter), (a, b), strict=True)
-    )
-    layer.r[adapter] = len(a) // (layer.num_experts if isinstance(layer, ParamWrapper) else 1)
-    if adapter in layer.lora_embedding_A:
-        layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter] = new_a, new_b
-        return
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    down.weight, up.weight = new_a, new_b
-    of_a, of_b = ("out_features", "in_features") if isinstance(down, nn.Linear) else ("out_channels", "in_channels")
-    setattr(down, of_a, len(a))
-    setattr(up, of_b, len(a))
-
-
 def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
     """Puts the base module back in the place of a LoRA layer without ranks, and takes it out of the config's targets."""
     parent_path, _, child = (PEFT_PREFIX + path).rpartition(".")
@@ -457,12 +516,3 @@ def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
     everyone = cast(list[str], model.base_model.targeted_module_names)  # of all adapters together
     if not in_use and path in everyone:
         everyone.remove(path)
-
-
-def _targeted(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """Every layer of an adapter, of whatever kind, by the path of what it adapts."""
-    return {
-        _path_of(path, module): module
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
-    }

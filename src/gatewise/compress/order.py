@@ -8,7 +8,6 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from gatewise.allocation import slots
 from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scores import DEFAULT, SCORES, about
+from gatewise.allocation.scores import DEFAULT, SCORES
 from gatewise.allocation.scoring import Batches, Scores, from_nothing, live_only, losses_without_and_with, parts_of, scoring
 from gatewise.allocation.slots import Expert, by_slot, carries_more_than_ranks, factors, live_mask, lora_layers
 from gatewise.errors import GatewiseError
@@ -58,12 +57,9 @@ def rank_values(
     if order not in ORDERS:
         raise GatewiseError(f"order {order!r} is not known; expected one of {', '.join(ORDERS)}")
     if order in SCORES:
-        options: dict[str, Any] = dict(about(order).in_rounds)
-        if progress is not None and order in ("path_moments", "path_integral"):
-            options["progress"] = progress
-        values: Scores = SCORES[order](model, batch, adapter=adapter, **options)
+        values: Scores = SCORES[order].of(model, batch, adapter, progress=progress)
         values = {path: scores.double() for path, scores in values.items()}
-        if about(order).from_base:
+        if not SCORES[order].idle_is_zero:
             # Counted from CE(all ranks) - CE(no rank), a sum over the ranks of a module would mostly count them.
             without, whole = losses_without_and_with(model, batch, adapter)
             values = from_nothing(values, without - whole)
@@ -87,7 +83,7 @@ def _activation(model: nn.Module, batch: Batches, adapter: str | None) -> Scores
         gates.open()
 
         def look(path: str, hidden: Tensor) -> None:
-            flat = gates.by_rank(path, hidden).float()
+            flat = hidden.flatten(0, -2).float()
             sums[path] += flat.square().sum(dim=0)
             seen[path] += len(flat)
 
@@ -141,7 +137,8 @@ class Cost:
 
 def parameter_costs(model: nn.Module, adapter: str) -> dict[str, Cost]:
     """Path -> cost in numbers stored."""
-    layers, each = lora_layers(model, adapter), slots.costs(model, adapter)
+    layers = lora_layers(model, adapter)
+    each = slots.costs(layers, adapter)
     return {path: Cost(0.0, each[path], carries_more_than_ranks(layer, adapter)) for path, layer in layers.items()}
 
 

@@ -245,7 +245,8 @@ class Search:
         _refuse(model, name)
         if self.goal.unit == "time":
             check_timed(model)
-        self.layers, self.each = lora_layers(model, name), slots.costs(model, name)
+        self.layers = lora_layers(model, name)
+        self.each = slots.costs(self.layers, name)
         to_singular_basis(model, name)
         self.whole = _copied(model, name)
         self.live = {path: live_slots(layer, name) for path, layer in self.layers.items()}

@@ -1,6 +1,5 @@
 """What the modules of an adapter are worth on some data: the scores of their ranks, and sums over layers and kinds."""
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import active_adapter
-from gatewise.allocation.scores import DEFAULT, SCORES, about, check_score
+from gatewise.allocation.scores import DEFAULT, SCORES, as_score
 from gatewise.allocation.scoring import from_nothing, losses_without_and_with
 from gatewise.allocation.slots import Expert, costs, factors, left_alone, lora_layers
 from gatewise.errors import GatewiseError
@@ -107,12 +106,12 @@ class Importance:
     @property
     def unit(self) -> str:
         """The unit of the scores, "nats" or none."""
-        return about(self.score).unit
+        return SCORES[self.score].unit
 
     @property
     def meaning(self) -> str:
         """What a rank's score says, in words."""
-        return about(self.score).meaning or "higher is worth more"
+        return SCORES[self.score].meaning
 
     @property
     def ranked(self) -> list[ModuleImportance]:
@@ -192,7 +191,7 @@ def score_adapter(
         GatewiseError: an unknown score; adapter, base model and data cannot be read or do not fit each other; or the adapter has
             no LoRA layer that scores read.
     """
-    check_score(score, score_options)
+    as_score(score, score_options)
     if rows < 1:
         raise GatewiseError(f"{rows} rows to score on were asked for: expected at least 1")
     progress = ConsoleProgress(console or Console(stderr=True))
@@ -231,22 +230,18 @@ def importance_of(
     Raises:
         GatewiseError: an unknown score, no LoRA layer that scores read, or a score that is not finite.
     """
-    check_score(score, score_options)
+    how = as_score(score, score_options)
     name = active_adapter(model, adapter)
     layers = lora_layers(model, name)
     if not layers:
-        raise GatewiseError(
-            f"adapter {name!r} has no LoRA on a linear layer, an embedding or a plain convolution: it has no ranks to score"
-        )
-    options = {**about(score).in_rounds, **(score_options or {})}
-    if progress and "progress" in inspect.signature(SCORES[score]).parameters:
-        options["progress"] = progress
-    scores: dict[str, Tensor] = SCORES[score](model, batch, adapter=name, **options)
-    loss_base, loss_adapted = losses_without_and_with(model, batch, name, options.get("float32", True))
+        raise GatewiseError(f"adapter {name!r} has no LoRA on a linear layer, an embedding or experts: it has no ranks to score")
+    scores: dict[str, Tensor] = how.of(model, batch, name, score_options, progress=progress)
+    float32 = {**(how.options or {}), **(score_options or {})}.get("float32", True)
+    loss_base, loss_adapted = losses_without_and_with(model, batch, name, float32)
     # AB-LoRA gives a rank that does nothing CE(all ranks) - CE(no rank), far below zero for a good adapter: a sum over the ranks of
     # a module would mostly count them. Less that constant, zero is a rank that does nothing.
-    shift = loss_base - loss_adapted if about(score).from_base else 0.0
-    shifted, cost = from_nothing(scores, shift), costs(model, name)
+    shift = 0.0 if how.idle_is_zero else loss_base - loss_adapted
+    shifted, cost = from_nothing(scores, shift), costs(layers, name)
     modules = []
     for place in sites_in_order(layers):
         path, layer = place.path, layers[place.path]

@@ -7,7 +7,8 @@ is the adapter called "default", into the first active one, whichever that is.
 Read in Transformers 5.24: ``_load_from_checkpoint`` and ``_load_best_model``, which no callback is told of.
 """
 
-from functools import wraps
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +18,40 @@ from torch import nn
 from transformers import Trainer
 
 
-def load_all_active_adapters() -> None:
-    """From now on, in all Trainers of this process. With one active adapter that is called "default" nothing changes."""
-    if getattr(Trainer._load_from_checkpoint, "_gatewise", False):
+def load_all_active_adapters(model: PeftModel) -> None:
+    """Changes how the Trainer that is being made, from a callback of whose this is called, loads checkpoints, and no other Trainer.
+
+    With one adapter that is called "default" Transformers loads what it should, and nothing is changed.
+    """
+    if list(model.peft_config) == ["default"]:
         return
-    resume, load_best = Trainer._load_from_checkpoint, Trainer._load_best_model
+    frame: Any = sys._getframe()  # callbacks are given the model, but not the Trainer
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    if frame is not None and "_load_best_model" not in vars(trainer := frame.f_locals["self"]):
+        trainer._load_from_checkpoint = partial(_resume, trainer, trainer._load_from_checkpoint)
+        trainer._load_best_model = partial(_load_best, trainer, trainer._load_best_model)
 
-    @wraps(resume)
-    def _load_from_checkpoint(self: Trainer, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        adapted: Any = self.model if model is None else model
-        active = _active(adapted)
-        trained = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
-        resume(self, resume_from_checkpoint, model)
-        if len(active) > 1:
-            adapted.base_model.set_adapter(active)
-            for name, parameter in adapted.named_parameters():
-                parameter.requires_grad_(trained[name])
 
-    @wraps(load_best)
-    def _load_best_model(self: Trainer) -> None:
-        adapted: Any = self.model
-        folders = {name: folder_of(self.state.best_model_checkpoint or "", name) for name in _active(adapted)}
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # all that is trained lies in one file
-        if sharded or not folders or not all((folder / SAFETENSORS_WEIGHTS_NAME).is_file() for folder in folders.values()):
-            load_best(self)
-            return
-        for name, folder in folders.items():
-            adapted.load_adapter(str(folder), name, is_trainable=True)
+def _resume(trainer: Any, resume: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    adapted: Any = trainer.model if model is None else model
+    active = _active(adapted)
+    trained = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
+    resume(resume_from_checkpoint, model)
+    if len(active) > 1:
+        adapted.base_model.set_adapter(active)
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(trained[name])
 
-    _load_from_checkpoint._gatewise = True  # type: ignore[attr-defined]
-    Trainer._load_from_checkpoint = _load_from_checkpoint  # type: ignore[method-assign]
-    Trainer._load_best_model = _load_best_model  # type: ignore[method-assign]
+
+def _load_best(trainer: Any, load_best: Any) -> None:
+    folders = {name: folder_of(trainer.state.best_model_checkpoint or "", name) for name in _active(trainer.model)}
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # all that is trained lies in one file
+    if sharded or not folders or not all((folder / SAFETENSORS_WEIGHTS_NAME).is_file() for folder in folders.values()):
+        load_best()
+        return
+    for name, folder in folders.items():
+        trainer.model.load_adapter(str(folder), name, is_trainable=True)
 
 
 def folder_of(folder: str | Path, name: str) -> Path:

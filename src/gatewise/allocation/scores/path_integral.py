@@ -11,128 +11,30 @@ half of first-order AB-LoRA (``taylor``) up to a constant: AB-LoRA reads the two
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, overload
+from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor, nn
 
 from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scores import Score
 from gatewise.allocation.scoring import Batches, Scores, gate_gradients, live_only, parts_of, scoring
+from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError
-
-MEANING = "its share of the loss that the adapter takes away"
-UNIT = "nats"
-FROM_BASE = False
 
 Rule = Literal["gauss-legendre", "gauss-radau", "trapezoid"]
 RULES: tuple[str, ...] = get_args(Rule)
 
 
-@dataclass(frozen=True)
-class Convergence:
-    """How complete the scores are: with enough points ``total`` equals ``reduction``.
-
-    Attributes:
-        total: the sum of all scores, in nats.
-        reduction: CE(no rank) - CE(all ranks) on the same batch, in nats.
-    """
-
-    total: float
-    reduction: float
-
-    @property
-    def error(self) -> float:
-        """What the quadrature missed, in nats."""
-        return self.total - self.reduction
-
-
-@overload
-def path_integral(
-    model: nn.Module,
-    batch: Batches,
-    points: int = 8,
-    rule: Rule = "gauss-legendre",
-    return_convergence: Literal[False] = False,
-    *,
-    adapter: str | None = None,
-    float32: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Scores: ...
-
-
-@overload
-def path_integral(
-    model: nn.Module,
-    batch: Batches,
-    points: int = 8,
-    rule: Rule = "gauss-legendre",
-    *,
-    return_convergence: Literal[True],
-    adapter: str | None = None,
-    float32: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Scores, Convergence]: ...
-
-
-def path_integral(
-    model: nn.Module,
-    batch: Batches,
-    points: int = 8,
-    rule: Rule = "gauss-legendre",
-    return_convergence: bool = False,
-    *,
-    adapter: str | None = None,
-    float32: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Scores | tuple[Scores, Convergence]:
-    """Path-integral score of every live rank (a reconstruction of PI-LoRA's, see the module).
-
-    Cost: ``points`` forward and backward passes over the batch, whatever the number of ranks; the gates are the leaves, so memory
-    does not grow with it either. Convergence costs one more forward for each end that is no node.
+def quadrature(points: int = 8, rule: str = "gauss-legendre", **_: Any) -> tuple[list[float], list[float]]:
+    """Nodes in [0, 1] and their weights, which add up to 1.
 
     Args:
-        batch: one batch (b, t) with labels, or several.
-        points: nodes of the quadrature.
+        points: how many.
         rule: "gauss-legendre" (no node at the ends, exact for polynomials of degree 2 points - 1), "gauss-radau" (the upper end is
             a node, exact up to degree 2 points - 2) or "trapezoid" (evenly spaced nodes, both ends among them, so at least two
             points).
-        return_convergence: also return how far the scores are from adding up to the loss the ranks take away.
-        float32: whether half-precision weights are scored in float32; None where that is needed, see ``scoring``.
-        progress: called with (points done, points to do).
-
-    Returns:
-        Path -> (live ranks,) scores in nats, positive for a rank that lowers the loss; with ``return_convergence`` also a
-        ``Convergence``. With DoRA or a LoRA bias "no rank" still has the trained magnitude or bias, and with DoRA the scores do
-        not quite add up: PEFT keeps the gradient from flowing through the norm, here as in training.
-
-    Raises:
-        GatewiseError: an unknown rule, too few points, or a batch without labels.
-    """
-    nodes, weights = quadrature(points, rule)
-    with scoring(model, float32), GateBank(model, adapter) as gates:
-        parts = parts_of(model, batch)
-        totals: dict[str, Tensor] = {}
-        losses: dict[float, float] = {}
-        for done, (node, weight) in enumerate(zip(nodes, weights, strict=True), start=1):
-            gradients, losses[node] = gate_gradients(model, parts, gates.fill(node, requires_grad=True))
-            for path, gradient in gradients.items():
-                totals[path] = totals[path] - weight * gradient if path in totals else -weight * gradient
-            if progress:
-                progress(done, points)
-        scores = live_only(gates, totals)
-        if not return_convergence:
-            return scores
-        for end in (0.0, 1.0):
-            if end not in losses:
-                gates.fill(end)
-                losses[end] = parts.loss(model)
-        total = sum(float(value.double().sum()) for value in scores.values())
-        return scores, Convergence(total, losses[0.0] - losses[1.0])
-
-
-def quadrature(points: int, rule: str = "gauss-legendre") -> tuple[list[float], list[float]]:
-    """Nodes in [0, 1] and their weights, which add up to 1.
 
     Raises:
         GatewiseError: an unknown rule, or too few points for it.
@@ -140,7 +42,7 @@ def quadrature(points: int, rule: str = "gauss-legendre") -> tuple[list[float], 
     if rule not in RULES:
         raise GatewiseError(f"quadrature rule {rule!r} is not known; expected one of {', '.join(RULES)}")
     least = 2 if rule == "trapezoid" else 1
-    if not isinstance(points, int) or points < least:
+    if not is_whole(points) or points < least:
         raise GatewiseError(f"points is {points!r}; expected a whole number of at least {least} with the {rule} rule")
     if rule == "trapezoid":
         step = 1 / (points - 1)
@@ -157,8 +59,51 @@ def quadrature(points: int, rule: str = "gauss-legendre") -> tuple[list[float], 
     return ((nodes + 1) / 2).tolist(), (weights / 2).tolist()
 
 
-def check_options(points: int = 8, rule: str = "gauss-legendre", return_convergence: bool = False, **_: Any) -> None:
-    """Raises GatewiseError for options that a round cannot work with."""
-    quadrature(points, rule)
-    if return_convergence:
-        raise GatewiseError("score_options has return_convergence, which a round has no use for: leave it out")
+@partial(
+    Score,
+    meaning="its share of the loss that the adapter takes away",
+    unit="nats",
+    options={"points": 8, "rule": "gauss-legendre", "float32": None},
+    takes=("progress",),
+    check=quadrature,
+)
+def path_integral(
+    model: nn.Module,
+    batch: Batches,
+    points: int = 8,
+    rule: Rule = "gauss-legendre",
+    *,
+    adapter: str | None = None,
+    float32: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Path-integral score of every live rank (a reconstruction of PI-LoRA's, see the module).
+
+    Cost: ``points`` forward and backward passes over the batch, whatever the number of ranks; the gates are the leaves, so memory
+    does not grow with it either. How far the scores are from complete, ``losses_without_and_with`` of the same batch tells.
+
+    Args:
+        batch: one batch (b, t) with labels, or several.
+        points, rule: of the quadrature, see ``quadrature``.
+        float32: whether half-precision weights are scored in float32; None where that is needed, see ``scoring``.
+        progress: called with (points done, points to do).
+
+    Returns:
+        Path -> (live ranks,) scores in nats, positive for a rank that lowers the loss. With DoRA or a LoRA bias "no rank" still has
+        the trained magnitude or bias, and with DoRA the scores do not quite add up: PEFT keeps the gradient from flowing through
+        the norm, here as in training.
+
+    Raises:
+        GatewiseError: an unknown rule, too few points, or a batch without labels.
+    """
+    nodes, weights = quadrature(points, rule)
+    with scoring(model, float32), GateBank(model, adapter) as gates:
+        parts = parts_of(model, batch)
+        totals: dict[str, Tensor] = {}
+        for done, (node, weight) in enumerate(zip(nodes, weights, strict=True), start=1):
+            gradients, _ = gate_gradients(model, parts, gates.fill(node, requires_grad=True))
+            for path, gradient in gradients.items():
+                totals[path] = totals[path] - weight * gradient if path in totals else -weight * gradient
+            if progress:
+                progress(done, points)
+        return live_only(gates, totals)

@@ -17,22 +17,34 @@ Not from the four papers; ``docs/scores.md`` has the deletion curves that led to
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scores import Score
 from gatewise.allocation.scores.path_integral import quadrature
 from gatewise.allocation.scoring import Batches, Parts, Scores, live_only, parts_of, scoring, taken
 from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
 
-MEANING = "what it does for an example on average, plus how strongly single ones react to it, each in its spread"
-UNIT = ""
-FROM_BASE = False
+
+def check_options(start: float = 0.5, points: int = 2, **_: Any) -> None:
+    """Raises GatewiseError for a path that there is not."""
+    if not 0 <= start <= 1:
+        raise GatewiseError(f"start is {start}; expected a point of the path, from 0 (no rank) to 1 (all ranks on)")
+    quadrature(points)
 
 
+@partial(
+    Score,
+    meaning="what it does for an example on average, plus how strongly single ones react to it, each in its spread",
+    options={"start": 0.5, "points": 2, "float32": None},
+    takes=("progress", "on_loss"),
+    check=check_options,
+)
 def path_moments(
     model: nn.Module,
     batch: Batches,
@@ -83,11 +95,14 @@ def path_moments(
             if progress:
                 progress(done, len(parts.own))
         (loss,) = parts.total(loss)
-        first, second = (dict(zip(sums, parts.total(*sums.values()), strict=True)) for sums in (first, second))
-        mean, size = live_only(gates, first), live_only(gates, {path: total.sqrt() for path, total in second.items()})
+        totals = parts.total(*first.values(), *second.values())
+        halves = totals[: len(first)], totals[len(first) :]
+        mean, square = (live_only(gates, dict(zip(first, half, strict=True))) for half in halves)
+    size = {path: total.sqrt() for path, total in square.items()}
     if on_loss:
         on_loss(float(loss[0] / loss[1]))
-    return {path: mean[path] / _spread(mean) + size[path] / _spread(size) for path in mean}
+    of_mean, of_size = _spread(mean), _spread(size)
+    return {path: mean[path] / of_mean + size[path] / of_size for path in mean}
 
 
 def _spread(scores: Scores) -> float:
@@ -101,8 +116,8 @@ def _parts(model: nn.Module, gates: GateBank, batch: Batches) -> tuple[Parts, bo
     parts = parts_of(model, batch)
     if not parts.own:
         return parts, True
+    few = taken(parts.own[0], slice(2))
     with gates.watching() as rows_apart, torch.no_grad():
-        few = taken(parts.own[0], slice(2))
         row_losses(model, few)
     apart = rows_apart(len(few["labels"]))
     return (parts, True) if apart else (parts_of(model, batch, single_rows=True), False)
@@ -124,10 +139,3 @@ def _row_gradients(
     found = zip(leaves.items(), gradients, strict=True)
     of_rows = {p: (torch.zeros_like(leaf) if g is None else g).reshape(-1, leaf.shape[-1]) for (p, leaf), g in found}
     return of_rows, sums.detach(), counts
-
-
-def check_options(start: float = 0.5, points: int = 2, **_: Any) -> None:
-    """Raises GatewiseError for a path that there is not."""
-    if not 0 <= start <= 1:
-        raise GatewiseError(f"start is {start}; expected a point of the path, from 0 (no rank) to 1 (all ranks on)")
-    quadrature(points)

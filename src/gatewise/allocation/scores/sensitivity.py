@@ -9,18 +9,21 @@ U_bar = b2 U_bar + (1 - b2) |I - I_bar|, s = I_bar U_bar.
 """
 
 from contextlib import ExitStack
+from functools import partial
 
 from torch import Tensor, nn
 
 from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scores import Score
 from gatewise.allocation.scoring import Batches, Scores, as_batches, gate_gradients, live_only, parts_of, scoring
 from gatewise.allocation.slots import by_slot, factors
 
-MEANING = "AdaLoRA's |weight x gradient|, never below zero"
-UNIT = ""
-FROM_BASE = False
 
-
+@partial(
+    Score,
+    meaning="AdaLoRA's |weight x gradient|, never below zero",
+    options={"beta1": 0.85, "beta2": 0.85, "float32": None},
+)
 def sensitivity(
     model: nn.Module,
     batch: Batches,

@@ -8,16 +8,22 @@ so up to a constant IS(r) ~ -(dCE/dalpha_r |on + dCE/dalpha_r |off). The constan
 the exact ones.
 """
 
+from functools import partial
+
 from torch import nn
 
 from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scores import Score
 from gatewise.allocation.scoring import Batches, Scores, gate_gradients, live_only, parts_of, scoring
 
-MEANING = "the loss without it less the loss with all, plus what it takes away alone, to first order"
-UNIT = "nats"
-FROM_BASE = True
 
-
+@partial(
+    Score,
+    meaning="the loss without it less the loss with all, plus what it takes away alone, to first order",
+    unit="nats",
+    idle_is_zero=False,
+    options={"float32": None},
+)
 def taylor(model: nn.Module, batch: Batches, *, adapter: str | None = None, float32: bool | None = None) -> Scores:
     """First-order estimate of the AB-LoRA score of every live rank.
 
