@@ -39,10 +39,8 @@ EXPERTS = {
 OTHER_LAYERS = {
     "llama": ["embed_tokens", "q_proj"],
     "gpt2": ["wte", "wpe", "c_attn"],
-    "vit": ["projection", "q_proj"],
-    "wav2vec2": ["conv_layers.0.conv", "conv_layers.1.conv", "q_proj"],
 }
-"""Family -> targets of LoRA with embeddings, or convolutions over images or sound, among linear layers."""
+"""Family -> targets of LoRA with embeddings among linear layers."""
 
 ALL_KINDS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in ("llama", "gpt2", "bert", "t5", "bart")),

@@ -2,24 +2,23 @@
 
 import math
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gatewise.allocation.algorithm import (
-    Plan,
-    Round,
-    cubic_budget,
-    plan_modules,
-    plan_round,
-    prune_lowest,
-    smoothed,
-    spared,
-    spread,
-)
+from gatewise.allocation import algorithm
+from gatewise.allocation.algorithm import Limits, Plan, spread
+from gatewise.allocation.schedule import Cubic
 
 finite = st.floats(-1, 1, allow_nan=False)
 module_scores = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.lists(finite, max_size=6), min_size=1, max_size=7)
+
+
+def plan_round(scores, count, capacity, budget, module_pruning=False, **limits):
+    return algorithm.plan_round(scores, Limits(count, budget, capacity, **limits), module_pruning)
+
+
+def prune_lowest(scores, count, **limits):
+    return algorithm.prune_lowest(scores, Limits(count, 0, {}, **limits))
 
 
 def test_the_papers_example():
@@ -49,15 +48,9 @@ def test_an_empty_module_may_grow_again_but_comes_last():
     assert plan.grown == {"b": 1, "c": 1}
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_scores_that_are_not_numbers_are_refused(bad):
-    with pytest.raises(ValueError, match="module b"):
-        plan_round({"a": [0.1], "b": [bad]}, 1, {"a": 2, "b": 2}, 2)
-
-
 @given(module_scores, st.integers(0, 30), st.integers(0, 2))
 def test_prune_takes_the_lowest(scores, count, min_rank):
-    pruned = prune_lowest(scores, count, min_rank)
+    pruned = prune_lowest(scores, count, min_rank=min_rank)
     taken = sum(map(len, pruned.values()))
     assert taken == min(count, sum(max(0, len(values) - min_rank) for values in scores.values()))
     for module, positions in pruned.items():
@@ -175,21 +168,13 @@ def test_a_round_with_costs_is_the_rule_applied_rank_by_rank(scores, count, unus
     costs = {module: data.draw(st.sampled_from([1, 8, 16, 24, 40])) for module in scores}
     capacity = {module: len(values) + data.draw(st.integers(0, spare)) for module, values in scores.items()}
     live = sum(len(values) * costs[module] for module, values in scores.items())
-    plan = plan_round(scores, count, capacity, live + unused, min_rank, costs=costs)
+    plan = plan_round(scores, count, capacity, live + unused, min_rank=min_rank, costs=costs)
     assert plan == plan_by_the_rule(scores, count, capacity, live + unused, costs, min_rank)
     after = {m: len(v) - len(plan.pruned.get(m, [])) + plan.grown.get(m, 0) for m, v in scores.items()}
     assert all(0 <= after[module] <= capacity[module] for module in scores)
     assert sum(after[module] * costs[module] for module in scores) <= live + unused
     assert not plan.pruned.keys() & plan.grown.keys()
     assert not live or sum(len(v) - len(plan.pruned.get(m, [])) for m, v in scores.items()) > 0
-
-
-@given(module_scores, st.integers(0, 30), st.integers(0, 6), st.booleans())
-def test_costs_of_one_are_the_papers_rule_while_the_budget_is_whole(scores, count, spare, module_pruning):
-    capacity = {module: len(values) + spare for module, values in scores.items()}
-    live, ones = sum(map(len, scores.values())), dict.fromkeys(scores, 1)
-    counted = plan_round(scores, count, capacity, live, module_pruning=module_pruning)
-    assert plan_round(scores, count, capacity, live, module_pruning=module_pruning, costs=ones) == counted
 
 
 def test_a_rank_is_judged_by_what_it_costs():
@@ -217,19 +202,6 @@ def test_a_worthless_module_goes_whole_where_its_cost_fits():
     assert plan == Plan({"bad": [0, 1]}, {"good": 2})
 
 
-def test_whole_modules_with_the_lowest_sums_go():
-    scores = {"a": [0.5, 0.5], "b": [2.0], "none": [], "c": [-1.0, 1.5], "d": [-3.0]}
-    assert plan_modules(scores, 2) == Plan({"c": [0, 1], "d": [0]})
-    assert plan_modules(scores, 0) == Plan()
-    assert plan_modules(scores, 9) == Plan({"a": [0, 1], "c": [0, 1], "d": [0]})  # one is left
-    with pytest.raises(ValueError, match="module b"):
-        plan_modules({"a": [0.1], "b": [math.nan]}, 1)
-
-
-def test_cubic_budget():
-    assert [cubic_budget(100, 36, done, 4) for done in range(6)] == [100, 63, 44, 37, 36, 36]
-
-
 @given(
     st.integers(0, 40),
     st.dictionaries(st.text("abc", min_size=1, max_size=2), st.integers(0, 9), min_size=1),
@@ -248,36 +220,8 @@ def test_spread_is_even_and_complete(count, room, data):
                 assert given_ranks.get(module, 0) >= given_ranks.get(other, 0)
 
 
-def one_round(number, slots, scores, pruned=None, grown=None):
-    return Round(number, number, scores, slots, pruned or {}, grown or {}, {}, 0.0, 0.0, 0.0)
-
-
-def test_no_smoothing_is_the_scores_themselves():
-    history = [one_round(1, {"a": [0]}, {"a": [9.0]})]
-    assert smoothed(history, {"a": [0]}, {"a": [1.0]}, 0.0) == {"a": [1.0]}
-
-
-def test_smoothing_follows_each_slot_while_it_lives():
-    """Slot 0 lives throughout, slot 1 is pruned and comes back as another rank, slot 2 is grown in the first round."""
-    history = [
-        one_round(1, {"a": [0, 1]}, {"a": [4.0, 8.0]}, pruned={"a": [1]}, grown={"a": [2]}),
-        one_round(2, {"a": [0, 2]}, {"a": [2.0, 6.0]}, grown={"a": [1]}),
-    ]
-    got = smoothed(history, {"a": [0, 1, 2]}, {"a": [1.0, 5.0, 7.0]}, 0.5)
-    assert got == {"a": [0.5 * (0.5 * 4 + 0.5 * 2) + 0.5 * 1, 5.0, 0.5 * 6 + 0.5 * 7]}
-
-
-def test_smoothing_weighs_the_past():
-    history = [one_round(1, {"a": [3]}, {"a": [1.0]})]
-    assert smoothed(history, {"a": [3]}, {"a": [0.0]}, 0.9)["a"] == pytest.approx([0.9])
-
-
-def test_spared_are_the_positions_of_what_the_last_rounds_grew():
-    history = [
-        one_round(1, {}, {}, grown={"a": [4], "b": [1]}),
-        one_round(2, {}, {}, pruned={"b": [1]}, grown={"a": [5]}),
-    ]
-    live = {"a": [0, 4, 5], "b": [0]}
-    assert spared(history, live, 0) == {}
-    assert spared(history, live, 1) == {"a": {2}}
-    assert spared(history, live, 2) == {"a": {1, 2}, "b": set()}
+def test_a_cubic_budget_comes_down_fast_at_first():
+    cut = Cubic(target_rank=1).cut
+    assert [cut(100, 36, 100, done, 4)[1] for done in range(6)] == [100, 63, 44, 37, 36, 36]
+    assert cut(100, 36, 63, 2, 4) == (19, 44)
+    assert cut(100, 36, 40, 2, 4) == (0, 44)

@@ -9,7 +9,9 @@ from several_processes import in_processes
 from tiny_models import tiny_base, word_tokenizer
 from transformers import Trainer, TrainingArguments
 
-from gatewise import RankAllocation, ranks
+from gatewise import ConstantBudget, RankAllocation, ranks
+
+WHEN = ConstantBudget(rounds=2, first_round=2, recover=2)
 
 
 def test_sft_trainer_that_makes_the_adapter_itself(batch, tmp_path):
@@ -17,7 +19,7 @@ def test_sft_trainer_that_makes_the_adapter_itself(batch, tmp_path):
     from datasets import Dataset
 
     rows = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": f" w{i + 3} w{i + 4}"} for i in range(16)]
-    allocation = RankAllocation(rounds=2, first_round=2, recover=2, validation_batch=batch())
+    allocation = RankAllocation(schedule=WHEN, validation_batch=batch())
     trainer = trl.SFTTrainer(
         model=tiny_base("llama"),
         args=trl.SFTConfig(
@@ -52,9 +54,7 @@ def one_process(folder):
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 60, (24, 8), generator=generator)]
     # Each process scores rows of its own: without an agreement they would decide differently.
     own = torch.stack([row["input_ids"] for row in rows[12 * rank : 12 * rank + 6]])
-    allocation = RankAllocation(
-        score="taylor", rounds=2, first_round=2, recover=2, validation_batch={"input_ids": own, "labels": own}
-    )
+    allocation = RankAllocation("taylor", WHEN, {"input_ids": own, "labels": own})
     arguments = TrainingArguments(
         output_dir=f"{folder}/run",
         max_steps=6,

@@ -13,7 +13,7 @@ from several_processes import in_processes
 from tiny_models import tiny_base
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gatewise import RankAllocation, processes
+from gatewise import ConstantBudget, RankAllocation, processes
 from gatewise.allocation.scoring import parts_of
 from gatewise.internals.sharding import share_cpu_models
 from gatewise.internals.zero import without_compiling
@@ -83,7 +83,7 @@ def trained(
     rows, scored = data()
     # Counted from no rank, AB-LoRA's differences of losses are a few of float32's steps here, too few to compare.
     budget: Any = "ranks" if score == "ablation" else "parameters"
-    allocation = RankAllocation(score=score, rounds=2, first_round=2, recover=2, validation_batch=scored, budget=budget)
+    allocation = RankAllocation(score, ConstantBudget(rounds=2, first_round=2, recover=2), scored, budget=budget)
     accumulate = settings.get("gradient_accumulation_steps", 1)
     arguments = TrainingArguments(
         output_dir=folder,

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import TorchAoConfig
 
-from gatewise import RankAllocation, ranks, scores
+from gatewise import ConstantBudget, RankAllocation, ranks, scores
 from gatewise.allocation.scoring import scoring
 from gatewise.errors import GatewiseError
 
@@ -145,7 +145,7 @@ def test_ends_as_a_plain_adapter_on_an_untouched_base(base, rows, held_out, tmp_
         while_scoring.append(places(of_the_base(model)))
         return scores.path_moments(model, batch, adapter=adapter)
 
-    allocation = RankAllocation(score=looking_score, rounds=2, first_round=3, recover=3, validation_batch=held_out, budget="ranks")
+    allocation = RankAllocation(looking_score, ConstantBudget(rounds=2, first_round=3, recover=3), held_out, budget="ranks")
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"),
         max_steps=9,
@@ -220,7 +220,7 @@ def plain(quantised):
 
 def test_a_base_that_passes_no_gradient_is_refused(base, rows, held_out, tmp_path):
     model = with_lora(base("torchao dynamic int8"))
-    allocation = RankAllocation(rounds=2, validation_batch=held_out)
+    allocation = RankAllocation(validation_batch=held_out)
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(GatewiseError, match=r"^model\.layers\.0\.self_attn\.q_proj is quantised .* no gradient passes"):
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation])
@@ -242,7 +242,7 @@ def test_qlora_as_trl_runs_it(base, held_out, tmp_path):
     """TRL makes the adapter itself, in bfloat16, on a 4-bit base, with gradient checkpointing and a paged 8-bit optimiser."""
     import trl
 
-    allocation = RankAllocation(rounds=2, first_round=2, recover=2, validation_batch=held_out)
+    allocation = RankAllocation(schedule=ConstantBudget(rounds=2, first_round=2, recover=2), validation_batch=held_out)
     trainer = trl.SFTTrainer(
         model=base("nf4 double", torch.bfloat16),
         args=trl.SFTConfig(

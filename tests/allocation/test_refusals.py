@@ -12,7 +12,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from tiny_models import tiny_base
 from transformers import Trainer, TrainingArguments
 
-from gatewise import RankAllocation, ranks
+from gatewise import ConstantBudget, RankAllocation, ranks
 from gatewise.allocation import slots
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.refusals import refuse_what_cannot_work
@@ -37,7 +37,8 @@ def trainer(batch, tmp_path):
     def make(model):
         data = batch(rows=8)
         rows = [{key: value[row] for key, value in data.items()} for row in range(8)]
-        allocation = RankAllocation(rounds=2, first_round=3, recover=3, prune_fraction=1 / 6, validation_batch=data, budget="ranks")
+        schedule = ConstantBudget(rounds=2, first_round=3, recover=3, prune_fraction=1 / 6)
+        allocation = RankAllocation(schedule=schedule, validation_batch=data, budget="ranks")
         arguments = TrainingArguments(
             output_dir=str(tmp_path / "run"),
             max_steps=9,

@@ -81,11 +81,10 @@ def test_growing_keeps_the_function_and_clears_moments(adapted, batch):
     assert (b[:, new] == 0).all()
     assert (a[new] != 0).all()
     assert a[new].abs().max() <= 1 / math.sqrt(a.shape[1])
-    for parameter, dim in ((a, 0), (b, 1)):
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments = optimizer.state[parameter][name]
-            assert (moments.index_select(dim, torch.tensor(new)) == 0).all()
-            assert (moments != 0).any()
+    for rows, parameter in ((lambda tensor: tensor, a), (lambda tensor: tensor.T, b)):
+        mean, squares = (rows(optimizer.state[parameter][name]) for name in ("exp_avg", "exp_avg_sq"))
+        assert (mean[new] == 0).all()
+        torch.testing.assert_close(squares[new], squares[[0, 2]].mean(dim=0).expand(2, -1))
     again = slots.grow(layer, "default", 1, torch.Generator().manual_seed(5))
     assert torch.equal(a[again[0]], a[1])  # the same generator draws the same row
     with pytest.raises(ValueError, match="only 1 dead slots"):
@@ -95,13 +94,13 @@ def test_growing_keeps_the_function_and_clears_moments(adapted, batch):
 COMPACTED = [
     *((family, {}) for family in ("llama", "gpt2", "bert", "t5", "bart")),
     ("t5", {"target_modules": ["shared", "q"]}),
-    *((family, {"target_modules": targets}) for family, targets in OTHER_LAYERS.items()),
+    ("gpt2", {"target_modules": OTHER_LAYERS["gpt2"]}),
     ("bart", {"target_modules": ["embed_tokens", "q_proj"]}),
 ]
 
 
 @pytest.mark.parametrize(("family", "targets"), COMPACTED)
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_alpha": 5}])
+@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"use_dora": True}, {"lora_alpha": 5}])
 def test_compacted_loads_in_stock_peft(adapted, batch, tmp_path, family, targets, settings):
     model, data = adapted(family, **targets, **settings), batch(family)
     slots.widen(model, 7)
@@ -229,7 +228,7 @@ def test_two_adapters_each_lose_a_module(adapted, batch, tmp_path):
 
 @pytest.mark.parametrize("family", OTHER_LAYERS)
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
-def test_ranks_of_embeddings_and_convolutions(adapted, batch, tmp_path, family, settings):
+def test_ranks_of_embeddings(adapted, batch, tmp_path, family, settings):
     """Widened, pruned, grown, and exported from a checkpoint of them: the function is what the weights by hand say."""
     model, data = adapted(family, target_modules=OTHER_LAYERS[family], **settings), batch(family)
     before = output(model, data)
@@ -239,23 +238,16 @@ def test_ranks_of_embeddings_and_convolutions(adapted, batch, tmp_path, family, 
     slots.prune(layer, "default", [1])
     a, b = slots.factors(layer, "default")
     if not settings:
-        change = b.detach().flatten(1) @ a.detach().flatten(1) * 2.0
+        change = b.detach() @ a.detach() * 2.0
         assert torch.equal(slots.live_mask(layer, "default"), torch.tensor([True, False, True, False, False]))
-        torch.testing.assert_close(
-            change.reshape(
-                layer.get_delta_weight("default").T.shape if layer.lora_embedding_A else layer.get_base_layer().weight.shape
-            ),
-            layer.get_delta_weight("default").T if layer.lora_embedding_A else layer.get_delta_weight("default"),
-        )
+        torch.testing.assert_close(change, layer.get_delta_weight("default").T)
     pruned = output(model, data)
     assert not torch.allclose(pruned, before)
     assert slots.grow(layer, "default", 2, torch.Generator().manual_seed(5)) == [1, 3]
     torch.testing.assert_close(output(model, data), pruned)
-    zero, random = (a, b) if layer.lora_embedding_A else (b, a)
-    zero, random = (factor.transpose(0, 1) if factor is b else factor for factor in (zero, random))
-    assert (zero[[1, 3]] == 0).all()
-    assert (random[[1, 3]] != 0).all()
-    assert (random[4] == 0).all()
+    assert (a[[1, 3]] == 0).all()
+    assert (b[:, [1, 3]] != 0).all()
+    assert (b[:, 4] == 0).all()
     to_lora(model, tmp_path / "exported")
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(tiny_base(family), tmp_path / "exported")
@@ -270,18 +262,6 @@ def test_layers_that_share_their_factors_are_refused():
     config = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, task_type="CAUSAL_LM")
     with pytest.raises(GatewiseError, match="share their LoRA factors"):
         slots.widen(get_peft_model(base, config))
-
-
-def test_convolutions_in_groups_are_left_as_they_are(adapted, batch, tmp_path):
-    model, data = adapted("wav2vec2", r=4, target_modules=["pos_conv_embed.conv", "q_proj"]), batch("wav2vec2")
-    expected = output(model, data)
-    slots.widen(model, 6)
-    assert all(path.endswith("q_proj") for path in slots.lora_layers(model))
-    slots.compact(model)
-    model.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(tiny_base("wav2vec2"), tmp_path)
-    torch.testing.assert_close(output(loaded, data), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -312,7 +292,7 @@ def test_each_expert_has_ranks_of_its_own(adapted, batch, family):
     assert [slots.ranks(model)[f"{path}[{number}]"] for number in range(3)] == [5, 2, 3]
     grown, _ = slots.by_slot(layers[f"{path}[0]"], "default", *slots.factors(layers[f"{path}[0]"], "default"))
     assert (grown[3:] != 0).all()
-    dead = slots.dead_places(model)
+    dead = slots.dead_places(layers, "default")
     assert len(dead) == 2 * 2 * 4  # A and B of two linear layers and two parameters in each of two layers
     for parameter, dim, index in dead:
         assert (parameter.index_select(dim, index) == 0).all()

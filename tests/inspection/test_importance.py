@@ -16,7 +16,7 @@ from tiny_run import write_adapter, write_base, write_rows
 from transformers import AutoModelForCausalLM
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.allocation.scores import DEFAULT, NAMES, about
+from gatewise.allocation.scores import DEFAULT, NAMES, SCORES
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import importance_lines
@@ -151,7 +151,7 @@ def test_a_rank_that_does_nothing_scores_zero(score: str, adapted: Adapted, batc
 
 def test_the_default_is_the_librarys_and_no_sum_is_claimed_for_it(adapted: Adapted, batch: Batch) -> None:
     found = importance_of(adapted(), batch())
-    assert (found.score, found.meaning, found.unit) == (DEFAULT, about(DEFAULT).meaning, about(DEFAULT).unit)
+    assert (found.score, found.meaning, found.unit) == (DEFAULT, SCORES[DEFAULT].meaning, SCORES[DEFAULT].unit)
     assert not any("lower the loss by" in line for line in importance_lines(found))
     assert any("lower the loss by" in line for line in importance_lines(importance_of(adapted(), batch(), "path_integral")))
 

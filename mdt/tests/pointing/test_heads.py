@@ -235,8 +235,7 @@ def test_sizes_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounds_score_ranks_by_these_losses(family: str) -> None:
-    """The quick way to ablation comes to the numbers of the paper's loop, and an integral along the path of gates to the
-    difference of two losses."""
+    """What a rank's ablation changes is read from them, and an integral along the path of gates comes to the difference of two."""
     base = pointing_model(family)
     settings = {"target_modules": "all-linear", "exclude_modules": r".*heads.*", "modules_to_save": ["heads"]}
     model: Any = random_adapter(get_peft_model(base, LoraConfig(r=2, task_type="FEATURE_EXTRACTION", **settings)), 0.1).eval()
@@ -244,10 +243,9 @@ def test_rounds_score_ranks_by_these_losses(family: str) -> None:
     with torch.no_grad():
         losses = row_losses(model, batch)[0]
     assert parts_of(model, batch).loss(model) == pytest.approx(float(losses.mean()), rel=1e-5)
-    exact, naive = (ablation(model, batch, mode) for mode in ("exact", "naive"))
-    assert len(exact) > 10
-    for path, scores in naive.items():
-        assert torch.allclose(exact[path], scores, atol=1e-3), path
+    ablated = ablation(model, batch)
+    assert len(ablated) > 10
+    assert len(torch.cat(list(ablated.values())).unique()) > 10
     with torch.no_grad(), model.disable_adapter():
         model.get_base_model().heads.enable_adapters(True)  # the heads are no rank's
         without = row_losses(model, batch)[0]

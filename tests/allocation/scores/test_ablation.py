@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from tiny_models import ALL_KINDS, OTHER_LAYERS
-from transformers import OPTConfig, OPTForCausalLM
 
 from gatewise.allocation.slots import factors, live_slots, lora_layers, places, prune, widen
 from gatewise.errors import GatewiseError
@@ -40,41 +39,21 @@ def spread(scores):
     return (values.max() - values.min()).item()
 
 
-@pytest.mark.parametrize("mode", ["exact", "naive"])
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
         *ALL_KINDS,
         ("llama", {"use_dora": True}),
         ("llama", {"lora_dropout": 0.5}),
-        ("bart", {"target_modules": ["embed_tokens", "fc1"]}),
-        ("t5", {"target_modules": ["shared", "wo"]}),
-        *((family, {"target_modules": targets, "use_dora": True}) for family, targets in OTHER_LAYERS.items()),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llama", {"target_modules": OTHER_LAYERS["llama"], "use_dora": True}),
     ],
 )
-def test_agrees_with_brute_force(adapted, batch, family, settings, mode):
+def test_agrees_with_brute_force(adapted, batch, family, settings):
     model, data = adapted(family, **settings), batch(family)
     expected = brute_force(model, data)
-    got = ablation(model, data, mode=mode)
+    got = ablation(model, data)
     assert got.keys() == expected.keys()
-    for path in expected:
-        torch.testing.assert_close(got[path].double(), expected[path].double(), rtol=0, atol=1e-4 * spread(expected))
-
-
-def test_lora_on_the_head_that_sees_labelled_positions_only(adapted, batch):
-    model, data = adapted(target_modules=["q_proj", "lm_head"]), batch()
-    for one in (data, {key: value[:1] for key, value in data.items()}):
-        expected, got = brute_force(model, one), ablation(model, one)
-        for path in expected:
-            torch.testing.assert_close(got[path].double(), expected[path].double(), rtol=0, atol=1e-4 * spread(expected))
-
-
-def test_a_model_that_flattens_batch_and_tokens(batch):
-    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16}
-    base = OPTForCausalLM(OPTConfig(vocab_size=60, max_position_embeddings=64, **sizes))
-    config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model, data = get_peft_model(base, config), batch()
-    expected, got = brute_force(model, data), ablation(model, data)
     for path in expected:
         torch.testing.assert_close(got[path].double(), expected[path].double(), rtol=0, atol=1e-4 * spread(expected))
 
@@ -165,7 +144,7 @@ def test_model_is_as_it_was(adapted, batch):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     state = torch.get_rng_state()
-    for mode in ("exact", "naive", "screened"):
+    for mode in ("exact", "screened"):
         ablation(model, batch(), mode=mode)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [module.training for module in model.modules()]

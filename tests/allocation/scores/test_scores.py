@@ -1,36 +1,68 @@
 """The register of scores: a score is one file, and everything that knows scores by name finds it there."""
 
+import inspect
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from gatewise import RankAllocation
 from gatewise.allocation import scores
 from gatewise.errors import GatewiseError
+from gatewise.scores import taylor
 
 
 def test_every_file_is_a_score_that_says_what_it_means():
     assert scores.NAMES == ("ablation", "path_integral", "path_moments", "sensitivity", "taylor")
-    for name in scores.NAMES:
-        assert scores.SCORES[name].__name__ == name
-        about = scores.about(name)
-        assert about.meaning
-        assert about.unit in ("nats", "")
-    assert {name for name in scores.NAMES if scores.about(name).from_base} == {"ablation", "taylor"}
-    assert dict(scores.about("ablation").in_rounds) == {"mode": "screened"}
-    assert scores.about("of_my_own") == scores.About()
+    for name, score in scores.SCORES.items():
+        assert score.name == name
+        assert score.meaning
+        assert score.unit in ("nats", "")
+        known = set(inspect.signature(score.function).parameters) - {"model", "batch", "adapter"}
+        assert set(score.options) | set(score.takes) == known
+    assert {name for name, score in scores.SCORES.items() if not score.idle_is_zero} == {"ablation", "taylor"}
+    assert scores.SCORES["ablation"].options["mode"] == "screened"
+
+
+def test_a_function_is_a_score_whose_numbers_are_counted_from_a_rank_that_does_nothing():
+    score = scores.as_score(lambda model, batch, adapter: {}, {"anything": 1})
+    assert (score.idle_is_zero, score.takes, score.unit) == (True, (), "")
+    assert score.of(None, None, "default", progress=print) == {}
+
+
+def test_a_partial_is_the_score_inside_with_other_options():
+    score = scores.as_score(partial(partial(taylor), float32=True))
+    assert (score.name, score.idle_is_zero, score.options) == ("taylor", False, {"float32": True})
+    exact = scores.as_score(partial(scores.SCORES["ablation"], mode="exact"))
+    assert exact.options["mode"] == "exact"
+    with pytest.raises(GatewiseError, match="ablation mode 'fast' is not known"):
+        scores.as_score(partial(scores.SCORES["ablation"], mode="fast"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:score", r"'no_such_module:score' names no function \(ModuleNotFoundError: .*expected module:function"),
+        ("gatewise.scores:no_score", r"names no function \(AttributeError"),
+        ("gatewise:__version__", "is no function but a str"),
+    ],
+)
+def test_a_text_that_names_no_function_is_refused(name, message):
+    with pytest.raises(GatewiseError, match=message):
+        scores.as_score(name)
 
 
 def test_there_is_one_default():
     assert scores.DEFAULT in scores.NAMES
-    assert RankAllocation().score_name == scores.DEFAULT
+    assert RankAllocation().score.name == scores.DEFAULT
 
 
 def test_a_score_that_is_added_is_one_new_file(tmp_path):
     """A file in the folder is all: the callback knows it by name."""
     (tmp_path / "weight_norm.py").write_text(
-        'MEANING = "how large it is"\nUNIT = ""\nFROM_BASE = False\n\n\n'
+        "from functools import partial\nfrom gatewise.allocation.scores import Score\n\n\n"
+        "@partial(Score, meaning='how large it is', options={'power': 2})\n"
         "def weight_norm(model, batch, *, adapter=None, power=2):\n    return {}\n"
     )
     code = (
@@ -40,26 +72,16 @@ def test_a_score_that_is_added_is_one_new_file(tmp_path):
         "import gatewise.allocation.scores as s\n"
         "pkgutil.iter_modules = real\n"
         f"s.__path__.append({str(tmp_path)!r})\n"
-        "from gatewise import RankAllocation\n"
-        "print('weight_norm' in s.NAMES, s.about('weight_norm').meaning, RankAllocation(score='weight_norm').score_name)\n"
-        "s.check_score('weight_norm', {'power': 1})\n"
+        "print('weight_norm' in s.NAMES, s.as_score('weight_norm', {'power': 1}).meaning)\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "True how large it is weight_norm"
+    assert out.strip() == "True how large it is"
 
 
 def test_names_need_no_torch():
     code = "import sys; from gatewise.allocation.scores import NAMES, DEFAULT; print(DEFAULT in NAMES, 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["True", "False"]
-
-
-def test_a_module_is_a_module_and_a_score_a_function():
-    import gatewise.allocation.scores.taylor as module
-    from gatewise.scores import taylor
-
-    assert callable(taylor)
-    assert module.taylor is taylor
 
 
 @pytest.mark.parametrize(
@@ -69,7 +91,6 @@ def test_a_module_is_a_module_and_a_score_a_function():
         ("taylor", {"float16": True}, r"score_options has 'float16', but score 'taylor' takes float32; did you mean float32\?$"),
         ("path_moments", {"start": 2}, "start is 2; expected a point of the path"),
         ("path_moments", {"points": 0}, "points is 0; expected a whole number of at least 1"),
-        ("path_integral", {"return_convergence": True}, "return_convergence, which a round has no use for"),
         ("ablation", {"mode": "fast"}, "ablation mode 'fast' is not known"),
         ("ablation", {"max_exact": "all"}, "max_exact is 'all'; expected a number of ranks, at least 0"),
         ("path_moments", {"start": "half"}, "score_options has start='half'; expected a number"),
@@ -79,4 +100,4 @@ def test_a_module_is_a_module_and_a_score_a_function():
 )
 def test_what_no_score_has_is_refused_before_training(name, options, message):
     with pytest.raises(GatewiseError, match=message):
-        scores.check_score(name, options)
+        scores.as_score(name, options)

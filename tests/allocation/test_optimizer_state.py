@@ -1,0 +1,277 @@
+"""What an optimiser keeps of a rank: grown ranks take steps as large as a new adapter's, and pruned ones stay dead."""
+
+import pytest
+import torch
+from tiny_models import EXPERTS
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RMSprop
+from transformers.optimization import Adafactor
+
+from gatewise.allocation import slots
+
+PATH = "model.layers.0.mlp.up_proj"
+RATE = 1e-3
+ADAFACTOR = {"relative_step": False, "scale_parameter": False}
+
+
+def gradients(step, layer):
+    """Of A and B, noisy around a mean, of very different size from row to row. Dead slots have none."""
+    generator = torch.Generator().manual_seed(step)
+    live = slots.live_mask(layer, "default")
+    for parameter, mask in zip(slots.factors(layer, "default"), (live[:, None], live[None]), strict=True):
+        noise = torch.randn(parameter.shape, generator=generator) + 0.3
+        along = torch.logspace(-1, 1, parameter.shape[1]) * mask
+        yield 1e-3 * noise * along
+
+
+def step(optimizer, parameters, grads, rate=RATE):
+    """One step of an optimiser, at a learning rate, on gradients given."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad.clone()
+    optimizer.step()
+
+
+def moves(parameters, before, slot):
+    """How far a slot's row of A and column of B moved, in learning rates."""
+    (a, b), (old_a, old_b) = parameters, before
+    return torch.cat([(a - old_a).detach()[slot].flatten(), (b - old_b).detach()[:, slot].flatten()]) / RATE
+
+
+@pytest.fixture
+def trained(adapted):
+    """trained(class, options, steps) -> a LoRA layer of five slots, 1 and 4 dead, and its optimiser, after so many steps."""
+
+    def make(kind, options, steps=300, targets=("up_proj",)):
+        model = adapted(target_modules=list(targets))
+        slots.widen(model, 5)
+        layer = next(iter(slots.lora_layers(model).values()))
+        optimizer = kind(slots.factors(layer, "default"), lr=RATE, **options)
+        for number in range(steps):
+            step(optimizer, slots.factors(layer, "default"), gradients(number, layer))
+            if number == steps // 2:
+                slots.prune(layer, "default", [1, 4], optimizer)
+        return layer, optimizer
+
+    return make
+
+
+@pytest.fixture
+def grown_and_fresh(trained):
+    """grown_and_fresh(class, options) -> moves of a rank in its first hundred steps: grown after 300 steps, and in a new adapter.
+
+    The new adapter has the same weights and sees the same gradients; its optimiser is new. The learning rate falls.
+    """
+
+    def make(kind, options, **of):
+        layer, optimizer = trained(kind, options, **of)
+        assert slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer) == [1]
+        parameters = slots.factors(layer, "default")
+        copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+        fresh = kind(copies, lr=RATE, **options)
+        found = []
+        for number in range(300, 400):
+            grads, rate = list(gradients(number, layer)), RATE * (1 - (number - 300) / 200)
+            before, before_copies = ([one.detach().clone() for one in both] for both in (parameters, copies))
+            step(optimizer, parameters, grads, rate)
+            step(fresh, copies, grads, rate)
+            found.append((moves(parameters, before, 1), moves(copies, before_copies, 1)))
+        return (torch.stack(one) for one in zip(*found, strict=True))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(SGD, {"momentum": 0.9}), (RMSprop, {"momentum": 0.9, "centered": True}), (Adagrad, {}), (Adadelta, {})]
+)
+def test_an_optimiser_that_counts_no_steps_gives_a_grown_rank_those_of_a_new_adapter(grown_and_fresh, kind, options):
+    grown, fresh = grown_and_fresh(kind, options)
+    assert fresh.abs().amax(1).min() > 0
+    torch.testing.assert_close(grown, fresh, rtol=1e-4, atol=3e-4 * float(fresh.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdamW, {"weight_decay": 0.1}),
+        (AdamW, {"fused": True}),
+        (Adam, {"amsgrad": True}),
+        (NAdam, {}),
+        (Adafactor, ADAFACTOR),
+        (Adafactor, {**ADAFACTOR, "beta1": 0.9}),
+        ("torch's Adafactor", {}),
+    ],
+)
+@pytest.mark.parametrize("targets", [("up_proj",), ("embed_tokens",)])
+def test_one_that_counts_steps_starts_a_grown_rank_no_faster_than_a_new_adapter(grown_and_fresh, kind, options, targets):
+    """With a state of zeros Adam would take steps of up to five learning rates."""
+    if isinstance(kind, str):
+        kind = pytest.importorskip("torch.optim._adafactor").Adafactor
+    grown, fresh = grown_and_fresh(kind, options, targets=targets)
+    assert grown.abs().mean(1).max() < 1.2 * fresh.abs().mean(1).max()
+    assert grown.abs().mean() > 0.4 * fresh.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdamW, {}),
+        (Adam, {"amsgrad": True}),
+        (SGD, {"momentum": 0.9}),
+        (Adafactor, {**ADAFACTOR, "beta1": 0.9}),
+    ],
+)
+def test_a_pruned_rank_stays_dead_under_weight_decay(trained, kind, options):
+    layer, _ = trained(kind, {**options, "weight_decay": 0.1}, steps=60)  # 1 and 4 were pruned after 31
+    assert slots.live_slots(layer, "default") == [0, 2]
+    for parameter in slots.factors(layer, "default"):
+        assert torch.isfinite(parameter).all()
+
+
+def test_a_module_without_a_live_rank_starts_anew(trained):
+    """There is no live rank to take a mean of. NAdam would take steps of nine learning rates."""
+    layer, optimizer = trained(NAdam, {})
+    slots.prune(layer, "default", [0, 2], optimizer)
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    parameters = slots.factors(layer, "default")
+    before = [one.detach().clone() for one in parameters]
+    step(optimizer, parameters, gradients(300, layer))
+    assert moves(parameters, before, 0).abs().max() < 1.1
+
+
+def test_an_expert_without_a_live_rank_starts_at_the_mean_of_its_fellows(adapted):
+    """Its rows are some of a parameter's: what the optimiser keeps of the others must not be lost with them."""
+    model = adapted("mixtral", **EXPERTS)
+    layers = slots.lora_layers(model)
+    first, second, third = (layers[f"model.layers.0.mlp.experts.down_proj[{number}]"] for number in range(3))
+    parameters = slots.factors(first, "default")
+    optimizer = NAdam(parameters, lr=RATE)
+    step(optimizer, parameters, [torch.randn_like(parameter) for parameter in parameters])
+    slots.prune(first, "default", [0, 1, 2], optimizer)
+    kept = [{key: optimizer.state[one][key].clone() for key in ("exp_avg", "exp_avg_sq")} for one in parameters]
+    slots.grow(first, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    for key in ("exp_avg", "exp_avg_sq"):
+        now = [optimizer.state[one][key] for one in parameters]
+        was = [one[key] for one in kept]
+        for expert in (second, third):
+            for new, old in zip(slots.by_slot(expert, "default", *now), slots.by_slot(expert, "default", *was), strict=True):
+                assert torch.equal(new, old)
+        fellows = [torch.cat(both) for both in zip(*(slots.by_slot(one, "default", *was) for one in (second, third)), strict=True)]
+        for new, others in zip(slots.by_slot(first, "default", *now), fellows, strict=True):
+            expected = others.mean(dim=0) if key == "exp_avg_sq" else torch.zeros_like(others[0])
+            torch.testing.assert_close(new[0], expected)
+            assert (new[1:] == 0).all()
+
+
+@pytest.mark.parametrize("block", [256, 2048])
+def test_codes_of_eight_bits_start_at_the_mean_of_the_live_ranks(adapted, block):
+    """As bitsandbytes keeps them: codes of an ascending table, times a scale for each block of the flattened parameter."""
+    model = adapted()
+    slots.widen(model, 5)
+    layer = slots.lora_layers(model)[PATH]
+    layer.lora_A["default"].weight = torch.nn.Parameter(torch.nn.functional.pad(layer.lora_A["default"].weight, (0, 600)).detach())
+    parameters = slots.factors(layer, "default")
+    optimizer = SGD(parameters, lr=RATE)
+    table = torch.linspace(0, 1, 256) ** 2
+    values = []
+    for parameter, live in zip(parameters, ([[1], [1], [1], [0], [0]], [[1, 1, 1, 0, 0]]), strict=True):
+        value = torch.rand(parameter.shape) * torch.tensor(live)
+        blocks = [part / part.max().clamp(min=1e-9) for part in value.flatten().split(block)]
+        largest = torch.stack([part.max() for part in value.flatten().split(block)])
+        codes = (table - torch.cat(blocks)[:, None]).abs().argmin(1).to(torch.uint8).view(value.shape)
+        # The first average is 0 everywhere, which is code 0 of this table.
+        optimizer.state[parameter] = {"state1": torch.zeros_like(codes), "qmap1": table, "absmax1": largest.clone()}
+        optimizer.state[parameter] |= {"state2": codes, "qmap2": table, "absmax2": largest}
+        values.append(value)
+    assert slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer) == [3]
+    values[0][3], values[1][:, 3] = values[0][:3].mean(0), values[1][:, :3].mean(1)
+    for parameter, value in zip(parameters, values, strict=True):
+        state = optimizer.state[parameter]
+        scale = state["absmax2"].repeat_interleave(block)[: value.numel()].view(value.shape)
+        torch.testing.assert_close(table[state["state2"].long()] * scale, value, rtol=0, atol=0.01)
+        assert (state["state1"] == 0).all()
+
+
+class Restless(SGD):
+    """Moves every weight a little, as optimisers do that round their averages."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data += 1e-6
+
+
+def test_dead_slots_are_put_back_and_live_ones_are_not(trained):
+    layer, optimizer = trained(Restless, {}, steps=0)
+    parameters = slots.factors(layer, "default")
+    before = [one.detach().clone() for one in parameters]
+    dead = slots.dead_places({PATH: layer}, "default")
+    step(optimizer, parameters, gradients(0, layer))
+    assert slots.live_slots(layer, "default") == [0, 1, 2, 3, 4]
+    slots.put_back_dead(dead)
+    assert slots.live_slots(layer, "default") == [0, 1, 2]
+    assert not any(torch.equal(now, old) for now, old in zip(parameters, before, strict=True))
+
+
+class Packed(torch.Tensor):
+    """Like torchao's states: it is read by ``dequantize`` and written by ``copy_``, and cannot be filled by index."""
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor).clone()
+
+    def index_fill_(self, *_):
+        raise NotImplementedError
+
+
+def test_states_of_a_tensor_class_of_their_own(adapted):
+    model = adapted()
+    slots.widen(model, 4)
+    layer = slots.lora_layers(model)[PATH]
+    b = slots.factors(layer, "default")[1]
+    optimizer = SGD([b], lr=RATE)
+    first, second = torch.rand(b.shape), torch.rand(b.shape)
+    optimizer.state[b] = {"exp_avg": first.clone().as_subclass(Packed), "exp_avg_sq": second.clone().as_subclass(Packed)}
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    first[:, 3], second[:, 3] = 0, second[:, :3].mean(1)
+    slots.prune(layer, "default", [1], optimizer)
+    first[:, 1] = second[:, 1] = 0
+    assert torch.equal(optimizer.state[b]["exp_avg"].dequantize(), first)
+    torch.testing.assert_close(optimizer.state[b]["exp_avg_sq"].dequantize(), second)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (Defazio et al., arXiv 2405.15682) as the authors' package computes it: y in place, z as state."""
+
+    def __init__(self, params, lr, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta, "k": 0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["k"] += 1
+            for y in group["params"]:
+                z = self.state[y].setdefault("z", y.detach().clone())
+                y.lerp_(z, 1 / group["k"])
+                y.add_(y.grad, alpha=group["lr"] * (group["beta"] * (1 - 1 / group["k"]) - 1))
+                z.sub_(y.grad, alpha=group["lr"])
+
+
+def test_a_schedule_free_optimiser_does_not_shrink_a_grown_row(trained):
+    layer, optimizer = trained(ScheduleFree, {})
+    parameters = slots.factors(layer, "default")
+    slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    row = parameters[0][1].detach().clone()
+    for _ in range(100):
+        step(optimizer, parameters, [torch.zeros_like(one) for one in parameters])
+    torch.testing.assert_close(parameters[0][1], row)
+    assert (parameters[0][4] == 0).all()
+
+
+def test_a_schedule_free_optimiser_of_half_precision_weights(trained):
+    """A round converts the weights to float32, and not what the optimiser keeps."""
+    layer, optimizer = trained(ScheduleFree, {})
+    a, _ = slots.factors(layer, "default")
+    optimizer.state[a]["z"] = optimizer.state[a]["z"].bfloat16()
+    grown = slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
+    assert torch.equal(optimizer.state[a]["z"][grown], a[grown].bfloat16())
