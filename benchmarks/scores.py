@@ -197,7 +197,7 @@ def example_gradients(model: Any, batch: dict[str, Tensor], node: float, labels:
         total = sum(len(gate) for gate in gates.fill(node).values())
         gradients, losses = torch.zeros(rows, total), torch.zeros(rows)
         counts = torch.zeros(rows)
-        for part in parts_of(model, {**batch, "row": torch.arange(rows)}):
+        for part in parts_of(model, {**batch, "row": torch.arange(rows)}).own:
             own = part.pop("row")
             leaves = {
                 path: torch.full((len(own), 1, len(gate)), node, requires_grad=True) for path, gate in gates.fill(node).items()
@@ -283,7 +283,7 @@ def measured_loss(model: Any, state: State, off: Tensor | None = None) -> float:
             parts = (~off).float().split([len(gate) for gate in gates.fill(1.0).values()])
             for path, gate in zip(gates.layers, parts, strict=True):
                 gates.assign(path, gate)
-        return mean_loss(model, parts_of(model, state.collate(state.measured)))
+        return mean_loss(model, parts_of(model, state.collate(state.measured)).own)
 
 
 def lowest(scores: Tensor, cut: float) -> Tensor:

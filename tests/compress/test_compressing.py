@@ -26,10 +26,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from gatewise import ConstantBudget, RankAllocation
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import read_config
 from gatewise.adapters.loading import load_adapter, load_with_data
-from gatewise import ConstantBudget, RankAllocation
 from gatewise.allocation.slots import factors, lora_layers
 from gatewise.compress import Compressed, Goal, Recovery, compress, search, writing
 from gatewise.compress.quality import qualities, split
