@@ -79,16 +79,7 @@ def test_several_adapters_share_an_engine(check: Check, saved: Path, tmp_path: P
         assert settings["vllm"]["arguments"][3:5] == ["--no-enable-chunked-prefill", "--enforce-eager"]
 
 
-def test_a_module_that_is_not_named_is_found_out(
-    check: Check, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = serving_settings(read_lora(saved / "one"), "llama")
-    names = told["vllm"]["arguments"]
-    told["vllm"]["arguments"] = [name for name in names if "layers.1.mlp" not in name]
-    shutil.copytree(saved / "one", tmp_path / "one")
-    (tmp_path / "one" / "serving.json").write_text(json.dumps(told), encoding="utf-8")
-    assert_refused(check(tmp_path / "one"), "has modules that this vLLM was not started for")
-    # One that vLLM calls by another name is seen by its answers alone.
+def test_a_module_that_vllm_has_by_another_name_is_found_out(check: Check, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "_ask_all", partial(ask_all, left_out="layers.1.mlp"))
     result = check(saved / "one")
     assert result.exit_code == 1
@@ -145,12 +136,10 @@ def test_what_is_wrong_is_one_sentence(saved: Path, tmp_path: Path, check: Check
         return str(result.stderr.strip().splitlines()[-1])
 
     assert "dtype 'float64' is not known" in fails(saved / "one", "--dtype", "float64")
-    told = serving_settings(read_lora(saved / "one"), "llama")
-    shutil.copytree(saved / "one", tmp_path / "one")
-    (tmp_path / "one" / "serving.json").write_text(json.dumps({**told, "vllm": None}), encoding="utf-8")
-    assert "vLLM does not serve this" in fails(tmp_path / "one")
-    (tmp_path / "one" / "serving.json").write_text("[]", encoding="utf-8")
-    assert "is not what compress writes" in fails(tmp_path / "one")
+    shutil.copytree(saved / "one", tmp_path / "odd")
+    config = json.loads((saved / "one" / "adapter_config.json").read_text())
+    (tmp_path / "odd" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}), encoding="utf-8")
+    assert "vLLM does not serve the adapter" in fails(tmp_path / "odd")
     write_base(tmp_path / "other")
     write_adapter(tmp_path / "far", tmp_path / "other")
     assert "give adapters of one base" in fails(saved / "one", tmp_path / "far")

@@ -35,7 +35,7 @@ def serving_check(
     tolerance: Annotated[float, typer.Option(help="How far log-probabilities may differ, in nats.", min=0.0)] = 1e-3,
     as_json: JsonOption = False,
 ) -> None:
-    """Start vLLM as serving.json says, and compare its greedy answers with PEFT's.
+    """Start vLLM as `gatewise serve` does, and compare its greedy answers with PEFT's.
 
     vLLM leaves out the LoRA of modules that it is not told of, or that it calls by another name, and says nothing. Exit code 1 says
     that an answer differs, or that the prompts could not have shown it. Bfloat16 needs a tolerance such as 0.2, and then modules
@@ -71,7 +71,7 @@ def line_of(one: "Checked") -> str:
         return f"{line}. CANNOT TELL: the adapter changes little that these prompts show, give others"
     if not one.base.holds:
         return f"{line}. DIFFERS: and so does the base model without an adapter ({_shown(one.base)})"
-    return f"{line}. DIFFERS: vLLM calls some modules by other names than the settings do, or the adapter is not what it serves"
+    return f"{line}. DIFFERS: vLLM calls some modules by other names than it is told, or the adapter is not what it serves"
 
 
 def _shown(match: "Match") -> str:

@@ -1,6 +1,6 @@
-"""Does vLLM, with the settings that ``serving.json`` gives, answer as PEFT does? Greedy tokens and their log-probabilities.
+"""Does vLLM, started as ``gatewise serve`` starts it, answer as PEFT does? Greedy tokens and their log-probabilities.
 
-Where a module has another name in vLLM than in the settings, vLLM leaves its LoRA out and says nothing. So vLLM answers prompts,
+Where a module has another name in vLLM than it is told of, vLLM leaves its LoRA out and says nothing. So vLLM answers prompts,
 and PEFT says of each token whether it would have written it there. If it would everywhere, its own greedy answers are the same.
 """
 
@@ -20,12 +20,11 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from gatewise.adapters.data_options import DataOptions
-from gatewise.adapters.files import CONFIG_FILE, read_config, read_lora
+from gatewise.adapters.files import CONFIG_FILE, read_config
 from gatewise.adapters.loading import load_adapter, read_data
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.models.cache import resolve
 from gatewise.models.loading import load_tokenizer
-from gatewise.serving.engines import SERVING_FILE, serving_settings, settings_together
 from gatewise.serving.server.with_vllm import DIRECT, VllmServer
 from gatewise.tasks.encoding import prompt_ids
 
@@ -88,7 +87,7 @@ def check_in_vllm(
     tolerance: float = TOLERANCE,
     say: Callable[[str], None] | None = None,
 ) -> list[Checked]:
-    """Answers prompts with LoRA adapters in PEFT and in vLLM, by what their ``serving.json`` say together, or would say.
+    """Answers prompts with LoRA adapters in PEFT and in vLLM.
 
     All adapters are in one engine, and their rows in one batch.
 
@@ -117,17 +116,11 @@ def check_in_vllm(
         raise GatewiseError(f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}") from error
     positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
     prompted = [_prompts(folder, base, positions, data, replace(options, limit=prompts), tokens) for folder in folders]
-    served = _settings_of(folders, config.model_type)["vllm"]
-    if served is None:
-        raise GatewiseError(
-            f"vLLM does not serve this: {SERVING_FILE} has no settings for it (DoRA, biases, modules that were trained as a whole, "
-            "or too large a rank)"
-        )
     say(f"answering {max(map(len, prompted))} prompts in vLLM")
     server = VllmServer(
         base, [f"adapter{number}={folder}" for number, folder in enumerate(folders)], python=python, name="base", port=0,
         dtype=dtype, most_tokens=tokens + max(len(ids) for one in prompted for ids in one), most_running=256, settled=0.0,
-        rest=["--enforce-eager", "--max-loras", str(len(folders) + 1), *served["arguments"]], say=lambda line: None,
+        rest=["--enforce-eager", "--max-loras", str(len(folders) + 1)], say=lambda line: None,
     )  # fmt: skip
     version, answers, bare = _ask_all(server, prompted, tokens)
     checked = []
@@ -225,22 +218,3 @@ def _prompts(folder: Path, base: str, positions: int, data: str, options: DataOp
         )
     tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base)
     return prompt_ids(records, tokenizer, template, [max_length - tokens] * len(records), max_length)
-
-
-def _settings_of(folders: Sequence[Path], model_type: str) -> dict[str, Any]:
-    found = []
-    for folder in folders:
-        if (folder / SERVING_FILE).is_file():
-            found.append(_read_settings(folder / SERVING_FILE))
-        else:
-            found.append(serving_settings(read_lora(folder), model_type))
-    return found[0] if len(found) == 1 else settings_together(found)
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        assert read["vllm"] is None or isinstance(read["vllm"]["arguments"], list)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise GatewiseError(f"{path} is not what compress writes ({reason_of(error)}): compress again") from error
-    return read

@@ -83,8 +83,8 @@ def settings_together(settings: list[dict[str, Any]]) -> dict[str, Any]:
     modules = sorted({path for one in settings for path in one["modules"]})
     rank = max(one["largest_rank"] for one in settings)
     first = settings[0]
-    extra, routed = any(one["vllm"] is None for one in settings), any(one.get("routed") for one in settings)
-    whole = any(one.get("whole_prompts", one.get("routed")) for one in settings)
+    extra, routed = any(one["vllm"] is None for one in settings), any(one["routed"] for one in settings)
+    whole = any(one["whole_prompts"] for one in settings)
     return _settings(modules, rank, first["base_model"], first["model_type"], extra, routed, whole)
 
 

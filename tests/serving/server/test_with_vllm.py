@@ -141,26 +141,6 @@ def telling(server: VllmServer, copies: Path) -> list[str]:
     return [line["name"] for line in map(json.loads, process.stdin.getvalue().splitlines()) if "path" in line]
 
 
-def test_a_bad_folder_is_passed_over(made: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    watched, copies = tmp_path / "watched", tmp_path / "copies"
-    shutil.copytree(made / "adapters" / "one", watched / "one")
-    copies.mkdir()
-    server = VllmServer(str(made / "base"), [str(watched)], port=0, say=said.append, settled=0.0)
-    for name, change in (("deep", None), ("odd", {"lora_alpha": 10**400})):
-        config = shutil.copytree(made / "adapters" / "one", watched / name) / "adapter_config.json"
-        config.write_text("[" * 200000 if change is None else json.dumps(json.loads(config.read_text()) | change))
-    for told in (["one"], []):
-        server.catalogue.scan()
-        assert telling(server, copies) == told
-    assert [one.partition(" (")[0] for one in said] == [
-        f"note: {watched / 'deep' / 'adapter_config.json'} is not valid JSON",
-        f"note: the adapter {watched / 'odd'} cannot be read",
-    ]
-    with pytest.raises(GatewiseError, match=r"odd cannot be read \(OverflowError"):
-        VllmServer(str(made / "base"), [str(watched / "odd")], port=0)
-
-
 @pytest.mark.parametrize("call", ["copyfile", "move"])
 def test_an_adapter_for_which_there_is_no_room_waits(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str

@@ -111,6 +111,10 @@ def app(served: Served) -> Starlette:
             raise HTTPException(415, "expected a body of type application/json")
         body: Chat | Completion = read(kind, await request.body())
         version = version_of(body.model)
+        count = body.n * (len(body.prompt) if isinstance(body, Completion) else 1)
+        if count > served.engine.most_waiting:
+            said = f"{count} answers were asked for at once: expected at most {served.engine.most_waiting}"
+            raise BadRequestError(said, "n")
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
@@ -118,9 +122,6 @@ def app(served: Served) -> Starlette:
             loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
         answers = await loop.run_in_executor(encoding, _answers, served, body, version, tell)
-        if len(answers) > served.engine.most_waiting:
-            said = f"{len(answers)} answers were asked for at once: expected at most {served.engine.most_waiting}"
-            raise BadRequestError(said, "n")
         served.engine.ask(answers)
         writing = _Writing(body, answers, pieces)
         try:

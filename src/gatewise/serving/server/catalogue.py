@@ -149,11 +149,13 @@ class Catalogue:
         self._said: dict[Path, str] = {}
         self._ended = threading.Event()
         limit = time.monotonic() + max(_PATIENCE, 2 * settled)
-        while late := self.scan(strict=True):
+        self._is_starting = True
+        while late := self.scan():
             if time.monotonic() > limit:
                 self._say(f"note: {some(sorted(map(str, late)))} changes all the time, and is served once it does not")
                 break
             time.sleep(settled / 4)
+        self._is_starting = False
 
     def __getitem__(self, name: str) -> Version:
         """The version of a name that is served now; KeyError where there is none."""
@@ -177,34 +179,28 @@ class Catalogue:
     def end(self) -> None:
         self._ended.set()
 
-    def scan(self, strict: bool = False) -> list[Path]:
+    def scan(self) -> list[Path]:
         """Looks at all places. Returns the folders that are still being written.
 
-        Args:
-            strict: what cannot be served is an error where the user named the adapter itself, or where two have one name. Otherwise
-                the one that was served keeps its name, even while it cannot be: clients must not get another one's answers.
+        At the start, what cannot be served is an error where the user named the adapter itself, or where two have one name. Later,
+        the one that was served keeps its name, even while it cannot be: clients must not get another one's answers.
         """
         there: dict[str, Version] = {}
         late: list[Path] = []
-        folders = self._folders(strict)
+        folders = self._folders()
         homes = {name: folder for name, folder in self._homes.items() if folder in folders}
         kept = dict(homes)
         for folder, (name, is_named) in folders.items():
             problem = self._refused_name(name, folder, homes)
             if problem is not None:
-                if strict:
-                    raise GatewiseError(problem)
-                self.note(folder, problem)
+                self._refuse(folder, problem, is_fatal=True)
                 continue
-            if strict:
+            if self._is_starting:
                 homes[name] = folder
             try:
                 version = self._version_in(name, folder, is_named)
             except Exception as error:
-                problem = fault_in(folder, error)
-                if strict and is_named:
-                    raise GatewiseError(problem) from error
-                self.note(folder, f"{problem}; it is not served")
+                self._refuse(folder, f"{fault_in(folder, error)}; it is not served", is_named, error)
                 continue
             if version is None:
                 late.append(folder)
@@ -226,19 +222,21 @@ class Catalogue:
             return f"the folder {folder!r} has a name that no client can send: rename it"
         return None
 
+    def _refuse(self, folder: Path, problem: str, is_fatal: bool, error: Exception | None = None) -> None:
+        if is_fatal and self._is_starting:
+            raise GatewiseError(problem) from error
+        self.note(folder, problem)
+
     def note(self, folder: Path, text: str) -> None:
         """Says what is wrong with a folder, unless that was the last that was said of it: it is tried again and again."""
         if self._said.get(folder) != text:
             self._said[folder] = text
             self._say(f"note: {text}")
 
-    def _folders(self, strict: bool) -> dict[Path, tuple[str, bool]]:
+    def _folders(self) -> dict[Path, tuple[str, bool]]:
         """The folder of each adapter -> its name, and whether the user named the very folder.
 
         What was served is there until it is known to be gone: file systems have faults that pass, and ``glob`` tells of none.
-
-        Args:
-            strict: a place that cannot be read is an error, and so is a folder that the user named and that is no adapter.
         """
         found: dict[Path, tuple[str, bool]] = {}
         for place in self._places:
@@ -253,20 +251,16 @@ class Catalogue:
                 else:
                     listed = [os.path.join(path, name) for name in sorted(os.listdir(path))]
             except OSError as error:
-                if strict and isinstance(error, _GONE):
-                    said = "there is no such folder, expected an adapter, a folder of adapters or a pattern of folders"
-                    raise GatewiseError(f"--adapters {place}: {said}") from error
-                if not isinstance(error, _GONE):
-                    self._pass_over(Path(path), error, strict)
+                self._pass_over(Path(path), error, is_fatal=True)
             for folder in map(Path.absolute, map(Path, listed)):
                 if folder.name.startswith(".") and not is_named:  # which is still being written
                     continue
                 try:
                     is_one = _has_config(folder)
                 except OSError as error:
-                    self._pass_over(folder, error, strict and is_named)
+                    self._pass_over(folder, error, is_named)
                     continue
-                if strict and is_named and not is_one:
+                if self._is_starting and is_named and not is_one:
                     read_config(folder)  # whose error says what is there instead
                 if is_one:
                     found.setdefault(folder, (given or name_of(folder), is_named))
@@ -275,12 +269,10 @@ class Catalogue:
                 found[folder] = (name, False)
         return found
 
-    def _pass_over(self, folder: Path, error: OSError, strict: bool) -> None:
-        problem = f"the folder {folder} cannot be read ({error.strerror or error})"
-        if strict:
-            raise GatewiseError(f"{problem}: let the user of this process read it, or leave it out") from error
-        if folder not in self._homes.values():
-            self.note(folder, f"{problem}; nothing new of it is served")
+    def _pass_over(self, folder: Path, error: OSError, is_fatal: bool) -> None:
+        if self._is_starting or not (isinstance(error, _GONE) or folder in self._homes.values()):
+            advice = "give an adapter, a folder of adapters or a pattern of folders that the user of this process may read"
+            self._refuse(folder, f"the folder {folder} cannot be read ({error.strerror or error}): {advice}", is_fatal, error)
 
     def _version_in(self, name: str, folder: Path, is_named: bool) -> Version | None:
         """The version that is served now: the one from before as long as the next one is not whole; None while there is none."""

@@ -46,6 +46,8 @@ class Tokenizers:
                 ).hexdigest()
                 if content not in self._by_content:
                     self._by_content[content] = _ready(load_tokenizer(folder))
+            if len(self._contents) > 64 * _MOST:
+                self._contents.clear()
             self._contents[version.key] = content
         self._by_content.move_to_end(content)
         while len(self._by_content) > _MOST:

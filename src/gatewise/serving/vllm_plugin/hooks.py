@@ -10,7 +10,7 @@ All of it was read in the versions of ``TESTED``. Elsewhere routed adapters are 
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import cache, partial, wraps
+from functools import lru_cache, partial, wraps
 from inspect import signature
 from itertools import count
 from typing import Any
@@ -114,7 +114,7 @@ def _kind(lora_request: Any) -> Kind:
     return NOT_ROUTED if lora_request is None else _kind_by_number(lora_request.lora_int_id, lora_request.lora_path)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _kind_by_number(number: int, path: str) -> Kind:
     return kind_of(_folder(path))
 

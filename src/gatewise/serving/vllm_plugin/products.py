@@ -93,16 +93,12 @@ class Groups:
         for slot, rows in self._rows.items():
             packed = _packed(module, slot, dtype)
             kept = [one for one in packed.parts if gates is None or bool(gates[one.slice, rows].any())]
-            if not kept:
-                continue
-            first, last = kept[0].first, kept[-1].last
             factors = None
-            if gates is not None:
-                between = [one for one in packed.parts if first <= one.first < last]
-                factors = torch.cat([gates[one.slice, rows].expand(-1, one.last - one.first) for one in between], dim=1)
+            if kept and gates is not None:
+                factors = torch.cat([gates[one.slice, rows].expand(-1, one.last - one.first) for one in packed.parts], dim=1)
                 factors = None if bool((factors == 1).all()) else factors
-            parts = [_Part(one.slice, one.first - first, one.last - first, one.start, one.end, one.b) for one in kept]
-            made.append(_Product(rows, packed.a[:, first:last], factors, parts))
+            if kept:
+                made.append(_Product(rows, packed.a, factors, kept))
         return made
 
 
@@ -128,7 +124,7 @@ class _Packed:
 
 @dataclass(frozen=True)
 class _Product:
-    """What tokens are multiplied by: a, ``factors`` (tokens, r), then the part of every slice."""
+    """What tokens are multiplied by: a, ``factors`` (tokens, r), then the parts of the slices that any of them keeps."""
 
     rows: Tensor | slice
     a: Tensor
