@@ -49,7 +49,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Lane.step
 
     def slowly(self: Lane, tokens: Any) -> torch.Tensor:
-        time.sleep(0.01)
+        time.sleep(0.03)
         return step(self, tokens)
 
     monkeypatch.setattr(Lane, "step", slowly)
@@ -182,7 +182,7 @@ def test_what_could_not_be_loaded_is_loaded_later(
 @pytest.mark.usefixtures("slow")
 def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
     with serving(made["base"], made["a"], most_running=1, most_waiting=1) as server, ThreadPoolExecutor(2) as threads:
-        long = threads.submit(ask, server, "a", 60, extra_body={"ignore_eos": True})
+        long = threads.submit(ask, server, "a", 90, extra_body={"ignore_eos": True})
         soon(lambda: gauge(server, "gatewise_running") == 1)
         waiting = threads.submit(ask, server, "tiny", 1)
         soon(lambda: gauge(server, "gatewise_waiting") == 1)
@@ -192,7 +192,7 @@ def test_no_more_wait_than_may(made: dict[str, Path]) -> None:
         assert told.value.response.headers["Retry-After"]
         assert told.value.body["type"] == "ServiceUnavailableError"
         assert waiting.result().choices[0].finish_reason in ("length", "stop")
-        assert long.result().usage.completion_tokens == 60
+        assert long.result().usage.completion_tokens == 90
 
 
 @pytest.mark.usefixtures("slow")

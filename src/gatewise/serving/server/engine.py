@@ -313,31 +313,33 @@ class Engine:
         if version is None:
             return self._plain
         if version.key not in self._loaded:
-            if len(self._loaded) >= self._most_loaded:
-                used = {one.key for rows in self._running.values() for one in rows}
-                free = [held for key, held in self._loaded.items() if key not in used]
-                if not free:
-                    return None
-                self._unload(min(free, key=lambda held: held.used))
-            self._load_again(version)
+            hidden = NotLoadedError(f"the adapter {version.name!r} cannot be loaded: see the server's log")  # which names files
+            if version.is_given_up:
+                raise hidden
+            if not self._make_room():
+                return None
+            try:
+                self.load(version)
+            except ReplacedError:
+                raise
+            except Exception as error:
+                self._print(error)
+                version.failed = time.monotonic()
+                self._note(version.folder, fault_in(version.folder, error))
+                raise hidden from error
         held = self._loaded[version.key]
         held.used = time.monotonic()
         return held.lane
 
-    def _load_again(self, version: Version) -> None:
-        """Loads an adapter, unless that failed a moment ago."""
-        hidden = NotLoadedError(f"the adapter {version.name!r} cannot be loaded: see the server's log")  # which names files
-        if version.is_given_up:
-            raise hidden
-        try:
-            self.load(version)
-        except ReplacedError:
-            raise
-        except Exception as error:
-            self._print(error)
-            version.failed = time.monotonic()
-            self._note(version.folder, fault_in(version.folder, error))
-            raise hidden from error
+    def _make_room(self) -> bool:
+        """Whether one more adapter can be loaded: the one that was not used for longest goes, if there are too many."""
+        if self.room <= 0:
+            used = {one.key for rows in self._running.values() for one in rows}
+            free = [held for key, held in self._loaded.items() if key not in used]
+            if not free:
+                return False
+            self._unload(min(free, key=lambda held: held.used))
+        return True
 
     def _lane_for(self, version: Version) -> Lane:
         """Where an adapter of its kind is loaded."""
