@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,25 @@ def test_the_top_imports_from_no_room() -> None:
     for file in PACKAGE.glob("*.py"):
         if file.name != "__init__.py":  # which names what is public, wherever it is
             assert not [module for module in imported(file) if module.partition(".")[0] in ROOMS], file.name
+
+
+def test_of_gatewise_only_what_is_public_is_used() -> None:
+    """That is: the classes and functions at its top, and what the table for packages built on it in docs/python.md names."""
+    page = PACKAGE.parents[2] / "docs" / "python.md"
+    if not page.exists():
+        pytest.skip("gatewise-mdt is installed without its sources")
+    rows = re.findall(r"^\| `(gatewise\.\w+)` \| (.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    public = {module: set(re.findall(r"`(\w+)`", names)) for module, names in rows}
+    public["gatewise"] = {*gatewise.__all__, "__version__"}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not [one.name for one in node.names if one.name.partition(".")[0] == "gatewise"], file
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gatewise":
+                missing = {one.name for one in node.names} - public.get(str(node.module), set())
+                assert not missing, f"{file.relative_to(PACKAGE)} imports {missing} from {node.module}"
+    for module, names in public.items():
+        assert all(hasattr(import_module(module), name) for name in names), module
 
 
 def test_public_names_are_where_they_are_said_to_be() -> None:

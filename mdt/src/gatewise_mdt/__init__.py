@@ -21,8 +21,8 @@ At the top lie what every room needs: ``tree`` with its rules (``checks``) and r
 | ``commands``  | ``gatewise mdt``                                                                       |
 
 Each word has one meaning, in code, messages and documentation. A *passage* is a piece of a document with its population; a
-*record* is a passage with its tree in a file. A *stage* is a part of the pipeline, a *turn* a condition with the answer taken
-there, an *edit* a change of a tree in a review, which makes a new *version* of the passage; the *history* has them all. A *fault*
+*record* is a passage with its tree in a file. A *turn* is a condition with the answer taken there, an *edit* a change of a tree
+in a review, which makes a new *version* of the passage; the *history* has them all. A *fault*
 is what is wrong with something that was given (a document, a file, a tree), a *mistake* is where a prediction differs from the
 gold tree. A *note* says what was put right or left out of what was read, a *warning* what has to be known of an extraction.
 
@@ -37,12 +37,10 @@ if TYPE_CHECKING:
     from gatewise_mdt.evaluation.metrics import TreeMetrics, evaluate, tree_edit_ratio
     from gatewise_mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
     from gatewise_mdt.extraction.batch import extract_files
-    from gatewise_mdt.extraction.extractor import Extraction, Extractor, extract
-    from gatewise_mdt.extraction.measuring import measure
+    from gatewise_mdt.extraction.extractor import Extraction, Extractor, extract, measure
     from gatewise_mdt.formats.lines import Parsed, linearise, parse, parse_lenient
     from gatewise_mdt.formats.views import render, write_view
-    from gatewise_mdt.pointing.extractor import PointingExtractor
-    from gatewise_mdt.pointing.loading import load_extractor
+    from gatewise_mdt.pointing.extractor import PointingExtractor, load_extractor
     from gatewise_mdt.records import TreeFile, TreeRecord, read_trees, write_trees
     from gatewise_mdt.relations import RELATIONS, relation_in
     from gatewise_mdt.samples import sample
@@ -57,12 +55,10 @@ _HOME = {
     "evaluation.metrics": ("TreeMetrics", "evaluate", "tree_edit_ratio"),
     "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
     "extraction.batch": ("extract_files",),
-    "extraction.extractor": ("Extraction", "Extractor", "extract"),
-    "extraction.measuring": ("measure",),
+    "extraction.extractor": ("Extraction", "Extractor", "extract", "measure"),
     "formats.lines": ("Parsed", "linearise", "parse", "parse_lenient"),
     "formats.views": ("render", "write_view"),
-    "pointing.extractor": ("PointingExtractor",),
-    "pointing.loading": ("load_extractor",),
+    "pointing.extractor": ("PointingExtractor", "load_extractor"),
     "records": ("TreeFile", "TreeRecord", "read_trees", "write_trees"),
     "relations": ("RELATIONS", "relation_in"),
     "samples": ("sample",),

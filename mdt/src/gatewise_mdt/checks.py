@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gatewise.checks import HALF_A_PAIR, has_half_a_pair
-from gatewise_mdt.relations import expected_relations, is_relation, nearest
+from gatewise_mdt.relations import expected_relations, is_relation
 
 TripleParts = tuple[str, str, str]
 NodeParts = tuple[str, list[TripleParts], str]
@@ -213,10 +213,9 @@ def _plain_relation(triple: Any) -> Any:
     if not isinstance(triple, list | tuple) or len(triple) != 3 or not all(isinstance(part, str) for part in triple):
         return triple
     subject, relation, object_ = (part.strip() for part in triple)
-    same = nearest(relation)
     # Only case and spaces: a relation that is spelt otherwise may be another relation.
-    plain = same if same and same.casefold() == " ".join(relation.casefold().split()) else relation
-    return [subject, plain, object_]
+    plain = " ".join(relation.casefold().split())
+    return [subject, plain if is_relation(plain) else relation, object_]
 
 
 def flattened(root: Any, *, foreign: bool = False, unchecked: bool = False) -> list[Any]:

@@ -4,7 +4,7 @@ Text and phrase are compared without case, with runs of spaces as one, and full-
 quotation marks of typesetting alike. Spans are positions in the text as it was given.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -55,13 +55,8 @@ def locate_tree(text: str, tree: DecisionTree) -> list[list[TripleSpans]]:
 
     What a node says mostly stands together, so an object that comes several times is looked for near the node's other objects.
     """
-    return locate_nodes(text, tree.nodes)
-
-
-def locate_nodes(text: str, nodes: Iterable[Node]) -> list[list[TripleSpans]]:
-    """Like :func:`locate_tree`, for nodes that need not be in a tree."""
     located = []
-    for node in nodes:
+    for node in tree.nodes:
         found = [find(text, triple.object) for triple in node.triples]
         certain = [(i, spans[0]) for i, spans in enumerate(found) if len(spans) == 1]
         located.append([locate(text, triple, [span for j, span in certain if j != i]) for i, triple in enumerate(node.triples)])

@@ -70,7 +70,7 @@ def test_agree_prints_measures_and_what_differs(gatewise: Gatewise) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("Ada and Ben: 3 passages in both\n")
     # Triples: 7 + 6 + 7 of 21 are shared; trees: 2 of 3.
-    for said in ("F1 of triples", "0.952", "same trees", "0.667", "2 of 3", "not defined", "Only Ada has record 4"):
+    for said in ("F1 of triples", "0.952", "same trees", "0.667", "2 of 3", "kappa of characters", "Only Ada has record 4"):
         assert said in result.stdout
     assert '  other words | Ada "colchicine", Ben "low-dose colchicine": drug therapy\n' in result.stdout
     assert "Passage 1" not in result.stdout

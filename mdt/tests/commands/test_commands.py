@@ -316,9 +316,7 @@ def test_an_outline_that_is_no_tree_is_a_fault_of_its_record(gatewise: Gatewise,
     assert_refused(gatewise("evaluate", "--gold", "pred.txt", "--pred", "good.json"), "pred.txt, record 1, line")
 
 
-@pytest.mark.parametrize(
-    "words", [("--stage", "nodes"), ("--free",), ("--level", "2"), ("--device", "auto"), ("--second", "x"), ("--limit", "3")]
-)
+@pytest.mark.parametrize("words", [("--free",), ("--device", "auto"), ("--limit", "3")])
 def test_evaluate_refuses_with_predictions_what_says_how_to_extract(gatewise: Gatewise, words: tuple[str]) -> None:
     refused = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", *words)
     assert_refused(refused, f"{words[0]} with --pred: nothing is extracted there")

@@ -76,10 +76,7 @@ def test_it_says_where_the_page_is_and_where_corrections_go(gatewise: Gatewise) 
         (["trees.json", "--population", "children"], "a population was given with trees.json"),
         (["trees.json", "--base", "x"], "--base was given without --adapter"),
         (["trees.json", "--language", "en"], "--language was given without --adapter"),
-        (["trees.json", "--pipeline"], "--pipeline was given without --adapter"),
         (["trees.json", "--verbatim"], "--verbatim was given without --adapter"),
-        (["trees.json", "--candidates", "5"], "--candidates was given without --adapter"),
-        (["trees.json", "--max-new-tokens", "9"], "--max-new-tokens was given without --adapter"),
         (["trees.json", "--max-new-tokens", "512"], "--max-new-tokens was given without --adapter"),
         (["trees.json", "--device", "cpu"], "--device was given without --adapter"),
     ],
@@ -234,18 +231,3 @@ def test_a_model_is_watched_and_stopped(tmp_path: Path) -> None:
     again = replace(extract(TEXT, None, lambda: None), made_with=found.made_with)  # which has the time
     assert again == found  # as before, and nothing watches any more
     assert ticks == 2
-
-
-def test_several_candidates_are_watched_to_their_end(tmp_path: Path) -> None:
-    """A tick a token of the first, and one for a token of all others at once; the agreement is a warning where it is small."""
-    pytest.importorskip("llguidance")
-    from gatewise_mdt.extraction.extractor import Extractor
-
-    settings = {"verbatim": True, "max_new_tokens": 150, "candidates": 4, "batch_size": 4, "temperature": 9.0}
-    extractor = Extractor.load(random_adapter_folder(tmp_path), **settings)
-    ticks: list[int] = []
-    found = model_extract(extractor)(TEXT, None, lambda: ticks.append(1))
-    assert 10 < len(ticks) <= 302
-    assert found.agreement is not None
-    assert found.agreement < 0.75
-    assert "the 4 outputs that were written for this text differ much" in found.warnings[-1]

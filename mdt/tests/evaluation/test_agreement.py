@@ -71,7 +71,7 @@ def slow_kappa(pairs: list[tuple[str, str]]) -> float | None:
 
 
 def kappa_of(pairs: list[tuple[str, str]], classes: str = "xyz") -> Kappa:
-    return Kappa(tuple(classes), tuple(tuple(pairs.count((a, b)) for b in classes) for a in classes))
+    return Kappa(tuple(tuple(pairs.count((a, b)) for b in classes) for a in classes))
 
 
 @properties
@@ -87,13 +87,12 @@ def test_kappa_is_that_of_the_definition(pairs: list[tuple[str, str]]) -> None:
 def test_the_example_of_cohens_paper_in_every_text_book() -> None:
     # Fifty units: both yes 20, both no 15, A alone 5, B alone 10. p_o = 0.7, p_e = 0.5.
     kappa = kappa_of([("x", "x")] * 20 + [("y", "y")] * 15 + [("x", "y")] * 5 + [("y", "x")] * 10)
-    assert (kappa.observed, kappa.expected, kappa.value) == (0.7, 0.5, pytest.approx(0.4))
+    assert kappa.value == pytest.approx(0.4)
 
 
 def test_kappa_of_one_class_is_not_defined_and_never_one() -> None:
-    same = kappa_of([("x", "x")] * 7)
-    assert (same.observed, same.expected, same.value) == (1, 1, None)
-    assert kappa_of([]).to_json()["kappa"] is kappa_of([]).observed is kappa_of([]).expected is None
+    assert kappa_of([("x", "x")] * 7).value is None
+    assert kappa_of([]).to_json()["kappa"] is None
     assert kappa_of([("x", "y")] * 7).value == 0  # each one class, but not the same: chance would give no agreement either
 
 
@@ -151,18 +150,7 @@ def test_a_small_change_is_seen(nodes: Nodes, data: st.DataObject) -> None:
     assert not [d for d in found.passages[0].differences if d.kind in ("one only", "span", "subject", "relation", "several parts")]
 
 
-# The units of the kappas ----------------------------------------------------------------------------------------------
-
-
-def test_kappa_of_passages_asks_what_is_recommended_at_all() -> None:
-    nothing, always = [node("D")], [node("D", triple("rest", DRUG))]
-    no_decision = [node("C", triple("acute flare")), node("D"), node("D")]
-    a, b = [nothing, always, gout(), gout(), no_decision], [nothing, gout(), gout(), nothing, nothing]
-    found = agree(records(*a), records(*b)).kappas["passage"]
-    assert found.table == ((2, 0, 0), (0, 0, 1), (1, 0, 1))
-    named = ["nothing", "always", "on conditions"]
-    pairs = [(named[0], named[0])] * 2 + [(named[1], named[2]), (named[2], named[0]), (named[2], named[2])]
-    assert found.value == pytest.approx(slow_kappa(pairs))
+# The units of kappa ----------------------------------------------------------------------------------------------
 
 
 def slow_classes(text: str, nodes: Nodes) -> list[str]:
@@ -189,55 +177,23 @@ def test_kappa_of_characters_by_looking_at_each() -> None:
     b = edited(lambda tree: tree[1].update(triples=[triple("naproxen", DRUG), triple("acute flare", DRUG)]))
     b[3]["triples"] = [triple("not in the text", DRUG)]
     text = TEXT.replace("an acute", "an  acute")  # white space is no unit
-    found = agree([record(a, text)], [record(b, text)]).kappas["character"]
+    found = agree([record(a, text)], [record(b, text)]).kappa
     plain = " ".join(text.split())
     pairs = list(zip(slow_classes(plain, a), slow_classes(plain, b), strict=True))
-    assert found.table == tuple(tuple(pairs.count((i, j)) for j in CLASSES["character"]) for i in CLASSES["character"])
+    assert found.table == tuple(tuple(pairs.count((i, j)) for j in CLASSES) for i in CLASSES)
     assert all(any(row) for row in found.table)
     assert found.value == pytest.approx(slow_kappa(pairs))
     assert found.units == len("".join(TEXT.partition("@")[2].split()))
 
 
-def test_kappa_of_roles_is_of_triples_that_both_have() -> None:
-    def change(tree: Nodes) -> None:
-        tree[3]["triples"] = [triple("acute flare")]  # in a decision, too
-        tree[2]["triples"] = [triple("naproxen", DRUG)]  # twice in the tree, once as a condition
-
-    b = edited(change)
-    found = one(gout(), b).kappas["role"]
-    roles: list[dict[tuple[str, ...], set[str]]] = [{}, {}]
-    for side, tree in zip(roles, (gout(), b), strict=True):
-        for item in tree:
-            for parts in item["triples"]:
-                side.setdefault(tuple(parts), set()).add({"C": "condition", "D": "decision"}[item["role"]])
-    pairs = [
-        tuple("both" if len(side[parts]) == 2 else min(side[parts]) for side in roles) for parts in roles[0] if parts in roles[1]
-    ]
-    assert found.table == tuple(tuple(pairs.count((i, j)) for j in CLASSES["role"]) for i in CLASSES["role"])
-    assert (found.units, found.observed) == (5, pytest.approx(3 / 5))
-    assert found.value == pytest.approx(slow_kappa(pairs))  # type: ignore[arg-type]
-
-
-def test_kappa_of_joins_is_of_nodes_with_the_same_triples() -> None:
-    a, b = [gout(), gout(), gout()], [gout(), edited(lambda tree: tree[1].update(logical_rel="and")), gout()]
-    b[2][0]["triples"].pop()
-    b[2][0]["logical_rel"] = "null"  # another node: no unit
-    found = agree(records(*a), records(*b)).kappas["join"]
-    # In each of three trees a condition joined by "and" and a decision joined by "or"; one condition is not the same in both.
-    pairs = [("and", "and"), ("or", "or"), ("and", "and"), ("or", "and"), ("or", "or")]
-    assert found.table == tuple(tuple(pairs.count((i, j)) for j in CLASSES["join"]) for i in CLASSES["join"])
-    assert found.value == pytest.approx(slow_kappa(pairs))
-
-
-def test_all_the_same_is_no_kappa_of_passages() -> None:
-    trees = [item for item in sample() if len(item.tree.nodes) > 1]
+def test_all_the_same_is_no_kappa() -> None:
+    trees = records([node("D")], [node("D")])
     found = agree(trees, trees)
-    assert found.kappas["passage"].value is None
-    assert (found.kappas["role"].value, found.kappas["join"].value, found.kappas["character"].value) == (1, 1, 1)
-    assert "kappa passage" not in found.intervals
-    assert [row.value for row in rows_of(found) if row.name == "kappa passage"] == ["not defined"]
+    assert found.kappa.value is None
+    assert "kappa" not in found.intervals
+    assert [row.value for row in rows_of(found) if row.name == "kappa of characters"] == ["not defined"]
     assert any("not defined" in said for said in remarks_of(found))
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["kappa"]["passage"]["kappa"] is None
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["kappa"]["kappa"] is None
 
 
 # Intervals ------------------------------------------------------------------------------------------------------------
@@ -262,13 +218,12 @@ def test_intervals_are_those_of_passages_drawn_and_compared_again(monkeypatch: p
     for some in random.integers(5, size=(draws, 5)):
         # Copies of one passage are all alike, so that it does not matter in which order they are paired.
         found = agree([a[i] for i in some], [b[i] for i in some])
-        values = {**found.values, **{f"kappa {name}": kappa.value for name, kappa in found.kappas.items()}}
+        values = {**found.values, "kappa": found.kappa.value}
         for name, value in values.items():
             drawn.setdefault(name, []).extend([] if value is None else [value])
     assert set(made) == set(drawn)
     for name, ends in made.items():
         assert (ends["low"], ends["high"]) == pytest.approx(tuple(np.percentile(drawn[name], (2.5, 97.5)))), name
-    assert len(drawn["kappa join"]) < draws  # some draws have nothing to compare
 
 
 def test_one_passage_has_no_interval() -> None:
@@ -285,7 +240,7 @@ def test_white_space_and_normal_forms_do_not_count() -> None:
     other = unicodedata.normalize("NFD", "Kinder mit Ödem @ Bei Ödem ½ Tablette geben. ")
     found = agree([record(tree, text)], [record(apart, other)])
     assert found.passages[0].same
-    assert (found.values["triplet_f1"], found.kappas["character"].observed) == (1, 1)
+    assert (found.values["triplet_f1"], found.kappa.value) == (1, 1)
     # A compatibility form is another text: "10⁹" is not "109".
     with pytest.raises(GatewiseError, match="no passage in common"):
         agree([record(tree, "x@10⁹ platelets")], [record(tree, "x@109 platelets")])

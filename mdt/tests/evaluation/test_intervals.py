@@ -8,10 +8,8 @@ import pytest
 from gatewise_mdt import evaluate
 from gatewise_mdt.evaluation import intervals as module
 from gatewise_mdt.evaluation.intervals import intervals
-from gatewise_mdt.evaluation.metrics import count_sets, count_trees, metrics_of, rates
+from gatewise_mdt.evaluation.metrics import count_trees, metrics_of
 from mdt_trees import gout, node, triple
-
-SHARES = ("precision", "recall", "f1")
 
 
 def changed(place: int, object_: str) -> list[dict[str, Any]]:
@@ -62,17 +60,6 @@ def test_metrics_are_those_of_the_counts() -> None:
     assert metrics_of(count_trees(GOLD, FOUND)) == evaluate(GOLD, FOUND)
     assert intervals(count_trees(GOLD, FOUND)) == intervals(count_trees(GOLD, FOUND))
     assert intervals(count_trees(GOLD, FOUND)) != intervals(count_trees(GOLD, FOUND), seed=1)
-
-
-def test_sets_are_counted_by_record() -> None:
-    gold, found = [{1, 2}, {3}, set()], [{1}, {4}, set()]
-    counts = count_sets("node", gold, found)
-    totals = rates({name: column.sum() for name, column in counts.items()})
-    assert [float(totals[f"node_{kind}"]) for kind in SHARES] == pytest.approx([1 / 2, 1 / 3, 2 / 5])
-    made = intervals(counts)
-    assert set(made) == {f"node_{kind}" for kind in SHARES}
-    # A draw of the first record alone is best, 2/3, and one of the second alone worst; one of the third alone finds all of nothing.
-    assert made["node_f1"] == {"low": 0, "high": 1}
 
 
 def test_a_share_of_passages_has_the_interval_of_the_binomial() -> None:

@@ -18,7 +18,7 @@ from mdt_trees import node, triple
 from gatewise.errors import GatewiseError
 
 COUNT = 40
-SETTINGS = {"adapter": "abc", "candidates": 1}
+SETTINGS = {"adapter": "abc", "verbatim": False}
 
 
 class Slow:
@@ -133,8 +133,8 @@ def test_a_journal_of_other_settings_or_of_something_else_is_left_alone(tmp_path
     path = tmp_path / "w.jsonl"
     extracted(files[1:], Slow(), Journal(path, SETTINGS))
     whole = path.read_bytes()
-    with pytest.raises(GatewiseError, match="with another candidates left"):
-        Journal(path, {**SETTINGS, "candidates": 3})
+    with pytest.raises(GatewiseError, match="with another verbatim left"):
+        Journal(path, {**SETTINGS, "verbatim": True})
     for other, said in (
         (b'{"text": "a", "tree": []}\n', "is in the way"),
         (whole.replace(b'"role"', b'"roll"', 1), "line 2 is damaged"),

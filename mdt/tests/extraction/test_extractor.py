@@ -1,15 +1,14 @@
-"""From text to tree with tiny models: end to end and in steps, constrained and free, and what is said when it does not go well."""
+"""From text to tree with tiny models, constrained and free, and what is said when it does not go well."""
 
 import json
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from gatewise_mdt import DecisionTree, Extraction, Extractor, TreeRecord, extract, linearise, render, sample
-from gatewise_mdt.extraction.measuring import measure
+from gatewise_mdt import DecisionTree, Extraction, Extractor, TreeRecord, extract, linearise, measure, render, sample, training_rows
+from gatewise_mdt.extraction import extractor as module
+from gatewise_mdt.extraction.course import Course
 from gatewise_mdt.extraction.prompts import prompt
-from gatewise_mdt.training.rows import completion, training_rows
 from mdt_models import dictated, random_model
 from mdt_trees import TEXT, gout, node
 
@@ -20,55 +19,46 @@ from gatewise.tasks import Template
 pytest.importorskip("llguidance")
 
 TREE = DecisionTree.from_preorder(gout())
-RECORD = TreeRecord(TEXT, TREE)
-STAGES_WRITTEN = {
-    "Triples:": completion(RECORD, 0, "triples"),
-    "Nodes:": completion(RECORD, 0, "nodes"),
-    "Tree:": completion(RECORD, 0, "tree"),
-}
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(
-    "settings", [{}, {"verbatim": True}, {"level": 1}, {"level": 2, "verbatim": True}, {"pipeline": True, "verbatim": True}]
-)
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("settings", [{}, {"verbatim": True}])
 def test_every_output_of_a_random_model_is_a_tree(seed: int, settings: dict) -> None:
     model, tokenizer = random_model(seed)
-    found = Extractor(model, tokenizer, max_new_tokens=200, **settings)([record.text for record in sample()[:3]])
-    for one in found:
-        if isinstance(one, GatewiseError):  # only a step that found nothing at all
-            assert settings.get("pipeline")
-            continue
+    for one in Extractor(model, tokenizer, max_new_tokens=200, **settings)([record.text for record in sample()[:3]]):
+        assert isinstance(one, Extraction)
         assert DecisionTree.from_preorder(one.tree.to_preorder()) == one.tree
-        assert not settings.get("verbatim") or not one.absent
-        assert one.written
-        assert one.warnings or not one.is_empty or one.written[-1].endswith("D")
+        assert not settings or not one.absent
+        assert one.warnings or not one.is_empty or one.written.endswith("D")
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("constrained", [True, False])
-def test_what_a_model_has_learnt_comes_through(level: int, constrained: bool) -> None:
-    model, tokenizer = dictated({prompt(TEXT, "en"): linearise(TREE, level, text=TEXT)})  # type: ignore[arg-type]
+def test_what_a_model_has_learnt_comes_through(constrained: bool) -> None:
+    model, tokenizer = dictated({prompt(TEXT, "en"): linearise(TREE, text=TEXT)})
     found = extract(model, tokenizer, TEXT, constrained=constrained, max_new_tokens=900)
     assert found.tree == TREE
     assert (found.language, found.absent, found.warnings) == ("en", (), ())
 
 
+def test_an_adapter_that_learnt_a_chain_of_thought_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    thinking = dictated({"tree:": "triples:\n1. a | sign | b"})
+    monkeypatch.setattr(module, "load_as_trained", lambda *_, **__: (*thinking, "base"))
+    with pytest.raises(GatewiseError, match=r"was trained to write a chain of thought \(level 1 or 2\).*: train it anew"):
+        Extractor.load(tmp_path)
+
+
 def test_an_extraction_says_what_it_was_made_with() -> None:
     model, tokenizer = random_model()
     before = datetime.now(UTC).replace(microsecond=0)
-    found = extract(model, tokenizer, TEXT, max_new_tokens=150, base="maker/model-1b", level=1)
+    found = extract(model, tokenizer, TEXT, max_new_tokens=150, base="maker/model-1b")
     assert found.made_with is not None
     made = dict(found.made_with)
     assert before <= datetime.fromisoformat(made.pop("date")) <= datetime.now(UTC)
     assert made == {
         "base": "maker/model-1b",
         "gatewise": __version__,
-        "settings": {
-            "level": 1, "pipeline": False, "constrained": True, "verbatim": False, "candidates": 1, "max_new_tokens": 150,
-            "dtype": "float32", "device": "cpu",
-        },
-    }  # fmt: skip
+        "settings": {"constrained": True, "verbatim": False, "max_new_tokens": 150, "dtype": "float32", "device": "cpu"},
+    }
     assert found.record().extraction == found.made_with
     assert Extractor(model, tokenizer, adapter={"name": "a", "sha256": "b"}).made_with()["adapter"] == {"name": "a", "sha256": "b"}
 
@@ -90,26 +80,6 @@ def test_of_a_folder_only_its_own_name_is_said(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     Path("here/base").mkdir(parents=True)
     assert Extractor(*random_model(), base=given).made_with()["base"] == said
-
-
-def test_the_pipeline_puts_its_steps_together() -> None:
-    model, tokenizer = dictated(STAGES_WRITTEN)
-    found = extract(model, tokenizer, TEXT, pipeline=True, max_new_tokens=900)
-    assert found.tree == TREE
-    assert found.written == tuple(STAGES_WRITTEN.values())
-    assert found.warnings == ()
-
-
-def test_a_step_can_have_a_model_of_its_own() -> None:
-    wrong, tokenizer = dictated(STAGES_WRITTEN | {"Tree:": "D"})
-    right, _ = dictated(STAGES_WRITTEN)
-    extractor = Extractor(wrong, tokenizer, pipeline=True, max_new_tokens=900)
-    (found,) = extractor([TEXT])
-    assert isinstance(found, Extraction)
-    assert found.warnings == ("4 of the 4 nodes found have no place in the tree",)
-    (found,) = replace(extractor, stage_models={"tree": right})([TEXT])
-    assert isinstance(found, Extraction)
-    assert found.tree == TREE
 
 
 def test_spans_are_those_of_the_text_and_what_is_not_in_it_is_marked() -> None:
@@ -140,7 +110,7 @@ def test_chinese_comes_in_and_out() -> None:
 
 
 def test_free_writing_is_repaired_or_refused() -> None:
-    model, tokenizer = dictated({"tree:": "Sure!\nC: adults with gout | Sign | acute flare\nD: ~ | drug | colchicine; ~ | drug"})
+    model, tokenizer = dictated({"tree:": "Sure!\nC: adults with gout | sign | acute flare\nD: ~ | drug | colchicine; ~ | drug"})
     found = extract(model, tokenizer, TEXT, constrained=False)
     assert [node.role for node in found.tree.nodes] == ["C", "D", "D"]
     assert [triple.object for triple in found.tree.triples] == ["acute flare", "colchicine"]
@@ -179,8 +149,6 @@ def test_a_text_with_a_fault_does_not_stop_the_others() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"level": 3}, "level is 3"),
-        ({"level": 1, "pipeline": True}, "leave one of the two out"),
         ({"verbatim": True, "constrained": False}, "leave one of the two out"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"template": Template("Text: {text}")}, "without {source}"),
@@ -201,33 +169,15 @@ def test_the_model_stays_as_it_was() -> None:
     assert model.training
 
 
-def test_each_step_is_measured_alone_from_gold_input() -> None:
-    model, tokenizer = dictated(STAGES_WRITTEN | {prompt(TEXT, "en"): linearise(TREE)})
+def test_trees_are_measured_and_what_fails_counts_as_nothing_found() -> None:
+    model, tokenizer = dictated({prompt(TEXT, "en"): linearise(TREE)})
     extractor = Extractor(model, tokenizer, max_new_tokens=900)
-    records = [RECORD, TreeRecord("adults@Give nothing.", DecisionTree.from_preorder([node("D")]))]
-    assert measure(extractor, records, "triples") == {
-        "triplet_precision": 1.0, "triplet_recall": 1.0, "triplet_f1": 1.0, "n": 1, "failed": 0, "intervals": {},
-    }  # fmt: skip
-    assert measure(extractor, [RECORD, RECORD], "nodes")["intervals"]["node_f1"] == {"low": 1, "high": 1}
-    assert measure(extractor, records, "nodes")["node_f1"] == 1.0
-    assert measure(extractor, records, "tree")["tree_acc"] == 1.0
-    assert measure(extractor, records[:1])["path_f1"] == 1.0
-
-    halved, _ = dictated(
-        STAGES_WRITTEN | {"Triples:": STAGES_WRITTEN["Triples:"].splitlines()[0], "Nodes:": "A. C: 1; 2 | and\nB. D: 3"}
-    )
-    worse = replace(extractor, model=halved)
-    assert measure(worse, records, "triples")["triplet_recall"] == pytest.approx(1 / 7)
-    assert measure(worse, records, "nodes")["node_recall"] == pytest.approx(1 / 4)
-    assert measure(extractor, records[:1], mistakes=True)["mistakes"]["missed triple"]["count"] == 0
-    short = replace(extractor, model=dictated(STAGES_WRITTEN | {"Tree:": "A\nD\nD"})[0])
-    assert measure(short, records, "tree", mistakes=True)["mistakes"]["missed triple"] == {"count": 5, "trees": 1, "alone": 1}
-    with pytest.raises(GatewiseError, match="stage nodes, which makes no trees"):
-        measure(extractor, records, "nodes", mistakes=True)
+    record, too_long = TreeRecord(TEXT, TREE), TreeRecord(f"a@{'x ' * 3000}", TREE)
+    values = measure(extractor, [record, too_long], mistakes=True)
+    assert (values["tree_acc"], values["n"], values["failed"], values["mistakes"]["malformed"]["count"]) == (0.5, 2, 1, 1)
+    assert values["intervals"]["tree_acc"] == {"low": 0, "high": 1}
     with pytest.raises(GatewiseError, match="no gold trees"):
         measure(extractor, [])
-    with pytest.raises(GatewiseError, match="stage is 'leaf'"):
-        measure(extractor, records, "leaf")  # type: ignore[arg-type]
 
 
 def test_a_gold_tree_without_a_triple_is_asked_for_in_the_language_of_its_text() -> None:
@@ -239,11 +189,11 @@ def test_a_gold_tree_without_a_triple_is_asked_for_in_the_language_of_its_text()
     assert measure(Extractor(model, tokenizer), [record])["failed"] == 0
 
 
-def test_a_text_whose_words_are_too_long_does_not_stop_the_others() -> None:
-    model, tokenizer = dictated(STAGES_WRITTEN)
-    extractor = Extractor(model, tokenizer, verbatim=True, pipeline=True, max_new_tokens=900)
-    found = extractor(["a" * 300 + "b", TEXT], language="en")
-    assert isinstance(found[0], GatewiseError)
+def test_a_text_that_cannot_be_kept_to_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Course.grammar
+    monkeypatch.setattr(Course, "grammar", lambda self, hurry=False: "(" if "huge" in self._parts else whole(self, hurry))
+    model, tokenizer = dictated({"tree:": linearise(TREE)})
+    found = Extractor(model, tokenizer, verbatim=True, max_new_tokens=900)(["adults@huge", TEXT], language="en")
     assert "cannot be worked out" in str(found[0])
     assert isinstance(found[1], Extraction)
     assert found[1].tree == TREE

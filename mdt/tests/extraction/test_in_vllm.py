@@ -63,7 +63,7 @@ def url(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"verbatim": True}, {"level": 1, "verbatim": True}, {"pipeline": True, "verbatim": True}],
+    [{}, {"verbatim": True}],
     ids=lambda settings: "-".join(settings) or "constrained",
 )
 def test_the_same_trees_as_in_one_process(base: Path, url: str, settings: dict[str, Any]) -> None:
@@ -87,10 +87,10 @@ def test_requests_were_set_aside_meanwhile(url: str) -> None:
 
 
 def test_a_course_that_cannot_be_read_is_refused(url: str) -> None:
-    found = Server(url, "trees").write("a", '{"language": "fr"}', 20, None, 0)
+    found = Server(url, "trees").write("a", '{"language": "fr"}', 20)
     assert isinstance(found, GatewiseError)
     assert "not told as gatewise tells it" in str(found)
-    assert Server(url, "trees").write("a", None, 5, None, 0)
+    assert Server(url, "trees").write("a", None, 5)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told_at_the_start() -> None:

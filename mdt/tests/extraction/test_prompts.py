@@ -4,16 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from gatewise_mdt import DecisionTree, TreeRecord, linearise, parse, parse_lenient, sample, training_rows
-from gatewise_mdt.extraction.prompts import nodes_in_order, prompt
-from gatewise_mdt.formats.lines import node_lines
-from gatewise_mdt.training.rows import completion
-from hypothesis import given
-from mdt_trees import TEXT, gout, node, properties, trees
+from gatewise_mdt import DecisionTree, TreeRecord, linearise, sample, training_rows
+from gatewise_mdt.extraction.prompts import prompt
+from mdt_trees import TEXT, gout, node
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
-from gatewise.errors import GatewiseError
 from gatewise.runs.recipe_file import load_recipe
 from gatewise.tasks import Template, load_records
 
@@ -28,62 +24,16 @@ def test_a_prompt_has_population_and_passage_apart() -> None:
     assert prompt("Give it.", "en").startswith("Passage: ")
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_what_is_to_be_written_is_the_tree(level: int) -> None:
-    (row,) = training_rows([RECORD], level=level)  # type: ignore[arg-type]
-    assert row["source"] == prompt(TEXT, "en")  # the same for all levels
-    assert parse(row["target"]) == RECORD.tree
-    assert (row["language"], row["level"]) == ("en", level)
-
-
-def test_the_steps_lead_to_the_tree() -> None:
-    triples, nodes, tree = training_rows([RECORD], stage="all")
-    assert triples["target"].splitlines()[0] == "1. adults with gout | sign | acute flare"
-    assert nodes["source"].endswith(f"Triples:\n{triples['target']}\nNodes:")
-    whole = f"triples:\n{triples['target']}\nnodes:\n{nodes['target']}\ntree:\n{tree['target']}"
-    assert parse(whole) == RECORD.tree
-    assert tree["source"].endswith("Nodes:\n" + "\n".join(node_lines(nodes_in_order(TEXT, RECORD.tree))) + "\nTree:")
-    assert [row["stage"] for row in (triples, nodes, tree)] == ["triples", "nodes", "tree"]
-
-
-def test_the_order_of_nodes_in_a_prompt_is_that_of_the_text() -> None:
-    order = [
-        node("C", ["adults with gout", "clinical manifestation", "check uric acid"]),
-        node("D", ["adults with gout", "drug therapy", "naproxen"]),
-        node("D", ["adults with gout", "drug therapy", "colchicine"]),
-    ]
-    found = nodes_in_order(TEXT, DecisionTree.from_preorder(order))
-    assert [one.triples[0].object for one in found] == ["colchicine", "naproxen", "check uric acid"]
-
-
-@properties
-@given(trees)
-def test_every_tree_can_be_prepared(tree: DecisionTree) -> None:
-    record = TreeRecord("adults@a text that has none of it", tree)
-    for level in (0, 1, 2):
-        assert parse(completion(record, level)) == tree  # type: ignore[arg-type]
-    if tree.triples:
-        triples, nodes, last = training_rows([record], stage="all")
-        read = parse_lenient(f"triples:\n{triples['target']}\nnodes:\n{nodes['target']}\ntree:\n{last['target']}")
-        assert read.tree == tree
-        assert set(read.nodes) == {one for one in tree.nodes if not one.is_empty}
-
-
-def test_a_tree_without_triples_gives_no_steps() -> None:
+def test_a_row_has_the_prompt_and_the_tree() -> None:
+    (row,) = training_rows([RECORD])
+    assert row == {"source": prompt(TEXT, "en"), "target": linearise(RECORD.tree, text=TEXT), "language": "en"}
     empty = TreeRecord("adults@Give nothing at all to them.", DecisionTree.from_preorder([node("D")]))
-    assert training_rows([empty], stage="all") == []
-    assert training_rows([empty])[0]["target"] == linearise(empty.tree) == "D"
-
-
-@pytest.mark.parametrize(("settings", "said"), [({"level": 3}, "level is 3"), ({"stage": "leaf"}, "stage is 'leaf'")])
-def test_unknown_ways_are_refused(settings: dict, said: str) -> None:
-    with pytest.raises(GatewiseError, match=said):
-        training_rows([RECORD], **settings)
+    assert training_rows([empty])[0]["target"] == "D"
 
 
 def test_prepare_writes_rows_that_train_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["mdt", "prepare", "sample:guidelines", "--out", "made/train.jsonl", "--dev", "made/dev.jsonl", "--level", "2"]
+    words = ["mdt", "prepare", "sample:guidelines", "--out", "made/train.jsonl", "--dev", "made/dev.jsonl"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     train, dev = load_records("made/train.jsonl"), load_records("made/dev.jsonl")
@@ -120,7 +70,6 @@ def test_prepare_refuses_in_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     for words, said in [
         (["sample:guidelines", "--out", "x.json"], "expected .jsonl"),
-        (["sample:guidelines", "--out", "x.jsonl", "--level", "1", "--stage", "nodes"], "leave one out"),
         (["sample:guidelines", "--out", "x.jsonl", "--dev", "x.jsonl"], "expected two files"),
         (["none.json", "--out", "x.jsonl"], "there is no such file"),
     ]:

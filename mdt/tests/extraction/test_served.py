@@ -14,6 +14,8 @@ from gatewise_mdt.documents.reading import documents_in
 from gatewise_mdt.extraction import served
 from gatewise_mdt.extraction.batch import Batch, Journal, extract_files, extract_pieces, read_pieces
 from gatewise_mdt.extraction.course import Course
+from gatewise_mdt.extraction.extractor import Text
+from gatewise_mdt.extraction.prompts import prompt
 from gatewise_mdt.extraction.served import ServedExtractor, Server
 from mdt_models import random_model
 from mdt_trees import TEXT
@@ -124,7 +126,7 @@ def plain(found: Any) -> Any:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"verbatim": True}, {"level": 2, "verbatim": True}, {"pipeline": True, "verbatim": True}, {"constrained": False}],
+    [{}, {"verbatim": True}, {"constrained": False}],
     ids=lambda settings: "-".join(settings) or "constrained",
 )
 def test_the_same_trees_as_in_one_process(engine: tuple[Engine, str], settings: dict[str, Any]) -> None:
@@ -204,18 +206,15 @@ def test_a_server_that_writes_freely_is_named(engine: tuple[Engine, str]) -> Non
     ("told", "text", "most", "expected"),
     [
         # Where a tokenizer falls back to bytes, each byte of half a character is a mark.
-        ({"within": "患者@用药"}, " 1. 药 | 用\ufffd\ufffd", 60, ("", False)),
-        ({"within": "患者@用药"}, " 1. 药 | 用法用量 | 药\n2. ~ | \ufffd\ufffd", 60, ("1. 药 | 用法用量 | 药", False)),
+        ({"within": "患者@用药"}, " C: 药 | 用\ufffd\ufffd", 60, ("", False)),
+        ({"within": "患者@用药"}, " D: 药 | 用法用量 | 药; ~ | \ufffd\ufffd", 60, ("D: 药 | 用法用量 | 药;", False)),
         # The last token ends a tree that only in a hurry has to end there.
-        ({"within": "患者@用药"}, " 1. 药 | 治疗方案 | 患者", 20, ("1. 药 | 治疗方案 | 患者", True)),
-        ({"within": "患者@用药方"}, " 1. 药 | 治疗方案 | 药", 20, ("", False)),
-        ({"stage": "tree", "roles": ["D"], "language": "en"}, " D", 20, ("D", True)),
-        ({"stage": "tree", "roles": ["D"], "language": "en"}, " A", 2000, ("A", True)),
+        ({}, " D", 20, ("D", True)),
+        ({}, " D", 2000, ("", False)),
     ],
 )
 def test_what_the_last_token_cut(told: dict[str, Any], text: str, most: int, expected: tuple[str, bool]) -> None:
-    course = Course(**{"language": "zh", "stage": "triples", **told})
-    read = served._read_again(course, text, False, most, most)
+    read = served._read_again(Course("zh", **told), text, False, most, most)
     assert isinstance(read, served.Written)
     assert (read.text, read.ended) == expected
 
@@ -253,11 +252,9 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "told",
     [
-        "[]", "no", "{}", '{"language": "fr"}', '{"language": "en", "stage": "all"}', '{"language": "en", "levels": []}',
-        '{"language": "en", "levels": [3]}', '{"language": "en", "within": ""}', '{"language": "en", "triples": true}',
-        '{"language": "en", "within": " "}', '{"language": "en", "within": "@"}',
-        '{"language": "en", "roles": ["X"]}', '{"language": "en", "limits": {}}', '{"language": ["en"]}', "[" * 100_000,
-        json.dumps({"language": "en", "within": "a" * 30_000}), '{"language": "en", "levels": [[]]}',
+        "[]", "no", "{}", '{"language": "fr"}', '{"language": "en", "level": 0}', '{"language": ["en"]}', "[" * 100_000,
+        '{"language": "en", "within": ""}', '{"language": "en", "within": "@"}', '{"language": "en", "within": 3}',
+        json.dumps({"language": "en", "within": "a" * 30_000}),
     ],
 )  # fmt: skip
 def test_a_course_that_nobody_would_ask_for(told: str) -> None:
@@ -330,12 +327,9 @@ def test_what_an_interrupt_gave_is_no_document_of_its_folder(
 
 def body_of(number: int) -> dict[str, Any]:
     """What is asked for a document of the tests above."""
-    from gatewise_mdt.extraction.extractor import Asked
-    from gatewise_mdt.extraction.prompts import prompt
-
     text = TEXT.replace("0.5", f"{number}")
     asker = ServedExtractor(None, None, verbatim=True)  # type: ignore[arg-type]
-    course = json.dumps(asker._course(Asked(text, "en"), None))
+    course = json.dumps(asker.course_of(Text(text, "en")))
     return {"prompt": prompt(text, "en"), "max_tokens": 150, "vllm_xargs": {"gatewise_tree": course}}
 
 

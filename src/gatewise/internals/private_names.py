@@ -148,6 +148,29 @@ PRIVATE_NAMES = (
     PrivateName("transformers:TrainingArguments", "_n_gpu", "keeps a Trainer on one of several GPUs"),
     PrivateName("transformers:TrainingArguments", "_setup_devices", "puts a Trainer on one named device"),
     PrivateName("transformers:PretrainedConfig", "_attn_implementation", "refuses attention whose masks prompts do not make"),
+    PrivateName(
+        "transformers:PreTrainedModel", "_supports_sdpa", "a model around another one says that it can do what that one can"
+    ),
+    PrivateName(
+        "transformers:PreTrainedModel", "_supports_flash_attn", "a model around another one says that it can do what that one can"
+    ),
+    PrivateName(
+        "transformers:PreTrainedModel", "_supports_flex_attn", "a model around another one says that it can do what that one can"
+    ),
+    PrivateName(
+        "transformers:PreTrainedModel",
+        "_supports_attention_backend",
+        "a model around another one says that it can do what that one can",
+    ),
+    PrivateName(
+        "transformers:PreTrainedModel", "_no_split_modules", "a model around another one says that it can do what that one can"
+    ),
+    PrivateName(
+        "transformers:PreTrainedModel",
+        "_can_set_experts_implementation",
+        "a model around a mixture of experts leaves the choice to it",
+        (),
+    ),
     PrivateName("transformers:PretrainedConfig", "_name_or_path", "has the model card name the base model"),
     PrivateName(
         _TRAINER, "_save_checkpoint", "says in a sentence that a checkpoint could not be written", (), ("runs/trainer.py",)

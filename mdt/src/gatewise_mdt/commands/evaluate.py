@@ -1,7 +1,6 @@
 """``gatewise mdt evaluate``: how good trees are, those of a file or those that an adapter extracts."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,32 +14,15 @@ from gatewise.flags import BaseOption, DeviceOption, JsonOption
 from gatewise_mdt.commands.model import (
     BatchOption,
     FreeOption,
-    LevelOption,
-    OfTwoOption,
-    PipelineOption,
-    SecondOption,
     TokensOption,
     VerbatimOption,
     check_ways,
     loaded,
-    of_two,
     options_given,
 )
 from gatewise_mdt.commands.trees import RepairOption, read_file
 
-
-class StageName(StrEnum):
-    """A stage of the pipeline."""
-
-    triples = "triples"
-    nodes = "nodes"
-    tree = "tree"
-
-
-_EXTRACTING = (
-    "second", "base", "stage", "level", "pipeline", "verbatim", "free", "candidates", "max_new_tokens", "batch_size", "device",
-    "limit",
-)  # fmt: skip
+_EXTRACTING = ("base", "verbatim", "free", "max_new_tokens", "batch_size", "device", "limit")
 """Options that say how trees are extracted."""
 
 
@@ -49,14 +31,9 @@ def evaluate(
     gold: Annotated[str, typer.Option(help="The right trees: a .json or .jsonl file, or sample:guidelines.", show_default=False)],
     pred: Annotated[Path | None, typer.Option(help="The predicted trees, in the same order.", show_default=False)] = None,
     adapter: Annotated[Path | None, typer.Option(help="Extract with this adapter instead.", show_default=False)] = None,
-    second: SecondOption = None,
     base: BaseOption = None,
-    stage: Annotated[StageName | None, typer.Option(help="With --adapter: this stage alone, from gold input.")] = None,
-    level: LevelOption = None,
-    pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
     free: FreeOption = False,
-    candidates: OfTwoOption = None,
     max_new_tokens: TokensOption = 512,
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",
@@ -69,32 +46,25 @@ def evaluate(
 ) -> None:
     """Measure trees: F1 of triples, nodes and decision paths, tree accuracy, tree edit ratio, with 95% bootstrap intervals.
 
-    The trees are those of a file, or are extracted with an adapter; then a stage of the pipeline can be measured alone. Predictions
-    that are no trees count as wrong.
+    The trees are those of a file, or are extracted with an adapter. Predictions that are no trees count as wrong.
 
     \b
     Examples:
       gatewise mdt evaluate --gold dev.json --pred predicted.json --mistakes
-      gatewise mdt evaluate --gold dev.json --adapter runs/mdt-stages/adapter --stage nodes
+      gatewise mdt evaluate --gold dev.json --adapter runs/mdt-pointing/adapter
     """
     if (pred is None) == (adapter is None):
         raise GatewiseError("give --pred, a file of predicted trees, or --adapter, to extract them now, and not both")
     if adapter is not None:
-        from gatewise_mdt.extraction.measuring import measure as measure_adapter
+        from gatewise_mdt.extraction.extractor import measure
 
-        if stage is not None and level is not None:
-            raise GatewiseError("--level and --stage were both given: the stages of the pipeline have no levels, leave one out")
-        if stage is not None and second is not None:
-            raise GatewiseError("--second and --stage were both given: a stage is measured of one adapter, leave one out")
-        check_ways(free, verbatim, level, pipeline)
+        check_ways(free, verbatim)
         read = read_file(gold, repair)
         if read.faults:
             raise GatewiseError(next(iter(read.faults.values())))
-        settings: dict[str, Any] = {"level": level, "pipeline": pipeline, "constrained": not free, "verbatim": verbatim}
-        settings |= {"candidates": of_two(candidates, second), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        with loaded(adapter, base, device, second, **settings) as (extractor, count):
-            records = read.records[:limit]
-            values = measure_adapter(extractor, records, stage.value if stage else None, count, mistakes=mistakes)
+        settings = {"constrained": not free, "verbatim": verbatim, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        with loaded(adapter, base, device, **settings) as (extractor, count):
+            values = measure(extractor, read.records[:limit], count, mistakes=mistakes)
     else:
         assert pred is not None
         if given := options_given(context, _EXTRACTING):
@@ -109,17 +79,13 @@ def evaluate(
     for column in ("metric", "precision", "recall", "F1"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name in ("triplet", "node", "path"):
-        if f"{name}_f1" in values:
-            table.add_row(name, *(_shown(values, f"{name}_{kind}") for kind in ("precision", "recall", "f1")))
+        table.add_row(name, *(_shown(values, f"{name}_{kind}") for kind in ("precision", "recall", "f1")))
     console = Console()
     console.print(table)
-    if "ter" in values:
-        console.print(f"tree accuracy: {_shown(values, 'tree_acc')}")
-        console.print(f"tree accuracy of the predictions that are not empty: {_shown(values, 'tree_acc_nonempty')}")
-        console.print(f"tree edit ratio: {_shown(values, 'ter')}, lower is better; 1 - TER is {1 - values['ter']:.4f}")
-        console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
-    else:
-        console.print(f"records: {values['n']}, of which nothing could be read for {values['failed']}")
+    console.print(f"tree accuracy: {_shown(values, 'tree_acc')}")
+    console.print(f"tree accuracy of the predictions that are not empty: {_shown(values, 'tree_acc_nonempty')}")
+    console.print(f"tree edit ratio: {_shown(values, 'ter')}, lower is better; 1 - TER is {1 - values['ter']:.4f}")
+    console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
     if values["intervals"]:
         console.print(f"in brackets: 95% intervals, from {DRAWS:,} bootstrap draws of the {values['n']} passages")
     if mistakes:

@@ -13,18 +13,13 @@ from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
 from gatewise_mdt.commands.model import (
     FreeOption,
-    LevelOption,
     NameOption,
-    OfTwoOption,
-    PipelineOption,
-    SecondOption,
     ServerOption,
     TokensOption,
     VerbatimOption,
     check_ways,
     connected,
     loaded,
-    of_two,
 )
 from gatewise_mdt.commands.passages import CharactersOption, PopulationOption
 from gatewise_mdt.commands.trees import Format, OutOption, check_format, check_place, check_target, give, say
@@ -46,7 +41,6 @@ def extract(
         typer.Argument(help="Texts: .txt, .md, .pdf or .docx files, or folders with such; - is stdin.", show_default=False),
     ],
     adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.", show_default=False)] = None,
-    second: SecondOption = None,
     server: ServerOption = None,
     adapter_name: NameOption = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of the trees.")] = Format.text,
@@ -55,11 +49,8 @@ def extract(
     language: Annotated[LanguageName | None, typer.Option(help="The texts' language. [default: found out]")] = None,
     population: PopulationOption = None,
     passage_characters: CharactersOption = None,
-    level: LevelOption = None,
-    pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
     free: FreeOption = False,
-    candidates: OfTwoOption = None,
     max_new_tokens: TokensOption = 512,
     batch_size: Annotated[
         int | None,
@@ -88,8 +79,8 @@ def extract(
     from gatewise_mdt.extraction.batch import Batch, Journal, extract_pieces, read_pieces
     from gatewise_mdt.formats.views import ONE_TREE
 
-    check_ways(free, verbatim, level, pipeline)
-    _check_model(adapter, server, adapter_name, base, second)
+    check_ways(free, verbatim)
+    _check_model(adapter, server, adapter_name, base)
     check_format(format, out)
     work = None if out is None or is_special(out) else out.with_name(f"{out.name}.work.jsonl")
     given = files
@@ -106,25 +97,15 @@ def extract(
     journal: Journal | None = None
     if pieces:
         check_place(format, out, several)
-        settings: dict[str, Any] = {
-            "level": level,
-            "pipeline": pipeline,
-            "constrained": not free,
-            "verbatim": verbatim,
-            "candidates": of_two(candidates, second),
-        }
+        settings: dict[str, Any] = {"constrained": not free, "verbatim": verbatim, "max_new_tokens": max_new_tokens}
         if work is not None:
             model = {"server": server, "adapter_name": adapter_name} if adapter is None else {"adapter": _fingerprint(adapter)}
-            if second is not None:
-                model["second"] = _fingerprint(second)
-            known = {**model, "base": base, "max_new_tokens": max_new_tokens, **settings}
-            journal = Journal(work, known)
-        settings["max_new_tokens"] = max_new_tokens
+            journal = Journal(work, {**model, "base": base, **settings})
         try:
             with (
                 connected(server, adapter_name, batch_size=batch_size or 16, **settings)
                 if server is not None and adapter_name is not None
-                else loaded(cast(Path, adapter), base, device, second, batch_size=batch_size or 8, **settings)
+                else loaded(cast(Path, adapter), base, device, batch_size=batch_size or 8, **settings)
             ) as (extractor, count):
                 extract_pieces(pieces, extractor, batch, count, journal)
         except (KeyboardInterrupt, GatewiseError) as error:
@@ -161,21 +142,19 @@ def _is_same(file: str, out: Path) -> bool:
     return os.path.exists(out) and os.path.exists(file) and os.path.samefile(file, out)
 
 
-def _check_model(adapter: Path | None, server: str | None, name: str | None, base: str | None, second: Path | None) -> None:
+def _check_model(adapter: Path | None, server: str | None, name: str | None, base: str | None) -> None:
     if (adapter is None) == (server is None):
         raise GatewiseError("give either --adapter, a folder, or --server and --adapter-name, an adapter that a server has")
     if (server is None) != (name is None):
         missing, given = ("--server", "--adapter-name") if server is None else ("--adapter-name", "--server")
         raise GatewiseError(f"{given} was given without {missing}: give both, or --adapter")
-    if server is not None and second is not None:
-        raise GatewiseError("--second was given with --server, which has one adapter for a text: leave it out")
     if server is not None and base is not None:
         raise GatewiseError("--base was given with --server, which has its base model already: leave one of the two out")
 
 
 def _fingerprint(adapter: Path) -> str | None:
     """Of an adapter; None where there is none, which is told when it is loaded."""
-    from gatewise.adapters.files import fingerprint
+    from gatewise.adapters import fingerprint
 
     with suppress(GatewiseError):
         return fingerprint(adapter)

@@ -8,20 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gatewise.errors import GatewiseError
-from gatewise_mdt.commands.model import LevelOption
 from gatewise_mdt.commands.trees import RepairOption, check_target, chosen, is_one_file, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.records import TreeRecord
-
-
-class StageOrAll(StrEnum):
-    """A stage of the pipeline, or all of them."""
-
-    triples = "triples"
-    nodes = "nodes"
-    tree = "tree"
-    all = "all"
 
 
 class Only(StrEnum):
@@ -33,8 +23,6 @@ class Only(StrEnum):
 def prepare(
     data: Annotated[str, typer.Argument(help="A .json, .jsonl or .txt file of trees, or sample:guidelines.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "--output", "-o", help="The .jsonl file of rows to write.", show_default=False)],
-    level: LevelOption = None,
-    stage: Annotated[StageOrAll | None, typer.Option(help="Rows for a stage of the pipeline, or for all three.")] = None,
     only: Annotated[Only | None, typer.Option(help="Only the records that a reviewer approved.")] = None,
     dev: Annotated[
         Path | None, typer.Option(help="Write the rows of some documents here instead, all of each.", show_default=False)
@@ -49,7 +37,7 @@ def prepare(
     ] = 0,
     repair: RepairOption = False,
 ) -> None:
-    """Write the rows that `gatewise train` takes: prompts and what is to be written, end to end or for a stage of the pipeline.
+    """Write the rows that `gatewise train` takes: prompts, and the trees that are to be written after them.
 
     The recipe's template is "{source}", see mdt/recipes/mdt-pi-lora.yaml.
 
@@ -57,15 +45,12 @@ def prepare(
     Examples:
       gatewise mdt prepare sample:guidelines --out runs/mdt-data/train.jsonl --dev runs/mdt-data/dev.jsonl
       gatewise mdt prepare trees.json --swapped 3 --out train.jsonl
-      gatewise mdt prepare trees.json --stage all --out stages.jsonl
       gatewise mdt prepare guideline.pdf.review.jsonl --only approved --out train.jsonl
     """
     from gatewise.files import write_json_lines
     from gatewise_mdt.training.splitting import by_document, split
     from gatewise_mdt.training.swapping import swapped_copies
 
-    if level is not None and stage is not None:
-        raise GatewiseError("--level and --stage were both given: the stages of the pipeline have no levels, leave one out")
     for path in filter(None, (out, dev)):
         if path.suffix.lower() != ".jsonl":
             raise GatewiseError(f"{path}: the name ends in {path.suffix!r}, expected .jsonl")
@@ -85,7 +70,7 @@ def prepare(
     sides: dict[Path, list[TreeRecord]] = {out: [*train, *swapped_copies(train, swapped, seed=seed)]}
     if dev is not None:
         sides = {dev: held, **sides}
-    made = {target: _rows(side, faults, level=level or 0, stage=stage.value if stage else None) for target, side in sides.items()}
+    made = {target: _rows(side, faults) for target, side in sides.items()}
     for target, rows in made.items():
         if not rows:
             where = " on both sides" if dev else ""
@@ -121,14 +106,14 @@ def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _rows(records: "Sequence[TreeRecord]", faults: dict[int, str], **how: Any) -> "list[tuple[TreeRecord, dict[str, Any]]]":
+def _rows(records: "Sequence[TreeRecord]", faults: dict[int, str]) -> "list[tuple[TreeRecord, dict[str, Any]]]":
     """Each training row with its record; what is wrong with records that give none goes to the faults, by their numbers."""
     from gatewise_mdt.training.rows import training_rows
 
     rows: list[tuple[TreeRecord, dict[str, Any]]] = []
     for record in records:
         try:
-            rows += [(record, row) for row in training_rows([record], **how)]
+            rows += [(record, row) for row in training_rows([record])]
         except GatewiseError as error:
             faults[record.number] = str(error)
     return rows

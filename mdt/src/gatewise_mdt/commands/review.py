@@ -9,7 +9,7 @@ import typer
 
 from gatewise.errors import GatewiseError
 from gatewise.flags import BaseOption, DeviceOption
-from gatewise_mdt.commands.model import CandidatesOption, PipelineOption, TokensOption, VerbatimOption, options_given
+from gatewise_mdt.commands.model import TokensOption, VerbatimOption, options_given
 from gatewise_mdt.commands.trees import RepairOption, say
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ OPEN = (
 NAMELESS = "note: it answers only at 127.0.0.1 and localhost: give the name or address that browsers use with --allow-host"
 
 
-_EXTRACTING = ("base", "language", "pipeline", "verbatim", "candidates", "max_new_tokens", "device")
+_EXTRACTING = ("base", "language", "verbatim", "max_new_tokens", "device")
 """Options that say how trees are extracted."""
 
 
@@ -43,9 +43,7 @@ def review(
     base: BaseOption = None,
     language: Annotated[str | None, typer.Option(help="The texts' language, en or zh. [default: found out]")] = None,
     population: Annotated[str | None, typer.Option(help="Whom all passages are about, if headings do not say.")] = None,
-    pipeline: PipelineOption = False,
     verbatim: VerbatimOption = False,
-    candidates: CandidatesOption = 1,
     max_new_tokens: TokensOption = 512,
     device: DeviceOption = "auto",
     port: Annotated[
@@ -114,9 +112,8 @@ def review(
         for note in session.notes:
             say(f"note: {note}", err=True)
         if adapter is not None:
-            settings = {"max_new_tokens": max_new_tokens, "pipeline": pipeline, "verbatim": verbatim, "candidates": candidates}
             named: Any = language
-            extractor = _loaded(adapter, base, device, **settings)
+            extractor = _loaded(adapter, base, device, max_new_tokens=max_new_tokens, verbatim=verbatim)
             extracting = Extracting(session, model_extract(extractor), language=named, most=extractor.most_tokens)
         page = Review(session, extracting, "" if adapter else NO_ADAPTER)
         with ReviewServer(page, people, host=host, port=port, allowed=allow_host or ()) as server:
@@ -168,8 +165,8 @@ def _loaded(adapter: Path, base: str | None, device: str, **settings: Any) -> "E
     from rich.console import Console
 
     from gatewise.progress import ConsoleProgress, quiet
-    from gatewise_mdt.pointing.loading import load_extractor
+    from gatewise_mdt.pointing.extractor import load_extractor
 
     with quiet(bars=True):
         say = ConsoleProgress(Console(stderr=True)).say
-        return load_extractor(adapter, base=base, device=device, say=say, batch_size=settings["candidates"], **settings)
+        return load_extractor(adapter, base=base, device=device, say=say, batch_size=1, **settings)

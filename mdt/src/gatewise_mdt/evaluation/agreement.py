@@ -11,22 +11,14 @@ it, and as it grows kappa goes to F1 (Hripcsak and Rothschild, JAMIA 12:296, 200
 whichever of the two is called right; it and the tree edit ratio are those of :mod:`gatewise_mdt.evaluation.metrics`. Tree agreement
 is the share of passages whose trees are the same.
 
-**Kappa where units and classes are fixed beforehand** (Cohen, Educational and Psychological Measurement 20:37, 1960). Of n units,
-n_ij are put into class i by A and into class j by B; with p_o = sum_i n_ii / n and p_e = sum_i (n_i. / n) (n_.i / n),
-kappa = (p_o - p_e) / (1 - p_e). Where both put all units into one class, p_e is 1 and kappa is not defined, whatever the agreement.
-
-| kappa         | a unit                                       | classes                                                       |
-|---------------|----------------------------------------------|---------------------------------------------------------------|
-| ``passage``   | a passage                                    | recommends nothing, something always, something on conditions |
-| ``character`` | a character of a passage, but no white space | in a phrase of conditions, of decisions, of both, of neither  |
-| ``role``      | a triple that both trees have                | stands in conditions, in decisions, in both                   |
-| ``join``      | two or more triples that are a node in both  | joined by "and", by "or", once so and once so                 |
-
-The last two are conditional: they ask how what both found was understood, and say nothing of what only one found. A character is in
-a phrase where subject or object of a triple stands in the text (:mod:`gatewise_mdt.spans`). The population before the "@" is left
-out, as nobody had to find it. Kappa over characters weighs long phrases more than short ones. Two things have no kappa here. Which
-nodes there are at a place depends on what was decided above it, so places are no units that were fixed beforehand. And "approved"
-and "corrected" say how far a review is, not what the two think of the same question; they are counted.
+**Kappa where units and classes are fixed beforehand** (Cohen, Educational and Psychological Measurement 20:37, 1960): each
+character of a passage, but no white space, is in a phrase of conditions, of decisions, of both or of neither. Of n characters,
+n_ij are put into class i by A and into class j by B; with p_o = sum_i n_ii / n and p_e = sum_i (n_i. / n) (n_.i / n), kappa =
+(p_o - p_e) / (1 - p_e). Where both put all into one class, p_e is 1 and kappa is not defined, whatever the agreement. A
+character is in a phrase where subject or object of a triple stands in the text (:mod:`gatewise_mdt.spans`). The population
+before the "@" is left out, as nobody had to find it. Long phrases weigh more than short ones. Two things have no kappa: which
+nodes there are at a place depends on what was decided above it, so places are no units that were fixed beforehand; and
+"approved" and "corrected" say how far a review is, not what the two think of the same question. They are counted.
 
 Intervals are those of :mod:`gatewise_mdt.evaluation.intervals`, of passages drawn, so that characters of one passage, which are not
 independent, come and go together. This whole module is ours but for the two formulas.
@@ -35,7 +27,7 @@ independent, come and go together. This whole module is ours but for the two for
 import json
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,13 +45,8 @@ from gatewise_mdt.spans import Span, locate_tree
 from gatewise_mdt.tree import DecisionTree
 
 MEASURES = ("triplet_f1", "node_f1", "path_f1", "tree_agreement", "ter")
-CLASSES = {
-    "passage": ("nothing", "always", "on conditions"),
-    "character": ("neither", "condition", "decision", "both"),
-    "role": ("condition", "decision", "both"),
-    "join": ("and", "or", "both"),
-}
-"""The kappas, and the classes of each."""
+CLASSES = ("neither", "condition", "decision", "both")
+"""Of characters: the phrases that each is in."""
 STATES = ("approved", "corrected", "to review")
 KINDS = {
     "missed triple": "one only",
@@ -133,26 +120,15 @@ class Kappa:
     """Cohen's kappa of two raters, see the module.
 
     Attributes:
-        table: units by the class that A (rows) and B (columns) gave them.
+        table: characters by the class of CLASSES that A (rows) and B (columns) put them into.
     """
 
-    classes: tuple[str, ...]
     table: tuple[tuple[int, ...], ...]
 
     @property
     def units(self) -> int:
+        """How many characters there are."""
         return sum(map(sum, self.table))
-
-    @property
-    def observed(self) -> float | None:
-        """The share of units to which both gave the same class; None without a unit."""
-        return sum(row[i] for i, row in enumerate(self.table)) / self.units if self.units else None
-
-    @property
-    def expected(self) -> float | None:
-        """The share that chance would give; None without a unit."""
-        chance = sum(sum(row) * sum(column) for row, column in zip(self.table, zip(*self.table, strict=True), strict=True))
-        return chance / self.units**2 if self.units else None
 
     @property
     def value(self) -> float | None:
@@ -161,13 +137,11 @@ class Kappa:
         return None if np.isnan(value) else value
 
     def to_json(self) -> dict[str, Any]:
-        """As in ``gatewise mdt agree --json``; null where something is not defined."""
+        """As in ``gatewise mdt agree --json``; null where kappa is not defined."""
         return {
             "kappa": self.value,
-            "observed": self.observed,
-            "expected": self.expected,
             "units": self.units,
-            "classes": list(self.classes),
+            "classes": list(CLASSES),
             "table": [list(row) for row in self.table],
         }
 
@@ -181,7 +155,7 @@ class PassageAgreement:
         trees: both trees as they are compared: A's words for relations, phrases in NFC with single spaces.
         text: the text that they are of, in the same form.
         values: the :data:`MEASURES`.
-        character: kappa over its characters.
+        kappa: over its characters.
         differences: none exactly where the trees are the same.
     """
 
@@ -190,7 +164,7 @@ class PassageAgreement:
     text: str
     trees: tuple[DecisionTree, DecisionTree]
     values: dict[str, float]
-    character: Kappa
+    kappa: Kappa
     differences: tuple[Difference, ...]
 
     @property
@@ -205,7 +179,7 @@ class PassageAgreement:
             "text": self.a.text,
             "same": self.same,
             **{name: value for name, value in self.values.items() if name != "tree_agreement"},
-            "character_kappa": self.character.value,
+            "kappa": self.kappa.value,
             "differences": [difference.to_json() for difference in self.differences],
         }
 
@@ -220,8 +194,8 @@ class Agreement:
         passages: those that both have, in A's order.
         only_a: records of passages that only A has.
         values: the :data:`MEASURES` over all passages that both have.
-        kappas: for each of :data:`CLASSES`.
-        intervals: 95%, measure or "kappa" and its name, as "kappa role" -> ``low`` and ``high``.
+        kappa: over the characters of all passages.
+        intervals: 95%, measure or "kappa" -> ``low`` and ``high``.
         states: how many of the passages are in which review state (rows A, columns B, both in the order of :data:`STATES`).
         notes: what has to be known of how passages were paired, a sentence each.
     """
@@ -232,7 +206,7 @@ class Agreement:
     only_a: tuple[TreeRecord, ...]
     only_b: tuple[TreeRecord, ...]
     values: dict[str, float]
-    kappas: dict[str, Kappa]
+    kappa: Kappa
     intervals: dict[str, dict[str, float]]
     states: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...]
@@ -246,7 +220,7 @@ class Agreement:
             "passages": len(self.passages),
             "same": sum(passage.same for passage in self.passages),
             **self.values,
-            "kappa": {name: kappa.to_json() for name, kappa in self.kappas.items()},
+            "kappa": self.kappa.to_json(),
             "intervals": self.intervals,
             "states": {"names": list(STATES), "table": [list(row) for row in self.states]},
             "by_passage": [passage.to_json() for passage in self.passages],
@@ -278,11 +252,8 @@ def agree(
     compared = [_compared(one, other) for one, other in pairs]
     ones, others = ([trees[side].to_preorder() for _, trees in compared] for side in (0, 1))
     counts = count_trees(ones, others, repair=True)
-    by_passage = {name: [_classes(name, text, trees) for text, trees in compared] for name in CLASSES}
-    tables = {name: [_table(name, units) for units in all_units] for name, all_units in by_passage.items()}
-    for name, held in tables.items():
-        flat = np.array(held, dtype=np.int64).reshape(len(held), -1)
-        counts |= {f"{name} {i}": column for i, column in enumerate(flat.T)}
+    tables = np.stack([_table(text, trees) for text, trees in compared])
+    counts |= {f"kappa {i}": column for i, column in enumerate(tables.reshape(len(tables), -1).T)}
     passages = [
         PassageAgreement(
             one,
@@ -290,15 +261,16 @@ def agree(
             text,
             trees,
             _measures({name: column[i] for name, column in counts.items()}),
-            _kappa_of("character", tables["character"][i]),
+            _kappa_of(tables[i]),
             tuple(_differences(text, *trees)),
         )
         for i, ((one, other), (text, trees)) in enumerate(zip(pairs, compared, strict=True))
     ]
     totals = {name: column.sum() for name, column in counts.items()}
-    kappas = {name: _kappa_of(name, sum(held, np.zeros_like(held[0]))) for name, held in tables.items()}
+    kappa = _kappa_of(tables.sum(axis=0))
     ends = intervals(counts, of=_all_measures)
-    undefined = {f"kappa {name}" for name, kappa in kappas.items() if kappa.value is None}
+    if kappa.value is None:
+        ends.pop("kappa", None)
     states = Counter((state_of(one), state_of(other)) for one, other in pairs)
     return Agreement(
         names,
@@ -307,8 +279,8 @@ def agree(
         tuple(only_a),
         tuple(only_b),
         _measures(totals),
-        kappas,
-        {name: one for name, one in ends.items() if name not in undefined},
+        kappa,
+        ends,
         tuple(tuple(states[one, other] for other in STATES) for one in STATES),
         tuple(notes),
     )
@@ -477,13 +449,11 @@ def _measures(totals: Counts) -> dict[str, float]:
 
 
 def _all_measures(totals: Counts) -> Counts:
-    """Measures and kappas of counts summed up over passages, for many draws at once."""
+    """Measures and kappa of counts summed up over passages, for many draws at once."""
     made = rates(totals)
-    kappas = {}
-    for name, classes in CLASSES.items():
-        cells = np.stack([totals[f"{name} {i}"] for i in range(len(classes) ** 2)], axis=-1)
-        kappas[f"kappa {name}"] = _kappa(cells.reshape(*cells.shape[:-1], len(classes), len(classes)))
-    return {**{name: made[name] for name in MEASURES if name in made}, "tree_agreement": made["tree_acc"], **kappas}
+    cells = np.stack([totals[f"kappa {i}"] for i in range(len(CLASSES) ** 2)], axis=-1)
+    kappa = _kappa(cells.reshape(*cells.shape[:-1], len(CLASSES), len(CLASSES)))
+    return {**{name: made[name] for name in MEASURES if name in made}, "tree_agreement": made["tree_acc"], "kappa": kappa}
 
 
 # ---- kappa ----
@@ -501,63 +471,23 @@ def _kappa(table: Any) -> Any:
     return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below != 0)
 
 
-def _kappa_of(name: str, table: Any) -> Kappa:
-    return Kappa(CLASSES[name], tuple(tuple(int(cell) for cell in row) for row in table))
+def _kappa_of(table: Any) -> Kappa:
+    return Kappa(tuple(tuple(int(cell) for cell in row) for row in table))
 
 
-def _table(name: str, units: Iterable[tuple[str, str]]) -> Any:
-    classes = CLASSES[name]
-    table = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    for (one, other), times in Counter(units).items():
-        table[classes.index(one), classes.index(other)] += times
-    return table
+def _table(text: str, trees: tuple[DecisionTree, DecisionTree]) -> Any:
+    """(4, 4): the characters of a passage by the class that each of the two trees gives them."""
+    one, other = (_character_classes(text, tree) for tree in trees)
+    return np.bincount(len(CLASSES) * one + other, minlength=len(CLASSES) ** 2).reshape(len(CLASSES), -1)
 
 
-def _classes(name: str, text: str, trees: tuple[DecisionTree, DecisionTree]) -> list[tuple[str, str]]:
-    """For each unit of a passage the classes that A and B give it."""
-    a, b = trees
-    if name == "passage":
-        return [(_shape(a), _shape(b))]
-    if name == "character":
-        return list(zip(_character_classes(text, a), _character_classes(text, b), strict=True))
-    of_a, of_b = (_roles(tree) if name == "role" else _joins(tree) for tree in trees)
-    return [(of_a[unit], of_b[unit]) for unit in of_a if unit in of_b]
-
-
-def _shape(tree: DecisionTree) -> str:
-    if not any(node.triples for node in tree.nodes if not node.is_condition):
-        return "nothing"
-    return "on conditions" if len(tree.nodes) > 1 else "always"
-
-
-def _roles(tree: DecisionTree) -> dict[Hashable, str]:
-    nodes, _ = plain_tree(tree, True)
-    return _said((triple, "condition" if role == "C" else "decision") for role, _, triples in nodes for triple in triples)
-
-
-def _joins(tree: DecisionTree) -> dict[Hashable, str]:
-    nodes, _ = plain_tree(tree, True)
-    return _said((triples, join) for _, join, triples in nodes if len(triples) > 1)
-
-
-def _said(pairs: Iterable[tuple[Hashable, str]]) -> dict[Hashable, str]:
-    """Each thing with what is said of it; "both" where two things are."""
-    made: dict[Hashable, str] = {}
-    for thing, name in pairs:
-        made[thing] = name if made.get(thing, name) == name else "both"
-    return made
-
-
-def _character_classes(text: str, tree: DecisionTree) -> list[str]:
-    condition, decision = np.zeros(len(text), dtype=bool), np.zeros(len(text), dtype=bool)
+def _character_classes(text: str, tree: DecisionTree) -> Any:
+    """The number in CLASSES of each character of the passage that is no white space."""
+    classes = np.zeros(len(text), dtype=np.int64)
     for node, row in zip(tree.nodes, locate_tree(text, tree), strict=True):
         for span in (span for spans in row for span in spans if span is not None):
-            (condition if node.is_condition else decision)[span.start : span.end] = True
-    return [
-        CLASSES["character"][int(condition[i]) + 2 * int(decision[i])]
-        for i in range(text.find("@") + 1, len(text))
-        if not text[i].isspace()
-    ]
+            classes[span.start : span.end] |= 1 if node.is_condition else 2
+    return classes[[i for i in range(text.find("@") + 1, len(text)) if not text[i].isspace()]]
 
 
 # ---- what differs ----

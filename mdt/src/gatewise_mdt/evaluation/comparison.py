@@ -25,8 +25,6 @@ _MEASURES = {
     "tree_agreement": "same trees",
     "ter": "tree edit ratio",
 }
-_KAPPAS = {"passage": "passages", "character": "characters", "role": "shared triples", "join": "shared groups"}
-"""What the units of each kappa are called."""
 
 
 class Row(NamedTuple):
@@ -53,9 +51,8 @@ def rows_of(agreement: Agreement) -> list[Row]:
         Row(label, f"{agreement.values[name]:.3f}", _interval(agreement, name), said.get(name, ""))
         for name, label in _MEASURES.items()
     ]
-    for name, units in _KAPPAS.items():
-        kappa = agreement.kappas[name]
-        rows.append(Row(f"kappa {name}", _value(kappa), _interval(agreement, f"kappa {name}"), f"{kappa.units:,} {units}"))
+    kappa = agreement.kappa
+    rows.append(Row("kappa of characters", _value(kappa), _interval(agreement, "kappa"), f"{kappa.units:,} characters"))
     return rows
 
 
@@ -64,9 +61,8 @@ def remarks_of(agreement: Agreement) -> list[str]:
     made = []
     if agreement.intervals:
         made.append(f"95% intervals from {DRAWS:,} bootstrap draws of the {len(agreement.passages)} passages.")
-    undefined = [name for name, kappa in agreement.kappas.items() if kappa.units and kappa.value is None]
-    if undefined:
-        made.append(f"Kappa {' and '.join(undefined)} is not defined, as both put everything into one and the same class.")
+    if agreement.kappa.value is None:
+        made.append("Kappa is not defined, as both put everything into one and the same class.")
     (both, *_), *_ = agreement.states
     approved = [sum(agreement.states[0]), sum(row[0] for row in agreement.states)]
     if any(approved):
@@ -88,7 +84,7 @@ def heading_of(passage: PassageAgreement) -> str:
 def figures_of(passage: PassageAgreement) -> str:
     """How far two trees agree, on one line."""
     values = passage.values
-    kappa = f", kappa of characters {_value(passage.character)}"
+    kappa = f", kappa of characters {_value(passage.kappa)}"
     return (
         f"F1 of triples {values['triplet_f1']:.2f}, nodes {values['node_f1']:.2f}, paths {values['path_f1']:.2f},"
         f" TER {values['ter']:.2f}{kappa}"

@@ -23,7 +23,7 @@ def intervals(
     """Metric -> its interval, as ``low`` and ``high``; equal for equal seeds.
 
     Args:
-        counts: of n passages, from :func:`gatewise_mdt.evaluation.metrics.count_trees` or ``count_sets``.
+        counts: of n passages, from :func:`gatewise_mdt.evaluation.metrics.count_trees`.
         of: the metrics of summed up counts, NaN where one is not defined.
 
     Returns:

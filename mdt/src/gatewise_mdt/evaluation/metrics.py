@@ -127,11 +127,6 @@ def count_trees(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool =
     return _columns(rows)
 
 
-def count_sets(name: str, gold: Sequence[set[Any]], predicted: Sequence[set[Any]]) -> Counts:
-    """What :func:`rates` needs for the precision, recall and F1 called ``name``, "triplet" or "node": one pair of sets a record."""
-    return _columns([_overlap(name, wanted, found) for wanted, found in zip(gold, predicted, strict=True)])
-
-
 def metrics_of(counts: Counts) -> TreeMetrics:
     """The metrics of records that :func:`count_trees` counted."""
     totals = {name: column.sum() for name, column in counts.items()}
@@ -146,15 +141,12 @@ def rates(totals: Counts) -> Counts:
     """
     made: Counts = {}
     for name in ("triplet", "node", "path"):
-        if f"{name}_both" not in totals:
-            continue
         found, wanted, both = (totals[f"{name}_{what}"] for what in ("found", "wanted", "both"))
         for kind, part, whole in (("precision", both, found), ("recall", both, wanted), ("f1", 2 * both, found + wanted)):
             made[f"{name}_{kind}"] = np.where(found + wanted == 0, 1.0, _share(part, whole))
-    if "trees" in totals:
-        made["tree_acc"] = _share(totals["right"], totals["trees"])
-        made["tree_acc_nonempty"] = _share(totals["right"], totals["trees"] - totals["empty"])
-        made["ter"] = _share(totals["distance"], totals["weight"])
+    made["tree_acc"] = _share(totals["right"], totals["trees"])
+    made["tree_acc_nonempty"] = _share(totals["right"], totals["trees"] - totals["empty"])
+    made["ter"] = _share(totals["distance"], totals["weight"])
     return made
 
 

@@ -1,5 +1,5 @@
-"""A passage becomes a tree.
+"""A passage becomes a tree with a model that writes.
 
-``batch`` takes documents, ``extractor`` texts. ``prompts`` says what the model reads; ``course`` what it may write next,
-``constraint`` which tokens that leaves, ``writing`` has it write. ``measuring`` says how well that goes.
+``extractor`` takes texts, ``batch`` documents, ``served`` asks a server. ``prompts`` says what the model reads; ``course`` what it
+may write next, ``constraint`` which tokens that leaves.
 """

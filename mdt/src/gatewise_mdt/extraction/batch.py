@@ -185,7 +185,8 @@ def extract_pieces(
         try:
             for at in range(0, len(left), batch):
                 now = left[at : at + batch]
-                told = partial(_tell, progress, start + len(portion) - len(left) + at, len(pieces)) if progress else None
+                before = start + len(portion) - len(left) + at
+                told = partial(_tell, progress, before, len(pieces)) if progress else None
                 for some in _as_found([portion[i] for i in now], extractor, told):
                     for k, one in some.items():
                         found[now[k]] = one
@@ -213,6 +214,11 @@ def _as_found(pieces: Sequence[Piece], extractor: Extracts, progress: Progress |
         yield dict(enumerate(extractor(texts, language=languages, progress=progress)))
 
 
+def _tell(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    """The progress of a portion as that of all passages."""
+    progress(before + done, total)
+
+
 def _add(piece: Piece, one: Extraction | GatewiseError, into: Batch, with_trees: set[str]) -> None:
     into.read += 1
     if isinstance(one, GatewiseError):
@@ -223,7 +229,7 @@ def _add(piece: Piece, one: Extraction | GatewiseError, into: Batch, with_trees:
         into.notes.append(f"{piece.where}: no decision was found in {_quoted(piece.passage.passage)}")
         return
     with_trees.add(piece.name)
-    into.records.append(_record(one, piece, len(into.records) + 1))
+    into.records.append(one.record(len(into.records) + 1, piece.passage.origin(piece.name)))
 
 
 def _row(piece: Piece, one: Extraction | GatewiseError) -> dict[str, Any]:
@@ -232,7 +238,7 @@ def _row(piece: Piece, one: Extraction | GatewiseError) -> dict[str, Any]:
     if isinstance(one, GatewiseError):
         return {**key, "fault": writable(str(one))}
     warnings = [writable(warning) for warning in one.warnings]
-    said = {"warnings": warnings, "agreement": one.agreement, "confidence": one.confidence, "extraction": one.made_with}
+    said = {"warnings": warnings, "confidence": one.confidence, "extraction": one.made_with}
     return {**key, "tree": one.tree.to_preorder(), **said}
 
 
@@ -244,25 +250,19 @@ def _extraction(row: Mapping[str, Any]) -> Extraction | GatewiseError:
     if not isinstance(made_with := row.get("extraction"), dict | None):
         raise TypeError("what its tree was made with is no object")
     confidence = row.get("confidence")
-    said = {
-        "agreement": row["agreement"],
-        "made_with": made_with,
-        "confidence": None if confidence is None else tuple(confidence),
-    }
-    return Extraction(row["text"], tree, row["language"], absent, tuple(row["warnings"]), **said)
+    return Extraction(
+        row["text"],
+        tree,
+        row["language"],
+        absent,
+        tuple(row["warnings"]),
+        made_with=made_with,
+        confidence=None if confidence is None else tuple(confidence),
+    )
 
 
 def _first_difference(held: Any, settings: Mapping[str, Any]) -> str:
     return next((name for name, value in settings.items() if not isinstance(held, dict) or held.get(name) != value), "settings")
-
-
-def _tell(progress: Progress, before: int, total: int, what: str, done: int, _: int) -> None:
-    """The progress of a portion as that of all passages."""
-    progress(what, before + done, total)
-
-
-def _record(found: Extraction, piece: Piece, number: int) -> TreeRecord:
-    return found.record(number, piece.passage.origin(piece.name))
 
 
 def _of(passage: Passage, otherwise: Language) -> Language:

@@ -1,9 +1,9 @@
 """Constrained decoding: at each step of ``generate`` only tokens with which the output can still become a valid tree.
 
-:mod:`gatewise_mdt.extraction.course` says what may be written next, ``llguidance`` (extra ``mdt``) which tokens that leaves.
+:mod:`gatewise_mdt.extraction.course` says what may be written next, ``llguidance`` which tokens that leaves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -50,31 +50,31 @@ class TreeConstraint(LogitsProcessor):
         tokenizer: PreTrainedTokenizerBase,
         courses: Sequence[Course],
         *,
-        ends: Sequence[int],
+        ends: Iterable[int],
         prompt_tokens: int,
         max_new_tokens: int,
     ) -> None:
         check_available()
-        self.rows = [TreeRow(course, ends) for course in courses]
-        self.tokenizer, self.ends = tokenizer, tuple(ends)
-        self.seen, self.last = prompt_tokens, prompt_tokens + max_new_tokens
+        self.ends = tuple(sorted(set(ends)))
+        self.rows = [TreeRow(course, self.ends) for course in courses]
+        self.tokenizer, self.start, self.most, self.seen = tokenizer, prompt_tokens, max_new_tokens, 0
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (b, V) with -inf for tokens that are not allowed."""
-        self.read(input_ids)
+        """Scores (b, V) with -inf for tokens that are not allowed after prompts and what was written (b, t)."""
+        self.read(input_ids[:, self.start :])
         allowed = np.zeros(scores.shape, dtype=bool)
         known = readable(self.tokenizer, self.ends, scores.shape[1])
         for row, mask in zip(self.rows, allowed, strict=True):
-            row.allow(known, mask, self.last - self.seen)
+            row.allow(known, mask, self.most - self.seen)
         return scores.masked_fill(torch.from_numpy(~allowed).to(scores.device), -torch.inf)
 
-    def read(self, input_ids: Tensor) -> None:
-        """Takes note of the tokens chosen since the last step; after ``generate``, of the last one."""
-        for tokens in input_ids[:, self.seen :].T.tolist():
+    def read(self, written: Tensor) -> None:
+        """Takes note of the tokens (b, n) chosen since the last step; to be called after ``generate``, too, for the last ones."""
+        for tokens in written[:, self.seen :].T.tolist():
             for row, token in zip(self.rows, tokens, strict=True):
                 row.take(int(token))
-        self.seen = input_ids.shape[1]
+        self.seen = written.shape[1]
 
 
 class TreeRow:

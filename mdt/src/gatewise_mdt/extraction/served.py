@@ -24,9 +24,8 @@ from typing import Any, cast
 from gatewise.errors import GatewiseError, reason_of
 from gatewise_mdt.extraction.constraint import TreeRow, check_available
 from gatewise_mdt.extraction.course import ARGUMENT, Course
-from gatewise_mdt.extraction.extractor import Asked, Extraction, Extractor, Progress, as_asked, made_with
-from gatewise_mdt.extraction.prompts import Stage, prompt
-from gatewise_mdt.extraction.writing import Written
+from gatewise_mdt.extraction.extractor import Extraction, Extractor, Progress, Text, Written, checked_texts, made_with
+from gatewise_mdt.extraction.prompts import prompt
 from gatewise_mdt.relations import Language
 
 _TRIES = 5
@@ -67,25 +66,17 @@ class Server:
             raise GatewiseError(f"the server at {self.url} has no model {self.name!r}: expected one of {names}")
         return str(cards[self.name].get("parent") or "")
 
-    def write(self, text: str, course: str | None, most: int, temperature: float | None, seed: int) -> Written | GatewiseError:
+    def write(self, text: str, course: str | None, most: int) -> Written | GatewiseError:
         """What the model writes after a prompt, or why this prompt has no answer.
 
         Args:
             course: as :meth:`Course.from_json` reads it; None leaves the model free.
             most: tokens.
-            temperature: None takes the most probable tokens.
 
         Raises:
             GatewiseError: the server cannot be reached any more, refuses the key or the model, or does not keep to the course.
         """
-        asked: dict[str, Any] = {
-            "model": self.name,
-            "prompt": text,
-            "max_tokens": most,
-            "temperature": 0.0 if temperature is None else temperature,
-        }
-        if temperature is not None:
-            asked["seed"] = seed
+        asked: dict[str, Any] = {"model": self.name, "prompt": text, "max_tokens": most, "temperature": 0.0}
         if course is not None:
             asked["vllm_xargs"] = {ARGUMENT: course}
         try:
@@ -139,11 +130,12 @@ class Server:
             except ValueError as error:
                 raise GatewiseError(f"the server's address {self.url!r} cannot be read ({reason_of(error)})") from error
             try:
-                return cast(dict[str, Any], _object(json.loads(given)))
-            except (ValueError, RecursionError) as error:
-                raise GatewiseError(
-                    f"the server at {self.url} answered what is no JSON object: is it an OpenAI-compatible one?"
-                ) from error
+                found = json.loads(given)
+            except (ValueError, RecursionError):
+                found = None
+            if not isinstance(found, dict):
+                raise GatewiseError(f"the server at {self.url} answered what is no JSON object: is it an OpenAI-compatible one?")
+            return found
         raise GatewiseError(
             f"the server at {self.url} gave no answer ({fault}): start it, or look at its log, and give the command again"
         )
@@ -195,12 +187,6 @@ class _RefusedError(GatewiseError):
     """Of one request."""
 
 
-def _object(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError("no object")
-    return value
-
-
 def _said(answer: urllib.error.HTTPError) -> str:
     """What an answer says of a fault, in a line."""
     try:
@@ -219,8 +205,7 @@ def _said(answer: urllib.error.HTTPError) -> str:
 class ServedExtractor(Extractor):
     """An :class:`Extractor` whose model is behind a server; ``batch_size`` is how many requests are under way at a time.
 
-    At temperature 0 it makes the same trees as the adapter in this process does, as far as the engine's rounding allows. Drawn
-    candidates are other ones, since an engine draws its own random numbers. Made by :meth:`connect`.
+    It makes the same trees as the adapter in this process does, as far as the engine's rounding allows. Made by :meth:`connect`.
     """
 
     @classmethod
@@ -244,7 +229,8 @@ class ServedExtractor(Extractor):
 
     def made_with(self) -> dict[str, Any]:
         """What a tree is made with; the server does not say which weights its adapter has."""
-        return made_with(None, self.base, self.adapter, {**self._told(), "served": True})
+        settings = {name: getattr(self, name) for name in ("constrained", "verbatim", "max_new_tokens")}
+        return made_with(None, self.base, self.adapter, {**settings, "served": True})
 
     def __call__(
         self,
@@ -267,10 +253,10 @@ class ServedExtractor(Extractor):
         progress: Progress | None = None,
     ) -> Iterator[tuple[int, Extraction | GatewiseError]]:
         """The number of each text, and its tree or why there is none, in the order in which they are done."""
-        todo: queue.SimpleQueue[tuple[int, Asked]] = queue.SimpleQueue()
+        todo: queue.SimpleQueue[tuple[int, Text]] = queue.SimpleQueue()
         done: queue.SimpleQueue[tuple[int, Extraction | GatewiseError | BaseException]] = queue.SimpleQueue()
-        for number, one in enumerate(as_asked(texts, language)):
-            if isinstance(one, Asked):
+        for number, one in enumerate(checked_texts(texts, language)):
+            if isinstance(one, Text):
                 todo.put((number, one))
             else:
                 done.put((number, one))
@@ -283,7 +269,7 @@ class ServedExtractor(Extractor):
                 except queue.Empty:
                     return
                 try:
-                    done.put((number, super(ServedExtractor, self).__call__([one.text], language=one.language)[0]))
+                    done.put((number, self._trees([one], None)[0]))
                 except BaseException as error:  # raised where it is waited for; until then nobody asks for more
                     over.set()
                     done.put((-1, error))
@@ -297,21 +283,15 @@ class ServedExtractor(Extractor):
                 if number < 0:
                     raise cast(BaseException, made)
                 if progress:
-                    progress("trees", count, len(texts))
+                    progress(count, len(texts))
                 yield number, cast("Extraction | GatewiseError", made)
         finally:
             over.set()
 
-    def _write(
-        self, asked: Sequence[Asked], stage: Stage | None, progress: Progress | None, temperature: float | None = None
-    ) -> list[Written | GatewiseError]:
+    def _write(self, texts: Sequence[Text], progress: Progress | None) -> list[Written | GatewiseError]:
         server = cast(Server, self.model)
-        made = []
-        for number, one in enumerate(asked):
-            course = json.dumps(self._course(one, stage), ensure_ascii=False) if self.constrained else None
-            text = prompt(one.text, one.language, stage, triples=one.triples, nodes=one.nodes)
-            made.append(server.write(text, course, self.max_new_tokens, temperature, self.seed + number))
-        return made
-
-    def _draw(self, asked: Sequence[Asked], progress: Progress | None) -> list[Written | GatewiseError]:
-        return self._write(asked, None, progress, self.temperature)
+        courses = [json.dumps(self.course_of(one), ensure_ascii=False) if self.constrained else None for one in texts]
+        return [
+            server.write(prompt(one.text, one.language), course, self.max_new_tokens)
+            for one, course in zip(texts, courses, strict=True)
+        ]

@@ -1,7 +1,4 @@
-"""From the scores of the heads to trees: phrases, then their subjects and nodes, then the tree, each the best of its kind.
-
-What is known already is kept: gold phrases, subjects, nodes or joins lead to what the later heads make of them.
-"""
+"""From the scores of the heads to trees: phrases, then their subjects and nodes, then the tree, each the best of its kind."""
 
 import math
 from collections.abc import Sequence
@@ -52,7 +49,7 @@ def phrases(heads: PointingHeads, units: UnitStates) -> list[Found]:
 
 
 def nodes(heads: PointingHeads, units: UnitStates, found: Sequence[Found]) -> list[Found]:
-    """Phrases, with their subjects where they are known, and the nodes that they make."""
+    """Phrases with their subjects, and the nodes that they make."""
     places = _places(found, units)
     vectors = heads.mentions(units, places)
     subjects = heads.subjects(vectors, units, places.mask)
@@ -63,7 +60,7 @@ def nodes(heads: PointingHeads, units: UnitStates, found: Sequence[Found]) -> li
 
 
 def trees(heads: PointingHeads, units: UnitStates, found: Sequence[Found]) -> list[Found]:
-    """Nodes, with their joins where they are known, and the tree that they make."""
+    """Nodes with their joins, and the tree that they make."""
     places = _places(found, units)
     vectors = heads.mentions(units, places)
     members = padded([member_rows(one.pointed) for one in found], places.begin.shape[1], 0).bool().to(vectors.device)
@@ -85,12 +82,11 @@ def _places(found: Sequence[Found], units: UnitStates) -> Places:
 
 
 def _grouped(found: Found, subjects: list[list[float]], possible: list[bool], pairs: list[list[list[float]]]) -> Found:
-    mentions, linked, sure = found.pointed.mentions, list(found.pointed.subjects), []
+    mentions, linked, sure = found.pointed.mentions, [], []
     for i, one in enumerate(mentions):
         best = max(range(len(subjects[i])), key=lambda k: subjects[i][k])
-        if not found.pointed.subjects:
-            linked.append((POPULATION if best == 0 else best - 1) if possible[i] and one.kind != SUBJECT else NOBODY)
-        sure.append(subjects[i][best] + (found.phrases[i] if found.phrases else 0.0))
+        linked.append((POPULATION if best == 0 else best - 1) if possible[i] and one.kind != SUBJECT else NOBODY)
+        sure.append(subjects[i][best] + found.phrases[i])
     groups: list[list[int]] = []
     for role in "CD":
         # A triple without a subject is none.
@@ -128,10 +124,10 @@ def _assembled(
     scores = [[[by_side[i][side][j] + by_node[i][side][j] for j in range(n)] for side in (0, 1)] for i in range(n)]
     _, (root, made) = best_tree(conditions, roots[:n], scores, empty[:n])
     children = tuple(None if both is None else (_child(both[0]), _child(both[1])) for both in made)
-    told = one.joins or tuple(
-        JOINS[max((0, 1), key=lambda k: joins[node][k])] if len(held) > 1 else "null" for node, held in enumerate(one.nodes)
-    )
-    sure = tuple(joins[node][JOINS.index(told[node])] if told[node] in JOINS else 0.0 for node in range(n))
+    best = [max((0, 1), key=lambda k: joins[node][k]) for node in range(n)]
+    joined = [len(held) > 1 for held in one.nodes]
+    told = tuple(JOINS[best[node]] if joined[node] else "null" for node in range(n))
+    sure = tuple(joins[node][best[node]] if joined[node] else 0.0 for node in range(n))
     logs = [0.0] * n
     logs[root] = roots[root]
     for node, both in enumerate(children):

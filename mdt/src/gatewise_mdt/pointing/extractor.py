@@ -9,29 +9,39 @@ clinician.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gatewise.adapters import NOTE_FILE, load_as_trained, read_note
 from gatewise.errors import GatewiseError
 from gatewise.losses import base_of
-from gatewise.models.loading import most_tokens
+from gatewise.models import most_tokens
 from gatewise_mdt.evaluation.metrics import plain_tree
-from gatewise_mdt.extraction.extractor import Asked, Extraction, Progress, as_asked, each, made_with, named
+from gatewise_mdt.extraction.extractor import (
+    Extraction,
+    Extractor,
+    Extracts,
+    Progress,
+    Text,
+    checked_texts,
+    extract_sound,
+    made_with,
+    named,
+)
 from gatewise_mdt.pointing import decoding
 from gatewise_mdt.pointing.calibration import Calibration
 from gatewise_mdt.pointing.decoding import Found
 from gatewise_mdt.pointing.heads import HeadSettings, PointingHeads, UnitPlaces, UnitStates
 from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_texts, exact
-from gatewise_mdt.pointing.targets import NOTHING, Pointed, nodes_at, preorder, tree_of, triple_of, unplaced
+from gatewise_mdt.pointing.targets import NOTHING, preorder, tree_of, unplaced
 from gatewise_mdt.pointing.units import Units
 from gatewise_mdt.records import DOUBTFUL, TreeRecord
-from gatewise_mdt.relations import Language, relation_in
+from gatewise_mdt.relations import Language
 from gatewise_mdt.spans import absent_triples
-from gatewise_mdt.tree import Node, Triple
 
 MOST_PHRASES = 64
 """Of a text; time and memory grow with their square and more. No published passage has half as many."""
@@ -59,9 +69,7 @@ class PointingExtractor:
     calibration: Calibration | None = None
     base: str = ""
     adapter: Mapping[str, str] | None = None
-    candidates: ClassVar[int] = 1
     most_tokens: ClassVar[int] = 0
-    stage_models: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -87,9 +95,6 @@ class PointingExtractor:
         Raises:
             GatewiseError: the adapter or its base cannot be read, or it is no adapter of this kind.
         """
-        from gatewise.adapters.files import NOTE_FILE, read_note
-        from gatewise.adapters.loading import load_as_trained
-
         note = read_note(Path(adapter))
         if note.get("task") != "text2mdt":
             raise GatewiseError(f"{adapter} does not point at the text: expected an adapter of a run with task: text2mdt")
@@ -115,67 +120,42 @@ class PointingExtractor:
         language: Language | Sequence[Language | None] | None = None,
         progress: Progress | None = None,
     ) -> list[Extraction | GatewiseError]:
-        """The tree of each text, or why there is none; arguments and errors are those of ``Extractor.__call__``."""
-        return each(as_asked(texts, language), lambda asked: self._read(asked, [None] * len(asked), progress, self._trees))
-
-    # ---- stages, from what is given ----
-
-    def triples(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Asked | GatewiseError]:
-        """The triples of each text."""
-        return self._read(asked, [None] * len(asked), progress, self._triples)
-
-    def nodes(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Asked | GatewiseError]:
-        """The nodes of each text with triples; a triple whose phrases do not stand in the text is lost."""
-        given = [nodes_at(one.text, Units.of(one.text), _both(one.triples)) for one in asked]
-        bare = [replace(one, nodes=(), own=(), joins=()) for one in given]
-        return self._read(asked, bare, progress, self._nodes)
-
-    def trees(self, asked: Sequence[Asked], progress: Progress | None = None) -> list[Extraction | GatewiseError]:
-        """The tree of each text with nodes; a node none of whose phrases stands in the text is lost."""
-        given = [nodes_at(one.text, Units.of(one.text), one.nodes) for one in asked]
-        return self._read(asked, given, progress, self._trees)
+        """The tree of each text, or why there is none; see :class:`Extracts`."""
+        return extract_sound(checked_texts(texts, language), lambda sound: self._read(sound, progress, self._tree))
 
     def judged(self, records: Sequence[TreeRecord]) -> tuple[list[tuple[float, float, float, float]], list[bool]]:
         """What the heads say of every node that is found in the records' texts (``Found.of_node``), and whether it is one of the
         gold tree's."""
-        asked = [Asked(record.text, record.tree.language) for record in records]
 
-        def judge(one: Asked, units: Units, found: Found) -> list[tuple[tuple[float, float, float, float], Any]]:
+        def judge(one: Text, units: Units, found: Found) -> list[tuple[tuple[float, float, float, float], Any]]:
             tree = tree_of(found.pointed, units, one.language) if found.groups else None
             nodes = [] if tree is None else zip(preorder(found.pointed), plain_tree(tree, False)[0], strict=True)
             return [(found.of_node(number), node) for number, node in nodes if number >= 0]
 
         logs: list[tuple[float, float, float, float]] = []
         right: list[bool] = []
-        for record, made in zip(records, self._read(asked, [None] * len(asked), None, judge), strict=True):
+        texts = [Text(record.text, record.tree.language) for record in records]
+        for record, made in zip(records, self._read(texts, None, judge), strict=True):
             if isinstance(made, list):
                 gold = set(plain_tree(record.tree, False)[0])
                 logs += [one for one, _ in made]
                 right += [node in gold for _, node in made]
         return logs, right
 
-    # ---- the model ----
-
     @torch.no_grad()
-    def _read(
-        self,
-        asked: Sequence[Asked],
-        given: Sequence[Pointed | None],
-        progress: Progress | None,
-        make: Callable[[Asked, Units, Found], Any],
-    ) -> list[Any]:
-        """What the heads find in each text, from what is given of it, or why nothing can be found."""
+    def _read(self, texts: Sequence[Text], progress: Progress | None, make: Callable[[Text, Units, Found], Any]) -> list[Any]:
+        """What is made of what the heads find in each text, or why nothing can be found."""
         heads: PointingHeads = base_of(self.model).heads
         collate, device = PointingCollator(self.tokenizer), next(self.model.parameters()).device
         longest = most_tokens(base_of(self.model), self.tokenizer)
-        made: list[Any] = [None] * len(asked)
+        made: list[Any] = [None] * len(texts)
         rows: dict[int, dict[str, Any]] = {}
-        for i, one in enumerate(asked):
+        for i, one in enumerate(texts):
             try:
-                (rows[i],) = encode_texts([one.text], self.tokenizer)
-                if len(rows[i]["input_ids"]) > longest:
-                    count = len(rows.pop(i)["input_ids"])
+                (row,) = encode_texts([one.text], self.tokenizer)
+                if (count := len(row["input_ids"])) > longest:
                     raise GatewiseError(f"the text has {count} tokens, but the model reads at most {longest}: cut it into passages")
+                rows[i] = row
             except GatewiseError as error:
                 made[i] = error
         self.model.eval()
@@ -184,12 +164,12 @@ class PointingExtractor:
             batch = {key: value.to(device) for key, value in collate([rows[i] for i in now]).items()}
             states = self.model(**batch).states
             with exact(states):
-                found = _found(heads, heads.units(states, UnitPlaces.of(batch["units"])), [given[i] for i in now])
+                found = _found(heads, heads.units(states, UnitPlaces.of(batch["units"])))
             for i, its in zip(now, found, strict=True):
-                made[i] = its if isinstance(its, GatewiseError) else make(asked[i], Units.of(asked[i].text), its)
+                made[i] = its if isinstance(its, GatewiseError) else make(texts[i], Units.of(texts[i].text), its)
             done += len(now)
             if progress:
-                progress("trees", done, len(asked))
+                progress(done, len(texts))
         return made
 
     def _batches(self, lengths: Mapping[int, int]) -> list[list[int]]:
@@ -202,12 +182,10 @@ class PointingExtractor:
                 made.append([i])
         return made
 
-    # ---- what was found, as it is given back ----
-
-    def _trees(self, asked: Asked, units: Units, found: Found) -> Extraction:
+    def _tree(self, text: Text, units: Units, found: Found) -> Extraction:
         one = found.pointed
-        tree = tree_of(one, units, asked.language)
-        confidence, warnings = None, list(asked.warnings)
+        tree = tree_of(one, units, text.language)
+        confidence, warnings = None, []
         if left := unplaced(one):
             warnings.append(f"{left} of the {len(one.nodes)} nodes found have no place in the tree")
         if self.calibration is not None and found.groups:
@@ -218,27 +196,17 @@ class PointingExtractor:
             if unsure := sum(value < DOUBTFUL for value in known):
                 are = "is" if unsure == 1 else "are"
                 warnings.append(f"{unsure} of the {len(known)} nodes {are} more likely wrong than right")
-        absent = absent_triples(asked.text, tree)
+        absent = absent_triples(text.text, tree)
         return Extraction(
-            asked.text, tree, asked.language, absent, tuple(warnings), made_with=self.made_with(), confidence=confidence
+            text.text, tree, text.language, absent, tuple(warnings), made_with=self.made_with(), confidence=confidence
         )
 
-    def _triples(self, asked: Asked, units: Units, found: Found) -> Asked:
-        told = [triple_of(found.pointed, i, units, asked.language) for i in range(len(found.pointed.mentions))]
-        return replace(asked, triples=tuple(dict.fromkeys(Triple.model_validate(one) for one in told if one)))
 
-    def _nodes(self, asked: Asked, units: Units, found: Found) -> Asked:
-        nodes = [node for node in tree_of(found.pointed, units, asked.language).nodes if not node.is_empty]
-        return replace(asked, nodes=tuple(nodes))
-
-
-def _found(heads: PointingHeads, units: UnitStates, given: Sequence[Pointed | None]) -> list[Found | GatewiseError]:
-    found = [Found(one) for one in given if one is not None] or decoding.phrases(heads, units)
+def _found(heads: PointingHeads, units: UnitStates) -> list[Found | GatewiseError]:
+    found = decoding.phrases(heads, units)
     counts = [len(one.pointed.mentions) for one in found]
-    found = [Found(NOTHING) if count > MOST_PHRASES else one for one, count in zip(found, counts, strict=True)]
-    if not any(one.pointed.nodes for one in found):
-        found = decoding.nodes(heads, units, found)
-    made = decoding.trees(heads, units, found)
+    few = [Found(NOTHING) if count > MOST_PHRASES else one for one, count in zip(found, counts, strict=True)]
+    made = decoding.trees(heads, units, decoding.nodes(heads, units, few))
     return [_too_many(count) if count > MOST_PHRASES else one for one, count in zip(made, counts, strict=True)]
 
 
@@ -249,14 +217,31 @@ def _too_many(count: int) -> GatewiseError:
     )
 
 
-_OF_CONDITIONS = ("clinical manifestation", "basic condition")
+_WRITING = {"verbatim": False, "constrained": True, "max_new_tokens": Extractor.max_new_tokens}
+_OPTIONS = {"verbatim": "--verbatim", "constrained": "--free", "max_new_tokens": "--max-new-tokens"}
 
 
-def _both(triples: Sequence[Triple]) -> list[Node]:
-    """Triples as two nodes: conditions hold findings and what a patient is, decisions all else."""
-    made = []
-    for role, wanted in (("C", True), ("D", False)):
-        held = [one for one in triples if (relation_in(one.relation, "en") in _OF_CONDITIONS) == wanted]
-        if held:
-            made.append(Node(role=role, triples=tuple(held), logical_rel="and" if len(held) > 1 else "null"))  # type: ignore[arg-type]
-    return made
+def load_extractor(
+    adapter: str | Path,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Extracts:
+    """The adapter with its base model, ready for texts, by what it was trained for: to point at the text, or to write trees.
+
+    Args:
+        settings: attributes of :class:`Extractor`. Of a model that points, which writes nothing, only ``batch_size`` means
+            something.
+        Others: as for :meth:`Extractor.load`.
+
+    Raises:
+        GatewiseError: adapter or base cannot be read, or the settings do not go with it.
+    """
+    if read_note(Path(adapter)).get("task") != "text2mdt":
+        return Extractor.load(adapter, base=base, device=device, say=say, **settings)
+    if given := [_OPTIONS[name] for name, default in _WRITING.items() if settings.get(name, default) != default]:
+        raise GatewiseError(f"{adapter} points at the text and writes nothing: leave out {', '.join(given)}")
+    sizes = {"batch_size": settings["batch_size"]} if "batch_size" in settings else {}
+    return PointingExtractor.load(adapter, base=base, device=device, say=say, **sizes)

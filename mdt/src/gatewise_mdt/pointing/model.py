@@ -8,15 +8,15 @@ Shapes: b texts, t tokens, n units, m phrases, g nodes, h width of the encoder.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
-from gatewise.errors import GatewiseError, reason_of
-from gatewise.internals.library_attributes import attention_implementation, set_model_name
+from gatewise.errors import GatewiseError
+from gatewise.models import ModelAround, attention_implementation
 from gatewise_mdt.pointing.heads import (
     IGNORED,
     Gold,
@@ -49,7 +49,7 @@ class PointingOutput(ModelOutput):
     states: Tensor | None = None
 
 
-class PointingModel(PreTrainedModel):
+class PointingModel(ModelAround):
     """An encoder and its heads. A decoder is read as an encoder: its attention looks in both directions.
 
     Args:
@@ -64,32 +64,20 @@ class PointingModel(PreTrainedModel):
     measures_itself = True
     trained_whole = ("heads",)
     """What is trained as it is, with no adapter on it: PEFT's ``modules_to_save``."""
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, encoder: PreTrainedModel, settings: HeadSettings) -> None:
-        super().__init__(encoder.config)
+        super().__init__(encoder)
         if (hidden := int(encoder.config.get_text_config().hidden_size)) != settings.hidden:
             raise GatewiseError(f"the heads are made for states of {settings.hidden} numbers, but the base model's have {hidden}")
         _drop_pooler(encoder)
         self.encoder = encoder
         self.heads = PointingHeads(settings).to(encoder.device)  # in float32, whatever the encoder is in
-        self._no_split_modules = encoder._no_split_modules
-        set_model_name(self, str(encoder.name_or_path))
         self.whole_mask = not _looks_ahead(encoder, whole_mask=False)
-        if self.whole_mask and not (looks := _looks_ahead(encoder, whole_mask=True)):
-            why = f" ({looks.why})" if looks.why else ""
+        if self.whole_mask and not _looks_ahead(encoder, whole_mask=True):
             raise GatewiseError(
-                f"attention of {encoder.config.model_type} models cannot be made to look in both directions{why}, as pointing"
-                " needs it: give an encoder such as BERT, or a decoder such as Llama, Qwen or Gemma"
+                f"attention of {encoder.config.model_type} models cannot be made to look in both directions, as pointing needs it:"
+                " give an encoder such as BERT, or a decoder such as Llama, Qwen or Gemma"
             )
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # of a mixture it is the encoder's, which was asked before
 
     def forward(
         self,
@@ -139,28 +127,20 @@ def _last_states(encoder: PreTrainedModel, ids: Tensor, attention_mask: Tensor, 
     return cast(Tensor, encoder(input_ids=ids, attention_mask=attention_mask, **given).last_hidden_state)
 
 
-class _Looks(NamedTuple):
-    ahead: bool
-    why: str = ""
-
-    def __bool__(self) -> bool:
-        return self.ahead
-
-
 @torch.no_grad()
-def _looks_ahead(encoder: PreTrainedModel, whole_mask: bool) -> _Looks:
-    """Whether the state of a text's first token depends on its last one, unless that is padding; if it fails, why."""
+def _looks_ahead(encoder: PreTrainedModel, whole_mask: bool) -> bool:
+    """Whether the state of a text's first token depends on its last one, unless that is padding; False where the mask fails."""
     training, moved = encoder.training, []
     try:
         for mask in ([1, 1, 1], [1, 1, 0]):
             # Each text by itself: the rows of a batch may be rounded in different ways, and then all seem to depend on all.
             one, other = (_first_state(encoder.eval(), [1, 2, last], mask, whole_mask) for last in (3, 4))
             moved.append(float((one - other).abs().max()))
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        return _Looks(False, reason_of(error))
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return False
     finally:
         encoder.train(training)
-    return _Looks(moved[0] > 0 and moved[1] < 0.01 * moved[0])
+    return moved[0] > 0 and moved[1] < 0.01 * moved[0]
 
 
 def _first_state(encoder: PreTrainedModel, ids: list[int], mask: list[int], whole_mask: bool) -> Tensor:

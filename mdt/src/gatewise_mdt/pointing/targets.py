@@ -9,16 +9,16 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from gatewise_mdt.checks import MAX_DEPTH
 from gatewise_mdt.pointing.units import Units
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.relations import RELATIONS, Language, relation_in
-from gatewise_mdt.spans import find, locate_nodes
-from gatewise_mdt.tree import DecisionTree, Node
+from gatewise_mdt.spans import find, locate_tree
+from gatewise_mdt.tree import DecisionTree
 
 KINDS: tuple[tuple[str, str], ...] = tuple((relation, role) for relation in RELATIONS for role in "CD")
 """(relation, role) of each kind of mention, by number."""
@@ -92,15 +92,7 @@ def pointed_at(record: TreeRecord, units: Units, longest: int = 10**6) -> Pointe
     A triple is left out whose object does not stand in the text, or has no place of at most ``longest`` units left, or whose
     subject has none. Of a tree that loses a whole node by that, only the mentions remain.
     """
-    return _pointed(record.text, units, record.tree.nodes, record.tree.children, longest)
-
-
-def nodes_at(text: str, units: Units, nodes: Sequence[Node]) -> Pointed:
-    """The places of nodes that are in no tree yet, as those of a tree's in :func:`pointed_at`; one without any is left out."""
-    return replace(_pointed(text, units, nodes, [None] * len(nodes), 10**6), root=EMPTY, children=())
-
-
-def _pointed(text: str, units: Units, nodes: Sequence[Node], children: Sequence[tuple[int, int] | None], longest: int) -> Pointed:
+    text, nodes = record.text, record.tree.nodes
     before, mark, _ = text.partition("@")
     population = _plain(before) if mark else ""
     taken: dict[int, _Place] = {}  # unit -> the mention that it is of
@@ -115,7 +107,7 @@ def _pointed(text: str, units: Units, nodes: Sequence[Node], children: Sequence[
         kinds[place] = kind
         taken.update(dict.fromkeys(range(*place), place))
 
-    for one in _objects(text, units, nodes):
+    for one in _objects(record, units):
         possible = [place for place in one.places if may(place, one.kind)]
         # Beside another subject the triple is lost, but its phrase is still in its node.
         same = [place for place in possible if all(other.subject == one.subject for other in held.get(place, ()))]
@@ -144,8 +136,7 @@ def _pointed(text: str, units: Units, nodes: Sequence[Node], children: Sequence[
     linked = [subjects.get(place, NOBODY) for place in places]
     kept = [one for place, here in held.items() for one in here if subjects[place] != NOBODY and one.subject == here[0].subject]
     return _with_tree(
-        nodes,
-        children,
+        record.tree,
         mentions,
         [subject if isinstance(subject, int) else places.index(subject) for subject in linked],
         [sorted({one.node for one in held.get(place, ())}) for place in places],
@@ -163,10 +154,10 @@ class _Object(NamedTuple):
     places: list[_Place]
 
 
-def _objects(text: str, units: Units, nodes: Sequence[Node]) -> list[_Object]:
+def _objects(record: TreeRecord, units: Units) -> list[_Object]:
     """The triples in the order in which they look for a place."""
-    made = []
-    for number, (node, spans) in enumerate(zip(nodes, locate_nodes(text, nodes), strict=True)):
+    text, made = record.text, []
+    for number, (node, spans) in enumerate(zip(record.tree.nodes, locate_tree(text, record.tree), strict=True)):
         for triple, where in zip(node.triples, spans, strict=True):
             likeliest = where.object.start if where.object else 0
             found = sorted(find(text, triple.object), key=lambda span: abs(span.start - likeliest))
@@ -204,8 +195,7 @@ def _owners(held: dict[_Place, list[_Object]]) -> dict[_Place, int]:
 
 
 def _with_tree(
-    given: Sequence[Node],
-    given_children: Sequence[tuple[int, int] | None],
+    tree: DecisionTree,
     mentions: list[Mention],
     subjects: list[int],
     in_nodes: list[list[int]],
@@ -217,12 +207,12 @@ def _with_tree(
     order = [node for node in dict.fromkeys(owned) if node >= 0]
     new = {node: i for i, node in enumerate(order)}
     nodes = tuple(tuple(m for m, of in enumerate(in_nodes) if node in of) for node in order)
-    joins = tuple(given[node].logical_rel if len(held) > 1 else "null" for node, held in zip(order, nodes, strict=True))
+    joins = tuple(tree.nodes[node].logical_rel if len(held) > 1 else "null" for node, held in zip(order, nodes, strict=True))
     root = LOST
     children: list[tuple[int, int] | None] = []
-    if all(node.is_empty or number in new for number, node in enumerate(given)):
+    if all(node.is_empty or number in new for number, node in enumerate(tree.nodes)):
         root = new.get(0, EMPTY)
-        for both in (given_children[node] for node in order):
+        for both in (tree.children[node] for node in order):
             children.append(None if both is None else (new.get(both[0], EMPTY), new.get(both[1], EMPTY)))
     own = tuple(new.get(node, -1) for node in owned)
     return Pointed(tuple(mentions), tuple(subjects), nodes, own, joins, root, tuple(children), left_out)

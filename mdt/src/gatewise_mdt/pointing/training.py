@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
-from gatewise_mdt.extraction.measuring import measure
+from gatewise_mdt.extraction.extractor import measure
 from gatewise_mdt.pointing.calibration import fitted
 from gatewise_mdt.pointing.extractor import PointingExtractor
 from gatewise_mdt.pointing.heads import HeadSettings
@@ -97,8 +97,7 @@ def measured(
     model: Any, tokenizer: PreTrainedTokenizerBase, records: Sequence[TreeRecord], batch_size: int, progress: Any = None
 ) -> dict[str, float | int]:
     """How good the trees are that a pointing model finds in the records' texts: METRICS of ``gatewise_mdt.evaluation.metrics``."""
-    told = (lambda _what, done, total: progress(done, total)) if progress else None
-    values = measure(PointingExtractor(model, tokenizer, batch_size), records, None, told)
+    values = measure(PointingExtractor(model, tokenizer, batch_size), records, progress)
     return {name: values[name] for name in METRICS}
 
 

@@ -40,13 +40,11 @@ def model_extract(extractor: "Extracts") -> Extract:
 
     def extract(text: str, language: Language | None, tick: Tick) -> "Extraction":
         # A model reads its embeddings once for every token it writes; `generate` has no place to stop it from another thread.
-        watched = [model.get_input_embeddings() for model in {extractor.model, *extractor.stage_models.values()}]
-        handles = [module.register_forward_pre_hook(lambda *_: tick()) for module in watched]
+        handle = extractor.model.get_input_embeddings().register_forward_pre_hook(lambda *_: tick())
         try:
             (found,) = extractor([text], language=language)
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
         if isinstance(found, GatewiseError):
             raise found
         return found
