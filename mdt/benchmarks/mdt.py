@@ -1,9 +1,8 @@
-"""Decision trees from medical text: LoRA, ALoRA and PI-LoRA at one budget, by chain of thought and by what may be written.
+"""Decision trees from medical text: LoRA, ALoRA and PI-LoRA at one budget, by what may be written.
 
-A task is a language and a chain-of-thought level: en-cot0, en-cot1, en-cot2 with SmolLM2-135M, zh-cot0, zh-cot1, zh-cot2 with
-Gemma 3 270M (fetch it first: `gatewise models fetch gemma3-270m`). A run is what `gatewise train mdt/recipes/mdt-METHOD.yaml` does
-with other data, model and budget, on every passage and three copies of it with swapped phrases
-(gatewise_mdt.training.swapping). The dev passages are then read by the adapter it wrote, three times:
+A task is a language: en with SmolLM2-135M, zh with Gemma 3 270M (fetch it first: `gatewise models fetch gemma3-270m`). A run is
+what `gatewise train mdt/recipes/mdt-METHOD.yaml` does with other data, model and budget, on every passage and three copies of
+it with swapped phrases (gatewise_mdt.training.swapping). The dev passages are then read by the adapter it wrote, three times:
 
     free           what the model likes to write, read as well as it goes
     constrained    only what can still become a valid tree
@@ -14,19 +13,21 @@ Everything is measured on the dev split by all metrics and the errors of gatewis
 OMP_NUM_THREADS=1 minutes of one core. A run that is stopped goes on where it was: its checkpoints and what was written for each
 passage are in runs/mdt, where they are kept to look at the errors.
 
-    OMP_NUM_THREADS=1 python mdt/benchmarks/mdt.py --data-dir DATA --tasks en-cot0 --seeds 0      # DATA/text2mdt/en_train.json, ...
-    python mdt/benchmarks/mdt.py --report                             # the tables from the results file; --plot FILE for the errors
+    OMP_NUM_THREADS=1 python mdt/benchmarks/mdt.py --data-dir DATA --tasks en --seeds 0      # DATA/text2mdt/en_train.json, ...
+    python mdt/benchmarks/mdt.py --report                             # the tables from the results file
 """
 
 import dataclasses
 import json
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from campaign import append, campaign, read, spread
 
 ROOT = Path(__file__).parents[1]  # of gatewise-mdt
@@ -57,7 +58,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "alora": {**ROUNDS, "allocation.score": "ablation", "allocation.score_options": {"mode": "screened", "max_exact": 0}},
     "pi-lora": {**ROUNDS, "allocation.score_options": {"points": 4}},
 }
-TASKS = [f"{language}-cot{level}" for language in LANGUAGES for level in (0, 1, 2)]
 DECODINGS: dict[str, dict[str, bool]] = {
     "free": {"constrained": False},
     "constrained": {},
@@ -75,20 +75,19 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     from gatewise.files import write_json
     from gatewise.progress import quiet
 
-    language, level = task.split("-cot")
     folder = RUNS / f"{task}-{method}-{seed}"
-    files = {split: data_dir / "text2mdt" / f"{language}_{split}.json" for split in ("train", "dev")}
+    files = {split: data_dir / "text2mdt" / f"{task}_{split}.json" for split in ("train", "dev")}
     with quiet(bars=True):
-        settings = {**LANGUAGES[language], **SETTINGS, **METHODS[method]}
-        recipe, trained = train_once(folder, files, method, settings, int(level), seed)
+        settings = {**LANGUAGES[task], **SETTINGS, **METHODS[method]}
+        recipe, trained = train_once(folder, files, method, settings, seed)
         published = read_items(files["dev"])
         texts = [item["text"] for item in published]
         extractor, forced = None, folder / "forced.json"
         if not forced.is_file() or any(len(read(_file(folder, name))) < len(texts) for name in DECODINGS):
-            extractor = loaded(folder / "run" / "adapter", int(level))
+            extractor = loaded(folder / "run" / "adapter")
             if not forced.is_file():
-                write_json(forced, forced_metrics(extractor, files["dev"], int(level)))
-        decodings = {name: measured(published, written(extractor, texts, language, name, folder)) for name in DECODINGS}
+                write_json(forced, forced_metrics(extractor, files["dev"]))
+        decodings = {name: measured(published, written(extractor, texts, task, name, folder)) for name in DECODINGS}
     return {
         "task": task,
         "method": method,
@@ -104,7 +103,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
 
 
 def train_once(
-    folder: Path, files: dict[str, Path], method: str, settings: dict[str, Any], level: int, seed: int
+    folder: Path, files: dict[str, Path], method: str, settings: dict[str, Any], seed: int
 ) -> tuple[Any, dict[str, Any]]:
     """The recipe, and what its training came to; one that was stopped is gone on with, one that ended is not repeated."""
     from gatewise_mdt import read_trees, swapped_copies, training_rows
@@ -131,7 +130,7 @@ def train_once(
         records = list(read_trees(file, repair=True).records)
         if split == "train":
             records += swapped_copies(records, copies, seed=seed)
-        lines = (json.dumps(row, ensure_ascii=False) for row in training_rows(records, level=level))
+        lines = (json.dumps(row, ensure_ascii=False) for row in training_rows(records))
         rows[split].write_text("\n".join(lines) + "\n", encoding="utf-8")
     kept = what_is_kept(output, recipe.parts()[1]) is not None and not (output / "metrics.json").is_file()
     began = time.process_time()
@@ -154,21 +153,21 @@ def train_once(
 # ---- reading the dev split ----
 
 
-def loaded(adapter: Path, level: int) -> Any:
+def loaded(adapter: Path) -> Any:
     """The adapter, to read texts with it."""
     from gatewise_mdt import Extractor
 
-    return Extractor.load(adapter, level=level, max_new_tokens=MAX_NEW_TOKENS, batch_size=DECODING_BATCH)
+    return Extractor.load(adapter, max_new_tokens=MAX_NEW_TOKENS, batch_size=DECODING_BATCH)
 
 
-def forced_metrics(extractor: Any, file: Path, level: int) -> dict[str, float]:
+def forced_metrics(extractor: Any, file: Path) -> dict[str, float]:
     """Loss and accuracy of each next token of the gold outputs, which tell methods apart with less noise than whole trees do."""
     from benchmark_data import teacher_forced
     from gatewise_mdt import read_trees, training_rows
 
     from gatewise.tasks import PadCollator, Records, encode
 
-    rows = training_rows(read_trees(file, repair=True).records, level=level)
+    rows = training_rows(read_trees(file, repair=True).records)
     features = encode(Records("generation", rows, None, file.name), extractor.tokenizer, extractor.template, max_length=1024)
     made = teacher_forced(extractor.model, features, PadCollator(extractor.tokenizer))
     return {"loss": round(made["loss"], 4), "token_accuracy": round(made["token_accuracy"], 4)}
@@ -223,9 +222,9 @@ def _file(folder: Path, decoding: str) -> Path:
 # ---- the report ----
 
 
-def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
+def report(runs: list[dict[str, Any]], _: Path | None) -> None:
     """Prints a table a task, then the errors of the best way of each language."""
-    for task in [task for task in TASKS if any(run["task"] == task for run in runs)]:
+    for task in [task for task in LANGUAGES if any(run["task"] == task for run in runs)]:
         held = [run for run in runs if run["task"] == task]
         print(f"\n{task} (dev, {held[0]['decodings']['free']['metrics']['n']} passages, {held[0]['recipe']['model']})")
         for method in METHODS:
@@ -239,15 +238,13 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
         print(f"\nerrors of {task}, {method}, {decoding} (means over {len(group)} seeds; alone: trees right but for this kind)")
         for kind, one in errors_of(group).items():
             print(f"  {kind:16} {one['count']:6.1f} in {one['trees']:5.1f} trees, alone in {one['alone']:5.1f}")
-    if plot and best:
-        _plot([(" ".join(key), errors_of(group)) for key, group in best.values()], plot)
 
 
 def best_of(runs: list[dict[str, Any]], language: str) -> tuple[tuple[str, str, str], list[dict[str, Any]]] | None:
     """(task, method, decoding) with the highest tree accuracy, of equal ones the highest triplet F1, and its results a seed."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for run in runs:
-        for decoding, one in run["decodings"].items() if run["task"].startswith(f"{language}-") else ():
+        for decoding, one in run["decodings"].items() if run["task"] == language else ():
             groups.setdefault((run["task"], run["method"], decoding), []).append(one)
 
     def worth(key: tuple[str, str, str]) -> tuple[float, ...]:
@@ -281,27 +278,10 @@ def _decoding_line(decoding: str, group: list[dict[str, Any]]) -> str:
     return f"    {decoding:11} {shown}   malformed {malformed}   {minutes:.1f} core minutes"
 
 
-def _plot(best: list[tuple[str, dict[str, dict[str, float]]]], out: Path) -> None:
-    """Bars of the errors by kind, one panel a language."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(best), figsize=(6 * len(best), 4.5), squeeze=False, layout="constrained")
-    for axis, (title, errors) in zip(axes.flat, best, strict=True):
-        kinds = list(errors)[::-1]
-        axis.barh(kinds, [errors[kind]["count"] for kind in kinds], label="times")
-        axis.barh(kinds, [errors[kind]["alone"] for kind in kinds], label="alone in a tree")
-        axis.set(title=title, xlabel="errors on the dev split")
-        axis.legend()
-    figure.savefig(out, dpi=90)
-
-
 def _told(run: dict[str, Any]) -> str:
     ways = (f"{name}: tree accuracy {one['metrics']['tree_acc']}" for name, one in run["decodings"].items())
     return f"loss {run['loss']}, {', '.join(ways)}, {run['training_seconds']} s"
 
 
 if __name__ == "__main__":
-    campaign(__doc__, "mdt.jsonl", TASKS, METHODS, one_run, _told, report)
+    campaign(__doc__, f"{ROOT}/benchmarks/results/mdt.jsonl", LANGUAGES, METHODS, one_run, _told, report)

@@ -1,11 +1,10 @@
 """Decision trees by pointing: how good they are by base model, language and method, where trees are lost, and how fast it is.
 
 A task is a language and a base model: en-minilm, en-smollm2, zh-gemma3, and both-gemma3, one model for both languages, measured
-on each. A run is what `gatewise train mdt/recipes/mdt-pointing.yaml` does with other data, model, method and budget, the base model
-in bfloat16 where the machine computes in it by itself (a row says in which). The adapter that it wrote then reads the dev
-passages: end to end, and each stage alone from gold input (phrases are given for "nodes", nodes for "tree"). Mistakes are counted
-by kind. Confidence is fitted on four fifths of the dev passages and measured on the other fifth, in turn. Seconds are those of a
-processor for a passage, one at a time and sixteen at once.
+on each. A run is what `gatewise train mdt/recipes/mdt-pointing.yaml` does with other data, model, method and budget, the base
+model in bfloat16 where the machine computes in it by itself (a row says in which). The adapter that it wrote then reads the dev
+passages. Mistakes are counted by kind. Confidence is fitted on four fifths of the dev passages and measured on the other fifth,
+in turn. Seconds are those of a processor for a passage, one at a time and sixteen at once.
 
     python mdt/benchmarks/mdt_pointing.py --data-dir DATA --tasks en-minilm --seeds 0 1 2      # DATA/text2mdt/en_train.json, ...
     python mdt/benchmarks/mdt_pointing.py --report
@@ -16,11 +15,13 @@ A run that is stopped goes on where it was: runs/mdt-pointing has its checkpoint
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from campaign import campaign, spread
 
 ROOT = Path(__file__).parents[1]  # of gatewise-mdt
@@ -104,11 +105,9 @@ def train_once(
 
 def measured(extractor: Any, records: Sequence[Any]) -> dict[str, Any]:
     """Everything that is measured on the passages of one language."""
-    from gatewise_mdt.extraction.measuring import measure
+    from gatewise_mdt import measure
 
     found: dict[str, Any] = {"all": measure(extractor, records, mistakes=True)}
-    for stage in ("triples", "nodes", "tree"):
-        found[stage] = measure(extractor, records, stage)
     found["near_f1"] = near_f1(records, extractor([record.text for record in records], language=records[0].tree.language))
     found["confidence"] = confidence(extractor, records)
     found["seconds"] = {}
@@ -180,32 +179,21 @@ def confidence(extractor: Any, records: Sequence[Any]) -> dict[str, Any]:
 def tell(run: dict[str, Any]) -> str:
     """A finished run in a line."""
     told = [
-        f"{name}: triples {one['all']['triplet_f1']:.3f}, trees {one['all']['tree_acc']:.2f} (from gold phrases"
-        f" {_trees_from_nodes(one)}, from gold nodes {one['tree']['tree_acc']:.2f})"
+        f"{name}: triples {one['all']['triplet_f1']:.3f}, trees {one['all']['tree_acc']:.2f}"
         for name, one in run["languages"].items()
     ]
     return f"{run['task']} {run['method']} seed {run['seed']}: {'; '.join(told)}; {run['training_seconds'] / 60:.0f} minutes"
 
 
-def _trees_from_nodes(one: dict[str, Any]) -> str:
-    return f"nodes {one['nodes']['node_f1']:.2f}"
-
-
-def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
+def report(runs: list[dict[str, Any]], _: Path | None) -> None:
     """A table a language: means over seeds, and their standard deviations."""
-    if plot is not None:
-        raise SystemExit("there is no plot of these results")
     for language in ("en", "zh"):
-        print(
-            f"\n{language}: mean over seeds (standard deviation); nodes from gold triples; trees from gold nodes;"
-            " near triples: phrases may end at other words"
-        )
-        print("| task, method | seeds | triples | nodes | paths | trees | TER | nodes | trees | s alone | s of 16 | near triples |")
-        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        print(f"\n{language}: mean over seeds (standard deviation); near triples: phrases may end at other words")
+        print("| task, method | seeds | triples | nodes | paths | trees | TER | s alone | s of 16 | near triples |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
         for task, method in dict.fromkeys((run["task"], run["method"]) for run in runs if language in run["languages"]):
             own = [run["languages"][language] for run in runs if (run["task"], run["method"]) == (task, method)]
             columns = [[one["all"][name] for one in own] for name in SHOWN]
-            columns += [[one["nodes"]["node_f1"] for one in own], [one["tree"]["tree_acc"] for one in own]]
             columns += [[one["seconds"][size] for one in own] for size in ("1", "16")]
             columns += [[one["near_f1"] for one in own]]
             print(f"| {task}, {method} | {len(own)} | {' | '.join(spread(column, 3) for column in columns)} |")
@@ -224,4 +212,4 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    campaign(__doc__ or "", "mdt_pointing.jsonl", TASKS, ["lora"], one_run, tell, report)
+    campaign(__doc__ or "", f"{ROOT}/benchmarks/results/mdt_pointing.jsonl", TASKS, ["lora"], one_run, tell, report)

@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from campaign import RESULTS, append, machine, read
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from campaign import append, machine, read
 
-RESULTS_FILE = RESULTS / "mdt_served.jsonl"
+RESULTS_FILE = Path(__file__).parent / "results" / "mdt_served.jsonl"
 RUNS = Path(__file__).parents[1] / "runs" / "mdt-served"
 MAX_NEW_TOKENS = 384
 NAME = "trees"

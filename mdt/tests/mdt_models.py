@@ -1,7 +1,6 @@
 """Tiny random models that write trees, and files of documents, for the tests of extraction."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ class Dictated(torch.nn.Module):
         super().__init__()
         self.outputs, self.tokenizer = outputs, tokenizer
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(max_position_embeddings=POSITIONS)
+        self.config = LlamaConfig(max_position_embeddings=POSITIONS)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: Any, logits_processor: Any) -> Tensor:
         """Token ids (b, t) of prompts and outputs, as Transformers gives them."""

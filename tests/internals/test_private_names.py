@@ -78,7 +78,9 @@ def uses(tree: ast.Module) -> set[str]:
             found |= {one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)}
         elif isinstance(node, ast.ClassDef):
             found |= {one.name for one in node.body if isinstance(one, ast.FunctionDef)}
-            found |= {one.id for own in node.body if isinstance(own, ast.Assign) for one in own.targets if isinstance(one, ast.Name)}
+            found |= {
+                one.targets[0].id for one in node.body if isinstance(one, ast.Assign) and isinstance(one.targets[0], ast.Name)
+            }
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in LIBRARIES:
             found |= {alias.name for alias in node.names} | set((node.module or "").split("."))
     return {name for name in found if PRIVATE.fullmatch(name)}
