@@ -1,44 +1,20 @@
-"""What a call is doing, which every thread has for itself, and what its masks say of padding."""
+"""What is being done with a model, and what its masks say of padding."""
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from gatewise.internals.call_tracking import ThreadState, seems_to_hold_answers, seen_by_the_last_token
-
-
-class Counter(ThreadState):
-    at = 0
-    name = "none"
-
-
-def test_every_thread_has_its_own_value():
-    counter, other, seen = Counter(), Counter(), []
-    counter.at = 3
-
-    def elsewhere():
-        seen.append(counter.at)
-        counter.at = 5
-        seen.append(counter.at)
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert seen == [0, 5]
-    assert (counter.at, counter.name, other.at) == (3, "none", 0)
+from gatewise.internals.call_tracking import CallState, seems_to_hold_answers, seen_by_the_last_token
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_a_copy_begins_anew(twin):
-    counter = Counter()
-    counter.at = 3
-    copied = twin(counter)
-    copied.at += 1
-    assert (counter.at, copied.at) == (3, 1)
+    state = CallState()
+    state.opened_by = 3
+    assert (twin(state).opened_by, state.opened_by) == (None, 3)
 
 
 @pytest.mark.parametrize("window", [3, 100])

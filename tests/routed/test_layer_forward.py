@@ -1,7 +1,5 @@
 """Forward and backward of routed models against the slow reference, and what must not change the result."""
 
-from functools import partial
-
 import pytest
 import routed_reference as reference
 import torch
@@ -10,9 +8,7 @@ from peft.tuners.lora import LoraLayer
 from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
 
-import gatewise.routed.layer
 from gatewise.errors import GatewiseError
-from gatewise.routed.router import gates_of
 
 FAMILIES = ["llama", "gpt2", "bert"]
 
@@ -53,11 +49,6 @@ def test_every_family(routed, batch, family, k, normalize):
     check_against_reference(model, family, batch(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_states_as_they_are(routed, batch, family):
-    check_against_reference(routed(family, normalize_states=False), family, batch(family))
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_left_padding(routed, batch, family):
     data = batch(family, side="left")
@@ -80,8 +71,6 @@ def test_flattened_tokens(batch):
     """OPT's feed-forward modules may see batch and tokens as one dimension."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    from gatewise.routed.layer import Share
-
     config = OPTConfig(
         vocab_size=60, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16
     )
@@ -94,12 +83,9 @@ def test_flattened_tokens(batch):
             one = {name: value[row : row + 1] for name, value in data.items()}
             torch.testing.assert_close(model(**one).logits[0], together[row], rtol=1e-4, atol=1e-4)
     layer = model.base_model.model.model.decoder.layers[0].fc1
-    x, gate = torch.randn(3, 4, 16), torch.tensor([0.5, 0.0, 2.0])
-    for rows, part in ((None, gate), (torch.tensor([2, 0]), gate[[2, 0]])):
-        layer.now.runs = {layer: partial(layer.with_gradients, shares=(Share("default", rows, part),), batch=3, tokens=4)}
-        torch.testing.assert_close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1))
-    with pytest.raises(GatewiseError, match="choice of tokens"):
-        layer(x.flatten(0, 1)[:5])
+    layer.register_forward_pre_hook(lambda _, args: args[0].reshape(-1, 16)[:-1])
+    with torch.no_grad(), pytest.raises(GatewiseError, match=r"decoder.layers.0.fc1 was given .* choice of tokens"):
+        model(**data)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,6 +174,28 @@ def test_an_expert_that_no_row_keeps_is_not_run(routed, batch):
     assert len(ran) == 14
 
 
+@pytest.mark.parametrize("adapt", ["always", "after_prompt"])
+def test_gradients_match_differences_of_the_loss(batch, adapt):
+    """The largest number of each kind of weight, in float64, from the loss on the answers; the balance loss left out."""
+    config = routed_config("gpt2", balance_weight=0.0, normalize_gates=False, adapt=adapt)
+    model = trained_routers(random_adapter(get_peft_model(routed_base("gpt2"), config))).double().train()
+    data = batch("gpt2")
+
+    def loss():  # the model's own is in float32
+        return torch.nn.functional.cross_entropy(model(**data).logits[:, :-1].transpose(1, 2), data["labels"][:, 1:])
+
+    loss().backward()
+    for name in ("c_attn.lora_A.default.weight", "c_proj.lora_B.default.weight", "c_attn.prompt_router.default.weight"):
+        parameter = model.get_parameter(f"base_model.model.transformer.h.0.attn.{name}")
+        at = divmod(int(parameter.grad.abs().argmax()), parameter.shape[1])
+        losses = []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5, 1e-5):
+                parameter[at] += step
+                losses.append(float(loss()))
+        assert float(parameter.grad[at]) == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-3)
+
+
 def test_every_parameter_gets_a_gradient_in_training(routed, batch):
     model = routed("llama", top_k=1).train()
     model(**batch()).loss.backward()
@@ -196,49 +204,6 @@ def test_every_parameter_gets_a_gradient_in_training(routed, batch):
     assert all(grad is not None for grad in trained.values())
     routers = [grad for name, grad in trained.items() if "prompt_router" in name]
     assert all(float(grad.abs().max()) > 0 for grad in routers)
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("k", [1, 3])
-def test_router_gradients_match_finite_differences(routed, batch, monkeypatch, k, normalize):
-    """Through a whole model in float64, from the logits of the answers down to each router, the balance loss left out."""
-    model, data = routed("gpt2", top_k=k, normalize_gates=normalize).double().train(), batch("gpt2")
-    answers = data["labels"] != -100
-    probe = torch.randn(int(answers.sum()), 60, dtype=torch.float64)
-    constants: list[torch.Tensor] = []
-
-    def record(p, top_k, normalized):
-        raw = gates_of(p, top_k, False)
-        constants.append(raw.detach().sum(dim=-1, keepdim=True))
-        return gates_of(p, top_k, normalized)
-
-    def replay(p, top_k, normalized):
-        raw = gates_of(p, top_k, False)
-        return raw / replayed.pop(0) if normalized else raw
-
-    def value():
-        return (model(**data).logits[answers] * probe).sum()
-
-    monkeypatch.setattr(gatewise.routed.layer, "gates_of", record)
-    value().backward()
-    monkeypatch.setattr(gatewise.routed.layer, "gates_of", replay)
-    checked = 0
-    for name, parameter in model.named_parameters():
-        if ".prompt_router." not in name:
-            continue
-        assert float(parameter.grad.abs().max()) > 1e-4, name
-        for index in range(0, parameter.numel(), max(1, parameter.numel() // 3)):
-            values = []
-            for step in (1e-5, -1e-5):
-                with torch.no_grad():
-                    parameter.view(-1)[index] += step
-                    replayed = list(constants)
-                    values.append(float(value()))
-                    parameter.view(-1)[index] -= step
-            numeric = (values[0] - values[1]) / 2e-5
-            assert float(parameter.grad.view(-1)[index]) == pytest.approx(numeric, rel=1e-4, abs=1e-6), (name, index)
-            checked += 1
-    assert checked >= 16
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -270,45 +235,6 @@ def test_autocast_trains(routed, batch, family):
     plain = float(model(**data).loss.detach())
     assert float(loss.detach()) == pytest.approx(plain, rel=0.1)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
-
-
-class Int8Linear(torch.nn.Linear):
-    """Stands for the layers of bitsandbytes: integers that only the layer itself knows how to use."""
-
-    def __init__(self, plain):
-        super().__init__(plain.in_features, plain.out_features, bias=plain.bias is not None)
-        self.scale = float(plain.weight.detach().abs().max()) / 127
-        self.weight = torch.nn.Parameter((plain.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
-        self.bias = plain.bias
-
-    def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
-
-
-def test_quantised_bases(batch):
-    """Adapters are in float32 on integer weights, and train."""
-    base = routed_base("llama")
-    for layer in base.model.layers:
-        for name in ("q_proj", "v_proj"):
-            setattr(layer.self_attn, name, Int8Linear(getattr(layer.self_attn, name)))
-    model = trained_routers(random_adapter(get_peft_model(base, routed_config()))).train()
-    data = batch()
-    model(**data).loss.backward()
-    assert all(p.grad is not None and p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    check_against_floats(model.eval(), data)
-
-
-def check_against_floats(model, data):
-    """The same adapter on the weights that the integers stand for."""
-    with torch.no_grad():
-        got = model(**data).logits
-        for layer in model.base_model.model.model.layers:
-            for name in ("q_proj", "v_proj"):
-                expert = getattr(layer.self_attn, name)
-                plain = torch.nn.Linear(16, expert.out_features, bias=False)
-                plain.weight.copy_(expert.base_layer.weight * expert.base_layer.scale)
-                expert.base_layer = plain
-        torch.testing.assert_close(got, model(**data).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_rslora_and_patterns_scale_the_experts(batch):
@@ -364,10 +290,3 @@ def test_compiled(routed, batch, family):
     got, wanted = (torch.autograd.grad(loss, parameters) for loss in losses)
     for name, one, other in zip(names, got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_compiled_after_it_ran_in_training_mode(routed, batch):
-    torch._dynamo.reset()
-    model, data = routed("llama").train(), batch("llama")
-    expected = model(**data).loss
-    torch.testing.assert_close(torch.compile(model, backend="eager")(**data).loss, expected, rtol=1e-4, atol=1e-4)

@@ -14,8 +14,6 @@ from peft import PeftModel, get_peft_model
 from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
 
-import gatewise.routed.layer
-
 LAYERS = 2
 
 
@@ -79,13 +77,6 @@ def test_a_batch_for_the_base_model_takes_nothing() -> None:
     assert of_a_step(model, 4, ["__base__"] * 4) == {}
     with model.disable_adapter():
         assert of_a_step(model, 4) == {}
-
-
-def test_the_slow_way_takes_more_with_every_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is saved, and that the counting counts."""
-    monkeypatch.setattr(gatewise.routed.layer, "is_plain", lambda *_: False)
-    few, many = (of_a_step(adapters(number, 7), 4, [str(row % number) for row in range(4)]) for number in (2, 4))
-    assert (few["mm"], many["mm"]) == (2 * 2 * 7 * LAYERS, 4 * 2 * 7 * LAYERS)
 
 
 def test_a_module_that_no_row_keeps_runs_its_base_module_and_nothing_else() -> None:

@@ -59,17 +59,6 @@ def test_generation_is_that_of_the_prompts_decision(routed, prompts, family, k, 
     torch.testing.assert_close(each, each[:, :1].expand_as(each))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_with_a_seed(routed, prompts, family):
-    model = routed(family)
-    for row in range(4):
-        one = {name: value[row : row + 1] for name, value in prompts.items()}
-        torch.manual_seed(5)
-        written = model.generate(**one, **settings(do_sample=True, top_k=20))[:, 8:]
-        torch.manual_seed(5)
-        assert written.tolist() == expected_rows(model, family, one, do_sample=True, top_k=20)[0]
-
-
 def test_generation_without_a_mask(routed, prompts):
     model, ids = routed("llama"), prompts["input_ids"][:1]
     expected = expected_rows(model, "llama", {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
@@ -130,18 +119,6 @@ def test_a_loop_with_a_cache(routed, prompts, family):
     model = routed(family)
     *_, written = decode(model, prompts)
     assert written.tolist() == [rows[0] for rows in expected_rows(model, family, prompts)]
-
-
-def test_loops_side_by_side_keep_their_decisions(routed, prompts):
-    """Two requests of the same size, decoded in turn."""
-    model = routed("llama")
-    other = {"input_ids": (prompts["input_ids"].flip(0) + 3) % 60, "attention_mask": torch.ones(4, 8, dtype=torch.long)}
-    *_, alone = decode(model, prompts)
-    *_, alone_other = decode(model, other)
-    for first, second in zip(decode(model, prompts), decode(model, other), strict=True):
-        last = first, second
-    assert last[0].tolist() == alone.tolist()
-    assert last[1].tolist() == alone_other.tolist()
 
 
 def test_a_copied_cache_goes_on_with_its_prompt(routed, prompts):
@@ -213,21 +190,6 @@ def test_adapters_of_one_batch_in_a_forward(three, prompts):
             torch.testing.assert_close(together[row][real], alone[0][real], rtol=1e-4, atol=1e-4)
     assert gates.shape == (4, 2, 7)
     assert [int(n) for n in (gates > 0).sum(dim=-1)[:, 0]] == [2, 1, 2, 0]
-
-
-@pytest.mark.parametrize("base", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)
-def test_adapters_of_one_batch_in_half_precision(three, prompts, base, adapters):
-    names = ["partial", "narrow", "partial", "__base__"]
-    for name, parameter in three.named_parameters():
-        parameter.data = parameter.data.to(adapters if ".lora_" in name or ".prompt_router." in name else base)
-    with torch.no_grad():
-        together = three(**prompts, adapter_names=names).logits
-        for row, name in enumerate(names[:2]):
-            three.set_adapter(name)
-            alone = three(**{key: value[row : row + 1] for key, value in prompts.items()}).logits[0]
-            torch.testing.assert_close(together[row], alone, rtol=2e-2, atol=2e-2)
-    assert together.dtype == base
 
 
 def test_adapters_of_one_batch_in_a_loop_with_a_cache(three, prompts):
@@ -309,12 +271,6 @@ def test_a_failed_call_leaves_nothing_behind(three, prompts):
 def test_caches_of_other_kinds(routed, prompts):
     with pytest.raises(GatewiseError, match="past_key_values is a tuple: expected a Cache of Transformers"):
         routed("llama").get_base_model().model(input_ids=prompts["input_ids"], past_key_values=((torch.zeros(1),) * 2,))
-
-
-def test_a_prompt_in_chunks_is_refused(routed, prompts):
-    model = routed("llama")
-    with pytest.raises(GatewiseError, match="cut into chunks of 3"):
-        model.generate(**prompts, **settings(prefill_chunk_size=3))
 
 
 def test_an_empty_static_cache_starts_a_request(routed, prompts):

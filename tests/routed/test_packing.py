@@ -1,5 +1,6 @@
 """Rows that hold several texts, as TRL's packing and padding-free batches make them: each text is as it would be alone."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 from gatewise.errors import GatewiseError
 from gatewise.internals import call_tracking
 from gatewise.losses import row_losses
-from gatewise.routed.layer import Share
+from gatewise.routed.request import Share
 
 LENGTHS, PROMPTS = [5, 9, 3, 7], [2, 4, 2, 5]
 
@@ -177,8 +178,9 @@ def test_a_module_that_sees_batch_and_tokens_as_one(routed):
     x, gate = torch.randn(2, 5, 16), torch.rand(2, 5)
     plain = module.base_layer(x)
     share = (Share("default", None, gate),)
-    wide = module.add_shares(x, plain, share, 2, 5)
-    alike(module.add_shares(x.flatten(0, 1), plain.flatten(0, 1), share, 2, 5), wide.flatten(0, 1))
+    running = SimpleNamespace(batch=2, tokens=5, adapted={})
+    wide = module.add_shares(x, plain, share, running)
+    alike(module.add_shares(x.flatten(0, 1), plain.flatten(0, 1), share, running), wide.flatten(0, 1))
     delta = module.scaling["default"] * (x @ module.lora_A["default"].weight.T @ module.lora_B["default"].weight.T)
     alike(wide, plain + gate[..., None] * delta)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from routed_models import routed_base, routed_config
-from transformers import BertConfig, BertForTokenClassification, BertModel, Trainer, TrainingArguments
+from transformers import BertConfig, BertForTokenClassification, BertModel
 
 from gatewise.errors import GatewiseError
-from gatewise.losses import before_first, labelled_logits, row_losses
+from gatewise.losses import labelled_logits, row_losses
 from gatewise.tasks.metrics import candidate_log_likelihoods
 
 
@@ -103,9 +103,7 @@ def test_masks_of_attention_are_refused_outside_generate(routed):
 
 def test_training_without_labels_is_refused(routed):
     model = routed("llama").train()
-    with pytest.raises(
-        GatewiseError, match="trained without labels in the model's call, so that its routers would read the answers"
-    ):
+    with pytest.raises(GatewiseError, match="trained without labels in its call, so that its routers would read the answers"):
         model(input_ids=IDS)
     with model.prompt_positions(torch.ones(2, 6)):
         model(input_ids=IDS)
@@ -114,26 +112,6 @@ def test_training_without_labels_is_refused(routed):
     with torch.no_grad():
         model(input_ids=IDS)
     model.eval()(input_ids=IDS)
-
-
-@pytest.mark.parametrize("kept_back", ["label_smoothing_factor", "compute_loss_func"])
-def test_a_trainer_that_keeps_the_labels_back(routed, batch, tmp_path, kept_back):
-    """A decoder's routers would read answers; an encoder's read the whole text anyway."""
-    settings = {"max_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-    extra = {}
-    if kept_back == "label_smoothing_factor":
-        settings[kept_back] = 0.1
-    else:
-        extra[kept_back] = lambda outputs, labels, num_items_in_batch=None: outputs["logits"].square().mean()
-    for family in ("llama", "bert"):
-        data = batch(family)
-        rows = [{name: value[row] for name, value in data.items()} for row in range(len(data["labels"]))]
-        trainer = Trainer(routed(family).train(), TrainingArguments(tmp_path, **settings), train_dataset=rows, **extra)
-        if family == "bert":
-            trainer.train()
-        else:
-            with pytest.raises(GatewiseError, match=f"{kept_back}.* have the Trainer keep them back: leave these out"):
-                trainer.train()
 
 
 def test_scoring_without_labels_says_so_once(routed, caplog):
@@ -193,8 +171,3 @@ def test_labelled_logits_take_the_prompt_they_are_given(routed, batch):
         assert model.base_model._tracker.last.prompt.sum(dim=1).tolist() == [3] * 5
         labelled_logits(model, inputs, read, prompt=torch.arange(9).expand(5, 9) < 1)
         assert model.base_model._tracker.last.prompt.sum(dim=1).tolist() == [1] * 5
-
-
-def test_before_first():
-    mask = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
-    assert before_first(mask).int().tolist() == [[1, 1, 0, 0, 0], [0] * 5, [1] * 5]

@@ -1,14 +1,10 @@
-"""What stays of a request and for how long: nothing of it reaches the next one, another model, or another thread."""
+"""What stays of a request and for how long: nothing of it reaches the next one, or another model."""
 
-import copy
 import gc
-import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model
 from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
@@ -32,7 +28,7 @@ def check_at_rest(model):
     """Between calls the model holds its last request only."""
     now = tracker_of(model).now
     assert (now.current, now.opened_by, now.arguments, now.prompt, now.call) == (None, None, {}, None, None)
-    assert (now.runs, now.base_only, now.tokens) == ({}, False, 0)
+    assert (now.runs, now.base_only) == ({}, False)
     assert all(module.now is now for module in model.modules() if isinstance(module, RoutedLinear))
 
 
@@ -85,17 +81,6 @@ def test_generation_lets_its_cache_go(routed, batch):
     last = tracker_of(model).last
     assert not any(one.gates.requires_grad for made in last.decided.values() for one in made.decisions)
     check_at_rest(model)
-
-
-def test_evaluation_with_gradients_keeps_no_graph(routed, batch):
-    """Saliency and the like: the pass has its gradients, the decision that is kept has none."""
-    model = routed("llama")
-    seen = watched_states(model)
-    model(**batch()).loss.backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "prompt_router" in name)
-    gc.collect()
-    assert not any(state() is not None for state in seen)
-    assert not tracker_of(model).last.decided["model.layers.0"].decisions[0].probabilities.requires_grad
 
 
 def test_training_leaves_nothing_for_generation(routed, batch):
@@ -172,152 +157,7 @@ def test_a_deleted_adapters_decision_is_forgotten(routed, batch):
         model.routing()
 
 
-# ---- calls that meet ----
-
-
-def elsewhere(call):
-    """What a call gives in a thread of its own."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
-
-
-def in_between(model, call):
-    """Has another thread make a call whenever this thread's has come to the first attention; a list of what they gave."""
-    given, mine = [], threading.get_ident()
-
-    def meet(*_):
-        if threading.get_ident() == mine:
-            given.append(elsewhere(call))
-
-    return given, model.base_model.model.model.layers[0].self_attn.register_forward_hook(meet)
-
-
-def test_a_second_thread_has_its_own_calls(routed, batch):
-    """Its gates are not the first one's, which goes on as if nothing had been; through PEFT and of the base model alone."""
-    model, prompts, others = routed("llama"), prompts_of(batch), prompts_of(lambda **_: batch(rows=3))
-    expected, wanted = model.generate(**prompts, **WRITE).tolist(), model.generate(**others, **WRITE).tolist()
-    with torch.no_grad():
-        wanted_logits = model.get_base_model()(**others).logits
-
-    def call():
-        with torch.no_grad():
-            return model.generate(**others, **WRITE).tolist(), model.get_base_model()(**others).logits
-
-    given, handle = in_between(model, call)
-    assert model.generate(**prompts, **WRITE).tolist() == expected
-    assert len(given) == 5
-    assert all(written == wanted and torch.equal(logits, wanted_logits) for written, logits in given)
-    handle.remove()
-    check_at_rest(model)
-    assert elsewhere(lambda: model.generate(**prompts, **WRITE).tolist()) == expected
-
-
-def test_each_thread_asks_for_its_own_routing(routed, batch):
-    """A thread that has made no call is told of the newest, as where a thread writes and another waits for it."""
-    model, data = routed("llama"), prompts_of(batch)
-    with torch.no_grad():
-        elsewhere(lambda: model(**{name: value[:2] for name, value in data.items()}))
-        assert len(model.routing().gates) == 2
-        model(**data)
-        elsewhere(lambda: model(**{name: value[:3] for name, value in data.items()}))
-    assert len(model.routing().gates) == 5
-
-
-def test_training_beside_generation(routed, batch):
-    """A training step whose layers meet another thread's generation; the gradients are those of a step by itself."""
-    model, data, prompts = routed("llama", balance_weight=0.5).train(), batch(), prompts_of(batch)
-
-    def gradients():
-        model.zero_grad()
-        model(**data).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    expected = gradients()
-    with torch.no_grad():
-        wanted = model(**prompts).logits
-
-    def call():
-        with torch.no_grad():
-            return model(**prompts).logits
-
-    given, _ = in_between(model, call)
-    got = gradients()
-    assert len(given) == 1
-    assert torch.equal(given[0], wanted)
-    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
-
-
-def test_a_mixed_batch_beside_another(routed, batch):
-    """And what ``prompt_positions`` says is for its own thread."""
-    model, prompts = routed("llama"), prompts_of(batch)
-    model.add_adapter("second", routed_config(top_k=1))
-    trained_routers(random_adapter(model)).eval()
-
-    def call(names):
-        with torch.no_grad():
-            return model(**prompts, adapter_names=names).logits
-
-    first, second = ["default", "second", "__base__", "default", "second"], ["second"] * 5
-    expected, wanted = call(first), call(second)
-    given, _ = in_between(model, lambda: call(second))
-    with model.prompt_positions(torch.ones(5, 2)):
-        assert not torch.allclose(call(first), expected)
-    assert torch.equal(call(first), expected)
-    assert [torch.equal(one, wanted) for one in given] == [True, True]
-
-
-def test_heads_of_a_mixed_batch_beside_another(routed, batch):
-    """Each adapter has a head of its own, and each thread's rows go to the heads that it named, or to the active adapter's."""
-    model = routed("bert")
-    model.add_adapter("second", routed_config("bert"))
-    trained_routers(random_adapter(model)).eval()
-    data = {name: value[:2] for name, value in batch(side="right").items() if name != "labels"}
-
-    def call(names=None):
-        with torch.no_grad():
-            return model(**data, adapter_names=names).logits if names else model(**data).logits
-
-    mixed, other = ["default", "second"], ["second", "default"]
-    expected, wanted = call(mixed), [call(), call(other)]
-    given, mine = [], threading.get_ident()
-
-    def meet(*_):
-        if threading.get_ident() == mine:
-            given.extend([elsewhere(call), elsewhere(lambda: call(other))])
-
-    model.get_base_model().bert.encoder.layer[0].register_forward_hook(meet)
-    assert torch.equal(call(mixed), expected)
-    assert [torch.equal(one, right) for one, right in zip(given, wanted, strict=True)] == [True, True]
-    assert not torch.allclose(expected, wanted[0])
-
-
-def test_copies_of_a_cache_in_two_threads(routed, batch):
-    """A prompt that many requests share is read once, and each goes on with a copy, whoever reads its weights anew meanwhile."""
-    model, prompts = routed("llama"), prompts_of(batch)
-    step = {"input_ids": torch.full((5, 1), 7), "attention_mask": F.pad(prompts["attention_mask"], (0, 1), value=1)}
-    with torch.no_grad():
-        cache = model(**prompts, use_cache=True).past_key_values
-
-    def call():
-        with torch.no_grad():
-            return model(**step, past_key_values=copy.deepcopy(cache)).logits
-
-    def trained_and_called():
-        model(**batch()).loss.backward()
-        return call()
-
-    expected = call()
-    model(**batch()).loss.backward()
-    given, mine = [], threading.get_ident()
-
-    def meet(*_):
-        if threading.get_ident() == mine:
-            given.append(elsewhere(trained_and_called))
-
-    model.base_model.model.model.layers[0].register_forward_pre_hook(meet)
-    assert torch.equal(call(), expected)
-    assert len(given) == 1
-    assert torch.equal(given[0], expected)
+# ---- calls that fail ----
 
 
 def test_a_forward_that_failed_leaves_nothing(routed, batch):
@@ -328,7 +168,7 @@ def test_a_forward_that_failed_leaves_nothing(routed, batch):
         with pytest.raises(ValueError, match="input_ids"):
             base(input_ids=prompts["input_ids"], inputs_embeds=torch.zeros(2, 3, 4))
         check_at_rest(model)
-        torch.testing.assert_close(elsewhere(lambda: base(**prompts).logits), expected)
+        torch.testing.assert_close(base(**prompts).logits, expected)
 
 
 def test_a_call_stopped_from_the_keyboard(routed, batch):

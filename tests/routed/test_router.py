@@ -97,15 +97,6 @@ def test_a_router_that_is_loaded_observes_again():
     assert router.observes
 
 
-def test_prompts_are_observed_until_there_are_enough():
-    router, (hidden, prompt) = random_router(center=True), random_prompts(10)
-    for step in range(7):
-        assert router.observes == (10 * step < 64)
-        router.observe(hidden, prompt)
-    assert not router.observes
-    assert not random_router().observes
-
-
 def test_a_centred_router_tells_prompts_apart_that_have_much_in_common():
     """As the pooled states of real prompts have: without centring, all of them choose alike."""
     common = 3 * torch.randn(16)

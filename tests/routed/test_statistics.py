@@ -69,14 +69,6 @@ def test_before_the_first_call(routed):
     assert float(model.balance_loss()) == 0.0
 
 
-def test_activation_parameters(routed):
-    model = routed("llama")
-    names = set(model.activation_parameters())
-    assert {name.split(".")[-1] for name in names} == {"numerator", "denominator"}
-    assert len(names) == 4
-    assert routed("llama", activation="gelu").activation_parameters() == {}
-
-
 class Logger(TrainerCallback):
     """Stands for TensorBoard and the like: keeps what it is given, when it is given it."""
 

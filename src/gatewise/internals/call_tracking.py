@@ -8,11 +8,10 @@ Shapes: b batch, t tokens.
 
 import inspect
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +26,6 @@ from gatewise.internals.library_attributes import attention_implementation
 from gatewise.losses import prompts_by_labels, text_starts
 
 logger = logging.getLogger(__name__)
-
-
-class ThreadState(threading.local):
-    """What a model is doing, for each thread by itself. The one policy for threads: several may run a model at a time.
-
-    A subclass names its attributes with the values that a thread finds that has set none. A copy, pickled or not, begins anew.
-    """
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
 
 
 @dataclass(frozen=True)
@@ -121,8 +110,10 @@ class Text:
     packing: Packing | None = None
 
 
-class CallState(ThreadState):
-    """What a thread is doing with a tracked model.
+class CallState:
+    """What is being done with a tracked model, by one thread at a time. A copy, pickled or not, begins anew.
+
+    A subclass names its attributes with the values that they have before anything was set.
 
     Attributes:
         call: the call that is open.
@@ -140,8 +131,11 @@ class CallState(ThreadState):
     opened_by: int | None = None
     arguments: Mapping[str, Any] = {}
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
     def close(self) -> None:
-        """No pass of this thread is open."""
+        """No pass is open."""
         for name in self.of_pass:
             self.__dict__.pop(name, None)
 
@@ -151,11 +145,12 @@ class CallTracker:
 
     Args:
         models: the Transformers models around the stacks of layers, the outermost first; whichever is called opens the pass.
-        state: what the passes of each thread keep.
+        state: what passes keep.
         adapters, readers: what the adapters and what reads the prompt are called in messages.
         causal: whether the model writes answers, so that labels tell prompt from answer.
 
     Attributes:
+        adapters, readers: as given.
         unpacks: the adapters can read several texts a row.
     """
 
@@ -163,7 +158,7 @@ class CallTracker:
 
     def __init__(self, models: Sequence[nn.Module], state: CallState, adapters: str, readers: str, causal: bool) -> None:
         self.now = state
-        self._models, self._adapters, self._readers, self._causal = list(models), adapters, readers, causal
+        self._models, self.adapters, self.readers, self._causal = list(models), adapters, readers, causal
         self._warned_of_answers = False
         self._names = [forward_arguments(module) for module in models]
         inside = [set(module.modules()) for module in models]
@@ -207,7 +202,7 @@ class CallTracker:
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:
-        """While open, forwards of this thread belong to this call."""
+        """While open, forwards belong to this call."""
         before, self.now.call = self.now.call, call
         try:
             yield
@@ -217,7 +212,7 @@ class CallTracker:
 
     @contextmanager
     def prompt_positions(self, prompt: Tensor) -> Iterator[None]:
-        """While open, texts of this thread have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
+        """While open, texts have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
         before, self.now.prompt = self.now.prompt, prompt
         try:
             yield
@@ -230,12 +225,12 @@ class CallTracker:
         place = next((index for index, one in enumerate(self._models) if one is module), None)
         if place is None:
             raise GatewiseError(
-                f"{self._adapters} do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
+                f"{self.adapters} do not run in replicas (nn.DataParallel): use one process a device, as torchrun does"
             )
         now = self.now
         if is_exporting() and self.is_at_work:
             raise GatewiseError(
-                f"the model was given to torch.export, but {self._adapters} decide by each text what is run, which no exported "
+                f"the model was given to torch.export, but {self.adapters} decide by each text what is run, which no exported "
                 "graph can do: use the model as it is, or export it with its adapters switched off"
             )
         # An outer model's forward runs the inner ones. The same or another one again is a new pass: the last was interrupted.
@@ -258,7 +253,7 @@ class CallTracker:
 
     # ---- prompts ----
 
-    def read_text(self, arguments: Mapping[str, Any], inputs: Tensor, training: bool, in_parts: bool = False) -> Text:
+    def read_text(self, arguments: Mapping[str, Any], inputs: Tensor, training: bool) -> Text:
         """Where the tokens lie, and the prompts: never padding.
 
         In a causal model the prompt is what ``prompt_positions`` says or, else, what stands before the first label that is not -100
@@ -271,7 +266,6 @@ class CallTracker:
         Args:
             inputs: the ids or embeddings, see ``text_inputs``.
             training: whether the model learns from this forward.
-            in_parts: a prompt may have begun in the cache; what is read is the rest of it.
 
         Raises:
             GatewiseError: shapes that do not fit, packed rows that these adapters cannot read, or a prompt in chunks.
@@ -281,30 +275,30 @@ class CallTracker:
             return self._read_packed(arguments, starts.to(inputs.device), training)
         call, cache = self.now.call or Call(), cache_of(arguments)
         batch, tokens = inputs.shape[:2]
-        if not in_parts and cache is not None and call.width is not None and tokens < call.width:
+        if cache is not None and call.width is not None and tokens < call.width:
             raise GatewiseError(
-                f"the prompt of {call.width} tokens was cut into chunks of {tokens}, but {self._readers} have to read all of it "
+                f"the prompt of {call.width} tokens was cut into chunks of {tokens}, but {self.readers} have to read all of it "
                 "first: leave prefill_chunk_size out"
             )
         present, labels = self._present(arguments, inputs, call), arguments.get("labels")
         if call.width is not None and arguments.get("use_cache") and cache is None:
             return Text(present, present)  # of guidance: only for that `generate` leaves it to the model to make a cache
         if self.now.prompt is not None:
-            told = fitted(call.by_row(self.now.prompt, batch), batch, tokens)
-            return Text(present, present & told.to(present.device))
+            given = fitted(call.by_row(self.now.prompt, batch), batch, tokens)
+            return Text(present, present & given.to(present.device))
         if not self._causal:
             return Text(present, present)
         if isinstance(labels, Tensor) and labels.shape == (batch, tokens):
             return Text(present, present & prompts_by_labels(labels).to(present.device))
         if training:
-            self.learns_without_labels()
+            self._refuse_to_learn_answers()
         elif call.width is None and not self._warned_of_answers and not is_compiling() and seems_to_hold_answers(arguments):
             self._warned_of_answers = True
             logger.warning(
                 "a decoder with %s was called without labels, so its %s read the whole text, and an answer in it too: to score "
                 "answers give labels that are -100 before them, or call it under model.prompt_positions(mask)",
-                self._adapters,
-                self._readers,
+                self.adapters,
+                self.readers,
             )
         width = tokens if call.width is None else call.width
         return Text(present, present & (torch.arange(tokens, device=present.device) < width))
@@ -313,7 +307,7 @@ class CallTracker:
         """``read_text`` of several texts a row."""
         if not (self.unpacks and self._causal):
             raise GatewiseError(
-                f"a row holds several packed samples, but {self._adapters} read one text a row: train without packing and "
+                f"a row holds several packed samples, but {self.adapters} read one text a row: train without packing and "
                 "padding_free batches"
             )
         model, labels = self._models[-1], arguments.get("labels")
@@ -326,44 +320,15 @@ class CallTracker:
         else:
             prompt = torch.ones_like(starts)
             if training:
-                self.learns_without_labels()
+                self._refuse_to_learn_answers()
         return Text(packing.there, packing.there & packing.apart(prompt.to(starts.device)), packing)
 
-    def learns_without_labels(self) -> None:
-        """A causal model is trained without a word on where its prompts lie."""
-        raise NotImplementedError
-
-    def check_generate(self, given: Mapping[str, Any], default: Any) -> None:
-        """Refuses what ``generate`` cannot do with these adapters.
-
-        Args:
-            given, default: its arguments by name, and the model's ``generation_config``.
-
-        Raises:
-            GatewiseError: classifier-free guidance without a cache.
-        """
-
-        def setting(name: str) -> Any:
-            sources = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
-            return next((value for value in sources if value is not None), None)
-
-        if setting("guidance_scale") not in (None, 1) and setting("use_cache") is False and self.is_at_work:
-            raise GatewiseError(
-                f"guidance_scale was given with use_cache=False, where {self._readers} cannot tell the negative prompt from the "
-                "answer: leave use_cache out"
-            )
-
-    def check_continuous_batching(self) -> None:
-        """Refuses continuous batching (``generate_batch``), which packs the tokens of many requests into one row.
-
-        Raises:
-            GatewiseError: an adapter is in use.
-        """
-        if self.is_at_work:
-            raise GatewiseError(
-                f"continuous batching (generate_batch) was started, which packs many texts into one row, but {self._adapters} read "
-                "one text a row: call generate with a padded batch"
-            )
+    def _refuse_to_learn_answers(self) -> NoReturn:
+        raise GatewiseError(
+            f"a decoder with {self.adapters} was trained without labels in its call, so that its {self.readers} would read the "
+            "answers: pass labels with -100 before the answer (label_smoothing_factor and compute_loss_func have the Trainer keep "
+            "them back: leave these out), or run the forward under model.prompt_positions(mask)"
+        )
 
     def _present(self, arguments: Mapping[str, Any], inputs: Tensor, call: Call) -> Tensor:
         """Where a row has tokens (b, t)."""
@@ -371,13 +336,10 @@ class CallTracker:
         mask: Any = arguments.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             if call.width is None:
-                raise GatewiseError(
-                    f"attention_mask is not of shape (b, t): {self._adapters} need to know which tokens are padding"
-                )
+                raise GatewiseError(f"attention_mask is not of shape (b, t): {self.adapters} need to know which tokens are padding")
             # Inside `generate` with a static cache the model gets the mask of its attention instead of the one that was given.
             given = call.attention_mask
-            before = cached_tokens(cache_of(arguments))
-            mask = seen_by_the_last_token(mask, tokens, before) if given is None else call.by_row(given, batch)
+            mask = seen_by_the_last_token(mask, tokens) if given is None else call.by_row(given, batch)
         if mask is None:
             return torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
         return mask[:, -tokens:].to(inputs.device).bool()
@@ -394,17 +356,27 @@ class TrackedGeneration(ObjectMixin, nn.Module):
         Raises:
             GatewiseError: an adapter is in use.
         """
-        self.call_tracker.check_continuous_batching()
+        tracker = self.call_tracker
+        if tracker.is_at_work:
+            raise GatewiseError(
+                f"continuous batching (generate_batch) was started, which packs many texts into one row, but {tracker.adapters} "
+                "read one text a row: call generate with a padded batch"
+            )
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own.
 
         Raises:
-            GatewiseError: as ``CallTracker.check_generate``.
+            GatewiseError: classifier-free guidance without a cache.
         """
+        tracker = self.call_tracker
         given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
-        self.call_tracker.check_generate(given, self.generation_config)
+        if given.get("guidance_scale") not in (None, 1) and given.get("use_cache") is False and tracker.is_at_work:
+            raise GatewiseError(
+                f"guidance_scale was given with use_cache=False, where {tracker.readers} cannot tell the negative prompt from the "
+                "answer: leave use_cache out"
+            )
         encoded = given.get("encoder_outputs")
         named = (None if encoded is None else encoded[0], *(given.get(name) for name in ("inputs_embeds", "input_ids", "inputs")))
         prompts = next((one for one in named if isinstance(one, Tensor) and one.ndim > 1), None)
@@ -412,8 +384,8 @@ class TrackedGeneration(ObjectMixin, nn.Module):
         # Without a prompt it begins with one token of its own.
         rows, width = (1, 1) if prompts is None else prompts.shape[:2]
         mask = mask if prompts is not None and isinstance(mask, Tensor) and mask.ndim == 2 else None
-        outer = self.call_tracker.now.call or Call()  # PEFT's generate, around this one, knows the adapters' names
-        with self.call_tracker.call(replace(outer, rows=rows, width=width, attention_mask=mask)):
+        outer = tracker.now.call or Call()  # PEFT's generate, around this one, knows the adapters' names
+        with tracker.call(replace(outer, rows=rows, width=width, attention_mask=mask)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -516,16 +488,12 @@ def fitted(prompt: Tensor, batch: int, tokens: int) -> Tensor:
     return F.pad(prompt.bool(), (0, tokens - prompt.shape[1]), value=False)
 
 
-def seen_by_the_last_token(mask: Any, tokens: int, before: int = 0) -> Tensor | None:
-    """The tokens (b, t) of a prompt that its last one attends to or, but for a sliding window, would: all that are no padding.
-
-    Args:
-        before: tokens in the cache.
-    """
+def seen_by_the_last_token(mask: Any, tokens: int) -> Tensor | None:
+    """The tokens (b, t) of a prompt that its last one attends to or, but for a sliding window, would: all that are no padding."""
     if isinstance(mask, Mapping):
         mask = next(iter(mask.values()))
     if not isinstance(mask, Tensor):
         return None
     # Whatever the window, a token is in it itself, and padding is attended to by nobody.
-    itself = mask[:, 0, :tokens, before : before + tokens].diagonal(dim1=-2, dim2=-1)
+    itself = mask[:, 0, :tokens, :tokens].diagonal(dim1=-2, dim2=-1)
     return itself if itself.dtype == torch.bool else itself == 0

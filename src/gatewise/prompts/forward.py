@@ -222,18 +222,6 @@ class PassTracker(CallTracker):
             return output
         return None
 
-    def learns_without_labels(self) -> None:
-        """Refused.
-
-        Raises:
-            GatewiseError: always.
-        """
-        raise GatewiseError(
-            "a decoder with selective prompts was trained without labels in its call, so that prompts would be generated from the "
-            "answers: pass labels with -100 before the answer (label_smoothing_factor and compute_loss_func have the Trainer keep "
-            "them back: leave these out), or run the forward under model.prompt_positions(mask)"
-        )
-
     def _look_at_prompts(self, text: Text) -> None:
         """Once, because generators that are trained without prompts are given some when the model writes."""
         if not self._looked_at_prompts and bool((text.prompt.sum(dim=1) <= 1).all()) and bool((text.present.sum(dim=1) > 1).any()):

@@ -100,7 +100,7 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
         if self.target_modules is None:
             self.target_modules = "all-linear"
         self._check_variants()
-        if self.experts is not None and not is_order(self.experts):
+        if self.experts is not None and not isinstance(self.experts, dict):
             raise GatewiseError(
                 f"experts is {self.experts!r}: expected the paths of modules by the path of their layer, or nothing"
             )
@@ -137,13 +137,3 @@ class RoutedLoraConfig(SavedWithNote, LoraConfig):
                 f"init_lora_weights is {self.init_lora_weights!r}, which alters the base model or needs more than A and B: "
                 f"expected one of {', '.join(map(repr, _STARTS))}"
             )
-
-
-def is_order(experts: object) -> bool:
-    """Whether this can be ``experts``: lists of different names, by name."""
-    if not isinstance(experts, dict):
-        return False
-    lists = experts.values()
-    return all(isinstance(one, list) and one and all(isinstance(name, str) for name in one) for one in lists) and all(
-        len(set(one)) == len(one) for one in lists
-    )

@@ -6,7 +6,7 @@
 encoder-decoder model's decoder has no prompt inside: its routers read the encoder's last hidden states, which it is given for its
 cross-attention (ours: the paper has decoders alone).
 
-``RoutedLinear`` is a module: while its layer runs, the state of the thread says what it adds. Where no gradients are asked for that
+``RoutedLinear`` is a module: while its layer runs, ``RoutingState.runs`` says what it adds. Where no gradients are asked for that
 is known for the whole request (``KeptModule``): a module that no row keeps is its base module, and for one that is kept the A and B
 of all adapters that keep it are gathered once, with gates and scaling, so that no step loops over adapters.
 
@@ -14,7 +14,6 @@ Shapes: b batch, t tokens, d hidden size, n rows of one adapter, m experts, r ra
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -28,80 +27,17 @@ from gatewise.errors import GatewiseError
 from gatewise.internals.call_tracking import Packing
 from gatewise.internals.class_swap import ObjectMixin, add_mixin, remove_mixin
 from gatewise.internals.layer_stack import Layer, forward_arguments
-from gatewise.internals.torch_modules import WeightSnapshot, has_forward_hooks, is_plain
+from gatewise.internals.torch_modules import has_forward_hooks, is_plain
 from gatewise.routed.config import RoutedLoraConfig
-from gatewise.routed.request import Decision, Pass, PreparedRequest, Request, RequestTracker, RoutingState, Window
+from gatewise.routed.request import Decision, LayerDecision, Pass, PreparedRequest, Request, RequestTracker, RoutingState, Shares
 from gatewise.routed.router import Router, gates_of
 from gatewise.serving.products import Gathered, Part
 
 NO_MERGE = (
     "a routed adapter cannot be merged, because every prompt chooses other modules: use it unmerged, or where one fixed model is "
-    "needed train a plain LoraConfig adapter, or make this one plain (gatewise export --static)"
+    "needed train a plain LoraConfig adapter"
 )
-
-
-NOWHERE: Mapping[str, Tensor] = {}
-"""No adapter waits for the end of the prompt."""
-
-
 UNLOAD_FIRST = "call unload() on the routed PeftModel first, and give what it returns to get_peft_model"
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one adapter adds in one module to the ``rows`` (n,) of a batch, None for all of them.
-
-    Its gates ``gate`` are (n,), or (b, t) where packed rows have a gate for each of their texts.
-    """
-
-    adapter: str
-    rows: Tensor | None
-    gate: Tensor
-
-
-Shares = tuple[Share, ...]
-
-
-@dataclass(frozen=True)
-class LayerDecision:
-    """What was decided in one layer for a request.
-
-    Attributes:
-        decisions: by adapter.
-        shares: by path within the layer, what that adds in each module that was an expert of any adapter then, in order.
-    """
-
-    decisions: tuple[Decision, ...]
-    shares: Mapping[str, Shares]
-
-    def regrouped(self, parts: "Sequence[tuple[LayerDecision, Sequence[int]]]") -> "LayerDecision":
-        """What was decided for rows of several batches, which now are one: each decision with the rows taken from its batch.
-
-        For inference: every share is of some row that keeps its module.
-        """
-        found: dict[str, list[tuple[Decision, list[int], list[int]]]] = {}  # its places among its own rows, and in the new batch
-        start = 0
-        for made, rows in parts:
-            for one in made.decisions:
-                own = {row: place for place, row in enumerate(range(len(one.gates)) if one.rows is None else one.rows.tolist())}
-                pairs = [(own[row], place) for place, row in enumerate(rows, start) if row in own]
-                if pairs:
-                    found.setdefault(one.adapter, []).append((one, [pair[0] for pair in pairs], [pair[1] for pair in pairs]))
-            start += len(rows)
-        decisions = []
-        shares: dict[str, Shares] = {name: () for made, _ in parts for name in made.shares}
-        for adapter, taken in found.items():
-            first = taken[0][0]
-            probabilities, gates = (
-                torch.cat([getattr(one, name)[at] for one, at, _ in taken]) for name in ("probabilities", "gates")
-            )
-            where = torch.tensor([place for _, _, places in taken for place in places], device=gates.device)
-            decisions.append(Decision(adapter, where, first.experts, probabilities, gates))
-            kept = (gates > 0).any(dim=0).tolist()
-            for column, name in enumerate(first.experts):
-                if kept[column]:
-                    shares[name] += (Share(adapter, where, gates[:, column]),)
-        return LayerDecision(tuple(decisions), shares)
 
 
 class RoutedBlock(ObjectMixin, nn.Module):
@@ -116,34 +52,25 @@ class RoutedBlock(ObjectMixin, nn.Module):
     routing: "LayerRouting"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        running = self.routing.now.current
-        if running is not None and running.is_settled:
-            return super().__call__(*args, **kwargs)
-        running = self.routing.enter(self, args, kwargs)
-        return super().__call__(*args, routed_pass=running, **kwargs)
+        return super().__call__(*args, routed_pass=self.routing.enter(self, args, kwargs), **kwargs)
 
     def forward(self, *args: Any, routed_pass: Pass | None = None, **kwargs: Any) -> Any:
         routing = self.routing
-        now = routing.now
-        if routed_pass is None and now.current is not None and now.current.is_settled:
-            return super().forward(*args, **kwargs)
         running = routed_pass or routing.enter(self, args, kwargs)
+        if running.is_settled:
+            return super().forward(*args, **kwargs)
         shares = routing.decide(routing.read_from(args, kwargs), running).shares
         if running.is_inference:
             for name, module in routing.modules.items():
                 kept = shares.get(name)
                 running.prepared.runs[module] = KeptModule(module, kept, running.prepared) if kept else module.base_layer
             return super().forward(*args, **kwargs)
-        batch, tokens = _argument("hidden_states", 0, args, kwargs).shape[:2]
-        before, now.runs = (
-            now.runs,
-            {
-                module: partial(
-                    module.with_gradients, shares=shares.get(name, ()), batch=batch, tokens=tokens, adapted=running.adapted
-                )
-                for name, module in routing.modules.items()
-            },
-        )
+        now = routing.now
+        before = now.runs
+        now.runs = {
+            module: partial(module.with_gradients, shares=shares.get(name, ()), running=running)
+            for name, module in routing.modules.items()
+        }
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -155,7 +82,7 @@ class LayerRouting:
 
     Attributes:
         path: the layer's in the base model.
-        now: the state of the thread.
+        now: of the model, the same for all layers.
         modules: path within the layer -> module, of every module that is an expert of any adapter, in order.
     """
 
@@ -194,8 +121,8 @@ class LayerRouting:
         """
         self.modules = {name: module for name, module in self._block.named_modules() if isinstance(module, RoutedLinear)}
         self._routers = {}
-        for layer in self.modules.values():
-            layer.now = self.now
+        for name, layer in self.modules.items():
+            layer.now, layer.path = self.now, f"{self.path}.{name}"
             for adapter, router in layer.prompt_router.items():
                 experts = tuple(orders[adapter][self.path])
                 self._routers[adapter] = (cast(Router, router), experts, configs[adapter])
@@ -208,6 +135,8 @@ class LayerRouting:
                 f"layer {self.path} was run outside the forward of its model, so there is no prompt to route it by: call the model "
                 "(old model code whose gradient checkpointing calls layers again by itself is not supported)"
             )
+        if running.is_settled:
+            return running
         if self.path in running.seen:
             raise GatewiseError(f"layer {self.path} runs more than once in a forward: models that share layers cannot be routed")
         running.seen.add(self.path)
@@ -236,23 +165,19 @@ class LayerRouting:
         """The layer's decision for the pass: the one of its request, or a new one from H (b, t, d)."""
         request = running.request
         if running.continues and self.path in request.decided:
-            kept: LayerDecision = request.decided[self.path]
-            return kept
+            return request.decided[self.path]
         made = self._route(states, request)
-        if self.path not in request.decided:
-            request.decided[self.path] = made if request.training or running.is_inference else _without_graph(made)
+        request.decided.setdefault(self.path, made)
         return made
 
     def _route(self, states: Tensor, request: Request, again_in_backward: bool = False) -> LayerDecision:
-        decisions = []
-        shares: dict[str, Shares] = dict.fromkeys(self.modules, ())
+        decisions, packing = [], request.packing
         for adapter, places in request.groups.items():
             if adapter not in self._routers:
                 continue
             router, experts, config = self._routers[adapter]
             rows = None if places is None else torch.tensor(places, device=states.device)
             own, prompt = (states, request.prompt) if rows is None else (states[rows], request.prompt[places])
-            packing = request.packing
             centring = None  # in inference, what the router takes off now
             if request.training:
                 key = (self.path, adapter)
@@ -269,13 +194,7 @@ class LayerRouting:
                 probabilities = _read(router, own, prompt, centring, packing)
             gates = gates_of(probabilities, config.top_k, config.normalize_gates)
             decisions.append(Decision(adapter, rows, experts, probabilities, gates))
-            # In training all experts stay in the graph, as data-parallel training demands.
-            kept = [True] * len(experts) if request.training else (gates > 0).any(dim=0).tolist()
-            by_token = gates if packing is None else gates[packing.of_token.to(gates.device)]
-            for column, name in enumerate(experts):
-                if kept[column]:
-                    shares[name] += (Share(adapter, rows, by_token[..., column]),)
-        return LayerDecision(tuple(decisions), shares)
+        return LayerDecision.of(decisions, self.modules, request.training, packing)
 
 
 def _read(router: Router, states: Tensor, prompt: Tensor, centring: Any, packing: Packing | None) -> Tensor:
@@ -291,7 +210,8 @@ def _argument(name: str, place: int, args: tuple[Any, ...], kwargs: Mapping[str,
 class RoutedLinear(nn.Module, LoraLayer):
     """PEFT's A and B around any linear base module: ``nn.Linear``, GPT-2's ``Conv1D``, quantised layers. Only base(x) is called.
 
-    ``now`` is one object for the whole model; it tells what the module runs. ``prompt_router`` holds the routers of the adapters
+    ``now`` is one object for the whole model; it tells what the module runs. ``path`` is the module's in the base model.
+    ``prompt_router`` holds the routers of the adapters
     whose first expert in the layer this is: there PEFT saves, loads, moves, freezes and deletes them with A and B.
     """
 
@@ -303,7 +223,7 @@ class RoutedLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.prompt_router = nn.ModuleDict()
-        self.now = RoutingState()
+        self.now, self.path = RoutingState(), ""
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -321,7 +241,7 @@ class RoutedLinear(nn.Module, LoraLayer):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the thread's pass has the module run: its base module, and what is added to some rows.
+        """What the pass has the module run: its base module, and what is added to some rows.
 
         Raises:
             GatewiseError: the module was run outside its model, or does not see every token of every row.
@@ -337,33 +257,26 @@ class RoutedLinear(nn.Module, LoraLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         return result
 
-    def with_gradients(
-        self, x: Tensor, *args: Any, shares: Shares, batch: int, tokens: int, adapted: Mapping[str, Tensor] = NOWHERE, **kwargs: Any
-    ) -> Tensor:
+    def with_gradients(self, x: Tensor, *args: Any, shares: Shares, running: Pass, **kwargs: Any) -> Tensor:
         """base(x) and every share, as in training."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        return result if self.disable_adapters else self.add_shares(x, result, shares, batch, tokens, adapted)
+        return result if self.disable_adapters else self.add_shares(x, result, shares, running)
 
-    def add_shares(
-        self, x: Tensor, result: Tensor, shares: Shares, batch: int, tokens: int, adapted: Mapping[str, Tensor] = NOWHERE
-    ) -> Tensor:
+    def add_shares(self, x: Tensor, result: Tensor, shares: Shares, running: Pass) -> Tensor:
         """``result`` (b, ..., d_out) with the delta of every share added to its rows, one after the other, with its graph.
 
         Where the model flattens batch and tokens (OPT), x is (b · t, d_in), and the rows are those of their tokens.
-
-        Args:
-            adapted: see ``Pass``.
         """
         dtype = result.dtype
         for share in shares:
             rows, gate = share.rows, share.gate
-            if share.adapter in adapted:
-                gate = gate.view(len(gate), -1) * adapted[share.adapter].to(gate.device)
-            if len(x) != batch:
-                self.check_flattened(x, batch, tokens)
-                gate = gate.flatten() if gate.ndim > 1 else gate.repeat_interleave(tokens)
+            if share.adapter in running.adapted:
+                gate = gate.view(len(gate), -1) * running.adapted[share.adapter].to(gate.device)
+            if len(x) != running.batch:
+                self.check_flattened(x, running)
+                gate = gate.flatten() if gate.ndim > 1 else gate.repeat_interleave(running.tokens)
                 if rows is not None:
-                    rows = (rows[:, None] * tokens + torch.arange(tokens, device=rows.device)).flatten()
+                    rows = (rows[:, None] * running.tokens + torch.arange(running.tokens, device=rows.device)).flatten()
             delta = self.delta(x if rows is None else x[rows], share.adapter, gate)
             result = result.to(torch.result_type(result, delta))  # rounded once, at the end
             result = result + delta if rows is None else result.index_add(0, rows, delta.to(result.dtype))
@@ -384,20 +297,20 @@ class RoutedLinear(nn.Module, LoraLayer):
         scale = (self.scaling[adapter] * gate).to(ranks.device).view(*gate.shape, *[1] * (ranks.ndim - gate.ndim))
         return second((ranks * scale).to(ranks.dtype))
 
-    def check_flattened(self, x: Tensor, batch: int, tokens: int) -> None:
+    def check_flattened(self, x: Tensor, running: Pass) -> None:
         """Nothing, if x (b · t, d_in) holds every token of every row, as where the model flattens the two (OPT).
 
         Raises:
             GatewiseError: it does not.
         """
-        if x.ndim != 2 or len(x) != batch * tokens:
+        if x.ndim != 2 or len(x) != running.batch * running.tokens:
             raise GatewiseError(
-                f"a routed module was given {tuple(x.shape)} for {batch} rows of {tokens} tokens: modules that see a choice of "
-                "tokens, such as the experts of a mixture, cannot be routed; leave them out with exclude_modules"
+                f"{self.path} was given {tuple(x.shape)} for {running.batch} rows of {running.tokens} tokens: modules that see a "
+                "choice of tokens, such as the experts of a mixture, cannot be routed; leave them out with exclude_modules"
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: see ``RoutedLoraModel.merge_adapter``."""
+        """Refused: which modules are added depends on the prompt."""
         raise GatewiseError(NO_MERGE)
 
     def unmerge(self) -> None:
@@ -419,51 +332,32 @@ class RoutedLinear(nn.Module, LoraLayer):
 class KeptModule:
     """What a module runs that some row of a request keeps, in inference: the base module and two gathered products.
 
-    The weights are gathered when it first runs. Where A and B are more than two matrices (dropout that is on, hooks), and where
-    gradients are asked for in the middle of the pass after all, it runs as in training.
+    The weights are gathered when it first runs. Where A and B are more than two matrices (dropout that is on, hooks), and in a pass
+    in which adapters wait for the end of the prompt, the shares are added as in training.
     """
 
     def __init__(self, layer: RoutedLinear, shares: Shares, prepared: PreparedRequest) -> None:
-        self._layer, self._shares = layer, shares
         # Not what is prepared itself, which holds this: without a cycle the weights go when the cache goes.
-        self._products, self._weights, self._scalings = prepared.products, prepared.weights, prepared.scalings
-        self._batch, self._groups = len(prepared.request.prompt), prepared.request.groups
+        self._layer, self._shares, self._products, self._groups = layer, shares, prepared.products, prepared.request.groups
         self._gathered: Gathered | None = None
         self._dtype: torch.dtype | None = None
-        self._is_seen = False
 
     def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """base(x) and what was decided: (b, ..., d_out) from (b, ..., d_in), or both with b · t in front."""
-        layer, batch = self._layer, self._batch
+        layer, running = self._layer, cast(Pass, self._layer.now.current)
         result: Tensor = layer.base_layer(x, *args, **kwargs)
         if layer.disable_adapters:
             return result
-        rows, ours, is_flat = x, result, len(x) != batch
+        rows, ours, is_flat = x, result, len(x) != running.batch
         if is_flat:
-            layer.check_flattened(x, batch, layer.now.tokens)
-            rows, ours = x.unflatten(0, (batch, -1)), result.unflatten(0, (batch, -1))
+            layer.check_flattened(x, running)
+            rows, ours = x.unflatten(0, (running.batch, -1)), result.unflatten(0, (running.batch, -1))
         if result.dtype != self._dtype:  # at first, and when autocast comes or goes
             self._gather(rows, ours)
-        running = cast(Pass, layer.now.current)
-        if self._gathered is None or torch.is_grad_enabled() or (running.adapted and running.window is None):
-            return layer.add_shares(x, result, self._shares, batch, layer.now.tokens, running.adapted)
-        window = running.window
-        total = self._gathered.add(rows, ours) if window is None else self._add_within(window, self._gathered, rows, ours)
+        if self._gathered is None or running.adapted:
+            return layer.add_shares(x, result, self._shares, running)
+        total = self._gathered.add(rows, ours)
         return total.flatten(0, 1) if is_flat else total
-
-    def _add_within(self, window: Window, gathered: Gathered, x: Tensor, result: Tensor) -> Tensor:
-        """``result`` (b, t, ..., d_out) with the adapters' part added where they act; anywhere else it is exactly what it was."""
-        start, where = window.start, window.where
-        if start == 0 and where is None:
-            return gathered.add(x, result)
-        part = x[:, start:]
-        if where is not None:  # B A 0 = 0
-            part = part.masked_fill(~where[:, start:].to(x.device).view(*part.shape[:2], *[1] * (part.ndim - 2)), 0.0)
-        if start == 0:
-            return gathered.add(part, result)
-        result = result.clone() if self._is_seen else result
-        result[:, start:] = gathered.add(part, result[:, start:])
-        return result
 
     def _gather(self, x: Tensor, result: Tensor) -> None:
         layer, self._dtype, self._gathered = self._layer, result.dtype, None
@@ -472,18 +366,10 @@ class KeptModule:
             first, second = cast(nn.Linear, layer.lora_A[share.adapter]), cast(nn.Linear, layer.lora_B[share.adapter])
             if not is_plain(layer.lora_dropout[share.adapter], first, second, x):
                 return
-            rows, scaling = self._groups[share.adapter], layer.scaling[share.adapter]
+            rows = self._groups[share.adapter]
             # Rows that do not keep the module have a gate of zero: the layout is then the same in every module.
-            everywhere = rows is None or len(rows) == self._batch
-            parts.append(Part(first.weight, second.weight, scaling, None if everywhere else rows, share.gate))
-            self._weights += [WeightSnapshot(first), WeightSnapshot(second)]
-            self._scalings.append((layer.scaling, share.adapter, scaling))
+            rows = None if rows is not None and len(rows) == len(x) else rows
+            parts.append(Part(first.weight, second.weight, layer.scaling[share.adapter], rows, share.gate))
         # A hook may have kept what the base module made.
-        self._is_seen = has_forward_hooks(cast(nn.Module, layer.base_layer))
-        self._gathered = self._products.gather(parts, result, in_place=not self._is_seen)
-
-
-def _without_graph(made: LayerDecision) -> LayerDecision:
-    decisions = tuple(replace(one, probabilities=one.probabilities.detach(), gates=one.gates.detach()) for one in made.decisions)
-    shares = {name: tuple(replace(share, gate=share.gate.detach()) for share in kept) for name, kept in made.shares.items()}
-    return LayerDecision(decisions, shares)
+        is_seen = has_forward_hooks(cast(nn.Module, layer.base_layer))
+        self._gathered = self._products.gather(parts, result, in_place=not is_seen)

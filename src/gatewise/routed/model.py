@@ -22,7 +22,7 @@ from gatewise.internals.library_attributes import divides_by_items
 from gatewise.internals.quantised import never_pack
 from gatewise.losses import IGNORED, LossKind, loss_kind
 from gatewise.routed.config import RoutedLoraConfig
-from gatewise.routed.layer import NO_MERGE, UNLOAD_FIRST, LayerRouting, RoutedLinear
+from gatewise.routed.layer import UNLOAD_FIRST, LayerRouting, RoutedLinear
 from gatewise.routed.request import Request, RequestTracker
 from gatewise.routed.router import Router, balance
 from gatewise.routed.statistics import Routing, RoutingStatistics, routing_of, statistics_of
@@ -39,18 +39,14 @@ class RoutedLoraModel(LoraModel):
     decision of its own. The decision holds for the whole row, and for every token that is added with its key-value cache,
     in ``generate`` and in loops of one's own. A cache that already holds tokens brings the decision of the prompt that filled it;
     start with an empty one to route anew. Loops without a cache start a request with every call: run them under
-    ``prompt_positions``. Several threads may call the model at a time: each has its own calls and contexts, and ``routing`` and the
-    like tell of the last call of their thread, or of any if it has made none.
+    ``prompt_positions``. One thread at a time may call the model.
 
     In evaluation mode and without gradients, a module that no row keeps is its base module, and one that is kept adds two products
     for all adapters of the batch, which are gathered once a request, in the precision of the base module's output. A request that
-    goes on keeps its decision; A, B and scaling are read anew when ``generate`` or ``forward`` is called after they have changed
-    (by a training step, by loading, in place; what is written in place through ``.data`` may be missed until the next
-    prompt). Deleting an adapter ends its requests.
+    goes on keeps its decision, and the A, B and scaling that it began with. Deleting an adapter ends its requests.
 
     With ``adapt="after_prompt"`` an adapter acts from the prompt's last token on, and all before that runs as the base model. A row
-    without a prompt (plain language modelling) then has its first token for one. With ``pooler="last"`` too, a cache that the base
-    model has filled (adapters disabled) may hold all of the prompt but its end, and ``generate`` may cut the prompt into chunks.
+    without a prompt (plain language modelling) then has its first token for one.
 
     In training the load-balancing loss joins the loss that the model returns by itself; loops that compute a loss of their own add
     ``balance_loss()``.
@@ -87,16 +83,6 @@ class RoutedLoraModel(LoraModel):
         self._enabled, self._kind, self._orders = True, kind, {}
         self._stack = Stack(model)
 
-    def _install(self, model: nn.Module) -> None:
-        layers = self._stack.layers.values()
-        around = models_around(model, *(layer.module for layer in layers))
-        decoders = models_around(model, *(layer.module for layer in layers if layer.reads_encoder))
-        encoders = [one for one in around if one not in decoders] if decoders else []
-        self._tracker = RequestTracker(
-            around, encoders, self._kind == "causal", self._routed_adapters, self._config_of, self._finish
-        )
-        self._layers = [LayerRouting(layer, self._tracker) for layer in layers]
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, after a look at everything that can be wrong, so that the model is never left half done."""
         config = self.peft_config[adapter_name]
@@ -123,7 +109,13 @@ class RoutedLoraModel(LoraModel):
         if not config.inference_mode:
             never_pack(model)  # or an evaluation would break the training that follows it
         if not hasattr(self, "_tracker"):
-            self._install(model)
+            layers = self._stack.layers.values()
+            around = models_around(model, *(layer.module for layer in layers))
+            decoders = models_around(model, *(layer.module for layer in layers if layer.reads_encoder))
+            encoders = [one for one in around if one not in decoders] if decoders else []
+            writes = self._kind == "causal"
+            self._tracker = RequestTracker(around, encoders, writes, self._routed_adapters, self.peft_config, self._finish)
+            self._layers = [LayerRouting(layer, self._tracker) for layer in layers]
         self._refresh()
 
     def _create_and_replace(  # type: ignore[override]
@@ -157,7 +149,6 @@ class RoutedLoraModel(LoraModel):
         """Deletes an adapter with its routers. If it was the active one, another is active afterwards, the same in every layer."""
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        self._tracker.forget(adapter_name)
         self._orders.pop(adapter_name, None)
         left = [name for name in self.active_adapters if name in self.peft_config] or list(self.peft_config)[:1]
         if was_active and left:  # each layer chose for itself, among the adapters that it has
@@ -177,26 +168,10 @@ class RoutedLoraModel(LoraModel):
         self._enabled = enabled
 
     def _refresh(self) -> None:
-        self._tracker.adapters_changed()
         for layer in self._layers:
             layer.refresh(self.peft_config, self._orders)
 
     # ---- what cannot be done ----
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: which modules are added depends on the prompt.
-
-        Raises:
-            GatewiseError: always.
-        """
-        raise GatewiseError(NO_MERGE)
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused, as ``merge_adapter`` is."""
-        raise GatewiseError(NO_MERGE)
-
-    def unmerge_adapter(self) -> None:
-        """Nothing is ever merged."""
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: the sum of two adapters would need one router that decides as both of theirs do."""
@@ -228,13 +203,9 @@ class RoutedLoraModel(LoraModel):
             yield
 
     def _add_names(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A hook that gives modules saved with the adapters the name of each row's, as PEFT does for its own layers.
-
-        Other threads come by it too, so the names are those of the call that this thread has open.
-        """
+        """A hook that gives modules saved with the adapters the name of each row's, as PEFT does for its own layers."""
         call = self._tracker.now.call
-        if call is None or call.adapter_names is None:
-            return None
+        assert call is not None
         return args, {**kwargs, "adapter_names": call.names_by_row(len(args[0]))}
 
     def _check_names(self, names: Sequence[str]) -> None:
@@ -300,19 +271,8 @@ class RoutedLoraModel(LoraModel):
                 total = total + self._balance_weight(adapter) * torch.stack(losses).mean()
         return total
 
-    def activation_parameters(self, adapter: str | None = None) -> dict[str, nn.Parameter]:
-        """The rationals' coefficients of an adapter (None: the active one) by name; the paper trains them on a validation set."""
-        name = adapter or self.active_adapters[0]
-        ends = (f".prompt_router.{name}.numerator", f".prompt_router.{name}.denominator")
-        return {path: parameter for path, parameter in self.named_parameters() if path.endswith(ends)}
-
-    def _config_of(self, adapter: str) -> RoutedLoraConfig:
-        config = self.peft_config[adapter]
-        assert isinstance(config, RoutedLoraConfig)
-        return config
-
     def _balance_weight(self, adapter: str) -> float:
-        return self._config_of(adapter).balance_weight
+        return float(self.peft_config[adapter].balance_weight)  # type: ignore[union-attr]
 
     def _last(self) -> Request:
         request = self._tracker.last

@@ -12,14 +12,13 @@ for the decoder's, whose ``source`` is the encoder's.
 Packed rows hold several texts, and each is a prompt with decisions of its own.
 
 An adapter with ``adapt="after_prompt"`` waits for the end of the prompt: in the pass that reads it, it acts from the prompt's last
-token on. All before that is the base model's, whatever the adapter. So where its routers need nothing but that token
-(``pooler="last"``), a prompt may come in chunks, or begin in a cache that the base model has filled.
+token on. All before that is the base model's, whatever the adapter.
 
 Shapes: b batch (of packed rows, their texts), t tokens, n rows of one adapter, m experts of a layer.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -39,7 +38,6 @@ from gatewise.internals.call_tracking import (
     read_by_encoder,
     text_inputs,
 )
-from gatewise.internals.torch_modules import WeightSnapshot
 from gatewise.routed.config import RoutedLoraConfig
 from gatewise.serving import products
 from gatewise.serving.products import BASE
@@ -68,13 +66,53 @@ class Decision:
     gates: Tensor
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one adapter adds in one module to the ``rows`` (n,) of a batch, None for all of them.
+
+    Its gates ``gate`` are (n,), or (b, t) where packed rows have a gate for each of their texts.
+    """
+
+    adapter: str
+    rows: Tensor | None
+    gate: Tensor
+
+
+Shares = tuple[Share, ...]
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What was decided in one layer for a request.
+
+    Attributes:
+        decisions: by adapter.
+        shares: by path within the layer, what that adds in each module that was an expert of any adapter then, in order.
+    """
+
+    decisions: tuple[Decision, ...]
+    shares: Mapping[str, Shares]
+
+    @classmethod
+    def of(cls, decisions: Sequence[Decision], modules: Iterable[str], training: bool, packing: Packing | None) -> "LayerDecision":
+        """The decisions with their shares: in training all, as data-parallel training demands, else of modules that a row keeps."""
+        shares: dict[str, Shares] = dict.fromkeys(modules, ())
+        for one in decisions:
+            kept = [True] * len(one.experts) if training else (one.gates > 0).any(dim=0).tolist()
+            gates = one.gates if packing is None else one.gates[packing.of_token.to(one.gates.device)]
+            for column, name in enumerate(one.experts):
+                if kept[column]:
+                    shares[name] += (Share(one.adapter, one.rows, gates[..., column]),)
+        return cls(tuple(decisions), shares)
+
+
 @dataclass(eq=False)
 class Request:
     """A batch of prompts: where they lie (b, t), whose adapters serve them, and what each layer has decided.
 
     Attributes:
-        version: of the adapters at its start, see ``RequestTracker``.
-        decided: by the path of the layer, whatever its layer made of the decisions.
+        configs: of its adapters at its start. An adapter that was deleted has another one since, or none.
+        decided: by the path of the layer.
         centrings: by layer and adapter, what a router took off in training: a layer that is run again decides as before, whatever
             prompts were observed since.
         call: in which it was started, None outside of PEFT's ``forward`` and of ``generate``.
@@ -88,8 +126,8 @@ class Request:
     prompt: Tensor
     groups: Groups
     training: bool
-    version: int = 0
-    decided: dict[str, Any] = field(default_factory=dict)
+    configs: Mapping[str, RoutedLoraConfig]
+    decided: dict[str, LayerDecision] = field(default_factory=dict)
     centrings: dict[tuple[str, str], Any] = field(default_factory=dict)
     call: Call | None = None
     encodes: bool = True
@@ -97,53 +135,27 @@ class Request:
     source: "Request | None" = None
     packing: Packing | None = None
 
-    def all_decided(self) -> dict[str, Any]:
+    def all_decided(self) -> dict[str, LayerDecision]:
         """By the path of the layer, those of ``source`` first."""
         return {**(self.source.decided if self.source else {}), **self.decided}
-
-    def __deepcopy__(self, memo: object) -> "Request":
-        # A copied model has this as its last one too: decisions may have a graph, which cannot be copied.
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "call": None, "encoded": None}  # of this process
 
 
 class PreparedRequest:
     """A request and what its modules run in inference. Its key-value cache keeps this, so that it goes when the cache goes.
 
     Attributes:
-        runs: by module; layers add theirs when they first run.
+        runs: by module; layers add theirs when they first run. They hold A and B as these were then.
         complete: all layers have.
-        version: of the adapters whose weights the runs have.
         products: what gathers the weights.
-        weights, scalings: what was gathered, to find out whether it has changed; scalings as (those of a module, adapter, value).
-        checked_in: the call in which that was asked last.
     """
 
-    def __init__(self, request: Request, version: int) -> None:
-        self.request = request
-        self.start_anew(version)
-
-    def start_anew(self, version: int) -> None:
-        """Layers prepare their modules again, by the same decisions."""
+    def __init__(self, request: Request) -> None:
+        self.request, self.complete = request, False
         self.runs: dict[nn.Module, Any] = {}
-        self.complete, self.version, self.products = False, version, products.Request(len(self.request.prompt))
-        self.weights: list[WeightSnapshot] = []
-        self.scalings: list[tuple[Mapping[str, float], str, float]] = []
-        self.checked_in: Call | None = None
-
-    def refresh(self, version: int) -> None:
-        """Weights are read anew if they have changed."""
-        scaled = any(scaling.get(adapter) != value for scaling, adapter, value in self.scalings)
-        if version != self.version or scaled or any(one.has_changed() for one in self.weights):
-            self.start_anew(version)
+        self.products = products.Request(len(request.prompt))
 
     def __deepcopy__(self, memo: object) -> "PreparedRequest":
-        # A copied cache goes on with the request that filled it. What modules run is its own: the copy may go on in another thread.
-        made = PreparedRequest(self.request, self.version)
-        made.runs, made.complete, made.products = dict(self.runs), self.complete, self.products
-        return made
+        return self  # a copied cache goes on with the request that filled it
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # A pickled cache goes without: in another process there is no such request, and its next pass says so.
@@ -151,41 +163,51 @@ class PreparedRequest:
 
 
 def regroup(cache: Any, parts: Sequence[tuple[Any, Sequence[int]]]) -> None:
-    """A cache that was made of rows of others (itself among them) goes on with the decisions of these rows.
+    """A cache that was made of rows of others (itself among them) goes on with the decisions of these rows. For inference.
 
     Args:
         cache: keys and values of the rows of ``parts``, in order.
         parts: caches that one model has filled, each with the rows that are taken from it. Nothing, where no router read them.
     """
-    taken = [(getattr(one, _ON_CACHE, None), rows) for one, rows in parts]
-    requests = [(prepared.request, rows) for prepared, rows in taken if prepared is not None]
+    filled = [(getattr(one, _ON_CACHE, None), rows) for one, rows in parts]
+    requests = [(prepared.request, rows) for prepared, rows in filled if prepared is not None]
     if not requests:
         return
-    tracker = requests[0][0].tracker
-    setattr(cache, _ON_CACHE, PreparedRequest(_regrouped(requests), tracker.version))
-
-
-def _regrouped(parts: Sequence[tuple["Request", Sequence[int]]]) -> "Request":
-    """One request of rows of several, in order, with what was decided for them."""
-    first, _ = parts[0]
-    width = max(request.prompt.shape[1] for request, _ in parts)
-    prompts = [F.pad(request.prompt[list(rows)], (width - request.prompt.shape[1], 0)) for request, rows in parts]
+    width = max(request.prompt.shape[1] for request, _ in requests)
+    prompts = [F.pad(request.prompt[list(rows)], (width - request.prompt.shape[1], 0)) for request, rows in requests]
     groups: dict[str, list[int]] = {}
+    configs: dict[str, RoutedLoraConfig] = {}
     start = 0
-    for request, rows in parts:
+    for request, rows in requests:
+        configs = {**request.configs, **configs}  # the older ones: an adapter that was deleted since stays known for it
         names = {row: name for name, places in request.groups.items() for row in (places or range(len(request.prompt)))}
         for place, row in enumerate(rows, start):
             if row in names:
                 groups.setdefault(names[row], []).append(place)
         start += len(rows)
-    decided = {
-        path: made.regrouped([(request.decided[path], rows) for request, rows in parts]) for path, made in first.decided.items()
-    }
-    # One may be deleted, and loaded again by its name, between the beginnings of two requests of others.
-    tracker = first.tracker
-    gone = any(name in groups for request, _ in parts for name in tracker._gone(request))
-    version = min(request.version for request, _ in parts) if gone else tracker.version
-    return Request(tracker, torch.cat(prompts), dict(groups), False, version, decided)
+    first = requests[0][0]
+    decided = {path: _regrouped([(request.decided[path], rows) for request, rows in requests]) for path in first.decided}
+    made = Request(first.tracker, torch.cat(prompts), dict(groups), False, {name: configs[name] for name in groups}, decided)
+    setattr(cache, _ON_CACHE, PreparedRequest(made))
+
+
+def _regrouped(parts: Sequence[tuple[LayerDecision, Sequence[int]]]) -> LayerDecision:
+    """What was decided for rows of several batches, which now are one: one decision an adapter, with the rows of all batches."""
+    found: dict[str, list[tuple[Decision, list[int], list[int]]]] = {}  # its places among its own rows, and in the new batch
+    start = 0
+    for made, rows in parts:
+        for one in made.decisions:
+            own = {row: place for place, row in enumerate(range(len(one.gates)) if one.rows is None else one.rows.tolist())}
+            pairs = [(own[row], place) for place, row in enumerate(rows, start) if row in own]
+            if pairs:
+                found.setdefault(one.adapter, []).append((one, [pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+        start += len(rows)
+    decisions = []
+    for adapter, taken in found.items():
+        probabilities, gates = (torch.cat([getattr(one, name)[at] for one, at, _ in taken]) for name in ("probabilities", "gates"))
+        places = torch.tensor([place for _, _, places in taken for place in places], device=gates.device)
+        decisions.append(Decision(adapter, places, taken[0][0].experts, probabilities, gates))
+    return LayerDecision.of(decisions, [name for made, _ in parts for name in made.shares], training=False, packing=None)
 
 
 class Pass:
@@ -194,56 +216,22 @@ class Pass:
     Not a dataclass: layers are given it as an argument, and of those FSDP makes new ones.
 
     Attributes:
+        batch, tokens: rows, and tokens of each.
         continues: the decisions are there already, those of an encoder's layers only where it ran before.
         is_inference: in evaluation mode, without gradients and without packed texts.
         is_settled: and all that any module runs is known, so that layers have nothing to do.
         adapted: by adapter that waits for the end of the prompt, where it acts in its rows (n, t); none in a pass that goes on.
-        window: where anything acts, for all adapters together; None where two that share rows differ in that.
         seen: the layers that have run.
         masks: of attention, that keep packed texts apart.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        prepared: PreparedRequest,
-        continues: bool,
-        *,
-        is_inference: bool,
-        is_settled: bool,
-        adapted: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.request, self.prepared, self.continues = request, prepared, continues
-        self.is_inference, self.is_settled = is_inference, is_settled
-        self.adapted: Mapping[str, Tensor] = adapted or {}
-        self.window = window_of(request.groups, self.adapted, len(request.prompt)) if self.adapted and is_inference else None
+    def __init__(self, prepared: PreparedRequest, inputs: Tensor, continues: bool, adapted: Mapping[str, Tensor]) -> None:
+        self.request, self.prepared = prepared.request, prepared
+        self.batch, self.tokens = inputs.shape[:2]
+        self.continues, self.adapted = continues, adapted
+        self.is_inference = self.is_settled = False
         self.seen: set[str] = set()
         self.masks: list[Any] = []
-
-
-@dataclass(frozen=True)
-class Window:
-    """Where adapters act in a pass that reads prompts: from the column ``start`` on and there where ``where`` (b, t) is true, or
-    everywhere if it is None."""
-
-    start: int
-    where: Tensor | None
-
-
-def window_of(groups: Groups, adapted: Mapping[str, Tensor], batch: int) -> Window | None:
-    """The window of adapters of which some wait, see ``Pass``; None if adapters that serve the same rows act at other places."""
-    shared = len(groups) > 1 and any(rows is None for rows in groups.values())
-    if shared and adapted.keys() != groups.keys():
-        return None
-    like = next(iter(adapted.values()))
-    where = like.new_zeros(batch, like.shape[1])
-    served: list[int] = []
-    for adapter, rows in groups.items():
-        places = list(range(batch)) if rows is None else rows
-        where[places] = adapted.get(adapter, like.new_ones(()))
-        served += places
-    start = int(where.any(dim=0).to(torch.uint8).argmax())
-    return Window(start, None if bool(where[served, start:].all()) else where)
 
 
 def from_last(prompt: Tensor) -> Tensor:
@@ -253,34 +241,30 @@ def from_last(prompt: Tensor) -> Tensor:
 
 
 class RoutingState(CallState):
-    """What a thread is doing with a routed model. All routed modules of the model look at this one object when they run.
+    """What is being done with a routed model. All routed modules of the model look at this one object when they run.
 
     Attributes:
         current: the ``Pass`` that is open.
         runs: what each module runs now: in inference for the whole pass, with gradients while its layer runs.
         base_only: no adapter is in use in the pass, and every module is its base module.
-        tokens: how many each row of the pass has.
-        last: the newest request of the thread.
+        last: the newest request.
     """
 
-    of_pass: ClassVar[tuple[str, ...]] = (*CallState.of_pass, "runs", "base_only", "tokens")
+    of_pass: ClassVar[tuple[str, ...]] = (*CallState.of_pass, "runs", "base_only")
     current: Pass | None = None
     runs: Mapping[nn.Module, Callable[..., Tensor]] = {}
     base_only: bool = False
-    tokens: int = 0
     last: Request | None = None
 
 
 class RequestTracker(CallTracker):
     """Watches the base model's forwards and finds the request that each belongs to.
 
-    It counts versions of the adapters: one more whenever they may have changed.
-
     Args:
         models, causal: as in ``CallTracker``.
         encoders: those of an encoder-decoder model's that hold the encoder alone; none of another model.
         active: names of the adapters in use, none while they are disabled.
-        configs: their configurations.
+        configs: of all adapters, by name.
         finish: called with (request, arguments of the forward, output) when a pass in training ends; what it returns replaces the
             output.
     """
@@ -294,13 +278,11 @@ class RequestTracker(CallTracker):
         encoders: Sequence[nn.Module],
         causal: bool,
         active: Callable[[], Sequence[str]],
-        configs: Callable[[str], RoutedLoraConfig],
+        configs: Mapping[str, Any],
         finish: Callable[[Request, Mapping[str, Any], Any], Any],
     ) -> None:
         super().__init__(models, RoutingState(), "routed adapters", "routers", causal)
         self._encoders, self._active, self._configs, self._finish = list(encoders), active, configs, finish
-        self._version, self._deleted = 0, dict[str, int]()
-        self._newest: Request | None = None
 
     @property
     def is_at_work(self) -> bool:
@@ -309,92 +291,55 @@ class RequestTracker(CallTracker):
 
     @property
     def last(self) -> Request | None:
-        """The newest request of this thread or, if it has none, of all; None if an adapter that served it was deleted."""
-        request = self.now.last or self._newest
-        return None if request is None or self._gone(request) else request
-
-    @property
-    def version(self) -> int:
-        """Of the adapters, as they are now."""
-        return self._version
-
-    def adapters_changed(self) -> None:
-        """Requests that go on read their weights anew."""
-        self._version += 1
-
-    def forget(self, adapter: str) -> None:
-        """An adapter is deleted: requests that it serves cannot go on, even if another comes to have its name."""
-        self._deleted[adapter] = self._version
+        """The newest request; None if there is none, or if an adapter that served it was deleted."""
+        request = self.now.last
+        return None if request is None or self._deleted(request) else request
 
     def begin(self, arguments: Mapping[str, Any], module: Any) -> Pass:
         """The pass that a forward opens: of the request that its cache belongs to, or of a new one."""
         now, cache = self.now, cache_of(arguments)
         arguments = read_by_encoder(arguments) if self._encoders else arguments
         inputs = text_inputs(arguments, "routed adapters")
-        groups, training, has_gradients = self._groups(len(inputs)), module.training, torch.is_grad_enabled()
-        cached = cached_tokens(cache) if groups or hasattr(cache, _ON_CACHE) else 0
-        if not cached and hasattr(cache, _ON_CACHE):
-            delattr(cache, _ON_CACHE)  # it was emptied, and is filled anew
-        in_parts = self._reads_in_parts(groups) and not hasattr(cache, _ON_CACHE)
-        if in_parts and self._ends_later(cache, cached + inputs.shape[1]):
-            groups = {}
-        continues = bool(groups and cached) and not in_parts
+        batch = len(inputs)
+        groups, training, has_gradients = self._groups(batch), module.training, torch.is_grad_enabled()
         runs_encoder = bool(self._encoders) and "input_ids" in arguments
+        continues = bool(groups) and cached_tokens(cache) > 0
         if continues:
-            prepared = self._prepared_before(cache, len(inputs), groups)
+            prepared = self._prepared_before(cache, batch, groups)
         else:
             prompt, packing = inputs[:, :0], None  # nobody reads any
             if groups:
-                text = self.read_text(arguments, inputs, training and has_gradients, in_parts)
+                text = self.read_text(arguments, inputs, training and has_gradients)
                 prompt, packing = self._prompts(text, groups), text.packing
                 if packing is not None and any(rows is not None for rows in groups.values()):
                     raise GatewiseError(
                         "adapter_names was given for rows that hold several packed samples: give each text a row of its own, padded"
                     )
-            source = self._encoded_by(inputs) if self._encoders and not runs_encoder else None
-            encodes = runs_encoder or not self._encoders
-            request = Request(
-                self, prompt, groups, training, self._version, call=now.call, encodes=encodes, source=source, packing=packing
-            )
-            prepared = PreparedRequest(request, self._version)
+            request = Request(self, prompt, groups, training, {name: self._configs[name] for name in groups}, call=now.call)
+            request.packing, request.encodes = packing, runs_encoder or not self._encoders
+            request.source = None if request.encodes else self._encoded_by(inputs)
+            prepared = PreparedRequest(request)
         request = prepared.request
-        adapted = {} if continues else self._adapted(request)
         if groups:
-            now.last = self._newest = request
-        if training or has_gradients or request.packing is not None:
-            self._version += 1  # weights may be trained next, by optimisers that leave no trace on them
-            return Pass(request, prepared, continues, is_inference=False, is_settled=False, adapted=adapted)
-        # At the first pass in a call: looking at all weights takes as long as some of their products.
-        if continues and (now.call is None or prepared.checked_in is not now.call):
-            prepared.refresh(self._version)
-            prepared.checked_in = now.call
-        now.runs, now.base_only, now.tokens = prepared.runs, not groups, inputs.shape[1]
-        is_settled = not groups or (prepared.complete and (request.encodes or not runs_encoder))
-        return Pass(request, prepared, continues, is_inference=True, is_settled=is_settled, adapted=adapted)
+            now.last = request
+        made = Pass(prepared, inputs, continues, {} if continues else self._adapted(request))
+        # Packed texts have a gate for each token, which the gathered products do not know.
+        if not training and not has_gradients and request.packing is None:
+            made.is_inference, now.runs, now.base_only = True, prepared.runs, not groups
+            made.is_settled = not groups or (prepared.complete and (request.encodes or not runs_encoder))
+        return made
 
     def end(self, done: Pass, arguments: Mapping[str, Any], output: Any, module: Any) -> Any:
         """The cache comes to know its request, and the training loss the load-balancing one."""
+        request = done.request
         done.prepared.complete |= done.is_inference
-        if done.request.groups:
-            outputs = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-            for value in (cache_of(arguments), *outputs):
-                if hasattr(value, "get_seq_length"):
-                    setattr(value, _ON_CACHE, done.prepared)
-            if module in self._encoders:
-                done.request.encoded = weakref.ref(output[0])
-        return self._finish(done.request, arguments, output) if done.request.training else None
-
-    def learns_without_labels(self) -> None:
-        """Refused.
-
-        Raises:
-            GatewiseError: always.
-        """
-        raise GatewiseError(
-            "a routed adapter was trained without labels in the model's call, so that its routers would read the answers: pass "
-            "labels with -100 before the answer (label_smoothing_factor and compute_loss_func have the Trainer keep them back: "
-            "leave these out), or run the forward under model.prompt_positions(mask)"
-        )
+        outputs = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        for value in (cache_of(arguments), *outputs):
+            if hasattr(value, "get_seq_length"):
+                setattr(value, _ON_CACHE, done.prepared if request.groups else None)
+        if request.groups and module in self._encoders:
+            request.encoded = weakref.ref(output[0])
+        return self._finish(request, arguments, output) if request.training else None
 
     def _groups(self, batch: int) -> Groups:
         active, call = self._active(), self.now.call or Call()
@@ -408,20 +353,6 @@ class RequestTracker(CallTracker):
                 rows.append(row)
         return groups
 
-    # ---- adapters that wait for the end of the prompt ----
-
-    def _waits(self, adapter: str) -> bool:
-        return self._configs(adapter).adapt == "after_prompt"
-
-    def _reads_in_parts(self, groups: Groups) -> bool:
-        """Whether all adapters of a batch need nothing of its prompts but their last tokens."""
-        return bool(groups) and all(self._waits(one) and self._configs(one).pooler == "last" for one in groups)
-
-    def _ends_later(self, cache: Any, tokens: int) -> bool:
-        """Whether a chunk, with which a cache comes to hold ``tokens``, is not the last one of the prompt given to ``generate``."""
-        call = self.now.call
-        return cache is not None and call is not None and call.width is not None and tokens < call.width
-
     def _prompts(self, text: Text, groups: Groups) -> Tensor:
         """The prompts, at least a token each. A row without one (plain language modelling) is its own: all of it or, for an adapter
         that waits for the end of the prompt, the first token."""
@@ -433,8 +364,11 @@ class RequestTracker(CallTracker):
         prompt = torch.where(text.prompt.any(dim=1, keepdim=True), text.prompt, whole)
         return prompt | ~prompt.any(dim=1, keepdim=True)
 
+    def _waits(self, adapter: str) -> bool:
+        return bool(self._configs[adapter].adapt == "after_prompt")
+
     def _adapted(self, request: Request) -> dict[str, Tensor]:
-        """See ``Pass``."""
+        """Where the adapters act that wait for the end of the prompt, see ``Pass``."""
         found = {}
         for adapter, rows in request.groups.items():
             if self._waits(adapter):
@@ -472,13 +406,13 @@ class RequestTracker(CallTracker):
                 f"the key-value cache was filled with adapter {was}, but {wanted} is in use now: start with an empty cache after "
                 "changing adapters"
             )
-        if gone := self._gone(request):
+        if deleted := self._deleted(request):
             raise GatewiseError(
-                f"the key-value cache was filled with adapter {' and '.join(map(repr, gone))}, which has been deleted since, "
+                f"the key-value cache was filled with adapter {' and '.join(map(repr, deleted))}, which has been deleted since, "
                 "whatever has its name now: start with an empty cache"
             )
         return prepared
 
-    def _gone(self, request: Request) -> list[str]:
+    def _deleted(self, request: Request) -> list[str]:
         """The adapters of a request that have been deleted since."""
-        return [name for name in request.groups if self._deleted.get(name, -1) >= request.version]
+        return [name for name, config in request.configs.items() if self._configs.get(name) is not config]

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from gatewise.losses import Batch, row_losses
-from gatewise.routed.layer import LayerDecision
-from gatewise.routed.request import Request
+from gatewise.routed.request import LayerDecision, Request
 from gatewise.routed.router import balance
 
 
