@@ -1,10 +1,9 @@
 """The upper level of a bi-level training: its parameters, the order of its rows, and what a checkpoint keeps of it."""
 
-import difflib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,13 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, Subset
 from gatewise.errors import GatewiseError, some
 from gatewise.files import whole_file
 
-Chosen = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
-
 
 @dataclass
 class UpperLevel:
     """The upper parameters by name, their optimiser, and how far they are.
 
     Attributes:
+        optimizer: whose state is made of tensors, such as Adam's.
         steps: upper steps so far.
         rows_seen: rows of the upper stream so far, over all processes.
     """
@@ -37,38 +35,13 @@ class UpperLevel:
     steps: int = 0
     rows_seen: int = 0
 
-    def __post_init__(self) -> None:
-        if sorted(map(id, self._ordered())) != sorted(map(id, self.parameters.values())):
-            raise GatewiseError("create_upper_optimizer must make an optimizer for exactly the parameters it is given")
-
     def save(self, path: Path) -> None:
-        """Writes optimiser state and counters as safetensors; the numbers among them are JSON in its metadata.
-
-        Raises:
-            GatewiseError: the optimiser's state is not made of tensors and numbers, or the file cannot be written.
-        """
+        """Writes optimiser state and counters as safetensors, the counters as JSON in its metadata."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         tensors: dict[str, Tensor] = {}
-        numbers: dict[str, float] = {}
-        for parameter in self._ordered():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                slot = f"{key}/{names[id(parameter)]}"
-                if isinstance(value, Tensor):
-                    tensors[slot] = value.detach().contiguous()
-                elif isinstance(value, int | float):
-                    numbers[slot] = value
-                elif value is not None:
-                    kind = type(self.optimizer).__name__
-                    raise GatewiseError(
-                        f"{kind} keeps {key!r} as a {type(value).__name__}, which no checkpoint can hold: use another"
-                    )
-        about = {
-            "format": 1,
-            "steps": self.steps,
-            "rows_seen": self.rows_seen,
-            "parameters": list(self.parameters),
-            "numbers": numbers,
-        }
+        for parameter, state in self.optimizer.state.items():
+            tensors |= {f"{key}/{names[id(parameter)]}": value.detach().contiguous() for key, value in state.items()}
+        about = {"format": 1, "steps": self.steps, "rows_seen": self.rows_seen, "parameters": list(self.parameters)}
         with whole_file(path) as part:
             save_file(tensors, part, metadata={"bilevel": json.dumps(about)})
 
@@ -81,7 +54,7 @@ class UpperLevel:
         try:
             with safe_open(str(path), framework="pt") as file:
                 about = json.loads(file.metadata()["bilevel"])
-                slots = {**{key: file.get_tensor(key) for key in file.keys()}, **about["numbers"]}  # noqa: SIM118 (not a mapping)
+                slots = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
                 steps, rows_seen, stored = int(about["steps"]), int(about["rows_seen"]), set(about["parameters"])
         except FileNotFoundError as error:
             raise GatewiseError(
@@ -94,7 +67,8 @@ class UpperLevel:
                 f"{path} is of the upper parameters {some(stored)}, but this run's are {some(self.parameters)}: "
                 "resume with the upper_parameters it was written with"
             )
-        places = {id(parameter): place for place, parameter in enumerate(self._ordered())}
+        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        places = {id(parameter): place for place, parameter in enumerate(ordered)}
         state: dict[int, dict[str, Any]] = {}
         for slot, value in slots.items():
             key, _, name = slot.partition("/")
@@ -102,57 +76,27 @@ class UpperLevel:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.steps, self.rows_seen = steps, rows_seen
 
-    def _ordered(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-
-def select_upper(model: Any, chosen: Chosen) -> dict[str, nn.Parameter]:
-    """The trainable parameters that a choice names, by name in the model's order.
-
-    A string that is the name of a parameter means that one; any other is a regular expression found anywhere in a name. Parameters
-    that require no gradient are passed over.
-
-    Args:
-        chosen: a string, several, or a function (name, parameter) -> bool.
+def select_upper(model: Any, pattern: str) -> dict[str, nn.Parameter]:
+    """The trainable parameters in whose names a regular expression is found, by name in the model's order.
 
     Raises:
-        GatewiseError: a string that fits no trainable parameter, or a choice of none or of all.
+        GatewiseError: no regular expression, or one that fits no trainable parameter, or all of them.
     """
-    every: dict[str, nn.Parameter] = dict(model.named_parameters())
-    trainable = [name for name, parameter in every.items() if parameter.requires_grad]
-    taken: set[str] = set()
-    if callable(chosen):
-        fitting = [name for name, parameter in every.items() if chosen(name, parameter)]
-        taken |= _trainable("the function upper_parameters", fitting, trainable, [])
-    else:
-        for text in [chosen] if isinstance(chosen, str) else chosen:
-            fitting = [text] if text in every else _found(text, every)
-            near = difflib.get_close_matches(text, trainable, n=1, cutoff=0.4)
-            taken |= _trainable(f"upper_parameters: {text!r}", fitting, trainable, near)
-    if not taken:
-        raise GatewiseError(f"upper_parameters is empty; expected some of the trainable parameters: {some(trainable)}")
-    if len(taken) == len(trainable):
-        raise GatewiseError(
-            f"upper_parameters fits all {len(trainable)} trainable parameters and leaves none for train_dataset: choose fewer"
-        )
-    return {name: every[name] for name in trainable if name in taken}
-
-
-def _found(pattern: str, names: Iterable[str]) -> list[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise GatewiseError(f"upper_parameters: {pattern!r} is no parameter and no regular expression ({error})") from error
-    return [name for name in names if expression.search(name)]
-
-
-def _trainable(rule: str, fitting: list[str], trainable: list[str], near: list[str]) -> set[str]:
-    if not fitting:
-        hint = f"did you mean {near[0]}?" if near else f"trainable are {some(trainable)}"
-        raise GatewiseError(f"{rule} fits no parameter of the model; {hint}")
-    if not set(fitting) & set(trainable):
-        raise GatewiseError(f"{rule} fits only parameters that do not require a gradient ({some(fitting)}): make them trainable")
-    return set(fitting) & set(trainable)
+        raise GatewiseError(f"upper_parameters is {pattern!r}, which is no regular expression ({error})") from error
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    chosen = {name: parameter for name, parameter in trainable.items() if expression.search(name)}
+    if not chosen:
+        raise GatewiseError(f"upper_parameters is {pattern!r}, which fits no trainable parameter; trainable are {some(trainable)}")
+    if len(chosen) == len(trainable):
+        raise GatewiseError(
+            f"upper_parameters is {pattern!r}, which fits all {len(trainable)} trainable parameters and leaves none for "
+            "train_dataset: choose fewer"
+        )
+    return chosen
 
 
 @contextmanager
@@ -227,16 +171,12 @@ def count_rows(what: str, dataset: Any, least: int) -> int:
     Raises:
         GatewiseError: a stream or no data set at all, or fewer rows than ``least``.
     """
-    by_number = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset | Mapping)
-    try:
-        count = len(dataset) if by_number else None
-    except TypeError:
-        count = None
-    if count is None:
+    by_number = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not by_number or isinstance(dataset, IterableDataset | Mapping):
         raise GatewiseError(
             f"{what} is a {type(dataset).__name__}; expected rows with a length that can be read by number: of a stream, take as "
             "many as you need into a list"
         )
-    if count < least:
-        raise GatewiseError(f"{what} has {count} rows; expected at least {least}")
-    return count
+    if len(dataset) < least:
+        raise GatewiseError(f"{what} has {len(dataset)} rows; expected at least {least}")
+    return len(dataset)

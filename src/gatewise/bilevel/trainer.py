@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gatewise.adapters.whole import keeps_whole
-from gatewise.bilevel.state import Chosen, CyclicRows, UpperLevel, count_rows, held_fixed, select_upper, split_in_half
+from gatewise.bilevel.state import CyclicRows, UpperLevel, count_rows, held_fixed, select_upper
+from gatewise.checks import is_number, is_whole
 from gatewise.errors import GatewiseError, some
 from gatewise.processes import average_gradients
 
@@ -32,18 +33,19 @@ if TYPE_CHECKING:
 else:
     _AnyTrainer = object  # the mixin goes before whichever Trainer it is mixed with
 
-__all__ = ["STATE_FILE", "BilevelMixin", "BilevelTrainer", "split_in_half"]
+__all__ = ["STATE_FILE", "BilevelMixin", "BilevelTrainer"]
 logger = logging.getLogger(__name__)
 STATE_FILE = "bilevel.safetensors"
 
 
 class BilevelMixin(_AnyTrainer):
-    """Adds an upper level to the ``Trainer`` that follows it: ``class Mine(BilevelMixin, RecipeTrainer): ...``.
+    """Adds an upper level to the ``Trainer`` that follows it: ``class Mine(BilevelMixin, SFTTrainer): ...``.
 
     An upper step comes right after the lower optimiser step it follows, when that step's gradients are cleared and before the
     ``on_step_end`` of all other callbacks: they, evaluation and checkpoints see both levels moved and no gradient left over. It
-    takes one batch. The lower optimiser, its schedule, clipping and ``grad_norm`` know nothing of the upper parameters, whose
-    gradients from training batches are dropped at once. A resumed run equals one never stopped, bit by bit on the CPU.
+    takes one batch of ``per_device_train_batch_size`` rows a device. The lower optimiser, its schedule, clipping and ``grad_norm``
+    know nothing of the upper parameters, whose gradients from training batches are dropped at once. A resumed run equals one never
+    stopped, bit by bit on the CPU.
 
     The loss of an upper step is its batch's mean, averaged over processes. Training logs gain ``upper_loss`` (the mean over the
     upper steps since the last log), ``upper_grad_norm`` and ``upper_learning_rate`` (both of the last upper step).
@@ -53,19 +55,11 @@ class BilevelMixin(_AnyTrainer):
     Args:
         upper_dataset: the second stream: rows for the Trainer's collator, with a length, read by number. Its order depends on the
             seed (``data_seed``, or else ``seed``) and the pass alone; passes follow without a gap, so that every batch is full.
-        upper_parameters: which trainable parameters are the upper level: a name or regular expression (found anywhere in the name
-            that ``model.named_parameters()`` gives), several, or a function (name, parameter) -> bool. The others are the
-            lower level.
-        upper_learning_rate: of the upper optimiser. DARTS 3e-4, MiLoRA 1e-6.
-        upper_weight_decay: of all upper parameters, biases too. DARTS 1e-3 (with "adam").
-        upper_betas: of "adamw" and "adam". DARTS (0.5, 0.999).
-        upper_optim: "adamw", "adam" (whose weight decay is an L2 penalty, as in DARTS) or "sgd" (without momentum). For any other,
+        upper_parameters: a regular expression, found anywhere in the names (``model.named_parameters()``) of the trainable
+            parameters that are the upper level. The others are the lower level.
+        upper_learning_rate: of the upper optimiser, AdamW without weight decay. DARTS 3e-4, MiLoRA 1e-6. For another optimiser,
             override ``create_upper_optimizer``.
-        upper_schedule: "constant", or "lower": the share of its peak at which the last lower step's learning rate stood.
         upper_every: one upper step after every so many lower optimiser steps.
-        upper_start: lower optimiser steps before the first such cycle begins or, below 1, a share of the run.
-        upper_batch_size: rows a device; ``per_device_train_batch_size`` by default.
-        upper_max_grad_norm: clips the upper gradient, on its own; None leaves it as it is.
         Others: those of the Trainer.
 
     Raises:
@@ -77,38 +71,23 @@ class BilevelMixin(_AnyTrainer):
         self,
         *args: Any,
         upper_dataset: Any,
-        upper_parameters: Chosen,
+        upper_parameters: str,
         upper_learning_rate: float,
-        upper_weight_decay: float = 0.0,
-        upper_betas: tuple[float, float] = (0.9, 0.999),
-        upper_optim: Literal["adamw", "adam", "sgd"] = "adamw",
-        upper_schedule: Literal["constant", "lower"] = "constant",
         upper_every: int = 1,
-        upper_start: float = 0,
-        upper_batch_size: int | None = None,
-        upper_max_grad_norm: float | None = None,
         **kwargs: Any,
     ) -> None:
-        self.upper_dataset = upper_dataset
-        self.upper_parameters = upper_parameters
-        self.upper_learning_rate = upper_learning_rate
-        self.upper_weight_decay = upper_weight_decay
-        self.upper_betas = upper_betas
-        self.upper_optim = upper_optim
-        self.upper_schedule = upper_schedule
-        self.upper_every = upper_every
-        self.upper_start = upper_start
-        self.upper_batch_size = upper_batch_size
-        self.upper_max_grad_norm = upper_max_grad_norm
-        self._check_settings()
+        count_rows("upper_dataset", upper_dataset, 1)
+        if not is_number(upper_learning_rate) or not 0 < upper_learning_rate < math.inf:
+            raise GatewiseError(f"upper_learning_rate is {upper_learning_rate!r}; expected a number above 0, such as 3e-4")
+        if not is_whole(upper_every) or upper_every < 1:
+            raise GatewiseError(f"upper_every is {upper_every!r}; expected a whole number of lower steps, at least 1")
+        self.upper_dataset, self.upper_parameters = upper_dataset, upper_parameters
+        self.upper_learning_rate, self.upper_every = upper_learning_rate, upper_every
         self._upper: UpperLevel | None = None
         self._upper_batches: Iterator[Any] | None = None
         self._upper_log: dict[str, Any] = {}
-        self._lower_lr_share = 1.0
-        self._in_lower_step = False
         super().__init__(*args, **kwargs)
         self._refuse_sharding()
-        self._check_columns()
         upper = select_upper(self.model, upper_parameters)
         if self.optimizer is not None:
             _check_lower(self.optimizer, upper)
@@ -120,52 +99,23 @@ class BilevelMixin(_AnyTrainer):
     # For subclasses.
 
     def compute_upper_loss(self, model: nn.Module, inputs: Any) -> Tensor:
-        """The loss of an upper step: the mean over its batch. By default that of the lower level, without ``extra_lower_loss``."""
+        """The loss of an upper step: the mean over its batch. By default that of the lower level."""
         return self.compute_loss(model, inputs)
 
-    def extra_lower_loss(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
-        """What a lower step adds to its loss, such as SPT's consistency: a mean over the batch, or None for nothing.
-
-        Args:
-            outputs: what ``compute_loss`` of the Trainer returned beside the loss: the model's outputs of the pass made for it.
-        """
-        return None
-
     def create_upper_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-        """A new optimiser for exactly the upper parameters. Its state must be made of tensors and numbers, to be saved."""
-        values, lr, decay = list(parameters.values()), self.upper_learning_rate, self.upper_weight_decay
-        if self.upper_optim == "sgd":
-            return torch.optim.SGD(values, lr=lr, weight_decay=decay)
-        kind = torch.optim.AdamW if self.upper_optim == "adamw" else torch.optim.Adam
-        return kind(values, lr=lr, betas=self.upper_betas, weight_decay=decay)
+        """A new optimiser for exactly the upper parameters. Its state must be made of tensors, to be saved."""
+        return torch.optim.AdamW(parameters.values(), lr=self.upper_learning_rate, weight_decay=0.0)
 
-    # The state of the upper level.
-
-    @property
-    def upper_steps(self) -> int:
-        """Upper steps so far, those before a resume included."""
-        return self._upper.steps if self._upper else 0
-
-    @property
-    def upper_optimizer(self) -> Optimizer | None:
-        """The optimiser of the upper level, once training has begun."""
-        return self._upper.optimizer if self._upper else None
-
-    # Lower steps: the Trainer's own, kept away from the upper parameters.
+    # Lower steps.
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """The lower optimiser, as the Trainer makes it but without the upper parameters; and beside it the upper one."""
+        """The Trainer's, for the lower parameters alone, beside a new one for the upper ones."""
         upper = select_upper(self.model, self.upper_parameters)
         # The Trainer, and what overrides it, takes all that requires a gradient.
         with held_fixed(upper.values()):
             lower = super().create_optimizer(*args, **kwargs)
         _check_lower(lower, upper)
-        before = self._upper
-        if before is not None and [*map(id, before.parameters.values())] == [*map(id, upper.values())]:
-            # Training anew with the same Trainer goes on with its optimiser, so the upper level does likewise.
-            self._upper = UpperLevel(upper, before.optimizer)
-        else:
-            self._upper = UpperLevel(upper, self.create_upper_optimizer(upper))
+        self._upper = UpperLevel(upper, self.create_upper_optimizer(upper))
         self._upper_batches, self._upper_log = None, {}
         return lower
 
@@ -178,36 +128,10 @@ class BilevelMixin(_AnyTrainer):
             # it remembers which parameters had one in passes it did not average, upper steps too, and fails where that is gone.
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        self._in_lower_step = True
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._in_lower_step = False
+        loss = super().training_step(model, inputs, num_items_in_batch)
         for parameter in parameters:
             parameter.grad = None
         return loss
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
-    ) -> Any:
-        """The Trainer's, and in a lower step ``extra_lower_loss`` on top."""
-        base = super().compute_loss
-        if not self._in_lower_step or type(self).extra_lower_loss is BilevelMixin.extra_lower_loss:
-            return base(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        # A copy, because label smoothing takes the labels out.
-        loss, outputs = base(model, {**inputs}, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        extra = self.extra_lower_loss(model, inputs, outputs)
-        if extra is not None:
-            # A loss that is divided by the labels of all batches of the step already will not be divided by their number.
-            loss = loss + (extra / self.current_gradient_accumulation_steps if self._is_scaled(num_items_in_batch) else extra)
-        return (loss, outputs) if return_outputs else loss
-
-    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the Trainer takes the loss of a batch to be divided for accumulation already."""
-        given = getattr(self, "loss_is_scaled_for_ga", None)  # older versions have no such switch
-        if given is not None:
-            return bool(given)
-        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
 
     # Upper steps.
 
@@ -230,40 +154,36 @@ class BilevelMixin(_AnyTrainer):
             if loss.requires_grad:
                 self.accelerator.backward(loss)
         average_gradients(parameters, self.accelerator.device)
-        self._upper_log["grad_norm"] = self._move_upper(level)
+        norm = self._move_upper(level)
         for parameter in parameters:
             parameter.grad = None
         level.steps += 1
-        self._upper_log["learning_rate"] = level.optimizer.param_groups[0]["lr"]
-        self._upper_log["losses"] = self._upper_log.get("losses", 0) + loss.detach().float()
-        self._upper_log["steps"] = self._upper_log.get("steps", 0) + 1
+        log = self._upper_log
+        log["losses"], log["steps"] = log.get("losses", 0) + loss.detach().float(), log.get("steps", 0) + 1
+        log["upper_grad_norm"] = norm
 
     def _move_upper(self, level: UpperLevel) -> Tensor:
-        """Clips, steps, and returns the norm of the gradient before clipping."""
-        parameters = [p for p in level.parameters.values() if p.grad is not None]
-        if not parameters:
+        """Steps, and returns the norm of the gradient."""
+        gradients = [p.grad for p in level.parameters.values() if p.grad is not None]
+        if not gradients:
             raise GatewiseError(
                 f"the loss on upper_dataset gives none of the upper parameters ({some(level.parameters)}) a gradient: they take no "
                 "part in it, or reentrant activation checkpointing cuts them off (set use_reentrant=False)"
             )
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
-            scaler.unscale_(level.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, self.upper_max_grad_norm or math.inf)
-        for group in level.optimizer.param_groups:
-            # Set at each step rather than by a scheduler, so that there is no further state to save.
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self._lower_lr_share
-        if scaler is not None:
             # Infinite gradients are the scaler's business: it leaves the step out and lowers its scale.
+            scaler.unscale_(level.optimizer)
             scaler.step(level.optimizer)
             scaler.update()
-        elif bool(torch.isfinite(norm)):
-            level.optimizer.step()
-        else:
+        norm = nn.utils.get_total_norm(gradients)
+        if scaler is None and not bool(torch.isfinite(norm)):
             raise GatewiseError(
                 f"the upper gradient has norm {float(norm)} after step {self.state.global_step}, so the run stopped before it "
                 "moved the upper parameters: lower upper_learning_rate, or check upper_dataset"
             )
+        if scaler is None:
+            level.optimizer.step()
         return norm
 
     def _lower_parameters(self, level: UpperLevel) -> list[nn.Parameter]:
@@ -274,7 +194,7 @@ class BilevelMixin(_AnyTrainer):
     @property
     def _upper_rows(self) -> int:
         """Rows of an upper batch in one process."""
-        return (self.upper_batch_size or self.args.per_device_train_batch_size) * max(1, self.args.n_gpu)
+        return self.args.per_device_train_batch_size * max(1, self.args.n_gpu)
 
     @property
     def _upper_seed(self) -> int:
@@ -304,9 +224,8 @@ class BilevelMixin(_AnyTrainer):
         if "loss" in logs and self._upper_log:
             done, self._upper_log = self._upper_log, {}
             mean: Any = self.accelerator.reduce(done["losses"] / done["steps"], reduction="mean")
-            logs["upper_loss"] = float(mean)
-            logs["upper_grad_norm"] = float(done["grad_norm"])
-            logs["upper_learning_rate"] = float(done["learning_rate"])
+            logs["upper_loss"], logs["upper_grad_norm"] = float(mean), float(done["upper_grad_norm"])
+            logs["upper_learning_rate"] = self.upper_learning_rate
         super().log(logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -319,64 +238,6 @@ class BilevelMixin(_AnyTrainer):
         if checkpoint is not None and self._upper is not None:
             self._upper.load(Path(checkpoint) / STATE_FILE)
         super()._load_optimizer_and_scheduler(checkpoint)
-
-    # Called by _UpperSteps.
-
-    def _first_cycle(self, steps: int) -> int:
-        """The lower step after which the first cycle begins, in a run of ``steps``."""
-        return round(self.upper_start * steps) if self.upper_start < 1 else int(self.upper_start)
-
-    def _begin(self, steps: int) -> None:
-        if (steps - self._first_cycle(steps)) // self.upper_every < 1:
-            raise GatewiseError(
-                f"upper_start={self.upper_start} and upper_every={self.upper_every} leave no upper step in a run of {steps} steps: "
-                "lower them or train longer"
-            )
-
-    def _note_lower_rate(self) -> None:
-        if self.upper_schedule == "lower":
-            optimizer: Any = self.optimizer
-            group = optimizer.param_groups[0]
-            peak = float(group.get("initial_lr", self.args.learning_rate))
-            self._lower_lr_share = float(group["lr"]) / peak if peak else 1.0
-
-    def _end_step(self, step: int, steps: int) -> None:
-        since = step - self._first_cycle(steps)
-        if since > 0 and since % self.upper_every == 0:
-            self.upper_step()
-
-    # Refusals.
-
-    def _check_settings(self) -> None:
-        count_rows("upper_dataset", self.upper_dataset, 1)
-        rate, start, clip, betas = self.upper_learning_rate, self.upper_start, self.upper_max_grad_norm, self.upper_betas
-        rules = (
-            ("upper_learning_rate", isinstance(rate, int | float) and 0 < rate < math.inf, "a number above 0, such as 3e-4"),
-            ("upper_weight_decay", 0 <= self.upper_weight_decay < math.inf, "a number of at least 0"),
-            ("upper_betas", len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
-            ("upper_optim", self.upper_optim in ("adamw", "adam", "sgd"), "one of 'adamw', 'adam', 'sgd'"),
-            ("upper_schedule", self.upper_schedule in ("constant", "lower"), "'constant' or 'lower'"),
-            ("upper_every", self.upper_every >= 1 and self.upper_every % 1 == 0, "a whole number of lower steps, at least 1"),
-            ("upper_start", 0 <= start < 1 or (start >= 1 and start % 1 == 0), "a number of steps, or a share of the run below 1"),
-            ("upper_batch_size", self.upper_batch_size is None or self.upper_batch_size >= 1, "a number of rows, at least 1"),
-            ("upper_max_grad_norm", clip is None or 0 < clip < math.inf, "a number above 0, or None for no clipping"),
-        )
-        for name, holds, expected in rules:
-            if not holds:
-                raise GatewiseError(f"{name} is {getattr(self, name)!r}; expected {expected}")
-
-    def _check_columns(self) -> None:
-        """Before the first step, and not at its end: some Trainers tokenise the rows of ``train_dataset`` alone."""
-        names = getattr(self.upper_dataset, "column_names", None)
-        if names is None:
-            return
-        try:
-            self._remove_unused_columns(self.upper_dataset, description="upper")
-        except ValueError as error:
-            raise GatewiseError(
-                f"upper_dataset has the columns {', '.join(map(repr, names))}, none of which the model takes: give rows that are "
-                "tokenised already"
-            ) from error
 
     def _refuse_sharding(self) -> None:
         by = {
@@ -409,13 +270,15 @@ class _UpperSteps(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer._begin(state.max_steps)
-
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer._note_lower_rate()
+        if self.trainer.upper_every > state.max_steps:
+            raise GatewiseError(
+                f"upper_every={self.trainer.upper_every} leaves no upper step in a run of {state.max_steps} steps: "
+                "lower it or train longer"
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer._end_step(state.global_step, state.max_steps)
+        if state.global_step % self.trainer.upper_every == 0:
+            self.trainer.upper_step()
 
 
 def _check_lower(optimizer: Any, upper: Mapping[str, nn.Parameter]) -> None:

@@ -25,6 +25,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -41,8 +42,6 @@ from gatewise.prompts.model import SelectivePromptModel
 GATES_FILE = "gates.safetensors"
 GATE_LOGITS = r"\.spt_gate_logit\."
 """The α among a model's parameters, for ``upper_parameters``."""
-ROWS_READ = 4096
-"""Rows times subsets that ``subset_losses`` looks at, at most."""
 
 
 class SearchMixin(BilevelMixin):
@@ -54,13 +53,23 @@ class SearchMixin(BilevelMixin):
         reparameterise: re-parameterised gates in upper steps.
         consistency: λ; 0 turns the second pass and all drops off.
         drop: the probability that a gate is dropped in a pass of a lower or upper step; one always stays.
+        upper_learning_rate: of the gates, which Adam moves with betas (0.5, 0.999) (reconstructed: DARTS's, but for a rate that
+            moves gates within a few hundred steps).
         Others: those of ``BilevelMixin`` (``upper_parameters`` are the gates) and the Trainer.
 
     Raises:
         GatewiseError: no hyper-network, a value out of range, or a causal model and a Trainer that takes the labels away.
     """
 
-    def __init__(self, *args: Any, reparameterise: bool = True, consistency: float = 1.0, drop: float = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        upper_learning_rate: float = 1e-2,
+        reparameterise: bool = True,
+        consistency: float = 1.0,
+        drop: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
         if not is_number(consistency) or not 0 <= consistency < float("inf"):
             raise GatewiseError(f"consistency is {consistency!r}: expected a weight of at least 0; 0 turns it off")
         if not is_number(drop) or not 0 < drop < 1:
@@ -70,7 +79,8 @@ class SearchMixin(BilevelMixin):
         self.reparameterise, self.consistency, self.drop = reparameterise, consistency, drop
         self.trajectory: list[Tensor] = []
         self._dropped: Tensor | None = None
-        super().__init__(*args, upper_parameters=GATE_LOGITS, **kwargs)
+        self._in_lower_step = False
+        super().__init__(*args, upper_parameters=GATE_LOGITS, upper_learning_rate=upper_learning_rate, **kwargs)
         hyper_network(self.model)
         refuse_taken_labels(self)
         self.add_callback(_Trajectory(self))
@@ -80,43 +90,57 @@ class SearchMixin(BilevelMixin):
         """a (s + 1, n) so far."""
         return torch.stack(self.trajectory)
 
+    def create_upper_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
+        """Adam with DARTS's betas."""
+        return torch.optim.Adam(parameters.values(), lr=self.upper_learning_rate, betas=(0.5, 0.999))
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The Trainer's, with gates dropped."""
-        with self._dropping(self._drawn()):
-            return super().training_step(model, inputs, num_items_in_batch)
+        self._in_lower_step = True
+        try:
+            with self._gates_left_out():
+                return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._in_lower_step = False
 
     def upper_step(self) -> None:
         """As ever, with gates dropped: those move on what the network was trained for."""
-        with self._dropping(self._drawn()):
+        with self._gates_left_out():
             super().upper_step()
 
-    def _drawn(self) -> Tensor | None:
-        """The gates that a step leaves out."""
-        return self._draw() if self.consistency else None
-
     @contextmanager
-    def _dropping(self, dropped: Tensor | None) -> Iterator[None]:
-        self._dropped = dropped
+    def _gates_left_out(self) -> Iterator[None]:
+        """While open, passes leave out the gates that are drawn for this step; none without consistency."""
+        self._dropped = self._draw() if self.consistency else None
         try:
             yield
         finally:
             self._dropped = None
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, with the gates as they are in this step."""
-        tuner = hyper_network(self.model)
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """The Trainer's, with the gates as they are in this step; in a lower step with the consistency loss on top."""
+        tuner, compares = hyper_network(self.model), self._in_lower_step and self.consistency > 0
         dropping = nullcontext() if self._dropped is None else tuner.gates_dropped(self._dropped)
         with tuner.gates_reparameterised(self.reparameterise), dropping:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            if not compares:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # A copy, because label smoothing takes the labels out.
+            loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
+            extra = self._inconsistency(model, inputs, outputs)
+        # A loss that is divided by the labels of all batches of the step already will not be divided by their number.
+        counts_labels = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+        if counts_labels if self.loss_is_scaled_for_ga is None else self.loss_is_scaled_for_ga:
+            extra = extra / self.current_gradient_accumulation_steps
+        return (loss + extra, outputs) if return_outputs else loss + extra
 
-    def extra_lower_loss(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor | None:
+    def _inconsistency(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
         """λ times the distance between the outputs and those of a second pass with other gates dropped.
 
         Raises:
             GatewiseError: there are no logits or labels, as in question answering, or logits without a gradient.
         """
-        if not self.consistency:
-            return None
         if not isinstance(outputs, Mapping) or outputs.get("logits") is None or inputs.get("labels") is None:
             raise GatewiseError(
                 "consistency compares the logits of two passes at the labels, and this model has outputs without logits or the "
@@ -137,38 +161,6 @@ class SearchMixin(BilevelMixin):
         """The logits of another pass, as ``compute_loss`` puts them into its outputs: for Trainers with their own loss."""
         logits: Tensor = model(**inputs)["logits"]
         return logits
-
-    def subset_losses(self, subsets: Tensor) -> Tensor:
-        """The losses (m,) with only the gates open that subsets (m, n) name, without dropout.
-
-        On rows of the upper data set, the same for all, each once: as many as ``ROWS_READ`` allows. A loss is the mean of its
-        batches' mean losses, weighted by their rows.
-        """
-        size, count = self._upper_rows, min(len(self.upper_dataset), max(1, ROWS_READ // len(subsets)))
-        rows = torch.randperm(len(self.upper_dataset), generator=torch.Generator().manual_seed(self._upper_seed))[:count].tolist()
-        own = rows[self.args.process_index :: self.args.world_size]
-        numbers = [own[start : start + size] for start in range(0, len(own), size)]
-        batches = [self._prepare_inputs(batch) for batch in self._upper_dataloader(numbers)]
-        # Not the wrapped one, whose copies in other processes may have a batch less.
-        model: Any = self.model
-        before = model.training
-        model.eval()
-        sums = torch.zeros(len(subsets) + 1, device=self.accelerator.device)
-        sums[-1] = len(own)
-        try:
-            for number, kept in enumerate(subsets):
-                for rows_of, batch in zip(numbers, batches, strict=True):
-                    # The precision of training, which a search that is only read never prepared its model for.
-                    with torch.no_grad(), self.accelerator.autocast(), self.compute_loss_context_manager(), self._dropping(~kept):
-                        # A copy, because the Trainer may take something out.
-                        sums[number] += len(rows_of) * self.compute_upper_loss(model, {**batch}).mean().float()
-        finally:
-            model.train(before)
-        reduced: Any = self.accelerator.reduce(sums, reduction="sum")
-        losses: Tensor = (reduced[:-1] / reduced[-1]).cpu()
-        if not bool(losses.isfinite().all()):
-            raise GatewiseError("a subset's loss is not finite after the search: lower the learning rate, or choose by gates")
-        return losses
 
     def _draw(self) -> Tensor:
         # From the CPU's generator, whose state checkpoints hold.

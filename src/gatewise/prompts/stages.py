@@ -1,19 +1,14 @@
 """The two stages of SPT: ``search`` chooses the layers, ``retrain`` trains their prompts from scratch. SPT, arXiv 2310.20127.
 
-Which layers are kept is read off the gates, as SPT does, or off the losses of subsets of them (``gatewise.prompts.subsets``).
-
 Shapes: n layers, s steps.
 """
 
 import copy
 import dataclasses
 import logging
-from itertools import combinations
-from math import comb
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
@@ -38,9 +33,6 @@ SEARCH_FOLDER = "search"
 """Where in its output folder a search has its checkpoints, apart from those of the training that follows."""
 
 
-Choice = Literal["gates", "loss"]
-
-
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
     """What a search found.
@@ -48,7 +40,6 @@ class SearchResult:
     Attributes:
         gates: a (s + 1, n) before the first step and after each lower step.
         layers: the chosen layers, in order.
-        losses: (n,) what they were chosen by, where that was not the gates: the mean loss with each of them.
         config: the discrete model's configuration, for ``retrain`` or ``get_peft_model``.
         log: what the Trainer logged, steps before a resume included.
     """
@@ -57,7 +48,6 @@ class SearchResult:
     layers: list[int]
     config: SelectivePromptConfig
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    losses: Tensor | None = None
 
 
 def search(
@@ -66,7 +56,6 @@ def search(
     args: TrainingArguments,
     *,
     keep: int,
-    choose: Choice = "gates",
     trainer_class: Any = SearchTrainer,
     resume_from_checkpoint: str | bool | None = None,
     **settings: Any,
@@ -77,44 +66,29 @@ def search(
         model: with an active ``SelectivePromptConfig(prompt_layers=None)``; it is left as the search trained it.
         train_dataset: rows for the Trainer's collator. A random half (by ``args.seed``) trains the weights, the other the gates.
         args: the folder ``search`` in their ``output_dir`` takes the checkpoints, so that ``retrain`` may have the same arguments.
-        keep: K, how many layers to keep.
-        choose: "gates", those with the largest gates, or "loss", those with the lowest mean loss among subsets of K layers
-            (``gatewise.prompts.search``), which needs ``consistency``, and ``drop`` best near 1 − K / n.
+        keep: K, how many layers to keep: those with the largest gates.
         trainer_class: a ``SearchMixin`` on a Trainer whose ``compute_loss`` returns the outputs of the pass that made the loss.
         resume_from_checkpoint: as in ``Trainer.train``; a search that had ended gives its result at once.
-        settings: for the trainer: ``reparameterise``, ``consistency``, ``drop``, ``data_collator`` and so on. Unless told otherwise
-            upper steps are Adam's with 1e-2 and betas (0.5, 0.999) (reconstructed: DARTS's but for a learning rate that moves gates
-            within a few hundred steps).
+        settings: for the trainer: ``reparameterise``, ``consistency``, ``drop``, ``data_collator`` and so on.
 
     Raises:
-        GatewiseError: no hyper-network, K out of range, an unknown choice or one by loss without consistency, or
-            ``load_best_model_at_end``; and what ``SearchMixin`` and ``BilevelMixin`` refuse.
+        GatewiseError: no hyper-network, K out of range, or ``load_best_model_at_end``; and what ``SearchMixin`` and
+            ``BilevelMixin`` refuse.
     """
     tuner = hyper_network(model)
     chosen_layers(tuner.gates(), keep)
-    if choose not in get_args(Choice):
-        raise GatewiseError(f"choose is {choose!r}: expected one of {', '.join(map(repr, get_args(Choice)))}")
     if args.load_best_model_at_end:
         raise GatewiseError(
             "load_best_model_at_end is True, which would leave the model with other gates than the search ended with: leave it "
             "out, and use it for the training that follows"
         )
     weights, upper = split_in_half(train_dataset, args.seed)
-    settings = {"upper_learning_rate": 1e-2, "upper_optim": "adam", "upper_betas": (0.5, 0.999), **settings}
     trainer = trainer_class(model=model, args=_of_search(args), train_dataset=weights, upper_dataset=upper, **settings)
-    if choose == "loss" and not trainer.consistency:
-        raise GatewiseError(
-            "choose is 'loss' and consistency is 0, so that no subset of gates was ever trained: turn consistency on"
-        )
     _tell_of_a_frozen_head(model)
     trainer.search_from(resume_from_checkpoint)
-    losses = None
-    if choose == "loss" and keep < len(tuner.gates()):
-        subsets = balanced_subsets(len(tuner.gates()), keep, args.seed)
-        losses = mean_with(subsets, trainer.subset_losses(subsets))
-    layers = chosen_layers(trainer.gates[-1] if losses is None else -losses, keep)
+    layers = chosen_layers(trainer.gates[-1], keep)
     config: Any = tuner.peft_config[tuner.active_adapters[0]]
-    return SearchResult(trainer.gates, layers, discrete_config(config, layers), trainer.state.log_history, losses)
+    return SearchResult(trainer.gates, layers, discrete_config(config, layers), trainer.state.log_history)
 
 
 def retrain(
@@ -160,7 +134,7 @@ def retrain(
 
 
 def chosen_layers(gates: Tensor, keep: int) -> list[int]:
-    """The ``keep`` layers with the largest a (n,), or other scores, in order; of equal ones the lower.
+    """The ``keep`` layers with the largest a (n,), in order; of equal ones the lower.
 
     Raises:
         GatewiseError: ``keep`` is not a number of layers.
@@ -211,36 +185,3 @@ def _tell_of_a_frozen_head(model: PeftModel) -> None:
             "the head of this %s is not trained: give the configuration task_type='SEQ_CLS' or 'TOKEN_CLS', or modules_to_save",
             kind,
         )
-
-
-SUBSETS = 64
-"""About so many are looked at; where there are no more than that, all."""
-
-
-def balanced_subsets(layers: int, keep: int, seed: int = 0) -> Tensor:
-    """Subsets (m, n) of ``keep`` layers, true where a layer is in; all of them if they are few, else each layer about as often.
-
-    Args:
-        keep: less than ``layers``.
-    """
-    if comb(layers, keep) <= SUBSETS:
-        chosen = torch.tensor(list(combinations(range(layers), keep)))
-        return torch.zeros(len(chosen), layers, dtype=torch.bool).scatter_(1, chosen, True)
-    if 2 * keep > layers:  # then it is the layers left out that are dealt
-        return ~balanced_subsets(layers, layers - keep, seed)
-    generator = torch.Generator().manual_seed(seed)
-    # Orders of the layers on end, each drawn anew, are dealt out from the front; a layer that would come twice waits for the next.
-    waiting: list[int] = []
-    dealt: list[list[int]] = []
-    while len(dealt) < max(SUBSETS, -(-layers // keep)) or len(waiting) >= keep:
-        if len(waiting) < keep:
-            waiting += torch.randperm(layers, generator=generator).tolist()
-        dealt.append(list(dict.fromkeys(waiting))[:keep])
-        for layer in dealt[-1]:
-            waiting.remove(layer)
-    return torch.zeros(len(dealt), layers, dtype=torch.bool).scatter_(1, torch.tensor(dealt), True)
-
-
-def mean_with(subsets: Tensor, losses: Tensor) -> Tensor:
-    """ℓ (n,) from subsets (m, n), which hold every layer, and their losses (m,)."""
-    return (subsets * losses[:, None]).sum(dim=0) / subsets.sum(dim=0)
