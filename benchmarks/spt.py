@@ -1,8 +1,7 @@
 """SPT against guessed layers, PEFT's soft prompts and LoRA: does the search find better layers than chance, and the same again?
 
     spt           SPT-DARTS, weights on one half of the rows and gates on the other; then the chosen layers, from scratch on all
-    spt-loss      the same search, but the layers chosen by the losses of subsets of them (gatewise.prompts.search)
-    spt-long, spt-long-loss    the same with a search of four times the steps
+    spt-long      the same with a search of four times the steps
     spt-plain     spt without its two additions: gates not re-parameterised, no consistency
     first, last, spread, random-0, random-1 ...    the same number of layers, guessed; the random sets of a seed are all layers in
                   random order, cut into pieces, so that each layer is in one of them
@@ -14,7 +13,7 @@ Each on minilm-l6 (a classifier with a fresh head) and smollm2-135m-instruct (wr
 100 ("few"), measured on the whole dev split. The learning rates were set beforehand and, but for lora-low, not tuned on these
 tasks; runs of one model, data set, size and seed have the same rows, order and steps, and the same head at the start. Results
 are appended to a JSON-lines file as they come; a run that is there is not repeated, so the campaign can be stopped and started
-at will, and several processes may share it. The search that spt and spt-loss have in common is kept in runs/spt.
+at will, and several processes may share it. Searches are kept in runs/spt.
 
     python benchmarks/spt.py --data-dir DATA                      # DATA/sst2/train.jsonl, DATA/sst2/dev.jsonl, ...
     python benchmarks/spt.py --data-dir DATA --tasks smollm2-135m-instruct/trec/few
@@ -63,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "learning_rate": {"spt": 2e-3, "prompt-tuning": 3e-2, "prefix-tuning": 1e-2, "lora": 5e-4},
     },
 }
-SEARCHED = ("spt", "spt-loss", "spt-long", "spt-long-loss", "spt-plain")
+SEARCHED = ("spt", "spt-long", "spt-plain")
 LONG = 4  # times the steps of the training
 RANDOM = tuple(f"random-{number}" for number in range(5))
 FIXED = ("first", "last", "spread", *RANDOM)
@@ -151,10 +150,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
             model: Any = adapted(cell.fresh(), "spt", s, None)
             found = {**searched(model, cell, seed, additions), "settings": s}
             write_json(kept, found)
-        by_loss = method.endswith("-loss")
-        found["layers"] = found["by_loss" if by_loss else "by_gates"]
-        # What choosing by loss takes on top of a search.
-        found["search_seconds"] += found.pop("subset_seconds") if by_loss else 0
+        found["layers"] = found["by_gates"]
     elif method in FIXED:
         found = {"layers": guessed(method, seed, s)}
     set_seed(seed)
@@ -185,7 +181,7 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
 
 
 def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """The layers that SPT-DARTS chooses by gates and, with its two additions, by loss; what it saw, and what it took.
+    """The layers that SPT-DARTS chooses, what it saw, and what it took.
 
     Args:
         model: SPT's network, which it leaves as the search trained it.
@@ -198,19 +194,14 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
     from gatewise.prompts.stages import chosen_layers
     from gatewise.runs.trainer import RecipeTrainer
 
-    s, asked = {**cell.settings}, 0.0
+    s = {**cell.settings}
     s["steps"] = s.get("search_steps", s["steps"])
 
-    class Timed(LabelledSearch, RecipeTrainer):
-        def subset_losses(self, subsets: Any) -> Any:
-            nonlocal asked
-            start = time.perf_counter()
-            losses = super().subset_losses(subsets)
-            asked = time.perf_counter() - start
-            return losses
+    class Search(LabelledSearch, RecipeTrainer):
+        """The search of a run."""
 
     def trainer(model: Any, args: Any, train_dataset: Any, **more: Any) -> Any:
-        return recipe_trainer(model, train_dataset, cell.collator, args, Timed, callbacks, **more)
+        return recipe_trainer(model, train_dataset, cell.collator, args, Search, callbacks, **more)
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +211,6 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
             cell.rows,
             arguments(folder, seed, s),
             keep=s["keep"],
-            choose="loss" if additions else "gates",
             trainer_class=trainer,
             upper_learning_rate=s["gate_learning_rate"],
             reparameterise=additions,
@@ -230,12 +220,9 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
     tenth = max(1, s["steps"] // 10)
     return {
         "by_gates": chosen_layers(found.gates[-1], s["keep"]),
-        "by_loss": None if found.losses is None else found.layers,
         "gates": [round(gate, 4) for gate in found.gates[-1].tolist()],
         "trajectory": [[round(gate, 4) for gate in gates] for gates in found.gates[::tenth].tolist()],
-        "losses": None if found.losses is None else [round(loss, 4) for loss in found.losses.tolist()],
-        "search_seconds": round(time.perf_counter() - began - asked, 1),
-        "subset_seconds": round(asked, 1),
+        "search_seconds": round(time.perf_counter() - began, 1),
     }
 
 

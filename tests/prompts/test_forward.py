@@ -9,9 +9,6 @@ from prompted_models import CLASSIFIERS, DECODERS, ENCODERS, FAMILIES, prompted
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gatewise.errors import GatewiseError
-from gatewise.losses import row_losses
-
 
 def padded(texts: list[Tensor], side: str = "right", width: int = 11) -> dict[str, Tensor]:
     """A batch of texts with padding, two columns more than the longest needs."""
@@ -172,15 +169,6 @@ def test_labels_tell_prompt_from_answer(texts, family):
             torch.testing.assert_close(model(**batch).logits, out.logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "bert-mlm", "t5-tokens"])
-def test_losses_by_row_are_the_models(texts, family):
-    """Scores and evaluation give the model no labels, but tell it where the prompts lie."""
-    model, batch = prompted(family), labelled(texts, family)
-    with torch.no_grad():
-        sums, counts = row_losses(model, batch)
-        torch.testing.assert_close(sums.sum() / counts.sum(), model(**batch).loss)
-
-
 @pytest.mark.parametrize("family", DECODERS)
 def test_answers_do_not_change_the_prompt(texts, family):
     model = prompted(family)
@@ -224,16 +212,6 @@ def test_half_precision(texts, family):
             assert difference < 0.1
             model.base_model._cast_adapter_dtype("default", True)
             assert one or all(p.dtype == torch.float32 for n, p in model.named_parameters() if "spt_" in n)
-
-
-def test_autocast(texts):
-    model, batch = prompted("llama"), padded(texts)
-    with torch.no_grad():
-        wanted = model(**batch).logits
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = model(**batch).logits
-    real = batch["attention_mask"].bool()
-    assert (got.float() - wanted)[real].norm() / wanted[real].norm() < 0.05
 
 
 def gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -302,30 +280,3 @@ def test_compiled(texts, family, layers):
     got, wanted = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
     for name, one, other in zip(names, got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_scoring_without_labels_is_told_of(texts, family, caplog):
-    """Generators would read what they are to predict. Who goes on after a prompt, or says where it is, is not told."""
-    wanted = "called without labels, so its generators read the whole text"
-    model, ids = prompted(family, prompt_layers=[1, 2]), texts[0][None]
-    with torch.no_grad():
-        model(input_ids=ids, labels=ids)
-        model(input_ids=ids, use_cache=True)
-        with model.prompt_positions(torch.ones_like(ids)):
-            model(input_ids=ids)
-        model.generate(input_ids=ids, max_new_tokens=2)
-        model.generate(input_ids=ids, max_new_tokens=2, use_cache=False)
-        assert not any(wanted in message for message in caplog.messages)
-        model(input_ids=ids)
-        model(input_ids=ids)
-        assert sum(wanted in message for message in caplog.messages) == 1
-        caplog.clear()
-        prompted("bert")(input_ids=ids)
-        prompted("llama-classifier")(input_ids=ids)
-    assert not any(wanted in message for message in caplog.messages)
-
-
-def test_export_is_refused(texts):
-    with pytest.raises(GatewiseError, match=r"torch\.export, but selective prompts decide by each text what is run"):
-        torch.export.export(prompted("gpt2").get_base_model(), (), {"input_ids": texts[0][None]})

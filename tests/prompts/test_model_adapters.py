@@ -145,34 +145,6 @@ def test_gates_are_read_and_dropped(batch):
         model.gates_dropped([True, False]).__enter__()
 
 
-@pytest.mark.parametrize("layers", [None, [1, 2]], ids=str)
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_layers_that_are_switched_off_one_by_one(batch, family, layers):
-    """As Transformers' ``disable_adapters()`` does it. With some of them off it is the network without their prompts."""
-    model = prompted(family, prompt_layers=layers)
-    everything = logits(model, batch)
-    with model.disable_adapter():
-        plain = logits(model, batch)
-    held = [module for module in model.modules() if isinstance(module, PromptLayer)]
-    for module in held:
-        module.enable_adapters(enabled=False)
-    assert torch.equal(logits(model, batch), plain)
-    for module in held[1:]:
-        module.enable_adapters(enabled=True)
-    without_first = logits(model, batch)
-    if layers is None:
-        with model.gates_dropped([True, False, False]):
-            held[0].enable_adapters(enabled=True)
-            torch.testing.assert_close(logits(model, batch), without_first)
-    else:
-        model.peft_config["default"].prompt_layers = [2]
-        torch.testing.assert_close(logits(model, batch), without_first)
-        model.peft_config["default"].prompt_layers = layers
-    held[0].enable_adapters(enabled=True)
-    assert not torch.allclose(without_first, everything, atol=1e-4)
-    torch.testing.assert_close(logits(model, batch), everything)
-
-
 def test_disabled_by_transformers_own_method(batch, monkeypatch):
     """It may want a newer PEFT for what it loads itself."""
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
@@ -338,14 +310,6 @@ def test_hooks_on_layers_that_change_the_text(batch, family):
     with pytest.raises(GatewiseError, match=r"a forward pre-hook on layer .*1 returned 1 arguments, but .*: return them all with"):
         with_hook(before, lambda _, args: (args[0],))
     assert torch.equal(logits(model, batch), expected)
-
-
-def test_masks_that_do_not_say_where_the_padding_is(batch):
-    for task in (None, "CAUSAL_LM"):
-        model = prompted("llama", task_type=task)
-        for shape in ((4, 1, 9, 9), (4, 1, 1, 9)):
-            with pytest.raises(GatewiseError, match=r"attention_mask is not of shape \(b, t\)"):
-                model(input_ids=batch["input_ids"], attention_mask=torch.ones(shape, dtype=torch.bool))
 
 
 def test_another_adapter_on_the_same_base(batch):

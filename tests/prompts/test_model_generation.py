@@ -1,14 +1,13 @@
 """Generation with a cache against the loop by hand, which has none, and the cache's own dealings."""
 
 import copy
-from contextlib import nullcontext
 from typing import Any
 
 import prompt_reference as reference
 import pytest
 import torch
-from prompted_models import DECODERS, SLIDING, prompt_config, prompted
-from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, StaticCache
+from prompted_models import DECODERS, prompt_config, prompted
+from transformers import DynamicCache, StaticCache
 
 from gatewise.errors import GatewiseError
 
@@ -52,97 +51,6 @@ def test_greedy_is_the_loop_by_hand(texts, batch, family, layers):
         assert model.generate(**batch, **settings())[:, 9:].tolist() != expected
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_gates_dropped_while_generating(texts, batch, family):
-    model = prompted(family)
-    with torch.no_grad(), model.gates_dropped([True, False, True]):
-        expected = [by_hand(model, text, gates=model.gates() * torch.tensor([0, 1, 0])) for text in texts]
-        for mode in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
-            assert model.generate(**batch, **settings(**mode))[:, 9:].tolist() == expected, mode
-        cache = model(**batch, use_cache=True).past_key_values
-        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
-        after = {"input_ids": batch["input_ids"][:, -1:], "attention_mask": mask}
-        wanted = model(**after, past_key_values=copy.deepcopy(cache)).logits
-    # A text goes on with the prompts it began with, whichever gates are dropped by then.
-    with torch.no_grad():
-        torch.testing.assert_close(model(**after, past_key_values=cache).logits, wanted)
-    with model.gates_dropped([True] * 3), model.disable_adapter():
-        expected = model.generate(**batch, **settings())
-    with model.gates_dropped([True] * 3):
-        assert torch.equal(model.generate(**batch, **settings()), expected)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", SLIDING)
-def test_a_static_cache_without_a_mask(texts, batch, family, attention):
-    """The last token of the prompt sees only what is in its window, but generators read all of it, and no padding."""
-    model = prompted(family, attention)
-    expected = [by_hand(model, text) for text in texts]
-    static = settings(cache_implementation="static")
-    assert model.generate(input_ids=batch["input_ids"], **static)[:, 9:].tolist() == expected
-    assert model.get_base_model().generate(input_ids=batch["input_ids"][:1], **static)[:, 9:].tolist() == expected[:1]
-
-
-def test_the_base_models_own_generate(texts, batch):
-    """It knows its prompts without PEFT, whatever the settings."""
-    model = prompted("llama")
-    base, expected = model.get_base_model(), [by_hand(model, text) for text in texts]
-    assert base.generate(**batch, **settings(use_cache=False))[:, 9:].tolist() == expected
-    ids = batch["input_ids"][:1]
-    assert base.generate(ids, **settings(prompt_lookup_num_tokens=2))[:, 9:].tolist() == expected[:1]
-    with pytest.raises(GatewiseError, match="cut into chunks of 3"):
-        base.generate(**batch, **settings(prefill_chunk_size=3))
-    with model.disable_adapter():
-        plain = base.generate(**batch, **settings())
-        assert base.generate(**batch, **settings(prefill_chunk_size=3)).tolist() == plain.tolist()
-    assert model.unload() is base
-    assert type(base) is LlamaForCausalLM
-    assert base.generate(**batch, **settings()).tolist() == plain.tolist()
-    assert not hasattr(base, "prompt_tracker")
-
-
-def guided(model, text, other, scale, new=NEW):
-    """Classifier-free guidance by hand: each of the two prompts generated from its own text."""
-    base, rows = reference.plain_copy(model), [text, other]
-    with torch.no_grad():
-        for _ in range(new):
-            one, two = (
-                reference.logits(base, model, row, read=len(first))[-1].log_softmax(-1)
-                for row, first in zip(rows, (text, other), strict=True)
-            )
-            token = (scale * (one - two) + two).argmax()[None]
-            rows = [torch.cat([row, token]) for row in rows]
-    return rows[0][len(text) :].tolist()
-
-
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize(("prompt", "negative"), [(3, 0), (0, 1)])
-def test_guidance_by_a_prompt_of_another_length(texts, prompt, negative, told):
-    for seed in range(2):
-        torch.manual_seed(seed)
-        model = prompted("llama")
-        one, other = texts[prompt], texts[negative]
-        more = settings(guidance_scale=3.0, negative_prompt_ids=other[None])
-        with model.prompt_positions(torch.ones(1, len(one))) if told else nullcontext():
-            assert model.generate(input_ids=one[None], **more)[0, len(one) :].tolist() == guided(model, one, other, 3.0)
-
-
-def test_guidance_without_a_cache_is_refused(texts):
-    model = prompted("llama")
-    ids = {"input_ids": texts[0][None], "negative_prompt_ids": texts[3][None]}
-    config = GenerationConfig(guidance_scale=1.5, use_cache=False, max_new_tokens=NEW, pad_token_id=0)
-    for call in (
-        lambda: model.generate(**ids, **settings(guidance_scale=1.5, use_cache=False)),
-        lambda: model.generate(**ids, generation_config=config),
-        lambda: model.get_base_model().generate(ids["input_ids"], config),
-    ):
-        with pytest.raises(GatewiseError, match=r"guidance_scale was given with use_cache=False.* leave use_cache out"):
-            call()
-    with model.disable_adapter():
-        assert model.generate(**ids, **settings(guidance_scale=1.5, use_cache=False)).shape == (1, 9 + NEW)
-    assert model.generate(**ids, **settings(guidance_scale=1.0, use_cache=False)).shape == (1, 9 + NEW)
-
-
 @pytest.mark.parametrize("mode", [{}, {"use_cache": False}], ids=str)
 def test_told_prompts_of_beams_and_samples(batch, mode):
     """Each row of a prompt has what was told of it."""
@@ -170,17 +78,6 @@ def test_beams_and_samples(batch, family, layers, attention):
         cached = model.generate(**batch, **settings(**mode))
         torch.manual_seed(5)
         assert model.generate(**batch, **settings(use_cache=False, **mode)).tolist() == cached.tolist()
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_peft_model_without_a_task(texts, batch, family):
-    model = prompted(family, task_type=None)
-    expected = [by_hand(model, text) for text in texts]
-    for mode in ({}, {"use_cache": False}):
-        assert model.generate(**batch, **settings(**mode))[:, 9:].tolist() == expected
-    embedded = model.get_input_embeddings()(batch["input_ids"])
-    written = model.generate(inputs_embeds=embedded, attention_mask=batch["attention_mask"], **settings())
-    assert written[:, -NEW:].tolist() == expected
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -276,17 +173,6 @@ def test_a_cache_that_is_emptied_begins_a_new_text(texts):
                 torch.testing.assert_close(model(input_ids=ids, past_key_values=cache).logits, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_that_is_cropped_to_nothing_holds_no_prompts(texts):
-    model, cache, ids = prompted("llama"), DynamicCache(), texts[2][None]
-    with torch.no_grad():
-        model(input_ids=texts[0][None], past_key_values=cache)
-        cache.crop(-9)
-        assert cache.get_seq_length() == 0
-        with model.disable_adapter():
-            plain = model(input_ids=ids).logits
-            torch.testing.assert_close(model(input_ids=ids, past_key_values=cache).logits, plain, rtol=1e-4, atol=1e-4)
-
-
 def test_caches_that_do_not_fit(batch):
     model = prompted("llama")
     model.add_adapter("other", prompt_config())
@@ -308,20 +194,3 @@ def test_caches_that_do_not_fit(batch):
         model.generate(**batch, **settings(prefill_chunk_size=3))
     with pytest.raises(GatewiseError, match="past_key_values is a tuple: expected a Cache"):
         model.get_base_model().model(input_ids=batch["input_ids"], past_key_values=((torch.zeros(1),) * 2,))
-
-
-def test_a_failed_call_leaves_nothing_behind(batch):
-    model = prompted("llama")
-    expected = model.generate(**batch, **settings())
-    with pytest.raises(RuntimeError):
-        model(input_ids=batch["input_ids"], attention_mask=torch.ones(4, 3))
-    with pytest.raises(GatewiseError):
-        model(input_ids=batch["input_ids"], attention_mask=torch.ones(4, 1, 9, 9))
-    assert model.generate(**batch, **settings()).tolist() == expected.tolist()
-
-
-def test_continuous_batching_is_refused(texts):
-    """Its loop would end in a thread of its own, with nothing written."""
-    model = prompted("llama")
-    with pytest.raises(GatewiseError, match=r"generate_batch.* but selective prompts read one text a row: call generate"):
-        model.generate_batch([texts[0].tolist()])

@@ -9,10 +9,8 @@ from peft import get_peft_model
 from prompted_models import prompt_config, prompted, prompted_base
 from test_forward import padded, rows_of
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from gatewise.errors import GatewiseError
-from gatewise.losses import row_losses
 
 FAMILY = "gemma3-images"
 BEGIN, END, IMAGE = 57, 58, 59
@@ -61,26 +59,6 @@ def test_prompts_concatenated_by_hand(texts: Any, pictures: Any, layers: Any, at
         assert (plain - wanted).abs().max() > 1e-3
 
 
-def test_labels_tell_prompt_from_answer(texts: Any, pictures: Any) -> None:
-    """An image before the first label is read, a later one is not."""
-    model = prompted(FAMILY)
-    base, batch, read = reference.plain_copy(model), given(texts, pictures), [8, 8, 3]
-    labels = batch["input_ids"].masked_fill(torch.arange(17) < torch.tensor(read)[:, None], -100)
-    labels = labels.masked_fill((batch["attention_mask"] == 0) | (batch["token_type_ids"] == 1), -100)
-    with torch.no_grad():
-        wanted = [
-            reference.logits(base, model, text, read=n, pixels=drawn) for text, drawn, n in zip(texts, pictures, read, strict=True)
-        ]
-        out = model(**batch, labels=labels)
-        for got, one in zip(rows_of(out.logits, batch["attention_mask"]), wanted, strict=True):
-            torch.testing.assert_close(got, one, rtol=1e-4, atol=1e-4)
-        targets = [labels[row, 1 : len(text)] for row, text in enumerate(texts)]
-        losses = [cross_entropy(one[:-1], target, reduction="sum") for one, target in zip(wanted, targets, strict=True)]
-        torch.testing.assert_close(out.loss, sum(losses) / (labels[:, 1:] != -100).sum(), rtol=1e-4, atol=1e-4)
-        sums, counts = row_losses(model, {**batch, "labels": labels})
-        torch.testing.assert_close(sums.sum() / counts.sum(), out.loss)
-
-
 def settings(**more: Any) -> dict[str, Any]:
     return {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **more}
 
@@ -108,26 +86,6 @@ def test_generation(texts: Any, pictures: Any, layers: Any, attention: str) -> N
     assert torch.equal(*beams)
     with model.disable_adapter():
         assert model.generate(**batch, **settings())[:, 17:].tolist() != expected
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(texts: Any, pictures: Any, reentrant: bool) -> None:
-    model, batch = prompted(FAMILY).train(), given(texts, pictures)
-    labels = batch["input_ids"].masked_fill((torch.arange(17) < 3) | (batch["attention_mask"] == 0), -100)
-
-    def gradients() -> dict[str, Tensor]:
-        model.zero_grad()
-        model(**batch, labels=labels.masked_fill(batch["token_type_ids"] == 1, -100)).loss.backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-    wanted = gradients()
-    assert len(wanted) == 9
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    got = gradients()
-    assert got.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_settings_of_its_text_model_that_are_refused(texts: Any, pictures: Any) -> None:

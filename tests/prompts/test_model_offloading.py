@@ -46,33 +46,6 @@ def test_hooks_that_were_removed_before_the_adapter_came(ids):
     assert torch.equal(logits(the_same_prompts(base), ids), wanted)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_hooks_that_are_removed_while_the_adapter_is_there(ids, when):
-    base = prompted_base("llama")
-    plain, wanted = logits(base, ids), logits(the_same_prompts(copy.deepcopy(base)), ids)
-    model = the_same_prompts(hooked(base) if when == "before" else base)
-    if when == "after":
-        hooked(base)
-    remove_hook_from_submodules(model)
-    assert torch.equal(logits(model, ids), wanted)
-    assert torch.equal(logits(model.unload(), ids), plain)
-
-
-def test_a_forward_that_somebody_has_exchanged_stays(ids):
-    """It is not one that Accelerate has left."""
-    base = prompted_base("llama")
-    layer, ran = base.model.layers[0], []
-    own = layer.forward
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        ran.append(self)
-        return own(*args, **kwargs)
-
-    layer.forward = forward.__get__(layer)
-    logits(the_same_prompts(base), ids)
-    assert ran == [layer]
-
-
 def test_loaded_into_a_model_with_layers_on_disk(ids, tmp_path):
     base = prompted_base("llama")
     model = the_same_prompts(copy.deepcopy(base))

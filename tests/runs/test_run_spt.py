@@ -214,26 +214,6 @@ def test_a_step_of_the_search_is_the_formulas(family: str, tmp_path: Path) -> No
     torch.testing.assert_close(upper, model(**batch).loss)
 
 
-def test_layers_chosen_by_loss(tmp_path: Path) -> None:
-    section = {"keep": 1, "max_steps": 4, "choose": "loss", "gate_learning_rate": 0.05}
-    result = train(write_recipe(tmp_path, "spt", search=section), tmp_path / "out")
-    search = written(tmp_path / "out")
-    assert search["layers"] == [min(range(2), key=lambda layer: search["losses"][layer])]
-    selection = read_selection(result.adapter / "search.json")
-    assert selection.losses == search["losses"]
-    assert selection.layers == load_adapter(result.adapter)[0].peft_config["default"].prompt_layers
-    assert written(tmp_path / "out", "metrics.json")["losses_by_layer"] == search["losses"]
-    shown = CliRunner().invoke(app, ["inspect", str(result.adapter)])
-    assert "chosen by the search, by the losses with only some layers' gates open" in " ".join(shown.stdout.split())
-    assert f"{search['losses'][0]:.3f}" in shown.stdout
-    told = CliRunner().invoke(app, ["inspect", str(result.adapter), "--json"])
-    assert json.loads(told.stdout)["losses"] == search["losses"]
-    without = ["train", str(tmp_path / "spt.yaml"), "-o", str(tmp_path / "no"), "--set", "search.consistency=0"]
-    refused = CliRunner().invoke(app, without)
-    assert refused.exit_code == 2
-    assert "search.choose" in refused.stderr
-
-
 def test_settings_reach_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     original = LabelledSearch.search_from

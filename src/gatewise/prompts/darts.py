@@ -125,9 +125,9 @@ class SearchMixin(BilevelMixin):
         dropping = nullcontext() if self._dropped is None else tuner.gates_dropped(self._dropped)
         with tuner.gates_reparameterised(self.reparameterise), dropping:
             if not compares:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
             # A copy, because label smoothing takes the labels out.
-            loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, {**inputs}, return_outputs=True, num_items_in_batch=num_items_in_batch)
             extra = self._inconsistency(model, inputs, outputs)
         # A loss that is divided by the labels of all batches of the step already will not be divided by their number.
         counts_labels = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None

@@ -59,13 +59,12 @@ class SearchSection(Section):
     """SPT-DARTS, the search for the layers that take a new prompt. Only without ``prompts.prompt_layers``.
 
     ``max_steps`` or ``epochs`` (of the half of the training data that the weights learn on), or as many steps as the training that
-    follows. ``keep`` is K, how many layers are kept, and ``choose`` says which: those with the largest gates, or those with the
-    lowest mean loss when only K gates are open (``gatewise.prompts.search``). ``consistency`` is the weight λ of the distance
+    follows. ``keep`` is K, how many layers are kept: those with the largest gates. ``consistency`` is the weight λ of the distance
     between two passes, 0 for one pass without drops; ``drop`` the probability that a pass leaves a gate out.
     """
 
     keep: Count = 4
-    choose: Literal["gates", "loss"] = "gates"
+    choose: Literal["gates"] = "gates"
     max_steps: Count | None = None
     epochs: Positive | None = None
     gate_learning_rate: Positive = 1e-2
@@ -102,8 +101,6 @@ class SelectivePrompts(Method):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Two ways to say which layers, or none."""
         prompts, layers = self.prompts, self.prompts.prompt_layers
-        if self.search.choose == "loss" and not self.search.consistency:
-            yield "search.choose", "is loss, which needs subsets of gates that were trained: set search.consistency above 0"
         if prompts.phm is not None and prompts.bottleneck % prompts.phm:
             yield "prompts.phm", f"is {prompts.phm}, expected a divisor of prompts.bottleneck ({prompts.bottleneck})"
         if isinstance(layers, str) and prompts.keep is None:
@@ -186,7 +183,6 @@ class SelectivePrompts(Method):
                 run.train,
                 run.arguments(steps, evaluates=False),  # dev is for the model that comes of it
                 keep=section.keep,
-                choose=section.choose,
                 trainer_class=run.trainer,
                 resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
                 mixin=LabelledSearch,
@@ -200,7 +196,6 @@ class SelectivePrompts(Method):
         selection = Selection(
             layers=found.layers,
             gates=found.gates[-1].tolist(),
-            losses=None if found.losses is None else found.losses.tolist(),
             steps=steps,
             seconds=round(time.monotonic() - begun, 2),
             resumed_from=None if checkpoint is None else checkpoint_step(checkpoint),
@@ -222,8 +217,7 @@ class SelectivePrompts(Method):
         """Which layers take a prompt, and what the search says of all."""
         prompts, numbers = inspection.read_prompts(adapter), {}
         if (selection := self.selection) is not None:
-            by_loss = {} if selection.losses is None else {"losses_by_layer": selection.losses}
-            numbers = {"gates": selection.gates, **by_loss, "search_steps": selection.steps}
+            numbers = {"gates": selection.gates, "search_steps": selection.steps}
         return Report(
             stored_numbers(adapter),
             {"prompt_layers": list(prompts.chosen), **numbers},
@@ -246,10 +240,9 @@ def fixed_layers(choice: str, keep: int, layers: int, seed: int = 0) -> list[int
 
 def _line(selection: Selection) -> str:
     """One line about what the search chose."""
-    numbers = selection.gates if selection.losses is None else selection.losses
-    chosen = ", ".join(f"{layer} ({numbers[layer]:.3f})" for layer in selection.layers)
-    others = [number for layer, number in enumerate(numbers) if layer not in selection.layers]
+    gates = selection.gates
+    chosen = ", ".join(f"{layer} ({gates[layer]:.3f})" for layer in selection.layers)
+    others = [gate for layer, gate in enumerate(gates) if layer not in selection.layers]
     if not others:
         return f"the search chose all layers: {chosen}"
-    rest = f"gates are at most {max(others):.3f}" if selection.losses is None else f"mean losses are at least {min(others):.3f}"
-    return f"the search chose layers {chosen}; the other {rest}"
+    return f"the search chose layers {chosen}; the other gates are at most {max(others):.3f}"
