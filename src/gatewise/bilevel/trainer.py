@@ -100,7 +100,8 @@ class BilevelMixin(_AnyTrainer):
 
     def compute_upper_loss(self, model: nn.Module, inputs: Any) -> Tensor:
         """The loss of an upper step: the mean over its batch. By default that of the lower level."""
-        return self.compute_loss(model, inputs)
+        loss: Any = self.compute_loss(model, inputs)
+        return loss
 
     def create_upper_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
         """A new optimiser for exactly the upper parameters. Its state must be made of tensors, to be saved."""

@@ -272,7 +272,8 @@ class RoutedLoraModel(LoraModel):
         return total
 
     def _balance_weight(self, adapter: str) -> float:
-        return float(self.peft_config[adapter].balance_weight)  # type: ignore[union-attr]
+        config: Any = self.peft_config[adapter]
+        return float(config.balance_weight)
 
     def _last(self) -> Request:
         request = self._tracker.last
