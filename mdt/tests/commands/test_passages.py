@@ -50,6 +50,7 @@ def test_json_holds_all_of_it(file: str) -> None:
     assert made["characters"] == 74
     assert "dose?" in made["notes"][0]
     assert only == {
+        "passage_id": only["passage_id"],
         "number": 1,
         "text": "inpatients@Adults with asthma: Renal failure: Do not give NSAIDs. Drug: a\x1b. Dose: 5 mg.",
         "population": "inpatients",

@@ -1,6 +1,7 @@
 """Passages: the whole way of headings, nothing cut from what it refers to, no more characters than asked for, places and notes."""
 
 import re
+from unittest.mock import ANY
 
 import pytest
 from gatewise_mdt.documents.document import Block, Document
@@ -155,3 +156,13 @@ def test_every_sentence_is_in_a_passage_in_order_and_none_is_too_long(paragraphs
     for one in found[1:]:
         if re.match("Otherwise|If not|Then|否则", one.passage):
             assert one.notes
+
+
+def test_an_id_stays_with_a_text_under_its_headings() -> None:
+    source = f"# Adults\n\n{NSAIDS}\n\n# Children\n\n{NSAIDS}\n\nGive rest.\n\n# Adults\n\n{NSAIDS}\n"
+    ids = [one.id for one in read(source)]
+    assert len(set(ids)) == len(ids) == 3
+    assert [one.origin("a.md")["passage_id"] for one in read(source)] == ids
+    assert [one.id for one in read(f"# Preface\n\nRead all of it.\n\n{source}")][1:] == ids  # it moved
+    assert [one.id for one in read(source.replace("Give rest.", "Give water."))] == [ids[0], ANY, ids[2]]
+    assert ids[1] not in [one.id for one in read(source.replace("# Children", "# Infants"))]

@@ -230,14 +230,17 @@ def write_and_approve(session: Session, number: int, name: str) -> None:
 
 
 def as_an_earlier_gatewise_wrote_them(session: Session) -> None:
-    """Takes out of the files what records of documents did not say then."""
+    """Takes out of the files what records did not say then: ids of passages, and of which bytes their document is."""
+    texts: dict[str, str] = {}
 
     def without(value: Any) -> Any:
         if isinstance(value, list):
             return [without(one) for one in value]
         if not isinstance(value, dict):
-            return value
-        held = {key: without(one) for key, one in value.items() if key not in ("sha256", "reviewed", "extraction")}
+            return texts.get(value, value) if isinstance(value, str) else value
+        if "more" in value:
+            texts[value["more"]["passage_id"]] = value["text"]  # passages that were removed went by their texts
+        held = {key: without(one) for key, one in value.items() if key not in ("passage_id", "sha256", "reviewed", "extraction")}
         if isinstance(held.get("approved"), dict):  # it had but the nodes of a tree that was approved
             held["approved"] = held["approved"]["tree"]
         return held | ({"format": 2} if "format" in held else {})

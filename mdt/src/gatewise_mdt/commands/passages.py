@@ -67,6 +67,7 @@ def passages(
 def _as_json(number: int, passage: "Passage") -> dict[str, Any]:
     said: dict[str, Any] = {
         "number": number,
+        "passage_id": passage.id,
         "text": passage.text,
         "population": passage.population,
         "passage": passage.passage,
