@@ -1,8 +1,10 @@
-"""A review that is served while a test asks it."""
+"""A review that is served while a test asks it, as its page does."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from typing import Any
 
 from gatewise_mdt.review.server import ReviewServer
@@ -20,3 +22,22 @@ def serving(*given: Any, **options: Any) -> Iterator[ReviewServer]:
             server.end()
             thread.join(30)
         assert not thread.is_alive()
+
+
+class Client:
+    """One person's page, on a connection that stays open; each answer is (status, what the JSON holds)."""
+
+    def __init__(self, port: int, token: str, window: str = "", **headers: str) -> None:
+        self.window = window
+        self.connection = HTTPConnection("127.0.0.1", port, timeout=30)
+        self.headers = {"X-Gatewise-Token": token, "Content-Type": "application/json", **headers}
+
+    def get(self, path: str) -> tuple[int, Any]:
+        self.connection.request("GET", f"/api/{path}", headers=self.headers)
+        answer = self.connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def __call__(self, action: str, **body: Any) -> tuple[int, Any]:
+        self.connection.request("POST", f"/api/{action}", json.dumps({"window": self.window, **body}), self.headers)
+        answer = self.connection.getresponse()
+        return answer.status, json.loads(answer.read())

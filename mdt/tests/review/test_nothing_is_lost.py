@@ -10,8 +10,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.client import HTTPConnection, HTTPException
+from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from gatewise_mdt.review.server import ReviewServer
 from gatewise_mdt.review.session import NOBODY, By, OldPageError
 from gatewise_mdt.review.shown import passage_json, session_json
 from mdt_trees import TEXT, gout, node, triple
-from review_serving import serving
+from review_serving import Client, serving
 
 from gatewise.errors import GatewiseError
 
@@ -450,44 +450,23 @@ def test_names_that_cannot_be(tmp_path: Path, name: str) -> None:
 # Over HTTP ------------------------------------------------------------------------------------------------------------
 
 
-class Client:
-    """A browser: asks as the page does."""
-
-    def __init__(self, port: int, token: str, window: str) -> None:
-        self.window = window
-        self.connection = HTTPConnection("127.0.0.1", port, timeout=30)
-        self.headers = {"X-Gatewise-Token": token, "Content-Type": "application/json"}
-
-    def get(self, path: str) -> Any:
-        self.connection.request("GET", f"/api/{path}", headers=self.headers)
-        return json.loads(self.connection.getresponse().read())
-
-    def __call__(self, action: str, **body: Any) -> tuple[int, Any]:
-        self.connection.request("POST", f"/api/{action}", json.dumps({**body, "window": self.window}), self.headers)
-        answer = self.connection.getresponse()
-        return answer.status, json.loads(answer.read())
-
-
-@pytest.fixture
-def served(session: Session) -> Iterator[Callable[[str], Client]]:
-    """served(window) -> a client of a review of two trees."""
+def test_an_extraction_over_http_says_of_which_version_it_is(session: Session) -> None:
     found = SimpleNamespace(tree=DecisionTree.from_preorder(DRAFT), warnings=(), made_with=None, confidence=None)
     extracting = Extracting(session, lambda *_: found)
     with serving(Review(session, extracting)) as server:
-        yield lambda window: Client(server.port, server.url.partition("#token=")[2], window)
+        asked_while_edited(Client(server.port, server.url.partition("#token=")[2]), session)
     extracting.end()
 
 
-def test_an_extraction_over_http_says_of_which_version_it_is(served: Callable[[str], Client], session: Session) -> None:
-    client = served("a")
+def asked_while_edited(client: Client, session: Session) -> None:
     edit = {"edit": "swap", "arguments": {"node": 0}}
     assert client("edit", number=1, version=0, **edit)[0] == 200
     assert client("extract", passages=[[1, 0], [2, 0]])[0] == 200
     for _ in range(500):
-        if client.get("session")["progress"] is None:
+        if client.get("session")[1]["progress"] is None:
             break
         time.sleep(0.01)
-    first, second = client.get("session")["passages"]
+    first, second = client.get("session")[1]["passages"]
     assert (first["state"], first["beside"], second["state"], second["beside"]) == ("corrected", 1, "drafted", 0)
     assert session.passage(2).now.nodes == DRAFT
     assert client("take", number=1, version=1, extraction=1)[0] == 400
@@ -552,9 +531,9 @@ class Killed:
             self.faults.append(str(error))
 
     def step(self, client: Client, chance: random.Random) -> None:
-        before = {one["number"] for one in client.get("session")["passages"] if one["state"] == "approved"}
+        before = {one["number"] for one in client.get("session")[1]["passages"] if one["state"] == "approved"}
         number = chance.randint(1, 4)
-        version = client.get(f"passage?number={number}")["version"]
+        version = client.get(f"passage?number={number}")[1]["version"]
         parts = [None, None, f"drug {chance.random()}"]
         edit = {"edit": "set_triple", "arguments": {"node": 3, "triple": 0, "parts": parts}}
         action, body = chance.choice([("edit", edit), ("edit", edit), ("approve", {"approved": True}), ("save", {})])
