@@ -172,10 +172,61 @@ def wanted(settings: Mapping[str, Any], seed: int) -> dict[tuple[str, str, float
     return found
 
 
+def lost_values(model: Any, batch: Any, order: str, seed: int) -> dict[str, torch.Tensor]:
+    """Values of ranks by an order that ``gatewise compress`` has no more, because it lost here.
+
+    "activation" is the mean square, over the tokens of the batch, of what a rank adds to its module's output; "random" is by the
+    seed; of "last" the last layers are worth most. Others are scores.
+    """
+    import gatewise
+    from gatewise.allocation.gates import GateBank
+    from gatewise.allocation.scoring import from_nothing, live_only, losses_without_and_with, parts_of, scoring
+    from gatewise.allocation.slots import by_slot, factors
+    from gatewise.compress.order import rank_values
+    from gatewise.losses import row_losses
+    from gatewise.sites import sites_in_order
+
+    if order == "path_integral":
+        return {path: one.double() for path, one in gatewise.scores.path_integral(model, batch).items()}
+    if order == "taylor":  # counted from CE(all ranks) - CE(no rank)
+        without, whole = losses_without_and_with(model, batch, "default")
+        return from_nothing({path: one.double() for path, one in gatewise.scores.taylor(model, batch).items()}, without - whole)
+    if order == "activation":
+        with scoring(model, None), GateBank(model, "default") as gates, torch.no_grad():
+            sums = {path: torch.zeros_like(gate, dtype=torch.float32) for path, gate in gates.fill(1.0).items()}
+            seen = dict.fromkeys(sums, 0)
+            gates.open()
+
+            def look(path: str, hidden: torch.Tensor) -> None:
+                flat = hidden.flatten(0, -2).float()
+                sums[path] += flat.square().sum(dim=0)
+                seen[path] += len(flat)
+
+            with gates.looking(look):
+                for part in parts_of(model, batch, single_rows=True).own:  # padding would count as tokens
+                    row_losses(model, part)
+            for path, layer in gates.layers.items():
+                _, columns = by_slot(layer, "default", *(factor.detach() for factor in factors(layer, "default")))
+                sums[path] = sums[path] / seen[path] * (layer.scaling["default"] * columns.float()).square().sum(dim=1)
+            return {path: one.double() for path, one in live_only(gates, sums).items()}
+    generator = torch.Generator().manual_seed(seed)
+    sizes = rank_values(model, batch, "singular")
+    found: dict[str, torch.Tensor] = {}
+    for site in sites_in_order(sizes):
+        own = sizes[site.path]
+        if order == "random":
+            own = torch.rand(len(own), generator=generator, dtype=torch.float64) + torch.rand(1, generator=generator).double()
+        else:  # within a layer the smaller singular values go first
+            own = 1 + (len(found) if site.layer is None else site.layer) + own / (1 + own.sum())
+        found[site.path] = own
+    return {path: found[path] for path in sizes}
+
+
 def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
     """Every measurement of a case that is missing; where none is, nothing is trained."""
     from gatewise.allocation.slots import live_slots, lora_layers, prune
     from gatewise.compress.basis import to_singular_basis
+    from gatewise.compress.order import ORDERS as KEPT_ORDERS
     from gatewise.compress.order import Cost, module_costs, moves, parameter_costs, rank_values
     from gatewise.compress.recovery import RATE_OF_RUN, refit
 
@@ -210,7 +261,9 @@ def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool])
 
     def values_of(order: str) -> Mapping[str, Any]:
         if order not in PER_MODULE:
-            return {path: one.tolist() for path, one in rank_values(model, case.batch, order, seed=case.seed).items()}
+            known = order in KEPT_ORDERS
+            found = rank_values(model, case.batch, order) if known else lost_values(model, case.batch, order, case.seed)
+            return {path: one.tolist() for path, one in found.items()}
         squares = {path: one.double() for path, one in rank_values(model, case.batch, "singular").items()}
         if order == "even":
             return {path: one.argsort(descending=True).argsort().neg().tolist() for path, one in squares.items()}

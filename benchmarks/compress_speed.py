@@ -1,14 +1,12 @@
-"""What a smaller adapter saves when it is served: decoding speed alone, and speed and memory of sixteen at once. SmolLM2-135M.
+"""What a smaller adapter saves when it is served: decoding speed. SmolLM2-135M.
 
     python benchmarks/compress_speed.py alone --data-dir DATA       # one adapter of trec, at the sizes that gatewise compress makes
-    python benchmarks/compress_speed.py sixteen --data-dir DATA     # four tasks, four seeds, a third of the modules (--shared)
     python benchmarks/compress_speed.py report
 
 "alone": tokens/s of each size in plain PEFT, under `gatewise.fast_lora` and merged; batch 1 and 8, prompts of 64 tokens and 64 new
 ones. The bare base runs before and after every two others, whose order changes with every repeat, and a figure is the ratio to the
-two base runs around it. "sixteen": one batch of sixteen rows, each with an adapter of its own (PEFT's `adapter_names`). Adapters
-are trained (LoRA r = 8 on all linear layers) and compressed once, and kept in --work. Lines are written as they come; a run that
-was stopped goes on where it was. Time it with nothing else running.
+two base runs around it. Adapters are trained (LoRA r = 8 on all linear layers) and compressed once, and kept in --work. Lines are
+written as they come; a run that was stopped goes on where it was. Time it with nothing else running.
 """
 
 import argparse
@@ -30,7 +28,7 @@ from peft import PeftModel
 
 from gatewise import fast_lora
 from gatewise.adapters.data_options import DataOptions
-from gatewise.compress import Goal, compress, compress_shared
+from gatewise.compress import Goal, compress
 from gatewise.files import write_json
 from gatewise.models import load_model
 from gatewise.models.device import pick_dtype
@@ -42,9 +40,6 @@ SIZES = {
     "1/3 of the modules": ("modules", 1 / 3), "1/4 of the modules": ("modules", 1 / 4),
 }  # fmt: skip
 WAYS = ("PEFT", "fast_lora", "merged")
-SIXTEEN = [(task, seed) for task in ("trec", "subj", "mr", "sst2") for seed in range(4)]
-STEPS, RATE = 60, 1e-3  # of the sixteen, which only have to be good enough that something is lost without them
-SHARED = 70  # modules that they keep together, a third
 NEW = 64
 
 
@@ -148,49 +143,6 @@ def alone(options: argparse.Namespace, run: str) -> None:
         print(f"repeat {repeat}", flush=True)
 
 
-def sixteen(options: argparse.Namespace, run: str) -> None:
-    """Memory and speed of sixteen adapters in one model: whole, and made smaller together."""
-    whole = [whole_adapter(task, seed, STEPS, RATE, options) for task, seed in SIXTEEN]
-    data = [str(options.data_dir / task / "dev.jsonl") for task, _ in SIXTEEN]
-    shared = options.work / "shared"
-    if not shared.exists():
-        result = compress_shared(whole, data, shared, Goal(modules=SHARED), options=DataOptions(limit=400))
-        for name, union in (("whole", result.before), ("shared", result.after)):
-            row = {
-                "part": "union",
-                "run": run,
-                "size": name,
-                "modules": union.modules,
-                "rank": union.rank,
-                "numbers": union.numbers,
-            }
-            append(row, options.results)
-        for name, one in result.adapters.items():
-            gap = one.chosen.difference
-            row = {"part": "quality", "run": run, "adapter": name, "whole": one.whole_quality, "smaller": one.chosen.quality}
-            append({**row, "worse": gap.mean, "at_most": gap.high, "modules": one.chosen.size.modules}, options.results)
-    base = load_model(MODEL, dtype=pick_dtype("auto")).eval()
-    models = {"whole": loaded(whole), "shared": loaded([shared / folder.name for folder in whole])}
-    ids = Bench(argparse.Namespace(prompt=64, device="cpu")).prompts().repeat(2, 1)
-    names = [str(row) for row in range(16)]
-    for size, model in models.items():
-        held = sum(one.numel() * one.element_size() for name, one in model.named_parameters() if "lora_" in name)
-        if not any(one["size"] == size for one in _rows(options, run, "memory")):
-            append({"part": "memory", "run": run, "size": size, "bytes": held}, options.results)
-    for repeat in range(options.repeats):
-        done = {(one["size"], one["way"]) for one in _rows(options, run, "sixteen") if one["repeat"] == repeat}
-        left = [(size, way) for size in models for way in ("PEFT", "fast_lora") if (size, way) not in done]
-        random.Random(repeat).shuffle(left)
-        before = seconds(base, ids)
-        for size, way in left:
-            took = seconds(models[size], ids, fast=way == "fast_lora", adapter_names=names)
-            after = seconds(base, ids)
-            row = {"part": "sixteen", "run": run, "size": size, "way": way, "repeat": repeat}
-            append({**row, "seconds": took, "base": [before, after]}, options.results)
-            before = after
-        print(f"repeat {repeat}", flush=True)
-
-
 def _rows(options: argparse.Namespace, run: str, part: str) -> list[dict[str, Any]]:
     return [one for one in read(options.results) if one["run"] == run and one["part"] == part]
 
@@ -217,18 +169,12 @@ def report(options: argparse.Namespace) -> None:
                 median = statistics.median(statistics.mean(one["base"]) / one["seconds"] for one in mine)
                 counts = f"{mine[0]['parameters']:,} parameters, {mine[0]['modules']} modules"
                 print(f"    {size:24s} {way:10s} {_ratios(mine)}   {median / whole:.2f} times   {counts}")
-        for one in [*_rows(options, run, "union"), *_rows(options, run, "memory"), *_rows(options, run, "quality")]:
-            print("  " + ", ".join(f"{key} {value}" for key, value in one.items() if key != "run"))
-        rows = _rows(options, run, "sixteen")
-        for size, way in dict.fromkeys((one["size"], one["way"]) for one in rows):
-            mine = [one for one in rows if (one["size"], one["way"]) == (size, way)]
-            print(f"  sixteen adapters in one batch: {size:8s} {way:10s} {_ratios(mine)} of the base's speed")
 
 
 def main() -> None:
     """Measures, or reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["alone", "sixteen", "report"])
+    parser.add_argument("part", choices=["alone", "report"])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gatewise-compress-speed")
     parser.add_argument("--results", type=Path, default=RESULTS / "compress_speed.jsonl")
@@ -243,7 +189,7 @@ def main() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
         dtype = str(pick_dtype("auto")).removeprefix("torch.")
         run = f"{options.machine or 'a machine not named'}, {options.threads} threads, {dtype}"
-        (alone if options.part == "alone" else sixteen)(options, run)
+        alone(options, run)
     report(options)
 
 

@@ -95,20 +95,6 @@ def test_json_is_all_of_stdout(compress: Compress) -> None:
     assert (told["order"], told["measure"]) == ("singular", "loss")
 
 
-def test_steps_that_are_faster_say_how_fast(compress: Compress) -> None:
-    result = compress("--speed", "1.02", "--measure", "loss")
-    assert result.exit_code == 0, result.output
-    assert "a step takes" in result.stdout
-
-
-def test_a_speed_that_was_not_reached_is_said(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules are timed one by one before; as a whole the adapter that was written is no faster here."""
-    monkeypatch.setattr("gatewise.compress.writing.seconds_a_step", lambda model: 0.5)
-    result = compress("--speed", "1.02", "--measure", "loss")
-    assert result.exit_code == 0, result.output
-    assert "that is 1.00 times as fast, not 1.02 times: timings vary" in result.stdout
-
-
 def test_recovery_is_shown(compress: Compress, saved: Path) -> None:
     result = compress("--modules", "2", "--recover", saved / "train.jsonl", "--steps", "3", "--learning-rate", "0.01")
     assert result.exit_code == 0, result.output
@@ -119,12 +105,11 @@ def test_recovery_is_shown(compress: Compress, saved: Path) -> None:
     ("words", "sentence"),
     [
         (["--modules", "3", "--tolerance", "0.1"], "--modules was given with --tolerance, which looks for a size: leave one of"),
-        (["--speed", "2", "--least", "time"], "--speed was given with --least, which looks for a size: leave one of the two out"),
+        (["--modules", "3", "--least", "modules"], "--modules was given with --least, which looks for a size: leave one of"),
         (["--parameters", "many"], "--parameters is 'many': expected a number such as 500000, 500k or 1.5M"),
         (["--recover-split", "train"], "--recover-split was given without --recover, the rows to train on"),
         (["--steps", "3"], "--steps was given without --recover, the rows to train on: add them or leave it out"),
-        (["--order", "best"], "order 'best' is not known; expected one of"),
-        (["--data", ""], "and 2 data were given: give one of each, or add --shared"),
+        (["--data", ""], "the data's name is empty: give a file, sample:NAME or a data set's name"),
         (["--recover", ""], "the data's name is empty: give a file, sample:NAME or a data set's name"),
         (["--tolerance", "0.001"], "rows to measure on, and a tolerance of 0.001 cannot be shown with fewer than"),
         (["--parameters", "1k", "--modules", "2"], "parameters and modules were both given as targets: give one of them"),

@@ -9,7 +9,8 @@ import torch
 from tiny_run import write_adapter, write_base, write_rows
 
 from gatewise.adapters.loading import Loaded, load_with_data
-from gatewise.compress.quality import check_rows, difference, differences, measure_for, qualities, split
+from gatewise.compress.quality import difference, differences, qualities
+from gatewise.compress.rows import check_enough, split
 from gatewise.compress.search import furthest
 from gatewise.errors import GatewiseError
 from gatewise.tasks import Records, evaluate
@@ -188,22 +189,17 @@ def test_too_few_rows_are_refused_with_what_would_do() -> None:
     few = Records("label", [{"text": "a", "label": "x"}] * 100, ["x", "y"], "dev.jsonl")
     larger = r": give more rows, or a larger tolerance \(--tolerance\)$"
     with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 300" + larger):
-        check_rows(few, "right", 0.01)
-    check_rows(few, "right", 0.05)
+        check_enough(few, "right", 0.01)
+    check_enough(few, "right", 0.05)
     with pytest.raises(GatewiseError, match=r"dev.jsonl has 100 rows .* cannot be shown with fewer than 150: give more rows$"):
-        check_rows(few, "loss", 0.01)
+        check_enough(few, "loss", 0.01)
     fewer = Records("label", few.rows[:19], ["x", "y"], "dev.jsonl")
     with pytest.raises(
         GatewiseError, match=r"and that right answers are as good cannot be shown with fewer than 20: give more rows$"
     ):
-        check_rows(fewer, "right", 0.5)
+        check_enough(fewer, "right", 0.5)
     with pytest.raises(GatewiseError, match=r"and a tolerance of 0.01 cannot be shown with fewer than 300: give more rows$"):
-        check_rows(fewer, "right", 0.01)
-
-
-def test_free_text_is_measured_by_its_loss(tmp_path: Path) -> None:
-    assert measure_for(Records("generation", [{"source": "a", "target": "b"}], None, "x")) == "loss"
-    assert measure_for(Records("choice", [{"question": "a", "choices": ["b"], "answer": 0}], None, "x")) == "right"
+        check_enough(fewer, "right", 0.01)
 
 
 def test_rows_are_split_apart() -> None:

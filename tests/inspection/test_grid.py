@@ -8,7 +8,6 @@ from adapter_folders import random_factors, write_folder
 from maps import importance, module
 
 from gatewise.inspection import BudgetMap, ModuleBudget, read_budget
-from gatewise.inspection.grid import tick_number
 
 
 def test_matrix_adds_up_places_and_shows_holes(tmp_path: Path) -> None:
@@ -61,8 +60,3 @@ def test_cells_and_margins_are_sums_over_modules() -> None:
     assert grid.cells == [[-0.75, None, None], [None] * 3, [0.5, 3.0, None], [None, None, -4.0]]
     assert (grid.rows, grid.columns, grid.total) == ([-0.75, None, 3.5, -4.0], [-0.25, 3.0, -4.0], -1.25)
     assert (grid.most, grid.signed) == (4.0, True)
-
-
-@pytest.mark.parametrize(("number", "written"), [(20_000, "20k"), (12_500, "12.5k"), (0, "0")])
-def test_numbers_of_the_colour_key_have_no_idle_decimals(number: float, written: str):
-    assert tick_number(number) == written

@@ -1,15 +1,18 @@
-"""Files of plots: what the name says, the same bytes for the same map, whole or not at all."""
+"""Pictures: what the name says, the same bytes for the same map, whole or not at all, and any numbers can be drawn."""
 
 import os
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
-from maps import budget_stack, importance_stack
+from maps import budget_stack, importance, importance_stack, module
+from matplotlib.axes import Axes
 
 from gatewise.errors import GatewiseError
-from gatewise.inspection import plot, plot_importance
+from gatewise.inspection import BudgetMap, plot, plot_gates, plot_importance, summary_lines
 
 
 @pytest.mark.parametrize("value", ["rank", "norm", "parameters"])
@@ -24,45 +27,85 @@ def test_a_budget_as_png_and_svg(value: Any, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["map.png", "map.svg"]
 
 
-def test_importance_as_png_and_svg(tmp_path: Path) -> None:
-    found = importance_stack(6)
-    assert plot_importance(found, tmp_path / "new" / "map.png", title="worth of $x_{ & <b>").read_bytes().startswith(b"\x89PNG\r\n")
-    svg = plot_importance(found, tmp_path / "map.svg")
-    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
-    first = svg.read_bytes()
-    assert plot_importance(found, svg).read_bytes() == first
+def test_every_number_and_total_is_written(tmp_path: Path) -> None:
+    budget = budget_stack(6)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        drawn = plot(budget, tmp_path / "map.svg").read_text()
+    grid = budget.grid()
+    for number in (*grid.rows, *grid.columns, grid.total, *(cell for row in grid.cells for cell in row)):
+        assert f">{number}<" in drawn
 
 
-def test_unknown_suffix_and_value(tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match=r"map\.pdf.*\.png, \.svg or \.html"):
-        plot(budget_stack(1), tmp_path / "map.pdf")
+def test_other_names_and_values_are_refused(tmp_path: Path) -> None:
+    for name in ("map.pdf", "map.html"):
+        with pytest.raises(GatewiseError, match=r"cannot plot to .*map\.\w+: expected a name that ends in \.png or \.svg"):
+            plot_importance(importance_stack(1), tmp_path / name)
     with pytest.raises(ValueError, match="expected one of"):
         plot(budget_stack(1), tmp_path / "map.png", "size")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_suffix_for_importance(tmp_path: Path) -> None:
-    with pytest.raises(GatewiseError, match=r"map\.pdf.*\.png, \.svg or \.html"):
-        plot_importance(importance_stack(1), tmp_path / "map.pdf")
-    assert list(tmp_path.iterdir()) == []
+def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(GatewiseError, match=r"matplotlib, which is not installed: pip install 'gatewise\[plot\]'"):
+        plot(budget_stack(1), tmp_path / "map.png")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "map.html"
+    out = tmp_path / "map.svg"
     out.write_text("old")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(GatewiseError, match=r"cannot write .*map\.html: No space left on device"):
+    with pytest.raises(GatewiseError, match=r"cannot write .*map\.svg: No space left on device"):
         plot(budget_stack(1), out)
     assert out.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["map.html"]
+    assert [path.name for path in tmp_path.iterdir()] == ["map.svg"]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("here")
-    with pytest.raises(GatewiseError, match=r"cannot write .*map\.png"):
-        plot(budget_stack(1), tmp_path / "file" / "map.png")
-    assert (tmp_path / "file").read_text() == "here"
+def test_image_grows_with_the_layers(tmp_path: Path) -> None:
+    def size(layers: int) -> tuple[int, int]:
+        header = plot(budget_stack(layers), tmp_path / "map.png").read_bytes()[16:24]
+        return int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+
+    small, large = size(6), size(80)
+    assert small[0] == large[0]
+    assert large[1] - small[1] > 74 * 0.2 * 160 * 0.8  # every row keeps a readable height, about 0.2 inches
+
+
+@pytest.mark.filterwarnings("error")
+def test_empty_map_is_drawn(tmp_path: Path) -> None:
+    assert plot(BudgetMap(()), tmp_path / "a.png").stat().st_size > 0
+    assert summary_lines(BudgetMap(()))[2] == "total rank: 0"
+
+
+def test_colours_part_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    real = Axes.pcolormesh
+    monkeypatch.setattr(Axes, "pcolormesh", lambda *given, **how: seen.append(real(*given, **how)) or seen[-1])
+
+    def faces(*totals: float) -> list[tuple[float, float, float]]:
+        plot_importance(importance(*(module(f"layers.0.kind{i}", t) for i, t in enumerate(totals))), tmp_path / "map.png")
+        return [tuple(255 * c for c in face[:3]) for face in seen[-1].to_rgba(list(totals))]  # type: ignore[misc]
+
+    below, above, zero = faces(-1.0, 1.0, 0.0)
+    assert below[0] > below[2] + 60  # orange
+    assert above[2] > above[0] + 60  # blue
+    assert max(zero) - min(zero) < 8  # neither
+    assert min(zero) > 230
+    # As far from zero, as strong, whichever side is longer.
+    assert faces(-1.0, 4.0)[0] != below
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scores", [(), (0.0,), (-1.0, -2.0)])
+def test_any_signs_are_drawn(scores: tuple[float, ...], tmp_path: Path) -> None:
+    found = importance(*(module(f"layers.{i}.q_proj", score) for i, score in enumerate(scores)))
+    assert plot_importance(found, tmp_path / "a.png").stat().st_size > 0
+
+
+def test_gates_over_the_steps_of_a_search(tmp_path: Path) -> None:
+    drawn = plot_gates([[0.5, 0.5, 0.5], [0.5, 0.6, 0.59]], [1, 2], tmp_path / "gates.svg").read_bytes()
+    assert drawn.startswith(b"<?xml")

@@ -118,10 +118,8 @@ def _check_plain_lora(folder: Path) -> None:
     config = read_config(folder)
     kind = str(config.get("peft_type"))
     if kind in _UNLIKE_LORA:
-        hint = ", or see what is lost where all prompts have the same choice (--static)" if kind == "ROUTED_LORA" else ""
         raise GatewiseError(
             f"{folder / CONFIG_FILE} is of peft_type {kind!r}, {_UNLIKE_LORA[kind]}, so that no LoRA is like it: use it as it is"
-            + hint
         )
     if kind != "LORA":
         raise GatewiseError(f"{folder / CONFIG_FILE} is of peft_type {kind!r}, expected 'LORA'")

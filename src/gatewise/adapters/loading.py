@@ -220,24 +220,6 @@ def load_adapter(
     return adapted.to(place).eval(), tokenizer, base_name
 
 
-def load_beside(model: PeftModel, adapter_dir: str | Path, name: str, base_name: str) -> PreTrainedTokenizerBase:
-    """Loads one more adapter, frozen and not active, into a model that has some.
-
-    Args:
-        name: what PEFT is to call it.
-        base_name: the base model's.
-
-    Returns:
-        The tokenizer: the adapter's own if its folder has one.
-
-    Raises:
-        GatewiseError: the folder is no adapter, a file is damaged, or the adapter does not fit the base.
-    """
-    folder = Path(adapter_dir)
-    _put(model, _peft_config(folder), folder, name, base_name)
-    return load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base_name)
-
-
 def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: str, base_name: str) -> PeftModel:
     """Puts an adapter, frozen, on a base model that is there already, or beside the adapters of one that has some.
 

@@ -39,7 +39,7 @@ class Budget(StrEnum):
 @takes_data_options(leave_out="limit")
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="The folder of any LoRA adapter, or one of method spt.", show_default=False)],
-    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or (LoRA alone) .html file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
     value: Annotated[Value | None, typer.Option(help="What to show of each module. [default: rank]")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Score the ranks on --data and show what each module is worth.")] = False,
     routing: Annotated[
@@ -71,7 +71,7 @@ def inspect(
 
     \b
     Examples:
-      gatewise inspect runs/quickstart/adapter --plot ranks.html
+      gatewise inspect runs/quickstart/adapter --plot ranks.png
       gatewise inspect runs/quickstart/adapter --scores --data sample:support-dev --suggest 2.4M --out pattern.json
       gatewise inspect runs/milora-support/adapter --routing --data sample:support-dev --plot routing.png
     """
@@ -187,7 +187,7 @@ def _show_scores(
 
     # Scoring takes a while: what can be refused before it is.
     if plot:
-        inspection.check_suffix(plot)
+        inspection.check_plot(plot)
         check_new_file(plot)
     if out:
         check_new_file(out)
@@ -209,7 +209,7 @@ def _show_scores(
     if out and suggestion is not None:
         write_json(out, suggestion)
     if plot:
-        inspection.plot_importance(importance, plot, ranks)
+        inspection.plot_importance(importance, plot)
     if as_json:
         told = inspection.importance_json(importance) | ({} if suggestion is None else {"suggestion": suggestion})
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
@@ -243,7 +243,7 @@ def _show_routing(adapter: Path, data: str, options: DataOptions, plot: Path | N
     from gatewise.inspection.routing import route_data
 
     if plot:
-        inspection.check_image_suffix(plot, "routing is")
+        inspection.check_plot(plot)
         check_new_file(plot)
     routing = route_data(adapter, data, options)
     if plot:

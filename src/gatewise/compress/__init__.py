@@ -13,16 +13,12 @@ if TYPE_CHECKING:
     from gatewise.compress.goal import Candidate, Compressed, Goal, Size
     from gatewise.compress.quality import Difference
     from gatewise.compress.recovery import Recovery
-    from gatewise.compress.sharing import Shared, compress_shared
-    from gatewise.compress.static import Static, to_static
 
 _HOME = {
     **dict.fromkeys(("Candidate", "Compressed", "Goal", "Size"), "goal"),
     "compress": "compressing",
     "Difference": "quality",
     "Recovery": "recovery",
-    **dict.fromkeys(("Shared", "compress_shared"), "sharing"),
-    **dict.fromkeys(("Static", "to_static"), "static"),
 }
 __all__ = [
     "Candidate",
@@ -30,12 +26,8 @@ __all__ = [
     "Difference",
     "Goal",
     "Recovery",
-    "Shared",
     "Size",
-    "Static",
     "compress",
-    "compress_shared",
-    "to_static",
 ]
 
 

@@ -25,13 +25,15 @@ from gatewise.adapters.files import read_note, read_tensors, weights_of
 from gatewise.adapters.loading import Loaded, load_with_data, read_rows
 from gatewise.adapters.lora import active_adapter
 from gatewise.compress.goal import Compressed, Goal
-from gatewise.compress.order import DEFAULT, ORDERS
+from gatewise.compress.order import ORDERS
 from gatewise.compress.quality import MEASURES, Measure
 from gatewise.compress.recovery import Recovery
-from gatewise.compress.search import Rows, Search, left_as_it_was, rows_for
-from gatewise.compress.work import Work, alone, beside, check_place, files_of, fingerprint_of, removed_if_refused
-from gatewise.compress.writing import written
+from gatewise.compress.rows import Rows, rows_for
+from gatewise.compress.search import Search, left_as_it_was
+from gatewise.compress.work import files_of, fingerprint_of, locked_work
+from gatewise.compress.writing import write_chosen
 from gatewise.errors import GatewiseError
+from gatewise.files import check_new_folder
 from gatewise.losses import base_of, loss_kind
 from gatewise.models.cache import folder_of
 from gatewise.models.loading import names_in
@@ -49,10 +51,9 @@ def compress(
     *,
     options: DataOptions = DataOptions(),
     recovery: Recovery | None = None,
-    order: str = DEFAULT,
+    order: str = ORDERS[0],
     measure: Measure | None = None,
     score_rows: int = 128,
-    refitted: bool = True,
     looks: int = 7,
     seed: int = 0,
     tokenizer: Any = None,
@@ -66,15 +67,14 @@ def compress(
         model_or_dir: the folder of any LoRA adapter that PEFT loads, or a model in memory, which is afterwards as it was.
         data: rows that measure, of which the scored ones are taken out unless there are rows to recover on; with a model in memory
             a file, a sample or ``Records``.
-        out: the folder to write, new or empty. Beside it lies OUT.work while this runs: what was measured, so that the same call
-            goes on after an interruption. Not for a model in memory.
+        out: the folder to write, new or empty. Beside it lies OUT.work while this runs: what was measured and trained, so that the
+            same call, or one with another tolerance, goes on after an interruption or a refusal. Not for a model in memory.
         goal: what the smaller adapter is to be.
         options: how to read the data, and where the model runs; of a model in memory, how to read a file.
         recovery: rows to train on after ranks are gone. Without them nothing is trained but one number a rank.
         order: how ranks are valued, see ``rank_values``.
         measure: "right" answers, or "loss"; None for right answers where there are some.
         score_rows: rows that value ranks, and that single numbers are fitted on.
-        refitted: whether to fit one number a rank after ranks are gone.
         looks: candidates that bisection measures at most.
         seed: of all draws.
         tokenizer, template: of a model in memory, without a template ``default_template``; ``adapter``: which of its adapters,
@@ -85,38 +85,39 @@ def compress(
         GatewiseError: adapter, model or data cannot be read or do not fit; too few rows; an adapter that does nothing here; a
             target or tolerance that nothing meets.
     """
-    check_settings(order, measure, score_rows, looks)
-    check_place(out)
-    source = None if isinstance(model_or_dir, PeftModel) else Path(model_or_dir)
-    progress = ConsoleProgress(console or Console(stderr=True))
-    with alone(out), quiet(bars=True):
-        loaded, note = _loaded(model_or_dir, data, options, tokenizer, template, recovery is not None, progress)
-        rows = rows_for(loaded, measure, goal, recovery, score_rows, seed, progress.say)
-        settings = {
-            "goal": asdict(goal), "recovery": asdict(recovery) if recovery else None, "order": order, "refitted": refitted,
-            "looks": looks, "seed": seed,
-        }  # fmt: skip
-        work = Work(None) if source is None else Work(beside(out), fingerprint_with(settings, source, loaded, rows, note))
-        name = active_adapter(loaded.model, adapter)
-        with left_as_it_was(loaded.model, name):
-            formats = stored_formats(source) if source is not None else (torch.float32, {})
-            search = Search(loaded, name, rows, goal, recovery, refitted, order, seed, note, work, progress, *formats)
-            with removed_if_refused([work]):
-                search.prepare()
-                chosen = search.of_size() if goal.has_target else search.smallest(looks)
-            result = written(chosen, Path(out), search, source)
-            work.remove()
-            return result
-
-
-def check_settings(order: str, measure: str | None, score_rows: int, looks: int) -> None:
-    """Refuses settings of ``compress`` that are none, before anything is read."""
     if order not in ORDERS:
         raise GatewiseError(f"order {order!r} is not known; expected one of {', '.join(ORDERS)}")
     if measure is not None and measure not in MEASURES:
         raise GatewiseError(f"measure {measure!r} is not known; expected one of {', '.join(MEASURES)}")
     if score_rows < 1 or looks < 1:
         raise GatewiseError(f"score_rows is {score_rows} and looks is {looks}: expected at least 1 of each")
+    check_new_folder(out)
+    source = None if isinstance(model_or_dir, PeftModel) else Path(model_or_dir)
+    progress = ConsoleProgress(console or Console(stderr=True))
+    with quiet(bars=True):
+        loaded, note = _loaded(model_or_dir, data, options, tokenizer, template, recovery is not None, progress)
+        rows = rows_for(loaded, measure, goal, recovery, score_rows, seed, progress.say)
+        # Neither a tolerance nor a size changes what is measured, only how far the search goes.
+        settings = {
+            "unit": goal.unit,
+            "rank_cap": goal.rank_cap,
+            "recovery": recovery and asdict(recovery),
+            "order": order,
+            "seed": seed,
+        }
+        fingerprint = None if source is None else _fingerprint(settings, source, loaded, rows, note)
+        name = active_adapter(loaded.model, adapter)
+        with locked_work(out, fingerprint) as work, left_as_it_was(loaded.model, name):
+            formats = _stored_formats(source) if source is not None else (torch.float32, {})
+            search = Search(loaded, name, rows, goal, recovery, order, seed, note, work, progress, *formats)
+            try:
+                search.prepare()
+            except GatewiseError as error:
+                if error.__cause__ is None:  # it would be refused again; a full disk may be mended
+                    work.remove()
+                raise
+            chosen = search.of_size() if goal.has_target else search.smallest(looks)
+            return write_chosen(chosen, Path(out), search, source)
 
 
 def _loaded(
@@ -159,7 +160,7 @@ def _loaded(
     return Loaded(model_or_dir, tokenizer, "", records, template or own, 512), {}
 
 
-def fingerprint_with(settings: Mapping[str, Any], source: Path, loaded: Loaded, rows: Rows, note: Mapping[str, Any]) -> str:
+def _fingerprint(settings: Mapping[str, Any], source: Path, loaded: Loaded, rows: Rows, note: Mapping[str, Any]) -> str:
     """Of a call's settings, data, adapter and base: another call with the same may go on with what it measured."""
     weight: Any = next(loaded.model.parameters())
     records = [one for one in (rows.held_out, rows.scored, rows.train) if one]
@@ -174,7 +175,7 @@ def fingerprint_with(settings: Mapping[str, Any], source: Path, loaded: Loaded, 
     return fingerprint_of({**settings, **read}, source)
 
 
-def stored_formats(folder: Path) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+def _stored_formats(folder: Path) -> tuple[torch.dtype, dict[str, torch.dtype]]:
     """The number format of an adapter's factors on disk, and of its other tensors there by name."""
     tensors, _ = read_tensors(weights_of(folder))
     formats = {name: tensor.dtype for name, tensor in tensors.items()}

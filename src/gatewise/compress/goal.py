@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from gatewise.compress.quality import Difference
 from gatewise.errors import GatewiseError
 
-Least = Literal["parameters", "modules", "time"]
+Least = Literal["parameters", "modules"]
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,9 @@ class Goal:
     """What the smaller adapter is to be. Without a target it is the smallest within the tolerance.
 
     Attributes:
-        least: what to have least of: "parameters", "modules" or "time" a token.
+        least: what to have least of: "parameters" or "modules".
         tolerance: by how much its quality may be worse, with a confidence of 95%: in shares of right answers, or nats a token.
-        parameters, modules, speed: a target in place of the tolerance; at most one of them. ``speed`` is how many times as fast as
-            the whole adapter a step is to be.
+        parameters, modules: a target in place of the tolerance; at most one of them.
         rank_cap: no module keeps more ranks.
     """
 
@@ -28,7 +27,6 @@ class Goal:
     tolerance: float = 0.01
     parameters: int | None = None
     modules: int | None = None
-    speed: float | None = None
     rank_cap: int | None = None
 
     def __post_init__(self) -> None:
@@ -36,26 +34,23 @@ class Goal:
             raise GatewiseError(f"least is {self.least!r}; expected one of {', '.join(get_args(Least))}")
         if not 0 < self.tolerance < math.inf:
             raise GatewiseError(f"the tolerance is {self.tolerance}: expected a number above zero, such as 0.01 (--tolerance)")
-        given = {name: value for name in ("parameters", "modules", "speed") if (value := getattr(self, name)) is not None}
-        if len(given) > 1:
-            raise GatewiseError(f"{' and '.join(given)} were both given as targets: give one of them")
-        for name, value in given.items():
-            if not (1 if name == "speed" else 0) < value < math.inf:
-                raise GatewiseError(f"{name} is {value}: expected {'more than 1' if name == 'speed' else 'at least 1'}")
+        if self.parameters is not None and self.modules is not None:
+            raise GatewiseError("parameters and modules were both given as targets: give one of them")
+        for name in ("parameters", "modules"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise GatewiseError(f"{name} is {value}: expected at least 1")
         if self.rank_cap is not None and self.rank_cap < 1:
             raise GatewiseError(f"the rank cap is {self.rank_cap}: expected at least 1 (--rank-cap)")
 
     @property
     def unit(self) -> Least:
         """What the order saves."""
-        if self.speed is not None:
-            return "time"
         return "modules" if self.modules is not None else "parameters" if self.parameters is not None else self.least
 
     @property
     def has_target(self) -> bool:
-        """Whether a size was asked for, not a quality."""
-        return any(one is not None for one in (self.parameters, self.modules, self.speed))
+        """True if a size was asked for, not a quality."""
+        return self.parameters is not None or self.modules is not None
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,6 @@ class Compressed:
         chosen: the smaller adapter; whole_size, whole_quality and base_quality: of the whole one, and quality without any.
         candidates: all that were measured, in order.
         measure: "right" or "loss"; order, goal, rows: how it was searched, and the rows that measured.
-        seconds: of a step with the whole adapter, the smaller one, and none, where time was measured.
         deviation: the largest difference of logits between the adapter as measured and as written: "loaded" again, and "merged".
         merges: whether it is the same model when it is merged into its base; None where that was not tried (a model in memory).
     """
@@ -115,6 +109,5 @@ class Compressed:
     order: str
     goal: Goal
     rows: int
-    seconds: tuple[float, float, float] | None = None
     deviation: Mapping[str, float] = field(default_factory=dict)
     merges: bool | None = None

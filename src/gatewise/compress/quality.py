@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gatewise.errors import GatewiseError
 from gatewise.losses import loss_kind, microbatches, row_losses
 from gatewise.tasks import PadCollator, Records, Template, evaluate
 from gatewise.tasks.metrics import encoded, measuring
@@ -25,11 +24,6 @@ LEAST_ROWS = 150
 _LEAST_ANSWERS = 20  # rows that measure right answers, whatever the tolerance
 _DRAWS = 10_000
 _TOKENS = 4096  # padded, in one forward pass that takes losses
-
-
-def measure_for(records: Records) -> Measure:
-    """What is measured unless told otherwise: right answers, and the loss where answers are free text."""
-    return "loss" if records.kind == "generation" else "right"
 
 
 def qualities(
@@ -135,52 +129,6 @@ def _at_one_rank(draws: Tensor) -> Tensor:
     return in_order[:, rank - 1]
 
 
-def rows_needed(tolerance: float) -> int:
-    """The rows without which not even an adapter that answers all of them alike is within the tolerance with 95% confidence."""
-    return math.ceil(3 / tolerance)
-
-
 def least_rows(measure: Measure) -> int:
     """The rows without which nothing can be said with 95% confidence, see ``LEAST_ROWS``."""
     return LEAST_ROWS if measure == "loss" else _LEAST_ANSWERS
-
-
-def check_rows(records: Records, measure: Measure, tolerance: float) -> None:
-    """Refuses rows that can show nothing, before long work: see ``rows_needed``, and ``LEAST_ROWS`` for losses.
-
-    Raises:
-        GatewiseError: too few rows.
-    """
-    floor = least_rows(measure)
-    needed = floor if measure == "loss" else max(floor, rows_needed(tolerance))
-    if len(records) < needed:
-        answers = "losses" if measure == "loss" else "right answers"
-        what = f"a tolerance of {tolerance:g}" if needed > floor else f"that {answers} are as good"
-        # With fewer rows than the floor no tolerance would do.
-        more = "rows" if len(records) < floor else "rows, or a larger tolerance (--tolerance)"
-        raise GatewiseError(
-            f"{records.source} has {len(records)} rows to measure on, and {what} cannot be shown with fewer than {needed}: "
-            f"give more {more}"
-        )
-
-
-def split(records: Records, count: int, seed: int, alike: Sequence[str] | None = None) -> tuple[Records, Records]:
-    """``count`` rows drawn by the seed, and the others in their order.
-
-    Args:
-        alike: for each row a key. Rows with the same key are on the same side, for which fewer than ``count`` may be drawn, or more
-            where each key has more rows.
-    """
-    groups: dict[str | int, list[int]] = {}
-    for at in range(len(records)):
-        groups.setdefault(at if alike is None else alike[at], []).append(at)
-    together, drawn = list(groups.values()), set[int]()
-    for number in torch.randperm(len(together), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(drawn) + len(together[number]) <= count:
-            drawn.update(together[number])
-    if not drawn:
-        fewest = min(together, key=len)
-        drawn.update(fewest)
-    first = [row for at, row in enumerate(records.rows) if at in drawn]
-    rest = [row for at, row in enumerate(records.rows) if at not in drawn]
-    return replace(records, rows=first), replace(records, rows=rest)

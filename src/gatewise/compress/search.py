@@ -1,9 +1,8 @@
 """The search itself: one order of all that can go, and how far along it one can go."""
 
-import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,127 +20,15 @@ from gatewise.allocation.scoring import parts_of
 from gatewise.allocation.slots import Expert, factors, live_slots, lora_layers, prune
 from gatewise.compress.basis import to_singular_basis
 from gatewise.compress.goal import Candidate, Goal, Size
-from gatewise.compress.order import Cost, Move, above_cap, module_costs, moves, parameter_costs, rank_values, stays_whole
-from gatewise.compress.quality import (
-    Difference,
-    Measure,
-    check_rows,
-    difference,
-    differences,
-    encoded,
-    measure_for,
-    qualities,
-    split,
-)
+from gatewise.compress.order import above_cap, module_costs, moves, parameter_costs, rank_values, stays_whole
+from gatewise.compress.quality import Difference, difference, differences, encoded, qualities
 from gatewise.compress.recovery import Recovery, recover, refit
-from gatewise.compress.timing import check_timed, seconds_a_step, time_costs
+from gatewise.compress.rows import Rows
 from gatewise.compress.work import Work
 from gatewise.errors import GatewiseError
-from gatewise.losses import base_of, loss_kind, mean_loss
+from gatewise.losses import base_of, mean_loss
 from gatewise.progress import ConsoleProgress
-from gatewise.tasks import PadCollator, Records, Template
-from gatewise.tasks.encoding import check_labelled, references
-from gatewise.tasks.metrics import check_classes
-from gatewise.tasks.records import Row, load_like
-
-# ---------------------------------------------------------------- rows
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows for three purposes, none of them in two: those that measure, those that value ranks, and those to train on."""
-
-    held_out: Records
-    scored: Records
-    train: Records | None
-    measure: Measure
-
-
-def rows_for(
-    loaded: Loaded,
-    measure: Measure | None,
-    goal: Goal,
-    recovery: Recovery | None,
-    score_rows: int,
-    seed: int,
-    say: Callable[[str], None],
-) -> Rows:
-    """Deals out the rows. Rows that say the same are one row. What shows the same is in one set: it would measure what it chose.
-
-    Raises:
-        GatewiseError: too few rows, or rows that cannot be measured so.
-    """
-    template = loaded.template
-    if loss_kind(loaded.model) == "rows":
-        check_labelled(loaded.records)
-        check_classes(loaded.model, loaded.records)
-    records, train = without_repeats(loaded.records, template, say), None
-    measure = measure or measure_for(records)
-    if measure == "right" and records.kind == "generation":
-        raise GatewiseError(f"{records.source} has free text, of which none is right or wrong: take --measure loss")
-    if recovery is None:
-        shown = shown_of(records, template)
-        if len(set(shown)) < 2:
-            rows = "1 row" if len(shown) == 1 else f"{len(shown)} rows, which all show the same"
-            raise GatewiseError(f"{records.source} has {rows}: expected some to value ranks on and some to measure on")
-        scored, held_out = split(records, min(score_rows, max(1, len(records) // 4)), seed, shown)
-    else:
-        held_out = records
-        train = load_like(recovery.data, records.labels, split=recovery.split)
-        if train.kind != records.kind:
-            raise GatewiseError(f"{recovery.data} has {train.kind} rows, but {records.source} has {records.kind} rows")
-        measuring = set(shown_of(records, template))
-        others = set(shown_of(train, template)) - measuring
-        if len(others) < 2:
-            rows = f"all rows of {recovery.data}" + (" but one" if others else "")
-            raise GatewiseError(f"{rows} are in {held_out.source} too, which measures: train (--recover) on other rows")
-        train = without_repeats(train, template, say, measuring)
-        scored, train = split(train, min(score_rows, max(1, len(train) // 4)), seed, shown_of(train, template))
-    if not goal.has_target:
-        check_rows(held_out, measure, goal.tolerance)
-    return Rows(held_out, scored, train, measure)
-
-
-def shown_of(records: Records, template: Template | None) -> list[str]:
-    """What a model is shown of each row, whatever the spacing: its text and what it may choose from. An id does not count.
-
-    Raises:
-        GatewiseError: a row lacks a field of the prompt.
-    """
-    found = []
-    for row in records.rows:
-        shown = [template.render(row)] if template else [row.get(name) for name in ("text", "premise", "hypothesis")]
-        choices = sorted(row["choices"]) if records.kind == "choice" else []
-        found.append(json.dumps([" ".join(str(one).split()) for one in (*shown, *choices)]))
-    return found
-
-
-def _answer(records: Records, row: Row) -> list[str]:
-    if records.kind == "choice":
-        answers = [row["choices"][records.gold_index(row)]]
-    else:
-        answers = references(row) if records.kind == "generation" else [row["label" if records.kind == "label" else "answer"]]
-    return [" ".join(str(one).split()) for one in answers]
-
-
-def without_repeats(
-    records: Records, template: Template | None, say: Callable[[str], None], apart_from: Collection[str] = ()
-) -> Records:
-    """The rows that say, with their answer, what no row before them says.
-
-    Args:
-        apart_from: what rows of another set show, see ``shown_of``. Rows that show it are left out too, whatever their answer.
-    """
-    kept, seen = [], set()
-    for row, shown in zip(records.rows, shown_of(records, template), strict=True):
-        said = json.dumps([shown, _answer(records, row)])
-        if shown not in apart_from and said not in seen:
-            seen.add(said)
-            kept.append(row)
-    if len(kept) < len(records):
-        say(f"{len(records) - len(kept)} rows of {records.source} say what other rows say and are left out")
-    return replace(records, rows=kept)
-
+from gatewise.tasks import PadCollator, Records
 
 # ---------------------------------------------------------------- models
 
@@ -180,19 +67,6 @@ def _own(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     return {key: value for key, value in model.named_parameters() if own.search(key)}
 
 
-@contextmanager
-def _freed(model: PeftModel, name: str) -> Iterator[None]:
-    """While open, what belongs to the adapter can be trained; ``left_as_it_was`` has frozen all parameters."""
-    own = _own(model, name).values()
-    try:
-        for value in own:
-            value.requires_grad_(True)
-        yield
-    finally:
-        for value in own:
-            value.requires_grad_(False)
-
-
 def _copied(model: PeftModel, name: str) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in _own(model, name).items()}
 
@@ -216,7 +90,6 @@ class Search:
     rows: Rows
     goal: Goal
     recovery: Recovery | None
-    refitted: bool
     order: str
     seed: int
     note: Mapping[str, Any]
@@ -225,28 +98,16 @@ class Search:
     dtype: torch.dtype = torch.float32  # of the adapter's file, in which the smaller one is written too
     # Of what else that file has, such as a head, by its name there.
     formats: Mapping[str, torch.dtype] = field(default_factory=dict)
-    shared: bool = False  # with other adapters
     candidates: list[Candidate] = field(default_factory=list)
     candidate_rows: list[Tensor] = field(default_factory=list)  # what was measured of each
     # Of the last candidate that was good enough, or of the size asked for: mostly the one that is taken.
     weights: tuple[Candidate, dict[str, Tensor]] | None = None
-    shared_order: str = ""  # of adapters that share one: what tells it from others, for what was measured along it
-
-    def activate(self) -> None:
-        """Makes the adapter the active one, of a model that may have several."""
-        if self.loaded.model.active_adapters != [self.name]:
-            self.loaded.model.set_adapter(self.name)
-            self.loaded.model.eval()
 
     def prepare(self) -> None:
         """Turns the adapter into its singular basis, puts all that can be dropped into an order, and measures both of its ends."""
-        self.activate()
         model, name = self.loaded.model, self.name
         _refuse(model, name)
-        if self.goal.unit == "time":
-            check_timed(model)
-        self.layers = lora_layers(model, name)
-        self.each = slots.costs(self.layers, name)
+        self.layers, self.each = lora_layers(model, name), slots.costs(model, name)
         to_singular_basis(model, name)
         self.whole = _copied(model, name)
         self.live = {path: live_slots(layer, name) for path, layer in self.layers.items()}
@@ -263,68 +124,44 @@ class Search:
         if self.rows.measure == "loss":
             self._encoded(self.rows.held_out)
         self._make_order()
-        if not self.moves and not self.capped:
-            kept = "has a magnitude, a bias, stacked experts or a variant of LoRA"
-            raise GatewiseError(
-                f"nothing can go: every module {kept}, which keep it, and no rank to spare"
-                if self.goal.unit == "parameters"
-                else f"no module can go as a whole: every one {kept}, which keep it; take --least parameters or --rank-cap"
-            )
+        self.last = max(at for at, size in enumerate(self.sizes) if size.ranks)
+        self._check_something_can_go()
         self.whole_rows = self._measured("whole")
         for path, layer in self.layers.items():
             prune(layer, name, self.live[path])
         self.base_rows = self._measured("without a rank")
-        self.back()
+        _put(model, name, self.whole)
         gap = self._gap(self.base_rows)
         if not self.goal.has_target and gap.within(self.goal.tolerance):
             raise GatewiseError(
                 f"without any rank the model is as good on these {gap.rows} rows ({_mean(self.base_rows):.4f}, with the adapter "
                 f"{_mean(self.whole_rows):.4f}): the adapter does nothing here, and the smallest is none; give other data, or a "
-                f"size ({'--modules' if self.shared else '--parameters, --modules'})"
+                "size (--parameters, --modules)"
             )
-
-    def back(self) -> None:
-        """Makes the model the whole adapter again."""
-        _put(self.loaded.model, self.name, self.whole)
 
     def _encoded(self, records: Records) -> list[dict[str, Any]]:
         return encoded(self.loaded.model, self.loaded.tokenizer, records, self.loaded.template, self.loaded.max_length)
 
-    def _costs(self) -> tuple[dict[str, Cost], float]:
-        """What each module costs, and the seconds of a step with all of them where time is what counts."""
-        model = self.loaded.model
-        if self.goal.unit != "time":
-            return (parameter_costs if self.goal.unit == "parameters" else module_costs)(model, self.name), 0.0
-        self.progress.say("measuring what each module costs in time")
-        return time_costs(model, self.name), seconds_a_step(model)
-
     def _make_order(self) -> None:
         """What goes first, and after each step the size and the cost of what is left."""
+        model, by_parameters = self.loaded.model, self.goal.unit == "parameters"
         held = self.work.order()
         if held is None:
             self.progress.say(f"valuing ranks on {len(self.rows.scored)} rows by {self.order}")
             with self.progress.counting("valuing") as count:
-                found = rank_values(self.loaded.model, self.batch, self.order, adapter=self.name, seed=self.seed, progress=count)
-            held = ({path: own.tolist() for path, own in found.items()}, *self._costs())
+                found = rank_values(model, self.batch, self.order, adapter=self.name, progress=count)
+            costs = (parameter_costs if by_parameters else module_costs)(model, self.name)
+            held = {path: own.tolist() for path, own in found.items()}, costs
             self.work.keep_order(*held)
-        values, costs, seconds = held
-        self.values = values
+        values, costs = held
         self.capped = above_cap(values, self.goal.rank_cap) if self.goal.rank_cap else {}
-        self.arrange(moves(values, costs, self.capped), costs, seconds)
-
-    def arrange(self, order: Sequence[Move], costs: Mapping[str, Cost], seconds: float = 0.0) -> None:
-        """Takes an order, and works out the size and the cost of what is left after each step of it."""
-        self.moves = order
+        self.moves = moves(values, costs, self.capped)
         left = {path: len(live) - len(self.capped.get(path, ())) for path, live in self.live.items()}
-        self.sizes, self.costs = [], []
-        for move in [None, *order]:
-            if move is not None and move.path in left:
-                left[move.path] -= len(move.ranks)
-                if not left[move.path]:
-                    seconds -= costs[move.path].fixed
-            size = self._size(left)
-            self.sizes.append(size)
-            self.costs.append({"parameters": size.parameters, "modules": size.modules, "time": max(seconds, 1e-9)}[self.goal.unit])
+        self.sizes = [self._size(left)]
+        for move in self.moves:
+            left[move.path] -= len(move.ranks)
+            self.sizes.append(self._size(left))
+        self.costs = [size.parameters if by_parameters else size.modules for size in self.sizes]
 
     def _size(self, left: Mapping[str, int]) -> Size:
         """Of what has so many ranks left, module by module."""
@@ -333,6 +170,21 @@ class Search:
         parameters = fixed + sum(self.each[path] * count for path, count in stored.items())
         modules += sum(bool(left[path] if isinstance(self.layers[path], Expert) else count) for path, count in stored.items())
         return Size(parameters, modules, sum(left.values()), max([largest, *stored.values()]))
+
+    def _check_something_can_go(self) -> None:
+        by_parameters, size = self.goal.unit == "parameters", self.whole_size
+        if not self.moves and not self.capped:
+            kept = "has a magnitude, a bias, stacked experts or a variant of LoRA"
+            raise GatewiseError(
+                f"nothing can go: every module {kept}, which keep it, and no rank to spare"
+                if by_parameters
+                else f"no module can go as a whole: every one {kept}, which keep it; take --least parameters or --rank-cap"
+            )
+        if self.last == 0 and not self.capped and not self.goal.has_target:
+            advice = "" if by_parameters or size.ranks == 1 else "; take --least parameters, by which single ranks go"
+            raise GatewiseError(
+                f"the adapter cannot be made smaller: all of it ({size.ranks} ranks in {size.modules} modules) goes at once{advice}"
+            )
 
     def _measured(self, key: str) -> Tensor:
         """(n,) qualities of the model as it is now, or as they were measured before an interruption."""
@@ -353,81 +205,64 @@ class Search:
         return held
 
     def smallest(self, looks: int) -> Candidate:
-        """The smallest adapter that is within the tolerance, as far as bisection finds it with ``looks`` candidates."""
-        last = max(at for at, size in enumerate(self.sizes) if size.ranks)
-        if last == 0 and not self.capped:
-            size = self.whole_size
-            advice = "" if self.goal.unit == "parameters" else "; take --least parameters, by which single ranks go"
-            raise GatewiseError(
-                f"the adapter cannot be made smaller: all of it ({size.ranks} ranks in {size.modules} modules) goes at once"
-                + (advice if size.ranks > 1 else "")
-            )
+        """The smallest adapter that is within the tolerance, as far as bisection finds it with ``looks`` candidates.
+
+        Candidates are then judged together: the one that is picked is picked for its bound, so all bounds have to hold at once.
+        """
+        tolerance = self.goal.tolerance
 
         def holds(at: int) -> bool:
-            return self.tried(at).difference.within(self.goal.tolerance)
+            return self.measured_at(at).difference.within(tolerance)
 
-        at = furthest(self.costs[: last + 1], looks, holds, first=bool(self.capped))
-        self.judge()
-        good = [one for one in self.candidates if one.difference.within(self.goal.tolerance)]
+        at = furthest(self.costs[: self.last + 1], looks, holds, first=bool(self.capped))
+        found = differences(self.whole_rows, self.candidate_rows, self.rows.measure, self.seed)
+        self.candidates = [replace(one, difference=gap) for one, gap in zip(self.candidates, found, strict=True)]
+        good = [one for one in self.candidates if one.difference.within(tolerance)]
         if not good:
-            raise self._nothing_holds(max(self.candidates, key=lambda one: one.size.parameters))
-        found = max(good, key=lambda one: (one.dropped, one.quality))
-        if found.dropped != at:
+            best = max(self.candidates, key=lambda one: one.size.parameters)
+            more = "" if self.recovery else ", rows to train on afterwards (--recover)"
+            raise GatewiseError(
+                f"no smaller adapter is within {tolerance:g} of the whole one with 95% confidence on these {best.difference.rows} "
+                f"rows: one with {best.size.parameters:,} of {self.whole_size.parameters:,} parameters is worse by "
+                f"{best.difference.mean:.4f}, at most by {best.difference.high:.4f}; give more rows{more} or a larger tolerance, "
+                "which goes on with what was measured here"
+            )
+        chosen = max(good, key=lambda one: (one.dropped, one.quality))
+        if chosen.dropped != at:
             self.progress.say(
                 f"of {len(self.candidates)} candidates judged together the smallest within the tolerance has "
-                f"{found.size.parameters:,} parameters in {found.size.modules} modules"
+                f"{chosen.size.parameters:,} parameters in {chosen.size.modules} modules"
             )
-        return found
-
-    def judge(self) -> None:
-        """Gives all candidates bounds that hold together: the one that is picked was picked for its bound."""
-        if self.candidates:
-            found = differences(self.whole_rows, self.candidate_rows, self.rows.measure, self.seed)
-            self.candidates = [replace(one, difference=gap) for one, gap in zip(self.candidates, found, strict=True)]
-
-    def _nothing_holds(self, best: Candidate) -> GatewiseError:
-        more = "" if self.recovery else ", rows to train on afterwards (--recover)"
-        return GatewiseError(
-            f"no smaller adapter is within {self.goal.tolerance:g} of the whole one with 95% confidence on these "
-            f"{best.difference.rows} rows: one with {best.size.parameters:,} of {self.whole_size.parameters:,} parameters is worse "
-            f"by {best.difference.mean:.4f}, at most by {best.difference.high:.4f}; give more rows{more} or a larger tolerance"
-        )
+        return chosen
 
     def of_size(self) -> Candidate:
         """The first of the order that is as small as was asked for."""
-        goal, last = self.goal, max(at for at, size in enumerate(self.sizes) if size.ranks)
-        asked = goal.parameters or goal.modules or self.costs[0] / (goal.speed or 1.0)
-        at = next((at for at, cost in enumerate(self.costs[: last + 1]) if cost <= asked), None)
+        asked = self.goal.parameters or self.goal.modules or 0
+        at = next((at for at, cost in enumerate(self.costs[: self.last + 1]) if cost <= asked), None)
         if at is None:
-            least = self.costs[last]
-            if goal.speed is not None:
-                raise GatewiseError(
-                    f"{goal.speed:g} times as fast was asked for, but with one module left a step is "
-                    f"{self.costs[0] / least:.2f} times as fast here: ask for less (--speed)"
-                )
             raise GatewiseError(
-                f"{asked:,} {goal.unit} were asked for, but the smallest adapter of this order has {least:,}: ask for more"
+                f"{asked:,} {self.goal.unit} were asked for, but the smallest adapter of this order has {self.costs[self.last]:,}: "
+                "ask for more"
             )
-        return self.tried(at)
+        return self.measured_at(at)
 
-    def tried(self, at: int) -> Candidate:
+    def measured_at(self, at: int) -> Candidate:
         """Measures what is left after ``at`` steps of the order, and trains it on where that is not as good."""
-        what = f"{self.sizes[at].parameters:,} parameters in {self.sizes[at].modules} modules"
         self._cut(at)
-        key = f"{at} {self.shared_order}".rstrip()
-        tried = self._candidate(at, False, self._measured(key))
-        holds = tried.difference.within(self.goal.tolerance)
+        found = self._candidate(at, False, self._measured(str(at)))
+        holds = found.difference.within(self.goal.tolerance)
         if self.recovery is not None and not (holds and not self.goal.has_target) and self._recover(at):
-            tried = self._candidate(at, True, self._measured(f"{key} recovered"))
-            holds = tried.difference.within(self.goal.tolerance)
+            found = self._candidate(at, True, self._measured(f"{at} recovered"))
+            holds = found.difference.within(self.goal.tolerance)
         if holds or self.goal.has_target:
-            self.weights = (tried, _copied(self.loaded.model, self.name))
+            self.weights = (found, _copied(self.loaded.model, self.name))
+        size, gap = found.size, found.difference
         judged = "" if self.goal.has_target else "; within the tolerance" if holds else "; not within the tolerance"
         self.progress.say(
-            f"{what}{' after recovery' if tried.recovered else ''}: worse by {tried.difference.mean:.4f}, "
-            f"{tried.difference.at_most}{judged}"
+            f"{size.parameters:,} parameters in {size.modules} modules{' after recovery' if found.recovered else ''}: worse by "
+            f"{gap.mean:.4f}, {gap.at_most}{judged}"
         )
-        return tried
+        return found
 
     def _candidate(self, at: int, recovered: bool, rows: Tensor) -> Candidate:
         found = Candidate(at, self.sizes[at], recovered, _mean(rows), self._gap(rows))
@@ -439,16 +274,16 @@ class Search:
         return difference(self.whole_rows, rows, self.rows.measure, self.seed)
 
     def _cut(self, at: int) -> None:
-        """Makes the model the whole adapter without what goes in the first ``at`` steps."""
-        self.activate()
-        self.back()
+        """Makes the model the whole adapter without what goes in the first ``at`` steps, and fits one number a rank anew."""
+        model, name = self.loaded.model, self.name
+        _put(model, name, self.whole)
         gone: dict[str, list[int]] = {path: list(ranks) for path, ranks in self.capped.items()}
         for move in self.moves[:at]:
             gone.setdefault(move.path, []).extend(move.ranks)
-        for path in gone.keys() & self.layers.keys():
-            prune(self.layers[path], self.name, [self.live[path][rank] for rank in gone[path]])
-        if self.refitted and gone:
-            refit(self.loaded.model, self.batch, self.name)
+        for path, ranks in gone.items():
+            prune(self.layers[path], name, [self.live[path][rank] for rank in ranks])
+        if gone:
+            refit(model, self.batch, name)
         self._round()
 
     def _round(self) -> None:
@@ -463,7 +298,7 @@ class Search:
         return self.formats.get(stored, self.dtype)
 
     def _recover(self, at: int) -> bool:
-        """Trains what is left after ``at`` steps; whether that lowers the loss on the rows that valued ranks.
+        """Trains what is left after ``at`` steps. True if that lowers the loss on the rows that valued ranks.
 
         Where it does not, all is as before, and no weights are kept.
         """
@@ -475,8 +310,11 @@ class Search:
         if held is None:
             self.progress.say(f"recovering for {self.recovery.steps} steps on {len(self.rows.train)} rows")
             loss = self._scored_loss()
-            with _freed(model, name):
+            own = nn.ParameterList(_own(model, name).values()).requires_grad_(True)
+            try:
                 recover(model, self.loaded.tokenizer, self.training, self.recovery, self.note, self.seed)
+            finally:
+                own.requires_grad_(False)
             self._round()
             held = _copied(model, name)
             if not self._scored_loss() < loss:
@@ -493,7 +331,6 @@ class Search:
     def take(self, chosen: Candidate) -> None:
         """Makes the model the chosen adapter."""
         if self.weights and (self.weights[0].dropped, self.weights[0].recovered) == (chosen.dropped, chosen.recovered):
-            self.activate()
             _put(self.loaded.model, self.name, self.weights[1])
             return
         self._cut(chosen.dropped)

@@ -1,8 +1,9 @@
-"""What an interrupted compression goes on with."""
+"""What an interrupted compression goes on with: the order, what was measured, and the weights of what was trained on."""
 
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -17,26 +18,24 @@ from torch import Tensor
 from gatewise.adapters.files import read_tensors, weights_of
 from gatewise.compress.order import Cost
 from gatewise.errors import GatewiseError
-from gatewise.files import check_new_folder, whole_file, write_json
-from gatewise.internals.library_attributes import locked_file_is_at
+from gatewise.files import whole_file, write_json
 
-STATE_FILE = "state.json"
-_FORMAT = 1
+_STATE_FILE = "state.json"
 _WEIGHTS = (".safetensors", ".bin")
 _READ = (".json", ".txt", ".model", ".jinja", ".py")  # configurations, and what tokenizers are made of
 
 
 def fingerprint_of(asked: Mapping[str, Any], adapter: Path) -> str:
-    """Of everything that measurements rest on: a call with another fingerprint must not go on with them.
+    """Of everything that measurements rest on: a call with another fingerprint does not go on with them.
 
     Args:
         asked: settings, rows, and how they are read, as JSON can hold them.
         adapter: its folder.
     """
-    told = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
-    told.update(weights_of(adapter).read_bytes())
-    told.update(json.dumps(files_of(adapter, weights=False)).encode())  # with its tokenizer's, if it brings one
-    return told.hexdigest()
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
+    digest.update(weights_of(adapter).read_bytes())
+    digest.update(json.dumps(files_of(adapter, weights=False)).encode())  # with its tokenizer's, if it brings one
+    return digest.hexdigest()
 
 
 def files_of(folder: str | Path, weights: bool = True) -> dict[str, str]:
@@ -54,108 +53,71 @@ def files_of(folder: str | Path, weights: bool = True) -> dict[str, str]:
     return found
 
 
-def beside(out: str | Path) -> Path:
+def work_folder(out: str | Path) -> Path:
     """OUT.work."""
     out = Path(out).resolve()
     return out.with_name(f"{out.name}.work")
 
 
-def check_place(out: str | Path) -> None:
-    """Refuses a folder that cannot be written, and names the folder beside it that a compression killed at its very end left.
-
-    Raises:
-        GatewiseError: as ``check_new_folder``.
-    """
-    try:
-        check_new_folder(out)
-    except GatewiseError as error:
-        if not (Path(out).is_dir() and beside(out).is_dir()):
-            raise
-        raise GatewiseError(
-            f"{error}; if {out} is what a compression wrote that was stopped at its very end, {beside(out)} is left over and "
-            "may be removed"
-        ) from None
-
-
 @contextmanager
-def alone(out: str | Path) -> Iterator[None]:
-    """Keeps other compressions away that would write to the same place, and go on with what this one trains.
+def locked_work(out: str | Path, fingerprint: str | None) -> Iterator["Work"]:
+    """The work on OUT, which nobody else does meanwhile. Where the block ends well, nothing of it is left.
+
+    Args:
+        fingerprint: None keeps nothing for later, as for a model in memory.
 
     Raises:
-        GatewiseError: another one is at work.
+        GatewiseError: another process is at work, or the folder cannot be made.
     """
-    path = beside(out).with_name(f".{beside(out).name}.lock")
-    lock = FileLock(str(path))
-    held = False
-    while not held:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise GatewiseError(f"another command is compressing to {out} now: wait for it, or give another --out") from None
-        except NotImplementedError:  # a file system without locks
-            yield
-            return
-        except OSError as error:
-            raise GatewiseError(
-                f"{path} cannot be made ({error.strerror or error}): give a shorter --out, or one in another folder"
-            ) from error
-        held = locked_file_is_at(lock, path)
-        if not held:
-            lock.release()
+    if fingerprint is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Work(Path(temporary))
+        return
+    place = work_folder(out)
+    lock = FileLock(str(place / "lock"))
     try:
-        yield
+        place.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise GatewiseError(f"another command is compressing to {out} now: wait for it, or give another --out") from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    except OSError as error:
+        raise GatewiseError(
+            f"{place} cannot be made ({error.strerror or error}): give a shorter --out, or one in another folder"
+        ) from error
+    try:
+        work = Work(place / fingerprint[:16])
+        yield work
+        # With what other commands for the same place have left: it is taken now.
+        for folder in place.glob("[0-9a-f]" * 16):
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
-        # Before it is released: another process could lock it before it is removed, and a third one make a new one.
-        with suppress(PermissionError):  # Windows removes no file that is open
-            path.unlink(missing_ok=True)
         lock.release()
+        if not any(place.glob("[0-9a-f]" * 16)):
+            with suppress(OSError):
+                (place / "lock").unlink(missing_ok=True)
+                place.rmdir()
 
 
 class Work:
-    """The folder OUT.work: the order, qualities of what was measured, weights of what was trained on. Removed at the end.
+    """A folder of one command. Whatever in it cannot be read is made again."""
 
-    Args:
-        folder: None for a model in memory, of which all is kept in memory.
-
-    Raises:
-        GatewiseError: something else is there, or what another compression left.
-    """
-
-    def __init__(self, folder: Path | None, fingerprint: str = "") -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._state: dict[str, Any] = {"format": _FORMAT, "fingerprint": fingerprint, "order": None, "rows": {}}
-        self._weights: dict[int, dict[str, Tensor]] = {}
-        if folder is None or not folder.exists():
-            return
-        try:
-            if all(path.name.startswith(f".{STATE_FILE}.") for path in folder.iterdir()):
-                return  # of a run that was killed before anything was kept
-            found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            if found["format"] != _FORMAT or not isinstance(found["rows"], dict) or "order" not in found:
-                raise ValueError("unknown format")
-            other = found["fingerprint"] != fingerprint
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise GatewiseError(
-                f"{folder} is in the way, and is not what an interrupted compression left: move it, or give another --out"
-            ) from error
-        if other:
-            raise GatewiseError(
-                f"{folder} is what an interrupted compression with other settings, data, adapter or base model left: give the same "
-                "command again to go on with it, or remove the folder"
-            )
-        self._state = found
+        self._state: dict[str, Any] = {"order": None, "rows": {}}
+        with suppress(OSError, ValueError):
+            self._state = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
 
-    def order(self) -> tuple[dict[str, list[float]], dict[str, Cost], float] | None:
-        """Values of ranks, costs of modules, and the seconds of a step, which would not be measured alike again."""
+    def order(self) -> tuple[dict[str, list[float]], dict[str, Cost]] | None:
+        """Values of ranks and costs of modules; None where they were not found yet."""
         held = self._state["order"]
-        if held is None:
-            return None
-        return held["values"], {path: Cost(**cost) for path, cost in held["costs"].items()}, held["seconds"]
+        return None if held is None else (held["values"], {path: Cost(**cost) for path, cost in held["costs"].items()})
 
-    def keep_order(self, values: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], seconds: float) -> None:
+    def keep_order(self, values: Mapping[str, Sequence[float]], costs: Mapping[str, Cost]) -> None:
         """Keeps what ``order`` gives."""
-        told = {path: asdict(cost) for path, cost in costs.items()}
-        self._keep(order={"values": dict(values), "costs": told, "seconds": seconds})
+        self._state["order"] = {"values": dict(values), "costs": {path: asdict(cost) for path, cost in costs.items()}}
+        write_json(self.folder / _STATE_FILE, self._state)
 
     def rows(self, key: str) -> Tensor | None:
         """(n,) qualities that were measured under a key; None where none were."""
@@ -164,58 +126,20 @@ class Work:
 
     def keep_rows(self, key: str, rows: Tensor) -> None:
         """Keeps what ``rows`` gives."""
-        self._keep(rows=self._state["rows"] | {key: rows.tolist()})
+        self._state["rows"][key] = rows.tolist()
+        write_json(self.folder / _STATE_FILE, self._state)
 
     def weights(self, at: int) -> dict[str, Tensor] | None:
         """Weights that were trained on after ``at`` steps of the order; None where none were."""
-        if self.folder is None:
-            return self._weights.get(at)
-        path = self._weights_file(at)
-        try:
-            return read_tensors(path)[0] if path.is_file() else None
-        except GatewiseError as error:
-            raise GatewiseError(f"{error}; as it is of an interrupted compression, remove {self.folder} and start again") from error
+        with suppress(GatewiseError):
+            return read_tensors(self.folder / f"trained-{at}.safetensors")[0]
+        return None
 
-    def keep_weights(self, at: int, weights: dict[str, Tensor]) -> None:
+    def keep_weights(self, at: int, weights: Mapping[str, Tensor]) -> None:
         """Keeps what ``weights`` gives."""
-        if self.folder is None:
-            self._weights[at] = weights
-            return
-        with whole_file(self._weights_file(at)) as part:
+        with whole_file(self.folder / f"trained-{at}.safetensors") as part:
             save_file({key: value.contiguous() for key, value in weights.items()}, part)
 
-    def _weights_file(self, at: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"trained-{at}.safetensors"
-
-    def _keep(self, **changes: Any) -> None:
-        self._state |= changes
-        if self.folder is not None:
-            write_json(self.folder / STATE_FILE, self._state)
-
     def remove(self) -> None:
-        """Removes what was kept, and the folder if nothing else is in it."""
-        if self.folder is None:
-            return
-        for path in [self.folder / STATE_FILE, *self.folder.glob("trained-*.safetensors")]:
-            path.unlink(missing_ok=True)
-        for pattern in (f".{STATE_FILE}.*", ".trained-*"):  # what a run that was killed had begun to write
-            for part in self.folder.glob(pattern):
-                shutil.rmtree(part, ignore_errors=True)
-        with suppress(OSError):
-            self.folder.rmdir()
-
-
-@contextmanager
-def removed_if_refused(works: Sequence[Work]) -> Iterator[None]:
-    """Around a search: removes what was kept where the search refuses, as it would again, and as no other call may go on with it.
-
-    An interruption leaves all as it is, and so does what others refuse, such as a full disk.
-    """
-    try:
-        yield
-    except GatewiseError as error:
-        if error.__cause__ is None:
-            for work in works:
-                work.remove()
-        raise
+        """Removes what was kept: no other call can go on with it."""
+        shutil.rmtree(self.folder, ignore_errors=True)

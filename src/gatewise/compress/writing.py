@@ -2,20 +2,16 @@
 
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from gatewise.adapters.export import copy_tokenizer, to_lora
 from gatewise.adapters.files import ALLOCATION_FILE, CONFIG_FILE, NOTE_FILE, WEIGHTS_FILE, read_config, read_lora, read_tensors
 from gatewise.compress.goal import Candidate, Compressed
 from gatewise.compress.search import Search
-from gatewise.compress.timing import seconds_a_step
 from gatewise.errors import GatewiseError, some
 from gatewise.files import finite, whole_folder, write_json
 from gatewise.losses import scored
@@ -27,13 +23,12 @@ _CHECK = "gatewise-check"  # what the adapter as written is called, beside the o
 _BOUND = 0.02  # of the largest logit: more than rounding
 
 
-def written(chosen: Candidate, out: Path, search: Search, source: Path | None, used_on: bool = False) -> Compressed:
-    """Writes the adapter that a search chose, and looks whether it is the one that was measured.
+def write_chosen(chosen: Candidate, out: Path, search: Search, source: Path | None) -> Compressed:
+    """Writes the adapter that a search chose, and checks that it is the one that was measured.
 
     Args:
         out: the folder to write.
         source: the folder of the whole adapter, whose tokenizer comes along; None for a model in memory.
-        used_on: other adapters are measured and written on the same model afterwards.
 
     Raises:
         GatewiseError: it cannot be written, or what was written is another function.
@@ -48,17 +43,20 @@ def written(chosen: Candidate, out: Path, search: Search, source: Path | None, u
             (saved / ALLOCATION_FILE).unlink(missing_ok=True)
             to_lora(saved, part)
         if source is not None:
-            _in_formats(part, search)
+            now, metadata = read_tensors(part / WEIGHTS_FILE)
+            in_formats = {key: tensor.to(search.format_of(key)).contiguous() for key, tensor in now.items()}
+            save_file(in_formats, part / WEIGHTS_FILE, metadata=metadata)
             copy_tokenizer(source, part)
-            _named_as_in(source, part)
+            _name_as_in(source, part)
             if search.note:
                 write_json(part / NOTE_FILE, search.note)
-        deviation, seconds, merges = _compared(search, part, source is not None, used_on)
+        deviation = _deviations(search, part, merge=source is not None)
         result = Compressed(
             out=out, chosen=chosen, whole_size=search.whole_size, whole_quality=float(search.whole_rows.mean()),
             base_quality=float(search.base_rows.mean()), candidates=tuple(search.candidates), measure=search.rows.measure,
-            order=search.order, goal=search.goal, rows=len(search.rows.held_out), seconds=seconds, deviation=deviation,
-            merges=merges,
+            order=search.order, goal=search.goal, rows=len(search.rows.held_out),
+            deviation={key: value for key, value in deviation.items() if key != "bound"},
+            merges=None if source is None else deviation.get("merged", math.inf) <= deviation["bound"],
         )  # fmt: skip
         write_json(part / SERVING_FILE, serving_settings(read_lora(part), model_type_of(model)))
         write_json(part / REPORT_FILE, {"format": 1, **finite({**asdict(replace(result, out=Path())), "out": None})})
@@ -81,14 +79,7 @@ def _save(model: Any, name: str, folder: Path, source: Path | None) -> None:
         save_file({**tensors, **kept}, weights, metadata=metadata)
 
 
-def _in_formats(part: Path, search: Search) -> None:
-    """Gives tensors the number format that they have in the whole adapter's file."""
-    now, metadata = read_tensors(part / WEIGHTS_FILE)
-    cast = {name: tensor.to(search.format_of(name)).contiguous() for name, tensor in now.items()}
-    save_file(cast, part / WEIGHTS_FILE, metadata=metadata)
-
-
-def _named_as_in(source: Path, part: Path) -> None:
+def _name_as_in(source: Path, part: Path) -> None:
     """Has the configuration name the base model that the whole adapter names, and each module that is trained whole once.
 
     PEFT puts in the place that the base model was loaded from here, and adds a classifier's head each time it loads one.
@@ -100,42 +91,24 @@ def _named_as_in(source: Path, part: Path) -> None:
     write_json(part / CONFIG_FILE, config)
 
 
-@contextmanager
-def _base_put_back(model: Any) -> Iterator[None]:
-    """Puts back the base weights under an adapter exactly: merging and taking out again rounds them, in half precision by much."""
-    bases = {id(base): base for module in model.modules() if isinstance(module, LoraLayer) and (base := module.get_base_layer())}
-    held = [(base, key, own, own.detach().clone()) for base in bases.values() for key, own in base.named_parameters(recurse=False)]
-    try:
-        yield
-    finally:
-        for base, key, own, before in held:
-            if getattr(base, key) is not own:  # a quantised layer has a new one when it was merged
-                setattr(base, key, own)
-            own.data.copy_(before)
-
-
-def _compared(
-    search: Search, folder: Path, merge: bool, used_on: bool
-) -> tuple[dict[str, float], tuple[float, float, float] | None, bool | None]:
-    """Loads what was written beside the adapter that was measured.
+def _deviations(search: Search, folder: Path, merge: bool) -> dict[str, float]:
+    """Loads what was written beside the adapter that was measured, and compares logits on a few rows.
 
     Args:
-        merge: also merge it.
-        used_on: the model is used on, so that its base weights have to be put back after merging. That takes their memory twice.
+        merge: also merge it. The base weights are rounded by that.
 
     Returns:
-        The largest difference of logits on a few rows; where time counts, the seconds of a step with the whole adapter, with what
-        was written, and with none; and whether merging leaves the model as it is.
+        The largest difference of logits, "loaded" and, if PEFT can merge it, "merged"; and the "bound" of what is rounding.
 
     Raises:
         GatewiseError: what was written is another function.
     """
-    model, name = search.loaded.model, search.name
+    model = search.loaded.model
     few = {key: value[:4].to(next(model.parameters()).device) for key, value in search.batch.items()}
-    found: dict[str, float] = {}
-    seconds = None
+    report = "so nothing was written: please report this, with the adapter's adapter_config.json"
     with measuring(model):
         wanted = scored(model, few).logits.float()
+        found = {"bound": _BOUND * max(1.0, float(wanted.abs().max()))}
 
         def deviation() -> float:
             return float((scored(model, few).logits.float() - wanted).abs().max())
@@ -143,36 +116,23 @@ def _compared(
         try:
             result = model.load_adapter(str(folder), _CHECK)
             if odd := [*result.missing_keys, *result.unexpected_keys]:
-                raise GatewiseError(
-                    f"the adapter as written does not fit its base model ({some(sorted(odd), 1)}), so nothing was written: please "
-                    "report this, with the adapter's adapter_config.json"
-                )
+                raise GatewiseError(f"the adapter as written does not fit its base model ({some(sorted(odd), 1)}), {report}")
             model.set_adapter(_CHECK)
             found["loaded"] = deviation()
-            bound = _BOUND * max(1.0, float(wanted.abs().max()))
-            if not found["loaded"] <= bound:
+            if not found["loaded"] <= found["bound"]:
                 raise GatewiseError(
                     f"the adapter as written gives logits that differ by {found['loaded']:.3g} from those of the one that was "
-                    "measured, so nothing was written: please report this, with the adapter's adapter_config.json"
+                    f"measured, {report}"
                 )
-            if search.goal.unit == "time":
-                smaller = seconds_a_step(model)
-                with model.disable_adapter():
-                    none = seconds_a_step(model)
-                model.set_adapter(name)
-                search.back()
-                seconds = (seconds_a_step(model), smaller, none)
-                model.set_adapter(_CHECK)
             if merge:
-                with _base_put_back(model) if used_on else nullcontext():
-                    try:
-                        model.merge_adapter([_CHECK])
-                        found["merged"] = deviation()
-                    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # layers that PEFT cannot merge
-                        pass
-                    model.unmerge_adapter()
+                try:
+                    model.merge_adapter([_CHECK])
+                    found["merged"] = deviation()
+                except (NotImplementedError, RuntimeError, TypeError, ValueError):  # layers that PEFT cannot merge
+                    pass
+                model.unmerge_adapter()
         finally:
-            model.set_adapter(name)
+            model.set_adapter(search.name)
             if _CHECK in model.peft_config:
                 model.delete_adapter(_CHECK)
-    return found, seconds, found.get("merged", math.inf) <= bound if merge else None
+    return found

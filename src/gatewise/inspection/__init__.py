@@ -1,7 +1,7 @@
 """What an adapter came to: where its budget went, what its modules are worth, which modules or layers its prompts use.
 
 Numbers: ``budget.py``, ``importance.py``, ``routing.py``, ``prompts.py``, and ``suggestion.py``, ranks for the next adapter. Shown:
-``grid.py`` lays numbers out by layer and kind, ``text.py``, ``image.py`` and ``page.py`` show that, ``plotting.py`` writes a file.
+``grid.py`` lays numbers out by layer and kind, ``text.py`` and ``plotting.py`` show that.
 
 Reading an adapter's folder needs neither PEFT nor Transformers, so what needs them is imported when it is first used.
 """
@@ -13,8 +13,8 @@ from gatewise.adapters.files import RoundSummary
 from gatewise.inspection.budget import BudgetMap, ModuleBudget, Value, rank_map, read_budget
 from gatewise.inspection.grid import OTHER
 from gatewise.inspection.plotting import (
-    check_image_suffix,
-    check_suffix,
+    can_plot,
+    check_plot,
     plot,
     plot_gates,
     plot_importance,
@@ -59,8 +59,8 @@ __all__ = [
     "RoundSummary",
     "RoutingMap",
     "Value",
-    "check_image_suffix",
-    "check_suffix",
+    "can_plot",
+    "check_plot",
     "grid_table",
     "importance_json",
     "importance_lines",

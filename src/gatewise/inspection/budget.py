@@ -21,7 +21,7 @@ from gatewise.adapters.files import (
     read_lora,
 )
 from gatewise.errors import GatewiseError
-from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, short_number, tick_number
+from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, short_number
 from gatewise.sites import Site, sites_in_order
 
 if TYPE_CHECKING:
@@ -126,11 +126,8 @@ class BudgetMap:
         return grid_of(
             self.modules,
             partial(_total, value=value),
-            name=value,
             title=_TITLES[value],
             write=partial(short_number, whole=value == "rank"),
-            tick="{:.3g}".format if value == "norm" else partial(tick_number, whole=value == "rank"),
-            whole=value != "norm",
         )
 
     def matrix(self, value: Value = "rank") -> tuple[list[str], list[str], list[list[float | None]]]:

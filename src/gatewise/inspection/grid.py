@@ -1,7 +1,6 @@
-"""The numbers of modules laid out by layer and kind, with totals or means at the margins: what tables, images and pages show."""
+"""The numbers of modules laid out by layer and kind, with totals or means at the margins: what tables and pictures show."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,19 +22,15 @@ class Grid:
     """One number for each layer and kind, with totals at the margins.
 
     Attributes:
-        name: one word for the numbers, such as "rank"; the page offers them under it.
         title: what the numbers are, with their unit.
         layers, kinds: labels of the rows and columns.
         cells: the rows; None where there is no module.
         rows, columns, total: of a row, of a column and of all.
         margin: what these are, in one word: "total" or "mean".
         write: a number as short text; a dot for None.
-        tick: a number as the colour key shows it.
-        whole: the colour key has whole numbers only.
         signed: numbers below zero mean something, so the colours part at zero.
     """
 
-    name: str
     title: str
     layers: Sequence[str]
     kinds: Sequence[str]
@@ -44,8 +39,6 @@ class Grid:
     columns: Sequence[float | None]
     total: float
     write: Callable[[float | None], str]
-    tick: Callable[[float], str]
-    whole: bool = True
     signed: bool = False
     margin: str = "total"
 
@@ -59,11 +52,8 @@ def grid_of(
     modules: Sequence[Module],
     number: Callable[[Sequence[Module]], float | None],
     *,
-    name: str,
     title: str,
     write: Callable[[float | None], str],
-    tick: Callable[[float], str] | None = None,
-    whole: bool = True,
     signed: bool = False,
     margin: str = "total",
 ) -> Grid:
@@ -71,13 +61,11 @@ def grid_of(
 
     Args:
         number: what stands for a group of modules: those of a cell, a row, a column or all; None for an empty group.
-        tick: None for ``write``.
     """
     layers, kinds, places = layer_labels(modules), kind_labels(modules), places_of(modules)
     by_layer = [[m for m in modules if row_label(m) == layer] for layer in layers]
     by_kind = [[m for m in modules if m.kind == kind] for kind in kinds]
     return Grid(
-        name=name,
         title=title,
         layers=layers,
         kinds=kinds,
@@ -86,8 +74,6 @@ def grid_of(
         columns=[number(group) for group in by_kind],
         total=number(modules) or 0.0,
         write=write,
-        tick=tick or write,
-        whole=whole,
         signed=signed,
         margin=margin,
     )
@@ -138,11 +124,6 @@ def short_number(number: float | None, whole: bool = False) -> str:
         if number >= 0.9995 * size:
             return f"{number / size:#.3g}".rstrip(".") + unit
     return f"{number:#.3g}".rstrip(".") if number >= 1e-3 else f"{number:.0e}"
-
-
-def tick_number(number: float, whole: bool = False) -> str:
-    """``short_number`` for the colour key, which has round numbers: 20k, not 20.0k."""
-    return re.sub(r"\.0+", "", short_number(number, whole))
 
 
 def percent(share: float | None) -> str:

@@ -19,7 +19,7 @@ from gatewise.allocation.scores import DEFAULT, SCORES, as_score
 from gatewise.allocation.scoring import from_nothing, losses_without_and_with
 from gatewise.allocation.slots import Expert, costs, factors, left_alone, lora_layers
 from gatewise.errors import GatewiseError
-from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label, short_number
+from gatewise.inspection.grid import Grid, grid_of, kind_labels, layer_labels, places_of, row_label
 from gatewise.losses import Batch, loss_kind
 from gatewise.progress import ConsoleProgress, quiet
 from gatewise.sites import Site, sites_in_order
@@ -133,22 +133,10 @@ class Importance:
         return grid_of(
             self.modules,
             _total_or_none,
-            name="score",
             title=f"{self.score} score" + (f" in {unit}" if unit else ""),
             write=write,
-            tick=lambda number: f"{number / 10.0**exponent:.3g}",
-            whole=False,
             signed=True,
         )
-
-    def rank_grid(self, ranks: Mapping[str, int] | None = None, name: str = "rank") -> Grid:
-        """Ranks by layer and kind: the live ones, or those given by path."""
-        held = {module.path: module.rank for module in self.modules} if ranks is None else ranks
-
-        def number(modules: Sequence[ModuleImportance]) -> float | None:
-            return sum(held[module.path] for module in modules) if modules else None
-
-        return grid_of(self.modules, number, name=name, title=name, write=partial(short_number, whole=True))
 
 
 def _total(modules: Sequence[ModuleImportance]) -> float:

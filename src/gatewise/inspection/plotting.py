@@ -1,6 +1,12 @@
-"""Writes plots into files: the name says whether an image (.png, .svg) or a page (.html)."""
+"""Pictures: a heatmap of any grid with totals at its margins, and the gates and layers of SPT, in PNG or SVG.
 
-from collections.abc import Callable, Mapping, Sequence
+Matplotlib is imported only where something is drawn: it comes with the extra ``plot``.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_file
 from gatewise.inspection.budget import BudgetMap, Value
-from gatewise.inspection.grid import finite_or_zero
-from gatewise.inspection.image import file_of, image_of
-from gatewise.inspection.page import budget_page, importance_page
+from gatewise.inspection.grid import Grid, finite_or_zero
 from gatewise.inspection.prompts import PromptMap
 
 if TYPE_CHECKING:
@@ -20,115 +24,134 @@ if TYPE_CHECKING:
     from gatewise.inspection.importance import Importance
     from gatewise.inspection.routing import RoutingMap
 
+_INK, _FAINT, _BAR, _ABSENT, _REST = "#1b2733", "#5c6b7a", "#9fb4c7", "#eceff2", "#c3cfda"
+
+# One hue from light to dark: it keeps its order in every kind of colour vision and in grey print.
+_RAMP = ("#f1f6fb", "#86b3d6", "#0b3f73")
+
+# With signs, lightest at zero and orange below it, which every kind of colour vision tells from the blue.
+_SIGNED_RAMP, _BELOW_BAR = ("#6b2d00", "#dfa67c", "#f6f5f4", "#86b3d6", "#0b3f73"), "#d9ab8a"
+
+
+def check_plot(out: str | Path) -> str:
+    """The kind of file that a plot's name asks for, "png" or "svg".
+
+    Raises:
+        GatewiseError: a name that ends otherwise, or there is no matplotlib.
+    """
+    suffix = Path(out).suffix.lower()
+    if suffix not in (".png", ".svg"):
+        raise GatewiseError(f"cannot plot to {out}: expected a name that ends in .png or .svg")
+    if not can_plot():
+        raise GatewiseError("drawing needs matplotlib, which is not installed: pip install 'gatewise[plot]'")
+    return suffix[1:]
+
+
+def can_plot() -> bool:
+    """True if matplotlib is installed."""
+    try:
+        return find_spec("matplotlib") is not None
+    except ValueError:  # somebody put None in its place
+        return False
+
+
+@contextmanager
+def _figure(out: str | Path, width: float, height: float, **settings: Any) -> Iterator["Figure"]:
+    """A figure to draw in, which is then written into a file, whole or not at all; the same figure always gives the same bytes."""
+    kind = check_plot(out)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "gatewise", "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(width, height), facecolor="white", **settings)
+        yield figure
+        with whole_file(out) as part:
+            # No date among the bytes.
+            figure.savefig(part, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+
 
 def plot(budget: BudgetMap, out: str | Path, value: Value = "rank", title: str | None = None) -> Path:
-    """Draws the map into a file, whole or not at all.
+    """Draws where the budget went into a file, whole or not at all: a heatmap with totals at its margins.
 
     Args:
-        out: ``.png`` and ``.svg`` give a heatmap with totals at its margins; ``.html`` one page that needs no network
-            and shows rank, norm and parameters, and the rounds where they are known. Missing folders are made.
-        value: what is drawn, or shown first.
+        out: a name that ends in ``.png`` or ``.svg``. Missing folders are made.
         title: the heading; by default says what is shown.
 
     Returns:
         The path written.
 
     Raises:
-        GatewiseError: another suffix, or a path that cannot be written.
+        GatewiseError: another suffix, a path that cannot be written, or matplotlib is not installed.
         ValueError: ``value`` is not one of "rank", "norm" and "parameters".
     """
-    grid = budget.grid(value)  # refuses an unknown value before anything is drawn
-    title = title or "Where the budget went"
+    grid = budget.grid(value)
     notes = (
         f"{grid.title} by layer and kind · {budget.base_model or budget.adapter_type}",
         f"total rank {budget.rank:,} · {budget.parameters:,} parameters",
     )
-    suffix = check_suffix(out)
-    page = budget_page(budget, value, title).encode() if suffix == "html" else None
-    return write_bytes(out, page or image_of(grid, title, notes, suffix))
+    return heatmap(grid, title or "Where the budget went", notes, out)
 
 
-def plot_importance(
-    importance: "Importance", out: str | Path, suggested: Mapping[str, int] | None = None, title: str | None = None
-) -> Path:
-    """Draws what every layer and module is worth into a file, whole or not at all.
-
-    Scores below zero are orange and the others blue.
-
-    Args:
-        out: as for ``plot``; the page also shows the ranks.
-        suggested: path -> rank of every module, which the page shows too.
-        title: the heading; by default says what is shown.
-
-    Returns:
-        The path written.
-
-    Raises:
-        GatewiseError: another suffix, or a path that cannot be written.
-    """
+def plot_importance(importance: "Importance", out: str | Path, title: str | None = None) -> Path:
+    """Draws what every layer and module is worth: scores below zero are orange and the others blue. Otherwise as ``plot``."""
     grid = importance.score_grid()
-    title = title or "What each module is worth"
     notes = (
         f"{grid.title} by layer and kind · {importance.base_model or 'base model not named'}",
         f"{importance.rows:,} rows{f' of {importance.data}' if importance.data else ''} · total rank {importance.rank:,}",
     )
-    suffix = check_suffix(out)
-    page = importance_page(importance, title, suggested).encode() if suffix == "html" else None
-    return write_bytes(out, page or image_of(grid, title, notes, suffix))
+    return heatmap(grid, title or "What each module is worth", notes, out)
 
 
 def plot_routing(routing: "RoutingMap", out: str | Path, title: str | None = None) -> Path:
-    """Draws which modules the prompts chose into a file, whole or not at all.
-
-    Args:
-        out: a name that ends in ``.png`` or ``.svg``. Missing folders are made.
-
-    Returns:
-        The path written.
-
-    Raises:
-        GatewiseError: another suffix, or a path that cannot be written.
-    """
-    suffix, grid = check_image_suffix(out, "routing is"), routing.grid()
+    """Draws which modules the prompts chose. Otherwise as ``plot``."""
+    grid = routing.grid()
     notes = (
         f"{grid.title}, by layer and kind · {routing.base_model or 'base model not named'}",
         f"{routing.prompts:,} prompts{f' of {routing.data}' if routing.data else ''} · {routing.top_k} modules a layer",
     )
-    return write_bytes(out, image_of(grid, title or "Which modules the prompts chose", notes, suffix))
+    return heatmap(grid, title or "Which modules the prompts chose", notes, out)
 
 
-def check_suffix(out: str | Path) -> str:
-    """The suffix of a plot's file in lower case, without the dot.
+def heatmap(grid: Grid, title: str, notes: Sequence[str], out: str | Path) -> Path:
+    """Draws a grid with its totals below and at the right, and two lines under the title. A row has the same height in any grid."""
+    check_plot(out)
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
 
-    Raises:
-        GatewiseError: nothing can be drawn into a file of that name.
-    """
-    suffix = Path(out).suffix.lower()
-    if suffix not in (".png", ".svg", ".html"):
-        raise GatewiseError(f"cannot plot to {out}: expected a name that ends in .png, .svg or .html")
-    return suffix[1:]
-
-
-def check_image_suffix(out: str | Path, what: str) -> str:
-    """``check_suffix`` for what can be drawn as an image only.
-
-    Args:
-        what: what is drawn and its verb, such as "routing is", for the message.
-    """
-    suffix = Path(out).suffix.lower()
-    if suffix not in (".png", ".svg"):
-        raise GatewiseError(f"cannot plot to {out}: {what} drawn into a name that ends in .png or .svg")
-    return suffix[1:]
-
-
-def write_bytes(out: str | Path, content: bytes) -> Path:
-    """Writes a plot's file, whole or not at all."""
-    with whole_file(out) as part:
-        part.write_bytes(content)
+    rows, columns, top = len(grid.layers), len(grid.kinds), grid.most or 1.0
+    width = max(0.66 * columns, 3.0) + 2.2
+    ramp = LinearSegmentedColormap.from_list("gatewise", _SIGNED_RAMP if grid.signed else _RAMP).with_extremes(bad=_ABSENT)
+    with _figure(out, width, 1.6 + (0.26 if rows <= 40 else 0.21) * (rows + 1), layout="constrained") as figure:
+        room = int(width / 0.068)
+        figure.suptitle(_shorten(title, int(room / 1.5)), x=0.01, ha="left", size=12, color=_INK, weight="bold", parse_math=False)
+        axes = figure.add_subplot()
+        axes.set_title("\n".join(_shorten(note, room) for note in notes), loc="left", size=8, color=_FAINT, parse_math=False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, labelsize=8, labelcolor=_INK)
+        axes.set(xlim=(0, columns + 1), ylim=(rows + 1, 0))
+        axes.set_ylabel("layer", size=8.5, color=_FAINT)
+        kinds = [_shorten(kind, 11) for kind in grid.kinds]
+        axes.set_xticks([x + 0.5 for x in range(columns + 1)], [*kinds, grid.margin], parse_math=False)
+        axes.set_yticks([y + 0.5 for y in range(rows + 1)], [*grid.layers, grid.margin])
+        if rows:
+            numbers = np.array(grid.cells, dtype=float)  # None becomes NaN
+            low = -top if grid.signed else 0.0
+            axes.pcolormesh(np.ma.masked_invalid(numbers), cmap=ramp, vmin=low, vmax=top, edgecolors="white", linewidth=1)
+        for y, row in enumerate([*grid.cells, grid.columns]):
+            for x, number in enumerate([*row, grid.rows[y] if y < rows else grid.total]):
+                if number is None:
+                    continue
+                inside = x < columns and y < rows
+                ink = "white" if inside and math.isfinite(number) and abs(number) > 0.66 * top else _INK
+                style: dict[str, Any] = {"color": ink, "weight": "normal" if inside else "bold", "size": 7.5}
+                axes.text(x + 0.5, y + 0.52, grid.write(number), ha="center", va="center", **style)
     return Path(out)
 
 
-_INK, _FAINT, _REST = "#1b2733", "#5c6b7a", "#c3cfda"
+def _shorten(text: str, room: int) -> str:
+    """Cuts text in the middle, where paths and names differ least."""
+    room = max(room, 5)
+    return text if len(text) <= room else f"{text[: (room - 1) // 2]}…{text[len(text) - room // 2 :]}"
 
 
 # From light to dark by depth, so that neighbours can be told apart in every kind of colour vision and in grey print.
@@ -144,13 +167,13 @@ def plot_gates(gates: Sequence[Sequence[float]], chosen: Sequence[int], out: str
         out: a name that ends in ``.png`` or ``.svg``, written whole or not at all.
 
     Raises:
-        GatewiseError: another suffix, or a path that cannot be written.
+        GatewiseError: another suffix, a path that cannot be written, or matplotlib is not installed.
     """
+    check_plot(out)
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import MaxNLocator
 
-    def draw(figure: "Figure") -> None:
-        from matplotlib.colors import LinearSegmentedColormap
-        from matplotlib.ticker import MaxNLocator
-
+    with _figure(out, 7.2, 4.2, layout="constrained") as figure:
         axes = _axes(figure, "The gates of the search", base_model, "step", "gate")
         ramp = LinearSegmentedColormap.from_list("depth", [_FROM, _TO])
         steps = range(len(gates))
@@ -169,8 +192,7 @@ def plot_gates(gates: Sequence[Sequence[float]], chosen: Sequence[int], out: str
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         rest = len(gates[0]) - len(chosen)
         axes.text(0, -0.17, f"grey: the {rest} layers not chosen", transform=axes.transAxes, size=8, color=_FAINT)
-
-    return _write_figure(draw, out, (7.2, 4.2))
+    return Path(out)
 
 
 def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
@@ -179,7 +201,7 @@ def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
     Args and errors as for ``plot_gates``.
     """
 
-    def draw(figure: "Figure") -> None:
+    with _figure(out, 5.4, 1.4 + 0.24 * prompts.layers, layout="constrained") as figure:
         known = prompts.gates is not None
         axes = _axes(figure, "Where the prompts enter", prompts.base_model, "gate" if known else "", "layer")
         for layer in range(prompts.layers):
@@ -193,8 +215,7 @@ def plot_prompts(prompts: PromptMap, out: str | Path) -> Path:
         axes.set_yticks(range(prompts.layers))
         if not known:
             axes.set_xticks([])
-
-    return _write_figure(draw, out, (5.4, 1.4 + 0.24 * prompts.layers))
+    return Path(out)
 
 
 def _axes(figure: "Figure", title: str, base_model: str | None, x: str, y: str) -> "Axes":
@@ -217,16 +238,3 @@ def _apart(heights: Sequence[float], room: float) -> list[float]:
     for below, above in pairwise(order):
         places[above] = max(places[above], places[below] + room)
     return places
-
-
-def _write_figure(draw: Callable[["Figure"], None], out: str | Path, size: tuple[float, float]) -> Path:
-    suffix = check_image_suffix(out, "prompts are")
-
-    def drawn() -> "Figure":
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=size, facecolor="white", layout="constrained")
-        draw(figure)
-        return figure
-
-    return write_bytes(out, file_of(drawn, suffix))

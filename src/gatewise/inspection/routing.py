@@ -69,10 +69,8 @@ class RoutingMap:
         return grid_of(
             self.modules,
             _mean_share,
-            name="share",
             title="share of prompts that keep a module",
             write=percent,
-            whole=False,
             margin="mean",
         )
 

@@ -95,11 +95,6 @@ def to_json(budget: BudgetMap) -> dict[str, Any]:
 
 def summary_lines(budget: BudgetMap) -> list[str]:
     """The map in a few lines of plain text: base model, type, totals, shares by kind, fullest and empty layers."""
-    return [f"{name}: {text}" for name, text in facts_of(budget)]
-
-
-def facts_of(budget: BudgetMap) -> list[tuple[str, str]]:
-    """The lines of ``summary_lines`` as (name, text)."""
     grid = budget.grid()
     stack = [layer for layer in budget.layers if layer != OTHER]
     rows = dict(zip(budget.layers, grid.rows, strict=True))
@@ -111,21 +106,21 @@ def facts_of(budget: BudgetMap) -> list[tuple[str, str]]:
     stored = f"{budget.parameters:,}" + (f" in use, {unused:,} in dead slots" if unused else "")
     if budget.other_parameters:
         stored += f", and {budget.other_parameters:,} outside LoRA"
-    facts = [
-        ("base model", budget.base_model or "not named"),
-        ("adapter", f"{budget.adapter_type}, {_count(len(budget.modules), 'module')} in {_count(placed, 'layer')}"),
-        ("total rank", slots),
-        ("parameters", stored),
+    lines = [
+        f"base model: {budget.base_model or 'not named'}",
+        f"adapter: {budget.adapter_type}, {_count(len(budget.modules), 'module')} in {_count(placed, 'layer')}",
+        f"total rank: {slots}",
+        f"parameters: {stored}",
     ]
     if budget.rank:
         shares = ((kind, total or 0) for kind, total in zip(budget.kinds, grid.columns, strict=True))
-        facts.append(("rank by kind", ", ".join(f"{kind} {100 * total / budget.rank:.0f}%" for kind, total in shares)))
+        lines.append("rank by kind: " + ", ".join(f"{kind} {100 * total / budget.rank:.0f}%" for kind, total in shares))
     if fullest:
-        facts.append(("most rank", ", ".join(f"layer {layer} ({held[layer]})" for layer in fullest)))
-    facts.append(("empty layers", _ranges([int(layer) for layer in stack if held[layer] == 0]) or "none"))
+        lines.append("most rank: " + ", ".join(f"layer {layer} ({held[layer]})" for layer in fullest))
+    lines.append(f"empty layers: {_ranges([int(layer) for layer in stack if held[layer] == 0]) or 'none'}")
     if budget.rounds:
-        facts.append(("rounds", f"{len(budget.rounds)}" + (f", ranks scored by {budget.score}" if budget.score else "")))
-    return facts
+        lines.append(f"rounds: {len(budget.rounds)}" + (f", ranks scored by {budget.score}" if budget.score else ""))
+    return lines
 
 
 def _count(number: int, what: str) -> str:
@@ -148,38 +143,25 @@ _MOST_NAMED = 5
 
 def importance_lines(importance: "Importance") -> list[str]:
     """What was scored and how, in a few lines of plain text, and the modules that could go."""
-    return [f"{name}: {text}" for name, text in importance_facts(importance)]
-
-
-def importance_facts(importance: "Importance") -> list[tuple[str, str]]:
-    """The lines of ``importance_lines`` as (name, text)."""
     unit = f" {importance.unit}" if importance.unit else ""
     total = f"{importance.total:.4g}{unit}"
     if importance.score == "path_integral":
         total += f"; the ranks lower the loss by {importance.loss_base - importance.loss_adapted:.4g}{unit}"
     useless = [module.path for module in importance.useless]
-    facts = [
-        ("base model", importance.base_model or "not named"),
-        ("score", f"{importance.score}{f' in{unit}' if unit else ', without a unit'}; of each rank, {importance.meaning}"),
-        ("rows", f"{importance.rows:,}" + (f" of {importance.data}" if importance.data else "")),
-        ("scored", f"{importance.rank:,} ranks in {len(importance.modules):,} modules"),
-        ("loss", f"{importance.loss_base:.4f} nats without these ranks, {importance.loss_adapted:.4f} with them"),
-        ("sum of scores", total),
-        (
-            "could go",
-            f"{len(useless):,} modules whose scores add up to zero or less: {some(useless, _MOST_NAMED)}"
-            if useless
-            else "no module",
-        ),
+    could_go = f"{len(useless):,} modules whose scores add up to zero or less: {some(useless, _MOST_NAMED)}"
+    lines = [
+        f"base model: {importance.base_model or 'not named'}",
+        f"score: {importance.score}{f' in{unit}' if unit else ', without a unit'}; of each rank, {importance.meaning}",
+        f"rows: {importance.rows:,}" + (f" of {importance.data}" if importance.data else ""),
+        f"scored: {importance.rank:,} ranks in {len(importance.modules):,} modules",
+        f"loss: {importance.loss_base:.4f} nats without these ranks, {importance.loss_adapted:.4f} with them",
+        f"sum of scores: {total}",
+        f"could go: {could_go if useless else 'no module'}",
     ]
     if importance.unscored:
-        facts.append(
-            (
-                "not scored",
-                f"{some(importance.unscored, _MOST_NAMED)}: no score reads this kind of layer, and suggestions leave it out",
-            )
-        )
-    return facts
+        named = some(importance.unscored, _MOST_NAMED)
+        lines.append(f"not scored: {named}: no score reads this kind of layer, and suggestions leave it out")
+    return lines
 
 
 def importance_json(importance: "Importance") -> dict[str, Any]:

@@ -4,10 +4,8 @@ The names are listed in private_names.py.
 """
 
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,15 +39,6 @@ def execution_device(module: Any) -> torch.device | None:
     """Where Accelerate's hook brings a module's tensors when it runs; None without one."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return None if device is None else torch.device(device)
-
-
-def locked_file_is_at(lock: Any, path: str | Path) -> bool:
-    """Whether the file that a lock of filelock holds has this name still: its last holder may have removed it just before."""
-    file = lock._context.lock_file_fd
-    try:
-        return file is None or os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def original_forward(model: Any) -> Callable[..., Any] | None:

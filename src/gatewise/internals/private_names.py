@@ -252,6 +252,4 @@ PRIVATE_NAMES = (
         "has ZeRO-3 learn anew in which order it reads parameters",
         (),
     ),
-    # filelock
-    PrivateName("filelock:BaseFileLock", "_context", "finds out that the file of a lock was removed by who held it before"),
 )
