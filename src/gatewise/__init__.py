@@ -6,6 +6,7 @@ The public API. Names are imported when first used, so that ``import gatewise`` 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gatewise.errors import needs
 from gatewise.internals.registry import register_with_peft
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'gatewise' has no attribute {name!r}")
     home = _HOME[name]
-    value = import_module(home) if isinstance(home, str) else getattr(import_module(home[0]), home[1])
+    with needs("cli", f"gatewise.{name}"):
+        value = import_module(home) if isinstance(home, str) else getattr(import_module(home[0]), home[1])
     globals()[name] = value
     return value
 

@@ -1,10 +1,25 @@
 """The exception whose message is for the user: what was given, what was expected, what to do. And helpers to word it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class GatewiseError(Exception):
     """Something is wrong with what the user gave. The message is one clear sentence; the command line then exits with code 2."""
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Around an import: where the package is missing, says what needs it and which extra of gatewise brings it.
+
+    Raises:
+        GatewiseError: it is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        raise GatewiseError(f"{what} needs {name}, which is not installed: pip install 'gatewise[{extra}]'") from error
 
 
 def reason_of(error: BaseException, most: int = 300) -> str:

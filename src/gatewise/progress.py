@@ -3,9 +3,11 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 
 class ConsoleProgress:
@@ -15,7 +17,7 @@ class ConsoleProgress:
         console: bars appear only if it is a terminal, so that logs stay readable.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: "Console") -> None:
         self.console = console
 
     def say(self, text: str) -> None:
@@ -29,8 +31,10 @@ class ConsoleProgress:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
-    def new_bar(self) -> Progress:
+    def new_bar(self) -> "Progress":
         """A bar that disappears when it is closed."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -525,6 +526,16 @@ def test_a_picture_that_fails_does_not_lose_the_run(
     assert json.loads(result.metrics_file.read_text())["metrics"] == result.metrics
     assert (result.adapter / "adapter_model.safetensors").is_file()
     assert ("routing" in result.numbers) == (fails == "gatewise.inspection.plot_routing")
+
+
+@pytest.mark.parametrize("method", ["lora", "milora", "spt"])
+def test_without_matplotlib_a_run_has_no_picture_and_says_so(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = Console(record=True, width=300, file=io.StringIO())
+    result = run.train(load_recipe(write_recipe(tmp_path, method), ["training.max_steps=1"]), tmp_path / "out", console=said)
+    assert "drawing needs matplotlib, which is not installed: pip install 'gatewise[plot]'); adapter and" in said.export_text()
+    assert result.pictures == {}
+    assert (result.adapter / "adapter_model.safetensors").is_file()
 
 
 def without_pooler(folder: Path, method: str) -> Path:

@@ -13,7 +13,6 @@ from gatewise.adapters.files import RoundSummary
 from gatewise.inspection.budget import BudgetMap, ModuleBudget, Value, rank_map, read_budget
 from gatewise.inspection.grid import OTHER
 from gatewise.inspection.plotting import (
-    can_plot,
     check_plot,
     plot,
     plot_gates,
@@ -59,7 +58,6 @@ __all__ = [
     "RoundSummary",
     "RoutingMap",
     "Value",
-    "can_plot",
     "check_plot",
     "grid_table",
     "importance_json",

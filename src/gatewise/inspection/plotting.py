@@ -6,12 +6,11 @@ Matplotlib is imported only where something is drawn: it comes with the extra ``
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, needs
 from gatewise.files import whole_file
 from gatewise.inspection.budget import BudgetMap, Value
 from gatewise.inspection.grid import Grid, finite_or_zero
@@ -42,17 +41,9 @@ def check_plot(out: str | Path) -> str:
     suffix = Path(out).suffix.lower()
     if suffix not in (".png", ".svg"):
         raise GatewiseError(f"cannot plot to {out}: expected a name that ends in .png or .svg")
-    if not can_plot():
-        raise GatewiseError("drawing needs matplotlib, which is not installed: pip install 'gatewise[plot]'")
+    with needs("plot", "drawing"):
+        import matplotlib  # noqa: F401
     return suffix[1:]
-
-
-def can_plot() -> bool:
-    """True if matplotlib is installed."""
-    try:
-        return find_spec("matplotlib") is not None
-    except ValueError:  # somebody put None in its place
-        return False
 
 
 @contextmanager

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, needs
 from gatewise.models.embedded import EMBEDDED, EmbeddedModel, Payload, embedded, nearest
 
 Progress = Callable[[str], None]
@@ -46,6 +45,8 @@ def cache_dir() -> Path:
     """
     if chosen := os.environ.get("GATEWISE_CACHE"):
         return Path(chosen).expanduser().absolute()
+    with needs("gguf", "the cache of embedded models"):
+        from platformdirs import user_cache_path
     return user_cache_path("gatewise", appauthor=False, opinion=False)
 
 

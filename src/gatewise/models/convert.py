@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from gatewise.errors import needs
 from gatewise.internals.library_attributes import SAVED_NAMES
 from gatewise.progress import quiet
 
@@ -19,6 +21,8 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     Weights are stored in float32: a dequantised weight is scale * integer + offset with float16 scale and offset, which
     float16 or bfloat16 would round a second time, and at these sizes the disk space is cheap.
     """
+    with needs("gguf", "reading a GGUF file"):
+        import_module("gguf")  # Transformers reads it with that
     given: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     # The dequantisation bar of Transformers ignores its own switch, hence the redirection.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):

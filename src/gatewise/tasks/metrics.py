@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, needs
 from gatewise.internals.soft_prompt_fixes import written_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
 from gatewise.models.device import random_state_kept
@@ -140,8 +140,9 @@ def generation_metrics(records: Records, written: Sequence[str]) -> Metrics:
     Chinese is split into characters for both measures, other text as sacrebleu's 13a and rouge-score do, except that
     letters outside a-z count as letters for ROUGE.
     """
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
+    with needs("metrics", "measuring written answers"):
+        import sacrebleu
+        from rouge_score.rouge_scorer import RougeScorer
 
     golds = [[text.strip() for text in references(row)] for row in records.rows]
     several_lines = any("\n" in text for texts in golds for text in texts)
