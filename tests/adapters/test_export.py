@@ -9,7 +9,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from saved_models import tiny_tokenizer
-from tiny_models import tiny_base
+from tiny_models import random_adapter, tiny_base
 
 from gatewise.adapters.export import to_lora
 from gatewise.allocation import slots
@@ -25,6 +25,7 @@ def output(model, batch):
 
 def half_done(adapted, family, **settings):
     """A model as it is in mid-training: wide, with dead slots and a module without any rank."""
+    torch.manual_seed(0)  # that of every base model here
     model = adapted(family, **settings)
     slots.widen(model, 8)
     layers = slots.lora_layers(model)
@@ -134,6 +135,52 @@ def test_convolutions(tmp_path, padded):
         name: len(loaded.base_model.model.get_submodule(name).lora_A["default"].weight) for name in ("plain", "grouped", "head")
     }
     assert ranks == ({"plain": 4, "grouped": 4, "head": 4} if padded else {"plain": 2, "grouped": 2, "head": 3})
+
+
+class Part(torch.nn.Module):
+    def __init__(self, tower=None):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 4), "out": torch.nn.Linear(4, 4)})])
+        if tower is not None:
+            self.tower = tower
+
+    def forward(self, x):
+        x = self.tower(x) if hasattr(self, "tower") else x
+        return self.layers[0]["out"](self.layers[0]["fc"](x))
+
+
+@pytest.mark.parametrize("how", ["exported", "compacted", "exported without its allocation"])
+@pytest.mark.parametrize(
+    ("targets", "gone"),
+    [
+        (["fc", "out"], "tower.layers.0.fc"),
+        (r"(tower\.)?layers\.0\.(fc|out)", "tower.layers.0.fc"),
+        (r"layers\.0\.(fc|out)", "layers.0.out"),
+    ],
+)
+def test_a_module_that_is_gone_does_not_come_back_in_a_tower(tmp_path, how, targets, gone):
+    """PEFT takes a module whose path ends in a listed one: "layers.0.fc" would bring "tower.layers.0.fc" back."""
+    torch.manual_seed(0)
+    model = random_adapter(get_peft_model(Part(Part()), LoraConfig(r=2, target_modules=targets))).eval()
+    layers = slots.lora_layers(model)
+    slots.prune(layers[gone], "default", [0, 1])
+    x = torch.randn(3, 4)
+    expected = model(x)
+    out = tmp_path / "saved"
+    if "exported" not in how:
+        slots.compact(model)
+    model.save_pretrained(out)
+    if "exported" in how:
+        if how == "exported":  # after a later round, it is in no file but this one
+            slots.compact(model)
+            model.save_pretrained(out)
+            one = {"round": 1, "step": 1, "ranks": {**slots.ranks(model), gone: 0}, "pruned": {}, "grown": {}}
+            (out / "allocation.json").write_text(json.dumps({"format": 1, "score": "taylor", "rounds": [one]}))
+        out = to_lora(out, tmp_path / "out")
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Part(Part()), out).eval()
+    torch.testing.assert_close(loaded(x), expected)
+    assert set(slots.lora_layers(loaded)) == set(layers) - {gone}
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -4,7 +4,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from gatewise.adapters.files import (
     read_config,
     read_lora,
 )
-from gatewise.adapters.lora import active_adapter, rank_settings, start_at_any_rank, takes_out_of_base
+from gatewise.adapters.lora import active_adapter, rank_settings, start_at_any_rank, takes_out_of_base, target_settings
 from gatewise.errors import GatewiseError
 from gatewise.files import whole_folder, write_json
 from gatewise.models.loading import load_tokenizer
@@ -95,7 +95,7 @@ def to_lora(
             tensors |= {name_of_a: module.a.contiguous(), name_of_b: module.b.contiguous(), **module.others}
         with whole_folder(out) as part:
             save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"} | file.metadata)
-            write_json(part / CONFIG_FILE, _config(file, modules))
+            write_json(part / CONFIG_FILE, _config(file, modules, read_allocation(folder).ranks))
             for name in (NOTE_FILE, ALLOCATION_FILE):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, part / name)
@@ -223,12 +223,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _config(file: LoraAdapter, modules: list[LoraModule]) -> dict[str, Any]:
+def _config(file: LoraAdapter, modules: list[LoraModule], once: Iterable[str]) -> dict[str, Any]:
+    """The configuration of what is left of an adapter. ``once``: modules that it had, of which some may be gone."""
     ranks = {module.path: _rank(module) for module in modules}
     settings = rank_settings(ranks, {module.path: module.scaling for module in modules})
     config = file.config | settings | {"use_rslora": False, "inference_mode": True}
     config["init_lora_weights"] = start_at_any_rank(config.get("init_lora_weights"))
-    if ranks.keys() != {module.path for module in file.modules}:
+    before = {module.path for module in file.modules}
+    if ranks.keys() != before:
         # A name such as "q_proj" would bring back modules that are gone, and full paths would leave out those that come as zeros.
-        config["target_modules"] = sorted(module.path for module in modules if not module.stacked)
+        left = {module.path for module in modules if not module.stacked}
+        # A list takes all modules that end so, and these were adapted. What a regular expression leaves out is in no file.
+        config |= target_settings(left, [*before, *once], whole=isinstance(config.get("target_modules"), str))
     return config

@@ -1,7 +1,7 @@
 """What a plain LoRA adapter is called and how its config says ranks: for models in memory and adapters on disk alike."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -67,6 +67,21 @@ def rank_settings(rank: Mapping[str, int], scaling: Mapping[str, float]) -> dict
 def pattern_key(path: str) -> str:
     """The ``rank_pattern`` / ``alpha_pattern`` key that matches this module path and no other."""
     return "^" + re.escape(path)
+
+
+def target_settings(paths: Collection[str], others: Iterable[str], whole: bool = False) -> dict[str, Any]:
+    """The ``LoraConfig`` entries that target these modules and none of ``others``.
+
+    PEFT also takes every module whose path ends in a listed one, as "tower.layers.0.fc" does in "layers.0.fc". Where one of
+    ``others`` would be taken so, the entry is a regular expression, which fits whole paths only; no choice of layers goes with it.
+
+    Args:
+        whole: write a regular expression in any case, as where not all modules of the base model are known.
+    """
+    ends = tuple(f".{path}" for path in paths)
+    if whole or any(other.endswith(ends) and other not in paths for other in others):
+        return {"target_modules": "|".join(map(re.escape, sorted(paths))), "layers_to_transform": None, "layers_pattern": None}
+    return {"target_modules": sorted(paths)}
 
 
 def alphas(rank: Mapping[str, int], scaling: Mapping[str, float]) -> dict[str, int | float]:

@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from gatewise.adapters.files import PEFT_PREFIX
-from gatewise.adapters.lora import active_adapter, alphas, rank_settings, start_at_any_rank, takes_out_of_base
+from gatewise.adapters.lora import active_adapter, alphas, rank_settings, start_at_any_rank, takes_out_of_base, target_settings
 from gatewise.errors import GatewiseError
 
 logger = logging.getLogger(__name__)
@@ -512,7 +512,8 @@ def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
     # Names such as "q_proj" stand for many modules: once one of them is gone the targets must be spelled out.
     targeted = _targeted(model, adapter)
     left = {path for path, layer in targeted.items() if not isinstance(layer, ParamWrapper)}
-    cast(LoraConfig, model.peft_config[adapter]).target_modules = left  # type: ignore[assignment]
+    for key, value in target_settings(left, (name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules())).items():
+        setattr(model.peft_config[adapter], key, set(value) if isinstance(value, list) else value)
     everyone = cast(list[str], model.base_model.targeted_module_names)  # of all adapters together
     if not in_use and path in everyone:
         everyone.remove(path)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from gatewise.adapters.files import LoraModule
-from gatewise.adapters.lora import rank_settings
+from gatewise.adapters.lora import rank_settings, target_settings
 from gatewise.errors import GatewiseError
 from gatewise.inspection import Importance
 
@@ -90,7 +90,8 @@ def lora_settings(importance: Importance, ranks: Mapping[str, int]) -> dict[str,
     """The ``LoraConfig`` entries for these ranks (path -> rank, at least one above zero), as ``suggest`` returns them."""
     kept = {path: rank for path, rank in ranks.items() if rank}
     scaling = {module.path: module.scaling for module in importance.modules}
-    return {**rank_settings(kept, scaling), "target_modules": list(kept)}
+    others = [*ranks, *importance.unscored]
+    return {**rank_settings(kept, scaling), "target_modules": target_settings(kept, others)["target_modules"]}
 
 
 def check_budget(budget: int, unit: Unit = "parameters") -> None:
