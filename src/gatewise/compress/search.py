@@ -107,7 +107,8 @@ class Search:
         """Turns the adapter into its singular basis, puts all that can be dropped into an order, and measures both of its ends."""
         model, name = self.loaded.model, self.name
         _refuse(model, name)
-        self.layers, self.each = lora_layers(model, name), slots.costs(model, name)
+        self.layers = lora_layers(model, name)
+        self.each = slots.costs(self.layers, name)
         to_singular_basis(model, name)
         self.whole = _copied(model, name)
         self.live = {path: live_slots(layer, name) for path, layer in self.layers.items()}
