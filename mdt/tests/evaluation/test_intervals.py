@@ -1,6 +1,5 @@
 """Bootstrap intervals against the slow way: draw passages, measure them again, sort the values."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -71,11 +70,3 @@ def test_a_share_of_passages_has_the_interval_of_the_binomial() -> None:
 
 def test_one_passage_has_no_interval() -> None:
     assert intervals(count_trees([STUMP], [STUMP])) == {}
-
-
-def test_a_thousand_passages_take_a_moment() -> None:
-    counts = count_trees(GOLD * 150, FOUND * 150)
-    before = time.process_time()
-    intervals(counts)
-    # About 0.1 s; nothing is scored again.
-    assert time.process_time() - before < 2

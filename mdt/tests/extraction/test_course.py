@@ -10,7 +10,7 @@ from gatewise_mdt import DecisionTree, TreeRecord, linearise, parse, parse_lenie
 from gatewise_mdt.extraction.course import Course
 from gatewise_mdt.formats.lines import escaped
 from gatewise_mdt.spans import absent_triples, find
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mdt_trees import TEXT, gout, node, properties, published, triple
 from tiny_run import byte_tokenizer
@@ -136,7 +136,7 @@ def test_a_tree_that_runs_out_of_tokens_is_closed() -> None:
     assert parse(course.written).depth < 8
 
 
-@properties
+@settings(properties, max_examples=20)
 @given(st.text(SIGNS | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40), st.integers(0, 2**32 - 1))
 @example("\x7f", 2)
 @example("\x85b", 2)

@@ -1,6 +1,5 @@
 """Prompts and completions, and the command that writes them."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -77,14 +76,3 @@ def test_prepare_refuses_in_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
         assert result.exit_code == 2
         assert said in result.stderr
         assert not list(tmp_path.iterdir())
-
-
-def test_prepare_goes_on_past_a_wrong_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    wrong = {"text": TEXT, "tree": [*gout(), node("D")]}
-    Path("mixed.json").write_text(json.dumps([{"text": TEXT, "tree": gout()}, wrong]))
-    result = CliRunner().invoke(app, ["mdt", "prepare", "mixed.json", "--out", "x.jsonl"])
-    assert result.exit_code == 2
-    assert "failed: mixed.json, record 2, node 6: " in result.stderr
-    assert "1 of the 2 records of mixed.json" in result.stderr
-    assert len(load_records("x.jsonl")) == 1

@@ -16,10 +16,10 @@ from gatewise.tasks import Records, Template, prompt_ids
 
 pytest.importorskip("llguidance")
 
-RECORDS = sample()[:3]
+RECORDS = sample()[:2]
 TEXTS = [prompt(record.text, "en") for record in RECORDS]
 TEMPLATE = Template("{source}")
-MOST = 120
+MOST = 40
 
 
 def loop(model: Any, tokenizer: Any, text: str, course: Course | None) -> str:

@@ -94,7 +94,7 @@ def test_an_encoder_that_cannot_look_ahead_is_refused() -> None:
 def test_rounding_does_not_refuse_a_decoder() -> None:
     """With several threads the rows of a batch are rounded in different ways, which looks like a decoder that sees its padding."""
     threads = torch.get_num_threads()
-    config = LlamaConfig(vocab_size=99, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9)
+    config = LlamaConfig(vocab_size=99, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9)
     torch.set_num_threads(2)
     try:
         for dtype in (torch.float32, torch.bfloat16):
@@ -127,7 +127,7 @@ def test_heads_of_another_width_are_refused() -> None:
         PointingModel(encoder(), HeadSettings(hidden=32, width=16))
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
 def test_recomputing_activations_changes_no_loss_and_no_gradient(family: str) -> None:
     rows = encode_records(RECORDS, byte_tokenizer(), 8)[0]
     batch = PointingCollator(byte_tokenizer())(rows)

@@ -31,7 +31,6 @@ from gatewise.runs import run
 from gatewise.runs.recipe_file import load_recipe, recipe_as_yaml
 
 TEXTS = [record.text for record in RECORDS]
-METHODS = ["lora", "dora", "alora", "pi-lora", "milora", "adalora", "spt"]
 
 
 def train(recipe: Path, output: Path, *overrides: str, **options: Any) -> run.RunResult:
@@ -50,7 +49,8 @@ def found_by(extractor: PointingExtractor) -> list[Any]:
     return [(one.tree, one.confidence) for one in found if isinstance(one, Extraction)]
 
 
-@pytest.mark.parametrize(("method", "family"), [*((method, "llama") for method in METHODS), ("lora", "bert"), ("spt", "bert")])
+# One of each way in which PEFT saves: heads beside LoRA, compacted, and in the two types of gatewise's own.
+@pytest.mark.parametrize(("method", "family"), [("lora", "llama"), ("alora", "llama"), ("milora", "llama"), ("spt", "bert")])
 def test_what_is_loaded_is_what_was_trained(method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees and confidence bit for bit, heads in the adapter's own file, calibration in its note."""
     kept: list[Any] = []
@@ -73,11 +73,8 @@ def test_what_is_loaded_is_what_was_trained(method: str, family: str, tmp_path: 
         assert sum(map(len, one["pruned"].values())) > 0
 
 
-@pytest.mark.parametrize("method", ["lora", "alora"])
-def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = write_pointing(tmp_path, method)
+def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_pointing(tmp_path, "alora")
     whole = train(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 4, KeyboardInterrupt())
@@ -89,9 +86,8 @@ def test_resumed_after_an_interrupt_it_ends_as_if_never_stopped(
     assert_same_adapter(whole.adapter, resumed.adapter)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_merged_it_finds_the_same_trees(family: str, tmp_path: Path) -> None:
-    result = train(write_pointing(tmp_path, family=family), tmp_path / "out")
+def test_merged_it_finds_the_same_trees(tmp_path: Path) -> None:
+    result = train(write_pointing(tmp_path), tmp_path / "out")
     extractor = PointingExtractor.load(result.adapter)
     before = found_by(extractor)
     merged = replace(extractor, model=extractor.model.merge_and_unload())
@@ -110,10 +106,11 @@ def test_a_checkpoint_is_an_adapter_without_calibration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        ("training.gradient_checkpointing=true", "training.gradient_accumulation=2", "training.group_by_length=true"),
-        ("training.bf16=true",),
-        ("dtype=bfloat16",),
-        ("training.eval_every=1", "training.early_stopping_patience=2", "training.load_best=true", "training.save_every=1"),
+        ("training.gradient_accumulation=2", "training.group_by_length=true", "dtype=bfloat16"),
+        (
+            *("training.bf16=true", "training.eval_every=1", "training.early_stopping_patience=2"),
+            *("training.load_best=true", "training.save_every=1"),
+        ),
     ],
 )
 def test_settings_of_training(settings: tuple[str, ...], tmp_path: Path) -> None:
@@ -126,13 +123,6 @@ def test_settings_of_training(settings: tuple[str, ...], tmp_path: Path) -> None
         best = min(losses, key=lambda step: losses[step])
         best_weights = weights(tmp_path / "out" / "checkpoints" / f"checkpoint-{best}")
         assert all(torch.equal(one, best_weights[name]) for name, one in weights(result.adapter).items())
-
-
-def test_recomputing_activations_trains_the_same_adapter(tmp_path: Path) -> None:
-    recipe = write_pointing(tmp_path, pointing={"width": 16, "swapped": 0, "dropout": 0.0}, peft={"r": 2})
-    plain = train(recipe, tmp_path / "plain")
-    recomputed = train(recipe, tmp_path / "recomputed", "training.gradient_checkpointing=true")
-    assert_same_adapter(plain.adapter, recomputed.adapter)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
