@@ -79,12 +79,12 @@ def evaluate(
     for column in ("metric", "precision", "recall", "F1"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name in ("triplet", "node", "path"):
-        table.add_row(name, *(_shown(values, f"{name}_{kind}") for kind in ("precision", "recall", "f1")))
+        table.add_row(name, *(_with_interval(values, f"{name}_{kind}") for kind in ("precision", "recall", "f1")))
     console = Console()
     console.print(table)
-    console.print(f"tree accuracy: {_shown(values, 'tree_acc')}")
-    console.print(f"tree accuracy of the predictions that are not empty: {_shown(values, 'tree_acc_nonempty')}")
-    console.print(f"tree edit ratio: {_shown(values, 'ter')}, lower is better; 1 - TER is {1 - values['ter']:.4f}")
+    console.print(f"tree accuracy: {_with_interval(values, 'tree_acc')}")
+    console.print(f"tree accuracy of the predictions that are not empty: {_with_interval(values, 'tree_acc_nonempty')}")
+    console.print(f"tree edit ratio: {_with_interval(values, 'ter')}, lower is better; 1 - TER is {1 - values['ter']:.4f}")
     console.print(f"trees: {values['n']}, of whose predictions {values['malformed']} are no trees ({values['empty']} empty)")
     if values["intervals"]:
         console.print(f"in brackets: 95% intervals, from {DRAWS:,} bootstrap draws of the {values['n']} passages")
@@ -92,7 +92,7 @@ def evaluate(
         _show_mistakes(console, values["mistakes"])
 
 
-def _shown(values: dict[str, Any], name: str) -> str:
+def _with_interval(values: dict[str, Any], name: str) -> str:
     """A metric, and its interval in brackets if it has one."""
     ends = values["intervals"].get(name)
     return f"{values[name]:.4f}" + (f" ({ends['low']:.3f}-{ends['high']:.3f})" if ends else "")

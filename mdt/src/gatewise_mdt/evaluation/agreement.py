@@ -30,6 +30,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -328,22 +329,19 @@ def _who(record: TreeRecord) -> dict[str, Any]:
 # ---- which passages belong together ----
 
 
-class _Pairing(NamedTuple):
-    pairs: list[tuple[TreeRecord, TreeRecord]]
-    only_a: list[TreeRecord]
-    only_b: list[TreeRecord]
-    notes: list[str]
+_Pairing = tuple[list[tuple[TreeRecord, TreeRecord]], list[TreeRecord], list[TreeRecord], list[str]]
 
 
 def _paired(a: Sequence[TreeRecord], b: Sequence[TreeRecord], names: tuple[str, str]) -> _Pairing:
+    """Pairs of records of one passage, the records of A alone and of B alone, and what has to be known of how they were paired."""
     notes: list[str] = []
     for records, name in ((a, names[0]), (b, names[1])):
         without = [str(record.number) for record in records if not record.text.strip()]
         if without:
             notes.append(f"{name} has trees without a text, which belong to no passage: records {', '.join(without)}")
     found: dict[int, int] = {}  # positions in a -> in b
-    of_b = _grouped([_key(record) for record in b])
-    for key, here in _grouped([_key(record) for record in a]).items():
+    of_b = _grouped([_plain_text(record) or None for record in b])
+    for key, here in _grouped([_plain_text(record) or None for record in a]).items():
         there = of_b.get(key, [])
         by_place = _at_one_place([a[i] for i in here], [b[j] for j in there])
         found |= {here[i]: there[j] for i, j in by_place.items()}
@@ -359,11 +357,11 @@ def _paired(a: Sequence[TreeRecord], b: Sequence[TreeRecord], names: tuple[str, 
         if by_order:
             of_one, of_other = ", ".join(str(a[i].number) for i, _ in by_order), ", ".join(str(b[j].number) for _, j in by_order)
             notes.append(
-                f'"{_short(a[here[0]].text)}" comes several times, and nothing else tells its passages apart: they were paired by'
-                f" their order, {names[0]}'s records {of_one} with {names[1]}'s {of_other}"
+                f'"{shorten(a[here[0]].text, 40, placeholder="…")}" comes several times, and nothing else tells its passages apart:'
+                f" they were paired by their order, {names[0]}'s records {of_one} with {names[1]}'s {of_other}"
             )
     taken = set(found.values())
-    return _Pairing(
+    return (
         [(a[i], b[found[i]]) for i in sorted(found)],
         [record for i, record in enumerate(a) if i not in found],
         [record for j, record in enumerate(b) if j not in taken],
@@ -401,20 +399,11 @@ def _grouped(names: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     return made
 
 
-def _key(record: TreeRecord) -> Hashable:
-    return _plain_text(record) if record.text.strip() else None
-
-
 def _place(record: TreeRecord, keys: Sequence[str]) -> Hashable:
     """What a record says of its place: of several ways to say it any, of one it has to say it."""
     held = [record.more.get(key) for key in keys]
     enough = any(held) if len(keys) > 2 else all(held)
     return json.dumps(held, sort_keys=True) if enough else None
-
-
-def _short(text: str) -> str:
-    plain = " ".join(text.split())
-    return f"{plain[:40]}…" if len(plain) > 40 else plain
 
 
 # ---- two trees as they are compared ----

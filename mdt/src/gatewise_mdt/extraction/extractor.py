@@ -188,7 +188,7 @@ class Extractor:
         model, tokenizer, loaded = load_as_trained(adapter, base=base, device=device, say=say)
         template = Template(note.get("template") or PLAIN.prompt)
         _refuse_chain_of_thought(model, tokenizer, template, adapter)
-        known = {"base": loaded, "adapter": named(adapter)}
+        known = {"base": loaded, "adapter": adapter_identity(adapter)}
         return cls(model, tokenizer, template, **{**known, **settings})
 
     @property
@@ -432,7 +432,7 @@ def made_with(model: Any, base: str, adapter: Mapping[str, str] | None, settings
     return {**made, "gatewise": __version__, "settings": {**settings, **where}, "date": date}
 
 
-def named(adapter: str | Path) -> dict[str, str]:
+def adapter_identity(adapter: str | Path) -> dict[str, str]:
     """Which adapter it is, for :func:`made_with`: "name" and "sha256". Errors are those of ``fingerprint``."""
     return {"name": _name_of(adapter), "sha256": fingerprint(adapter)}
 

@@ -117,7 +117,7 @@ class Server:
                     given = answer.read()
             except urllib.error.HTTPError as error:
                 with error:
-                    fault = f"{error.code}: {_said(error)}"
+                    fault = f"{error.code}: {_error_message(error)}"
                 if error.code in _BUSY:
                     continue
                 if error.code in (400, 413, 422) and body is not None:
@@ -187,7 +187,7 @@ class _RefusedError(GatewiseError):
     """Of one request."""
 
 
-def _said(answer: urllib.error.HTTPError) -> str:
+def _error_message(answer: urllib.error.HTTPError) -> str:
     """What an answer says of a fault, in a line."""
     try:
         content = answer.read()

@@ -27,16 +27,16 @@ from gatewise_mdt.extraction.extractor import (
     Extracts,
     Progress,
     Text,
+    adapter_identity,
     checked_texts,
     extract_sound,
     made_with,
-    named,
 )
 from gatewise_mdt.pointing import decoding
 from gatewise_mdt.pointing.calibration import Calibration
 from gatewise_mdt.pointing.decoding import Found
 from gatewise_mdt.pointing.heads import HeadSettings, PointingHeads, UnitPlaces, UnitStates
-from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_texts, exact
+from gatewise_mdt.pointing.model import PointingCollator, PointingModel, encode_texts, without_autocast
 from gatewise_mdt.pointing.targets import NOTHING, preorder, tree_of, unplaced
 from gatewise_mdt.pointing.units import Units
 from gatewise_mdt.records import DOUBTFUL, TreeRecord
@@ -107,7 +107,7 @@ class PointingExtractor:
         model, tokenizer, loaded = load_as_trained(
             adapter, base=base, device=device, say=say, around=lambda encoder: PointingModel(encoder, settings)
         )
-        return cls(model, tokenizer, batch_size, calibration, loaded, named(adapter))
+        return cls(model, tokenizer, batch_size, calibration, loaded, adapter_identity(adapter))
 
     def made_with(self) -> dict[str, Any]:
         """What a tree is made with that is made now, see :attr:`gatewise_mdt.Extraction.made_with`."""
@@ -163,7 +163,7 @@ class PointingExtractor:
         for now in self._batches({i: len(row["input_ids"]) for i, row in rows.items()}):
             batch = {key: value.to(device) for key, value in collate([rows[i] for i in now]).items()}
             states = self.model(**batch).states
-            with exact(states):
+            with without_autocast(states):
                 found = _found(heads, heads.units(states, UnitPlaces.of(batch["units"])))
             for i, its in zip(now, found, strict=True):
                 made[i] = its if isinstance(its, GatewiseError) else make(texts[i], Units.of(texts[i].text), its)

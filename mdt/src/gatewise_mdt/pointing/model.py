@@ -98,13 +98,13 @@ class PointingModel(ModelAround):
         if "mentions" not in batch:
             return PointingOutput(states=states)
         gold = Gold.of(batch["mentions"], batch["members"], batch["nodes"])
-        with exact(states):
+        with without_autocast(states):
             made = self.heads.losses(states, UnitPlaces.of(batch["units"]), gold)
         rows = torch.stack(list(made.values())).sum(dim=0)
         return PointingOutput(loss=rows.mean(), row_losses=rows, states=states)
 
 
-def exact(states: Tensor) -> torch.autocast:
+def without_autocast(states: Tensor) -> torch.autocast:
     """While open, there is no autocast: the heads' sums over partings lose too much in half precision."""
     return torch.autocast(states.device.type, enabled=False)
 

@@ -252,7 +252,7 @@ def preorder(pointed: Pointed) -> Iterator[int]:
     while to_do:
         at, depth = to_do.pop()
         both = pointed.children[at] if at >= 0 else None
-        if at < 0 or not _tells(pointed, at) or (both is not None and depth == MAX_DEPTH):
+        if at < 0 or not _has_triple(pointed, at) or (both is not None and depth == MAX_DEPTH):
             yield EMPTY
             continue
         yield at
@@ -262,10 +262,10 @@ def preorder(pointed: Pointed) -> Iterator[int]:
 
 def unplaced(pointed: Pointed) -> int:
     """How many nodes with a triple are nowhere in the tree, which has too few places for them or would be too deep."""
-    return sum(_tells(pointed, at) for at in range(len(pointed.nodes))) - sum(at >= 0 for at in preorder(pointed))
+    return sum(_has_triple(pointed, at) for at in range(len(pointed.nodes))) - sum(at >= 0 for at in preorder(pointed))
 
 
-def _tells(pointed: Pointed, at: int) -> bool:
+def _has_triple(pointed: Pointed, at: int) -> bool:
     return any(pointed.subjects[mention] != NOBODY for mention in pointed.nodes[at])
 
 

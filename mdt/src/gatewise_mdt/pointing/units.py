@@ -39,9 +39,9 @@ class Units:
         for piece in pieces(text)[0]:
             begin, end = at, at + len(piece)
             at = end
-            while begin < end and _is_nothing(text[begin]):
+            while begin < end and _is_invisible(text[begin]):
                 begin += 1
-            while begin < end and _is_nothing(text[end - 1]):
+            while begin < end and _is_invisible(text[end - 1]):
                 end -= 1
             if begin < end:
                 spans.append(Span(begin, end))
@@ -127,6 +127,6 @@ def tokens_of(units: Units, tokenizer: PreTrainedTokenizerBase) -> dict[str, lis
     return made
 
 
-def _is_nothing(character: str) -> bool:
+def _is_invisible(character: str) -> bool:
     """Whether it is white space, or a joiner or mark of direction, which nobody sees: no phrase begins or ends with it."""
     return character.isspace() or unicodedata.category(character) == "Cf"
