@@ -177,10 +177,16 @@ def test_two_processes_train_the_adapter_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"template": {"prompt": "{text}"}}, "template is for task causal: a pointing model reads the text"),
+        ({"template": {"prompt": "{text}"}}, "template is for task causal, but the task is text2mdt"),
         ({"task": "causal"}, "pointing is for task text2mdt, but the task is causal"),
-        ({"data": {"train": "train.json", "dev": "dev.json", "labels": ["a", "b"]}}, "data.labels is for rows of other tasks"),
-        ({"data": {"train": "train.json", "dev": "dev.json", "dev_split": "x"}}, "data.dev_split is for rows of other tasks"),
+        (
+            {"data": {"train": "train.json", "dev": "dev.json", "labels": ["a", "b"]}},
+            "data.labels is for tasks causal and classification",
+        ),
+        (
+            {"data": {"train": "train.json", "dev": "dev.json", "dev_split": "x"}},
+            "data.dev_split is for tasks causal and classification",
+        ),
         ({"pointing": {"widht": 8}}, "pointing.widht is not a known key (given 8); did you mean pointing.width?"),
         ({"pointing": {"width": 10}}, "pointing.width: expected a multiple of 4, got 10"),
         ({"pointing": {"longest": 0}}, "pointing.longest: expected a number above 0, got 0"),
@@ -310,7 +316,7 @@ def test_what_is_set_aside_has_no_copy_in_training(swapped: int) -> None:
     tokenizer = byte_tokenizer()
     limits: dict[str, Any] = {"longest": 8, "max_length": 512, "say": lambda _: None}
     rows = training_rows(sample(), tokenizer, swapped=swapped, **limits)
-    kept, held = run._hold_out(rows, 10, 0)
+    kept, held = run._set_aside(rows, 10, 0)
     assert len(held) == 10
     assert len(kept) == len(rows) - 10 * (1 + swapped)
     assert not {row["group"] for row in kept} & {row["group"] for row in held}

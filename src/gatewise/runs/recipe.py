@@ -119,7 +119,9 @@ class Recipe(Section):
     model: str
     task: Annotated[str, BeforeValidator(_known_in(TASKS))] = DEFAULT_TASK
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Annotated[str, only_if(lambda value: isinstance(value, str) and bool(DEVICES.fullmatch(value)), EXPECTED)] = "auto"
+    device: Annotated[
+        str, only_if(lambda value: isinstance(value, str) and bool(DEVICES.fullmatch(value)), EXPECTED.removeprefix("expected "))
+    ] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataSection
     launch: LaunchSection = LaunchSection()
