@@ -133,17 +133,14 @@ def is_label(text: str) -> bool:
         return False
     if _QUESTION_END.search(text) or _LABEL_END.search(text):
         return not _ENDS_INSIDE.search(unnumbered(text))
-    return not (SENTENCE_END.search(text) or tells_what_to_do(text) or _ends_as_said(text))
+    # A sentence without a full stop, as "NSAIDs are contraindicated".
+    is_sentence = reads_as_sentence(text) and not _PEOPLE.search(text) and len(_WORD.findall(text)) > 3
+    return not (SENTENCE_END.search(text) or tells_what_to_do(text) or is_sentence)
 
 
 def is_caption(text: str) -> bool:
     """Whether a text names a table, a picture or a box by its number."""
     return bool(re.match(r"(?:table|figure|fig\.|box|algorithm|chart)\s*[A-Z]?\d+|[表图]\s*\d+", text, re.IGNORECASE))
-
-
-def _ends_as_said(text: str) -> bool:
-    """Whether a text without a full stop is a sentence all the same, as "NSAIDs are contraindicated"; questions are not asked."""
-    return reads_as_sentence(text) and not _PEOPLE.search(text) and len(_WORD.findall(text)) > 3
 
 
 def with_levels(blocks: Sequence[Block]) -> list[Block]:

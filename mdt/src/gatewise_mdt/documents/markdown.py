@@ -29,7 +29,6 @@ _ADDRESS = re.compile(
     re.IGNORECASE,
 )
 _FENCE = re.compile(r"\s{0,3}(?:```|~~~)")
-_QUOTED = re.compile(r"\s{0,3}>")
 # "> 140/90" and "> ULN" are comparisons at the beginning of a line.
 _QUOTE = re.compile(r"(\s{0,3})>\s?(?!\s*(?:[=\d.]|[A-Z]{2,6}\b))")
 _FOOTNOTE = re.compile(r"^ {0,3}\[\^([^\]\s]+)\]:[ \t]*(.*(?:\n(?:[ ]{2,}|\t)\S.*)*)\n?", re.MULTILINE)
