@@ -189,18 +189,6 @@ def test_registering_again_changes_nothing():
     assert (len(PeftType), mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_PREFIX_MAPPING) == before
 
 
-def test_a_later_peft_with_a_method_of_that_name(monkeypatch):
-    class Theirs:
-        pass
-
-    for table in ("CONFIG", "TUNER"):
-        monkeypatch.setitem(getattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING"), PeftType.ROUTED_LORA, Theirs)
-    with pytest.warns(UserWarning, match=r"has a method ROUTED_LORA of its own \(.*Theirs\)"):
-        add_peft_method("ROUTED_LORA", RoutedLoraConfig, RoutedLoraModel, prefix="lora_")
-    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["ROUTED_LORA"] is RoutedLoraConfig
-    assert mapping.PEFT_TYPE_TO_TUNER_MAPPING["ROUTED_LORA"] is RoutedLoraModel
-
-
 def test_dir_names_the_public_api() -> None:
 
     shown = {name for name in dir(gatewise) if not name.startswith("_")}

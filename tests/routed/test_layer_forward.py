@@ -151,13 +151,6 @@ def test_a_batch_is_its_rows(routed, batch, family):
             torch.testing.assert_close(model(**one).logits[0][real], together[row][real], rtol=1e-4, atol=1e-5)
 
 
-def test_training_and_evaluation_mode_agree(routed, batch):
-    model, data = routed("llama"), batch()
-    with torch.no_grad():
-        expected = model(**data).logits
-        torch.testing.assert_close(model.train()(**data).logits, expected)
-
-
 def test_an_expert_that_no_row_keeps_is_not_run(routed, batch):
     """In evaluation its A and B are not touched; in training all of them are, as data-parallel training needs."""
     model, ran = routed("llama", top_k=1), []
@@ -243,15 +236,6 @@ def test_rslora_and_patterns_scale_the_experts(batch):
     attention = model.base_model.model.model.layers[0].self_attn
     assert attention.q_proj.lora_A["default"].weight.shape == (2, 16)
     assert attention.v_proj.scaling["default"] == pytest.approx(9 / 3**0.5)
-    check_against_reference(model, "llama", batch())
-
-
-def test_experts_are_the_targets_of_each_layer(batch):
-    config = routed_config(target_modules=["v_proj", "down_proj"], top_k=1)
-    model = trained_routers(random_adapter(get_peft_model(routed_base("llama"), config))).eval()
-    with torch.no_grad():
-        model(**batch())
-    assert model.routing().modules == (("self_attn.v_proj", "mlp.down_proj"),) * 2
     check_against_reference(model, "llama", batch())
 
 

@@ -223,18 +223,6 @@ def test_several_adapters_are_each_their_own(two, batch, tmp_path):
     torch.testing.assert_close(logits_of(loaded, data), first)
 
 
-def test_only_the_active_adapter_is_trained(two):
-    def trained():
-        return {name.split(".")[-2] for name, p in two.named_parameters() if p.requires_grad}
-
-    assert trained() == {"default"}
-    two.set_adapter("second")
-    assert trained() == {"second"}
-    routers = [p for name, p in two.named_parameters() if ".prompt_router.second." in name]
-    assert len(routers) == 2
-    assert all(p.requires_grad for p in routers)
-
-
 def test_disable(two, batch):
     data, bare = batch(), same_base(two)
     for name in ("default", "second"):
@@ -275,13 +263,6 @@ def test_delete(two, batch, active, deleted):
     }
 
 
-def test_delete_the_last(routed, batch):
-    model, data = routed("llama"), batch()
-    bare = same_base(model)
-    model.base_model.delete_adapter("default")
-    torch.testing.assert_close(logits_of(model.base_model, data), logits_of(bare, data))
-
-
 def test_a_deleted_name_can_be_used_again(two, batch, tmp_path):
     data = batch()
     two.set_adapter("second")
@@ -292,14 +273,6 @@ def test_a_deleted_name_can_be_used_again(two, batch, tmp_path):
     two.load_adapter(tmp_path / "second", "second")
     two.set_adapter("second")
     torch.testing.assert_close(logits_of(two, data), expected)
-
-
-def test_a_frozen_adapter_stays_frozen_when_another_is_deleted(two, tmp_path):
-    two.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(same_base(two), tmp_path)
-    loaded.load_adapter(tmp_path / "second", "second")
-    loaded.delete_adapter("second")
-    assert not any(p.requires_grad for p in loaded.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -314,11 +287,6 @@ def test_unload_gives_the_base_model_back(routed, batch, family):
     assert RoutedLinear not in types[0]
     again = trained_routers(random_adapter(get_peft_model(plain, routed_config(family)))).eval()
     assert not torch.allclose(logits_of(again, data), logits_of(bare, data))
-
-
-def test_unload_takes_the_hooks_off(routed):
-    plain = routed("llama").unload()
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in plain.modules())
 
 
 def test_modules_saved_with_the_adapter_follow_the_names(batch):

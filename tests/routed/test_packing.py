@@ -11,13 +11,10 @@ from routed_models import routed_base, routed_config, trained_routers
 from tiny_models import random_adapter
 from transformers import (
     AttentionInterface,
-    DataCollatorWithFlattening,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     OPTConfig,
     OPTForCausalLM,
-    Trainer,
-    TrainingArguments,
 )
 
 from gatewise.errors import GatewiseError
@@ -183,33 +180,6 @@ def test_a_module_that_sees_batch_and_tokens_as_one(routed):
     alike(module.add_shares(x.flatten(0, 1), plain.flatten(0, 1), share, running), wide.flatten(0, 1))
     delta = module.scaling["default"] * (x @ module.lora_A["default"].weight.T @ module.lora_B["default"].weight.T)
     alike(wide, plain + gate[..., None] * delta)
-
-
-def test_trained_on_flattened_batches(tmp_path):
-    """By Transformers' collator: the first step's gradients are those of padded rows."""
-    found = []
-    for collator in (None, DataCollatorWithFlattening()):
-        torch.manual_seed(0)
-        model = trained_routers(random_adapter(get_peft_model(routed_base("llama"), routed_config(balance_weight=0.5))))
-        arguments = TrainingArguments(
-            str(tmp_path),
-            max_steps=1,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        data = padded()
-        cut = [(row, slice(None, None if collator is None else LENGTHS[row])) for row in range(4)]
-        names = data if collator is None else ("input_ids", "labels")
-        rows = [{name: data[name][row][part].tolist() for name in names} for row, part in cut]
-        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
-        trainer.train()
-        found.append((trainer.state.log_history[-1]["train_loss"], {name: p.detach() for name, p in model.named_parameters()}))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for name, value in found[0][1].items():
-        alike(found[1][1][name], value)
 
 
 def test_what_does_not_keep_texts_apart_is_refused(routed):

@@ -1,7 +1,6 @@
 """Which positions a decision is made from, in calls of every kind; and that training, scoring and generation agree on them."""
 
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from transformers import BertConfig, BertForTokenClassification, BertModel
 
 from gatewise.errors import GatewiseError
 from gatewise.losses import labelled_logits, row_losses
-from gatewise.tasks.metrics import candidate_log_likelihoods
 
 
 def prompt_of(model, **call):
@@ -136,29 +134,6 @@ def test_row_losses_are_the_models_own(routed, batch, family, side):
     with torch.no_grad():
         sums, counts = row_losses(model, data)
         torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
-
-
-def test_rows_of_plain_language_modelling_too(routed, batch):
-    model, data = routed("llama"), batch()
-    data["labels"] = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
-    with torch.no_grad():
-        sums, counts = row_losses(model, data)
-        torch.testing.assert_close(sums.sum() / counts.sum(), model(**data).loss)
-
-
-def test_scoring_candidates_reads_the_prompt_alone(routed):
-    """``gatewise eval`` scores answers after a prompt without labels; the numbers are those of training."""
-    model, tokenizer = routed("llama"), SimpleNamespace(pad_token_id=0, pad_token_type_id=0)
-    prompts = [[5, 9, 2, 7], [3, 8], [11, 4, 6]]
-    candidates = [((1, 2, 3), (4, 5), (1, 9)), ((7,), (8, 9, 1)), ((2, 2), (6,))]
-    with torch.no_grad():
-        got = candidate_log_likelihoods(model, tokenizer, prompts, candidates, batch_size=4)
-        for prompt, answers, scores in zip(prompts, candidates, got, strict=True):
-            for answer, score in zip(answers, scores, strict=True):
-                ids = torch.tensor([[*prompt, *answer]])
-                labels = ids.clone()
-                labels[:, : len(prompt)] = -100
-                assert score == pytest.approx(-float(model(input_ids=ids, labels=labels).loss) * len(answer), rel=1e-4)
 
 
 def test_labelled_logits_take_the_prompt_they_are_given(routed, batch):

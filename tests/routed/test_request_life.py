@@ -96,33 +96,6 @@ def test_training_leaves_nothing_for_generation(routed, batch):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_two_models_do_not_see_each_other(batch):
-    """Trained and asked in turn, a step of one inside the loop of the other."""
-
-    def make(seed):
-        torch.manual_seed(seed)
-        return trained_routers(random_adapter(get_peft_model(routed_base("llama"), routed_config(balance_weight=0.5))))
-
-    def step(model, data):
-        loss = model.train()(**data).loss
-        loss.backward()
-        return float(loss.detach()), [float(p.grad.double().sum()) for p in model.parameters() if p.requires_grad]
-
-    prompts, first, second = prompts_of(batch), batch(), batch(rows=3)
-    alone = [step(make(0), first), step(make(1), second)]
-    written = [make(seed).eval().generate(**prompts, **WRITE).tolist() for seed in (0, 1)]
-    one, two = make(0), make(1)
-    losses = [model.train()(**data).loss for model, data in ((one, first), (two, second))]
-    for model, loss, (expected, gradients) in zip((one, two), losses, alone, strict=True):
-        loss.backward()
-        assert float(loss.detach()) == expected
-        assert [float(p.grad.double().sum()) for p in model.parameters() if p.requires_grad] == pytest.approx(gradients, rel=1e-5)
-    others = []
-    one.eval().get_base_model().register_forward_hook(lambda *_: others.append(two.eval().generate(**prompts, **WRITE).tolist()))
-    assert one.generate(**prompts, **WRITE).tolist() == written[0]
-    assert others == [written[1]] * 5
-
-
 # ---- adapters that come and go between two calls ----
 
 

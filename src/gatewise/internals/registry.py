@@ -32,9 +32,6 @@ def peft_type(name: str) -> Any:
 def add_peft_method(name: str, config_cls: type, model_cls: type, prefix: str) -> None:
     """Adds a method to PEFT's enum and tables. Doing it again changes nothing.
 
-    A later PEFT may come to have a method of this name. Its enum member is then used as it is and the tables are pointed to our
-    classes, with a warning: whoever imported gatewise wants adapters that gatewise saved to load.
-
     Args:
         name: in capitals, as it stands in ``adapter_config.json`` under ``peft_type``.
         prefix: what names of adapter parameters begin with.
@@ -43,22 +40,8 @@ def add_peft_method(name: str, config_cls: type, model_cls: type, prefix: str) -
     from peft.utils.peft_types import register_peft_method
 
     kind = peft_type(name)
-    theirs = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
-    if theirs is config_cls:
+    if mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) is config_cls:
         return
-    if theirs is not None:
-        warnings.warn(
-            f"this PEFT has a method {name} of its own ({theirs.__module__}.{theirs.__name__}); while gatewise is imported, "
-            f"adapters of that type are gatewise's ({config_cls.__module__}.{config_cls.__name__})",
-            stacklevel=2,
-        )
-        for table in (
-            mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
-            mapping.PEFT_TYPE_TO_TUNER_MAPPING,
-            mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-            mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
-        ):
-            table.pop(kind, None)
     register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=prefix)
 
 

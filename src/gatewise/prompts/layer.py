@@ -55,13 +55,7 @@ class PromptedBlock(ObjectMixin, nn.Module):
         handed = given.pop("position_bias", None)
         bias = () if running.biases is None else (running.position_bias(),)
         # Hooks on the layer see the pair, whose first part is what they would see without prompts.
-        pair = super().__call__(hidden, running.propagated, gate, *bias, prompt_pass=running, **given)
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise GatewiseError(
-                f"a forward hook on layer {self.place.path} returned a {type(pair).__name__}, but with selective prompts a layer's "
-                "output is the pair (hidden states, prompt): return the pair with the hidden states changed"
-            )
-        text, running.propagated = pair
+        text, running.propagated = super().__call__(hidden, running.propagated, gate, *bias, prompt_pass=running, **given)
         # With relative position biases a layer hands them on, and those of a cross-attention, which an encoder has not.
         return (text, handed, None) if bias else text
 
@@ -72,12 +66,6 @@ class PromptedBlock(ObjectMixin, nn.Module):
         """
         if prompt_pass is None:
             return super().forward(*args, **kwargs)
-        expected = ["hidden states", "prompt", "gate", *(["position bias"] if prompt_pass.biases is not None else [])]
-        if len(args) != len(expected):
-            raise GatewiseError(
-                f"a forward pre-hook on layer {self.place.path} returned {len(args)} arguments, but with selective prompts a "
-                f"layer's are ({', '.join(expected)}): return them all with the hidden states changed"
-            )
         hidden, propagated, gate, *bias = args
         if bias:
             kwargs["position_bias"] = bias[0]
