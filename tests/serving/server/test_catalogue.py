@@ -257,10 +257,10 @@ def test_versions_come_and_go(made: Path, tmp_path: Path) -> None:
     first = found["x"]
     found.scan()
     assert found["x"] is first
-    with first.copied() as copy:
+    with first.copy() as copy:
         assert (copy / "adapter_model.safetensors").read_bytes() == (made / "one" / "adapter_model.safetensors").read_bytes()
     shutil.copytree(made / "two", folder, dirs_exist_ok=True)
-    with pytest.raises(ReplacedError), first.copied():
+    with pytest.raises(ReplacedError), first.copy():
         pass
     found.scan()
     second = found["x"]
@@ -308,7 +308,7 @@ def test_no_copy_mixes_old_and_new(made: Path, tmp_path: Path, monkeypatch: pyte
             (tmp_path / ".new").rename(tmp_path / "x")
 
     monkeypatch.setattr("gatewise.serving.server.catalogue.shutil.copyfile", copy)
-    with pytest.raises(ReplacedError), version.copied():
+    with pytest.raises(ReplacedError), version.copy():
         pass
 
 
@@ -325,11 +325,11 @@ def test_what_cannot_be_copied_is_not_called_replaced(
     monkeypatch.setattr("gatewise.serving.server.catalogue.shutil.copyfile", fails)
     with (
         pytest.raises(GatewiseError, match=rf"x cannot be copied \({os.strerror(code)}, {tmp_path}/x/.*has room.*"),
-        version.copied(),
+        version.copy(),
     ):
         pass
     (tmp_path / "x").rename(tmp_path / ".x")
-    with pytest.raises(ReplacedError), version.copied():
+    with pytest.raises(ReplacedError), version.copy():
         pass
 
 

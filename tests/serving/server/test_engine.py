@@ -328,7 +328,7 @@ def test_however_small_top_p_is_the_first_token_may_come(made: dict[str, Path]) 
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("_drawn", {"temperature": 1}), ("_told_of", {"logprobs": 1, "echo": True})],
+    [("_draw", {"temperature": 1}), ("_prompt_logprobs", {"logprobs": 1, "echo": True})],
 )
 def test_a_fault_in_one_answer_ends_no_other(
     made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, more: dict[str, Any]
@@ -390,7 +390,7 @@ DEVICE_FAULT = "CUDA error: an illegal memory access was encountered"
         ("lanes.Lane.step", {}),
         ("lanes.Lane.keep", {"tokens": 2}),
         ("lanes.Lane.load", {"name": "later"}),
-        ("engine._drawn", {"temperature": 1}),
+        ("engine._draw", {"temperature": 1}),
     ],
 )
 def test_a_dead_device_ends_the_engine(

@@ -112,7 +112,7 @@ def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Pa
     def told() -> list[bool]:
         """Of each line to vLLM, whether it names files to be served; no other name is in it."""
         process: Any = SimpleNamespace(stdin=io.BytesIO())
-        server._tell(process, copies)
+        server._update_adapters(process, copies)
         lines = [json.loads(line) for line in process.stdin.getvalue().splitlines()]
         assert all(line["name"] == "x" and Path(line.get("path", copies)).is_dir() for line in lines)
         return ["path" in line for line in lines]
@@ -137,7 +137,7 @@ def test_vllm_is_told_of_what_goes_whatever_came_before(made: Path, tmp_path: Pa
 def telling(server: VllmServer, copies: Path) -> list[str]:
     """Of which adapters' files vLLM is told now."""
     process: Any = SimpleNamespace(stdin=io.BytesIO())
-    server._tell(process, copies)
+    server._update_adapters(process, copies)
     return [line["name"] for line in map(json.loads, process.stdin.getvalue().splitlines()) if "path" in line]
 
 

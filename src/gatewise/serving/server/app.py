@@ -32,7 +32,7 @@ from gatewise.errors import GatewiseError, reason_of
 from gatewise.serving.constraints import Constraint
 from gatewise.serving.server.bodies import BadRequestError, Body, Chat, Completion, read
 from gatewise.serving.server.catalogue import Catalogue, ReplacedError, Version
-from gatewise.serving.server.engine import Answer, BusyError, EndedError, Engine, Limit, NotLoadedError, Piece, Told
+from gatewise.serving.server.engine import Answer, BusyError, EndedError, Engine, Limit, NotLoadedError, Piece, TokenLogprobs
 from gatewise.serving.server.guard import Guard
 from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.vocabularies import Tokenizers
@@ -51,7 +51,7 @@ class Served:
         length: the most tokens of prompt and answer together.
         vocabulary: token ids are below it.
         constraints: what a request can have its answer kept to, by its name in ``vllm_xargs``.
-        key: without which nothing but /health is answered; None: everybody may ask.
+        key: without which nothing but /health is answer_request; None: everybody may ask.
         hosts: what may stand in ``Host``, None for anything.
     """
 
@@ -106,7 +106,7 @@ def app(served: Served) -> Starlette:
         name = request.path_params["name"]
         return _json(card(name, version_of(name)))
 
-    async def answered(request: Request, kind: type[Chat] | type[Completion]) -> Response:
+    async def answer_request(request: Request, kind: type[Chat] | type[Completion]) -> Response:
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "expected a body of type application/json")
         body: Chat | Completion = read(kind, await request.body())
@@ -118,17 +118,17 @@ def app(served: Served) -> Starlette:
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
-        def tell(number: int, piece: Piece) -> None:
+        def send_piece(number: int, piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
-        answers = await loop.run_in_executor(encoding, _answers, served, body, version, tell)
+        answers = await loop.run_in_executor(encoding, _answers, served, body, version, send_piece)
         served.engine.ask(answers)
         writing = _Writing(body, answers, pieces)
         try:
             if not body.stream:
-                return _json(await _while_there(request, writing.whole()))
+                return _json(await _while_connected(request, writing.whole()))
             events = writing.events()
-            first = await _while_there(request, anext(events))  # an error until then is an answer with its own status
+            first = await _while_connected(request, anext(events))  # an error until then is an answer with its own status
         except BaseException:
             served.engine.cancel(answers)
             raise
@@ -140,11 +140,11 @@ def app(served: Served) -> Starlette:
             Route("/metrics", metrics, methods=["GET"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{name:path}", model, methods=["GET"]),
-            Route("/v1/completions", partial(answered, kind=Completion), methods=["POST"]),
-            Route("/v1/chat/completions", partial(answered, kind=Chat), methods=["POST"]),
+            Route("/v1/completions", partial(answer_request, kind=Completion), methods=["POST"]),
+            Route("/v1/chat/completions", partial(answer_request, kind=Chat), methods=["POST"]),
         ],
         middleware=[Middleware(Guard, hosts=served.hosts, key=served.key)],
-        exception_handlers=dict.fromkeys((HTTPException, *_KNOWN), _refused) | {Exception: _fault},
+        exception_handlers=dict.fromkeys((HTTPException, *_KNOWN), _known_error) | {Exception: _unknown_error},
     )
     made.router.redirect_slashes = False
     made.state.encoding = encoding  # whoever ends the server ends its thread
@@ -154,11 +154,11 @@ def app(served: Served) -> Starlette:
 # ---- what is asked ----
 
 
-def _answers(served: Served, body: Chat | Completion, version: Version | None, tell: Any) -> list[Answer]:
+def _answers(served: Served, body: Chat | Completion, version: Version | None, send_piece: Any) -> list[Answer]:
     """The answers that a request asks for, in the thread of the tokenizers.
 
     Args:
-        tell: gets the number of an answer, and a piece of it.
+        send_piece: called with the number of an answer, and a piece of it.
     """
     try:
         tokenizer = served.tokenizers.of(version)
@@ -175,9 +175,9 @@ def _answers(served: Served, body: Chat | Completion, version: Version | None, t
         if isinstance(body, Completion) and body.echo:
             echo = prompt if isinstance(prompt, str) else str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         for copy in range(body.n):
-            told = partial(tell, len(answers))
+            send = partial(send_piece, len(answers))
             limit = _limit(body, served, tokenizer, most)
-            answers.append(Answer(body.model, version, ids, body.sampling(most, copy), tokenizer, told, limit, echo))
+            answers.append(Answer(body.model, version, ids, body.sampling(most, copy), tokenizer, send, limit, echo))
     return answers
 
 
@@ -247,7 +247,7 @@ class _Writing:
         self._is_chat = isinstance(body, Chat)
         self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created, self._tokens = int(time.time()), 0
-        self._offsets = [0] * len(answers)  # of the texts of tokens, in texts for which log-probabilities are told
+        self._offsets = [0] * len(answers)  # of the texts of tokens, where log-probabilities are asked for
 
     async def _each(self) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers, to the last one.
@@ -271,9 +271,9 @@ class _Writing:
             pieces[number].append(piece)
         choices = []
         for number, own in enumerate(pieces):
-            text, told = "".join(piece.text for piece in own), [one for piece in own for one in piece.told]
+            text, tokens = "".join(piece.text for piece in own), [one for piece in own for one in piece.logprobs]
             content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-            end = {"logprobs": self._logprobs(number, told), "finish_reason": own[-1].finish}
+            end = {"logprobs": self._logprobs(number, tokens), "finish_reason": own[-1].finish}
             choices.append({"index": number, **content, **end})
         kind = "chat.completion" if self._is_chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self._usage()}
@@ -287,9 +287,9 @@ class _Writing:
             content: dict[str, Any] = {"text": piece.text}
             if self._is_chat:
                 content = {"delta": {**({} if number in started else {"role": "assistant"}), "content": piece.text}}
-            is_news = piece.text or piece.finish or piece.told or (self._is_chat and number not in started)
+            is_news = piece.text or piece.finish or piece.logprobs or (self._is_chat and number not in started)
             started.add(number)
-            choice = {"index": number, **content, "logprobs": self._logprobs(number, piece.told), "finish_reason": piece.finish}
+            choice = {"index": number, **content, "logprobs": self._logprobs(number, piece.logprobs), "finish_reason": piece.finish}
             if is_news:
                 yield {**self._head(kind), "choices": [choice], **({"usage": None} if usage else {})}
         if usage:
@@ -302,7 +302,7 @@ class _Writing:
         read = sum(len(one.prompt) for one in self._answers) // self._body.n
         return {"prompt_tokens": read, "completion_tokens": self._tokens, "total_tokens": read + self._tokens}
 
-    def _logprobs(self, number: int, told: Sequence[Told]) -> dict[str, Any] | None:
+    def _logprobs(self, number: int, found: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if self._body.counted_logprobs is None:
             return None
         tokenizer = self._answers[number].tokenizer
@@ -316,23 +316,23 @@ class _Writing:
                 text = shown(token)
                 return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
-            rows = [{**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in told]
+            rows = [{**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in found]
             return {"content": rows}
-        tokens = [shown(one.token) for one in told]
+        tokens = [shown(one.token) for one in found]
         offsets = [self._offsets[number] + sum(map(len, tokens[:place])) for place in range(len(tokens))]
         self._offsets[number] += sum(map(len, tokens))
         return {
             "tokens": tokens,
-            "token_logprobs": [_finite(one.logprob) for one in told],
+            "token_logprobs": [_finite(one.logprob) for one in found],
             # The first token of a prompt has none.
             "top_logprobs": [
-                None if one.logprob is None else {shown(token): _finite(logprob) for token, logprob in one.top} for one in told
+                None if one.logprob is None else {shown(token): _finite(logprob) for token, logprob in one.top} for one in found
             ],
             "text_offset": offsets,
         }
 
 
-async def _while_there(request: Request, made: Awaitable[_Made]) -> _Made:
+async def _while_connected(request: Request, made: Awaitable[_Made]) -> _Made:
     """What an awaitable gives, which is given up when the client goes.
 
     Raises:
@@ -375,7 +375,7 @@ async def _lines(first: dict[str, Any], events: AsyncIterator[dict[str, Any]]) -
         async for event in events:
             yield _event(event)
     except Exception as error:
-        yield _event(_error_of(_said(error), 500))
+        yield _event(_error_of(_message_of(error), 500))
     yield b"data: [DONE]\n\n"
 
 
@@ -393,7 +393,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 # ---- errors ----
 
-# What is told as it is, with its status.
+# Errors whose messages clients get, with their status.
 _KNOWN: dict[type[Exception], int] = {
     BadRequestError: 400,
     ClientDisconnect: 400,
@@ -412,26 +412,26 @@ def _error(message: str, status: int, param: str | None = None) -> Response:
     return _json(_error_of(message, status, param), status)
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     is_known = isinstance(error, (GatewiseError, *_KNOWN))
     return str(error) if is_known else f"a fault in gatewise ({type(error).__name__}): see the server's log"
 
 
-def _refused(request: Request, error: Exception) -> Response:
+def _known_error(request: Request, error: Exception) -> Response:
     """What the client can put right, or has to wait for."""
     if isinstance(error, HTTPException):
         is_model = error.detail.startswith("The model")
         nothing = error.status_code in (404, 405) and not is_model
         return _error("nothing is here" if nothing else error.detail, error.status_code, "model" if is_model else None)
     answer = _error(
-        _said(error), _KNOWN[type(error)], "model" if isinstance(error, NotLoadedError) else getattr(error, "param", None)
+        _message_of(error), _KNOWN[type(error)], "model" if isinstance(error, NotLoadedError) else getattr(error, "param", None)
     )
     if isinstance(error, BusyError | ReplacedError):
         answer.headers["Retry-After"] = "2"
     return answer
 
 
-def _fault(request: Request, error: Exception) -> Response:
+def _unknown_error(request: Request, error: Exception) -> Response:
     """A fault of ours, which must not look like one of the client's."""
     traceback.print_exception(error, file=sys.stderr)
-    return _error(_said(error), 500)
+    return _error(_message_of(error), 500)

@@ -78,7 +78,7 @@ class Version:
         return time.monotonic() < self.failed + RETRY
 
     @contextmanager
-    def copied(self) -> Iterator[Path]:
+    def copy(self) -> Iterator[Path]:
         """A folder with a copy of its files, which nobody changes; it may be moved away.
 
         What is raised of the copy meanwhile is said of the folder that the user knows.
@@ -201,7 +201,7 @@ class Catalogue:
             try:
                 version = self._version_in(name, folder, is_named)
             except Exception as error:
-                self._refuse(folder, f"{fault_in(folder, error)}; it is not served", is_named, error)
+                self._refuse(folder, f"{describe_fault(folder, error)}; it is not served", is_named, error)
                 continue
             if version is None:
                 late.append(folder)
@@ -332,7 +332,7 @@ def kind_of(folder: Path) -> Kind:
     return "plain" if is_linear and not any(config.get(name) for name in _MORE) else "alone"
 
 
-def fault_in(folder: Path, error: Exception) -> str:
+def describe_fault(folder: Path, error: Exception) -> str:
     """What is said of an error that came of an adapter's folder, whatever raised it."""
     return (
         str(error)

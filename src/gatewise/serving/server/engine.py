@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError
 from gatewise.serving.products import BASE
-from gatewise.serving.server.catalogue import ReplacedError, Version, fault_in
+from gatewise.serving.server.catalogue import ReplacedError, Version, describe_fault
 from gatewise.serving.server.lanes import Lane
 from gatewise.serving.server.metrics import Metrics
 from gatewise.serving.server.text import Writing
@@ -48,7 +48,7 @@ class Sampling:
         seed: of what is drawn; None takes a new one.
         stop: texts that end the answer.
         ignore_eos: go on after the token that ends a text.
-        logprobs: of so many of the most probable tokens at each place, log-probabilities are told, and of the chosen one; None: of
+        logprobs: of so many of the most probable tokens at each place, log-probabilities are given, and of the chosen one; None: of
             none. They are those of the model, before a limit, temperature and top_p.
     """
 
@@ -62,7 +62,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Told:
+class TokenLogprobs:
     """A token, its log-probability, and the most probable ones at its place with theirs. The first of a prompt has none."""
 
     token: int
@@ -77,14 +77,14 @@ class Piece:
     Attributes:
         text: that can be given out.
         tokens: that were written since the last piece; a piece's text may end with a part of theirs, the rest comes later.
-        told: of each of them, if it was asked for.
+        logprobs: of each of them, if they were asked for.
         finish: "stop" or "length" in the last one.
         problem: in the last one, why there will be no more.
     """
 
     text: str = ""
     tokens: int = 0
-    told: tuple[Told, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
     finish: str | None = None
     problem: Exception | None = None
 
@@ -97,9 +97,9 @@ class Answer:
         model: the name that the client gave.
         version: of the adapter, None for the base model.
         prompt: token ids.
-        tell: gets the pieces, in the engine's thread.
+        send: called with each piece, in the engine's thread.
         limit: what may be written; None leaves it free.
-        echo: the prompt's text, to be given out before the answer, and told of as the answer is; None: only the answer.
+        echo: the prompt's text, which comes before the answer, with log-probabilities if it has them; None: only the answer.
     """
 
     model: str
@@ -107,7 +107,7 @@ class Answer:
     prompt: list[int]
     sampling: Sampling
     tokenizer: PreTrainedTokenizerBase
-    tell: Callable[[Piece], None]
+    send: Callable[[Piece], None]
     limit: Limit | None = None
     echo: str | None = None
     cancelled: bool = False
@@ -154,7 +154,7 @@ class Engine:
         ends: token ids that end a text.
         most_loaded: adapters in the model at a time. The one that was not used for longest makes room.
         most_running, most_waiting: answers.
-        note: told why the adapter of a folder cannot be loaded.
+        note: called with a folder, and why its adapter cannot be loaded.
         broke: called when a fault has ended it, in its thread.
     """
 
@@ -212,7 +212,7 @@ class Engine:
             self._news.notify()
 
     def cancel(self, answers: Sequence[Answer]) -> None:
-        """Nobody reads these any more: they are told nothing more, and leave their places."""
+        """Nobody reads these any more: nothing more of them is sent, and they leave their places."""
         with self._news:
             for one in answers:
                 one.cancelled = True
@@ -225,7 +225,7 @@ class Engine:
             GatewiseError: it cannot be loaded.
             ReplacedError: it is being replaced.
         """
-        with version.copied() as folder:
+        with version.copy() as folder:
             lane = self._lane_for(version)
             lane.load(folder, version.key, self._base)
         self._running.setdefault(lane, [])
@@ -325,7 +325,7 @@ class Engine:
             except Exception as error:
                 self._print(error)
                 version.failed = time.monotonic()
-                self._note(version.folder, fault_in(version.folder, error))
+                self._note(version.folder, describe_fault(version.folder, error))
                 raise hidden from error
         held = self._loaded[version.key]
         held.used = time.monotonic()
@@ -405,7 +405,7 @@ class Engine:
         """The next token of some rows of a lane, by logits (n, v). A fault in one of them, such as in its limit, ends that one.
 
         Args:
-            prompt_logits: (t, v), of the tokens after those of a prompt that is to be told of.
+            prompt_logits: (t, v), of the tokens after those of a prompt whose log-probabilities are asked for.
         """
         for one, own in zip(rows, logits, strict=True):
             if one.cancelled:
@@ -413,7 +413,7 @@ class Engine:
                 continue
             try:
                 if one.echo is not None and not one.tokens:
-                    one.tell(Piece(one.echo, told=() if prompt_logits is None else _told_of(prompt_logits, one)))
+                    one.send(Piece(one.echo, logprobs=() if prompt_logits is None else _prompt_logprobs(prompt_logits, one)))
                 self._write_token(one, own)
             except Exception as error:
                 self._print(error)
@@ -426,14 +426,14 @@ class Engine:
         sampling = one.sampling
         if sampling.max_tokens == 0:
             self._ended(one, "length")
-            one.tell(Piece(finish="length"))
+            one.send(Piece(finish="length"))
             return
         scores = logits if one.limit is None else one.limit(one.tokens, logits)
         best, place = scores.max(dim=-1)
         if not best.isfinite():  # there is a NaN, or nothing that may come
             raise NotLoadedError(f"the model {one.model!r} wrote what is no number")
-        token = int(place) if sampling.temperature < _GREEDY else _drawn(scores.cpu(), sampling, one.generator)
-        told = () if sampling.logprobs is None else (_told(logits, token, sampling.logprobs),)
+        token = int(place) if sampling.temperature < _GREEDY else _draw(scores.cpu(), sampling, one.generator)
+        logprobs = () if sampling.logprobs is None else (_token_logprobs(logits, token, sampling.logprobs),)
         one.tokens.append(token)
         if len(one.tokens) == 1:
             self._metrics.took("gatewise_first_token_seconds", time.monotonic() - one.asked, model=one.model)
@@ -444,7 +444,7 @@ class Engine:
         if finish is not None:
             text += one.writing.end()
             self._ended(one, finish)
-        one.tell(Piece(text, 1, told, finish))
+        one.send(Piece(text, 1, logprobs, finish))
 
     def _keep(self, lane: Lane) -> None:
         """Those who are done leave."""
@@ -466,7 +466,7 @@ class Engine:
     def _fail(self, one: Answer, problem: Exception) -> None:
         if not one.is_done and not one.cancelled:
             self._ended(one, "refused" if isinstance(problem, BusyError | ReplacedError) else "failed")
-            one.tell(Piece(problem=problem))
+            one.send(Piece(problem=problem))
 
     def _ended(self, one: Answer, how: str) -> None:
         one.is_done = True
@@ -498,7 +498,7 @@ def _is_dead(error: BaseException | None) -> bool:
     return is_fault and not any(one in str(error) for one in wants_memory)
 
 
-def _drawn(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token of logits (v,)."""
     probabilities = (logits / sampling.temperature).softmax(dim=-1)
     if sampling.top_p < 1:
@@ -509,18 +509,18 @@ def _drawn(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def _told(logits: Tensor, token: int, count: int) -> Told:
+def _token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     logprobs = logits.log_softmax(dim=-1)
     top = logprobs.topk(min(count, len(logprobs)))
-    return Told(token, float(logprobs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
-def _told_of(logits: Tensor, answer: Answer) -> tuple[Told, ...]:
+def _prompt_logprobs(logits: Tensor, answer: Answer) -> tuple[TokenLogprobs, ...]:
     """Of the tokens of a prompt, by the logits (t, v) after each."""
     ids, count = answer.prompt, answer.sampling.logprobs or 0
     # Row by row: in float32 all of them would take as much memory again, or twice.
-    later = [_told(row.float(), token, count) for row, token in zip(logits[:-1], ids[1:], strict=True)]
-    return (Told(ids[0], None, ()), *later)
+    later = [_token_logprobs(row.float(), token, count) for row, token in zip(logits[:-1], ids[1:], strict=True)]
+    return (TokenLogprobs(ids[0], None, ()), *later)
 
 
 def _by_model(answers: Sequence[Answer]) -> dict[tuple[tuple[str, str], ...], float]:

@@ -129,7 +129,7 @@ class Lane:
         self._close()
         cache = DynamicCache(config=self._model.config)
         mask = torch.ones(1, len(ids), dtype=torch.long)
-        with self._called([name]):
+        with self._peft_call([name]):
             logits = self._forward(torch.tensor([list(ids)]), mask, cache, keep=len(ids) if everywhere else 1)
             routing = self._routing(name)
         return Prompt(name, logits[:, -1].float(), routing, mask, cache, logits[0, -len(ids) :] if everywhere else None)
@@ -146,7 +146,7 @@ class Lane:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Reads the token that each row goes on with: logits (b, v) of the next one, in float32."""
         if not self._is_open:
-            self._call.enter_context(self._called(self.rows))
+            self._call.enter_context(self._peft_call(self.rows))
             self._is_open = True
         self._mask = F.pad(self._mask, (0, 1), value=1)
         return self._forward(torch.tensor(tokens)[:, None], self._mask, self._cache, keep=1)[:, -1].float()
@@ -186,7 +186,7 @@ class Lane:
         self._is_open = False
 
     @contextmanager
-    def _called(self, names: Sequence[str]) -> Iterator[None]:
+    def _peft_call(self, names: Sequence[str]) -> Iterator[None]:
         """PEFT's call of the model, which it opens around ``generate``."""
         if self._peft is None:
             yield

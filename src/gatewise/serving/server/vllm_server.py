@@ -35,7 +35,7 @@ STATE = "\u2063"
 """In what vLLM calls an adapter's later states, after the name: no name has it, since it cannot be printed."""
 
 
-def shown(name: str) -> str:
+def client_name(name: str) -> str:
     """What clients call an adapter, whichever of its states vLLM's ``name`` is of."""
     return name.partition(STATE)[0]
 
@@ -67,10 +67,10 @@ class Adapters:
         async def show_available_models() -> Any:
             found = await list_all()
             for card in found.data:
-                card.id = shown(card.id)
+                card.id = client_name(card.id)
             return found
 
-        models.model_name = lambda *given, **more: shown(name_of(*given, **more))
+        models.model_name = lambda *given, **more: client_name(name_of(*given, **more))
         models.show_available_models = show_available_models
         self._task = asyncio.create_task(self._follow(models))
 

@@ -39,7 +39,7 @@ class Tokenizers:
             return self._base
         content = self._contents.get(version.key, "")
         if content not in self._by_content:
-            with version.copied() as folder:
+            with version.copy() as folder:
                 files = [folder / name for name in _FILES if (folder / name).is_file()]
                 content = hashlib.sha256(
                     b"".join(hashlib.sha256(one.name.encode() + one.read_bytes()).digest() for one in files)

@@ -32,7 +32,7 @@ from gatewise.models.cache import resolve
 from gatewise.serving.constraints import Constraint, logits_processors
 from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, is_told, serving_settings, settings_together
 from gatewise.serving.server import guard, vllm_server
-from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version, fault_in
+from gatewise.serving.server.catalogue import SETTLED, Catalogue, ReplacedError, Version, describe_fault
 from gatewise.serving.server.reach import HOST, PORT, check_reach, listen, resolve_host, url_of
 
 MOST_IN_BATCH = 8
@@ -184,15 +184,15 @@ class VllmServer:
         self._room: Room | None = None
         if adapters:
             positions = most_tokens or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
-            more, self._room = arguments_for(self._found(), positions, most_loaded, rest)
+            more, self._room = arguments_for(self._adapters_at_start(), positions, most_loaded, rest)
             self._arguments += more
             for version in self.catalogue.all():
                 if version.is_named:
                     self._check(version)
         self._arguments += [*logits_processors(self._constraints), *rest]
         self.refused: dict[str, str] = {}
-        self._told: dict[str, Version] = {}
-        self._leaving: list[tuple[float, Path]] = []
+        self._served: dict[str, Version] = {}
+        self._retired: list[tuple[float, Path]] = []
         self._lines: deque[str] = deque(maxlen=400)
         self._is_up = self._is_ending = False
 
@@ -212,7 +212,7 @@ class VllmServer:
                 if time.monotonic() >= looked + self._every:  # while vLLM starts, too, which takes long
                     self.catalogue.scan()
                     looked = time.monotonic()
-                self._tell(process, Path(copies))
+                self._update_adapters(process, Path(copies))
                 if not self._is_up and self._answers():
                     self._is_up = True
                     self._lines.clear()  # what vLLM said when it began does not tell why it ended
@@ -231,7 +231,7 @@ class VllmServer:
     @property
     def names(self) -> list[str]:
         """Of the adapters that vLLM was told of, and has not refused."""
-        return sorted(set(self._told).difference(self.refused))
+        return sorted(set(self._served).difference(self.refused))
 
     @contextmanager
     def _started(self) -> Iterator["subprocess.Popen[bytes]"]:
@@ -273,20 +273,20 @@ class VllmServer:
             text = line.decode(errors="replace").rstrip()
             self._lines.append(text)
             if text.startswith(vllm_server.REFUSED):
-                told = tuple(self._told)  # the other thread changes it
+                told = tuple(self._served)  # the other thread changes it
                 self.refused |= {name: text for name in told if text.startswith(f"{vllm_server.REFUSED}{name!r}:")}
             self._say(text)
 
     # ---- adapters ----
 
-    def _found(self) -> list[tuple[Version, dict[str, Any]]]:
+    def _adapters_at_start(self) -> list[tuple[Version, dict[str, Any]]]:
         """The adapters that vLLM is started for."""
         found = []
         for version in self.catalogue.all():
             try:
                 found.append((version, settings_of(version, self._model_type)))
             except Exception as error:
-                problem = fault_in(version.folder, error)
+                problem = describe_fault(version.folder, error)
                 if version.is_named:
                     raise GatewiseError(problem) from error
                 self.catalogue.note(version.folder, problem)
@@ -308,16 +308,16 @@ class VllmServer:
                 f"the adapter {version.folder} {problem}: start the server again to serve it, or change vLLM's arguments after --"
             )
 
-    def _tell(self, process: "subprocess.Popen[bytes]", copies: Path) -> None:
+    def _update_adapters(self, process: "subprocess.Popen[bytes]", copies: Path) -> None:
         """Tells vLLM of adapters that came, were replaced or went."""
         if self._room is None:
             return
         now = {one.name: one for one in self.catalogue.all()}
         for name, version in now.items():
-            if self._told.get(name) is version or version.is_given_up:
+            if self._served.get(name) is version or version.is_given_up:
                 continue
             try:
-                with version.copied() as folder:
+                with version.copy() as folder:
                     self._check(version, folder)
                     shutil.move(folder, copies / version.key)
             except ReplacedError:
@@ -326,31 +326,31 @@ class VllmServer:
                 shutil.rmtree(copies / version.key, ignore_errors=True)
                 version.failed = time.monotonic()
                 problem = version.not_copied(error) if isinstance(error, OSError) else error
-                self.catalogue.note(version.folder, fault_in(version.folder, problem))
-                self._take_back(process, copies, name)
+                self.catalogue.note(version.folder, describe_fault(version.folder, problem))
+                self._withdraw(process, copies, name)
                 continue
-            self._leave(copies, name)
+            self._retire(copies, name)
             self.refused.pop(name, None)
-            self._told[name] = version
+            self._served[name] = version
             self._send(process, {"name": name, "path": str(copies / version.key)})
-        for name in self._told.keys() - now.keys():
-            self._take_back(process, copies, name)
-        for when, path in list(self._leaving):
+        for name in self._served.keys() - now.keys():
+            self._withdraw(process, copies, name)
+        for when, path in list(self._retired):
             if when < time.monotonic():
-                self._leaving.remove((when, path))
+                self._retired.remove((when, path))
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _take_back(self, process: "subprocess.Popen[bytes]", copies: Path, name: str) -> None:
+    def _withdraw(self, process: "subprocess.Popen[bytes]", copies: Path, name: str) -> None:
         """vLLM serves nothing by this name any more."""
-        if name in self._told:
-            self._leave(copies, name)
+        if name in self._served:
+            self._retire(copies, name)
             self._send(process, {"name": name})
 
-    def _leave(self, copies: Path, name: str) -> None:
+    def _retire(self, copies: Path, name: str) -> None:
         """The files that a name had stay for a while."""
-        version = self._told.pop(name, None)
+        version = self._served.pop(name, None)
         if version is not None:
-            self._leaving.append((time.monotonic() + _KEPT, copies / version.key))
+            self._retired.append((time.monotonic() + _KEPT, copies / version.key))
 
     @staticmethod
     def _send(process: "subprocess.Popen[bytes]", told: Mapping[str, str]) -> None:

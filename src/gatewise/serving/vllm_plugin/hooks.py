@@ -17,7 +17,7 @@ from typing import Any
 
 from gatewise.errors import GatewiseError, reason_of
 from gatewise.serving.engines import CPU_LORA, ROUTER
-from gatewise.serving.server.vllm_server import shown
+from gatewise.serving.server.vllm_server import client_name
 from gatewise.serving.vllm_plugin.adapter import NOT_ROUTED, Kind, kind_of, read_routed
 from gatewise.serving.vllm_plugin.products import Groups, add_lora, forget
 from gatewise.serving.vllm_plugin.refusals import why_not, why_not_request
@@ -138,7 +138,7 @@ def _check(request: Any, config: Any) -> None:
     if kind.routed:
         why = _refusal(config, kind) or why_not_request(request)
         if why is not None:
-            name = shown(request.lora_request.lora_name)
+            name = client_name(request.lora_request.lora_name)
             _raise(f"the request for the routed adapter {name} is refused, for routed adapters {why}")
 
 
@@ -173,8 +173,8 @@ def _beam_search(made: Any) -> Any:
         for one in given if isinstance(given, Sequence) else [given]:
             if one is not None and _kind(one).routed:
                 _raise(
-                    f"beam search with the routed adapter {shown(one.lora_name)} is refused, for vLLM reads what was written as a "
-                    "new prompt at every token, by which other modules would be chosen: sample, or write greedily"
+                    f"beam search with the routed adapter {client_name(one.lora_name)} is refused, for vLLM reads what was "
+                    "written as a new prompt at every token, by which other modules would be chosen: sample, or write greedily"
                 )
         return made(self, *args, **kwargs)
 
@@ -217,7 +217,7 @@ def _load_adapter(load: Any) -> Any:
         before = loaded.get(number, kind) if number in self.list_adapters() else kind
         if not kind == before == _kind(lora_request):  # requests and keys of the prefix cache are there that count on what it was
             raise GatewiseError(
-                f"the adapter {shown(lora_request.lora_name)} ({path}) is of another kind than what was loaded by its number "
+                f"the adapter {client_name(lora_request.lora_name)} ({path}) is of another kind than what was loaded by its number "
                 "before, routed or not, or with another adapt or pooler: load it under another name"
             )
         loaded[number] = kind
