@@ -5,6 +5,7 @@ and PEFT says of each token whether it would have written it there. If it would 
 """
 
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -121,6 +122,7 @@ def check_in_vllm(
         base, [f"adapter{number}={folder}" for number, folder in enumerate(folders)], python=python, name="base", port=0,
         dtype=dtype, most_tokens=tokens + max(len(ids) for one in prompted for ids in one), most_running=256, settled=0.0,
         rest=["--enforce-eager", "--max-loras", str(len(folders) + 1)], say=lambda line: None,
+        environment={"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")},  # GiB; else half of the memory
     )  # fmt: skip
     version, answers, bare = _ask_all(server, prompted, tokens)
     checked = []

@@ -260,7 +260,7 @@ def is_there(process: int) -> bool:
 def test_nothing_is_left_behind(made: Path, tmp_path: Path) -> None:
     """vLLM's engine is a process of its own, which must go too; and the key is no argument, which others see."""
     script = f'echo "$VLLM_API_KEY $GATEWISE_CPU_LORA" > {tmp_path}/key; '
-    script += f'echo "$@" > {tmp_path}/arguments; sleep 100 & echo $! > {tmp_path}/engine; wait'
+    script += f'echo "$@" > {tmp_path}/arguments; sleep 1; sleep 100 & echo $! > {tmp_path}/engine; wait'
     command = [sys.executable, "-m", "gatewise", "serve", str(made / "base"), "--engine", "vllm", "--port", "0"]
     command += ["--python", str(fake(tmp_path, script)), "--", "--seed", "3"]
     process = subprocess.Popen(command, env={**os.environ, "GATEWISE_API_KEY": "secret"}, stderr=subprocess.PIPE, text=True)

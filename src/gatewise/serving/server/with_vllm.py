@@ -128,6 +128,7 @@ class VllmServer:
         python: of an environment that has vLLM; routed adapters need gatewise there too.
         rest: more arguments for vLLM.
         constraints: what requests can have their answers kept to; their packages are needed there too.
+        environment: more variables for vLLM.
         See :class:`gatewise.serving.server.running.AdapterServer` for the others.
 
     Attributes:
@@ -157,10 +158,12 @@ class VllmServer:
         settled: float = SETTLED,
         rest: Sequence[str] = (),
         constraints: Mapping[str, Constraint] | None = None,
+        environment: Mapping[str, str] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self._say = say or (lambda text: print(text, file=sys.stderr))
         self._python, self._every, self._key, self._constraints = str(python), every, key, constraints or {}
+        self._environment = environment or {}
         if _read_arguments(rest).api_key is not None:
             raise GatewiseError("--api-key is among vLLM's own arguments, which others see: give the key in GATEWISE_API_KEY")
         self._hosts = check_reach(host, port, key)
@@ -235,7 +238,7 @@ class VllmServer:
 
     @contextmanager
     def _started(self) -> Iterator["subprocess.Popen[bytes]"]:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", CPU_LORA: "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", CPU_LORA: "1", **self._environment}
         if self._hosts is not None:
             environment[guard.HOSTS] = ",".join(sorted(self._hosts))
         if self._key is not None:
