@@ -44,7 +44,7 @@ def serving_check(
     \b
     Examples:
       gatewise serving-check small --data dev.jsonl --python .venv-serve/bin/python
-      gatewise serving-check together/one together/two --data dev.jsonl
+      gatewise serving-check runs/one/adapter runs/two/adapter --data dev.jsonl
     """
     from gatewise.serving.checking import check_in_vllm
 
