@@ -212,7 +212,7 @@ PRIVATE_NAMES = (
         "_prepare_inputs",
         "brings batches to the device",
         ("inputs",),
-        ("bilevel/trainer.py", "prompts/darts.py", "runs/trainer.py"),
+        ("bilevel/trainer.py", "runs/trainer.py"),
     ),
     PrivateName(
         _TRAINER,
