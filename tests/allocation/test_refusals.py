@@ -170,6 +170,11 @@ def test_a_start_that_changes_the_base_says_that_the_base_must_be_saved(trainer,
     running.train()
     data = batch()
     expected = logits(model, data)
+    with pytest.raises(
+        GatewiseError, match="takes an adapter's start off it, rank by rank, but its ranks have moved: leave it out"
+    ):
+        model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert not (tmp_path / "adapter").exists()
     model.save_pretrained(tmp_path / "adapter")
     model.unload().save_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")

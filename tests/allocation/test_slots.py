@@ -378,3 +378,47 @@ def test_moments_in_eight_bits_are_cleared_to_the_code_of_zero(adapted):
             codes = state[f"state{number}"].select(dim, 1)
             assert (state[f"qmap{number}"][codes.long()].abs() < 0.01).all()
             assert (state[f"state{number}"].select(dim, 0) == 200).all()
+
+
+OF_PRODUCTS = ("svd", "cat", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+OF_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+@pytest.mark.parametrize(("padded", "fails"), [(False, OF_FACTORS), (True, ())])
+def test_weighted_sums_of_allocated_adapters_load_again_once_they_are_padded(adapted, batch, tmp_path, padded, fails):
+    """Those that add factors up leave the ranks of modules out of the config (docs/fitting.md); if they do no more, say so there."""
+    for name in ("a", "b"):
+        model = adapted(r=4)
+        slots.prune(next(iter(slots.lora_layers(model).values())), "default", [0, 2])
+        slots.compact(model)
+        to_lora(model, tmp_path / name, padded=padded, rank=6 if padded else None)
+    failed = []
+    for kind in (*OF_PRODUCTS, *OF_FACTORS):
+        both = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "a", adapter_name="a")
+        both.load_adapter(tmp_path / "b", "b")
+        both.add_weighted_adapter(["a", "b"], [0.7, 0.3], "sum", combination_type=kind, density=0.5)
+        both.set_adapter("sum")
+        expected = output(both, batch())
+        both.save_pretrained(tmp_path / kind, selected_adapters=["sum"])
+        try:
+            loaded = PeftModel.from_pretrained(both.unload(), tmp_path / kind / "sum")
+        except RuntimeError:
+            failed.append(kind)
+        else:
+            torch.testing.assert_close(output(loaded, batch()), expected, rtol=1e-4, atol=1e-5)
+    assert sorted(failed) == sorted(fails)
+
+
+def test_weighted_sums_leave_magnitudes_and_biases_out_and_merging_does_not(adapted, batch):
+    """What docs/fitting.md says of PEFT 0.21."""
+    for settings in ({"use_dora": True}, {"lora_bias": True, "fan_in_fan_out": True}):
+        model = adapted("gpt2" if "lora_bias" in settings else "llama", **settings)
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude" in name or ("lora_B" in name and name.endswith("bias")):
+                parameter.data += 0.3 * torch.rand_like(parameter)
+        expected = output(model, batch())
+        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="svd")
+        model.set_adapter("sum")
+        assert not torch.allclose(output(model, batch()), expected, atol=1e-2)
+        model.set_adapter("default")
+        torch.testing.assert_close(output(model.merge_and_unload(), batch()), expected, rtol=1e-4, atol=1e-4)

@@ -109,3 +109,14 @@ def test_one_process_joins_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     sharding.join(torch.device("cuda:1"))
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_accelerate_is_changed_only_where_a_cpu_is_to_share_a_model(monkeypatch, fsdp):
+    before = AcceleratorState.__init__
+    monkeypatch.setattr(AcceleratorState, "__init__", before)  # put back afterwards
+    monkeypatch.setattr(sharding, "PartialState", lambda **_: None)
+    for name, value in {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": str(fsdp).lower()}.items():
+        monkeypatch.setenv(name, value)
+    sharding.join(CPU)
+    assert (AcceleratorState.__init__ is before) is not fsdp

@@ -427,10 +427,16 @@ class RankAllocation(TrainerCallback, ExportableState):
         parameters = inspect.signature(type(model).save_pretrained)
 
         def save_pretrained(it: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+            given = parameters.bind(it, save_directory, *args, **kwargs).arguments
+            ours = self._name in (given.get("selected_adapters") or it.peft_config)
+            if ours and given.get("path_initial_model_for_weight_conversion"):
+                raise GatewiseError(
+                    "path_initial_model_for_weight_conversion takes an adapter's start off it, rank by rank, but its ranks have moved: "
+                    "leave it out, and save the base as the start changed it (model.unload().save_pretrained)"
+                )
             # Through the function, not the bound method: a deep copy of the model must save itself.
             result = getattr(original, "__func__", type(it).save_pretrained)(it, save_directory, *args, **kwargs)
-            given = parameters.bind(it, save_directory, *args, **kwargs).arguments
-            if given.get("is_main_process", True) and self._name in (given.get("selected_adapters") or it.peft_config):
+            if ours and given.get("is_main_process", True):
                 self.save(folder_of(save_directory, self._name))
             return result
 

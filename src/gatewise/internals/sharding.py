@@ -120,15 +120,15 @@ def join(device: torch.device) -> None:
     if deepspeed:
         zero.join(device)
         return
-    if device.type == "cpu":
+    if device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         share_cpu_models()
     PartialState(cpu=device.type == "cpu")
 
 
 def share_cpu_models() -> None:
-    """Lets Accelerate shard a model over processes on the CPU, which it does only on accelerators.
+    """Lets Accelerate shard a model over processes on the CPU, which it does only on accelerators: for the rest of this process.
 
-    torch's FSDP2 runs on the CPU over gloo as it does anywhere.
+    torch's FSDP2 runs on the CPU over gloo as it does anywhere. Without FSDP nothing that Accelerate does is changed.
     """
     original = AcceleratorState.__init__
     if getattr(original, "_gatewise", False):

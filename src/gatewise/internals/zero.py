@@ -8,7 +8,7 @@ Read in DeepSpeed 0.19.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -145,7 +145,7 @@ class Piece:
 
 
 class Whole:
-    """An optimiser whose state of some parameters is whole in this process. It has what ``allocation.growth`` asks of one."""
+    """An optimiser whose state of some parameters is whole in this process. It has what ``allocation.slots`` asks of one."""
 
     def __init__(self, optimizer: Optimizer, state: dict[nn.Parameter, dict[str, Any]]) -> None:
         self.optimizer, self.state = optimizer, state
@@ -185,19 +185,6 @@ class Zero:
         flat = self._flats[mapped.param_group_index]
         return Piece(flat, mapped.hp_fragment_address.start, mapped.lp_fragment_address.start, mapped.lp_fragment_address.numel)
 
-    def places(self, slots: Iterable[tuple[nn.Parameter, int, Tensor]]) -> list[tuple[Any, int, Tensor]]:
-        """Where this process keeps slots of parameters, among what the optimiser steps; each place is what is sliced, and how."""
-        found: list[tuple[Any, int, Tensor]] = []
-        for parameter, dim, index in slots:
-            piece = self.piece(parameter)
-            if piece is None:
-                continue
-            chosen = torch.zeros(_shape(parameter), dtype=torch.bool, device=index.device).index_fill_(dim, index, True)
-            kept = piece.within(chosen).nonzero().flatten() + piece.at
-            if len(kept):
-                found.append((piece.flat, 0, kept.to(piece.flat.device)))
-        return found
-
     def keep_whole(self, parameters: Sequence[nn.Parameter]) -> None:
         """Has ZeRO-3 leave these parameters whole in every process, as ZeRO-2 leaves all."""
         if not self._cuts_parameters:
@@ -230,14 +217,6 @@ class Zero:
         order = self._zero.parameter_offload.get_param_coordinator()
         if not order.is_invalid_trace():  # DeepSpeed has learned in which order parameters are read
             order._invalidate_trace()
-
-    def after_each_step(self, do: Callable[[], None]) -> Callable[[], None]:
-        """Has something done after each step of the optimiser, before the model gets to see it.
-
-        Returns:
-            What undoes it.
-        """
-        return self.optimizer.register_step_post_hook(lambda *_: do()).remove
 
     def state_dict(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The optimiser's state as a process would save it that trained the parameters alone. All processes must ask for it.
@@ -289,14 +268,14 @@ class Zero:
         pieces = {parameter: self.piece(parameter) for parameter in parameters}
         before = {parameter: parameter.detach().clone() for parameter in parameters}
         state = self._gathered(pieces)
-        yield Whole(self.optimizer, dict(state))
+        yield Whole(self.optimizer, state)
         for parameter, piece in pieces.items():
             if piece is None:
                 continue
-            kept, own = state[parameter], self.optimizer.state[piece.flat]
-            for name, value in kept.items():
-                if _is_sharded(own[name], piece.flat):
-                    piece.of(own[name]).copy_(piece.within(value))
+            for name, own in self.optimizer.state[piece.flat].items():
+                if _is_sharded(own, piece.flat):
+                    # What was made anew starts with zeros.
+                    piece.of(own).copy_(piece.within(state[parameter][name]) if parameter in state else torch.zeros(piece.length))
             # The master copy is more exact than the parameter, so what has not changed stays.
             now, then = piece.within(parameter), piece.within(before[parameter])
             master = piece.of(piece.flat.detach())
