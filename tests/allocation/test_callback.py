@@ -184,32 +184,6 @@ def conftest_base():
     return make
 
 
-def test_pruned_ranks_stay_dead_and_grown_ones_learn(run):
-    seen = []
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            model = kwargs["model"]
-            layers = slots.lora_layers(model)
-            seen.append(
-                {
-                    path: (slots.live_slots(layer, "default"), layer.lora_B["default"].weight.detach().clone())
-                    for path, layer in layers.items()
-                }
-            )
-
-    _, allocation, _ = run(callbacks=[Watch()])
-    # callbacks run in order, so step s (from 1) is seen after its round
-    for one in allocation.history:
-        for path, dead in one.pruned.items():
-            for later in seen[one.step - 1 : one.step + 1]:
-                assert not set(dead) & set(later[path][0])
-        for path, new in one.grown.items():
-            assert set(new) <= set(seen[one.step - 1][path][0])
-            assert (seen[one.step - 1][path][1][:, new] == 0).all()
-            assert (seen[one.step][path][1][:, new] != 0).any()
-
-
 def test_same_training_as_stock_lora_until_the_first_round(run, adapted, examples, tmp_path):
     model, _, _ = run(allocation={"schedule": when(rounds=0)})
     torch.manual_seed(0)
@@ -344,8 +318,7 @@ def test_best_checkpoint_of_a_named_adapter(adapted, examples, tmp_path, beside,
                 assert torch.equal(part, saved[:rank] if name == "lora_A" else saved[:, :rank])
 
 
-@pytest.mark.parametrize("score", ["path_moments", "ablation", "path_integral"])
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(("family", "score"), [("llama", "path_moments"), ("t5", "ablation")])
 def test_a_round_takes_no_more_tokens_at_once_than_training_does(run, monkeypatch, family, score):
     """On an accelerator, for which the CPU stands in here: as many rows as a training step, each like the longest."""
     taken = {True: [], False: []}
@@ -367,14 +340,6 @@ def test_a_round_takes_no_more_tokens_at_once_than_training_does(run, monkeypatc
     )
     assert max(taken[True]) >= max(taken[False]) > min(taken[True]) // 2
     assert of_an_accelerator() == 8192
-
-
-def test_history_says_why(run):
-    _, allocation, _ = run(allocation={"score": "ablation", "score_options": {"mode": "exact"}, "budget": "ranks"})
-    one = allocation.history[0]
-    flat = sorted((score, path, slot) for path in one.scores for score, slot in zip(one.scores[path], one.slots[path], strict=True))
-    lowest = {(path, slot) for _, path, slot in flat[: round(allocation.budget / 6)]}
-    assert lowest == {(path, slot) for path, dead in one.pruned.items() for slot in dead}
 
 
 def test_a_score_of_ones_own(run):

@@ -34,7 +34,7 @@ FOUR_BITS = {
     },
 }
 KINDS = [*FOUR_BITS, "int8", "torchao int8", "torchao int4"]
-SCORES = ["path_moments", "ablation", "taylor", "path_integral", "sensitivity"]
+SCORES = ["path_moments", "ablation", "sensitivity"]  # by rows of gates, by losses, and by gradients of the factors too
 
 
 @pytest.fixture(scope="module")

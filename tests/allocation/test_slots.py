@@ -386,7 +386,7 @@ OF_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 @pytest.mark.parametrize(("padded", "fails"), [(False, OF_FACTORS), (True, ())])
 def test_weighted_sums_of_allocated_adapters_load_again_once_they_are_padded(adapted, batch, tmp_path, padded, fails):
-    """Those that add factors up leave the ranks of modules out of the config (docs/fitting.md); if they do no more, say so there."""
+    """Those that add factors up leave the ranks of modules out of the config: if they do so no more, mend docs/fitting.md."""
     for name in ("a", "b"):
         model = adapted(r=4)
         slots.prune(next(iter(slots.lora_layers(model).values())), "default", [0, 2])

@@ -30,14 +30,14 @@ from gatewise.adapters.whole import WholeAdapter
 from gatewise.allocation import Unit, load_function, slots
 from gatewise.allocation.algorithm import HowToDecide, Limits, Round, Rule, cost_of, plan_round, run_round
 from gatewise.allocation.refusals import refuse_what_cannot_work
-from gatewise.allocation.schedule import ConstantBudget, Cubic, in_steps, is_steps
+from gatewise.allocation.schedule import ConstantBudget, Cubic
 from gatewise.allocation.scores import DEFAULT, Score, as_score
 from gatewise.allocation.scoring import Batches, as_batches, in_steps_of
 from gatewise.checks import is_whole
 from gatewise.errors import GatewiseError, some
 from gatewise.files import write_json
 from gatewise.internals.quantised import never_pack
-from gatewise.internals.several_adapters import folder_of, load_all_active_adapters
+from gatewise.internals.several_adapters import load_all_active_adapters
 from gatewise.internals.zero import Zero, zero_of
 from gatewise.processes import is_sharded
 
@@ -131,6 +131,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         self.budget = 0
         self.target = 0
         self._name = adapter or ""  # known when the Trainer is made
+        self._folder = ""  # in which PEFT saves the adapter, beside others
         self._capacity: dict[str, int] = {}
         self._costs: dict[str, int] | None = None
         self._floor = min_rank
@@ -153,6 +154,7 @@ class RankAllocation(TrainerCallback, ExportableState):
                 "let the Trainer make the optimizer, or choose it with TrainingArguments(optim=...)"
             )
         name = self._name = active_adapter(model, self._name or None)
+        self._folder = "" if name == "default" else name
         never_pack(model)  # or an evaluation would break the training that follows it
         refuse_what_cannot_work(model, name)
         # Two callbacks in one Trainer are told of the same state.
@@ -240,7 +242,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             optimizer.eval()  # type: ignore[union-attr]
         if self._zero is not None:
             self._zero.gather(self._factors(model))
-        best_folder = folder_of(state.best_model_checkpoint or "", self._name)
+        best_folder = Path(state.best_model_checkpoint or "", self._folder)
         # Where the best checkpoint has gone, the Trainer says so and keeps the last weights.
         if args.load_best_model_at_end and state.best_model_checkpoint and (best_folder / WEIGHTS_FILE).is_file():
             # The weights are those of the best checkpoint again: rounds after it have not happened to them.
@@ -255,7 +257,7 @@ class RankAllocation(TrainerCallback, ExportableState):
             self._run_round(model, None, state.global_step, last=True)
         self.finish(model)
         if state.is_world_process_zero and args.output_dir:
-            self.save(folder_of(args.output_dir, self._name))
+            self.save(Path(args.output_dir, self._folder))
 
     # The same for training loops of one's own.
 
@@ -342,24 +344,16 @@ class RankAllocation(TrainerCallback, ExportableState):
 
     def _plan(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> list[int]:
         """The steps after which rounds run: those of the past first, so that a round's number is its place in the list."""
-        schedule = self.schedule
-        spans = {}
-        for name, value in (("first_round", schedule.first_round), ("recover", schedule.recover)):
-            try:
-                # Steps need no length: data may come as a stream.
-                steps_per_epoch = 0 if is_steps(value) else math.ceil(len(dataloader) / args.gradient_accumulation_steps)
-            except TypeError as error:
-                raise GatewiseError(
-                    f"{name}={value} means epochs, but the training data has no length: give steps, an int above 1"
-                ) from error
-            spans[name] = in_steps(value, steps_per_epoch)
-        wanted = [spans["first_round"] + spans["recover"] * index for index in range(schedule.rounds)]
+        try:
+            steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+        except TypeError:  # data that comes as a stream has no length
+            steps_per_epoch = None
+        wanted = self.schedule.steps(steps_per_epoch)
         steps = [step for step in wanted if step < state.max_steps]
         if len(steps) < len(wanted):
             logger.warning(
-                "training has %d steps, room for %d of %d rounds (the first after step %d, then every %d); "
-                "train longer, or lower first_round or recover",
-                state.max_steps, len(steps), len(wanted), spans["first_round"], spans["recover"],
+                "training has %d steps, room for %d of %d rounds (after step %s); train longer, or lower first_round or recover",
+                state.max_steps, len(steps), len(wanted), some(map(str, wanted), 2),
             )  # fmt: skip
         return [one.step for one in self.history] + [step for step in steps if step > state.global_step]
 
@@ -431,13 +425,13 @@ class RankAllocation(TrainerCallback, ExportableState):
             ours = self._name in (given.get("selected_adapters") or it.peft_config)
             if ours and given.get("path_initial_model_for_weight_conversion"):
                 raise GatewiseError(
-                    "path_initial_model_for_weight_conversion takes an adapter's start off it, rank by rank, but its ranks have moved: "
-                    "leave it out, and save the base as the start changed it (model.unload().save_pretrained)"
+                    "path_initial_model_for_weight_conversion takes an adapter's start off it, rank by rank, but its ranks have "
+                    "moved: leave it out, and save the base as the start changed it (model.unload().save_pretrained)"
                 )
             # Through the function, not the bound method: a deep copy of the model must save itself.
             result = getattr(original, "__func__", type(it).save_pretrained)(it, save_directory, *args, **kwargs)
             if ours and given.get("is_main_process", True):
-                self.save(folder_of(save_directory, self._name))
+                self.save(Path(save_directory, self._folder))
             return result
 
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]

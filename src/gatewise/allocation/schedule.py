@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 from gatewise.checks import is_number, is_whole
@@ -28,16 +29,27 @@ class Rounds:
     recover: float = 0.25
 
     def __post_init__(self) -> None:
-        self._check_count("rounds")
-        if not (is_number(self.first_round) and is_number(self.recover) and self.first_round > 0 and self.recover > 0):
-            raise GatewiseError(
-                f"first_round is {self.first_round!r} and recover {self.recover!r}; expected epochs or steps above 0"
-            )
+        for name in ("rounds", "first_round", "recover", "grace_rounds"):
+            number = getattr(self, name, 0)
+            span = name in ("first_round", "recover")
+            if not (is_number(number) and number > 0 if span else is_whole(number) and number >= 0):
+                expected = "epochs or steps above 0" if span else "a whole number of at least 0"
+                raise GatewiseError(f"{name} is {number!r}; expected {expected}")
 
-    def _check_count(self, name: str) -> None:
-        number = getattr(self, name)
-        if not is_whole(number) or number < 0:
-            raise GatewiseError(f"{name} is {number!r}; expected a whole number of at least 0")
+    def steps(self, steps_per_epoch: int | None) -> list[int]:
+        """The steps after which rounds run, if training goes on for so long.
+
+        Args:
+            steps_per_epoch: None where the training data has no length.
+
+        Raises:
+            GatewiseError: epochs of data that has no length.
+        """
+        for name, value in (("first_round", self.first_round), ("recover", self.recover)):
+            if steps_per_epoch is None and not _is_steps(value):
+                raise GatewiseError(f"{name}={value} means epochs, but the training data has no length: give steps, an int above 1")
+        first, between = (in_steps(value, steps_per_epoch or 0) for value in (self.first_round, self.recover))
+        return [first + between * index for index in range(self.rounds)]
 
     def cut(self, start: int, target: int, live: int, done: int, rounds: int) -> tuple[int, int]:
         """What a round prunes at least, and the most that lives after it; both in the unit of the budget.
@@ -70,7 +82,6 @@ class ConstantBudget(Rounds):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("grace_rounds")
         if not is_number(self.prune_fraction) or not 0 < self.prune_fraction < 1:
             raise GatewiseError(f"prune_fraction is {self.prune_fraction!r}; expected a share between 0 and 1, such as 1/8")
         if self.r_max is not None and not is_whole(self.r_max):
@@ -107,11 +118,10 @@ class Cubic(Rounds):
         return max(0, live - budget), budget
 
 
-def is_steps(value: float) -> bool:
-    """Whether a span of training is given in steps: a whole number above 1. Otherwise it is in epochs."""
-    return is_whole(value) and value > 1
-
-
 def in_steps(value: float, steps_per_epoch: int) -> int:
-    """A span of training, in epochs or steps, as a number of optimiser steps."""
-    return int(value) if is_steps(value) else max(1, round(value * steps_per_epoch))
+    """A span of training, in epochs, or in steps where it is a whole number above 1, as a number of optimiser steps."""
+    return int(value) if _is_steps(value) else max(1, round(value * steps_per_epoch))
+
+
+def _is_steps(value: float) -> bool:
+    return isinstance(value, Integral) and value > 1

@@ -74,20 +74,3 @@ def _asks_for_mode(kind: type) -> bool:
 def divides_by_items(model: Any) -> bool:
     """Whether a model divides its loss by the Trainer's ``num_items_in_batch``; that of T5, BART and the like is a batch's mean."""
     return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
-
-
-def between_embedding_factors(layer: Any, adapter: str, then: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
-    """Has the LoRA layer of an embedding pass what its A gives through ``then`` before B; returns what undoes it."""
-    own = layer._embed
-
-    def embed(x: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden = own(x, weight, *args, **kwargs)
-        # Each active adapter comes here with its A, transposed.
-        return then(hidden) if weight.data_ptr() == layer.lora_embedding_A[adapter].data_ptr() else hidden
-
-    layer._embed = embed
-
-    def undo() -> None:
-        del layer._embed
-
-    return undo

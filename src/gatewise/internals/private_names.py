@@ -142,7 +142,6 @@ PRIVATE_NAMES = (
         ("adapter_name", "device"),
         ("routed/layer.py", "routed/model.py", "prompts/layer.py"),
     ),
-    PrivateName("peft.tuners.lora:Embedding", "_embed", "puts gates between A and B", ("input", "weight")),
     # Transformers
     PrivateName("transformers:PreTrainedModel", "_no_split_modules", "has FSDP leave modules around the embedding to Accelerate"),
     PrivateName("transformers:TrainingArguments", "_n_gpu", "keeps a Trainer on one of several GPUs"),

@@ -45,18 +45,15 @@ def _resume(trainer: Any, resume: Any, resume_from_checkpoint: str, model: nn.Mo
 
 
 def _load_best(trainer: Any, load_best: Any) -> None:
-    folders = {name: folder_of(trainer.state.best_model_checkpoint or "", name) for name in _active(trainer.model)}
+    best = Path(trainer.state.best_model_checkpoint or "")
+    # Where PEFT saves an adapter of several: one that is not called "default" has a folder of its own.
+    folders = {name: best / ("" if name == "default" else name) for name in _active(trainer.model)}
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # all that is trained lies in one file
     if sharded or not folders or not all((folder / SAFETENSORS_WEIGHTS_NAME).is_file() for folder in folders.values()):
         load_best()
         return
     for name, folder in folders.items():
         trainer.model.load_adapter(str(folder), name, is_trainable=True)
-
-
-def folder_of(folder: str | Path, name: str) -> Path:
-    """Where PEFT saves an adapter of several: one that is not called "default" has a folder of its own."""
-    return Path(folder) / ("" if name == "default" else name)
 
 
 def _active(model: Any) -> list[str]:

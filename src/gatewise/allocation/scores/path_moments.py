@@ -31,11 +31,12 @@ from gatewise.errors import GatewiseError
 from gatewise.losses import row_losses
 
 
-def check_options(start: float = 0.5, points: int = 2, **_: Any) -> None:
-    """Raises GatewiseError for a path that there is not."""
+def nodes_above(start: float = 0.5, points: int = 2, **_: Any) -> tuple[list[float], list[float]]:
+    """Gauss-Radau nodes in [start, 1], of which 1 is one, and their weights. Raises GatewiseError for a path that there is not."""
     if not 0 <= start <= 1:
         raise GatewiseError(f"start is {start}; expected a point of the path, from 0 (no rank) to 1 (all ranks on)")
-    quadrature(points)
+    nodes, weights = quadrature(points, "gauss-radau")
+    return [start + (1 - start) * node for node in nodes], weights
 
 
 @partial(
@@ -43,7 +44,7 @@ def check_options(start: float = 0.5, points: int = 2, **_: Any) -> None:
     meaning="what it does for an example on average, plus how strongly single ones react to it, each in its spread",
     options={"start": 0.5, "points": 2, "float32": None},
     takes=("progress", "on_loss"),
-    check=check_options,
+    check=nodes_above,
 )
 def path_moments(
     model: nn.Module,
@@ -75,8 +76,7 @@ def path_moments(
     Raises:
         GatewiseError: ``start`` outside [0, 1], too few points, or a batch without labels.
     """
-    check_options(start, points)
-    nodes, weights = quadrature(points, "gauss-radau")
+    nodes, weights = nodes_above(start, points)
     with scoring(model, float32), GateBank(model, adapter) as gates:
         parts, apart = _parts(model, gates, batch)
         first: dict[str, Tensor] = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
@@ -85,7 +85,7 @@ def path_moments(
         for done, part in enumerate(parts.own, start=1):
             own: dict[str, Tensor] = {}
             for node, weight in zip(nodes, weights, strict=True):
-                gradients, sums, counts = _row_gradients(model, gates, part, start + (1 - start) * node, apart)
+                gradients, sums, counts = _row_gradients(model, gates, part, node, apart)
                 for path, gradient in gradients.items():
                     own[path] = own[path] - weight * gradient if path in own else -weight * gradient
             loss += torch.tensor([float(sums.sum()), float(counts.sum())], dtype=loss.dtype)  # of the last node, which is 1
