@@ -2,12 +2,16 @@
 
 import math
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gatewise.allocation import algorithm
 from gatewise.allocation.algorithm import Limits, Plan, spread
 from gatewise.allocation.schedule import Cubic
+
+# A busy machine draws slowly.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 finite = st.floats(-1, 1, allow_nan=False)
 module_scores = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.lists(finite, max_size=6), min_size=1, max_size=7)

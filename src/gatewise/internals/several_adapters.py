@@ -7,7 +7,7 @@ is the adapter called "default", into the first active one, whichever that is.
 Read in Transformers 5.24: ``_load_from_checkpoint`` and ``_load_best_model``, which no callback is told of.
 """
 
-import sys
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def load_all_active_adapters(model: PeftModel) -> None:
     """
     if list(model.peft_config) == ["default"]:
         return
-    frame: Any = sys._getframe()  # callbacks are given the model, but not the Trainer
+    frame: Any = inspect.currentframe()  # callbacks are given the model, but not the Trainer
     while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
         frame = frame.f_back
     if frame is not None and "_load_best_model" not in vars(trainer := frame.f_locals["self"]):
