@@ -11,6 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import VOCABULARY, random_adapter, tiny_base
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-randomly chooses the order, and leaves the seed of each test to ``_one_seed``: it would set its own one after it."""
+    if hasattr(config.option, "randomly_reset_seed"):
+        config.option.randomly_reset_seed = False
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _what_is_there_is_not_looked_through() -> None:
     """Every training run collects garbage, which would take most of its time: looking through all that was ever imported."""

@@ -25,7 +25,6 @@ def output(model, batch):
 
 def half_done(adapted, family, **settings):
     """A model as it is in mid-training: wide, with dead slots and a module without any rank."""
-    torch.manual_seed(0)  # that of every base model here
     model = adapted(family, **settings)
     slots.widen(model, 8)
     layers = slots.lora_layers(model)
