@@ -71,7 +71,7 @@ class Successor(Task):
 
     def measure(self, run: Run, model: nn.Module, rows: Any, counting: Counting) -> tuple[dict[str, float | int], str | None]:
         """The loss."""
-        return {"loss": mean_loss(model.eval(), [self.collator(run.tokenizer)(run.dev)]), "n": len(rows)}, None
+        return {"loss": mean_loss(model.eval(), [run.collate(run.dev)]), "n": len(rows)}, None
 
     def note(self, base: PreTrainedModel) -> dict[str, Any]:
         """What follows on 9."""

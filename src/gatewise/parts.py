@@ -97,6 +97,7 @@ class Run:
         recipe: the whole recipe, see ``gatewise.runs.recipe.Recipe``.
         output: the run's folder.
         progress: ``say(line)`` tells the user something, ``training(what)`` names the bar of a training.
+        collate: makes encoded rows a batch.
         fresh_base: loads the base model once more, the head that a task gives it drawn anew from the recipe's seed.
         base_parameters: how many numbers the base model has.
         train, dev: rows as the task encoded them. aside: those of train that the method wanted for itself.
@@ -114,6 +115,7 @@ class Run:
     progress: Any
     device: "torch.device"
     tokenizer: "PreTrainedTokenizerBase"
+    collate: Callable[..., dict[str, "Tensor"]]
     fresh_base: Callable[[], "PreTrainedModel"]
     base_parameters: int
     max_length: int
@@ -225,7 +227,7 @@ class Task(Part):
         Args:
             brought: modules that may be in no file, as the adapter will have them whole.
         """
-        from gatewise.models import load_model
+        from gatewise.models.loading import load_model
 
         return load_model(self.recipe.model, task=self.loads, dtype=dtype)  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 from gatewise.losses import labelled_logits, prompt_length, row_losses
 from gatewise.tasks import default_template, evaluate, load_records
-from gatewise.tasks.metrics import candidate_log_likelihoods, most_positions
+from gatewise.tasks.metrics import most_positions, scored_candidates
 
 
 def soft(family: str, kind: str, base: Any = None) -> Any:
@@ -92,7 +92,7 @@ def test_candidates(kind):
     prompts = [[5, 6, 7, 8], [9, 10]]
     candidates = [((11,), (11, 12, 13)), ((14,), (15, 16))]
     with torch.no_grad():
-        got = candidate_log_likelihoods(model, tokenizer, prompts, candidates, batch_size=2)
+        got = [[score for score, _ in row] for row in scored_candidates(model, tokenizer, prompts, candidates, batch_size=2)]
         for row, (prompt, texts) in enumerate(zip(prompts, candidates, strict=True)):
             for column, text in enumerate(texts):
                 logits = by_hand(model, torch.tensor([*prompt, *text])).log_softmax(dim=-1)

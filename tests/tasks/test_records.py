@@ -184,7 +184,6 @@ def test_records_without_rows_are_refused() -> None:
         ("question,choices,answer\nq,a|b,1\n", "line 2: field 'choices' must be a JSON list"),
         ('question,choices,answer\nq,"[""a"", ""b""]",b\n', "line 2: field 'answer' must be an index"),
         ("text,label\n", "is empty"),
-        ('text, label\nhello, "pos"\nthere,pos\n', 'line 2: "pos" comes after a blank'),
         ("text,label,text\na,b,c\n", "line 1: the column 'text' is there twice"),
         ('source,target,targets\na,b,"[1]"\n', "entry 0 of field 'targets' must be a string"),
         ("review,stars\na,b\n", "line 2: the fields are review and stars"),
@@ -196,9 +195,10 @@ def test_bad_csv(write: Write, content: str, message: str) -> None:
 
 
 def test_a_csv_text_may_begin_with_a_blank_and_a_quote(write: Write) -> None:
-    """Quoted by right it is the text; only quotes that count as part of an unquoted cell are refused."""
-    rows = load_records(write('text,label\n" ""Hello"" ",pos\n"\t""a, b""\n",neg\nc,pos\n', "rows.csv")).rows
+    """Within quotes it is the text; a blank between comma and quote is not."""
+    rows = load_records(write('text, label\n" ""Hello"" ", "pos"\n"\t""a, b""\n",neg\nc,pos\n', "rows.csv")).rows
     assert [row["text"] for row in rows] == [' "Hello" ', '\t"a, b"\n', "c"]
+    assert [row["label"] for row in rows] == ["pos", "neg", "pos"]
 
 
 def test_sources_that_are_not_there(tmp_path: Path, write: Write) -> None:

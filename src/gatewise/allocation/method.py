@@ -15,7 +15,6 @@ from gatewise.allocation.algorithm import Round
 from gatewise.allocation.callback import RankAllocation
 from gatewise.allocation.schedule import ConstantBudget, Cubic, in_steps
 from gatewise.allocation.scores import DEFAULT, NAMES
-from gatewise.checks import is_number
 from gatewise.errors import GatewiseError
 from gatewise.parts import Count, Fraction, Run, Section, only_if
 
@@ -23,7 +22,7 @@ from gatewise.parts import Count, Fraction, Run, Section, only_if
 Span = Annotated[
     Any,
     only_if(
-        lambda value: is_number(value) and 0 < value < math.inf,
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf,
         "a number above 0 (1.0 or 0.25: epochs; an integer above 1: steps)",
     ),
 ]
@@ -123,7 +122,7 @@ class ALora(Lora):
                 section.score,
                 schedule,
                 **section.model_dump(include={"score_options", "rule", "budget", "module_pruning"}),
-                validation_batch=run.task.collator(run.tokenizer)(run.aside),
+                validation_batch=run.collate(run.aside),
                 seed=self.recipe.seed,
                 on_round=lambda done: run.progress.say(_line(done)),
             )

@@ -83,7 +83,7 @@ class RoutedLora(Lora):
             self.recipe.training.eval_batch_size,
             base_model=self.recipe.model,
             data="dev",
-            collate=run.task.collator(run.tokenizer),
+            collate=run.collate,
         )
         return Report(
             numbers={"routing": inspection.routing_json(routing)},

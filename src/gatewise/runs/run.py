@@ -182,7 +182,7 @@ class _Run(Run):
         kind: Any = RecipeTrainer if mixin is None else type(mixin.__name__, (mixin, RecipeTrainer), {})
         return kind(
             args=args,
-            collator=self.task.collator(self.tokenizer),
+            collator=self.collate,
             note=self.note,
             callbacks=[*callbacks, self.progress],
             loss_term=loss_term,
@@ -230,6 +230,7 @@ def _prepared(recipe: Recipe, task: Task, method: Method, output: Path, checkpoi
         progress=progress,
         device=device,
         tokenizer=tokenizer,
+        collate=task.collator(tokenizer),
         fresh_base=fresh_base,
         base_parameters=sum(p.numel() for name, p in base.named_parameters() if not name.startswith(whole)),
         max_length=max_length,

@@ -200,19 +200,6 @@ class _Run:
     members: tuple[int, ...]
 
 
-def candidate_log_likelihoods(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    candidates: Sequence[Candidates],
-    batch_size: int,
-    progress: Progress | None = None,
-) -> list[list[float]]:
-    """log P(candidate | prompt) in nats, summed over tokens, for every candidate of every row."""
-    scored = scored_candidates(model, tokenizer, prompts, candidates, batch_size, progress)
-    return [[score for score, _ in row] for row in scored]
-
-
 def scored_candidates(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -221,7 +208,8 @@ def scored_candidates(
     batch_size: int,
     progress: Progress | None = None,
 ) -> list[list[tuple[float, bool]]]:
-    """``candidate_log_likelihoods``, each with whether all of its tokens are the most probable ones."""
+    """Of every candidate of every row: log P(candidate | prompt) in nats, summed over tokens, and whether all of its tokens are the
+    most probable ones."""
     runs = [
         _Run(row, [*prompt, *context], len(prompt) - 1, members)
         for row, prompt in enumerate(prompts)
@@ -306,7 +294,8 @@ def _evaluate_candidates(
     candidates = candidate_ids(records, tokenizer, template)
     room = [max_length - max(map(len, row)) for row in candidates]
     prompts = prompt_ids(records, tokenizer, template, room, max_length)
-    scores = candidate_log_likelihoods(model, tokenizer, prompts, candidates, batch_size, progress)
+    scored = scored_candidates(model, tokenizer, prompts, candidates, batch_size, progress)
+    scores = [[score for score, _ in row] for row in scored]
     hits = norm_hits = gold_tokens = 0
     gold_score = 0.0
     _check_numbers(math.isnan(score) for row in scores for score in row)

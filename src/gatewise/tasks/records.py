@@ -239,19 +239,11 @@ def _read_json(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
 
 
 def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
-    taken: list[str] = []  # the lines of the row that is read
-
-    def told() -> Iterator[str]:
-        for _, line in _decoded(lines, name):
-            taken.append(line)
-            yield line
-
-    reader = csv.reader(told(), strict=True)
+    # A blank between comma and quote is none of the text.
+    reader = csv.reader((line for _, line in _decoded(lines, name)), strict=True, skipinitialspace=True)
     header: list[str] | None = None
-    first_line = 1
     while True:
-        where = f"{name}, line {first_line}"
-        taken.clear()
+        where = f"{name}, line {reader.line_num + 1}"
         try:
             limit = csv.field_size_limit(2**31 - 1)  # of the whole process, and by default shorter than a long document
             cells = next(reader, None)
@@ -259,7 +251,6 @@ def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
             raise GatewiseError(f"{where}: not valid CSV: {error}") from error
         finally:
             csv.field_size_limit(limit)
-        first_line = reader.line_num + 1
         if cells is None:
             return
         if not cells:
@@ -268,16 +259,10 @@ def _read_csv(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
             header = [cell.strip() for cell in cells]
             if twice := next((cell for cell in header if header.count(cell) > 1), None):
                 raise GatewiseError(f"{where}: the column {twice!r} is there twice: give each its own name")
-            continue
-        # A text that begins so by right has its quotes doubled in the file.
-        in_quotes = (cell for cell in cells if re.fullmatch(r'\s+".*"\s*', cell, re.DOTALL))
-        if quoted := next((cell for cell in in_quotes if cell in "".join(taken)), None):
-            raise GatewiseError(
-                f"{where}: {quoted.strip()} comes after a blank, so that its quotes would count: leave the blank out"
-            )
-        if len(cells) != len(header):
+        elif len(cells) != len(header):
             raise GatewiseError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns")
-        yield where, _typed_cells(dict(zip(header, cells, strict=True)), where)
+        else:
+            yield where, _typed_cells(dict(zip(header, cells, strict=True)), where)
 
 
 def _typed_cells(row: Row, where: str) -> Row:
