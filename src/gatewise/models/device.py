@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = re.compile(r"auto|cpu|cuda(?::\d+)?|mps")
-EXPECTED = "expected auto, cpu, cuda, cuda:1 or mps"
+DEVICE_NAMES = "auto, cpu, cuda, cuda:1 or mps"
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -32,7 +32,7 @@ def pick_device(name: "str | torch.device" = "auto") -> "torch.device":
     if isinstance(name, torch.device):
         return name
     if not DEVICES.fullmatch(name):
-        raise GatewiseError(f"the device {name!r} is not known: {EXPECTED}")
+        raise GatewiseError(f"the device {name!r} is not known: expected {DEVICE_NAMES}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)

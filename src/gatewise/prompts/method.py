@@ -64,7 +64,6 @@ class SearchSection(Section):
     """
 
     keep: Count = 4
-    choose: Literal["gates"] = "gates"
     max_steps: Count | None = None
     epochs: Positive | None = None
     gate_learning_rate: Positive = 1e-2

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from gatewise.models.device import DEVICES, EXPECTED
+from gatewise.models.device import DEVICE_NAMES, DEVICES
 from gatewise.parts import (
     DEFAULT_TASK,
     METHODS,
@@ -119,9 +119,7 @@ class Recipe(Section):
     model: str
     task: Annotated[str, BeforeValidator(_known_in(TASKS))] = DEFAULT_TASK
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Annotated[
-        str, only_if(lambda value: isinstance(value, str) and bool(DEVICES.fullmatch(value)), EXPECTED.removeprefix("expected "))
-    ] = "auto"
+    device: Annotated[str, only_if(lambda value: isinstance(value, str) and bool(DEVICES.fullmatch(value)), DEVICE_NAMES)] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataSection
     launch: LaunchSection = LaunchSection()
