@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from gatewise.allocation import algorithm
 from gatewise.allocation.algorithm import Limits, Plan, spread
-from gatewise.allocation.schedule import Cubic
 
 # A busy machine draws slowly.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -222,10 +221,3 @@ def test_spread_is_even_and_complete(count, room, data):
         for other in open_modules:
             if means[module] > means[other]:
                 assert given_ranks.get(module, 0) >= given_ranks.get(other, 0)
-
-
-def test_a_cubic_budget_comes_down_fast_at_first():
-    cut = Cubic(target_rank=1).cut
-    assert [cut(100, 36, 100, done, 4)[1] for done in range(6)] == [100, 63, 44, 37, 36, 36]
-    assert cut(100, 36, 63, 2, 4) == (19, 44)
-    assert cut(100, 36, 40, 2, 4) == (0, 44)

@@ -372,6 +372,8 @@ def test_every_score_is_known_and_a_new_one_is_one_new_file(file: Path, monkeypa
     assert load_recipe(file).allocation.score == DEFAULT
     for name in NAMES:
         assert load_recipe(file, [f"allocation.score={name}"]).allocation.score == name
+    own = load_recipe(file, ["allocation.score=my_own:score", "allocation.rule=my_own:rule"]).allocation
+    assert (own.score, own.rule) == ("my_own:score", "my_own:rule")
     said = refusal(file, overrides=("allocation.score=tailor",))
     assert f"allocation.score: expected {', '.join(NAMES[:-1])} or {NAMES[-1]}, got the text 'tailor'; did you mean taylor?" in said
     # The names are those of the files in allocation/scores.
