@@ -28,7 +28,7 @@ def without_prompts(model: Any) -> Iterator[Any]:
         yield model
 
 
-def written_after(
+def generate_after(
     model: Any, ids: Tensor, mask: Tensor, settings: GenerationConfig, processor: LogitsProcessor | None = None
 ) -> Tensor:
     """Token ids (b, n) that a model generates after texts padded on the left.
@@ -45,8 +45,8 @@ def written_after(
     config = soft_prompt(model)
     if config is None:
         listed = _listed(processor)
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=listed)
-        return written[:, ids.shape[1] :]
+        generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=listed)
+        return generated[:, ids.shape[1] :]
     base, (rows, tokens) = model.get_base_model(), ids.shape
     length = config.num_virtual_tokens
     is_prefix = config.peft_type == "PREFIX_TUNING"

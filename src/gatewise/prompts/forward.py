@@ -139,7 +139,7 @@ def _once(made: dict[int, tuple[Any, Any]], given: Any, make: Callable[[Any], _M
 
 
 class PassState(CallState):
-    """What a thread is doing with a model with prompts.
+    """What is being done with a model with prompts.
 
     Attributes:
         current: the pass that is open; None where prompts are not at work.

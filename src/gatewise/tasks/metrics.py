@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from gatewise.errors import GatewiseError, needs
-from gatewise.internals.soft_prompt_fixes import written_after
+from gatewise.internals.soft_prompt_fixes import generate_after
 from gatewise.losses import base_of, class_logits, labelled_logits, loss_kind, prompt_length
 from gatewise.models.device import random_state_kept
 from gatewise.models.loading import text_positions
@@ -455,7 +455,7 @@ def generate_ids(
     pad_id = PadCollator(tokenizer).pad_id
     ids = pad(prompts, pad_id, left=True).to(_device(model))
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(_device(model))
-    return written_after(model, ids, mask, greedy(max_new_tokens, end_ids(model, tokenizer), pad_id), processor)
+    return generate_after(model, ids, mask, greedy(max_new_tokens, end_ids(model, tokenizer), pad_id), processor)
 
 
 class _Stopped(LogitsProcessor):
