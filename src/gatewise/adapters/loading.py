@@ -246,31 +246,12 @@ def put_on(model: PreTrainedModel | PeftModel, adapter_dir: str | Path, name: st
     return adapted.eval()
 
 
-def base_weights_in(adapter_dir: str | Path) -> list[str]:
-    """The names of the base model's own weights in an adapter's file, which PEFT reads back into the base model.
-
-    They are those of modules that have LoRA, and of embeddings and heads without, which have the names of the base model then. So
-    have modules that the adapter trained as a whole, which stay its own: all whose names end in one of ``modules_to_save``.
-    """
-    config = read_config(adapter_dir)
-    names = list(tensor_shapes(weights_of(adapter_dir)))
-    if config.get("peft_type") != "LORA":  # prompts and routers have names of their own
-        return [key for key in names if _BASE_WEIGHT.search(key)]
-    whole = {*(config.get("modules_to_save") or ()), *(HEADS if config.get("task_type") == "SEQ_CLS" else ())}
-    own = re.compile("|".join([r"\.(lora_|token_adapter\.)", *(rf"{re.escape(name)}\." for name in sorted(whole))]))
-    trained = "" if config.get("bias") in (None, "none") else ".bias"  # of base modules, which the adapter says that it has
-    return [
-        key
-        for key in names
-        if _BASE_WEIGHT.search(key)
-        or (key.startswith(PEFT_PREFIX) and not own.search(key) and not (trained and key.endswith(trained)))
-    ]
-
-
 def check_base_weights(model: PreTrainedModel, adapter_dir: str | Path) -> None:
     """Refuses an adapter that would change a base model that it is not alone on.
 
-    PEFT writes base weights of embeddings and output heads into an adapter's file, and reads them back into the base model.
+    PEFT writes base weights of embeddings and output heads into an adapter's file, and reads them back into the base model. They
+    are those of modules that have LoRA, and of embeddings and heads without, which have the names of the base model then. So have
+    modules that the adapter trained as a whole, which stay its own: all whose names end in one of ``modules_to_save``.
 
     Args:
         model: the base model, without adapters.
@@ -278,14 +259,20 @@ def check_base_weights(model: PreTrainedModel, adapter_dir: str | Path) -> None:
     Raises:
         GatewiseError: there are other base weights in it than the model has, or a file is damaged.
     """
-    names = base_weights_in(adapter_dir)
-    if not names:
-        return
+    config = read_config(adapter_dir)
     tensors, _ = read_tensors(weights_of(adapter_dir))
+    whole = {*(config.get("modules_to_save") or ()), *(HEADS if config.get("task_type") == "SEQ_CLS" else ())}
+    own = re.compile("|".join([r"\.(lora_|token_adapter\.)", *(rf"{re.escape(name)}\." for name in sorted(whole))]))
+    # Biases of base modules, which the adapter says that it has.
+    trained = None if config.get("bias") in (None, "none") else ".bias"
     there = dict(model.named_parameters(remove_duplicate=False))
-    for name in names:
-        own = there.get(_BASE_WEIGHT.sub(r".\1", name).removeprefix(PEFT_PREFIX))
-        if own is None or own.shape != tensors[name].shape or not torch.equal(tensors[name].to(own), own):
+    for name, tensor in tensors.items():
+        in_base = name.startswith(PEFT_PREFIX) and not own.search(name) and not (trained and name.endswith(trained))
+        # Prompts and routers have names of their own.
+        if not _BASE_WEIGHT.search(name) and not (in_base and config.get("peft_type") == "LORA"):
+            continue
+        base = there.get(_BASE_WEIGHT.sub(r".\1", name).removeprefix(PEFT_PREFIX))
+        if base is None or base.shape != tensor.shape or not torch.equal(tensor.to(base), base):
             raise GatewiseError(
                 f"the adapter {adapter_dir} has other base weights ({name}) than the base model that all adapters share: save it "
                 "with save_embedding_layers=False"

@@ -1,6 +1,7 @@
 """The ``inspect`` command: where an adapter's budget went and, with ``--scores``, what its modules are worth."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -115,15 +116,22 @@ def inspect(
     _show_scores(adapter, data, options, score or DEFAULT, 32 if rows is None else rows, plot, size, unit, out, as_json)
 
 
-def _console(*tables: Table) -> Console:
-    """Where tables go: as wide as the terminal, or, in a file or a pipe, as wide as they are."""
+def _show(title: str, tables: Sequence[Table], lines: Sequence[str], plot: Path | None) -> None:
+    """Prints what was found; tables are as wide as the terminal or, in a file or a pipe, as wide as they need."""
     console = Console()
     if console.is_terminal:  # which goes on in its next line, where rich would leave numbers out
         console.width = max(console.width, *(sum((column.min_width or 0) + 2 for column in table.columns) for table in tables))
     else:
         wide = console.options.update(width=10_000)
         console.width = max(console.width, *(console.measure(table, options=wide).maximum for table in tables))
-    return console
+    if title:
+        console.print(title, markup=False, highlight=False)
+    for table in tables:
+        console.print(table)
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    if plot:
+        typer.echo(f"drawn: {plot}")
 
 
 def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
@@ -131,40 +139,24 @@ def _show_budget(adapter: Path, plot: Path | None, value: Value | None, as_json:
     from gatewise.adapters.files import peft_type
 
     if peft_type(adapter) == "SELECTIVE_PROMPT":
-        _show_prompts(adapter, plot, value, as_json)
+        if value is not None:
+            raise GatewiseError(f"--value {value} was given for an adapter with prompts, which has no ranks: leave it out")
+        prompts = inspection.read_prompts(adapter)
+        if plot:
+            inspection.plot_prompts(prompts, plot)
+        if as_json:
+            typer.echo(json.dumps(inspection.prompts_json(prompts), indent=2, ensure_ascii=False))
+        else:
+            _show("", [inspection.prompts_table(prompts)], inspection.prompts_lines(prompts), plot)
         return
     budget = inspection.read_budget(adapter)
     value = value or Value.rank
-    written = inspection.plot(budget, plot, value.value) if plot else None
+    if plot:
+        inspection.plot(budget, plot, value.value)
     if as_json:
         typer.echo(json.dumps(inspection.to_json(budget), indent=2, ensure_ascii=False))
-        return
-    table = inspection.ranks_table(budget, value.value)
-    console = _console(table)
-    console.print(table)
-    for line in inspection.summary_lines(budget):
-        console.print(line, markup=False, highlight=False)
-    if written:
-        typer.echo(f"drawn: {written}")
-
-
-def _show_prompts(adapter: Path, plot: Path | None, value: Value | None, as_json: bool) -> None:
-    from gatewise import inspection
-
-    if value is not None:
-        raise GatewiseError(f"--value {value} was given for an adapter with prompts, which has no ranks: leave it out")
-    prompts = inspection.read_prompts(adapter)
-    if plot:
-        inspection.plot_prompts(prompts, plot)
-    if as_json:
-        typer.echo(json.dumps(inspection.prompts_json(prompts), indent=2, ensure_ascii=False))
-        return
-    console = Console()
-    console.print(inspection.prompts_table(prompts))
-    for line in inspection.prompts_lines(prompts):
-        console.print(line, markup=False, highlight=False)
-    if plot:
-        typer.echo(f"drawn: {plot}")
+    else:
+        _show("", [inspection.ranks_table(budget, value.value)], inspection.summary_lines(budget), plot)
 
 
 def _show_scores(
@@ -217,15 +209,8 @@ def _show_scores(
             raise refused
         return
     grid = importance.score_grid()
-    table, most_important = inspection.grid_table(grid), inspection.top_table(importance)
-    console = _console(table, most_important)
-    console.print(f"{grid.title}, the sum over the ranks of a module", markup=False, highlight=False)
-    console.print(table)
-    console.print(most_important)
-    for line in inspection.importance_lines(importance):
-        console.print(line, markup=False, highlight=False)
-    if plot:
-        typer.echo(f"drawn: {plot}")
+    tables = [inspection.grid_table(grid), inspection.top_table(importance)]
+    _show(f"{grid.title}, the sum over the ranks of a module", tables, inspection.importance_lines(importance), plot)
     if ranks is not None:
         kept = [rank for rank in ranks.values() if rank]
         parameters = sum(module.cost * ranks[module.path] for module in importance.modules)
@@ -252,11 +237,4 @@ def _show_routing(adapter: Path, data: str, options: DataOptions, plot: Path | N
         typer.echo(json.dumps(inspection.routing_json(routing), indent=2, ensure_ascii=False))
         return
     grid = routing.grid()
-    table = inspection.grid_table(grid)
-    console = _console(table)
-    console.print(grid.title, markup=False, highlight=False)
-    console.print(table)
-    for line in inspection.routing_lines(routing):
-        console.print(line, markup=False, highlight=False)
-    if plot:
-        typer.echo(f"drawn: {plot}")
+    _show(grid.title, [inspection.grid_table(grid)], inspection.routing_lines(routing), plot)
