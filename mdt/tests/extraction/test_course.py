@@ -16,7 +16,7 @@ from mdt_trees import TEXT, gout, node, properties, published, triple
 from tiny_run import byte_tokenizer
 
 pytest.importorskip("llguidance")
-from gatewise_mdt.extraction.constraint import TreeConstraint, readable
+from gatewise_mdt.extraction.constraint import TreeConstraint, llguidance_tokenizer
 from llguidance import LLMatcher
 
 TOKENIZER = byte_tokenizer()
@@ -103,7 +103,7 @@ def test_whatever_a_model_likes_it_writes_a_tree(seed: int) -> None:
 def test_no_triple_comes_twice_in_a_node() -> None:
     course = Course("en")
     for piece in (" D: a | drug | b;", " ~ | drug | c;"):
-        course.take(piece)
+        course.add_piece(piece)
     grammar = course.grammar()
     for form in ("a | drug | b", "~ | drug | b", "~ | drug | c", "a | drug | c"):
         assert f'"{form}"' in grammar
@@ -114,11 +114,11 @@ def test_the_tree_is_bounded() -> None:
     course.most_depth, course.most_conditions = 3, 2
     conditions = [" C: a | sign | b\n", "C: ~ | sign | c\n"]
     for piece in conditions:
-        course.take(piece)
+        course.add_piece(piece)
     assert '"C: "' not in course.grammar()
     for piece in ("D\n", "D\n", "D"):
         assert not course.finished
-        course.take(piece)
+        course.add_piece(piece)
     assert course.finished
 
 
@@ -169,7 +169,7 @@ def test_what_can_be_written_is_what_stands_in_the_text(bits: list[tuple[str, st
     spans = [(begin, end) for begin in range(len(text)) for end in range(begin + 1, len(text) + 1)]
     phrases = {text[begin:end].strip() for begin, end in spans} - {"", "~"}  # "~" alone stands for a subject
     grammar = Course("en", within=text).grammar()
-    fresh = LLMatcher(readable(TOKENIZER, (END,), len(TOKENIZER)), LLMatcher.grammar_from_lark(grammar))
+    fresh = LLMatcher(llguidance_tokenizer(TOKENIZER, (END,), len(TOKENIZER)), LLMatcher.grammar_from_lark(grammar))
     for phrase in draw.sample(sorted(phrases), min(len(phrases), 40)):
         ids = TOKENIZER(f" D: {escaped(phrase)} | drug | {escaped(phrase)}", add_special_tokens=False)["input_ids"]
         matcher = fresh.deep_copy()

@@ -21,7 +21,7 @@ _TOKENS_A_PIECE = 40  # what a piece under way may still take
 
 
 def check_available() -> None:
-    """Whether constrained decoding can be had.
+    """Refuses where llguidance is missing, without which writing cannot be constrained.
 
     Raises:
         GatewiseError: llguidance is not installed.
@@ -64,7 +64,7 @@ class TreeConstraint(LogitsProcessor):
         """Scores (b, V) with -inf for tokens that are not allowed after prompts and what was written (b, t)."""
         self.read(input_ids[:, self.start :])
         allowed = np.zeros(scores.shape, dtype=bool)
-        known = readable(self.tokenizer, self.ends, scores.shape[1])
+        known = llguidance_tokenizer(self.tokenizer, self.ends, scores.shape[1])
         for row, mask in zip(self.rows, allowed, strict=True):
             row.allow(known, mask, self.most - self.seen)
         return scores.masked_fill(torch.from_numpy(~allowed).to(scores.device), -torch.inf)
@@ -73,7 +73,7 @@ class TreeConstraint(LogitsProcessor):
         """Takes note of the tokens (b, n) chosen since the last step; to be called after ``generate``, too, for the last ones."""
         for tokens in written[:, self.seen :].T.tolist():
             for row, token in zip(self.rows, tokens, strict=True):
-                row.take(int(token))
+                row.add_token(int(token))
         self.seen = written.shape[1]
 
 
@@ -97,7 +97,7 @@ class TreeRow:
         """Sets the tokens that are allowed, in a mask (V,) without any.
 
         Args:
-            known: the tokenizer, see :func:`readable`.
+            known: the tokenizer, see :func:`llguidance_tokenizer`.
             left: tokens that may still be written.
         """
         self.open(known, left)
@@ -120,7 +120,7 @@ class TreeRow:
         self.matcher = LLMatcher(known, LLMatcher.grammar_from_lark(self.course.grammar(self.hurried)), log_level=0)
         self._is_sound()
 
-    def take(self, token: int) -> None:
+    def add_token(self, token: int) -> None:
         """Takes note of the token that was chosen; what comes after the end is padding."""
         if self.course.finished or self.matcher is None:
             return
@@ -130,15 +130,15 @@ class TreeRow:
         self.matcher.consume_token(token)
         self.tokens.append(token)
         if self._is_sound() and self.matcher.is_stopped():
-            self.piece()
+            self.end_piece()
 
-    def take_if_allowed(self, token: int) -> bool:
+    def add_if_allowed(self, token: int) -> bool:
         """Takes a token, no end, if the piece under way can go on with it; whether it can."""
         if self.matcher is None or not self.matcher.try_consume_tokens([token]):
             return False
         self.tokens.append(token)
         if self.matcher.is_stopped():
-            self.piece()
+            self.end_piece()
         return True
 
     def is_short(self, left: int) -> bool:
@@ -152,12 +152,12 @@ class TreeRow:
 
     def end(self) -> None:
         """Takes note that the output ended here."""
-        self.piece()
+        self.end_piece()
         self.course.finished = True
 
-    def piece(self) -> None:
+    def end_piece(self) -> None:
         """Takes note that the piece under way is whole."""
-        self.course.take(self.known.decode_bytes(self.tokens).decode())
+        self.course.add_piece(self.known.decode_bytes(self.tokens).decode())
         self.matcher, self.tokens = None, []
 
     def _is_sound(self) -> bool:
@@ -191,14 +191,14 @@ class TreeScores:
         self.tokenizer, self.ends, self.most = tokenizer, tuple(sorted(set(ends))), most
         self.row, self.seen = TreeRow(Course.from_json(told), self.ends), 0
         if size is not None:
-            readable(self.tokenizer, self.ends, size)
+            llguidance_tokenizer(self.tokenizer, self.ends, size)
 
     def __call__(self, written: Sequence[int], scores: Tensor) -> Tensor:
         """Scores (V,) with -inf for tokens that are not allowed after these. Those that it has not seen yet are read first."""
-        known = readable(self.tokenizer, self.ends, len(scores))
+        known = llguidance_tokenizer(self.tokenizer, self.ends, len(scores))
         for token in written[self.seen :]:
             self.row.open(known, self.most - self.seen)
-            self.row.take(int(token))
+            self.row.add_token(int(token))
             self.seen += 1
         mask = np.zeros(len(scores), dtype=bool)
         self.row.allow(known, mask, self.most - self.seen)
@@ -221,7 +221,7 @@ IN_SERVERS = TreeConstraintOfServers()
 
 
 @lru_cache(maxsize=16)
-def readable(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], size: int) -> Any:
+def llguidance_tokenizer(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], size: int) -> Any:
     """The tokenizer as llguidance reads it, which takes about a second.
 
     Args:

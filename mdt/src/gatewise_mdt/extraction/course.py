@@ -100,7 +100,7 @@ class Course:
         lead = "" if self.pieces else '" " '
         return f"start: PIECE\nPIECE: {lead}({' | '.join(self._choices(hurry))})\n{self._definitions()}"
 
-    def take(self, piece: str) -> None:
+    def add_piece(self, piece: str) -> None:
         """Notes a piece that was written, which the grammar allowed."""
         items = piece.removeprefix(" ")
         self.pieces.append(piece)

@@ -14,7 +14,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from gatewise.errors import GatewiseError
-from gatewise_mdt.extraction.constraint import TreeScores, check_available, readable
+from gatewise_mdt.extraction.constraint import TreeScores, check_available, llguidance_tokenizer
 from gatewise_mdt.extraction.course import ARGUMENT, Course
 
 
@@ -44,7 +44,7 @@ class TreeLogits(AdapterLogitsProcessor):
         model = vllm_config.model_config
         self.tokenizer = cached_tokenizer_from_config(model)
         # What cannot be read is told at the start: with the first request it would end the engine.
-        readable(self.tokenizer, (int(self.tokenizer.eos_token_id),), model.get_vocab_size())
+        llguidance_tokenizer(self.tokenizer, (int(self.tokenizer.eos_token_id),), model.get_vocab_size())
 
     def is_argmax_invariant(self) -> bool:
         """No: the likeliest token may be a forbidden one."""

@@ -161,13 +161,13 @@ def _read_again(course: Course, text: str, ended: bool, tokens: int, most: int) 
         if row.matcher is None:
             hurried = hurried or row.is_short(most - tokens * at // len(content))
         row.open(known, _ENOUGH)
-        if not row.take_if_allowed(byte):
+        if not row.add_if_allowed(byte):
             # In a hurry a piece ends that could have gone on; what is written so may be written without one, too.
             if not row.may_pause:
                 return None
-            row.piece()
+            row.end_piece()
             row.open(known, _ENOUGH)
-            if not row.take_if_allowed(byte):
+            if not row.add_if_allowed(byte):
                 return None
     if ended and not row.course.finished:
         if not row.may_pause:
@@ -179,7 +179,7 @@ def _read_again(course: Course, text: str, ended: bool, tokens: int, most: int) 
         row.tokens, again, row.matcher, row.hurried = [], row.tokens, None, True
         row.open(known, 0)
         for byte in again:
-            row.take_if_allowed(byte)
+            row.add_if_allowed(byte)
     return Written(row.course.written, row.course.finished, hurried)
 
 
