@@ -108,10 +108,7 @@ def test_options_of_writing_are_refused(gatewise: Gatewise, adapter: Path) -> No
     "words",
     [
         ("eval", "ADAPTER", "--data", "rows.jsonl"),
-        ("eval", "ADAPTER", "--data", "gold.json"),
         ("compress", "ADAPTER", "--data", "rows.jsonl", "--out", "made"),
-        ("compress", "ADAPTER", "--data", "gold.json", "--out", "made"),
-        ("compress", "ADAPTER", "ADAPTER", "--shared", "--data", "rows.jsonl", "--out", "made"),
         ("inspect", "ADAPTER", "--scores", "--data", "gold.json"),
         ("inspect", "ADAPTER", "--routing", "--data", "rows.jsonl"),
         ("serving-check", "ADAPTER", "--data", "rows.jsonl"),
