@@ -202,8 +202,11 @@ class SelectivePrompts(Method):
             log=[finite(entry) for entry in found.log if "loss" in entry],
         )
         if processes.is_main():
-            inspection.plot_gates(found.gates.tolist(), found.layers, run.output / "gates.png", self.recipe.model)
             selection.write(run.output / SEARCH_FILE)
+            try:
+                inspection.plot_gates(found.gates.tolist(), found.layers, run.output / "gates.png", self.recipe.model)
+            except GatewiseError as error:  # no matplotlib, or a full disk: the search is not lost
+                run.progress.say(f"warning: gates.png could not be made ({error})")
         run.progress.say(_line(selection))
         return selection
 
