@@ -24,7 +24,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from gatewise import inspection
 from gatewise.errors import GatewiseError
 from gatewise.inspection import plot, ranks_table, read_budget, summary_lines, to_json
 
@@ -209,7 +208,7 @@ def test_a_slot_counts_unless_both_halves_are_zero(dtype: torch.dtype, tmp_path:
         assert module.allocated == 4 * (16 + 16) + 16
         assert module.norm == pytest.approx(norm_of(layer), rel=0.02)
         assert budget.rank == budget.capacity - 2
-    assert inspection.rank_map(tmp_path)[path] == 2
+    assert read_budget(tmp_path).ranks[path] == 2
 
 
 def test_memory_trusts_the_layer_over_the_config() -> None:

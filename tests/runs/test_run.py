@@ -20,7 +20,7 @@ from gatewise.adapters.checkpoints import checkpoint_step, complete_checkpoints
 from gatewise.adapters.loading import load_as_trained
 from gatewise.allocation.slots import lora_layers
 from gatewise.errors import GatewiseError
-from gatewise.inspection import rank_map
+from gatewise.inspection import read_budget
 from gatewise.runs import run
 from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe_file import load_recipe
@@ -99,7 +99,7 @@ def test_what_is_written_down(tmp_path: Path) -> None:
     assert written["metrics"] == result.metrics
     assert written["metrics"]["dev"] == written["metrics"]["test"]
     assert written["metrics"]["dev"]["before"]["loss"] > written["metrics"]["dev"]["after"]["loss"]
-    assert written["ranks"] == rank_map(result.adapter)
+    assert written["ranks"] == read_budget(result.adapter).ranks
     assert [entry["step"] for entry in written["log"] if "eval_loss" in entry] == [4, 8]
     assert (
         load_recipe(tmp_path / "out" / "recipe.yaml").template

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gatewise.adapters.files import RoundSummary
-from gatewise.inspection.budget import BudgetMap, ModuleBudget, Value, rank_map, read_budget
+from gatewise.inspection.budget import BudgetMap, ModuleBudget, Value, read_budget
 from gatewise.inspection.grid import OTHER
 from gatewise.inspection.plotting import (
     check_plot,
@@ -72,7 +72,6 @@ __all__ = [
     "prompts_json",
     "prompts_lines",
     "prompts_table",
-    "rank_map",
     "ranks_table",
     "read_budget",
     "read_prompts",

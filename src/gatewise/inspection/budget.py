@@ -144,11 +144,6 @@ def _total(modules: Sequence[ModuleBudget], value: Value) -> float | None:
     return sum(getattr(module, value) for module in modules)
 
 
-def rank_map(source: "str | Path | PeftModel", adapter: str | None = None) -> dict[str, int]:
-    """Module path -> true rank. Arguments and errors are those of ``read_budget``."""
-    return read_budget(source, adapter).ranks
-
-
 def read_budget(source: "str | Path | PeftModel", adapter: str | None = None) -> BudgetMap:
     """Reads where the budget of a LoRA adapter went.
 
