@@ -7,11 +7,11 @@ class says ``allocation: AllocationSection``, and in a run ``self.allocation`` h
 is ``method.py`` in its room: only the table below imports it, so it may read and draw with ``gatewise.inspection``.
 
 Another distribution brings parts by entry points: of the group ``gatewise.methods`` or ``gatewise.tasks``, with the part's name and
-``module:Class``.
+``module:Class``. Names of gatewise's own parts stay gatewise's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module, metadata
@@ -364,18 +364,34 @@ class Table(Mapping[str, type[P]], Generic[P]):
         self.kind, self.group, self._own = kind, group, own
 
     @cached_property
-    def places(self) -> dict[str, str]:
-        """Name -> ``module:Class``, gatewise's own first."""
-        brought = {point.name: point.value for point in metadata.entry_points(group=self.group)}
-        return {**self._own, **{name: place for name, place in brought.items() if name not in self._own}}
+    def places(self) -> dict[str, list[str]]:
+        """Name -> ``module:Class``, of all packages that bring a part of this name; gatewise's own are its alone."""
+        found = {name: [place] for name, place in self._own.items()}
+        for point in metadata.entry_points(group=self.group):
+            if point.name not in self._own and point.value not in found.setdefault(point.name, []):
+                found[point.name].append(point.value)
+        return found
 
     def __getitem__(self, name: str) -> type[P]:
-        module, _, attribute = self.places[name].partition(":")
+        place, *others = self.places[name]
+        if others:
+            raise GatewiseError(
+                f"several packages bring the {self.kind} {name} ({', '.join((place, *others))}): uninstall all but one"
+            )
+        module, _, attribute = place.partition(":")
         try:
             part: type[P] = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever the other package's code does
             raise GatewiseError(f"the {self.kind} {name} cannot be used: {reason_of(error)}") from error
         return part
+
+    def usable(self) -> dict[str, type[P]]:
+        """The parts that can be imported: a package that is broken is no matter of a run that does not name its part."""
+        found = {}
+        for name in self:
+            with suppress(GatewiseError):
+                found[name] = self[name]
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

@@ -220,6 +220,18 @@ def test_the_version(gatewise: Gatewise) -> None:
     assert gatewise("--version").stdout.startswith("gatewise 0.")
 
 
+def test_commands_of_a_broken_package_do_not_take_the_others_along(tmp_path: Path) -> None:
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[gatewise.commands]\ntrees = no_such_module:app\n")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", "gatewise", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+    assert (done.returncode, done.stdout.split()[:1]) == (0, ["gatewise"])
+    assert done.stderr == "warning: the commands of gatewise trees cannot be used: No module named 'no_such_module'\n"
+
+
 def test_help_and_refusals_do_without_torch() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from gatewise.cli.main import app; "

@@ -91,9 +91,29 @@ def test_their_keys_are_checked_like_all_others(more: str, said: str, tmp_path: 
     assert said in " ".join(output.split())
 
 
-def test_a_part_that_cannot_be_imported_is_said(tmp_path: Path) -> None:
-    (tmp_path / "site" / "toy_parts-1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS, encoding="utf-8")
+def test_a_part_that_cannot_be_imported_is_said_where_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "site" / "toy_parts-1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS + "old = old_part:Old\n")
+    (tmp_path / "site" / "old_part.py").write_text("raise RuntimeError('made for another PEFT')")
     METHODS.__dict__.pop("places", None)
     code, output = train(write_recipe(tmp_path, "broken"))
     assert code == 2
     assert "the method broken cannot be used: module 'toy_parts' has no attribute 'Missing'" in " ".join(output.split())
+    lora = write_recipe(tmp_path, "lora")
+    code, output = train(lora, "--set", "task=old")
+    assert (code, "the task old cannot be used: made for another PEFT" in output) == (2, True)
+    assert train(lora, "--set", "training.max_steps=1")[0] == 0
+    assert train(lora, "--set", "training.max_steps=1", "--overwrite")[0] == 0
+    assert "shrink is for method shrunk" in train(lora, "--set", "shrink.weight=1")[1]
+
+
+def test_a_name_that_two_packages_bring_is_not_chosen_by_chance(tmp_path: Path) -> None:
+    info = tmp_path / "site" / "others-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[gatewise.methods]\nshrunk = others:Shrunk\nlora = others:Lora\n")
+    METHODS.__dict__.pop("places", None)
+    code, output = train(write_recipe(tmp_path, "shrunk", peft=None))
+    assert code == 2
+    assert "several packages bring the method shrunk (" in output
+    assert "others:Shrunk" in output
+    assert METHODS["lora"].__module__ == "gatewise.adapters.method"

@@ -262,6 +262,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("template.prompt={text}", ("template", "prompt"), "{text}"),
         ("template.prompt=[Text] {text}", ("template", "prompt"), "[Text] {text}"),
         ("template={prompt: '{text}'}", ("template", "prompt"), "{text}"),
+        ("template.prompt=Review {text} #topic", ("template", "prompt"), "Review {text} #topic"),
+        ("template.prompt=Review\n{text}", ("template", "prompt"), "Review\n{text}"),
+        ("task=", ("task",), "causal"),
         ("data.test_split=2", ("data", "test_split"), "2"),
         ("peft.target_modules=[q_proj]", ("peft", "target_modules"), ["q_proj"]),
         ("seed=7", ("seed",), 7),
@@ -283,6 +286,9 @@ def test_one_end_of_a_run_replaces_the_other(file: Path) -> None:
     assert (recipe.search.max_steps, recipe.search.epochs, recipe.training.epochs) == (5, None, 1)
     assert load_recipe(file, ["training.max_steps=null"]).training.epochs == 3
     assert "cannot be given together" in refusal(file, overrides=("training.max_steps=5", "training.epochs=1"))
+    for whole, steps in (("null", None), ("{max_steps: 9}", 9), ("{epochs: 1}", None)):
+        assert load_recipe(file, ["training.max_steps=5", f"training={whole}"]).training.max_steps == steps
+    assert "training: expected a section" in refusal(file, overrides=("training.max_steps=5", "training=5"))
 
 
 @pytest.mark.parametrize(

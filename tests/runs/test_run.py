@@ -435,6 +435,12 @@ def test_a_run_is_resumed_only_with_its_own_recipe(finished: tuple[Path, Path]) 
     # Only the last step's checkpoint is there, behind which there is nothing to resume: the run is repeated.
     result = train(recipe, out, "training.max_steps=2", "training.log_every=1", "training.eval_batch_size=3", resume=True)
     assert (result.resumed_from, result.steps) == (None, 2)
+    (out / "metrics.json").unlink()
+    (out / "recipe.yaml").write_text((out / "recipe.yaml").read_text() + "smoothing: 0.0\n")
+    with pytest.raises(
+        GatewiseError, match=r"is not one of this version of gatewise: .*--overwrite \(.*smoothing is not a known key"
+    ):
+        train(recipe, out, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -460,6 +466,26 @@ def test_everything_is_checked_before_training(
     with pytest.raises(GatewiseError, match=said):
         train(recipe, tmp_path / "out", *overrides)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=alora", "allocation.first_round=8"],
+        ["method=alora", "allocation.score=no_such_module:score"],
+        ["training.batch_size=5"],  # in two processes
+    ],
+)
+def test_a_run_is_kept_where_the_one_that_should_overwrite_it_cannot_begin(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = write_recipe(tmp_path), tmp_path / "out"
+    train(recipe, out, "training.max_steps=1")
+    monkeypatch.setattr("gatewise.runs.trainer.count", lambda: 2)
+    with pytest.raises(GatewiseError, match=r"first_round is 8|no_such_module|cannot share"):
+        train(recipe, out, *overrides, overwrite=True)
+    assert (out / "metrics.json").is_file()
+    assert weights(out / "adapter")
 
 
 # RoBERTa's first position is the one behind its padding token's number.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ class SearchingTrainer(LabelledSearch, RecipeTrainer):
 def timeless(search: dict[str, Any]) -> dict[str, Any]:
     """Without what a resume changes: an entry of the Trainer's log knows only the steps since then."""
     return {key: value for key, value in search.items() if key not in ("seconds", "resumed_from", "log")}
+
+
+def test_a_search_that_cannot_be_drawn_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = train(write_recipe(tmp_path, "spt"), tmp_path / "out", "search.max_steps=1", "training.max_steps=1")
+    assert result.numbers["gates"] == written(tmp_path / "out")["gates"]
+    assert not list((tmp_path / "out").glob("*.png"))
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from transformers import PreTrainedModel, TrainerCallback
@@ -99,9 +99,17 @@ class ALora(Lora):
             settings["lora_alpha"] *= more**0.5 if self.peft.use_rslora else more
         return LoraConfig(r=r, use_rslora=self.peft.use_rslora, **settings)
 
-    def callbacks(self, run: Run) -> list[TrainerCallback]:
-        """The rounds; they keep the adapter whole too.
+    def adapt(self, run: Run, base: PreTrainedModel) -> PeftModel:
+        """Fresh LoRA. The rounds are made here, so that what is wrong with them is said before an earlier run is overwritten."""
+        self.rounds = self._rounds(run)
+        return super().adapt(run, base)
 
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
+        """The rounds; they keep the adapter whole too."""
+        return [self.rounds]
+
+    def _rounds(self, run: Run) -> RankAllocation:
+        """
         Raises:
             GatewiseError: the run ends before the first round.
         """
@@ -117,16 +125,14 @@ class ALora(Lora):
             schedule: ConstantBudget | Cubic = Cubic(**when, target_rank=self.peft.r)
         else:
             schedule = ConstantBudget(**when, **section.model_dump(include={"prune_fraction", "r_max", "grace_rounds"}))
-        return [
-            RankAllocation(
-                section.score,
-                schedule,
-                **section.model_dump(include={"score_options", "rule", "budget", "module_pruning"}),
-                validation_batch=run.collate(run.aside),
-                seed=self.recipe.seed,
-                on_round=lambda done: run.progress.say(_line(done)),
-            )
-        ]
+        return RankAllocation(
+            section.score,
+            schedule,
+            **section.model_dump(include={"score_options", "rule", "budget", "module_pruning"}),
+            validation_batch=run.collate(run.aside),
+            seed=self.recipe.seed,
+            on_round=lambda done: run.progress.say(_line(done)),
+        )
 
 
 class PiLora(ALora):

@@ -28,7 +28,7 @@ from gatewise.cli.inspect import inspect
 from gatewise.cli.options import takes_data_options
 from gatewise.cli.serve import serve
 from gatewise.cli.serving_check import serving_check
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.flags import JsonOption
 from gatewise.internals.import_warnings import no_import_warnings
 
@@ -71,7 +71,10 @@ app.add_typer(models_app, name="models")
 
 # Other packages bring commands of their own, as gatewise-mdt brings `gatewise mdt`.
 for point in metadata.entry_points(group="gatewise.commands"):
-    app.add_typer(point.load(), name=point.name)
+    try:
+        app.add_typer(point.load(), name=point.name)
+    except Exception as error:  # gatewise's own commands work without them
+        typer.echo(f"warning: the commands of gatewise {point.name} cannot be used: {reason_of(error)}", err=True)
 
 
 def main() -> None:

@@ -188,7 +188,13 @@ def check_writable(output: Path) -> None:
 def _check_same_recipe(path: Path, recipe: Recipe) -> None:
     if not path.is_file():
         raise GatewiseError(f"{path} is missing, so the run cannot be resumed: begin again with --overwrite")
-    before, now = _flat(load_recipe(path).model_dump()), _flat(recipe.model_dump())
+    try:
+        before, now = _flat(load_recipe(path).model_dump()), _flat(recipe.model_dump())
+    except GatewiseError as error:
+        raise GatewiseError(
+            f"the run in {path.parent} cannot be resumed, as its recipe is not one of this version of gatewise: go on with the "
+            f"version that began it, or begin again with --overwrite ({error})"
+        ) from error
     for key in {**now, **before}:
         if key not in _FREE_TO_CHANGE and not key.startswith("launch.") and before.get(key) != now.get(key):
             raise GatewiseError(
@@ -271,7 +277,7 @@ def _tidy(output: Path, method: Method) -> None:
 
 def _remove_run(output: Path) -> None:
     """Removes what a run of any method writes, and nothing else that may lie in the folder."""
-    for name in (METRICS, RECIPE, ROWS, *(name for method in METHODS.values() for name in method.files)):
+    for name in (METRICS, RECIPE, ROWS, *(name for method in METHODS.usable().values() for name in method.files)):
         (output / name).unlink(missing_ok=True)
     for name in (ADAPTER, CHECKPOINTS):
         if (output / name).is_dir():

@@ -149,13 +149,17 @@ def checked(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         pydantic.ValidationError: a key is unknown, of a wrong type or at odds with another.
     """
-    kind = recipe_class(tree.get("method"), tree.get("task", DEFAULT_TASK))
-    known = {*Recipe.model_fields, *(name for table in (METHODS, TASKS) for part in table.values() for name in part.sections())}
+    kind = recipe_class(tree.get("method"), tree.get("task"))
+    known = {
+        *Recipe.model_fields,
+        *(name for table in (METHODS, TASKS) for part in table.usable().values() for name in part.sections()),
+    }
     return kind.model_validate({key: value for key, value in tree.items() if value is not None or key not in known})
 
 
 def recipe_class(method: Any, task: Any) -> type[Recipe]:
-    """The class of recipes with this method and this task."""
+    """The class of recipes with this method and this task. One that is None is left out."""
+    task = DEFAULT_TASK if task is None else task
     known = isinstance(method, str) and method in METHODS and isinstance(task, str) and task in TASKS
     return _class_of((TASKS[task], METHODS[method])) if known else _UnknownParts
 
@@ -174,7 +178,7 @@ def owners(keys: tuple[str, ...]) -> tuple[str, list[str]] | None:
     """Which parts have a section, or a key of a section: ("method" or "task", their names); None where none has."""
     for table in (METHODS, TASKS):
         found = []
-        for name, part in table.items():
+        for name, part in table.usable().items():
             section = part.sections().get(keys[0])
             if section is not None and (len(keys) == 1 or keys[1] in section.model_fields):
                 found.append(name)

@@ -152,11 +152,13 @@ class Change(NamedTuple):
         return f"--set {'.'.join(self.keys)}={self.text}"
 
     def value(self) -> Any:
-        """The value as YAML, or the text where it is not valid YAML."""
+        """The value as YAML. Text without quotes is the text as it stands, as is what is not valid YAML."""
         try:
-            return _yaml().load(self.text)
+            value = _yaml().load(self.text)
         except YAMLError:
             return self.text
+        # YAML would end it at " #" and join its lines.
+        return self.text.strip() if isinstance(value, str) and self.text.lstrip()[:1] not in tuple("'\"|>!&") else value
 
     def apply(self, tree: dict[str, Any], value: Any) -> None:
         """Puts a value into the tree, making the sections on the way."""
@@ -187,8 +189,14 @@ def _drop_the_other_end(tree: dict[str, Any], changed: set[tuple[str, ...]]) -> 
     """Takes the file's own end of a run out where a change gives another kind of end."""
     for section in ("training", "search"):
         for end, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
-            if (section, end) in changed and (section, other) not in changed and tree[section][end] is not None:
-                tree[section].pop(other, None)
+            keys = tree.get(section)
+            if (
+                (section, end) in changed
+                and (section, other) not in changed
+                and isinstance(keys, dict)
+                and keys.get(end) is not None
+            ):
+                keys.pop(other, None)
 
 
 def _make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
@@ -248,7 +256,7 @@ _OTHER_NAMES = {
 
 def _problems(error: ValidationError, tree: dict[str, Any], path: Path, changes: Sequence[Change]) -> Iterator[str]:
     """One sentence for every fault, those of the file in the order of the schema."""
-    recipe = recipe_class(tree.get("method"), tree.get("task", DEFAULT_TASK))
+    recipe = recipe_class(tree.get("method"), tree.get("task"))
     for fault in error.errors(include_url=False):
         kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
         keys = tuple(str(key) for key in fault["loc"] if key != "[key]")
@@ -281,7 +289,7 @@ def _of_another_part(keys: tuple[str, ...], tree: dict[str, Any]) -> str | None:
     kind, names = found
     remove = f"remove the section, or set {kind}: {names[0]}" if len(keys) == 1 else "remove the key"
     listed = f"{kind} {names[0]}" if len(names) == 1 else f"{kind}s {', '.join(names[:-1])} and {names[-1]}"
-    return f"{'.'.join(keys)} is for {listed}, but the {kind} is {tree.get(kind, DEFAULT_TASK)}: {remove}"
+    return f"{'.'.join(keys)} is for {listed}, but the {kind} is {tree.get(kind) or DEFAULT_TASK}: {remove}"
 
 
 def _known_keys_near(keys: tuple[str, ...], recipe: type[Recipe]) -> str:

@@ -82,6 +82,8 @@ def train(
         run = _prepared(recipe, task, method, output, checkpoint, progress)
         rows = check_same_rows(output, {"data.train": [*run.train, *run.aside], "data.dev": run.dev}, resume)
         run.checkpoint = _with_steps_to_go(run)
+        if overwrite:
+            run.arguments(run.steps)  # refuses what does not work here while the earlier run is still there
         with writing(output, recipe, method, rows, overwrite) if processes.is_main() else nullcontext():
             method.before_training(run)
             trainer: Any = method.trainer(run)
