@@ -415,11 +415,16 @@ def test_a_rule_of_ones_own(run):
         (lambda scores: ({}, dict.fromkeys(scores, 1)), r"after it 56 would live\): .* at most 42 of the budget"),
         (lambda scores: ({path: range(3) for path in scores}, {}), "at least one rank that stays"),
         (lambda scores: None, "the rule returned None; expected a gatewise.budget.Plan"),
+        (
+            lambda scores: ({next(iter(scores)): range(3)}, {}),
+            r"see model\.layers\.0\.self_attn\.q_proj\): .* \(1 in each module\)",
+        ),
+        (lambda scores: ({}, {next(iter(scores)): math.inf}), "the rule returned .*inf"),
     ],
 )
 def test_plans_that_cannot_be_carried_out_are_refused(run, plan, message):
     with pytest.raises(GatewiseError, match=message):
-        run(allocation={"rule": lambda scores, limits: plan(scores), "budget": "ranks"})
+        run(allocation={"rule": lambda scores, limits: plan(scores), "budget": "ranks", "min_rank": 1})
 
 
 def test_cubic_budget_ends_at_its_target(run, caplog):
@@ -675,6 +680,8 @@ def test_rounds_in_epochs_and_rounds_that_do_not_fit(run, caplog):
     ("settings", "message"),
     [
         ({"score": "luck"}, "score 'luck' is not known; expected one of ablation"),
+        ({"score": 5}, "score is 5; expected a name, a function or"),
+        ({"rule": 5}, "rule is 5; expected a function"),
         ({"schedule": "cubic"}, r"schedule is 'cubic'; expected gatewise.ConstantBudget"),
         (
             {"schedule": down(3), "budget": "ranks"},

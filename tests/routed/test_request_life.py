@@ -1,6 +1,7 @@
 """What stays of a request and for how long: nothing of it reaches the next one, or another model."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -38,6 +39,35 @@ def watched_states(model):
     layer = model.base_model.model.model.layers[1]
     layer.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
     return seen
+
+
+def test_calls_of_several_threads_come_one_after_the_other(routed, batch):
+    """One begins in the middle of another."""
+    model = routed("llama", top_k=1)
+    prompts = prompts_of(batch)
+    other = {name: value[:2] for name, value in prompts.items()}
+    expected = [model.generate(**one, **WRITE) for one in (prompts, other)]
+    written, began, ended = [], threading.Event(), threading.Event()
+
+    def write():
+        began.set()
+        written.append(model.generate(**other, **WRITE))
+        ended.set()
+
+    thread = threading.Thread(target=write)
+
+    def start_the_other(*_):
+        hook.remove()
+        thread.start()
+        began.wait(60)
+        ended.wait(0.5)  # it waits for this call, which is not over
+
+    hook = model.base_model.model.model.layers[0].register_forward_hook(start_the_other)
+    with model.prompt_positions(prompts["attention_mask"].bool()):
+        written.insert(0, model.generate(**prompts, **WRITE))
+    thread.join(60)
+    assert [one.tolist() for one in written] == [one.tolist() for one in expected]
+    check_at_rest(model)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])

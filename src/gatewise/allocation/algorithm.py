@@ -238,20 +238,21 @@ def _checked(given: Any, scores: ModuleScores, limits: Limits) -> Plan:
         )
         plan = Plan({m: sorted(map(int, at)) for m, at in lost.items() if len(at)}, {m: int(n) for m, n in gained.items() if n})
         strange = [module for one in given for module in one if module not in scores]
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise GatewiseError(
             f"the rule returned {given!r}; expected a gatewise.budget.Plan: positions and numbers by module"
         ) from error
     left = {module: len(values) - len(plan.pruned.get(module, ())) for module, values in scores.items()}
     after = {module: rank + plan.grown.get(module, 0) for module, rank in left.items()}
     strange += [m for m, at in plan.pruned.items() if not set(at) <= set(range(len(scores[m]))) or len(set(at)) < len(at)]
+    strange += [m for m in plan.pruned if left[m] < limits.min_rank]
     strange += [m for m, n in plan.grown.items() if n < 0 or after[m] > limits.capacity[m]]
     cost = limits.cost_of(after)
     if strange or not any(left.values()) or (plan.grown and cost > limits.budget):
         raise GatewiseError(
             f"the plan of the rule cannot be carried out (after it {cost:,} would live{', and see ' if strange else ''}"
             f"{some(strange)}): expected positions of live ranks, new ranks that a module has room for, at least one rank that "
-            f"stays, and at most {limits.budget:,} of the budget"
+            f"stays ({limits.min_rank} in each module), and at most {limits.budget:,} of the budget"
         )
     return plan
 

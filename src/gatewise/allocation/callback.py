@@ -113,6 +113,10 @@ class RankAllocation(TrainerCallback, ExportableState):
             )
         if rule is None:
             rule = partial(plan_round, module_pruning=module_pruning)
+        if not isinstance(rule, str) and not callable(rule):
+            raise GatewiseError(
+                f"rule is {rule!r}; expected a function (scores, limits) -> gatewise.budget.Plan, or module:function"
+            )
         self.score = as_score(score, score_options)
         self.how = HowToDecide(
             score=self.score,

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import RLock
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -111,7 +112,7 @@ class Text:
 
 
 class CallState:
-    """What is being done with a tracked model, by one thread at a time. A copy, pickled or not, begins anew.
+    """What is being done with a tracked model, by the thread whose turn it is. A copy, pickled or not, begins anew.
 
     A subclass names its attributes with the values that they have before anything was set.
 
@@ -122,6 +123,7 @@ class CallState:
         opened_by: which of the watched models' forward that is.
         arguments: of this forward, by name.
         of_pass: the attributes that a pass sets, which go when it ends.
+        turn: held while a call is open, and while prompts lie where somebody said.
     """
 
     of_pass: ClassVar[tuple[str, ...]] = ("current", "opened_by", "arguments")
@@ -130,6 +132,9 @@ class CallState:
     current: Any = None
     opened_by: int | None = None
     arguments: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        self.turn = RLock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -202,22 +207,24 @@ class CallTracker:
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:
-        """While open, forwards belong to this call."""
-        before, self.now.call = self.now.call, call
-        try:
-            yield
-        finally:
-            self.now.call = before
-            self.now.close()  # a forward that was stopped from the keyboard has not come to its end
+        """While open, forwards belong to this call, and calls of other threads wait."""
+        with self.now.turn:
+            before, self.now.call = self.now.call, call
+            try:
+                yield
+            finally:
+                self.now.call = before
+                self.now.close()  # a forward that was stopped from the keyboard has not come to its end
 
     @contextmanager
     def prompt_positions(self, prompt: Tensor) -> Iterator[None]:
-        """While open, texts have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
-        before, self.now.prompt = self.now.prompt, prompt
-        try:
-            yield
-        finally:
-            self.now.prompt = before
+        """``call``, in which texts have their prompts where ``prompt`` (b, t) is true; columns it lacks are none of it."""
+        with self.now.turn:
+            before, self.now.prompt = self.now.prompt, prompt
+            try:
+                yield
+            finally:
+                self.now.prompt = before
 
     # torch.compile would run what it traces here in another order than the layers, which then find no pass or one of another call.
     @torch.compiler.disable

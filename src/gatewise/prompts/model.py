@@ -55,7 +55,7 @@ class SelectivePromptModel(BaseTuner):
     zero (reconstructed: the paper's formula with nothing to propagate), so p_i = τ a_i p^new, as the discrete model's first prompt
     layer has p_i = τ p^new; below it there is no prompt at all.
 
-    Several adapters in one batch, and several active at once, are refused. One thread at a time may call the model.
+    Several adapters in one batch, and several active at once, are refused. Calls of several threads come one after the other.
     """
 
     prefix: str = "spt_"

@@ -39,7 +39,7 @@ class RoutedLoraModel(LoraModel):
     decision of its own. The decision holds for the whole row, and for every token that is added with its key-value cache,
     in ``generate`` and in loops of one's own. A cache that already holds tokens brings the decision of the prompt that filled it;
     start with an empty one to route anew. Loops without a cache start a request with every call: run them under
-    ``prompt_positions``. One thread at a time may call the model.
+    ``prompt_positions``. Calls of several threads come one after the other.
 
     In evaluation mode and without gradients, a module that no row keeps is its base module, and one that is kept adds two products
     for all adapters of the batch, which are gathered once a request, in the precision of the base module's output. A request that
@@ -193,12 +193,12 @@ class RoutedLoraModel(LoraModel):
         """Opened by PEFT around ``forward`` and ``generate``: keeps the adapters' names, which the base model does not get."""
         names = kwargs.get("adapter_names")
         with ExitStack() as stack:
+            stack.enter_context(self._tracker.call(Call(names)))
             if names is not None:
                 self._check_names(names)
                 for module in self.modules():
                     if isinstance(module, AuxiliaryTrainingWrapper):
                         stack.callback(module.register_forward_pre_hook(self._add_names, with_kwargs=True).remove)
-            stack.enter_context(self._tracker.call(Call(names)))
             stack.enter_context(rows_side_by_side(self.model))
             yield
 

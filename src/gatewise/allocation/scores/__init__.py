@@ -123,6 +123,8 @@ def as_score(given: str | Score | Callable[..., Any], options: Mapping[str, Any]
     if isinstance(given, partial) and not given.args:
         score = as_score(given.func, given.keywords)
         given = replace(score, function=given, options=score.options and {**score.options, **given.keywords})
+    if not callable(given):
+        raise GatewiseError(f"score is {given!r}; expected a name, a function or a gatewise.scores.Score")
     return (given if isinstance(given, Score) else Score(given)).checked(options)
 
 
