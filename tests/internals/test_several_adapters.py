@@ -12,7 +12,7 @@ from gatewise.internals.several_adapters import load_all_active_adapters
 
 class Load(TrainerCallback):
     def on_init_end(self, args, state, control, **kwargs):
-        load_all_active_adapters(kwargs["model"])
+        load_all_active_adapters()
 
 
 @pytest.fixture
@@ -20,15 +20,22 @@ def trainer(tmp_path):
     """trainer(callbacks) -> a Trainer of two active adapters, the factors B of one of which are frozen, and a checkpoint of the
     same with other values."""
 
-    def make(callbacks):
+    def make(callbacks, late=False):
         model = get_peft_model(tiny_base("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
-        model.add_adapter("other", LoraConfig(r=3, target_modules=["v_proj"]))
-        model.base_model.set_adapter(["other", "default"])
-        for name, parameter in model.named_parameters():
-            if "lora_B.other" in name:
-                parameter.requires_grad_(False)
+
+        def add_other():
+            model.add_adapter("other", LoraConfig(r=3, target_modules=["v_proj"]))
+            model.base_model.set_adapter(["other", "default"])
+            for name, parameter in model.named_parameters():
+                if "lora_B.other" in name:
+                    parameter.requires_grad_(False)
+
+        if not late:
+            add_other()
         arguments = TrainingArguments(output_dir=str(tmp_path / "run"), report_to="none", use_cpu=True)
         made = Trainer(model=model, args=arguments, callbacks=callbacks)
+        if late:
+            add_other()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         made.saved = {name: p.detach().clone() for name, p in random_adapter(model).named_parameters()}
         model.save_pretrained(tmp_path)
@@ -56,8 +63,9 @@ def test_resuming_keeps_what_is_active_and_what_is_trained(trainer, tmp_path):
     assert trained(made.model) == expected
 
 
-def test_the_best_checkpoint_of_each_is_its_own(trainer):
-    made = trainer([Load(), Load()])
+@pytest.mark.parametrize("late", [False, True], ids=["there before", "added after the Trainer was made"])
+def test_the_best_checkpoint_of_each_is_its_own(trainer, late):
+    made = trainer([Load(), Load()], late)
     made._load_best_model()
     assert_loaded(made)
 

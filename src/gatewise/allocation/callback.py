@@ -192,7 +192,7 @@ class RankAllocation(TrainerCallback, ExportableState):
         room = self.schedule.r_max if isinstance(self.schedule, ConstantBudget) else slots.capacities(layers, name)
         self._capacity = slots.widen(model, room, name)
         self._write_beside(model)
-        load_all_active_adapters(model)
+        load_all_active_adapters()
         self._whole.on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -18,13 +18,11 @@ from torch import nn
 from transformers import Trainer
 
 
-def load_all_active_adapters(model: PeftModel) -> None:
+def load_all_active_adapters() -> None:
     """Changes how the Trainer that is being made, from a callback of whose this is called, loads checkpoints, and no other Trainer.
 
-    With one adapter that is called "default" Transformers loads what it should, and nothing is changed.
+    Where one adapter is active then that is called "default", Transformers loads what it should, and does it.
     """
-    if list(model.peft_config) == ["default"]:
-        return
     frame: Any = inspect.currentframe()  # callbacks are given the model, but not the Trainer
     while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
         frame = frame.f_back
