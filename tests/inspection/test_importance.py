@@ -156,6 +156,19 @@ def test_the_default_is_the_librarys_and_no_sum_is_claimed_for_it(adapted: Adapt
     assert any("lower the loss by" in line for line in importance_lines(importance_of(adapted(), batch(), "path_integral")))
 
 
+def test_a_score_of_ones_own(adapted: Adapted, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_to_inspect.py").write_text("""
+from gatewise.allocation.slots import live_slots, lora_layers
+
+def by_place(model, batch, adapter):
+    return {path: [0.5 + slot for slot in live_slots(layer, adapter)] for path, layer in lora_layers(model, adapter).items()}
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = importance_of(adapted(), batch(), "mine_to_inspect:by_place")
+    assert {module.scores for module in found.modules} == {(0.5, 1.5, 2.5)}
+    assert "score: mine_to_inspect:by_place, without a unit; of each rank, higher is worth more" in importance_lines(found)
+
+
 def test_first_order_is_twice_the_trapezoid(adapted: Adapted, batch: Batch) -> None:
     model, rows = adapted(), batch()
     options = {"points": 2, "rule": "trapezoid"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.loading import Loaded, load_with_data
 from gatewise.adapters.lora import active_adapter
-from gatewise.allocation.scores import DEFAULT, SCORES, as_score
+from gatewise.allocation.scores import DEFAULT, as_score
 from gatewise.allocation.scoring import from_nothing, losses_without_and_with
 from gatewise.allocation.slots import Expert, costs, factors, left_alone, lora_layers
 from gatewise.errors import GatewiseError
@@ -65,7 +65,7 @@ class Importance:
 
     Attributes:
         modules: one entry a module, by layer and then by kind.
-        score: how ranks were scored, a name in ``gatewise.allocation.scores.SCORES``.
+        score: how ranks were scored, a name in ``gatewise.allocation.scores.SCORES`` or "module:function".
         rows: rows scored on.
         data: where they came from, as the user wrote it.
         base_model: the base model's name.
@@ -106,12 +106,12 @@ class Importance:
     @property
     def unit(self) -> str:
         """The unit of the scores, "nats" or none."""
-        return SCORES[self.score].unit
+        return as_score(self.score).unit
 
     @property
     def meaning(self) -> str:
         """What a rank's score says, in words."""
-        return SCORES[self.score].meaning
+        return as_score(self.score).meaning
 
     @property
     def ranked(self) -> list[ModuleImportance]:
@@ -169,7 +169,7 @@ def score_adapter(
     Args:
         adapter: its folder; any LoRA adapter of PEFT's, trained by gatewise or not.
         data, options: as for ``gatewise.adapters.loading.load_with_data``.
-        score: a name in ``gatewise.allocation.scores.SCORES``.
+        score: a name in ``gatewise.allocation.scores.SCORES``, or "module:function".
         rows: rows drawn from the data without replacement; all of them if there are fewer.
         seed: of that draw.
         score_options: further arguments of the score.
