@@ -231,6 +231,19 @@ def test_a_run_that_goes_on_keeps_the_order_of_its_classes(tmp_path: Path, monke
     assert json.loads((result.adapter / "gatewise.json").read_text())["labels"] == ["bad", "good"]
 
 
+def test_adalora_trains_nothing_that_a_checkpoint_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a base in bfloat16 PEFT leaves the divisor of the scale trainable.
+    recipe, settings = write_recipe(tmp_path, "adalora"), ("dtype=bfloat16",)
+    whole = train(recipe, tmp_path / "whole", *settings)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "out", *settings)
+    resumed = train(recipe, tmp_path / "out", *settings, resume=True)
+    assert resumed.resumed_from == 4
+    assert_same_adapter(whole.adapter, resumed.adapter)
+
+
 @pytest.mark.parametrize("changed", ["another label", "a row more", "another dev"])
 def test_a_run_is_not_resumed_with_other_rows(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path)

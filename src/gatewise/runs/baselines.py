@@ -92,6 +92,13 @@ class AdaLora(Lora):
             )
         return AdaLoraConfig(target_r=self.peft.r, **schedule, **self.settings(run, base))
 
+    def adapt(self, run: Run, base: PreTrainedModel) -> PeftModel:
+        """AdaLoRA. PEFT would train the divisor of its scale where it casts it, on a bfloat16 base, and never save it."""
+        model = super().adapt(run, base)
+        for layer in _layers(model).values():
+            layer.ranknum.requires_grad_(False)
+        return model
+
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         """The schedule."""
         return [*super().callbacks(run), AdaLoraSchedule(run.checkpoint)]
