@@ -22,6 +22,7 @@ from gatewise.allocation.slots import lora_layers
 from gatewise.errors import GatewiseError
 from gatewise.inspection import read_budget
 from gatewise.runs import run
+from gatewise.runs.folder import check_same_rows
 from gatewise.runs.measure import measure_adapter
 from gatewise.runs.recipe_file import load_recipe
 from gatewise.runs.trainer import RecipeTrainer
@@ -229,6 +230,20 @@ def test_a_run_that_goes_on_keeps_the_order_of_its_classes(tmp_path: Path, monke
     result = train(recipe, tmp_path / "out", resume=True)
     assert result.resumed_from == 4
     assert json.loads((result.adapter / "gatewise.json").read_text())["labels"] == ["bad", "good"]
+
+
+def test_rows_of_tensors_are_compared_in_full_and_damaged_fingerprints_are_said(tmp_path: Path) -> None:
+    values = torch.zeros(2000)
+    before = check_same_rows(tmp_path, {"data.train": [{"values": values}]}, resume=False)
+    (tmp_path / "rows.json").write_text(json.dumps(before))
+    assert check_same_rows(tmp_path, {"data.train": [{"values": values}]}, resume=True) == before
+    values[1000] = 1
+    with pytest.raises(GatewiseError, match=r"the rows of data.train are not those"):
+        check_same_rows(tmp_path, {"data.train": [{"values": values}]}, resume=True)
+    for damaged in ("{", "3"):
+        (tmp_path / "rows.json").write_text(damaged)
+        with pytest.raises(GatewiseError, match=r"rows.json is damaged \(.*: remove it to resume with the rows as they are"):
+            check_same_rows(tmp_path, {}, resume=True)
 
 
 def test_adalora_trains_nothing_that_a_checkpoint_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from gatewise.adapters.checkpoints import checkpoint_step, complete_checkpoints
-from gatewise.errors import GatewiseError
+from gatewise.errors import GatewiseError, reason_of
 from gatewise.files import finite, whole_file, write_json
 from gatewise.parts import METHODS, Method
 from gatewise.runs.recipe import Recipe
@@ -219,10 +219,20 @@ def check_same_rows(output: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]
     Raises:
         GatewiseError: the run that is to be resumed began with other rows.
     """
-    found = {key: hashlib.sha256(json.dumps(one, default=str).encode()).hexdigest() for key, one in rows.items()}
+
+    def content(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)  # str leaves out most of a large tensor
+
+    found = {key: hashlib.sha256(json.dumps(one, default=content).encode()).hexdigest() for key, one in rows.items()}
     if not resume or not (output / ROWS).is_file():
         return found
-    before = json.loads((output / ROWS).read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads((output / ROWS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise GatewiseError(
+            f"{output / ROWS} is damaged ({reason_of(error)}): remove it to resume with the rows as they are, or begin again with "
+            "--overwrite"
+        ) from error
     for key, value in found.items():
         if before.get(key) != value:
             raise GatewiseError(
