@@ -621,9 +621,13 @@ def test_a_checkpoint_of_another_budget_is_refused(run, tmp_path):
         GatewiseError, match=r"checkpoint's budget counts parameters, but budget is 'ranks': resume with budget='para"
     ):
         run(training=training, allocation={"budget": "ranks"}, resume=str(checkpoint))
-    # One from before there were other budgets counts ranks, as all did.
     file = checkpoint / "trainer_state.json"
     state = json.loads(file.read_text())
+    state["stateful_callbacks"]["RankAllocation"]["attributes"]["unit"] = "modules"
+    file.write_text(json.dumps(state))
+    with pytest.raises(GatewiseError, match=r"counts modules, but budget is 'ranks': no rounds count that any more, so train anew"):
+        run(training=training, allocation={"budget": "ranks"}, resume=str(checkpoint))
+    # One from before there were other budgets counts ranks, as all did.
     del state["stateful_callbacks"]["RankAllocation"]["attributes"]["unit"]
     file.write_text(json.dumps(state))
     with pytest.raises(GatewiseError, match=r"budget counts ranks, but budget is 'parameters': resume with budget='ranks'"):

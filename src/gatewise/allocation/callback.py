@@ -332,9 +332,11 @@ class RankAllocation(TrainerCallback, ExportableState):
                 continue
             unit = entry.get("unit", "ranks")  # which all counted before there were others
             if unit != self.unit:
+                known = f"resume with budget={unit!r} (allocation.budget: {unit} in a recipe)"
+                gone = "no rounds count that any more, so train anew (gatewise compress takes whole modules out)"
                 raise GatewiseError(
-                    f"the checkpoint's budget counts {unit}, but budget is {self.unit!r}: resume with budget={unit!r} "
-                    f"(allocation.budget: {unit} in a recipe)"
+                    f"the checkpoint's budget counts {unit}, but budget is {self.unit!r}: "
+                    + (known if unit in get_args(Unit) else gone)
                 )
             schedule = entry.get("schedule", self.schedule.name)  # which they did not say at first
             if schedule != self.schedule.name:
