@@ -38,7 +38,8 @@ sizes = dict(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layer
 model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), LoraConfig(r=2, target_modules="all-linear"))
 rows = [{"input_ids": [1, 2, 3, at % 9], "labels": [1, 2, 3, at % 9]} for at in range(8)]
 batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-allocation = gatewise.RankAllocation(rounds=1, prune_fraction=1 / 4, first_round=2, recover=1, validation_batch=batch)
+schedule = gatewise.ConstantBudget(rounds=1, prune_fraction=1 / 4, first_round=2, recover=1)
+allocation = gatewise.RankAllocation(schedule=schedule, validation_batch=batch)
 arguments = TrainingArguments("run", max_steps=3, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
 Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation]).train()
 assert len(allocation.history) == 1

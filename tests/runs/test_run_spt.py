@@ -362,7 +362,7 @@ def test_inspect_and_export(tmp_path: Path) -> None:
     soft = train(write_recipe(tmp_path, "prefix-tuning"), tmp_path / "soft", "training.max_steps=1")
     for args, said in (
         (["inspect", adapter, "--value", "norm"], "--value norm was given for an adapter with prompts"),
-        (["inspect", adapter, "--plot", "x.html"], "prompts are drawn into a name that ends in .png or .svg"),
+        (["inspect", adapter, "--plot", "x.html"], "cannot plot to x.html: expected a name that ends in .png or .svg"),
         (["inspect", str(soft.adapter)], "peft_type is PREFIX_TUNING, expected a LoRA adapter"),
     ):
         refused = CliRunner().invoke(app, args)

@@ -22,7 +22,8 @@ def export(
     """Write an adapter as plain LoRA at its true ranks.
 
     \b
-    Example: gatewise export runs/quickstart/adapter for-serving --padded
+    Example:
+      gatewise export runs/quickstart/adapter for-serving --padded
     """
     from gatewise.adapters.export import to_lora
 
