@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
@@ -130,6 +131,7 @@ class AdapterServer:
         embeddings: Any = model.get_input_embeddings()
         vocabulary = int(embeddings.weight.shape[0])
         self._every = every
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="gatewise-encode")
         self.url = url_of(host, self.port)
         served = Served(
             self.name,
@@ -142,12 +144,11 @@ class AdapterServer:
             constraints or {},
             key,
             hosts,
+            self._encoding,
         )
-        made = app(served)
-        self._encoding = made.state.encoding
         self._server = uvicorn.Server(
             uvicorn.Config(
-                made,
+                app(served),
                 http="h11",
                 ws="none",
                 loop="asyncio",
