@@ -12,6 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from gatewise.internals.cpu_features import multiplies_bfloat16
+
 RESULTS = Path(__file__).parent / "results"
 Run = dict[str, Any]
 """One finished run; it names its "task", "method" and "seed"."""
@@ -106,10 +110,6 @@ def spread(values: list[float], digits: int, sign: bool = False) -> str:
 
 def machine() -> Run:
     """The processor, how it multiplies bfloat16, and the threads that were used."""
-    import torch
-
-    from gatewise.internals.cpu_features import multiplies_bfloat16
-
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {"processor": name, "multiplies_bfloat16": multiplies_bfloat16(), "threads": torch.get_num_threads()}

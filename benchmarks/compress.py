@@ -24,13 +24,31 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark_data import TEMPLATES, load_task, teacher_forced
 from campaign import append, claimed, machine, read
-from unpadded import ATTENTION, OneRow
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+import gatewise
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scoring import from_nothing, live_only, losses_without_and_with, parts_of, scoring
+from gatewise.allocation.slots import by_slot, factors, live_slots, lora_layers, prune
+from gatewise.compress.basis import to_singular_basis
+from gatewise.compress.order import ORDERS as KEPT_ORDERS
+from gatewise.compress.order import Cost, module_costs, moves, parameter_costs, rank_values
+from gatewise.compress.recovery import RATE_OF_RUN, Recovery, recover, refit
+from gatewise.losses import row_losses
+from gatewise.models import load_model, load_tokenizer
+from gatewise.models.device import pick_dtype
+from gatewise.sites import sites_in_order
+from gatewise.tasks import PadCollator, encode, evaluate
+from gatewise.tasks.encoding import encode_classification
 
 RESULTS = Path(__file__).parent / "results" / "compress.jsonl"
 ORDERS = ("path_moments", "singular", "activation", "path_integral", "taylor", "random", "last")
@@ -66,10 +84,6 @@ class Case:
     """A model and task: its rows, and a fresh model with a LoRA of some rank."""
 
     def __init__(self, name: str, task: str, seed: int, data_dir: Path) -> None:
-        from gatewise.models import load_tokenizer
-        from gatewise.tasks import PadCollator, encode
-        from gatewise.tasks.encoding import encode_classification
-
         self.name, self.task, self.seed, self.settings = name, task, seed, SETTINGS[name]
         train, dev, template = load_task(task, data_dir)
         self.dev = replace(dev, rows=dev.rows[: self.settings["dev"]])
@@ -86,12 +100,6 @@ class Case:
         self.batch, self.features = self.collate(features[: SCORED.get(task, HELD_BACK)]), features[HELD_BACK:]
 
     def fresh(self, rank: int) -> Any:
-        from peft import LoraConfig, get_peft_model
-        from transformers import set_seed
-
-        from gatewise.models import load_model
-        from gatewise.models.device import pick_dtype
-
         set_seed(self.seed)
         kind = self.settings["task"]
         dtype = torch.float32 if kind == "classification" else pick_dtype("auto")
@@ -99,7 +107,7 @@ class Case:
             self.settings["model"], task=kind, num_labels=len(self.labels or []) if kind == "classification" else None, dtype=dtype
         )
         # On a processor the backward pass of PyTorch's fused attention is slow for short texts: a fifth of a step.
-        base.set_attn_implementation("eager" if kind == "classification" else ATTENTION)
+        base.set_attn_implementation("eager")
         config = LoraConfig(
             r=rank, lora_alpha=ALPHA * rank // RANK or 2, target_modules="all-linear",
             task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM",
@@ -107,24 +115,17 @@ class Case:
         return get_peft_model(base, config)
 
     def train(self, model: Any, steps: int, learning_rate: float) -> None:
-        from gatewise.compress.recovery import Recovery, recover
-
         recovery = Recovery("", steps, learning_rate, BATCH.get(self.task, 16))
-        collate = None if self.template is None else OneRow(self.tokenizer)
         with self.quicker():
-            recover(model, self.tokenizer, self.features, recovery, {}, self.seed, collate)
+            recover(model, self.tokenizer, self.features, recovery, {}, self.seed)
 
     def quicker(self) -> torch.autocast:
         """Products in bfloat16 where the processor has instructions for it. Ranks are always valued without."""
-        from gatewise.models.device import pick_dtype
-
         # Without its cache: in training that would hold the factors as they were at first.
         return torch.autocast("cpu", torch.bfloat16, enabled=pick_dtype("auto") == torch.bfloat16, cache_enabled=False)
 
     def measured(self, model: Any) -> dict[str, float]:
         """Accuracy and mean loss (nats) on the dev rows; of trees, the share of tokens that are likeliest after the right ones."""
-        from gatewise.tasks import encode, evaluate
-
         if self.task == "text2mdt":
             rows = list(encode(self.dev, self.tokenizer, self.template))
             with self.quicker():
@@ -137,9 +138,6 @@ class Case:
 
 def trained(case: Case, work: Path) -> Any:
     """The whole adapter, from --work where it was trained before."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file, save_file
-
     path = work / f"{case.name}-{case.task}-{case.seed}.safetensors"
     model = case.fresh(RANK)
     if path.is_file():
@@ -178,14 +176,6 @@ def lost_values(model: Any, batch: Any, order: str, seed: int) -> dict[str, torc
     "activation" is the mean square, over the tokens of the batch, of what a rank adds to its module's output; "random" is by the
     seed; of "last" the last layers are worth most. Others are scores.
     """
-    import gatewise
-    from gatewise.allocation.gates import GateBank
-    from gatewise.allocation.scoring import from_nothing, live_only, losses_without_and_with, parts_of, scoring
-    from gatewise.allocation.slots import by_slot, factors
-    from gatewise.compress.order import rank_values
-    from gatewise.losses import row_losses
-    from gatewise.sites import sites_in_order
-
     if order == "path_integral":
         return {path: one.double() for path, one in gatewise.scores.path_integral(model, batch).items()}
     if order == "taylor":  # counted from CE(all ranks) - CE(no rank)
@@ -224,11 +214,6 @@ def lost_values(model: Any, batch: Any, order: str, seed: int) -> dict[str, torc
 
 def measurements(case: Case, work: Path, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
     """Every measurement of a case that is missing; where none is, nothing is trained."""
-    from gatewise.allocation.slots import live_slots, lora_layers, prune
-    from gatewise.compress.basis import to_singular_basis
-    from gatewise.compress.order import ORDERS as KEPT_ORDERS
-    from gatewise.compress.order import Cost, module_costs, moves, parameter_costs, rank_values
-    from gatewise.compress.recovery import RATE_OF_RUN, refit
 
     def row(order: str, unit: str, fraction: float, stage: str) -> dict[str, Any]:
         return {"model": case.name, "task": case.task, "seed": case.seed, "order": order, "unit": unit,
@@ -537,7 +522,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SETTINGS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=sorted(TEMPLATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--skip-trained", action="store_true", help="without the LoRA that is trained small")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the table of docs/compress.md for --models, run nothing")
     parser.add_argument("--plot", type=Path)
@@ -564,12 +548,9 @@ def main() -> None:
                         if not free:
                             continue
                         case = Case(name, task, seed, options.data_dir)
-                        found = [measurements(case, options.work, done)]
-                        for rows in [*found, *([] if options.skip_trained else [small_ones(case, options.results, done)])]:
-                            for row in rows:
-                                told = row | on
-                                append(told, options.results)
-                                print(json.dumps(told), flush=True)
+                        for row in chain(measurements(case, options.work, done), small_ones(case, options.results, done)):
+                            append(row | on, options.results)
+                            print(json.dumps(row | on), flush=True)
     report(read(options.results))
     if options.plot:
         plot(read(options.results), read(RESULTS.with_name("compress_speed.jsonl")), options.plot)

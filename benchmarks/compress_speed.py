@@ -28,6 +28,7 @@ from peft import PeftModel
 
 from gatewise import fast_lora
 from gatewise.adapters.data_options import DataOptions
+from gatewise.adapters.files import read_lora
 from gatewise.compress import Goal, compress
 from gatewise.files import write_json
 from gatewise.models import load_model
@@ -79,8 +80,6 @@ def smaller(whole: Path, data: Path, options: argparse.Namespace) -> dict[str, P
 
 
 def _size(folder: Path) -> dict[str, int]:
-    from gatewise.adapters.files import read_lora
-
     adapter = read_lora(folder)
     return {
         "parameters": sum(module.a.numel() + module.b.numel() for module in adapter.modules), "modules": len(adapter.modules),

@@ -16,8 +16,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from benchmark_data import load_task, teacher_forced
 from campaign import campaign, spread
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from gatewise import ConstantBudget, Cubic, RankAllocation
+from gatewise.allocation.slots import ranks
+from gatewise.models import load_model, load_tokenizer
+from gatewise.runs.baselines import AdaLoraSchedule, to_plain_lora
+from gatewise.runs.trainer import RecipeTrainer
+from gatewise.sites import kind_key, site
+from gatewise.tasks import PadCollator, encode, evaluate
 
 SETTINGS: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
@@ -58,16 +70,6 @@ METRIC = {"sst2": "accuracy", "trec": "accuracy", "text2mdt": "token_accuracy"}
 
 def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
     """Trains one adapter and measures it on the whole dev split."""
-    import torch
-    from peft import PeftModel
-    from transformers import TrainerCallback, TrainingArguments, set_seed
-
-    from gatewise.allocation.slots import ranks
-    from gatewise.models import load_model, load_tokenizer
-    from gatewise.runs.baselines import AdaLoraSchedule, to_plain_lora
-    from gatewise.runs.trainer import RecipeTrainer
-    from gatewise.tasks import PadCollator, encode, evaluate
-
     s = {**SETTINGS, **OF_TASK.get(task, {})}
     s["learning_rate"] *= RATE.get(method, 1)
     train, dev, template = load_task(task, data_dir)
@@ -153,8 +155,6 @@ def is_adalora(method: str) -> bool:
 
 def adapted(base: Any, method: str, s: dict[str, Any]) -> Any:
     """The base model with the method's adapter at its start. alpha / r is that of LoRA whatever the initial rank."""
-    from peft import AdaLoraConfig, LoraConfig, get_peft_model
-
     common: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     r = INITIAL_RANK if method == "pi-lora-cubic" or is_adalora(method) else s["r"]
     alpha = s["lora_alpha"] * r // s["r"]
@@ -171,8 +171,6 @@ def adapted(base: Any, method: str, s: dict[str, Any]) -> Any:
 
 def allocation_of(method: str, s: dict[str, Any], batch: Any, seed: int) -> Any:
     """The method's rounds, or None where it has none."""
-    from gatewise import ConstantBudget, Cubic, RankAllocation
-
     own = METHODS[method]
     if own is None:
         return None
@@ -198,8 +196,6 @@ def allocation_of(method: str, s: dict[str, Any], batch: Any, seed: int) -> Any:
 
 def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
     """Prints mean and spread by task and method, the paired differences to LoRA, and where the ranks went."""
-    from gatewise.sites import kind_key, site
-
     for task in dict.fromkeys(run["task"] for run in runs):
         cell = {(r["method"], r["seed"]): r for r in runs if r["task"] == task}
         metric = METRIC[task]
@@ -243,9 +239,6 @@ def _plot(runs: list[dict[str, Any]], out: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
-
-    from gatewise.sites import kind_key, site
 
     tasks = list(dict.fromkeys(run["task"] for run in runs if run["method"] == "pi-lora"))
     methods = [m for m in METHODS if m != "lora" and any(run["method"] == m for run in runs)]

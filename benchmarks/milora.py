@@ -20,7 +20,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from campaign import campaign, spread
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments, set_seed
+
+from gatewise import RoutedLoraConfig
+from gatewise.bilevel import BilevelMixin
+from gatewise.inspection.routing import routing_of_rows
+from gatewise.losses import mean_loss
+from gatewise.models import load_model, load_tokenizer
+from gatewise.routed import ACTIVATION_PARAMETERS
+from gatewise.runs.trainer import RecipeTrainer
+from gatewise.sites import kind_key, site
+from gatewise.tasks import PadCollator, default_template, encode, evaluate, load_records
 
 SETTINGS: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
@@ -61,17 +75,6 @@ def trained_and_measured(
     Args:
         choosing: rows of the training split that nothing trains on, whose loss is in the result too, to choose settings by.
     """
-    import torch
-    from transformers import TrainingArguments, set_seed
-
-    from gatewise.bilevel import BilevelMixin
-    from gatewise.inspection.routing import routing_of_rows
-    from gatewise.losses import mean_loss
-    from gatewise.models import load_model, load_tokenizer
-    from gatewise.routed import ACTIVATION_PARAMETERS
-    from gatewise.runs.trainer import RecipeTrainer
-    from gatewise.tasks import PadCollator, default_template, encode, evaluate, load_records
-
     draw = random.Random(seed)
     tokenizer = load_tokenizer(s["model"])
     rows: list[Any] = []
@@ -152,10 +155,6 @@ def trained_and_measured(
 
 def adapted(base: Any, method: str, s: dict[str, Any], own: dict[str, Any]) -> Any:
     """The base model with the method's adapter at its start."""
-    from peft import LoraConfig, get_peft_model
-
-    from gatewise import RoutedLoraConfig
-
     kind = RoutedLoraConfig if method.startswith("milora") else LoraConfig
     settings = {"r": s["r"], "lora_alpha": s["lora_alpha"], **own}
     return get_peft_model(base, kind(target_modules="all-linear", task_type="CAUSAL_LM", **settings))
@@ -199,8 +198,6 @@ def report(runs: list[dict[str, Any]], plot: Path | None) -> None:
 
 def _print_overlap(runs: list[dict[str, Any]]) -> None:
     """How many of the modules that most prompts keep the prompts of two tasks or two adapters share; and who keeps what."""
-    from gatewise.sites import kind_key, site
-
     for method, both in itertools.product(METHODS, (False, True)):
         group = [run for run in runs if run["method"] == method and run["routing"] and (run["task"] == "both") == both]
         shares = {(task, run["seed"]): one["share"] for run in group for task, one in run["routing"].items()}
@@ -230,9 +227,6 @@ def _plot(runs: list[dict[str, Any]], out: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
-
-    from gatewise.sites import kind_key, site
 
     methods = [method for method in METHODS if any(run["method"] == method for run in runs)]
     columns = [*SINGLE, "difference"]

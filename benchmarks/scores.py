@@ -23,7 +23,22 @@ from typing import Any
 import torch
 from benchmark_data import load_task, shuffled
 from campaign import RESULTS, append, read
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from gatewise.allocation import slots
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scores.ablation import exact as exactly
+from gatewise.allocation.scores.path_integral import quadrature
+from gatewise.allocation.scoring import parts_of, scoring
+from gatewise.allocation.slots import factors, lora_layers
+from gatewise.losses import mean_loss, row_losses
+from gatewise.models import load_model, load_tokenizer
+from gatewise.runs.trainer import RecipeTrainer
+from gatewise.scores import sensitivity
+from gatewise.tasks import PadCollator, encode
 
 MODEL = "smollm2-135m-instruct"
 TASKS: dict[str, dict[str, int]] = {
@@ -63,9 +78,6 @@ class State:
     """One adapter at one stage: its model, its scoring and measuring rows, and the file of its gradients."""
 
     def __init__(self, task: str, seed: int, stage: str, data_dir: Path, work: Path) -> None:
-        from gatewise.models import load_tokenizer
-        from gatewise.tasks import PadCollator, encode
-
         self.task, self.seed, self.stage, self.work = task, seed, stage, work
         self.settings = TASKS[task]
         train, dev, template = load_task(task, data_dir)
@@ -87,9 +99,6 @@ class State:
 
     def model(self) -> Any:
         """The base model with the adapter of this stage, trained first where it is not yet on disk."""
-        from peft import PeftModel
-        from safetensors.torch import load_file
-
         file = self.folder / f"{self.stage}.safetensors"
         if not file.is_file():
             _train(self)
@@ -99,10 +108,6 @@ class State:
 
     def gradients(self, model: Any) -> dict[str, Tensor]:
         """The gate gradients of every example at every node, kept in a file. ``few`` nodes for the first rows only."""
-        from safetensors.torch import load_file, save_file
-
-        from gatewise.allocation.scores.path_integral import quadrature
-
         file = self.folder / f"{self.stage}-gradients.safetensors"
         kept = load_file(str(file)) if file.is_file() else {}
         large = [0.0, 1.0, *quadrature(2)[0]] if with_many(self.task, self.seed) else []
@@ -126,11 +131,6 @@ class State:
 
 def fresh_model(seed: int) -> Any:
     """SmolLM2 in bfloat16 with a LoRA adapter at its start."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
-
-    from gatewise.models import load_model
-
     set_seed(seed)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(load_model(MODEL, dtype=torch.bfloat16), config)
@@ -138,9 +138,6 @@ def fresh_model(seed: int) -> Any:
 
 def _train(state: State) -> None:
     """Trains one adapter and keeps its weights at both stages."""
-    from safetensors.torch import save_file
-    from transformers import TrainerCallback
-
     settings = state.settings
     model = fresh_model(state.seed)
     state.folder.mkdir(parents=True, exist_ok=True)
@@ -159,10 +156,6 @@ def _train(state: State) -> None:
 
 def train_on(model: Any, state: State, steps: int, rate: float, warmup: int, callbacks: list[Any] | None = None) -> None:
     """Trains at a constant rate after warm-up, so that a stage is a point in the middle of training."""
-    from transformers import TrainingArguments
-
-    from gatewise.runs.trainer import RecipeTrainer
-
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -191,10 +184,6 @@ def train_on(model: Any, state: State, steps: int, rate: float, warmup: int, cal
 
 def example_gradients(model: Any, batch: dict[str, Tensor], node: float, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, R) gradient of every example's summed loss in every gate, all gates at ``node``; the rows' losses; their labels."""
-    from gatewise.allocation.gates import GateBank
-    from gatewise.allocation.scoring import parts_of, scoring
-    from gatewise.losses import row_losses
-
     rows = len(batch["labels"])
     with scoring(model), GateBank(model) as gates:
         total = sum(len(gate) for gate in gates.fill(node).values())
@@ -223,8 +212,6 @@ def path_scores(kept: dict[str, Tensor], rows: int, points: int) -> dict[str, Te
     path, or of the gradient at 0.79; moments: gatewise's path_moments, the mean of that and its moment; pi moments: the same from
     the whole path.
     """
-    from gatewise.allocation.scores.path_integral import quadrature
-
     labels = kept["labels"][:rows].sum()
     on, off = _at(kept, 1.0)[:rows], _at(kept, 0.0)[:rows]
     # (rows, R): what each rank takes off the loss of each example.
@@ -260,9 +247,6 @@ def _at(kept: dict[str, Tensor], node: float, what: str = "") -> Tensor:
 
 def weight_scores(model: Any, state: State) -> dict[str, Tensor]:
     """The scores that are not made of path gradients: AdaLoRA's, the size of a rank's update, and chance."""
-    from gatewise.allocation.slots import factors, lora_layers
-    from gatewise.scores import sensitivity
-
     batch = state.collate(state.scored[: state.settings["few"]])
     size = [torch.linalg.norm(a, dim=1) * torch.linalg.norm(b, dim=0) for a, b in
             (factors(layer, "default") for layer in lora_layers(model).values())]  # fmt: skip
@@ -277,10 +261,6 @@ def weight_scores(model: Any, state: State) -> dict[str, Tensor]:
 
 def measured_loss(model: Any, state: State, off: Tensor | None = None) -> float:
     """Mean loss on the measuring rows with the ranks in ``off`` (R,) bool switched off."""
-    from gatewise.allocation.gates import GateBank
-    from gatewise.allocation.scoring import parts_of, scoring
-    from gatewise.losses import mean_loss
-
     with scoring(model, float32=False), GateBank(model) as gates:
         if off is not None:
             parts = (~off).float().split([len(gate) for gate in gates.fill(1.0).values()])
@@ -298,8 +278,6 @@ def lowest(scores: Tensor, cut: float) -> Tensor:
 
 def recovered_loss(state: State, off: Tensor) -> float:
     """The measured loss after the ranks in ``off`` are gone and the others have trained on for a few steps."""
-    from gatewise.allocation import slots
-
     model = state.model()
     layers = slots.lora_layers(model)
     for layer, dead in zip(layers.values(), off.split([layer.r["default"] for layer in layers.values()]), strict=True):
@@ -376,11 +354,6 @@ def describe(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, T
 
 def exact_agreement(model: Any, state: State, kept: dict[str, Tensor], few: dict[str, Tensor]) -> dict[str, Any]:
     """Spearman correlation of every score with exact AB-LoRA over ranks drawn at random."""
-    from gatewise.allocation.gates import GateBank
-    from gatewise.allocation.scores.ablation import exact as exactly
-    from gatewise.allocation.scoring import scoring
-    from gatewise.allocation.slots import lora_layers
-
     ranks = [(path, slot) for path, layer in lora_layers(model).items() for slot in range(layer.r["default"])]
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(1))[:EXACT_RANKS]
     began = time.perf_counter()

@@ -251,10 +251,7 @@ class Soak:
     ) -> None:
         self.material, self.grace, self.settled, self.vllm, self.seed = material, grace, settled, vllm, seed
         self.done: Counter[str] = Counter()
-        self.statuses: Counter[int] = Counter()
         self.wrong: list[str] = []
-        self.first: list[float] = []  # seconds to the first token
-        self.each: list[float] = []  # seconds per token after it
         self.tokens = 0
         self.down = (math.inf, math.inf)  # from when to when the server was away
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
@@ -319,7 +316,6 @@ class Soak:
             self._error(answer, {404, 503}, row, asked)
             return None
         with self._lock:
-            self.statuses[200] += 1
             self.tokens += answer.json()["usage"]["completion_tokens"]
         return dict(answer.json())
 
@@ -334,7 +330,7 @@ class Soak:
 
     def _stream(self, body: dict[str, Any], row: Adapter | None, number: int, tokens: int, most: int | None) -> None:
         """Reads a stream to its end, or so many events of it, and compares what it read."""
-        asked, begun, used, text = time.monotonic(), 0.0, 0, ""
+        asked, used, text = time.monotonic(), 0, ""
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         with self._http.stream("POST", self.material.prompts[number].path, json=body) as answer:
             if answer.status_code != 200:
@@ -342,18 +338,13 @@ class Soak:
                 self._error(answer, {404, 503}, row, asked)
                 return
             for count, event in enumerate(_events(answer)):
-                begun = begun or time.monotonic()
                 text += "".join(map(_text_of, event["choices"]))
                 used = (event.get("usage") or {}).get("completion_tokens", used)
                 if count == most:
                     break
         self._compare(row, number, tokens, text, asked, is_begun=most is not None)
         with self._lock:
-            self.statuses[200] += 1
             self.tokens += used
-            if most is None:
-                self.first.append(begun - asked)
-                self.each += [(time.monotonic() - begun) / (used - 1)] if used > 1 else []
 
     def _given_up(self, chance: random.Random) -> None:
         """Reads a few events and goes, or goes before the answer is there."""
@@ -385,30 +376,21 @@ class Soak:
             ("value", body | chance.choice([{"max_tokens": -1}, {"temperature": "hot"}, {"n": 0}]), {400, 404}),
             ("field", body | {"messages": 3, "prompt": {"a": 1}}, {400, 404}),  # an adapter that is away may be found out first
             ("long", body | {"messages" if "messages" in body else "prompt": body.get("messages", [5] * 100) * 1000}, {400, 404}),
-            ("huge", body | {"user": "w" * (9 * 2**20)}, {413}),
             ("model", body | {"model": f"nobody-{chance.random()}"}, {404}),
             ("path", body | {"model": str(chance.choice(self.material.contents))}, {404}),
             ("key", body, {401}),
         ])  # fmt: skip
         if self.vllm:
-            due |= {400, 404, 422} | ({200} if what in ("huge", "value", "field") else set())
+            due |= {400, 404, 422} | ({200} if what in ("value", "field") else set())
         headers = {"Content-Type": "application/json"} | ({"Authorization": "Bearer wrong"} if what == "key" else {})
-        try:
-            answer = self._http.post(path, content=sent if isinstance(sent, str) else json.dumps(sent), headers=headers)
-        except (httpx2.WriteError, httpx2.ReadError):
-            if what != "huge":
-                raise
-            self._note("refused before it was all sent")
-        else:
-            self._error(answer, due, None, asked, f"{what}, {body['model']}")
+        answer = self._http.post(path, content=sent if isinstance(sent, str) else json.dumps(sent), headers=headers)
+        self._error(answer, due, None, asked, f"{what}, {body['model']}")
 
     def _error(
         self, answer: httpx2.Response, due: set[int], row: Adapter | None, asked: float, case: str = "a known prompt"
     ) -> None:
         """An answer that is none: OpenAI's shape, a status that was due, and of an adapter only while it changes."""
         status, problems = answer.status_code, []
-        with self._lock:
-            self.statuses[status] += 1
         if self._was_down(asked):  # vLLM still tells of its engine's end, and answers before it has been told of adapters
             return
         if status == 200 and 200 in due:
@@ -521,17 +503,17 @@ class Server:
     """``gatewise serve`` in a process of its own, which can be killed and started again."""
 
     def __init__(self, options: argparse.Namespace, material: Material, root: Path) -> None:
-        self._log = options.log or root / "log"
+        self._log = root / "log"
         self.temporary = root / "temporary"
         self.temporary.mkdir()
         self._is_vllm = options.engine == "vllm"
         self._command = [sys.executable, "-m", "gatewise", "serve", material.base, "--adapters", str(material.served)]
         self._command += ["--served-model-name", BASE, "--engine", options.engine, "--dtype", options.dtype]
-        self._command += ["--max-loaded", str(options.max_loaded), "--max-running", str(options.max_running)]
+        self._command += ["--max-loaded", str(options.max_loaded), "--max-running", "32"]
         if self._is_vllm:
             self._command += ["--python", str(options.python)]
         else:
-            self._command += ["--device", options.device, "--max-waiting", str(options.max_waiting)]
+            self._command += ["--device", options.device, "--max-waiting", "48"]
         self._rest = ["--", *options.vllm] if options.vllm else []
         self._port = "0"
         self.start()
@@ -571,6 +553,8 @@ class Server:
 
     def end(self) -> list[str]:
         """Ends it by an interrupt; what was not as it has to be then."""
+        if self.process.poll() is not None:
+            return [f"the server ended: {self.last_words(500)}"]
         ours = self.process.children(recursive=True)
         self.process.send_signal(signal.SIGINT)
         wrong = self._ended(ours, 60)
@@ -623,7 +607,7 @@ def soak(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     try:
         while (now := time.monotonic() - began) < options.seconds and server.process.poll() is None:
             time.sleep(min(10.0, max(0.1, options.seconds - now)))
-            if not options.no_kill and restart is None and now > options.seconds / 3:
+            if restart is None and now > options.seconds / 3:
                 load.down = (time.monotonic(), math.inf)
                 problems += server.kill()
                 restart = server.start()
@@ -648,10 +632,10 @@ def soak(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         "engine": options.engine, "base": "tiny" if options.tiny else options.base, "dtype": options.dtype, "seed": options.seed,
         "clients": options.clients, "adapters": options.adapters, "max_loaded": options.max_loaded, "seconds": round(seconds),
         "machine": {**machine(), **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})},
-        "counts": dict(load.done), "statuses": {str(one): count for one, count in load.statuses.items()},
+        "counts": dict(load.done),
         "wrong": len(load.wrong), "wrong_answers": load.wrong[:20], "problems": problems + growth(samples, usage),
         "growth_measured": len(samples) >= 8, "answers_differ": round(material.distinct, 3),
-        "restart_seconds": restart and round(restart, 1), "first_token": quantiles(load.first), "per_token": quantiles(load.each),
+        "restart_seconds": restart and round(restart, 1),
         "tokens_per_second": round(load.tokens / seconds, 1), "usage": samples, "usage_idle": usage,
     }  # fmt: skip
 
@@ -683,14 +667,6 @@ def growth(samples: Sequence[dict[str, int]], idle: dict[str, int]) -> list[str]
     return wrong
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    """The 50th, 95th and 99th percentile, in seconds."""
-    if len(values) < 2:
-        return None
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {name: round(cuts[place], 4) for name, place in (("p50", 49), ("p95", 94), ("p99", 98))}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
@@ -701,14 +677,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=100)
     parser.add_argument("--max-loaded", type=int, default=24)
-    parser.add_argument("--max-running", type=int, default=32)
-    parser.add_argument("--max-waiting", type=int, default=48, help="of the engine transformers")
     parser.add_argument("--changes", type=float, default=2.0, help="seconds between two changes of adapters")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=tuple(CLOSE), default="float32")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-kill", action="store_true", help="let the engine live")
-    parser.add_argument("--log", type=Path, help="where the server's log is kept")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving.jsonl")
     parser.add_argument("vllm", nargs="*", help="after --: more arguments for vLLM")
     options = parser.parse_args()

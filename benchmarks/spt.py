@@ -25,14 +25,27 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmark_data import load_task, shuffled
 from campaign import campaign, spread
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from gatewise import SelectivePromptConfig
+from gatewise.files import write_json
+from gatewise.models import load_model, load_tokenizer
+from gatewise.prompts import search
+from gatewise.prompts.method import LabelledSearch, fixed_layers
+from gatewise.prompts.stages import chosen_layers
+from gatewise.runs.trainer import RecipeTrainer
+from gatewise.tasks import PadCollator, encode, encode_classification, evaluate
 
 RUNS = Path(__file__).parents[1] / "runs" / "spt"
 COMMON: dict[str, Any] = {
@@ -91,12 +104,6 @@ class Cell:
 
 def prepared(task: str, method: str, seed: int, data_dir: Path) -> Cell:
     """Rows, settings and base model of a run."""
-    import torch
-    from transformers import set_seed
-
-    from gatewise.models import load_model, load_tokenizer
-    from gatewise.tasks import PadCollator, encode, encode_classification
-
     name, data, size = task.split("/")
     s = {**COMMON, **MODELS[name]}
     s["steps"] = s["steps"][size]
@@ -128,11 +135,6 @@ def prepared(task: str, method: str, seed: int, data_dir: Path) -> Cell:
 
 def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any] | None:
     """Searches where the method does, trains one adapter and measures it on the whole dev split; None without such a method."""
-    from transformers import set_seed
-
-    from gatewise.files import write_json
-    from gatewise.tasks import evaluate
-
     model_settings = MODELS[task.partition("/")[0]]
     if method in RANDOM[model_settings["layers"] // model_settings["keep"] :]:
         return None
@@ -180,20 +182,8 @@ def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]
     }
 
 
-def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """The layers that SPT-DARTS chooses, what it saw, and what it took.
-
-    Args:
-        model: SPT's network, which it leaves as the search trained it.
-        callbacks: watch the search.
-    """
-    from transformers import set_seed
-
-    from gatewise.prompts import search
-    from gatewise.prompts.method import LabelledSearch
-    from gatewise.prompts.stages import chosen_layers
-    from gatewise.runs.trainer import RecipeTrainer
-
+def searched(model: Any, cell: Cell, seed: int, additions: bool) -> dict[str, Any]:
+    """The layers that SPT-DARTS chooses for its network, what it saw, and what it took."""
     s = {**cell.settings}
     s["steps"] = s.get("search_steps", s["steps"])
 
@@ -201,7 +191,7 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
         """The search of a run."""
 
     def trainer(model: Any, args: Any, train_dataset: Any, **more: Any) -> Any:
-        return recipe_trainer(model, train_dataset, cell.collator, args, Search, callbacks, **more)
+        return recipe_trainer(model, train_dataset, cell.collator, args, Search, **more)
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -228,8 +218,6 @@ def searched(model: Any, cell: Cell, seed: int, additions: bool, callbacks: Sequ
 
 def guessed(method: str, seed: int, s: dict[str, Any]) -> list[int]:
     """The layers of a fixed choice."""
-    from gatewise.prompts.method import fixed_layers
-
     choice, _, number = method.partition("-")
     if choice != "random":
         return fixed_layers(choice, s["keep"], s["layers"])
@@ -239,10 +227,6 @@ def guessed(method: str, seed: int, s: dict[str, Any]) -> list[int]:
 
 def adapted(base: Any, method: str, s: dict[str, Any], layers: list[int] | None) -> Any:
     """The base model with the method's adapter at its start; without layers SPT's is the network to be searched."""
-    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-
-    from gatewise import SelectivePromptConfig
-
     task = "SEQ_CLS" if s["task"] == "classification" else "CAUSAL_LM"
     config: Any
     if method.startswith("lora"):
@@ -260,28 +244,20 @@ def adapted(base: Any, method: str, s: dict[str, Any], layers: list[int] | None)
 
 def equal_rank(base: Any, s: dict[str, Any]) -> int:
     """LoRA's rank, on all linear layers but the head, whose parameters come closest to those of SPT's generators."""
-    from torch import nn
-
     wanted = 2 * s["keep"] * s["bottleneck"] * base.config.hidden_size
     heads = ("classifier", "score", "lm_head")
     linear = [m for name, m in base.named_modules() if isinstance(m, nn.Linear) and name.rpartition(".")[2] not in heads]
     return max(1, round(wanted / sum(m.in_features + m.out_features for m in linear)))
 
 
-def recipe_trainer(
-    model: Any, rows: list[Any], collator: Any, args: Any, kind: Any = None, callbacks: Sequence[Any] = (), **more: Any
-) -> Any:
+def recipe_trainer(model: Any, rows: list[Any], collator: Any, args: Any, kind: Any = RecipeTrainer, **more: Any) -> Any:
     """A Trainer with the loss of gatewise's own runs."""
-    from gatewise.runs.trainer import RecipeTrainer
-
-    common = {"train_dataset": rows, "eval_dataset": [], "collator": collator, "note": {}, "callbacks": [*callbacks]}
-    return (kind or RecipeTrainer)(model=model, args=args, group_by_length=True, **common, **more)
+    common = {"train_dataset": rows, "eval_dataset": [], "collator": collator, "note": {}, "callbacks": []}
+    return kind(model=model, args=args, group_by_length=True, **common, **more)
 
 
 def arguments(folder: str, seed: int, s: dict[str, Any]) -> Any:
     """The same for search and training."""
-    from transformers import TrainingArguments
-
     return TrainingArguments(
         output_dir=folder,
         max_steps=s["steps"],

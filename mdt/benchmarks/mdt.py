@@ -28,7 +28,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from benchmark_data import teacher_forced
 from campaign import append, campaign, read, spread
+from gatewise_mdt import Extractor, count_mistakes, evaluate, read_trees, swapped_copies, training_rows
+from gatewise_mdt.records import read_items
+
+from gatewise import GatewiseError
+from gatewise.files import write_json
+from gatewise.progress import quiet
+from gatewise.runs.folder import what_is_kept
+from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.run import train
+from gatewise.tasks import PadCollator, Records, encode
 
 ROOT = Path(__file__).parents[1]  # of gatewise-mdt
 RUNS = ROOT / "runs" / "mdt"
@@ -70,11 +81,6 @@ SHOWN = ("triplet_f1", "node_f1", "tree_acc", "path_f1", "ter")
 
 def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
     """Trains one adapter and has it read the dev split in every way."""
-    from gatewise_mdt.records import read_items
-
-    from gatewise.files import write_json
-    from gatewise.progress import quiet
-
     folder = RUNS / f"{task}-{method}-{seed}"
     files = {split: data_dir / "text2mdt" / f"{task}_{split}.json" for split in ("train", "dev")}
     with quiet(bars=True):
@@ -106,13 +112,6 @@ def train_once(
     folder: Path, files: dict[str, Path], method: str, settings: dict[str, Any], seed: int
 ) -> tuple[Any, dict[str, Any]]:
     """The recipe, and what its training came to; one that was stopped is gone on with, one that ended is not repeated."""
-    from gatewise_mdt import read_trees, swapped_copies, training_rows
-
-    from gatewise.files import write_json
-    from gatewise.runs.folder import what_is_kept
-    from gatewise.runs.recipe_file import load_recipe
-    from gatewise.runs.run import train
-
     rows = {split: folder / "rows" / f"{split}.jsonl" for split in files}
     copies = settings.pop("copies")
     own = {"seed": seed, "data.train": str(rows["train"]), "data.dev": str(rows["dev"]), "data.limit_dev": 2, **settings}
@@ -155,18 +154,11 @@ def train_once(
 
 def loaded(adapter: Path) -> Any:
     """The adapter, to read texts with it."""
-    from gatewise_mdt import Extractor
-
     return Extractor.load(adapter, max_new_tokens=MAX_NEW_TOKENS, batch_size=DECODING_BATCH)
 
 
 def forced_metrics(extractor: Any, file: Path) -> dict[str, float]:
     """Loss and accuracy of each next token of the gold outputs, which tell methods apart with less noise than whole trees do."""
-    from benchmark_data import teacher_forced
-    from gatewise_mdt import read_trees, training_rows
-
-    from gatewise.tasks import PadCollator, Records, encode
-
     rows = training_rows(read_trees(file, repair=True).records)
     features = encode(Records("generation", rows, None, file.name), extractor.tokenizer, extractor.template, max_length=1024)
     made = teacher_forced(extractor.model, features, PadCollator(extractor.tokenizer))
@@ -175,8 +167,6 @@ def forced_metrics(extractor: Any, file: Path) -> dict[str, float]:
 
 def written(extractor: Any, texts: Sequence[str], language: str, decoding: str, folder: Path) -> list[dict[str, Any]]:
     """What was read from each text, in their order; what is in the folder already is not read again."""
-    from gatewise import GatewiseError
-
     file = _file(folder, decoding)
     done = {one["number"] for one in read(file)}
     # Texts of like length together, and each batch kept as soon as it is read.
@@ -200,8 +190,6 @@ def written(extractor: Any, texts: Sequence[str], language: str, decoding: str, 
 
 def measured(published: Sequence[dict[str, Any]], predicted: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All that is measured of one way of writing."""
-    from gatewise_mdt import count_mistakes, evaluate
-
     trees = [one["tree"] for one in predicted]
     metrics, as_published = (evaluate(published, trees, repair=repair).to_json() for repair in (True, False))
     errors = {kind: one for kind, one in count_mistakes(published, trees, repair=True).items() if one["count"]}

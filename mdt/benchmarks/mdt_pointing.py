@@ -23,6 +23,15 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from campaign import campaign, spread
+from gatewise_mdt import measure
+from gatewise_mdt.pointing.calibration import Calibration, fitted
+from gatewise_mdt.pointing.extractor import PointingExtractor
+from gatewise_mdt.pointing.training import read_records
+
+from gatewise.progress import quiet
+from gatewise.runs.folder import what_is_kept
+from gatewise.runs.recipe_file import load_recipe
+from gatewise.runs.run import train
 
 ROOT = Path(__file__).parents[1]  # of gatewise-mdt
 RUNS = ROOT / "runs" / "mdt-pointing"
@@ -49,11 +58,6 @@ SHOWN = ("triplet_f1", "node_f1", "path_f1", "tree_acc", "ter")
 
 def one_run(task: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
     """Trains one adapter and measures it."""
-    from gatewise_mdt.pointing.extractor import PointingExtractor
-    from gatewise_mdt.pointing.training import read_records
-
-    from gatewise.progress import quiet
-
     languages = ("en", "zh") if task.startswith("both") else (task.split("-")[0],)
     folder = RUNS / f"{task}-{method}-{seed}"
     with quiet(bars=True):
@@ -73,10 +77,6 @@ def train_once(
     folder: Path, languages: Sequence[str], method: str, settings: dict[str, Any], seed: int, data_dir: Path
 ) -> tuple[Any, dict[str, Any]]:
     """The recipe, and what its training came to; one that was stopped is gone on with."""
-    from gatewise.runs.folder import what_is_kept
-    from gatewise.runs.recipe_file import load_recipe
-    from gatewise.runs.run import train
-
     files = {}
     for split in ("train", "dev"):
         items = [one for name in languages for one in json.loads((data_dir / "text2mdt" / f"{name}_{split}.json").read_text())]
@@ -105,8 +105,6 @@ def train_once(
 
 def measured(extractor: Any, records: Sequence[Any]) -> dict[str, Any]:
     """Everything that is measured on the passages of one language."""
-    from gatewise_mdt import measure
-
     found: dict[str, Any] = {"all": measure(extractor, records, mistakes=True)}
     found["near_f1"] = near_f1(records, extractor([record.text for record in records], language=records[0].tree.language))
     found["confidence"] = confidence(extractor, records)
@@ -151,8 +149,6 @@ def confidence(extractor: Any, records: Sequence[Any]) -> dict[str, Any]:
     ``bins``: of ten equal parts of [0, 1], how many nodes, their mean confidence, and the share of them that is right;
     ``error``: the mean distance of the two over all nodes (expected calibration error); ``area``: under the ROC curve.
     """
-    from gatewise_mdt.pointing.calibration import Calibration, fitted
-
     pairs: list[tuple[float, bool]] = []
     judged = [extractor.judged([record]) for record in records]
     for fold in range(FOLDS):

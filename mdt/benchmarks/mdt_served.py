@@ -25,6 +25,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from campaign import append, machine, read
+from gatewise_mdt import Extractor, read_trees, swapped_copies
+from gatewise_mdt.extraction.served import ServedExtractor
 
 RESULTS_FILE = Path(__file__).parent / "results" / "mdt_served.jsonl"
 RUNS = Path(__file__).parents[1] / "runs" / "mdt-served"
@@ -34,8 +36,6 @@ NAME = "trees"
 
 def passages(data_dir: Path, language: str, count: int) -> list[str]:
     """Texts, none twice."""
-    from gatewise_mdt import read_trees, swapped_copies
-
     records = list(read_trees(data_dir / "text2mdt" / f"{language}_train.json", repair=True).records)
     copies = count // len(records) + 1
     texts = list(dict.fromkeys(record.text for record in [*records, *swapped_copies(records, copies, seed=0)]))
@@ -50,8 +50,6 @@ def told(one: Any) -> Any:
 
 def in_this_process(texts: Sequence[str], options: argparse.Namespace, file: Path) -> None:
     """Batches of like length, each kept with its seconds."""
-    from gatewise_mdt import Extractor
-
     done = {one["number"] for one in read(file)}
     left = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: len(texts[i]))
     extractor = Extractor.load(
@@ -69,8 +67,6 @@ def in_this_process(texts: Sequence[str], options: argparse.Namespace, file: Pat
 
 def through_the_server(texts: Sequence[str], options: argparse.Namespace, file: Path) -> None:
     """Each kept as it comes, with the seconds since the one before."""
-    from gatewise_mdt.extraction.served import ServedExtractor
-
     done = {one["number"] for one in read(file)}
     left = [i for i in range(len(texts)) if i not in done]
     with served(options) as url:

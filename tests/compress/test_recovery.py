@@ -1,8 +1,5 @@
 """Factors fitted anew, and more steps."""
 
-import importlib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +12,6 @@ from gatewise.allocation.slots import factors, live_mask, lora_layers, prune
 from gatewise.compress.recovery import Recovery, recover, refit
 from gatewise.errors import GatewiseError
 from gatewise.losses import mean_loss
-from gatewise.tasks import PadCollator
 
 
 def adapted(**settings: Any) -> Any:
@@ -105,34 +101,6 @@ def test_a_batch_in_parts_of_like_length_gives_the_same_adapter(monkeypatch: pyt
         trained.append([factor for layer in lora_layers(model, "default").values() for factor in factors(layer, "default")])
     for one, same in zip(*trained, strict=True):
         torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-5)
-
-
-def test_training_without_padding_gives_the_same_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """benchmarks/unpadded.py: texts of several lengths one after another in a row, and attention that keeps them apart."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    unpadded = importlib.import_module("unpadded")
-    rows, tokenizer = of_several_lengths(), word_tokenizer()
-    shapes = []
-
-    class OneRow(unpadded.OneRow):  # type: ignore[misc, name-defined]
-        def __call__(self, features: Sequence[Any]) -> dict[str, torch.Tensor]:
-            batch: dict[str, torch.Tensor] = super().__call__(features)
-            shapes.append(tuple(batch["input_ids"].shape))
-            return batch
-
-    trained = []
-    for attention, collate in (("eager", None), (unpadded.ATTENTION, None), (unpadded.ATTENTION, OneRow(tokenizer))):
-        model = adapted()
-        model.get_base_model().set_attn_implementation(attention)
-        recover(model, tokenizer, rows, Recovery("", steps=4, learning_rate=0.02, batch_size=4), {}, collate=collate)
-        trained.append([factor for layer in lora_layers(model, "default").values() for factor in factors(layer, "default")])
-        with torch.no_grad():
-            trained[-1].append(model(**PadCollator(tokenizer)(rows[:1])).logits)
-    assert {one for one, _ in shapes} == {1}
-    assert sum(tokens for _, tokens in shapes[:2]) == 44
-    for other in trained[1:]:
-        for one, same in zip(trained[0], other, strict=True):
-            torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-5)
 
 
 def test_settings_of_the_run_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

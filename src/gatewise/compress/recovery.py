@@ -89,14 +89,12 @@ def recover(
     recovery: Recovery,
     note: Mapping[str, Any],
     seed: int = 0,
-    collate: PadCollator | None = None,
 ) -> None:
     """Trains what is left of an adapter: AdamW with a learning rate that falls to zero. Dead slots stay dead.
 
     Args:
         features: encoded rows.
         note: the adapter's note, whose ``training`` says how it was trained; what is null there is not said.
-        collate: makes a batch of rows; None to pad them.
 
     Raises:
         GatewiseError: the loss is not finite.
@@ -125,8 +123,7 @@ def recover(
             dataloader_pin_memory=False,
         )
         run_on(arguments, device)
-        collate = collate or PadCollator(tokenizer)
-        _Trainer(model=model, args=arguments, train_dataset=list(features), data_collator=collate).train()
+        _Trainer(model=model, args=arguments, train_dataset=list(features), data_collator=PadCollator(tokenizer)).train()
     model.eval()
 
 
