@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from schedulefree import SGDScheduleFree
 from tiny_models import EXPERTS
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RMSprop
 from transformers.optimization import Adafactor
@@ -240,25 +241,15 @@ def test_states_of_a_tensor_class_of_their_own(adapted):
     torch.testing.assert_close(optimizer.state[b]["exp_avg_sq"].dequantize(), second)
 
 
-class ScheduleFree(torch.optim.Optimizer):
-    """Schedule-free SGD (Defazio et al., arXiv 2405.15682) as the authors' package computes it: y in place, z as state."""
-
-    def __init__(self, params, lr, beta=0.9):
-        super().__init__(params, {"lr": lr, "beta": beta, "k": 0})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            group["k"] += 1
-            for y in group["params"]:
-                z = self.state[y].setdefault("z", y.detach().clone())
-                y.lerp_(z, 1 / group["k"])
-                y.add_(y.grad, alpha=group["lr"] * (group["beta"] * (1 - 1 / group["k"]) - 1))
-                z.sub_(y.grad, alpha=group["lr"])
+def schedule_free(parameters, lr):
+    """Schedule-free SGD (Defazio et al., arXiv 2405.15682) in training: y in place, z as state."""
+    optimizer = SGDScheduleFree(parameters, lr=lr)
+    optimizer.train()
+    return optimizer
 
 
 def test_a_schedule_free_optimiser_does_not_shrink_a_grown_row(trained):
-    layer, optimizer = trained(ScheduleFree, {})
+    layer, optimizer = trained(schedule_free, {})
     parameters = slots.factors(layer, "default")
     slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)
     row = parameters[0][1].detach().clone()
@@ -270,7 +261,7 @@ def test_a_schedule_free_optimiser_does_not_shrink_a_grown_row(trained):
 
 def test_a_schedule_free_optimiser_of_half_precision_weights(trained):
     """A round converts the weights to float32, and not what the optimiser keeps."""
-    layer, optimizer = trained(ScheduleFree, {})
+    layer, optimizer = trained(schedule_free, {})
     a, _ = slots.factors(layer, "default")
     optimizer.state[a]["z"] = optimizer.state[a]["z"].bfloat16()
     grown = slots.grow(layer, "default", 1, torch.Generator().manual_seed(0), optimizer)

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from several_processes import in_processes
 from tiny_models import tiny_base
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from gatewise import ConstantBudget, RankAllocation, processes, scores
 from gatewise.allocation.scoring import parts_of
@@ -21,30 +21,20 @@ from gatewise.internals.zero import without_compiling
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 SEEN: dict[str, scores.Scores] = {}
-"""What each score said in the first round that ``all_scores`` served."""
+"""What each score said in the first round of a run with ``all_scores``."""
 
 
 def all_scores(model: Any, batch: Any, adapter: str) -> scores.Scores:
-    found = {name: score(model, batch, adapter=adapter) for name, score in scores.SCORES.items()}
-    for name, values in found.items():
-        SEEN.setdefault(name, values)
-    return found["path_moments"]
+    """path_moments, and in the first round the numbers of every other score too."""
+    if not SEEN:
+        SEEN.update({name: score(model, batch, adapter=adapter) for name, score in scores.SCORES.items()})
+    return scores.path_moments(model, batch, adapter=adapter)
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
     """A DeepSpeed file in which nothing of the tiny model is too small to be cut up."""
     sharded = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
     return {"deepspeed": {**dict.fromkeys(AUTO, "auto"), "zero_optimization": sharded, **more}}
-
-
-class Killed(TrainerCallback):
-    """Ends training after a step as a kill does: nothing more is written."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 def data() -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
@@ -62,15 +52,16 @@ def trained(
     folder: str,
     settings: dict[str, Any],
     score: Any = "path_moments",
-    resume: bool = False,
-    kill: int | None = None,
+    resume: str | None = None,
     family: str = "llama",
     accepts_loss_kwargs: bool | None = None,
     rounds: int = 2,
+    scored_rows: slice = slice(None),
 ) -> Any:
     """One run over a global batch of eight rows: losses, rounds, the adapter, and the ranks after loading what was saved."""
     share_cpu_models()
-    SEEN.clear()
+    if resume is None:
+        SEEN.clear()
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # which a run with FSDP leaves behind
     settings = dict(settings)
     deepspeed = settings.pop("deepspeed", None)
@@ -91,7 +82,8 @@ def trained(
     task = "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM"
     model = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type=task))
     rows, scored = data()
-    allocation = RankAllocation(score, ConstantBudget(rounds=rounds, first_round=2, recover=2), scored)
+    held_out = {name: value[scored_rows] for name, value in scored.items()}
+    allocation = RankAllocation(score, ConstantBudget(rounds=rounds, first_round=2, recover=2), held_out)
     accumulate = settings.get("gradient_accumulation_steps", 1)
     arguments = TrainingArguments(
         output_dir=folder,
@@ -108,9 +100,8 @@ def trained(
         **settings,
     )
     arguments.bf16 = "bf16" in (deepspeed or {})  # which arguments refuse to be made with on a CPU, but DeepSpeed does there too
-    callbacks = [allocation, *([] if kill is None else [Killed(kill)])]
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[allocation])
+    trainer.train(resume_from_checkpoint=resume)
     done = [(one.scores, one.pruned, one.grown, one.loss_before, one.loss_after) for one in allocation.history]
     state = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     trainer.save_model(f"{folder}/adapter")
@@ -119,6 +110,7 @@ def trained(
         "rounds": done,
         "state": state,
         "sharded": processes.is_sharded(model),
+        "scores": dict(SEEN),
     }
 
 
@@ -134,9 +126,7 @@ def assert_same_run(one: Any, other: Any, tolerance: float = 1e-5) -> None:
             assert others[path] == pytest.approx(
                 values, rel=1e-3, abs=tolerance * max(abs(v) for row in of_ranks.values() for v in row)
             )
-    assert one["state"].keys() == other["state"].keys()
-    for name, value in one["state"].items():
-        torch.testing.assert_close(other["state"][name], value, rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(other["state"], one["state"], rtol=1e-3, atol=2e-5)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -156,11 +146,6 @@ if find_spec("deepspeed") is None:
     SHARING, RESUMED = SHARING[:2], RESUMED[:2]
 
 
-def alone(name: str) -> dict[str, Any]:
-    """The settings without those of several processes."""
-    return {key: value for key, value in SETTINGS[name].items() if key not in (*FSDP, "deepspeed")}
-
-
 def parts(count_of_rows: int) -> tuple[list[torch.Tensor], int]:
     rows, _ = data()
     ids = torch.stack([row["input_ids"] for row in rows[:count_of_rows]])
@@ -170,13 +155,16 @@ def parts(count_of_rows: int) -> tuple[list[torch.Tensor], int]:
 
 def all_of_two(folder: str) -> dict[str, Any]:
     """All that tests ask of two processes, which take longer to start than to work."""
-    found: dict[str, Any] = {name: trained(f"{folder}/{name}", settings) for name, settings in SETTINGS.items()}
+    found: dict[str, Any] = {}
+    for name, settings in SETTINGS.items():
+        found[name] = trained(f"{folder}/{name}", settings, all_scores if name in SHARING else "path_moments")
     for name in RESUMED:
-        trained(f"{folder}/{name}-cut", SETTINGS[name], kill=5)
-        found[f"{name}-resumed"] = trained(f"{folder}/{name}-cut", SETTINGS[name], resume=True)
-    for name in SHARING:
-        trained(f"{folder}/{name}-scores", SETTINGS[name], all_scores)
-        found[f"{name}-scores"] = dict(SEEN)
+        score = all_scores if name in SHARING else "path_moments"
+        found[f"{name}-resumed"] = trained(
+            f"{folder}/{name}-resumed", SETTINGS[name], score, resume=f"{folder}/{name}/checkpoint-3"
+        )
+    mine = slice(3 * processes.index(), 3 * processes.index() + 3)
+    found["own-rows"] = trained(f"{folder}/own-rows", SETTINGS["ddp"], scored_rows=mine)
     for name in SHARING[:2]:
         found[f"t5-{name}"] = trained(f"{folder}/t5-{name}", SETTINGS[name], family="t5", accepts_loss_kwargs=False)
     found["t5-as-it-comes"] = trained(f"{folder}/t5", SETTINGS["ddp-accumulating"], family="t5")
@@ -198,7 +186,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    return {name: trained(f"{folder}/one/{name}", alone(name)) for name in ("ddp", "ddp-accumulating")}
+    return {name: trained(f"{folder}/one/{name}", SETTINGS[name], all_scores) for name in ("ddp", "ddp-accumulating")}
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +209,8 @@ def test_two_processes_train_the_adapter_of_one(one: dict[str, Any], two: list[d
         assert found[name]["sharded"] == name.startswith(("fsdp", "zero3"))
         assert_same_run(expected, found[name])
     loaded = PeftModel.from_pretrained(tiny_base("llama"), folder / "two" / name / "adapter")
-    state = {name: p for name, p in loaded.named_parameters() if "lora_" in name}
-    assert state.keys() == two[0][name]["state"].keys()
-    for key, value in state.items():
-        torch.testing.assert_close(value.detach(), two[0][name]["state"][key])
+    state = {name: p.detach() for name, p in loaded.named_parameters() if "lora_" in name}
+    torch.testing.assert_close(state, two[0][name]["state"])
     assert 1392 - 40 < sum(p.numel() for p in state.values()) <= 1392  # the largest rank has 40
 
 
@@ -233,16 +219,22 @@ def test_four_processes_train_the_adapter_of_one(one: dict[str, Any], four: list
         assert_same_run(one["ddp"], found)
 
 
-def test_shared_out_scores_are_those_of_one_process(tmp_path: Path, two: list[dict[str, Any]]) -> None:
-    trained(str(tmp_path), {}, all_scores)
-    expected = dict(SEEN)
+def test_processes_with_rows_of_their_own_take_the_same_decisions(two: list[dict[str, Any]]) -> None:
+    """Without an agreement they would decide differently."""
+    first, second = (found["own-rows"] for found in two)
+    assert len(first["rounds"]) == 2
+    assert first["rounds"] == second["rounds"]
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+
+
+def test_shared_out_scores_are_those_of_one_process(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    expected = one["ddp"]["scores"]
     assert expected.keys() == set(scores.SCORES)
     for score, of_modules in expected.items():
         largest = max(float(values.abs().max()) for values in of_modules.values())
         for name in SHARING:
             for found in two:
-                for path, values in of_modules.items():
-                    torch.testing.assert_close(found[f"{name}-scores"][score][path], values, rtol=1e-3, atol=1e-4 * largest)
+                torch.testing.assert_close(found[name]["scores"][score], of_modules, rtol=1e-3, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -250,8 +242,7 @@ def test_a_run_cut_between_rounds_resumes_bit_for_bit(two: list[dict[str, Any]],
     for found in two:
         whole, resumed = found[name], found[f"{name}-resumed"]
         assert resumed["rounds"] == whole["rounds"]
-        assert resumed["state"].keys() == whole["state"].keys()
-        assert all(torch.equal(resumed["state"][key], value) for key, value in whole["state"].items())
+        torch.testing.assert_close(resumed["state"], whole["state"], rtol=0, atol=0)
 
 
 @pytest.mark.skipif("zero2" not in SETTINGS, reason="DeepSpeed is not installed")

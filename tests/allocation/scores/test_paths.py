@@ -1,0 +1,205 @@
+"""The scores along a path, the path integral and the moments of its gradients, against their formulas."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import ALL_KINDS, VOCABULARY, random_adapter
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForMaskedLM
+
+from gatewise.allocation import slots
+from gatewise.allocation.gates import GateBank
+from gatewise.allocation.scores.path_integral import quadrature
+from gatewise.errors import GatewiseError
+from gatewise.losses import mean_loss
+from gatewise.scores import losses_without_and_with, path_integral, path_moments
+
+
+def reference(model, data, nodes, weights):
+    """- sum_k w_k dCE/dalpha at alpha = c_k, the gate put on B by hand and differentiated by autograd, one node after another."""
+    layers = slots.lora_layers(model)
+    columns = {path: slots.factors(layer, "default")[1] for path, layer in layers.items()}
+    saved = {path: b.detach().clone() for path, b in columns.items()}
+    scores = {path: torch.zeros(slots.capacity(layer, "default")) for path, layer in layers.items()}
+    for node, weight in zip(nodes, weights, strict=True):
+        for path, b in columns.items():
+            b.data = saved[path] * node
+        model.zero_grad()
+        model.eval()(**data).loss.backward()
+        for path, b in columns.items():
+            # B(alpha) = B diag(alpha), so dCE/dalpha_r = sum over the column of dCE/dB(alpha) * B.
+            _, by_slot = slots.by_slot(layers[path], "default", slots.factors(layers[path], "default")[0], b.grad * saved[path])
+            scores[path] -= weight * by_slot.sum(dim=1)
+    for path, b in columns.items():
+        b.data = saved[path]
+    model.zero_grad()
+    return scores
+
+
+@pytest.mark.parametrize(("family", "lora"), ALL_KINDS)
+def test_equals_the_formula(adapted, batch, family, lora):
+    """With one rule for all kinds of model; the tests below are of the nodes and weights of each rule."""
+    model, data = adapted(family, **lora), batch(family)
+    expected = reference(model, data, [1 / 3, 1.0], [3 / 4, 1 / 4])
+    torch.testing.assert_close(path_integral(model, data, 2, "gauss-radau"), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "settings"), [("llama", {"use_rslora": True}), ("gpt2", {}), ("bert", {})])
+def test_complete(adapted, batch, family, settings):
+    """The scores add up to the loss the ranks take away, and the error shrinks as points grow."""
+    model, data = adapted(family, **settings), batch(family)
+    with torch.no_grad(), GateBank(model) as gates:
+        gates.fill(0.0)
+        off = model.eval()(**data).loss.item()
+        gates.fill(1.0)
+        on = model(**data).loss.item()
+    assert losses_without_and_with(model, data) == pytest.approx((off, on), abs=1e-5)
+    errors = [abs(total(path_integral(model, data, points)) - (off - on)) for points in (1, 48)]
+    assert errors[1] < 3e-5
+    assert errors[1] < errors[0] / 10
+
+
+def total(scores):
+    return sum(float(value.double().sum()) for value in scores.values())
+
+
+def test_masked_language_model(batch):
+    """Labels at the positions themselves, not one to the right."""
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )  # fmt: skip
+    model = random_adapter(get_peft_model(BertForMaskedLM(config), LoraConfig(r=3, target_modules=["query", "value", "dense"])))
+    data = batch()
+    scores = path_integral(model, data, 12)
+    logits = model.eval()(data["input_ids"], attention_mask=data["attention_mask"]).logits.detach()
+    with torch.no_grad(), model.disable_adapter():
+        base = model(data["input_ids"], attention_mask=data["attention_mask"]).logits
+    flat = data["labels"].flatten()
+    reduction = cross_entropy(base.flatten(0, 1), flat) - cross_entropy(logits.flatten(0, 1), flat)
+    assert total(scores) == pytest.approx(float(reduction), abs=1e-4)
+
+
+def test_half_precision_is_scored_in_float32(adapted, batch):
+    model, data = adapted().to(torch.bfloat16), batch()
+    exact = path_integral(copy.deepcopy(model).float(), data)
+    got = path_integral(model, data, float32=True)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    torch.testing.assert_close(got, exact, rtol=0, atol=0)
+    own = path_integral(model, data, float32=False)
+    everything = torch.cat([own[p] for p in own]), torch.cat([exact[p] for p in exact])
+    assert all(value.dtype == torch.float32 for value in own.values())
+    assert torch.corrcoef(torch.stack(everything))[0, 1] > 0.98
+
+
+def test_progress_counts_points(adapted, batch):
+    seen = []
+    path_integral(adapted(), batch(), 3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("points", "rule", "message"),
+    [
+        (1, "trapezoid", "points is 1; expected a whole number of at least 2 with the trapezoid rule"),
+        (0, "gauss-legendre", "points is 0; expected a whole number of at least 1"),
+        (2.5, "gauss-legendre", "points is 2.5; expected a whole number"),
+        (4, "simpson", "quadrature rule 'simpson' is not known; expected one of gauss-legendre, gauss-radau, trapezoid"),
+    ],
+)
+def test_bad_settings(adapted, batch, points, rule, message):
+    with pytest.raises(GatewiseError, match=message.replace("(", r"\(")):
+        path_integral(adapted(), batch(), points, rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "points", "degree"),
+    [
+        *(("gauss-legendre", points, 2 * points - 1) for points in (1, 2, 4, 5, 16)),
+        *(("gauss-radau", points, 2 * points - 2) for points in (1, 2, 3, 6)),
+        *(("trapezoid", points, 1) for points in (2, 5, 16)),
+    ],
+)
+def test_a_rule_is_exact_for_polynomials_as_far_as_it_says(rule, points, degree):
+    nodes, weights = quadrature(points, rule)
+    assert len(nodes) == len(weights) == points
+    assert all(0 <= node <= 1 for node in nodes)
+    assert rule == "gauss-legendre" or nodes[-1] == 1.0
+    for power in range(degree + 1):
+        assert sum(w * x**power for x, w in zip(nodes, weights, strict=True)) == pytest.approx(1 / (power + 1), abs=1e-12)
+
+
+def test_the_trapezoid_is_evenly_spaced():
+    assert quadrature(5, "trapezoid") == ([0.0, 0.25, 0.5, 0.75, 1.0], [0.125, 0.25, 0.25, 0.25, 0.125])
+
+
+def reference_moments(model, data, start, points):
+    """The path integral of the summed loss of one example after another, and its moments over the examples."""
+    nodes, weights = {1: ([1.0], [1.0]), 2: ([1 / 3, 1.0], [3 / 4, 1 / 4])}[points]  # Gauss-Radau on [0, 1] with the node 1
+    each = []
+    for row in range(len(data["labels"])):
+        one = {key: value[row : row + 1] for key, value in data.items()}
+        labels = 1
+        if one["labels"].ndim > 1:  # those that are predicted from what stands before them
+            labels = int((one["labels"][:, 0 if model.config.is_encoder_decoder else 1 :] != -100).sum())
+        own = reference(model, one, [start + (1 - start) * node for node in nodes], weights)
+        each.append({path: values * labels for path, values in own.items()})
+    stacked = {path: torch.stack([own[path] for own in each]) for path in each[0]}
+    mean = {path: values.mean(dim=0) for path, values in stacked.items()}
+    rms = {path: values.square().mean(dim=0).sqrt() for path, values in stacked.items()}
+    mean_spread = torch.cat(list(mean.values())).std(correction=0)
+    rms_spread = torch.cat(list(rms.values())).std(correction=0)
+    return {path: mean[path] / mean_spread + rms[path] / rms_spread for path in mean}
+
+
+@pytest.mark.parametrize(("family", "lora"), ALL_KINDS)
+@pytest.mark.parametrize(("start", "points"), [(0.5, 2), (0.0, 1), (1.0, 1)])
+def test_moments_equal_the_formula(adapted, batch, family, lora, start, points):
+    model, data = adapted(family, **lora), batch(family)
+    expected = reference_moments(model, data, start, points)
+    got = path_moments(model, data, start, points)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_rows_that_cannot_have_gates_of_their_own(adapted, batch, monkeypatch):
+    """As with DoRA, or where a model flattens batch and tokens: every example runs alone, and the numbers are the same."""
+    model, data = adapted(), batch()
+    expected = path_moments(model, data)
+    monkeypatch.setattr(GateBank, "watching", lambda self: nullcontext(lambda rows: False))
+    got = path_moments(model, data)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_examples_do_not_cancel(adapted, batch):
+    """The same text as two classes pulls ranks of a classifier both ways: signed scores are small, the second moment is not."""
+    model, data = adapted("bert"), batch("bert", rows=2)
+    same = {key: value[:1].expand(2, *value.shape[1:]).clone() for key, value in data.items()}
+    same["labels"] = torch.tensor([0, 1])
+    signed = torch.cat(list(path_integral(model, same).values()))
+    moments = torch.cat(list(path_moments(model, same).values()))
+    assert (signed <= 0).float().mean() > 0.3
+    assert (moments <= 0).float().mean() < (signed <= 0).float().mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_it_tells_the_loss_with_all_ranks(adapted, batch, family):
+    model, data, told = adapted(family), batch(family), []
+    path_moments(model, data, on_loss=told.append)
+    with torch.no_grad():
+        assert told == [pytest.approx(mean_loss(model.eval(), [data]), rel=1e-5)]
+
+
+def test_equal_scores_are_not_divided_by_zero(adapted, batch):
+    """A fresh adapter: every rank does nothing, and scores exactly that."""
+    scores = path_moments(adapted(trained=False), batch())
+    assert all((value == 0).all() for value in scores.values())
+
+
+@pytest.mark.parametrize(
+    ("start", "points", "message"), [(1.5, 2, "start is 1.5"), (-0.1, 2, "start is -0.1"), (0.5, 0, "points is 0")]
+)
+def test_bad_settings_of_moments(adapted, batch, start, points, message):
+    with pytest.raises(GatewiseError, match=message):
+        path_moments(adapted(), batch(), start, points)
