@@ -325,6 +325,31 @@ def microbatches(batch: Batch, max_tokens: int, kind: LossKind = "causal") -> li
     return [part(members) for members in groups]
 
 
+def labelled_microbatches(batches: Sequence[Batch], max_tokens: int, kind: LossKind) -> list[dict[str, Any]]:
+    """The ``microbatches`` of several batches, without the rows that no loss can be taken of: a text cut too short has no label.
+
+    Without any label at all they are left as they are, and the loss says so.
+    """
+    parts = [part for one in batches for part in microbatches(one, max_tokens, kind)]
+    if kind == "rows":
+        return parts
+    labelled = []
+    for part in parts:
+        labels = part.get("labels")
+        if labels is None:
+            labelled.append(part)
+            continue
+        rows = ((labels[:, 1:] if kind == "causal" else labels) != IGNORED).any(dim=1)
+        if bool(rows.any()):
+            labelled.append(part if bool(rows.all()) else rows_of(part, rows))
+    return labelled or parts
+
+
+def rows_of(batch: Batch, rows: slice | Tensor) -> dict[str, Any]:
+    """Some rows of a batch."""
+    return {key: value[rows] if isinstance(value, Tensor) and value.ndim else value for key, value in batch.items()}
+
+
 def padded_tokens(batch: Batch, kind: LossKind = "causal") -> int:
     """How many positions the model computes for a batch, padding included."""
     sides = [0, 0]  # of an encoder-decoder model

@@ -67,16 +67,18 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
-def by_main(do: Callable[[], T]) -> T:
-    """Has the main process call a function, and returns what it returns in every process.
+def by_main(do: Callable[..., T], *args: Any, **settings: Any) -> T:
+    """Has the main process call a function with these arguments, and returns what it returns in every process.
 
     Raises:
         GatewiseError: in every process, where the main one raised it.
     """
+    if count() == 1:
+        return do(*args, **settings)
     result: Any = None
     if is_main():
         try:
-            result = do()
+            result = do(*args, **settings)
         except GatewiseError as error:
             result = error
     result = broadcast(result)

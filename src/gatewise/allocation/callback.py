@@ -372,7 +372,11 @@ class RankAllocation(TrainerCallback, ExportableState):
         count, budget = self.schedule.cut(self.budget, self.target, live, done, len(self._steps))
         # With a cubic budget nothing grows, into what no rank fits of it either.
         limits = Limits(count, budget, self._capacity if constant else ranks, self._costs, self._floor)
-        with self._whole_state(model, optimizer) as whole, in_steps_of(self._rows, self.validation_batch, model):
+        # ZeRO spreads the optimiser's state over the processes: a round needs that of all ranks.
+        state: AbstractContextManager[Any] = nullcontext(optimizer)
+        if self._zero is not None and optimizer is not None:
+            state = self._zero.whole(self._factors(model))
+        with state as whole, in_steps_of(self._rows, self.validation_batch, model):
             one = run_round(model, self._name, whole, self.validation_batch, self.how, self.history, step, limits)
         self.history.append(one)
         if self._moves_dead:
@@ -391,10 +395,6 @@ class RankAllocation(TrainerCallback, ExportableState):
         )  # fmt: skip
         if self.on_round:
             self.on_round(one)
-
-    def _whole_state(self, model: PeftModel, optimizer: torch.optim.Optimizer | None) -> AbstractContextManager[Any]:
-        """The optimiser with the state of all ranks, which ZeRO spreads over the processes."""
-        return nullcontext(optimizer) if self._zero is None or optimizer is None else self._zero.whole(self._factors(model))
 
     def _factors(self, model: PeftModel) -> list[torch.nn.Parameter]:
         """A and B of all layers, each once: experts share theirs."""

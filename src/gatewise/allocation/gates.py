@@ -18,7 +18,7 @@ from gatewise.allocation.slots import Expert, capacities, carries_more_than_rank
 from gatewise.errors import GatewiseError
 from gatewise.internals.library_attributes import adapters_off
 from gatewise.internals.torch_modules import replaced_while_running
-from gatewise.losses import base_of
+from gatewise.losses import Batch, base_of, row_losses
 
 
 class GateBank:
@@ -42,7 +42,7 @@ class GateBank:
         self._open = {
             path: torch.ones(sizes[path], device=factors(layer, self.adapter)[0].device) for path, layer in self.layers.items()
         }
-        self._head = id(base_of(model).get_output_embeddings())
+        self._model = model
         self._gates: dict[str, Tensor] = {}
         self._watchers: list[Callable[[str, Tensor], None]] = []
         self._undo = ExitStack()
@@ -88,6 +88,28 @@ class GateBank:
         self._gates = {path: self.like(path, value).requires_grad_(requires_grad) for path in self.layers}
         return dict(self._gates)
 
+    @torch.enable_grad()
+    def row_gradients(self, part: Batch, value: float, apart: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Gradients of each row's summed loss with respect to the gates, all of which are ``value``.
+
+        Args:
+            part: a microbatch of b rows.
+            apart: each row has gates of its own, see ``watching``; else the microbatch must be one row.
+
+        Returns:
+            Path -> (b, r) gradients, summed losses (b,) in nats, and numbers of labels (b,).
+        """
+        leaves = self.fill(value, requires_grad=not apart)
+        if apart:
+            rows = len(part["labels"])
+            leaves = {path: gate.expand(rows, 1, -1).clone().requires_grad_() for path, gate in leaves.items()}
+            self._gates = dict(leaves)
+        sums, counts = row_losses(self._model, part)
+        gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True)
+        found = zip(leaves.items(), gradients, strict=True)
+        of_rows = {p: (torch.zeros_like(leaf) if g is None else g).reshape(-1, leaf.shape[-1]) for (p, leaf), g in found}
+        return of_rows, sums.detach(), counts
+
     def like(self, path: str, value: float) -> Tensor:
         """Gates of one module, (r,) float32, that are all ``value``. They are not put in place."""
         return torch.full_like(self._open[path], value)
@@ -101,13 +123,14 @@ class GateBank:
         and where a model flattens batch and tokens (OPT, some mixtures of experts).
         """
         seen: list[torch.Size] = []
+        layers = self.layers.values()
+        everywhere = self.plain and not any(map(self._gates_rows_of_a, layers))
 
         def rows_apart(rows: int) -> bool:
-            layers = self.layers.values()
-            everywhere = self.plain and self._head not in map(id, layers) and not any(map(self._gates_rows_of_a, layers))
             return everywhere and all(len(shape) in (2, 3) and shape[0] == rows for shape in seen)
 
         with self.looking(lambda path, hidden: seen.append(hidden.shape)):
+            everywhere = everywhere and id(base_of(self._model).get_output_embeddings()) not in map(id, layers)
             yield rows_apart
 
     @contextmanager

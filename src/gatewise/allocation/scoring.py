@@ -17,7 +17,7 @@ from gatewise.allocation.gates import GateBank
 from gatewise.allocation.slots import live_mask
 from gatewise.internals.library_attributes import original_forward, recomputed_layers
 from gatewise.internals.quantised import computing_as_in_training, is_quantised
-from gatewise.losses import IGNORED, Batch, LossKind, base_of, loss_kind, mean_loss, microbatches, padded_tokens, row_losses
+from gatewise.losses import Batch, base_of, labelled_microbatches, loss_kind, mean_loss, padded_tokens, row_losses, rows_of
 from gatewise.models.device import has_bfloat16, random_state_kept
 from gatewise.processes import count, is_sharded, own_share, summed
 
@@ -41,8 +41,8 @@ def step_tokens(device: torch.device) -> int:
 @contextmanager
 def in_steps_of(rows: int, batches: Batches, model: nn.Module) -> Iterator[None]:
     """While open, a scoring step takes no more memory on an accelerator than training on so many rows like the longest of these."""
-    kind = loss_kind(model)
-    longest = max(padded_tokens(one, kind) // len(one["labels"]) for one in as_batches(batches))
+    several, kind = as_batches(batches), loss_kind(model)
+    longest = max(padded_tokens(one, kind) // len(one["labels"]) for one in several)
     token = _most_tokens.set(min(rows * longest, _most_tokens.get()))
     try:
         yield
@@ -84,7 +84,9 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
     Args:
         single_rows: a microbatch is one row.
     """
-    kind, dtype, device = loss_kind(model), getattr(base_of(model), "dtype", None), next(model.parameters()).device
+    given, device = as_batches(batch), next(model.parameters()).device
+    most_tokens = 1 if single_rows else step_tokens(device)
+    n, kind, dtype = count(), loss_kind(model), getattr(base_of(model), "dtype", None)
     batches = [
         {
             key: value.to(device, dtype if value.is_floating_point() and key != "labels" else None)
@@ -92,47 +94,24 @@ def parts_of(model: nn.Module, batch: Batches, single_rows: bool = False) -> Par
             else value
             for key, value in one.items()
         }
-        for one in as_batches(batch)
+        for one in given
     ]
-    parts = _labelled_parts(batches, 1 if single_rows else step_tokens(device), kind)
-    n = count()
+    parts = labelled_microbatches(batches, most_tokens, kind)
     while len(parts) % n and (rows := max(len(part["labels"]) for part in parts)) > 1:
         at = [len(part["labels"]) for part in parts].index(rows)
-        parts[at : at + 1] = [taken(parts[at], slice(rows // 2)), taken(parts[at], slice(rows // 2, None))]
+        parts[at : at + 1] = [rows_of(parts[at], slice(rows // 2)), rows_of(parts[at], slice(rows // 2, None))]
     own, copies = own_share(parts, even=is_sharded(model)) if n > 1 else (parts, 1)
     return Parts(own, n, copies, device)
 
 
 def labelled_parts(model: nn.Module, *batches: Batch) -> list[dict[str, Any]]:
     """The batches cut into microbatches of like length, without rows that have no label; their losses add up to those of all."""
-    return _labelled_parts(batches, step_tokens(next(model.parameters()).device), loss_kind(model))
-
-
-def _labelled_parts(batches: Sequence[Batch], most_tokens: int, kind: LossKind) -> list[dict[str, Any]]:
-    parts = [part for one in batches for part in microbatches(one, most_tokens, kind)]
-    # Without any label at all the loss says so.
-    return [labelled for part in parts if (labelled := _labelled_rows(part, kind))] or parts
-
-
-def taken(part: Batch, rows: slice | Tensor) -> dict[str, Any]:
-    """Some rows of a microbatch."""
-    return {key: value[rows] if isinstance(value, Tensor) and value.ndim else value for key, value in part.items()}
-
-
-def _labelled_rows(part: dict[str, Any], kind: LossKind) -> dict[str, Any] | None:
-    """The rows of a microbatch that a loss can be taken of, None where there are none: a text cut too short has no label left."""
-    labels = part.get("labels")
-    if kind == "rows" or labels is None:
-        return part
-    rows = ((labels[:, 1:] if kind == "causal" else labels) != IGNORED).any(dim=1)
-    if bool(rows.all()):
-        return part
-    return taken(part, rows) if bool(rows.any()) else None
+    return labelled_microbatches(batches, step_tokens(next(model.parameters()).device), loss_kind(model))
 
 
 def live_only(bank: GateBank, values: Mapping[str, Tensor]) -> Scores:
-    """Keeps the entries (r_max,) of live slots, as float32 on the CPU."""
-    return {path: values[path].detach()[live_mask(layer, bank.adapter)].float().cpu() for path, layer in bank.layers.items()}
+    """Keeps the entries (..., r_max) of live slots, as float32 on the CPU."""
+    return {path: values[path].detach()[..., live_mask(layer, bank.adapter)].float().cpu() for path, layer in bank.layers.items()}
 
 
 def from_nothing(scores: Mapping[str, Tensor], shift: float) -> Scores:
@@ -210,18 +189,17 @@ def scoring(model: nn.Module, float32: bool | None = True) -> Iterator[None]:
         return
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device
+    # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
+    original, recomputed = original_forward(model), recomputed_layers(model)
+    wrapped = model.__dict__.get("forward") if original is not None else None
     kept = float32 is None and has_bfloat16(device)
     kinds = (torch.float16,) if kept else (torch.bfloat16, torch.float16)
     half = _half_precision(model, kinds) if float32 is not False and not is_sharded(model) else []
     # What is trained may be a view of a buffer of DeepSpeed's, and must stay one.
     before = [(tensor, tensor.dtype, tensor.data if tensor.requires_grad else None) for tensor in half]
-    # Accelerate puts autocast into the model's own forward, inside any context of ours, and keeps the original beside it.
-    original = original_forward(model)
-    wrapped = model.__dict__.get("forward") if original is not None else None
     token = _being_scored.set(model)
     with random_state_kept(device), torch.autocast(device.type, enabled=False), ExitStack() as stack:
         try:
-            recomputed = recomputed_layers(model)
             model.eval()
             for layer in recomputed:
                 layer.training = True  # only the layer itself, which looks whether to keep its activations; its dropout is off

@@ -456,28 +456,35 @@ def compact(model: PeftModel, adapter: str | None = None) -> dict[str, int]:
     if not any(bool(live_mask(layer, name).any()) for layer in layers_of(model, name).values()):
         raise GatewiseError(f"adapter {name!r} has no live rank left in any module: there is nothing to save")
     kept: dict[str, int] = {}
+    gone = False
     for path, layer in _holders(model, name).items():
         modules = dict(_modules_of(path, layer))
         live = [live_slots(module, name) for module in modules.values()]
         most = max(map(len, live))
         if not most and not _stays_without_ranks(model, layer, name):
             _remove_layer(model, path, name)
+            gone = True
             continue
         # A module that must stay keeps a slot, which is zero.
         if max(most, 1) < capacity(next(iter(modules.values())), name):
             _move_slots(layer, name, list(modules.values()), live, max(most, 1))
         kept |= dict.fromkeys(modules, max(most, 1))
-    _write_config(model, name)
+    _write_config(model, name, spell_out=gone)
     return kept
 
 
-def _write_config(model: PeftModel, name: str) -> None:
-    """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha and their patterns."""
+def _write_config(model: PeftModel, name: str, spell_out: bool = False) -> None:
+    """Writes what the layers really are into the adapter's ``LoraConfig``: r, alpha and their patterns.
+
+    Args:
+        spell_out: name each module that is targeted, for names such as "q_proj" stand for many, of which one is gone.
+    """
     config = cast(LoraConfig, model.peft_config[name])
     layers = _holders(model, name)
     rank = {path: layer.r[name] for path, layer in layers.items()}
     scaling = {path: layer.scaling[name] for path, layer in layers.items()}
-    for path, module in _targeted(model, name).items():
+    targeted = _targeted(model, name)
+    for path, module in targeted.items():
         if path not in rank:  # layers that keep what they have read it from the same config
             rank[path], scaling[path] = module.r[name], module.scaling[name]
             module.use_rslora[name] = False
@@ -494,12 +501,16 @@ def _write_config(model: PeftModel, name: str) -> None:
         )  # fmt: skip
     config.init_lora_weights = start_at_any_rank(config.init_lora_weights)
     config.use_rslora = False
-    for key, value in rank_settings(rank, scaling).items():
-        setattr(config, key, value)
+    settings = rank_settings(rank, scaling)
+    if spell_out:
+        left = {path for path, layer in targeted.items() if not isinstance(layer, ParamWrapper)}
+        settings |= target_settings(left, (path.removeprefix(PEFT_PREFIX) for path, _ in model.named_modules()))
+    for key, value in settings.items():
+        setattr(config, key, set(value) if isinstance(value, list) else value)
 
 
 def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
-    """Puts the base module back in the place of a LoRA layer without ranks, and takes it out of the config's targets."""
+    """Puts the base module back in the place of a LoRA layer without ranks."""
     parent_path, _, child = (PEFT_PREFIX + path).rpartition(".")
     parent = model.get_submodule(parent_path)
     layer = getattr(parent, child)
@@ -509,11 +520,6 @@ def _remove_layer(model: PeftModel, path: str, adapter: str) -> None:
     in_use = bool(layer.lora_A or layer.lora_embedding_A)  # by other adapters
     if not in_use:
         setattr(parent, child, layer.base_layer)
-    # Names such as "q_proj" stand for many modules: once one of them is gone the targets must be spelled out.
-    targeted = _targeted(model, adapter)
-    left = {path for path, layer in targeted.items() if not isinstance(layer, ParamWrapper)}
-    for key, value in target_settings(left, (name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules())).items():
-        setattr(model.peft_config[adapter], key, set(value) if isinstance(value, list) else value)
     everyone = cast(list[str], model.base_model.targeted_module_names)  # of all adapters together
     if not in_use and path in everyone:
         everyone.remove(path)

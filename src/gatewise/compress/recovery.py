@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 from gatewise.allocation.gates import GateBank
-from gatewise.allocation.scoring import gate_gradients, labelled_parts, parts_of, scoring, taken
+from gatewise.allocation.scoring import gate_gradients, labelled_parts, parts_of, scoring
 from gatewise.allocation.slots import by_slot, factors, set_slots
 from gatewise.errors import GatewiseError
 from gatewise.internals.trainer_device import run_on
-from gatewise.losses import Batch, scored
+from gatewise.losses import Batch, rows_of, scored
 from gatewise.models.device import random_state_kept
 from gatewise.tasks import PadCollator
 
@@ -62,7 +62,7 @@ def refit(model: nn.Module, batch: Batch, adapter: str | None = None, steps: int
     if rows < 4:
         return 0
     with scoring(model, None), GateBank(model, adapter) as gates:
-        parts, check = (parts_of(model, taken(batch, part)) for part in (slice(rows - rows // 4), slice(rows - rows // 4, None)))
+        parts, check = (parts_of(model, rows_of(batch, part)) for part in (slice(rows - rows // 4), slice(rows - rows // 4, None)))
         leaves = gates.fill(1.0, requires_grad=True)
         optimizer = torch.optim.Adam(leaves.values(), lr=learning_rate)
         best, least, at = gates.fill(1.0), check.loss(model), 0

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from gatewise.errors import GatewiseError
@@ -90,6 +91,7 @@ def has_bfloat16(device: "torch.device") -> bool:
     return device.type == "cpu" and cpu_has_bfloat16()
 
 
+@cache
 def cpu_has_bfloat16() -> bool:
     """Whether PyTorch multiplies bfloat16 numbers with the processor's own instructions.
 

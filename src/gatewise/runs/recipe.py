@@ -150,11 +150,13 @@ def checked(tree: Mapping[str, Any]) -> Recipe:
         pydantic.ValidationError: a key is unknown, of a wrong type or at odds with another.
     """
     kind = recipe_class(tree.get("method"), tree.get("task"))
-    known = {
-        *Recipe.model_fields,
-        *(name for table in (METHODS, TASKS) for part in table.usable().values() for name in part.sections()),
-    }
-    return kind.model_validate({key: value for key, value in tree.items() if value is not None or key not in known})
+    empty = {key for key, value in tree.items() if value is None}
+    if empty - {*Recipe.model_fields}:  # only then is every part imported
+        empty &= {
+            *Recipe.model_fields,
+            *(name for table in (METHODS, TASKS) for part in table.usable().values() for name in part.sections()),
+        }
+    return kind.model_validate({key: value for key, value in tree.items() if key not in empty})
 
 
 def recipe_class(method: Any, task: Any) -> type[Recipe]:

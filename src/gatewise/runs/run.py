@@ -75,7 +75,7 @@ def train(
     join(pick_device(recipe.device))
     method.check()
     progress = RunProgress((console or Console(stderr=True)) if processes.is_main() else Console(quiet=True))
-    checkpoint = processes.by_main(lambda: check_output(output, recipe, method, resume, overwrite))
+    checkpoint = processes.by_main(check_output, output, recipe, method, resume, overwrite)
     if resume:
         method.resume(output)
     with quiet(bars=True):
@@ -101,7 +101,7 @@ def train(
             run.seconds["total"] = time.monotonic() - started
             metrics = {name: {"before": before[name], "after": after[name]} for name in after}
             reshard(model)
-            result = processes.by_main(lambda: _written(run, method, model, metrics, trainer.state))
+            result = processes.by_main(_written, run, method, model, metrics, trainer.state)
             # The run is whole from here on: what is drawn of it may fail.
             study = Report()
             with _may_fail("the study of the adapter", progress):
@@ -203,7 +203,7 @@ def _prepared(recipe: Recipe, task: Task, method: Method, output: Path, checkpoi
     dtype_name = str(dtype).removeprefix("torch.")
     where = f"{device}" if processes.count() == 1 else f"{device}, {processes.count()} processes"
     progress.say(f"loading {recipe.model} in {dtype_name} on {where}")
-    processes.by_main(lambda: resolve(recipe.model, progress=progress.say))
+    processes.by_main(resolve, recipe.model, progress=progress.say)
     tokenizer = load_tokenizer(recipe.model)
     task.settle(None if checkpoint is None else read_note(checkpoint))
 

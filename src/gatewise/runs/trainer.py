@@ -66,7 +66,7 @@ class RecipeTrainer(Trainer):
             data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[*callbacks, FiniteGradients()],
+            callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         # So that the Trainer counts the labels of all batches of a step and leaves the division to compute_loss.
@@ -214,12 +214,19 @@ class RecipeTrainer(Trainer):
             super()._load_best_model()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's. Under DeepSpeed it is over before anybody can see the gradients, but for their norm."""
+        """The Trainer's. Stops before an optimiser step that would write NaN into the adapter, and so into the next checkpoint."""
         loss = super().training_step(*args, **kwargs)
-        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+        if not self.accelerator.sync_gradients:
+            return loss
+        if self.is_deepspeed_enabled:  # the step is over before anybody can see the gradients, but for their norm
             norm = cast(Any, self.deepspeed).get_global_grad_norm()  # infinite, or below 0, where the gradients are not finite
-            if norm is not None and not 0 <= float(norm) < math.inf:
-                self._stop_diverged(f"the gradient is not finite at step {self.state.global_step + 1}")
+            finite = norm is None or 0 <= float(norm) < math.inf
+        else:
+            # The Trainer clips without this check, and where max_grad_norm is 0 not at all.
+            gradients = [p.grad for p in cast(nn.Module, self.model).parameters() if p.grad is not None]
+            finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+        if not finite:
+            self._stop_diverged(f"the gradient is not finite at step {self.state.global_step + 1}")
         return loss
 
     @contextmanager
@@ -282,21 +289,6 @@ class RowOrder(Sampler[int]):
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         draw.shuffle(batches)
         return iter([row for batch in [*batches, *last] for row in batch])
-
-
-class FiniteGradients(TrainerCallback):
-    """Stops before an optimiser step that would write NaN into the adapter, and so into the next checkpoint."""
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        try:
-            # The Trainer clips without this check, and where max_grad_norm is 0 not at all.
-            nn.utils.get_total_norm(gradients, error_if_nonfinite=True)
-        except RuntimeError as error:
-            if "non-finite" not in str(error):  # out of memory, say
-                raise
-            what = f"the gradient is not finite at step {state.global_step + 1}"
-            stop_diverged(Path(args.output_dir or ""), state.global_step, what)
 
 
 class EarlyStopping(TrainerCallback):

@@ -94,7 +94,7 @@ def evaluate(
     answers = [] if answers is None else answers
     if batch_size < 1:
         raise GatewiseError(f"batch_size is {batch_size}: expected at least 1")
-    kind, positions = loss_kind(model), most_positions(model)
+    positions, kind = most_positions(model), loss_kind(model)
     max_length = min(max_length, positions)
     if kind == "rows":
         with measuring(model):
@@ -217,10 +217,11 @@ def scored_candidates(
     ]
     scores = [[(0.0, True)] * len(row) for row in candidates]
     device = _device(model)
-    collate = PadCollator(tokenizer)
     vocabulary = int(base_of(model).config.get_text_config().vocab_size)
+    batches = list(_batches(runs, batch_size, max(1, _MAX_LOGITS // vocabulary)))
+    collate = PadCollator(tokenizer)
     done = 0
-    for batch in _batches(runs, batch_size, max(1, _MAX_LOGITS // vocabulary)):
+    for batch in batches:
         inputs = {key: value.to(device) for key, value in collate([{"input_ids": run.ids} for run in batch]).items()}
         mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         positions, tokens, owners = [], [], []
@@ -235,7 +236,10 @@ def scored_candidates(
             offset += len(run.ids) - run.first_read
         logits = labelled_logits(model, {**inputs, "use_cache": False}, mask)
         best = logits.argmax(dim=-1).tolist()
-        values = _log_probs(logits, positions, tokens)
+        # log softmax, in float32 without a second (n, V) tensor
+        normalisers = torch.cat([part.float().logsumexp(dim=-1) for part in logits.split(64)])
+        at = torch.tensor(positions, device=logits.device)
+        values = (logits[at, torch.tensor(tokens, device=logits.device)].float() - normalisers[at]).tolist()
         for (row, member), position, token, value in zip(owners, positions, tokens, values, strict=True):
             score, is_greedy = scores[row][member]
             scores[row][member] = (score + value, is_greedy and best[position] == token)
@@ -272,13 +276,6 @@ def _batches(runs: Sequence[_Run], batch_size: int, max_reads: int) -> Iterator[
         reads += wanted
     if batch:
         yield batch
-
-
-def _log_probs(logits: Tensor, positions: list[int], tokens: list[int]) -> list[float]:
-    """log softmax of (n, V) logits at (position, token) pairs, in float32 without a second (n, V) tensor."""
-    normalisers = torch.cat([part.float().logsumexp(dim=-1) for part in logits.split(64)])
-    at = torch.tensor(positions, device=logits.device)
-    return (logits[at, torch.tensor(tokens, device=logits.device)].float() - normalisers[at]).tolist()
 
 
 def _evaluate_candidates(

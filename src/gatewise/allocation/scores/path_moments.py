@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from gatewise.allocation.gates import GateBank
 from gatewise.allocation.scores import Score
 from gatewise.allocation.scores.path_integral import quadrature
-from gatewise.allocation.scoring import Batches, Parts, Scores, live_only, parts_of, scoring, taken
+from gatewise.allocation.scoring import Batches, Scores, live_only, parts_of, scoring
 from gatewise.errors import GatewiseError
-from gatewise.losses import row_losses
+from gatewise.losses import row_losses, rows_of
 
 
 def nodes_above(start: float = 0.5, points: int = 2, **_: Any) -> tuple[list[float], list[float]]:
@@ -77,15 +77,22 @@ def path_moments(
         GatewiseError: ``start`` outside [0, 1], too few points, or a batch without labels.
     """
     nodes, weights = nodes_above(start, points)
-    with scoring(model, float32), GateBank(model, adapter) as gates:
-        parts, apart = _parts(model, gates, batch)
+    with GateBank(model, adapter) as gates, scoring(model, float32):
+        parts, apart = parts_of(model, batch), True
+        if parts.own:
+            few = rows_of(parts.own[0], slice(2))
+            with gates.watching() as rows_apart, torch.no_grad():
+                row_losses(model, few)
+            apart = rows_apart(len(few["labels"]))
+        if not apart:  # each microbatch is a row
+            parts = parts_of(model, batch, single_rows=True)
         first: dict[str, Tensor] = {path: torch.zeros_like(gate) for path, gate in gates.fill(1.0).items()}
         second = {path: torch.zeros_like(gate) for path, gate in first.items()}
         loss = torch.zeros(2, dtype=torch.float32 if parts.device.type == "mps" else torch.float64)  # summed, and labels
         for done, part in enumerate(parts.own, start=1):
             own: dict[str, Tensor] = {}
             for node, weight in zip(nodes, weights, strict=True):
-                gradients, sums, counts = _row_gradients(model, gates, part, node, apart)
+                gradients, sums, counts = gates.row_gradients(part, node, apart)
                 for path, gradient in gradients.items():
                     own[path] = own[path] - weight * gradient if path in own else -weight * gradient
             loss += torch.tensor([float(sums.sum()), float(counts.sum())], dtype=loss.dtype)  # of the last node, which is 1
@@ -95,10 +102,9 @@ def path_moments(
             if progress:
                 progress(done, len(parts.own))
         (loss,) = parts.total(loss)
-        totals = parts.total(*first.values(), *second.values())
-        halves = totals[: len(first)], totals[len(first) :]
-        mean, square = (live_only(gates, dict(zip(first, half, strict=True))) for half in halves)
-    size = {path: total.sqrt() for path, total in square.items()}
+        totals = parts.total(*(torch.stack([first[path], second[path]]) for path in first))
+        sums_of = live_only(gates, dict(zip(first, totals, strict=True)))
+    mean, size = {path: both[0] for path, both in sums_of.items()}, {path: both[1].sqrt() for path, both in sums_of.items()}
     if on_loss:
         on_loss(float(loss[0] / loss[1]))
     of_mean, of_size = _spread(mean), _spread(size)
@@ -109,33 +115,3 @@ def _spread(scores: Scores) -> float:
     """Standard deviation over all live ranks; 1 where they are all the same and there is nothing to weigh."""
     flat = torch.cat(list(scores.values())).double()
     return float(flat.std(correction=0)) or 1.0
-
-
-def _parts(model: nn.Module, gates: GateBank, batch: Batches) -> tuple[Parts, bool]:
-    """Microbatches, and whether each row of them can have gates of its own; where it cannot they are single rows."""
-    parts = parts_of(model, batch)
-    if not parts.own:
-        return parts, True
-    few = taken(parts.own[0], slice(2))
-    with gates.watching() as rows_apart, torch.no_grad():
-        row_losses(model, few)
-    apart = rows_apart(len(few["labels"]))
-    return (parts, True) if apart else (parts_of(model, batch, single_rows=True), False)
-
-
-@torch.enable_grad()
-def _row_gradients(
-    model: nn.Module, gates: GateBank, part: dict[str, Any], node: float, apart: bool
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Path -> (b, r_max) gradient of each row's summed loss in the module's gates, all at ``node``; losses and labels (b,)."""
-    leaves = gates.fill(node, requires_grad=not apart)
-    if apart:
-        rows = len(part["labels"])
-        leaves = {path: gate.expand(rows, 1, -1).clone().requires_grad_() for path, gate in leaves.items()}
-        for path, leaf in leaves.items():
-            gates.assign(path, leaf)
-    sums, counts = row_losses(model, part)
-    gradients = torch.autograd.grad(sums.sum(), list(leaves.values()), allow_unused=True)
-    found = zip(leaves.items(), gradients, strict=True)
-    of_rows = {p: (torch.zeros_like(leaf) if g is None else g).reshape(-1, leaf.shape[-1]) for (p, leaf), g in found}
-    return of_rows, sums.detach(), counts
