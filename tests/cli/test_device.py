@@ -71,7 +71,7 @@ def second_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importance, "importance_of", lambda model, *args, **how: opened.append(model) or scoring(model, *args, **how)
     )
-    monkeypatch.setattr("gatewise.allocation.scoring.microbatches", lambda batch, *_: looked_at(scored)(opened[0], batch))
+    monkeypatch.setattr("gatewise.losses.microbatches", lambda batch, *_: looked_at(scored)(opened[0], batch))
     autocast = torch.autocast  # which does not know the second device
     monkeypatch.setattr(torch, "autocast", lambda kind, **how: nullcontext() if kind == SECOND.type else autocast(kind, **how))
     # A loss reads its labels before there is a forward.

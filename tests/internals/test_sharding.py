@@ -113,8 +113,11 @@ def test_one_process_joins_nobody(monkeypatch):
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_accelerate_is_changed_only_where_a_cpu_is_to_share_a_model(monkeypatch, fsdp):
-    before = AcceleratorState.__init__
-    monkeypatch.setattr(AcceleratorState, "__init__", before)  # put back afterwards
+
+    def before(self):
+        """As Accelerate's own, which another test in this process may have changed; put back afterwards."""
+
+    monkeypatch.setattr(AcceleratorState, "__init__", before)
     monkeypatch.setattr(sharding, "PartialState", lambda **_: None)
     for name, value in {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": str(fsdp).lower()}.items():
         monkeypatch.setenv(name, value)

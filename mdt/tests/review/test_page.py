@@ -321,7 +321,7 @@ def test_files_come_in_and_exports_go_out(review: Callable[..., Review], tmp_pat
     page.click("#add-go")  # with nothing in it
     sync_api.expect(page.locator("#add-error")).to_contain_text("is empty")
     page.keyboard.press("Escape")
-    assert page.inner_text("#title") == "Passage 2"
+    sync_api.expect(page.locator("#title")).to_have_text("Passage 2")
     page.click("#export")
     page.select_option("#export-format", "html")
     with page.expect_download() as download:
