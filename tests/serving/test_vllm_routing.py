@@ -200,7 +200,7 @@ def test_an_adapter_that_leaves_the_prompt_alone(folder: Path) -> None:
     placed = {2: routing.place(read_routed(folder, D), lambda path: path)}.get
     path = "model.layers.0.self_attn.o_proj"
     routing.begin([Part("one", 2, 5, 0, 5), Part("short", 2, 1, 0, 1)], placed)
-    routing._table[[routing.requests["one"], routing.requests["short"]]] = torch.tensor([[0.3], [0.7]])
+    routing._table[[routing._rows["one"], routing._rows["short"]]] = torch.tensor([[0.3], [0.7]])
     for parts, wanted in (
         (None, [0, 0, 0, 0, 0.3, 0.7]),
         ([Part("one", 2, 1, 5, 5)], [0.3]),
@@ -295,7 +295,7 @@ def test_products_have_gates_between_a_and_b(folder: Path) -> None:
     path, slices = "model.layers.1.self_attn.qkv_proj", (6, 4, 4)
     drawn = torch.rand(3)
     gates = torch.stack([drawn, drawn, torch.zeros(3), torch.ones(3)])
-    routing._table[routing.requests["one"], routing._of_module[path]] = drawn
+    routing._table[routing._rows["one"], routing._of_module[path]] = drawn
     adapters = [1, 1, 1, 0]  # the base row has another's, as in vLLM on a processor
     a, b = torch.randn(3, 2, 1, 3, D), tuple(torch.randn(2, 1, size, 3) for size in slices)
     module = SimpleNamespace(lora_a_stacked=tuple(a), lora_b_stacked=b, output_slices=slices, punica_wrapper=Punica(adapters))
@@ -364,7 +364,7 @@ def test_a_step_is_told_whether_its_gates_are_the_last_ones(folder: Path) -> Non
     of_one, of_plain = Part("one", 2, 1, 1, 1), Part("plain", 1, 1, 4, 4)
     assert not routing.begin([Part("one", 2, 1, 0, 1), of_plain], placed)  # it reads its prompt
     path = "model.layers.0.self_attn.o_proj"
-    routing._table[routing.requests["one"]] = 0.5
+    routing._table[routing._rows["one"]] = 0.5
     assert not routing.begin([of_one, of_plain], placed)  # a step like the last, but there the gates were not known at first
     assert routing.gates(path, 2)[0, :, 0].tolist() == [0.5, 1]
     assert routing.begin([of_one, of_plain], placed)

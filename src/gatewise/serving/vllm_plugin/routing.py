@@ -78,9 +78,6 @@ class Routing:
         device: where it all lies.
         agree: makes a tensor the same in all processes that share the model's layers. Each has all hidden states and all routers,
             but where two experts are all but equally probable a last bit could have them choose differently.
-
-    Attributes:
-        requests: the row of each request that has gates.
     """
 
     def __init__(
@@ -102,7 +99,7 @@ class Routing:
         }
         self._table = torch.ones(_RESERVED + _ROWS, nobody + 1, device=device)
         self._table[BASE] = 0
-        self.requests: dict[str, int] = {}
+        self._rows: dict[str, int] = {}
         self._free = list(range(_RESERVED, len(self._table)))
         self._row_of_token = torch.zeros(tokens, dtype=torch.long, device=device)
         self._prompts: list[_Prompt] = []
@@ -110,6 +107,11 @@ class Routing:
         self._spans: list[tuple[int, int]] | None = None  # of the last step, if all its gates were decided before
         self._watched: set[str] = set()
         self.is_at_work = False
+
+    @property
+    def requests(self) -> set[str]:
+        """Those that have gates."""
+        return set(self._rows)
 
     def place(self, adapter: RoutedAdapter, name_of: Callable[[str], str]) -> Placed:
         """Finds an adapter's experts among the modules.
@@ -133,24 +135,29 @@ class Routing:
                 f"vLLM adapts no modules {some(missing)}, which are experts of this adapter: start it with --lora-target-modules "
                 "as serving.json or gatewise.serving.engines.serving_settings gives them"
             )
-        for path in [path for path in layers if path not in self._watched]:
-            module = self._model.get_submodule(path)
-            bound = signature(type(module).forward)
-            if "hidden_states" not in bound.parameters:
-                raise GatewiseError(
-                    f"vLLM's layer {path} ({type(module).__name__}) is not given hidden_states, by which its modules are chosen: "
-                    "serve this adapter with PEFT"
-                )
-            module.register_forward_pre_hook(partial(self._read, path, bound), with_kwargs=True)
-            self._watched.add(path)
+        for path in layers:
+            self._watch(path)
         return Placed(adapter, layers)
+
+    def _watch(self, path: str) -> None:
+        if path in self._watched:
+            return
+        layer = self._model.get_submodule(path)
+        bound = signature(type(layer).forward)
+        if "hidden_states" not in bound.parameters:
+            raise GatewiseError(
+                f"vLLM's layer {path} ({type(layer).__name__}) is not given hidden_states, by which its modules are chosen: serve "
+                "this adapter with PEFT"
+            )
+        layer.register_forward_pre_hook(partial(self._read, path, bound), with_kwargs=True)
+        self._watched.add(path)
 
     # ---- requests ----
 
     def release(self, requests: Iterable[str]) -> None:
         """These have ended; their names may come again."""
         for request in requests:
-            row = self.requests.pop(request, None)
+            row = self._rows.pop(request, None)
             if row is not None:
                 self._free.append(row)
 
@@ -181,9 +188,9 @@ class Routing:
             else:
                 self.is_at_work = True
                 untouched = min(max(part.prompt - 1 - part.computed, 0), part.tokens) if routed.adapter.after_prompt else 0
-                if part.request not in self.requests and not (routed.adapter.by_last_token and untouched == part.tokens):
+                if part.request not in self._rows and not (routed.adapter.by_last_token and untouched == part.tokens):
                     self._start(part, start, routed)
-                spans += [(BASE, untouched), (self.requests.get(part.request, BASE), part.tokens - untouched)]
+                spans += [(BASE, untouched), (self._rows.get(part.request, BASE), part.tokens - untouched)]
             start += part.tokens
         # While prompts are read gates change, and only so does a row become another request's.
         self._spans = None if self._prompts else spans
@@ -212,7 +219,7 @@ class Routing:
             more = torch.ones_like(self._table)
             self._free = list(range(len(self._table), 2 * len(self._table)))
             self._table = torch.cat([self._table, more])
-        row = self.requests[part.request] = self._free.pop()
+        row = self._rows[part.request] = self._free.pop()
         self._table[row] = 0
         self._prompts.append(_Prompt(start + first, start + end, row, placed))
 
