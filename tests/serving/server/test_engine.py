@@ -414,7 +414,6 @@ def test_a_dead_device_ends_the_engine(
         with pytest.raises(openai.APIError, match="the engine has ended"):
             list(stream)
         soon(lambda: not server.engine.is_alive)
-        assert not any(lane.is_open for lane in server.engine._running)
 
 
 @pytest.mark.parametrize(

@@ -269,8 +269,6 @@ class Engine:
             self._fail(one, self._why_ended())
         if self.is_broken:
             self._broke()
-        for lane in self._running:
-            lane.clear()  # PEFT's call holds a lock that no other thread can give back
 
     def _why_ended(self) -> Exception:
         return EndedError("the engine has ended: see the server's log") if self.is_broken else BusyError("the server is ending")

@@ -68,7 +68,6 @@ class Lane:
     Attributes:
         names: of the adapters that are loaded, unique in a server's life.
         rows: the adapter of each row, ``BASE`` for the base model.
-        is_open: PEFT's call of the model is open, from step to step; the thread that opened it has to close it.
     """
 
     def __init__(self, bare: PreTrainedModel, kind: Kind) -> None:
@@ -84,7 +83,7 @@ class Lane:
         self._cache: Any = None
         self._mask = torch.empty(0, 0, dtype=torch.long)
         self._call = ExitStack()  # of PEFT, open from step to step as long as rows and adapters stay the same
-        self.is_open = False
+        self._is_open = False
 
     # ---- adapters ----
 
@@ -157,9 +156,9 @@ class Lane:
     @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Reads the token that each row goes on with: logits (b, v) of the next one, in float32."""
-        if not self.is_open:
+        if not self._is_open:
             self._call.enter_context(self._peft_call(self.rows))
-            self.is_open = True
+            self._is_open = True
         self._mask = F.pad(self._mask, (0, 1), value=1)
         return self._forward(torch.tensor(tokens)[:, None], self._mask, self._cache, keep=1)[:, -1].float()
 
@@ -194,7 +193,7 @@ class Lane:
 
     def _close(self) -> None:
         self._call.close()
-        self.is_open = False
+        self._is_open = False
 
     @contextmanager
     def _peft_call(self, names: Sequence[str]) -> Iterator[None]:
