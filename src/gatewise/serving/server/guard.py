@@ -62,8 +62,7 @@ class Guard:
         """Status, kind and message for who is not let in."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "").lower()
-        name, _, port = host.rpartition(":")
-        if self._hosts is not None and (name if name and port.isdigit() else host) not in self._hosts:
+        if self._hosts is not None and _name_of(host) not in self._hosts:
             said = "this server without a key answers only under the address that it was started with"
             return 403, "PermissionDeniedError", said
         origins = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"origin"]
@@ -111,6 +110,12 @@ async def read_body(scope: Any, receive: Any, most: int) -> bytes:
     if max(expected, came) > most:
         raise ValueError(f"the body has more than {most} bytes")
     return b"".join(pieces)
+
+
+def _name_of(host: str) -> str:
+    """What ``Host`` names, without a port."""
+    name, _, port = host.rpartition(":")
+    return name if port.isdigit() and name else host
 
 
 async def _refuse(send: Any, status: int, kind: str, message: str) -> None:
