@@ -53,7 +53,6 @@ class Served:
         constraints: what a request can have its answer kept to, by its name in ``vllm_xargs``.
         key: without which nothing but /health is answered; None: everybody may ask.
         hosts: what may stand in ``Host``, None for anything.
-        encoding: the one thread of the tokenizers, which are not for several; a long prompt then keeps nobody from being heard.
     """
 
     base: str
@@ -66,12 +65,13 @@ class Served:
     constraints: Mapping[str, Constraint]
     key: str | None
     hosts: frozenset[str] | None
-    encoding: ThreadPoolExecutor
 
 
 def app(served: Served) -> Starlette:
     """The app of a server whose engine runs."""
     created = int(time.time())
+    # Tokenizers are not for several threads, and a long prompt must not keep others from being heard.
+    encoding = ThreadPoolExecutor(1, thread_name_prefix="gatewise-encode")
 
     def card(name: str, version: Version | None) -> dict[str, Any]:
         return {
@@ -121,7 +121,7 @@ def app(served: Served) -> Starlette:
         def send_piece(number: int, piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, (number, piece))
 
-        answers = await loop.run_in_executor(served.encoding, _answers, served, body, version, send_piece)
+        answers = await loop.run_in_executor(encoding, _answers, served, body, version, send_piece)
         served.engine.ask(answers)
         writing = _Writing(body, answers, pieces)
         try:
@@ -147,6 +147,7 @@ def app(served: Served) -> Starlette:
         exception_handlers=dict.fromkeys((HTTPException, *_KNOWN), _known_error) | {Exception: _unknown_error},
     )
     made.router.redirect_slashes = False
+    made.state.encoding = encoding  # whoever ends the server ends its thread
     return made
 
 
@@ -415,7 +416,8 @@ def _known_error(request: Request, error: Exception) -> Response:
     """What the client can put right, or has to wait for."""
     if isinstance(error, HTTPException):
         is_model = error.detail.startswith("The model")
-        return _error(error.detail, error.status_code, "model" if is_model else None)
+        nothing = error.status_code in (404, 405) and not is_model
+        return _error("nothing is here" if nothing else error.detail, error.status_code, "model" if is_model else None)
     answer = _error(
         _message_of(error), _KNOWN[type(error)], "model" if isinstance(error, NotLoadedError) else getattr(error, "param", None)
     )

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
@@ -131,7 +130,6 @@ class AdapterServer:
         embeddings: Any = model.get_input_embeddings()
         vocabulary = int(embeddings.weight.shape[0])
         self._every = every
-        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="gatewise-encode")
         self.url = url_of(host, self.port)
         served = Served(
             self.name,
@@ -144,11 +142,12 @@ class AdapterServer:
             constraints or {},
             key,
             hosts,
-            self._encoding,
         )
+        made = app(served)
+        self._encoding = made.state.encoding
         self._server = uvicorn.Server(
             uvicorn.Config(
-                app(served),
+                made,
                 http="h11",
                 ws="none",
                 loop="asyncio",
