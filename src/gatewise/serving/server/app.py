@@ -51,7 +51,7 @@ class Served:
         length: the most tokens of prompt and answer together.
         vocabulary: token ids are below it.
         constraints: what a request can have its answer kept to, by its name in ``vllm_xargs``.
-        key: without which nothing but /health is answered; None: everybody may ask.
+        key: without which nothing but /health is answer_request; None: everybody may ask.
         hosts: what may stand in ``Host``, None for anything.
     """
 
@@ -169,9 +169,7 @@ def _answers(served: Served, body: Chat | Completion, version: Version | None, s
     prompts: list[Any] = [_chat_ids(tokenizer, body)] if isinstance(body, Chat) else body.prompt
     answers: list[Answer] = []
     for prompt in prompts:
-        ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if isinstance(prompt, str) else prompt
-        if not ids:
-            raise BadRequestError("prompt has no token: expected a text that is not empty", "prompt")
+        ids = _text_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
         most = _most_tokens(ids, body, served)
         echo = None
         if isinstance(body, Completion) and body.echo:
@@ -181,6 +179,13 @@ def _answers(served: Served, body: Chat | Completion, version: Version | None, s
             limit = _limit(body, served, tokenizer, most)
             answers.append(Answer(body.model, version, ids, body.sampling(most, copy), tokenizer, send, limit, echo))
     return answers
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if not ids:
+        raise BadRequestError("prompt has no token: expected a text that is not empty", "prompt")
+    return ids
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, body: Chat) -> list[int]:
