@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import AutoConfig
 
 from gatewise.adapters.data_options import DataOptions
 from gatewise.adapters.files import CONFIG_FILE, read_config
 from gatewise.adapters.loading import load_adapter, read_data
 from gatewise.errors import GatewiseError, reason_of
-from gatewise.models.loading import load_config, load_tokenizer
+from gatewise.models.cache import resolve
+from gatewise.models.loading import load_tokenizer
 from gatewise.serving.server.with_vllm import DIRECT, VllmServer
 from gatewise.tasks.encoding import prompt_ids
 
@@ -109,7 +111,11 @@ def check_in_vllm(
         raise GatewiseError(f"dtype {dtype!r} is not known; expected float32 or bfloat16")
     folders = [Path(one).resolve() for one in adapters]
     base = _common_base(folders, options.base)
-    positions = int(getattr(load_config(base).get_text_config(), "max_position_embeddings", None) or 2**31)
+    try:
+        config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise GatewiseError(f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}") from error
+    positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
     prompted = [_prompts(folder, base, positions, data, replace(options, limit=prompts), tokens) for folder in folders]
     say(f"answering {max(map(len, prompted))} prompts in vLLM")
     server = VllmServer(

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from transformers import AutoConfig
+
 from gatewise.adapters.files import read_lora
 from gatewise.errors import GatewiseError, reason_of, some
 from gatewise.models.cache import resolve
-from gatewise.models.loading import load_config
 from gatewise.serving.constraints import Constraint, logits_processors
 from gatewise.serving.engines import CPU_LORA, VLLM_RANKS, is_told, serving_settings, settings_together
 from gatewise.serving.server import guard, vllm_server
@@ -170,10 +171,15 @@ class VllmServer:
             port = free.getsockname()[1]
         self.url, self.name = url_of(host, port), name or base
         self.catalogue = Catalogue(adapters, [self.name], self._say, settled)
-        config = load_config(base)
+        source = resolve(base)
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            said = f"the base model {base!r} has no configuration that Transformers reads: {reason_of(error)}"
+            raise GatewiseError(said) from error
         self._model_type = config.model_type
         self._arguments = [
-            "--model", resolve(base), "--served-model-name", self.name, "--host", resolve_host(host, port)[1], "--port", str(port),
+            "--model", source, "--served-model-name", self.name, "--host", resolve_host(host, port)[1], "--port", str(port),
             "--max-num-seqs", str(most_running), "--middleware", f"{vllm_server.GUARD}.GuardByEnvironment",
             *(["--dtype", dtype] if dtype != "auto" else []),
             *(["--max-model-len", str(most_tokens)] if most_tokens else []),
