@@ -138,19 +138,8 @@ class Lane:
         """A prompt that was read becomes the last row."""
         if self._cache is None:
             self._cache, self._mask = prompt.cache, prompt.mask
-        else:  # the shorter of both is filled up on the left
-            width, before = max(self._mask.shape[1], prompt.mask.shape[1]), len(self._mask)
-            for mine, theirs in zip(self._layers(self._cache), self._layers(prompt.cache), strict=True):
-                columns = max(mine.keys.shape[2], theirs.keys.shape[2])
-                mine.keys, mine.values = (
-                    torch.cat([F.pad(one, (0, 0, columns - one.shape[2], 0)) for one in both])
-                    for both in ((mine.keys, theirs.keys), (mine.values, theirs.values))
-                )
-                if isinstance(mine, DynamicSlidingWindowLayer):
-                    mine.cumulative_length = width
-            append_prompts(self._cache, prompt.cache)
-            regroup(self._cache, [(self._cache, range(before)), (prompt.cache, range(1))])
-            self._mask = torch.cat([F.pad(one, (width - one.shape[1], 0)) for one in (self._mask, prompt.mask)])
+        else:
+            self._append(prompt.cache, prompt.mask)
         self.rows.append(prompt.name)
 
     @torch.no_grad()
@@ -171,7 +160,7 @@ class Lane:
         if not rows:
             self._cache = None
             return
-        self._cache.batch_select_indices(torch.tensor(rows, device=self._model.device))
+        self._cache.batch_select_indices(torch.tensor(rows, device=self._device))
         regroup(self._cache, [(self._cache, rows)])
         self._mask = self._mask[list(rows)]
         spare = int(self._mask.any(dim=0).int().argmax())  # columns in which nobody has anything
@@ -179,10 +168,7 @@ class Lane:
             length = self._mask.shape[1]
             self._mask = self._mask[:, spare:]
             for layer in self._layers(self._cache):
-                first = max(layer.keys.shape[2] - length + spare, 0)  # a layer may have fewer columns than the mask
-                layer.keys, layer.values = (one[:, :, first:].contiguous() for one in (layer.keys, layer.values))
-                if isinstance(layer, DynamicSlidingWindowLayer):
-                    layer.cumulative_length = length - spare
+                _cut(layer, length - spare)
 
     def clear(self) -> None:
         """All rows are gone, whatever state they were left in."""
@@ -190,6 +176,10 @@ class Lane:
         self.rows, self._cache = [], None
 
     # ---- within ----
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.device
 
     def _close(self) -> None:
         self._call.close()
@@ -212,8 +202,8 @@ class Lane:
         if self._takes_length:
             options["logits_to_keep"] = keep
         if self._takes_positions:
-            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(self._model.device)
-        given, mask = ids.to(self._model.device), mask.to(self._model.device)
+            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(self._device)
+        given, mask = ids.to(self._device), mask.to(self._device)
         logits: Tensor = self._model(input_ids=given, attention_mask=mask, use_cache=True, **options).logits
         return logits
 
@@ -228,9 +218,32 @@ class Lane:
         kept = Counter(module for modules, gates in layers for module, gate in zip(modules, gates, strict=False) if gate > 0)
         return {module: (kept[module], layers) for module, layers in Counter(chain(*config.experts.values())).items()}
 
+    def _append(self, cache: Any, mask: Tensor) -> None:
+        """The rows of another cache under one's own; the shorter of both is filled up on the left."""
+        width, before, after = max(self._mask.shape[1], mask.shape[1]), len(self._mask), len(mask)
+        for mine, theirs in zip(self._layers(self._cache), self._layers(cache), strict=True):
+            columns = max(mine.keys.shape[2], theirs.keys.shape[2])
+            mine.keys, mine.values = (
+                torch.cat([F.pad(one, (0, 0, columns - one.shape[2], 0)) for one in both])
+                for both in ((mine.keys, theirs.keys), (mine.values, theirs.values))
+            )
+            if isinstance(mine, DynamicSlidingWindowLayer):
+                mine.cumulative_length = width
+        append_prompts(self._cache, cache)
+        regroup(self._cache, [(self._cache, range(before)), (cache, range(after))])
+        self._mask = torch.cat([F.pad(one, (width - one.shape[1], 0)) for one in (self._mask, mask)])
+
     @staticmethod
     def _layers(cache: Any) -> list[Any]:
         return [layer for layer in cache.layers if layer.is_initialized]
+
+
+def _cut(layer: Any, length: int) -> None:
+    """Of the columns of a layer's keys and values those stay that belong to the last ``length``."""
+    columns = min(layer.keys.shape[2], length)
+    layer.keys, layer.values = (one[:, :, one.shape[2] - columns :].contiguous() for one in (layer.keys, layer.values))
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = length
 
 
 def with_same_weights(model: PreTrainedModel) -> PreTrainedModel:
