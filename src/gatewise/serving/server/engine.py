@@ -156,9 +156,6 @@ class Engine:
         most_running, most_waiting: answers.
         note: called with a folder, and why its adapter cannot be loaded.
         broke: called when a fault has ended it, in its thread.
-
-    Attributes:
-        is_broken: a fault has ended it.
     """
 
     def __init__(
@@ -168,11 +165,11 @@ class Engine:
         ends: Sequence[int],
         metrics: Metrics,
         *,
-        most_loaded: int,
-        most_running: int,
-        most_waiting: int,
-        note: Callable[[Path, str], None],
-        broke: Callable[[], None],
+        most_loaded: int = 32,
+        most_running: int = 32,
+        most_waiting: int = 256,
+        note: Callable[[Path, str], None] = lambda folder, problem: print(problem, file=sys.stderr),
+        broke: Callable[[], None] = lambda: None,
     ) -> None:
         self._bare, self._base, self.ends, self._metrics = bare, base, frozenset(ends), metrics
         self._most_loaded, self._most_running, self.most_waiting = most_loaded, most_running, most_waiting
@@ -181,7 +178,7 @@ class Engine:
         self._loaded: dict[str, _Loaded] = {}
         self._waiting: deque[Answer] = deque()
         self._news = threading.Condition()
-        self._is_ending, self.is_broken, self._note, self._broke = False, False, note, broke
+        self._is_ending, self._is_broken, self._note, self._broke = False, False, note, broke
         self._thread = threading.Thread(target=self._run, name="gatewise-engine", daemon=True)
         metrics.gauges |= {
             "gatewise_running": lambda: _by_model([one for rows in list(self._running.values()) for one in list(rows)]),
@@ -262,16 +259,16 @@ class Engine:
                         self._step(lane, rows)
         except Exception as error:  # a fault of ours, or a device that is dead: nobody must wait for answers that never come
             traceback.print_exception(error, file=sys.stderr)
-            self.is_broken = True
+            self._is_broken = True
         with self._news:
             self._is_ending = True
         for one in (*self._waiting, *(one for rows in self._running.values() for one in rows)):
             self._fail(one, self._why_ended())
-        if self.is_broken:
+        if self._is_broken:
             self._broke()
 
     def _why_ended(self) -> Exception:
-        return EndedError("the engine has ended: see the server's log") if self.is_broken else BusyError("the server is ending")
+        return EndedError("the engine has ended: see the server's log") if self._is_broken else BusyError("the server is ending")
 
     def _has_work(self) -> bool:
         """Waits until there is something to do; false at the end."""

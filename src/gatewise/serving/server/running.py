@@ -108,9 +108,9 @@ class AdapterServer:
             settings = model.generation_config
             passed_over = [name for name, same in _PASSED_OVER.items() if getattr(settings, name, None) not in (None, *same)]
             if passed_over:
+                names = ", ".join(passed_over)
                 say(
-                    f"note: {', '.join(passed_over)} in the generation_config.json of {base}: passed over, answers are what the "
-                    "model writes without"
+                    f"note: {names} in the generation_config.json of {base}: passed over, answers are what the model writes without"
                 )
             given = getattr(settings, "eos_token_id", None)
             ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
@@ -118,7 +118,7 @@ class AdapterServer:
             self.engine = Engine(
                 model, base, [one for one in ends if one is not None], metrics,
                 most_loaded=most_loaded, most_running=most_running, most_waiting=most_waiting, note=self.catalogue.note,
-                broke=self.end,
+                broke=self._broke,
             )  # fmt: skip
             for version in self.catalogue.all():
                 if version.is_named and self.engine.room:
@@ -129,7 +129,7 @@ class AdapterServer:
             raise
         embeddings: Any = model.get_input_embeddings()
         vocabulary = int(embeddings.weight.shape[0])
-        self._every = every
+        self._every, self._is_broken = every, False
         self.url = url_of(host, self.port)
         served = Served(
             self.name,
@@ -182,8 +182,12 @@ class AdapterServer:
             self.catalogue.end()
             self.engine.end()
             self._encoding.shutdown(wait=False, cancel_futures=True)
-        if self.engine.is_broken:
+        if self._is_broken:
             raise GatewiseError("the engine has ended by a fault, which is told above, and the server with it: start it again")
+
+    def _broke(self) -> None:
+        self._is_broken = True
+        self.end()
 
     def end(self) -> None:
         """Ends :meth:`run`, from another thread."""
