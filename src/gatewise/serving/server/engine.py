@@ -226,11 +226,7 @@ class Engine:
             ReplacedError: it is being replaced.
         """
         with version.copy() as folder:
-            lane = self._plain
-            if version.kind == "alone":
-                lane = Lane(self._bare, "alone")
-            elif version.kind == "routed":
-                lane = next((one for one in self._running if one.kind == "routed"), None) or Lane(self._bare, "routed")
+            lane = self._lane_for(version)
             lane.load(folder, version.key, self._base)
         self._running.setdefault(lane, [])
         self._loaded[version.key] = _Loaded(version, lane)
@@ -254,9 +250,9 @@ class Engine:
                 self._drop_cancelled()
                 self._unload_gone()
                 self._admit()
-                for lane, rows in list(self._running.items()):
-                    if rows:
-                        self._step(lane, rows)
+                for lane in list(self._running):
+                    if self._running[lane]:
+                        self._step(lane)
         except Exception as error:  # a fault of ours, or a device that is dead: nobody must wait for answers that never come
             traceback.print_exception(error, file=sys.stderr)
             self._is_broken = True
@@ -285,7 +281,8 @@ class Engine:
             gone = [one for one in self._waiting if one.cancelled]
             for one in gone:
                 self._waiting.remove(one)
-                self._ended(one, "cancelled")
+        for one in gone:
+            self._ended(one, "cancelled")
 
     def _admit(self) -> None:
         """New answers begin, in order, as far as there is room."""
@@ -319,12 +316,8 @@ class Engine:
             hidden = NotLoadedError(f"the adapter {version.name!r} cannot be loaded: see the server's log")  # which names files
             if version.is_given_up:
                 raise hidden
-            if self.room <= 0:  # the one that was not used for longest goes
-                used = {one.key for rows in self._running.values() for one in rows}
-                free = [held for key, held in self._loaded.items() if key not in used]
-                if not free:
-                    return None
-                self._unload(min(free, key=lambda held: held.used))
+            if not self._make_room():
+                return None
             try:
                 self.load(version)
             except ReplacedError:
@@ -337,6 +330,24 @@ class Engine:
         held = self._loaded[version.key]
         held.used = time.monotonic()
         return held.lane
+
+    def _make_room(self) -> bool:
+        """Whether one more adapter can be loaded: the one that was not used for longest goes, if there are too many."""
+        if self.room <= 0:
+            used = {one.key for rows in self._running.values() for one in rows}
+            free = [held for key, held in self._loaded.items() if key not in used]
+            if not free:
+                return False
+            self._unload(min(free, key=lambda held: held.used))
+        return True
+
+    def _lane_for(self, version: Version) -> Lane:
+        """Where an adapter of its kind is loaded."""
+        if version.kind == "alone":
+            return Lane(self._bare, "alone")
+        if version.kind == "routed":
+            return next((one for one in self._running if one.kind == "routed"), None) or Lane(self._bare, "routed")
+        return self._plain
 
     def _unload(self, held: _Loaded) -> None:
         key, lane = held.version.key, held.lane
@@ -378,16 +389,17 @@ class Engine:
             lane.join(prompt)
         except Exception as error:
             self._break(lane, error)
-        else:
-            self._write(lane, [one], prompt.logits, prompt.everywhere)
+            return
+        self._write(lane, [one], prompt.logits, prompt.everywhere)
 
-    def _step(self, lane: Lane, rows: Sequence[Answer]) -> None:
+    def _step(self, lane: Lane) -> None:
+        rows = self._running[lane]
         try:
             logits = lane.step([one.tokens[-1] for one in rows])
         except Exception as error:
             self._break(lane, error)
-        else:
-            self._write(lane, rows, logits)
+            return
+        self._write(lane, rows, logits)
 
     def _write(self, lane: Lane, rows: Sequence[Answer], logits: Tensor, prompt_logits: Tensor | None = None) -> None:
         """The next token of some rows of a lane, by logits (n, v). A fault in one of them, such as in its limit, ends that one.
@@ -406,13 +418,8 @@ class Engine:
             except Exception as error:
                 self._print(error)
                 self._fail(one, error)
-        if any(one.is_done for one in rows):  # they leave
-            running = self._running[lane]
-            self._running[lane] = [one for one in running if not one.is_done]
-            try:
-                lane.keep([place for place, one in enumerate(running) if not one.is_done])
-            except Exception as error:
-                self._break(lane, error)
+        if any(one.is_done for one in rows):
+            self._keep(lane)
 
     def _write_token(self, one: Answer, logits: Tensor) -> None:
         """Chooses a token by logits (v) and gives it out."""
@@ -438,6 +445,15 @@ class Engine:
             text += one.writing.end()
             self._ended(one, finish)
         one.send(Piece(text, 1, logprobs, finish))
+
+    def _keep(self, lane: Lane) -> None:
+        """Those who are done leave."""
+        rows = self._running[lane]
+        self._running[lane] = [one for one in rows if not one.is_done]
+        try:
+            lane.keep([place for place, one in enumerate(rows) if not one.is_done])
+        except Exception as error:
+            self._break(lane, error)
 
     def _break(self, lane: Lane, error: Exception) -> None:
         """A fault of ours, or no memory: all rows of the lane end with it, and the lane goes on empty."""
