@@ -77,6 +77,15 @@ def preorders(draw: st.DrawFn, most_conditions: int = 5) -> list[dict[str, Any]]
 
 trees = preorders().map(DecisionTree.from_preorder)
 
+
+def swapped_root(tree: DecisionTree) -> DecisionTree:
+    """The tree with the branches of its root exchanged."""
+    nodes = tree.to_preorder()
+    both = tree.children[0]
+    assert both is not None
+    return DecisionTree.from_preorder([nodes[0], *nodes[both[1] :], *nodes[1 : both[1]]])
+
+
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["C", "D", "and", "null"]),
     lambda inner: (

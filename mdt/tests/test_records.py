@@ -4,20 +4,16 @@ from typing import Any
 
 import pytest
 from gatewise_mdt import DecisionTree, TreeRecord, read_trees, write_trees
-from gatewise_mdt.records import outline_with_text, outlines_of
-from hypothesis import given
-from hypothesis import strategies as st
-from mdt_trees import TEXT, gout, node, properties, trees
+from mdt_trees import TEXT, gout, node
 
 from gatewise.errors import GatewiseError
 
 TREE = DecisionTree.from_preorder(gout())
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".txt"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_what_is_written_is_read_back(tmp_path: Path, suffix: str) -> None:
-    more = {} if suffix == ".txt" else {"source": "by hand"}
-    records = [TreeRecord(TEXT, TREE, 1, more), TreeRecord("两行\n文字 | a", TREE.in_language("zh"), 2)]
+    records = [TreeRecord(TEXT, TREE, 1, {"source": "by hand"}), TreeRecord("两行\n文字 | a", TREE.in_language("zh"), 2)]
     write_trees(tmp_path / f"x{suffix}", records)
     read = read_trees(tmp_path / f"x{suffix}")
     assert list(read.records) == records
@@ -25,25 +21,10 @@ def test_what_is_written_is_read_back(tmp_path: Path, suffix: str) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / f"x{suffix}"]
 
 
-@properties
-@given(tree=trees, text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(str.strip))
-def test_outlines_keep_any_text(tmp_path_factory: pytest.TempPathFactory, tree: DecisionTree, text: str) -> None:
-    path = tmp_path_factory.getbasetemp() / "outlines.txt"
-    path.write_text(outlines_of([TreeRecord(text.strip(), tree)] * 2), encoding="utf-8", newline="\n")
-    read = read_trees(path)
-    assert [(record.text, record.tree) for record in read.records] == [(text.strip(), tree)] * 2
-
-
 def test_population_and_passage_are_parted_at_the_first_at_sign() -> None:
     record = TreeRecord("adults @ take 5 @ night", TREE)
     assert (record.population, record.passage) == ("adults", "take 5 @ night")
     assert (TreeRecord("take 5", TREE).population, TreeRecord("take 5", TREE).passage) == ("", "take 5")
-
-
-def test_a_nested_tree_and_a_single_record_are_read_too(tmp_path: Path) -> None:
-    path = tmp_path / "one.json"
-    path.write_text(json.dumps({"text": TEXT, "tree": TREE.to_nested()}))
-    assert read_trees(path).records[0].tree == TREE
 
 
 def test_a_record_with_a_fault_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -72,12 +53,8 @@ def test_a_record_with_a_fault_does_not_stop_the_others(tmp_path: Path) -> None:
     read = read_trees(lines)
     assert [record.number for record in read.records] == [1, 3]
     assert "line 3: not valid JSON" in read.faults[2]
-
-    outlines = tmp_path / "some.txt"
-    outlines.write_text(f"text: a@b\n{TREE.to_outline()}---\ntext: a@b\nif:\n")
-    read = read_trees(outlines)
-    assert [record.number for record in read.records] == [1]
-    assert "record 2, line 20: no triple follows" in read.faults[2]
+    (tmp_path / "one.json").write_text(json.dumps(good))  # without a list around it
+    assert read_trees(tmp_path / "one.json").records[0].tree == TREE
 
 
 def test_repair_is_noted_by_record(tmp_path: Path) -> None:
@@ -86,37 +63,6 @@ def test_repair_is_noted_by_record(tmp_path: Path) -> None:
     assert read_trees(path).faults
     read = read_trees(path, repair=True)
     assert read.notes == (f'{path}, record 1: node 1: logical_rel "or" with no triples is read as "null"',)
-
-
-@pytest.mark.parametrize("suffix", [".json", ".txt"])
-def test_nested_trees_and_outlines_are_repaired_too(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"some{suffix}"
-    good, wrong = TREE.to_nested(), TREE.to_nested()
-    wrong["false"]["logical_rel"] = "or"
-    wrong["true"]["triples"][0][1] = "Drug  Therapy"
-    outline = TREE.to_outline().replace("  if:", "  if any:").replace("| drug therapy", "| Drug  Therapy", 1)
-    broken = {".json": {**wrong, "false": None}, ".txt": "if:\n"}[suffix]
-    held = [json.dumps([{"text": TEXT, "tree": tree} for tree in (good, wrong, broken)])]
-    if suffix == ".txt":
-        held = [f"text: {TEXT}\n{one}" for one in (TREE.to_outline(), outline, broken)]
-    path.write_text("---\n".join(held))
-    strict = read_trees(path)
-    assert list(strict.faults) == [2, 3]
-    read = read_trees(path, repair=True)
-    assert [(record.text, record.tree) for record in read.records] == [(TEXT, TREE)] * 2
-    assert read.notes == (f'{path}, record 2: node 3: logical_rel "or" with one triple is read as "null"',)
-    assert (read.repaired, list(read.faults)) == ({2}, [3])
-    assert read.faults[3] == strict.faults[3]
-
-
-def test_what_no_repair_puts_right_in_an_outline_is_named_by_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "some.txt"
-    outline = TREE.to_outline().replace("  if:", "  if any:").splitlines()
-    at = next(number for number, line in enumerate(outline) if "| drug therapy" in line)
-    outline[at] = outline[at].replace("drug therapy", "nonsense")
-    path.write_text("\n".join([f"text: {TEXT}", *outline]))
-    # The line that the node begins with; that with the text is the first one.
-    assert f"record 1, line {at + 1}: the relation is 'nonsense'" in read_trees(path, repair=True).faults[1]
 
 
 def test_an_approval_does_not_hold_for_a_tree_that_is_repaired(tmp_path: Path) -> None:
@@ -150,7 +96,7 @@ def test_an_approval_does_not_hold_for_a_tree_that_is_repaired(tmp_path: Path) -
         ("x.jsonl", b"\n \n", "has no records"),
         ("x.csv", b"", "'.csv', expected .json"),
         ("missing.json", None, "no such file"),
-        ("folder.json", "folder", "is a folder"),
+        ("folder.json", "folder", "cannot be read"),
     ],
 )
 def test_files_that_cannot_be_read_at_all(tmp_path: Path, name: str, content: Any, said: str) -> None:
@@ -174,16 +120,3 @@ def test_the_confidence_of_a_tree_is_a_number_or_null_for_each_of_its_nodes() ->
     faults = ("0.5", True, float("nan"), float("inf"), -0.01, 1.01, 10**400, [0.5], {})
     for said in (None, 0.5, "high", {}, [], [0.5] * 4, [0.5] * 6, *([0.5, one, None, 1, 0] for one in faults)):
         assert of(said) is None, said
-
-
-@properties
-@given(trees, st.data())
-def test_what_stands_above_nodes_of_an_outline_does_not_count(tree: DecisionTree, data: st.DataObject) -> None:
-    comments = data.draw(st.lists(st.sampled_from(["", "confidence 41%"]), min_size=len(tree.nodes), max_size=len(tree.nodes)))
-    written = outline_with_text(TreeRecord("a@b", tree), comments)
-    lines = written.split("\n")
-    assert DecisionTree.from_outline(written.partition("\n")[2]) == tree
-    assert sum(line.strip() == "# confidence 41%" for line in lines) == sum(map(bool, comments))
-    heads = [i for i, line in enumerate(lines) if line.strip().startswith(("if", "do", "no recommendation"))]
-    if len(heads) == len(tree.nodes):  # no phrase begins like a head
-        assert [lines[i - 1].strip() == "# confidence 41%" for i in heads] == [bool(one) for one in comments]

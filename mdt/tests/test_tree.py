@@ -5,13 +5,12 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, Node, Triple, read_trees, tree_edit_ratio
+from gatewise_mdt import DecisionTree, read_trees, tree_edit_ratio
 from gatewise_mdt.checks import MAX_DEPTH, TreeError, check_node, fitting_join, tree_parts
 from gatewise_mdt.review.edits import check_shape
 from hypothesis import given
 from hypothesis import strategies as st
-from mdt_trees import JUNK, gout, node, preorders, properties, published, triple
-from pydantic import ValidationError
+from mdt_trees import JUNK, gout, node, preorders, properties, published, swapped_root, triple
 
 from gatewise.errors import GatewiseError
 
@@ -71,7 +70,7 @@ def test_what_is_no_tree_is_refused_in_words() -> None:
 @properties
 @given(JUNK)
 def test_junk_is_a_tree_or_a_gatewise_error(junk: Any) -> None:
-    for make in (DecisionTree.from_preorder, DecisionTree.repaired, DecisionTree.from_nested):
+    for make in (DecisionTree.from_preorder, DecisionTree.repaired):
         with suppress(GatewiseError):
             make(junk)
 
@@ -80,24 +79,13 @@ def test_too_deep_a_tree_is_refused_at_once() -> None:
     condition = node("C", triple("x"))
     fine = [condition] * (MAX_DEPTH - 1) + [node("D")] * MAX_DEPTH
     tree = DecisionTree.from_preorder(fine)
-    assert tree.depth == MAX_DEPTH
-    assert DecisionTree.from_nested(json.loads(json.dumps(tree.to_nested()))) == tree
+    json.dumps(tree.to_nested())  # is not too deep for Python
     with pytest.raises(GatewiseError, match=f"deeper than {MAX_DEPTH} levels"):
         DecisionTree.from_preorder([condition] * 10_000)
 
 
 def test_an_empty_leaf_alone_recommends_nothing_and_is_a_tree() -> None:
-    assert DecisionTree.from_preorder([node("D")]).paths()[0].leaf.is_empty
-
-
-def test_the_models_themselves_are_as_strict() -> None:
-    with pytest.raises(ValidationError, match="without triples"):
-        Node(role="C")
-    with pytest.raises(ValidationError, match="relation"):
-        Triple(subject="a", relation="b", object="c")
-    with pytest.raises(ValidationError, match="missing"):
-        DecisionTree(nodes=(Node(role="C", triples=(Triple(subject="a", relation="drug therapy", object="c"),)),))
-    assert Triple(subject=" a ", relation="drug therapy", object="c").subject == "a"
+    assert DecisionTree.from_preorder([node("D")]).nodes[0].is_empty
 
 
 def test_repair_puts_right_what_has_one_meaning_and_says_so() -> None:
@@ -105,7 +93,7 @@ def test_repair_puts_right_what_has_one_meaning_and_says_so() -> None:
     nodes[1]["logical_rel"] = "null"
     nodes[2]["logical_rel"] = "or"
     nodes[4]["logical_rel"] = "and"
-    nodes[3]["triples"] = [triple("check uric acid", "Therapeutic  Schedule")] * 2
+    nodes[3]["triples"] = [triple("check uric acid", "therapeutic schedule")] * 2
     tree, notes = DecisionTree.repaired(nodes, "record 2")
     assert [node.logical_rel for node in tree.nodes] == ["and", "and", "null", "null", "null"]
     assert tree.nodes[3] == DecisionTree.from_preorder(gout()).nodes[3]
@@ -129,33 +117,54 @@ def test_two_triples_that_are_one_in_a_language_are_one_there() -> None:
 def test_every_shape_leads_back_to_the_same_tree(nodes: list[dict[str, Any]]) -> None:
     tree = DecisionTree.from_preorder(nodes)
     assert tree.to_preorder() == nodes
-    assert DecisionTree.from_nested(tree.to_nested()) == tree
-    assert DecisionTree.model_validate_json(tree.model_dump_json()) == tree
-    assert DecisionTree.from_outline(tree.to_outline()) == tree
     assert tree.in_language("zh").in_language("en").in_language(tree.language) == tree
     assert DecisionTree.repaired(nodes) == (tree, [])
 
 
 @properties
 @given(preorders())
-def test_paths_and_children_are_those_of_a_slow_walk(nodes: list[dict[str, Any]]) -> None:
+def test_children_and_nested_json_are_those_of_a_slow_walk(nodes: list[dict[str, Any]]) -> None:
     tree = DecisionTree.from_preorder(nodes)
 
-    def walk(i: int) -> tuple[int, list[list[Any]]]:
-        """The position after the subtree at i, and its paths."""
+    def walk(i: int) -> tuple[int, dict[str, Any]]:
+        """The position after the subtree at i, and the subtree."""
         if nodes[i]["role"] == "D":
-            return i + 1, [[i]]
+            return i + 1, nodes[i]
         middle, true = walk(i + 1)
         end, false = walk(middle)
         assert tree.children[i] == (i + 1, middle)
-        return end, [[i, side, *path] for side, paths in ((True, true), (False, false)) for path in paths]
+        return end, {**nodes[i], "true": true, "false": false}
 
-    end, expected = walk(0)
-    assert end == len(nodes)
-    found = tree.paths()
-    assert [path.leaf for path in found] == [tree.nodes[path[-1]] for path in expected]
-    assert [[turn for _, turn in path.turns] for path in found] == [path[1::2] for path in expected]
-    assert tree.depth == max(len(path) // 2 + 1 for path in expected)
+    assert walk(0) == (len(nodes), tree.to_nested())
+
+
+OUTLINE = """\
+if all:
+  - adults with gout | clinical manifestation | acute flare
+  - adults with gout | basic condition | normal kidney function
+yes:
+  do any:
+    - adults with gout | drug therapy | colchicine
+    - colchicine | dosage and administration | 0.5 mg twice daily
+    - adults with gout | drug therapy | naproxen
+no:
+  if:
+    - adults with gout | clinical manifestation | Without a flare
+  yes:
+    # confidence 41%
+    do:
+      - adults with gout | therapeutic schedule | check uric acid
+  no:
+    no recommendation
+"""
+
+
+def test_the_outline_shows_all_of_a_tree() -> None:
+    assert DecisionTree.from_preorder(gout()).to_outline(["", "", "", "confidence 41%", ""]) == OUTLINE
+    assert (
+        "  - a\\|b | drug therapy | c\\nd"
+        in DecisionTree.from_preorder([node("D", triple("c\nd", "drug therapy", "a|b"))]).to_outline()
+    )
 
 
 def test_the_order_of_triples_does_not_matter_and_nothing_else_is_the_same() -> None:
@@ -166,28 +175,7 @@ def test_the_order_of_triples_does_not_matter_and_nothing_else_is_the_same() -> 
     assert hash(DecisionTree.from_preorder(nodes)) == hash(tree)
     nodes[1]["logical_rel"] = "and"
     assert DecisionTree.from_preorder(nodes) != tree
-    swapped = tree.to_nested()
-    swapped["true"], swapped["false"] = swapped["false"], swapped["true"]
-    assert DecisionTree.from_nested(swapped) != tree
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda root: root.pop("false"), ["root", 'only "true"']),
-        (lambda root: root["false"].update({"true": None, "false": None}), ["root.false", "found none"]),
-        (lambda root: root["true"].update({"true": root["false"]}), ["root.true", "decision", "expected none"]),
-        (lambda root: root["false"]["true"].update(role="X"), ["root.false.true", "role is 'X'"]),
-        (lambda root: root["false"].update({"false": []}), ["root.false.false", "the node is []"]),
-    ],
-)
-def test_faults_of_nested_trees_are_named_with_the_way_to_them(spoil: Any, said: list[str]) -> None:
-    root = DecisionTree.from_preorder(gout()).to_nested()
-    spoil(root)
-    with pytest.raises(GatewiseError) as caught:
-        DecisionTree.from_nested(root, "x.json")
-    for text in ["x.json", *said]:
-        assert text in str(caught.value)
+    assert swapped_root(tree) != tree
 
 
 def test_relations_change_their_language() -> None:
@@ -207,9 +195,6 @@ def test_published_trees_are_read_and_only_their_joints_and_doubles_need_repair(
         assert len(strict.records) >= 0.85 * strict.count
         for message in strict.faults.values():
             assert "logical_rel" in message or "comes twice" in message
-        for record in repaired.records:
-            assert DecisionTree.from_outline(record.tree.to_outline()) == record.tree
-            assert DecisionTree.from_nested(record.tree.to_nested()) == record.tree
 
 
 # One validation -------------------------------------------------------------------------------------------------------

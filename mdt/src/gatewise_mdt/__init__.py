@@ -6,7 +6,7 @@
     print(record.tree.to_outline())
     mdt.write_view([record], "html", "tree.html")
 
-At the top lie what every room needs: ``tree`` with its rules (``checks``) and relations, its ``outline``, files of texts with trees
+At the top lie what every room needs: ``tree`` with its rules (``checks``) and relations, files of texts with trees
 (``records``), and where the phrases of a tree stand in its text (``spans``).
 
 | room          | its story                                                                              |
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from gatewise_mdt.spans import Span, TripleSpans, in_text_order, locate, locate_tree
     from gatewise_mdt.training.rows import training_rows
     from gatewise_mdt.training.swapping import swapped_copies
-    from gatewise_mdt.tree import Decision, DecisionTree, Node, Path, Triple, Turn, decide
+    from gatewise_mdt.tree import Decision, DecisionTree, Node, Triple, Turn
 
 # Module -> the public names in it.
 _HOME = {
@@ -65,7 +65,7 @@ _HOME = {
     "spans": ("Span", "TripleSpans", "in_text_order", "locate", "locate_tree"),
     "training.rows": ("training_rows",),
     "training.swapping": ("swapped_copies",),
-    "tree": ("Decision", "DecisionTree", "Node", "Path", "Triple", "Turn", "decide"),
+    "tree": ("Decision", "DecisionTree", "Node", "Triple", "Turn"),
 }
 __all__ = [
     "RELATIONS",
@@ -77,7 +77,6 @@ __all__ = [
     "Mistake",
     "Node",
     "Parsed",
-    "Path",
     "PointingExtractor",
     "Span",
     "TreeFile",
@@ -88,7 +87,6 @@ __all__ = [
     "Turn",
     "agree",
     "count_mistakes",
-    "decide",
     "evaluate",
     "extract",
     "extract_files",

@@ -22,16 +22,15 @@ _NODE_KEYS = ("role", "triples", "logical_rel")
 
 
 class TreeError(ValueError):
-    """What is wrong with a tree, and at which node (counted from 1) or way from the root."""
+    """What is wrong with a tree, and at which node (counted from 1)."""
 
-    def __init__(self, message: str, node: int | None = None, way: str | None = None) -> None:
+    def __init__(self, message: str, node: int | None = None) -> None:
         super().__init__(message)
-        self.message, self.node, self.way = message, node, way
+        self.message, self.node = message, node
 
     def at(self, where: str) -> str:
         """The whole sentence: where, node and what is wrong."""
-        node = self.way or (None if self.node is None else f"node {self.node}")
-        place = ", ".join(filter(None, (where, node)))
+        place = ", ".join(filter(None, (where, "" if self.node is None else f"node {self.node}")))
         return f"{place}: {self.message}" if place else self.message
 
     def __str__(self) -> str:
@@ -195,62 +194,16 @@ def repaired_parts(nodes: Any) -> tuple[Any, list[str]]:
             continue
         triples: list[Any] = []
         for triple in node["triples"]:
-            plain = _plain_relation(triple)
-            if plain in triples:
-                notes.append(f"node {number}: the triple {shown(plain)} came twice and counts once")
+            if triple in triples:
+                notes.append(f"node {number}: the triple {shown(triple)} came twice and counts once")
             else:
-                triples.append(plain)
-        joined = node.get("logical_rel")
-        fitting = fitting_join(joined, len(triples))
-        if fitting is not joined:
-            was = "null" if joined is None and len(triples) > 1 else joined
-            notes.append(f'node {number}: logical_rel "{was}" with {_triples(len(triples))} is read as "{fitting}"')
+                triples.append(triple)
+        given = node.get("logical_rel")
+        fitting = fitting_join(given, len(triples))
+        if fitting != given:
+            notes.append(f'node {number}: logical_rel "{given or "null"}" with {_triples(len(triples))} is read as "{fitting}"')
         mended.append({**node, "triples": triples, "logical_rel": fitting})
     return mended, notes
-
-
-def _plain_relation(triple: Any) -> Any:
-    if not isinstance(triple, list | tuple) or len(triple) != 3 or not all(isinstance(part, str) for part in triple):
-        return triple
-    subject, relation, object_ = (part.strip() for part in triple)
-    # Only case and spaces: a relation that is spelt otherwise may be another relation.
-    plain = " ".join(relation.casefold().split())
-    return [subject, plain if is_relation(plain) else relation, object_]
-
-
-def flattened(root: Any, *, foreign: bool = False, unchecked: bool = False) -> list[Any]:
-    """Nested JSON as a pre-order list, without the keys "true" and "false".
-
-    Args:
-        foreign: as for :func:`tree_parts`.
-        unchecked: only the children are looked at; the nodes are to be repaired.
-
-    Raises:
-        TreeError: names the way from the root to the node.
-    """
-    nodes: list[Any] = []
-    to_do: list[tuple[Any, str, int]] = [(root, "root", 1)]
-    while to_do:
-        node, way, depth = to_do.pop()
-        if not isinstance(node, dict):
-            raise TreeError(f"the node is {shown(node)}, expected an object with role, triples and logical_rel", way=way)
-        if depth > MAX_DEPTH:
-            raise TreeError(f"the tree is deeper than {MAX_DEPTH} levels, expected a tree that people can read")
-        given = [side for side in ("true", "false") if node.get(side) is not None]
-        if node.get("role") == "C" and len(given) < 2:
-            has = f'only "{given[0]}"' if given else "none"
-            raise TreeError(f'a condition (role C) needs children under "true" and "false", found {has}', way=way)
-        if node.get("role") == "D" and given:
-            raise TreeError(f'a decision (role D) has a child under "{given[0]}", expected none', way=way)
-        own = {key: value for key, value in node.items() if key not in ("true", "false")}
-        try:
-            if not unchecked:
-                _node_parts(own, False, foreign)
-        except TreeError as fault:
-            raise TreeError(fault.message, way=way) from None
-        nodes.append(own)
-        to_do += [(node[side], f"{way}.{side}", depth + 1) for side in reversed(given)]
-    return nodes
 
 
 def shown(value: Any) -> str:

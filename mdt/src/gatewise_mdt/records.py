@@ -1,18 +1,12 @@
-"""Files of texts with their trees: a JSON list in the published format, JSONL, or an outline that people edit.
+"""Files of texts with their trees in the published format.
 
-| suffix       | content                                                                                |
-|--------------|----------------------------------------------------------------------------------------|
-| ``.json``    | a list of ``{"text": "population@passage", "tree": [nodes in pre-order]}``, or one of them |
-| ``.jsonl``   | one of them a line                                                                     |
-| ``.txt``     | outlines, see :mod:`gatewise_mdt.outline`, each after a line ``text: …``, parted by ``---`` |
-
-A tree may also be nested (an object instead of a list). Other keys of a record are kept, and written back, as far as a file can
-hold them: NaN comes back as null, and half of a surrogate pair as the replacement character.
+A ``.json`` file has a list of ``{"text": "population@passage", "tree": [nodes in pre-order]}``, or one of them; a ``.jsonl`` file
+one a line. Other keys of a record are kept, and written back, as far as a file can hold them: NaN comes back as null, and half of
+a surrogate pair as the replacement character.
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +15,13 @@ from gatewise.checks import HALF_A_PAIR, has_half_a_pair, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import content_of, finite, whole_file
 from gatewise_mdt import checks
-from gatewise_mdt.outline import escaped, outline_of, repaired_tree, split
 from gatewise_mdt.tree import DecisionTree
 
-SUFFIXES = (".json", ".jsonl", ".txt")
+SUFFIXES = (".json", ".jsonl")
 _OWN_KEYS = ("text", "tree")
 DOUBTFUL = 0.5
 """A node of less confidence is more likely wrong than right."""
 _REVIEWED = ("approved", "corrected")  # what a record's "review" may be, see gatewise_mdt.review.passage
-_DEEPEST = 2 * checks.MAX_DEPTH  # a nested tree among them is well within
 
 
 @dataclass(frozen=True)
@@ -177,28 +169,28 @@ def _checked(items: list[Any], name: str, repair: bool) -> TreeFile:
     for number, item in enumerate(items, start=1):
         where = f"{name}, record {number}"
         try:
-            try:
-                record = _record(item, number, where)
-            except GatewiseError:
-                if not repair:
-                    raise
-                record, made = _repaired(item, number, where)
-                notes += made
-                repaired.add(number)
-                if record.more.get("review") in _REVIEWED:
-                    if record.more["review"] == "approved":
-                        said = (record.reviewed or {}).get("by")
-                        notes.append(
-                            f"{where}: the tree of {quoted_beginning(record.text)} that was approved{f' by {said}' if said else ''}"
-                            " is another one after the repair, so it counts as corrected: read it and approve it anew"
-                        )
-                    more = {key: value for key, value in record.more.items() if key != "reviewed"}
-                    record = replace(record, more={**more, "review": "corrected"})
+            record, made = _record(item, number, where, repair)
         except GatewiseError as error:
             faults[number] = str(error)
-        else:
-            records.append(record)
+            continue
+        if made:
+            repaired.add(number)
+            record, more = _unapproved(record, where)
+            notes += [*made, *more]
+        records.append(record)
     return TreeFile(name, tuple(records), faults, tuple(notes), len(items), frozenset(repaired))
+
+
+def _unapproved(record: TreeRecord, where: str) -> tuple[TreeRecord, list[str]]:
+    """A repaired record, which counts as corrected if it was reviewed before, and a note if it was approved."""
+    state = record.more.get("review")
+    if state not in _REVIEWED:
+        return record, []
+    by = (record.reviewed or {}).get("by")
+    said = f"{where}: the tree of {quoted_beginning(record.text)} that was approved{f' by {by}' if by else ''}"
+    said += " is another one after the repair, so it counts as corrected: read it and approve it anew"
+    more = {key: value for key, value in record.more.items() if key != "reviewed"}
+    return replace(record, more={**more, "review": "corrected"}), [said] if state == "approved" else []
 
 
 def quoted_beginning(text: str) -> str:
@@ -207,30 +199,22 @@ def quoted_beginning(text: str) -> str:
 
 
 def read_items(path: str | Path) -> list[Any]:
-    """The records of a file, unchecked: as JSON has them, those of a ``.txt`` as :class:`TreeRecord`.
-
-    A line of a JSONL file that is no JSON, and an outline that is no tree, come as a :class:`Broken`.
+    """The records of a file, unchecked. For a line of a JSONL file that is no JSON comes the error that says so.
 
     Raises:
         GatewiseError: the file cannot be read, is no JSON, or has no records.
     """
-    place, name = Path(path), str(path)
-    if os.path.isdir(place):  # unlike a Path's own it takes any name
-        raise GatewiseError(f"{name} is a folder: expected a file that ends in {', '.join(SUFFIXES)}")
-    _check_suffix(place.suffix, name)
-    return _items(content_of(place), name, place.suffix)
+    _check_suffix(Path(path).suffix, str(path))
+    return _items(content_of(path), str(path), Path(path).suffix)
 
 
 def _items(content: bytes, name: str, suffix: str) -> list[Any]:
     _check_suffix(suffix, name)
-    suffix = suffix.lower()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise GatewiseError(f"{name}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
-    if suffix == ".txt":
-        items: list[Any] = list(_outlines(text, name))
-    elif suffix == ".jsonl":
+    if suffix.lower() == ".jsonl":
         lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
         items = [_line(line, f"{name}, line {number}") for number, line in lines]
     else:
@@ -243,51 +227,34 @@ def _items(content: bytes, name: str, suffix: str) -> list[Any]:
     return items
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A line or an outline that could not be read, and why.
-
-    Attributes:
-        text: of the record, for an outline.
-        outline: which a repair may put right; empty for a line.
-    """
-
-    message: str
-    text: str = ""
-    outline: str = ""
+def _line(line: str, where: str) -> Any:
+    try:
+        return _parsed(line, where)
+    except GatewiseError as error:
+        return error
 
 
-def check_texts(records: Iterable[TreeRecord]) -> None:
-    """Refuses for JSON what could not be read back from it: a tree without its text, as an outline may come.
-
-    Raises:
-        GatewiseError: names the record.
-    """
-    for record in records:
-        if not record.text.strip():
-            raise GatewiseError(
-                f"record {record.number} has no text, without which it cannot be read back from JSON: put a line"
-                ' "text: population@passage" before its outline'
-            )
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GatewiseError(f"{where}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise GatewiseError(f"{where}: not valid JSON: {error}") from None
 
 
 def write_trees(path: str | Path, records: Iterable[TreeRecord]) -> None:
-    """Writes records in the format that the suffix names, whole or not at all.
+    """Writes records as JSON or JSONL, as the suffix says, whole or not at all.
 
     Raises:
-        GatewiseError: the place cannot be written, the suffix is unknown, or a record without a text goes into JSON.
+        GatewiseError: the place cannot be written, or the suffix is unknown.
     """
-    suffix = Path(path).suffix.lower()
-    _check_suffix(suffix, str(path))
-    items = list(records)
-    if suffix != ".txt":
-        check_texts(items)
-    if suffix == ".txt":
-        content = outlines_of(items)
-    elif suffix == ".jsonl":
-        content = "".join(json.dumps(finite(record.to_json()), ensure_ascii=False) + "\n" for record in items)
+    _check_suffix(Path(path).suffix, str(path))
+    items = [finite(record.to_json()) for record in records]
+    if Path(path).suffix.lower() == ".jsonl":
+        content = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     else:
-        content = json.dumps(finite([record.to_json() for record in items]), indent=2, ensure_ascii=False) + "\n"
+        content = json.dumps(items, indent=2, ensure_ascii=False) + "\n"
     with whole_file(path) as part:
         part.write_text(content, encoding="utf-8", newline="\n")
 
@@ -297,46 +264,10 @@ def _check_suffix(suffix: str, name: str) -> None:
         raise GatewiseError(f"{name}: the name ends in {suffix!r}, expected {', '.join(SUFFIXES)}")
 
 
-def outlines_of(records: Sequence[TreeRecord]) -> str:
-    """Records as outlines, each after its text."""
-    return "---\n".join(map(outline_with_text, records))
-
-
-def outline_with_text(record: TreeRecord, comments: Sequence[str] = ()) -> str:
-    """A record as an outline after its text.
-
-    Args:
-        comments: for each node a line that does not count, to stand above it; empty for none.
-    """
-    return f"text: {escaped(record.text)}\n{outline_of(record.tree, comments)}"
-
-
-def _record(item: Any, number: int, where: str) -> TreeRecord:
-    if isinstance(item, Broken):
-        raise GatewiseError(item.message)
-    if isinstance(item, TreeRecord):
-        return replace(item, number=number)
-    text, more = _around(item, where)
-    make = DecisionTree.from_nested if isinstance(item["tree"], dict) else DecisionTree.from_preorder
-    return TreeRecord(text, make(item["tree"], where), number, more)
-
-
-def _repaired(item: Any, number: int, where: str) -> tuple[TreeRecord, list[str]]:
-    """The record with its tree repaired, and what was put right."""
-    more: dict[str, Any] = {}
-    if isinstance(item, Broken):
-        if not item.outline:
-            raise GatewiseError(item.message)
-        text = item.text
-        tree, notes = repaired_tree(item.outline, where)
-    else:
-        text, more = _around(item, where)
-        tree, notes = DecisionTree.repaired(item["tree"], where)
-    return TreeRecord(text, tree, number, more), notes
-
-
-def _around(item: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """The text of a record, and its other keys."""
+def _record(item: Any, number: int, where: str, repair: bool) -> tuple[TreeRecord, list[str]]:
+    """A record, and what was put right in its tree."""
+    if isinstance(item, GatewiseError):
+        raise item
     if not isinstance(item, dict):
         raise GatewiseError(f'{where}: found {checks.shown(item)}, expected an object with "text" and "tree"')
     for key in _OWN_KEYS:
@@ -347,62 +278,6 @@ def _around(item: Any, where: str) -> tuple[str, dict[str, Any]]:
         raise GatewiseError(f"{where}: text is {checks.shown(text)}, expected the passage, such as 'adults with asthma@If …'")
     if has_half_a_pair(text):
         raise GatewiseError(f"{where}: text {HALF_A_PAIR}")
-    more = {key: value for key, value in item.items() if key not in _OWN_KEYS}
-    if _is_deeper(more, _DEEPEST):
-        raise GatewiseError(f"{where}: its other keys are nested deeper than {_DEEPEST} levels: take them out")
-    return text, writable(more)
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether mappings and lists are nested deeper, which what walks through them level by level could not take."""
-    held = [value]
-    for _ in range(levels + 1):
-        held = [
-            one
-            for outer in held
-            if isinstance(outer, dict | list)
-            for one in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(held)
-
-
-def _outlines(text: str, name: str) -> Iterator[TreeRecord | Broken]:
-    number = 0
-    block: list[str] = []
-    for line in [*text.split("\n"), "---"]:
-        if line.strip() != "---":
-            block.append(line)
-            continue
-        if any(part.strip() for part in block):
-            number += 1
-            said, outline = _apart(block)
-            try:
-                yield TreeRecord(said, DecisionTree.from_outline(outline, f"{name}, record {number}"))
-            except GatewiseError as error:
-                yield Broken(str(error), said, outline)
-        block = [""] * (len(block) + 1)  # keeps the line numbers of the file
-
-
-def _apart(block: list[str]) -> tuple[str, str]:
-    """The text before an outline, empty without one, and the outline."""
-    for i, line in enumerate(block):
-        word, colon, rest = line.partition(":")
-        if colon and word.strip().lower() == "text":
-            return " | ".join(split(rest)), "\n".join(["" if j == i else other for j, other in enumerate(block)])
-    return "", "\n".join(block)
-
-
-def _line(line: str, where: str) -> Any:
-    try:
-        return _parsed(line, where)
-    except GatewiseError as error:
-        return Broken(str(error))
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise GatewiseError(f"{where}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise GatewiseError(f"{where}: not valid JSON: {error}") from None
+    more = writable({key: value for key, value in item.items() if key not in _OWN_KEYS})
+    tree, notes = DecisionTree.repaired(item["tree"], where) if repair else (DecisionTree.from_preorder(item["tree"], where), [])
+    return TreeRecord(text, tree, number, more), notes

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, read_trees, write_trees
 from gatewise_mdt.formats.views import FORMATS
 from mdt_trees import TEXT, gout, node, triple
 from refusals import assert_refused
 from typer.testing import CliRunner
 
 from gatewise.cli.main import app
-from gatewise.errors import GatewiseError
 
 Gatewise = Callable[..., Any]
 
@@ -102,23 +100,6 @@ def test_show_refuses_in_one_sentence(gatewise: Gatewise, tmp_path: Path) -> Non
     one_good = gatewise("show", "mixed.json", "--record", 3)
     assert one_good.exit_code == 0
     assert one_good.stderr == ""
-
-
-def test_an_outline_without_a_text_is_shown_but_never_as_json(gatewise: Gatewise, tmp_path: Path) -> None:
-    outline = DecisionTree.from_preorder(gout()).to_outline()
-    (tmp_path / "bare.txt").write_text(f"text: {TEXT}\n{outline}---\n{outline}")
-    for format in FORMATS:
-        result = gatewise("show", "bare.txt", "--record", 2, "--format", format, "--out", f"made.{format}")
-        if format == "json":
-            assert_refused(result, "record 2 has no text, without which it cannot be read back from JSON")
-            assert not (tmp_path / "made.json").exists()
-        else:
-            assert result.exit_code == 0, result.output
-    records = read_trees(tmp_path / "bare.txt").records
-    with pytest.raises(GatewiseError, match="record 2 has no text"):
-        write_trees(tmp_path / "made.jsonl", records)
-    write_trees(tmp_path / "made.txt", records)
-    assert read_trees(tmp_path / "made.txt").records == records
 
 
 def test_evaluate_prints_a_table_or_json(gatewise: Gatewise, tmp_path: Path) -> None:
@@ -214,15 +195,6 @@ def test_no_command_takes_an_approval_for_a_tree_that_it_repairs(gatewise: Gatew
     assert "approvalDate" not in bundle
 
 
-def test_evaluate_repairs_outlines_too(gatewise: Gatewise, tmp_path: Path) -> None:
-    (tmp_path / "pred.txt").write_text(DecisionTree.from_preorder(gout()).to_outline().replace("  if:", "  if any:"))
-    values = [
-        json.loads(gatewise("evaluate", "--gold", "one.json", "--pred", "pred.txt", "--json", *words).stdout)
-        for words in ((), ("--repair",))
-    ]
-    assert [one["tree_acc"] for one in values] == [0, 1]
-
-
 def test_prepare_splits_by_document(gatewise: Gatewise, tmp_path: Path) -> None:
     names = ["a.pdf"] * 6 + ["b.pdf"] * 2 + ["c.pdf"] * 2
     items = [{"text": f"{TEXT} {name} {i}", "tree": gout(), "source": name} for i, name in enumerate(names)]
@@ -286,28 +258,6 @@ def test_an_argument_that_is_no_possible_name(gatewise: Gatewise) -> None:
     assert_refused(gatewise("show", "good.json", "-f", "svg", "-o", "x" * 300), "cannot write")
 
 
-@pytest.mark.parametrize("name", ["pred.txt", "nested.json"])
-def test_evaluate_reads_predictions_as_show_does(gatewise: Gatewise, tmp_path: Path, name: str) -> None:
-    assert gatewise("show", "good.json", "--out", "pred.txt").exit_code == 0
-    nested = json.loads(gatewise("show", "one.json", "-f", "json").stdout)[0]["nested"]
-    (tmp_path / "nested.json").write_text(json.dumps([{"text": TEXT, "tree": nested}] * 2))
-    for words in (("--gold", "good.json", "--pred", name), ("--gold", name, "--pred", "good.json")):
-        result = gatewise("evaluate", *words, "--mistakes", "--json")
-        assert result.exit_code == 0, result.output
-        values = json.loads(result.stdout)
-        assert (values["tree_acc"], values["malformed"]) == (1, 0)
-        assert not any(one["count"] for one in values["mistakes"].values())
-
-
-def test_an_outline_that_is_no_tree_is_a_fault_of_its_record(gatewise: Gatewise, tmp_path: Path) -> None:
-    assert gatewise("show", "good.json", "--out", "pred.txt").exit_code == 0
-    written = (tmp_path / "pred.txt").read_text()
-    (tmp_path / "pred.txt").write_text(written.replace("if all:", "if perhaps:", 1))
-    values = json.loads(gatewise("evaluate", "--gold", "good.json", "--pred", "pred.txt", "--json").stdout)
-    assert (values["malformed"], values["tree_acc"]) == (1, 0.5)
-    assert_refused(gatewise("evaluate", "--gold", "pred.txt", "--pred", "good.json"), "pred.txt, record 1, line")
-
-
 @pytest.mark.parametrize("words", [("--free",), ("--limit", "3")])
 def test_evaluate_refuses_with_predictions_what_says_how_to_extract(gatewise: Gatewise, words: tuple[str]) -> None:
     refused = gatewise("evaluate", "--gold", "good.json", "--pred", "good.json", *words)
@@ -337,21 +287,6 @@ def test_a_stdout_that_is_no_utf8_shows_codes(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
     assert result.returncode == 0, result.stderr.decode()
     assert b"\\u79cb\\u6c34\\u4ed9\\u78b1" in result.stdout
-
-
-@pytest.mark.parametrize("levels", [150, 900])
-def test_other_keys_that_are_nested_deep(gatewise: Gatewise, tmp_path: Path, levels: int) -> None:
-    deep: Any = "\ud800"
-    for i in range(levels):
-        deep = [deep] if i % 2 else {"x": deep}
-    (tmp_path / "deep.json").write_text(json.dumps([{"text": TEXT, "tree": gout(), "deep": deep}, {"text": TEXT, "tree": gout()}]))
-    for format in ("text", "json"):
-        result = gatewise("show", "deep.json", "-f", format)
-        if levels == 150:
-            assert result.exit_code == 0, result.output
-        else:
-            assert_refused(result, "1 of the 2 records")
-            assert "record 1: its other keys are nested deeper than 200 levels" in result.stderr
 
 
 @pytest.mark.parametrize("format", list(FORMATS))

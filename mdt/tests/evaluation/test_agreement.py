@@ -18,7 +18,7 @@ from gatewise_mdt.evaluation.comparison import lines_of, page_of, remarks_of, ro
 from gatewise_mdt.evaluation.intervals import intervals
 from hypothesis import given
 from hypothesis import strategies as st
-from mdt_trees import TEXT, gout, node, preorders, properties, triple
+from mdt_trees import TEXT, gout, node, preorders, properties, swapped_root, triple
 
 from gatewise.errors import GatewiseError
 
@@ -143,9 +143,7 @@ def test_a_small_change_is_seen(nodes: Nodes, data: st.DataObject) -> None:
     conditions = [i for i, both in enumerate(tree.children) if both is not None]
     if not conditions:
         return
-    root = tree.to_nested()
-    root["true"], root["false"] = root["false"], root["true"]
-    swapped = DecisionTree.from_nested(root)
+    swapped = swapped_root(tree)
     found = agree([TreeRecord(TEXT, tree)], [TreeRecord(TEXT, swapped)])
     assert found.passages[0].same == (found.values["tree_agreement"] == 1)
     assert not [d for d in found.passages[0].differences if d.kind in ("one only", "span", "subject", "relation", "several parts")]

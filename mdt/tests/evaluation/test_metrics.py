@@ -5,7 +5,7 @@ import pytest
 from gatewise_mdt import DecisionTree, TreeRecord, evaluate, read_trees, tree_edit_ratio
 from hypothesis import given
 from hypothesis import strategies as st
-from mdt_trees import JUNK, TEXT, gout, node, preorders, properties, published, triple
+from mdt_trees import JUNK, TEXT, gout, node, preorders, properties, published, swapped_root, triple
 
 from gatewise.errors import GatewiseError
 
@@ -68,9 +68,7 @@ def test_ter_and_paths_are_those_of_the_definition(a: list[dict[str, Any]], b: l
 @given(preorders().filter(lambda nodes: len(nodes) > 1))
 def test_swapping_the_roots_children_is_seen_by_decision_paths(nodes: list[dict[str, Any]]) -> None:
     tree = DecisionTree.from_preorder(nodes)
-    root = tree.to_nested()
-    root["true"], root["false"] = root["false"], root["true"]
-    swapped = DecisionTree.from_nested(root)
+    swapped = swapped_root(tree)
     metrics = evaluate([tree], [swapped])
     assert metrics.triplet_f1 == metrics.node_f1 == 1
     # Every path now turns the other way at the root, so that none is left, unless both sides have one in common.
@@ -160,7 +158,7 @@ def test_published_trees_against_themselves_are_perfect() -> None:
 
 def test_trees_are_read_in_every_form_that_files_have() -> None:
     tree = DecisionTree.from_preorder(gout())
-    forms = [tree, gout(), tree.to_nested(), {"text": TEXT, "tree": gout()}, {"tree": tree.to_nested()}, TreeRecord(TEXT, tree)]
+    forms = [tree, gout(), {"text": TEXT, "tree": gout()}, {"tree": gout()}, TreeRecord(TEXT, tree)]
     metrics = evaluate([gout()] * len(forms), forms)
     assert (metrics.tree_acc, metrics.ter, metrics.malformed) == (1, 0, 0)
 

@@ -8,7 +8,7 @@ from gatewise_mdt import DecisionTree, count_mistakes, evaluate, mistakes
 from gatewise_mdt.evaluation.mistakes import KINDS
 from hypothesis import given
 from hypothesis import strategies as st
-from mdt_trees import JUNK, gout, node, preorders, properties, triple
+from mdt_trees import JUNK, gout, node, preorders, properties, swapped_root, triple
 
 from gatewise.errors import GatewiseError
 
@@ -82,10 +82,8 @@ def test_chinese_phrases_are_compared_by_character() -> None:
 
 
 def test_a_node_in_the_wrong_place() -> None:
-    swapped = DecisionTree.from_preorder(gout()).to_nested()["false"]
-    swapped["true"], swapped["false"] = swapped["false"], swapped["true"]
-    gold = DecisionTree.from_nested(DecisionTree.from_preorder(gout()).to_nested()["false"])
-    assert kinds(gold, DecisionTree.from_nested(swapped)) == ["wrong side"]
+    gold = DecisionTree.from_preorder(gout()[2:])
+    assert kinds(gold, swapped_root(gold)) == ["wrong side"]
     a, b, c = (node("D", triple(text, DRUG)) for text in ("a", "b", "c"))
     x, y = node("C", triple("x")), node("C", triple("y"))
     # y under x on the other side takes its decisions with it, and c changes its depth and side.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fhir_rules import faults_of
-from gatewise_mdt import DecisionTree, TreeRecord, decide, render, sample
+from gatewise_mdt import DecisionTree, TreeRecord, render, sample
 from gatewise_mdt.formats.cpg import bundle_of, library_of, notes_of
 from hypothesis import given
 from mdt_trees import TEXT, gout, node, preorders, properties, triple
@@ -448,7 +448,7 @@ def test_the_actions_that_apply_are_those_of_the_decision(nodes: list[dict[str, 
         facts = {fact.key: value for fact, value in zip(tree.facts, values, strict=True)}
         applied = orders(plan.get("action", []), kleene(tree, facts))
         try:
-            leaf = decide(tree, lambda fact, facts=facts: facts[fact.key]).leaf
+            leaf = tree.decide(lambda fact, facts=facts: facts[fact.key]).leaf
         except GatewiseError:
             assert applied == []  # nothing is recommended where it is not known which way to go
             continue

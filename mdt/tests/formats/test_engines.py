@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewise_mdt import DecisionTree, TreeRecord, decide, sample
+from gatewise_mdt import DecisionTree, TreeRecord, sample
 from gatewise_mdt.formats.cpg import bundle_of
 from gatewise_mdt.formats.tables import dmn_of
 from mdt_trees import TEXT, gout, node, triple
@@ -90,7 +90,7 @@ def test_engines_come_to_our_own_decision(release: Any) -> None:
             known = {fact.key: value for fact, value in zip(tree.facts, values, strict=True)}
             count += 1
             try:
-                decision = decide(tree, lambda fact, known=known: known[fact.key])
+                decision = tree.decide(lambda fact, known=known: known[fact.key])
             except GatewiseError:  # it is not known which way to go: nobody decides anything
                 assert made["apply"]["ids"] == []
                 assert made["dmn"] == []

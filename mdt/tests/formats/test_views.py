@@ -312,9 +312,8 @@ def test_every_format_gives_the_warnings_of_the_extraction(name: str) -> None:
         assert render([replace(RECORD, more={"warnings": nothing})], name).count("incomplete") == 0
 
 
-@pytest.mark.parametrize("name", ["text", "json"])
-def test_text_and_json_are_read_back(tmp_path: Path, name: str) -> None:
-    path = write_view([RECORD, RECORD], name, tmp_path / f"trees{FORMATS[name]}")
+def test_json_is_read_back(tmp_path: Path) -> None:
+    path = write_view([RECORD, RECORD], "json", tmp_path / "trees.json")
     assert [(record.text, record.tree) for record in read_trees(path).records] == [(TEXT, TREE)] * 2
 
 

@@ -408,5 +408,5 @@ def test_a_tree_is_no_deeper_than_trees_may_be() -> None:
         tuple((i + 1 if i + 1 < n else EMPTY, EMPTY) for i in range(n)),
     )
     tree = tree_of(made, units, "en")
-    assert tree.depth == MAX_DEPTH
+    assert len(tree.nodes) == 2 * MAX_DEPTH - 1
     assert len(list(preorder(made))) == len(tree.nodes)

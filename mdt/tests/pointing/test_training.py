@@ -214,9 +214,9 @@ def test_a_search_that_compares_predictions_is_refused(tmp_path: Path) -> None:
     assert load_recipe(write_pointing(tmp_path, "spt")).search.consistency == 0
 
 
-def test_outlines_beside_the_recipe_are_found(tmp_path: Path) -> None:
-    recipe = write_pointing(tmp_path, data={"train": "train.txt", "dev": "dev.txt"})
-    assert load_recipe(recipe).data.train == str(tmp_path / "train.txt")
+def test_trees_beside_the_recipe_are_found(tmp_path: Path) -> None:
+    recipe = write_pointing(tmp_path, data={"train": "train.json", "dev": "dev.json"})
+    assert load_recipe(recipe).data.train == str(tmp_path / "train.json")
 
 
 def test_the_recipe_is_written_back_whole(tmp_path: Path) -> None:

@@ -303,9 +303,7 @@ def test_undo_and_redo(trees: Path) -> None:
 
 def test_sources_of_all_kinds(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Give colchicine for a flare.")
-    (tmp_path / "outline.txt").write_text(f"# notice\ntext: {TEXT}\nno recommendation\n")
     assert Session.open(str(tmp_path / "text.txt")).passages[0].now.nodes is None
-    assert Session.open(str(tmp_path / "outline.txt")).passages[0].is_valid
     session = Session.open("sample:guidelines", tmp_path / "x.jsonl")
     assert len(session.passages) == len(sample())
     passages, faults = session.load(json.dumps([{"text": OTHER, "tree": gout()}, {"text": OTHER}]).encode(), "more.json")

@@ -102,13 +102,13 @@ def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[s
     from gatewise_mdt.evaluation.intervals import intervals
     from gatewise_mdt.evaluation.metrics import count_trees, metrics_of
     from gatewise_mdt.evaluation.mistakes import count_mistakes
-    from gatewise_mdt.records import Broken
+    from gatewise_mdt.records import read_items
 
-    wanted = list(read_file(gold, repair).records) if gold.startswith("sample:") else _items(gold, repair)
-    found = _items(pred, repair)
+    wanted: list[Any] = list(read_file(gold, repair).records) if gold.startswith("sample:") else read_items(gold)
+    found = read_items(pred)
     for number, item in enumerate(wanted, start=1):
-        if isinstance(item, Broken):
-            raise GatewiseError(item.message)
+        if isinstance(item, GatewiseError):
+            raise item
         if number <= len(found):
             _check_same_text(item, found[number - 1], number, gold, pred)
     if len(wanted) != len(found):
@@ -118,17 +118,6 @@ def _measure_file(gold: str, pred: Path, repair: bool, mistakes: bool) -> dict[s
     counts = count_trees(wanted, found, repair=repair, source=gold)
     metrics = {**metrics_of(counts).to_json(), "intervals": intervals(counts)}
     return {**metrics, "mistakes": count_mistakes(wanted, found, repair=repair)} if mistakes else metrics
-
-
-def _items(file: str | Path, repair: bool) -> list[Any]:
-    """The records of a file, unchecked; outlines, which have to be trees to be read at all, repaired where that is asked for."""
-    from gatewise_mdt.records import Broken, read_items, read_trees
-
-    items = read_items(file)
-    if repair and any(isinstance(item, Broken) and item.outline for item in items):
-        repaired = {record.number: record for record in read_trees(file, repair=True).records}
-        return [repaired.get(number, item) for number, item in enumerate(items, start=1)]
-    return items
 
 
 def _check_same_text(gold: Any, pred: Any, number: int, gold_file: str, pred_file: Path) -> None:

@@ -21,7 +21,7 @@ class Only(StrEnum):
 
 
 def prepare(
-    data: Annotated[str, typer.Argument(help="A .json, .jsonl or .txt file of trees, or sample:guidelines.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="A .json or .jsonl file of trees, or sample:guidelines.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "--output", "-o", help="The .jsonl file of rows to write.", show_default=False)],
     only: Annotated[Only | None, typer.Option(help="Only the records that a reviewer approved.")] = None,
     dev: Annotated[

@@ -19,7 +19,7 @@ from gatewise_mdt.commands.trees import (
 
 
 def show(
-    file: Annotated[str, typer.Argument(help="A .json, .jsonl or .txt file of trees, or sample:guidelines.", show_default=False)],
+    file: Annotated[str, typer.Argument(help="A .json or .jsonl file of trees, or sample:guidelines.", show_default=False)],
     record: Annotated[int | None, typer.Option(help="Only this record, counted from 1.", min=1)] = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="What to make of it.")] = Format.text,
     out: OutOption = None,

@@ -74,7 +74,7 @@ def evaluate(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool = Fa
     """The metrics of predictions, each at the place of its gold tree.
 
     Args:
-        gold: for each text a :class:`DecisionTree`, a list of nodes in pre-order, the root of a nested tree, or a record with one
+        gold: for each text a :class:`DecisionTree`, a list of nodes in pre-order, or a record with one
             of them under "tree".
         predicted: the same, or anything at all: what is no tree counts as wrong.
         repair: on both sides, read logical_rel "and" or "or" over at most one triple as "null", "null" over several as "and", and
@@ -182,11 +182,7 @@ def _share(part: Any, whole: Any) -> NDArray[Any]:
 
 
 def _is_empty(item: Any) -> bool:
-    return not (item.get("tree") if _is_record(item) else item)
-
-
-def _is_record(item: Any) -> bool:
-    return isinstance(item, dict) and "role" not in item
+    return not (item.get("tree") if isinstance(item, dict) else item)
 
 
 def plain_tree(item: Any, repair: bool) -> tuple[list[PlainNode], _Children]:
@@ -199,10 +195,8 @@ def plain_tree(item: Any, repair: bool) -> tuple[list[PlainNode], _Children]:
         item = item.tree
     if isinstance(item, DecisionTree):
         item = item.to_preorder()
-    if _is_record(item):
-        item = item.get("tree")
     if isinstance(item, dict):
-        item = checks.flattened(item, foreign=True)
+        item = item.get("tree")
     nodes: list[PlainNode] = []
     for role, parts, joined in checks.tree_parts(item, foreign=True):
         triples = frozenset((s.lower(), r.lower(), o.lower()) for s, r, o in parts)

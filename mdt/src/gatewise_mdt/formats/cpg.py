@@ -27,7 +27,7 @@ from gatewise_mdt.formats.svg import main_subject
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import locate_tree, part_of
-from gatewise_mdt.tree import DecisionTree, Node, Triple, joined_words
+from gatewise_mdt.tree import DecisionTree, Node, Triple
 
 Release = Literal["R4", "R5"]
 BASE = "http://example.org/fhir"
@@ -167,7 +167,7 @@ class _Resources:
         """What is to be done when a condition holds, or when it does not. It is None where that is nothing."""
         if inside is None:
             return None
-        words = clean(joined_words(node))
+        words = clean(node.words)
         words = words if side else f"not ({words})"
         expression = {"description": words, "language": "text/cql-identifier", "expression": _holds(number, side)}
         return {

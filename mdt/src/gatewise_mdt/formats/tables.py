@@ -20,7 +20,7 @@ from gatewise_mdt.formats.svg import main_subject
 from gatewise_mdt.formats.words import words_for
 from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import TripleSpans, locate_tree
-from gatewise_mdt.tree import DecisionTree, Node, Triple, joined_words
+from gatewise_mdt.tree import DecisionTree, Node, Triple
 
 _DMN = "https://www.omg.org/spec/DMN/20191111/MODEL/"
 _MOST_IN_A_CELL = 32_767  # Excel's limit; more would be cut without a word
@@ -140,7 +140,7 @@ def _add_decision(root: ET.Element, record: TreeRecord, name: str) -> None:
     made = ET.SubElement(decision, _tag("decisionTable"), {"id": f"{prefix}table", "hitPolicy": "UNIQUE"})
     for i in table.conditions:
         node = tree.nodes[i]
-        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}node_{i + 1}", "label": clean(joined_words(node))})
+        column = ET.SubElement(made, _tag("input"), {"id": f"{prefix}node_{i + 1}", "label": clean(node.words)})
         expression = ET.SubElement(column, _tag("inputExpression"), {"typeRef": "boolean"})
         _text(expression, "text", _expression(node, tree, prefix))
     for output, type_ in (("node", "number"), ("recommendation", "string")):
@@ -237,7 +237,7 @@ def _fill(sheet: Any, record: TreeRecord, name: str) -> None:
     business = f"{_about(record)}: {record.passage}" if record.passage else _about(record)
     for place, row in enumerate((("Decision ID", name), ("Business rule", business), ("Trigger", _NO_TRIGGER)), start=1):
         _row(sheet, place, row)
-    inputs = [(_line(joined_words(node)), _expression(node, tree, "")) for node in (tree.nodes[i] for i in table.conditions)]
+    inputs = [(_line(node.words), _expression(node, tree, "")) for node in (tree.nodes[i] for i in table.conditions)]
     inputs = inputs or [(_line(_about(record)), "always TRUE: the text names no condition")]
     _row(sheet, 4, ["Inputs", *[""] * (len(inputs) - 1), *_HEADS], bold=True)
     # Without the annotation, that reader takes the names of a table's only input for one.

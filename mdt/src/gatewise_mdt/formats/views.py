@@ -14,10 +14,9 @@ from gatewise_mdt.formats.origin import confidence_of, origin_of
 from gatewise_mdt.formats.page import page_of
 from gatewise_mdt.formats.svg import drawing_of
 from gatewise_mdt.formats.words import words_for
-from gatewise_mdt.outline import escaped
-from gatewise_mdt.records import TreeRecord, check_texts, outline_with_text
+from gatewise_mdt.records import TreeRecord
 from gatewise_mdt.spans import Span, TripleSpans, absent_triples, locate_tree, part_of
-from gatewise_mdt.tree import Triple
+from gatewise_mdt.tree import Triple, on_one_line
 
 FORMATS = {
     "text": ".txt",
@@ -41,16 +40,13 @@ def render(records: Sequence[TreeRecord], format: str) -> str:
     """Records in a format, as one text that ends in a line break.
 
     Args:
-        format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number: "json" and "text" can be read
-            back by :func:`gatewise_mdt.read_trees`. :func:`notes_of` says what those of FHIR and "dmn" cannot hold.
+        format: a key of ``FORMATS``. Those of ``ONE_TREE`` take one record, the others any number; "json" can be read back by
+            :func:`gatewise_mdt.read_trees`. :func:`notes_of` says what those of FHIR and "dmn" cannot hold.
 
     Raises:
-        GatewiseError: there is no record, the format is unknown, no text or cannot hold several, or a record for "json" is
-            without a text.
+        GatewiseError: there is no record, the format is unknown, no text or cannot hold several.
     """
     _check(records, format)
-    if format == "json":
-        check_texts(records)
     if format in WORKBOOKS:
         raise GatewiseError(f"the format {format} is a workbook and no text: write it to a file")
     if format in ONE_TREE and len(records) > 1:
@@ -114,10 +110,12 @@ def _with_comments(records: Sequence[TreeRecord]) -> str:
         words = words_for(record.tree.language)
         sure = [words.sure(one) for one in confidence_of(record)]
         comments = [words.confidence_means] if any(sure) else []
-        comments += [escaped(phrase) for phrase in origin_of(record, words)]
-        comments += [f"{words.warnings}: {escaped(warning)}" for warning in record.warnings]
-        comments += [f"{escaped(words.why_absent(record.text, triple))}: {' | '.join(map(escaped, triple))}" for triple in missing]
-        made.append(outline_with_text(record, sure) + "".join(f"# {comment}\n" for comment in comments))
+        comments += [on_one_line(phrase) for phrase in origin_of(record, words)]
+        comments += [f"{words.warnings}: {on_one_line(warning)}" for warning in record.warnings]
+        for triple in missing:
+            comments.append(f"{on_one_line(words.why_absent(record.text, triple))}: {' | '.join(map(on_one_line, triple))}")
+        outline = f"text: {on_one_line(record.text)}\n{record.tree.to_outline(sure)}"
+        made.append(outline + "".join(f"# {comment}\n" for comment in comments))
     return "---\n".join(made)
 
 

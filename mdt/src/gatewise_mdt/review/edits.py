@@ -53,12 +53,9 @@ def drawable(nodes: Nodes) -> DecisionTree:
     """A tree to draw, unchecked: its nodes may be unfinished."""
     made = []
     for node in nodes:
-        triples = tuple(
-            Triple.model_construct(subject=subject.strip() or BLANK, relation=relation, object=object_.strip() or BLANK)
-            for subject, relation, object_ in node["triples"]
-        )
-        made.append(Node.model_construct(role=node["role"], triples=triples, logical_rel=node["logical_rel"]))
-    return DecisionTree.model_construct(nodes=tuple(made))
+        triples = tuple(Triple(s.strip() or BLANK, relation, o.strip() or BLANK) for s, relation, o in node["triples"])
+        made.append(Node(node["role"], triples, node["logical_rel"]))
+    return DecisionTree(tuple(made))
 
 
 def check_shape(nodes: Any) -> Nodes:

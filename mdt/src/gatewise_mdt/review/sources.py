@@ -68,7 +68,7 @@ def source_of(content: bytes, name: str, *, population: str | None = None, repai
         GatewiseError: as there.
     """
     suffix = Path(name).suffix.lower()
-    if suffix in SUFFIXES and (suffix != ".txt" or _has_outlines(content)):
+    if suffix in SUFFIXES:
         if population:
             raise population_error(name)
         read = trees_of(content, name, suffix, repair=repair)
@@ -117,10 +117,3 @@ def _passage_of(record: TreeRecord) -> Passage:
         raise GatewiseError(f"record {record.number} has no text, against which its tree could be read")
     version = version_of(record, "drafted")
     return Passage(0, record.text, version, lasting_keys(record.more), came=version.nodes)
-
-
-def _has_outlines(content: bytes) -> bool:
-    """Whether a .txt file holds outlines of trees and not a text: each begins with a line "text: …"."""
-    lines = (line.strip() for line in content.decode("utf-8-sig", "replace").splitlines())
-    first = next((line for line in lines if line and not line.startswith("#")), "")
-    return first.lower().startswith("text:")
