@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gatewise_mdt.evaluation.agreement import Agreement, agree
-    from gatewise_mdt.evaluation.metrics import TreeMetrics, evaluate, tree_edit_ratio
+    from gatewise_mdt.evaluation.metrics import TreeMetrics, evaluate
     from gatewise_mdt.evaluation.mistakes import Mistake, count_mistakes, mistakes
     from gatewise_mdt.extraction.batch import extract_files
     from gatewise_mdt.extraction.extractor import Extraction, Extractor, extract, measure
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 # Module -> the public names in it.
 _HOME = {
     "evaluation.agreement": ("Agreement", "agree"),
-    "evaluation.metrics": ("TreeMetrics", "evaluate", "tree_edit_ratio"),
+    "evaluation.metrics": ("TreeMetrics", "evaluate"),
     "evaluation.mistakes": ("Mistake", "count_mistakes", "mistakes"),
     "extraction.batch": ("extract_files",),
     "extraction.extractor": ("Extraction", "Extractor", "extract", "measure"),
@@ -105,7 +105,6 @@ __all__ = [
     "sample",
     "swapped_copies",
     "training_rows",
-    "tree_edit_ratio",
     "write_trees",
     "write_view",
 ]

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 from gatewise_mdt import evaluate
-from gatewise_mdt.evaluation import intervals as module
 from gatewise_mdt.evaluation.intervals import intervals
 from gatewise_mdt.evaluation.metrics import count_trees, metrics_of
 from mdt_trees import gout, node, triple
@@ -42,9 +41,7 @@ def slow(gold: list[Any], found: list[Any], draws: int, seed: int) -> dict[str, 
     return ends
 
 
-@pytest.mark.parametrize("at_once", [2_000_000, 20, 1])
-def test_intervals_are_those_of_trees_measured_again(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_AT_ONCE", at_once)
+def test_intervals_are_those_of_trees_measured_again() -> None:
     expected = slow(GOLD, FOUND, draws=200, seed=3)
     made = intervals(count_trees(GOLD, FOUND), draws=200, seed=3)
     assert set(made) == set(expected) - {"n", "malformed", "empty"}

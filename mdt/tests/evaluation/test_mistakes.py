@@ -98,7 +98,7 @@ def test_nodes_with_the_right_triples_in_other_company() -> None:
     apart, together = [x, node("D", one), node("D", two)], [x, both, node("D")]
     assert kinds(apart, together) == ["wrong grouping"] * 2
     assert kinds(together, apart) == ["wrong grouping"]
-    assert mistakes(together, apart)[0].gold == "L D or: adults with gout | drug therapy | a; adults with gout | drug therapy | b"
+    assert mistakes(together, apart)[0].gold == "yes D or: adults with gout | drug therapy | a; adults with gout | drug therapy | b"
     joined = [x, {**both, "logical_rel": "and"}, node("D")]
     assert kinds(together, joined) == ["wrong join"]
     assert kinds([node("D", triple("x"))], [node("C", triple("x")), node("D"), node("D")]) == ["wrong role"]

@@ -1,7 +1,6 @@
-"""``gatewise mdt agree``: whether people, or a person and a model, agree on the trees of the same passages, and where not."""
+"""``gatewise mdt agree``: do two reviewers, or a reviewer and a model, make the same trees?"""
 
 import json
-from enum import StrEnum
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,20 +15,36 @@ from gatewise.checks import printable, writable
 from gatewise.errors import GatewiseError
 from gatewise.files import finite
 from gatewise.flags import JsonOption
-from gatewise_mdt.commands.trees import RepairOption, check_target, is_one_file, read_file, say
+from gatewise_mdt.commands.trees import RepairOption, is_one_file, read_file, say
 
 if TYPE_CHECKING:
     from gatewise_mdt.evaluation.agreement import Agreement
     from gatewise_mdt.records import TreeFile
 
-_COLOURS = {"a": "cyan", "b": "magenta"}
-
-
-class View(StrEnum):
-    """What is made of an agreement."""
-
-    text = "text"
-    html = "html"
+NOTICE = "Needs review by a clinician. Not medical advice. Agreement says nothing of whether both are right."
+_MEASURES = {
+    "triplet_f1": "F1 of triples",
+    "node_f1": "F1 of nodes",
+    "path_f1": "F1 of paths",
+    "tree_agreement": "same trees",
+    "ter": "tree edit ratio",
+}
+# A mistake -> what it is called where neither of the two trees is the right one.
+_KINDS = {
+    "missed triple": "triple of one",
+    "invented triple": "triple of one",
+    "wrong span": "other words",
+    "wrong subject": "other subject",
+    "wrong relation": "other relation",
+    "several parts": "alike",
+    "wrong grouping": "other grouping",
+    "wrong join": "and / or",
+    "wrong role": "condition or decision",
+    "wrong side": "other branch",
+    "wrong depth": "other depth",
+    "missed node": "node of one",
+    "extra node": "node of one",
+}
 
 
 def agree(
@@ -48,10 +63,6 @@ def agree(
         str | None, typer.Option(help="With --adjudicate: who prepares it, for the history. [default: the login name]")
     ] = None,
     as_json: JsonOption = False,
-    format: Annotated[View, typer.Option("--format", "-f", help="Text, or an HTML page with the trees side by side.")] = View.text,
-    out: Annotated[
-        Path | None, typer.Option("--out", "--output", "-o", help="With --format html: the file to write, not stdout.")
-    ] = None,
     repair: RepairOption = False,
 ) -> None:
     """Compare the trees of two reviewers: measures of agreement with 95% intervals, and what differs in each passage.
@@ -63,10 +74,9 @@ def agree(
     \b
     Examples:
       gatewise mdt agree ada.review.jsonl ben.review.jsonl
-      gatewise mdt agree ada.review.jsonl ben.review.jsonl --format html --out agreement.html
       gatewise mdt agree ada.review.jsonl ben.review.jsonl --adjudicate third.review.jsonl
     """
-    _check(files, adjudicate, reviewer, as_json, format, out)
+    _check(files, adjudicate, reviewer)
     from gatewise_mdt.evaluation.agreement import agree as agreement_of
     from gatewise_mdt.evaluation.agreement import names_of
 
@@ -84,8 +94,6 @@ def agree(
     ]
     if as_json:
         typer.echo(json.dumps(finite({"pairs": [agreement.to_json() for agreement in found]})))
-    elif format == View.html:
-        _give_page(found[0], out)
     else:
         for agreement in found:
             _show(agreement)
@@ -95,77 +103,66 @@ def agree(
 
         prepared = prepare(found[0], adjudicate, reviewer)
         for line in prepared.said:
-            say(line, err=as_json or (format == View.html and out is None))
+            say(line, err=as_json)
 
 
-def _check(files: list[str], adjudicate: Path | None, reviewer: str | None, as_json: bool, format: View, out: Path | None) -> None:
+def _check(files: list[str], adjudicate: Path | None, reviewer: str | None) -> None:
     if len(files) < 2:
         raise GatewiseError(f"{files[0]} is the only file, expected two or more to compare")
     for one, other in combinations(files, 2):
         if is_one_file(one, other):
             raise GatewiseError(f"{one} and {other} are the same file, expected the trees of two people: name another file")
-    if as_json and format == View.html:
-        raise GatewiseError("--json and --format html exclude each other: give one of them")
-    if out is not None and format != View.html:
-        raise GatewiseError("--out was given without --format html: text and JSON are printed, and can be redirected")
-    if len(files) > 2 and (adjudicate is not None or format == View.html):
-        what = "--adjudicate" if adjudicate is not None else "--format html"
-        raise GatewiseError(f"{what} takes two files, and {len(files)} were given: name two of them")
     if reviewer is not None and adjudicate is None:
         raise GatewiseError("--reviewer was given without --adjudicate: trees have the names of those who reviewed them")
-    check_target(out, files)
     if adjudicate is not None:
         from gatewise_mdt.review.adjudication import check_new
 
+        if len(files) > 2:
+            raise GatewiseError(f"--adjudicate takes two files, and {len(files)} were given: name two of them")
         check_new(adjudicate)
 
 
-def _give_page(agreement: "Agreement", out: Path | None) -> None:
-    from gatewise.files import whole_file
-    from gatewise_mdt.evaluation.comparison import page_of
-
-    page = page_of(agreement)
-    if out is None:
-        say(page, nl=False)
-        return
-    with whole_file(out) as part:
-        part.write_bytes(page.encode())
-    say(f"written: {out}")
-
-
 def _show(agreement: "Agreement") -> None:
-    from gatewise_mdt.evaluation.comparison import NOTICE, figures_of, heading_of, lines_of, remarks_of, rows_of
+    from gatewise_mdt.evaluation.intervals import DRAWS
 
-    console = Console(highlight=False)
+    console, count = Console(highlight=False), len(agreement.passages)
     a, b = agreement.names
-    console.print(_text(a, "a") + Text(" and ") + _text(b, "b") + Text(f": {_passages(len(agreement.passages))} in both"))
+    console.print(Text(printable(f"{a} and {b}: {count} {'passage' if count == 1 else 'passages'} in both")))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "value", "95% interval", "of"):
+    for column in ("", "value", "95% interval"):
         table.add_column(column, justify="right" if column == "value" else "left")
-    for row in rows_of(agreement):
-        table.add_row(*map(_text, row))
+    for name, label in _MEASURES.items():
+        table.add_row(label, f"{agreement.values[name]:.3f}", _interval(agreement, name))
+    kappa = "not defined" if agreement.kappa is None else f"{agreement.kappa:.3f}"
+    table.add_row("kappa of characters", kappa, _interval(agreement, "kappa"))
     console.print(table)
-    for remark in remarks_of(agreement):
-        console.print(_text(remark), soft_wrap=True)
-    differing = [passage for passage in agreement.passages if not passage.same]
-    for passage in differing:
-        console.print()
-        console.print(_text(heading_of(passage), bold=True), soft_wrap=True)
-        console.print(_text(f"  {figures_of(passage)}", dim=True), soft_wrap=True)
-        for line in lines_of(passage, agreement.names):
-            words = Text("").join(_text(text, side) for text, side in line.words)
-            console.print(Text("  ") + _text(line.label, bold=True) + Text(" | ") + words, soft_wrap=True)
-    console.print()
-    console.print(_text(NOTICE), soft_wrap=True)
+    remarks = [f"95% intervals from {DRAWS:,} bootstrap draws of the {count} passages."] if agreement.intervals else []
+    for name, records in zip(agreement.names, (agreement.only_a, agreement.only_b), strict=True):
+        if records:
+            listed = "; ".join(f'record {record.number}, "{_clipped(record.text, 40)}"' for record in records)
+            remarks.append(f"Only {name} has {listed}.")
+    for remark in [*remarks, *agreement.notes]:
+        console.print(Text(printable(remark)), soft_wrap=True)
+    for passage in agreement.passages:
+        if passage.same:
+            continue
+        numbers = "/".join(str(number) for number in dict.fromkeys((passage.a.number, passage.b.number)))
+        console.print(Text(printable(f"\n{numbers}. {_clipped(passage.a.text, 100)}"), style="bold"), soft_wrap=True)
+        for one in passage.differences:
+            sides = [f"{name}: {said}" for name, said in zip(agreement.names, (one.gold, one.predicted), strict=True) if said]
+            console.print(Text(printable(f"  {_KINDS[one.kind]}: {'; '.join(sides)}")), soft_wrap=True)
+    console.print(Text(f"\n{NOTICE}"), soft_wrap=True)
 
 
-def _passages(count: int) -> str:
-    return "1 passage" if count == 1 else f"{count} passages"
+def _interval(agreement: "Agreement", name: str) -> str:
+    ends = agreement.intervals.get(name)
+    return f"{ends['low']:.3f} to {ends['high']:.3f}" if ends else ""
 
 
-def _text(text: str, side: str = "", *, bold: bool = False, dim: bool = False) -> Text:
-    style = " ".join(filter(None, (_COLOURS.get(side, ""), "bold" if bold else "", "dim" if dim else "")))
-    return Text(printable(text), style=style)
+def _clipped(text: str, most: int) -> str:
+    """A text on one line, cut where it is longer."""
+    plain = " ".join(text.split())
+    return plain if len(plain) <= most else f"{plain[: most - 1]}…"
 
 
 def _check_whole(read: "list[TreeFile]", repair: bool, adjudicate: Path | None) -> None:

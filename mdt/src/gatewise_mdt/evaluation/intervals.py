@@ -14,7 +14,6 @@ import numpy as np
 from gatewise_mdt.evaluation.metrics import Counts, rates
 
 DRAWS = 2000
-_AT_ONCE = 2_000_000  # passages drawn at once, which bounds the memory
 
 
 def intervals(
@@ -34,13 +33,9 @@ def intervals(
     n = len(table)
     if n < 2:
         return {}
-    random = np.random.default_rng(seed)
-    sums = []
-    for at in range(0, draws, step := max(1, _AT_ONCE // n)):
-        some = min(step, draws - at)
-        drawn = random.integers(n, size=(some, n)) + n * np.arange(some)[:, None]
-        sums.append(np.bincount(drawn.ravel(), minlength=some * n).reshape(some, n) @ table)
-    totals = dict(zip(counts, np.concatenate(sums).T, strict=True))
+    drawn = np.random.default_rng(seed).integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n)  # how often a draw has each passage
+    totals = dict(zip(counts, (times @ table).T, strict=True))
     defined = {name: values[~np.isnan(values)] for name, values in of(totals).items()}
     ends = {name: np.percentile(values, (2.5, 97.5)) for name, values in defined.items() if len(values)}
     return {name: {"low": float(low), "high": float(high)} for name, (low, high) in ends.items()}

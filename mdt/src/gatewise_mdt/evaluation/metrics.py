@@ -19,7 +19,7 @@ found, all gold triples, nodes and paths missed. Everything runs in time linear 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,13 +99,11 @@ def count_trees(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool =
             wanted, wanted_children = plain_tree(gold_item, repair)
         except checks.TreeError as fault:
             raise GatewiseError(fault.at(f"{source}, record {number}")) from None
-        found: list[PlainNode] = []
-        found_children: _Children = ()
-        malformed = False
         try:
             found, found_children = plain_tree(item, repair)
+            malformed = False
         except checks.TreeError:
-            malformed = True
+            found, found_children, malformed = [], (), True
         known: dict[Any, int] = {}
         rows.append(
             {
@@ -114,17 +112,17 @@ def count_trees(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool =
                     {triple for node in wanted for triple in node[2]},
                     {triple for node in found for triple in node[2]},
                 ),
-                **_overlap("node", Counter(node for node in wanted if node[2]), Counter(node for node in found if node[2])),
+                **_overlap("node", (node for node in wanted if node[2]), (node for node in found if node[2])),
                 **_overlap("path", _paths(wanted, wanted_children, known), _paths(found, found_children, known)),
                 "trees": 1,
                 "right": found == wanted,
                 "malformed": malformed,
-                "empty": malformed and _is_empty(item),
+                "empty": malformed and not (item.get("tree") if isinstance(item, dict) else item),
                 "distance": _distance(found, found_children, wanted, wanted_children),
                 "weight": sum(len(node[2]) + 2 for node in (*found, *wanted) if node[2]),
             }
         )
-    return _columns(rows)
+    return {name: np.array([row[name] for row in rows], dtype=np.int64) for name in rows[0]}
 
 
 def metrics_of(counts: Counts) -> TreeMetrics:
@@ -150,39 +148,14 @@ def rates(totals: Counts) -> Counts:
     return made
 
 
-def tree_edit_ratio(one: Any, other: Any) -> float:
-    """TER of two trees, each a :class:`DecisionTree` or a list of nodes in pre-order.
-
-    Raises:
-        GatewiseError: one of the two is no tree.
-    """
-    try:
-        (a, a_children), (b, b_children) = plain_tree(one, False), plain_tree(other, False)
-    except checks.TreeError as fault:
-        raise GatewiseError(str(fault)) from None
-    return float(_share(_distance(a, a_children, b, b_children), sum(len(node[2]) + 2 for node in (*a, *b) if node[2])))
-
-
-def _overlap(name: str, wanted: set[Any] | Counter[Any], found: set[Any] | Counter[Any]) -> dict[str, int]:
-    both = found & wanted  # type: ignore[operator]
-    return {f"{name}_found": _size(found), f"{name}_wanted": _size(wanted), f"{name}_both": _size(both)}
-
-
-def _columns(rows: Sequence[dict[str, int]]) -> Counts:
-    return {name: np.array([row[name] for row in rows], dtype=np.int64) for name in rows[0]}
-
-
-def _size(things: set[Any] | Counter[Any]) -> int:
-    return things.total() if isinstance(things, Counter) else len(things)
+def _overlap(name: str, wanted: Iterable[Any], found: Iterable[Any]) -> dict[str, int]:
+    there, made = Counter(wanted), Counter(found)
+    return {f"{name}_found": made.total(), f"{name}_wanted": there.total(), f"{name}_both": (made & there).total()}
 
 
 def _share(part: Any, whole: Any) -> NDArray[Any]:
     """0 where the whole is 0."""
     return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=np.asarray(whole) != 0)
-
-
-def _is_empty(item: Any) -> bool:
-    return not (item.get("tree") if isinstance(item, dict) else item)
 
 
 def plain_tree(item: Any, repair: bool) -> tuple[list[PlainNode], _Children]:

@@ -29,8 +29,7 @@ logical_rel an empty leaf has does not count.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
@@ -90,15 +89,10 @@ def mistakes(gold: Any, predicted: Any, *, repair: bool = False) -> list[Mistake
         found, found_children = plain_tree(predicted, repair)
     except checks.TreeError as fault:
         return [Mistake("malformed", predicted=str(fault))]
-    shared = shared_triples(wanted, found)
-    of_triples = [
-        Mistake(kind, " | ".join(one or ()), " | ".join(other or ())) for kind, one, other in unlike_triples(wanted, found)
-    ]
-    of_nodes = [
-        Mistake(kind, one.shown if one else "", " + ".join(other.shown for other in others))
-        for kind, one, others in unlike_nodes(placed(wanted, wanted_children, shared), placed(found, found_children, shared))
-    ]
-    return [*of_triples, *of_nodes]
+    all_wanted, all_found = (frozenset(triple for node in nodes for triple in node[2]) for nodes in (wanted, found))
+    right = all_wanted & all_found
+    nodes, there = _placed(wanted, wanted_children, right), _placed(found, found_children, right)
+    return [*_triple_mistakes(wanted, found, right), *_node_mistakes(nodes, there)]
 
 
 def count_mistakes(gold: Sequence[Any], predicted: Sequence[Any], *, repair: bool = False) -> dict[str, dict[str, int]]:
@@ -126,19 +120,9 @@ def count_mistakes(gold: Sequence[Any], predicted: Sequence[Any], *, repair: boo
 # ---- triples ----
 
 
-def shared_triples(wanted: Sequence[PlainNode], found: Sequence[PlainNode]) -> frozenset[PlainTriple]:
-    """The triples that stand in both trees."""
-    all_wanted, all_found = (frozenset(triple for node in nodes for triple in node[2]) for nodes in (wanted, found))
-    return all_wanted & all_found
-
-
-def unlike_triples(
-    wanted: Sequence[PlainNode], found: Sequence[PlainNode]
-) -> Iterator[tuple[str, PlainTriple | None, PlainTriple | None]]:
-    """The triples that stand in one tree only, by kind, those that are alike in pairs."""
-    shared = shared_triples(wanted, found)
+def _triple_mistakes(wanted: Sequence[PlainNode], found: Sequence[PlainNode], right: frozenset[PlainTriple]) -> Iterator[Mistake]:
     missing, over = (
-        [one for one in dict.fromkeys(triple for node in nodes for triple in sorted(node[2])) if one not in shared]
+        [one for one in dict.fromkeys(triple for node in nodes for triple in sorted(node[2])) if one not in right]
         for nodes in (wanted, found)
     )
     pairs = [(*rank, i, j) for i, one in enumerate(missing) for j, other in enumerate(over) if (rank := _likeness(one, other))]
@@ -150,10 +134,10 @@ def unlike_triples(
             taken.add(j)
     for i, triple in enumerate(missing):
         kind, other = paired.get(i, ("missed triple", None))
-        yield kind, triple, None if other is None else over[other]
+        yield Mistake(kind, " | ".join(triple), "" if other is None else " | ".join(over[other]))
     for j, triple in enumerate(over):
         if j not in taken:
-            yield "invented triple", None, triple
+            yield Mistake("invented triple", predicted=" | ".join(triple))
 
 
 def _likeness(one: PlainTriple, other: PlainTriple) -> tuple[int, float, str] | None:
@@ -184,82 +168,68 @@ def _alike(one: str, other: str) -> float:
 # ---- nodes ----
 
 
-@dataclass(frozen=True)
-class Placed:
+class _Placed(NamedTuple):
     """A node in its tree.
 
     Attributes:
-        at: its position in the pre-order.
         joined: its logical_rel; empty where triples were left out, of whose join nothing can be said.
         triples: those that are right.
-        way: the turns that lead to it, "L" for true and "R" for false.
+        way: the answers that lead to it, "yes" or "no" each.
         shown: the whole node.
     """
 
-    at: int
     role: str
     joined: str
     triples: frozenset[PlainTriple]
-    way: str
+    way: tuple[str, ...]
     shown: str
 
-    def has_triples_of(self, other: "Placed") -> bool:
-        return self.triples == other.triples
 
-    def is_but_for_join(self, other: "Placed") -> bool:
-        return self.has_triples_of(other) and self.role == other.role
-
-    def is_same(self, other: "Placed") -> bool:
-        return self.is_but_for_join(other) and (self.joined == other.joined or not (self.joined and other.joined))
-
-    def is_as_deep(self, other: "Placed") -> bool:
-        return self.is_same(other) and len(self.way) == len(other.way)
-
-    def is_in_place(self, other: "Placed") -> bool:
-        return self.is_same(other) and self.way == other.way
-
-
-def placed(nodes: Sequence[PlainNode], children: Sequence[tuple[int, int] | None], right: frozenset[PlainTriple]) -> list[Placed]:
+def _placed(nodes: Sequence[PlainNode], children: Sequence[tuple[int, int] | None], right: frozenset[PlainTriple]) -> list[_Placed]:
     """The nodes with right triples."""
-    ways = [""] * len(nodes)
+    ways: list[tuple[str, ...]] = [()] * len(nodes)
     for i, both in enumerate(children):
-        for child, turn in zip(both or (), "LR", strict=False):
-            ways[child] = ways[i] + turn
+        for child, answer in zip(both or (), ("yes", "no"), strict=False):
+            ways[child] = (*ways[i], answer)
     return [
-        Placed(i, role, joined if triples <= right else "", triples & right, way, _shown(role, joined, triples, way))
-        for i, ((role, joined, triples), way) in enumerate(zip(nodes, ways, strict=True))
+        _Placed(role, joined if triples <= right else "", triples & right, way, _shown(role, joined, triples, way))
+        for (role, joined, triples), way in zip(nodes, ways, strict=True)
         if triples & right
     ]
 
 
-def unlike_nodes(wanted: Sequence[Placed], found: Sequence[Placed]) -> Iterator[tuple[str, Placed | None, list[Placed]]]:
-    """The nodes that differ, by kind: one of the gold tree, and what stands in its place, several nodes for a wrong grouping."""
-    wanted, found = list(wanted), list(found)
+def _explanation(one: _Placed, other: _Placed) -> str | None:
+    """What is wrong if the one stands for the other, which has the same triples; empty for nothing, None where it cannot."""
+    if one.triples != other.triples:
+        return None
+    if one.role != other.role:
+        return "wrong role"
+    if one.joined != other.joined and one.joined and other.joined:
+        return "wrong join"
+    if len(one.way) != len(other.way):
+        return "wrong depth"
+    return "" if one.way == other.way else "wrong side"
+
+
+def _node_mistakes(wanted: list[_Placed], found: list[_Placed]) -> Iterator[Mistake]:
     # The least wrong explanation first, so that twins of a node do not take each other's place.
-    explanations: tuple[tuple[str, Callable[[Placed, Placed], bool]], ...] = (
-        ("", Placed.is_in_place),
-        ("wrong side", Placed.is_as_deep),
-        ("wrong depth", Placed.is_same),
-        ("wrong join", Placed.is_but_for_join),
-        ("wrong role", Placed.has_triples_of),
-    )
-    for kind, fits in explanations:
+    for kind in ("", "wrong side", "wrong depth", "wrong join", "wrong role"):
         for one in list(wanted):
-            other = next((other for other in found if fits(one, other)), None)
+            other = next((other for other in found if _explanation(one, other) == kind), None)
             if other is not None:
                 wanted.remove(one)
                 found.remove(other)
                 if kind:
-                    yield kind, one, [other]
+                    yield Mistake(kind, one.shown, other.shown)
     for one in wanted:
-        company = [other for other in found if other.triples & one.triples]
-        yield "wrong grouping" if company else "missed node", one, company
+        company = [other.shown for other in found if other.triples & one.triples]
+        yield Mistake("wrong grouping" if company else "missed node", one.shown, " + ".join(company))
     for other in found:
         if not any(other.triples & one.triples for one in wanted):
-            yield "extra node", None, [other]
+            yield Mistake("extra node", predicted=other.shown)
 
 
-def _shown(role: str, joined: str, triples: frozenset[PlainTriple], way: str) -> str:
-    """A node on one line, with the turns that lead to it."""
+def _shown(role: str, joined: str, triples: frozenset[PlainTriple], way: tuple[str, ...]) -> str:
+    """A node on one line, with the answers that lead to it."""
     head = role if joined == "null" else f"{role} {joined}"
-    return f"{way or 'root'} {head}: {'; '.join(' | '.join(triple) for triple in sorted(triples))}"
+    return f"{' > '.join(way) or 'root'} {head}: {'; '.join(' | '.join(triple) for triple in sorted(triples))}"
